@@ -1,0 +1,102 @@
+"""The words that the agent and the control plane share. Standard library only; both sides import it.
+
+One JSON document configures an agent. It comes as a file named by ``WATCHDOG_CONFIG``, or
+base64-encoded in ``WATCHDOG_CONFIG_B64``; under Nomad the file is the dispatch payload. These
+environment variables go over the document, so that a scheduler can say what only it knows:
+
+======================  ====================================================================
+``WATCHDOG_INSTANCE``   id of this run (else ``NOMAD_ALLOC_ID``, ``POD_UID``, else random)
+``WATCHDOG_LISTEN``     ``host:port`` to serve on (else ``NOMAD_IP_http``/``NOMAD_PORT_http``, else
+                        ``127.0.0.1:0``)
+``WATCHDOG_STATE_DIR``  where state is kept (else ``NOMAD_ALLOC_DIR``/data, else none)
+``WATCHDOG_TOKEN_FILE`` file with the bearer token for the API
+``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token
+======================  ====================================================================
+
+Configuration document (version 1)::
+
+    {"v": 1, "device_id": "...", "slug": "...", "epoch": 3, "agent_class": "default",
+     "version": "0.1.0", "spec_hash": "...", "address": "127.1.0.4", "labels": {},
+     "api": ["http://127.0.0.1:9670"], "consul": "http://127.0.0.1:8500" | "",
+     "service": "device-watchdog-agent", "beat_s": 15.0,
+     "probes": [{"kind": "tcp|http|icmp", "port": 8080, "path": "/", "expect_status": 200,
+                 "interval_s": 5.0, "timeout_s": 2.0, "misses": 3}],
+     "confirm": [{...a probe of another kind...}]}
+
+Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted;
+410 not, or no longer, the accepted agent: stop and exit 0; 409 not decidable yet: say it again after
+``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
+
+Exit contract: 0 only when told to retire by a 410; 128+n on signal n; 64 for a bad configuration;
+70 for a crash.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+VERSION: Final = 1
+REPORT_PATH: Final = "/v1/agents/report"
+SERVICE: Final = "device-watchdog-agent"
+STATES: Final = ("ok", "suspect", "repairing", "offline")
+EXIT_RETIRED: Final = 0
+EXIT_CONFIG: Final = 64
+EXIT_CRASH: Final = 70
+
+
+def agent_config(
+    class_part: dict[str, Any],
+    *,
+    device_id: str,
+    slug: str,
+    epoch: int,
+    address: str,
+    labels: dict[str, str],
+) -> dict[str, Any]:
+    """The configuration document of one agent: the class's part with the device's laid over it."""
+    return {
+        **class_part,
+        "v": VERSION,
+        "device_id": device_id,
+        "slug": slug,
+        "epoch": epoch,
+        "address": address,
+        "labels": labels,
+    }
+
+
+def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arguments keep it readable
+    config: dict[str, Any],
+    *,
+    instance: str,
+    sequence: int,
+    ready: bool,
+    state: str,
+    was_ready: bool,
+    misses: int,
+    confirmed: bool,
+    reason: str,
+    listen: str,
+    dropped: int,
+    stopping: bool = False,
+) -> dict[str, Any]:
+    """One report. `sequence` goes up by one for each report of an instance; `dropped` counts reports
+    that were lost to the bounded buffer; `stopping` is true in the last one before an exit."""
+    return {
+        "v": VERSION,
+        "device_id": config["device_id"],
+        "epoch": config["epoch"],
+        "instance": instance,
+        "sequence": sequence,
+        "agent_class": config.get("agent_class", ""),
+        "version": config.get("version", ""),
+        "ready": ready,
+        "state": state,
+        "was_ready": was_ready,
+        "misses": misses,
+        "confirmed": confirmed,
+        "reason": reason,
+        "listen": listen,
+        "dropped": dropped,
+        "stopping": stopping,
+    }

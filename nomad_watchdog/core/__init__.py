@@ -1,0 +1,1 @@
+"""DECIDING: values and a `now` in, values out. No I/O, no clock, no randomness, no logging."""

@@ -1,0 +1,66 @@
+"""Which report is accepted: S1, decided in one place.
+
+An instance is one run as the scheduler counts it (an allocation, a pod): a task that the scheduler
+restarts in place stays the same instance, one that it moves to another node is a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+
+from nomad_watchdog.model import DeviceRecord, Epoch, Presence
+
+
+class AcceptanceKind(StrEnum):
+    ACCEPTED = "accepted"
+    BIND = "bind"
+    """Accept, once the registry has recorded this instance by compare-and-set."""
+    REFUSED = "refused"
+    """The agent must stop (HTTP 410)."""
+    UNSURE = "unsure"
+    """We may be behind: look again before anybody is told to stop (HTTP 409)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    kind: AcceptanceKind
+    reason: str = ""
+
+
+def accept(
+    record: DeviceRecord | None, epoch: Epoch, instance: str, live: Collection[str]
+) -> Acceptance:
+    """Judge a report of (device, epoch, instance).
+
+    `live`: instances that may hold a process now at this epoch, as the scheduler last said; empty
+    when it said nothing.
+    """
+    if record is None:
+        return Acceptance(AcceptanceKind.REFUSED, "the device is not registered")
+    if record.presence is Presence.ABSENT:
+        return Acceptance(AcceptanceKind.REFUSED, "the device has left")
+    if epoch < record.epoch:
+        return Acceptance(
+            AcceptanceKind.REFUSED, f"epoch {epoch} is over; the device is at {record.epoch}"
+        )
+    if epoch > record.epoch:
+        return Acceptance(
+            AcceptanceKind.UNSURE, f"epoch {epoch} is newer than the {record.epoch} known here"
+        )
+    if instance == record.instance:
+        return Acceptance(AcceptanceKind.ACCEPTED)
+    if not record.instance:
+        return Acceptance(AcceptanceKind.BIND, "first report at this epoch")
+    if record.instance in live:
+        return Acceptance(
+            AcceptanceKind.REFUSED, f"instance {record.instance} is the accepted one at this epoch"
+        )
+    if instance in live:
+        return Acceptance(
+            AcceptanceKind.BIND, f"the scheduler has replaced instance {record.instance}"
+        )
+    return Acceptance(
+        AcceptanceKind.UNSURE, "the scheduler has not said yet which instance is alive"
+    )

@@ -1,0 +1,226 @@
+"""(desired, observed, limits) → Plan: what to do next for each device, and why.
+
+The plan is made over a whole shard, so that it can see a mass change and refuse it (S7), and is
+carried out by device. Rules, in the order in which they are asked of a device:
+
+1. A placement of an absent or unknown device is retired.
+2. A placement that does not carry the registry's epoch is retired (S1). Nothing starts until it is
+   dead: the scheduler, not we, says when no process is left (S3).
+3. A live placement at the registry's epoch is left alone, unless its spec is no longer the class's;
+   then it is replaced, as many at a time as `rollout.admit` allows.
+4. Without a live placement the agent is started. The epoch is used again only if nobody was ever
+   seen at it (the answer to the first try was lost); otherwise the next number is taken (S2).
+
+A device for which none of this says anything costs one comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from nomad_watchdog.core import rollout
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import (
+    Action,
+    ActionKind,
+    DeviceRecord,
+    Epoch,
+    Limits,
+    Placement,
+    PlacementState,
+    Presence,
+)
+
+Placements = Mapping[Slug, tuple[Placement, ...]]
+Stop = tuple[Slug, Epoch, str]
+"""What the breaker counts and remembers: device, epoch and the scheduler's handle."""
+
+NO_STOPS: Final[frozenset[Stop]] = frozenset()
+_RUNNING: Final = PlacementState.RUNNING
+_DEAD: Final = PlacementState.DEAD
+_PRESENT: Final = Presence.PRESENT
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Actions to take now. `held`: stops that the breaker keeps back until a second read agrees."""
+
+    actions: tuple[Action, ...]
+    held: frozenset[Stop] = NO_STOPS
+    hold_reason: str = ""
+    waiting_rollout: int = 0
+    """Devices with an old spec that wait for their turn."""
+
+
+def plan(
+    records: Mapping[Slug, DeviceRecord],
+    placements: Placements,
+    spec_hashes: Mapping[str, str],
+    limits: Limits,
+    *,
+    unready: int = 0,
+    confirmed: frozenset[Stop] = NO_STOPS,
+) -> Plan:
+    """Decide for every device.
+
+    `spec_hashes`: agent class → hash that its agents should have; a device of a class that is not
+    there is left as it is. `unready`: see `rollout.admit`. `confirmed`: stops that an earlier pass
+    held and that these, independently read, inputs still ask for.
+    """
+    starts: list[Action] = []
+    stops: list[Action] = []
+    replacements: list[Action] = []
+    present = 0
+    for slug, record in records.items():
+        found = placements.get(slug, ())
+        if record.presence is _PRESENT:
+            present += 1
+            if len(found) == 1:
+                only = found[0]
+                if (
+                    only.state is _RUNNING
+                    and only.epoch == record.epoch
+                    and only.spec_hash == spec_hashes.get(record.device.agent_class)
+                ):
+                    continue
+        elif not found:
+            continue
+        for action in decide(record, found, spec_hashes):
+            if action.kind is ActionKind.START:
+                starts.append(action)
+            elif action.kind is ActionKind.RETIRE:
+                stops.append(action)
+            else:
+                replacements.append(action)
+    stops.extend(_strays(records, placements))
+    admitted = rollout.admit(replacements, unready=unready, fleet=present, limits=limits)
+    stops, held, reason = _breaker(stops, placements, limits, confirmed)
+    if held:
+        admitted = ()
+    actions = sorted([*starts, *stops, *admitted], key=lambda a: (a.slug, a.kind, a.epoch))
+    return Plan(
+        actions=tuple(actions),
+        held=held,
+        hold_reason=reason,
+        waiting_rollout=len(replacements) - len(admitted),
+    )
+
+
+def decide(
+    record: DeviceRecord, found: tuple[Placement, ...], spec_hashes: Mapping[str, str]
+) -> Iterator[Action]:
+    """The next steps for one device (rules 1 to 4)."""
+    live = [p for p in found if p.state is not _DEAD]
+    if record.presence is not _PRESENT:
+        for placement in live:
+            yield from _retire(record, placement, "the device has left")
+        return
+    current = [p for p in live if p.epoch == record.epoch]
+    for placement in live:
+        if placement.epoch != record.epoch:
+            older = "older" if placement.epoch < record.epoch else "newer"
+            yield from _retire(
+                record,
+                placement,
+                f"epoch {placement.epoch} is {older} than the registry's {record.epoch}",
+            )
+    if current:
+        yield from _keep(record, current, spec_hashes)
+    elif not live and record.device.agent_class in spec_hashes:
+        yield _start(record, found)
+
+
+def _keep(
+    record: DeviceRecord, current: list[Placement], spec_hashes: Mapping[str, str]
+) -> Iterator[Action]:
+    # Two placements at one epoch should not exist; if a scheduler made them, both racers must
+    # choose the same survivor: the accepted instance's, else the oldest.
+    current.sort(key=lambda p: (record.instance not in p.instances, p.created_at, p.ref))
+    for placement in current[1:]:
+        yield from _retire(record, placement, "another placement has the same epoch")
+    keeper = current[0]
+    wanted = spec_hashes.get(record.device.agent_class)
+    if wanted is None or keeper.spec_hash == wanted or keeper.state is PlacementState.STOPPING:
+        return
+    yield Action(
+        kind=ActionKind.REPLACE,
+        slug=record.slug,
+        device_id=record.device.id,
+        reason=f"spec {keeper.spec_hash} is not the class's {wanted}",
+        epoch=keeper.epoch,
+        index=record.index,
+        placement=keeper,
+    )
+
+
+def _start(record: DeviceRecord, dead: tuple[Placement, ...]) -> Action:
+    highest = max((p.epoch for p in dead), default=Epoch(0))
+    unused = record.epoch > highest and not record.instance and record.epoch > 0
+    epoch = record.epoch if unused else Epoch(max(record.epoch, highest) + 1)
+    if unused:
+        reason = f"nobody has been seen at epoch {epoch} yet"
+    elif record.epoch == 0:
+        reason = "the device is new"
+    else:
+        last = next((p for p in dead if p.epoch == record.epoch), None)
+        why = f": {last.reason}" if last is not None and last.reason else ""
+        reason = f"the agent of epoch {record.epoch} is gone{why}"
+    return Action(
+        kind=ActionKind.START,
+        slug=record.slug,
+        device_id=record.device.id,
+        reason=reason,
+        epoch=epoch,
+        index=record.index,
+    )
+
+
+def _retire(record: DeviceRecord | None, placement: Placement, reason: str) -> Iterator[Action]:
+    if placement.state is PlacementState.STOPPING:
+        return
+    yield Action(
+        kind=ActionKind.RETIRE,
+        slug=placement.slug,
+        device_id=placement.device_id,
+        reason=reason,
+        epoch=placement.epoch,
+        index=record.index if record is not None else 0,
+        placement=placement,
+    )
+
+
+def _strays(records: Mapping[Slug, DeviceRecord], placements: Placements) -> Iterator[Action]:
+    if placements.keys() <= records.keys():
+        return
+    for slug in placements.keys() - records.keys():
+        for placement in placements[slug]:
+            if placement.state is not _DEAD:
+                yield from _retire(None, placement, "no such device is registered")
+
+
+def _breaker(
+    stops: list[Action], placements: Placements, limits: Limits, confirmed: frozenset[Stop]
+) -> tuple[list[Action], frozenset[Stop], str]:
+    """S7: more than max(breaker_min, breaker_fraction) stops in a pass are held until confirmed."""
+    if len(stops) <= limits.breaker_min:
+        return stops, NO_STOPS, ""
+    live = sum(p.state is not _DEAD for found in placements.values() for p in found)
+    allowed = max(limits.breaker_min, int(live * limits.breaker_fraction))
+    fresh = [a for a in stops if stop_key(a) not in confirmed]
+    if len(fresh) <= allowed:
+        return stops, NO_STOPS, ""
+    reason = (
+        f"{len(stops)} of {live} agents would be stopped in one pass; at most {allowed} may be "
+        "without a second read that agrees"
+    )
+    # The confirmed ones may go: a slow trickle of new ones must not keep them for ever.
+    released = [a for a in stops if stop_key(a) in confirmed]
+    return released, frozenset(map(stop_key, fresh)), reason
+
+
+def stop_key(action: Action) -> Stop:
+    """Identity of a stop for the breaker."""
+    ref = action.placement.ref if action.placement is not None else ""
+    return (action.slug, action.epoch, ref)

@@ -1,0 +1,60 @@
+"""What a change of wish, a new placement and a first report do to a record.
+
+Each function takes the stored record and gives the one to store by compare-and-set, or None when
+nothing changes: the registry is written only on change (S5), and an epoch only goes up (S1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nomad_watchdog.ids import slug_of
+from nomad_watchdog.model import NEVER, Device, DeviceRecord, Epoch, Presence, WallTime
+
+
+def register(stored: DeviceRecord | None, wish: Device, now: WallTime) -> DeviceRecord | None:
+    """The record that asks for `wish` to be watched; None when the stored one already does."""
+    if stored is None:
+        return DeviceRecord(
+            slug=slug_of(wish.id),
+            device=wish,
+            presence=Presence.PRESENT,
+            generation=1,
+            epoch=NEVER,
+            instance="",
+            changed_at=now,
+        )
+    if stored.presence is Presence.PRESENT and stored.device == wish:
+        return None
+    return replace(
+        stored,
+        device=wish,
+        presence=Presence.PRESENT,
+        generation=stored.generation + 1,
+        changed_at=now,
+    )
+
+
+def deregister(stored: DeviceRecord, now: WallTime) -> DeviceRecord | None:
+    """The tombstone of a device; None when it is one. It keeps the epoch, so that a device that
+    comes back can't get an epoch that an old agent still carries."""
+    if stored.presence is Presence.ABSENT:
+        return None
+    return replace(
+        stored, presence=Presence.ABSENT, generation=stored.generation + 1, changed_at=now
+    )
+
+
+def advance(stored: DeviceRecord, epoch: Epoch) -> DeviceRecord:
+    """The record with a new epoch, at which nobody is accepted yet.
+
+    Raises ValueError when the epoch would not go up: that is a bug of the caller, never an input.
+    """
+    if epoch <= stored.epoch:
+        raise ValueError(f"epoch must go up: {stored.epoch} to {epoch}")
+    return replace(stored, epoch=epoch, instance="")
+
+
+def bind(stored: DeviceRecord, instance: str) -> DeviceRecord:
+    """The record with `instance` as the one that is accepted at its epoch."""
+    return replace(stored, instance=instance)

@@ -1,0 +1,518 @@
+"""What the control plane knows, in memory, and the one durable way in.
+
+Reports, heartbeats, health and verdicts live here and are rebuilt after a restart; wishes go to the
+registry first and are acknowledged only when they are durable (S4).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.core import acceptance, presence, verdict
+from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
+from nomad_watchdog.errors import ConflictError, UserError
+from nomad_watchdog.history import Event, History
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.model import (
+    AgentState,
+    Device,
+    DeviceRecord,
+    Epoch,
+    Health,
+    Limits,
+    Monotonic,
+    Placement,
+    PlacementState,
+    Presence,
+    Report,
+    Verdict,
+    VerdictState,
+)
+from nomad_watchdog.registry import Registry
+
+log = logging.getLogger(__name__)
+
+COMMIT_TRIES: Final = 5
+"""Compare-and-set losses in a row after which the caller is told to try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentReport:
+    """A report as it came through the door, checked."""
+
+    device_id: DeviceId
+    slug: Slug
+    epoch: Epoch
+    instance: str
+    sequence: int
+    ready: bool
+    state: AgentState
+    was_ready: bool
+    misses: int
+    confirmed: bool
+    reason: str
+    listen: str
+    version: str
+    dropped: int = 0
+    stopping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The stored record, and whether this call changed it (S5)."""
+
+    record: DeviceRecord
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """All that can be shown of one device."""
+
+    record: DeviceRecord
+    verdict: Verdict
+    since_s: float
+    """Age of the verdict's state."""
+    placement: Placement | None
+    report: Report | None
+    health: Health | None
+
+
+@dataclass(slots=True)
+class _Track:
+    """What is remembered of a device between looks."""
+
+    waiting_since: Monotonic
+    state: VerdictState | None = None
+    reason: str = ""
+    since: Monotonic = field(default=Monotonic(0.0))
+    report: Report | None = None
+    heartbeat_at: Monotonic | None = None
+
+
+class Observer(Protocol):
+    """Who wants to know that something came in (the reconciler)."""
+
+    def records_changed(self, records: Sequence[DeviceRecord]) -> None: ...
+
+    def look_again(self, slug: Slug) -> None: ...
+
+
+class Fleet:
+    """The devices, what is known of each, and its verdict."""
+
+    def __init__(
+        self, registry: Registry, limits: Limits, clock: Clock, history: History | None = None
+    ) -> None:
+        self.registry = registry
+        self.limits = limits
+        self.clock = clock
+        self.history = history or History()
+        self.records: dict[Slug, DeviceRecord] = {}
+        self.index = 0
+        self.placements: dict[Slug, tuple[Placement, ...]] = {}
+        self.health: Mapping[Slug, Health] = {}
+        self.ready = False
+        self.ready_reason = "the registry and the scheduler have not been read yet"
+        self.obstacle: Callable[[Slug], str] = lambda _slug: ""
+        self.status_parts: list[Callable[[], dict[str, object]]] = []
+        self.explain_parts: list[Callable[[Slug], dict[str, object]]] = []
+        self.plan_view: Callable[[], dict[str, object]] = dict
+        self._tracks: dict[Slug, _Track] = {}
+        self._by_state: Counter[VerdictState] = Counter()
+        self._loaded = False
+        self._observer: Observer | None = None
+        self._on_report: Callable[[str], None] = lambda _outcome: None
+
+    def observe_with(self, observer: Observer, on_report: Callable[[str], None]) -> None:
+        """Tell `observer` of what comes in; `on_report` counts acceptance outcomes."""
+        self._observer = observer
+        self._on_report = on_report
+
+    # -- the durable way in ---------------------------------------------------------------------
+
+    async def register(self, devices: Sequence[Device]) -> list[Registered]:
+        """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
+
+        Raises UserError for a device id whose slug belongs to another id, ConflictError when other
+        writers won COMMIT_TRIES times in a row, and what the registry raises.
+        """
+        wishes = {slug_of(device.id): device for device in devices}
+        now = self.clock.wall()
+
+        def change(slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
+            wish = wishes[slug]
+            if stored is not None and stored.device.id != wish.id:
+                raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
+            return presence.register(stored, wish, now)
+
+        outcome = await self._change(list(wishes), change)
+        return [found for slug in wishes if (found := outcome[slug]) is not None]
+
+    async def deregister(self, ids: Sequence[DeviceId]) -> list[Registered | None]:
+        """Say that these devices have left; None for one that was never registered."""
+        now = self.clock.wall()
+        slugs = [slug_of(device_id) for device_id in ids]
+
+        def change(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
+            return presence.deregister(stored, now) if stored is not None else None
+
+        outcome = await self._change(slugs, change)
+        return [outcome[slug] for slug in slugs]
+
+    async def _change(
+        self,
+        slugs: Sequence[Slug],
+        change: Callable[[Slug, DeviceRecord | None], DeviceRecord | None],
+    ) -> dict[Slug, Registered | None]:
+        outcome: dict[Slug, Registered | None] = {}
+        todo = list(dict.fromkeys(slugs))
+        # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
+        stored = {slug: self.records.get(slug) for slug in todo}
+        for _ in range(COMMIT_TRIES):
+            wanted = {slug: change(slug, stored[slug]) for slug in todo}
+            writes = {slug: record for slug, record in wanted.items() if record is not None}
+            for slug in todo:
+                if slug not in writes:
+                    outcome[slug] = await self._unchanged(slug, stored[slug])
+            todo = [slug for slug in todo if slug in writes or slug not in outcome]
+            results = await self.registry.commit(list(writes.values())) if writes else ()
+            done = [record for record in results if record is not None]
+            for record in done:
+                outcome[record.slug] = Registered(record, changed=True)
+            self.learn(done)
+            todo = [slug for slug in todo if slug not in outcome]
+            if not todo:
+                return outcome
+            stored = {slug: await self.registry.get(slug) for slug in todo}
+        raise ConflictError(f"{len(todo)} records are being changed by others; try again")
+
+    async def _unchanged(self, slug: Slug, stored: DeviceRecord | None) -> Registered | None:
+        # «Nothing to do» from a cache that is behind would acknowledge what is not stored (S4).
+        fresh = await self.registry.get(slug)
+        if fresh == stored:
+            return None if fresh is None else Registered(fresh, changed=False)
+        if fresh is not None:
+            self.learn([fresh])
+        raise ConflictError("the record has just been changed by another writer; try again")
+
+    def learn(self, records: Sequence[DeviceRecord]) -> None:
+        """Take records that are known to be stored (our own writes included: S8)."""
+        news = [
+            r for r in records if r.slug not in self.records or self.records[r.slug].index < r.index
+        ]
+        for record in news:
+            before = self.records.get(record.slug)
+            self.records[record.slug] = record
+            if self._loaded and (before is None or before.generation != record.generation):
+                text = (
+                    f"the device is wanted at {record.device.address}"
+                    if record.presence is Presence.PRESENT
+                    else "the device has left"
+                )
+                self.note(record.slug, record.presence.value, text)
+        if news and self._observer is not None:
+            self._observer.records_changed(news)
+
+    # -- reports --------------------------------------------------------------------------------
+
+    def heartbeat(self, slug: Slug) -> bool:
+        """A sign of life of a device; kept in memory only. False when the device is unknown."""
+        if slug not in self.records:
+            return False
+        self._track(slug).heartbeat_at = self.clock.monotonic()
+        return True
+
+    async def report(self, report: AgentReport) -> Acceptance:
+        """Judge a report and remember it if it is accepted (S1)."""
+        result = await self._judge_report(report)
+        self._on_report(result.kind.value)
+        if result.kind is AcceptanceKind.ACCEPTED:
+            self._remember(report)
+        elif result.kind is AcceptanceKind.REFUSED:
+            self.note(report.slug, "refused", f"instance {report.instance}: {result.reason}")
+        if result.kind is not AcceptanceKind.ACCEPTED and self._observer is not None:
+            self._observer.look_again(report.slug)
+        return result
+
+    async def _judge_report(self, report: AgentReport) -> Acceptance:
+        record = self.records.get(report.slug)
+        result = self._accept(record, report)
+        if result.kind is AcceptanceKind.ACCEPTED:
+            return result
+        # Only a fresh read may refuse or bind: nobody is stopped on the word of an old cache (S8).
+        record = await self.registry.get(report.slug)
+        if record is not None:
+            self.learn([record])
+        result = self._accept(record, report)
+        if result.kind is not AcceptanceKind.BIND or record is None:
+            return result
+        (bound,) = await self.registry.commit([presence.bind(record, report.instance)])
+        if bound is None:
+            return Acceptance(AcceptanceKind.UNSURE, "another writer was faster")
+        self.learn([bound])
+        return Acceptance(AcceptanceKind.ACCEPTED)
+
+    def _accept(self, record: DeviceRecord | None, report: AgentReport) -> Acceptance:
+        live = {
+            instance
+            for placement in self.placements.get(report.slug, ())
+            if placement.epoch == report.epoch
+            for instance in placement.instances
+        }
+        return acceptance.accept(record, report.epoch, report.instance, live)
+
+    def _remember(self, report: AgentReport) -> None:
+        track = self._track(report.slug)
+        last = track.report
+        if (
+            last is not None
+            and (last.epoch, last.instance) == (report.epoch, report.instance)
+            and last.sequence - 2 <= report.sequence < last.sequence
+            and self.clock.monotonic() - last.received_at < 1.0
+        ):
+            return  # overtaken on the way; a restarted agent begins again, but not within a second
+        was_ready = report.was_ready or (last is not None and last.was_ready)
+        track.report = Report(
+            epoch=report.epoch,
+            instance=report.instance,
+            ready=report.ready,
+            state=report.state,
+            was_ready=was_ready,
+            misses=report.misses,
+            confirmed=report.confirmed,
+            reason=report.reason,
+            version=report.version,
+            address=report.listen,
+            received_at=self.clock.monotonic(),
+            sequence=report.sequence,
+            stopping=report.stopping,
+        )
+        self.refresh(report.slug)
+
+    # -- verdicts -------------------------------------------------------------------------------
+
+    def _track(self, slug: Slug) -> _Track:
+        track = self._tracks.get(slug)
+        if track is None:
+            track = self._tracks[slug] = _Track(waiting_since=self.clock.monotonic())
+        return track
+
+    def refresh(self, slug: Slug) -> Verdict:
+        """Judge one device now; a changed state is an event."""
+        record = self.records[slug]
+        track = self._track(slug)
+        now = self.clock.monotonic()
+        evidence = self._evidence(record, track)
+        judged = verdict.judge(record, evidence, self.limits, now)
+        if judged.state in _AGENT_READY:
+            track.waiting_since = now
+        if judged.state is not track.state:
+            was = track.state
+            self._by_state[judged.state] += 1
+            if was is not None:
+                self._by_state[was] -= 1
+            track.state, track.since = judged.state, now
+            if was is not None or judged.state is not VerdictState.STARTING:
+                self.note(slug, f"verdict.{judged.state.value}", judged.reason)
+        track.reason = judged.reason
+        return judged
+
+    def _evidence(self, record: DeviceRecord, track: _Track) -> verdict.Evidence:
+        found = self.placements.get(record.slug, ())
+        live = [p for p in found if p.state is not PlacementState.DEAD]
+        current = next((p for p in live if p.epoch == record.epoch), None)
+        report = track.report
+        if report is not None and (report.epoch, report.instance) != (
+            record.epoch,
+            record.instance,
+        ):
+            report = None
+        health = self.health.get(record.slug)
+        return verdict.Evidence(
+            placement=current,
+            report=report,
+            health=health if health is not None and health.epoch == record.epoch else None,
+            waiting_since=track.waiting_since,
+            leaving=bool(live),
+            obstacle=self.obstacle(record.slug),
+        )
+
+    def refresh_all(self) -> None:
+        """Judge every device: time alone changes verdicts (grace, staleness)."""
+        for slug in self.records:
+            self.refresh(slug)
+
+    def unready(self) -> int:
+        """Present devices without a ready accepted agent, as last judged. Constant time."""
+        settled = sum(self._by_state[state] for state in (*_AGENT_READY, VerdictState.DEPARTED))
+        return max(0, len(self.records) - settled)
+
+    # -- what is shown --------------------------------------------------------------------------
+
+    def view(self, slug: Slug) -> DeviceView | None:
+        """One device as it is now, or None."""
+        record = self.records.get(slug)
+        if record is None:
+            return None
+        judged = self.refresh(slug)
+        track = self._track(slug)
+        evidence = self._evidence(record, track)
+        placement = evidence.placement or next(iter(self.placements.get(slug, ())), None)
+        return DeviceView(
+            record=record,
+            verdict=judged,
+            since_s=self.clock.monotonic() - track.since,
+            placement=placement,
+            report=evidence.report,
+            health=evidence.health,
+        )
+
+    def views(self) -> Iterator[DeviceView]:
+        """Every device, tombstones included, in the order of the ids."""
+        for record in sorted(self.records.values(), key=lambda r: r.device.id):
+            view = self.view(record.slug)
+            if view is not None:
+                yield view
+
+    def counts(self) -> dict[VerdictState, int]:
+        """Devices by the state last judged."""
+        return {state: self._by_state[state] for state in VerdictState}
+
+    def status(self) -> dict[str, object]:
+        """Summary for the API, the page and the CLI."""
+        status: dict[str, object] = {
+            "ready": self.ready,
+            "reason": self.ready_reason,
+            "devices": sum(r.presence is Presence.PRESENT for r in self.records.values()),
+            "verdicts": {state.value: n for state, n in self.counts().items()},
+            "placements": sum(
+                p.state is not PlacementState.DEAD
+                for found in self.placements.values()
+                for p in found
+            ),
+            "registry_index": self.index,
+        }
+        for part in self.status_parts:
+            status.update(part())
+        return status
+
+    def explain(self, slug: Slug) -> dict[str, object]:
+        """Why the device is in its state: decisions, inputs, ids, checks and what comes next."""
+        view = self.view(slug)
+        if view is None:
+            return {}
+        record = view.record
+        track = self._track(slug)
+        beat = track.heartbeat_at
+        explained: dict[str, object] = {
+            "id": record.device.id,
+            "slug": slug,
+            "verdict": view.verdict.state.value,
+            "reason": view.verdict.reason,
+            "since_s": round(view.since_s, 1),
+            "desired": {
+                "presence": record.presence.value,
+                "class": record.device.agent_class,
+                "address": record.device.address,
+                "generation": record.generation,
+                "epoch": record.epoch,
+                "accepted_instance": record.instance,
+                "registry_index": record.index,
+            },
+            "observed": [_shown_placement(p) for p in self.placements.get(slug, ())],
+            "report": _shown_report(track.report, self.clock.monotonic()),
+            "consul": None
+            if view.health is None
+            else {
+                "status": view.health.status,
+                "epoch": view.health.epoch,
+                "node": view.health.node,
+                "output": view.health.output[:256],
+            },
+            "heartbeat_age_s": None if beat is None else round(self.clock.monotonic() - beat, 1),
+            "events": [event.shown() for event in self.history.of_device(slug)],
+        }
+        for part in self.explain_parts:
+            explained.update(part(slug))
+        return explained
+
+    def plan(self) -> dict[str, object]:
+        """What the next pass would do."""
+        return self.plan_view()
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def note(self, slug: Slug, kind: str, text: str, **data: object) -> None:
+        """Add an event about a device."""
+        record = self.records.get(slug)
+        device_id = record.device.id if record is not None else ""
+        self.history.add(
+            at=self.clock.wall(), kind=kind, device_id=device_id, slug=slug, text=text, data=data
+        )
+
+    def events(self, since: int, limit: int) -> tuple[list[Event], int]:
+        """Events after sequence number `since`, oldest first, and the number to ask with next."""
+        return self.history.after(since, limit)
+
+    async def wait_event(self, since: int, timeout_s: float) -> None:
+        """Return when an event after `since` is there, or after timeout_s."""
+        await self.history.wait(since, timeout_s)
+
+    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> None:
+        """Take a whole snapshot of the registry, unless our own writes are newer in a record."""
+        fresh = dict(records)
+        for slug, ours in self.records.items():
+            theirs = fresh.get(slug)
+            # Our own write is newer than this snapshot: keep it (S8).
+            if ours.index > index and (theirs is None or theirs.index < ours.index):
+                fresh[slug] = ours
+        changed = [r for slug, r in fresh.items() if self.records.get(slug) is not r]
+        self.learn(changed)
+        for slug in self.records.keys() - fresh.keys():
+            track = self._tracks.pop(slug, None)
+            if track is not None and track.state is not None:
+                self._by_state[track.state] -= 1
+        # An index that went backwards (a restored store) means that the store's word stands.
+        self.records = fresh
+        self.index = index
+        self._loaded = True
+
+
+_AGENT_READY: Final = frozenset(
+    {
+        VerdictState.WATCHED,
+        VerdictState.SUSPECT,
+        VerdictState.REPAIRING,
+        VerdictState.OFFLINE,
+    }
+)
+
+
+def _shown_placement(placement: Placement) -> dict[str, object]:
+    return {
+        "ref": placement.ref,
+        "epoch": placement.epoch,
+        "state": placement.state.value,
+        "node": placement.node,
+        "instances": list(placement.instances),
+        "spec_hash": placement.spec_hash,
+        "restarts": placement.restarts,
+        "reason": placement.reason,
+        "created_at": placement.created_at,
+    }
+
+
+def _shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:
+    if report is None:
+        return None
+    shown = {
+        name: getattr(report, name)
+        for name in ("epoch", "instance", "ready", "was_ready", "misses", "confirmed", "reason")
+    }
+    return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}

@@ -1,0 +1,226 @@
+"""The values that flow from the door to the scheduler. Frozen, without I/O, cheap to compare.
+
+Words are those of docs/architecture.md: a device is watched; a placement is one run of its agent as a
+scheduler sees it; the epoch goes up by one for each new placement, and the agent that carries the
+registry's epoch is the accepted one (S1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, NewType
+
+from nomad_watchdog.ids import DeviceId, Slug
+
+Monotonic = NewType("Monotonic", float)
+"""Seconds of a clock that never jumps; only differences mean something."""
+
+WallTime = NewType("WallTime", float)
+"""Seconds since 1970 UTC; may jump, so it is shown and stored but never subtracted to decide."""
+
+Epoch = NewType("Epoch", int)
+"""0 = never placed; each new placement of the device takes the next number."""
+
+NEVER: Final = Epoch(0)
+
+
+class Presence(StrEnum):
+    """What the registry asks for."""
+
+    PRESENT = "present"
+    ABSENT = "absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What somebody asks to have watched."""
+
+    id: DeviceId
+    agent_class: str
+    address: str
+    """Host name or IP address that probes go to; data, never part of a name or a command."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """The durable record of a device. Written by compare-and-set only, and only when it changes."""
+
+    slug: Slug
+    device: Device
+    presence: Presence
+    generation: int
+    """Goes up with each change of the wish (register, change, deregister)."""
+    epoch: Epoch
+    """Survives delete and re-add: an absent record is a tombstone that keeps it."""
+    instance: str
+    """The one instance accepted at this epoch; empty until its first report (S1)."""
+    changed_at: WallTime
+    """When the wish last changed."""
+    index: int = 0
+    """The store's compare-and-set token of this record; 0 = not stored yet."""
+
+
+class PlacementState(StrEnum):
+    """What a scheduler says about one run of an agent. Only DEAD means that no process can be left."""
+
+    PENDING = "pending"  # wanted, not on any node yet
+    STARTING = "starting"  # on a node, no process yet
+    RUNNING = "running"
+    RESTARTING = "restarting"  # the scheduler is handling a failure by itself
+    STOPPING = "stopping"  # told to stop, a process may be left
+    LOST = "lost"  # its node does not answer: a process may be left
+    DEAD = "dead"  # every allocation is client-terminal; it will not come back
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One run of an agent."""
+
+    slug: Slug
+    device_id: DeviceId
+    epoch: Epoch
+    agent_class: str
+    spec_hash: str
+    state: PlacementState
+    ref: str
+    """The scheduler's own handle (a job id, say); opaque outside the backend that made it."""
+    instances: tuple[str, ...] = ()
+    """Ids of the runs that may hold a process now (allocation ids, say)."""
+    node: str = ""
+    restarts: int = 0
+    reason: str = ""
+    """In words: why it is pending, restarting, lost or dead."""
+    created_at: WallTime = WallTime(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSpec:
+    """All that a scheduler needs to run the agent of one class. Equal hash = equal behaviour."""
+
+    agent_class: str
+    version: str
+    spec_hash: str
+    """Over the template, version, resources, probes and repairs of the class."""
+    template: str = ""
+    """Backend template: a built-in name or a path; empty = the backend's default."""
+    cpu_mhz: int = 50
+    memory_bytes: int = 64 * 1024 * 1024
+    kill_timeout_s: float = 10.0
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Operator's variables for the template (from config, never from a device)."""
+    agent_config: str = "{}"
+    """JSON object of the class part of the agent's configuration (probes, repairs, intervals, API
+    and Consul addresses): merged with the device's part by `wire.agent_config`. Holds no secret."""
+
+
+class ActionKind(StrEnum):
+    START = "start"
+    RETIRE = "retire"
+    REPLACE = "replace"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step for one device, and why."""
+
+    kind: ActionKind
+    slug: Slug
+    device_id: DeviceId
+    reason: str
+    epoch: Epoch
+    """START: the epoch to place. RETIRE, REPLACE: the epoch of the placement that goes."""
+    index: int = 0
+    """Of the record that the decision was made on; another index means decide again. 0 = no record."""
+    placement: Placement | None = None
+    urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What Consul says about the accepted agent of a device: evidence, never existence."""
+
+    status: str  # passing | warning | critical
+    epoch: Epoch = NEVER
+    node: str = ""
+    address: str = ""
+    output: str = ""
+
+
+class AgentState(StrEnum):
+    """What an agent says about its device."""
+
+    OK = "ok"
+    SUSPECT = "suspect"
+    REPAIRING = "repairing"
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The last accepted report of an agent."""
+
+    epoch: Epoch
+    instance: str
+    ready: bool
+    state: AgentState
+    was_ready: bool
+    """The device had answered this agent, or an earlier one of it, at least once (S6)."""
+    misses: int
+    confirmed: bool
+    """A second, independent kind of probe failed too (S6)."""
+    reason: str
+    version: str
+    address: str
+    received_at: Monotonic
+    sequence: int = 0
+    stopping: bool = False
+
+
+class VerdictState(StrEnum):
+    WATCHED = "watched"
+    STARTING = "starting"
+    UNWATCHED = "unwatched"
+    SUSPECT = "suspect"
+    REPAIRING = "repairing"
+    OFFLINE = "offline"
+    FAILING = "failing"
+    DEPARTED = "departed"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The state of a device as a person should read it."""
+
+    state: VerdictState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far and how fast the planner and the reconciler may go. Seconds are float."""
+
+    breaker_min: int = 5
+    """S7: a pass may always stop this many agents …"""
+    breaker_fraction: float = 0.10
+    """… or this share of the running ones, whichever is more."""
+    replace_at_once: int = 5
+    """Roll-out: at most this many devices may be between two versions at a time …"""
+    replace_fraction: float = 0.10
+    """… or this share of the fleet, whichever is more."""
+    kill_grace_s: float = 10.0
+    startup_grace_s: float = 60.0
+    """An agent younger than this that is not ready is starting, not unwatched."""
+    report_stale_s: float = 45.0
+    """No report for so long: the last one is no evidence any more (3 beats of 15 s)."""
+    crash_loop_restarts: int = 5
+    backoff_initial_s: float = 1.0
+    backoff_max_s: float = 300.0
+    starts_per_hour: int = 20
+    """Budget of one device (S9)."""
+    concurrency: int = 16
+    """Calls to the scheduler under way at once (Nomad allows 100 connections a client)."""
+    resync_s: float = 30.0
+    """Full snapshot at least so often; hints only shorten the wait."""

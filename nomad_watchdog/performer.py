@@ -1,0 +1,217 @@
+"""DOING: carries out actions, one device at a time, each start after its compare-and-set (S2).
+
+An action is worth nothing once the record has moved on: it is dropped, and the next pass decides
+again. A failure costs the device its own back-off and nobody else anything (S9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from nomad_watchdog.backoff import Budget
+from nomad_watchdog.core import presence
+from nomad_watchdog.errors import FencedError, TerminalError, TransientError, WatchdogError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import (
+    Action,
+    ActionKind,
+    AgentSpec,
+    DeviceRecord,
+    Epoch,
+    Monotonic,
+    PlacementState,
+)
+from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+BATCH: Final = 32
+"""Actions taken at once, so that their epochs go up in one transaction of the registry."""
+WORKERS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """A start that no snapshot has shown yet. Nothing is decided for the device until one with at
+    least this index has been taken (S8)."""
+
+    epoch: Epoch
+    index: int
+    since: Monotonic
+
+
+@dataclass(slots=True)
+class Performer:
+    """Takes actions from the queue and does them. `done` is called after each, with its outcome."""
+
+    fleet: Fleet
+    scheduler: Scheduler
+    specs: Mapping[str, AgentSpec]
+    queue: WorkQueue[Slug, Action]
+    done: Callable[[Action, str, float], None]
+    expectations: dict[Slug, Expectation] = field(default_factory=dict)
+    obstacles: dict[Slug, str] = field(default_factory=dict)
+    budgets: dict[Slug, Budget] = field(default_factory=dict)
+    _room: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._room = asyncio.Semaphore(self.fleet.limits.concurrency)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WORKERS):
+                group.create_task(self._worker())
+
+    async def _worker(self) -> None:
+        while True:
+            await self.perform([action for _, action in await self.queue.take(BATCH)])
+
+    async def perform(self, batch: Sequence[Action]) -> None:
+        """Do a batch: fence all of it in one commit, then act on each."""
+        try:
+            fenced = await self._fence(batch)
+        except WatchdogError as error:
+            for action in batch:
+                self._failed(action, error)
+                self.queue.done(action.slug)
+            return
+        async with asyncio.TaskGroup() as group:
+            for action, record in zip(batch, fenced, strict=True):
+                group.create_task(self._act(action, record))
+
+    async def _fence(self, batch: Sequence[Action]) -> list[DeviceRecord | FencedError | None]:
+        """The stored record that each action may act on; None for a stray without one.
+
+        A start or a replacement commits its epoch. A retirement, and a start that repeats an epoch,
+        read the record again: the wish may have changed since the decision (S8).
+        """
+        results: list[DeviceRecord | FencedError | None] = [None] * len(batch)
+        commits: list[tuple[int, DeviceRecord]] = []
+        for position, action in enumerate(batch):
+            known = self.fleet.records.get(action.slug)
+            if known is not None and known.index != action.index:
+                results[position] = FencedError("the record has changed since the decision")
+                continue
+            target = _epoch_after(action)
+            if known is not None and target > known.epoch:
+                commits.append((position, presence.advance(known, target)))
+            else:
+                results[position] = await self._reread(action)
+        stored = await self.fleet.registry.commit([r for _, r in commits]) if commits else ()
+        for (position, wanted), record in zip(commits, stored, strict=True):
+            if record is None:
+                results[position] = FencedError("another writer has changed the record")
+                fresh = await self.fleet.registry.get(wanted.slug)
+                self.fleet.learn([fresh] if fresh is not None else [])
+            else:
+                self.fleet.learn([record])
+                results[position] = record
+        return results
+
+    async def _reread(self, action: Action) -> DeviceRecord | FencedError | None:
+        fresh = await self.fleet.registry.get(action.slug)
+        if (fresh.index if fresh is not None else 0) != action.index:
+            self.fleet.learn([fresh] if fresh is not None else [])
+            return FencedError("the record has changed since the decision")
+        return fresh
+
+    async def _act(self, action: Action, record: DeviceRecord | FencedError | None) -> None:
+        began = self.fleet.clock.monotonic()
+        if isinstance(record, FencedError):
+            log.info("action dropped", extra={"slug": action.slug, "reason": str(record)})
+            self.queue.done(action.slug)
+            self.done(action, "fenced", 0.0)
+            return
+        try:
+            async with self._room:
+                await self._apply(action, record)
+        except WatchdogError as error:
+            self._failed(action, error)
+        except Exception as error:  # the worker's boundary: a bug costs one device, not the loop
+            log.exception("action crashed", extra={"slug": action.slug})
+            self._failed(action, TerminalError(f"internal error: {type(error).__name__}"))
+        else:
+            self.obstacles.pop(action.slug, None)
+            took_s = self.fleet.clock.monotonic() - began
+            self.fleet.note(
+                action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(action.epoch)
+            )
+            self.done(action, "ok", took_s)
+        finally:
+            self.queue.done(action.slug)
+
+    async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
+        grace_s = self.fleet.limits.kill_grace_s
+        if action.kind is ActionKind.START and record is not None:
+            await self._start(record)
+        elif action.kind is ActionKind.REPLACE and self.scheduler.capabilities.replaces_in_place:
+            assert record is not None
+            await self._start(record)
+        elif action.placement is not None:
+            await self.scheduler.retire(action.placement, grace_s)
+            self._mark_stopping(action)
+
+    async def _start(self, record: DeviceRecord) -> None:
+        now = self.fleet.clock.monotonic()
+        spec = self.specs[record.device.agent_class]
+        budget = self.budgets.setdefault(record.slug, Budget())
+        allowed = budget.may_start(self.fleet.limits, now)
+        if allowed > now:
+            self.queue.delay(record.slug, allowed)
+            raise TransientError(
+                f"started {len(budget.starts)} times within an hour; "
+                f"next try in {allowed - now:.0f} s",
+                retry_after_s=allowed - now,
+            )
+        index = await self.scheduler.ensure(record, record.epoch, spec)
+        self.queue.delay(record.slug, budget.started(self.fleet.limits, now))
+        self.expectations[record.slug] = Expectation(
+            record.epoch, index, self.fleet.clock.monotonic()
+        )
+
+    def _mark_stopping(self, action: Action) -> None:
+        # Our own write, until a snapshot says it: otherwise the next pass would stop it again.
+        gone = action.placement
+        assert gone is not None
+        self.fleet.placements[action.slug] = tuple(
+            replace(p, state=PlacementState.STOPPING)
+            if p.ref == gone.ref and p.state is not PlacementState.DEAD
+            else p
+            for p in self.fleet.placements.get(action.slug, ())
+        )
+
+    def _failed(self, action: Action, error: WatchdogError) -> None:
+        now = self.fleet.clock.monotonic()
+        budget = self.budgets.setdefault(action.slug, Budget())
+        again = budget.failed(self.fleet.limits, now)
+        if isinstance(error, TransientError) and error.retry_after_s:
+            again = Monotonic(max(again, now + error.retry_after_s))
+        self.queue.delay(action.slug, again)
+        self.obstacles[action.slug] = f"{action.kind.value} failed: {error}"
+        log.warning(
+            "action failed",
+            extra={
+                "slug": action.slug,
+                "action": action.kind.value,
+                "epoch": int(action.epoch),
+                "reason": str(error),
+                "retry_in_s": round(again - now, 3),
+            },
+        )
+        self.fleet.note(action.slug, "error", f"{action.kind.value}: {error}")
+        self.done(action, "failed", 0.0)
+
+
+def _epoch_after(action: Action) -> Epoch:
+    if action.kind is ActionKind.START:
+        return action.epoch
+    if action.kind is ActionKind.REPLACE:
+        return Epoch(action.epoch + 1)
+    return Epoch(0)

@@ -1,0 +1,490 @@
+"""The loop: observe, plan, act, say when to look again. The only one that joins both halves.
+
+Level-triggered: a hint only says that it is worth looking; what is decided is decided on a registry
+snapshot and a scheduler snapshot, both complete and at or past our own last writes (S8). Nothing per
+device costs a task, a thread or a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.core import planner
+from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
+from nomad_watchdog.errors import StaleError, TransientError, WatchdogError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import (
+    Action,
+    ActionKind,
+    AgentSpec,
+    DeviceRecord,
+    Monotonic,
+    Placement,
+    PlacementState,
+    Presence,
+)
+from nomad_watchdog.performer import Performer
+from nomad_watchdog.schedulers import Scheduler, Snapshot
+from nomad_watchdog.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+NARROW: Final = 48
+"""More devices than this to look at are cheaper in one full snapshot."""
+CONFIRM_AFTER_S: Final = 2.0
+"""S7: how long after the first read the second one is taken."""
+HOLD_RECHECK_S: Final = 5.0
+"""How soon a full backend is asked again whether it has room."""
+VERDICTS_EVERY_S: Final = 2.0
+SWEEP_EVERY_S: Final = 30.0
+QUICK: Final = 64
+"""Up to so many changed records start at once without waiting for a pass: a start needs no breaker."""
+
+
+@dataclass(slots=True)
+class _Breaker:
+    held: frozenset[Stop] = NO_STOPS
+    reason: str = ""
+    since: Monotonic = field(default=Monotonic(0.0))
+    confirmed: frozenset[Stop] = NO_STOPS
+    announced: bool = False
+
+
+class Reconciler:
+    """Keeps exactly one agent per present device, for one installation."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        specs: Mapping[str, AgentSpec],
+        metrics: Metrics,
+    ) -> None:
+        self.fleet = fleet
+        self.scheduler = scheduler
+        self.specs = specs
+        self.metrics = metrics
+        self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
+        self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
+        self.performer = Performer(fleet, scheduler, specs, self.queue, self._done)
+        self.breaker = _Breaker()
+        self.last_plan = Plan(())
+        self._dirty: set[Slug] = set()
+        self._look = asyncio.Event()
+        self._look_at_all = "start"
+        self._wake = asyncio.Event()
+        self._registry_read = False
+        self._observed = False
+        self._no_room = ""
+        self._snapshot_at = Monotonic(0.0)
+        self._snapshot_cost_s = 0.0
+        self._changed_at: dict[Slug, Monotonic] = {}
+        fleet.observe_with(self, self.metrics.report)
+        fleet.obstacle = self._obstacle
+        fleet.status_parts.append(self.status)
+        fleet.explain_parts.append(self.explain)
+        fleet.plan_view = self.plan_view
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Reconcile until cancelled."""
+        await self._patiently(lambda: self.scheduler.prepare(list(self.specs.values())), "prepare")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_registry())
+            group.create_task(self._follow_scheduler())
+            group.create_task(self._observe())
+            group.create_task(self._pass_when_woken())
+            group.create_task(self._every(VERDICTS_EVERY_S, self._judge))
+            group.create_task(self._every(SWEEP_EVERY_S, self._sweep))
+            group.create_task(self.performer.run())
+
+    async def _patiently(self, call: Callable[[], object], what: str) -> None:
+        """Repeat a call that may fail for now; a lasting refusal is raised."""
+        delay_s = 0.5
+        while True:
+            try:
+                await call()  # type: ignore[misc]  # a Callable[[], Awaitable] by its only uses
+            except TransientError as error:
+                log.warning("will try again", extra={"action": what, "reason": str(error)})
+                self.fleet.ready_reason = f"{what}: {error}"
+                await asyncio.sleep(error.retry_after_s or delay_s)
+                delay_s = min(delay_s * 2, 10.0)
+            else:
+                return
+
+    async def _every(self, period_s: float, call: Callable[[], object]) -> None:
+        while True:
+            await asyncio.sleep(period_s)
+            result = call()
+            if asyncio.iscoroutine(result):
+                await result
+
+    # -- observe --------------------------------------------------------------------------------
+
+    def records_changed(self, records: Sequence[DeviceRecord]) -> None:
+        """Records were stored or read; the few that only need a start get it at once."""
+        now = self.fleet.clock.monotonic()
+        for record in records:
+            self._changed_at.setdefault(record.slug, now)
+        if self._registry_read and self._observed and len(records) <= QUICK:
+            for record in records:
+                self._start_quickly(record)
+        self._wake.set()
+
+    def _start_quickly(self, record: DeviceRecord) -> None:
+        found = self.fleet.placements.get(record.slug, ())
+        if record.presence is not Presence.PRESENT or self._undecided(record.slug) or self._no_room:
+            return
+        for action in planner.decide(record, found, self.hashes):
+            if action.kind is ActionKind.START and not self.queue.is_active(record.slug):
+                self.queue.put(record.slug, action, urgent=True)
+
+    def look_again(self, slug: Slug) -> None:
+        """Read the placements of one device soon."""
+        self._dirty.add(slug)
+        self._look.set()
+
+    def resync(self, reason: str) -> None:
+        """Read all placements soon."""
+        self._look_at_all = self._look_at_all or reason
+        self._look.set()
+
+    async def _follow_registry(self) -> None:
+        while True:
+            try:
+                async for snapshot in self.fleet.registry.watch(0):
+                    self.fleet.reset(snapshot.records, snapshot.index)
+                    self.metrics.poisoned(len(self.fleet.registry.poisoned))
+                    self._registry_read = True
+                    self._wake.set()
+            except WatchdogError as error:
+                # The last view stands; nothing is stopped for want of a registry (L3).
+                log.warning("registry watch failed", extra={"reason": str(error)})
+                self.fleet.ready_reason = str(error)
+                await asyncio.sleep(1.0)
+
+    async def _follow_scheduler(self) -> None:
+        async for hint in self.scheduler.watch():
+            if hint.slugs is None:
+                self.metrics.resync("hint")
+                self.resync("hint")
+            else:
+                self._dirty |= hint.slugs
+                self._look.set()
+
+    async def _observe(self) -> None:
+        delay_s = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(self._until_resync_s()):
+                    await self._look.wait()
+            except TimeoutError:
+                self.metrics.resync("timer")
+                self._look_at_all = "timer"
+            try:
+                await self._look_now()
+                delay_s = 0.0
+            except WatchdogError as error:
+                kind = "stale" if isinstance(error, StaleError) else "transient"
+                self.metrics.scheduler_error(kind)
+                log.warning("snapshot failed", extra={"reason": str(error)})
+                if not self._observed:
+                    self.fleet.ready_reason = str(error)
+                delay_s = min(max(delay_s * 2, 0.25), 10.0)
+                self.resync("error")
+                await asyncio.sleep(delay_s)
+
+    def _until_resync_s(self) -> float:
+        now = self.fleet.clock.monotonic()
+        return max(0.05, self._snapshot_at + self.fleet.limits.resync_s - now)
+
+    async def _look_now(self) -> None:
+        self._look.clear()
+        if self._look_at_all or len(self._dirty) > NARROW:
+            # Hints of a storm are worth one snapshot a second, or ten times what one costs.
+            now = self.fleet.clock.monotonic()
+            pause_s = self._snapshot_at + max(0.2, min(10 * self._snapshot_cost_s, 5.0)) - now
+            if self._observed and pause_s > 0:
+                await asyncio.sleep(pause_s)
+            self._look_at_all = ""
+            self._dirty.clear()
+            began = self.fleet.clock.monotonic()
+            self._take(await self.scheduler.snapshot())
+            self._snapshot_at = self.fleet.clock.monotonic()
+            self._snapshot_cost_s = self._snapshot_at - began
+        elif self._dirty:
+            only, self._dirty = self._dirty, set()
+            try:
+                self._take(await self.scheduler.snapshot(only))
+            except WatchdogError:
+                self._dirty |= only
+                raise
+
+    def _take(self, snapshot: Snapshot) -> None:
+        fleet = self.fleet
+        if snapshot.only is None:
+            fleet.placements = dict(snapshot.placements)
+            self._observed = True
+        else:
+            for slug in snapshot.only:
+                found = snapshot.placements.get(slug)
+                if found:
+                    fleet.placements[slug] = found
+                else:
+                    fleet.placements.pop(slug, None)
+        seen = snapshot.only if snapshot.only is not None else list(self.performer.expectations)
+        for slug in seen:
+            expected = self.performer.expectations.get(slug)
+            if expected is not None and snapshot.index >= expected.index:
+                # Shown, or a phantom: either way the planner may decide again.
+                del self.performer.expectations[slug]
+        for slug in snapshot.only or ():
+            if slug in fleet.records:
+                fleet.refresh(slug)
+        fleet.ready = self._registry_read
+        if fleet.ready:
+            fleet.ready_reason = ""
+        self._wake.set()
+
+    # -- plan -----------------------------------------------------------------------------------
+
+    def _undecided(self, slug: Slug) -> bool:
+        return slug in self.performer.expectations or self.queue.is_active(slug)
+
+    async def _pass_when_woken(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not (self._registry_read and self._observed):
+                continue
+            began = self.fleet.clock.monotonic()
+            self.reconcile()
+            took_s = self.fleet.clock.monotonic() - began
+            self.metrics.passed("ok" if not self.breaker.held else "held", took_s)
+            if self.breaker.held and not self.breaker.confirmed:
+                await self._read_again()
+            if any(a.kind is ActionKind.START for a in self.last_plan.actions):
+                await self._ask_for_room()
+            # A pass may cost at most about a sixth of the time.
+            await asyncio.sleep(min(5 * took_s, 2.0))
+
+    def reconcile(self) -> Plan:
+        """One pass: decide for every device and hand the actions to the queue. No I/O."""
+        fleet = self.fleet
+        plan = planner.plan(
+            fleet.records,
+            fleet.placements,
+            self.hashes,
+            fleet.limits,
+            unready=fleet.unready(),
+            confirmed=self.breaker.confirmed,
+        )
+        actions = [a for a in plan.actions if not self._undecided(a.slug)]
+        urgent = len(actions) <= QUICK // 2
+        wanted: set[Slug] = set()
+        for action in actions:
+            if action.kind is ActionKind.START and self._no_room:
+                continue
+            wanted.add(action.slug)
+            self.queue.put(action.slug, action, urgent=urgent)
+        self.queue.retain(wanted)
+        self._hold(plan)
+        self.last_plan = plan
+        self.metrics.queue(len(self.queue), self.queue.oldest_s())
+        return plan
+
+    def _hold(self, plan: Plan) -> None:
+        breaker = self.breaker
+        if plan.held:
+            if not breaker.held:
+                breaker.since = self.fleet.clock.monotonic()
+                self.metrics.breaker_held(held=True)
+                log.error("stops held", extra={"reason": plan.hold_reason})
+                self.fleet.history.add(
+                    at=self.fleet.clock.wall(),
+                    kind="breaker.held",
+                    device_id="",
+                    slug=Slug(""),
+                    text=plan.hold_reason,
+                    data={},
+                )
+        elif breaker.held:
+            self.metrics.breaker_held(held=False)
+            breaker.confirmed = NO_STOPS
+        breaker.held, breaker.reason = plan.held, plan.hold_reason
+
+    async def _read_again(self) -> None:
+        """The second read of S7: both stores again, in full, a while after the first."""
+        await asyncio.sleep(CONFIRM_AFTER_S)
+        held = self.breaker.held
+        try:
+            records = await self.fleet.registry.read()
+            snapshot = await self.scheduler.snapshot()
+        except WatchdogError as error:
+            log.warning("second read failed", extra={"reason": str(error)})
+            self._wake.set()
+            return
+        self.fleet.reset(records.records, records.index)
+        self._take(snapshot)
+        # Devices that nobody has registered are not confirmed by reading twice that they are not
+        # there: a store that lost its keys says so every time. That takes an operator.
+        self.breaker.confirmed = frozenset(s for s in held if s[0] in self.fleet.records)
+        self._wake.set()
+
+    def confirm_stops(self) -> int:
+        """An operator's word that all held stops are meant. Returns how many."""
+        self.breaker.confirmed = self.breaker.held
+        self._wake.set()
+        return len(self.breaker.held)
+
+    async def _ask_for_room(self) -> None:
+        try:
+            capacity = await self.scheduler.capacity()
+        except WatchdogError as error:
+            log.warning("capacity unknown", extra={"reason": str(error)})
+            return
+        was, self._no_room = self._no_room, "" if capacity.room else capacity.reason
+        if self._no_room:
+            if not was:
+                log.warning("starts held back", extra={"reason": capacity.reason})
+            asyncio.get_running_loop().call_later(HOLD_RECHECK_S, self._wake.set)
+        elif was:
+            self._wake.set()
+
+    def _done(self, action: Action, outcome: str, took_s: float) -> None:
+        self.metrics.action(action.kind.value, outcome)
+        began = self._changed_at.pop(action.slug, None)
+        if outcome == "ok" and action.kind is ActionKind.START and began is not None:
+            self.metrics.event_to_dispatch(self.fleet.clock.monotonic() - began)
+        if outcome == "ok":
+            self.look_again(action.slug)
+        else:
+            self._wake.set()
+        log.debug(
+            "action done",
+            extra={
+                "slug": action.slug,
+                "action": action.kind.value,
+                "outcome": outcome,
+                "took_s": round(took_s, 4),
+            },
+        )
+
+    # -- upkeep ---------------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        self.fleet.refresh_all()
+        self.metrics.devices({s.value: n for s, n in self.fleet.counts().items()})
+        states: dict[str, int] = dict.fromkeys(PlacementState, 0)
+        for found in self.fleet.placements.values():
+            for placement in found:
+                states[placement.state] += 1
+        self.metrics.placements(states)
+        self.metrics.snapshot_age(self.fleet.clock.monotonic() - self._snapshot_at)
+        if self._no_room:
+            self._wake.set()
+
+    async def _sweep(self) -> None:
+        dead: list[Placement] = []
+        for slug, found in self.fleet.placements.items():
+            record = self.fleet.records.get(slug)
+            for placement in found:
+                over = record is None or record.presence is Presence.ABSENT
+                if placement.state is PlacementState.DEAD and (
+                    over or (record is not None and placement.epoch < record.epoch)
+                ):
+                    dead.append(placement)
+        if dead:
+            try:
+                await self.scheduler.sweep(dead[:50])
+            except WatchdogError as error:
+                log.warning("sweep failed", extra={"reason": str(error)})
+        now = self.fleet.clock.monotonic()
+        for slug, budget in list(self.performer.budgets.items()):
+            if not budget.starts or now - budget.starts[-1] > 3600.0:
+                del self.performer.budgets[slug]
+
+    # -- what is shown --------------------------------------------------------------------------
+
+    def _obstacle(self, slug: Slug) -> str:
+        record = self.fleet.records.get(slug)
+        if record is not None and record.device.agent_class not in self.hashes:
+            known = ", ".join(sorted(self.hashes))
+            return f"agent class {record.device.agent_class!r} is not configured; known: {known}"
+        return self.performer.obstacles.get(slug, "") or self._no_room
+
+    def status(self) -> dict[str, object]:
+        """Our part of the status."""
+        return {
+            "backend": self.scheduler.name,
+            "queue": len(self.queue),
+            "in_work": self.queue.in_work,
+            "breaker": {"held": len(self.breaker.held), "reason": self.breaker.reason},
+            "waiting_rollout": self.last_plan.waiting_rollout,
+            "starts_held": self._no_room,
+        }
+
+    def explain(self, slug: Slug) -> dict[str, object]:
+        """What comes next for one device, and when."""
+        record = self.fleet.records.get(slug)
+        found = self.fleet.placements.get(slug, ())
+        steps = list(planner.decide(record, found, self.hashes)) if record is not None else []
+        expected = self.performer.expectations.get(slug)
+        if expected is not None:
+            after = f"waiting for a snapshot that shows epoch {expected.epoch}"
+        elif self.queue.is_active(slug):
+            after = "an action is under way"
+        elif steps:
+            after = "; ".join(f"{step.kind.value}: {step.reason}" for step in steps)
+        else:
+            after = "nothing to do"
+        wait_s = self.queue.wait_s(slug)
+        held = any(stop[0] == slug for stop in self.breaker.held)
+        return {
+            "next": f"held: {self.breaker.reason}" if held else after,
+            "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
+            "next_resync_in_s": round(self._until_resync_s(), 1),
+        }
+
+    def plan_view(self) -> dict[str, object]:
+        """What the next pass would do, for the API and the CLI."""
+        fleet = self.fleet
+        plan = planner.plan(
+            fleet.records, fleet.placements, self.hashes, fleet.limits, unready=fleet.unready()
+        )
+        return shown_plan(plan, fleet.index)
+
+
+def shown_plan(plan: Plan, registry_index: int) -> dict[str, object]:
+    """A plan as JSON: the actions, a summary line, and the index that it was made at."""
+    counts = {kind: sum(a.kind is kind for a in plan.actions) for kind in ActionKind}
+    summary = (
+        f"{counts[ActionKind.START]} to start, {counts[ActionKind.REPLACE]} to replace, "
+        f"{counts[ActionKind.RETIRE]} to retire"
+    )
+    if plan.held:
+        summary += f"; {len(plan.held)} stops held"
+    return {
+        "actions": [
+            {
+                "kind": a.kind.value,
+                "device": a.device_id,
+                "slug": a.slug,
+                "reason": a.reason,
+                "epoch": int(a.epoch),
+                "placement": a.placement.ref if a.placement is not None else None,
+            }
+            for a in plan.actions
+        ],
+        "summary": summary,
+        "held": {"count": len(plan.held), "reason": plan.hold_reason},
+        "waiting_rollout": plan.waiting_rollout,
+        "registry_index": registry_index,
+    }

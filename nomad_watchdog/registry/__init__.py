@@ -1,0 +1,70 @@
+"""The durable record of devices: one interface, a store behind it.
+
+Every write is a compare-and-set of whole records, decided by pure functions (`core.presence`); the
+store knows nothing of their meaning. Nothing that beats is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import DeviceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySnapshot:
+    """All records, absent ones (tombstones) included, as of one index of the store."""
+
+    records: Mapping[Slug, DeviceRecord]
+    index: int
+
+
+class Registry(Protocol):
+    """A store of device records.
+
+    Every method raises TransientError when the store can't be reached in time, TerminalError or
+    DeniedError when it refuses for good, and UserError when the store was never initialised: the
+    sentinel is missing, so this is the wrong store or a wiped one, and nothing may be decided on it.
+    """
+
+    async def initialise(self) -> str:
+        """Write the sentinel unless it is there; return the installation's id (a random UUID)."""
+        ...
+
+    async def installation(self) -> str:
+        """The installation's id from the sentinel; UserError when there is none."""
+        ...
+
+    async def read(self) -> RegistrySnapshot:
+        """Everything, read consistently. A record that can't be decoded is left out, counted in
+        `poisoned` and logged; it never hides the others (S9)."""
+        ...
+
+    async def get(self, slug: Slug) -> DeviceRecord | None:
+        """One record as the store has it now, or None."""
+        ...
+
+    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+        """Store each record if the stored index is still `record.index` (0 = it must not exist).
+
+        Returns, in order, the record with its new index, or None where the compare-and-set lost.
+        Durable when it returns (S4). Items are independent: one conflict does not undo the others.
+        A TransientError means that any part may or may not have been written: read again.
+        """
+        ...
+
+    def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
+        """A snapshot each time that something changed past `index`, coalesced; unchanged records are
+        the same objects from one snapshot to the next. An index that went backwards gives a full
+        snapshot (start over). Never ends; raises as the other methods."""
+        ...
+
+    async def close(self) -> None: ...
+
+    @property
+    def poisoned(self) -> Mapping[str, str]:
+        """Store key → what is wrong, for records left out of the last snapshot."""
+        ...

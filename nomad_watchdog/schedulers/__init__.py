@@ -1,0 +1,124 @@
+"""The scheduler interface: small, level-triggered, the same for every backend.
+
+A backend is found by its name in the entry-point group ``nomad_watchdog.schedulers``; the built-in
+ones come through the same door as strangers'. `nomad_watchdog.testing.conformance` is the contract
+as a suite; a third party runs it unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Final, Protocol
+
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
+
+GROUP: Final = "nomad_watchdog.schedulers"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What differs between backends, so that callers ask instead of checking a type."""
+
+    replaces_in_place: bool = False
+    """`ensure` with a higher epoch replaces the running placement by itself, never two at once."""
+    restarts: bool = True
+    """The backend restarts a crashed agent by itself, also while we are away."""
+    reschedules: bool = True
+    """The backend moves an agent to another node when a node dies or is drained."""
+    drains: bool = False
+    logs: bool = False
+    exec: bool = False
+    outlives_us: bool = True
+    """Placements go on when our process dies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Placements of this installation as of one index; dead ones that the backend still lists too.
+
+    `only`: the slugs that were asked for, None = all. A snapshot is complete for what was asked:
+    a slug without an entry has no placement.
+    """
+
+    placements: Mapping[Slug, tuple[Placement, ...]]
+    index: int
+    only: frozenset[Slug] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Something may have changed: look again. `slugs` None = resync: events were or may have been
+    missed (a gap, a silence, a restart, a new connection), so everything must be looked at."""
+
+    slugs: frozenset[Slug] | None
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Whether more placements make sense now (back-pressure)."""
+
+    room: bool
+    reason: str = ""
+
+
+class Scheduler(Protocol):
+    """Runs agents. Every method raises TransientError (try again), TerminalError/DeniedError (refused
+    for good) or UserError (the template or a setting is wrong); never anything of the client library.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    async def prepare(self, specs: Collection[AgentSpec]) -> None:
+        """Make ready to place these specs (register parent jobs, check templates). Idempotent; the
+        last call's specs are those that exist. Raises UserError for a template that won't do."""
+        ...
+
+    async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
+        """Make the placement (record.slug, epoch) exist. Idempotent: twice, or raced from two
+        processes, still ends with one. Returns an index: a `snapshot` with at least that index shows
+        the placement. If it does not (a phantom answer), call ensure again with the same epoch."""
+        ...
+
+    async def retire(self, placement: Placement, grace_s: float) -> None:
+        """Graceful stop (SIGTERM, SIGKILL after about grace_s), then gone. Idempotent; something gone
+        already is success. Returns when the stop is accepted; a snapshot tells when it is DEAD."""
+        ...
+
+    async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
+        """All placements of this installation, or those of the given slugs (cheap for a few); an
+        error rather than a silent partial."""
+        ...
+
+    def watch(self) -> AsyncIterator[Hint]:
+        """Hints until the iterator is closed; the first one is a resync. Never raises for a lost
+        connection: it reconnects with jittered back-off and says resync."""
+        ...
+
+    async def capacity(self) -> Capacity:
+        """Whether the backend can place more now (blocked evaluations, say)."""
+        ...
+
+    async def sweep(self, dead: Collection[Placement]) -> int:
+        """Forget some dead placements (purge), slowly; never one with a process left. Returns how many."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections. Running agents are left alone."""
+        ...
+
+
+def load(name: str) -> Any:
+    """The class registered under name in the entry-point group; it is called with keyword settings.
+
+    Raises UserError naming those that are installed.
+    """
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in found:
+        raise UserError(f"no scheduler backend {name!r}; installed are: {', '.join(sorted(found))}")
+    return found[name].load()

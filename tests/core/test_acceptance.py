@@ -1,0 +1,57 @@
+"""S1: at most one (device, epoch, instance) is accepted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nomad_watchdog.core import presence
+from nomad_watchdog.core.acceptance import AcceptanceKind, accept
+from nomad_watchdog.model import Epoch
+from tests.core.world import record
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["report", "advance", "leave", "return"]),
+        st.integers(1, 5),
+        st.sampled_from(["i1", "i2", "i3"]),
+        st.frozensets(st.sampled_from(["i1", "i2", "i3"])),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(steps)
+def test_s1_one_accepted_instance_at_a_time(history: list) -> None:
+    """Through any history, a report is accepted only at the registry's epoch from the bound
+    instance; a bound instance is only given up when the scheduler no longer lists it."""
+    rec = record("a", epoch=1)
+    for kind, epoch, instance, live in history:
+        if kind == "advance":
+            rec = presence.advance(rec, Epoch(rec.epoch + 1))
+        elif kind in ("leave", "return"):
+            present = type(rec.presence)("present" if kind == "return" else "absent")
+            rec = replace(rec, presence=present)
+        else:
+            answer = accept(rec, Epoch(epoch), instance, live)
+            if answer.kind is AcceptanceKind.ACCEPTED:
+                assert (epoch, instance) == (rec.epoch, rec.instance)
+            if answer.kind is AcceptanceKind.BIND:
+                assert epoch == rec.epoch
+                assert not rec.instance or (rec.instance not in live and instance in live)
+                rec = presence.bind(rec, instance)
+            if epoch < rec.epoch or rec.presence.value == "absent":
+                assert answer.kind is AcceptanceKind.REFUSED
+
+
+def test_a_newer_epoch_is_not_refused_by_an_old_view() -> None:
+    """We may be behind: an agent with a newer epoch is told to ask again, never to stop."""
+    assert accept(record("a", epoch=1), Epoch(2), "i", ()).kind is AcceptanceKind.UNSURE
+
+
+def test_an_unregistered_device_has_no_agent() -> None:
+    """A report for a device that nobody registered is refused."""
+    assert accept(None, Epoch(1), "i", ()).kind is AcceptanceKind.REFUSED

@@ -1,0 +1,80 @@
+"""What a change of wish does to a record: S5, and epochs that survive delete and re-add."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nomad_watchdog.core import presence
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import DeviceId, is_slug, parse_device_id, shard_of, slug_of
+from nomad_watchdog.model import Device, Epoch, Presence, WallTime
+from tests.core.world import record
+
+NOW = WallTime(1.0)
+
+
+def test_s5_registering_twice_changes_once() -> None:
+    """The same wish a second time gives nothing to write."""
+    wish = Device(DeviceId("a"), "default", "127.0.0.1")
+    first = presence.register(None, wish, NOW)
+
+    assert first is not None
+    assert presence.register(first, wish, NOW) is None
+
+
+def test_s5_deregistering_twice_changes_once() -> None:
+    """A tombstone stays as it is."""
+    gone = presence.deregister(record("a", epoch=3), NOW)
+
+    assert gone is not None
+    assert presence.deregister(gone, NOW) is None
+
+
+def test_an_epoch_survives_delete_and_re_add() -> None:
+    """A device that comes back keeps its epoch and gets a new generation."""
+    rec = record("a", epoch=3)
+    gone = presence.deregister(rec, NOW)
+    assert gone is not None
+    back = presence.register(gone, rec.device, NOW)
+
+    assert back is not None
+    assert (back.epoch, back.generation, back.presence) == (3, 3, Presence.PRESENT)
+
+
+@given(st.integers(0, 10), st.integers(0, 10))
+def test_s1_an_epoch_only_goes_up(old: int, new: int) -> None:
+    """advance refuses every epoch that is not higher, and forgets the accepted instance."""
+    rec = record("a", epoch=old, instance="i")
+    if new <= old:
+        with pytest.raises(ValueError, match="must go up"):
+            presence.advance(rec, Epoch(new))
+    else:
+        assert presence.advance(rec, Epoch(new)).instance == ""
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(max_size=140))
+def test_s11_an_id_is_refused_or_becomes_a_safe_name(text: str) -> None:
+    """Every accepted id gives a slug of [a-z0-9-], at most 53 characters, the same each time."""
+    try:
+        device_id = parse_device_id(text)
+    except UserError as error:
+        assert str(error).isprintable()
+        return
+    slug = slug_of(device_id)
+
+    assert is_slug(slug)
+    assert len(slug) <= 53
+    assert slug == slug_of(device_id)
+    assert 0 <= shard_of(slug, 7) < 7
+
+
+@given(st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=20))
+def test_s11_different_ids_have_different_slugs_and_none_is_a_prefix(texts: set[str]) -> None:
+    """Case twins, prefix twins and look-alikes get names that do not collide or nest."""
+    slugs = sorted(slug_of(DeviceId(text)) for text in texts)
+
+    assert len(set(slugs)) == len(texts)
+    assert not any(b.startswith(a) for a, b in zip(slugs, slugs[1:], strict=False))
