@@ -1,0 +1,67 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up what they need.
+BACKEND ?= nomad
+DEVICES ?= 20
+OUTPUT  ?= table
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+
+.PHONY: help demo test test-fast test-servers lint bench servers clean
+
+help:
+	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
+	@echo "make test         lint, then the whole suite (fast tests first)"
+	@echo "make test-fast    the tests that need no server"
+	@echo "make lint         format, lint, strict types, layers"
+	@echo "make bench        every benchmark, as a table and JSON"
+	@echo "make servers      find or build the pinned Nomad and Consul"
+
+# uv installs in a tenth of pip's time; where it can't be had, pip does.
+define install
+	@echo "setting up: $(1) (about 10 s, up to a minute with pip)" >&2
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || true
+	@$(BIN)/uv pip install -q --python $(BIN)/python -e "$(2)" 2>/dev/null \
+		|| $(BIN)/python -m pip install -q --disable-pip-version-check -e "$(2)"
+endef
+
+$(BIN)/python:
+	@echo "setting up: virtual environment (about 5 s)" >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(call install,packages,.)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(call install,packages for development,.[dev])
+	@touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run
+ifneq ($(BACKEND),local)
+	@$(BIN)/python -m nomad_watchdog.dev.binaries nomad consul
+endif
+	@$(BIN)/nomad-watchdog --backend $(BACKEND) demo --devices $(DEVICES) -o $(OUTPUT)
+
+servers: $(VENV)/.run
+	@$(BIN)/python -m nomad_watchdog.dev.binaries nomad consul
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/interrogate -q --config pyproject.toml tests
+
+test-fast: $(VENV)/.dev
+	$(BIN)/pytest tests/core tests/api tests/cli tests/agent -m "not servers"
+
+test: lint servers
+	$(BIN)/pytest tests/core tests/api tests/cli tests/agent -m "not servers"
+	$(BIN)/pytest tests --ignore=tests/core -m "servers or not long"
+
+bench: $(VENV)/.dev servers
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) dist

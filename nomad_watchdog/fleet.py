@@ -6,6 +6,7 @@ registry first and are acknowledged only when they are durable (S4).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ class Fleet:
         self.index = 0
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
         self.health: Mapping[Slug, Health] = {}
-        self.ready = False
+        self.ready_event = asyncio.Event()
         self.ready_reason = "the registry and the scheduler have not been read yet"
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""
         self.status_parts: list[Callable[[], dict[str, object]]] = []
@@ -133,6 +134,11 @@ class Fleet:
         """Tell `observer` of what comes in; `on_report` counts acceptance outcomes."""
         self._observer = observer
         self._on_report = on_report
+
+    @property
+    def ready(self) -> bool:
+        """Both sides have been read: what is shown and decided stands on something."""
+        return self.ready_event.is_set()
 
     # -- the durable way in ---------------------------------------------------------------------
 

@@ -148,7 +148,8 @@ class Performer:
             self.queue.done(action.slug)
 
     async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
-        grace_s = self.fleet.limits.kill_grace_s
+        spec = self.specs.get(action.placement.agent_class) if action.placement else None
+        grace_s = spec.kill_timeout_s if spec is not None else self.fleet.limits.kill_grace_s
         if action.kind is ActionKind.START and record is not None:
             await self._start(record)
         elif action.kind is ActionKind.REPLACE and self.scheduler.capabilities.replaces_in_place:

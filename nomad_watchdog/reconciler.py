@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
-from nomad_watchdog.errors import StaleError, TransientError, WatchdogError
+from nomad_watchdog.errors import ConflictError, StaleError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
@@ -29,7 +30,7 @@ from nomad_watchdog.model import (
     PlacementState,
     Presence,
 )
-from nomad_watchdog.performer import Performer
+from nomad_watchdog.performer import BATCH, Performer
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 from nomad_watchdog.workqueue import WorkQueue
 
@@ -39,8 +40,6 @@ NARROW: Final = 48
 """More devices than this to look at are cheaper in one full snapshot."""
 CONFIRM_AFTER_S: Final = 2.0
 """S7: how long after the first read the second one is taken."""
-HOLD_RECHECK_S: Final = 5.0
-"""How soon a full backend is asked again whether it has room."""
 VERDICTS_EVERY_S: Final = 2.0
 SWEEP_EVERY_S: Final = 30.0
 QUICK: Final = 64
@@ -248,8 +247,8 @@ class Reconciler:
         for slug in snapshot.only or ():
             if slug in fleet.records:
                 fleet.refresh(slug)
-        fleet.ready = self._registry_read
-        if fleet.ready:
+        if self._registry_read and self._observed:
+            fleet.ready_event.set()
             fleet.ready_reason = ""
         self._wake.set()
 
@@ -277,15 +276,7 @@ class Reconciler:
 
     def reconcile(self) -> Plan:
         """One pass: decide for every device and hand the actions to the queue. No I/O."""
-        fleet = self.fleet
-        plan = planner.plan(
-            fleet.records,
-            fleet.placements,
-            self.hashes,
-            fleet.limits,
-            unready=fleet.unready(),
-            confirmed=self.breaker.confirmed,
-        )
+        plan = self._make_plan(self.breaker.confirmed)
         actions = [a for a in plan.actions if not self._undecided(a.slug)]
         urgent = len(actions) <= QUICK // 2
         wanted: set[Slug] = set()
@@ -354,7 +345,6 @@ class Reconciler:
         if self._no_room:
             if not was:
                 log.warning("starts held back", extra={"reason": capacity.reason})
-            asyncio.get_running_loop().call_later(HOLD_RECHECK_S, self._wake.set)
         elif was:
             self._wake.set()
 
@@ -375,6 +365,46 @@ class Reconciler:
                 "outcome": outcome,
                 "took_s": round(took_s, 4),
             },
+        )
+
+    async def look_once(self) -> None:
+        """Read the registry and the scheduler once, in full."""
+        records = await self.fleet.registry.read()
+        self.fleet.reset(records.records, records.index)
+        self._registry_read = True
+        self._take(await self.scheduler.snapshot())
+        self.fleet.refresh_all()
+
+    async def apply_once(
+        self, registry_index: int | None, *, allow_stops: bool
+    ) -> dict[str, object]:
+        """Carry out one plan, after `look_once`. `allow_stops`: an operator means the held ones too.
+
+        Raises ConflictError when the registry is no longer at registry_index.
+        """
+        if registry_index is not None and registry_index != self.fleet.index:
+            raise ConflictError(
+                f"the registry has moved from {registry_index} to {self.fleet.index} since the plan "
+                "was made; make a new plan"
+            )
+        plan = self._make_plan(NO_STOPS)
+        if allow_stops and plan.held:
+            plan = self._make_plan(plan.held)
+        outcomes: Counter[str] = Counter()
+        self.performer.done = lambda _action, outcome, _took_s: outcomes.update([outcome])
+        for first in range(0, len(plan.actions), BATCH):
+            await self.performer.perform(plan.actions[first : first + BATCH])
+        return {**shown_plan(plan, self.fleet.index), "outcomes": dict(outcomes)}
+
+    def _make_plan(self, confirmed: frozenset[Stop]) -> Plan:
+        fleet = self.fleet
+        return planner.plan(
+            fleet.records,
+            fleet.placements,
+            self.hashes,
+            fleet.limits,
+            unready=fleet.unready(),
+            confirmed=confirmed,
         )
 
     # -- upkeep ---------------------------------------------------------------------------------
@@ -455,11 +485,7 @@ class Reconciler:
 
     def plan_view(self) -> dict[str, object]:
         """What the next pass would do, for the API and the CLI."""
-        fleet = self.fleet
-        plan = planner.plan(
-            fleet.records, fleet.placements, self.hashes, fleet.limits, unready=fleet.unready()
-        )
-        return shown_plan(plan, fleet.index)
+        return shown_plan(self._make_plan(NO_STOPS), self.fleet.index)
 
 
 def shown_plan(plan: Plan, registry_index: int) -> dict[str, object]:

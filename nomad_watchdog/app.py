@@ -1,0 +1,165 @@
+"""Composition root: from settings to a running control plane, and down again in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from nomad_watchdog import artifact, notify
+from nomad_watchdog.api import make_app
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config import Settings
+from nomad_watchdog.discovery import ConsulHealth
+from nomad_watchdog.errors import UserError, WatchdogError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.registry import Registry
+from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.wiring import api_token, consul_client, open_registry, open_scheduler
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_S: Final = 5.0
+"""Open requests get so long to end after a signal."""
+
+
+async def initialise(settings: Settings) -> str:
+    """Write the registry's sentinel unless it is there; the installation's id."""
+    async with open_registry(settings) as registry:
+        return await registry.initialise()
+
+
+async def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; the exit code: 0 after a signal."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_registry(settings) as registry:
+        installation = await _installation(settings, registry)
+        async with open_scheduler(settings, installation) as scheduler:
+            metrics = Metrics()
+            fleet = Fleet(registry, settings.limits(), SystemClock())
+            reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics)
+            await _run(settings, fleet, reconciler, metrics, stop)
+    return 0
+
+
+async def _installation(settings: Settings, registry: Registry) -> str:
+    # The embedded default needs no ceremony: a new file on this machine is a new installation. A
+    # shared store is initialised by hand once, so that a wiped one is never mistaken for a new one.
+    if settings.registry_kind == "sqlite":
+        return await registry.initialise()
+    return await registry.installation()
+
+
+async def _run(
+    settings: Settings,
+    fleet: Fleet,
+    reconciler: Reconciler,
+    metrics: Metrics,
+    stop: asyncio.Event,
+) -> None:
+    pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
+    pyz.parent.mkdir(parents=True, exist_ok=True)
+    artifact.build_agent(pyz)
+    app = make_app(
+        fleet,
+        metrics=metrics,
+        artifact=pyz,
+        max_body_bytes=settings.api.max_body,
+        token=api_token(settings),
+    )
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    host, _, port = settings.api.listen.rpartition(":")
+    try:
+        await web.TCPSite(runner, host, int(port)).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    log.info("serving", extra={"listen": f"{host}:{port}", "backend": settings.backend})
+    try:
+        await _reconcile_until(stop, settings, fleet, reconciler, metrics)
+    finally:
+        notify.stopping()
+        await runner.cleanup()
+        log.info("stopped")
+
+
+async def _reconcile_until(
+    stop: asyncio.Event,
+    settings: Settings,
+    fleet: Fleet,
+    reconciler: Reconciler,
+    metrics: Metrics,
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(reconciler.run()),
+            group.create_task(_say_ready(fleet)),
+        ]
+        if settings.agent_consul:
+            tasks.append(group.create_task(_follow_health(settings, fleet, metrics)))
+        await stop.wait()
+        for task in tasks:
+            task.cancel()
+
+
+async def _say_ready(fleet: Fleet) -> None:
+    await fleet.ready_event.wait()
+    log.info("ready", extra={"devices": len(fleet.records)})
+    notify.ready()
+    while True:
+        await asyncio.sleep(notify.watchdog_interval_s() or 60.0)
+        notify.watchdog()
+
+
+async def _follow_health(settings: Settings, fleet: Fleet, metrics: Metrics) -> None:
+    """One shared watch on Consul. Evidence only: its absence starts and stops nothing."""
+    client = consul_client(settings)
+    health = ConsulHealth(client, settings.consul.service)
+    try:
+        while True:
+            with suppress(WatchdogError):
+                async for view in health.watch():
+                    fleet.health = view
+                    metrics.consul_view_age(health.age_s)
+            await asyncio.sleep(1.0)
+    finally:
+        await client.close()
+
+
+async def plan_once(settings: Settings) -> dict[str, Any]:
+    """Read both sides once and say what would be done; nothing is changed."""
+    async with open_registry(settings) as registry:
+        installation = await registry.installation()
+        async with open_scheduler(settings, installation) as scheduler:
+            reconciler = await _look_once(settings, registry, scheduler)
+            return dict(reconciler.plan_view())
+
+
+async def apply_once(
+    settings: Settings, *, registry_index: int | None = None, allow_stops: bool = False
+) -> dict[str, Any]:
+    """Make a plan and carry it out. Refuses when the registry is no longer at `registry_index`."""
+    async with open_registry(settings) as registry:
+        installation = await registry.installation()
+        async with open_scheduler(settings, installation) as scheduler:
+            await scheduler.prepare(list(settings.specs().values()))
+            reconciler = await _look_once(settings, registry, scheduler)
+            return await reconciler.apply_once(registry_index, allow_stops=allow_stops)
+
+
+async def _look_once(settings: Settings, registry: Registry, scheduler: Scheduler) -> Reconciler:
+    fleet = Fleet(registry, settings.limits(), SystemClock())
+    reconciler = Reconciler(fleet, scheduler, settings.specs(), Metrics())
+    await reconciler.look_once()
+    return reconciler

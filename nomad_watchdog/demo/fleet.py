@@ -1,0 +1,66 @@
+"""A simulated fleet: real TCP and HTTP endpoints on addresses of 127.0.0.0/8, one for each device."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Final
+
+ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
+
+
+@dataclass(slots=True)
+class SimulatedDevice:
+    """One device: it answers HTTP on its own loopback address while it is on."""
+
+    name: str
+    address: str
+    port: int
+    _server: asyncio.Server | None = field(default=None)
+
+    async def power_on(self) -> None:
+        """Begin to answer. Linux needs no set-up for any address of 127.0.0.0/8."""
+        if self._server is None:
+            self._server = await asyncio.start_server(self._answer, self.address, self.port)
+
+    async def power_off(self) -> None:
+        """Stop answering without a word: connections are refused."""
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(5.0):
+                await reader.read(4096)
+                writer.write(ANSWER)
+                await writer.drain()
+        except (TimeoutError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+class SimulatedFleet:
+    """Devices by name."""
+
+    def __init__(self, *, network: int = 1, port: int = 18080) -> None:
+        self.network = network
+        self.port = port
+        self.devices: dict[str, SimulatedDevice] = {}
+        self._next = 1
+
+    async def add(self, name: str) -> SimulatedDevice:
+        """A new device, switched on."""
+        number, self._next = self._next, self._next + 1
+        address = f"127.{self.network}.{number // 250}.{number % 250 + 1}"
+        device = SimulatedDevice(name, address, self.port)
+        await device.power_on()
+        self.devices[name] = device
+        return device
+
+    async def close(self) -> None:
+        """Switch everything off."""
+        for device in self.devices.values():
+            await device.power_off()

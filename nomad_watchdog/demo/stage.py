@@ -1,0 +1,269 @@
+"""What the demo stands on: servers for the backend, a config file, and `nomad-watchdog run` beside us."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import aiohttp
+
+from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.errors import TransientError
+
+CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
+
+CONFIG: Final = """\
+backend  = "{backend}"
+data_dir = "{root}/data"
+resync   = "5s"
+
+api {{
+  listen = "127.0.0.1:{api_port}"
+}}
+
+{backend_blocks}
+agent_class "default" {{
+  version      = "0.1.0"
+  kill_timeout = "5s"
+  beat         = "2s"
+{class_extra}
+  probe "http" {{
+    port     = {device_port}
+    interval = "1s"
+    timeout  = "500ms"
+    misses   = 2
+  }}
+  confirm "icmp" {{
+    timeout = "500ms"
+  }}
+}}
+
+presence {{
+  startup_grace = "60s"
+  report_stale  = "10s"
+}}
+
+log {{
+  level  = "info"
+  format = "json"
+}}
+"""
+LOCAL_BLOCKS: Final = """\
+registry {{
+  kind = "sqlite"
+  path = "{root}/registry.db"
+}}
+
+local {{
+  directory = "{root}/agents"
+}}
+"""
+NOMAD_BLOCKS: Final = """\
+nomad {{
+  address  = "{nomad}"
+  strategy = "{strategy}"
+}}
+
+consul {{
+  address = "{consul}"
+}}
+
+registry {{
+  kind = "consul"
+}}
+"""
+
+
+@dataclass(slots=True)
+class Stage:
+    """A running control plane, its servers and how to reach it."""
+
+    backend: str
+    root: Path
+    config: Path
+    api: str
+    session: aiohttp.ClientSession
+    reconciler: Process | None = None
+    consul: str = ""
+    nomad: str = ""
+
+    async def call(self, method: str, path: str, body: object = None) -> Any:
+        """One call of the API; raises TransientError for anything but a 2xx."""
+        try:
+            async with self.session.request(method, self.api + path, json=body) as answer:
+                if answer.status >= 300:
+                    text = (await answer.text())[:300]
+                    raise TransientError(f"{method} {path}: {answer.status} {text}")
+                return await answer.json() if answer.status != 204 else None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise TransientError(f"{method} {path}: {error}") from error
+
+    async def register(self, devices: Mapping[str, str]) -> None:
+        """Register devices by name and address."""
+        items = [
+            {"id": name, "class": "default", "address": address}
+            for name, address in devices.items()
+        ]
+        await self.call("POST", "/v1/devices:bulk", {"devices": items})
+
+    async def deregister(self, name: str) -> None:
+        """Say that a device has left."""
+        await self.call("DELETE", f"/v1/devices/{quote(name, safe='')}")
+
+    async def items(self, *, presence: str = "any") -> list[dict[str, Any]]:
+        """Every device as the API shows it."""
+        found: list[dict[str, Any]] = []
+        cursor = ""
+        while True:
+            query = f"?limit=1000&presence={presence}" + (f"&cursor={cursor}" if cursor else "")
+            page = await self.call("GET", "/v1/devices" + query)
+            found += page["items"]
+            cursor = page["next"] or ""
+            if not cursor:
+                return found
+
+    async def start_reconciler(self) -> None:
+        """Start `nomad-watchdog run` as a user would, and wait until it is ready."""
+        process = self.reconciler = Process.start(
+            [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), "run"],
+            log=self.root / "reconciler.log",
+            env=clean_environment(),
+        )
+        async with asyncio.timeout(30.0):
+            while True:
+                if process.returncode is not None:
+                    raise TransientError(f"the reconciler ended at once:\n{process.log_tail()}")
+                try:
+                    await self.call("GET", "/ready")
+                except TransientError:
+                    await asyncio.sleep(0.1)
+                else:
+                    return
+
+    def agent_pids(self) -> dict[str, int]:
+        """Slug → pid of the agent processes that run below our folder, from /proc."""
+        found: dict[str, int] = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                environ = (entry / "environ").read_bytes().split(b"\0")
+                arguments = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"watchdog" not in arguments or b"executor" in arguments:
+                continue
+            values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
+            config = values.get(b"WATCHDOG_CONFIG", b"").decode(errors="replace")
+            if not config.startswith(str(self.root)):
+                continue
+            slug = values.get(b"NOMAD_META_slug", b"").decode() or Path(config).parent.name
+            found[slug] = int(entry.name)
+        return found
+
+
+@asynccontextmanager
+async def open_stage(
+    backend: str, root: Path, device_port: int, *, strategy: str = "dispatch"
+) -> AsyncIterator[Stage]:
+    """Start everything; on the way out stop it in order and leave nothing running."""
+    async with AsyncExitStack() as stack:
+        consul = nomad = ""
+        blocks, extra = LOCAL_BLOCKS, ""
+        if backend == "nomad":
+            consul, nomad = await _servers(stack, root)
+            blocks, extra = NOMAD_BLOCKS, _raw_exec(root)
+        api_port = free_port()
+        config = root / "nomad-watchdog.hcl"
+        filled = blocks.format(root=root, nomad=nomad, consul=consul, strategy=strategy)
+        config.write_text(
+            CONFIG.format(
+                backend=backend,
+                root=root,
+                api_port=api_port,
+                device_port=device_port,
+                backend_blocks=filled,
+                class_extra=extra,
+            )
+        )
+        await _command(config, "init")
+        session = await stack.enter_async_context(aiohttp.ClientSession(timeout=CALL_TIMEOUT))
+        api = f"http://127.0.0.1:{api_port}"
+        stage = Stage(backend, root, config, api, session, consul=consul, nomad=nomad)
+        try:
+            await stage.start_reconciler()
+            yield stage
+        finally:
+            if stage.reconciler is not None:
+                await stage.reconciler.terminate(10.0)
+            if backend == "local":
+                await stop_agents(stage)
+
+
+def _raw_exec(root: Path) -> str:
+    pyz = root / "data" / "watchdog-agent.pyz"
+    return f"""\
+  variables    = {{
+    python     = "{sys.executable}"
+    agent_path = "{pyz}"
+  }}
+"""
+
+
+async def _servers(stack: AsyncExitStack, root: Path) -> tuple[str, str]:
+    from nomad_watchdog.dev.consul import ConsulServer
+    from nomad_watchdog.dev.nomad import NomadServer
+
+    consul = await stack.enter_async_context(ConsulServer(root / "consul"))
+    nomad = await stack.enter_async_context(
+        NomadServer(root / "nomad", consul_addr=consul.http_addr)
+    )
+    return consul.http_addr, nomad.http_addr
+
+
+def clean_environment() -> dict[str, str]:
+    """Ours without what would point a child at somebody's real cluster."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
+    }
+
+
+async def _command(config: Path, *arguments: str) -> None:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "nomad_watchdog",
+        "--config",
+        str(config),
+        *arguments,
+        env=clean_environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await child.communicate()
+    if child.returncode != 0:
+        raise TransientError(f"nomad-watchdog {' '.join(arguments)}: {said.decode()[-2000:]}")
+
+
+async def stop_agents(stage: Stage) -> None:
+    """End local agents, which outlive their reconciler on purpose."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in stage.agent_pids().values():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        for _ in range(60):
+            if not stage.agent_pids():
+                return
+            await asyncio.sleep(0.1)

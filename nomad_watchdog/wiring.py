@@ -1,0 +1,111 @@
+"""From settings to the registry and the backend that they name. What is not used is not imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from nomad_watchdog import schedulers
+from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.config import Settings
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.registry import Registry
+from nomad_watchdog.registry.consul import ConsulRegistry
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.schedulers import Scheduler
+
+
+def consul_client(settings: Settings) -> ConsulClient:
+    """A client of the Consul that the settings, else Consul's own variables, name."""
+    chosen = settings.consul
+    environment = {
+        **os.environ,
+        **{
+            name: value
+            for name, value in (
+                ("CONSUL_CACERT", chosen.ca_cert),
+                ("CONSUL_CLIENT_CERT", chosen.client_cert),
+                ("CONSUL_CLIENT_KEY", chosen.client_key),
+            )
+            if value
+        },
+    }
+    return ConsulClient(
+        ConsulSettings.from_env(
+            environment, address=chosen.address, token_file=chosen.token_file or ""
+        )
+    )
+
+
+@asynccontextmanager
+async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
+    """The registry that the settings name, closed at the end."""
+    if settings.registry_kind == "sqlite":
+        settings.registry_path.parent.mkdir(parents=True, exist_ok=True)
+        sqlite = SqliteRegistry(path=settings.registry_path)
+        try:
+            yield sqlite
+        finally:
+            await sqlite.close()
+        return
+    client = consul_client(settings)
+    try:
+        yield ConsulRegistry(client=client, prefix=settings.consul.prefix)
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator[Scheduler]:
+    """The backend that the settings name, found by entry point, closed at the end."""
+    make: Any = schedulers.load(settings.backend)
+    scheduler: Scheduler = make(**_options(settings, installation))
+    try:
+        yield scheduler
+    finally:
+        await scheduler.close()
+
+
+def _options(settings: Settings, installation: str) -> dict[str, Any]:
+    """Keyword settings for a backend. One that we do not know gets what every backend may need."""
+    if settings.backend == "local":
+        options: dict[str, Any] = {"directory": settings.local_directory}
+        return options | ({"python": settings.local.python} if settings.local.python else {})
+    if settings.backend == "nomad":
+        from nomad_watchdog.clients.nomad import NomadSettings  # noqa: PLC0415  # only when used
+
+        chosen = settings.nomad
+        return {
+            "settings": NomadSettings.from_env(
+                address=chosen.address,
+                namespace=chosen.namespace,
+                region=chosen.region or "",
+                token_file=chosen.token_file or "",
+                ca_cert=chosen.ca_cert or "",
+                client_cert=chosen.client_cert or "",
+                client_key=chosen.client_key or "",
+            ),
+            "strategy": chosen.strategy,
+            "shards": settings.shards,
+            "installation": installation,
+            "prefix": chosen.job_prefix,
+        }
+    return {"installation": installation, "shards": settings.shards}
+
+
+def api_token(settings: Settings) -> str | None:
+    """The token that the API asks for, from its file; None = the API is open.
+
+    Raises UserError when the file can't be read or is empty."""
+    if not settings.api.token_file:
+        return None
+    try:
+        token = Path(settings.api.token_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"api.token_file {settings.api.token_file!r}: {error}") from error
+    if not token:
+        raise UserError(f"api.token_file {settings.api.token_file!r} is empty")
+    return token
