@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import artifact, notify
-from nomad_watchdog.api import make_app
+from nomad_watchdog import artifact, logs, notify
+from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
 from nomad_watchdog.discovery import ConsulHealth
@@ -42,13 +42,18 @@ async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with open_registry(settings) as registry:
-        installation = await _installation(settings, registry)
-        async with open_scheduler(settings, installation) as scheduler:
-            metrics = Metrics()
-            fleet = Fleet(registry, settings.limits(), SystemClock())
-            reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics)
-            await _run(settings, fleet, reconciler, metrics, stop)
+    stop_logging = logs.setup(settings.log.level, settings.log.format)
+    try:
+        async with open_registry(settings) as registry:
+            installation = await _installation(settings, registry)
+            async with open_scheduler(settings, installation) as scheduler:
+                metrics = Metrics()
+                fleet = Fleet(registry, settings.limits(), SystemClock())
+                fleet.on_commit = metrics.committed
+                reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics)
+                await _run(settings, fleet, reconciler, metrics, stop)
+    finally:
+        stop_logging()
     return 0
 
 
@@ -77,7 +82,7 @@ async def _run(
         max_body_bytes=settings.api.max_body,
         token=api_token(settings),
     )
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
     host, _, port = settings.api.listen.rpartition(":")
     try:

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence, verdict
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.errors import ConflictError, UserError
+from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.history import Event, History
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
@@ -123,6 +123,7 @@ class Fleet:
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""
         self.status_parts: list[Callable[[], dict[str, object]]] = []
         self.explain_parts: list[Callable[[Slug], dict[str, object]]] = []
+        self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
         self.plan_view: Callable[[], dict[str, object]] = dict
         self._tracks: dict[Slug, _Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
@@ -187,7 +188,7 @@ class Fleet:
                 if slug not in writes:
                     outcome[slug] = await self._unchanged(slug, stored[slug])
             todo = [slug for slug in todo if slug in writes or slug not in outcome]
-            results = await self.registry.commit(list(writes.values())) if writes else ()
+            results = await self.commit(list(writes.values())) if writes else ()
             done = [record for record in results if record is not None]
             for record in done:
                 outcome[record.slug] = Registered(record, changed=True)
@@ -197,6 +198,18 @@ class Fleet:
                 return outcome
             stored = {slug: await self.registry.get(slug) for slug in todo}
         raise ConflictError(f"{len(todo)} records are being changed by others; try again")
+
+    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+        """As `Registry.commit`, counted."""
+        try:
+            stored = await self.registry.commit(records)
+        except WatchdogError:
+            self.on_commit("error", len(records))
+            raise
+        lost = sum(record is None for record in stored)
+        self.on_commit("stored", len(records) - lost)
+        self.on_commit("conflict", lost)
+        return stored
 
     async def _unchanged(self, slug: Slug, stored: DeviceRecord | None) -> Registered | None:
         # «Nothing to do» from a cache that is behind would acknowledge what is not stored (S4).
@@ -258,7 +271,7 @@ class Fleet:
         result = self._accept(record, report)
         if result.kind is not AcceptanceKind.BIND or record is None:
             return result
-        (bound,) = await self.registry.commit([presence.bind(record, report.instance)])
+        (bound,) = await self.commit([presence.bind(record, report.instance)])
         if bound is None:
             return Acceptance(AcceptanceKind.UNSURE, "another writer was faster")
         self.learn([bound])

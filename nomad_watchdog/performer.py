@@ -104,7 +104,7 @@ class Performer:
                 commits.append((position, presence.advance(known, target)))
             else:
                 results[position] = await self._reread(action)
-        stored = await self.fleet.registry.commit([r for _, r in commits]) if commits else ()
+        stored = await self.fleet.commit([r for _, r in commits]) if commits else ()
         for (position, wanted), record in zip(commits, stored, strict=True):
             if record is None:
                 results[position] = FencedError("another writer has changed the record")

@@ -1,0 +1,79 @@
+"""A pass that has nothing to do: cost per device against a bare comparison of two dicts.
+
+The bare loop is the least that any reconciler could do: for each device, is what is observed what is
+desired? Both run in turns in one process, and the median of the ratios is given.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+
+from bench.rows import Row
+from nomad_watchdog.core.planner import plan
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import (
+    Device,
+    DeviceRecord,
+    Epoch,
+    Limits,
+    Placement,
+    PlacementState,
+    Presence,
+    WallTime,
+)
+
+
+def world(count: int) -> tuple[dict, dict]:
+    records = {}
+    placements = {}
+    for n in range(count):
+        device = Device(DeviceId(f"device-{n}"), "default", "10.0.0.1")
+        slug = slug_of(device.id)
+        records[slug] = DeviceRecord(
+            slug, device, Presence.PRESENT, 1, Epoch(3), "i", WallTime(0.0), n + 1
+        )
+        placements[slug] = (
+            Placement(
+                slug, device.id, Epoch(3), "default", "hash", PlacementState.RUNNING, f"job-{n}"
+            ),
+        )
+    return records, placements
+
+
+def bare(desired: dict, observed: dict) -> list:
+    return [key for key, value in desired.items() if observed.get(key) != value]
+
+
+def run() -> list[Row]:
+    rows: list[Row] = []
+    for count in (1_000, 10_000, 100_000):
+        records, placements = world(count)
+        desired = {slug: (3, "hash") for slug in records}
+        observed = {slug: (3, "hash") for slug in records}
+        limits = Limits()
+        ratios, ours = [], []
+        gc.collect()
+        gc.disable()
+        for _ in range(9):
+            began = time.perf_counter()
+            assert bare(desired, observed) == []
+            middle = time.perf_counter()
+            made = plan(records, placements, {"default": "hash"}, limits)
+            ended = time.perf_counter()
+            assert made.actions == ()
+            ratios.append((ended - middle) / (middle - began))
+            ours.append((ended - middle) / count * 1e6)
+        gc.enable()
+        rows.append(
+            Row(
+                f"no-op pass, {count:,} devices ÷ bare dict diff",
+                statistics.median(ratios),
+                "×",
+                floor="≤ 10",
+                aim="≤ 2",
+                note=f"{statistics.median(ours):.2f} µs a device; 0 API calls, 0 writes (pure)",
+            )
+        )
+    return rows

@@ -1,0 +1,56 @@
+"""Agents: their reports, and how they are."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.devices import page_of
+from nomad_watchdog.api.errors import error_response
+from nomad_watchdog.api.schemas import ReportIn, read
+from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.fleet import DeviceView, Fleet
+
+RETRY_S: Final = 2
+"""When an agent whose report could not be judged says it again, seconds."""
+
+
+async def report(request: web.Request) -> web.StreamResponse:
+    """S1 at the door: 200 accepted, 410 stop, 409 say it again."""
+    body = await read(request, ReportIn)
+    result = await request.app[CONTEXT].fleet.report(body.report())
+    if result.kind is AcceptanceKind.ACCEPTED:
+        return web.json_response({"accepted": True})
+    if result.kind is AcceptanceKind.REFUSED:
+        return error_response(410, "refused", result.reason)
+    return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
+
+
+async def list_agents(request: web.Request) -> web.StreamResponse:
+    return await page_of(request, _shown_agent)
+
+
+def _shown_agent(fleet: Fleet, view: DeviceView) -> dict[str, object] | None:
+    placement, said = view.placement, view.report
+    if placement is None and said is None:
+        return None
+    return {
+        "id": view.record.device.id,
+        "slug": view.record.slug,
+        "class": view.record.device.agent_class,
+        "epoch": placement.epoch if placement is not None else view.record.epoch,
+        "instance": view.record.instance,
+        "node": placement.node if placement is not None else "",
+        "placement_state": placement.state.value if placement is not None else None,
+        "restarts": placement.restarts if placement is not None else 0,
+        "ready": said.ready if said is not None else False,
+        "state": said.state.value if said is not None else None,
+        "version": said.version if said is not None else "",
+        "listen": said.address if said is not None else "",
+        "report_age_s": None
+        if said is None
+        else round(fleet.clock.monotonic() - said.received_at, 1),
+        "consul": view.health.status if view.health is not None else None,
+    }

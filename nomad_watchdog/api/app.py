@@ -1,0 +1,208 @@
+"""The application: its route table, and the few handlers that are too small for a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from nomad_watchdog import __version__
+from nomad_watchdog.api import agents, devices, openapi, page, stream
+from nomad_watchdog.api.context import CONTEXT, Context, Route
+from nomad_watchdog.api.errors import boundary
+from nomad_watchdog.api.schemas import (
+    AnyOut,
+    BulkIn,
+    BulkOut,
+    DeviceChange,
+    DeviceIn,
+    DeviceOut,
+    DevicePage,
+    ReportIn,
+    WebhookIn,
+)
+from nomad_watchdog.errors import NotFoundError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.metrics import Metrics
+
+RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
+    "access_log": None,
+    "keepalive_timeout": 60.0,
+    "lingering_time": 2.0,
+    "max_line_size": 8190,
+    "max_field_size": 8190,
+    "max_headers": 64,
+}
+"""For `web.AppRunner`. aiohttp closes a connection whose headers are not complete after
+keepalive_timeout seconds; its default of 3,630 would let slow senders hold sockets for an hour."""
+
+
+def make_app(
+    fleet: Fleet,
+    *,
+    metrics: Metrics,
+    artifact: Path | None,
+    max_body_bytes: int = 1024 * 1024,
+    token: str | None = None,
+) -> web.Application:
+    """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `token`: asked of
+    everybody except at /healthz and /ready."""
+    app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
+    app[CONTEXT] = Context(
+        fleet=fleet,
+        metrics=metrics,
+        artifact=artifact,
+        max_body_bytes=max_body_bytes,
+        token=token.encode() if token else None,
+        routes=ROUTES,
+    )
+    for route in ROUTES:
+        app.router.add_route(route.method, route.resource, route.handler)
+    metrics.routes(route.path for route in ROUTES)
+    app.on_shutdown.append(stream.stop_following)
+    return app
+
+
+async def status(request: web.Request) -> web.StreamResponse:
+    return web.json_response({**request.app[CONTEXT].fleet.status(), "version": __version__})
+
+
+async def plan(request: web.Request) -> web.StreamResponse:
+    return web.json_response(request.app[CONTEXT].fleet.plan())
+
+
+async def healthz(_request: web.Request) -> web.StreamResponse:
+    return web.json_response({"alive": True})
+
+
+async def ready(request: web.Request) -> web.StreamResponse:
+    fleet = request.app[CONTEXT].fleet
+    answer = {"ready": fleet.ready, "reason": "" if fleet.ready else fleet.ready_reason}
+    return web.json_response(answer, status=200 if fleet.ready else 503)
+
+
+async def metrics_text(request: web.Request) -> web.StreamResponse:
+    body = request.app[CONTEXT].metrics.render()
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return web.Response(body=body, headers={"Content-Type": kind})
+
+
+async def agent_artifact(request: web.Request) -> web.StreamResponse:
+    path = request.app[CONTEXT].artifact
+    if path is None or not path.is_file():
+        raise NotFoundError("this server offers no agent file")
+    return web.FileResponse(path, headers={"Content-Type": "application/zip"})
+
+
+async def describe(request: web.Request) -> web.StreamResponse:
+    context = request.app[CONTEXT]
+    return web.json_response(openapi.describe(context.routes, secured=context.token is not None))
+
+
+ROUTES: Final = (
+    Route("GET", "/v1/status", status, "Summary of the fleet", {200: AnyOut}),
+    Route(
+        "GET",
+        "/v1/devices",
+        devices.list_devices,
+        "Devices in the order of their ids",
+        {200: DevicePage},
+        query=devices.LIST_QUERY,
+    ),
+    Route("GET", "/v1/devices/{id}", devices.get_device, "One device", {200: DeviceOut}),
+    Route(
+        "PUT",
+        "/v1/devices/{id}",
+        devices.put_device,
+        "Have a device watched; durable when answered",
+        {200: DeviceChange, 201: DeviceChange},
+        body=DeviceIn,
+    ),
+    Route(
+        "DELETE",
+        "/v1/devices/{id}",
+        devices.delete_device,
+        "Stop watching a device; durable when answered",
+        {200: DeviceChange},
+    ),
+    Route(
+        "POST",
+        "/v1/devices:bulk",
+        devices.bulk,
+        "Many wishes at once, each answered by itself",
+        {200: BulkOut},
+        body=BulkIn,
+    ),
+    Route(
+        "POST",
+        "/v1/devices/{id}/heartbeat",
+        devices.heartbeat,
+        "A sign of life; kept in memory only",
+        {204: "noted"},
+    ),
+    Route(
+        "GET",
+        "/v1/devices/{id}/explain",
+        devices.explain_device,
+        "Why a device is in its state",
+        {200: AnyOut},
+    ),
+    Route(
+        "POST",
+        "/v1/webhook",
+        devices.webhook,
+        "A gateway's event",
+        {200: DeviceChange, 201: DeviceChange},
+        body=WebhookIn,
+    ),
+    Route(
+        "POST",
+        "/v1/agents/report",
+        agents.report,
+        "An agent's report",
+        {
+            200: AnyOut,
+            409: "not decidable yet: again after Retry-After seconds",
+            410: "not the accepted agent: stop",
+        },
+        body=ReportIn,
+    ),
+    Route(
+        "GET",
+        "/v1/agents",
+        agents.list_agents,
+        "Agents in the order of their devices' ids",
+        {200: AnyOut},
+        query=devices.LIST_QUERY,
+    ),
+    Route(
+        "GET",
+        "/v1/events",
+        stream.list_events,
+        "What happened, oldest first",
+        {200: AnyOut},
+        query=stream.QUERY,
+    ),
+    Route("GET", "/v1/plan", plan, "What the next pass would do", {200: AnyOut}),
+    Route("GET", "/v1/openapi.json", describe, "This description", {200: AnyOut}),
+    Route("GET", "/healthz", healthz, "The process is alive", {200: AnyOut}, public=True),
+    Route(
+        "GET",
+        "/ready",
+        ready,
+        "The fleet is known",
+        {200: AnyOut, 503: "not yet; `reason` says why"},
+        public=True,
+    ),
+    Route("GET", "/metrics", metrics_text, "Metrics for Prometheus", {200: "text format"}),
+    Route(
+        "GET",
+        "/artifacts/watchdog-agent.pyz",
+        agent_artifact,
+        "The agent as one file",
+        {200: "a zip application"},
+    ),
+    Route("GET", "/", page.status_page, "Status page", {200: "HTML"}),
+)

@@ -1,0 +1,55 @@
+"""What every handler needs, and the table that routes and their description are both made from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.metrics import Metrics
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One operation. `answers`: status → what it means, or the model of its body."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    answers: Mapping[int, str | type[BaseModel]]
+    body: type[BaseModel] | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
+    """Query parameter → what it is."""
+    public: bool = False
+    """Answered without a token."""
+    media: str = "application/json"
+
+    @property
+    def resource(self) -> str:
+        """The path as the router takes it: an id is one segment, whatever it holds."""
+        return self.path.replace("{id}", "{id:[^/]+}")
+
+
+@dataclass(slots=True)
+class Context:
+    """The application's own state."""
+
+    fleet: Fleet
+    metrics: Metrics
+    artifact: Path | None
+    max_body_bytes: int
+    token: bytes | None
+    routes: tuple[Route, ...]
+    followers: set[asyncio.Task[object]] = field(default_factory=set)
+
+
+CONTEXT: Final = web.AppKey("context", Context)

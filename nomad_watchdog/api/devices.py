@@ -1,0 +1,324 @@
+"""Devices: list, read, wish, bulk, webhook."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.schemas import (
+    MOST_BULK,
+    BulkEnvelope,
+    BulkResult,
+    DeviceIn,
+    DeviceItem,
+    WebhookIn,
+    problem,
+    read,
+)
+from nomad_watchdog.errors import NotFoundError, UserError
+from nomad_watchdog.fleet import DeviceView, Fleet, Registered
+from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
+from nomad_watchdog.model import Device, Presence, VerdictState
+
+MOST_ITEMS: Final = 1_000
+DEFAULT_ITEMS: Final = 100
+_BREATH: Final = 200
+"""Devices looked at before others get their turn on the event loop."""
+
+LIST_QUERY: Final = {
+    "class": "only devices of this agent class",
+    "verdict": f"only this verdict: {', '.join(VerdictState)}",
+    "presence": "present (default), absent or any",
+    "label": "key=value; may be given several times, all must match",
+    "q": "text that the id or address holds",
+    "limit": f"1 to {MOST_ITEMS}, default {DEFAULT_ITEMS}",
+    "cursor": "`next` of the page before",
+}
+
+
+def device_id_of(request: web.Request) -> DeviceId:
+    """The id in the path, decoded by us: the router would let some escapes through undecoded."""
+    raw = request.rel_url.raw_path.split("/")[3]
+    try:
+        text = unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise UserError("the device id in the path is not percent-encoded UTF-8") from None
+    return parse_device_id(text)
+
+
+def check_query(
+    request: web.Request, allowed: Collection[str], repeatable: Collection[str] = ()
+) -> None:
+    """Refuse parameters that we do not know, or that are given twice: silence would mislead."""
+    for name in request.query:
+        if name not in allowed:
+            raise UserError(
+                f"unknown query parameter {ascii(name)[:60]}; allowed are: {', '.join(sorted(allowed)) or 'none'}"
+            )
+        if name not in repeatable and len(request.query.getall(name)) > 1:
+            raise UserError(f"query parameter {name} is given more than once")
+
+
+def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    """A query parameter that is a number from low to high."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 16 and low <= int(text) <= high):
+        raise UserError(f"{name} is {ascii(text)[:40]}; a number from {low} to {high} is allowed")
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    agent_class: str | None
+    verdict: VerdictState | None
+    presence: Presence | None
+    labels: tuple[tuple[str, str], ...]
+    text: str
+    after: str
+
+    def admits(self, view: DeviceView) -> bool:
+        device = view.record.device
+        return (
+            device.id > self.after
+            and (self.presence is None or view.record.presence is self.presence)
+            and (self.agent_class is None or device.agent_class == self.agent_class)
+            and (self.verdict is None or view.verdict.state is self.verdict)
+            and all(device.labels.get(key) == value for key, value in self.labels)
+            and (self.text in device.id.casefold() or self.text in device.address.casefold())
+        )
+
+
+def _filter(request: web.Request) -> _Filter:
+    query = request.query
+    labels = [label.partition("=") for label in query.getall("label", [])]
+    if not all(equals for _, equals, _ in labels):
+        raise UserError("label must be key=value")
+    presence = query.get("presence", "present")
+    if presence not in {*Presence, "any"}:
+        raise UserError(f"presence is {ascii(presence)[:40]}; allowed are: present, absent, any")
+    verdict = query.get("verdict")
+    if verdict is not None and verdict not in set(VerdictState):
+        raise UserError(f"verdict is {ascii(verdict)[:40]}; allowed are: {', '.join(VerdictState)}")
+    return _Filter(
+        agent_class=query.get("class"),
+        verdict=None if verdict is None else VerdictState(verdict),
+        presence=None if presence == "any" else Presence(presence),
+        labels=tuple((key, value) for key, _, value in labels),
+        text=query.get("q", "").casefold(),
+        after=_uncursor(query.get("cursor", "")),
+    )
+
+
+def _cursor(device_id: str) -> str:
+    return base64.urlsafe_b64encode(device_id.encode()).decode().rstrip("=")
+
+
+def _uncursor(text: str) -> str:
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise UserError("cursor is not one that was given as `next`") from None
+
+
+async def _breathing(fleet: Fleet) -> AsyncIterator[DeviceView]:
+    for number, view in enumerate(fleet.views()):
+        if number % _BREATH == _BREATH - 1:
+            await asyncio.sleep(0)
+        yield view
+
+
+async def page_of(
+    request: web.Request, shown: Callable[[Fleet, DeviceView], dict[str, object] | None]
+) -> web.Response:
+    """A page of what `shown` makes of the devices that the query admits (None = leave out)."""
+    check_query(request, set(LIST_QUERY), {"label"})
+    limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MOST_ITEMS)
+    wanted = _filter(request)
+    fleet = request.app[CONTEXT].fleet
+    items: list[dict[str, object]] = []
+    following: str | None = None
+    last = ""
+    async for view in _breathing(fleet):
+        if not wanted.admits(view):
+            continue
+        item = shown(fleet, view)
+        if item is None:
+            continue
+        if len(items) == limit:
+            following = _cursor(last)
+            break
+        items.append(item)
+        last = view.record.device.id
+    return web.json_response({"items": items, "next": following, "index": fleet.index})
+
+
+def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
+    """The public fields of a device."""
+    record, placement, report = view.record, view.placement, view.report
+    age_s = None
+    if placement is not None and placement.created_at > 0:
+        age_s = round(max(0.0, fleet.clock.wall() - placement.created_at), 1)
+    return {
+        "id": record.device.id,
+        "slug": record.slug,
+        "class": record.device.agent_class,
+        "address": record.device.address,
+        "labels": dict(record.device.labels),
+        "presence": record.presence.value,
+        "generation": record.generation,
+        "epoch": record.epoch,
+        "verdict": view.verdict.state.value,
+        "reason": view.verdict.reason,
+        "since_s": round(view.since_s, 1),
+        "node": placement.node if placement is not None else "",
+        "version": report.version if report is not None else "",
+        "agent_age_s": age_s,
+        "placement_state": placement.state.value if placement is not None else None,
+        "instance": record.instance,
+    }
+
+
+def _shown_change(done: Registered) -> dict[str, object]:
+    return {
+        "id": done.record.device.id,
+        "slug": done.record.slug,
+        "changed": done.changed,
+        "generation": done.record.generation,
+        "epoch": done.record.epoch,
+        "presence": done.record.presence.value,
+    }
+
+
+def _unknown(device_id: str) -> NotFoundError:
+    return NotFoundError(f"no device {ascii(device_id)[:200]} is registered")
+
+
+async def list_devices(request: web.Request) -> web.StreamResponse:
+    return await page_of(request, shown_device)
+
+
+async def get_device(request: web.Request) -> web.StreamResponse:
+    fleet = request.app[CONTEXT].fleet
+    device_id = device_id_of(request)
+    view = fleet.view(slug_of(device_id))
+    if view is None:
+        raise _unknown(device_id)
+    return web.json_response(shown_device(fleet, view))
+
+
+async def explain_device(request: web.Request) -> web.StreamResponse:
+    device_id = device_id_of(request)
+    explained = request.app[CONTEXT].fleet.explain(slug_of(device_id))
+    if not explained:
+        raise _unknown(device_id)
+    return web.json_response(explained)
+
+
+async def put_device(request: web.Request) -> web.StreamResponse:
+    device_id = device_id_of(request)
+    body = await read(request, DeviceIn)
+    return await _put(request.app[CONTEXT].fleet, body.device(device_id))
+
+
+async def _put(fleet: Fleet, device: Device) -> web.Response:
+    before = fleet.view(slug_of(device.id))
+    (done,) = await fleet.register([device])
+    new = done.changed and (before is None or before.record.presence is Presence.ABSENT)
+    return web.json_response(_shown_change(done), status=201 if new else 200)
+
+
+async def delete_device(request: web.Request) -> web.StreamResponse:
+    return await _delete(request.app[CONTEXT].fleet, device_id_of(request))
+
+
+async def _delete(fleet: Fleet, device_id: DeviceId) -> web.Response:
+    (done,) = await fleet.deregister([device_id])
+    if done is None:
+        raise _unknown(device_id)
+    return web.json_response(_shown_change(done))
+
+
+async def heartbeat(request: web.Request) -> web.StreamResponse:
+    device_id = device_id_of(request)
+    if not request.app[CONTEXT].fleet.heartbeat(slug_of(device_id)):
+        raise _unknown(device_id)
+    return web.Response(status=204)
+
+
+async def webhook(request: web.Request) -> web.StreamResponse:
+    """The same effect as PUT (connected) and DELETE (disconnected)."""
+    event = await read(request, WebhookIn)
+    fleet = request.app[CONTEXT].fleet
+    device = event.device
+    device_id = DeviceId(device.id)
+    if event.event == "disconnected":
+        return await _delete(fleet, device_id)
+    if device.address is None:
+        raise RequestError(400, "invalid_body", "device.address: needed when a device connects")
+    wish = Device(device_id, device.agent_class, device.address, dict(device.labels))
+    return await _put(fleet, wish)
+
+
+async def bulk(request: web.Request) -> web.StreamResponse:
+    """Each item is checked by itself; the good ones are stored whatever the others are."""
+    body = await read(request, BulkEnvelope)
+    if len(body.devices) + len(body.delete) > MOST_BULK:
+        raise UserError(
+            f"{len(body.devices) + len(body.delete)} items; at most {MOST_BULK} are allowed at once"
+        )
+    results: list[BulkResult] = []
+    puts: dict[int, Device] = {}
+    deletes: dict[int, DeviceId] = {}
+    seen: set[str] = set()
+    for item in body.devices:
+        try:
+            wish = DeviceItem.model_validate(item)
+            puts[len(results)] = wish.device(_once(wish.id, seen))
+            results.append(BulkResult(id=wish.id, action="put", status=200))
+        except (ValidationError, UserError) as error:
+            found = item.get("id") if isinstance(item, dict) else None
+            results.append(_refused("put", found, error))
+    for gone in body.delete:
+        try:
+            deletes[len(results)] = _once(parse_device_id(gone), seen)
+            results.append(BulkResult(id=gone, action="delete", status=200))
+        except UserError as error:
+            results.append(_refused("delete", gone, error))
+    fleet = request.app[CONTEXT].fleet
+    stored = await fleet.register(list(puts.values())) if puts else []
+    for at, done in zip(puts, stored, strict=True):
+        results[at].changed = done.changed
+    left = await fleet.deregister(list(deletes.values())) if deletes else []
+    for at, was in zip(deletes, left, strict=True):
+        results[at].changed = was is not None and was.changed
+        if was is None:
+            results[at].status, results[at].error = 404, str(_unknown(deletes[at]))
+    return web.json_response({"results": [result.model_dump() for result in results]})
+
+
+def _once(device_id: str, seen: set[str]) -> DeviceId:
+    if device_id in seen:
+        raise UserError("the same device is named more than once in this request")
+    seen.add(device_id)
+    return DeviceId(device_id)
+
+
+def _refused(action: str, found: object, error: ValidationError | UserError) -> BulkResult:
+    return BulkResult(
+        id=found[:MOST_ITEMS] if isinstance(found, str) else None,
+        action="put" if action == "put" else "delete",
+        status=400,
+        error=problem(error) if isinstance(error, ValidationError) else str(error),
+    )

@@ -1,0 +1,127 @@
+"""Every failure becomes {"error": {"code", "message"}}; nothing of our insides is told."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import CONTEXT, Handler
+from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
+from nomad_watchdog.metrics import OTHER
+
+log = logging.getLogger(__name__)
+
+_SAFE: Final = frozenset({"GET", "HEAD"})
+_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+
+class RequestError(Exception):
+    """The request is wrong; `message` says what was found and what is allowed."""
+
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.headers = dict(headers or {})
+
+
+def error_response(
+    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """The one form of all error bodies."""
+    body = {"error": {"code": code, "message": message}}
+    return web.json_response(body, status=status, headers=headers)
+
+
+def _from_watchdog(error: WatchdogError) -> web.Response:
+    headers: dict[str, str] = {}
+    if isinstance(error, TransientError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))
+    elif isinstance(error, ConflictError):
+        headers["Retry-After"] = "1"
+    code = type(error).__name__.removesuffix("Error").lower()
+    return error_response(error.http_status, code, str(error), headers)
+
+
+def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
+    headers: dict[str, str] = {}
+    message = HTTPStatus(error.status).phrase.lower()
+    code = message.replace(" ", "_").replace("-", "_")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        headers["Allow"] = allowed
+        message = f"{error.method[:20]} is not allowed here; allowed are: {allowed}"
+    elif isinstance(error, web.HTTPNotFound):
+        message = "there is nothing at this path; GET /v1/openapi.json lists what there is"
+    elif isinstance(error, web.HTTPRequestEntityTooLarge):
+        limit = request.app[CONTEXT].max_body_bytes
+        message = f"the body is larger than the {limit} bytes that are allowed"
+    return error_response(error.status, code, message, headers)
+
+
+@web.middleware
+async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Translate every failure, count every answer."""
+    response: web.StreamResponse
+    try:
+        _check(request)
+        response = await handler(request)
+    except RequestError as error:
+        response = error_response(error.status, error.code, error.message, error.headers)
+    except WatchdogError as error:
+        response = _from_watchdog(error)
+    except web.HTTPException as error:
+        response = _from_http(error, request)
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception:  # the request's boundary: logged once, counted, told without details
+        log.exception("request failed", extra={"route": _route(request)})
+        response = error_response(500, "internal", "this is our fault; the log says more")
+    if not response.prepared:
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
+    request.app[CONTEXT].metrics.request(_route(request), response.status)
+    return response
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return OTHER if resource is None else resource.canonical
+
+
+def _check(request: web.Request) -> None:
+    context = request.app[CONTEXT]
+    public = {route.path for route in context.routes if route.public}
+    if context.token is not None and _route(request) not in public:
+        _check_token(request, context.token)
+    # A page of another site must not change anything through somebody's browser.
+    if request.method not in _SAFE and request.headers.get("Sec-Fetch-Site", "none") not in {
+        "none",
+        "same-origin",
+    }:
+        raise RequestError(403, "cross_site", "requests from other sites' pages are refused")
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise RequestError(
+            415, "unsupported_encoding", "the body must not be compressed (no Content-Encoding)"
+        )
+
+
+def _check_token(request: web.Request, token: bytes) -> None:
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    good = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token)
+    if scheme.lower() != "bearer" or not good:
+        raise RequestError(
+            401,
+            "unauthorized",
+            "send the API token as «Authorization: Bearer …»",
+            {"WWW-Authenticate": "Bearer"},
+        )

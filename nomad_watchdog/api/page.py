@@ -1,0 +1,94 @@
+"""The status page: counts and the devices that want attention. No script, everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from html import escape
+from typing import Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.devices import check_query
+from nomad_watchdog.fleet import DeviceView
+from nomad_watchdog.model import Presence, VerdictState
+
+MOST_ROWS: Final = 200
+
+_URGENCY: Final = {
+    state: rank
+    for rank, state in enumerate(
+        (
+            VerdictState.FAILING,
+            VerdictState.UNWATCHED,
+            VerdictState.OFFLINE,
+            VerdictState.REPAIRING,
+            VerdictState.SUSPECT,
+            VerdictState.STARTING,
+            VerdictState.WATCHED,
+            VerdictState.DEPARTED,
+        )
+    )
+}
+
+_STYLE: Final = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1b1f23;background:#fff}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ccd1d6;overflow-wrap:anywhere}
+dl{display:flex;flex-wrap:wrap;gap:1.5rem}dt{color:#57606a}dd{margin:0;font-size:1.5rem}
+@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}dt{color:#9198a1}}
+"""
+_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_CSP: Final = (
+    f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+
+
+async def status_page(request: web.Request) -> web.StreamResponse:
+    """Those that want attention first; at most 200 rows, the rest is counted."""
+    check_query(request, set())
+    fleet = request.app[CONTEXT].fleet
+    views = [v for v in fleet.views() if v.record.presence is Presence.PRESENT]
+    views.sort(key=lambda v: (_URGENCY[v.verdict.state], v.record.device.id))
+    counts = dict.fromkeys(VerdictState, 0)
+    for view in views:
+        counts[view.verdict.state] += 1
+    tiles = "".join(
+        f"<div><dt>{state.value}</dt><dd>{counts[state]}</dd></div>"
+        for state in VerdictState
+        if state is not VerdictState.DEPARTED
+    )
+    rest = len(views) - MOST_ROWS
+    more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
+    empty = "" if views else "<p>No devices are registered.</p>"
+    ready = "ready" if fleet.ready else f"not ready: {escape(fleet.ready_reason)}"
+    body = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'
+        f"<style>{_STYLE}</style></head><body><h1>nomad-watchdog</h1><p>{len(views)} devices, "
+        f'{ready}</p><dl>{tiles}</dl><table><thead><tr><th scope="col">Device</th>'
+        '<th scope="col">Verdict</th><th scope="col">Since</th><th scope="col">Reason</th>'
+        '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
+        f"{''.join(_row(view) for view in views[:MOST_ROWS])}</tbody></table>{empty}{more}"
+        "</body></html>"
+    )
+    return web.Response(
+        text=body,
+        content_type="text/html",
+        headers={"Content-Security-Policy": _CSP, "Referrer-Policy": "no-referrer"},
+    )
+
+
+def _row(view: DeviceView) -> str:
+    node = view.placement.node if view.placement is not None else ""
+    cells = (
+        view.record.device.id,
+        view.verdict.state.value,
+        f"{view.since_s:.0f} s",
+        view.verdict.reason,
+        view.record.device.address,
+        node,
+    )
+    # <bdi>: text in another direction must not turn the rest of the row round.
+    return f"<tr>{''.join(f'<td><bdi>{escape(cell)}</bdi></td>' for cell in cells)}</tr>"

@@ -1,0 +1,186 @@
+"""Logs: one JSON object a line, or text for a terminal; never a secret, never a raw control character."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import queue
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Final, Literal, TextIO
+
+Format = Literal["json", "text"]
+
+LONGEST: Final = 2_000
+"""Characters of one value; the rest is cut and its length told."""
+LONGEST_TRACE: Final = 8_000
+MOST_ITEMS: Final = 50
+"""Items of one list or mapping."""
+DEEPEST: Final = 4
+QUEUE: Final = 10_000
+"""Lines that may wait for a slow output; later ones are dropped."""
+REDACTED: Final = "[redacted]"
+
+_OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_KEYS: Final = frozenset({"ts", "level", "logger", "msg", "exc"})
+_SECRET_KEY: Final = re.compile(
+    r"token|secret|authorization|password|passwd|credential|api[-_]?key|private[-_]?key|cookie",
+    re.IGNORECASE,
+)
+_SECRET_VALUE: Final = re.compile(
+    r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}"
+    r"|((?:token|secret|password|authorization|api[-_]?key)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
+    r"|(://[^/\s:@]*:)[^/\s@]+(?=@)",
+    re.IGNORECASE,
+)
+
+
+def clean(value: object, depth: int = 0) -> object:
+    """The value as JSON can hold it: bounded, printable, without secrets."""
+    if value is None or isinstance(value, bool | int | float):
+        return value if not isinstance(value, float) or value - value == 0 else str(value)
+    if isinstance(value, str):
+        return clean_text(value)
+    if depth < DEEPEST and isinstance(value, Mapping):
+        return {
+            clean_text(str(key)): REDACTED
+            if _SECRET_KEY.search(str(key))
+            else clean(item, depth + 1)
+            for key, item in list(value.items())[:MOST_ITEMS]
+        }
+    if depth < DEEPEST and isinstance(value, list | tuple | set | frozenset):
+        return [clean(item, depth + 1) for item in list(value)[:MOST_ITEMS]]
+    return clean_text(str(value))
+
+
+def clean_text(text: str, longest: int = LONGEST) -> str:
+    """Without secrets, cut, and with every unprintable character escaped."""
+    # Cut first with a margin, so that a huge value is not searched as a whole.
+    cut = text[: longest * 2]
+    cut = _SECRET_VALUE.sub(lambda m: (m[1] or m[2] or m[3]) + REDACTED, cut)
+    more = len(text) - longest
+    if more > 0:
+        cut = f"{cut[:longest]}… ({more} more characters)"
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def _facts(record: logging.LogRecord) -> dict[str, object]:
+    facts: dict[str, object] = {}
+    for key, value in vars(record).items():
+        if key not in _OWN and key not in _KEYS:
+            facts[clean_text(key)] = REDACTED if _SECRET_KEY.search(key) else clean(value)
+    if record.exc_text:
+        facts["exc"] = clean_text(record.exc_text, LONGEST_TRACE)
+    return facts
+
+
+def _time(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class JsonFormatter(logging.Formatter):
+    """Keys ts (RFC 3339, UTC), level, logger, msg, then the extras in the order they were given."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "ts": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": clean_text(record.getMessage()),
+            **_facts(record),
+        }
+        return json.dumps(line, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """For a terminal: time, level, message, key=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = "".join(
+            f" {key}={value if isinstance(value, str) and _is_plain(value) else json.dumps(value, ensure_ascii=False)}"
+            for key, value in _facts(record).items()
+        )
+        message = clean_text(record.getMessage())
+        return f"{_time(record)} {record.levelname.lower():<8} {message}{facts}"
+
+
+def _is_plain(text: str) -> bool:
+    return bool(text) and not any(c in ' "=\\' for c in text)
+
+
+class _Queue(logging.handlers.QueueHandler):
+    """Hands records to the listener's thread; a full queue drops and counts, it never blocks."""
+
+    def __init__(self, waiting: queue.Queue[logging.LogRecord]) -> None:
+        super().__init__(waiting)
+        self.dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        # Rendered here, in the caller's thread: an argument may change before the listener looks.
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        for key, value in list(vars(record).items()):
+            if key not in _OWN:
+                setattr(record, key, clean(value))
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+
+def setup(
+    level: str = "info",
+    format: Format = "json",  # noqa: A002 # its name in the settings
+    stream: TextIO | None = None,
+) -> Callable[[], None]:
+    """Send all logs of at least `level` to `stream` (standard error) in `format`.
+
+    Returns what flushes and stops the listener's thread and puts the root logger back as it was.
+    """
+    output = logging.StreamHandler(stream or sys.stderr)
+    output.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE)
+    handler = _Queue(waiting)
+    root = logging.getLogger()
+    before, before_level = root.handlers[:], root.level
+    listener = logging.handlers.QueueListener(waiting, output)
+    _replace(root, before, [handler])
+    root.setLevel(level.upper())
+    listener.start()
+
+    def stop() -> None:
+        _replace(root, [handler], before)
+        root.setLevel(before_level)
+        listener.stop()
+        if handler.dropped:
+            lost = logging.makeLogRecord(
+                {
+                    "name": __name__,
+                    "levelno": logging.WARNING,
+                    "levelname": "WARNING",
+                    "msg": "log lines dropped",
+                    "lines": handler.dropped,
+                }
+            )
+            output.handle(lost)
+
+    return stop
+
+
+def _replace(
+    root: logging.Logger, old: Iterable[logging.Handler], new: Iterable[logging.Handler]
+) -> None:
+    for handler in list(old):
+        root.removeHandler(handler)
+    for handler in new:
+        root.addHandler(handler)

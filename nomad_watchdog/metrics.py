@@ -1,0 +1,207 @@
+"""Every metric, declared once. No label holds anything from outside, so the number of series is fixed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from nomad_watchdog import __version__
+from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.model import ActionKind, PlacementState, VerdictState
+
+_FAST: Final = (0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SLOW: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+OTHER: Final = "other"
+"""Any label value that is not in its set: a bug or news, never a new series."""
+
+
+class ActionOutcome(StrEnum):
+    """How one dispatch or retire ended."""
+
+    OK = "ok"
+    FENCED = "fenced"
+    FAILED = "failed"
+    OTHER = OTHER
+
+
+class PassOutcome(StrEnum):
+    """How one pass ended."""
+
+    OK = "ok"
+    HELD = "held"
+    OTHER = OTHER
+
+
+class CommitOutcome(StrEnum):
+    """How one record of a commit ended."""
+
+    STORED = "stored"
+    CONFLICT = "conflict"
+    ERROR = "error"
+    OTHER = OTHER
+
+
+class SchedulerErrorKind(StrEnum):
+    """What kind of answer the scheduler failed with."""
+
+    STALE = "stale"
+    TRANSIENT = "transient"
+    TERMINAL = "terminal"
+    OTHER = OTHER
+
+
+class ResyncReason(StrEnum):
+    """Why everything was read again."""
+
+    HINT = "hint"
+    TIMER = "timer"
+    ERROR = "error"
+    OTHER = OTHER
+
+
+STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
+_REPORTS: Final = (*(kind.value for kind in AcceptanceKind), OTHER)
+
+
+class Metrics:
+    """The metrics of one control plane, in a registry of its own; every series is 0 at start."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._devices = self._gauge("devices", "Devices by verdict.", "verdict")
+        self._placements = self._gauge("placements", "Placements by state.", "state")
+        self._dispatches = self._counter("dispatches", "Starts asked of the scheduler.", "outcome")
+        self._retires = self._counter("retires", "Stops asked of the scheduler.", "outcome")
+        self._passes = self._counter("passes", "Passes of the reconciler.", "outcome")
+        self._pass_seconds = self._histogram("pass_seconds", "Duration of a pass.", _FAST)
+        self._event_to_dispatch = self._histogram(
+            "event_to_dispatch_seconds", "From a changed wish to the accepted start.", _SLOW
+        )
+        self._queue_depth = self._gauge("queue_depth", "Actions waiting.")
+        self._queue_oldest = self._gauge("queue_oldest_seconds", "Age of the oldest action.")
+        self._commits = self._counter("registry_commits", "Records written.", "outcome")
+        self._reports = self._counter("reports", "Reports of agents, as judged.", "outcome")
+        self._errors = self._counter("scheduler_errors", "Failed scheduler calls.", "kind")
+        self._resyncs = self._counter("resyncs", "Full reads of the scheduler.", "reason")
+        self._holds = self._counter("breaker_holds", "Times that the breaker held stops back.")
+        self._held = self._gauge("breaker_held", "1 while the breaker holds stops back.")
+        self._consul_age = self._gauge("consul_view_age_seconds", "Age of the view of Consul.")
+        self._snapshot_age = self._gauge("snapshot_age_seconds", "Age of the last full snapshot.")
+        self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
+        self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
+        self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
+        self._info.labels(__version__, platform.python_version()).set(1)
+        for metric, values in (
+            (self._devices, VerdictState),
+            (self._placements, PlacementState),
+            (self._dispatches, ActionOutcome),
+            (self._retires, ActionOutcome),
+            (self._passes, PassOutcome),
+            (self._commits, CommitOutcome),
+            (self._reports, _REPORTS),
+            (self._errors, SchedulerErrorKind),
+            (self._resyncs, ResyncReason),
+        ):
+            for value in values:
+                metric.labels(str(value))
+        self._routes: frozenset[str] = frozenset()
+        self.routes(())
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"nomad_watchdog_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"nomad_watchdog_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"nomad_watchdog_{name}", text, buckets=buckets, registry=self.registry)
+
+    def routes(self, names: Iterable[str]) -> None:
+        """Declare the routes of the API, so that their series begin at 0."""
+        self._routes |= {*names, OTHER}
+        for name in self._routes:
+            for status in STATUS_CLASSES:
+                self._requests.labels(name, status)
+
+    def names(self) -> frozenset[str]:
+        """The metric names as they are exposed (counters with `_total`)."""
+        return frozenset(
+            f"{family.name}_total" if family.type == "counter" else family.name
+            for family in self.registry.collect()
+        )
+
+    def render(self) -> bytes:
+        """All metrics in the Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def devices(self, counts: Mapping[str, int]) -> None:
+        """Devices by verdict; a verdict that is missing counts 0."""
+        for state in VerdictState:
+            self._devices.labels(state.value).set(counts.get(state, 0))
+
+    def placements(self, counts: Mapping[str, int]) -> None:
+        """Placements by state; a state that is missing counts 0."""
+        for state in PlacementState:
+            self._placements.labels(state.value).set(counts.get(state, 0))
+
+    def action(self, kind: str, outcome: str) -> None:
+        """One start, retire or replace was done. A replace is counted as the retire that it begins with."""
+        metric = self._dispatches if kind == ActionKind.START else self._retires
+        metric.labels(_known(outcome, ActionOutcome)).inc()
+
+    def passed(self, outcome: str, took_s: float) -> None:
+        """A pass ended."""
+        self._passes.labels(_known(outcome, PassOutcome)).inc()
+        self._pass_seconds.observe(took_s)
+
+    def event_to_dispatch(self, took_s: float) -> None:
+        """A start was accepted so long after the wish changed."""
+        self._event_to_dispatch.observe(took_s)
+
+    def queue(self, depth: int, oldest_s: float) -> None:
+        """Length of the work queue and the age of its oldest action."""
+        self._queue_depth.set(depth)
+        self._queue_oldest.set(oldest_s)
+
+    def committed(self, outcome: str, count: int = 1) -> None:
+        """Records of a commit that ended so."""
+        self._commits.labels(_known(outcome, CommitOutcome)).inc(count)
+
+    def report(self, outcome: str) -> None:
+        """A report was judged."""
+        self._reports.labels(_known(outcome, _REPORTS)).inc()
+
+    def scheduler_error(self, kind: str) -> None:
+        """A call to the scheduler failed."""
+        self._errors.labels(_known(kind, SchedulerErrorKind)).inc()
+
+    def resync(self, reason: str) -> None:
+        """Everything is read again."""
+        self._resyncs.labels(_known(reason, ResyncReason)).inc()
+
+    def breaker_held(self, *, held: bool) -> None:
+        """The breaker closed (counted) or opened again."""
+        if held:
+            self._holds.inc()
+        self._held.set(held)
+
+    def consul_view_age(self, age_s: float) -> None:
+        self._consul_age.set(age_s)
+
+    def snapshot_age(self, age_s: float) -> None:
+        self._snapshot_age.set(age_s)
+
+    def poisoned(self, count: int) -> None:
+        self._poisoned.set(count)
+
+    def request(self, route: str, status: int) -> None:
+        """A request was answered. `route` is a route's template, never a path from outside."""
+        self._requests.labels(route if route in self._routes else OTHER, f"{status // 100}xx").inc()
+
+
+def _known(value: str, allowed: Iterable[str]) -> str:
+    return value if value in {str(v) for v in allowed} else OTHER

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Limits
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+
+
+@dataclass
+class Door:
+    """A real server on a free port, a real client, a real registry."""
+
+    fleet: Fleet
+    metrics: Metrics
+    client: aiohttp.ClientSession
+    base: str
+    runner: web.AppRunner
+    app: web.Application
+
+    async def ask(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+        url = URL(self.base + path, encoded=True)
+        async with self.client.request(method, url, **options) as response:
+            text = await response.text()
+            assert response.content_type == "application/json" or not text, text
+            return response.status, await response.json() if text else None
+
+
+@pytest.fixture
+def token() -> str | None:
+    return None
+
+
+@pytest.fixture
+async def door(tmp_path: Path, token: str | None) -> AsyncIterator[Door]:
+    registry = SqliteRegistry(path=tmp_path / "registry.db")
+    await registry.initialise()
+    fleet, metrics = Fleet(registry, Limits(), SystemClock()), Metrics()
+    fleet.reset({}, 0)
+    artifact = tmp_path / "agent.pyz"
+    artifact.write_bytes(b"PK-agent")
+    app = make_app(fleet, metrics=metrics, artifact=artifact, max_body_bytes=65_536, token=token)
+    runner = web.AppRunner(app, shutdown_timeout=2.0, **RUNNER_OPTIONS)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
+        yield Door(fleet, metrics, client, f"http://{host}:{port}", runner, app)
+    await runner.cleanup()
+    await registry.close()

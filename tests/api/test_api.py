@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from aiohttp import web
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nomad_watchdog.api import RUNNER_OPTIONS, make_app, schemas
+from nomad_watchdog.api.stream import MOST_FOLLOWERS
+from nomad_watchdog.errors import ConflictError, TransientError
+from nomad_watchdog.ids import slug_of
+from nomad_watchdog.model import Presence
+from tests.api.conftest import Door
+
+WISH: dict[str, Any] = {"class": "default", "address": "127.0.0.1", "labels": {"site": "a"}}
+
+
+async def test_put_get_delete(door: Door) -> None:
+    """A device is new once, unchanged the second time, gone after DELETE, and new again after that."""
+    path = "/v1/devices/cam-1"
+    assert (await door.ask("GET", path))[0] == 404
+    assert (await door.ask("PUT", path, json=WISH))[0] == 201
+    status, again = await door.ask("PUT", path, json=WISH)
+    assert (status, again["changed"]) == (200, False)
+    status, item = await door.ask("GET", path)
+    assert status == 200
+    assert item["labels"] == {"site": "a"}
+    assert item["class"] == "default"
+    assert (await door.ask("POST", path + "/heartbeat"))[0] == 204
+    status, gone = await door.ask("DELETE", path)
+    assert (status, gone["presence"]) == (200, "absent")
+    assert (await door.ask("PUT", path, json=WISH))[0] == 201
+    assert (await door.ask("DELETE", "/v1/devices/never"))[0] == 404
+    assert (await door.ask("POST", "/v1/devices/never/heartbeat"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/b",
+        "100%",
+        "%2F",
+        "..",
+        ".",
+        "käse 端",
+        "a?b#c",
+        "{id}",
+        "x:bulk",
+        "<script>",
+        "a+b",
+        "../../x",
+    ],
+)
+async def test_s11_ids_round_trip_through_paths(door: Door, name: str) -> None:
+    """Any printable id is stored and found again exactly as it was sent, and explained."""
+    path = "/v1/devices/" + quote(name, safe="").replace(".", "%2E")
+    status, body = await door.ask("PUT", path, json=WISH)
+    assert (status, body["id"]) == (201, name)
+    assert (await door.ask("GET", path))[1]["id"] == name
+    status, body = await door.ask("GET", path + "/explain")
+    assert (status, body["id"]) == (200, name)
+
+
+HOSTILE: list[tuple[Any, str]] = [
+    (b"{", "line 1"),
+    (b"", "JSON"),
+    (b"\xff\xfe", "JSON"),
+    (b"[" * 5000, "JSON"),
+    (b"[]", "object"),
+    (b"null", "object"),
+    ({"address": "a", "colour": 1}, "colour: unknown field"),
+    ({"address": 7}, "address"),
+    ({}, "address"),
+    ({"address": "a b"}, "blank"),
+    ({"address": "a\u001b[2J"}, "blank or control"),
+    ({"address": "a" * 254}, "253"),
+    ({"address": "a", "labels": {str(n): "" for n in range(33)}}, "32"),
+    ({"address": "a", "labels": {"k": "é" * 65}}, "128"),
+    ({"address": "a", "labels": {"k": 1}}, "labels.k"),
+    ({"address": "a", "class": ""}, "class"),
+    (b'{"address":"\\ud800"}', "JSON"),
+]
+
+
+@pytest.mark.parametrize(("body", "says"), HOSTILE)
+async def test_hostile_bodies_are_refused_with_words(door: Door, body: Any, says: str) -> None:
+    """Each wrong body is answered 400 with a message that names what is wrong, and stores nothing."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, answer = await door.ask(
+        "PUT", "/v1/devices/x", data=data, headers={"Content-Type": "application/json"}
+    )
+    assert status == 400
+    assert says in answer["error"]["message"]
+    assert "Traceback" not in answer["error"]["message"]
+    assert door.fleet.view(slug_of("x")) is None  # type: ignore[arg-type]
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    body=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(["id", "devices", "delete", "event", "device", "v", "epoch"]), inner
+            )
+        ),
+        max_leaves=8,
+    ),
+    path=st.sampled_from(["/v1/devices:bulk", "/v1/webhook", "/v1/agents/report"]),
+)
+def test_no_body_breaks_the_schemas(body: Any, path: str) -> None:
+    """No JSON value makes a schema raise anything but its own refusal."""
+    from pydantic import BaseModel, ValidationError
+
+    from nomad_watchdog.api.schemas import BulkIn, ReportIn, WebhookIn, problem
+
+    model: dict[str, type[BaseModel]] = {
+        "/v1/devices:bulk": BulkIn,
+        "/v1/webhook": WebhookIn,
+        "/v1/agents/report": ReportIn,
+    }
+    try:
+        model[path].model_validate_json(json.dumps(body))
+    except ValidationError as error:
+        assert problem(error)
+
+
+async def test_refusals_of_form(door: Door) -> None:
+    """Wrong size, type, coding, method, path, id and query are 4xx JSON with their own codes."""
+    put = {"Content-Type": "application/json"}
+    x = "/v1/devices/x"
+    big = json.dumps({"address": "a" * 70_000})
+    cases: list[tuple[int, str, str, dict[str, Any]]] = [
+        (413, "PUT", x, {"data": big, "headers": put}),
+        (415, "PUT", x, {"data": "{}", "headers": {"Content-Type": "text/plain"}}),
+        (415, "PUT", x, {"data": b"x", "headers": {**put, "Content-Encoding": "gzip"}}),
+        (405, "PATCH", x, {}),
+        (404, "GET", "/v2", {}),
+        (400, "GET", "/v1/devices/%00", {}),
+        (400, "GET", "/v1/devices/%FF", {}),
+        (400, "GET", "/v1/devices/" + "a" * 129, {}),
+        (400, "GET", "/v1/devices?colour=red", {}),
+        (400, "GET", "/v1/devices?limit=0", {}),
+        (400, "GET", "/v1/devices?limit=1001", {}),
+        (400, "GET", "/v1/devices?verdict=fine", {}),
+        (400, "GET", "/v1/devices?cursor=%21", {}),
+        (400, "GET", "/v1/devices?label=x", {}),
+        (400, "GET", "/v1/events?since=-1", {}),
+        (403, "DELETE", x, {"headers": {"Sec-Fetch-Site": "cross-site"}}),
+    ]
+    for expected, method, path, options in cases:
+        status, body = await door.ask(method, path, **options)
+        assert status == expected, (path, body)
+        assert set(body["error"]) == {"code", "message"}
+
+
+async def test_list_pages_stay_stable_under_inserts(door: Door) -> None:
+    """Walking the pages shows every device once, also when others are added on the way."""
+    names = [f"d{n:02}" for n in range(0, 20, 2)]
+    await door.ask("POST", "/v1/devices:bulk", json={"devices": [{"id": n, **WISH} for n in names]})
+    seen: list[str] = []
+    path = "/v1/devices?limit=3&label=site%3Da&q=D"
+    following: str | None = ""
+    while following is not None:
+        _, page = await door.ask("GET", path + (f"&cursor={following}" if following else ""))
+        seen += [item["id"] for item in page["items"]]
+        following = page["next"]
+        await door.ask("PUT", f"/v1/devices/a{len(seen)}", json=WISH)
+    assert seen == names
+    _, page = await door.ask("GET", "/v1/devices?label=site%3Db")
+    assert page["items"] == []
+
+
+async def test_bulk_answers_each_item(door: Door) -> None:
+    """Good items are stored though others are wrong, doubled or unknown; each is told."""
+    body = {
+        "devices": [{"id": "a", **WISH}, {"id": "b"}, 7, {"id": "a", **WISH}, {"id": "c", **WISH}],
+        "delete": ["c", "gone", "", 3],
+    }
+    status, answer = await door.ask("POST", "/v1/devices:bulk", json=body)
+    assert status == 200
+    assert [r["status"] for r in answer["results"]] == [200, 400, 400, 400, 200, 400, 404, 400, 400]
+    many = {"delete": [str(n) for n in range(5001)]}
+    assert (await door.ask("POST", "/v1/devices:bulk", json=many))[0] == 400
+
+
+async def test_webhook_is_put_and_delete(door: Door) -> None:
+    """A connected event makes a device present, a disconnected one absent."""
+    event = {"event": "connected", "device": {"id": "gw/1", "address": "10.0.0.1"}}
+    assert (await door.ask("POST", "/v1/webhook", json=event))[0] == 201
+    assert (await door.ask("POST", "/v1/webhook", json=event))[0] == 200
+    gone = {"event": "disconnected", "device": {"id": "gw/1"}}
+    assert (await door.ask("POST", "/v1/webhook", json=gone))[0] == 200
+    view = door.fleet.view(slug_of("gw/1"))  # type: ignore[arg-type]
+    assert view is not None
+    assert view.record.presence is Presence.ABSENT
+    bad = {"event": "connected", "device": {"id": "x"}}
+    assert (await door.ask("POST", "/v1/webhook", json=bad))[0] == 400
+
+
+def _report(**changed: Any) -> dict[str, Any]:
+    from watchdog_agent import wire
+
+    config = {"device_id": "cam", "epoch": 0, "agent_class": "default", "version": "1"}
+    said: dict[str, Any] = {
+        "instance": "i-1", "sequence": 1, "ready": True, "state": "ok", "was_ready": True,
+        "misses": 0, "confirmed": False, "reason": "", "listen": "127.0.0.1:1", "dropped": 0,
+    }  # fmt: skip
+    return {**wire.report(config, **said), **changed}
+
+
+async def test_s1_reports_at_the_door(door: Door) -> None:
+    """The first instance is accepted, another is told to stop or wait, and a future epoch to wait."""
+    path = "/v1/agents/report"
+    assert (await door.ask("POST", path, json=_report()))[0] == 410
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+    assert (await door.ask("POST", path, json=_report()))[0] == 200
+    async with door.client.post(door.base + path, json=_report(epoch=9)) as response:
+        assert response.status == 409
+        assert int(response.headers["Retry-After"]) > 0
+    assert (await door.ask("POST", path, json=_report(state="fine")))[0] == 400
+    assert (await door.ask("POST", path, json=_report(newer=1)))[0] == 200
+    _, agents = await door.ask("GET", "/v1/agents")
+    assert [a["id"] for a in agents["items"]] == ["cam"]
+
+
+async def test_openapi_and_routes_agree(door: Door) -> None:
+    """Every route is described, every described operation is routed, and every reference resolves."""
+    status, spec = await door.ask("GET", "/v1/openapi.json")
+    assert status == 200
+    described = {(m.upper(), path) for path, ops in spec["paths"].items() for m in ops}
+    routed = {
+        (route.method, route.resource.canonical)
+        for route in door.app.router.routes()
+        if route.resource is not None
+    }
+    assert described == routed
+    for ref in set(json.dumps(spec).split('"#/components/schemas/')[1:]):
+        assert ref.split('"')[0] in spec["components"]["schemas"]
+
+
+async def test_events_follow_and_end_with_the_server(door: Door) -> None:
+    """A follower sees an event made after it came, and a shutdown ends its stream at once."""
+    async with door.client.get(door.base + "/v1/events?follow=true") as response:
+        await door.ask("PUT", "/v1/devices/a", json=WISH)
+        async with asyncio.timeout(5):
+            while not (line := (await response.content.readline()).strip()):
+                pass
+        assert json.loads(line)["device"] == "a"
+        async with asyncio.timeout(1.5):
+            await door.runner.cleanup()
+
+
+async def test_s9_followers_are_bounded(door: Door) -> None:
+    """One follower more than the most is told to come later, and room is made when one leaves."""
+    url = door.base + "/v1/events?follow=true"
+    open_ones = [await door.client.get(url) for _ in range(MOST_FOLLOWERS)]
+    assert (await door.ask("GET", "/v1/events?follow=true"))[0] == 503
+    for response in open_ones:
+        response.close()
+
+
+async def test_page_escapes_what_devices_say(door: Door) -> None:
+    """Markup in an id reaches the page as text only, and the page allows no script."""
+    path = "/v1/devices/" + quote("<script>alert(1)</script>", safe="")
+    await door.ask("PUT", path, json=WISH)
+    async with door.client.get(door.base + "/") as response:
+        text = await response.text()
+        assert "<script" not in text
+        assert "&lt;script&gt;" in text
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+
+
+async def test_small_endpoints(door: Door) -> None:
+    """Health, readiness, status, plan, artifact and metrics answer as they should."""
+    assert (await door.ask("GET", "/healthz"))[0] == 200
+    assert (await door.ask("GET", "/ready"))[0] == 503
+    door.fleet.ready_event.set()
+    assert (await door.ask("GET", "/ready"))[0] == 200
+    for path in ("/v1/status", "/v1/plan"):
+        assert (await door.ask("GET", path))[0] == 200
+    async with door.client.get(door.base + "/artifacts/watchdog-agent.pyz") as response:
+        assert await response.read() == b"PK-agent"
+    async with door.client.get(door.base + "/metrics") as response:
+        text = await response.text()
+    assert 'api_requests_total{route="/healthz",status="2xx"} 1.0' in text
+    assert 'api_requests_total{route="/ready",status="5xx"} 1.0' in text
+
+
+@pytest.mark.parametrize("token", ["s3cret-token"])
+async def test_token_is_asked_for(door: Door, token: str) -> None:
+    """Without the right token all but the two health paths answer 401, and the token is never told."""
+    assert (await door.ask("GET", "/healthz"))[0] == 200
+    for headers in ({}, {"Authorization": "Bearer nope"}, {"Authorization": f"Basic {token}"}):
+        for path in ("/v1/status", "/metrics", "/", "/nothing"):
+            status, body = await door.ask("GET", path, headers=headers)
+            assert status == 401
+            assert token not in json.dumps(body)
+    good = {"Authorization": f"Bearer {token}"}
+    assert (await door.ask("GET", "/v1/status", headers=good))[0] == 200
+
+
+async def test_slow_senders_are_let_go(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that trickles is answered 408, and headers that never end get the connection closed."""
+    monkeypatch.setattr(schemas, "BODY_TIMEOUT_S", 0.3)
+    app = make_app(door.fleet, metrics=door.metrics, artifact=None)
+    runner = web.AppRunner(app, **{**RUNNER_OPTIONS, "keepalive_timeout": 0.5})
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    head = b"PUT /v1/devices/x HTTP/1.1\r\nHost: x\r\n"
+    slow = head + b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    try:
+        for sent, got in ((head, b""), (slow, b"HTTP/1.1 408")):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(sent)
+            async with asyncio.timeout(6):
+                assert (await reader.read())[:12] == got
+            writer.close()
+            await writer.wait_closed()
+    finally:
+        await runner.cleanup()
+
+
+async def test_our_own_faults_tell_no_details(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    """An unexpected exception is a 500 without its text, logged once, and counted."""
+
+    def broken() -> dict[str, object]:
+        raise RuntimeError("canary")
+
+    door.fleet.plan_view = broken
+    status, body = await door.ask("GET", "/v1/plan")
+    assert status == 500
+    assert "canary" not in json.dumps(body)
+    assert [r.message for r in caplog.records if r.name.startswith("nomad_watchdog.api")] == [
+        "request failed"
+    ]
+    assert b'{route="/v1/plan",status="5xx"} 1.0' in door.metrics.render()
+
+
+async def test_errors_of_the_stores_become_statuses(door: Door) -> None:
+    """A transient error is 503 with Retry-After, a conflict 409 with Retry-After, both with words."""
+    for error, status in (
+        (TransientError("the store is away", retry_after_s=2.5), 503),
+        (ConflictError("others were faster"), 409),
+    ):
+
+        def failing(error: Exception = error) -> dict[str, object]:
+            raise error
+
+        door.fleet.plan_view = failing
+        async with door.client.get(door.base + "/v1/plan") as response:
+            assert response.status == status
+            assert response.headers["Retry-After"] in {"1", "3"}
+            assert (await response.json())["error"]["message"] == str(error)
