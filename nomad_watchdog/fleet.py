@@ -488,8 +488,12 @@ class Fleet:
         fresh = dict(records)
         for slug, ours in self.records.items():
             theirs = fresh.get(slug)
-            # Our own write is newer than this snapshot: keep it (S8).
-            if ours.index > index and (theirs is None or theirs.index < ours.index):
+            # Our own write is newer than this snapshot: keep it (S8). An index that went backwards
+            # means a restored or wiped store, and then the store's word stands.
+            if (
+                ours.index > index >= self.index
+                and (theirs is None or theirs.index < ours.index)
+            ):
                 fresh[slug] = ours
         changed = [r for slug, r in fresh.items() if self.records.get(slug) is not r]
         self.learn(changed)
@@ -497,7 +501,6 @@ class Fleet:
             track = self._tracks.pop(slug, None)
             if track is not None and track.state is not None:
                 self._by_state[track.state] -= 1
-        # An index that went backwards (a restored store) means that the store's word stands.
         self.records = fresh
         self.index = index
         self._loaded = True

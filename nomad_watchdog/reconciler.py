@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
+from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop, stop_key
 from nomad_watchdog.errors import ConflictError, StaleError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
@@ -52,7 +52,8 @@ class _Breaker:
     reason: str = ""
     since: Monotonic = field(default=Monotonic(0.0))
     confirmed: frozenset[Stop] = NO_STOPS
-    announced: bool = False
+    read_twice: frozenset[Stop] = NO_STOPS
+    """What has had its second read, and is still held: an operator's turn."""
 
 
 class Reconciler:
@@ -267,7 +268,7 @@ class Reconciler:
             self.reconcile()
             took_s = self.fleet.clock.monotonic() - began
             self.metrics.passed("ok" if not self.breaker.held else "held", took_s)
-            if self.breaker.held and not self.breaker.confirmed:
+            if self.breaker.held - self.breaker.read_twice:
                 await self._read_again()
             if any(a.kind is ActionKind.START for a in self.last_plan.actions):
                 await self._ask_for_room()
@@ -308,8 +309,11 @@ class Reconciler:
                 )
         elif breaker.held:
             self.metrics.breaker_held(held=False)
-            breaker.confirmed = NO_STOPS
         breaker.held, breaker.reason = plan.held, plan.hold_reason
+        if breaker.confirmed:
+            # The word holds for the stops that it was given for, until the last of them is done.
+            asked = {stop_key(a) for a in plan.actions if a.kind is ActionKind.RETIRE}
+            breaker.confirmed &= asked
 
     async def _read_again(self) -> None:
         """The second read of S7: both stores again, in full, a while after the first."""
@@ -326,6 +330,7 @@ class Reconciler:
         self._take(snapshot)
         # Devices that nobody has registered are not confirmed by reading twice that they are not
         # there: a store that lost its keys says so every time. That takes an operator.
+        self.breaker.read_twice = held
         self.breaker.confirmed = frozenset(s for s in held if s[0] in self.fleet.records)
         self._wake.set()
 

@@ -87,6 +87,7 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
                 ca_cert=chosen.ca_cert or "",
                 client_cert=chosen.client_cert or "",
                 client_key=chosen.client_key or "",
+                skip_verify=chosen.tls_skip_verify,
             ),
             "strategy": chosen.strategy,
             "shards": settings.shards,

@@ -41,7 +41,9 @@ agent_class "default" {{
     timeout  = "500ms"
     misses   = 2
   }}
-  confirm "icmp" {{
+  # Loopback always echoes, so that ICMP could never confirm that a device is gone.
+  confirm "tcp" {{
+    port    = {device_port}
     timeout = "500ms"
   }}
 }}

@@ -1,0 +1,5 @@
+"""`python -m watchdog_agent`."""
+
+from .main import main
+
+main()

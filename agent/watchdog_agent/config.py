@@ -1,0 +1,129 @@
+"""The configuration document, checked: a wrong one is refused whole, in words."""
+
+import base64
+import json
+import os
+
+from . import wire
+from .http import Url
+
+
+class ConfigError(Exception):
+    """What is wrong, and what is allowed."""
+
+
+def load(environ):
+    """The checked document of this environment. Raises ConfigError."""
+    if environ.get("WATCHDOG_CONFIG_B64"):
+        try:
+            raw = base64.b64decode(environ["WATCHDOG_CONFIG_B64"], validate=True)
+        except ValueError as error:
+            raise ConfigError(f"WATCHDOG_CONFIG_B64 is not base64: {error}") from None
+    elif environ.get("WATCHDOG_CONFIG"):
+        try:
+            with open(environ["WATCHDOG_CONFIG"], "rb") as file:
+                raw = file.read(1 << 20)
+        except OSError as error:
+            raise ConfigError(f"WATCHDOG_CONFIG: {error.strerror.lower()}") from None
+    else:
+        raise ConfigError("set WATCHDOG_CONFIG (a file) or WATCHDOG_CONFIG_B64")
+    try:
+        config = json.loads(raw)
+    except ValueError as error:
+        raise ConfigError(f"the configuration is not JSON: {error}") from None
+    return check(config)
+
+
+def check(config):
+    """The document with defaults filled in. Raises ConfigError."""
+    if not isinstance(config, dict):
+        raise ConfigError("the configuration must be an object")
+    if config.get("v") != wire.VERSION:
+        raise ConfigError(f"v is {config.get('v')!r}; this agent knows {wire.VERSION}")
+    for name in ("device_id", "slug", "address"):
+        if not isinstance(config.get(name), str) or not config[name]:
+            raise ConfigError(f"{name} must be text and not empty")
+    if not set(config["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
+        raise ConfigError("slug may hold a-z, 0-9 and - only")
+    if any(c <= " " for c in config["address"]):
+        raise ConfigError("address holds a blank or a control character")
+    if type(config.get("epoch")) is not int or config["epoch"] < 1:
+        raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
+    for url in _list(config, "api") + ([config["consul"]] if config.get("consul") else []):
+        try:
+            Url(url)
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{url!r} is not an http:// address") from None
+    _number(config, "beat_s", 15.0, 0.1, 3600.0)
+    _number(config, "register_every_s", 45.0, 0.1, 3600.0)
+    config["probes"] = [_probe(p, "probes") for p in _list(config, "probes")]
+    config["confirm"] = [_probe(p, "confirm") for p in _list(config, "confirm")]
+    if not config["probes"]:
+        raise ConfigError("probes is empty; at least one is needed")
+    if not config["confirm"]:
+        # An independent path: another kind than the first probe.
+        kind = "icmp" if config["probes"][0]["kind"] != "icmp" else "tcp"
+        config["confirm"] = [
+            _probe({"kind": kind, "port": 80} if kind == "tcp" else {"kind": kind}, "")
+        ]
+    return config
+
+
+def _probe(probe, where):
+    if not isinstance(probe, dict) or probe.get("kind") not in ("tcp", "http", "icmp"):
+        kind = probe.get("kind") if isinstance(probe, dict) else probe
+        raise ConfigError(f"{where}: kind is {kind!r}; allowed are tcp, http, icmp")
+    port = probe.get("port")
+    if probe["kind"] != "icmp" and (type(port) is not int or not 0 < port < 65536):
+        raise ConfigError(f"{where}: port of {probe['kind']} is {port!r}; allowed are 1 to 65535")
+    path = probe.get("path", "/")
+    if (
+        not isinstance(path, str)
+        or not path.startswith("/")
+        or any(not "!" <= c <= "~" for c in path)
+    ):
+        raise ConfigError(f"{where}: path is {path!r}; it must begin with / and be printable ASCII")
+    _number(probe, "interval_s", 5.0, 0.05, 86400.0)
+    _number(probe, "timeout_s", 2.0, 0.01, 600.0)
+    _number(probe, "misses", 3, 1, 1000)
+    return probe
+
+
+def _number(config, name, default, low, high):
+    value = config.setdefault(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
+
+
+def _list(config, name):
+    value = config.get(name, [])
+    if not isinstance(value, list) or len(value) > 32:
+        raise ConfigError(f"{name} must be a list of at most 32")
+    return value
+
+
+def instance_of(environ):
+    """The id of this run, as the scheduler counts runs."""
+    for name in ("WATCHDOG_INSTANCE", "NOMAD_ALLOC_ID", "POD_UID"):
+        if environ.get(name):
+            return environ[name][:128]
+    return os.urandom(16).hex()
+
+
+def listen_of(environ):
+    """(host, port) to serve on. Raises ConfigError."""
+    text = environ.get("WATCHDOG_LISTEN", "")
+    if not text and environ.get("NOMAD_PORT_http"):
+        text = f"{environ.get('NOMAD_IP_http') or '127.0.0.1'}:{environ['NOMAD_PORT_http']}"
+    host, separator, port = (text or "127.0.0.1:0").rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"WATCHDOG_LISTEN is {text!r}; it must be host:port")
+    return host.strip("[]"), int(port)
+
+
+def state_dir_of(environ):
+    """Where state is kept; empty = nowhere."""
+    if environ.get("WATCHDOG_STATE_DIR"):
+        return environ["WATCHDOG_STATE_DIR"]
+    folder = environ.get("NOMAD_ALLOC_DIR")
+    return os.path.join(folder, "data") if folder else ""

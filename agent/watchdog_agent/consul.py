@@ -1,0 +1,112 @@
+"""Registration of this agent in the local Consul agent. Evidence for others; we live without it."""
+
+import json
+import os
+import random
+
+from . import http, wire
+
+
+class Registration:
+    """Registers, repeats it (free when unchanged, and it cures a Consul agent that lost us), and
+    deregisters. `said(text)` gets what is worth a log line, once a change."""
+
+    TIMEOUT_S = 2.0
+    MOST_WAIT_S = 30.0
+
+    def __init__(self, loop, config, instance, listen, said):
+        self.loop = loop
+        self.said = said
+        self.url = http.Url(config["consul"], 8500)
+        self.done = False
+        self.last = ""
+        self.every_s = config.get("register_every_s", 45.0)
+        self.path = f"{self.url.base}/v1/agent/service"
+        self.slug = config["slug"]
+        self.body = json.dumps(registration(config, instance, listen)).encode()
+        self.failures = 0
+        self.closing = None
+        self.fetch = None
+
+    def start(self):
+        """Register now, and again for ever."""
+        self._call("PUT", "/register?replace-existing-checks=false", self.body, self._answered)
+
+    def _call(self, method, path, body, answered):
+        headers = [("X-Consul-Token", token)] if (token := read_token()) else []
+        data = http.request(method, self.path + path, self.url.host_header, body, headers)
+        where = (self.url.host, self.url.port)
+        self.fetch = http.Fetch(self.loop, where, data, self.TIMEOUT_S, answered)
+
+    def _answered(self, status, _headers, body):
+        if self.closing is not None:
+            return
+        text = body if status is None else f"status {status}"
+        if status == 200:
+            self.done, self.failures, wait = True, 0, self.every_s
+            text = "registered"
+        else:
+            self.failures += 1
+            wait = min(self.MOST_WAIT_S, 0.5 * 2 ** min(self.failures, 8))
+        if text != self.last:
+            self.last = text
+            self.said(f"consul: {text}")
+        self.loop.later(wait * random.uniform(0.8, 1.2), self._again)
+
+    def _again(self):
+        if self.closing is None:
+            self.start()
+
+    def close(self, then):
+        """Deregister if we ever registered, then call back, at the latest after TIMEOUT_S."""
+        self.closing = then
+        if self.fetch is not None:
+            self.fetch.cancel()
+        if not self.done:
+            then()
+            return
+        self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then())
+
+
+def registration(config, instance, listen):
+    """The service as Consul wants it (https://developer.hashicorp.com/consul/api-docs/agent/service).
+
+    The slug is id and tag: a tag is what Consul's DNS and its cheap lookups can find."""
+    host, _, port = listen.rpartition(":")
+    return {
+        "ID": config["slug"],
+        "Name": config.get("service") or wire.SERVICE,
+        "Tags": [config["slug"]],
+        "Address": host.strip("[]"),
+        "Port": int(port),
+        "Meta": {
+            "device_id": config["device_id"],
+            "slug": config["slug"],
+            "epoch": str(config["epoch"]),
+            "version": config.get("version", ""),
+            "agent_class": config.get("agent_class", ""),
+            "spec_hash": config.get("spec_hash", ""),
+            "instance": instance,
+        },
+        "Check": {
+            "CheckID": f"{config['slug']}-healthz",
+            "Name": "healthz",
+            "HTTP": f"http://{listen}/healthz",
+            "Interval": config.get("check_interval", "10s"),
+            "Timeout": "2s",
+            "FailuresBeforeCritical": 3,
+            "DeregisterCriticalServiceAfter": "5m",
+        },
+    }
+
+
+def read_token():
+    """The token, read anew each time: a mounted file rotates."""
+    path = os.environ.get("CONSUL_HTTP_TOKEN_FILE")
+    if path:
+        try:
+            with open(path, encoding="ascii") as file:
+                return file.read(4096).strip()
+        except (OSError, ValueError):
+            return ""
+    return os.environ.get("CONSUL_HTTP_TOKEN", "")

@@ -1,0 +1,238 @@
+"""Just enough HTTP/1.1, bounded in bytes and time: http.client would cost every device 7 MB."""
+
+import selectors
+import socket
+
+MAX_HEAD = 8192
+MAX_BODY = 65536
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+
+
+class HttpError(Exception):
+    """The other side does not speak HTTP as we need it, or did not answer; the text says how."""
+
+
+class Url:
+    """http://host[:port][/path]; raises ValueError for anything else. TLS is not spoken yet."""
+
+    def __init__(self, text, default_port=80):
+        scheme, separator, rest = text.partition("://")
+        if not separator or scheme != "http":
+            raise ValueError(f"{text!r} is not an http:// address")
+        place, _, path = rest.partition("/")
+        host, _, port = (
+            place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "")
+        )
+        self.host = (host or place).strip("[]")
+        self.port = int(port) if port else default_port
+        self.base = ("/" + path).rstrip("/")
+        self.host_header = place
+        if not self.host or not 0 < self.port < 65536 or any(c <= " " for c in text):
+            raise ValueError(f"{text!r} is not an http:// address")
+
+
+class Fetch:
+    """One request over one new connection. `done(status, headers, body)`, with status None and the
+    reason as body when it failed; exactly once, never after `cancel`."""
+
+    def __init__(self, loop, address, request, timeout_s, done, max_body=MAX_BODY):
+        """`address`: (host, port), resolved already or a name. `request`: all bytes to send."""
+        self.loop = loop
+        self.done = done
+        self.max_body = max_body
+        self.out = request
+        self.got = bytearray()
+        self.sock = None
+        self.timer = loop.later(
+            timeout_s, lambda: self._end(None, f"no answer within {timeout_s:g} s")
+        )
+        try:
+            family, kind, proto, _, where = resolve(address)
+            self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
+            code = self.sock.connect_ex(where)
+            if code not in (0, 11, 115):
+                raise OSError(code, "")
+        except (OSError, UnicodeError) as error:
+            text = reason_of(error)
+            loop.later(0, lambda: self._end(None, text))
+        else:
+            loop.watch(self.sock, WRITE, self._ready)
+
+    def _ready(self, mask):
+        try:
+            if mask & WRITE:
+                self._send()
+            else:
+                self._receive()
+        except OSError as error:
+            self._end(None, reason_of(error))
+
+    def _send(self):
+        code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, "")
+        sent = self.sock.send(self.out)
+        self.out = self.out[sent:]
+        if not self.out:
+            self.loop.watch(self.sock, READ, self._ready)
+
+    def _receive(self):
+        data = self.sock.recv(16384)
+        self.got += data
+        try:
+            answer = parse_answer(self.got, closed=not data, max_body=self.max_body)
+        except HttpError as error:
+            self._end(None, str(error))
+            return
+        if answer is not None:
+            self._end(*answer)
+
+    def _end(self, status, headers, body=b""):
+        done, self.done = self.done, None
+        self.cancel()
+        if done is not None:
+            done(status, {} if status is None else headers, headers if status is None else body)
+
+    def cancel(self):
+        """Give up; nothing is called any more."""
+        self.done = None
+        self.timer[2] = None
+        if self.sock is not None:
+            self.loop.forget(self.sock)
+            self.sock = None
+
+
+def resolve(address):
+    """The first address of (host, port). A name goes to the resolver and may block for its time-out;
+    addresses of digits do not."""
+    host, port = address
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+
+
+def reason_of(error):
+    """An OSError in words without numbers of its own."""
+    import os
+
+    if getattr(error, "errno", None) and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno).lower()
+    return str(error) or type(error).__name__
+
+
+def parse_answer(got, *, closed, max_body):
+    """(status, headers, body), None while more is to come. The body is cut at max_body: whoever asks
+    wants the status and a look at the beginning, not 10 GB."""
+    end = got.find(b"\r\n\r\n")
+    if end < 0:
+        if len(got) > MAX_HEAD:
+            raise HttpError("its answer has a head of more than 8 KiB")
+        if len(got) >= 5 and not got.startswith(b"HTTP/"):
+            raise HttpError("its answer is not HTTP")
+        if closed:
+            raise HttpError("it closed the connection without a whole answer")
+        return None
+    lines = bytes(got[:end]).split(b"\r\n")
+    parts = lines[0].split(None, 2)
+    if len(parts) < 2 or not parts[0].startswith(b"HTTP/1") or not parts[1].isdigit():
+        raise HttpError("its answer is not HTTP")
+    headers = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        headers[name.strip().lower().decode("latin-1")] = value.strip().decode("latin-1")
+    body = got[end + 4 :]
+    length = headers.get("content-length", "")
+    whole = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
+    if whole is not None and len(body) < min(whole, max_body) and not closed:
+        return None
+    if whole is None and not closed and len(body) < max_body and int(parts[1]) not in (204, 304):
+        return None
+    if whole is not None and closed and len(body) < min(whole, max_body):
+        raise HttpError("it closed the connection in the middle of its answer")
+    return int(parts[1]), headers, bytes(body[:max_body])
+
+
+def request(method, path, host, body=b"", headers=()):
+    """The bytes of a request that asks for the connection to be closed."""
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if body or method in ("POST", "PUT"):
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+class Server:
+    """Answers GET; each connection once, within 5 s, at most 64 at a time."""
+
+    MOST = 64
+    TIMEOUT_S = 5.0
+
+    def __init__(self, loop, host, port, answer):
+        """`answer(path)` gives (status, content type, body bytes) or None for 404. Raises OSError."""
+        self.loop = loop
+        self.answer = answer
+        self.open = {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.sock.bind((host, port))
+        self.sock.listen(64)
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self.sock.getsockname()[1]}"
+        loop.watch(self.sock, READ, self._accept)
+
+    def _accept(self, _mask):
+        try:
+            sock, _ = self.sock.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        if len(self.open) >= self.MOST:
+            sock.close()
+            return
+        timer = self.loop.later(self.TIMEOUT_S, lambda: self._close(sock))
+        self.open[sock] = [timer, bytearray(), b""]
+        self.loop.watch(sock, READ, lambda mask: self._ready(sock, mask))
+
+    def _ready(self, sock, mask):
+        state = self.open[sock]
+        try:
+            if mask & WRITE:
+                state[2] = state[2][sock.send(state[2]) :]
+                if not state[2]:
+                    self._close(sock)
+                return
+            data = sock.recv(4096)
+        except OSError:
+            self._close(sock)
+            return
+        state[1] += data
+        if not data or len(state[1]) > MAX_HEAD:
+            self._close(sock)
+        elif b"\r\n\r\n" in state[1]:
+            state[2] = self._reply(bytes(state[1]).split(b"\r\n", 1)[0])
+            self.loop.watch(sock, WRITE, lambda again: self._ready(sock, again))
+
+    def _reply(self, line):
+        parts = line.split(b" ")
+        answer = None
+        if len(parts) == 3 and parts[0] == b"GET":
+            answer = self.answer(parts[1].split(b"?")[0].decode("latin-1"))
+        status, kind, body = answer or (404, "text/plain", b"not found\n")
+        words = {200: "OK", 404: "Not Found", 503: "Service Unavailable"}[status]
+        head = (
+            f"HTTP/1.1 {status} {words}\r\nContent-Type: {kind}\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + body
+
+    def _close(self, sock):
+        state = self.open.pop(sock, None)
+        if state is not None:
+            state[0][2] = None
+            self.loop.forget(sock)
+
+    def close(self):
+        """Stop listening and close what is open."""
+        for sock in list(self.open):
+            self._close(sock)
+        self.loop.forget(self.sock)

@@ -1,0 +1,280 @@
+"""The agent of one device: probes, believes, tells; and stops when it is told to."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+from . import config as configuration
+from . import consul, http, metrics, probes, reporter, state, wire
+from .loop import Loop
+from .suspicion import Suspicion
+
+
+class Agent:
+    """Ties the parts together. All of it runs on one thread, in `loop`."""
+
+    SAVE_EVERY_S = 60.0
+
+    def __init__(self, config, environ):
+        self.config = config
+        self.instance = configuration.instance_of(environ)
+        self.folder = configuration.state_dir_of(environ)
+        self.began = time.monotonic()
+        self.loop = Loop()
+        self.results = {}
+        self.probed = self.probe_failures = 0
+        self.confirming = 0
+        self.exit_code = None
+        kept, remark = state.load(self.folder, config["device_id"]) if self.folder else ({}, "")
+        if remark:
+            log(remark)
+        need = min(int(p["misses"]) for p in config["probes"])
+        self.suspicion = Suspicion(need, was_ready=kept.get("was_ready") is True)
+        host, port = configuration.listen_of(environ)
+        self.server = http.Server(self.loop, host, port, self.answer)
+        self.reporter = reporter.Reporter(self.loop, config, self.report, self.retire, log)
+        sequence = kept.get("sequence")
+        self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
+        self.registration = None
+        if config.get("consul"):
+            self.registration = consul.Registration(
+                self.loop, config, self.instance, self.server.address, log
+            )
+
+    def ready(self):
+        """Registered, and the first round of probes is done."""
+        registered = self.registration is None or self.registration.done
+        return registered and len(self.results) == len(self.config["probes"])
+
+    def run(self):
+        """Until told to retire or signalled; the exit code."""
+        self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
+        self._write_address()
+        log("agent started", listen=self.server.address, epoch=self.config["epoch"])
+        if self.registration is not None:
+            self.registration.start()
+        for number, spec in enumerate(self.config["probes"]):
+            self._probe(f"{number}:{probes.name_of(spec)}", spec)
+        self._watch_ready()
+        self.loop.later(self.SAVE_EVERY_S * random.uniform(0.8, 1.2), self._save_again)
+        self.loop.run()
+        return self.exit_code
+
+    # -- probing
+
+    def _probe(self, name, spec):
+        if self.exit_code is not None:
+            return
+
+        def done(ok, reason, took_s):
+            self._probed(name, spec, ok, reason, took_s)
+            pause = spec["interval_s"] * random.uniform(0.95, 1.05) - took_s
+            self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
+
+        probes.start(self.loop, spec, self.config["address"], done)
+
+    def _probed(self, name, spec, ok, reason, took_s):
+        first = name not in self.results
+        self.results[name] = {"ok": ok, "reason": reason, "took_s": took_s, "at": time.time()}
+        self.probed += 1
+        self.probe_failures += not ok
+        was_ready = self.suspicion.was_ready
+        shown = name.partition(":")[2]
+        changed = self.suspicion.probed(shown, ok, reason, int(spec["misses"]))
+        if changed or self.suspicion.was_ready != was_ready:
+            self._changed()
+        if not ok and self.suspicion.wants_confirmation() and not self.confirming:
+            self._confirm()
+        if first:
+            self._watch_ready()
+
+    def _confirm(self):
+        specs = self.config["confirm"]
+        self.confirming = len(specs)
+        answers = []
+
+        def done(spec, ok, reason):
+            self.confirming -= 1
+            answers.append((probes.name_of(spec), ok, reason))
+            if self.confirming:
+                return
+            # One independent path that works is enough to doubt the probe instead of the device.
+            alive = [a for a in answers if a[1]]
+            if self.suspicion.confirmation(*(alive or answers)[0]):
+                self._changed()
+
+        for spec in specs:
+            probes.start(
+                self.loop,
+                spec,
+                self.config["address"],
+                lambda ok, reason, _took, spec=spec: done(spec, ok, reason),
+            )
+
+    def _changed(self):
+        log("state", state=self.suspicion.state, reason=self.suspicion.reason)
+        self._save()
+        if self.ready() and self.exit_code is None:
+            self.reporter.changed()
+
+    def _watch_ready(self):
+        if self.exit_code is not None:
+            return
+        if self.ready():
+            self.reporter.start()
+            self._watch_ready = lambda: None
+        elif len(self.results) == len(self.config["probes"]):
+            self.loop.later(0.02, lambda: self._watch_ready())
+
+    # -- telling
+
+    def report(self, sequence, dropped, stopping):
+        """The report as of now."""
+        believed = self.suspicion
+        return wire.report(
+            self.config,
+            instance=self.instance,
+            sequence=sequence,
+            ready=self.ready() and not stopping,
+            state=believed.state,
+            was_ready=believed.was_ready,
+            misses=believed.misses,
+            confirmed=believed.confirmed,
+            reason=believed.reason[:400],
+            listen=self.server.address,
+            dropped=dropped,
+            stopping=stopping,
+        )
+
+    def answer(self, path):
+        """What the server says: (status, content type, body) or None."""
+        if path == "/healthz":
+            # Constant on purpose: Consul stores the text of a check.
+            return 200, "text/plain", b"ok\n"
+        if path == "/ready":
+            return (200, "text/plain", b"ready\n") if self.ready() else (503, "text/plain", b"no\n")
+        if path == "/metrics":
+            return 200, "text/plain; version=0.0.4", metrics.render(self)
+        if path == "/status":
+            return 200, "application/json", json.dumps(self.status()).encode()
+        return None
+
+    def status(self):
+        """What is known, for people and scripts."""
+        believed, told = self.suspicion, self.reporter
+        return {
+            "device_id": self.config["device_id"],
+            "slug": self.config["slug"],
+            "epoch": self.config["epoch"],
+            "version": self.config.get("version", ""),
+            "instance": self.instance,
+            "pid": os.getpid(),
+            "ready": self.ready(),
+            "state": believed.state,
+            "reason": believed.reason,
+            "was_ready": believed.was_ready,
+            "misses": believed.misses,
+            "confirmed": believed.confirmed,
+            "uptime_s": round(time.monotonic() - self.began, 3),
+            "probes": self.results,
+            "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
+        }
+
+    # -- ending
+
+    def signalled(self, number):
+        """Shut down with 128 + number; a second signal does not wait."""
+        if self.exit_code is not None:
+            self.loop.stop()
+            return
+        log("signal", number=number)
+        self._shut_down(128 + number)
+
+    def retire(self, reason):
+        """The control plane says that we are not the accepted agent (any more)."""
+        if self.exit_code is None:
+            log("told to retire", reason=reason)
+            self._shut_down(wire.EXIT_RETIRED, tell=False)
+
+    def _shut_down(self, code, *, tell=True):
+        self.exit_code = code
+        self._save()
+        self.loop.later(2.8, self.loop.stop)
+        if tell:
+            self.reporter.close(self._deregister)
+        else:
+            self._deregister()
+
+    def _deregister(self):
+        if self.registration is None:
+            self.loop.stop()
+        else:
+            self.registration.close(self.loop.stop)
+
+    # -- keeping
+
+    def _save_again(self):
+        self._save()
+        self.loop.later(self.SAVE_EVERY_S * random.uniform(0.8, 1.2), self._save_again)
+
+    def _save(self):
+        if not self.folder:
+            return
+        believed = self.suspicion
+        try:
+            state.save(
+                self.folder,
+                {
+                    "device_id": self.config["device_id"],
+                    "was_ready": believed.was_ready,
+                    "state": believed.state,
+                    "misses": believed.misses,
+                    "sequence": self.reporter.sequence,
+                },
+            )
+        except OSError as error:
+            log("state can't be saved", reason=http.reason_of(error))
+
+    def _write_address(self):
+        if not self.folder:
+            return
+        told = {"pid": os.getpid(), "listen": self.server.address, "instance": self.instance}
+        try:
+            state.write(os.path.join(self.folder, "agent.json"), json.dumps(told).encode())
+        except OSError as error:
+            log("address can't be written", reason=http.reason_of(error))
+
+
+def log(message, **facts):
+    """One JSON object a line on stderr; bounded; a full or closed stderr harms nobody."""
+    facts = {"ts": round(time.time(), 3), "msg": message, **facts}
+    try:
+        os.write(2, json.dumps(facts).encode()[:2000] + b"\n")
+    except OSError:
+        pass
+
+
+def main():
+    """Run the agent of this environment; exits as `wire` says."""
+    try:
+        agent = Agent(configuration.load(os.environ), os.environ)
+    except configuration.ConfigError as error:
+        log("bad configuration", reason=str(error))
+        sys.exit(wire.EXIT_CONFIG)
+    except OSError as error:
+        log("can't listen", reason=http.reason_of(error))
+        sys.exit(wire.EXIT_CRASH)
+    try:
+        code = agent.run()
+    except Exception as error:
+        import traceback
+
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(where.filename)}:{where.lineno}"
+        log("crashed", reason=f"{type(error).__name__}: {error}", at=place)
+        os._exit(wire.EXIT_CRASH)
+    # Nothing is left to flush, and taking down the interpreter costs more than the agent's work.
+    os._exit(code)

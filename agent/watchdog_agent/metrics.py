@@ -1,0 +1,41 @@
+"""Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/), by hand."""
+
+
+def render(agent):
+    """The metrics of this agent. The device is the scrape's target; no label repeats it."""
+    states = ("ok", "suspect", "repairing", "offline")
+    lines = []
+
+    def metric(name, kind, text, *values):
+        lines.append(f"# HELP watchdog_agent_{name} {text}")
+        lines.append(f"# TYPE watchdog_agent_{name} {kind}")
+        lines.extend(f"watchdog_agent_{name}{labels} {value}" for labels, value in values)
+
+    metric("ready", "gauge", "1 when registered and probed once.", ("", int(agent.ready())))
+    metric(
+        "state",
+        "gauge",
+        "1 for the state that the device is believed to be in.",
+        *((f'{{state="{s}"}}', int(s == agent.suspicion.state)) for s in states),
+    )
+    metric("epoch", "gauge", "The epoch that this agent carries.", ("", agent.config["epoch"]))
+    probes = agent.results.items()
+    metric(
+        "probe_up",
+        "gauge",
+        "1 when the last result of a probe was good.",
+        *((f'{{probe="{n}"}}', int(r["ok"])) for n, r in probes),
+    )
+    metric(
+        "probe_seconds",
+        "gauge",
+        "Duration of the last run of a probe.",
+        *((f'{{probe="{n}"}}', f"{r['took_s']:.6f}") for n, r in probes),
+    )
+    metric("probes_total", "counter", "Probe runs.", ("", agent.probed))
+    metric("probe_failures_total", "counter", "Probe runs that failed.", ("", agent.probe_failures))
+    reporter = agent.reporter
+    metric("reports_total", "counter", "Reports accepted.", ("", reporter.sent))
+    metric("report_failures_total", "counter", "Reports that failed.", ("", reporter.failed))
+    metric("reports_dropped_total", "counter", "Reports dropped unsent.", ("", reporter.dropped))
+    return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,167 @@
+"""Probes of the device: TCP, HTTP and ICMP, none of which ever blocks.
+
+Each is started with a callback `done(ok, reason, took_s)` that is called exactly once, at the latest
+after its time-out.
+"""
+
+import os
+import socket
+import struct
+import time
+
+from . import http
+
+_REFUSED = 111
+
+
+def start(loop, spec, address, done):
+    """Start the probe that `spec` (a checked probe of the configuration) describes."""
+    began = time.monotonic()
+
+    def ended(ok, reason):
+        done(ok, reason, time.monotonic() - began)
+
+    kind = spec["kind"]
+    if kind == "http":
+        _http(loop, spec, address, ended)
+    elif kind == "tcp":
+        _Tcp(loop, (address, spec["port"]), spec["timeout_s"], ended, refused_is_alive=False)
+    else:
+        _icmp(loop, spec, address, ended)
+
+
+def name_of(spec):
+    """How a probe is called in reasons: http:8080, tcp:22, icmp."""
+    return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
+
+
+def _http(loop, spec, address, ended):
+    host = f"[{address}]" if ":" in address else address
+    wanted = spec.get("expect_status", 200)
+
+    def answered(status, _headers, body):
+        if status is None:
+            ended(False, body)
+        elif status != wanted:
+            ended(False, f"status {status}, not {wanted}")
+        else:
+            ended(True, f"status {status}")
+
+    data = http.request("GET", spec.get("path", "/"), f"{host}:{spec['port']}")
+    http.Fetch(loop, (address, spec["port"]), data, spec["timeout_s"], answered, max_body=4096)
+
+
+class _Tcp:
+    """A connection attempt. `refused_is_alive`: for reachability a refusal is an answer too."""
+
+    def __init__(self, loop, address, timeout_s, ended, *, refused_is_alive):
+        self.loop = loop
+        self.ended = ended
+        self.refused_is_alive = refused_is_alive
+        self.timer = loop.later(
+            timeout_s, lambda: self._end(False, f"no answer within {timeout_s:g} s")
+        )
+        self.sock = None
+        try:
+            family, kind, proto, _, where = http.resolve(address)
+            self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
+            code = self.sock.connect_ex(where)
+        except (OSError, UnicodeError) as error:
+            text = http.reason_of(error)
+            loop.later(0, lambda: self._end(False, text))
+            return
+        if code in (0, 11, 115):
+            loop.watch(self.sock, http.WRITE, self._ready)
+        else:
+            loop.later(0, lambda: self._judge(code))
+
+    def _ready(self, _mask):
+        self._judge(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def _judge(self, code):
+        if code == 0:
+            self._end(True, "connected")
+        elif code == _REFUSED and self.refused_is_alive:
+            self._end(True, "the host refuses, so it is there")
+        else:
+            self._end(False, os.strerror(code).lower())
+
+    def _end(self, ok, reason):
+        self.timer[2] = None
+        if self.sock is not None:
+            self.loop.forget(self.sock)
+            self.sock = None
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(ok, reason)
+
+
+class _Echo:
+    """One ICMP echo over a datagram or a raw socket."""
+
+    def __init__(self, loop, sock, where, timeout_s, ended, *, raw, v6):
+        self.loop, self.sock, self.ended, self.raw, self.v6 = loop, sock, ended, raw, v6
+        self.ident = os.getpid() & 0xFFFF
+        self.token = os.urandom(16)
+        self.timer = loop.later(
+            timeout_s, lambda: self._end(False, f"no echo within {timeout_s:g} s")
+        )
+        kind = 128 if v6 else 8
+        head = struct.pack("!BBHHH", kind, 0, 0, self.ident, 1)
+        head = struct.pack("!BBHHH", kind, 0, checksum(head + self.token), self.ident, 1)
+        try:
+            sock.sendto(head + self.token, where)
+        except OSError as error:
+            text = http.reason_of(error)
+            loop.later(0, lambda: self._end(False, text))
+        else:
+            loop.watch(sock, http.READ, self._ready)
+
+    def _ready(self, _mask):
+        try:
+            data = self.sock.recv(2048)
+        except OSError as error:
+            self._end(False, http.reason_of(error))
+            return
+        if self.raw and not self.v6:
+            data = data[(data[0] & 15) * 4 :] if data else data
+        # The token tells our echo from other agents' on the same host, and from our late ones.
+        if len(data) >= 24 and data[0] == (129 if self.v6 else 0) and data[8:24] == self.token:
+            self._end(True, "echo")
+
+    def _end(self, ok, reason):
+        self.timer[2] = None
+        self.loop.forget(self.sock)
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(ok, reason)
+
+
+def _icmp(loop, spec, address, ended):
+    """Datagram socket, else raw socket, else TCP where neither is allowed."""
+    try:
+        family, _, _, _, where = http.resolve((address, spec.get("port") or 80))
+    except (OSError, UnicodeError) as error:
+        text = http.reason_of(error)
+        loop.later(0, lambda: ended(False, text))
+        return
+    v6 = family == socket.AF_INET6
+    proto = socket.IPPROTO_ICMPV6 if v6 else socket.IPPROTO_ICMP
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
+        try:
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
+        except OSError:
+            continue
+        raw = kind == socket.SOCK_RAW
+        _Echo(loop, sock, where, spec["timeout_s"], ended, raw=raw, v6=v6)
+        return
+    port = spec.get("port") or 7
+    _Tcp(loop, (address, port), spec["timeout_s"], ended, refused_is_alive=True)
+
+
+def checksum(data):
+    """The Internet checksum (RFC 1071) of an even number of bytes."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total >> 16) + (total & 0xFFFF)
+    total += total >> 16
+    return ~total & 0xFFFF

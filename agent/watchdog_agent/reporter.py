@@ -1,0 +1,152 @@
+"""Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away."""
+
+import json
+import os
+import random
+from collections import deque
+
+from . import http, wire
+
+
+class Reporter:
+    """Sends one report at a time. `retire(reason)` is called when the answer is 410."""
+
+    TIMEOUT_S = 3.0
+    BUFFER = 64
+    MOST_WAIT_S = 30.0
+
+    def __init__(self, loop, config, make, retire, said):
+        """`make(sequence, dropped, stopping)` gives the report as of now."""
+        self.loop = loop
+        self.make = make
+        self.retire = retire
+        self.said = said
+        self.urls = [http.Url(url) for url in config.get("api", [])]
+        self.beat_s = config.get("beat_s", 15.0)
+        self.sequence = 0
+        self.sent = self.failed = self.dropped = 0
+        self.waiting = deque()
+        self.fetch = None
+        self.failures = 0
+        self.chosen = 0
+        self.last_error = ""
+        self.timer = None
+        self.closing = None
+
+    def start(self):
+        """Begin to beat."""
+        self.changed()
+        self._beat()
+
+    def _beat(self):
+        self.loop.later(self.beat_s * random.uniform(0.9, 1.1), self._beat)
+        if not self.waiting and self.fetch is None and self.closing is None:
+            self.changed()
+
+    def changed(self, stopping=False):
+        """Something worth telling has happened."""
+        if not self.urls:
+            return
+        self.sequence += 1
+        if len(self.waiting) >= self.BUFFER:
+            self.waiting.popleft()
+            self.dropped += 1
+        self.waiting.append(self.make(self.sequence, self.dropped, stopping))
+        if self.fetch is None and self.timer is None:
+            self._send()
+
+    def _send(self):
+        self.timer = None
+        if not self.waiting or self.fetch is not None:
+            return
+        url = self.urls[self.chosen % len(self.urls)]
+        body = json.dumps(self.waiting[0]).encode()
+        token = read_token()
+        headers = [("Authorization", f"Bearer {token}")] if token else []
+        data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
+        self.fetch = http.Fetch(
+            self.loop, (url.host, url.port), data, self.TIMEOUT_S, self._answered
+        )
+
+    def _answered(self, status, headers, body):
+        self.fetch = None
+        if status == 200:
+            self.sent += 1
+            self.failures = 0
+            self.waiting.popleft()
+            if self.last_error:
+                self.last_error = ""
+                self.said("reports are accepted again")
+            if self.waiting:
+                self._send()
+            elif self.closing is not None:
+                self._closed()
+            return
+        if status == 410:
+            self.waiting.clear()
+            self.retire(reason_of(body))
+            return
+        self.failed += 1
+        self.failures += 1
+        if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
+            # Our bug: the same report would be refused for ever.
+            self.said(f"report refused with {status}: {reason_of(body)}")
+            self.waiting.popleft()
+        error = body if status is None else f"status {status}"
+        if error != self.last_error:
+            self.last_error = error
+            self.said(f"report failed: {error}")
+        if self.closing is not None:
+            self._closed()
+            return
+        self.chosen += 1
+        wait = random.uniform(0.1, min(self.MOST_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
+        after = headers.get("retry-after", "")
+        if after.isascii() and after.isdigit():
+            wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * random.uniform(1.0, 1.2))
+        self.timer = self.loop.later(wait, self._send)
+
+    def close(self, then):
+        """Send a last report and call back, at the latest after a second."""
+        self.closing = then
+        if not self.urls:
+            self._closed()
+            return
+        if self.fetch is not None:
+            self.fetch.cancel()
+            self.fetch = None
+        if self.timer is not None:
+            self.timer[2] = None
+            self.timer = None
+        self.waiting.clear()
+        self.loop.later(1.0, self._closed)
+        self.changed(stopping=True)
+
+    def _closed(self):
+        then, self.closing = self.closing, None
+        if self.fetch is not None:
+            self.fetch.cancel()
+            self.fetch = None
+        self.urls = []
+        if then is not None:
+            then()
+
+
+def reason_of(body):
+    """The message of an answer of our API, else its beginning."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return ascii(bytes(body[:80]))
+
+
+def read_token():
+    """The bearer token, read anew each time: a mounted file rotates."""
+    path = os.environ.get("WATCHDOG_TOKEN_FILE")
+    if not path:
+        return ""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read(4096).strip()
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,59 @@
+"""What outlives a restart of the agent: one small file, written whole or not at all."""
+
+import json
+import os
+import zlib
+
+NAME = "state.json"
+
+
+def load(folder, device_id):
+    """(state, remark): what was kept for this device, else {} and why. Never raises."""
+    try:
+        with open(os.path.join(folder, NAME), "rb") as file:
+            raw = file.read(65536)
+        kept = json.loads(raw)
+        state = kept["state"]
+        if zlib.crc32(encode(state)) != kept["crc32"]:
+            return {}, "state file: wrong checksum; starting clean"
+        if state.get("device_id") != device_id:
+            return {}, "state file is another device's; starting clean"
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"state file can't be used ({type(error).__name__}); starting clean"
+    return state, ""
+
+
+def save(folder, state):
+    """Store it so that a crash at any moment leaves the old or the new file. Raises OSError."""
+    text = json.dumps({"state": state, "crc32": zlib.crc32(encode(state))}).encode()
+    write(os.path.join(folder, NAME), text)
+
+
+def write(path, data):
+    """Write, sync, rename, sync the folder."""
+    temporary = f"{path}.{os.getpid()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        try:
+            os.unlink(temporary)
+        except OSError:
+            pass
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def encode(state):
+    """The bytes that the checksum is of."""
+    return json.dumps(state, sort_keys=True).encode()

@@ -1,0 +1,128 @@
+# As device-watchdog, with each agent in a container that may write nothing but its allocation.
+
+variable "datacenters" {
+  type    = string
+  default = "*"
+}
+
+variable "node_pool" {
+  type    = string
+  default = "default"
+}
+
+variable "image" {
+  type        = string
+  default     = "agntup/watchdog-agent:0.1.0"
+  description = "Pin a version, or better a digest."
+}
+
+variable "cpu" {
+  type    = number
+  default = 50
+}
+
+variable "memory" {
+  type    = number
+  default = 64
+}
+
+variable "kill_timeout" {
+  type    = string
+  default = "10s"
+}
+
+variable "restart_delay" {
+  type    = string
+  default = "2s"
+}
+
+variable "lost_after" {
+  type    = string
+  default = "1h"
+}
+
+variable "replace_lost" {
+  type    = bool
+  default = false
+}
+
+job "device-watchdog" {
+  type        = "batch"
+  datacenters = split(",", var.datacenters)
+  node_pool   = var.node_pool
+
+  parameterized {
+    payload       = "required"
+    meta_required = ["device_id", "slug", "epoch", "spec_hash", "agent_class", "shard"]
+  }
+
+  group "agent" {
+    count = 1
+
+    restart {
+      attempts = 3
+      interval = "5m"
+      delay    = var.restart_delay
+      mode     = "fail"
+    }
+
+    reschedule {
+      attempts       = 0
+      unlimited      = true
+      delay          = "10s"
+      delay_function = "exponential"
+      max_delay      = "5m"
+    }
+
+    disconnect {
+      lost_after = var.lost_after
+      replace    = var.replace_lost
+      reconcile  = "keep_original"
+    }
+
+    ephemeral_disk {
+      size    = 20
+      sticky  = true
+      migrate = true
+    }
+
+    network {
+      port "http" {}
+    }
+
+    task "agent" {
+      driver       = "docker"
+      kill_timeout = var.kill_timeout
+      user         = "65534:65534"
+
+      config {
+        image           = var.image
+        network_mode    = "host"
+        readonly_rootfs = true
+        cap_drop        = ["all"]
+        security_opt    = ["no-new-privileges"]
+        pids_limit      = 32
+      }
+
+      env {
+        WATCHDOG_CONFIG = "$${NOMAD_TASK_DIR}/device.json"
+      }
+
+      dispatch_payload {
+        file = "device.json"
+      }
+
+      resources {
+        cpu    = var.cpu
+        memory = var.memory
+      }
+
+      # even when disabled, Nomad wants their size to fit the disk
+      logs {
+        disabled      = true
+        max_files     = 1
+        max_file_size = 5
+      }
+    }
+  }
+}

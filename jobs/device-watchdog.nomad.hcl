@@ -1,0 +1,165 @@
+# The parent job of the agents: each device is one dispatched child of it.
+# nomad-watchdog registers it; job id and installation are filled in there.
+
+variable "datacenters" {
+  type        = string
+  default     = "*"
+  description = "Comma-separated names; globs are allowed."
+}
+
+variable "node_pool" {
+  type    = string
+  default = "default"
+}
+
+variable "driver" {
+  type        = string
+  default     = "raw_exec"
+  description = "raw_exec, or exec where clients run as root."
+}
+
+variable "python" {
+  type        = string
+  default     = "python3"
+  description = "Python 3.11 or later on the client."
+}
+
+variable "agent_source" {
+  type        = string
+  default     = ""
+  description = "URL of watchdog-agent.pyz; empty: use agent_path, else the installed module."
+}
+
+variable "agent_checksum" {
+  type        = string
+  default     = ""
+  description = "For example sha256:…; checked when agent_source is given."
+}
+
+variable "agent_path" {
+  type        = string
+  default     = ""
+  description = "A file on the client instead of an artifact."
+}
+
+variable "cpu" {
+  type    = number
+  default = 50
+}
+
+variable "memory" {
+  type    = number
+  default = 64
+}
+
+variable "kill_timeout" {
+  type    = string
+  default = "10s"
+}
+
+variable "restart_delay" {
+  type    = string
+  default = "2s"
+}
+
+variable "lost_after" {
+  type        = string
+  default     = "1h"
+  description = "How long an unreachable node keeps its agent before that counts as lost."
+}
+
+variable "replace_lost" {
+  type        = bool
+  default     = false
+  description = "false: rather no agent than two; true: rather two than none."
+}
+
+job "device-watchdog" {
+  type        = "batch"
+  datacenters = split(",", var.datacenters)
+  node_pool   = var.node_pool
+
+  parameterized {
+    payload       = "required"
+    meta_required = ["device_id", "slug", "epoch", "spec_hash", "agent_class", "shard"]
+  }
+
+  group "agent" {
+    count = 1
+
+    restart {
+      attempts = 3
+      interval = "5m"
+      delay    = var.restart_delay
+      mode     = "fail"
+    }
+
+    reschedule {
+      attempts       = 0
+      unlimited      = true
+      delay          = "10s"
+      delay_function = "exponential"
+      max_delay      = "5m"
+    }
+
+    disconnect {
+      lost_after = var.lost_after
+      replace    = var.replace_lost
+      reconcile  = "keep_original"
+    }
+
+    # sticky and migrate also make a replacement wait until the old agent has ended
+    ephemeral_disk {
+      size    = 20
+      sticky  = true
+      migrate = true
+    }
+
+    network {
+      port "http" {}
+    }
+
+    task "agent" {
+      driver       = var.driver
+      kill_timeout = var.kill_timeout
+
+      config {
+        command = var.python
+        args = (
+          var.agent_source != "" ? ["$${NOMAD_TASK_DIR}/watchdog-agent.pyz"] :
+          var.agent_path != "" ? [var.agent_path] : ["-m", "watchdog_agent"]
+        )
+      }
+
+      env {
+        WATCHDOG_CONFIG = "$${NOMAD_TASK_DIR}/device.json"
+      }
+
+      dynamic "artifact" {
+        for_each = var.agent_source == "" ? [] : [var.agent_source]
+        content {
+          source      = artifact.value
+          destination = "local/watchdog-agent.pyz"
+          mode        = "file"
+          options     = var.agent_checksum == "" ? {} : { checksum = var.agent_checksum }
+        }
+      }
+
+      dispatch_payload {
+        file = "device.json"
+      }
+
+      resources {
+        cpu    = var.cpu
+        memory = var.memory
+      }
+
+      # even when disabled, Nomad wants their size to fit the disk
+      logs {
+        disabled      = true
+        max_files     = 1
+        max_file_size = 5
+      }
+    }
+  }
+}

@@ -1,0 +1,392 @@
+"""Consul over HTTP: the only module that imports `consul` (the package py-consul).
+
+Three things that the library leaves out are done once, below its API (`_Http`): the token on every
+call, a bound on connections and time, and the header that tells of results hidden by ACLs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import consul.aio  # type: ignore[import-untyped]  # py-consul ships no types
+import consul.base  # type: ignore[import-untyped]
+import consul.exceptions  # type: ignore[import-untyped]
+
+from nomad_watchdog.errors import (
+    ConflictError,
+    DeniedError,
+    TerminalError,
+    TransientError,
+    UserError,
+)
+
+_T = TypeVar("_T")
+_MAX_CONNECTIONS: Final = 16
+"""Consul allows 200 a client address, and all agents of a host share one; held watches count."""
+MAX_WAIT_S: Final = 60.0
+"""Longest blocking query: also the longest sleep after a missed wake-up (a restored snapshot)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConsulSettings:
+    """Where Consul is and how to speak to it."""
+
+    address: str = "http://127.0.0.1:8500"
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+    """Read at start, and again when Consul refuses the token."""
+    ca_cert: str = ""
+    client_cert: str = ""
+    client_key: str = ""
+    namespace: str = ""
+    timeout_s: float = 10.0
+    """Of one call, beyond what a blocking query is asked to wait."""
+
+    @classmethod
+    def from_env(
+        cls,
+        env: Mapping[str, str] | None = None,
+        *,
+        address: str = "",
+        token: str = "",
+        token_file: str = "",
+    ) -> ConsulSettings:
+        """Consul's own variables; what is given explicitly beats them.
+
+        Read are CONSUL_HTTP_ADDR, _TOKEN, _TOKEN_FILE, _SSL, CONSUL_CACERT, CONSUL_CLIENT_CERT,
+        CONSUL_CLIENT_KEY and CONSUL_NAMESPACE. Raises UserError for an address that won't do.
+        """
+        env = os.environ if env is None else env
+        chosen = address or env.get("CONSUL_HTTP_ADDR", "") or "127.0.0.1:8500"
+        if "://" not in chosen:
+            secure = env.get("CONSUL_HTTP_SSL", "").lower() in {"1", "true"}
+            chosen = f"{'https' if secure else 'http'}://{chosen}"
+        explicit = bool(token or token_file)
+        settings = cls(
+            address=chosen,
+            token=token if explicit else env.get("CONSUL_HTTP_TOKEN", ""),
+            token_file=token_file if explicit else env.get("CONSUL_HTTP_TOKEN_FILE", ""),
+            ca_cert=env.get("CONSUL_CACERT", ""),
+            client_cert=env.get("CONSUL_CLIENT_CERT", ""),
+            client_key=env.get("CONSUL_CLIENT_KEY", ""),
+            namespace=env.get("CONSUL_NAMESPACE", ""),
+        )
+        settings.endpoint()
+        return settings
+
+    def endpoint(self) -> tuple[str, str, int]:
+        """Scheme, host, port. Raises UserError when the address is not http(s)://host[:port]."""
+        try:
+            parts = urlsplit(self.address)
+            port = parts.port or 8500
+        except ValueError:
+            parts, port = urlsplit(""), 0
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path.strip("/"):
+            raise UserError(
+                f"Consul address {self.address!r} is not understood; "
+                "allowed is http://host:port or https://host:port"
+            )
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        return parts.scheme, host, port
+
+    def read_token(self) -> str:
+        """The token now. Raises UserError when its file can't be read."""
+        if self.token or not self.token_file:
+            return self.token
+        try:
+            return Path(self.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"Consul token file {self.token_file} can't be read: {error}"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class KvRow:
+    """One key of Consul's store."""
+
+    key: str
+    value: bytes
+    index: int
+    """ModifyIndex, the token of compare-and-set."""
+
+
+class TxnConflictError(ConflictError):
+    """Nothing of the transaction was written. `lost`: positions of the operations that failed."""
+
+    def __init__(self, message: str, lost: frozenset[int]) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
+    """The library's HTTP layer with the token on all calls (it leaves it off transactions)."""
+
+    def __init__(self, settings: ConsulSettings) -> None:
+        scheme, host, port = settings.endpoint()
+        consul.base.HTTPClient.__init__(self, host, port, scheme)
+        self.settings = settings
+        self.token = settings.read_token()
+        self._session: aiohttp.ClientSession | None = None
+
+    def _tls(self) -> ssl.SSLContext | bool:
+        settings = self.settings
+        if self.scheme != "https":
+            return True
+        try:
+            context = ssl.create_default_context(cafile=settings.ca_cert or None)
+            if settings.client_cert:
+                context.load_cert_chain(settings.client_cert, settings.client_key or None)
+        except OSError as error:  # ssl.SSLError too
+            raise UserError(f"TLS files for Consul can't be used: {error}") from error
+        return context
+
+    async def _request(
+        self,
+        callback: Callable[[Any], _T],
+        method: str,
+        uri: str,
+        headers: dict[str, str] | None,
+        data: str | bytes | None = None,
+        **_: object,
+    ) -> _T:
+        if self._session is None:  # made here because it needs the running loop
+            connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ssl=self._tls())
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.settings.timeout_s)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        sent = {k: v for k, v in (headers or {}).items() if k != "X-Consul-Token"}
+        if self.token:
+            sent["X-Consul-Token"] = self.token
+        if self.settings.namespace:
+            sent["X-Consul-Namespace"] = self.settings.namespace
+        async with self._session.request(method, uri, headers=sent, data=data) as answer:
+            body = await answer.text(encoding="utf-8")
+            if answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true":
+                raise consul.exceptions.ACLPermissionDenied("results were filtered by ACLs")
+            return callback(consul.base.Response(answer.status, answer.headers, body))
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class _Library(consul.base.Consul):  # type: ignore[misc]  # untyped base
+    def __init__(self, http: _Http) -> None:
+        self._own_http = http
+        super().__init__(host=http.host, port=http.port)
+
+    def http_connect(self, *_: object, **__: object) -> _Http:
+        return self._own_http
+
+
+class ConsulClient:
+    """What this project needs of Consul. Belongs to the event loop of its first call.
+
+    All methods raise TransientError (no answer in time, 429, 5xx), DeniedError (the message names the
+    policy that is missing) and TerminalError (refused for good). A cancelled call closes its connection.
+    """
+
+    def __init__(self, settings: ConsulSettings | None = None) -> None:
+        self.settings = settings or ConsulSettings.from_env()
+        self._http = _Http(self.settings)
+        self._api = _Library(self._http)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def kv_get(self, key: str) -> KvRow | None:
+        """One key, exactly, as a quorum has it now; None when it is not there (404)."""
+        _, row = await self._call(
+            lambda: self._api.kv.get(key, consistency="consistent"),
+            what=f"read of key {key}",
+            needs=f'key "{key}" {{ policy = "read" }}',
+        )
+        return None if row is None else _kv_row(row)
+
+    async def kv_tree(
+        self, prefix: str, index: int = 0, wait_s: float = 30.0
+    ) -> tuple[int, list[KvRow]]:
+        """All keys under prefix (ends with "/") and their index, read consistently.
+
+        index > 0 waits, at most wait_s, until something changed past it; the answer may be unchanged.
+        """
+        found, rows = await self._blocking(
+            lambda **how: self._api.kv.get(prefix, recurse=True, consistency="consistent", **how),
+            index,
+            wait_s,
+            what=f"read of keys under {prefix}",
+            needs=f'key_prefix "{prefix}" {{ policy = "read" }}',
+        )
+        return found, [_kv_row(row) for row in rows]
+
+    async def txn(self, operations: Sequence[Mapping[str, Any]]) -> list[KvRow]:
+        """All of the KV operations or none (at most 128, and 512 KiB as JSON); rows in their order.
+
+        Raises TxnConflictError when a compare-and-set lost.
+        """
+        payload = [{"KV": dict(operation)} for operation in operations]
+        answer = await self._call(
+            lambda: self._api.txn.put(payload),
+            what=f"transaction of {len(payload)} writes",
+            needs=f'key_prefix "{_folder(operations)}" {{ policy = "write" }}',
+        )
+        return [_kv_row(result["KV"]) for result in answer["Results"] or ()]
+
+    async def health_checks(
+        self, service: str, expression: str = "", index: int = 0, wait_s: float = 30.0
+    ) -> tuple[int, list[Any]]:
+        """Checks of a service that match a filter expression; blocks as `kv_tree` does."""
+        return await self._blocking(
+            lambda **how: self._api.health.checks(
+                service, near="_agent", filter_expr=expression or None, **how
+            ),
+            index,
+            wait_s,
+            what=f"read of the checks of {service}",
+            needs=_health_policy(service),
+        )
+
+    async def health_service(self, service: str, expression: str = "") -> tuple[int, list[Any]]:
+        """Instances of a service with their checks and their node's, all or those that match.
+
+        `near` keeps Consul from its streaming backend, which answers an empty list when it times out.
+        """
+        return await self._blocking(
+            lambda **how: self._api.health.service(
+                service, near="_agent", filter_expr=expression or None, **how
+            ),
+            0,
+            0.0,
+            what=f"read of the health of {service}",
+            needs=_health_policy(service),
+        )
+
+    async def _blocking(
+        self,
+        request: Callable[..., Awaitable[Any]],
+        index: int,
+        wait_s: float,
+        *,
+        what: str,
+        needs: str,
+    ) -> tuple[int, list[Any]]:
+        """A read under Consul's rules of blocking queries: indexes are whole numbers, never 0, and an
+        answer with a lower index than was sent is thrown away and asked for again plainly."""
+        how: dict[str, Any] = {}
+        if index > 0:
+            wait_s = min(wait_s, MAX_WAIT_S)
+            how = {"index": index, "wait": f"{max(1, round(wait_s * 1000))}ms"}
+        extra_s = wait_s * 17 / 16 if index > 0 else 0.0  # Consul adds up to a sixteenth of jitter
+        text, rows = await self._call(
+            lambda: request(**how), what=what, needs=needs, extra_s=extra_s
+        )
+        found = _index(text)
+        if found < index:
+            text, rows = await self._call(request, what=what, needs=needs)
+            found = _index(text)
+        return max(found, 1), rows or []
+
+    async def _call(
+        self,
+        request: Callable[[], Awaitable[Any]],
+        *,
+        what: str,
+        needs: str,
+        extra_s: float = 0.0,
+    ) -> Any:
+        try:
+            return await self._translated(request, what, needs, extra_s)
+        except DeniedError:
+            if (fresh := self.settings.read_token()) == self._http.token:
+                raise
+            self._http.token = fresh
+            return await self._translated(request, what, needs, extra_s)
+
+    async def _translated(
+        self, request: Callable[[], Awaitable[Any]], what: str, needs: str, extra_s: float
+    ) -> Any:
+        limit_s = self.settings.timeout_s + extra_s
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await request()
+        except TimeoutError as error:
+            took_s = time.monotonic() - started
+            raise TransientError(f"Consul: {what}: no answer in {took_s:.1f} s") from error
+        except (consul.exceptions.ACLPermissionDenied, consul.exceptions.ACLDisabled) as error:
+            raise DeniedError(
+                f"Consul: {what} was denied ({str(error)[:200]}); the token needs: {needs}"
+            ) from error
+        except consul.exceptions.ConsulException as error:
+            raise _refusal(what, str(error)) from error
+        except aiohttp.ClientSSLError as error:
+            raise TerminalError(f"Consul: {what}: TLS failed: {error}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise TransientError(
+                f"Consul at {self.settings.address}: {what}: {str(error) or type(error).__name__}"
+            ) from error
+
+
+def _health_policy(service: str) -> str:
+    return f'service "{service}" {{ policy = "read" }} and node_prefix "" {{ policy = "read" }}'
+
+
+def _folder(operations: Sequence[Mapping[str, Any]]) -> str:
+    return str(operations[0]["Key"]).partition("/")[0] + "/" if operations else ""
+
+
+def _index(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise TransientError(f"Consul sent the index {text[:40]!r}, which is no number") from error
+
+
+def _kv_row(row: Mapping[str, Any]) -> KvRow:
+    # the library decodes the value of a read; a transaction's result has none
+    value = row.get("Value") or b""
+    return KvRow(row["Key"], value if isinstance(value, bytes) else b"", int(row["ModifyIndex"]))
+
+
+def _refusal(what: str, text: str) -> TransientError | TerminalError | ConflictError:
+    """The library's messages begin with the status when Consul answered with an error."""
+    status, _, body = text.partition(" ")
+    if not status.isdecimal():  # an answer that can't be decoded: its body may hold anything
+        return TransientError(f"Consul: {what}: the answer makes no sense")
+    if status == "409":
+        return _txn_refusal(what, body)
+    message = f"Consul: {what}: {status} {body[:200].strip()}"
+    if status in {"408", "429"} or status.startswith("5"):
+        return TransientError(message)
+    return TerminalError(message)
+
+
+def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError:
+    try:
+        errors = [(int(e["OpIndex"]), str(e["What"])) for e in json.loads(body)["Errors"]]
+    except (ValueError, TypeError, KeyError):
+        return TerminalError(f"Consul: {what}: 409 without reasons")
+    for _, reason in errors:
+        if "Permission denied" in reason or "ACL" in reason:
+            return DeniedError(f"Consul: {what} was denied ({reason[:200]})")
+        if "index is stale" not in reason:
+            return TerminalError(f"Consul: {what} was refused: {reason[:200]}")
+    lost = frozenset(position for position, _ in errors)
+    return TxnConflictError(f"Consul: {what}: {len(lost)} lost against another writer", lost)
+
+
+def cas(key: str, value: bytes, index: int) -> dict[str, Any]:
+    """The transaction's operation that writes key if its index is still so; 0 = it must not exist."""
+    return {"Verb": "cas", "Key": key, "Value": base64.b64encode(value).decode(), "Index": index}

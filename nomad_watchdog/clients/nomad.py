@@ -1,0 +1,332 @@
+"""Nomad over HTTP: the only module that imports `nomad` (the package python-nomad).
+
+The library serves what is rare (parse, validate, register, read, deregister), in threads, over a
+session of our own. Dispatch, lists and the event stream go over aiohttp: 500 dispatches cost 1,566 µs
+of CPU each through python-nomad and 541 µs through aiohttp (`bench/nomad_client.py`, 2 busy cores).
+python-nomad also sends the idempotency token under a key that Nomad ignores, cannot page, and its
+event stream dies silently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import nomad  # type: ignore[import-untyped]  # python-nomad ships no types
+import nomad.api.exceptions  # type: ignore[import-untyped]
+import requests
+import requests.adapters
+
+from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
+from nomad_watchdog.errors import (
+    DeniedError,
+    NotFoundError,
+    StaleError,
+    TransientError,
+    UserError,
+)
+
+__all__ = ["Answer", "NomadClient", "NomadSettings", "translate"]
+
+_T = TypeVar("_T")
+_MAX_CONNECTIONS: Final = 20
+_MAX_THREADS: Final = 4
+"""Together 24; Nomad refuses a client address its 101st connection with 429."""
+_CONNECT_S: Final = 2.0
+SILENCE_S: Final = 45.0
+"""The event stream says something every 30 s at least."""
+PER_PAGE: Final = 2000
+_MAX_PAGES: Final = 200
+_STREAM_LINE: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The parsed body of a read, and the index of Nomad's table that it is good for."""
+
+    body: Any
+    index: int
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """requests with our TLS context (server name included) and as many connections as threads."""
+
+    def __init__(self, context: ssl.SSLContext | None, server_name: str) -> None:
+        self._context = context
+        self._server_name = server_name
+        super().__init__(pool_maxsize=_MAX_THREADS, pool_block=True)
+
+    def init_poolmanager(self, *args: Any, **keywords: Any) -> None:
+        if self._context is not None:
+            keywords["ssl_context"] = self._context
+        if self._server_name:
+            keywords["server_hostname"] = self._server_name
+            keywords["assert_hostname"] = self._server_name
+        super().init_poolmanager(*args, **keywords)
+
+
+class NomadClient:
+    """At most 24 connections; every call has a time-out and raises only our errors."""
+
+    def __init__(self, settings: NomadSettings) -> None:
+        settings.check()
+        self.settings = settings
+        self._base = settings.address.rstrip("/")
+        self._context = settings.ssl_context() if self._base.startswith("https") else None
+        self._token = settings.token
+        self._token_read = False
+        self._http: aiohttp.ClientSession | None = None
+        self._threads = asyncio.Semaphore(_MAX_THREADS)
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy or a bundle of the environment is not meant
+        self._session.mount(self._base, _Adapter(self._context, settings.tls_server_name))
+        library = nomad.Nomad(
+            address=self._base,
+            namespace=settings.namespace,
+            timeout=(_CONNECT_S, settings.timeout_s),
+            verify=not settings.skip_verify and (settings.ca_cert or True),
+            session=self._session,
+        )
+        self._jobs, self._job, self._validate = library.jobs, library.job, library.validate
+        for endpoint in (self._jobs, self._job, self._validate):
+            # the library takes what is empty from the environment; ours is explicit
+            endpoint.region = settings.region or None
+            endpoint.cert = (
+                (settings.client_cert, settings.client_key) if settings.client_cert else ()
+            )
+        self._set_token(self._token)
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+        self._session.close()
+
+    # what is rare, through the library
+
+    async def parse(self, text: str, variables: str) -> dict[str, Any]:
+        """A template's text as a job, by Nomad's own parser. Raises UserError with its complaint."""
+        body = {"JobHCL": text, "Variables": variables, "Canonicalize": False}
+        job = await self._call(
+            "parse-job", lambda: self._jobs.request("parse", json=body, method="post").json()
+        )
+        if not isinstance(job, dict):
+            raise UserError("nomad parsed no job from the template")
+        return job
+
+    async def validate(self, job: Mapping[str, Any]) -> None:
+        """Raises UserError with Nomad's complaint."""
+        body = {"Job": job}
+        answer = await self._call("read-job", lambda: self._validate.validate_job(body).json())
+        if answer.get("Error") or answer.get("ValidationErrors"):
+            said = answer.get("Error") or "; ".join(answer["ValidationErrors"])
+            raise UserError(f"nomad refuses the template: {' '.join(said.split())[:600]}")
+
+    async def register(self, job: Mapping[str, Any], *, enforce: int | None = None) -> int:
+        """The index of the registration. `enforce`: the job's modify index now, 0 = it must not
+        exist; else ConflictError."""
+        body: dict[str, Any] = {"Job": job}
+        if enforce is not None:
+            body |= {"EnforceIndex": True, "JobModifyIndex": enforce}
+        answer = await self._call(
+            "submit-job", lambda: self._jobs.request(json=body, method="post").json()
+        )
+        return int(answer["JobModifyIndex"])
+
+    async def job(self, job_id: str) -> dict[str, Any] | None:
+        """None when there is none."""
+        try:
+            found = await self._call("read-job", lambda: self._job.get_job(quote(job_id, safe="")))
+        except NotFoundError:
+            return None
+        return dict(found)
+
+    async def deregister(self, job_id: str, *, purge: bool = False) -> None:
+        """A job that does not exist is deregistered already: Nomad answers 200."""
+        await self._call(
+            "submit-job",
+            lambda: self._job.deregister_job(quote(job_id, safe=""), purge=purge or None),
+        )
+
+    async def _call(self, capability: str, function: Callable[[], _T]) -> _T:
+        await self._read_token(again=False)
+        try:
+            return await self._in_thread(capability, function)
+        except DeniedError:
+            if not await self._read_token(again=True):
+                raise
+        return await self._in_thread(capability, function)
+
+    async def _in_thread(self, capability: str, function: Callable[[], _T]) -> _T:
+        async with self._threads:
+            try:
+                return await asyncio.to_thread(function)
+            except nomad.api.exceptions.BaseNomadException as error:
+                response = error.nomad_resp
+                if isinstance(response, requests.Response):
+                    after = response.headers.get("Retry-After", "")
+                    found = translate(response.status_code, response.text, capability, after)
+                    raise found from error
+                kind = type(response).__name__
+                raise TransientError(f"nomad at {self._base} does not answer: {kind}") from error
+            except (requests.RequestException, ValueError) as error:
+                kind = type(error).__name__
+                raise TransientError(f"nomad at {self._base} does not answer: {kind}") from error
+
+    # the hot path, over aiohttp
+
+    async def dispatch(self, parent: str, body: Mapping[str, Any]) -> Answer:
+        """The answer is a hint: the job id in it may not exist (a phantom of a lost race)."""
+        path = f"/v1/job/{quote(parent, safe='')}/dispatch"
+        answer = await self._request("POST", path, "dispatch-job", body=body)
+        return Answer(answer.body, int(answer.body["Index"]))
+
+    async def get(
+        self, path: str, capability: str, params: Mapping[str, str] | None = None
+    ) -> Answer:
+        return await self._request("GET", path, capability, params=params)
+
+    async def pages(self, path: str, capability: str, params: Mapping[str, str]) -> Answer:
+        """A whole list, however long; the index is the least of its pages'.
+
+        Raises StaleError rather than give a part."""
+        rows: list[Any] = []
+        least = 0
+        ask = {**params, "per_page": str(PER_PAGE)}
+        for _ in range(_MAX_PAGES):
+            answer, following = await self._page(path, capability, ask)
+            rows.extend(answer.body or [])
+            least = min(least, answer.index) if least else answer.index
+            if not following:
+                return Answer(rows, least)
+            ask["next_token"] = following
+        raise StaleError(f"nomad lists more than {_MAX_PAGES * PER_PAGE} entries of {path}")
+
+    async def events(self, params: list[tuple[str, str]]) -> AsyncIterator[Mapping[str, Any]]:
+        """Frames of the event stream; ``{}`` is its heartbeat. Raises TransientError when the
+        connection ends, is silent for 45 s, or sends what is no frame (an empty line, say)."""
+        await self._read_token(again=False)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)
+        try:
+            async with self._open().get(
+                f"{self._base}/v1/event/stream",
+                params=[*params, *self._params({}).items()],
+                headers=self._headers(),
+                timeout=timeout,
+                server_hostname=self.settings.tls_server_name or None,
+            ) as answer:
+                if answer.status != 200:
+                    raise translate(answer.status, await answer.text(), "read-job")
+                async for frame in _frames(answer.content):
+                    yield frame
+        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+            kind = type(error).__name__
+            raise TransientError(f"the event stream of nomad broke: {kind}") from error
+
+    async def _page(
+        self, path: str, capability: str, params: Mapping[str, str]
+    ) -> tuple[Answer, str]:
+        found: list[str] = []
+        answer = await self._request("GET", path, capability, params=params, next_token=found)
+        return answer, found[0] if found else ""
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        capability: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        next_token: list[str] | None = None,
+    ) -> Answer:
+        await self._read_token(again=False)
+        for attempt in range(2):
+            try:
+                async with self._open().request(
+                    method,
+                    f"{self._base}{path}",
+                    params=self._params(params or {}),
+                    json=body,
+                    headers=self._headers(),
+                    server_hostname=self.settings.tls_server_name or None,
+                ) as answer:
+                    raw = await answer.read()
+                    headers = answer.headers
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                kind = type(error).__name__
+                raise TransientError(f"nomad at {self._base} does not answer: {kind}") from error
+            if answer.status == 403 and attempt == 0 and await self._read_token(again=True):
+                continue
+            if answer.status != 200:
+                said = raw.decode(errors="replace")
+                after = headers.get("Retry-After", "")
+                raise translate(answer.status, said, capability, after)
+            if next_token is not None and headers.get("X-Nomad-NextToken"):
+                next_token.append(headers["X-Nomad-NextToken"])
+            try:
+                return Answer(json.loads(raw), int(headers.get("X-Nomad-Index", "0")))
+            except ValueError as error:
+                raise TransientError(f"nomad's answer to {path} is cut off or no JSON") from error
+        raise AssertionError("unreachable")
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            tls: ssl.SSLContext | bool = True if self._context is None else self._context
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ssl=tls),
+                timeout=aiohttp.ClientTimeout(
+                    total=2 * self.settings.timeout_s,
+                    sock_connect=_CONNECT_S,
+                    sock_read=self.settings.timeout_s,
+                ),
+            )
+        return self._http
+
+    def _params(self, params: Mapping[str, str]) -> dict[str, str]:
+        region = {"region": self.settings.region} if self.settings.region else {}
+        return {"namespace": self.settings.namespace, **region, **params}
+
+    def _headers(self) -> dict[str, str]:
+        return {"X-Nomad-Token": self._token} if self._token else {}
+
+    def _set_token(self, token: str) -> None:
+        self._token = token
+        for endpoint in (self._jobs, self._job, self._validate):
+            endpoint.token = token or None
+
+    async def _read_token(self, *, again: bool) -> bool:
+        """Whether the file gave another token than before."""
+        path = self.settings.token_file
+        if not path or (self._token_read and not again):
+            return False
+        try:
+            token = (await asyncio.to_thread(Path(path).read_text, "utf-8")).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"nomad token file {path}: {type(error).__name__}") from error
+        self._token_read = True
+        changed = token != self._token
+        self._set_token(token)
+        return changed
+
+
+async def _frames(stream: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, Any]]:
+    """Newline-delimited JSON. A single frame may exceed aiohttp's line limit, so lines are cut here."""
+    rest = b""
+    async for chunk in stream.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _STREAM_LINE:
+            raise ValueError("a frame is too long")
+        for line in lines:
+            frame = json.loads(line)  # an empty line, which Nomad sends on errors, is no JSON
+            if not isinstance(frame, dict):
+                raise ValueError("a frame is no object")  # noqa: TRY004  # one kind for the caller
+            yield frame
+    raise TransientError("nomad closed the event stream")

@@ -1,0 +1,61 @@
+"""What verbs share: settings, the API client, ``-o``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from nomad_watchdog.commands._api import Api
+from nomad_watchdog.errors import UserError
+
+if TYPE_CHECKING:
+    from nomad_watchdog.config import Settings
+
+DEFAULT_ADDRESS: Final = "http://127.0.0.1:9670"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def output_option(*formats: str) -> Callable[[F], F]:
+    """``-o/--output``: the first format is the default."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(formats or ("table", "json", "wide")),
+        default=(formats or ("table",))[0],
+        show_default=True,
+        help="Form of what is printed.",
+    )
+
+
+def settings_of(ctx: click.Context, file: str | None = None) -> Settings:
+    """Flags over environment over file over defaults."""
+    from nomad_watchdog.config import load
+
+    return load(file or ctx.obj["config"], os.environ, {"backend": ctx.obj["backend"]})
+
+
+def api_of(ctx: click.Context) -> Api:
+    """The API at --address, else where the configuration file says that it listens."""
+    address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
+    here = Path("nomad-watchdog.hcl").is_file()
+    if not address and (ctx.obj["config"] or here):
+        settings = settings_of(ctx)
+        address, token_file = settings.advertise, token_file or settings.api.token_file
+    token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
+    if token_file:
+        try:
+            token = Path(token_file).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "not text"
+            raise UserError(f"token file {token_file!a}: {why}") from error
+    if token and not (token.isascii() and token.isprintable()):
+        raise UserError("the API token holds characters that can't be sent")
+    return Api(address or DEFAULT_ADDRESS, token)
+
+
+def no_color(ctx: click.Context) -> bool:
+    return bool(ctx.obj["no_color"])

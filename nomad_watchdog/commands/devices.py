@@ -1,0 +1,181 @@
+"""``nomad-watchdog devices``: the registry, through the API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, TextIO
+
+import click
+
+from nomad_watchdog.commands._api import device_path
+from nomad_watchdog.commands._shared import api_of, no_color, output_option
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import parse_device_id
+from nomad_watchdog.render import age, clean, print_json, print_table
+
+COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
+WIDE: Final = (
+    *COLUMNS[:-1], "presence", "generation", "epoch", "version", "placement_state", "agent_age_s",
+    "instance", "slug", "labels", "reason",
+)  # fmt: skip
+BATCH: Final = 500
+MAX_LINE: Final = 64 * 1024
+
+
+@click.group()
+def devices() -> None:
+    """Add, list and remove devices."""
+
+
+@devices.command()
+@click.argument("device_id", metavar="ID")
+@click.option("--address", required=True, help="Host name or IP address that is probed.")
+@click.option("--class", "agent_class", default="default", show_default=True, help="Agent class.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@output_option("table", "json")
+@click.pass_context
+def add(  # click hands over one argument an option
+    ctx: click.Context,
+    device_id: str,
+    address: str,
+    agent_class: str,
+    labels: tuple[str, ...],
+    output: str,
+) -> None:
+    """Have a device watched, or change how. Doing it again changes nothing."""
+    parse_device_id(device_id)
+    body = {"class": agent_class, "address": address, "labels": _labels(labels)}
+    answer = api_of(ctx).put(device_path(device_id), body)
+    if output == "json":
+        print_json(answer)
+    else:
+        click.echo(f"{clean(device_id)}: registered")
+
+
+@devices.command("ls")
+@click.option("--class", "agent_class", help="Only this agent class.")
+@click.option("--verdict", help="Only this verdict.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option("-q", "--query", help="Only ids that hold this text.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many.")
+@output_option()
+@click.pass_context
+def list_devices(  # click hands over one argument an option
+    ctx: click.Context,
+    agent_class: str | None,
+    verdict: str | None,
+    labels: tuple[str, ...],
+    query: str | None,
+    limit: int | None,
+    output: str,
+) -> None:
+    """List devices with their verdicts."""
+    _labels(labels)
+    found = api_of(ctx).devices(
+        **{"class": agent_class, "verdict": verdict, "label": labels, "q": query}
+    )
+    items = [item for item, _ in zip(found, range(limit), strict=False)] if limit else list(found)
+    print_devices(items, output, no_color=no_color(ctx))
+
+
+@devices.command()
+@click.argument("device_id", metavar="ID")
+@output_option()
+@click.pass_context
+def get(ctx: click.Context, device_id: str, output: str) -> None:
+    """Show one device."""
+    item = api_of(ctx).get(device_path(device_id))
+    if output == "json":
+        print_json(item)
+    else:
+        print_devices([item], output, no_color=no_color(ctx))
+
+
+@devices.command()
+@click.argument("device_ids", metavar="ID...", nargs=-1, required=True)
+@click.pass_context
+def rm(ctx: click.Context, device_ids: tuple[str, ...]) -> None:
+    """Stop watching devices. A device that is gone already is no error of the API's."""
+    api = api_of(ctx)
+    for device_id in device_ids:
+        api.delete(device_path(device_id))
+        click.echo(f"{clean(device_id)}: removed")
+
+
+@devices.command("import")
+@click.argument("file", type=click.File("r", encoding="utf-8"))
+@click.pass_context
+def import_devices(ctx: click.Context, file: TextIO) -> None:
+    """Register the devices of FILE ("-" = standard input): one JSON object a line, with id, address,
+    class and labels, as `devices export` prints them. All lines are checked before one is sent."""
+    wanted = list(_lines(file))
+    api = api_of(ctx)
+    refused: list[str] = []
+    for batch in _batches(wanted):
+        answer = api.post("/v1/devices:bulk", {"devices": batch, "delete": []})
+        results = answer.get("results") if isinstance(answer, dict) else None
+        refused += [json.dumps(r) for r in results or [] if r.get("status", 200) >= 400]
+    click.echo(f"{len(wanted) - len(refused)} devices registered", err=True)
+    if refused:
+        raise UserError("\n".join(["refused:", *refused[:20]]))
+
+
+@devices.command("export")
+@click.pass_context
+def export(ctx: click.Context) -> None:
+    """Print the devices that are present, one JSON object a line, for `devices import`."""
+    for item in api_of(ctx).devices():
+        if item.get("presence", "present") == "present":
+            wanted = {key: item.get(key) for key in ("id", "class", "address", "labels")}
+            click.echo(json.dumps(wanted, ensure_ascii=True))
+
+
+def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -> None:
+    if output == "json":
+        print_json({"items": items})
+        return
+    columns = WIDE if output == "wide" else COLUMNS
+    rows = [
+        [age(item.get(name)) if name.endswith("_s") else item.get(name) for name in columns]
+        for item in items
+    ]
+    heads = [name.removesuffix("_s").replace("_", " ").upper() for name in columns]
+    print_table(heads, rows, no_color=no_color)
+
+
+def _labels(pairs: Iterable[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise UserError(f"label {pair!a} must be KEY=VALUE")
+        labels[key] = value
+    return labels
+
+
+def _lines(file: TextIO) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        while line := file.readline(MAX_LINE):
+            number += 1
+            if not line.strip():
+                continue
+            item = json.loads(line)
+            if not isinstance(item, dict) or not isinstance(item.get("address"), str):
+                raise UserError(f"line {number}: must be an object with id and address")  # noqa: TRY301
+            unknown = set(item) - {"id", "class", "address", "labels"}
+            if unknown:
+                raise UserError(f"line {number}: unknown field {min(unknown)!a}")  # noqa: TRY301
+            parse_device_id(item.get("id"))
+            yield {"class": "default", "labels": {}, **item}
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("line") else f"line {number}: {text}") from error
+    except ValueError as error:
+        raise UserError(f"line {number or 1}: not JSON, or not UTF-8: {error}") from error
+
+
+def _batches(items: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]

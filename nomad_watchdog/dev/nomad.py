@@ -1,0 +1,308 @@
+"""A real Nomad on this machine: one process that is server and client, more clients on request.
+
+Not ``-dev``: that keeps nothing, and its default telemetry spoils every measurement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+
+from nomad_watchdog.dev.binaries import find
+from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.errors import TerminalError
+
+log = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.05
+_CALL_S: Final = 5.0
+_PORTS_EACH: Final = 900
+_FIRST_PORT: Final = 14_000
+"""Dynamic ports of client n start at 14,000 + 900 n: below those of `free_port`, and apart."""
+_DENIED: Final = "env_aws,env_gce,env_azure,env_digitalocean,vault"
+
+
+class NomadServer:
+    """``async with NomadServer(folder) as nomad: … nomad.http_addr``.
+
+    The first process is the server and a client; each further client is a process of its own.
+    `consul_addr` is one address, or one for each client (two Nomad clients on one Consul agent
+    delete each other's services). Ports stay the same over `stop_process` and `restart`.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        consul_addr: str | Sequence[str] | None = None,
+        clients: int = 1,
+        *,
+        acl: bool = False,
+    ) -> None:
+        addresses = [consul_addr] if isinstance(consul_addr, str) else list(consul_addr or [])
+        if len(addresses) > 1 and len(addresses) != clients:
+            raise TerminalError(f"{len(addresses)} Consul addresses for {clients} clients")
+        self.data_dir = data_dir.resolve()
+        self.clients = clients
+        self.token = ""
+        """Of the bootstrap when ACLs are on; secret."""
+        self._acl = acl
+        self._consul = addresses
+        self._ports = [[free_port() for _ in range(3)] for _ in range(clients)]
+        self._processes: list[Process | None] = [None] * clients
+        self.http_addr = f"http://127.0.0.1:{self._ports[0][0]}"
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    def pid(self, index: int = 0) -> int:
+        return self._running(index).pid
+
+    def log_file(self, index: int = 0) -> Path:
+        return self.data_dir / f"nomad-{index}.log"
+
+    async def start(self, timeout_s: float = 60.0) -> None:
+        """Start all processes, and wait until every client is ready with its drivers.
+
+        Raises TerminalError with the end of a log when it does not come up."""
+        for index in range(self.clients):
+            await self.restart(index)
+        deadline = time.monotonic() + timeout_s
+        if self._acl and not self.token:
+            await self._until(self._bootstrapped, deadline)
+        await self._until(self._all_ready, deadline)
+
+    async def restart(self, index: int = 0) -> None:
+        """Start process `index` (0 = the server) if it does not run. Does not wait for readiness."""
+        process = self._processes[index]
+        if process is not None and process.returncode is None:
+            return
+        program = await asyncio.to_thread(find, "nomad")
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        config = self.data_dir / f"nomad-{index}.json"
+        config.write_text(json.dumps(self._config(index), indent=1))
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
+        }
+        argv = [str(program), "agent", f"-config={config}"]
+        self._processes[index] = Process.start(argv, log=self.log_file(index), env=env)
+
+    async def wait_ready(self, timeout_s: float = 60.0) -> None:
+        await self._until(self._all_ready, time.monotonic() + timeout_s)
+
+    async def kill(self, index: int = 0) -> None:
+        """SIGKILL, as a crash would do it; tasks of its client run on."""
+        await self._running(index).kill()
+
+    def pause(self, index: int = 0) -> None:
+        """SIGSTOP: connections stay open, and nothing is answered."""
+        self._running(index).send(signal.SIGSTOP)
+
+    def resume(self, index: int = 0) -> None:
+        self._running(index).send(signal.SIGCONT)
+
+    async def stop(self) -> None:
+        """Stop all jobs, then the processes, then what they left: tasks, mounts, the folder."""
+        alive = [one for one in self._processes if one is not None and one.returncode is None]
+        for process in alive:
+            process.send(signal.SIGCONT)
+        if self._processes[0] in alive:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, TerminalError):
+                await self._stop_jobs()
+        for process in reversed(alive):
+            await process.terminate(15.0)
+        await asyncio.to_thread(_clean_up, self.data_dir)
+
+    async def request(self, method: str, path: str, body: Any = None) -> Any:
+        """One plain call for a test or a benchmark: the parsed answer.
+
+        Raises aiohttp.ClientResponseError for any status but 2xx."""
+        headers = {"X-Nomad-Token": self.token} if self.token else {}
+        timeout = aiohttp.ClientTimeout(total=_CALL_S)
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as http,
+            http.request(method, f"{self.http_addr}{path}", json=body) as answer,
+        ):
+            answer.raise_for_status()
+            return await answer.json(content_type=None)
+
+    async def _stop_jobs(self) -> None:
+        jobs = await self.request("GET", "/v1/jobs?namespace=*")
+        for job in jobs:
+            space = quote(job["Namespace"], safe="")
+            await self.request("DELETE", f"/v1/job/{quote(job['ID'], safe='')}?namespace={space}")
+
+        async def ended() -> bool:
+            allocs = await self.request("GET", "/v1/allocations?namespace=*&task_states=false")
+            return all(one["ClientStatus"] not in {"pending", "running"} for one in allocs)
+
+        await self._until(ended, time.monotonic() + 20.0)
+
+    def _running(self, index: int) -> Process:
+        process = self._processes[index]
+        if process is None:
+            raise TerminalError("this Nomad was not started")
+        return process
+
+    async def _bootstrapped(self) -> bool:
+        answer = await self.request("POST", "/v1/acl/bootstrap", {})
+        self.token = answer["SecretID"]
+        return True
+
+    async def _all_ready(self) -> bool:
+        nodes = await self.request("GET", "/v1/nodes")
+        ready = [
+            node
+            for node in nodes
+            if node["Status"] == "ready"
+            and (node["Drivers"] or {}).get("raw_exec", {}).get("Healthy")
+        ]
+        return len(ready) >= self.clients
+
+    async def _until(self, test: Any, deadline: float) -> None:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                if await test():
+                    return
+            for index, process in enumerate(self._processes):
+                ended = process is not None and process.returncode is not None
+                if ended or time.monotonic() > deadline:
+                    tail = "" if process is None else process.log_tail()
+                    raise TerminalError(
+                        f"nomad did not get there; its log {self.log_file(index)} ends:\n{tail}"
+                    )
+            await asyncio.sleep(_POLL_S)
+
+    def _config(self, index: int) -> dict[str, Any]:
+        http, rpc, serf = self._ports[index]
+        first = _FIRST_PORT + (http + _PORTS_EACH * index) % 6000
+        config: dict[str, Any] = {
+            "name": f"watchdog-nomad-{index}",
+            "data_dir": str(self.data_dir / f"data-{index}"),
+            "bind_addr": "127.0.0.1",
+            "ports": {"http": http, "rpc": rpc, "serf": serf},
+            "advertise": {
+                "http": f"127.0.0.1:{http}",
+                "rpc": f"127.0.0.1:{rpc}",
+                "serf": f"127.0.0.1:{serf}",
+            },
+            "disable_update_check": True,
+            "leave_on_terminate": False,
+            "log_level": "INFO",
+            "telemetry": {"disable_dispatched_job_summary_metrics": True},
+            "plugin": [{"raw_exec": [{"config": [{"enabled": True}]}]}],
+            "consul": self._consul_config(index),
+            "acl": {"enabled": self._acl},
+            "client": {
+                "enabled": True,
+                "network_interface": "lo",
+                "servers": [f"127.0.0.1:{self._ports[0][1]}"],
+                # more than the machine has: agents reserve far more than they use
+                "cpu_total_compute": 1_000_000,
+                "memory_total_mb": 1_000_000,
+                "disk_total_mb": 1_000_000,
+                "disk_free_mb": 1_000_000,
+                "gc_max_allocs": 5000,
+                "gc_disk_usage_threshold": 99,
+                "gc_inode_usage_threshold": 99,
+                "min_dynamic_port": first,
+                "max_dynamic_port": first + _PORTS_EACH - 1,
+                "options": {"fingerprint.denylist": _denied(with_consul=bool(self._consul))},
+            },
+        }
+        if index == 0:
+            config["server"] = {
+                "enabled": True,
+                "bootstrap_expect": 1,
+                "heartbeat_grace": "2s",
+                "min_heartbeat_ttl": "2s",
+                "event_buffer_size": 10_000,
+            }
+        return config
+
+    def _consul_config(self, index: int) -> dict[str, Any]:
+        # without a Consul of ours, Nomad must not find somebody's on the default port
+        address = "http://127.0.0.1:1"
+        if self._consul:
+            address = self._consul[index % len(self._consul)]
+        return {
+            "address": urlsplit(address).netloc,
+            "auto_advertise": False,
+            "server_auto_join": False,
+            "client_auto_join": False,
+        }
+
+
+def _denied(*, with_consul: bool) -> str:
+    return _DENIED if with_consul else f"{_DENIED},consul"
+
+
+def _clean_up(folder: Path) -> None:
+    """Blocking. Kill tasks and executors of this Nomad, unmount below its folder, remove that."""
+    deadline = time.monotonic() + 5.0
+    while (left := list(_left_behind(folder))) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)  # noqa: TID251  # runs in a thread of its own
+    for mount in sorted(_mounts(folder), reverse=True):
+        subprocess.run(["umount", "-l", mount], check=False, capture_output=True, timeout=10)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("folder of nomad left behind", extra={"reason": str(folder)})
+
+
+def _left_behind(folder: Path) -> Iterator[int]:
+    """Pids with NOMAD_TASK_DIR under folder, and Nomad's own helpers that name it in their argv."""
+    task_dir = f"NOMAD_TASK_DIR={folder}/".encode()
+    named = f"{folder}/".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            argv = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        helper = len(argv) > 1 and argv[1] in {b"executor", b"logmon"}
+        if any(one.startswith(task_dir) for one in environment) or (
+            helper and any(named in one for one in argv)
+        ):
+            yield int(entry.name)
+
+
+def _mounts(folder: Path) -> list[str]:
+    try:
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux: no tmpfs of Nomad either
+        return []
+    found = [line.split()[1].replace("\\040", " ") for line in lines]
+    return [one for one in found if one.startswith(f"{folder}/")]

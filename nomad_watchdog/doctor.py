@@ -1,0 +1,305 @@
+"""Whether the environment will carry us: each check says what was found and how to mend it.
+
+Checks only look, but for one Consul session that is made and destroyed. They never raise: what a
+check can't do is its finding. Where a limit comes from is said beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import resource
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config import Settings
+from nomad_watchdog.errors import UserError, WatchdogError
+from nomad_watchdog.wiring import open_registry
+
+NOMAD_MINIMUM: Final = (1, 11, 2)
+"""Before it, raced dispatches with one idempotency token could store two children."""
+SKEW_S: Final = 5.0
+TIMEOUT_S: Final = 5.0
+WANTED_FILES: Final = 1024
+
+
+class Status(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+
+class _Server:
+    """GET, PUT and POST of JSON with a token header; nothing is retried: doctor tells what is."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, address: str, tls: ssl.SSLContext | bool
+    ) -> None:
+        self._session, self._address, self._tls = session, address, tls
+        self.date = ""
+
+    async def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        async with self._session.request(
+            method, f"{self._address}{path}", json=body, ssl=self._tls, allow_redirects=False
+        ) as answer:
+            self.date = answer.headers.get("Date", "")
+            text = await answer.text()
+            if "json" in answer.headers.get("Content-Type", "") or text[:1] in '{["':
+                try:
+                    return answer.status, (await answer.json(content_type=None))
+                except ValueError:
+                    return answer.status, text
+            return answer.status, text
+
+
+async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+    """All checks that make sense for these settings, in the order in which to mend them."""
+    checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
+    if settings.registry_kind == "consul" or settings.agent_consul:
+        checks += await _guarded("consul", lambda: _consul(settings, env))
+    checks.append(await _registry(settings))
+    if settings.backend == "nomad":
+        checks += await _guarded("nomad", lambda: _nomad(settings, env))
+    if settings.backend == "local" or settings.registry_kind == "sqlite":
+        checks += _machine(settings)
+    return checks
+
+
+def _api(settings: Settings) -> Check:
+    host = settings.api.listen.rpartition(":")[0]
+    if host in ("127.0.0.1", "[::1]", "localhost") or settings.api.token_file:
+        return Check("api", Status.OK, f"listens on {settings.api.listen}")
+    return Check(
+        "api",
+        Status.WARN,
+        f"listens on {settings.api.listen} and asks for no token",
+        "set api.token_file, or listen on 127.0.0.1",
+    )
+
+
+async def _guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> list[Check]:
+    try:
+        return await checks()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        why = str(error) or type(error).__name__
+        mend = f"start it, or set {name}.address, ca_cert and the token"
+        return [Check(f"{name} reachable", Status.FAIL, why, mend)]
+    except WatchdogError as error:
+        return [Check(f"{name} settings", Status.FAIL, str(error), f"see the {name} block")]
+
+
+@asynccontextmanager
+async def _server(block: Any, header: str, token: str) -> AsyncIterator[_Server]:
+    tls: ssl.SSLContext | bool = True
+    if block.address.startswith("https"):
+        try:
+            tls = ssl.create_default_context(cafile=block.ca_cert)
+            if getattr(block, "tls_skip_verify", False):
+                tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+            if block.client_cert:
+                tls.load_cert_chain(block.client_cert, block.client_key)
+        except OSError as error:
+            raise UserError(f"TLS files: {error}") from error
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    headers = {header: token} if token else {}
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+        yield _Server(session, block.address, tls)
+
+
+def _token(file: str | None, variable: str, env: Mapping[str, str]) -> str:
+    if not file:
+        return env.get(variable, "")
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"token file {file} can't be read") from error
+
+
+async def _consul(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+    token = _token(settings.consul.token_file, "CONSUL_HTTP_TOKEN", env)
+    async with _server(settings.consul, "X-Consul-Token", token) as server:
+        status, leader = await server.call("GET", "/v1/status/leader")
+        if status != 200 or not leader:
+            mend = "look at the Consul servers' logs: they need a majority"
+            return [Check("consul leader", Status.FAIL, f"none (HTTP {status})", mend)]
+        checks = [
+            Check("consul leader", Status.OK, str(leader)),
+            _skew("consul", server.date),
+        ]
+        status, self_ = await server.call("GET", "/v1/agent/self")
+        version = self_.get("Config", {}).get("Version", "?") if isinstance(self_, dict) else "?"
+        checks.append(
+            Check("consul version", Status.OK, version)
+            if status == 200
+            else Check("consul version", Status.WARN, f"HTTP {status}", "grant agent_prefix read")
+        )
+        checks.append(await _consul_session(server))
+        checks.append(await _consul_kv(server, settings.consul.prefix))
+        return checks
+
+
+async def _consul_session(server: _Server) -> Check:
+    body = {"Name": "nomad-watchdog-doctor", "TTL": "10s", "Behavior": "delete"}
+    status, made = await server.call("PUT", "/v1/session/create", body)
+    if status != 200:
+        return Check("consul session", Status.FAIL, f"HTTP {status}", "grant session_prefix write")
+    status, _ = await server.call("PUT", f"/v1/session/destroy/{made['ID']}")
+    ok = status == 200
+    mend = "" if ok else "grant session_prefix write"
+    return Check("consul session", Status.OK if ok else Status.FAIL, "made and destroyed", mend)
+
+
+async def _consul_kv(server: _Server, prefix: str) -> Check:
+    # A compare-and-set that cannot win (no key has index 1) asks for the right and writes nothing.
+    path = f"/v1/kv/{prefix}/doctor?cas=1"
+    status, _ = await server.call("PUT", path, "")
+    if status == 403:
+        mend = f'grant key_prefix "{prefix}/" write to the token'
+        return Check("consul kv", Status.FAIL, "writing is denied", mend)
+    return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
+
+
+async def _registry(settings: Settings) -> Check:
+    if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
+        where = f"{settings.registry_path} is not there yet"
+        return Check("registry", Status.OK, where, "the first run, or `init`, makes it")
+    try:
+        async with asyncio.timeout(TIMEOUT_S * 2), open_registry(settings) as registry:
+            installation = await registry.installation()
+            count = len((await registry.read()).records)
+    except UserError as error:
+        return Check("registry", Status.FAIL, str(error), "run `nomad-watchdog init` once")
+    except (WatchdogError, TimeoutError, OSError) as error:
+        why = str(error) or "no answer in time"
+        return Check("registry", Status.FAIL, why, "make the store reachable; see registry")
+    return Check("registry", Status.OK, f"installation {installation}, {count} records")
+
+
+async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+    token = _token(settings.nomad.token_file, "NOMAD_TOKEN", env)
+    async with _server(settings.nomad, "X-Nomad-Token", token) as server:
+        status, leader = await server.call("GET", "/v1/status/leader")
+        if status != 200 or not leader:
+            mend = "look at the Nomad servers' logs: they need a majority"
+            return [Check("nomad leader", Status.FAIL, f"none (HTTP {status})", mend)]
+        checks = [Check("nomad leader", Status.OK, str(leader)), _skew("nomad", server.date)]
+        status, self_ = await server.call("GET", "/v1/agent/self")
+        if status == 200:
+            checks += _nomad_agent(self_)
+        else:
+            mend = 'grant  agent { policy = "read" }  to see version and limits'
+            checks.append(Check("nomad version", Status.WARN, f"HTTP {status}", mend))
+        checks.append(await _nomad_drivers(server))
+        checks.append(await _nomad_rights(server, settings))
+        return checks
+
+
+def _nomad_agent(self_: Mapping[str, Any]) -> list[Check]:
+    config = self_.get("config") or {}
+    version = (config.get("Version") or {}).get("Version", "?")
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    good = found >= NOMAD_MINIMUM
+    mend = "" if good else "upgrade to 1.11.2 or later: before it one start could become two agents"
+    checks = [Check("nomad version", Status.OK if good else Status.FAIL, version, mend)]
+    size = (config.get("Server") or {}).get("EventBufferSize")
+    if isinstance(size, int) and size < 100:
+        mend = "raise server.event_buffer_size to 100 or more: hints get lost, passes get slower"
+        checks.append(Check("nomad event buffer", Status.WARN, str(size), mend))
+    limit = (config.get("Limits") or {}).get("HTTPMaxConnsPerClient")
+    if isinstance(limit, int):
+        low = 0 < limit < 100
+        mend = "raise limits.http_max_conns_per_client to 100 or more, or lower retry.concurrency"
+        status = Status.WARN if low else Status.OK
+        checks.append(Check("nomad connections", status, f"{limit} a client", mend if low else ""))
+    return checks
+
+
+async def _nomad_drivers(server: _Server) -> Check:
+    status, nodes = await server.call("GET", "/v1/nodes")
+    if status != 200 or not isinstance(nodes, list):
+        mend = 'grant  node { policy = "read" }  to the token'
+        return Check("nomad drivers", Status.WARN, f"HTTP {status}", mend)
+    ready = [node for node in nodes if node.get("Status") == "ready"]
+    wanted = ("raw_exec", "exec", "docker")
+    counts = {
+        name: sum(bool((n.get("Drivers") or {}).get(name, {}).get("Healthy")) for n in ready)
+        for name in wanted
+    }
+    text = ", ".join(f"{name} on {count}" for name, count in counts.items() if count)
+    found = f"{len(ready)} ready nodes; {text or 'none of ' + ', '.join(wanted)}"
+    mend = "" if text else "start a client with one of these drivers enabled and healthy"
+    return Check("nomad drivers", Status.OK if text else Status.FAIL, found, mend)
+
+
+async def _nomad_rights(server: _Server, settings: Settings) -> Check:
+    prefix, namespace = settings.nomad.job_prefix, settings.nomad.namespace
+    status, jobs = await server.call("GET", f"/v1/jobs?prefix={prefix}&namespace={namespace}")
+    if status != 200 or not isinstance(jobs, list):
+        mend = "grant list-jobs, read-job, submit-job and dispatch-job in the namespace"
+        return Check("nomad jobs", Status.FAIL, f"HTTP {status} in {namespace}", mend)
+    parents = [job["ID"] for job in jobs if job.get("ParameterizedJob")]
+    if settings.nomad.strategy == "register" or parents:
+        return Check("nomad jobs", Status.OK, f"{len(jobs)} jobs, {len(parents)} parents")
+    return Check("nomad jobs", Status.OK, "no parent job yet", "the first run registers it")
+
+
+def _skew(name: str, date: str) -> Check:
+    try:
+        there = parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return Check(f"{name} clock", Status.WARN, "the answer had no date")
+    skew = SystemClock().wall() - there
+    if abs(skew) <= SKEW_S:
+        return Check(f"{name} clock", Status.OK, f"differs by less than {SKEW_S:g} s")
+    mend = "run a time daemon on both machines: certificates, tokens and ages depend on it"
+    return Check(f"{name} clock", Status.WARN, f"differs by {skew:.0f} s", mend)
+
+
+def _machine(settings: Settings) -> list[Check]:
+    checks = []
+    folders = {"state directory": settings.registry_path.parent}
+    if settings.backend == "local":
+        folders["agents directory"] = settings.local_directory
+    for name, folder in folders.items():
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        good = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        mend = "" if good else f"make {there} a directory that uid {os.getuid()} can write to"
+        checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), mend))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = soft == resource.RLIM_INFINITY or soft >= WANTED_FILES
+    mend = "" if enough else f"ulimit -n {WANTED_FILES} (systemd: LimitNOFILE=)"
+    checks.append(Check("open files", Status.OK if enough else Status.WARN, str(soft), mend))
+    if any(p.kind == "icmp" for c in settings.agent_class.values() for p in (*c.probe, *c.confirm)):
+        checks.append(_ping())
+    return checks
+
+
+def _ping() -> Check:
+    try:
+        text = Path("/proc/sys/net/ipv4/ping_group_range").read_text(encoding="ascii")
+        low, high = (int(part) for part in text.split())
+    except (OSError, ValueError):
+        return Check("icmp", Status.WARN, "net.ipv4.ping_group_range is not readable")
+    groups = {os.getegid(), *os.getgroups()}
+    if os.geteuid() == 0 or any(low <= group <= high for group in groups):
+        return Check("icmp", Status.OK, f"ping_group_range {low} {high}")
+    mend = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
+    return Check("icmp", Status.WARN, f"ping_group_range {low} {high} leaves us out", mend)

@@ -1,0 +1,198 @@
+"""Device records as JSON: in both stores, and in what export writes and import reads.
+
+Reading is strict. A store can be written by others, so whatever this version would not have written
+itself is poison: named, left out and never guessed at (S9, S11).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any, Final, NoReturn
+
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import Slug, parse_device_id, slug_of
+from nomad_watchdog.model import Device, DeviceRecord, Epoch, Presence, WallTime
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = 1
+MAX_BYTES: Final = 16 * 1024
+"""Of one record as JSON: 128 labels of 100 characters fit."""
+_FIELDS: Final = frozenset(
+    {"v", "slug", "id", "agent_class", "address", "labels", "presence", "generation", "epoch"}
+    | {"instance", "changed_at"}
+)
+
+
+class PoisonError(UserError):
+    """A stored record that can't be understood; the message says why."""
+
+
+def encode(record: DeviceRecord) -> bytes:
+    """The record without its index. Raises UserError when it is larger than 16 KiB or is no text."""
+    device = record.device
+    document = {
+        "v": VERSION,
+        "slug": record.slug,
+        "id": device.id,
+        "agent_class": device.agent_class,
+        "address": device.address,
+        "labels": dict(device.labels),
+        "presence": record.presence.value,
+        "generation": record.generation,
+        "epoch": record.epoch,
+        "instance": record.instance,
+        "changed_at": record.changed_at,
+    }
+    try:
+        text = json.dumps(
+            document, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+        )
+        body = text.encode()
+    except ValueError as error:  # UnicodeEncodeError too
+        raise UserError(f"record of device {device.id!a} can't be stored: {error}") from error
+    if len(body) > MAX_BYTES:
+        raise UserError(
+            f"record of device {device.id!a} takes {len(body)} bytes; at most {MAX_BYTES} are "
+            "allowed: give it fewer or shorter labels"
+        )
+    return body
+
+
+def decode(body: bytes, *, slug: str | None = None, index: int = 0) -> DeviceRecord:
+    """The record in body. slug: under which it was found, None = do not compare.
+
+    Raises PoisonError for anything that `encode` would not have written.
+    """
+    if len(body) > MAX_BYTES:
+        raise PoisonError(f"it takes {len(body)} bytes; at most {MAX_BYTES} are allowed")
+    try:
+        document = json.loads(
+            body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
+        raise PoisonError(f"it is no JSON: {str(error)[:100]}") from error
+    if not isinstance(document, dict):
+        raise PoisonError("it is no JSON object")
+    if document.get("v") != VERSION:
+        raise PoisonError(
+            f"its version is {str(document.get('v'))[:20]!r}; this program reads {VERSION}"
+        )
+    if document.keys() != _FIELDS:
+        odd = sorted(ascii(name)[:40] for name in document.keys() ^ _FIELDS)
+        raise PoisonError(f"fields are missing or unknown: {', '.join(odd[:5])}")
+    return _record(document, slug, index)
+
+
+def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRecord:
+    try:
+        device_id = parse_device_id(document["id"])
+    except UserError as error:
+        raise PoisonError(str(error)) from error
+    own = slug_of(device_id)
+    if document["slug"] != own or (slug is not None and slug != own):
+        raise PoisonError(f"its slug is not {own}, the one of its device id")
+    labels = document["labels"]
+    if not isinstance(labels, dict):
+        raise PoisonError("labels is no object")
+    try:
+        presence = Presence(_text(document, "presence"))
+    except ValueError as error:
+        raise PoisonError("presence is neither present nor absent") from error
+    return DeviceRecord(
+        slug=own,
+        device=Device(
+            id=device_id,
+            agent_class=_text(document, "agent_class"),
+            address=_text(document, "address"),
+            labels={_encodable(key, "labels"): _text(labels, key) for key in labels},
+        ),
+        presence=presence,
+        generation=_whole(document, "generation"),
+        epoch=Epoch(_whole(document, "epoch")),
+        instance=_text(document, "instance"),
+        changed_at=WallTime(_seconds(document, "changed_at")),
+        index=index,
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _text(document: dict[str, Any], name: str) -> str:
+    value = document[name]
+    if not isinstance(value, str):
+        raise PoisonError(f"{ascii(name)[:40]} is no text")
+    return _encodable(value, name)
+
+
+def _encodable(value: str, name: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PoisonError(f"{ascii(name)[:40]} holds half a surrogate pair") from error
+    return value
+
+
+def _whole(document: dict[str, Any], name: str) -> int:
+    value = document[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise PoisonError(f"{name} is no whole number from 0 to 2^63 - 1")
+    return value
+
+
+def _seconds(document: dict[str, Any], name: str) -> float:
+    value = document[name]
+    if type(value) not in {int, float} or not math.isfinite(value):
+        raise PoisonError(f"{name} is no number of seconds")
+    return value if isinstance(value, float) else float(value)
+
+
+class Decoder:
+    """Decodes whole stores again and again, and only what changed: a record with an unchanged index
+    stays the same object. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, DeviceRecord | str]] = {}
+        self.poisoned: dict[str, str] = {}
+
+    def decode(self, rows: Iterable[tuple[str, str, int, bytes]]) -> dict[Slug, DeviceRecord]:
+        """Records by slug from (store key, slug, index, body); fills `poisoned`, logging what is new."""
+        known: dict[str, tuple[int, DeviceRecord | str]] = {}
+        records: dict[Slug, DeviceRecord] = {}
+        poisoned: dict[str, str] = {}
+        for key, slug, index, body in rows:
+            entry = self._known.get(key)
+            if entry is None or entry[0] != index:
+                entry = (index, self._decode_one(key, slug, index, body))
+            known[key] = entry
+            if isinstance(entry[1], str):
+                poisoned[key] = entry[1]
+            else:
+                records[entry[1].slug] = entry[1]
+        self._known, self.poisoned = known, poisoned
+        return records
+
+    @staticmethod
+    def _decode_one(key: str, slug: str, index: int, body: bytes) -> DeviceRecord | str:
+        try:
+            return decode(body, slug=slug, index=index)
+        except PoisonError as error:
+            reason = str(error)
+            log.warning("record left out", extra={"key": ascii(key)[:200], "reason": reason})
+            return reason
+
+    def forget(self) -> None:
+        """Start over: the store may be another one."""
+        self._known = {}

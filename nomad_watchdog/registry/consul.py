@@ -1,0 +1,191 @@
+"""The registry in Consul's key-value store: one key per device, written by transactions of `cas`.
+
+Keys: ``<prefix>/meta`` is the sentinel, ``<prefix>/devices/meta`` its copy inside what is read, and
+``<prefix>/devices/<bucket>/<slug>`` a device. The copy is there because Consul answers a prefix read
+without rights just as it answers an empty prefix (404): a read that does not show it proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from nomad_watchdog.clients.consul import ConsulClient, KvRow, TxnConflictError, cas
+from nomad_watchdog.errors import DeniedError, TerminalError, UserError
+from nomad_watchdog.ids import Slug, shard_of
+from nomad_watchdog.model import DeviceRecord
+from nomad_watchdog.registry import RegistrySnapshot
+from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
+
+_TXN_OPS: Final = 64
+"""Consul takes 128, and at 64 one transaction still leaves room for others on the leader."""
+_TXN_BYTES: Final = 380_000
+"""Consul takes 524,288 bytes of JSON; this counts values as base64 and leaves room for the keys."""
+_BUCKETS: Final = 256
+_WAIT_S: Final = 30.0
+_MIN_GAP_S: Final = 0.25
+_GAP_PER_COST: Final = 5.0
+"""A watch returns the whole prefix each time: at most a sixth of the time goes into reading it."""
+
+
+class ConsulRegistry:
+    """A store of device records in Consul. It does not own the client: its maker closes that."""
+
+    def __init__(self, *, client: ConsulClient, prefix: str = "nomad-watchdog") -> None:
+        if not prefix.strip("/") or not prefix.isprintable() or prefix.startswith("/"):
+            raise UserError(f"registry prefix {prefix!r} won't do; one like nomad-watchdog does")
+        self._client = client
+        root = prefix.strip("/")
+        self._sentinel = f"{root}/meta"
+        self._folder = f"{root}/devices/"
+        self._inner_sentinel = f"{root}/devices/meta"
+        self._decoder = Decoder()
+
+    @property
+    def poisoned(self) -> Mapping[str, str]:
+        return self._decoder.poisoned
+
+    async def initialise(self) -> str:
+        body = json.dumps({"v": 1, "installation": str(uuid.uuid4())}).encode()
+        try:
+            await self._client.txn(
+                [cas(self._sentinel, body, 0), cas(self._inner_sentinel, body, 0)]
+            )
+        except TxnConflictError as error:
+            if error.lost == {0, 1}:
+                return await self.installation()
+            # half a sentinel: the other half was deleted by hand
+            raise TerminalError(
+                f"only one of the Consul keys {self._sentinel} and {self._inner_sentinel} exists; "
+                "restore the store from a snapshot, or delete that key if the store is new"
+            ) from error
+        return await self.installation()
+
+    async def installation(self) -> str:
+        row = await self._client.kv_get(self._sentinel)
+        if row is None:
+            raise UserError(
+                f"Consul has no key {self._sentinel}: this is another cluster, or its store was "
+                "wiped; for a new installation run `nomad-watchdog init`"
+            )
+        return _installation(row)
+
+    async def read(self) -> RegistrySnapshot:
+        index, rows = await self._client.kv_tree(self._folder)
+        return await self._snapshot(index, rows)
+
+    async def get(self, slug: Slug) -> DeviceRecord | None:
+        key = self._key(slug)
+        row = await self._client.kv_get(key)
+        if row is None:
+            await self.installation()
+            return None
+        try:
+            return decode(row.value, slug=slug, index=row.index)
+        except PoisonError as error:
+            raise TerminalError(f"the record at {key} can't be used: {error}") from error
+
+    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+        bodies = [encode(record) for record in records]
+        # an existing index proves that this is the store it came from; a first write does not
+        if any(record.index == 0 for record in records):
+            await self.installation()
+        stored: list[DeviceRecord | None] = [None] * len(records)
+        for chunk in _chunks(bodies):
+            for position, index in (await self._commit_chunk(chunk, records, bodies)).items():
+                stored[position] = replace(records[position], index=index)
+        return stored
+
+    async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
+        known, sent = index, 0  # first a plain read: Consul would sleep on an index from the future
+        while True:
+            started = time.monotonic()
+            found, rows = await self._client.kv_tree(self._folder, sent, _WAIT_S)
+            woke = time.monotonic()
+            if found < known:
+                self._decoder.forget()  # another history: equal indexes mean nothing
+            snapshot = await self._snapshot(found, rows)
+            if found != known:
+                known = found
+                yield snapshot
+            sent = found
+            cost_s = time.monotonic() - woke
+            gap_s = max(_MIN_GAP_S, _GAP_PER_COST * cost_s) - (woke - started)
+            if gap_s > 0:
+                await asyncio.sleep(gap_s)
+
+    async def close(self) -> None:
+        """Nothing is held; the client belongs to whoever made it."""
+
+    def _key(self, slug: Slug) -> str:
+        return f"{self._folder}{shard_of(slug, _BUCKETS):02x}/{slug}"
+
+    async def _snapshot(self, index: int, rows: list[KvRow]) -> RegistrySnapshot:
+        if not any(row.key == self._inner_sentinel for row in rows):
+            await self.installation()  # says so when there is none, or when it is denied
+            raise DeniedError(
+                f"Consul shows {self._sentinel} but not {self._inner_sentinel}: the token needs "
+                f'key_prefix "{self._folder}" {{ policy = "read" }}, or somebody deleted the records'
+            )
+        devices = (row for row in rows if row.key != self._inner_sentinel)
+        records = self._decoder.decode(
+            (row.key, self._slug_of_key(row.key), row.index, row.value) for row in devices
+        )
+        return RegistrySnapshot(records=records, index=index)
+
+    def _slug_of_key(self, key: str) -> str:
+        """The slug when the key is where we would have put it; else what no record can match."""
+        slug = Slug(key.rpartition("/")[2])
+        return slug if self._key(slug) == key else ""
+
+    async def _commit_chunk(
+        self, chunk: range, records: Sequence[DeviceRecord], bodies: Sequence[bytes]
+    ) -> dict[int, int]:
+        """New index by position, for those whose compare-and-set won.
+
+        A transaction writes all or nothing, so the losers, which Consul names, are left out and the
+        rest is tried again; each round has fewer, so it ends.
+        """
+        left = list(chunk)
+        while left:
+            operations = [
+                cas(self._key(records[i].slug), bodies[i], records[i].index) for i in left
+            ]
+            try:
+                rows = await self._client.txn(operations)
+            except TxnConflictError as error:
+                if not error.lost:
+                    raise
+                left = [position for at, position in enumerate(left) if at not in error.lost]
+                continue
+            return {position: row.index for position, row in zip(left, rows, strict=True)}
+        return {}
+
+
+def _chunks(bodies: Sequence[bytes]) -> Iterator[range]:
+    """Ranges of positions that fit one transaction."""
+    first, size = 0, 0
+    for position, body in enumerate(bodies):
+        weight = len(body) * 4 // 3 + 300
+        if position > first and (position - first == _TXN_OPS or size + weight > _TXN_BYTES):
+            yield range(first, position)
+            first, size = position, 0
+        size += weight
+    if first < len(bodies):
+        yield range(first, len(bodies))
+
+
+def _installation(row: KvRow) -> str:
+    try:
+        document: Any = json.loads(row.value)
+        return str(uuid.UUID(document["installation"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the Consul key {row.key} holds no installation id: it is not ours, or it was changed "
+            "by hand; choose another prefix or restore it"
+        ) from error

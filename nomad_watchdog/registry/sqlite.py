@@ -1,0 +1,360 @@
+"""The registry in one SQLite file: for one machine, without a server.
+
+WAL and full sync: a commit is on disk when it returns (S4). All writes go through one thread, which
+takes what has gathered meanwhile into one transaction, so that a burst shares its fsyncs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, TypeVar
+
+from nomad_watchdog.errors import TerminalError, TransientError, UserError
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import DeviceRecord
+from nomad_watchdog.registry import RegistrySnapshot
+from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
+
+_T = TypeVar("_T")
+_SCHEMA: Final = 1
+_BUSY_S: Final = 5.0
+"""How long a write waits for another process's."""
+_POLL_S: Final = 0.25
+"""How often a watch looks whether another process wrote: one pragma, no read of the file's pages."""
+_GAP_PER_COST: Final = 5.0
+_GROUP: Final = 1000
+"""Commits that may share a transaction."""
+_TABLES: Final = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE device (slug TEXT PRIMARY KEY, idx INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = {_SCHEMA};
+"""
+_FOR_NOW: Final = frozenset(
+    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+    | {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_PROTOCOL}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    rows: list[tuple[str, int, bytes]]
+    """Slug, expected index, body."""
+    done: Future[list[int | None]]
+
+
+class SqliteRegistry:
+    """A store of device records in a file."""
+
+    def __init__(self, *, path: str | Path) -> None:
+        self._path = Path(path)
+        self._decoder = Decoder()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry-read")
+        self._connection: sqlite3.Connection | None = None
+        """Of the reader thread."""
+        self._store, self._seen = "", 0
+        """Installation and index of the last read."""
+        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._wakes: set[asyncio.Event] = set()
+        self._closed = False
+
+    @property
+    def poisoned(self) -> Mapping[str, str]:
+        return self._decoder.poisoned
+
+    async def initialise(self) -> str:
+        return await self._in_reader(self._initialise)
+
+    async def installation(self) -> str:
+        return await self._in_reader(lambda: _installation(self._connected(), self._path))
+
+    async def read(self) -> RegistrySnapshot:
+        return await self._in_reader(self._read)
+
+    async def get(self, slug: Slug) -> DeviceRecord | None:
+        row = await self._in_reader(lambda: self._get(slug))
+        if row is None:
+            return None
+        try:
+            return decode(row[1], slug=slug, index=row[0])
+        except PoisonError as error:
+            raise TerminalError(f"the record {slug} can't be used: {error}") from error
+
+    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+        rows = [(str(record.slug), record.index, encode(record)) for record in records]
+        self._check_open()
+        if self._writer is None:
+            self._writer = threading.Thread(
+                target=self._write_all, name="registry-write", daemon=True
+            )
+            self._writer.start()
+        write = _Write(rows, Future())
+        self._writes.put(write)
+        indexes = await asyncio.wrap_future(write.done)
+        for wake in self._wakes:
+            wake.set()
+        return [
+            None if index is None else replace(record, index=index)
+            for record, index in zip(records, indexes, strict=True)
+        ]
+
+    async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
+        known, version = index, -1
+        wake = asyncio.Event()
+        self._wakes.add(wake)
+        try:
+            while True:
+                wake.clear()
+                gap_s = _POLL_S
+                now = await self._in_reader(self._data_version)
+                if now != version:
+                    started = time.monotonic()
+                    snapshot = await self.read()
+                    gap_s = max(_POLL_S, _GAP_PER_COST * (time.monotonic() - started))
+                    version = now
+                    if snapshot.index != known:
+                        known = snapshot.index
+                        yield snapshot
+                await asyncio.sleep(gap_s - _POLL_S)
+                await _woken(wake, _POLL_S)
+        finally:
+            self._wakes.discard(wake)
+
+    async def close(self) -> None:
+        """Write what was handed in, then let go of the file. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._writes.put(None)
+        if self._writer is not None:
+            await asyncio.to_thread(self._writer.join)
+        await asyncio.get_running_loop().run_in_executor(self._reader, self._disconnect)
+        self._reader.shutdown()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TerminalError(f"the registry {self._path} was closed")
+
+    async def _in_reader(self, work: Callable[[], _T]) -> _T:
+        self._check_open()
+
+        def translated() -> _T:
+            try:
+                return work()
+            except sqlite3.Error as error:
+                raise _translate(error, self._path) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, translated)
+
+    def _initialise(self) -> str:
+        if not self._path.exists():
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch(mode=0o600)
+            except OSError as error:
+                raise UserError(f"the registry {self._path} can't be made: {error}") from error
+        with closing(_open(self._path)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if _version(connection, self._path) == 0:
+                for statement in _TABLES.strip().split("\n"):
+                    connection.execute(statement)
+                identity = [("installation", str(uuid.uuid4())), ("idx", "1")]
+                connection.executemany("INSERT INTO meta VALUES (?, ?)", identity)
+            connection.execute("COMMIT")
+            return _installation(connection, self._path)
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = _open(self._path)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _data_version(self) -> int:
+        (version,) = self._connected().execute("PRAGMA data_version").fetchone()
+        return int(version)
+
+    def _read(self) -> RegistrySnapshot:
+        connection = self._connected()
+        connection.execute("BEGIN")  # one state for the index and the rows
+        try:
+            store = _installation(connection, self._path)
+            index = _counter(connection)
+            if (
+                store != self._store or index < self._seen
+            ):  # a restored copy: equal indexes mean nothing
+                self._decoder.forget()
+            self._store, self._seen = store, index
+            rows = connection.execute("SELECT slug, slug, idx, body FROM device").fetchall()
+        finally:
+            connection.execute("ROLLBACK")
+        return RegistrySnapshot(records=self._decoder.decode(rows), index=index)
+
+    def _get(self, slug: Slug) -> tuple[int, bytes] | None:
+        connection = self._connected()
+        _installation(connection, self._path)
+        found = connection.execute("SELECT idx, body FROM device WHERE slug = ?", (slug,))
+        row: tuple[int, bytes] | None = found.fetchone()
+        return row
+
+    def _write_all(self) -> None:
+        """The writer thread: until it takes the None that `close` puts last."""
+        connection: sqlite3.Connection | None = None
+        try:
+            while (first := self._writes.get()) is not None:
+                group, last = self._gather(first)
+                try:
+                    if connection is None:
+                        connection = _open(self._path)
+                    results = _apply(connection, self._path, group)
+                except Exception as error:  # noqa: BLE001  # the thread's boundary: who waits gets it
+                    raised = _translate(error, self._path)
+                    raised.__cause__ = error if raised is not error else None
+                    for write in group:
+                        write.done.set_exception(raised)
+                else:
+                    for write, result in zip(group, results, strict=True):
+                        write.done.set_result(result)
+                if last:
+                    return
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _gather(self, first: _Write) -> tuple[list[_Write], bool]:
+        """What waits now, without what was cancelled meanwhile; whether the end was among it."""
+        taken, last = [first], False
+        while len(taken) < _GROUP and not last:
+            try:
+                more = self._writes.get_nowait()
+            except queue.Empty:
+                break
+            if more is None:
+                last = True
+            else:
+                taken.append(more)
+        return [write for write in taken if write.done.set_running_or_notify_cancel()], last
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit; never makes the file."""
+    if not path.exists():
+        raise UserError(
+            f"there is no registry at {path}: check the path; for a new installation run "
+            "`nomad-watchdog init`"
+        )
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+    )
+    try:
+        _to_wal(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """Where two change a new file's mode at once, SQLite says busy to one without waiting."""
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            threading.Event().wait(0.02)
+        else:
+            return
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version not in {0, _SCHEMA}:
+        raise UserError(
+            f"the registry {path} has schema {version}; this program knows {_SCHEMA}: it was made by "
+            "another version of nomad-watchdog, use that one"
+        )
+    return int(version)
+
+
+def _installation(connection: sqlite3.Connection, path: Path) -> str:
+    row = None
+    if _version(connection, path) == _SCHEMA:
+        found = connection.execute("SELECT value FROM meta WHERE name = 'installation'")
+        row = found.fetchone()
+    if row is None:
+        raise UserError(
+            f"the registry {path} was never initialised, or was wiped; for a new installation run "
+            "`nomad-watchdog init`"
+        )
+    return str(row[0])
+
+
+def _counter(connection: sqlite3.Connection) -> int:
+    (index,) = connection.execute("SELECT value FROM meta WHERE name = 'idx'").fetchone()
+    return int(index)
+
+
+def _apply(
+    connection: sqlite3.Connection, path: Path, group: Sequence[_Write]
+) -> list[list[int | None]]:
+    """All writes of the group in one transaction; new indexes, None where a compare-and-set lost."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        _installation(connection, path)
+        index = _counter(connection)
+        results: list[list[int | None]] = []
+        for write in group:
+            result: list[int | None] = []
+            for slug, expected, body in write.rows:
+                if expected == 0:
+                    statement = "INSERT INTO device VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING"
+                    values: tuple[object, ...] = (slug, index + 1, body)
+                else:
+                    statement = "UPDATE device SET idx = ?2, body = ?3 WHERE slug = ?1 AND idx = ?4"
+                    values = (slug, index + 1, body, expected)
+                won = connection.execute(statement, values).rowcount == 1
+                index += won
+                result.append(index if won else None)
+            results.append(result)
+        connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return results
+
+
+def _translate(error: Exception, path: Path) -> Exception:
+    if not isinstance(error, sqlite3.Error):
+        return error
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extension
+    message = f"the registry {path}: {error}"
+    if code in _FOR_NOW:
+        return TransientError(message)
+    return TerminalError(message)
+
+
+async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await wake.wait()
+    except TimeoutError:
+        pass

@@ -1,0 +1,366 @@
+"""Agents on Nomad, in one of two strategies.
+
+``dispatch``: each placement is a dispatched child of a parameterized parent job, one parent a class
+(and shard). ``register``: each device has a service job of its own, updated in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, Final, Literal
+from urllib.parse import quote
+
+from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clock import Clock, SystemClock
+from nomad_watchdog.errors import (
+    ConflictError,
+    NotFoundError,
+    StaleError,
+    TerminalError,
+    TransientError,
+    UserError,
+)
+from nomad_watchdog.ids import Slug, is_slug, shard_of
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, _nomad_jobs
+from nomad_watchdog.schedulers._nomad_view import (
+    SECOND_LOOK_S,
+    Row,
+    identity,
+    looks_dead,
+    placement,
+)
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_FEW: Final = 24
+"""Up to so many slugs are asked for one by one; for more the full list is cheaper."""
+_AT_ONCE: Final = 8
+_TRIES: Final = 4
+_SLUG_LENGTH: Final = 53
+_RECONNECT_MAX_S: Final = 30.0
+
+
+class NomadScheduler:
+    """The backend `nomad`. `blocked_limit`: with so many of our evaluations blocked there is no room
+    (unplaceable children cost the servers quadratic CPU)."""
+
+    name = "nomad"
+
+    def __init__(  # noqa: PLR0913  # keyword settings of an entry point; each has a default
+        self,
+        *,
+        settings: NomadSettings | None = None,
+        strategy: Literal["dispatch", "register"] = "dispatch",
+        shards: int = 1,
+        installation: str = "",
+        prefix: str = "device-watchdog",
+        client: NomadClient | None = None,
+        blocked_limit: int = 10,
+        clock: Clock | None = None,
+    ) -> None:
+        if strategy not in ("dispatch", "register"):
+            raise UserError(f"nomad strategy {strategy!r}: allowed are dispatch and register")
+        if not _NAME.fullmatch(prefix):
+            raise UserError(f"nomad job prefix {prefix!r}: allowed are a-z, 0-9 and -, at most 63")
+        if shards < 1:
+            raise UserError(f"shards is {shards}; at least 1 is needed")
+        self.capabilities = Capabilities(replaces_in_place=strategy == "register", drains=True)
+        self._strategy = strategy
+        self._shards = shards
+        self._installation = installation
+        self._prefix = prefix
+        self._client = client or NomadClient(settings or NomadSettings.from_env())
+        self._blocked_limit = blocked_limit
+        self._clock = clock or SystemClock()
+        self._built: dict[tuple[str, str], dict[str, Any]] = {}
+        self._parents: set[str] = set()
+        self._listed = False
+        self._index = 0
+        self._first_dead: dict[str, float] = {}
+        self.malformed = 0
+        """Jobs in the last full snapshot that claim to be ours and make no sense."""
+
+    async def prepare(self, specs: Collection[AgentSpec]) -> None:
+        built: dict[tuple[str, str], dict[str, Any]] = {}
+        for spec in specs:
+            job = await _nomad_jobs.build(
+                self._client, spec, self._parent(spec.agent_class, 0), self._installation
+            )
+            built[spec.agent_class, spec.spec_hash] = job
+            if self._strategy == "dispatch":
+                for shard in range(self._shards):
+                    await self._register_parent(job, self._parent(spec.agent_class, shard))
+        self._built = built
+
+    async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
+        if self._strategy == "register":
+            return await self._ensure_registered(record, epoch, spec)
+        shard = shard_of(record.slug, self._shards)
+        parent = self._parent(spec.agent_class, shard)
+        told = _nomad_jobs.meta(record, epoch, spec, shard)
+        body = _nomad_jobs.dispatch_body(_nomad_jobs.payload(record, epoch, spec), told)
+        try:
+            answer = await self._client.dispatch(parent, body)
+        except TransientError as error:
+            # it may have happened all the same; the token makes a second try safe, a look is cheaper
+            found = await self._client.pages(
+                "/v1/jobs",
+                "list-jobs",
+                {"prefix": f"{parent}/dispatch-{record.slug}-", "meta": "true"},
+            )
+            if any((job.get("Meta") or {}).get("epoch") == str(epoch) for job in found.body):
+                return found.index
+            raise error from None
+        return answer.index
+
+    async def retire(self, placement: Placement, grace_s: float) -> None:  # noqa: ARG002  # Nomad takes kill_timeout from the job
+        # no purge: a purged job's process may be left running (GH-28242)
+        await self._client.deregister(placement.ref)
+
+    async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
+        if only is None or len(only) > _FEW or not self._listed:
+            whole = await self._whole()
+            if only is None:
+                return whole
+            asked = frozenset(only)
+            part = {slug: found for slug, found in whole.placements.items() if slug in asked}
+            return Snapshot(part, whole.index, asked)
+        return await self._part(frozenset(only))
+
+    async def watch(self) -> AsyncIterator[Hint]:
+        failures = 0
+        while True:
+            yield Hint(None)
+            try:
+                start = (await self._client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
+                topics = [("topic", "Job"), ("topic", "Allocation"), ("topic", "Evaluation")]
+                first = True
+                async with aclosing(
+                    self._client.events([*topics, ("index", str(start))])  # type: ignore[type-var]
+                ) as frames:
+                    async for frame in frames:
+                        failures = 0
+                        index = int(frame.get("Index") or 0)
+                        if first and index > start + 1:
+                            yield Hint(None, index)  # the buffer may begin after our index
+                        first = first and not index
+                        if slugs := self._slugs_of(frame):
+                            yield Hint(slugs, index)
+            except (TransientError, TerminalError, UserError, ValueError) as error:
+                log.warning("event stream lost", extra={"reason": str(error)})
+            failures += 1
+            ceiling = min(_RECONNECT_MAX_S, 0.5 * 2 ** min(failures, 10))
+            await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
+
+    async def capacity(self) -> Capacity:
+        found = await self._client.pages(
+            "/v1/evaluations", "read-job", {"filter": 'Status == "blocked"'}
+        )
+        ours = {one["JobID"] for one in found.body if self._is_ours(one["JobID"])}
+        if len(ours) < self._blocked_limit:
+            return Capacity(room=True)
+        return Capacity(
+            room=False,
+            reason=f"{len(ours)} agents wait for a node that takes them; starts go on below "
+            f"{self._blocked_limit}",
+        )
+
+    async def sweep(self, dead: Collection[Placement]) -> int:
+        done = 0
+        newest: dict[Slug, Epoch] = {}
+        slugs = {one.slug for one in dead}
+        now = await self.snapshot(only=slugs)
+        for slug in slugs:
+            newest[slug] = max(
+                (one.epoch for one in now.placements.get(slug, ())), default=Epoch(0)
+            )
+        sure = {
+            one.ref
+            for found in now.placements.values()
+            for one in found
+            if one.state is PlacementState.DEAD
+        }
+        for one in dead:
+            # the newest keeps its token burnt, so that a late dispatch cannot bring its epoch back
+            if one.ref not in sure or one.epoch >= newest[one.slug]:
+                continue
+            await self._client.deregister(one.ref, purge=True)
+            done += 1
+        return done
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _parent(self, agent_class: str, shard: int) -> str:
+        if not _NAME.fullmatch(agent_class) or re.fullmatch(r"(.*-)?s\d+", agent_class):
+            raise UserError(
+                f"agent class {agent_class!r}: allowed are a-z, 0-9 and -, not ending like a shard (s1)"
+            )
+        name = self._prefix if agent_class == "default" else f"{self._prefix}-{agent_class}"
+        return name if self._shards == 1 else f"{name}-s{shard}"
+
+    async def _register_parent(self, job: Mapping[str, Any], job_id: str) -> None:
+        self._parents.add(job_id)
+        found = await self._client.job(job_id)
+        if found is not None and not found.get("Stop"):
+            if found.get("ParameterizedJob") is None:
+                raise TerminalError(f"nomad job {job_id!r} exists and is no parameterized job")
+            owner = (found.get("Meta") or {}).get("installation", "")
+            if owner != self._installation:
+                raise TerminalError(
+                    f"nomad job {job_id!r} belongs to installation {owner!r}: choose another prefix"
+                )
+            if (found.get("Meta") or {}).get("parent_hash") == job["Meta"]["parent_hash"]:
+                return
+        await self._client.register({**job, "ID": job_id, "Name": job_id})
+        log.info("parent job registered", extra={"job": job_id})
+
+    async def _ensure_registered(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
+        parent = self._built.get((spec.agent_class, spec.spec_hash))
+        if parent is None:
+            parent = await _nomad_jobs.build(
+                self._client, spec, self._parent(spec.agent_class, 0), self._installation
+            )
+            self._built[spec.agent_class, spec.spec_hash] = parent
+        job_id = f"{self._prefix}-{record.slug}"
+        told = _nomad_jobs.meta(record, epoch, spec, shard_of(record.slug, self._shards))
+        data = _nomad_jobs.payload(record, epoch, spec)
+        job = _nomad_jobs.service_job(parent, job_id, data, told)
+        for _ in range(_TRIES):
+            found = await self._client.job(job_id)
+            if found is not None:
+                who = identity(found, self._installation)
+                if who is None:
+                    raise TerminalError(f"nomad job {job_id!r} exists and is not ours")
+                if who[2] > epoch:
+                    raise ConflictError(f"{record.slug} is at epoch {who[2]} already, not {epoch}")
+                if who[2] == epoch:
+                    return int(found["JobModifyIndex"])
+            try:
+                return await self._client.register(
+                    job, enforce=0 if found is None else int(found["JobModifyIndex"])
+                )
+            except ConflictError:
+                continue
+        raise TransientError(f"job {job_id} is changed by others all the time")
+
+    async def _whole(self) -> Snapshot:
+        before = self._index
+        ask = {"prefix": self._prefix, "meta": "true"}
+        jobs = await self._client.pages("/v1/jobs", "list-jobs", ask)
+        # read after the jobs and from the leader too, so at least as new: the jobs' index is good
+        mine = {"filter": f'JobID matches "^{self._prefix}"'}
+        allocs = await self._client.pages("/v1/allocations", "read-job", mine)
+        waiting = {"filter": 'Status == "blocked" or Status == "pending"'}
+        evals = await self._client.pages("/v1/evaluations", "read-job", waiting)
+        if jobs.index < before:
+            self._index = 0
+            raise StaleError(f"nomad's index went back from {before} to {jobs.index}")
+        self._index = max(self._index, jobs.index)
+        self._parents |= {
+            parent for job in jobs.body if (parent := job.get("ParentID")) and self._is_ours(parent)
+        }
+        self._listed = True
+        found, self.malformed = self._placements(jobs.body, allocs.body, evals.body)
+        known = {job["ID"] for job in jobs.body}
+        self._first_dead = {k: v for k, v in self._first_dead.items() if k in known}
+        return Snapshot(found, jobs.index)
+
+    async def _part(self, asked: frozenset[Slug]) -> Snapshot:
+        limit = asyncio.Semaphore(_AT_ONCE)
+
+        async def rows(slug: Slug) -> tuple[list[Row], int]:
+            prefixes = [f"{parent}/dispatch-{slug}-" for parent in sorted(self._parents)]
+            jobs: list[Row] = []
+            least = 0
+            for prefix in [*prefixes, f"{self._prefix}-{slug}"]:
+                async with limit:
+                    ask = {"prefix": prefix, "meta": "true"}
+                    answer = await self._client.pages("/v1/jobs", "list-jobs", ask)
+                jobs.extend(answer.body)
+                least = min(least, answer.index) if least else answer.index
+            return jobs, least
+
+        async def below(job: Row, what: str) -> list[Row]:
+            async with limit:
+                path = f"/v1/job/{quote(job['ID'], safe='')}/{what}"
+                try:
+                    return list((await self._client.get(path, "read-job")).body or [])
+                except NotFoundError:
+                    return []
+
+        answers = await asyncio.gather(*(rows(slug) for slug in sorted(asked)))
+        jobs = [job for found, _ in answers for job in found]
+        allocs = await asyncio.gather(*(below(job, "allocations") for job in jobs))
+        evals = await asyncio.gather(*(below(job, "evaluations") for job in jobs))
+        placed, _ = self._placements(jobs, _flat(allocs), _flat(evals))
+        index = min((least for _, least in answers), default=self._index)
+        return Snapshot({k: v for k, v in placed.items() if k in asked}, index, asked)
+
+    def _placements(
+        self, jobs: Iterable[Row], allocs: Iterable[Row], evals: Iterable[Row]
+    ) -> tuple[dict[Slug, tuple[Placement, ...]], int]:
+        allocs_of, evals_of = _by_job(allocs), _by_job(evals)
+        found: dict[Slug, list[Placement]] = defaultdict(list)
+        malformed = 0
+        now = self._clock.monotonic()
+        for job in jobs:
+            try:
+                who = identity(job, self._installation)
+            except UserError as error:
+                malformed += 1
+                log.debug("job skipped", extra={"job": job["ID"], "reason": str(error)})
+                continue
+            if who is None:
+                continue
+            mine, waiting = allocs_of.get(job["ID"], []), evals_of.get(job["ID"], [])
+            waiting = [one for one in waiting if one.get("Status") in {"pending", "blocked"}]
+            if looks_dead(job, mine, waiting):
+                settled = now - self._first_dead.setdefault(job["ID"], now) >= SECOND_LOOK_S
+            else:
+                settled = False
+                self._first_dead.pop(job["ID"], None)
+            found[who[0]].append(placement(job, who, mine, waiting, settled=settled))
+        return {
+            slug: tuple(sorted(some, key=lambda one: (one.epoch, one.created_at, one.ref)))
+            for slug, some in found.items()
+        }, malformed
+
+    def _is_ours(self, job_id: str) -> bool:
+        return job_id == self._prefix or job_id.startswith((f"{self._prefix}-", f"{self._prefix}/"))
+
+    def _slugs_of(self, frame: Mapping[str, Any]) -> frozenset[Slug]:
+        found = set()
+        for event in frame.get("Events") or []:
+            payload = event.get("Payload") or {}
+            for key in ("Job", "Allocation", "Evaluation"):
+                row = payload.get(key) or {}
+                job_id = row.get("ID" if key == "Job" else "JobID", "")
+                if self._is_ours(job_id) and (slug := self._slug_in(job_id)):
+                    found.add(slug)
+        return frozenset(found)
+
+    def _slug_in(self, job_id: str) -> Slug | None:
+        _, dispatched, rest = job_id.partition("/dispatch-")
+        # <slug>-<unix seconds>-<8 hex>, or <prefix>-<slug>
+        slug = rest.rsplit("-", 2)[0] if dispatched else job_id.removeprefix(f"{self._prefix}-")
+        return Slug(slug) if len(slug) <= _SLUG_LENGTH and is_slug(slug) else None
+
+
+def _flat(lists: Iterable[list[Row]]) -> list[Row]:
+    return [row for rows in lists for row in rows]
+
+
+def _by_job(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["JobID"]].append(row)
+    return found

@@ -1,0 +1,236 @@
+"""The configuration file: every mistake at once, units, precedence, hostile text, the docs."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nomad_watchdog.config import AgentClass, Probe, Settings, load
+from nomad_watchdog.config_hcl import parse_duration, parse_size, read
+from nomad_watchdog.config_load import _model_of
+from nomad_watchdog.errors import UserError
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+MISTAKES = """\
+backend = "nomd"
+shard = 2
+api {
+  listn = "x"
+  max_body = 12
+}
+agent_class "default" {
+  cpu = "many"
+  template = "/x/${var.y}"
+  probe "tcp" {
+    port = 99999
+  }
+  probe "http" {
+    port    = 80
+    timeout = "9s"
+  }
+  repair "cycle" {}
+}
+nomad {
+  strategy = "dispach"
+  strategy = "register"
+}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "wrong.hcl"
+    file.write_text(text)
+    return file
+
+
+def message(folder: Path, text: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(write(folder, text))
+    return str(error.value)
+
+
+def test_all_mistakes_are_named_at_once_with_lines(tmp_path: Path) -> None:
+    """Each mistake of a file is reported in one run, with its line, its block path and what is allowed."""
+    found = message(tmp_path, MISTAKES)
+    for line, words in [
+        (2, "shard: no such setting; did you mean shards?"),
+        (4, "api > listn: no such setting; did you mean listen?"),
+        (5, "api > max_body: 12 is not a size"),
+        (8, 'agent_class "default" > cpu: found "many"'),
+        (9, 'agent_class "default" > template: an interpolation'),
+        (11, 'agent_class "default" > probe "tcp" > port: found 99999'),
+        (13, 'probe "http": timeout (9s) must be shorter than interval (5s)'),
+        (17, 'agent_class "default" > repair: no such setting'),
+        (20, 'nomad > strategy: found "dispach"'),
+        (21, "nomad > strategy: given twice; the first is on line 20"),
+    ]:
+        assert any(f"wrong.hcl:{line}: " in row and words in row for row in found.splitlines()), (
+            line,
+            words,
+            found,
+        )
+    assert "did you mean dispatch?" in found
+
+
+def test_unknown_backend_names_those_installed(tmp_path: Path) -> None:
+    """A backend that is not installed is refused with the names of those that are."""
+    assert "installed: ['local', 'nomad']" in message(tmp_path, 'backend = "nomd"\n')
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('presence { report_stale = "20s" }', "less than two beats of class default; at least 30s"),
+        (
+            'agent_class "a" {\n kill_timeout = "2m"\n probe "tcp" {\n port = 1\n }\n}',
+            "startup_grace",
+        ),
+        ('retry {\n initial = "10m"\n}', "longer than retry.max"),
+        ('agent_class "a" {\n probe "icmp" {}\n confirm "icmp" {}\n}', "of another kind"),
+        ('agent_class "a" {}', "has no probe"),
+        ('nomad {\n client_cert = "x"\n}', "go together"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    """An inequality between settings that does not hold is an error that says which."""
+    assert words in message(tmp_path, text + "\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x = ", "a {", "}", "= 1", "x = 'a'", "{" * 500, 'a = "\x00"\n= ', "backend = <<X\nlocal\nX"],
+)
+def test_what_is_not_plain_hcl_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
+    """Text that is not HCL, or would need evaluating, gives a UserError and nothing unprintable."""
+    found = message(tmp_path, text)
+    assert "wrong.hcl" in found
+    assert found.replace("\n", "").isprintable()
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_any_text_is_read_or_refused(text: str) -> None:
+    """Whatever stands in a file, reading it ends with a document or a UserError."""
+    try:
+        read(text, "file")
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    "value", ['"${var.x}"', "var.x", "1 + 2", 'file("/etc/passwd")', '"%{if x}a%{endif}"']
+)
+def test_nothing_is_evaluated(tmp_path: Path, value: str) -> None:
+    """A value that would need evaluating is refused; an escaped one is its own text."""
+    assert "data_dir" in message(tmp_path, f"data_dir = {value}\n")
+    assert read('x = "$${y}"\n', "file").data == {"x": "${y}"}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("250ms", 0.25), ("10s", 10.0), ("1m30s", 90.0), ("2h", 7200.0)]
+)
+def test_durations_become_seconds(text: str, seconds: float) -> None:
+    """A duration with its unit becomes float seconds."""
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", 10, "s", "-1s", "1e9s", "nan", "10 s", "１s", "9999d", None, True]
+)
+def test_durations_without_sense_are_refused(text: object) -> None:
+    """What is not a duration is refused, numbers without a unit too."""
+    with pytest.raises(ValueError):
+        parse_duration(text)
+
+
+def test_sizes_become_bytes() -> None:
+    """A size with its unit becomes bytes; one without is refused."""
+    assert (parse_size("64Mi"), parse_size("1k"), parse_size("5B")) == (64 * 1024**2, 1000, 5)
+    for wrong in ("64", 64, "Mi", "-1Mi", "1.5Mi", "٣Mi"):
+        with pytest.raises(ValueError):
+            parse_size(wrong)
+
+
+def test_flags_go_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    """The first of flag, our variable, the vendor's variable, file and default is in force."""
+    file = write(tmp_path, 'shards = 2\nnomad {\n address = "http://file:1"\n}\n')
+    assert load(file, {}).nomad.address == "http://file:1"
+    env = {"NOMAD_ADDR": "vendor:2", "NOMAD_WATCHDOG_SHARDS": "3"}
+    assert load(file, env).nomad.address == "http://vendor:2"
+    env["NOMAD_WATCHDOG_NOMAD_ADDRESS"] = "https://ours:3"
+    assert load(file, env).nomad.address == "https://ours:3"
+    assert load(file, env).shards == 3
+    assert load(file, env, {"shards": 4}).shards == 4
+    assert load(file, env, {"shards": None}).shards == 3
+    assert load(None, {"NOMAD_WATCHDOG_CONFIG": str(file)}).shards == 2
+    assert load(None, {"XDG_STATE_HOME": "/s"}).data_dir == "/s/nomad-watchdog"
+
+
+def test_a_wrong_variable_is_named() -> None:
+    """A mistake in the environment names the variable, not the file."""
+    with pytest.raises(UserError, match="environment NOMAD_WATCHDOG_RESYNC: resync"):
+        load(None, {"NOMAD_WATCHDOG_RESYNC": "5"})
+
+
+def test_consul_ssl_variable_makes_the_address_https() -> None:
+    """CONSUL_HTTP_SSL counts for a CONSUL_HTTP_ADDR without a scheme."""
+    env = {"CONSUL_HTTP_ADDR": "c:8501", "CONSUL_HTTP_SSL": "true"}
+    assert load(None, env).consul.address == "https://c:8501"
+
+
+def test_spec_hash_follows_behaviour_and_template_text(tmp_path: Path) -> None:
+    """The hash changes with the template's text and the probes, and not with the API's address."""
+    template = tmp_path / "job.hcl"
+    template.write_text("one")
+    text = f'agent_class "a" {{\n template = "{template}"\n probe "tcp" {{\n  port = 1\n }}\n}}\n'
+    file = write(tmp_path, text)
+    first = load(file).specs()["a"]
+    assert re.fullmatch("[0-9a-f]{12}", first.spec_hash)
+    assert load(file, {"NOMAD_WATCHDOG_API_LISTEN": ":1"}).specs()["a"].spec_hash == first.spec_hash
+    template.write_text("two")
+    assert load(file).specs()["a"].spec_hash != first.spec_hash
+    document = json.loads(first.agent_config)
+    assert document["api"] == ["http://127.0.0.1:9670"]
+    assert document["probes"][0] == {
+        "kind": "tcp",
+        "port": 1,
+        "interval_s": 5.0,
+        "timeout_s": 2.0,
+        "misses": 3,
+    }
+    template.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        load(file).specs()
+
+
+def test_limits_are_finite_and_follow_settings() -> None:
+    """Settings become Limits in seconds."""
+    limits = load(None, {"NOMAD_WATCHDOG_RETRY_MAX": "2m", "NOMAD_WATCHDOG_RESYNC": "5s"}).limits()
+    assert (limits.backoff_max_s, limits.resync_s) == (120.0, 5.0)
+    assert math.isfinite(limits.report_stale_s)
+
+
+def test_docs_name_every_setting_and_no_other() -> None:
+    """docs/configuration.md has a row for each setting of the schema, and none more."""
+    wanted: set[str] = set()
+    for name, field in Settings.model_fields.items():
+        block = _model_of(field.annotation)
+        wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
+    assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
+    wanted |= {f"probe.{name}" for name in Probe.model_fields}
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted
+
+
+def test_the_example_of_the_docs_is_valid(tmp_path: Path) -> None:
+    """The HCL example of docs/configuration.md passes the check."""
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```hcl\n(.*?)```", text, re.DOTALL)
+    assert list(load(write(tmp_path, example)).agent_class) == ["gateway"]

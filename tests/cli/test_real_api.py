@@ -1,0 +1,91 @@
+"""The verbs against the project's own API, on a real socket and a real registry."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from nomad_watchdog.api import make_app
+from nomad_watchdog.cli import _code
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Limits
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    started, addresses = threading.Event(), []
+    stops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    async def serve() -> None:
+        registry = SqliteRegistry(path=tmp_path / "registry.db")
+        await registry.initialise()
+        fleet = Fleet(registry, Limits(), SystemClock())
+        fleet.reset({}, 0)
+        app = make_app(fleet, metrics=Metrics(), artifact=None, token="secret-token")
+        runner = web.AppRunner(app, shutdown_timeout=2.0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        addresses.append("http://{}:{}".format(*runner.addresses[0]))
+        stop = asyncio.Event()
+        stops.append((asyncio.get_running_loop(), stop))
+        started.set()
+        await stop.wait()
+        await runner.cleanup()
+        await registry.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert started.wait(20)
+    monkeypatch.chdir(tmp_path)
+    token = tmp_path / "token"
+    token.write_text("secret-token\n")
+    monkeypatch.setenv("NOMAD_WATCHDOG_ADDR", addresses[0])
+    monkeypatch.setenv("NOMAD_WATCHDOG_TOKEN_FILE", str(token))
+    yield addresses[0]
+    loop, stop = stops[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_every_looking_verb_understands_the_real_api(
+    served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A device that was added is seen by ls, get, explain, export, status, agents and events."""
+    assert _code(["devices", "add", "gate/1 ü", "--address", "127.0.0.9", "--label", "k=v"]) == 0
+    assert _code(["devices", "add", "gate2", "--address", "127.0.0.8"]) == 0
+    capsys.readouterr()
+    for argv in (["devices", "ls"], ["devices", "get", "gate/1 ü"], ["explain", "gate/1 ü"]):
+        assert _code([*argv, "-o", "json"]) == 0, argv
+        assert "gate/1 \\u00fc" in capsys.readouterr().out
+        assert _code(argv) == 0, argv
+        assert "127.0.0.9" in capsys.readouterr().out
+    assert _code(["devices", "ls", "--label", "k=v", "-o", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["items"]) == 1
+    for argv in (["status"], ["agents", "ls"], ["agents", "ls", "-o", "json"], ["events"]):
+        assert _code(argv) == 0, argv
+    capsys.readouterr()
+    assert _code(["devices", "export"]) == 0
+    file = tmp_path / "fleet.ndjson"
+    file.write_text(capsys.readouterr().out)
+    assert _code(["devices", "rm", "gate2"]) == 0
+    assert _code(["devices", "import", str(file)]) == 0
+    assert "2 devices registered" in capsys.readouterr().err
+    assert _code(["devices", "get", "nobody"]) == 66
+
+
+def test_a_wrong_token_exits_77_and_is_not_shown(
+    served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that the API refuses exits 77, and no token stands in what is printed (S10)."""
+    (tmp_path / "token").write_text("wrong-token")
+    assert _code(["status"]) == 77
+    found = capsys.readouterr()
+    assert "wrong-token" not in found.out + found.err

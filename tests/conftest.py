@@ -1,0 +1,51 @@
+"""Fixtures that several folders share: real servers, once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.dev.consul import ConsulServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> None:
+    """Nothing in the caller's environment may lead a test to somebody's real servers."""
+    for name in list(os.environ):
+        if name.startswith(("CONSUL_", "NOMAD_")) and not name.startswith("NOMAD_WATCHDOG_CACHE"):
+            del os.environ[name]
+    os.environ.pop("AWS_CA_BUNDLE", None)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConsulServer]:
+    """One Consul server for the whole session: use your own key prefix and service names, and do not
+    pause or kill it (make your own ConsulServer for that)."""
+    async with ConsulServer(tmp_path_factory.mktemp("consul")) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def acl_consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConsulServer]:
+    """One Consul server with ACLs that deny by default; its `token` may do everything."""
+    async with ConsulServer(tmp_path_factory.mktemp("acl-consul"), acl=True) as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def consul_client(consul: ConsulServer) -> AsyncIterator[ConsulClient]:
+    """A client of the session's Consul."""
+    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    yield client
+    await client.close()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's folder."""
+    return Path(__file__).resolve().parents[1]

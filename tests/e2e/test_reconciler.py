@@ -1,0 +1,360 @@
+"""The reconciler over real processes and a real SQLite registry: L1, L2, S1, S2, S4, S7, S8, S9."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.fleet import AgentReport, Fleet
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import (
+    AgentSpec,
+    AgentState,
+    Device,
+    Epoch,
+    Limits,
+    PlacementState,
+    Presence,
+    VerdictState,
+)
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.schedulers.local import LocalScheduler
+from tests.schedulers.conftest import directory, eventually, pids_of
+
+__all__ = ["directory"]
+
+LIMITS = Limits(resync_s=1.0, backoff_initial_s=0.2, startup_grace_s=5.0)
+
+
+def spec(*command: str, name: str = "default", version: str = "h1") -> AgentSpec:
+    line = json.dumps(list(command or ("sleep", "600")))
+    return AgentSpec(name, version, version, variables={"command": line})
+
+
+class Plane:
+    """A control plane in this process."""
+
+    def __init__(self, root: Path, agents: Path, *specs: AgentSpec, limits: Limits) -> None:
+        self.agents = agents
+        self.registry = SqliteRegistry(path=root / "registry.db")
+        self.scheduler = LocalScheduler(directory=agents, backoff_initial_s=0.2, poll_s=0.2)
+        self.metrics = Metrics()
+        self.fleet = Fleet(self.registry, limits, SystemClock())
+        by_name = {s.agent_class: s for s in specs or (spec(),)}
+        self.reconciler = Reconciler(self.fleet, self.scheduler, by_name, self.metrics)
+
+    async def register(self, *names: str, kind: str = "default") -> None:
+        await self.fleet.register([Device(DeviceId(n), kind, "127.0.0.1") for n in names])
+
+    def pids(self, name: str = "") -> set[int]:
+        return pids_of(self.agents, slug_of(DeviceId(name)) if name else "")
+
+    def settled(self) -> bool:
+        """L1: each present device has one running placement at its epoch, and nobody else has any."""
+        records = self.fleet.records
+        for slug, record in records.items():
+            live = [
+                p
+                for p in self.fleet.placements.get(slug, ())
+                if p.state is not PlacementState.DEAD
+            ]
+            wanted = 1 if record.presence is Presence.PRESENT else 0
+            if len(live) != wanted or any(
+                p.epoch != record.epoch or p.state is not PlacementState.RUNNING for p in live
+            ):
+                return False
+        present = sum(r.presence is Presence.PRESENT for r in records.values())
+        return len(self.pids()) == present and not len(self.reconciler.queue)
+
+
+@asynccontextmanager
+async def control_plane(
+    root: Path, agents: Path, *specs: AgentSpec, limits: Limits = LIMITS
+) -> AsyncIterator[Plane]:
+    plane = Plane(root, agents, *specs, limits=limits)
+    await plane.registry.initialise()
+    task = asyncio.get_running_loop().create_task(plane.reconciler.run())
+    try:
+        await asyncio.wait_for(plane.fleet.ready_event.wait(), 10.0)
+        yield plane
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await plane.scheduler.close()
+        await plane.registry.close()
+
+
+Until = Callable[..., Awaitable[Any]]
+
+
+async def test_l1_each_present_device_gets_one_agent_and_loses_it_when_it_leaves(
+    tmp_path: Path, directory: Path
+) -> None:
+    """Twenty devices come, five leave: twenty, then fifteen processes, one for each."""
+    async with control_plane(tmp_path, directory) as plane:
+        names = [f"d{n}" for n in range(20)]
+        await plane.register(*names)
+        await eventually(lambda: plane.settled() and len(plane.pids()) == 20)
+        await plane.fleet.deregister([DeviceId(n) for n in names[:5]])
+        await eventually(lambda: plane.settled() and len(plane.pids()) == 15)
+
+        assert all(r.epoch == 1 for r in plane.fleet.records.values())
+
+
+async def test_l2_a_new_reconciler_finds_everything_in_order(
+    tmp_path: Path, directory: Path
+) -> None:
+    """A restart of ours starts nothing, stops nothing and writes nothing."""
+    async with control_plane(tmp_path, directory) as first:
+        await first.register(*(f"d{n}" for n in range(10)))
+        await eventually(first.settled)
+        pids, index = first.pids(), (await first.registry.read()).index
+    async with control_plane(tmp_path, directory) as second:
+        await eventually(second.settled)
+        for _ in range(3):
+            await second.scheduler.snapshot()
+            second.reconciler.reconcile()
+
+        assert second.pids() == pids
+        assert (await second.registry.read()).index == index
+
+
+async def test_l2_a_crash_between_commit_and_start_uses_the_epoch_that_was_committed(
+    tmp_path: Path, directory: Path
+) -> None:
+    """K5: the epoch is in the registry, nobody was started: the next reconciler starts that one."""
+    registry = SqliteRegistry(path=tmp_path / "registry.db")
+    await registry.initialise()
+    fleet = Fleet(registry, LIMITS, SystemClock())
+    (made,) = await fleet.register([Device(DeviceId("a"), "default", "127.0.0.1")])
+    from nomad_watchdog.core import presence
+
+    await registry.commit([presence.advance(made.record, Epoch(4))])
+    await registry.close()
+    async with control_plane(tmp_path, directory) as plane:
+        await eventually(plane.settled)
+
+        assert plane.fleet.records[made.record.slug].epoch == 4
+
+
+async def test_s7_a_mass_departure_is_held_until_a_second_read_agrees(
+    tmp_path: Path, directory: Path
+) -> None:
+    """Thirty of forty leave at once: nothing stops at first, an event says so, then they go."""
+    async with control_plane(tmp_path, directory) as plane:
+        names = [f"d{n}" for n in range(40)]
+        await plane.register(*names)
+        await eventually(lambda: plane.settled() and len(plane.pids()) == 40)
+        await plane.fleet.deregister([DeviceId(n) for n in names[:30]])
+        await eventually(lambda: plane.reconciler.breaker.held)
+        assert len(plane.pids()) == 40
+        await eventually(lambda: plane.settled() and len(plane.pids()) == 10, 20.0)
+
+        kinds = [e.kind for e in plane.fleet.events(0, 10_000)[0]]
+        assert kinds.count("breaker.held") == 1
+
+
+async def test_s7_a_registry_that_lost_its_keys_stops_nothing_until_an_operator_says_so(
+    tmp_path: Path, directory: Path
+) -> None:
+    """Records wiped behind the sentinel: the agents go on, however often it is read."""
+    import sqlite3
+
+    async with control_plane(tmp_path, directory) as plane:
+        await plane.register(*(f"d{n}" for n in range(12)))
+        await eventually(plane.settled)
+        with sqlite3.connect(tmp_path / "registry.db") as db:
+            table = _record_table(db)
+            db.execute(f"DELETE FROM {table}")
+        db.close()
+        await eventually(lambda: plane.reconciler.breaker.held, 20.0)
+        await plane.reconciler._read_again()
+        plane.reconciler.reconcile()
+        assert len(plane.pids()) == 12
+        assert plane.reconciler.confirm_stops() == 12
+        await eventually(lambda: not plane.pids())
+
+
+def _record_table(db: Any) -> str:
+    names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
+    for name in names:
+        columns = [row[1] for row in db.execute(f"PRAGMA table_info({name})")]
+        if "slug" in columns:
+            return str(name)
+    raise AssertionError(names)
+
+
+async def test_s9_a_poison_device_delays_nobody(tmp_path: Path, directory: Path) -> None:
+    """A class whose agent cannot start at all costs its own back-off; the others are up at once."""
+    bad = spec("/nonexistent/agent", name="broken")
+    async with control_plane(tmp_path, directory, spec(), bad) as plane:
+        await plane.register("poison", kind="broken")
+        await plane.register(*(f"d{n}" for n in range(10)))
+        await eventually(lambda: len(plane.pids()) == 10, 5.0)
+        poison = slug_of(DeviceId("poison"))
+        await eventually(
+            lambda: plane.fleet.refresh(poison).state
+            in {VerdictState.UNWATCHED, VerdictState.FAILING, VerdictState.STARTING}
+            and plane.fleet.refresh(poison).reason
+        )
+        epochs = plane.fleet.records[poison].epoch
+
+        assert epochs <= 5
+
+
+async def test_a_new_spec_rolls_through_the_fleet_with_new_epochs(
+    tmp_path: Path, directory: Path
+) -> None:
+    """A changed spec replaces each agent once: epoch 2, the new hash, never two processes at once."""
+    async with control_plane(tmp_path, directory) as old:
+        await old.register(*(f"d{n}" for n in range(6)))
+        await eventually(old.settled)
+    limits = Limits(resync_s=1.0, backoff_initial_s=0.2, replace_at_once=100)
+    async with control_plane(tmp_path, directory, spec(version="h2"), limits=limits) as new:
+        await eventually(
+            lambda: (
+                new.settled() and {r.epoch for r in new.fleet.records.values()} == {2}
+            ),
+            20.0,
+        )
+        hashes = {
+            p.spec_hash
+            for found in new.fleet.placements.values()
+            for p in found
+            if p.state is not PlacementState.DEAD
+        }
+
+        assert hashes == {"h2"}
+
+
+async def test_a_killed_agent_comes_back_in_the_same_placement(
+    tmp_path: Path, directory: Path
+) -> None:
+    """kill -9 of the process: the scheduler restarts it, the epoch stays, the verdict says why."""
+    async with control_plane(tmp_path, directory) as plane:
+        await plane.register("a")
+        await eventually(plane.settled)
+        (before,) = plane.pids("a")
+        os.kill(before, signal.SIGKILL)
+        await eventually(lambda: plane.settled() and plane.pids("a") - {before})
+
+        assert plane.fleet.records[slug_of(DeviceId("a"))].epoch == 1
+
+
+async def test_s1_the_second_instance_at_an_epoch_is_refused(
+    tmp_path: Path, directory: Path
+) -> None:
+    """The instance that the scheduler lists is bound; another one at the same epoch gets a refusal,
+    also after a restart of ours, because the binding is in the registry."""
+    slug = slug_of(DeviceId("a"))
+
+    def told(instance: str, epoch: int = 1) -> AgentReport:
+        return AgentReport(
+            DeviceId("a"), slug, Epoch(epoch), instance, 1, True, AgentState.OK, True, 0, False,
+            "", "", "1",
+        )  # fmt: skip
+
+    async with control_plane(tmp_path, directory) as plane:
+        await plane.register("a")
+        await eventually(plane.settled)
+        (mine,) = plane.fleet.placements[slug][0].instances
+        assert (await plane.fleet.report(told(mine))).kind is AcceptanceKind.ACCEPTED
+        assert (await plane.fleet.report(told("impostor"))).kind is AcceptanceKind.REFUSED
+        assert plane.fleet.refresh(slug).state is VerdictState.WATCHED
+    async with control_plane(tmp_path, directory) as again:
+        assert (await again.fleet.report(told("impostor"))).kind is AcceptanceKind.REFUSED
+        assert (await again.fleet.report(told(mine))).kind is AcceptanceKind.ACCEPTED
+        assert (await again.fleet.report(told(mine, 0))).kind is AcceptanceKind.REFUSED
+        assert (await again.fleet.report(told(mine, 2))).kind is AcceptanceKind.UNSURE
+
+
+async def test_s2_two_reconcilers_at_once_make_one_agent_each(
+    tmp_path: Path, directory: Path
+) -> None:
+    """Both plan the same thirty starts over one store: compare-and-set lets one of them win each."""
+    async with (
+        control_plane(tmp_path, directory) as one,
+        control_plane(tmp_path, directory) as two,
+    ):
+        await one.register(*(f"d{n}" for n in range(30)))
+        await eventually(lambda: one.settled() and two.settled(), 20.0)
+
+        assert {r.epoch for r in one.fleet.records.values()} <= {1, 2}
+        assert len(one.pids()) == 30
+
+
+async def test_a_wish_is_not_acknowledged_from_an_old_cache(
+    tmp_path: Path, directory: Path
+) -> None:
+    """S4, S8: another process deregistered the device; registering it again really registers it."""
+    async with control_plane(tmp_path, directory) as plane:
+        await plane.register("a")
+        other = Fleet(
+            SqliteRegistry(path=tmp_path / "registry.db"), LIMITS, SystemClock()
+        )
+        slug = slug_of(DeviceId("a"))
+        stored = await other.registry.get(slug)
+        assert stored is not None
+        other.learn([stored])
+        await other.deregister([DeviceId("a")])
+        for _ in range(5):
+            try:
+                await plane.register("a")
+                break
+            except Exception as error:
+                assert "try again" in str(error)
+        now = await other.registry.get(slug)
+        await other.registry.close()
+
+        assert now is not None
+        assert now.presence is Presence.PRESENT
+
+
+@pytest.mark.parametrize("number", [1, 3])
+async def test_s4_registered_devices_survive_kill_9(
+    tmp_path: Path, directory: Path, number: int
+) -> None:
+    """A process that registers and is killed the moment it says so has lost nothing."""
+    code = f"""
+import asyncio, sys
+from pathlib import Path
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import DeviceId
+from nomad_watchdog.model import Device, Limits
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+async def main():
+    registry = SqliteRegistry(path={str(tmp_path / "registry.db")!r})
+    await registry.initialise()
+    fleet = Fleet(registry, Limits(), SystemClock())
+    for n in range({number}):
+        await fleet.register([Device(DeviceId(f"d{{n}}"), "default", "127.0.0.1")])
+    print("registered", flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert await asyncio.wait_for(child.stdout.readline(), 20.0) == b"registered\n"
+    child.kill()
+    await child.wait()
+    registry = SqliteRegistry(path=tmp_path / "registry.db")
+    found = await registry.read()
+    await registry.close()
+
+    assert len(found.records) == number

@@ -1,0 +1,1 @@
+"""The registry over both stores, and what Consul says about health."""

@@ -1,0 +1,273 @@
+"""What only Consul can do wrong: it does not answer, it denies, or it shows half."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings, cas
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.errors import DeniedError, TerminalError, TransientError, UserError
+from nomad_watchdog.registry.consul import ConsulRegistry
+from tests.registry.records import record
+
+
+@asynccontextmanager
+async def client_of(
+    server: ConsulServer, token: str = "", **more: Any
+) -> AsyncIterator[ConsulClient]:
+    client = ConsulClient(ConsulSettings(address=server.http_addr, token=token, **more))
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def acl_token(server: ConsulServer, rules: str) -> str:
+    """A new token with these rules."""
+    headers = {"X-Consul-Token": server.token}
+    async with aiohttp.ClientSession(server.http_addr, headers=headers) as http:
+        name = f"p-{uuid.uuid4()}"
+        async with http.put("/v1/acl/policy", json={"Name": name, "Rules": rules}) as answer:
+            assert answer.status == 200, await answer.text()
+        async with http.put("/v1/acl/token", json={"Policies": [{"Name": name}]}) as answer:
+            assert answer.status == 200, await answer.text()
+            return str((await answer.json())["SecretID"])
+
+
+async def test_frozen_server_is_a_transient_error_in_bounded_time(tmp_path: Path) -> None:
+    """With the server stopped by SIGSTOP each call fails within its timeout, and the next one after
+    SIGCONT shows the same records."""
+    async with ConsulServer(tmp_path) as server, client_of(server, timeout_s=1.0) as client:
+        registry = ConsulRegistry(client=client)
+        await registry.initialise()
+        (stored,) = await registry.commit([record("before")])
+        assert stored is not None
+        server.pause()
+        started = time.monotonic()
+        for call in (
+            registry.read,
+            lambda: registry.get(stored.slug),
+            lambda: registry.commit([record("during")]),
+            lambda: anext(aiter(registry.watch(stored.index))),
+        ):
+            with pytest.raises(TransientError):
+                await call()
+        assert time.monotonic() - started < 8
+        server.resume()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    snapshot = await registry.read()
+                    break
+                except TransientError:
+                    await asyncio.sleep(0.1)
+        assert snapshot.records[stored.slug] == stored
+
+
+async def test_s4_acknowledged_writes_survive_kill_9(tmp_path: Path) -> None:
+    """After SIGKILL and a new start on the same folder all acknowledged records are there."""
+    async with ConsulServer(tmp_path) as server:
+        async with client_of(server) as client:
+            registry = ConsulRegistry(client=client)
+            identity = await registry.initialise()
+            stored = await registry.commit([record(f"d {i}") for i in range(200)])
+            await server.kill()
+            with pytest.raises(TransientError):
+                await registry.read()
+            await server.start()
+            assert await registry.installation() == identity
+            records = (await registry.read()).records
+        assert [records[one.slug] for one in stored if one] == stored
+
+
+async def test_shipped_reconciler_policy_is_enough(
+    acl_consul: ConsulServer, repository: Path
+) -> None:
+    """jobs/policies/consul-reconciler.hcl allows all that the registry and discovery do."""
+    rules = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
+    token = await acl_token(acl_consul, rules)
+    async with client_of(acl_consul, token) as client:
+        registry = ConsulRegistry(client=client, prefix="nomad-watchdog")
+        await registry.initialise()
+        (stored,) = await registry.commit([record("allowed")])
+        assert stored is not None
+        assert (await registry.read()).records[stored.slug] == stored
+        await client.health_service("device-watchdog-agent")
+        await client.health_checks("device-watchdog-agent", 'Status != "passing"')
+        with pytest.raises(DeniedError, match=r"other/"):
+            await client.txn([cas("other/key", b"", 0)])
+
+
+async def test_shipped_agent_policy_is_enough(acl_consul: ConsulServer, repository: Path) -> None:
+    """jobs/policies/consul-agent.hcl lets an agent register and deregister itself, and no more."""
+    rules = (repository / "jobs/policies/consul-agent.hcl").read_text()
+    token = await acl_token(acl_consul, rules)
+    body = {"ID": "x", "Name": "device-watchdog-agent", "Check": {"TTL": "60s"}}
+    async with aiohttp.ClientSession(
+        acl_consul.http_addr, headers={"X-Consul-Token": token}
+    ) as http:
+        for path, content, status in (
+            ("/v1/agent/service/register", body, 200),
+            ("/v1/agent/service/deregister/x", None, 200),
+            ("/v1/agent/service/register", body | {"Name": "other"}, 403),
+            ("/v1/kv/nomad-watchdog/devices/x", None, 403),
+        ):
+            async with http.put(path, json=content) as answer:
+                assert answer.status == status, await answer.text()
+
+
+RIGHTS = {
+    "none": "",
+    "sentinel only": 'key "{}/meta" {{ policy = "read" }}',
+    "one bucket": 'key_prefix "{0}/devices/0" {{ policy = "read" }} '
+    'key "{0}/meta" {{ policy = "read" }} key "{0}/devices/meta" {{ policy = "read" }}',
+}
+
+
+@pytest.mark.parametrize("rights", RIGHTS.values(), ids=RIGHTS)
+async def test_s7_missing_rights_are_never_an_empty_registry(
+    acl_consul: ConsulServer, rights: str
+) -> None:
+    """With some rights, or none, each call raises DeniedError that names the right, or UserError."""
+    prefix = f"acl-{uuid.uuid4()}"
+    async with client_of(acl_consul, acl_consul.token) as client:
+        owner = ConsulRegistry(client=client, prefix=prefix)
+        await owner.initialise()
+        await owner.commit([record(f"d {i}") for i in range(64)])
+    token = await acl_token(acl_consul, rights.format(prefix)) if rights else ""
+    async with client_of(acl_consul, token) as client:
+        registry = ConsulRegistry(client=client, prefix=prefix)
+        with pytest.raises(DeniedError, match="policy"):
+            await registry.read()
+        with pytest.raises(DeniedError, match="policy"):
+            await anext(aiter(registry.watch(0)))
+        with pytest.raises(DeniedError, match="denied"):
+            await registry.commit([record("new")])
+
+
+async def test_unknown_token_is_denied_and_never_shown(acl_consul: ConsulServer) -> None:
+    """A token that Consul does not know raises DeniedError without the token in its message."""
+    token = str(uuid.uuid4())
+    async with client_of(acl_consul, token) as client:
+        with pytest.raises(DeniedError) as caught:
+            await ConsulRegistry(client=client).read()
+    assert token not in f"{caught.value!r} {caught.value.__cause__!r} {client.settings!r}"
+
+
+async def test_token_file_is_read_again_when_denied(
+    acl_consul: ConsulServer, tmp_path: Path
+) -> None:
+    """A token that was replaced in its file is taken up without a restart."""
+    file = tmp_path / "token"
+    file.write_text(str(uuid.uuid4()))
+    async with client_of(acl_consul, token_file=str(file)) as client:
+        with pytest.raises(DeniedError):
+            await client.kv_get("any")
+        file.write_text(f"{acl_consul.token}\n")
+        assert await client.kv_get("any") is None
+
+
+async def test_explicit_token_beats_the_environment(
+    acl_consul: ConsulServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CONSUL_HTTP_TOKEN, which the library itself prefers, does not override an explicit token."""
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN", str(uuid.uuid4()))
+    settings = ConsulSettings.from_env(address=acl_consul.http_addr, token=acl_consul.token)
+    client = ConsulClient(settings)
+    assert await client.kv_get("any") is None
+    await client.txn([cas(f"any-{uuid.uuid4()}/x", b"1", 0)])
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, ("http", "127.0.0.1", 8500)),
+        ({"CONSUL_HTTP_ADDR": "10.0.0.1:1"}, ("http", "10.0.0.1", 1)),
+        ({"CONSUL_HTTP_ADDR": "c:1", "CONSUL_HTTP_SSL": "true"}, ("https", "c", 1)),
+        ({"CONSUL_HTTP_ADDR": "https://c", "CONSUL_HTTP_SSL": "false"}, ("https", "c", 8500)),
+        ({"CONSUL_HTTP_ADDR": "http://[::1]:2/"}, ("http", "[::1]", 2)),
+    ],
+)
+def test_address_comes_from_consul_variables(
+    env: dict[str, str], expected: tuple[str, str, int]
+) -> None:
+    """CONSUL_HTTP_ADDR is read in all forms that Consul's own tools take over TCP."""
+    assert ConsulSettings.from_env(env).endpoint() == expected
+
+
+@pytest.mark.parametrize("address", ["unix:///x", "http://", "http://h:99999", "h:x", "http://h/p"])
+def test_strange_address_is_a_user_error(address: str) -> None:
+    """An address that can't be used is refused at once, with the form that is allowed."""
+    with pytest.raises(UserError, match="http://host:port"):
+        ConsulSettings.from_env({}, address=address)
+
+
+async def test_s9_poison_hides_nobody(consul_client: ConsulClient) -> None:
+    """Strange values and keys are named, everything else is read, and get says what is wrong."""
+    prefix = f"poison-{uuid.uuid4()}"
+    registry = ConsulRegistry(client=consul_client, prefix=prefix)
+    await registry.initialise()
+    good, bad = await registry.commit([record("good"), record("bad")])
+    assert good is not None
+    assert bad is not None
+    (row,) = [
+        row for row in (await consul_client.kv_tree(f"{prefix}/"))[1] if row.key.endswith(bad.slug)
+    ]
+    moved = f"{prefix}/devices/zz/{bad.slug}"
+    await consul_client.txn(
+        [
+            cas(row.key, b"{", row.index),
+            cas(moved, row.value, 0),
+            cas(f"{prefix}/devices/", b"", 0),
+            cas(f"{prefix}/devices/\x1b[2J\n", b"\xff", 0),
+        ]
+    )
+    assert (await registry.read()).records == {good.slug: good}
+    assert len(registry.poisoned) == 4
+    with pytest.raises(TerminalError, match="JSON"):
+        await registry.get(bad.slug)
+
+
+async def test_wiped_store_is_a_user_error(consul_client: ConsulClient) -> None:
+    """When all keys vanish under a running watch it raises instead of showing an empty fleet."""
+    prefix = f"wiped-{uuid.uuid4()}"
+    registry = ConsulRegistry(client=consul_client, prefix=prefix)
+    await registry.initialise()
+    watch = registry.watch((await registry.read()).index)
+    await registry.commit([record("x")])
+    assert len((await anext(watch)).records) == 1
+    address = consul_client.settings.address
+    async with (
+        aiohttp.ClientSession(address) as http,
+        http.delete(f"/v1/kv/{prefix}/", params={"recurse": "1"}) as answer,
+    ):
+        assert answer.status == 200
+    with pytest.raises(UserError, match="nomad-watchdog init"):
+        async with asyncio.timeout(10):
+            await anext(watch)
+
+
+async def test_refused_connection_is_transient(consul_client: ConsulClient) -> None:
+    """Nobody listening is a TransientError that names the address."""
+    from nomad_watchdog.dev.process import free_port
+
+    client = ConsulClient(ConsulSettings(address=f"http://127.0.0.1:{free_port()}"))
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1"):
+        await client.kv_get("x")
+    await client.close()
+
+
+async def test_too_large_transaction_is_terminal(consul_client: ConsulClient) -> None:
+    """What Consul refuses for its size is a TerminalError: trying again does not help."""
+    with pytest.raises(TerminalError, match="413"):
+        await consul_client.txn([cas(f"large/{i}", b"", 0) for i in range(129)])

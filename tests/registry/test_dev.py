@@ -1,0 +1,105 @@
+"""The real servers' own machinery: finding, building, starting, ending.
+
+A stub stands for the Go compiler, whose work takes minutes; `make` runs the real build.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog.dev import binaries
+from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.errors import TerminalError, UserError
+
+GO = """#!/bin/sh
+[ "$1" = version ] && {{ echo go version go1.26.0 linux/amd64; exit 0; }}
+echo built >> "{folder}/builds"
+{build}
+"""
+BUILD = 'printf "#!/bin/sh\\necho Nomad v1.11.3\\n" > "$3/nomad"; chmod +x "$3/nomad"; sleep 0.5'
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own, and a PATH without servers and with a stub for Go."""
+    monkeypatch.setenv("NOMAD_WATCHDOG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    go = tmp_path / "go"
+    go.write_text(GO.format(folder=tmp_path, build=BUILD))
+    go.chmod(0o755)
+    return go
+
+
+def test_two_runs_build_once(stub: Path) -> None:
+    """Of two runs at once one builds, the other waits, and both print the same path."""
+    argv = [sys.executable, "-m", "nomad_watchdog.dev.binaries", "nomad"]
+    runs = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {run.communicate(timeout=60)[0].strip() for run in runs}
+    assert paths == {str(stub.parent / "cache/build/nomad")}
+    assert (stub.parent / "builds").read_text() == "built\n"
+    assert binaries.find("nomad") == stub.parent / "cache/build/nomad"
+
+
+def test_failed_build_names_its_log(stub: Path) -> None:
+    """A build that fails is a TerminalError that names the log, and leaves no program behind."""
+    stub.write_text(GO.format(folder=stub.parent, build="echo no such module; exit 1"))
+    with pytest.raises(TerminalError, match=r"nomad\.log"):
+        binaries.find("nomad")
+    assert "no such module" in (stub.parent / "cache/build/nomad.log").read_text()
+    assert not (stub.parent / "cache/build/nomad").exists()
+
+
+def test_old_program_on_path_is_passed_over(stub: Path) -> None:
+    """A Nomad older than 1.11.2 on PATH is not used."""
+    old = stub.parent / "nomad"
+    old.write_text("#!/bin/sh\necho Nomad v1.11.1\n")
+    old.chmod(0o755)
+    assert binaries.find("nomad") != old
+    old.write_text("#!/bin/sh\necho Nomad v1.12.0\n")
+    assert binaries.find("nomad") == old
+
+
+def test_unknown_program_is_a_user_error() -> None:
+    """Only Nomad and Consul are known."""
+    with pytest.raises(UserError, match="consul, nomad"):
+        binaries.find("vault")
+
+
+def test_free_ports_are_distinct() -> None:
+    """A hundred ports are all different and never a server's default."""
+    ports = {free_port() for _ in range(100)}
+    assert len(ports) == 100
+    assert not ports & {4646, 4647, 4648, 8500, 8300, 8301}
+
+
+async def test_terminate_takes_the_whole_group(tmp_path: Path) -> None:
+    """A process that ignores SIGTERM is killed after the grace, and its child with it."""
+    script = "trap '' TERM; sleep 300 & echo $!; wait; wait"
+    process = Process.start(["sh", "-c", script], log=tmp_path / "log")
+    async with asyncio.timeout(10):
+        while not (text := process.log_tail().strip()):
+            await asyncio.sleep(0.01)
+    assert await process.terminate(grace_s=0.2) == -signal.SIGKILL
+    async with asyncio.timeout(10):
+        while Path(f"/proc/{text}").exists() and "Z" not in _state(text):
+            await asyncio.sleep(0.01)
+    assert await process.terminate() == -signal.SIGKILL
+
+
+def _state(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_missing_program_is_a_terminal_error(tmp_path: Path) -> None:
+    """A program that is not there is refused by name."""
+    with pytest.raises(TerminalError, match="nowhere"):
+        Process.start([tmp_path / "nowhere"], log=tmp_path / "log")

@@ -1,0 +1,202 @@
+"""What only a file can do wrong: crashes, other schemas, poison, a full disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog.errors import TerminalError, TransientError, UserError
+from nomad_watchdog.model import Epoch
+from nomad_watchdog.registry.codec import decode
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+from tests.registry.records import record
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "registry.sqlite"
+
+
+@pytest_asyncio.fixture
+async def sqlite(path: Path) -> AsyncIterator[SqliteRegistry]:
+    registry = SqliteRegistry(path=path)
+    await registry.initialise()
+    yield registry
+    await registry.close()
+
+
+WRITER = """
+import asyncio, sys
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+from tests.registry.records import record
+
+async def main():
+    registry = SqliteRegistry(path=sys.argv[1])
+    for i in range(100_000):
+        (stored,) = await registry.commit([record(f"crash {i}")])
+        print(stored.index, stored.device.id, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_s4_acknowledged_writes_survive_kill_9(
+    sqlite: SqliteRegistry, path: Path, repository: Path
+) -> None:
+    """Every record that a process had acknowledged before its SIGKILL is there afterwards."""
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=repository,
+        ) as child:
+            assert child.stdout is not None
+            lines = [await asyncio.to_thread(child.stdout.readline) for _ in range(40)]
+            child.kill()
+            lines += child.stdout.read().splitlines(keepends=True)
+        said = dict(line.strip().split(" ", 1)[::-1] for line in lines if line.endswith("\n"))
+        assert len(said) >= 40
+        kept = {one.device.id: one.index for one in (await sqlite.read()).records.values()}
+        assert {name: int(index) for name, index in said.items()}.items() <= kept.items()
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("DELETE FROM device")
+
+
+async def test_commits_are_synced_fully(sqlite: SqliteRegistry, path: Path) -> None:
+    """The file is in WAL mode and the writing connection syncs fully, which S4 rests on."""
+    from nomad_watchdog.registry.sqlite import _open
+
+    with closing(_open(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+POISON = {
+    "no json": b"{",
+    "deep": b"[" * 16_000,
+    "large": b" " * 20_000,
+    "not utf-8": b'{"v": "\xff"}',
+    "a list": b"[]",
+    "another version": b'{"v": 2}',
+    "missing fields": b'{"v": 1}',
+    "long number": b"9" * 6000,
+}
+
+
+async def test_s9_poison_hides_nobody(sqlite: SqliteRegistry, path: Path) -> None:
+    """Records that make no sense are named with a reason, and all others are read."""
+    (good,) = await sqlite.commit([record("good")])
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany("INSERT INTO device VALUES (?, 1, ?)", list(POISON.items()))
+    assert good is not None
+    assert (await sqlite.read()).records == {good.slug: good}
+    assert sqlite.poisoned.keys() == POISON.keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("slug", "other-" + "a" * 20),
+        ("id", "tab\there"),
+        ("id", 7),
+        ("labels", {"a": 1}),
+        ("labels", []),
+        ("presence", "gone"),
+        ("epoch", -1),
+        ("epoch", True),
+        ("epoch", 1.0),
+        ("generation", 2**63),
+        ("changed_at", "now"),
+        ("changed_at", float("nan")),
+        ("instance", None),
+        ("address", "\ud800"),
+        ("extra", 1),
+        ("v", 2),
+    ],
+)
+def test_s11_decode_is_strict(field: str, value: object) -> None:
+    """One wrong field makes the whole record poison."""
+    from nomad_watchdog.registry.codec import PoisonError, encode
+
+    document = json.loads(encode(record("strict")))
+    decode(json.dumps(document).encode())
+    with pytest.raises(PoisonError):
+        decode(json.dumps({**document, field: value}).encode())
+
+
+async def test_record_too_large_is_refused(sqlite: SqliteRegistry) -> None:
+    """A record over 16 KiB is a UserError before anything is written."""
+    large = record("large")
+    large = replace(large, device=replace(large.device, labels={"x": "y" * 17_000}))
+    with pytest.raises(UserError, match="16384"):
+        await sqlite.commit([record("small"), large])
+    assert (await sqlite.read()).records == {}
+
+
+async def test_full_disk_is_never_acknowledged(sqlite: SqliteRegistry, path: Path) -> None:
+    """When the file can't grow the commit raises TransientError, and what was stored stays."""
+    (kept,) = await sqlite.commit([record("kept")])
+    assert kept is not None
+    real = sqlite3.connect
+
+    def small(*args: object, **kwargs: object) -> sqlite3.Connection:
+        connection: sqlite3.Connection = real(*args, **kwargs)  # type: ignore[call-overload]
+        connection.execute("PRAGMA max_page_count = 5")
+        return connection
+
+    full = SqliteRegistry(path=path)
+    sqlite3.connect = small  # type: ignore[assignment]
+    try:
+        with pytest.raises(TransientError, match="full"):
+            await full.commit([record(f"bulk {i}") for i in range(500)])
+    finally:
+        sqlite3.connect = real
+        await full.close()
+    assert (await sqlite.read()).records == {kept.slug: kept}
+
+
+async def test_other_schema_and_other_files_are_refused(path: Path, tmp_path: Path) -> None:
+    """A newer schema is a UserError and a file that is no database a TerminalError."""
+    newer = tmp_path / "newer.sqlite"
+    with closing(sqlite3.connect(newer)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    junk = tmp_path / "junk.sqlite"
+    junk.write_bytes(b"no database at all" * 1000)
+    for file, expected in ((newer, UserError), (junk, TerminalError)):
+        registry = SqliteRegistry(path=file)
+        with pytest.raises(expected):
+            await registry.initialise()
+        with pytest.raises(expected):
+            await registry.read()
+        with pytest.raises(expected):
+            await registry.commit([record("x")])
+        await registry.close()
+
+
+async def test_file_is_private(sqlite: SqliteRegistry, path: Path) -> None:
+    """Nobody but its owner can read the file."""
+    assert path.stat().st_mode & 0o077 == 0
+
+
+async def test_close_finishes_what_was_handed_in(path: Path) -> None:
+    """Commits under way when close is called are answered, later ones are refused."""
+    registry = SqliteRegistry(path=path)
+    await registry.initialise()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(registry.commit([record(f"c {i}")])) for i in range(20)]
+        await asyncio.sleep(0)
+        await registry.close()
+    assert all(task.result() != [None] for task in tasks)
+    with pytest.raises(TerminalError, match="closed"):
+        await registry.commit([replace(record("late"), epoch=Epoch(1))])

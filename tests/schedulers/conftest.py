@@ -1,0 +1,108 @@
+"""A local scheduler with everything that it starts taken down again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import AgentSpec, Placement
+from nomad_watchdog.schedulers import _local_process as process
+from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.testing.conformance import Rig
+
+
+def local_spec(*command: str, **overrides: Any) -> AgentSpec:
+    variables = {"command": json.dumps(list(command or ("sleep", "600")))}
+    spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", variables=variables)
+    return replace(spec, **overrides)
+
+
+def pids_of(directory: Path, slug: str = "") -> set[int]:
+    """Live processes with a state directory below this one, told by their environment."""
+    wanted = f"WATCHDOG_STATE_DIR={directory / slug}".encode()
+    found = set()
+    for one in Path("/proc").iterdir():
+        if not one.name.isdigit():
+            continue
+        with suppress(OSError):
+            words = (one / "environ").read_bytes().split(b"\0")
+            ours = any(
+                w == wanted + b"/state" or (not slug and w.startswith(wanted)) for w in words
+            )
+            if ours and process.start_time(int(one.name)):
+                found.add(int(one.name))
+    return found
+
+
+async def eventually(test: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+    """Poll until true, and give that back."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while True:
+        found = test()
+        if isinstance(found, Awaitable):
+            found = await found
+        if found:
+            return found
+        assert loop.time() < deadline, "not in time"
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """Where agents live; what is left in it is killed, and our dead children are reaped."""
+    where = tmp_path / "agents"
+    yield where
+    for pid in pids_of(where):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                break
+        except ChildProcessError:
+            break
+
+
+@asynccontextmanager
+async def local_rig(directory: Path) -> AsyncIterator[Rig]:
+    async def processes(slug: Slug) -> set[int]:
+        return await asyncio.to_thread(pids_of, directory, slug)
+
+    async def crash(placement: Placement) -> None:
+        for pid in await processes(placement.slug):
+            os.kill(pid, signal.SIGKILL)
+
+    @asynccontextmanager
+    async def break_reads() -> AsyncIterator[None]:
+        aside = directory.with_name("aside")
+        directory.rename(aside)
+        try:
+            yield
+        finally:
+            aside.rename(directory)
+
+    def scheduler() -> LocalScheduler:
+        return LocalScheduler(directory=directory, backoff_initial_s=0.2, poll_s=0.2)
+
+    yield Rig(
+        scheduler=scheduler,
+        spec=local_spec,
+        failing_spec=lambda: local_spec(sys.executable, "-c", "raise SystemExit(1)"),
+        scale_spec=local_spec,
+        processes=processes,
+        crash=crash,
+        break_reads=break_reads,
+        timeout_s=20.0,
+    )

@@ -1,0 +1,231 @@
+"""What is Nomad's own in the backend, on a real Nomad; templates and settings beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog import templates
+from nomad_watchdog.clients.nomad import NomadClient, NomadSettings, translate
+from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.errors import (
+    ConflictError,
+    DeniedError,
+    NotFoundError,
+    TerminalError,
+    TransientError,
+    UserError,
+)
+from nomad_watchdog.model import AgentSpec, Epoch, PlacementState
+from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.testing.conformance import record_of
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+MOCK = str(Path(__file__).with_name("mock.nomad.hcl"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
+    async with NomadServer(tmp_path_factory.mktemp("nomad")) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def scheduler(nomad: NomadServer) -> AsyncIterator[NomadScheduler]:
+    one = NomadScheduler(
+        settings=NomadSettings(address=nomad.http_addr),
+        prefix=f"t-{uuid.uuid4().hex[:8]}",
+        installation="test",
+        blocked_limit=2,
+    )
+    yield one
+    await one.close()
+
+
+def mock_spec(**variables: str) -> AgentSpec:
+    return AgentSpec("default", "1", "h", template=MOCK, variables=variables)
+
+
+async def until(test: Callable[[], Awaitable[Any]], timeout_s: float = 30.0) -> Any:
+    async with asyncio.timeout(timeout_s):
+        while not (found := await test()):
+            await asyncio.sleep(0.05)
+        return found
+
+
+async def states(scheduler: NomadScheduler, slug: Any) -> list[PlacementState]:
+    return [one.state for one in (await scheduler.snapshot()).placements.get(slug, ())]
+
+
+async def test_token_reaches_nomad(nomad: NomadServer, scheduler: NomadScheduler) -> None:
+    """Two dispatches with one token make one child."""
+    await scheduler.prepare([mock_spec()])
+    record = record_of("twice")
+    for _ in range(2):
+        await scheduler.ensure(record, Epoch(1), mock_spec())
+    jobs = await nomad.request("GET", f"/v1/jobs?prefix={scheduler._prefix}/dispatch-")
+    assert len(jobs) == 1
+
+
+async def test_drained_agent_is_dead_and_placed_again(
+    nomad: NomadServer, scheduler: NomadScheduler
+) -> None:
+    """A drain ends the placement DEAD, and the next epoch runs."""
+    await scheduler.prepare([mock_spec()])
+    record = record_of("drained")
+    await scheduler.ensure(record, Epoch(1), mock_spec())
+
+    async def are(wanted: list[PlacementState]) -> bool:
+        return await states(scheduler, record.slug) == wanted
+
+    await until(lambda: are([PlacementState.RUNNING]))
+    node = (await nomad.request("GET", "/v1/nodes"))[0]["ID"]
+    spec = {"Deadline": -1, "IgnoreSystemJobs": False}
+    await nomad.request("POST", f"/v1/node/{node}/drain", {"DrainSpec": spec})
+    await until(lambda: are([PlacementState.DEAD]))
+    await nomad.request("POST", f"/v1/node/{node}/drain", {"DrainSpec": None, "MarkEligible": True})
+    await scheduler.ensure(record, Epoch(2), mock_spec())
+    await until(lambda: are([PlacementState.DEAD, PlacementState.RUNNING]))
+
+
+async def test_exit_zero_is_dead(scheduler: NomadScheduler, tmp_path: Path) -> None:
+    """An agent that exits 0 is not restarted by Nomad, and the snapshot says DEAD."""
+    script = tmp_path / "done.py"
+    script.write_text("")
+    spec = AgentSpec(
+        "default", "1", "h", variables={"python": sys.executable, "agent_path": str(script)}
+    )
+    await scheduler.prepare([spec])
+    record = record_of("done")
+    await scheduler.ensure(record, Epoch(1), spec)
+
+    async def dead() -> bool:
+        return await states(scheduler, record.slug) == [PlacementState.DEAD]
+
+    await until(dead)
+
+
+async def test_purged_parent_is_terminal_and_prepare_mends(
+    nomad: NomadServer, scheduler: NomadScheduler
+) -> None:
+    """Without its parent a dispatch is a TerminalError, until prepare registers it again."""
+    await scheduler.prepare([mock_spec()])
+    await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}?purge=true")
+    with pytest.raises(TerminalError):
+        await scheduler.ensure(record_of("orphan"), Epoch(1), mock_spec())
+    await scheduler.prepare([mock_spec()])
+    assert await scheduler.ensure(record_of("orphan"), Epoch(1), mock_spec()) > 0
+
+
+async def test_purged_child_is_absent(nomad: NomadServer, scheduler: NomadScheduler) -> None:
+    """A child that an operator purged is in no snapshot."""
+    await scheduler.prepare([mock_spec()])
+    record = record_of("purged")
+    await scheduler.ensure(record, Epoch(1), mock_spec())
+    (one,) = (await scheduler.snapshot()).placements[record.slug]
+    await nomad.request("DELETE", f"/v1/job/{one.ref.replace('/', '%2F')}?purge=true")
+    assert record.slug not in (await scheduler.snapshot()).placements
+
+
+async def test_unplaceable_is_pending_with_a_reason(scheduler: NomadScheduler) -> None:
+    """Agents that no node takes are PENDING and say why, and capacity has no room."""
+    spec = AgentSpec("default", "1", "h", variables={"memory": "9000000"})
+    await scheduler.prepare([spec])
+    records = [record_of("big-1"), record_of("big-2")]
+    for record in records:
+        await scheduler.ensure(record, Epoch(1), spec)
+
+    async def refused() -> bool:
+        return not (await scheduler.capacity()).room
+
+    await until(refused)
+    seen = await scheduler.snapshot()
+    (one,) = seen.placements[records[0].slug]
+    assert one.state is PlacementState.PENDING
+    assert "no node takes it" in one.reason
+    for record in records:
+        await scheduler.retire(seen.placements[record.slug][0], 1.0)
+
+
+async def test_watch_resyncs_first_then_hints(scheduler: NomadScheduler) -> None:
+    """The first hint is a resync; a dispatch is hinted with its slug."""
+    await scheduler.prepare([mock_spec()])
+    record = record_of("watched")
+    async with aclosing(scheduler.watch()) as hints, asyncio.timeout(20):  # type: ignore[type-var]
+        assert (await anext(hints)).slugs is None
+        await scheduler.ensure(record, Epoch(1), mock_spec())
+        async for hint in hints:
+            if hint.slugs and record.slug in hint.slugs:
+                break
+
+
+async def test_oversized_payload_is_refused(scheduler: NomadScheduler) -> None:
+    """A document over 16 KiB is a UserError before Nomad sees it."""
+    spec = AgentSpec("default", "1", "h", template=MOCK, agent_config='{"x": "%s"}' % ("y" * 17000))
+    with pytest.raises(UserError, match="16384"):
+        await scheduler.ensure(record_of("large"), Epoch(1), spec)
+
+
+@pytest.mark.parametrize("name", ["device-watchdog", "device-watchdog-docker"])
+async def test_builtin_templates_have_no_finding(nomad: NomadServer, name: str) -> None:
+    """What we ship passes our own lint and Nomad's validation."""
+    client = NomadClient(NomadSettings(address=nomad.http_addr))
+    try:
+        job = await client.parse(templates.load(name).text, "")
+        await client.validate(job)
+    finally:
+        await client.close()
+    assert templates.lint(job) == []
+
+
+async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
+    """A variable with HCL in it comes back from Nomad's parser as the same text."""
+    value = 'a"b\\c ${upper("x")} %{ if true }y%{ endif } \n\t機'
+    client = NomadClient(NomadSettings(address=nomad.http_addr))
+    try:
+        text = templates.load("").text
+        job = await client.parse(text, templates.variables_text({"agent_path": value}))
+    finally:
+        await client.close()
+    assert job["TaskGroups"][0]["Tasks"][0]["Config"]["args"] == [value]
+
+
+async def test_lint_names_what_is_missing() -> None:
+    """A bare service job is refused for type, parameterized and reschedule."""
+    found = templates.lint({"Type": "service", "TaskGroups": [{"Name": "a", "Tasks": []}]})
+    errors = " ".join(str(one) for one in found if one.level == "error")
+    assert all(word in errors for word in ("type", "parameterized", "reschedule"))
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind"),
+    [
+        (403, "Permission denied", DeniedError),
+        (404, "job not found", NotFoundError),
+        (429, "too many", TransientError),
+        (500, "No cluster leader", TransientError),
+        (500, "parameterized job not found", TerminalError),
+        (500, 'Specified job "x" is stopped', TerminalError),
+        (500, "Enforcing job modify index 0: job already exists", ConflictError),
+        (400, "bad base64", UserError),
+    ],
+)
+async def test_answers_become_our_errors(status: int, text: str, kind: type[Exception]) -> None:
+    """Each known answer of Nomad is the error that says what to do next."""
+    assert type(translate(status, text, "dispatch-job")) is kind
+
+
+async def test_explicit_beats_environment() -> None:
+    """An explicit address wins over NOMAD_ADDR, and a token never shows in a repr."""
+    env = {"NOMAD_ADDR": "http://other:4646", "NOMAD_TOKEN": "secret-1"}
+    found = NomadSettings.from_env(env, address="http://127.0.0.1:1")
+    assert (found.address, found.token) == ("http://127.0.0.1:1", "secret-1")
+    assert "secret-1" not in repr(found)
