@@ -27,7 +27,7 @@ variable "python" {
 variable "agent_source" {
   type        = string
   default     = ""
-  description = "URL of watchdog-agent.pyz; empty: use agent_path, else the installed module."
+  description = "URL of watchdog-agent.pyz (by default the API's); empty: the installed module."
 }
 
 variable "agent_checksum" {
@@ -39,7 +39,13 @@ variable "agent_checksum" {
 variable "agent_path" {
   type        = string
   default     = ""
-  description = "A file on the client instead of an artifact."
+  description = "A file on the client instead of an artifact; it comes before agent_source."
+}
+
+variable "token_file" {
+  type        = string
+  default     = ""
+  description = "A file on the client with the API's token, where the API asks for one."
 }
 
 variable "cpu" {
@@ -126,22 +132,29 @@ job "device-watchdog" {
       config {
         command = var.python
         args = (
+          var.agent_path != "" ? [var.agent_path] :
           var.agent_source != "" ? ["$${NOMAD_TASK_DIR}/watchdog-agent.pyz"] :
-          var.agent_path != "" ? [var.agent_path] : ["-m", "watchdog_agent"]
+          ["-m", "watchdog_agent"]
         )
       }
 
       env {
-        WATCHDOG_CONFIG = "$${NOMAD_TASK_DIR}/device.json"
+        WATCHDOG_CONFIG     = "$${NOMAD_TASK_DIR}/device.json"
+        WATCHDOG_TOKEN_FILE = var.token_file
       }
 
       dynamic "artifact" {
-        for_each = var.agent_source == "" ? [] : [var.agent_source]
+        for_each = var.agent_source == "" || var.agent_path != "" ? [] : [var.agent_source]
         content {
           source      = artifact.value
           destination = "local/watchdog-agent.pyz"
           mode        = "file"
-          options     = var.agent_checksum == "" ? {} : { checksum = var.agent_checksum }
+          dynamic "options" {
+            for_each = var.agent_checksum == "" ? [] : [var.agent_checksum]
+            content {
+              checksum = options.value
+            }
+          }
         }
       }
 

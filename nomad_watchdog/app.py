@@ -52,9 +52,18 @@ async def serve(settings: Settings) -> int:
                 fleet.on_commit = metrics.committed
                 reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics)
                 await _run(settings, fleet, reconciler, metrics, stop)
+    except* WatchdogError as group:
+        # One task failed for good and took the others with it: its own words are what helps.
+        raise _first(group) from None
     finally:
         stop_logging()
     return 0
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
 
 
 async def _installation(settings: Settings, registry: Registry) -> str:

@@ -298,7 +298,7 @@ class Settings(Block):
             cpu_mhz=kind.cpu,
             memory_bytes=kind.memory,
             kill_timeout_s=kind.kill_timeout,
-            variables=variables,
+            variables=self._places() | variables,
             agent_config=_canonical(
                 {
                     "v": 1,
@@ -315,6 +315,14 @@ class Settings(Block):
                 }
             ),
         )
+
+    def _places(self) -> dict[str, str]:
+        """Where agents find themselves and their token: defaults for the template, not behaviour, so
+        that a moved API rolls no agent."""
+        if self.backend != "nomad":
+            return {}
+        token = {"token_file": self.api.token_file} if self.api.token_file else {}
+        return {"agent_source": f"{self.advertise}/artifacts/watchdog-agent.pyz"} | token
 
     def misfits(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What no single setting shows: (path, message) of each inequality that does not hold."""

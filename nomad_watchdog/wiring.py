@@ -72,7 +72,10 @@ async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator
 def _options(settings: Settings, installation: str) -> dict[str, Any]:
     """Keyword settings for a backend. One that we do not know gets what every backend may need."""
     if settings.backend == "local":
-        options: dict[str, Any] = {"directory": settings.local_directory}
+        options: dict[str, Any] = {
+            "directory": settings.local_directory,
+            "token_file": settings.api.token_file or "",
+        }
         return options | ({"python": settings.local.python} if settings.local.python else {})
     if settings.backend == "nomad":
         from nomad_watchdog.clients.nomad import NomadSettings  # noqa: PLC0415  # only when used

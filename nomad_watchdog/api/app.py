@@ -48,7 +48,7 @@ def make_app(
     token: str | None = None,
 ) -> web.Application:
     """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `token`: asked of
-    everybody except at /healthz and /ready."""
+    everybody except at /healthz, /ready and for the agent itself."""
     app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
     app[CONTEXT] = Context(
         fleet=fleet,
@@ -203,6 +203,7 @@ ROUTES: Final = (
         agent_artifact,
         "The agent as one file",
         {200: "a zip application"},
+        public=True,  # a Nomad client fetches it and has no token; it holds no secret
     ),
     Route("GET", "/", page.status_page, "Status page", {200: "HTML"}),
 )

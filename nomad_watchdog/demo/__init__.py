@@ -102,7 +102,13 @@ class Demo:
                 if ready == len(names):
                     break
                 await asyncio.sleep(0.2)
-        return f"{len(names)} agents ready, one for each"
+        if not self.stage.consul:
+            return f"{len(names)} agents ready, one for each"
+        # Consul asks each agent every 10 s, beginning at a random moment.
+        while await self.stage.passing() < len(names):
+            await self.look()
+            await asyncio.sleep(0.5)
+        return f"{len(names)} agents ready, one for each, all passing in Consul"
 
     async def kill_agent(self) -> str:
         name = "device-03"

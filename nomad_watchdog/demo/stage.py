@@ -58,6 +58,9 @@ log {{
   format = "json"
 }}
 """
+RAW_EXEC: Final = """\
+  variables    = {{ python = "{python}" }}
+"""
 LOCAL_BLOCKS: Final = """\
 registry {{
   kind = "sqlite"
@@ -150,6 +153,15 @@ class Stage:
                 else:
                     return
 
+    async def passing(self) -> int:
+        """How many agents pass their check in Consul."""
+        path = "/v1/health/service/device-watchdog-agent?passing&near=_agent"
+        try:
+            async with self.session.get(self.consul + path) as answer:
+                return len(await answer.json())
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise TransientError(f"Consul: {error}") from error
+
     def agent_pids(self) -> dict[str, int]:
         """Slug → pid of the agent processes that run below our folder, from /proc."""
         found: dict[str, int] = {}
@@ -182,7 +194,7 @@ async def open_stage(
         blocks, extra = LOCAL_BLOCKS, ""
         if backend == "nomad":
             consul, nomad = await _servers(stack, root)
-            blocks, extra = NOMAD_BLOCKS, _raw_exec(root)
+            blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
         api_port = free_port()
         config = root / "nomad-watchdog.hcl"
         filled = blocks.format(root=root, nomad=nomad, consul=consul, strategy=strategy)
@@ -208,16 +220,6 @@ async def open_stage(
                 await stage.reconciler.terminate(10.0)
             if backend == "local":
                 await stop_agents(stage)
-
-
-def _raw_exec(root: Path) -> str:
-    pyz = root / "data" / "watchdog-agent.pyz"
-    return f"""\
-  variables    = {{
-    python     = "{sys.executable}"
-    agent_path = "{pyz}"
-  }}
-"""
 
 
 async def _servers(stack: AsyncExitStack, root: Path) -> tuple[str, str]:
