@@ -61,6 +61,7 @@ class NomadServer:
         """Of the bootstrap when ACLs are on; secret."""
         self._acl = acl
         self._consul = addresses
+        self._client_enabled = True
         self._ports = [[free_port() for _ in range(3)] for _ in range(clients)]
         self._processes: list[Process | None] = [None] * clients
         self.http_addr = f"http://127.0.0.1:{self._ports[0][0]}"
@@ -91,12 +92,32 @@ class NomadServer:
         """Start all processes, and wait until every client is ready with its drivers.
 
         Raises TerminalError with the end of a log when it does not come up."""
+        deadline = time.monotonic() + timeout_s
+        if not (self.data_dir / "data-0").exists():
+            await self._make_keyring(deadline)
         for index in range(self.clients):
             await self.restart(index)
-        deadline = time.monotonic() + timeout_s
         if self._acl and not self.token:
             await self._until(self._bootstrapped, deadline)
         await self._until(self._all_ready, deadline)
+
+    async def _make_keyring(self, deadline: float) -> None:
+        """Let a new server make its keyring before it has a client.
+
+        A client that registers in the moment between leadership and keyring is refused («keyring has
+        not been initialized yet», Nomad 1.11.3) and tries again only after 15 to 30 s.
+        """
+        self._client_enabled = False
+        await self.restart(0)
+        if self._acl:
+            await self._until(self._bootstrapped, deadline)
+        await self._until(self._has_keyring, deadline)
+        process = self._running(0)
+        await process.terminate(10.0)
+        self._client_enabled = True
+
+    async def _has_keyring(self) -> bool:
+        return bool(await self.request("GET", "/v1/operator/keyring/keys"))
 
     async def restart(self, index: int = 0) -> None:
         """Start process `index` (0 = the server) if it does not run. Does not wait for readiness."""
@@ -222,7 +243,7 @@ class NomadServer:
             "consul": self._consul_config(index),
             "acl": {"enabled": self._acl},
             "client": {
-                "enabled": True,
+                "enabled": self._client_enabled,
                 "network_interface": "lo",
                 "servers": [f"127.0.0.1:{self._ports[0][1]}"],
                 # more than the machine has: agents reserve far more than they use
