@@ -490,10 +490,7 @@ class Fleet:
             theirs = fresh.get(slug)
             # Our own write is newer than this snapshot: keep it (S8). An index that went backwards
             # means a restored or wiped store, and then the store's word stands.
-            if (
-                ours.index > index >= self.index
-                and (theirs is None or theirs.index < ours.index)
-            ):
+            if ours.index > index >= self.index and (theirs is None or theirs.index < ours.index):
                 fresh[slug] = ours
         changed = [r for slug, r in fresh.items() if self.records.get(slug) is not r]
         self.learn(changed)

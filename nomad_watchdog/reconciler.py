@@ -31,6 +31,7 @@ from nomad_watchdog.model import (
     Presence,
 )
 from nomad_watchdog.performer import BATCH, Performer
+from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 from nomad_watchdog.workqueue import WorkQueue
 
@@ -159,16 +160,26 @@ class Reconciler:
     async def _follow_registry(self) -> None:
         while True:
             try:
-                async for snapshot in self.fleet.registry.watch(0):
-                    self.fleet.reset(snapshot.records, snapshot.index)
-                    self.metrics.poisoned(len(self.fleet.registry.poisoned))
-                    self._registry_read = True
-                    self._wake.set()
+                self._take_records(await self.fleet.registry.read())
+                async for snapshot in self.fleet.registry.watch(self.fleet.index):
+                    self._take_records(snapshot)
             except WatchdogError as error:
                 # The last view stands; nothing is stopped for want of a registry (L3).
                 log.warning("registry watch failed", extra={"reason": str(error)})
                 self.fleet.ready_reason = str(error)
                 await asyncio.sleep(1.0)
+
+    def _take_records(self, snapshot: RegistrySnapshot) -> None:
+        self.fleet.reset(snapshot.records, snapshot.index)
+        self.metrics.poisoned(len(self.fleet.registry.poisoned))
+        self._registry_read = True
+        self._say_if_ready()
+        self._wake.set()
+
+    def _say_if_ready(self) -> None:
+        if self._registry_read and self._observed:
+            self.fleet.ready_event.set()
+            self.fleet.ready_reason = ""
 
     async def _follow_scheduler(self) -> None:
         async for hint in self.scheduler.watch():

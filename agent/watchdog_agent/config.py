@@ -1,6 +1,5 @@
 """The configuration document, checked: a wrong one is refused whole, in words."""
 
-import base64
 import json
 import os
 
@@ -15,6 +14,8 @@ class ConfigError(Exception):
 def load(environ):
     """The checked document of this environment. Raises ConfigError."""
     if environ.get("WATCHDOG_CONFIG_B64"):
+        import base64
+
         try:
             raw = base64.b64decode(environ["WATCHDOG_CONFIG_B64"], validate=True)
         except ValueError as error:
@@ -29,8 +30,11 @@ def load(environ):
         raise ConfigError("set WATCHDOG_CONFIG (a file) or WATCHDOG_CONFIG_B64")
     try:
         config = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the configuration is not JSON: {error}") from None
+    if isinstance(config, dict) and environ.get("CONSUL_HTTP_ADDR"):
+        text = environ["CONSUL_HTTP_ADDR"]
+        config["consul"] = text if "://" in text else f"http://{text}"
     return check(config)
 
 
@@ -45,8 +49,11 @@ def check(config):
             raise ConfigError(f"{name} must be text and not empty")
     if not set(config["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
         raise ConfigError("slug may hold a-z, 0-9 and - only")
-    if any(c <= " " for c in config["address"]):
-        raise ConfigError("address holds a blank or a control character")
+    if any(not "!" <= c <= "~" for c in config["address"]):
+        raise ConfigError("address must be printable ASCII without blanks (a name as xn--…)")
+    for name in ("version", "agent_class", "spec_hash", "service", "check_interval"):
+        if not isinstance(config.get(name, ""), str):
+            raise ConfigError(f"{name} is {config[name]!r}; it must be text")
     if type(config.get("epoch")) is not int or config["epoch"] < 1:
         raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
     for url in _list(config, "api") + ([config["consul"]] if config.get("consul") else []):
@@ -86,6 +93,10 @@ def _probe(probe, where):
     _number(probe, "interval_s", 5.0, 0.05, 86400.0)
     _number(probe, "timeout_s", 2.0, 0.01, 600.0)
     _number(probe, "misses", 3, 1, 1000)
+    if type(probe.setdefault("expect_status", 200)) is not int:
+        raise ConfigError(
+            f"{where}: expect_status is {probe['expect_status']!r}; it must be a number"
+        )
     return probe
 
 
@@ -116,7 +127,7 @@ def listen_of(environ):
     if not text and environ.get("NOMAD_PORT_http"):
         text = f"{environ.get('NOMAD_IP_http') or '127.0.0.1'}:{environ['NOMAD_PORT_http']}"
     host, separator, port = (text or "127.0.0.1:0").rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    if not separator or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"WATCHDOG_LISTEN is {text!r}; it must be host:port")
     return host.strip("[]"), int(port)
 

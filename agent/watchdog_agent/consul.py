@@ -2,9 +2,9 @@
 
 import json
 import os
-import random
 
 from . import http, wire
+from .loop import between
 
 
 class Registration:
@@ -12,11 +12,14 @@ class Registration:
     deregisters. `said(text)` gets what is worth a log line, once a change."""
 
     TIMEOUT_S = 2.0
+    CLOSE_S = 1.0
     MOST_WAIT_S = 30.0
 
-    def __init__(self, loop, config, instance, listen, said):
+    def __init__(self, loop, config, instance, listen, said, registered=lambda: None):
+        """`registered()` is called when Consul has taken us for the first time."""
         self.loop = loop
         self.said = said
+        self.registered = registered
         self.url = http.Url(config["consul"], 8500)
         self.done = False
         self.last = ""
@@ -32,18 +35,20 @@ class Registration:
         """Register now, and again for ever."""
         self._call("PUT", "/register?replace-existing-checks=false", self.body, self._answered)
 
-    def _call(self, method, path, body, answered):
+    def _call(self, method, path, body, answered, timeout_s=TIMEOUT_S):
         headers = [("X-Consul-Token", token)] if (token := read_token()) else []
         data = http.request(method, self.path + path, self.url.host_header, body, headers)
         where = (self.url.host, self.url.port)
-        self.fetch = http.Fetch(self.loop, where, data, self.TIMEOUT_S, answered)
+        self.fetch = http.Fetch(self.loop, where, data, timeout_s, answered)
 
     def _answered(self, status, _headers, body):
         if self.closing is not None:
             return
         text = body if status is None else f"status {status}"
         if status == 200:
-            self.done, self.failures, wait = True, 0, self.every_s
+            first, self.done, self.failures, wait = not self.done, True, 0, self.every_s
+            if first:
+                self.registered()
             text = "registered"
         else:
             self.failures += 1
@@ -51,21 +56,19 @@ class Registration:
         if text != self.last:
             self.last = text
             self.said(f"consul: {text}")
-        self.loop.later(wait * random.uniform(0.8, 1.2), self._again)
+        self.loop.later(wait * between(0.8, 1.2), self._again)
 
     def _again(self):
         if self.closing is None:
             self.start()
 
     def close(self, then):
-        """Deregister if we ever registered, then call back, at the latest after TIMEOUT_S."""
+        """Deregister, then call back, at the latest after CLOSE_S. Also when no registration was
+        confirmed: one that was on its way may have been taken."""
         self.closing = then
         if self.fetch is not None:
             self.fetch.cancel()
-        if not self.done:
-            then()
-            return
-        self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then())
+        self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then(), self.CLOSE_S)
 
 
 def registration(config, instance, listen):

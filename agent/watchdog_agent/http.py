@@ -28,7 +28,7 @@ class Url:
         self.port = int(port) if port else default_port
         self.base = ("/" + path).rstrip("/")
         self.host_header = place
-        if not self.host or not 0 < self.port < 65536 or any(c <= " " for c in text):
+        if not self.host or not 0 < self.port < 65536 or any(not "!" <= c <= "~" for c in text):
             raise ValueError(f"{text!r} is not an http:// address")
 
 
@@ -107,7 +107,8 @@ def resolve(address):
     """The first address of (host, port). A name goes to the resolver and may block for its time-out;
     addresses of digits do not."""
     host, port = address
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    # Bytes: for text Python would load its IDNA tables, at a cost of more than the agent's own code.
+    return socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)[0]
 
 
 def reason_of(error):

@@ -8,6 +8,11 @@ import signal
 import time
 
 
+def between(low, high):
+    """A random number from low to high, for jitter. The module random would cost 0.25 MB."""
+    return low + (high - low) * int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
+
+
 class Loop:
     """Runs callbacks until `stop`. Signals wake it through a pipe."""
 
@@ -56,6 +61,12 @@ class Loop:
             pass
         sock.close()
 
+    def close(self):
+        """Give back the selector and the pipe."""
+        self.selector.close()
+        os.close(self._read)
+        os.close(self._write)
+
     def stop(self):
         """Return from `run` after the callback that is running."""
         self._stopped = True
@@ -74,7 +85,9 @@ class Loop:
             if self._timers:
                 wait = max(0.0, self._timers[0][0] - time.monotonic())
             for key, mask in self.selector.select(wait):
-                if key.fileobj in self.selector.get_map():
+                # an earlier callback of this batch may have closed the socket, or another may
+                # have taken over its number
+                if self.selector.get_map().get(key.fd) is key:
                     key.data(mask)
                 if self._stopped:
                     return

@@ -2,14 +2,14 @@
 
 import json
 import os
-import random
+import select
 import signal
 import sys
 import time
 
 from . import config as configuration
 from . import consul, http, metrics, probes, reporter, state, wire
-from .loop import Loop
+from .loop import Loop, between
 from .suspicion import Suspicion
 
 
@@ -17,6 +17,8 @@ class Agent:
     """Ties the parts together. All of it runs on one thread, in `loop`."""
 
     SAVE_EVERY_S = 60.0
+    CONSUL_WAIT_S = 1.0
+    SHUT_DOWN_S = 2.5
 
     def __init__(self, config, environ):
         self.config = config
@@ -27,12 +29,15 @@ class Agent:
         self.results = {}
         self.probed = self.probe_failures = 0
         self.confirming = 0
+        self.episode = 0
         self.exit_code = None
         kept, remark = state.load(self.folder, config["device_id"]) if self.folder else ({}, "")
         if remark:
             log(remark)
         need = min(int(p["misses"]) for p in config["probes"])
         self.suspicion = Suspicion(need, was_ready=kept.get("was_ready") is True)
+        self.suspicion.restore(kept.get("state"), kept.get("reason"))
+        self.reporting = False
         host, port = configuration.listen_of(environ)
         self.server = http.Server(self.loop, host, port, self.answer)
         self.reporter = reporter.Reporter(self.loop, config, self.report, self.retire, log)
@@ -41,13 +46,16 @@ class Agent:
         self.registration = None
         if config.get("consul"):
             self.registration = consul.Registration(
-                self.loop, config, self.instance, self.server.address, log
+                self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
 
     def ready(self):
         """Registered, and the first round of probes is done."""
         registered = self.registration is None or self.registration.done
-        return registered and len(self.results) == len(self.config["probes"])
+        return registered and self._round_done()
+
+    def _round_done(self):
+        return len(self.results) == len(self.config["probes"])
 
     def run(self):
         """Until told to retire or signalled; the exit code."""
@@ -58,8 +66,7 @@ class Agent:
             self.registration.start()
         for number, spec in enumerate(self.config["probes"]):
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
-        self._watch_ready()
-        self.loop.later(self.SAVE_EVERY_S * random.uniform(0.8, 1.2), self._save_again)
+        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
         self.loop.run()
         return self.exit_code
 
@@ -71,7 +78,7 @@ class Agent:
 
         def done(ok, reason, took_s):
             self._probed(name, spec, ok, reason, took_s)
-            pause = spec["interval_s"] * random.uniform(0.95, 1.05) - took_s
+            pause = spec["interval_s"] * between(0.95, 1.05) - took_s
             self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
 
         probes.start(self.loop, spec, self.config["address"], done)
@@ -82,8 +89,9 @@ class Agent:
         self.probed += 1
         self.probe_failures += not ok
         was_ready = self.suspicion.was_ready
-        shown = name.partition(":")[2]
-        changed = self.suspicion.probed(shown, ok, reason, int(spec["misses"]))
+        shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
+        changed = self.suspicion.probed(name, ok, shown, int(spec["misses"]))
+        self.episode += changed
         if changed or self.suspicion.was_ready != was_ready:
             self._changed()
         if not ok and self.suspicion.wants_confirmation() and not self.confirming:
@@ -94,12 +102,14 @@ class Agent:
     def _confirm(self):
         specs = self.config["confirm"]
         self.confirming = len(specs)
+        episode = self.episode
         answers = []
 
         def done(spec, ok, reason):
             self.confirming -= 1
             answers.append((probes.name_of(spec), ok, reason))
-            if self.confirming:
+            # The device may have come back and gone again meanwhile: that is to be asked anew.
+            if self.confirming or self.episode != episode:
                 return
             # One independent path that works is enough to doubt the probe instead of the device.
             alive = [a for a in answers if a[1]]
@@ -117,17 +127,25 @@ class Agent:
     def _changed(self):
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
         self._save()
-        if self.ready() and self.exit_code is None:
+        if self.reporting and self.exit_code is None:
             self.reporter.changed()
 
     def _watch_ready(self):
-        if self.exit_code is not None:
+        """Begin to report when ready; without Consul too, after a moment, as not ready: a dead Consul
+        must not hide what we see of the device."""
+        if self.exit_code is not None or not self._round_done():
             return
-        if self.ready():
+        if self.reporting:
+            self.reporter.changed()
+        elif self.ready():
+            self._start_reporting()
+        else:
+            self.loop.later(self.CONSUL_WAIT_S, self._start_reporting)
+
+    def _start_reporting(self):
+        if not self.reporting and self.exit_code is None:
+            self.reporting = True
             self.reporter.start()
-            self._watch_ready = lambda: None
-        elif len(self.results) == len(self.config["probes"]):
-            self.loop.later(0.02, lambda: self._watch_ready())
 
     # -- telling
 
@@ -202,7 +220,7 @@ class Agent:
     def _shut_down(self, code, *, tell=True):
         self.exit_code = code
         self._save()
-        self.loop.later(2.8, self.loop.stop)
+        self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
         if tell:
             self.reporter.close(self._deregister)
         else:
@@ -218,7 +236,7 @@ class Agent:
 
     def _save_again(self):
         self._save()
-        self.loop.later(self.SAVE_EVERY_S * random.uniform(0.8, 1.2), self._save_again)
+        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
 
     def _save(self):
         if not self.folder:
@@ -231,6 +249,7 @@ class Agent:
                     "device_id": self.config["device_id"],
                     "was_ready": believed.was_ready,
                     "state": believed.state,
+                    "reason": believed.reason[:400],
                     "misses": believed.misses,
                     "sequence": self.reporter.sequence,
                 },
@@ -250,10 +269,13 @@ class Agent:
 
 def log(message, **facts):
     """One JSON object a line on stderr; bounded; a full or closed stderr harms nobody."""
-    facts = {"ts": round(time.time(), 3), "msg": message, **facts}
+    cut = {k: v[:300] if isinstance(v, str) else v for k, v in facts.items()}
+    facts = {"ts": round(time.time(), 3), "msg": message[:300], **cut}
     try:
-        os.write(2, json.dumps(facts).encode()[:2000] + b"\n")
-    except OSError:
+        # Writable means 4 KiB free in a pipe: a reader that stopped reading can't stop us.
+        if select.select((), (2,), (), 0)[1]:
+            os.write(2, json.dumps(facts).encode() + b"\n")
+    except (OSError, ValueError):
         pass
 
 

@@ -48,7 +48,7 @@ def _http(loop, spec, address, ended):
             ended(True, f"status {status}")
 
     data = http.request("GET", spec.get("path", "/"), f"{host}:{spec['port']}")
-    http.Fetch(loop, (address, spec["port"]), data, spec["timeout_s"], answered, max_body=4096)
+    http.Fetch(loop, (address, spec["port"]), data, spec["timeout_s"], answered, max_body=0)
 
 
 class _Tcp:

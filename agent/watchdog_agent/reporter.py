@@ -2,10 +2,10 @@
 
 import json
 import os
-import random
 from collections import deque
 
 from . import http, wire
+from .loop import between
 
 
 class Reporter:
@@ -39,7 +39,7 @@ class Reporter:
         self._beat()
 
     def _beat(self):
-        self.loop.later(self.beat_s * random.uniform(0.9, 1.1), self._beat)
+        self.loop.later(self.beat_s * between(0.9, 1.1), self._beat)
         if not self.waiting and self.fetch is None and self.closing is None:
             self.changed()
 
@@ -49,7 +49,8 @@ class Reporter:
             return
         self.sequence += 1
         if len(self.waiting) >= self.BUFFER:
-            self.waiting.popleft()
+            # the first may be on its way: it stays until its answer is here
+            del self.waiting[1 if self.fetch is not None else 0]
             self.dropped += 1
         self.waiting.append(self.make(self.sequence, self.dropped, stopping))
         if self.fetch is None and self.timer is None:
@@ -100,10 +101,10 @@ class Reporter:
             self._closed()
             return
         self.chosen += 1
-        wait = random.uniform(0.1, min(self.MOST_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
+        wait = between(0.1, min(self.MOST_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
         after = headers.get("retry-after", "")
         if after.isascii() and after.isdigit():
-            wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * random.uniform(1.0, 1.2))
+            wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * between(1.0, 1.2))
         self.timer = self.loop.later(wait, self._send)
 
     def close(self, then):

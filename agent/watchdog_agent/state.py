@@ -1,8 +1,8 @@
 """What outlives a restart of the agent: one small file, written whole or not at all."""
 
+import binascii
 import json
 import os
-import zlib
 
 NAME = "state.json"
 
@@ -14,20 +14,27 @@ def load(folder, device_id):
             raw = file.read(65536)
         kept = json.loads(raw)
         state = kept["state"]
-        if zlib.crc32(encode(state)) != kept["crc32"]:
+        if binascii.crc32(encode(state)) != kept["crc32"]:
             return {}, "state file: wrong checksum; starting clean"
         if state.get("device_id") != device_id:
             return {}, "state file is another device's; starting clean"
     except FileNotFoundError:
         return {}, ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         return {}, f"state file can't be used ({type(error).__name__}); starting clean"
     return state, ""
 
 
 def save(folder, state):
     """Store it so that a crash at any moment leaves the old or the new file. Raises OSError."""
-    text = json.dumps({"state": state, "crc32": zlib.crc32(encode(state))}).encode()
+    text = json.dumps({"state": state, "crc32": binascii.crc32(encode(state))}).encode()
     write(os.path.join(folder, NAME), text)
 
 

@@ -9,7 +9,7 @@ called offline: it may not be there yet (S6).
 class Suspicion:
     """The belief about one device. `need`: misses in a row of one probe that make it suspect."""
 
-    def __init__(self, need, was_ready=False):
+    def __init__(self, need, *, was_ready=False):
         self.need = need
         self.state = "ok"
         self.was_ready = was_ready
@@ -17,13 +17,19 @@ class Suspicion:
         self.reason = "no probe has answered yet"
         self._misses = {}
 
+    def restore(self, state, reason):
+        """Go on from what an earlier run believed, so that a restart is not taken for a recovery."""
+        if self.was_ready and state in ("suspect", "offline"):
+            self.state, self.confirmed = state, state == "offline"
+            self.reason = reason if isinstance(reason, str) else "as before the restart"
+
     @property
     def misses(self):
         """Most misses in a row of any probe."""
         return max(self._misses.values(), default=0)
 
     def probed(self, name, ok, reason, need=None):
-        """Take one result of probe `name`; true when the state changed."""
+        """Take one result of probe `name` (unique among the probes); true when the state changed."""
         before = self.state
         if ok:
             self._misses[name] = 0
@@ -36,7 +42,7 @@ class Suspicion:
                 if self.state == "ok":
                     self.state = "suspect"
                 if self.state == "suspect":
-                    self.reason = f"{name}: {reason}, {self._misses[name]} times"
+                    self.reason = f"{reason}, {self._misses[name]} times"
         return self.state != before
 
     def wants_confirmation(self):

@@ -109,7 +109,7 @@ class SqliteRegistry:
         ]
 
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
-        known, version = index, -1
+        version = -1
         wake = asyncio.Event()
         self._wakes.add(wake)
         try:
@@ -121,9 +121,9 @@ class SqliteRegistry:
                     started = time.monotonic()
                     snapshot = await self.read()
                     gap_s = max(_POLL_S, _GAP_PER_COST * (time.monotonic() - started))
-                    version = now
-                    if snapshot.index != known:
-                        known = snapshot.index
+                    # A hand that deletes rows moves no counter: every change of the file is shown.
+                    news, version = version != -1 or snapshot.index != index, now
+                    if news:
                         yield snapshot
                 await asyncio.sleep(gap_s - _POLL_S)
                 await _woken(wake, _POLL_S)

@@ -67,9 +67,7 @@ class Plane:
         records = self.fleet.records
         for slug, record in records.items():
             live = [
-                p
-                for p in self.fleet.placements.get(slug, ())
-                if p.state is not PlacementState.DEAD
+                p for p in self.fleet.placements.get(slug, ()) if p.state is not PlacementState.DEAD
             ]
             wanted = 1 if record.presence is Presence.PRESENT else 0
             if len(live) != wanted or any(
@@ -206,9 +204,11 @@ async def test_s9_a_poison_device_delays_nobody(tmp_path: Path, directory: Path)
         await eventually(lambda: len(plane.pids()) == 10, 5.0)
         poison = slug_of(DeviceId("poison"))
         await eventually(
-            lambda: plane.fleet.refresh(poison).state
-            in {VerdictState.UNWATCHED, VerdictState.FAILING, VerdictState.STARTING}
-            and plane.fleet.refresh(poison).reason
+            lambda: (
+                plane.fleet.refresh(poison).state
+                in {VerdictState.UNWATCHED, VerdictState.FAILING, VerdictState.STARTING}
+                and plane.fleet.refresh(poison).reason
+            )
         )
         epochs = plane.fleet.records[poison].epoch
 
@@ -225,9 +225,7 @@ async def test_a_new_spec_rolls_through_the_fleet_with_new_epochs(
     limits = Limits(resync_s=1.0, backoff_initial_s=0.2, replace_at_once=100)
     async with control_plane(tmp_path, directory, spec(version="h2"), limits=limits) as new:
         await eventually(
-            lambda: (
-                new.settled() and {r.epoch for r in new.fleet.records.values()} == {2}
-            ),
+            lambda: new.settled() and {r.epoch for r in new.fleet.records.values()} == {2},
             20.0,
         )
         hashes = {
@@ -302,9 +300,7 @@ async def test_a_wish_is_not_acknowledged_from_an_old_cache(
     """S4, S8: another process deregistered the device; registering it again really registers it."""
     async with control_plane(tmp_path, directory) as plane:
         await plane.register("a")
-        other = Fleet(
-            SqliteRegistry(path=tmp_path / "registry.db"), LIMITS, SystemClock()
-        )
+        other = Fleet(SqliteRegistry(path=tmp_path / "registry.db"), LIMITS, SystemClock())
         slug = slug_of(DeviceId("a"))
         stored = await other.registry.get(slug)
         assert stored is not None

@@ -1,0 +1,129 @@
+"""The agent beside a real Consul."""
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.process import free_port
+from tests.agent.world import World, until
+
+pytestmark = pytest.mark.servers
+
+SERVICE = "agent-test"
+
+
+def call(consul: ConsulServer, method: str, path: str) -> Any:
+    request = urllib.request.Request(f"{consul.http_addr}/v1{path}", method=method)
+    with urllib.request.urlopen(request, timeout=5) as response:
+        text = response.read()
+    return json.loads(text) if text else None
+
+
+def registered(consul: ConsulServer, slug: str) -> dict[str, Any] | None:
+    return call(consul, "GET", "/agent/services").get(slug)
+
+
+async def test_registration_and_its_ends(consul: ConsulServer, world: World) -> None:
+    """It registers with its meta, passes its check, comes back after somebody deregistered it, and is
+    gone after SIGTERM."""
+    agent = await world.started(
+        device_id="pump 日本",
+        consul=consul.http_addr,
+        service=SERVICE,
+        check_interval="1s",
+        register_every_s=0.5,
+    )
+    slug = agent.config["slug"]
+    report = await world.peer.saw("ready", ready=True)
+    service = registered(consul, slug)
+    assert service is not None
+    assert (service["ID"], service["Service"], service["Tags"]) == (slug, SERVICE, [slug])
+    assert f"{service['Address']}:{service['Port']}" == report["listen"]
+    assert service["Meta"] == {
+        "device_id": "pump 日本",
+        "slug": slug,
+        "epoch": "3",
+        "version": "0.1.0",
+        "agent_class": "default",
+        "spec_hash": "abc",
+        "instance": report["instance"],
+    }
+
+    def check() -> dict[str, Any]:
+        return call(consul, "GET", "/agent/checks")[f"{slug}-healthz"]
+
+    await until(lambda: check()["Status"] == "passing", "a passing check", 15.0)
+    assert "ok" in check()["Output"]
+    call(consul, "PUT", f"/agent/service/deregister/{slug}")
+    await until(lambda: registered(consul, slug), "registered again", 5.0)
+    await until(lambda: check()["Status"] == "passing", "passing again", 15.0)
+    assert await agent.signal(signal.SIGTERM) == 143
+    assert registered(consul, slug) is None
+
+
+async def test_repeated_registration_keeps_the_check_passing(
+    consul: ConsulServer, world: World
+) -> None:
+    """Registering again, unchanged, never sets a passing check back to critical."""
+    agent = await world.started(
+        device_id="steady",
+        consul=consul.http_addr,
+        service=SERVICE,
+        check_interval="1s",
+        register_every_s=0.1,
+    )
+    path = f"/health/checks/{SERVICE}?filter=ServiceID%3D%3D%22{agent.config['slug']}%22"
+
+    def states() -> list[str]:
+        return [c["Status"] for c in call(consul, "GET", path)]
+
+    await until(lambda: states() == ["passing"], "a passing check", 15.0)
+    seen = []
+    await until(lambda: seen.append(states()) or len(seen) >= 100, "100 looks", 30.0)
+    assert [s for s in seen if s != ["passing"]] == []
+
+
+async def test_retired_agent_leaves_consul(consul: ConsulServer, world: World) -> None:
+    """An agent that is told 410 deregisters before it ends with 0."""
+    agent = await world.started(device_id="retired", consul=consul.http_addr, service=SERVICE)
+    await world.peer.saw("ready", ready=True)
+    world.peer.status = 410
+    assert agent.process is not None
+    assert await agent.process.wait(10.0) == 0
+    assert registered(consul, agent.config["slug"]) is None
+
+
+async def test_dead_consul_harms_nobody(world: World) -> None:
+    """Without Consul the agent is not ready, but sees its device and says so; and it stops in time."""
+    agent = await world.started(consul=f"http://127.0.0.1:{free_port()}")
+    report = await world.peer.saw("a report", state="ok", was_ready=True)
+    assert report["ready"] is False
+    assert (await agent.get("/ready"))[0] == 503
+    assert (await agent.get("/healthz"))[0] == 200
+    await world.device.stop()
+    await world.peer.saw("offline", state="offline")
+    assert await agent.signal(signal.SIGTERM) == 143
+
+
+async def test_consul_that_dies_and_returns(world: World, tmp_path: Path) -> None:
+    """A running agent outlives Consul, and is registered again when Consul is back without its data."""
+    async with ConsulServer(tmp_path / "own-consul") as server:
+        agent = await world.started(
+            consul=server.http_addr, service=SERVICE, check_interval="1s", register_every_s=0.3
+        )
+        await world.peer.saw("ready", ready=True)
+        await server.kill()
+        await world.device.stop()
+        offline = await world.peer.saw("offline", state="offline")
+        assert offline["ready"] is True
+        await server.start()
+        call(server, "PUT", f"/agent/service/deregister/{agent.config['slug']}")
+        await until(lambda: registered(server, agent.config["slug"]), "registered again", 40.0)
+        assert await agent.signal(signal.SIGTERM) == 143

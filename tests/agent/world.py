@@ -1,0 +1,298 @@
+"""What stands around an agent in these tests: a device, a peer in the API's place, and the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.ids import parse_device_id, slug_of
+
+AGENT = Path(__file__).resolve().parents[2] / "agent"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+Speaker = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def until(check: Callable[[], Any], what: str, timeout_s: float = 10.0) -> Any:
+    """The first true value of check; AssertionError with `what` after timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = check()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+    """Accepts, reads and never answers."""
+    while await reader.read(4096):
+        pass
+
+
+def says(data: bytes) -> Speaker:
+    """Answers every request with these bytes and closes."""
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(data)
+        await writer.drain()
+
+    return speak
+
+
+class Listener:
+    """A TCP server on 127.0.0.1 whose behaviour can be changed, and which can go and come back."""
+
+    def __init__(self, speak: Speaker) -> None:
+        self.speak = speak
+        self.port = free_port()
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await self.speak(reader, writer)
+        except asyncio.CancelledError:
+            pass  # stop() ends what is still open; asyncio would log it as an error
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            for task in list(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(list(self._tasks), timeout=5)
+            self._server = None
+
+
+class Peer(Listener):
+    """In the API's place: records reports and answers as `status` says; None = never answers."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.status: int | None = 200
+        self.headers = ""
+        self.reports: list[dict[str, Any]] = []
+        self.refused = 0
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert head.startswith(b"post /v1/agents/report http/1.1")
+        length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+        report = json.loads(await reader.readexactly(length))
+        if self.status is None:
+            await silent(reader, writer)
+            return
+        if self.status == 200:
+            self.reports.append(report)
+        else:
+            self.refused += 1
+        body = b"{}"
+        writer.write(
+            f"HTTP/1.1 {self.status} X\r\n{self.headers}Content-Length: {len(body)}\r\n\r\n".encode()
+        )
+        writer.write(body)
+        await writer.drain()
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.reports[-1] if self.reports else {}
+
+    async def saw(self, what: str, timeout_s: float = 10.0, **wanted: Any) -> dict[str, Any]:
+        """Wait until the newest report has these values."""
+        return await until(
+            lambda: (r := self.last) and wanted.items() <= r.items() and r,
+            f"{what}; last report {self.last}",
+            timeout_s,
+        )
+
+
+def document(device_id: str = "pump-7", **changes: Any) -> dict[str, Any]:
+    """A configuration that reacts fast; `port` of the only probe must be given in `probes`."""
+    return {
+        "v": 1,
+        "device_id": device_id,
+        "slug": slug_of(parse_device_id(device_id)),
+        "epoch": 3,
+        "agent_class": "default",
+        "version": "0.1.0",
+        "spec_hash": "abc",
+        "address": "127.0.0.1",
+        "labels": {},
+        "api": [],
+        "consul": "",
+        "beat_s": 0.2,
+        **changes,
+    }
+
+
+def probe(port: int, **changes: Any) -> dict[str, Any]:
+    """An HTTP probe ten times a second that gives up after half a second."""
+    return {
+        "kind": "http",
+        "port": port,
+        "path": "/",
+        "interval_s": 0.1,
+        "timeout_s": 0.5,
+        "misses": 3,
+        **changes,
+    }
+
+
+def tcp(port: int, **changes: Any) -> dict[str, Any]:
+    """A TCP probe, as a confirmation."""
+    return {"kind": "tcp", "port": port, "timeout_s": 0.5, **changes}
+
+
+class Agent:
+    """One agent process with a state folder that outlives it."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], argv: list[str] | None = None) -> None:
+        self.folder = folder
+        self.config = config
+        self.argv = argv or [sys.executable, "-m", "watchdog_agent"]
+        self.extra: dict[str, str] = {}
+        self.process: Process | None = None
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        text = (self.folder / "log").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    async def start(self) -> None:
+        """Start it and wait until it serves."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        (self.folder / "agent.json").unlink(missing_ok=True)
+        env = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "PYTHONPATH": str(AGENT),
+            "WATCHDOG_CONFIG": str(self.folder / "config.json"),
+            "WATCHDOG_STATE_DIR": str(self.folder),
+            "WATCHDOG_LISTEN": "127.0.0.1:0",
+            **self.extra,
+        }
+        self.process = Process.start(self.argv, log=self.folder / "log", env=env)
+        await until(
+            lambda: (self.folder / "agent.json").exists() or self._ended(), "agent.json", 15.0
+        )
+
+    def _ended(self) -> None:
+        assert self.process is not None
+        assert self.process.returncode is None, self.process.log_tail()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """(status, body) of a GET."""
+        listen = json.loads((self.folder / "agent.json").read_text())["listen"]
+        host, _, port = listen.rpartition(":")
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            finally:
+                writer.close()
+        return int(head.split()[1]), body.decode()
+
+    async def status(self) -> dict[str, Any]:
+        return json.loads((await self.get("/status"))[1])
+
+    async def is_in(self, what: str, timeout_s: float = 10.0, **wanted: Any) -> dict[str, Any]:
+        """Wait until /status has these values."""
+        seen: dict[str, Any] = {}
+
+        async def check() -> bool:
+            seen.update(await self.status())
+            return wanted.items() <= seen.items()
+
+        await until(check, f"{what}; status {seen}", timeout_s)
+        return seen
+
+    def kilobytes(self, field: str) -> int:
+        """A field of /proc/<pid>/status, as VmRSS or VmHWM."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1])
+        raise AssertionError(field)
+
+    async def signal(self, number: signal.Signals, within_s: float = 3.0) -> int:
+        """Signal it; its exit code, which must be there within_s."""
+        assert self.process is not None
+        self.process.send(number)
+        return await self.process.wait(within_s)
+
+    async def stop(self) -> None:
+        if self.process is not None:
+            await self.process.terminate(grace_s=4.0)
+
+
+class World:
+    """A device, a peer, and agents that are all stopped at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.device = Listener(says(OK))
+        self.peer = Peer()
+        self.dead_port = free_port()
+        self.agents: list[Agent] = []
+
+    def agent(self, *, argv: list[str] | None = None, **changes: Any) -> Agent:
+        """An agent, not started, that probes the device, confirms on a dead port, reports to the peer."""
+        config = document(
+            **{
+                "probes": [probe(self.device.port)],
+                "confirm": [tcp(self.dead_port)],
+                "api": [f"http://127.0.0.1:{self.peer.port}"],
+                **changes,
+            }
+        )
+        agent = Agent(self.folder / f"agent-{len(self.agents)}", config, argv)
+        self.agents.append(agent)
+        return agent
+
+    async def started(self, **changes: Any) -> Agent:
+        agent = self.agent(**changes)
+        await agent.start()
+        return agent
+
+
+@contextlib.asynccontextmanager
+async def a_world(folder: Path) -> AsyncIterator[World]:
+    """A world whose device and peer listen."""
+    world = World(folder)
+    await world.device.start()
+    await world.peer.start()
+    try:
+        yield world
+    finally:
+        for agent in world.agents:
+            await agent.stop()
+        await world.device.stop()
+        await world.peer.stop()
