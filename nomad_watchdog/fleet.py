@@ -1,7 +1,6 @@
-"""What the control plane knows, in memory, and the one durable way in.
+"""What the control plane knows of each device: its record, placements, reports, health and verdict.
 
-Reports, heartbeats, health and verdicts live here and are rebuilt after a restart; wishes go to the
-registry first and are acknowledged only when they are durable (S4).
+All but the record lives in memory only and is rebuilt after a restart.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from typing import Final, Protocol
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence, verdict
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.history import Event, History
-from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.ids import DeviceId, Slug
+from nomad_watchdog.ledger import Ledger
 from nomad_watchdog.model import (
     AgentState,
-    Device,
     DeviceRecord,
     Epoch,
     Health,
@@ -35,11 +33,9 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 from nomad_watchdog.registry import Registry
+from nomad_watchdog.shown import shown_placement, shown_report
 
 log = logging.getLogger(__name__)
-
-COMMIT_TRIES: Final = 5
-"""Compare-and-set losses in a row after which the caller is told to try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +57,6 @@ class AgentReport:
     version: str
     dropped: int = 0
     stopping: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """The stored record, and whether this call changed it (S5)."""
-
-    record: DeviceRecord
-    changed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +92,15 @@ class Observer(Protocol):
     def look_again(self, slug: Slug) -> None: ...
 
 
-class Fleet:
+class Fleet(Ledger):
     """The devices, what is known of each, and its verdict."""
 
     def __init__(
         self, registry: Registry, limits: Limits, clock: Clock, history: History | None = None
     ) -> None:
-        self.registry = registry
+        super().__init__(registry, clock)
         self.limits = limits
-        self.clock = clock
         self.history = history or History()
-        self.records: dict[Slug, DeviceRecord] = {}
-        self.index = 0
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
         self.health: Mapping[Slug, Health] = {}
         self.ready_event = asyncio.Event()
@@ -123,7 +108,6 @@ class Fleet:
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""
         self.status_parts: list[Callable[[], dict[str, object]]] = []
         self.explain_parts: list[Callable[[Slug], dict[str, object]]] = []
-        self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
         self.plan_view: Callable[[], dict[str, object]] = dict
         self._tracks: dict[Slug, _Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
@@ -141,102 +125,32 @@ class Fleet:
         """Both sides have been read: what is shown and decided stands on something."""
         return self.ready_event.is_set()
 
-    # -- the durable way in ---------------------------------------------------------------------
+    # -- the registry ---------------------------------------------------------------------------
 
-    async def register(self, devices: Sequence[Device]) -> list[Registered]:
-        """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
-
-        Raises UserError for a device id whose slug belongs to another id, ConflictError when other
-        writers won COMMIT_TRIES times in a row, and what the registry raises.
-        """
-        wishes = {slug_of(device.id): device for device in devices}
-        now = self.clock.wall()
-
-        def change(slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
-            wish = wishes[slug]
-            if stored is not None and stored.device.id != wish.id:
-                raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
-            return presence.register(stored, wish, now)
-
-        outcome = await self._change(list(wishes), change)
-        return [found for slug in wishes if (found := outcome[slug]) is not None]
-
-    async def deregister(self, ids: Sequence[DeviceId]) -> list[Registered | None]:
-        """Say that these devices have left; None for one that was never registered."""
-        now = self.clock.wall()
-        slugs = [slug_of(device_id) for device_id in ids]
-
-        def change(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
-            return presence.deregister(stored, now) if stored is not None else None
-
-        outcome = await self._change(slugs, change)
-        return [outcome[slug] for slug in slugs]
-
-    async def _change(
-        self,
-        slugs: Sequence[Slug],
-        change: Callable[[Slug, DeviceRecord | None], DeviceRecord | None],
-    ) -> dict[Slug, Registered | None]:
-        outcome: dict[Slug, Registered | None] = {}
-        todo = list(dict.fromkeys(slugs))
-        # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
-        stored = {slug: self.records.get(slug) for slug in todo}
-        for _ in range(COMMIT_TRIES):
-            wanted = {slug: change(slug, stored[slug]) for slug in todo}
-            writes = {slug: record for slug, record in wanted.items() if record is not None}
-            for slug in todo:
-                if slug not in writes:
-                    outcome[slug] = await self._unchanged(slug, stored[slug])
-            todo = [slug for slug in todo if slug in writes or slug not in outcome]
-            results = await self.commit(list(writes.values())) if writes else ()
-            done = [record for record in results if record is not None]
-            for record in done:
-                outcome[record.slug] = Registered(record, changed=True)
-            self.learn(done)
-            todo = [slug for slug in todo if slug not in outcome]
-            if not todo:
-                return outcome
-            stored = {slug: await self.registry.get(slug) for slug in todo}
-        raise ConflictError(f"{len(todo)} records are being changed by others; try again")
-
-    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
-        """As `Registry.commit`, counted."""
-        try:
-            stored = await self.registry.commit(records)
-        except WatchdogError:
-            self.on_commit("error", len(records))
-            raise
-        lost = sum(record is None for record in stored)
-        self.on_commit("stored", len(records) - lost)
-        self.on_commit("conflict", lost)
-        return stored
-
-    async def _unchanged(self, slug: Slug, stored: DeviceRecord | None) -> Registered | None:
-        # «Nothing to do» from a cache that is behind would acknowledge what is not stored (S4).
-        fresh = await self.registry.get(slug)
-        if fresh == stored:
-            return None if fresh is None else Registered(fresh, changed=False)
-        if fresh is not None:
-            self.learn([fresh])
-        raise ConflictError("the record has just been changed by another writer; try again")
-
-    def learn(self, records: Sequence[DeviceRecord]) -> None:
-        """Take records that are known to be stored (our own writes included: S8)."""
-        news = [
-            r for r in records if r.slug not in self.records or self.records[r.slug].index < r.index
-        ]
-        for record in news:
-            before = self.records.get(record.slug)
-            self.records[record.slug] = record
-            if self._loaded and (before is None or before.generation != record.generation):
+    def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
+        """Tell the reconciler of changed records, and whoever reads the events of changed wishes."""
+        for before, record in news if self._loaded else ():
+            if before is None or before.generation != record.generation:
                 text = (
                     f"the device is wanted at {record.device.address}"
                     if record.presence is Presence.PRESENT
                     else "the device has left"
                 )
                 self.note(record.slug, record.presence.value, text)
-        if news and self._observer is not None:
-            self._observer.records_changed(news)
+        if self._observer is not None:
+            self._observer.records_changed([record for _, record in news])
+
+    def forgotten(self, slugs: Sequence[Slug]) -> None:
+        """Drop what was known of devices whose record is gone."""
+        for slug in slugs:
+            track = self._tracks.pop(slug, None)
+            if track is not None and track.state is not None:
+                self._by_state[track.state] -= 1
+
+    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> None:
+        """As `Ledger.reset`; the first snapshot is no news."""
+        super().reset(records, index)
+        self._loaded = True
 
     # -- reports --------------------------------------------------------------------------------
 
@@ -444,8 +358,8 @@ class Fleet:
                 "accepted_instance": record.instance,
                 "registry_index": record.index,
             },
-            "observed": [_shown_placement(p) for p in self.placements.get(slug, ())],
-            "report": _shown_report(track.report, self.clock.monotonic()),
+            "observed": [shown_placement(p) for p in self.placements.get(slug, ())],
+            "report": shown_report(track.report, self.clock.monotonic()),
             "consul": None
             if view.health is None
             else {
@@ -483,25 +397,6 @@ class Fleet:
         """Return when an event after `since` is there, or after timeout_s."""
         await self.history.wait(since, timeout_s)
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> None:
-        """Take a whole snapshot of the registry, unless our own writes are newer in a record."""
-        fresh = dict(records)
-        for slug, ours in self.records.items():
-            theirs = fresh.get(slug)
-            # Our own write is newer than this snapshot: keep it (S8). An index that went backwards
-            # means a restored or wiped store, and then the store's word stands.
-            if ours.index > index >= self.index and (theirs is None or theirs.index < ours.index):
-                fresh[slug] = ours
-        changed = [r for slug, r in fresh.items() if self.records.get(slug) is not r]
-        self.learn(changed)
-        for slug in self.records.keys() - fresh.keys():
-            track = self._tracks.pop(slug, None)
-            if track is not None and track.state is not None:
-                self._by_state[track.state] -= 1
-        self.records = fresh
-        self.index = index
-        self._loaded = True
-
 
 _AGENT_READY: Final = frozenset(
     {
@@ -511,27 +406,3 @@ _AGENT_READY: Final = frozenset(
         VerdictState.OFFLINE,
     }
 )
-
-
-def _shown_placement(placement: Placement) -> dict[str, object]:
-    return {
-        "ref": placement.ref,
-        "epoch": placement.epoch,
-        "state": placement.state.value,
-        "node": placement.node,
-        "instances": list(placement.instances),
-        "spec_hash": placement.spec_hash,
-        "restarts": placement.restarts,
-        "reason": placement.reason,
-        "created_at": placement.created_at,
-    }
-
-
-def _shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:
-    if report is None:
-        return None
-    shown = {
-        name: getattr(report, name)
-        for name in ("epoch", "instance", "ready", "was_ready", "misses", "confirmed", "reason")
-    }
-    return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}

@@ -11,14 +11,15 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
+from nomad_watchdog.breaker import Breaker
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop, stop_key
-from nomad_watchdog.errors import ConflictError, StaleError, TransientError, WatchdogError
+from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
+from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
+from nomad_watchdog.informer import Informer
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
     Action,
@@ -33,28 +34,17 @@ from nomad_watchdog.model import (
 from nomad_watchdog.performer import BATCH, Performer
 from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.schedulers import Scheduler, Snapshot
+from nomad_watchdog.shown import shown_plan
 from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
-NARROW: Final = 48
-"""More devices than this to look at are cheaper in one full snapshot."""
 CONFIRM_AFTER_S: Final = 2.0
 """S7: how long after the first read the second one is taken."""
 VERDICTS_EVERY_S: Final = 2.0
 SWEEP_EVERY_S: Final = 30.0
 QUICK: Final = 64
 """Up to so many changed records start at once without waiting for a pass: a start needs no breaker."""
-
-
-@dataclass(slots=True)
-class _Breaker:
-    held: frozenset[Stop] = NO_STOPS
-    reason: str = ""
-    since: Monotonic = field(default=Monotonic(0.0))
-    confirmed: frozenset[Stop] = NO_STOPS
-    read_twice: frozenset[Stop] = NO_STOPS
-    """What has had its second read, and is still held: an operator's turn."""
 
 
 class Reconciler:
@@ -74,17 +64,15 @@ class Reconciler:
         self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
         self.performer = Performer(fleet, scheduler, specs, self.queue, self._done)
-        self.breaker = _Breaker()
+        self.breaker = Breaker()
         self.last_plan = Plan(())
-        self._dirty: set[Slug] = set()
-        self._look = asyncio.Event()
-        self._look_at_all = "start"
+        self.informer = Informer(
+            scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._take, self._not_seen
+        )
         self._wake = asyncio.Event()
         self._registry_read = False
         self._observed = False
         self._no_room = ""
-        self._snapshot_at = Monotonic(0.0)
-        self._snapshot_cost_s = 0.0
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.observe_with(self, self.metrics.report)
         fleet.obstacle = self._obstacle
@@ -99,8 +87,7 @@ class Reconciler:
         await self._patiently(lambda: self.scheduler.prepare(list(self.specs.values())), "prepare")
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_registry())
-            group.create_task(self._follow_scheduler())
-            group.create_task(self._observe())
+            group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
             group.create_task(self._every(VERDICTS_EVERY_S, self._judge))
             group.create_task(self._every(SWEEP_EVERY_S, self._sweep))
@@ -149,13 +136,7 @@ class Reconciler:
 
     def look_again(self, slug: Slug) -> None:
         """Read the placements of one device soon."""
-        self._dirty.add(slug)
-        self._look.set()
-
-    def resync(self, reason: str) -> None:
-        """Read all placements soon."""
-        self._look_at_all = self._look_at_all or reason
-        self._look.set()
+        self.informer.look_again({slug})
 
     async def _follow_registry(self) -> None:
         while True:
@@ -181,62 +162,9 @@ class Reconciler:
             self.fleet.ready_event.set()
             self.fleet.ready_reason = ""
 
-    async def _follow_scheduler(self) -> None:
-        async for hint in self.scheduler.watch():
-            if hint.slugs is None:
-                self.metrics.resync("hint")
-                self.resync("hint")
-            else:
-                self._dirty |= hint.slugs
-                self._look.set()
-
-    async def _observe(self) -> None:
-        delay_s = 0.0
-        while True:
-            try:
-                async with asyncio.timeout(self._until_resync_s()):
-                    await self._look.wait()
-            except TimeoutError:
-                self.metrics.resync("timer")
-                self._look_at_all = "timer"
-            try:
-                await self._look_now()
-                delay_s = 0.0
-            except WatchdogError as error:
-                kind = "stale" if isinstance(error, StaleError) else "transient"
-                self.metrics.scheduler_error(kind)
-                log.warning("snapshot failed", extra={"reason": str(error)})
-                if not self._observed:
-                    self.fleet.ready_reason = str(error)
-                delay_s = min(max(delay_s * 2, 0.25), 10.0)
-                self.resync("error")
-                await asyncio.sleep(delay_s)
-
-    def _until_resync_s(self) -> float:
-        now = self.fleet.clock.monotonic()
-        return max(0.05, self._snapshot_at + self.fleet.limits.resync_s - now)
-
-    async def _look_now(self) -> None:
-        self._look.clear()
-        if self._look_at_all or len(self._dirty) > NARROW:
-            # Hints of a storm are worth one snapshot a second, or ten times what one costs.
-            now = self.fleet.clock.monotonic()
-            pause_s = self._snapshot_at + max(0.2, min(10 * self._snapshot_cost_s, 5.0)) - now
-            if self._observed and pause_s > 0:
-                await asyncio.sleep(pause_s)
-            self._look_at_all = ""
-            self._dirty.clear()
-            began = self.fleet.clock.monotonic()
-            self._take(await self.scheduler.snapshot())
-            self._snapshot_at = self.fleet.clock.monotonic()
-            self._snapshot_cost_s = self._snapshot_at - began
-        elif self._dirty:
-            only, self._dirty = self._dirty, set()
-            try:
-                self._take(await self.scheduler.snapshot(only))
-            except WatchdogError:
-                self._dirty |= only
-                raise
+    def _not_seen(self, reason: str) -> None:
+        if not self._observed:
+            self.fleet.ready_reason = reason
 
     def _take(self, snapshot: Snapshot) -> None:
         fleet = self.fleet
@@ -259,9 +187,7 @@ class Reconciler:
         for slug in snapshot.only or ():
             if slug in fleet.records:
                 fleet.refresh(slug)
-        if self._registry_read and self._observed:
-            fleet.ready_event.set()
-            fleet.ready_reason = ""
+        self._say_if_ready()
         self._wake.set()
 
     # -- plan -----------------------------------------------------------------------------------
@@ -279,7 +205,7 @@ class Reconciler:
             self.reconcile()
             took_s = self.fleet.clock.monotonic() - began
             self.metrics.passed("ok" if not self.breaker.held else "held", took_s)
-            if self.breaker.held - self.breaker.read_twice:
+            if self.breaker.wants_second_read:
                 await self._read_again()
             if any(a.kind is ActionKind.START for a in self.last_plan.actions):
                 await self._ask_for_room()
@@ -304,27 +230,20 @@ class Reconciler:
         return plan
 
     def _hold(self, plan: Plan) -> None:
-        breaker = self.breaker
-        if plan.held:
-            if not breaker.held:
-                breaker.since = self.fleet.clock.monotonic()
-                self.metrics.breaker_held(held=True)
-                log.error("stops held", extra={"reason": plan.hold_reason})
-                self.fleet.history.add(
-                    at=self.fleet.clock.wall(),
-                    kind="breaker.held",
-                    device_id="",
-                    slug=Slug(""),
-                    text=plan.hold_reason,
-                    data={},
-                )
-        elif breaker.held:
-            self.metrics.breaker_held(held=False)
-        breaker.held, breaker.reason = plan.held, plan.hold_reason
-        if breaker.confirmed:
-            # The word holds for the stops that it was given for, until the last of them is done.
-            asked = {stop_key(a) for a in plan.actions if a.kind is ActionKind.RETIRE}
-            breaker.confirmed &= asked
+        was = bool(self.breaker.held)
+        self.breaker.settle(plan)
+        if was != bool(plan.held):
+            self.metrics.breaker_held(held=not was)
+        if plan.held and not was:
+            log.error("stops held", extra={"reason": plan.hold_reason})
+            self.fleet.history.add(
+                at=self.fleet.clock.wall(),
+                kind="breaker.held",
+                device_id="",
+                slug=Slug(""),
+                text=plan.hold_reason,
+                data={},
+            )
 
     async def _read_again(self) -> None:
         """The second read of S7: both stores again, in full, a while after the first."""
@@ -339,17 +258,14 @@ class Reconciler:
             return
         self.fleet.reset(records.records, records.index)
         self._take(snapshot)
-        # Devices that nobody has registered are not confirmed by reading twice that they are not
-        # there: a store that lost its keys says so every time. That takes an operator.
-        self.breaker.read_twice = held
-        self.breaker.confirmed = frozenset(s for s in held if s[0] in self.fleet.records)
+        self.breaker.read_again(held, self.fleet.records)
         self._wake.set()
 
     def confirm_stops(self) -> int:
         """An operator's word that all held stops are meant. Returns how many."""
-        self.breaker.confirmed = self.breaker.held
+        count = self.breaker.confirm()
         self._wake.set()
-        return len(self.breaker.held)
+        return count
 
     async def _ask_for_room(self) -> None:
         try:
@@ -433,7 +349,7 @@ class Reconciler:
             for placement in found:
                 states[placement.state] += 1
         self.metrics.placements(states)
-        self.metrics.snapshot_age(self.fleet.clock.monotonic() - self._snapshot_at)
+        self.metrics.snapshot_age(self.informer.age_s)
         if self._no_room:
             self._wake.set()
 
@@ -496,37 +412,9 @@ class Reconciler:
         return {
             "next": f"held: {self.breaker.reason}" if held else after,
             "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
-            "next_resync_in_s": round(self._until_resync_s(), 1),
+            "next_resync_in_s": round(self.informer.until_resync_s, 1),
         }
 
     def plan_view(self) -> dict[str, object]:
         """What the next pass would do, for the API and the CLI."""
         return shown_plan(self._make_plan(NO_STOPS), self.fleet.index)
-
-
-def shown_plan(plan: Plan, registry_index: int) -> dict[str, object]:
-    """A plan as JSON: the actions, a summary line, and the index that it was made at."""
-    counts = {kind: sum(a.kind is kind for a in plan.actions) for kind in ActionKind}
-    summary = (
-        f"{counts[ActionKind.START]} to start, {counts[ActionKind.REPLACE]} to replace, "
-        f"{counts[ActionKind.RETIRE]} to retire"
-    )
-    if plan.held:
-        summary += f"; {len(plan.held)} stops held"
-    return {
-        "actions": [
-            {
-                "kind": a.kind.value,
-                "device": a.device_id,
-                "slug": a.slug,
-                "reason": a.reason,
-                "epoch": int(a.epoch),
-                "placement": a.placement.ref if a.placement is not None else None,
-            }
-            for a in plan.actions
-        ],
-        "summary": summary,
-        "held": {"count": len(plan.held), "reason": plan.hold_reason},
-        "waiting_rollout": plan.waiting_rollout,
-        "registry_index": registry_index,
-    }

@@ -26,8 +26,9 @@ from nomad_watchdog.api.schemas import (
     read,
 )
 from nomad_watchdog.errors import NotFoundError, UserError
-from nomad_watchdog.fleet import DeviceView, Fleet, Registered
+from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
+from nomad_watchdog.ledger import Registered
 from nomad_watchdog.model import Device, Presence, VerdictState
 
 MOST_ITEMS: Final = 1_000

@@ -1,0 +1,51 @@
+"""The state of the mass-change breaker (S7): which stops are held, and whose word let them go.
+
+The planner decides what to hold; here stands what has been confirmed meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop, stop_key
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import ActionKind
+
+
+@dataclass(slots=True)
+class Breaker:
+    """What is held, why, and what may go all the same."""
+
+    held: frozenset[Stop] = NO_STOPS
+    reason: str = ""
+    confirmed: frozenset[Stop] = NO_STOPS
+    read_twice: frozenset[Stop] = NO_STOPS
+    """What has had its second read, and is still held: an operator's turn."""
+
+    @property
+    def wants_second_read(self) -> bool:
+        """Something is held that has been read only once."""
+        return bool(self.held - self.read_twice)
+
+    def settle(self, plan: Plan) -> None:
+        """Take a new plan."""
+        self.held, self.reason = plan.held, plan.hold_reason
+        self.read_twice &= plan.held
+        if self.confirmed:
+            # The word holds for the stops that it was given for, until the last of them is done.
+            self.confirmed &= {stop_key(a) for a in plan.actions if a.kind is ActionKind.RETIRE}
+
+    def read_again(self, held: frozenset[Stop], registered: Container[Slug]) -> None:
+        """Both stores have been read a second time since `held` was held.
+
+        Devices that nobody has registered are not confirmed by reading twice that they are not there: a
+        store that lost its keys says so every time. Those take an operator.
+        """
+        self.read_twice = held
+        self.confirmed = frozenset(stop for stop in held if stop[0] in registered)
+
+    def confirm(self) -> int:
+        """An operator's word that all held stops are meant. Returns how many."""
+        self.confirmed = self.held
+        return len(self.held)

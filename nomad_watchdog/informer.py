@@ -1,0 +1,129 @@
+"""Keeps a view of all placements: hints say when to look, a timer and every gap make it look at all.
+
+Level-triggered: a hint carries no state. What counts is a snapshot, full or of the hinted devices, and a
+snapshot is complete or an error (L3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from typing import Final
+
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.errors import StaleError, WatchdogError
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Monotonic
+from nomad_watchdog.schedulers import Scheduler, Snapshot
+
+log = logging.getLogger(__name__)
+
+NARROW: Final = 48
+"""More devices than this to look at are cheaper in one full snapshot."""
+
+
+class Informer:
+    """Gives each snapshot to `take`, and each failure in words to `failed`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        resync_s: float,
+        metrics: Metrics,
+        take: Callable[[Snapshot], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._clock = clock
+        self._resync_s = resync_s
+        self._metrics = metrics
+        self._take = take
+        self._failed = failed
+        self._dirty: set[Slug] = set()
+        self._all = "start"
+        self._look = asyncio.Event()
+        self._full_at = Monotonic(0.0)
+        self._full_cost_s = 0.0
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow())
+            group.create_task(self._look_for_ever())
+
+    def look_again(self, slugs: AbstractSet[Slug]) -> None:
+        """Read the placements of these devices soon."""
+        self._dirty |= slugs
+        self._look.set()
+
+    def resync(self, reason: str) -> None:
+        """Read all placements soon."""
+        self._all = self._all or reason
+        self._look.set()
+
+    @property
+    def age_s(self) -> float:
+        """Age of the last full snapshot."""
+        return self._clock.monotonic() - self._full_at
+
+    @property
+    def until_resync_s(self) -> float:
+        """Time to the next full snapshot, if no hint asks for one before."""
+        return max(0.05, self._resync_s - self.age_s)
+
+    async def _follow(self) -> None:
+        async for hint in self._scheduler.watch():
+            if hint.slugs is None:
+                self._metrics.resync("hint")
+                self.resync("hint")
+            else:
+                self.look_again(hint.slugs)
+
+    async def _look_for_ever(self) -> None:
+        delay_s = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(self.until_resync_s):
+                    await self._look.wait()
+            except TimeoutError:
+                self._metrics.resync("timer")
+                self._all = "timer"
+            try:
+                await self._look_now()
+                delay_s = 0.0
+            except WatchdogError as error:
+                kind = "stale" if isinstance(error, StaleError) else "transient"
+                self._metrics.scheduler_error(kind)
+                log.warning("snapshot failed", extra={"reason": str(error)})
+                self._failed(str(error))
+                delay_s = min(max(delay_s * 2, 0.25), 10.0)
+                self.resync("error")
+                await asyncio.sleep(delay_s)
+
+    async def _look_now(self) -> None:
+        self._look.clear()
+        if self._all or len(self._dirty) > NARROW:
+            await self._pause()
+            self._all = ""
+            self._dirty.clear()
+            began = self._clock.monotonic()
+            self._take(await self._scheduler.snapshot())
+            self._full_at = self._clock.monotonic()
+            self._full_cost_s = self._full_at - began
+        elif self._dirty:
+            only, self._dirty = self._dirty, set()
+            try:
+                self._take(await self._scheduler.snapshot(only))
+            except WatchdogError:
+                self._dirty |= only
+                raise
+
+    async def _pause(self) -> None:
+        # Hints of a storm are worth one full snapshot in ten times what one costs, not one each.
+        if self._full_at:
+            least_s = max(0.2, min(10 * self._full_cost_s, 5.0))
+            await asyncio.sleep(max(0.0, least_s - self.age_s))

@@ -1,0 +1,151 @@
+"""The registry's records as we know them, and the one durable way to change them.
+
+A wish goes to the registry first and is acknowledged only when it is durable (S4). What is in memory may
+be behind, never wrong: a guess from it loses its compare-and-set and is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.core import presence
+from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.model import Device, DeviceRecord
+from nomad_watchdog.registry import Registry
+
+COMMIT_TRIES: Final = 5
+"""Compare-and-set losses in a row after which the caller is told to try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The stored record, and whether this call changed it (S5)."""
+
+    record: DeviceRecord
+    changed: bool
+
+
+class Ledger:
+    """Records by slug, kept in step with a registry."""
+
+    def __init__(self, registry: Registry, clock: Clock) -> None:
+        self.registry = registry
+        self.clock = clock
+        self.records: dict[Slug, DeviceRecord] = {}
+        self.index = 0
+        """The registry's index at the last snapshot of it."""
+        self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
+
+    def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
+        """Called with (before, now) of each record that was stored or read; for subclasses."""
+
+    def forgotten(self, slugs: Sequence[Slug]) -> None:
+        """Called with those whose record the registry no longer has; for subclasses."""
+
+    async def register(self, devices: Sequence[Device]) -> list[Registered]:
+        """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
+
+        Raises UserError for a device id whose slug belongs to another id, ConflictError when other
+        writers won COMMIT_TRIES times in a row, and what the registry raises.
+        """
+        wishes = {slug_of(device.id): device for device in devices}
+        now = self.clock.wall()
+
+        def change(slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
+            wish = wishes[slug]
+            if stored is not None and stored.device.id != wish.id:
+                raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
+            return presence.register(stored, wish, now)
+
+        outcome = await self._change(list(wishes), change)
+        return [found for slug in wishes if (found := outcome[slug]) is not None]
+
+    async def deregister(self, ids: Sequence[DeviceId]) -> list[Registered | None]:
+        """Say that these devices have left; None for one that was never registered."""
+        now = self.clock.wall()
+        slugs = [slug_of(device_id) for device_id in ids]
+
+        def change(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
+            return presence.deregister(stored, now) if stored is not None else None
+
+        outcome = await self._change(slugs, change)
+        return [outcome[slug] for slug in slugs]
+
+    async def _change(
+        self,
+        slugs: Sequence[Slug],
+        change: Callable[[Slug, DeviceRecord | None], DeviceRecord | None],
+    ) -> dict[Slug, Registered | None]:
+        outcome: dict[Slug, Registered | None] = {}
+        todo = list(dict.fromkeys(slugs))
+        # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
+        stored = {slug: self.records.get(slug) for slug in todo}
+        for _ in range(COMMIT_TRIES):
+            wanted = {slug: change(slug, stored[slug]) for slug in todo}
+            writes = {slug: record for slug, record in wanted.items() if record is not None}
+            for slug in todo:
+                if slug not in writes:
+                    outcome[slug] = await self._unchanged(slug, stored[slug])
+            todo = [slug for slug in todo if slug in writes or slug not in outcome]
+            results = await self.commit(list(writes.values())) if writes else ()
+            done = [record for record in results if record is not None]
+            for record in done:
+                outcome[record.slug] = Registered(record, changed=True)
+            self.learn(done)
+            todo = [slug for slug in todo if slug not in outcome]
+            if not todo:
+                return outcome
+            stored = {slug: await self.registry.get(slug) for slug in todo}
+        raise ConflictError(f"{len(todo)} records are being changed by others; try again")
+
+    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+        """As `Registry.commit`, counted."""
+        try:
+            stored = await self.registry.commit(records)
+        except WatchdogError:
+            self.on_commit("error", len(records))
+            raise
+        lost = sum(record is None for record in stored)
+        self.on_commit("stored", len(records) - lost)
+        self.on_commit("conflict", lost)
+        return stored
+
+    async def _unchanged(self, slug: Slug, stored: DeviceRecord | None) -> Registered | None:
+        # «Nothing to do» from a cache that is behind would acknowledge what is not stored (S4).
+        fresh = await self.registry.get(slug)
+        if fresh == stored:
+            return None if fresh is None else Registered(fresh, changed=False)
+        if fresh is not None:
+            self.learn([fresh])
+        raise ConflictError("the record has just been changed by another writer; try again")
+
+    def learn(self, records: Sequence[DeviceRecord]) -> None:
+        """Take records that are known to be stored (our own writes included: S8)."""
+        news = []
+        for record in records:
+            before = self.records.get(record.slug)
+            if before is None or before.index < record.index:
+                self.records[record.slug] = record
+                news.append((before, record))
+        if news:
+            self.learned(news)
+
+    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> None:
+        """Take a whole snapshot of the registry, unless our own writes are newer in a record."""
+        fresh = dict(records)
+        for slug, ours in self.records.items():
+            theirs = fresh.get(slug)
+            # Our own write is newer than this snapshot: keep it (S8). An index that went backwards
+            # means a restored or wiped store, and then the store's word stands.
+            if ours.index > index >= self.index and (theirs is None or theirs.index < ours.index):
+                fresh[slug] = ours
+        self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
+        gone = [slug for slug in self.records if slug not in fresh]
+        self.records = fresh
+        self.index = index
+        if gone:
+            self.forgotten(gone)
