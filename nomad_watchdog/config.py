@@ -365,16 +365,3 @@ def _template_text(name: str, template: str) -> str:
 
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def load(
-    path: str | FilePath | None = None,
-    env: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Settings:
-    """Read, merge and check. `overrides`: dotted setting → value, from flags. `env` None = empty.
-
-    Raises one UserError that names every problem of the file."""
-    from nomad_watchdog.config_load import load_settings  # noqa: PLC0415  # it needs the schema above
-
-    return load_settings(path, env or {}, overrides or {})

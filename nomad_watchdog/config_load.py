@@ -16,10 +16,15 @@ from nomad_watchdog.errors import UserError
 MAX_SHOWN: Final = 50
 
 
-def load_settings(
-    path: str | FilePath | None, env: Mapping[str, str], overrides: Mapping[str, Any]
+def load(
+    path: str | FilePath | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """See `config.load`."""
+    """Read, merge and check. `overrides`: dotted setting → value, from flags. None = empty.
+
+    Raises one UserError that names every problem of the file."""
+    env, overrides = env or {}, overrides or {}
     file = find_file(path, env)
     source = str(file) if file else "built-in defaults"
     document = _read_file(file) if file else Document()

@@ -33,7 +33,7 @@ def output_option(*formats: str) -> Callable[[F], F]:
 
 def settings_of(ctx: click.Context, file: str | None = None) -> Settings:
     """Flags over environment over file over defaults."""
-    from nomad_watchdog.config import load
+    from nomad_watchdog.config_load import load
 
     return load(file or ctx.obj["config"], os.environ, {"backend": ctx.obj["backend"]})
 

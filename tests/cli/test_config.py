@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.config import AgentClass, Probe, Settings, load
+from nomad_watchdog.config import AgentClass, Probe, Settings
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
-from nomad_watchdog.config_load import _model_of
+from nomad_watchdog.config_load import _model_of, load
 from nomad_watchdog.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
