@@ -6,7 +6,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test test-fast test-servers lint bench servers clean
+.PHONY: help demo test test-fast lint bench servers clean
 
 help:
 	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
@@ -54,11 +54,13 @@ lint: $(VENV)/.dev
 	$(BIN)/interrogate -q --config pyproject.toml tests
 
 test-fast: $(VENV)/.dev
-	$(BIN)/pytest tests/core tests/api tests/cli tests/agent -m "not servers"
+	@echo "fast tests, without a server (about 2 min)" >&2
+	$(BIN)/pytest -m "not servers and not long"
 
-test: lint servers
-	$(BIN)/pytest tests/core tests/api tests/cli tests/agent -m "not servers"
-	$(BIN)/pytest tests --ignore=tests/core -m "servers or not long"
+test: lint test-fast servers
+	@echo "tests on real servers, the long ones last (about 15 min)" >&2
+	$(BIN)/pytest -m "servers and not long"
+	$(BIN)/pytest -m "long"
 
 bench: $(VENV)/.dev servers
 	$(BIN)/python -m bench

@@ -12,6 +12,17 @@ import pytest_asyncio
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.consul import ConsulServer
 
+SERVERS = {"consul", "acl_consul", "nomad"}
+"""Fixtures that start a server: whoever uses one, also through another, needs the servers built."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell the tests that need a server from those that do not, by what they ask for."""
+    for item in items:
+        consul_store = getattr(item, "callspec", None) and "consul" in item.callspec.params.values()
+        if SERVERS & set(getattr(item, "fixturenames", ())) or consul_store:
+            item.add_marker("servers")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment() -> None:

@@ -43,6 +43,7 @@ async def acl_token(server: ConsulServer, rules: str) -> str:
             return str((await answer.json())["SecretID"])
 
 
+@pytest.mark.servers
 async def test_frozen_server_is_a_transient_error_in_bounded_time(tmp_path: Path) -> None:
     """With the server stopped by SIGSTOP each call fails within its timeout, and the next one after
     SIGCONT shows the same records."""
@@ -73,6 +74,7 @@ async def test_frozen_server_is_a_transient_error_in_bounded_time(tmp_path: Path
         assert snapshot.records[stored.slug] == stored
 
 
+@pytest.mark.servers
 async def test_s4_acknowledged_writes_survive_kill_9(tmp_path: Path) -> None:
     """After SIGKILL and a new start on the same folder all acknowledged records are there."""
     async with ConsulServer(tmp_path) as server:

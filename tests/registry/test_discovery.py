@@ -243,6 +243,7 @@ async def test_s11_hostile_entries_are_data(
     assert (view[good].epoch, view[good].status) == (1, "critical")
 
 
+@pytest.mark.servers
 async def test_s7_a_frozen_consul_never_empties_the_view(tmp_path: Path, targets: Targets) -> None:
     """While the server is stopped no view comes and its age grows; afterwards changes are seen."""
     async with (

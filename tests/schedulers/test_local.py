@@ -99,6 +99,7 @@ async def test_s3_two_processes_racing_end_with_one_agent_a_device(directory: Pa
 async def test_s3_reused_pid_is_never_signalled(directory: Path) -> None:
     """A recorded pid that now belongs to somebody else is neither signalled nor taken for alive."""
     stranger = await asyncio.create_subprocess_exec("sleep", "60")
+    await asyncio.sleep(2 / os.sysconf("SC_CLK_TCK"))  # a pid can't be used again in the same tick
     ours = scheduler(directory)
     try:
         await ours.ensure(RECORD, Epoch(1), local_spec())
