@@ -1,21 +1,27 @@
-# The control plane itself. Two of them stand ready; the lease on a shard says which one acts.
-# The token comes from a Nomad variable that the job's workload identity may read:
-# `nomad var put nomad/jobs/nomad-watchdog nomad_token=… consul_token=…`
+# The control plane itself, on the cluster that it manages.
+#
+# Once, before the first run:
+#   nomad-watchdog --config nomad-watchdog.hcl init
+#   nomad var put nomad/jobs/nomad-watchdog nomad_token=… consul_token=…   # where ACLs are on
+#   nomad job run -var config=/etc/nomad-watchdog/nomad-watchdog.hcl nomad-watchdog.nomad.hcl
+# The policies that the tokens need are in policies/.
 
 variable "datacenters" {
-  type    = string
-  default = "*"
+  type        = string
+  default     = "*"
+  description = "Comma-separated names; globs are allowed."
 }
 
 variable "driver" {
   type        = string
-  default     = "docker"
-  description = "docker or raw_exec."
+  default     = "raw_exec"
+  description = "raw_exec or docker."
 }
 
 variable "image" {
-  type    = string
-  default = "agntup/nomad-watchdog:0.1.0"
+  type        = string
+  default     = "agntup/nomad-watchdog:0.1.0"
+  description = "docker only. Pin a version, or better a digest."
 }
 
 variable "command" {
@@ -30,22 +36,25 @@ variable "config" {
   description = "The configuration file, on the client or in the image."
 }
 
-variable "count" {
-  type    = number
-  default = 2
+variable "port" {
+  type        = number
+  default     = 9670
+  description = "Fixed, because running agents were told where to report."
+}
+
+variable "advertise" {
+  type        = string
+  default     = ""
+  description = "URL of the API as agents and devices see it; empty: the node's address and the port."
 }
 
 job "nomad-watchdog" {
   type        = "service"
   datacenters = split(",", var.datacenters)
 
+  # One: a second would do no harm, and would do everything twice.
   group "control-plane" {
-    count = var.count
-
-    constraint {
-      operator = "distinct_hosts"
-      value    = "true"
-    }
+    count = 1
 
     restart {
       attempts = 3
@@ -54,12 +63,33 @@ job "nomad-watchdog" {
       mode     = "fail"
     }
 
+    reschedule {
+      unlimited      = true
+      delay          = "5s"
+      delay_function = "exponential"
+      max_delay      = "1m"
+    }
+
     network {
-      port "api" {}
+      port "api" {
+        static = var.port
+      }
     }
 
     ephemeral_disk {
       size = 50
+    }
+
+    service {
+      name = "nomad-watchdog"
+      port = "api"
+
+      check {
+        type     = "http"
+        path     = "/ready"
+        interval = "5s"
+        timeout  = "2s"
+      }
     }
 
     task "nomad-watchdog" {
@@ -71,7 +101,7 @@ job "nomad-watchdog" {
         for_each = var.driver == "docker" ? [1] : []
         content {
           image           = var.image
-          args            = ["--config", var.config, "serve"]
+          args            = ["--config", var.config, "run"]
           network_mode    = "host"
           readonly_rootfs = true
           cap_drop        = ["all"]
@@ -83,8 +113,15 @@ job "nomad-watchdog" {
         for_each = var.driver == "docker" ? [] : [1]
         content {
           command = var.command
-          args    = ["--config", var.config, "serve"]
+          args    = ["--config", var.config, "run"]
         }
+      }
+
+      env {
+        NOMAD_WATCHDOG_BACKEND       = "nomad"
+        NOMAD_WATCHDOG_DATA_DIR      = "$${NOMAD_ALLOC_DIR}/data"
+        NOMAD_WATCHDOG_API_LISTEN    = "0.0.0.0:${var.port}"
+        NOMAD_WATCHDOG_API_ADVERTISE = var.advertise != "" ? var.advertise : "http://$${NOMAD_ADDR_api}"
       }
 
       # the tokens, from a Nomad variable of this job's own path, never in the job
@@ -92,10 +129,11 @@ job "nomad-watchdog" {
         destination = "secrets/tokens.env"
         env         = true
         data        = <<-EOT
-          {{ with nomadVar "nomad/jobs/nomad-watchdog" }}
+          {{ if nomadVarExists "nomad/jobs/nomad-watchdog" -}}
+          {{ with nomadVar "nomad/jobs/nomad-watchdog" -}}
           NOMAD_TOKEN={{ .nomad_token }}
           CONSUL_HTTP_TOKEN={{ .consul_token }}
-          {{ end }}
+          {{ end }}{{ end }}
         EOT
       }
 

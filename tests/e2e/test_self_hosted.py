@@ -1,0 +1,113 @@
+"""The control plane as a job of the cluster that it manages, as jobs/ ships it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from nomad_watchdog.dev.binaries import find
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.process import free_port
+
+pytestmark = pytest.mark.servers
+
+CONFIG = """\
+nomad {{
+  address = "{nomad}"
+}}
+consul {{
+  address = "{consul}"
+}}
+agent_class "default" {{
+  kill_timeout = "5s"
+  beat         = "1s"
+  variables    = {{ python = "{python}" }}
+  probe "tcp" {{
+    port     = {device_port}
+    interval = "1s"
+    timeout  = "500ms"
+  }}
+}}
+"""
+
+
+async def until(test: Callable[[], Awaitable[Any]], timeout_s: float = 60.0) -> Any:
+    async with asyncio.timeout(timeout_s):
+        while not (found := await test()):
+            await asyncio.sleep(0.1)
+        return found
+
+
+async def command(*arguments: str) -> str:
+    child = await asyncio.create_subprocess_exec(
+        *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    async with asyncio.timeout(60.0):
+        said, _ = await child.communicate()
+    assert child.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
+    tmp_path: Path, repository: Path
+) -> None:
+    """`nomad job run` of jobs/nomad-watchdog.nomad.hcl serves the API, is found in Consul, starts an agent
+    for a device, and leaves that agent running when the job is stopped (L3)."""
+    port = free_port()
+    device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
+    device_port = device.sockets[0].getsockname()[1]
+    program = str(Path(sys.executable).with_name("nomad-watchdog"))
+    config = tmp_path / "nomad-watchdog.hcl"
+    job = repository / "jobs" / "nomad-watchdog.nomad.hcl"
+    async with (
+        device,
+        ConsulServer(tmp_path / "consul") as consul,
+        NomadServer(tmp_path / "nomad", consul_addr=consul.http_addr) as nomad,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session,
+    ):
+        config.write_text(
+            CONFIG.format(
+                nomad=nomad.http_addr,
+                consul=consul.http_addr,
+                python=sys.executable,
+                device_port=device_port,
+            )
+        )
+        await command(program, "--config", str(config), "--backend", "nomad", "init")
+        nomad_program = str(find("nomad"))
+        at = f"-address={nomad.http_addr}"
+        options = [f"-var={k}={v}" for k, v in
+                   {"config": config, "command": program, "port": port}.items()]  # fmt: skip
+        await command(nomad_program, "job", "run", at, "-detach", *options, str(job))
+
+        async def found() -> str:
+            url = f"{consul.http_addr}/v1/health/service/nomad-watchdog?passing"
+            async with session.get(url) as answer:
+                entries = await answer.json()
+            return entries and "http://{Address}:{Port}".format(**entries[0]["Service"])
+
+        api = await until(found)
+        assert api.endswith(f":{port}")
+        async with session.put(f"{api}/v1/devices/pump-1", json={"address": "127.0.0.1"}) as answer:
+            assert answer.status == 201, await answer.text()
+
+        async def watched() -> Any:
+            async with session.get(f"{api}/v1/devices/pump-1") as answer:
+                shown = await answer.json()
+            return shown["verdict"] == "watched" and shown
+
+        shown = await until(watched)
+        async with session.get(f"{api}/v1/agents") as answer:
+            (agent,) = (await answer.json())["items"]
+        await command(nomad_program, "job", "stop", at, "-purge", "nomad-watchdog")
+        allocation = await nomad.request("GET", f"/v1/allocation/{agent['instance']}")
+
+        assert agent["slug"] == shown["slug"]
+        assert (allocation["ClientStatus"], allocation["DesiredStatus"]) == ("running", "run")
