@@ -91,6 +91,7 @@ class Reconciler:
             group.create_task(self._pass_when_woken())
             group.create_task(self._every(VERDICTS_EVERY_S, self._judge))
             group.create_task(self._every(SWEEP_EVERY_S, self._sweep))
+            group.create_task(self._every(self.fleet.limits.resync_s, self._prepare_again))
             group.create_task(self.performer.run())
 
     async def _patiently(self, call: Callable[[], object], what: str) -> None:
@@ -352,6 +353,13 @@ class Reconciler:
         self.metrics.snapshot_age(self.informer.age_s)
         if self._no_room:
             self._wake.set()
+
+    async def _prepare_again(self) -> None:
+        # Level-triggered too: what an operator purged or changed by hand is put right (L2).
+        try:
+            await self.scheduler.prepare(list(self.specs.values()))
+        except WatchdogError as error:
+            log.warning("prepare failed", extra={"reason": str(error)})
 
     async def _sweep(self) -> None:
         dead: list[Placement] = []

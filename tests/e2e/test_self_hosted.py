@@ -19,6 +19,7 @@ from nomad_watchdog.dev.process import free_port
 pytestmark = pytest.mark.servers
 
 CONFIG = """\
+resync = "3s"
 nomad {{
   address = "{nomad}"
 }}
@@ -59,7 +60,7 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
     tmp_path: Path, repository: Path
 ) -> None:
     """`nomad job run` of jobs/nomad-watchdog.nomad.hcl serves the API, is found in Consul, starts an agent
-    for a device, and leaves that agent running when the job is stopped (L3)."""
+    for a device, mends a purged parent job (L2), and leaves its agents running when it is stopped (L3)."""
     port = free_port()
     device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     device_port = device.sockets[0].getsockname()[1]
@@ -95,17 +96,21 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
 
         api = await until(found)
         assert api.endswith(f":{port}")
-        async with session.put(f"{api}/v1/devices/pump-1", json={"address": "127.0.0.1"}) as answer:
-            assert answer.status == 201, await answer.text()
 
-        async def watched() -> Any:
-            async with session.get(f"{api}/v1/devices/pump-1") as answer:
+        async def watched(name: str) -> Any:
+            async with session.get(f"{api}/v1/devices/{name}") as answer:
                 shown = await answer.json()
             return shown["verdict"] == "watched" and shown
 
-        shown = await until(watched)
+        for name in ("pump-1", "pump-2"):
+            async with session.put(
+                f"{api}/v1/devices/{name}", json={"address": "127.0.0.1"}
+            ) as answer:
+                assert answer.status == 201, await answer.text()
+            shown = await until(lambda name=name: watched(name))
+            await nomad.request("DELETE", "/v1/job/device-watchdog?purge=true")
         async with session.get(f"{api}/v1/agents") as answer:
-            (agent,) = (await answer.json())["items"]
+            agent = (await answer.json())["items"][-1]
         await command(nomad_program, "job", "stop", at, "-purge", "nomad-watchdog")
         allocation = await nomad.request("GET", f"/v1/allocation/{agent['instance']}")
 
