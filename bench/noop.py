@@ -50,8 +50,8 @@ def run() -> list[Row]:
     rows: list[Row] = []
     for count in (1_000, 10_000, 100_000):
         records, placements = world(count)
-        desired = {slug: (3, "hash") for slug in records}
-        observed = {slug: (3, "hash") for slug in records}
+        desired = dict.fromkeys(records, (3, "hash"))
+        observed = dict.fromkeys(records, (3, "hash"))
         limits = Limits()
         ratios, ours = [], []
         gc.collect()

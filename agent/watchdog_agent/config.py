@@ -1,17 +1,26 @@
 """The configuration document, checked: a wrong one is refused whole, in words."""
 
+from __future__ import annotations
+
 import json
 import os
 
 from . import wire
-from .http import Url
+from .http import Url, reason_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from .shapes import Config, Probe
 
 
 class ConfigError(Exception):
     """What is wrong, and what is allowed."""
 
 
-def load(environ):
+def load(environ: Mapping[str, str]) -> Config:
     """The checked document of this environment. Raises ConfigError."""
     if environ.get("WATCHDOG_CONFIG_B64"):
         import base64
@@ -25,7 +34,7 @@ def load(environ):
             with open(environ["WATCHDOG_CONFIG"], "rb") as file:
                 raw = file.read(1 << 20)
         except OSError as error:
-            raise ConfigError(f"WATCHDOG_CONFIG: {error.strerror.lower()}") from None
+            raise ConfigError(f"WATCHDOG_CONFIG: {reason_of(error)}") from None
     else:
         raise ConfigError("set WATCHDOG_CONFIG (a file) or WATCHDOG_CONFIG_B64")
     try:
@@ -38,22 +47,13 @@ def load(environ):
     return check(config)
 
 
-def check(config):
+def check(config: Any) -> Config:
     """The document with defaults filled in. Raises ConfigError."""
     if not isinstance(config, dict):
         raise ConfigError("the configuration must be an object")
     if config.get("v") != wire.VERSION:
         raise ConfigError(f"v is {config.get('v')!r}; this agent knows {wire.VERSION}")
-    for name in ("device_id", "slug", "address"):
-        if not isinstance(config.get(name), str) or not config[name]:
-            raise ConfigError(f"{name} must be text and not empty")
-    if not set(config["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
-        raise ConfigError("slug may hold a-z, 0-9 and - only")
-    if any(not "!" <= c <= "~" for c in config["address"]):
-        raise ConfigError("address must be printable ASCII without blanks (a name as xn--…)")
-    for name in ("version", "agent_class", "spec_hash", "service", "check_interval"):
-        if not isinstance(config.get(name, ""), str):
-            raise ConfigError(f"{name} is {config[name]!r}; it must be text")
+    _texts(config)
     if type(config.get("epoch")) is not int or config["epoch"] < 1:
         raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
     for url in _list(config, "api") + ([config["consul"]] if config.get("consul") else []):
@@ -67,16 +67,29 @@ def check(config):
     config["confirm"] = [_probe(p, "confirm") for p in _list(config, "confirm")]
     if not config["probes"]:
         raise ConfigError("probes is empty; at least one is needed")
-    if not config["confirm"]:
-        # An independent path: another kind than the first probe.
-        kind = "icmp" if config["probes"][0]["kind"] != "icmp" else "tcp"
-        config["confirm"] = [
-            _probe({"kind": kind, "port": 80} if kind == "tcp" else {"kind": kind}, "")
-        ]
+    config["confirm"] = config["confirm"] or [_other_kind(config["probes"][0])]
     return config
 
 
-def _probe(probe, where):
+def _other_kind(probe: Probe) -> Probe:
+    """An independent path to the device: another kind than this probe."""
+    return _probe({"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, "")
+
+
+def _texts(config: Config) -> None:
+    for name in ("device_id", "slug", "address"):
+        if not isinstance(config.get(name), str) or not config[name]:
+            raise ConfigError(f"{name} must be text and not empty")
+    if not set(config["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
+        raise ConfigError("slug may hold a-z, 0-9 and - only")
+    if any(not "!" <= c <= "~" for c in config["address"]):
+        raise ConfigError("address must be printable ASCII without blanks (a name as xn--…)")
+    for name in ("version", "agent_class", "spec_hash", "service", "check_interval"):
+        if not isinstance(config.get(name, ""), str):
+            raise ConfigError(f"{name} is {config[name]!r}; it must be text")
+
+
+def _probe(probe: Any, where: str) -> Probe:
     if not isinstance(probe, dict) or probe.get("kind") not in ("tcp", "http", "icmp"):
         kind = probe.get("kind") if isinstance(probe, dict) else probe
         raise ConfigError(f"{where}: kind is {kind!r}; allowed are tcp, http, icmp")
@@ -100,20 +113,20 @@ def _probe(probe, where):
     return probe
 
 
-def _number(config, name, default, low, high):
+def _number(config: Config, name: str, default: float, low: float, high: float) -> None:
     value = config.setdefault(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
 
 
-def _list(config, name):
+def _list(config: Config, name: str) -> list[Any]:
     value = config.get(name, [])
     if not isinstance(value, list) or len(value) > 32:
         raise ConfigError(f"{name} must be a list of at most 32")
     return value
 
 
-def instance_of(environ):
+def instance_of(environ: Mapping[str, str]) -> str:
     """The id of this run, as the scheduler counts runs."""
     for name in ("WATCHDOG_INSTANCE", "NOMAD_ALLOC_ID", "POD_UID"):
         if environ.get(name):
@@ -121,7 +134,7 @@ def instance_of(environ):
     return os.urandom(16).hex()
 
 
-def listen_of(environ):
+def listen_of(environ: Mapping[str, str]) -> tuple[str, int]:
     """(host, port) to serve on. Raises ConfigError."""
     text = environ.get("WATCHDOG_LISTEN", "")
     if not text and environ.get("NOMAD_PORT_http"):
@@ -132,7 +145,7 @@ def listen_of(environ):
     return host.strip("[]"), int(port)
 
 
-def state_dir_of(environ):
+def state_dir_of(environ: Mapping[str, str]) -> str:
     """Where state is kept; empty = nowhere."""
     if environ.get("WATCHDOG_STATE_DIR"):
         return environ["WATCHDOG_STATE_DIR"]

@@ -1,10 +1,20 @@
 """Registration of this agent in the local Consul agent. Evidence for others; we live without it."""
 
+from __future__ import annotations
+
 import json
 import os
 
 from . import http, wire
 from .loop import between
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .loop import Loop
+    from .shapes import Config, Document, Fetched, Said
 
 
 class Registration:
@@ -15,7 +25,15 @@ class Registration:
     CLOSE_S = 1.0
     MOST_WAIT_S = 30.0
 
-    def __init__(self, loop, config, instance, listen, said, registered=lambda: None):
+    def __init__(  # called in one place
+        self,
+        loop: Loop,
+        config: Config,
+        instance: str,
+        listen: str,
+        said: Said,
+        registered: Callable[[], None] = lambda: None,
+    ) -> None:
         """`registered()` is called when Consul has taken us for the first time."""
         self.loop = loop
         self.said = said
@@ -28,20 +46,27 @@ class Registration:
         self.slug = config["slug"]
         self.body = json.dumps(registration(config, instance, listen)).encode()
         self.failures = 0
-        self.closing = None
-        self.fetch = None
+        self.closing: Callable[[], None] | None = None
+        self.fetch: http.Fetch | None = None
 
-    def start(self):
+    def start(self) -> None:
         """Register now, and again for ever."""
         self._call("PUT", "/register?replace-existing-checks=false", self.body, self._answered)
 
-    def _call(self, method, path, body, answered, timeout_s=TIMEOUT_S):
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        answered: Fetched,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         headers = [("X-Consul-Token", token)] if (token := read_token()) else []
         data = http.request(method, self.path + path, self.url.host_header, body, headers)
         where = (self.url.host, self.url.port)
         self.fetch = http.Fetch(self.loop, where, data, timeout_s, answered)
 
-    def _answered(self, status, _headers, body):
+    def _answered(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
         if self.closing is not None:
             return
         text = body if status is None else f"status {status}"
@@ -58,11 +83,11 @@ class Registration:
             self.said(f"consul: {text}")
         self.loop.later(wait * between(0.8, 1.2), self._again)
 
-    def _again(self):
+    def _again(self) -> None:
         if self.closing is None:
             self.start()
 
-    def close(self, then):
+    def close(self, then: Callable[[], None]) -> None:
         """Deregister, then call back, at the latest after CLOSE_S. Also when no registration was
         confirmed: one that was on its way may have been taken."""
         self.closing = then
@@ -71,7 +96,7 @@ class Registration:
         self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then(), self.CLOSE_S)
 
 
-def registration(config, instance, listen):
+def registration(config: Config, instance: str, listen: str) -> Document:
     """The service as Consul wants it (https://developer.hashicorp.com/consul/api-docs/agent/service).
 
     The slug is id and tag: a tag is what Consul's DNS and its cheap lookups can find."""
@@ -103,7 +128,7 @@ def registration(config, instance, listen):
     }
 
 
-def read_token():
+def read_token() -> str:
     """The token, read anew each time: a mounted file rotates."""
     path = os.environ.get("CONSUL_HTTP_TOKEN_FILE")
     if path:

@@ -1,10 +1,22 @@
 """Just enough HTTP/1.1, bounded in bytes and time: http.client would cost every device 7 MB."""
 
+from __future__ import annotations
+
 import selectors
 import socket
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from .loop import Loop
+    from .shapes import Address, Answer, Fetched
+
 MAX_HEAD = 8192
 MAX_BODY = 65536
+CONNECTING = (0, 11, 115)
+"""connect() is done, would block or is in progress."""
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -16,7 +28,7 @@ class HttpError(Exception):
 class Url:
     """http://host[:port][/path]; raises ValueError for anything else. TLS is not spoken yet."""
 
-    def __init__(self, text, default_port=80):
+    def __init__(self, text: str, default_port: int = 80) -> None:
         scheme, separator, rest = text.partition("://")
         if not separator or scheme != "http":
             raise ValueError(f"{text!r} is not an http:// address")
@@ -36,14 +48,22 @@ class Fetch:
     """One request over one new connection. `done(status, headers, body)`, with status None and the
     reason as body when it failed; exactly once, never after `cancel`."""
 
-    def __init__(self, loop, address, request, timeout_s, done, max_body=MAX_BODY):
+    def __init__(  # called in three places, and a value class would cost memory
+        self,
+        loop: Loop,
+        address: Address,
+        request: bytes,
+        timeout_s: float,
+        done: Fetched,
+        max_body: int = MAX_BODY,
+    ) -> None:
         """`address`: (host, port), resolved already or a name. `request`: all bytes to send."""
         self.loop = loop
-        self.done = done
+        self.done: Fetched | None = done
         self.max_body = max_body
         self.out = request
         self.got = bytearray()
-        self.sock = None
+        self.sock: socket.socket | None = None
         self.timer = loop.later(
             timeout_s, lambda: self._end(None, f"no answer within {timeout_s:g} s")
         )
@@ -51,15 +71,15 @@ class Fetch:
             family, kind, proto, _, where = resolve(address)
             self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
             code = self.sock.connect_ex(where)
-            if code not in (0, 11, 115):
-                raise OSError(code, "")
+            text = "" if code in CONNECTING else reason_of(OSError(code, ""))
         except (OSError, UnicodeError) as error:
             text = reason_of(error)
-            loop.later(0, lambda: self._end(None, text))
-        else:
+        if self.sock is not None and not text:
             loop.watch(self.sock, WRITE, self._ready)
+        else:
+            loop.later(0, lambda: self._end(None, text))
 
-    def _ready(self, mask):
+    def _ready(self, mask: int) -> None:
         try:
             if mask & WRITE:
                 self._send()
@@ -68,7 +88,8 @@ class Fetch:
         except OSError as error:
             self._end(None, reason_of(error))
 
-    def _send(self):
+    def _send(self) -> None:
+        assert self.sock is not None
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, "")
@@ -77,7 +98,8 @@ class Fetch:
         if not self.out:
             self.loop.watch(self.sock, READ, self._ready)
 
-    def _receive(self):
+    def _receive(self) -> None:
+        assert self.sock is not None
         data = self.sock.recv(16384)
         self.got += data
         try:
@@ -88,13 +110,13 @@ class Fetch:
         if answer is not None:
             self._end(*answer)
 
-    def _end(self, status, headers, body=b""):
+    def _end(self, status: int | None, headers: Any, body: bytes = b"") -> None:
         done, self.done = self.done, None
         self.cancel()
         if done is not None:
             done(status, {} if status is None else headers, headers if status is None else body)
 
-    def cancel(self):
+    def cancel(self) -> None:
         """Give up; nothing is called any more."""
         self.done = None
         self.timer[2] = None
@@ -103,7 +125,7 @@ class Fetch:
             self.sock = None
 
 
-def resolve(address):
+def resolve(address: Address) -> tuple[Any, ...]:
     """The first address of (host, port). A name goes to the resolver and may block for its time-out;
     addresses of digits do not."""
     host, port = address
@@ -111,16 +133,18 @@ def resolve(address):
     return socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)[0]
 
 
-def reason_of(error):
+def reason_of(error: OSError | UnicodeError) -> str:
     """An OSError in words without numbers of its own."""
     import os
 
-    if getattr(error, "errno", None) and not isinstance(error, socket.gaierror):
+    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror):
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
 
 
-def parse_answer(got, *, closed, max_body):
+def parse_answer(
+    got: bytearray, *, closed: bool, max_body: int
+) -> tuple[int, dict[str, str], bytes] | None:
     """(status, headers, body), None while more is to come. The body is cut at max_body: whoever asks
     wants the status and a look at the beginning, not 10 GB."""
     end = got.find(b"\r\n\r\n")
@@ -136,7 +160,7 @@ def parse_answer(got, *, closed, max_body):
     parts = lines[0].split(None, 2)
     if len(parts) < 2 or not parts[0].startswith(b"HTTP/1") or not parts[1].isdigit():
         raise HttpError("its answer is not HTTP")
-    headers = {}
+    headers: dict[str, str] = {}
     for line in lines[1:]:
         name, _, value = line.partition(b":")
         headers[name.strip().lower().decode("latin-1")] = value.strip().decode("latin-1")
@@ -152,7 +176,9 @@ def parse_answer(got, *, closed, max_body):
     return int(parts[1]), headers, bytes(body[:max_body])
 
 
-def request(method, path, host, body=b"", headers=()):
+def request(
+    method: str, path: str, host: str, body: bytes = b"", headers: Sequence[tuple[str, str]] = ()
+) -> bytes:
     """The bytes of a request that asks for the connection to be closed."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in headers]
@@ -167,11 +193,13 @@ class Server:
     MOST = 64
     TIMEOUT_S = 5.0
 
-    def __init__(self, loop, host, port, answer):
+    def __init__(
+        self, loop: Loop, host: str, port: int, answer: Callable[[str], Answer | None]
+    ) -> None:
         """`answer(path)` gives (status, content type, body bytes) or None for 404. Raises OSError."""
         self.loop = loop
         self.answer = answer
-        self.open = {}
+        self.open: dict[socket.socket, list[Any]] = {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,7 +209,7 @@ class Server:
         self.address = f"{shown}:{self.sock.getsockname()[1]}"
         loop.watch(self.sock, READ, self._accept)
 
-    def _accept(self, _mask):
+    def _accept(self, _mask: int) -> None:
         try:
             sock, _ = self.sock.accept()
         except OSError:
@@ -194,7 +222,7 @@ class Server:
         self.open[sock] = [timer, bytearray(), b""]
         self.loop.watch(sock, READ, lambda mask: self._ready(sock, mask))
 
-    def _ready(self, sock, mask):
+    def _ready(self, sock: socket.socket, mask: int) -> None:
         state = self.open[sock]
         try:
             if mask & WRITE:
@@ -213,7 +241,7 @@ class Server:
             state[2] = self._reply(bytes(state[1]).split(b"\r\n", 1)[0])
             self.loop.watch(sock, WRITE, lambda again: self._ready(sock, again))
 
-    def _reply(self, line):
+    def _reply(self, line: bytes) -> bytes:
         parts = line.split(b" ")
         answer = None
         if len(parts) == 3 and parts[0] == b"GET":
@@ -226,13 +254,13 @@ class Server:
         )
         return head.encode() + body
 
-    def _close(self, sock):
+    def _close(self, sock: socket.socket) -> None:
         state = self.open.pop(sock, None)
         if state is not None:
             state[0][2] = None
             self.loop.forget(sock)
 
-    def close(self):
+    def close(self) -> None:
         """Stop listening and close what is open."""
         for sock in list(self.open):
             self._close(sock)

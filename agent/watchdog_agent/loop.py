@@ -1,14 +1,23 @@
 """One thread, one selector, a heap of timers. What takes long is broken into events here, so that a
 wedged device can hold up neither a signal nor the health check."""
 
+from __future__ import annotations
+
 import heapq
 import os
 import selectors
 import signal
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable
 
-def between(low, high):
+    from .shapes import Timer
+
+
+def between(low: float, high: float) -> float:
     """A random number from low to high, for jitter. The module random would cost 0.25 MB."""
     return low + (high - low) * int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
 
@@ -16,44 +25,44 @@ def between(low, high):
 class Loop:
     """Runs callbacks until `stop`. Signals wake it through a pipe."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self._timers = []
+        self._timers: list[Timer] = []
         self._sequence = 0
         self._stopped = False
-        self._on_signal = None
+        self._on_signal: Callable[[int], None] | None = None
         self._read, self._write = os.pipe()
         for fd in (self._read, self._write):
             os.set_blocking(fd, False)
         self.selector.register(self._read, selectors.EVENT_READ, self._signalled)
 
-    def on_signals(self, numbers, callback):
+    def on_signals(self, numbers: Iterable[int], callback: Callable[[int], None]) -> None:
         """Call back with the number when one of these signals comes."""
         self._on_signal = callback
         for number in numbers:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
-    def _signalled(self, _mask):
+    def _signalled(self, _mask: int) -> None:
         for number in os.read(self._read, 64):
             if self._on_signal is not None:
                 self._on_signal(number)
 
-    def later(self, delay_s, callback):
+    def later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """Call back after delay_s; gives a list whose [2] may be set to None to cancel it."""
         self._sequence += 1
-        timer = [time.monotonic() + delay_s, self._sequence, callback]
+        timer: Timer = [time.monotonic() + delay_s, self._sequence, callback]
         heapq.heappush(self._timers, timer)
         return timer
 
-    def watch(self, sock, events, callback):
+    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
         """Call back with the ready events of sock; calling it again changes what is watched."""
         try:
             self.selector.modify(sock, events, callback)
         except KeyError:
             self.selector.register(sock, events, callback)
 
-    def forget(self, sock):
+    def forget(self, sock: socket.socket) -> None:
         """Watch sock no more and close it."""
         try:
             self.selector.unregister(sock)
@@ -61,17 +70,17 @@ class Loop:
             pass
         sock.close()
 
-    def close(self):
+    def close(self) -> None:
         """Give back the selector and the pipe."""
         self.selector.close()
         os.close(self._read)
         os.close(self._write)
 
-    def stop(self):
+    def stop(self) -> None:
         """Return from `run` after the callback that is running."""
         self._stopped = True
 
-    def run(self):
+    def run(self) -> None:
         """Until `stop`."""
         while not self._stopped:
             now = time.monotonic()

@@ -1,5 +1,7 @@
 """The agent of one device: probes, believes, tells; and stops when it is told to."""
 
+from __future__ import annotations
+
 import json
 import os
 import select
@@ -12,6 +14,13 @@ from . import consul, http, metrics, probes, reporter, state, wire
 from .loop import Loop, between
 from .suspicion import Suspicion
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from .shapes import Answer, Config, Document, Probe
+
 
 class Agent:
     """Ties the parts together. All of it runs on one thread, in `loop`."""
@@ -20,17 +29,17 @@ class Agent:
     CONSUL_WAIT_S = 1.0
     SHUT_DOWN_S = 2.5
 
-    def __init__(self, config, environ):
+    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
         self.instance = configuration.instance_of(environ)
         self.folder = configuration.state_dir_of(environ)
         self.began = time.monotonic()
         self.loop = Loop()
-        self.results = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self.probed = self.probe_failures = 0
         self.confirming = 0
         self.episode = 0
-        self.exit_code = None
+        self.exit_code: int | None = None
         kept, remark = state.load(self.folder, config["device_id"]) if self.folder else ({}, "")
         if remark:
             log(remark)
@@ -43,21 +52,21 @@ class Agent:
         self.reporter = reporter.Reporter(self.loop, config, self.report, self.retire, log)
         sequence = kept.get("sequence")
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
-        self.registration = None
+        self.registration: consul.Registration | None = None
         if config.get("consul"):
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
 
-    def ready(self):
+    def ready(self) -> bool:
         """Registered, and the first round of probes is done."""
         registered = self.registration is None or self.registration.done
         return registered and self._round_done()
 
-    def _round_done(self):
+    def _round_done(self) -> bool:
         return len(self.results) == len(self.config["probes"])
 
-    def run(self):
+    def run(self) -> int:
         """Until told to retire or signalled; the exit code."""
         self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
         self._write_address()
@@ -68,22 +77,22 @@ class Agent:
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
         self.loop.run()
-        return self.exit_code
+        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
 
     # -- probing
 
-    def _probe(self, name, spec):
+    def _probe(self, name: str, spec: Probe) -> None:
         if self.exit_code is not None:
             return
 
-        def done(ok, reason, took_s):
+        def done(ok: bool, reason: str, took_s: float) -> None:
             self._probed(name, spec, ok, reason, took_s)
             pause = spec["interval_s"] * between(0.95, 1.05) - took_s
             self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
 
         probes.start(self.loop, spec, self.config["address"], done)
 
-    def _probed(self, name, spec, ok, reason, took_s):
+    def _probed(self, name: str, spec: Probe, ok: bool, reason: str, took_s: float) -> None:
         first = name not in self.results
         self.results[name] = {"ok": ok, "reason": reason, "took_s": took_s, "at": time.time()}
         self.probed += 1
@@ -99,13 +108,13 @@ class Agent:
         if first:
             self._watch_ready()
 
-    def _confirm(self):
+    def _confirm(self) -> None:
         specs = self.config["confirm"]
         self.confirming = len(specs)
         episode = self.episode
-        answers = []
+        answers: list[tuple[str, bool, str]] = []
 
-        def done(spec, ok, reason):
+        def done(spec: Probe, ok: bool, reason: str) -> None:
             self.confirming -= 1
             answers.append((probes.name_of(spec), ok, reason))
             # The device may have come back and gone again meanwhile: that is to be asked anew.
@@ -116,21 +125,20 @@ class Agent:
             if self.suspicion.confirmation(*(alive or answers)[0]):
                 self._changed()
 
-        for spec in specs:
-            probes.start(
-                self.loop,
-                spec,
-                self.config["address"],
-                lambda ok, reason, _took, spec=spec: done(spec, ok, reason),
-            )
+        def start(spec: Probe) -> None:
+            address = self.config["address"]
+            probes.start(self.loop, spec, address, lambda ok, why, _took_s: done(spec, ok, why))
 
-    def _changed(self):
+        for spec in specs:
+            start(spec)
+
+    def _changed(self) -> None:
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
         self._save()
         if self.reporting and self.exit_code is None:
             self.reporter.changed()
 
-    def _watch_ready(self):
+    def _watch_ready(self) -> None:
         """Begin to report when ready; without Consul too, after a moment, as not ready: a dead Consul
         must not hide what we see of the device."""
         if self.exit_code is not None or not self._round_done():
@@ -142,14 +150,14 @@ class Agent:
         else:
             self.loop.later(self.CONSUL_WAIT_S, self._start_reporting)
 
-    def _start_reporting(self):
+    def _start_reporting(self) -> None:
         if not self.reporting and self.exit_code is None:
             self.reporting = True
             self.reporter.start()
 
     # -- telling
 
-    def report(self, sequence, dropped, stopping):
+    def report(self, sequence: int, dropped: int, stopping: bool) -> Document:
         """The report as of now."""
         believed = self.suspicion
         return wire.report(
@@ -167,7 +175,7 @@ class Agent:
             stopping=stopping,
         )
 
-    def answer(self, path):
+    def answer(self, path: str) -> Answer | None:
         """What the server says: (status, content type, body) or None."""
         if path == "/healthz":
             # Constant on purpose: Consul stores the text of a check.
@@ -180,7 +188,7 @@ class Agent:
             return 200, "application/json", json.dumps(self.status()).encode()
         return None
 
-    def status(self):
+    def status(self) -> Document:
         """What is known, for people and scripts."""
         believed, told = self.suspicion, self.reporter
         return {
@@ -203,7 +211,7 @@ class Agent:
 
     # -- ending
 
-    def signalled(self, number):
+    def signalled(self, number: int) -> None:
         """Shut down with 128 + number; a second signal does not wait."""
         if self.exit_code is not None:
             self.loop.stop()
@@ -211,13 +219,13 @@ class Agent:
         log("signal", number=number)
         self._shut_down(128 + number)
 
-    def retire(self, reason):
+    def retire(self, reason: str) -> None:
         """The control plane says that we are not the accepted agent (any more)."""
         if self.exit_code is None:
             log("told to retire", reason=reason)
             self._shut_down(wire.EXIT_RETIRED, tell=False)
 
-    def _shut_down(self, code, *, tell=True):
+    def _shut_down(self, code: int, *, tell: bool = True) -> None:
         self.exit_code = code
         self._save()
         self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
@@ -226,7 +234,7 @@ class Agent:
         else:
             self._deregister()
 
-    def _deregister(self):
+    def _deregister(self) -> None:
         if self.registration is None:
             self.loop.stop()
         else:
@@ -234,11 +242,11 @@ class Agent:
 
     # -- keeping
 
-    def _save_again(self):
+    def _save_again(self) -> None:
         self._save()
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
 
-    def _save(self):
+    def _save(self) -> None:
         if not self.folder:
             return
         believed = self.suspicion
@@ -257,7 +265,7 @@ class Agent:
         except OSError as error:
             log("state can't be saved", reason=http.reason_of(error))
 
-    def _write_address(self):
+    def _write_address(self) -> None:
         if not self.folder:
             return
         told = {"pid": os.getpid(), "listen": self.server.address, "instance": self.instance}
@@ -267,7 +275,7 @@ class Agent:
             log("address can't be written", reason=http.reason_of(error))
 
 
-def log(message, **facts):
+def log(message: str, **facts: object) -> None:
     """One JSON object a line on stderr; bounded; a full or closed stderr harms nobody."""
     cut = {k: v[:300] if isinstance(v, str) else v for k, v in facts.items()}
     facts = {"ts": round(time.time(), 3), "msg": message[:300], **cut}
@@ -279,7 +287,7 @@ def log(message, **facts):
         pass
 
 
-def main():
+def main() -> None:
     """Run the agent of this environment; exits as `wire` says."""
     try:
         agent = Agent(configuration.load(os.environ), os.environ)

@@ -1,12 +1,18 @@
 """Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/), by hand."""
 
+from __future__ import annotations
 
-def render(agent):
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .main import Agent
+
+
+def render(agent: Agent) -> bytes:
     """The metrics of this agent. The device is the scrape's target; no label repeats it."""
     states = ("ok", "suspect", "repairing", "offline")
-    lines = []
+    lines: list[str] = []
 
-    def metric(name, kind, text, *values):
+    def metric(name: str, kind: str, text: str, *values: tuple[str, object]) -> None:
         lines.append(f"# HELP watchdog_agent_{name} {text}")
         lines.append(f"# TYPE watchdog_agent_{name} {kind}")
         lines.extend(f"watchdog_agent_{name}{labels} {value}" for labels, value in values)

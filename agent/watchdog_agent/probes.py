@@ -4,6 +4,8 @@ Each is started with a callback `done(ok, reason, took_s)` that is called exactl
 after its time-out.
 """
 
+from __future__ import annotations
+
 import os
 import socket
 import struct
@@ -11,14 +13,21 @@ import time
 
 from . import http
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .loop import Loop
+    from .shapes import Address, Ended, Probe, Probed
+
 _REFUSED = 111
 
 
-def start(loop, spec, address, done):
+def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
     """Start the probe that `spec` (a checked probe of the configuration) describes."""
     began = time.monotonic()
 
-    def ended(ok, reason):
+    def ended(ok: bool, reason: str) -> None:
         done(ok, reason, time.monotonic() - began)
 
     kind = spec["kind"]
@@ -30,16 +39,16 @@ def start(loop, spec, address, done):
         _icmp(loop, spec, address, ended)
 
 
-def name_of(spec):
+def name_of(spec: Probe) -> str:
     """How a probe is called in reasons: http:8080, tcp:22, icmp."""
     return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
 
 
-def _http(loop, spec, address, ended):
+def _http(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     host = f"[{address}]" if ":" in address else address
     wanted = spec.get("expect_status", 200)
 
-    def answered(status, _headers, body):
+    def answered(status: int | None, _headers: dict[str, str], body: Any) -> None:
         if status is None:
             ended(False, body)
         elif status != wanted:
@@ -54,14 +63,22 @@ def _http(loop, spec, address, ended):
 class _Tcp:
     """A connection attempt. `refused_is_alive`: for reachability a refusal is an answer too."""
 
-    def __init__(self, loop, address, timeout_s, ended, *, refused_is_alive):
+    def __init__(
+        self,
+        loop: Loop,
+        address: Address,
+        timeout_s: float,
+        ended: Ended,
+        *,
+        refused_is_alive: bool,
+    ) -> None:
         self.loop = loop
-        self.ended = ended
+        self.ended: Ended | None = ended
         self.refused_is_alive = refused_is_alive
         self.timer = loop.later(
             timeout_s, lambda: self._end(False, f"no answer within {timeout_s:g} s")
         )
-        self.sock = None
+        self.sock: socket.socket | None = None
         try:
             family, kind, proto, _, where = http.resolve(address)
             self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
@@ -70,15 +87,16 @@ class _Tcp:
             text = http.reason_of(error)
             loop.later(0, lambda: self._end(False, text))
             return
-        if code in (0, 11, 115):
+        if code in http.CONNECTING:
             loop.watch(self.sock, http.WRITE, self._ready)
         else:
             loop.later(0, lambda: self._judge(code))
 
-    def _ready(self, _mask):
+    def _ready(self, _mask: int) -> None:
+        assert self.sock is not None
         self._judge(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
-    def _judge(self, code):
+    def _judge(self, code: int) -> None:
         if code == 0:
             self._end(True, "connected")
         elif code == _REFUSED and self.refused_is_alive:
@@ -86,7 +104,7 @@ class _Tcp:
         else:
             self._end(False, os.strerror(code).lower())
 
-    def _end(self, ok, reason):
+    def _end(self, ok: bool, reason: str) -> None:
         self.timer[2] = None
         if self.sock is not None:
             self.loop.forget(self.sock)
@@ -99,8 +117,19 @@ class _Tcp:
 class _Echo:
     """One ICMP echo over a datagram or a raw socket."""
 
-    def __init__(self, loop, sock, where, timeout_s, ended, *, raw, v6):
-        self.loop, self.sock, self.ended, self.raw, self.v6 = loop, sock, ended, raw, v6
+    def __init__(  # called in one place
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        where: Any,
+        timeout_s: float,
+        ended: Ended,
+        *,
+        raw: bool,
+        v6: bool,
+    ) -> None:
+        self.loop, self.sock, self.raw, self.v6 = loop, sock, raw, v6
+        self.ended: Ended | None = ended
         self.ident = os.getpid() & 0xFFFF
         self.token = os.urandom(16)
         self.timer = loop.later(
@@ -117,7 +146,7 @@ class _Echo:
         else:
             loop.watch(sock, http.READ, self._ready)
 
-    def _ready(self, _mask):
+    def _ready(self, _mask: int) -> None:
         try:
             data = self.sock.recv(2048)
         except OSError as error:
@@ -129,7 +158,7 @@ class _Echo:
         if len(data) >= 24 and data[0] == (129 if self.v6 else 0) and data[8:24] == self.token:
             self._end(True, "echo")
 
-    def _end(self, ok, reason):
+    def _end(self, ok: bool, reason: str) -> None:
         self.timer[2] = None
         self.loop.forget(self.sock)
         ended, self.ended = self.ended, None
@@ -137,7 +166,7 @@ class _Echo:
             ended(ok, reason)
 
 
-def _icmp(loop, spec, address, ended):
+def _icmp(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     """Datagram socket, else raw socket, else TCP where neither is allowed."""
     try:
         family, _, _, _, where = http.resolve((address, spec.get("port") or 80))
@@ -159,9 +188,9 @@ def _icmp(loop, spec, address, ended):
     _Tcp(loop, (address, port), spec["timeout_s"], ended, refused_is_alive=True)
 
 
-def checksum(data):
+def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071) of an even number of bytes."""
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
     total += total >> 16
     return ~total & 0xFFFF

@@ -1,11 +1,21 @@
 """Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections import deque
 
 from . import http, wire
 from .loop import between
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .loop import Loop
+    from .shapes import Config, Document, Said, Timer
 
 
 class Reporter:
@@ -15,7 +25,14 @@ class Reporter:
     BUFFER = 64
     MOST_WAIT_S = 30.0
 
-    def __init__(self, loop, config, make, retire, said):
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        make: Callable[[int, int, bool], Document],
+        retire: Said,
+        said: Said,
+    ) -> None:
         """`make(sequence, dropped, stopping)` gives the report as of now."""
         self.loop = loop
         self.make = make
@@ -25,25 +42,25 @@ class Reporter:
         self.beat_s = config.get("beat_s", 15.0)
         self.sequence = 0
         self.sent = self.failed = self.dropped = 0
-        self.waiting = deque()
-        self.fetch = None
+        self.waiting: deque[Document] = deque()
+        self.fetch: http.Fetch | None = None
         self.failures = 0
         self.chosen = 0
         self.last_error = ""
-        self.timer = None
-        self.closing = None
+        self.timer: Timer | None = None
+        self.closing: Callable[[], None] | None = None
 
-    def start(self):
+    def start(self) -> None:
         """Begin to beat."""
         self.changed()
         self._beat()
 
-    def _beat(self):
+    def _beat(self) -> None:
         self.loop.later(self.beat_s * between(0.9, 1.1), self._beat)
         if not self.waiting and self.fetch is None and self.closing is None:
             self.changed()
 
-    def changed(self, stopping=False):
+    def changed(self, *, stopping: bool = False) -> None:
         """Something worth telling has happened."""
         if not self.urls:
             return
@@ -56,7 +73,7 @@ class Reporter:
         if self.fetch is None and self.timer is None:
             self._send()
 
-    def _send(self):
+    def _send(self) -> None:
         self.timer = None
         if not self.waiting or self.fetch is not None:
             return
@@ -69,7 +86,7 @@ class Reporter:
             self.loop, (url.host, url.port), data, self.TIMEOUT_S, self._answered
         )
 
-    def _answered(self, status, headers, body):
+    def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         self.fetch = None
         if status == 200:
             self.sent += 1
@@ -107,7 +124,7 @@ class Reporter:
             wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * between(1.0, 1.2))
         self.timer = self.loop.later(wait, self._send)
 
-    def close(self, then):
+    def close(self, then: Callable[[], None]) -> None:
         """Send a last report and call back, at the latest after a second."""
         self.closing = then
         if not self.urls:
@@ -123,7 +140,7 @@ class Reporter:
         self.loop.later(1.0, self._closed)
         self.changed(stopping=True)
 
-    def _closed(self):
+    def _closed(self) -> None:
         then, self.closing = self.closing, None
         if self.fetch is not None:
             self.fetch.cancel()
@@ -133,7 +150,7 @@ class Reporter:
             then()
 
 
-def reason_of(body):
+def reason_of(body: bytes) -> str:
     """The message of an answer of our API, else its beginning."""
     try:
         return str(json.loads(body)["error"]["message"])[:200]
@@ -141,7 +158,7 @@ def reason_of(body):
         return ascii(bytes(body[:80]))
 
 
-def read_token():
+def read_token() -> str:
     """The bearer token, read anew each time: a mounted file rotates."""
     path = os.environ.get("WATCHDOG_TOKEN_FILE")
     if not path:

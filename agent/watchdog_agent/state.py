@@ -1,19 +1,25 @@
 """What outlives a restart of the agent: one small file, written whole or not at all."""
 
+from __future__ import annotations
+
 import binascii
 import json
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .shapes import Document
+
 NAME = "state.json"
 
 
-def load(folder, device_id):
+def load(folder: str, device_id: str) -> tuple[Document, str]:
     """(state, remark): what was kept for this device, else {} and why. Never raises."""
     try:
         with open(os.path.join(folder, NAME), "rb") as file:
             raw = file.read(65536)
         kept = json.loads(raw)
-        state = kept["state"]
+        state: Document = kept["state"]
         if binascii.crc32(encode(state)) != kept["crc32"]:
             return {}, "state file: wrong checksum; starting clean"
         if state.get("device_id") != device_id:
@@ -32,13 +38,13 @@ def load(folder, device_id):
     return state, ""
 
 
-def save(folder, state):
+def save(folder: str, state: Document) -> None:
     """Store it so that a crash at any moment leaves the old or the new file. Raises OSError."""
     text = json.dumps({"state": state, "crc32": binascii.crc32(encode(state))}).encode()
     write(os.path.join(folder, NAME), text)
 
 
-def write(path, data):
+def write(path: str, data: bytes) -> None:
     """Write, sync, rename, sync the folder."""
     temporary = f"{path}.{os.getpid()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -54,13 +60,13 @@ def write(path, data):
         except OSError:
             pass
         raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(fd)
     finally:
-        os.close(folder)
+        os.close(fd)
 
 
-def encode(state):
+def encode(state: Document) -> bytes:
     """The bytes that the checksum is of."""
     return json.dumps(state, sort_keys=True).encode()

@@ -1,62 +1,82 @@
 """Probe results → what is believed of the device. Pure: no clock, no I/O.
 
-ok → (k misses in a row) → suspect → (an independent confirmation failed too) → offline.
-One success of a probe leads back to ok. A device that never answered is suspected for ever, never
-called offline: it may not be there yet (S6).
+ok → (k misses in a row of a probe) → suspect → (no probe answers, and an independent confirmation failed
+too) → offline. A device that answers any probe is not offline; one that never answered is suspected for
+ever, never called offline: it may not be there yet (S6).
 """
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    State = Literal["ok", "suspect", "offline"]
 
 
 class Suspicion:
     """The belief about one device. `need`: misses in a row of one probe that make it suspect."""
 
-    def __init__(self, need, *, was_ready=False):
+    def __init__(self, need: int, *, was_ready: bool = False) -> None:
         self.need = need
-        self.state = "ok"
+        self.state: State = "ok"
         self.was_ready = was_ready
         self.confirmed = False
         self.reason = "no probe has answered yet"
-        self._misses = {}
+        self._misses: dict[str, int] = {}
+        self._late: set[str] = set()
 
-    def restore(self, state, reason):
+    def restore(self, state: object, reason: object) -> None:
         """Go on from what an earlier run believed, so that a restart is not taken for a recovery."""
         if self.was_ready and state in ("suspect", "offline"):
-            self.state, self.confirmed = state, state == "offline"
+            self.confirmed = state == "offline"
+            self.state = "offline" if self.confirmed else "suspect"
             self.reason = reason if isinstance(reason, str) else "as before the restart"
 
     @property
-    def misses(self):
+    def misses(self) -> int:
         """Most misses in a row of any probe."""
         return max(self._misses.values(), default=0)
 
-    def probed(self, name, ok, reason, need=None):
+    def probed(self, name: str, ok: bool, reason: str, need: int | None = None) -> bool:
         """Take one result of probe `name` (unique among the probes); true when the state changed."""
         before = self.state
         if ok:
             self._misses[name] = 0
+            self._late.discard(name)
             self.was_ready = True
-            if not any(self._misses.values()):
-                self.state, self.confirmed, self.reason = "ok", False, reason
+            self.confirmed = False
+            if not self._late:
+                self.state, self.reason = "ok", reason
+            elif self.state == "offline":
+                self.state = "suspect"
+                self.reason = f"{self._cause()}; but {name} answers"
         else:
             self._misses[name] = self._misses.get(name, 0) + 1
             if self._misses[name] >= (need or self.need):
+                self._late.add(name)
                 if self.state == "ok":
                     self.state = "suspect"
                 if self.state == "suspect":
                     self.reason = f"{reason}, {self._misses[name]} times"
         return self.state != before
 
-    def wants_confirmation(self):
+    def wants_confirmation(self) -> bool:
         """Whether an independent probe should be asked now."""
-        return self.state == "suspect" and self.was_ready and not self.confirmed
+        silent = all(self._misses.values())
+        return self.state == "suspect" and self.was_ready and silent and bool(self._late)
 
-    def confirmation(self, name, ok, reason):
+    def confirmation(self, name: str, ok: bool, reason: str) -> bool:
         """Take the result of the independent probe; true when the state changed."""
         if not self.wants_confirmation():
             return False
         if ok:
-            self.reason = f"{self.reason.partition('; ')[0]}; but {name} answers"
+            self.reason = f"{self._cause()}; but {name} answers"
             return False
         self.confirmed = True
         self.state = "offline"
-        self.reason = f"{self.reason.partition('; ')[0]}; {name}: {reason}"
+        self.reason = f"{self._cause()}; {name}: {reason}"
         return True
+
+    def _cause(self) -> str:
+        return self.reason.partition("; ")[0]

@@ -16,6 +16,7 @@ import pytest
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.metrics import Metrics
@@ -310,7 +311,7 @@ async def test_a_wish_is_not_acknowledged_from_an_old_cache(
             try:
                 await plane.register("a")
                 break
-            except Exception as error:
+            except ConflictError as error:
                 assert "try again" in str(error)
         now = await other.registry.get(slug)
         await other.registry.close()

@@ -1,0 +1,28 @@
+"""Shapes of values, for type checkers only.
+
+Nobody imports this at run time: `typing` alone would cost every device 0.7 MB (bench/agent.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+Config: TypeAlias = dict[str, Any]
+"""The configuration document, checked (see `wire`)."""
+Probe: TypeAlias = dict[str, Any]
+"""One checked probe of it."""
+Document: TypeAlias = dict[str, Any]
+"""A JSON object that leaves or is kept."""
+Timer: TypeAlias = list[Any]
+"""[when, sequence, callback or None]: a list, because the heap compares it and cancelling changes it."""
+Address: TypeAlias = tuple[str, int]
+Ended: TypeAlias = Callable[[bool, str], None]
+"""ok, reason"""
+Probed: TypeAlias = Callable[[bool, str, float], None]
+"""ok, reason, seconds taken"""
+Fetched: TypeAlias = Callable[[int | None, dict[str, str], Any], None]
+"""status, headers, body bytes; or None, {}, the reason as text"""
+Answer: TypeAlias = tuple[int, str, bytes]
+"""status, content type, body"""
+Said: TypeAlias = Callable[[str], None]
