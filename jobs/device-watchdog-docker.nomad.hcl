@@ -16,6 +16,12 @@ variable "image" {
   description = "Pin a version, or better a digest."
 }
 
+variable "consul_addr" {
+  type        = string
+  default     = ""
+  description = "Where a client's Consul agent is, if not where the configuration says: $${meta.…}, say."
+}
+
 variable "cpu" {
   type    = number
   default = 50
@@ -105,7 +111,8 @@ job "device-watchdog" {
       }
 
       env {
-        WATCHDOG_CONFIG = "$${NOMAD_TASK_DIR}/device.json"
+        WATCHDOG_CONFIG  = "$${NOMAD_TASK_DIR}/device.json"
+        CONSUL_HTTP_ADDR = var.consul_addr
       }
 
       dispatch_payload {

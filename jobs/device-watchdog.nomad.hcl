@@ -48,6 +48,12 @@ variable "token_file" {
   description = "A file on the client with the API's token, where the API asks for one."
 }
 
+variable "consul_addr" {
+  type        = string
+  default     = ""
+  description = "Where a client's Consul agent is, if not where the configuration says: $${meta.…}, say."
+}
+
 variable "cpu" {
   type    = number
   default = 50
@@ -141,6 +147,7 @@ job "device-watchdog" {
       env {
         WATCHDOG_CONFIG     = "$${NOMAD_TASK_DIR}/device.json"
         WATCHDOG_TOKEN_FILE = var.token_file
+        CONSUL_HTTP_ADDR    = var.consul_addr
       }
 
       dynamic "artifact" {

@@ -59,7 +59,10 @@ log {{
 }}
 """
 RAW_EXEC: Final = """\
-  variables    = {{ python = "{python}" }}
+  variables = {{
+    python      = "{python}"
+    consul_addr = "$${{meta.consul_http_addr}}"
+  }}
 """
 LOCAL_BLOCKS: Final = """\
 registry {{
@@ -186,14 +189,16 @@ class Stage:
 
 @asynccontextmanager
 async def open_stage(
-    backend: str, root: Path, device_port: int, *, strategy: str = "dispatch"
+    backend: str, root: Path, device_port: int, *, strategy: str = "dispatch", clients: int = 1
 ) -> AsyncIterator[Stage]:
-    """Start everything; on the way out stop it in order and leave nothing running."""
+    """Start everything; on the way out stop it in order and leave nothing running.
+
+    `clients`: Nomad clients, each with a Consul agent beside it if there are several."""
     async with AsyncExitStack() as stack:
         consul = nomad = ""
         blocks, extra = LOCAL_BLOCKS, ""
         if backend == "nomad":
-            consul, nomad = await _servers(stack, root)
+            consul, nomad = await _servers(stack, root, clients)
             blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
         api_port = free_port()
         config = root / "nomad-watchdog.hcl"
@@ -222,13 +227,17 @@ async def open_stage(
                 await stop_agents(stage)
 
 
-async def _servers(stack: AsyncExitStack, root: Path) -> tuple[str, str]:
+async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str, str]:
     from nomad_watchdog.dev.consul import ConsulServer
     from nomad_watchdog.dev.nomad import NomadServer
 
     consul = await stack.enter_async_context(ConsulServer(root / "consul"))
+    agents = [consul]
+    for number in range(1, clients):
+        agent = ConsulServer(root / f"consul-{number}", node=f"node-{number}", join=consul)
+        agents.append(await stack.enter_async_context(agent))
     nomad = await stack.enter_async_context(
-        NomadServer(root / "nomad", consul_addr=consul.http_addr)
+        NomadServer(root / "nomad", [agent.http_addr for agent in agents], clients)
     )
     return consul.http_addr, nomad.http_addr
 

@@ -1,5 +1,7 @@
-"""A real Consul server on this machine: one server with a data folder, not ``-dev``, which keeps
-nothing and so shows nothing of what a restart does."""
+"""A real Consul on this machine: a server with a data folder, and client agents that join it.
+
+Not ``-dev``, which keeps nothing and so shows nothing of what a restart does.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +32,29 @@ class ConsulServer:
     """``async with ConsulServer(folder) as consul: … consul.http_addr``.
 
     Ports are chosen once, so that `start` after `stop` or `kill` brings the same server back.
-    `max_connections`: Consul's ``limits.http_max_conns_per_client``.
+    `max_connections`: Consul's ``limits.http_max_conns_per_client``. `join`: be a client agent of that
+    server, as every node of a cluster has one; then `node` must be a name of its own.
     """
 
-    def __init__(self, data_dir: Path, *, acl: bool = False, max_connections: int = 200) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        acl: bool = False,
+        max_connections: int = 200,
+        node: str = "watchdog-consul",
+        join: ConsulServer | None = None,
+    ) -> None:
         self.data_dir = data_dir
-        self.node = "watchdog-consul"
-        self.token = str(uuid.uuid4()) if acl else ""
+        self.node = node
+        self.token: str = join.token if join is not None else str(uuid.uuid4()) if acl else ""
         """Management token when ACLs are on; secret."""
         self.http_port = free_port()
         self.http_addr = f"http://127.0.0.1:{self.http_port}"
-        self._serf_port = free_port()
+        self.serf_port = free_port()
         self._server_port = free_port()
         self._max_connections = max_connections
+        self._join = join
         self._process: Process | None = None
 
     async def __aenter__(self) -> Self:
@@ -78,7 +90,7 @@ class ConsulServer:
         config.write_text(json.dumps(self._config(), indent=1))
         # what the environment says is meant for clients, and would reach the server's checks
         env = {key: value for key, value in os.environ.items() if not key.startswith("CONSUL_")}
-        argv = [str(program), "agent", "-server", "-bootstrap-expect=1", f"-config-file={config}"]
+        argv = [str(program), "agent", f"-config-file={config}"]
         process = Process.start(argv, log=self.log_file, env=env)
         self._process = process
         started = time.monotonic()
@@ -122,7 +134,7 @@ class ConsulServer:
             "client_addr": "127.0.0.1",
             "ports": {
                 "http": self.http_port,
-                "serf_lan": self._serf_port,
+                "serf_lan": self.serf_port,
                 "server": self._server_port,
                 "dns": -1,
                 "serf_wan": -1,
@@ -136,6 +148,10 @@ class ConsulServer:
             "performance": {"raft_multiplier": 1},
             "session_ttl_min": "1s",
         }
+        if self._join is None:
+            config |= {"server": True, "bootstrap_expect": 1}
+        else:
+            config |= {"retry_join": [f"127.0.0.1:{self._join.serf_port}"]}
         if self.token:
             config["acl"] = {
                 "enabled": True,

@@ -256,6 +256,7 @@ class NomadServer:
                 "gc_inode_usage_threshold": 99,
                 "min_dynamic_port": first,
                 "max_dynamic_port": first + _PORTS_EACH - 1,
+                "meta": {"consul_http_addr": self._consul_address(index)},
                 "options": {"fingerprint.denylist": _denied(with_consul=bool(self._consul))},
             },
         }
@@ -269,11 +270,12 @@ class NomadServer:
             }
         return config
 
+    def _consul_address(self, index: int) -> str:
+        return self._consul[index % len(self._consul)] if self._consul else ""
+
     def _consul_config(self, index: int) -> dict[str, Any]:
         # without a Consul of ours, Nomad must not find somebody's on the default port
-        address = "http://127.0.0.1:1"
-        if self._consul:
-            address = self._consul[index % len(self._consul)]
+        address = self._consul_address(index) or "http://127.0.0.1:1"
         return {
             "address": urlsplit(address).netloc,
             "auto_advertise": False,
