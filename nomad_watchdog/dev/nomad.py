@@ -151,11 +151,12 @@ class NomadServer:
         self._running(index).send(signal.SIGCONT)
 
     async def stop(self) -> None:
-        """Stop all jobs, then the processes, then what they left: tasks, mounts, the folder."""
+        """Stop all jobs if one has a process, then our processes, then what they left: mounts, the folder."""
         alive = [one for one in self._processes if one is not None and one.returncode is None]
         for process in alive:
             process.send(signal.SIGCONT)
-        if self._processes[0] in alive:
+        has_tasks = await asyncio.to_thread(lambda: any(_left_behind(self.data_dir)))
+        if self._processes[0] in alive and has_tasks:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, TerminalError):
                 await self._stop_jobs()
         for process in reversed(alive):
