@@ -169,7 +169,6 @@ class Demo:
         before = self.stage.agent_pids()
         assert self.stage.reconciler is not None
         await self.stage.reconciler.kill()
-        await asyncio.sleep(1.0)
         await self.stage.start_reconciler()
         expected = {"watched", "offline"}
         while True:
@@ -178,7 +177,7 @@ class Demo:
                 break
             await asyncio.sleep(0.2)
         # Level-triggered means that a second look changes nothing either.
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(1.0)
         after = self.stage.agent_pids()
         if after != before:
             raise TransientError(f"agents changed: {len(before.items() ^ after.items())} differ")
@@ -189,8 +188,18 @@ async def _run(backend: str, devices: int, output: str, strategy: str) -> int:
     show = Show(live=output == "table" and sys.stderr.isatty())
     main_task = asyncio.current_task()
     assert main_task is not None
+    interrupted = False
+
+    def interrupt() -> None:
+        # Only the first signal cancels: a second one would cut short the tidying up.
+        nonlocal interrupted
+        if not interrupted:
+            show.say("interrupted; stopping everything that was started")
+            interrupted = True
+            main_task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, main_task.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, interrupt)
     began = time.monotonic()
     port = free_port()
     with tempfile.TemporaryDirectory(
@@ -205,7 +214,9 @@ async def _run(backend: str, devices: int, output: str, strategy: str) -> int:
                     await demo.run()
                 show.say("stopping everything that was started")
         except asyncio.CancelledError:
-            show.say("interrupted; everything that was started has been stopped")
+            if not interrupted:
+                raise
+            show.say("stopped")
             return 130
         finally:
             await fleet.close()
