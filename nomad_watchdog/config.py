@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from nomad_watchdog import __version__, schedulers
+from nomad_watchdog import __version__
 from nomad_watchdog.config_hcl import parse_duration, parse_size, show
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, Limits
@@ -28,6 +27,7 @@ ENVIRONMENT: Final[Mapping[str, tuple[str, str]]] = {
     "NOMAD_ADDR": ("nomad", "address"),
     "NOMAD_NAMESPACE": ("nomad", "namespace"),
     "NOMAD_REGION": ("nomad", "region"),
+    "NOMAD_TOKEN_FILE": ("nomad", "token_file"),
     "NOMAD_CACERT": ("nomad", "ca_cert"),
     "NOMAD_CLIENT_CERT": ("nomad", "client_cert"),
     "NOMAD_CLIENT_KEY": ("nomad", "client_key"),
@@ -155,6 +155,58 @@ class Probe(Block):
         }
 
 
+REPAIRS: Final[Mapping[str, str]] = {
+    "interface": "interface",
+    "http": "url",
+    "unit": "unit",
+    "command": "command",
+    "wake": "mac",
+}
+"""Kind of repair → the one setting that says on what it is done."""
+
+
+class Repair(Block):
+    """One step of a class's ladder, in the order of the file."""
+
+    kind: Literal["interface", "http", "unit", "command", "wake"]
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")] | None = None
+    url: Url | None = None
+    unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$")] | None = None
+    command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
+    mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
+    budget: Annotated[int, Field(ge=1, le=1000)] = 3
+    window: Positive = 3600.0
+    cooldown: Seconds = 30.0
+    timeout: Positive = 10.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Repair:
+        wanted = REPAIRS[self.kind]
+        for setting in REPAIRS.values():
+            if (getattr(self, setting) is not None) != (setting == wanted):
+                raise ValueError(
+                    f"{self.kind} needs {wanted}"
+                    if setting == wanted
+                    else f"{self.kind} knows no {setting}; it acts on {wanted}"
+                )
+        if self.timeout >= self.window:
+            raise ValueError(
+                f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
+            )
+        return self
+
+    def wire(self) -> dict[str, Any]:
+        """As the agent's document says it, under `repairs`."""
+        return {
+            "kind": self.kind,
+            REPAIRS[self.kind]: getattr(self, REPAIRS[self.kind]),
+            "budget": self.budget,
+            "window_s": self.window,
+            "cooldown_s": self.cooldown,
+            "timeout_s": self.timeout,
+        }
+
+
 class AgentClass(Block):
     template: Text = ""
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")] = __version__
@@ -167,11 +219,10 @@ class AgentClass(Block):
     beat: Positive = 15.0
     probe: tuple[Probe, ...] = ()
     confirm: tuple[Probe, ...] = ()
+    repair: tuple[Repair, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> AgentClass:
-        if not self.probe:
-            raise ValueError('has no probe; add  probe "tcp" { port = 80 }')
         same = {probe.kind for probe in self.probe} & {probe.kind for probe in self.confirm}
         if same:
             raise ValueError(f"confirm must be of another kind than probe; both have {min(same)}")
@@ -181,7 +232,6 @@ class AgentClass(Block):
 
 
 class Presence(Block):
-    grace: Seconds = 10.0
     startup_grace: Positive = 60.0
     report_stale: Positive = 45.0
 
@@ -263,7 +313,6 @@ class Settings(Block):
             breaker_fraction=self.breaker.fraction,
             replace_at_once=self.rollout.at_once,
             replace_fraction=self.rollout.fraction,
-            kill_grace_s=self.presence.grace,
             startup_grace_s=self.presence.startup_grace,
             report_stale_s=self.presence.report_stale,
             backoff_initial_s=self.retry.initial,
@@ -280,7 +329,7 @@ class Settings(Block):
     def _spec(self, name: str, kind: AgentClass) -> AgentSpec:
         variables = kind.variables | ({"driver": kind.driver} if kind.driver else {})
         behaviour = {
-            "template": _template_text(name, kind.template),
+            "template": template_text(kind.template),
             "version": kind.version,
             "resources": [kind.cpu, kind.memory, kind.kill_timeout],
             "probes": [probe.wire() for probe in kind.probe],
@@ -289,6 +338,9 @@ class Settings(Block):
             "variables": variables,
             "metadata": kind.metadata,
         }
+        # Only when there are any, so that a class without keeps its hash, and its agents.
+        repairs = {"repairs": [step.wire() for step in kind.repair]} if kind.repair else {}
+        behaviour |= repairs
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
             agent_class=name,
@@ -313,6 +365,7 @@ class Settings(Block):
                     "confirm": behaviour["confirm"],
                     "metadata": kind.metadata,
                 }
+                | repairs
             ),
         )
 
@@ -324,43 +377,16 @@ class Settings(Block):
         token = {"token_file": self.api.token_file} if self.api.token_file else {}
         return {"agent_source": f"{self.advertise}/artifacts/watchdog-agent.pyz"} | token
 
-    def misfits(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What no single setting shows: (path, message) of each inequality that does not hold."""
-        backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
-        if self.backend not in backends:
-            yield ("backend",), f"{show(self.backend)} is not installed; installed: {backends}"
-        for name, kind in self.agent_class.items():
-            stale, start = self.presence.report_stale, self.presence.startup_grace
-            if stale < 2 * kind.beat:
-                yield (
-                    ("presence", "report_stale"),
-                    f"{stale:g}s is less than two beats of class {name}; at least {2 * kind.beat:g}s",
-                )
-            if kind.kill_timeout > start:
-                yield (
-                    ("agent_class", name, "kill_timeout"),
-                    f"{kind.kill_timeout:g}s is longer than presence.startup_grace ({start:g}s)",
-                )
-        if self.retry.initial > self.retry.max:
-            yield (
-                ("retry", "initial"),
-                f"{self.retry.initial:g}s is longer than retry.max ({self.retry.max:g}s)",
-            )
-        for side in ("nomad", "consul"):
-            block = getattr(self, side)
-            if (block.client_cert is None) != (block.client_key is None):
-                yield (side, "client_cert"), "client_cert and client_key go together"
 
-
-def _template_text(name: str, template: str) -> str:
-    """The text of a template file, or the name of a built-in one."""
+def template_text(template: str) -> str:
+    """The text of a template file, or the name of a built-in one. Raises UserError."""
     if "/" not in template and not template.endswith((".hcl", ".yaml")):
         return f"builtin:{template}"
     try:
         return FilePath(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"agent_class {name}: template {show(template)}: {why}") from error
+        raise UserError(f"template file {show(template)}: {why}") from error
 
 
 def _canonical(value: object) -> str:

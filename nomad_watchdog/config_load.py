@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from nomad_watchdog.config import ENVIRONMENT, FILE_NAME, PREFIX, Settings
+from nomad_watchdog import schedulers
+from nomad_watchdog.config import ENVIRONMENT, FILE_NAME, PREFIX, Settings, template_text
 from nomad_watchdog.config_hcl import KINDS, NAMED, Document, Path, Problem, read, show
 from nomad_watchdog.errors import UserError
 
@@ -20,8 +23,11 @@ def load(
     path: str | FilePath | None = None,
     env: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    templates: bool = False,
 ) -> Settings:
     """Read, merge and check. `overrides`: dotted setting → value, from flags. None = empty.
+    `templates`: also that the files of the classes' templates can be read.
 
     Raises one UserError that names every problem of the file."""
     env, overrides = env or {}, overrides or {}
@@ -38,11 +44,85 @@ def load(
         known = {(problem.path, problem.line) for problem in problems}
         found = (_problem(dict(item), document) for item in error.errors(include_url=False))
         problems += [problem for problem in found if (problem.path, problem.line) not in known]
-    else:
-        problems += [Problem(p, text, document.line_of(p)) for p, text in settings.misfits()]
+    wrong = {problem.path for problem in problems}
+    sound = settings or _sound_part(document.data)
+    for paths, text in _misfits(sound, templates=templates) if sound else ():
+        # What was left out has its default there, and would be compared in vain.
+        if not any(_overlap(path, bad) for path in paths for bad in wrong):
+            problems.append(Problem(paths[0], text, document.line_of(paths[0])))
     if problems or settings is None:
         raise UserError(_message(problems, source, origins, document))
     return settings
+
+
+def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Path, ...], str]]:
+    """What no single setting shows: (the settings concerned, first the one to change; message)."""
+    backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
+    if settings.backend not in backends:
+        yield (("backend",),), f"{show(settings.backend)} is not installed; installed: {backends}"
+    for name, kind in settings.agent_class.items():
+        where: Path = ("agent_class", name)
+        if not kind.probe:
+            yield ((*where, "probe"),), 'has no probe; add  probe "tcp" { port = 80 }'
+        stale, start = settings.presence.report_stale, settings.presence.startup_grace
+        if stale < 2 * kind.beat:
+            yield (
+                (("presence", "report_stale"), (*where, "beat")),
+                f"{stale:g}s is less than two beats of class {name}; at least {2 * kind.beat:g}s",
+            )
+        if kind.kill_timeout > start:
+            yield (
+                ((*where, "kill_timeout"), ("presence", "startup_grace")),
+                f"{kind.kill_timeout:g}s is longer than presence.startup_grace ({start:g}s)",
+            )
+        if templates:
+            try:
+                template_text(kind.template)
+            except UserError as error:
+                yield ((*where, "template"),), str(error)
+    if settings.retry.initial > settings.retry.max:
+        yield (
+            (("retry", "initial"), ("retry", "max")),
+            f"{settings.retry.initial:g}s is longer than retry.max ({settings.retry.max:g}s)",
+        )
+    for side in ("nomad", "consul"):
+        block = getattr(settings, side)
+        if (block.client_cert is None) != (block.client_key is None):
+            paths = ((side, "client_cert"), (side, "client_key"))
+            yield paths, "client_cert and client_key go together"
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
+
+
+def _sound_part(data: Mapping[str, Any]) -> Settings | None:
+    """The settings without those that are wrong by themselves, so that the rest can be compared in
+    the same run; None when nothing sensible is left."""
+    rest = copy.deepcopy(dict(data))
+    for _ in range(8):  # each round drops at least one step of a path, and no path is longer
+        try:
+            return Settings.model_validate(rest)
+        except ValidationError as error:
+            places = {tuple(s for s in item["loc"] if s != "[key]") for item in error.errors()}
+        for place in sorted(places, key=str, reverse=True):  # of a list the last one first
+            _drop(rest, place)
+    return None
+
+
+def _drop(data: Any, place: Path) -> None:
+    """Take out the setting at this place, or the block around it when it is what is missing."""
+    holders = [data]
+    for step in place[:-1]:
+        holders.append(_step(holders[-1], step))
+    for holder, step in zip(reversed(holders), reversed(place), strict=True):
+        if isinstance(holder, dict) and step in holder:
+            del holder[str(step)]
+            return
+        if isinstance(holder, list) and isinstance(step, int) and step < len(holder):
+            del holder[step]
+            return
 
 
 def find_file(path: str | FilePath | None, env: Mapping[str, str]) -> FilePath | None:

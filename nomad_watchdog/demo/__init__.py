@@ -16,12 +16,15 @@ from typing import Any, Final
 
 from nomad_watchdog.demo.fleet import SimulatedFleet
 from nomad_watchdog.demo.show import Show
-from nomad_watchdog.demo.stage import Stage, open_stage
+from nomad_watchdog.demo.stage import BRISK, CALM, Stage, open_stage
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import DeviceId, slug_of
 
 STEP_TIMEOUT_S: Final = 90.0
+POLL_S: Final = 0.1
+FEW: Final = 50
+"""Up to so many devices are probed twice a second; more would load a small machine for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Demo:
         steps: list[tuple[str, Callable[[], Awaitable[str]]]] = [
             (f"{self.count} devices appear", self.come_up),
             ("an agent is killed with kill -9", self.kill_agent),
-            ("a device leaves", self.device_leaves),
+            ("a device goes offline and leaves", self.device_leaves),
             ("a device vanishes without a word", self.device_vanishes),
             ("a device reboots", self.device_reboots),
             ("a new device appears", self.device_appears),
@@ -88,7 +91,7 @@ class Demo:
             item = await self.item(name)
             if item and item["verdict"] in verdicts:
                 return item
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(POLL_S)
 
     async def come_up(self) -> str:
         names = [f"device-{n:02}" for n in range(1, self.count + 1)]
@@ -101,7 +104,7 @@ class Demo:
                 advance(ready)
                 if ready == len(names):
                     break
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(POLL_S)
         if not self.stage.consul:
             return f"{len(names)} agents ready, one for each"
         # Consul asks each agent every 10 s, beginning at a random moment.
@@ -114,14 +117,14 @@ class Demo:
         name = "device-03"
         slug = slug_of(DeviceId(name))
         before = await self.item(name)
-        pid = self.stage.agent_pids()[slug]
+        pid = self.stage.agent_pid(slug)
         os.kill(pid, signal.SIGKILL)
         while True:
             again = self.stage.agent_pids().get(slug)
             item = await self.item(name)
             if again not in {None, pid} and item.get("verdict") == "watched":
                 break
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(POLL_S)
         if item["epoch"] != before["epoch"]:
             raise TransientError("a restart in place changed the epoch")
         return f"pid {pid} → {again}, restarted by the scheduler in the same placement"
@@ -129,22 +132,24 @@ class Demo:
     async def device_leaves(self) -> str:
         name = "device-05"
         slug = slug_of(DeviceId(name))
-        pid = self.stage.agent_pids()[slug]
-        await self.fleet.devices[name].power_off()
-        await self.stage.deregister(name)
-        while True:
-            item = await self.item(name)
-            if item.get("verdict") == "departed" and slug not in self.stage.agent_pids():
-                break
-            await asyncio.sleep(0.2)
-        return f"agent {pid} was shut down gracefully"
+        pid = self.stage.agent_pid(slug)
+        with self.stage.farewell(slug) as said_goodbye:
+            await self.fleet.devices[name].power_off()
+            await self.stage.deregister(name)
+            while True:
+                item = await self.item(name)
+                gone = slug not in self.stage.agent_pids()
+                if item.get("verdict") == "departed" and gone and await said_goodbye():
+                    break
+                await asyncio.sleep(POLL_S)
+        evidence = "left Consul by itself" if self.stage.consul else "logged its shutdown"
+        return f"agent {pid} was shut down gracefully: it {evidence}"
 
     async def device_vanishes(self) -> str:
         name = "device-07"
         await self.fleet.devices[name].power_off()
-        suspect = await self.until(name, "suspect", "offline")
         item = await self.until(name, "offline")
-        return f"first {suspect['verdict']}, then offline: {item['reason']}"
+        return f"offline, confirmed by a second probe: {item['reason']}"
 
     async def device_reboots(self) -> str:
         name = "device-09"
@@ -167,38 +172,41 @@ class Demo:
 
     async def kill_reconciler(self) -> str:
         before = self.stage.agent_pids()
-        assert self.stage.reconciler is not None
+        verdicts = {i["id"]: i["verdict"] for i in await self.look()}
+        if not verdicts or self.stage.reconciler is None:
+            raise TransientError("there is no running reconciler to kill")
         await self.stage.reconciler.kill()
         await self.stage.start_reconciler()
-        expected = {"watched", "offline"}
-        while True:
-            items = [i for i in await self.look() if i["presence"] == "present"]
-            if items and all(i["verdict"] in expected for i in items):
-                break
-            await asyncio.sleep(0.2)
+        while {i["id"]: i["verdict"] for i in await self.look()} != verdicts:
+            await asyncio.sleep(POLL_S)
         # Level-triggered means that a second look changes nothing either.
-        await asyncio.sleep(1.0)
+        while await self.stage.metric('passes_total{outcome="ok"}') < 2:
+            await asyncio.sleep(POLL_S)
+        done = await self.stage.metric("dispatches_total") + await self.stage.metric(
+            "retires_total"
+        )
         after = self.stage.agent_pids()
-        if after != before:
-            raise TransientError(f"agents changed: {len(before.items() ^ after.items())} differ")
-        return f"all {len(after)} agents kept their process"
+        if done or after != before:
+            differ = len(before.items() ^ after.items())
+            raise TransientError(f"{done:.0f} actions; {differ} processes differ")
+        return f"every verdict as before, 0 actions, all {len(after)} agents kept their process"
 
 
 async def _run(backend: str, devices: int, output: str, strategy: str) -> int:
     show = Show(live=output == "table" and sys.stderr.isatty())
     main_task = asyncio.current_task()
     assert main_task is not None
-    interrupted = False
+    interrupted = tidying = False
 
     def interrupt() -> None:
-        # Only the first signal cancels: a second one would cut short the tidying up.
+        # Only the first signal cancels, and none does later: that would cut short the tidying up.
         nonlocal interrupted
-        if not interrupted:
+        if not interrupted and not tidying:
             show.say("interrupted; stopping everything that was started")
-            interrupted = True
             main_task.cancel()
+        interrupted = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, interrupt)
     began = time.monotonic()
     port = free_port()
@@ -208,18 +216,23 @@ async def _run(backend: str, devices: int, output: str, strategy: str) -> int:
         fleet = SimulatedFleet(port=port)
         try:
             show.say(f"starting the {backend} backend below {at}")
-            async with open_stage(backend, Path(at), port, strategy=strategy) as stage:
+            pace = BRISK if devices <= FEW else CALM
+            async with open_stage(backend, Path(at), port, strategy=strategy, pace=pace) as stage:
                 demo = Demo(stage, fleet, show, devices)
-                with show:
-                    await demo.run()
+                try:
+                    with show:
+                        await demo.run()
+                finally:
+                    tidying = True
                 show.say("stopping everything that was started")
         except asyncio.CancelledError:
             if not interrupted:
                 raise
-            show.say("stopped")
-            return 130
         finally:
             await fleet.close()
+    if interrupted:
+        show.say("stopped")
+        return 130
     summary = {
         "backend": backend,
         "devices": devices,

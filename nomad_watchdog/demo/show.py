@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -45,18 +44,21 @@ class Show:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(escape(text), highlight=False)
+        self._line(escape(text))
 
     def step(self, name: str) -> None:
         """A step begins."""
-        self.console.print(f"[bold]▶[/bold] {escape(name)}", highlight=False)
+        self._line(f"[bold]▶[/bold] {escape(name)}")
 
     def done(self, name: str, detail: str, took_s: float, *, converged: bool) -> None:
         """A step has ended."""
         mark = "[green]ok[/green]" if converged else "[red]NOT CONVERGED[/red]"
-        self.console.print(
-            f"  {mark} {escape(name)}: {escape(detail)} ({took_s:.1f} s)", highlight=False
-        )
+        self._line(f"  {mark} {escape(name)}: {escape(detail)} ({took_s:.1f} s)")
+
+    def _line(self, markup: str) -> None:
+        # Where there is no terminal a line stays one line, however long: somebody may grep for it.
+        plain = not self.console.is_terminal
+        self.console.print(markup, highlight=False, soft_wrap=plain)
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], None]]:
@@ -71,7 +73,7 @@ class Show:
             bar.update(task, completed=done)
             if self._live is None and done != self._last:
                 self._last = done
-                print(f"  agents ready {done}/{total}", file=sys.stderr)
+                self._line(f"  agents ready {done}/{total}")
 
         try:
             yield advance
@@ -92,13 +94,21 @@ class Show:
                 escape(str(item.get("node") or "")),
                 escape(str(item.get("version") or "")),
                 "" if age is None else f"{age:.0f} s",
-                escape(str(item.get("reason") or ""))[:60],
+                escape(str(item.get("reason") or "")[:60]),
             )
         self._live.update(Group(*(p for p in (self._bar, table) if p is not None)))
 
     def summary(self, summary: dict[str, Any]) -> None:
         """The end, on stdout."""
         out = Console()
+        verdict = "every step converged" if summary["converged"] else "not every step converged"
+        last = f"{summary['backend']}: {verdict} in {summary['took_s']:.1f} s"
+        if not out.is_terminal:
+            for step in summary["steps"]:
+                result = "converged" if step["converged"] else "NOT CONVERGED"
+                print(f"{result}\t{step['took_s']:.1f} s\t{step['name']}: {step['detail']}")
+            print(last)
+            return
         table = Table("step", "result", "took", "detail")
         for step in summary["steps"]:
             table.add_row(
@@ -108,5 +118,4 @@ class Show:
                 escape(step["detail"]),
             )
         out.print(table)
-        verdict = "every step converged" if summary["converged"] else "not every step converged"
-        out.print(f"{summary['backend']}: {verdict} in {summary['took_s']:.1f} s")
+        out.print(last)

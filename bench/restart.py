@@ -1,0 +1,102 @@
+"""A new control plane over a fleet that runs: how soon it decides rightly, and that it touches nothing.
+
+Ours is the program as a user starts it (`nomad-watchdog plan`: interpreter, both stores read, decided).
+The raw side is an interpreter that reads the same two lists of Nomad and decodes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.plane import nomad_server, plane, settings
+from bench.rows import Row
+from nomad_watchdog.demo.stage import clean_environment
+from nomad_watchdog.dev.nomad import NomadServer
+
+RAW = """
+import json, sys, urllib.request
+for path in ("jobs?prefix=ours&meta=true", "allocations?task_states=true"):
+    token = ""
+    while True:
+        url = f"{sys.argv[1]}/v1/{path}&per_page=1000&next_token={token}"
+        with urllib.request.urlopen(url) as answer:
+            json.loads(answer.read())
+            token = answer.headers.get("X-Nomad-NextToken") or ""
+        if not token:
+            break
+"""
+RUNS = 3
+
+
+def _timed(*argv: str) -> tuple[float, str]:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *argv], env=clean_environment(), check=True, capture_output=True, text=True
+    )
+    return time.perf_counter() - began, done.stdout
+
+
+async def _indexes(server: NomadServer) -> dict[str, int]:
+    jobs: list[Any] = await server.request("GET", "/v1/jobs?prefix=ours")
+    return {job["ID"]: job["JobModifyIndex"] for job in jobs}
+
+
+async def _reconcile_for_a_while(server: NomadServer, file: Path, seconds: float) -> int:
+    """Changed, new and lost jobs while `nomad-watchdog run` was over the fleet."""
+    before = await _indexes(server)
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "nomad_watchdog", "--config", str(file), "run",
+        env=clean_environment() | {"NOMAD_WATCHDOG_API_LISTEN": "127.0.0.1:0"},
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    await asyncio.sleep(seconds)
+    assert child.returncode is None
+    child.terminate()
+    await child.wait()
+    return len(before.items() ^ (await _indexes(server)).items())
+
+
+async def measure(count: int) -> list[Row]:
+    async with nomad_server() as (server, root):
+        chosen, file = settings(server, root / "ours", "ours")
+        async with plane(chosen) as ours:
+            await ours.register([f"device-{n}" for n in range(count)])
+            async with ours.running():
+                await ours.until_started(count, 400.0)
+        ratios, mine, planned = [], [], 0
+        for _ in range(RUNS):
+            raw_s, _ = await asyncio.to_thread(_timed, "-c", RAW, server.http_addr)
+            ours_s, said = await asyncio.to_thread(
+                _timed, "-m", "nomad_watchdog", "--config", str(file), "plan", "-o", "json"
+            )
+            planned = max(planned, len(json.loads(said)["actions"]))
+            ratios.append(ours_s / raw_s)
+            mine.append(ours_s)
+        touched = await _reconcile_for_a_while(server, file, 25.0)
+    return [
+        Row(
+            f"restart over {count:,} agents, first decision ÷ raw list",
+            statistics.median(ratios),
+            "×",
+            note=f"{statistics.median(mine):.2f} s from the program's start",
+        ),
+        Row(
+            "restart, spurious actions",
+            planned + touched,
+            "",
+            floor="≤ 0",
+            aim="≤ 0",
+            note="planned by it, or jobs touched in 25 s of running",
+        ),
+    ]
+
+
+def run(*, quick: bool = False) -> list[Row]:
+    return asyncio.run(measure(500 if quick else 10_000))
