@@ -8,8 +8,8 @@ import time
 import aiohttp
 from aiohttp import web
 
-from bench.plane import bare_body, bare_client, nomad_server, percentile, plane, settings
-from bench.rows import Row
+from bench.plane import bare_body, bare_client, nomad_server, plane, settings
+from bench.rows import Row, percentile
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of

@@ -19,8 +19,8 @@ from typing import Any
 
 import nomad
 
-from bench.plane import bare_body, bare_client, nomad_server, percentile, plane, settings
-from bench.rows import Row
+from bench.plane import bare_body, bare_client, nomad_server, plane, settings
+from bench.rows import Row, percentile
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.model import VerdictState
 
@@ -40,9 +40,10 @@ class Naive(threading.Thread):
         self.jobs: dict[str, str] = {}
         self.up: set[str] = set()
         self.alerts: set[str] = set()
+        self.halted = threading.Event()
 
     def run(self) -> None:
-        while len(self.up) < len(self.devices):
+        while len(self.up) < len(self.devices) and not self.halted.is_set():
             for name in self.devices:
                 if name not in self.jobs:
                     answer: Any = self.library.job.request(
@@ -56,7 +57,7 @@ class Naive(threading.Thread):
                         self.up.add(name)
                 if name not in self.up and time.monotonic() - self.registered_at > ALERT_S:
                     self.alerts.add(name)
-            time.sleep(1.0)
+            self.halted.wait(1.0)
 
 
 async def _lags(server: NomadServer, prefix: str, since: float) -> list[float]:
@@ -75,6 +76,9 @@ async def measure(counts: tuple[int, ...]) -> list[Row]:
                 naive = Naive(server.http_addr, parent, names)
                 naive.start()
                 await asyncio.to_thread(naive.join, LIMIT_S)
+                # Its turn is over: a round that it has begun must not run beside ours.
+                naive.halted.set()
+                await asyncio.to_thread(naive.join)
             theirs = await _lags(server, parent, began)
 
             chosen, _ = settings(server, root / prefix, prefix)

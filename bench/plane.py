@@ -148,9 +148,3 @@ async def bare_loop(client: NomadClient, parent: str, count: int, at_once: int) 
     began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(at_once)))
     return time.perf_counter() - began
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which so large a share of them lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

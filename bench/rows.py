@@ -84,11 +84,3 @@ def save(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": machine(), "rows": shown}
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def meets(row: Row, bound: str) -> bool:
-    """Whether the figure keeps to a bound such as «≤ 10» or «≥ 0.80»; no bound is always met."""
-    if not bound:
-        return True
-    sign, number = bound.split()
-    return row.value <= float(number) if sign == "≤" else row.value >= float(number)

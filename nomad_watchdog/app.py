@@ -90,6 +90,7 @@ async def _run(
         artifact=pyz,
         max_body_bytes=settings.api.max_body,
         token=api_token(settings),
+        operator=reconciler,
     )
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()

@@ -5,12 +5,21 @@ The planner decides what to hold; here stands what has been confirmed meanwhile.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container
 from dataclasses import dataclass
 
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop, stop_key
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import ActionKind
+
+
+def held_id(held: frozenset[Stop]) -> str:
+    """Twelve hexadecimal digits that name these stops; "" = none."""
+    if not held:
+        return ""
+    text = "\n".join(sorted(f"{slug} {epoch} {ref}" for slug, epoch, ref in held))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(slots=True)
@@ -28,6 +37,17 @@ class Breaker:
         """Something is held that has been read only once."""
         return bool(self.held - self.read_twice)
 
+    @property
+    def held_id(self) -> str:
+        """A name for exactly the stops that are held, so that nobody confirms others than were shown;
+        "" = none."""
+        return held_id(self.held)
+
+    @property
+    def mend(self) -> str:
+        """What an operator types when the held stops are meant; "" = none are held."""
+        return f"if it is meant: nomad-watchdog stops confirm {self.held_id}" if self.held else ""
+
     def settle(self, plan: Plan) -> None:
         """Take a new plan."""
         self.held, self.reason = plan.held, plan.hold_reason
@@ -43,7 +63,8 @@ class Breaker:
         store that lost its keys says so every time. Those take an operator.
         """
         self.read_twice = held
-        self.confirmed = frozenset(stop for stop in held if stop[0] in registered)
+        # An operator may have spoken while we were reading.
+        self.confirmed |= frozenset(stop for stop in held if stop[0] in registered)
 
     def confirm(self) -> int:
         """An operator's word that all held stops are meant. Returns how many."""

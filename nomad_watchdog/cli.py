@@ -29,6 +29,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "explain": ("views:explain", "Say why a device is in its state."),
     "plan": ("plan:plan", "Show what would be started and stopped, and why."),
     "apply": ("plan:apply", "Carry out a plan once."),
+    "stops": ("stops:stops", "Show or confirm the stops that are held."),
     "events": ("views:events", "Print events, and follow them with -f."),
     "doctor": ("doctor:doctor", "Check the environment and say what to mend."),
     "config": ("config:config", "Check or show the configuration."),

@@ -327,7 +327,10 @@ class Reconciler:
         self.performer.done = lambda _action, outcome, _took_s: outcomes.update([outcome])
         for first in range(0, len(plan.actions), BATCH):
             await self.performer.perform(plan.actions[first : first + BATCH])
-        return {**shown_plan(plan, self.fleet.index), "outcomes": dict(outcomes)}
+        return {
+            **shown_plan(plan, self.fleet.index, self.fleet.placements),
+            "outcomes": dict(outcomes),
+        }
 
     def _make_plan(self, confirmed: frozenset[Stop]) -> Plan:
         fleet = self.fleet
@@ -396,7 +399,11 @@ class Reconciler:
             "backend": self.scheduler.name,
             "queue": len(self.queue),
             "in_work": self.queue.in_work,
-            "breaker": {"held": len(self.breaker.held), "reason": self.breaker.reason},
+            "breaker": {
+                "held": len(self.breaker.held),
+                "reason": self.breaker.reason,
+                "id": self.breaker.held_id,
+            },
             "waiting_rollout": self.last_plan.waiting_rollout,
             "starts_held": self._no_room,
         }
@@ -405,7 +412,12 @@ class Reconciler:
         """What comes next for one device, and when."""
         record = self.fleet.records.get(slug)
         found = self.fleet.placements.get(slug, ())
-        steps = list(planner.decide(record, found, self.hashes)) if record is not None else []
+        decided = (
+            planner.decide(record, found, self.hashes)
+            if record is not None
+            else planner.decide_stray(found)
+        )
+        steps = list(decided)
         expected = self.performer.expectations.get(slug)
         if expected is not None:
             after = f"waiting for a snapshot that shows epoch {expected.epoch}"
@@ -418,11 +430,12 @@ class Reconciler:
         wait_s = self.queue.wait_s(slug)
         held = any(stop[0] == slug for stop in self.breaker.held)
         return {
-            "next": f"held: {self.breaker.reason}" if held else after,
+            "next": f"held: {self.breaker.reason}; {self.breaker.mend}" if held else after,
             "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
             "next_resync_in_s": round(self.informer.until_resync_s, 1),
         }
 
     def plan_view(self) -> dict[str, object]:
         """What the next pass would do, for the API and the CLI."""
-        return shown_plan(self._make_plan(NO_STOPS), self.fleet.index)
+        plan = self._make_plan(self.breaker.confirmed)
+        return shown_plan(plan, self.fleet.index, self.fleet.placements)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
+from nomad_watchdog.breaker import held_id
 from nomad_watchdog.core.planner import Plan
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import ActionKind, Monotonic, Placement, Report
+
+MOST_HELD: Final = 1_000
+"""So many held stops are shown one by one; all are counted."""
 
 
 def shown_placement(placement: Placement) -> dict[str, object]:
@@ -21,6 +29,11 @@ def shown_placement(placement: Placement) -> dict[str, object]:
     }
 
 
+def device_of(placements: Mapping[Slug, tuple[Placement, ...]], slug: Slug) -> str:
+    """The id of the device that these placements are for, as the scheduler tells it; "" = unknown."""
+    return next((placement.device_id for placement in placements.get(slug, ())), "")
+
+
 def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:
     """A report and its age in seconds."""
     if report is None:
@@ -32,8 +45,11 @@ def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | N
     return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}
 
 
-def shown_plan(plan: Plan, registry_index: int) -> dict[str, object]:
+def shown_plan(
+    plan: Plan, registry_index: int, placements: Mapping[Slug, tuple[Placement, ...]]
+) -> dict[str, object]:
     """A plan as JSON: the actions, a summary line, and the index that it was made at."""
+    held = [(device_of(placements, slug), slug, e, ref) for slug, e, ref in sorted(plan.held)]
     counts = {kind: sum(a.kind is kind for a in plan.actions) for kind in ActionKind}
     summary = (
         f"{counts[ActionKind.START]} to start, {counts[ActionKind.REPLACE]} to replace, "
@@ -54,7 +70,15 @@ def shown_plan(plan: Plan, registry_index: int) -> dict[str, object]:
             for a in plan.actions
         ],
         "summary": summary,
-        "held": {"count": len(plan.held), "reason": plan.hold_reason},
+        "held": {
+            "count": len(plan.held),
+            "reason": plan.hold_reason,
+            "id": held_id(plan.held),
+            "stops": [
+                {"device": device, "slug": slug, "epoch": epoch, "placement": ref}
+                for device, slug, epoch, ref in held[:MOST_HELD]
+            ],
+        },
         "waiting_rollout": plan.waiting_rollout,
         "registry_index": registry_index,
     }

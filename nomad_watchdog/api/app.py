@@ -9,13 +9,14 @@ from typing import Any, Final
 from aiohttp import web
 
 from nomad_watchdog import __version__
-from nomad_watchdog.api import agents, devices, openapi, page, stream
+from nomad_watchdog.api import agents, devices, openapi, page, stops, stream
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.errors import boundary
 from nomad_watchdog.api.schemas import (
     AnyOut,
     BulkIn,
     BulkOut,
+    ConfirmIn,
     DeviceChange,
     DeviceIn,
     DeviceOut,
@@ -46,9 +47,11 @@ def make_app(
     artifact: Path | None,
     max_body_bytes: int = 1024 * 1024,
     token: str | None = None,
+    operator: stops.Operator | None = None,
 ) -> web.Application:
     """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `token`: asked of
-    everybody except at /healthz, /ready and for the agent itself."""
+    everybody except at /healthz, /ready and for the agent itself; `operator`: who takes the word that
+    held stops are meant."""
     app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
     app[CONTEXT] = Context(
         fleet=fleet,
@@ -57,9 +60,13 @@ def make_app(
         max_body_bytes=max_body_bytes,
         token=token.encode() if token else None,
         routes=ROUTES,
+        operator=operator,
     )
     for route in ROUTES:
         app.router.add_route(route.method, route.resource, route.handler)
+        if route.method == "GET":
+            # The same headers without the body, which aiohttp leaves out by itself (RFC 9110, 9.3.2).
+            app.router.add_route("HEAD", route.resource, route.handler)
     metrics.routes(route.path for route in ROUTES)
     app.on_shutdown.append(stream.stop_following)
     return app
@@ -67,10 +74,6 @@ def make_app(
 
 async def status(request: web.Request) -> web.StreamResponse:
     return web.json_response({**request.app[CONTEXT].fleet.status(), "version": __version__})
-
-
-async def plan(request: web.Request) -> web.StreamResponse:
-    return web.json_response(request.app[CONTEXT].fleet.plan())
 
 
 async def healthz(_request: web.Request) -> web.StreamResponse:
@@ -185,7 +188,15 @@ ROUTES: Final = (
         {200: AnyOut},
         query=stream.QUERY,
     ),
-    Route("GET", "/v1/plan", plan, "What the next pass would do", {200: AnyOut}),
+    Route("GET", "/v1/plan", stops.plan, "What the next pass would do", {200: AnyOut}),
+    Route(
+        "POST",
+        "/v1/plan:confirm",
+        stops.confirm,
+        "Let the stops go that the mass-change breaker holds; the next pass does them",
+        {202: AnyOut, 409: "nothing is held, or other stops than `id` names"},
+        body=ConfirmIn,
+    ),
     Route("GET", "/v1/openapi.json", describe, "This description", {200: AnyOut}),
     Route("GET", "/healthz", healthz, "The process is alive", {200: AnyOut}, public=True),
     Route(

@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 from pydantic import BaseModel
 
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
+
+if TYPE_CHECKING:
+    from nomad_watchdog.api.stops import Operator
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -49,6 +52,10 @@ class Context:
     max_body_bytes: int
     token: bytes | None
     routes: tuple[Route, ...]
+    operator: Operator | None = None
+    """Who holds stops back; None where nobody reconciles."""
+    page: tuple[float, str] = (float("-inf"), "")
+    """When the status page was last made (monotonic seconds), and its text."""
     followers: set[asyncio.Task[object]] = field(default_factory=set)
 
 

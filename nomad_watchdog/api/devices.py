@@ -29,7 +29,8 @@ from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
 from nomad_watchdog.ledger import Registered
-from nomad_watchdog.model import Device, Presence, VerdictState
+from nomad_watchdog.model import Device, PlacementState, Presence, VerdictState
+from nomad_watchdog.shown import shown_placement
 
 MOST_ITEMS: Final = 1_000
 DEFAULT_ITEMS: Final = 100
@@ -221,10 +222,29 @@ async def get_device(request: web.Request) -> web.StreamResponse:
 
 async def explain_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
-    explained = request.app[CONTEXT].fleet.explain(slug_of(device_id))
+    fleet = request.app[CONTEXT].fleet
+    explained = fleet.explain(slug_of(device_id)) or _explain_stray(fleet, device_id)
     if not explained:
         raise _unknown(device_id)
     return web.json_response(explained)
+
+
+def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
+    """Of a device that nobody has registered although agents of it are there; else nothing."""
+    slug = slug_of(device_id)
+    found = fleet.placements.get(slug, ())
+    live = sum(placement.state is not PlacementState.DEAD for placement in found)
+    if not live:
+        return {}
+    return {
+        "id": device_id,
+        "slug": slug,
+        "verdict": None,
+        "reason": f"no such device is registered, and {live} of its agents are there",
+        "desired": None,
+        "observed": [shown_placement(placement) for placement in found],
+        "events": [event.shown() for event in fleet.history.of_device(slug)],
+    } | {name: value for part in fleet.explain_parts for name, value in part(slug).items()}
 
 
 async def put_device(request: web.Request) -> web.StreamResponse:

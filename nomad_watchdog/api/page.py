@@ -11,10 +11,12 @@ from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import check_query
-from nomad_watchdog.fleet import DeviceView
+from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.model import Presence, VerdictState
 
 MOST_ROWS: Final = 200
+MADE_EVERY_S: Final = 1.0
+"""It goes through the whole fleet: however many ask for it, the loop pays for it so often at most."""
 
 _URGENCY: Final = {
     state: rank
@@ -48,7 +50,18 @@ _CSP: Final = (
 async def status_page(request: web.Request) -> web.StreamResponse:
     """Those that want attention first; at most 200 rows, the rest is counted."""
     check_query(request, set())
-    fleet = request.app[CONTEXT].fleet
+    context = request.app[CONTEXT]
+    now = context.fleet.clock.monotonic()
+    if now - context.page[0] > MADE_EVERY_S:
+        context.page = (now, _made(context.fleet))
+    return web.Response(
+        text=context.page[1],
+        content_type="text/html",
+        headers={"Content-Security-Policy": _CSP, "Referrer-Policy": "no-referrer"},
+    )
+
+
+def _made(fleet: Fleet) -> str:
     views = [v for v in fleet.views() if v.record.presence is Presence.PRESENT]
     views.sort(key=lambda v: (_URGENCY[v.verdict.state], v.record.device.id))
     counts = dict.fromkeys(VerdictState, 0)
@@ -63,7 +76,7 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
     empty = "" if views else "<p>No devices are registered.</p>"
     ready = "ready" if fleet.ready else f"not ready: {escape(fleet.ready_reason)}"
-    body = (
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'
         f"<style>{_STYLE}</style></head><body><h1>nomad-watchdog</h1><p>{len(views)} devices, "
@@ -72,11 +85,6 @@ async def status_page(request: web.Request) -> web.StreamResponse:
         '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
         f"{''.join(_row(view) for view in views[:MOST_ROWS])}</tbody></table>{empty}{more}"
         "</body></html>"
-    )
-    return web.Response(
-        text=body,
-        content_type="text/html",
-        headers={"Content-Security-Policy": _CSP, "Referrer-Policy": "no-referrer"},
     )
 
 

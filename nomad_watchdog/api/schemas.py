@@ -129,6 +129,12 @@ class WebhookIn(_In):
     device: WebhookDevice
 
 
+class ConfirmIn(_In):
+    """Which held stops are meant: `held.id` of the plan that was looked at."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+
+
 class ReportIn(BaseModel):
     """A report of an agent (watchdog_agent.wire, version 1). Unknown fields are let through: during
     an upgrade agents may be newer than we are."""

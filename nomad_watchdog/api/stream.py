@@ -19,6 +19,7 @@ BEAT_S: Final = 15.0
 WRITE_TIMEOUT_S: Final = 10.0
 """A reader that takes nothing for so long is let go (S9)."""
 MOST_EVENTS: Final = 1_000
+NDJSON: Final = "application/x-ndjson"
 
 QUERY: Final = {
     "since": "only events after this sequence number (default 0)",
@@ -35,6 +36,8 @@ async def list_events(request: web.Request) -> web.StreamResponse:
     follow = request.query.get("follow", "false")
     if follow not in {"true", "false", "1", "0"}:
         raise UserError(f"follow is {ascii(follow)[:40]}; allowed are: true, false")
+    if follow in {"true", "1"} and request.method == "HEAD":
+        return web.Response(content_type=NDJSON)
     if follow in {"true", "1"}:
         return await _follow(request, since, limit)
     events, following = request.app[CONTEXT].fleet.events(since, limit)
@@ -62,7 +65,7 @@ async def _follow(request: web.Request, since: int, limit: int) -> web.StreamRes
 async def _stream(request: web.Request, since: int, limit: int) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     response = web.StreamResponse(headers={"Cache-Control": "no-store"})
-    response.content_type = "application/x-ndjson"
+    response.content_type = NDJSON
     await response.prepare(request)
     try:
         while True:

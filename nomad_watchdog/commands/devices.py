@@ -10,7 +10,7 @@ import click
 
 from nomad_watchdog.commands._api import device_path
 from nomad_watchdog.commands._shared import api_of, no_color, output_option
-from nomad_watchdog.errors import UserError
+from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
 from nomad_watchdog.render import age, clean, print_json, print_table
 
@@ -98,9 +98,18 @@ def get(ctx: click.Context, device_id: str, output: str) -> None:
 def rm(ctx: click.Context, device_ids: tuple[str, ...]) -> None:
     """Stop watching devices. A device that is gone already is no error of the API's."""
     api = api_of(ctx)
+    unknown: NotFoundError | None = None
     for device_id in device_ids:
-        api.delete(device_path(device_id))
-        click.echo(f"{clean(device_id)}: removed")
+        try:
+            api.delete(device_path(device_id))
+        except NotFoundError as error:
+            # The rest of the list is meant too; the exit code tells of this one.
+            click.echo(f"{clean(device_id)}: {clean(error)}", err=True)
+            unknown = error
+        else:
+            click.echo(f"{clean(device_id)}: removed")
+    if unknown is not None:
+        raise unknown
 
 
 @devices.command("import")

@@ -126,5 +126,6 @@ def _print(view: dict[str, Any], output: str, ctx: click.Context) -> None:
     click.echo(f"{clean(view['summary'])} (registry index {clean(view['registry_index'])})")
     if view["held"]["count"]:
         click.echo(f"held: {clean(view['held'].get('reason'))}")
+        click.echo(f"if they are meant: nomad-watchdog apply --allow-stops {view['held']['count']}")
     for outcome, count in (view.get("outcomes") or {}).items():
         click.echo(f"{clean(outcome)}: {clean(count)}")

@@ -195,9 +195,14 @@ def _strays(records: Mapping[Slug, DeviceRecord], placements: Placements) -> Ite
     if placements.keys() <= records.keys():
         return
     for slug in placements.keys() - records.keys():
-        for placement in placements[slug]:
-            if placement.state is not _DEAD:
-                yield from _retire(None, placement, "no such device is registered")
+        yield from decide_stray(placements[slug])
+
+
+def decide_stray(found: tuple[Placement, ...]) -> Iterator[Action]:
+    """The next steps where nobody has registered the device (rule 5)."""
+    for placement in found:
+        if placement.state is not _DEAD:
+            yield from _retire(None, placement, "no such device is registered")
 
 
 def _breaker(

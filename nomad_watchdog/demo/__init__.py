@@ -177,10 +177,11 @@ class Demo:
             raise TransientError("there is no running reconciler to kill")
         await self.stage.reconciler.kill()
         await self.stage.start_reconciler()
-        while {i["id"]: i["verdict"] for i in await self.look()} != verdicts:
-            await asyncio.sleep(POLL_S)
-        # Level-triggered means that a second look changes nothing either.
-        while await self.stage.metric('passes_total{outcome="ok"}') < 2:
+        while True:
+            same = {i["id"]: i["verdict"] for i in await self.look()} == verdicts
+            # Level-triggered means that a second look changes nothing either.
+            if same and await self.stage.metric('passes_total{outcome="ok"}') >= 2:
+                break
             await asyncio.sleep(POLL_S)
         done = await self.stage.metric("dispatches_total") + await self.stage.metric(
             "retires_total"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.config import AgentClass, Probe, Settings
+from nomad_watchdog.config import AgentClass, Probe, Repair, Settings
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
 from nomad_watchdog.errors import UserError
@@ -39,6 +39,7 @@ nomad {
   strategy = "dispach"
   strategy = "register"
 }
+retry { initial = "10m" }
 """
 
 
@@ -65,7 +66,8 @@ def test_all_mistakes_are_named_at_once_with_lines(tmp_path: Path) -> None:
         (9, 'agent_class "default" > template: an interpolation'),
         (11, 'agent_class "default" > probe "tcp" > port: found 99999'),
         (13, 'probe "http": timeout (9s) must be shorter than interval (5s)'),
-        (17, 'agent_class "default" > repair: no such setting'),
+        (17, 'agent_class "default" > repair "cycle" > kind: found "cycle"'),
+        (23, "retry > initial: 600s is longer than retry.max"),
         (20, 'nomad > strategy: found "dispach"'),
         (21, "nomad > strategy: given twice; the first is on line 20"),
     ]:
@@ -225,6 +227,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
     assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
     wanted |= {f"probe.{name}" for name in Probe.model_fields}
+    wanted |= {f"repair.{name}" for name in Repair.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted
 

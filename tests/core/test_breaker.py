@@ -1,0 +1,40 @@
+"""The breaker's memory (S7): whose word lets which stops go."""
+
+from __future__ import annotations
+
+from nomad_watchdog.breaker import Breaker, held_id
+from nomad_watchdog.core.planner import Plan, Stop
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Epoch
+
+A: Stop = (Slug("a-1"), Epoch(1), "ref-a")
+B: Stop = (Slug("b-1"), Epoch(1), "ref-b")
+
+
+def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
+    """Strays are confirmed by nobody's reading; an operator who spoke meanwhile has confirmed them."""
+    breaker = Breaker()
+    breaker.settle(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
+    held = breaker.held
+    assert breaker.confirm() == 2
+    breaker.read_again(held, registered={A[0]})
+    assert breaker.confirmed == {A, B}
+
+
+def test_a_second_read_confirms_only_what_is_registered() -> None:
+    """What nobody has registered waits for an operator, and says what to type."""
+    breaker = Breaker()
+    breaker.settle(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
+    assert breaker.wants_second_read
+    breaker.read_again(breaker.held, registered={A[0]})
+    assert breaker.confirmed == {A}
+    assert not breaker.wants_second_read
+    assert breaker.held_id in breaker.mend
+
+
+def test_the_id_names_exactly_these_stops() -> None:
+    """Order does not matter, another epoch or placement does, and nothing has no id."""
+    assert held_id(frozenset({A, B})) == held_id(frozenset({B, A}))
+    assert held_id(frozenset({A})) != held_id(frozenset({A, B}))
+    assert held_id(frozenset({A})) != held_id(frozenset({(A[0], Epoch(2), A[2])}))
+    assert held_id(frozenset()) == Breaker().mend == ""

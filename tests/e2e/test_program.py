@@ -1,0 +1,228 @@
+"""The program as an operator has it: real processes, the local backend, signals and exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.dev.process import free_port
+from tests.schedulers.conftest import directory, eventually, pids_of
+
+__all__ = ["directory"]
+
+CONFIG = """\
+data_dir = "{root}"
+api {{ listen = "127.0.0.1:{port}" }}
+agent_class "default" {{
+  variables = {{ command = "[\\"sleep\\", \\"600\\"]" }}
+  probe "tcp" {{ port = 80 }}
+}}
+"""
+
+
+class Program:
+    """`nomad-watchdog` with one configuration file, as child processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.port = free_port()
+        self.file = root / "nomad-watchdog.hcl"
+        self.file.write_text(CONFIG.format(root=root, port=self.port))
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("NOMAD_", "CONSUL_"))}
+
+    async def start(self, *argv: str, **env: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "nomad_watchdog",
+            "--config",
+            str(self.file),
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self.env | env,
+        )
+
+    async def __call__(self, *argv: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        process = await self.start(*argv)
+        out, err = await asyncio.wait_for(process.communicate(), 30.0)
+        assert process.returncode is not None
+        return process.returncode, out.decode(), err.decode()
+
+    async def json(self, *argv: str) -> Any:
+        code, out, err = await self(*argv, "-o", "json")
+        assert code == 0, err
+        return json.loads(out)
+
+    @asynccontextmanager
+    async def running(self, **env: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`run`, until the end of the block; killed if it is still there."""
+        process = await self.start("run", **env)
+        log = asyncio.create_task(process.stderr.read() if process.stderr else asyncio.sleep(0))
+        try:
+            await eventually(self.is_ready, 20.0)
+            yield process
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(process.wait(), 20.0)
+            await log
+
+    async def is_ready(self) -> bool:
+        return (await self("status"))[0] == 0 and (await self.json("status"))["ready"]
+
+    async def import_devices(self, *names: str) -> None:
+        lines = (json.dumps({"id": name, "address": "127.0.0.1"}) for name in names)
+        (self.root / "fleet.ndjson").write_text("\n".join(lines))
+        code, _, err = await self("devices", "import", str(self.root / "fleet.ndjson"))
+        assert code == 0, err
+
+
+@pytest.fixture
+def program(tmp_path: Path, directory: Path) -> Program:
+    """The program; `directory` takes down the agents that it leaves running."""
+    return Program(tmp_path)
+
+
+async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
+    program: Program, directory: Path
+) -> None:
+    """Three devices get three agents; SIGTERM ends the service with 0 and no agent; a new service
+    finds the same agents."""
+    assert (await program("status"))[0] == 69
+    async with program.running() as service:
+        await program.import_devices("a", "b", "c")
+        pids = await eventually(lambda: len(found := pids_of(directory)) == 3 and found)
+        service.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(service.wait(), 20.0) == 0
+    assert pids_of(directory) == pids
+    async with program.running():
+        assert (await program.json("status"))["placements"] == 3
+        plan = await program.json("plan")
+        assert plan["actions"] == []
+    assert pids_of(directory) == pids
+
+
+async def test_plan_and_apply_without_a_service(program: Program, directory: Path) -> None:
+    """A kept plan is carried out once; when the registry has moved it is refused with 75."""
+    assert (await program("init"))[0] == 0
+    async with program.running() as service:
+        # What is registered while the service can't act is what `plan` shows later.
+        service.send_signal(signal.SIGTERM)
+    await _register(program.root / "registry.db", "a", "b")
+    code, out, _ = await program("plan", "-o", "json", "--detailed-exitcode")
+    assert code == 2
+    plan = json.loads(out)
+    assert sorted(a["device"] for a in plan["actions"]) == ["a", "b"]
+    assert plan["summary"].startswith("2 to start")
+    file = program.root / "plan.json"
+    file.write_text(out)
+
+    code, _, err = await program("apply")
+    assert (code, "--auto-approve" in err) == (64, True)
+    await _register(program.root / "registry.db", "c")
+    code, _, err = await program("apply", str(file), "--auto-approve")
+    assert (code, "has moved" in err) == (75, True)
+    assert not pids_of(directory)
+
+    file.write_text((await program("plan", "-o", "json"))[1])
+    code, out, err = await program("apply", str(file), "--auto-approve", "-o", "json")
+    assert code == 0, err
+    assert json.loads(out)["outcomes"] == {"ok": 3}
+    await eventually(lambda: len(pids_of(directory)) == 3)
+    assert (await program("plan", "--detailed-exitcode"))[0] == 0
+
+
+async def _register(path: Path, *names: str) -> None:
+    """Register while no service runs, as another service on the same registry would."""
+    from nomad_watchdog.clock import SystemClock
+    from nomad_watchdog.fleet import Fleet
+    from nomad_watchdog.ids import DeviceId
+    from nomad_watchdog.model import Device, Limits
+    from nomad_watchdog.registry.sqlite import SqliteRegistry
+
+    registry = SqliteRegistry(path=path)
+    fleet = Fleet(registry, Limits(), SystemClock())
+    await fleet.register([Device(DeviceId(name), "default", "127.0.0.1") for name in names])
+    await registry.close()
+
+
+async def test_held_stops_wait_for_the_operators_word(program: Program, directory: Path) -> None:
+    """A wiped registry stops nothing; status, explain and `stops ls` say what to type, and the word
+    holds only for the stops that were shown."""
+    async with program.running():
+        names = [f"d{n}" for n in range(12)]
+        await program.import_devices(*names)
+        await eventually(lambda: len(pids_of(directory)) == 12)
+        with sqlite3.connect(program.root / "registry.db") as db:
+            tables = [r[0] for r in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
+            with_slugs = [
+                t for t in tables if "slug" in [r[1] for r in db.execute(f"PRAGMA table_info({t})")]
+            ]
+            db.execute(f"DELETE FROM {with_slugs[0]}")
+        db.close()
+
+        async def held() -> Any:
+            found = await program.json("stops", "ls")
+            return found["count"] == 12 and found
+
+        found = await eventually(held, 20.0)
+        assert sorted(stop["device"] for stop in found["stops"]) == sorted(names)
+        code, out, _ = await program("explain", "d3")
+        assert (code, f"stops confirm {found['id']}" in out) == (0, True)
+        code, out, _ = await program("stops", "ls")
+        assert f"stops confirm {found['id']}" in out
+        assert (await program.json("status"))["breaker"]["id"] == found["id"]
+        code, _, err = await program("stops", "confirm", "0" * 12)
+        assert (code, found["id"] in err) == (75, True)
+        assert len(pids_of(directory)) == 12
+
+        code, out, _ = await program("stops", "confirm", found["id"])
+        assert (code, out) == (0, "12 stops confirmed\n")
+        await eventually(lambda: not pids_of(directory), 30.0)
+
+
+async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
+    """`events -f` prints what happens as it happens, and Ctrl-C ends it with 130."""
+    async with program.running():
+        follower = await program.start("events", "-f", "-o", "json")
+        assert follower.stdout is not None
+        await program.import_devices("cam")
+        line = await asyncio.wait_for(follower.stdout.readline(), 20.0)
+        assert json.loads(line)["device"] == "cam"
+        follower.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(follower.wait(), 10.0) == 130
+        await follower.communicate()
+
+
+async def test_systemd_is_told_when_the_fleet_is_known_and_when_it_ends(program: Program) -> None:
+    """READY=1 comes on NOTIFY_SOCKET, STOPPING=1 after the signal."""
+    path = program.root / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(path))
+        listener.settimeout(20.0)
+        async with program.running(NOTIFY_SOCKET=str(path)) as service:
+            assert await asyncio.to_thread(listener.recv, 100) == b"READY=1"
+            service.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(service.wait(), 20.0) == 0
+        assert await asyncio.to_thread(listener.recv, 100) == b"STOPPING=1"
+
+
+async def test_two_services_on_one_port_say_so(program: Program) -> None:
+    """The second service names the address that it cannot listen on, and exits 64."""
+    async with program.running():
+        code, _, err = await program("run")
+    assert (code, f"cannot listen on 127.0.0.1:{program.port}" in err) == (64, True)
