@@ -232,6 +232,8 @@ async def _run(backend: str, devices: int, output: str, strategy: str) -> int:
         finally:
             await fleet.close()
     if interrupted:
+        # A second Ctrl-C while the interpreter goes down would end it by signal, not with 130.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         show.say("stopped")
         return 130
     summary = {
