@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.rows import Row, save, table
 
 BENCHES = {
+    "cli": "5 s",
     "noop": "10 s",
     "agent": "30 s",
     "event": "20 s",

@@ -255,10 +255,39 @@ async def _nomad_rights(server: _Server, settings: Settings) -> Check:
     if status != 200 or not isinstance(jobs, list):
         mend = "grant list-jobs, read-job, submit-job and dispatch-job in the namespace"
         return Check("nomad jobs", Status.FAIL, f"HTTP {status} in {namespace}", mend)
+    missing = []
+    for capability, path, body in _asked_for(prefix):
+        # Nomad asks for the right before it looks at anything else, and none of these changes anything.
+        status, _ = await server.call("POST", f"{path}?namespace={namespace}", body)
+        if status == 403:
+            missing.append(capability)
+    if missing:
+        lacks = ", ".join(missing)
+        mend = f"grant {lacks} in the namespace; jobs/policies/nomad-reconciler.hcl has all"
+        return Check("nomad jobs", Status.FAIL, f"the token lacks {lacks}", mend)
     parents = [job["ID"] for job in jobs if job.get("ParameterizedJob")]
     if settings.nomad.strategy == "register" or parents:
         return Check("nomad jobs", Status.OK, f"{len(jobs)} jobs, {len(parents)} parents")
     return Check("nomad jobs", Status.OK, "no parent job yet", "the first run registers it")
+
+
+def _asked_for(prefix: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Capability, path and body of a call that needs it and has no effect."""
+    nobody = f"{prefix}-doctor-asks"
+    task = {"Name": "t", "Driver": "raw_exec", "Config": {"command": "/bin/true"}}
+    group = {"Name": "g", "Count": 0, "Tasks": [task]}
+    job = {
+        "ID": nobody,
+        "Name": nobody,
+        "Type": "batch",
+        "Datacenters": ["*"],
+        "TaskGroups": [group],
+    }
+    return [
+        ("dispatch-job", f"/v1/job/{nobody}/dispatch", {}),
+        ("submit-job", f"/v1/job/{nobody}/plan", {"Job": job}),
+        ("parse-job", "/v1/jobs/parse", {"JobHCL": ""}),
+    ]
 
 
 def _skew(name: str, date: str) -> Check:
