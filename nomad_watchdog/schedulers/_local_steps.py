@@ -230,7 +230,8 @@ def _located(home: Path, entry: Entry) -> Entry:
     pid, _ = process.find(home)
     found = replace(entry, pid=pid, pid_start=process.start_time(pid), started_at=_now())
     if entry.state in {PlacementState.STARTING, PlacementState.RESTARTING}:
-        found = replace(found, state=PlacementState.RUNNING, reason="")
+        restarts = entry.restarts + (entry.state == PlacementState.RESTARTING)
+        found = replace(found, state=PlacementState.RUNNING, restarts=restarts, reason="")
     if pid:
         write_entry(home, found)
         return found

@@ -60,6 +60,11 @@ async def killed(started: asyncio.subprocess.Process) -> None:
     await started.communicate()
 
 
+def restarts_in(directory: Path) -> list[int]:
+    entries = [read_entry(home) for home in directory.iterdir()]
+    return sorted(one.restarts for one in entries if one)
+
+
 async def test_l3_killed_owner_leaves_agents_and_the_next_adopts_them(directory: Path) -> None:
     """kill -9 of the process that started agents neither stops nor restarts one of them."""
     first = await owner(directory)
@@ -90,10 +95,36 @@ async def test_s3_two_processes_racing_end_with_one_agent_a_device(directory: Pa
         assert len(before) == 5
         os.kill(min(before), signal.SIGKILL)
         await eventually(lambda: len(pids_of(directory)) == 5 and pids_of(directory) != before)
+        # A process is there before the file says so; an owner that is killed in between leaves that.
+        await eventually(lambda: restarts_in(directory) == [0, 0, 0, 0, 1])
     finally:
         await asyncio.gather(*(killed(one) for one in both))
-    entries = [read_entry(home) for home in directory.iterdir()]
-    assert sorted(one.restarts for one in entries if one) == [0, 0, 0, 0, 1]
+    assert restarts_in(directory) == [0, 0, 0, 0, 1]
+
+
+async def test_l2_restart_whose_owner_died_before_writing_it_down_is_counted(
+    directory: Path,
+) -> None:
+    """A process started again by an owner that died at once is adopted, and its restart counted."""
+    ours = scheduler(directory)
+    try:
+        await ours.ensure(RECORD, Epoch(1), local_spec())
+        home = directory / RECORD.slug
+        entry = read_entry(home)
+        assert entry is not None
+        await ours.close()
+        forgotten = replace(entry, state=PlacementState.RESTARTING, pid=0, pid_start=0)
+        write_entry(home, forgotten)
+        ours = scheduler(directory)
+        await ours.prepare([local_spec()])
+        await eventually(lambda: restarts_in(directory) == [1])
+        (one,) = (await ours.snapshot()).placements[RECORD.slug]
+        assert (one.state, one.restarts) == (PlacementState.RUNNING, 1)
+        assert pids_of(directory) == {entry.pid}
+        await ours.retire(one, 5.0)
+        await eventually(lambda: not pids_of(directory))
+    finally:
+        await ours.close()
 
 
 async def test_s3_reused_pid_is_never_signalled(directory: Path) -> None:
