@@ -1,7 +1,8 @@
 """Cold start of a fleet against a bare loop of dispatches on the same server.
 
-The bare loop runs before and after ours, half of the devices each time, so that both see the same number
-of children and allocations on average.
+The bare loop runs before and after ours, with as many devices each time, each with a parent job of its own:
+Nomad slows down with the children of a parent and with all that it has to keep, so ours in the middle sees
+what the two see on average. Its dispatches say the same as ours: meta, payload, token, id prefix.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ async def measure(count: int) -> list[Row]:
         chosen, _ = settings(server, root / "ours", "ours")
         at_once = chosen.limits().concurrency
         async with bare_client(server, "before", "after") as client:
-            bare_s = await bare_loop(client, "before", count // 2, at_once)
+            bare_s = await bare_loop(client, "before", count, at_once)
             async with plane(chosen) as ours:
                 await ours.register([f"device-{n}" for n in range(count)])
                 began = time.perf_counter()
                 async with ours.running():
                     await ours.until_started(count, 300.0)
                     ours_s = time.perf_counter() - began
-            bare_s += await bare_loop(client, "after", count - count // 2, at_once)
+            bare_s += await bare_loop(client, "after", count, at_once)
     return [
         Row(
             f"dispatch efficiency, {count:,} devices cold ÷ bare loop",
-            bare_s / ours_s,
+            bare_s / 2 / ours_s,
             "",
             floor="≥ 0.80",
             aim="≥ 0.95",
-            note=f"{count / ours_s:.0f}/s against {count / bare_s:.0f}/s, {at_once} at once",
+            note=f"{count / ours_s:.0f}/s against {2 * count / bare_s:.0f}/s, {at_once} at once",
         )
     ]
 

@@ -134,6 +134,7 @@ def bare_body(name: str) -> dict[str, Any]:
         "Meta": dict.fromkeys(KEYS, name),
         "Payload": base64.b64encode(b'{"v":1}' * 80).decode(),
         "IdempotencyToken": name,
+        "IdPrefixTemplate": name,
     }
 
 

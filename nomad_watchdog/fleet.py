@@ -147,10 +147,11 @@ class Fleet(Ledger):
             if track is not None and track.state is not None:
                 self._by_state[track.state] -= 1
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> None:
-        """As `Ledger.reset`; the first snapshot is no news."""
-        super().reset(records, index)
+    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+        """As `Ledger.reset`; the first snapshot is no news to those who read events."""
+        news = super().reset(records, index)
         self._loaded = True
+        return news
 
     # -- reports --------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ class Informer:
                 raise
 
     async def _pause(self) -> None:
-        # Hints of a storm are worth one full snapshot in ten times what one costs, not one each.
+        # Hints of a storm are worth one full snapshot in twenty times what one costs, not one each.
         if self._full_at:
-            least_s = max(0.2, min(10 * self._full_cost_s, 5.0))
+            least_s = max(0.5, min(20 * self._full_cost_s, 5.0))
             await asyncio.sleep(max(0.0, least_s - self.age_s))

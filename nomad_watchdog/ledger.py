@@ -123,8 +123,9 @@ class Ledger:
             self.learn([fresh])
         raise ConflictError("the record has just been changed by another writer; try again")
 
-    def learn(self, records: Sequence[DeviceRecord]) -> None:
-        """Take records that are known to be stored (our own writes included: S8)."""
+    def learn(self, records: Sequence[DeviceRecord]) -> bool:
+        """Take records that are known to be stored (our own writes included: S8); whether any was
+        news."""
         news = []
         for record in records:
             before = self.records.get(record.slug)
@@ -133,9 +134,11 @@ class Ledger:
                 news.append((before, record))
         if news:
             self.learned(news)
+        return bool(news)
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> None:
-        """Take a whole snapshot of the registry, unless our own writes are newer in a record."""
+    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+        """Take a whole snapshot of the registry, unless our own writes are newer in a record; whether
+        it told anything new."""
         fresh = dict(records)
         for slug, ours in self.records.items():
             theirs = fresh.get(slug)
@@ -143,9 +146,10 @@ class Ledger:
             # means a restored or wiped store, and then the store's word stands.
             if ours.index > index >= self.index and (theirs is None or theirs.index < ours.index):
                 fresh[slug] = ours
-        self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
+        news = self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
         gone = [slug for slug in self.records if slug not in fresh]
         self.records = fresh
         self.index = index
         if gone:
             self.forgotten(gone)
+        return news or bool(gone)

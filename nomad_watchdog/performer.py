@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 
 BATCH: Final = 32
 """Actions taken at once, so that their epochs go up in one transaction of the registry."""
-WORKERS: Final = 4
+WORKERS: Final = 2
+AHEAD: Final = 2
+"""So many times `concurrency` actions are fenced and in hand, at most a batch a worker more: no slot
+stands empty while the slowest of a batch is waited for, and a single event waits for few (L4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +62,49 @@ class Performer:
     obstacles: dict[Slug, str] = field(default_factory=dict)
     budgets: dict[Slug, Budget] = field(default_factory=dict)
     _room: asyncio.Semaphore = field(init=False)
+    _in_hand: int = 0
+    _spare: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self._room = asyncio.Semaphore(self.fleet.limits.concurrency)
+        self._spare.set()
 
     async def run(self) -> None:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(WORKERS):
-                group.create_task(self._worker())
+                group.create_task(self._worker(group))
 
-    async def _worker(self) -> None:
+    async def _worker(self, group: asyncio.TaskGroup) -> None:
         while True:
-            await self.perform([action for _, action in await self.queue.take(BATCH)])
+            await self._spare.wait()
+            await self._begin([action for _, action in await self.queue.take(BATCH)], group)
 
     async def perform(self, batch: Sequence[Action]) -> None:
-        """Do a batch: fence all of it in one commit, then act on each."""
+        """Do a batch to its end."""
+        async with asyncio.TaskGroup() as group:
+            await self._begin(batch, group)
+
+    async def _begin(self, batch: Sequence[Action], group: asyncio.TaskGroup) -> None:
+        """Fence all of a batch in one commit, then act on each, in tasks of the group."""
+        self._hand(len(batch))
         try:
             fenced = await self._fence(batch)
         except WatchdogError as error:
             for action in batch:
                 self._failed(action, error)
                 self.queue.done(action.slug)
+            self._hand(-len(batch))
             return
-        async with asyncio.TaskGroup() as group:
-            for action, record in zip(batch, fenced, strict=True):
-                group.create_task(self._act(action, record))
+        for action, record in zip(batch, fenced, strict=True):
+            group.create_task(self._act(action, record))
+
+    def _hand(self, more: int) -> None:
+        self._in_hand += more
+        if self._in_hand < AHEAD * self.fleet.limits.concurrency:
+            self._spare.set()
+        else:
+            self._spare.clear()
 
     async def _fence(self, batch: Sequence[Action]) -> list[DeviceRecord | FencedError | None]:
         """The stored record that each action may act on; None for a stray without one.
@@ -127,6 +147,7 @@ class Performer:
         if isinstance(record, FencedError):
             log.info("action dropped", extra={"slug": action.slug, "reason": str(record)})
             self.queue.done(action.slug)
+            self._hand(-1)
             self.done(action, "fenced", 0.0)
             return
         try:
@@ -146,6 +167,7 @@ class Performer:
             self.done(action, "ok", took_s)
         finally:
             self.queue.done(action.slug)
+            self._hand(-1)
 
     async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
         spec = self.specs.get(action.placement.agent_class) if action.placement else None

@@ -31,7 +31,8 @@ _BUSY_S: Final = 5.0
 """How long a write waits for another process's."""
 _POLL_S: Final = 0.25
 """How often a watch looks whether another process wrote: one pragma, no read of the file's pages."""
-_GAP_PER_COST: Final = 5.0
+_GAP_PER_COST: Final = 20.0
+"""A watch reads all rows each time: at most a twentieth of the time goes into it."""
 _GROUP: Final = 1000
 """Commits that may share a transaction."""
 _TABLES: Final = f"""

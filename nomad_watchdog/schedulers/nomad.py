@@ -141,7 +141,9 @@ class NomadScheduler:
             yield Hint(None)
             try:
                 start = (await self._client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
-                topics = [("topic", "Job"), ("topic", "Allocation"), ("topic", "Evaluation")]
+                # Whatever is done to a job makes an evaluation: the topic Job would say it again, with
+                # the whole job in it.
+                topics = [("topic", "Allocation"), ("topic", "Evaluation")]
                 first = True
                 async with aclosing(
                     self._client.events([*topics, ("index", str(start))])  # type: ignore[type-var]
@@ -341,9 +343,8 @@ class NomadScheduler:
         found = set()
         for event in frame.get("Events") or []:
             payload = event.get("Payload") or {}
-            for key in ("Job", "Allocation", "Evaluation"):
-                row = payload.get(key) or {}
-                job_id = row.get("ID" if key == "Job" else "JobID", "")
+            for key in ("Allocation", "Evaluation"):
+                job_id = (payload.get(key) or {}).get("JobID", "")
                 if self._is_ours(job_id) and (slug := self._slug_in(job_id)):
                     found.add(slug)
         return frozenset(found)
