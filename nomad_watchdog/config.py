@@ -11,13 +11,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from nomad_watchdog import __version__
-from nomad_watchdog.config_hcl import parse_duration, parse_size, show
+from nomad_watchdog.config_classes import AgentClass, default_class
+from nomad_watchdog.config_hcl import show
+from nomad_watchdog.config_types import (
+    Block,
+    Fraction,
+    Name,
+    Positive,
+    Size,
+    Text,
+    Url,
+    checked_listen,
+    checked_url_or_none,
+)
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, Limits
 
@@ -41,42 +51,8 @@ ENVIRONMENT: Final[Mapping[str, tuple[str, str]]] = {
 """HashiCorp's own variables; ours (NOMAD_WATCHDOG_<BLOCK>_<SETTING>) go over them."""
 
 
-def _url(value: str) -> str:
-    parts = urlsplit(value if "//" in value else f"http://{value}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{show(value)} is not an address; write http://HOST:PORT or https://...")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("an address holds no user, password, query or fragment")
-    _ = parts.port  # raises ValueError when it is no port
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-
-
-def _url_or_none(value: str) -> str:
-    return _url(value) if value else ""
-
-
-def _listen(value: str) -> str:
-    host, separator, port = value.rpartition(":")
-    if not separator or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{show(value)} is not HOST:PORT")
-    return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  # ":9670" means every address, as in Go
-
-
-Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Url = Annotated[str, AfterValidator(_url)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-Text = Annotated[str, Field(max_length=1024)]
-
-
-class Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
-
-
 class Api(Block):
-    listen: Annotated[str, AfterValidator(_listen)] = "127.0.0.1:9670"
+    listen: Annotated[str, AfterValidator(checked_listen)] = "127.0.0.1:9670"
     advertise: Url | None = None
     token_file: Text | None = None
     max_body: Size = 1024 * 1024
@@ -105,7 +81,7 @@ class Consul(Block):
         "nomad-watchdog"
     )
     service: Name = "device-watchdog-agent"
-    agent_address: Annotated[str, AfterValidator(_url_or_none)] | None = None
+    agent_address: Annotated[str, AfterValidator(checked_url_or_none)] | None = None
 
 
 class Local(Block):
@@ -116,119 +92,6 @@ class Local(Block):
 class Registry(Block):
     kind: Literal["sqlite", "consul"] | None = None
     path: Text | None = None
-
-
-class Probe(Block):
-    kind: Literal["tcp", "http", "icmp"]
-    port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] | None = None
-    expect_status: Annotated[int, Field(ge=100, le=599)] | None = None
-    interval: Positive = 5.0
-    timeout: Positive = 2.0
-    misses: Annotated[int, Field(ge=1, le=100)] = 3
-
-    @model_validator(mode="after")
-    def _fits(self) -> Probe:
-        if self.timeout >= self.interval:
-            raise ValueError(
-                f"timeout ({self.timeout:g}s) must be shorter than interval ({self.interval:g}s)"
-            )
-        if (self.kind == "icmp") != (self.port is None):
-            raise ValueError(
-                "icmp knows no port" if self.kind == "icmp" else f"{self.kind} needs a port"
-            )
-        if self.kind != "http" and (self.path is not None or self.expect_status is not None):
-            raise ValueError(f"{self.kind} knows no path and no expect_status; http does")
-        return self
-
-    def wire(self) -> dict[str, Any]:
-        """As watchdog_agent.wire says it."""
-        out: dict[str, Any] = {"kind": self.kind}
-        if self.port is not None:
-            out["port"] = self.port
-        if self.kind == "http":
-            out |= {"path": self.path or "/", "expect_status": self.expect_status or 200}
-        return out | {
-            "interval_s": self.interval,
-            "timeout_s": self.timeout,
-            "misses": self.misses,
-        }
-
-
-REPAIRS: Final[Mapping[str, str]] = {
-    "interface": "interface",
-    "http": "url",
-    "unit": "unit",
-    "command": "command",
-    "wake": "mac",
-}
-"""Kind of repair → the one setting that says on what it is done."""
-
-
-class Repair(Block):
-    """One step of a class's ladder, in the order of the file."""
-
-    kind: Literal["interface", "http", "unit", "command", "wake"]
-    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")] | None = None
-    url: Url | None = None
-    unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$")] | None = None
-    command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
-    mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
-    budget: Annotated[int, Field(ge=1, le=1000)] = 3
-    window: Positive = 3600.0
-    cooldown: Seconds = 30.0
-    timeout: Positive = 10.0
-
-    @model_validator(mode="after")
-    def _fits(self) -> Repair:
-        wanted = REPAIRS[self.kind]
-        for setting in REPAIRS.values():
-            if (getattr(self, setting) is not None) != (setting == wanted):
-                raise ValueError(
-                    f"{self.kind} needs {wanted}"
-                    if setting == wanted
-                    else f"{self.kind} knows no {setting}; it acts on {wanted}"
-                )
-        if self.timeout >= self.window:
-            raise ValueError(
-                f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
-            )
-        return self
-
-    def wire(self) -> dict[str, Any]:
-        """As the agent's document says it, under `repairs`."""
-        return {
-            "kind": self.kind,
-            REPAIRS[self.kind]: getattr(self, REPAIRS[self.kind]),
-            "budget": self.budget,
-            "window_s": self.window,
-            "cooldown_s": self.cooldown,
-            "timeout_s": self.timeout,
-        }
-
-
-class AgentClass(Block):
-    template: Text = ""
-    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")] = __version__
-    driver: Name | None = None
-    cpu: Annotated[int, Field(ge=1, le=1_000_000)] = 50
-    memory: Size = 64 * 1024 * 1024
-    kill_timeout: Positive = 10.0
-    variables: dict[str, Text] = Field(default_factory=dict)
-    metadata: dict[str, Text] = Field(default_factory=dict)
-    beat: Positive = 15.0
-    probe: tuple[Probe, ...] = ()
-    confirm: tuple[Probe, ...] = ()
-    repair: tuple[Repair, ...] = ()
-
-    @model_validator(mode="after")
-    def _fits(self) -> AgentClass:
-        same = {probe.kind for probe in self.probe} & {probe.kind for probe in self.confirm}
-        if same:
-            raise ValueError(f"confirm must be of another kind than probe; both have {min(same)}")
-        if self.driver and "driver" in self.variables:
-            raise ValueError("driver is given twice: as a setting and in variables")
-        return self
 
 
 class Presence(Block):
@@ -258,12 +121,6 @@ class Log(Block):
     format: Literal["json", "text"] = "json"
 
 
-def _default_class() -> dict[str, AgentClass]:
-    return {
-        "default": AgentClass(probe=(Probe(kind="tcp", port=80),), confirm=(Probe(kind="icmp"),))
-    }
-
-
 class Settings(Block):
     """All settings, checked. Secrets aren't here, only the names of the files that hold them (S10)."""
 
@@ -275,7 +132,7 @@ class Settings(Block):
     consul: Consul = Consul()
     local: Local = Local()
     registry: Registry = Registry()
-    agent_class: dict[Name, AgentClass] = Field(default_factory=_default_class)
+    agent_class: dict[Name, AgentClass] = Field(default_factory=default_class)
     presence: Presence = Presence()
     retry: Retry = Retry()
     breaker: Breaker = Breaker()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.config import AgentClass, Probe, Repair, Settings
+from nomad_watchdog.config import Settings
+from nomad_watchdog.config_classes import AgentClass, Probe, Repair
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
 from nomad_watchdog.errors import UserError

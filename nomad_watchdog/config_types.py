@@ -1,0 +1,44 @@
+"""What a setting's value may be: durations, sizes, addresses; each checked and converted once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from nomad_watchdog.config_hcl import parse_duration, parse_size, show
+
+
+def checked_url(value: str) -> str:
+    parts = urlsplit(value if "//" in value else f"http://{value}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{show(value)} is not an address; write http://HOST:PORT or https://...")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("an address holds no user, password, query or fragment")
+    _ = parts.port  # raises ValueError when it is no port
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def checked_url_or_none(value: str) -> str:
+    return checked_url(value) if value else ""
+
+
+def checked_listen(value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    if not separator or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{show(value)} is not HOST:PORT")
+    return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  # ":9670" means every address, as in Go
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Url = Annotated[str, AfterValidator(checked_url)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+Text = Annotated[str, Field(max_length=1024)]
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
