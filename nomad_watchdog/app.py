@@ -22,7 +22,13 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.schedulers import Scheduler
-from nomad_watchdog.wiring import api_token, consul_client, open_registry, open_scheduler
+from nomad_watchdog.wiring import (
+    api_token,
+    consul_client,
+    open_leases,
+    open_registry,
+    open_scheduler,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +52,15 @@ async def serve(settings: Settings) -> int:
     try:
         async with open_registry(settings) as registry:
             installation = await _installation(settings, registry)
-            async with open_scheduler(settings, installation) as scheduler:
+            clock = SystemClock()
+            async with (
+                open_scheduler(settings, installation) as scheduler,
+                open_leases(settings, clock) as leases,
+            ):
                 metrics = Metrics()
-                fleet = Fleet(registry, settings.limits(), SystemClock())
+                fleet = Fleet(registry, settings.limits(), clock)
                 fleet.on_commit = metrics.committed
-                reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics)
+                reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics, leases)
                 await _run(settings, fleet, reconciler, metrics, stop)
     except* WatchdogError as group:
         # One task failed for good and took the others with it: its own words are what helps.
@@ -91,6 +101,7 @@ async def _run(
         max_body_bytes=settings.api.max_body,
         token=api_token(settings),
         operator=reconciler,
+        leases=reconciler.leases,
     )
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
@@ -118,12 +129,15 @@ async def _reconcile_until(
 ) -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [
+            group.create_task(reconciler.leases.run()),
             group.create_task(reconciler.run()),
             group.create_task(_say_ready(fleet)),
         ]
         if settings.agent_consul:
             tasks.append(group.create_task(_follow_health(settings, fleet, metrics)))
         await stop.wait()
+        # First of all, so that a successor need not wait for what we do before we end.
+        await reconciler.leases.release()
         for task in tasks:
             task.cancel()
 

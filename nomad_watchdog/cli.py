@@ -27,6 +27,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "agents": ("views:agents", "List the agents as the scheduler sees them."),
     "status": ("views:status", "Show the fleet in one screen."),
     "explain": ("views:explain", "Say why a device is in its state."),
+    "leader": ("views:leader", "Show which replica reconciles what, and since when."),
     "plan": ("plan:plan", "Show what would be started and stopped, and why."),
     "apply": ("plan:apply", "Carry out a plan once."),
     "stops": ("stops:stops", "Show or confirm the stops that are held."),

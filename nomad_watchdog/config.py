@@ -138,6 +138,7 @@ class Settings(Block):
     breaker: Breaker = Breaker()
     rollout: Rollout = Rollout()
     resync: Annotated[Positive, Field(ge=1)] = 30.0
+    lease_ttl: Annotated[Positive, Field(ge=1, le=60)] = 3.0
     log: Log = Log()
 
     @property

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Final
 
 from nomad_watchdog.clock import Clock
@@ -46,8 +47,11 @@ class Informer:
         self._dirty: set[Slug] = set()
         self._all = "start"
         self._look = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._full_at = Monotonic(0.0)
         self._full_cost_s = 0.0
+        self.began_at = Monotonic(0.0)
+        """When the full snapshot that was last begun was begun."""
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -60,10 +64,12 @@ class Informer:
         self._dirty |= slugs
         self._look.set()
 
-    def resync(self, reason: str) -> None:
-        """Read all placements soon."""
+    def resync(self, reason: str, *, now: bool = False) -> None:
+        """Read all placements soon; `now`: without waiting until a storm is worth another snapshot."""
         self._all = self._all or reason
         self._look.set()
+        if now:
+            self._hurry.set()
 
     @property
     def age_s(self) -> float:
@@ -110,7 +116,7 @@ class Informer:
             await self._pause()
             self._all = ""
             self._dirty.clear()
-            began = self._clock.monotonic()
+            began = self.began_at = self._clock.monotonic()
             self._take(await self._scheduler.snapshot())
             self._full_at = self._clock.monotonic()
             self._full_cost_s = self._full_at - began
@@ -126,4 +132,7 @@ class Informer:
         # Hints of a storm are worth one full snapshot in twenty times what one costs, not one each.
         if self._full_at:
             least_s = max(0.5, min(20 * self._full_cost_s, 5.0))
-            await asyncio.sleep(max(0.0, least_s - self.age_s))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, least_s - self.age_s)):
+                    await self._hurry.wait()
+        self._hurry.clear()

@@ -15,7 +15,7 @@ from nomad_watchdog.core import presence
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Device, DeviceRecord
-from nomad_watchdog.registry import Registry
+from nomad_watchdog.registry import Guard, Registry
 
 COMMIT_TRIES: Final = 5
 """Compare-and-set losses in a row after which the caller is told to try again."""
@@ -102,10 +102,12 @@ class Ledger:
             stored = {slug: await self.registry.get(slug) for slug in todo}
         raise ConflictError(f"{len(todo)} records are being changed by others; try again")
 
-    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+    async def commit(
+        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+    ) -> Sequence[DeviceRecord | None]:
         """As `Registry.commit`, counted."""
         try:
-            stored = await self.registry.commit(records)
+            stored = await self.registry.commit(records, guards)
         except WatchdogError:
             self.on_commit("error", len(records))
             raise

@@ -17,6 +17,7 @@ from nomad_watchdog.core import presence
 from nomad_watchdog.errors import FencedError, TerminalError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
+from nomad_watchdog.leases import Leases, Undivided, check
 from nomad_watchdog.model import (
     Action,
     ActionKind,
@@ -58,6 +59,7 @@ class Performer:
     specs: Mapping[str, AgentSpec]
     queue: WorkQueue[Slug, Action]
     done: Callable[[Action, str, float], None]
+    leases: Leases = field(default_factory=Undivided)
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     obstacles: dict[Slug, str] = field(default_factory=dict)
     budgets: dict[Slug, Budget] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class Performer:
         self._hand(len(batch))
         try:
             fenced = await self._fence(batch)
+        except FencedError as error:
+            fenced = [error] * len(batch)
         except WatchdogError as error:
             for action in batch:
                 self._failed(action, error)
@@ -115,6 +119,11 @@ class Performer:
         results: list[DeviceRecord | FencedError | None] = [None] * len(batch)
         commits: list[tuple[int, DeviceRecord]] = []
         for position, action in enumerate(batch):
+            try:
+                check(self.leases, action.slug)
+            except FencedError as error:
+                results[position] = error
+                continue
             known = self.fleet.records.get(action.slug)
             if known is not None and known.index != action.index:
                 results[position] = FencedError("the record has changed since the decision")
@@ -124,7 +133,9 @@ class Performer:
                 commits.append((position, presence.advance(known, target)))
             else:
                 results[position] = await self._reread(action)
-        stored = await self.fleet.commit([r for _, r in commits]) if commits else ()
+        records = [record for _, record in commits]
+        guards = self.leases.guards([record.slug for record in records])
+        stored = await self.fleet.commit(records, guards) if commits else ()
         for (position, wanted), record in zip(commits, stored, strict=True):
             if record is None:
                 results[position] = FencedError("another writer has changed the record")
@@ -145,14 +156,17 @@ class Performer:
     async def _act(self, action: Action, record: DeviceRecord | FencedError | None) -> None:
         began = self.fleet.clock.monotonic()
         if isinstance(record, FencedError):
-            log.info("action dropped", extra={"slug": action.slug, "reason": str(record)})
+            self._dropped(action, record)
             self.queue.done(action.slug)
             self._hand(-1)
-            self.done(action, "fenced", 0.0)
             return
         try:
             async with self._room:
+                # It may have waited long for its turn: a holder that slept finds its actions dead.
+                check(self.leases, action.slug)
                 await self._apply(action, record)
+        except FencedError as error:
+            self._dropped(action, error)
         except WatchdogError as error:
             self._failed(action, error)
         except Exception as error:  # the worker's boundary: a bug costs one device, not the loop
@@ -168,6 +182,10 @@ class Performer:
         finally:
             self.queue.done(action.slug)
             self._hand(-1)
+
+    def _dropped(self, action: Action, error: FencedError) -> None:
+        log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})
+        self.done(action, "fenced", 0.0)
 
     async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
         spec = self.specs.get(action.placement.agent_class) if action.placement else None

@@ -20,6 +20,7 @@ from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.informer import Informer
+from nomad_watchdog.leases import Leases, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
     Action,
@@ -35,6 +36,7 @@ from nomad_watchdog.performer import BATCH, Performer
 from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 from nomad_watchdog.shown import shown_plan
+from nomad_watchdog.territory import Territory
 from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -56,14 +58,19 @@ class Reconciler:
         scheduler: Scheduler,
         specs: Mapping[str, AgentSpec],
         metrics: Metrics,
+        leases: Leases | None = None,
     ) -> None:
         self.fleet = fleet
+        self.leases = leases or Undivided()
+        self.territory = Territory(self.leases)
         self.scheduler = scheduler
         self.specs = specs
         self.metrics = metrics
         self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
-        self.performer = Performer(fleet, scheduler, specs, self.queue, self._done)
+        self.performer = Performer(
+            fleet, scheduler, specs, self.queue, self._done, leases=self.leases
+        )
         self.breaker = Breaker()
         self.last_plan = Plan(())
         self.informer = Informer(
@@ -87,6 +94,7 @@ class Reconciler:
         await self._patiently(lambda: self.scheduler.prepare(list(self.specs.values())), "prepare")
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_registry())
+            group.create_task(self._take_over())
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
             group.create_task(self._every(VERDICTS_EVERY_S, self._judge))
@@ -123,8 +131,10 @@ class Reconciler:
         for record in records:
             self._changed_at.setdefault(record.slug, now)
         if self._registry_read and self._observed and len(records) <= QUICK:
+            ours = self.territory.shards()
             for record in records:
-                self._start_quickly(record)
+                if self.territory.shard(record.slug) in ours:
+                    self._start_quickly(record)
         self._wake.set()
 
     def _start_quickly(self, record: DeviceRecord) -> None:
@@ -142,7 +152,7 @@ class Reconciler:
     async def _follow_registry(self) -> None:
         while True:
             try:
-                self._take_records(await self.fleet.registry.read())
+                await self._read_registry()
                 async for snapshot in self.fleet.registry.watch(self.fleet.index):
                     self._take_records(snapshot)
             except WatchdogError as error:
@@ -150,6 +160,27 @@ class Reconciler:
                 log.warning("registry watch failed", extra={"reason": str(error)})
                 self.fleet.ready_reason = str(error)
                 await asyncio.sleep(1.0)
+
+    async def _read_registry(self) -> None:
+        began = self.fleet.clock.monotonic()
+        self._take_records(await self.fleet.registry.read())
+        self.territory.registry_read_at = began
+
+    async def _take_over(self) -> None:
+        """Look at both stores anew for each shard that becomes ours: its last holder may have acted after
+        what we know (S8)."""
+        while True:
+            await self.leases.changed.wait()
+            self.leases.changed.clear()
+            if self.territory.unseen():
+                self.informer.resync("lease", now=True)
+                try:
+                    await self._read_registry()
+                except WatchdogError as error:
+                    log.warning("registry read failed", extra={"reason": str(error)})
+                    await asyncio.sleep(0.2)
+                    self.leases.changed.set()
+            self._wake.set()
 
     def _take_records(self, snapshot: RegistrySnapshot) -> None:
         # The registry shows us our own writes too: those are no reason to go through the fleet again.
@@ -174,6 +205,7 @@ class Reconciler:
         if snapshot.only is None:
             fleet.placements = dict(snapshot.placements)
             self._observed = True
+            self.territory.looked_at = self.informer.began_at
         else:
             for slug in snapshot.only:
                 found = snapshot.placements.get(slug)
@@ -336,9 +368,10 @@ class Reconciler:
 
     def _make_plan(self, confirmed: frozenset[Stop]) -> Plan:
         fleet = self.fleet
+        records, placements = self.territory.of(fleet.records), self.territory.of(fleet.placements)
         return planner.plan(
-            fleet.records,
-            fleet.placements,
+            records,
+            placements,
             self.hashes,
             fleet.limits,
             unready=fleet.unready(),
@@ -361,6 +394,8 @@ class Reconciler:
 
     async def _prepare_again(self) -> None:
         # Level-triggered too: what an operator purged or changed by hand is put right (L2).
+        if not self.leases.terms():
+            return
         try:
             await self.scheduler.prepare(list(self.specs.values()))
         except WatchdogError as error:
@@ -368,7 +403,7 @@ class Reconciler:
 
     async def _sweep(self) -> None:
         dead: list[Placement] = []
-        for slug, found in self.fleet.placements.items():
+        for slug, found in self.territory.of(self.fleet.placements).items():
             record = self.fleet.records.get(slug)
             for placement in found:
                 over = record is None or record.presence is Presence.ABSENT
@@ -408,6 +443,9 @@ class Reconciler:
             },
             "waiting_rollout": self.last_plan.waiting_rollout,
             "starts_held": self._no_room,
+            "replica": self.leases.replica,
+            "holds": f"{len(self.leases.terms())} of {self.leases.shards} shards",
+            "leases": self.leases.problem,
         }
 
     def explain(self, slug: Slug) -> dict[str, object]:
@@ -429,11 +467,16 @@ class Reconciler:
             after = "; ".join(f"{step.kind.value}: {step.reason}" for step in steps)
         else:
             after = "nothing to do"
+        lease = self.leases.all()[self.territory.shard(slug)]
+        if lease.shard not in self.leases.terms():
+            after = f"decided by {lease.holder or 'nobody at the moment'}, who holds its shard"
         wait_s = self.queue.wait_s(slug)
         held = any(stop[0] == slug for stop in self.breaker.held)
         return {
             "next": f"held: {self.breaker.reason}; {self.breaker.mend}" if held else after,
             "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
+            "shard": lease.shard,
+            "holder": lease.holder,
             "next_resync_in_s": round(self.informer.until_resync_s, 1),
         }
 

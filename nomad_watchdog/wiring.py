@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,8 +13,12 @@ from typing import Any
 
 from nomad_watchdog import schedulers
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clock import Clock
 from nomad_watchdog.config import Settings
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.leases import Leases
+from nomad_watchdog.leases.consul import ConsulLeases
+from nomad_watchdog.leases.file import FileLeases
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
@@ -56,6 +63,48 @@ async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
         yield ConsulRegistry(client=client, prefix=settings.consul.prefix)
     finally:
         await client.close()
+
+
+@asynccontextmanager
+async def open_leases(settings: Settings, clock: Clock) -> AsyncIterator[Leases]:
+    """Leases where the registry is: locks in Consul, or a lock file beside the SQLite file. What is held at
+    the end is let go of."""
+    replica = f"{_host()}-{secrets.token_hex(4)}"
+    if settings.registry_kind == "sqlite":
+        path = settings.registry_path
+        file = FileLeases(
+            path.with_name(f"{path.name}.lease"),
+            shards=settings.shards,
+            replica=replica,
+            api=settings.advertise,
+            clock=clock,
+        )
+        try:
+            yield file
+        finally:
+            await file.release()
+        return
+    client = consul_client(settings)
+    leases = ConsulLeases(
+        client,
+        prefix=settings.consul.prefix,
+        shards=settings.shards,
+        replica=replica,
+        api=settings.advertise,
+        clock=clock,
+        ttl_s=settings.lease_ttl,
+    )
+    try:
+        yield leases
+    finally:
+        await leases.release()
+        await client.close()
+
+
+def _host() -> str:
+    """The machine's name as a part of a Consul service id."""
+    name = re.sub(r"[^a-z0-9]+", "-", socket.gethostname().partition(".")[0].lower()).strip("-")
+    return name[:32] or "replica"
 
 
 @asynccontextmanager

@@ -15,6 +15,11 @@ node_prefix "" {
   policy = "read"
 }
 
+# The control planes announce themselves, with the check that their leases hang on.
+service "nomad-watchdog" {
+  policy = "write"
+}
+
 # Leases are sessions; their rules go by the name of the node that they are made on.
 session_prefix "" {
   policy = "write"

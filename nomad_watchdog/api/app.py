@@ -9,7 +9,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from nomad_watchdog import __version__
-from nomad_watchdog.api import agents, devices, openapi, page, stops, stream
+from nomad_watchdog.api import agents, devices, openapi, page, sharing, stops, stream
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.errors import boundary
 from nomad_watchdog.api.schemas import (
@@ -26,6 +26,7 @@ from nomad_watchdog.api.schemas import (
 )
 from nomad_watchdog.errors import NotFoundError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
 
 RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
@@ -48,10 +49,11 @@ def make_app(
     max_body_bytes: int = 1024 * 1024,
     token: str | None = None,
     operator: stops.Operator | None = None,
+    leases: Leases | None = None,
 ) -> web.Application:
     """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `token`: asked of
     everybody except at /healthz, /ready and for the agent itself; `operator`: who takes the word that
-    held stops are meant."""
+    held stops are meant; `leases`: who knows which replica reconciles what."""
     app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
     app[CONTEXT] = Context(
         fleet=fleet,
@@ -61,6 +63,7 @@ def make_app(
         token=token.encode() if token else None,
         routes=ROUTES,
         operator=operator,
+        leases=leases,
     )
     for route in ROUTES:
         app.router.add_route(route.method, route.resource, route.handler)
@@ -197,6 +200,7 @@ ROUTES: Final = (
         {202: AnyOut, 409: "nothing is held, or other stops than `id` names"},
         body=ConfirmIn,
     ),
+    Route("GET", "/v1/leases", sharing.list_leases, "Who reconciles which shard", {200: AnyOut}),
     Route("GET", "/v1/openapi.json", describe, "This description", {200: AnyOut}),
     Route("GET", "/healthz", healthz, "The process is alive", {200: AnyOut}, public=True),
     Route(

@@ -12,6 +12,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Context:
     routes: tuple[Route, ...]
     operator: Operator | None = None
     """Who holds stops back; None where nobody reconciles."""
+    leases: Leases | None = None
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last made (monotonic seconds), and its text."""
     followers: set[asyncio.Task[object]] = field(default_factory=set)

@@ -26,9 +26,11 @@ import consul.exceptions  # type: ignore[import-untyped]
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
+    FencedError,
     TerminalError,
     TransientError,
     UserError,
+    WatchdogError,
 )
 
 _T = TypeVar("_T")
@@ -120,6 +122,10 @@ class KvRow:
     value: bytes
     index: int
     """ModifyIndex, the token of compare-and-set."""
+    session: str = field(default="", repr=False)
+    """The session that holds the key's lock; "" = nobody does. A secret: who knows it can let go of it."""
+    lock_index: int = 0
+    """Goes up each time the lock is taken anew: the fencing token."""
 
 
 class TxnConflictError(ConflictError):
@@ -184,11 +190,11 @@ class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
 
 class _Library(consul.base.Consul):  # type: ignore[misc]  # untyped base
     def __init__(self, http: _Http) -> None:
-        self._own_http = http
+        self.own_http = http
         super().__init__(host=http.host, port=http.port)
 
     def http_connect(self, *_: object, **__: object) -> _Http:
-        return self._own_http
+        return self.own_http
 
 
 class ConsulClient:
@@ -201,15 +207,16 @@ class ConsulClient:
     def __init__(self, settings: ConsulSettings | None = None) -> None:
         self.settings = settings or ConsulSettings.from_env()
         self._http = _Http(self.settings)
-        self._api = _Library(self._http)
+        self.library = _Library(self._http)
+        """For this package only: elsewhere nobody knows the library."""
 
     async def close(self) -> None:
         await self._http.close()
 
     async def kv_get(self, key: str) -> KvRow | None:
         """One key, exactly, as a quorum has it now; None when it is not there (404)."""
-        _, row = await self._call(
-            lambda: self._api.kv.get(key, consistency="consistent"),
+        _, row = await self.call(
+            lambda: self.library.kv.get(key, consistency="consistent"),
             what=f"read of key {key}",
             needs=f'key "{key}" {{ policy = "read" }}',
         )
@@ -223,7 +230,9 @@ class ConsulClient:
         index > 0 waits, at most wait_s, until something changed past it; the answer may be unchanged.
         """
         found, rows = await self._blocking(
-            lambda **how: self._api.kv.get(prefix, recurse=True, consistency="consistent", **how),
+            lambda **how: self.library.kv.get(
+                prefix, recurse=True, consistency="consistent", **how
+            ),
             index,
             wait_s,
             what=f"read of keys under {prefix}",
@@ -234,11 +243,11 @@ class ConsulClient:
     async def txn(self, operations: Sequence[Mapping[str, Any]]) -> list[KvRow]:
         """All of the KV operations or none (at most 128, and 512 KiB as JSON); rows in their order.
 
-        Raises TxnConflictError when a compare-and-set lost.
+        Raises TxnConflictError when a compare-and-set lost, FencedError when a `check_session` did.
         """
         payload = [{"KV": dict(operation)} for operation in operations]
-        answer = await self._call(
-            lambda: self._api.txn.put(payload),
+        answer = await self.call(
+            lambda: self.library.txn.put(payload),
             what=f"transaction of {len(payload)} writes",
             needs=f'key_prefix "{_folder(operations)}" {{ policy = "write" }}',
         )
@@ -249,7 +258,7 @@ class ConsulClient:
     ) -> tuple[int, list[Any]]:
         """Checks of a service that match a filter expression; blocks as `kv_tree` does."""
         return await self._blocking(
-            lambda **how: self._api.health.checks(
+            lambda **how: self.library.health.checks(
                 service, near="_agent", filter_expr=expression or None, **how
             ),
             index,
@@ -264,7 +273,7 @@ class ConsulClient:
         `near` keeps Consul from its streaming backend, which answers an empty list when it times out.
         """
         return await self._blocking(
-            lambda **how: self._api.health.service(
+            lambda **how: self.library.health.service(
                 service, near="_agent", filter_expr=expression or None, **how
             ),
             0,
@@ -289,16 +298,16 @@ class ConsulClient:
             wait_s = min(wait_s, MAX_WAIT_S)
             how = {"index": index, "wait": f"{max(1, round(wait_s * 1000))}ms"}
         extra_s = wait_s * 17 / 16 if index > 0 else 0.0  # Consul adds up to a sixteenth of jitter
-        text, rows = await self._call(
+        text, rows = await self.call(
             lambda: request(**how), what=what, needs=needs, extra_s=extra_s
         )
         found = _index(text)
         if found < index:
-            text, rows = await self._call(request, what=what, needs=needs)
+            text, rows = await self.call(request, what=what, needs=needs)
             found = _index(text)
         return max(found, 1), rows or []
 
-    async def _call(
+    async def call(
         self,
         request: Callable[[], Awaitable[Any]],
         *,
@@ -306,6 +315,7 @@ class ConsulClient:
         needs: str,
         extra_s: float = 0.0,
     ) -> Any:
+        """A call of the library with our time-out and errors; `needs`: the rights, in Consul's words."""
         try:
             return await self._translated(request, what, needs, extra_s)
         except DeniedError:
@@ -357,23 +367,31 @@ def _index(text: str) -> int:
 def _kv_row(row: Mapping[str, Any]) -> KvRow:
     # the library decodes the value of a read; a transaction's result has none
     value = row.get("Value") or b""
-    return KvRow(row["Key"], value if isinstance(value, bytes) else b"", int(row["ModifyIndex"]))
+    return KvRow(
+        row["Key"],
+        value if isinstance(value, bytes) else b"",
+        int(row["ModifyIndex"]),
+        row.get("Session") or "",
+        int(row.get("LockIndex") or 0),
+    )
 
 
-def _refusal(what: str, text: str) -> TransientError | TerminalError | ConflictError:
+def _refusal(what: str, text: str) -> WatchdogError:
     """The library's messages begin with the status when Consul answered with an error."""
     status, _, body = text.partition(" ")
     if not status.isdecimal():  # an answer that can't be decoded: its body may hold anything
         return TransientError(f"Consul: {what}: the answer makes no sense")
     if status == "409":
         return _txn_refusal(what, body)
+    if "invalid session" in body:  # behind a client agent the words begin with where they come from
+        return FencedError(f"Consul: {what}: the session is over")
     message = f"Consul: {what}: {status} {body[:200].strip()}"
     if status in {"408", "429"} or status.startswith("5"):
         return TransientError(message)
     return TerminalError(message)
 
 
-def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError:
+def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError | FencedError:
     try:
         errors = [(int(e["OpIndex"]), str(e["What"])) for e in json.loads(body)["Errors"]]
     except (ValueError, TypeError, KeyError):
@@ -381,6 +399,9 @@ def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError:
     for _, reason in errors:
         if "Permission denied" in reason or "ACL" in reason:
             return DeniedError(f"Consul: {what} was denied ({reason[:200]})")
+        if "failed session check" in reason or "invalid session" in reason:
+            # the reason names both sessions, and a session's id is a secret
+            return FencedError(f"Consul: {what}: the lease is no longer ours")
         if "index is stale" not in reason:
             return TerminalError(f"Consul: {what} was refused: {reason[:200]}")
     lost = frozenset(position for position, _ in errors)
@@ -390,3 +411,8 @@ def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError:
 def cas(key: str, value: bytes, index: int) -> dict[str, Any]:
     """The transaction's operation that writes key if its index is still so; 0 = it must not exist."""
     return {"Verb": "cas", "Key": key, "Value": base64.b64encode(value).decode(), "Index": index}
+
+
+def check_session(key: str, session: str) -> dict[str, Any]:
+    """The transaction's operation that lets the others happen only if the session holds key's lock."""
+    return {"Verb": "check-session", "Key": key, "Session": session}

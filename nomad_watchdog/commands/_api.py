@@ -64,10 +64,14 @@ class Api:
         return self._call("DELETE", path)
 
     def devices(self, **query: object) -> Iterator[dict[str, Any]]:
-        """All devices that match, page by page."""
+        """All devices that match."""
+        return self.pages("/v1/devices", **query)
+
+    def pages(self, path: str, **query: object) -> Iterator[dict[str, Any]]:
+        """All items of a list, page by page."""
         cursor: str | None = None
         while True:
-            page = self.get("/v1/devices", **{"limit": PAGE} | query, cursor=cursor)
+            page = self.get(path, **{"limit": PAGE} | query, cursor=cursor)
             yield from page["items"]
             following = page.get("next")
             if not following or following == cursor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.commands._api import PAGE, Api, device_path
 from nomad_watchdog.commands._shared import api_of, no_color, output_option
 from nomad_watchdog.errors import TerminalError, TransientError
@@ -34,6 +35,31 @@ def explain(ctx: click.Context, device_id: str, output: str) -> None:
     print_json(answer) if output == "json" else _print_tree(answer)
 
 
+@click.command()
+@output_option("table", "json")
+@click.pass_context
+def leader(ctx: click.Context, output: str) -> None:
+    """Show which replica holds which shard and since when: with one shard, the leader."""
+    answer = api_of(ctx).get("/v1/leases")
+    if output == "json":
+        print_json(answer)
+        return
+    now = SystemClock().wall()
+    rows = [
+        [one["shard"], one["holder"] or "nobody", one["api"], _held(one, now), one["term"]]
+        for one in answer["shards"]
+    ]
+    print_table(["SHARD", "HOLDER", "API", "SINCE", "TERM"], rows, no_color=no_color(ctx))
+    if answer["problem"]:
+        click.echo(
+            f"{clean(answer['replica'])} holds nothing: {clean(answer['problem'])}", err=True
+        )
+
+
+def _held(lease: dict[str, Any], now: float) -> str:
+    return age(max(0.0, now - lease["since"])) if lease["holder"] else ""
+
+
 @click.group()
 def agents() -> None:
     """List the agents as the scheduler sees them."""
@@ -44,11 +70,10 @@ def agents() -> None:
 @click.pass_context
 def list_agents(ctx: click.Context, output: str) -> None:
     """List the agents as the scheduler sees them."""
-    answer = api_of(ctx).get("/v1/agents")
+    items = list(api_of(ctx).pages("/v1/agents"))
     if output == "json":
-        print_json(answer)
+        print_json({"items": items})
         return
-    items: list[dict[str, Any]] = answer.get("items", [])
     preferred = ["device", "device_id", "epoch", "state", "node", "version", "age_s", "reason"]
     known = list(dict.fromkeys(key for item in items for key in item))
     columns = [key for key in preferred if key in known]

@@ -7,7 +7,7 @@ store knows nothing of their meaning. Nothing that beats is written here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from nomad_watchdog.ids import Slug
@@ -20,6 +20,14 @@ class RegistrySnapshot:
 
     records: Mapping[Slug, DeviceRecord]
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A lock in the store that must still be held for a commit to happen (S2)."""
+
+    key: str
+    session: str = field(repr=False)
 
 
 class Registry(Protocol):
@@ -47,8 +55,11 @@ class Registry(Protocol):
         """One record as the store has it now, or None."""
         ...
 
-    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
-        """Store each record if the stored index is still `record.index` (0 = it must not exist).
+    async def commit(
+        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+    ) -> Sequence[DeviceRecord | None]:
+        """Store each record if the stored index is still `record.index` (0 = it must not exist), and if
+        all `guards` are still held (FencedError: one is not, and then nothing of its part is written).
 
         Returns, in order, the record with its new index, or None where the compare-and-set lost.
         Durable when it returns (S4). Items are independent: one conflict does not undo the others.

@@ -15,15 +15,16 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from nomad_watchdog.clients.consul import ConsulClient, KvRow, TxnConflictError, cas
+from nomad_watchdog.clients.consul import ConsulClient, KvRow, TxnConflictError, cas, check_session
 from nomad_watchdog.errors import DeniedError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import RegistrySnapshot
+from nomad_watchdog.registry import Guard, RegistrySnapshot
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _TXN_OPS: Final = 64
-"""Consul takes 128, and at 64 one transaction still leaves room for others on the leader."""
+"""Consul takes 128 (_TXN_MOST), and at 64 one transaction still leaves room for others on the leader."""
+_TXN_MOST: Final = 128
 _TXN_BYTES: Final = 380_000
 """Consul takes 524,288 bytes of JSON; this counts values as base64 and leaves room for the keys."""
 _BUCKETS: Final = 256
@@ -90,14 +91,18 @@ class ConsulRegistry:
         except PoisonError as error:
             raise TerminalError(f"the record at {key} can't be used: {error}") from error
 
-    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+    async def commit(
+        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+    ) -> Sequence[DeviceRecord | None]:
         bodies = [encode(record) for record in records]
         # an existing index proves that this is the store it came from; a first write does not
         if any(record.index == 0 for record in records):
             await self.installation()
+        checks = [check_session(guard.key, guard.session) for guard in guards]
         stored: list[DeviceRecord | None] = [None] * len(records)
-        for chunk in _chunks(bodies):
-            for position, index in (await self._commit_chunk(chunk, records, bodies)).items():
+        for chunk in _chunks(bodies, _TXN_MOST - len(checks)):
+            done = await self._commit_chunk(chunk, records, bodies, checks)
+            for position, index in done.items():
                 stored[position] = replace(records[position], index=index)
         return stored
 
@@ -144,7 +149,11 @@ class ConsulRegistry:
         return slug if self._key(slug) == key else ""
 
     async def _commit_chunk(
-        self, chunk: range, records: Sequence[DeviceRecord], bodies: Sequence[bytes]
+        self,
+        chunk: range,
+        records: Sequence[DeviceRecord],
+        bodies: Sequence[bytes],
+        checks: Sequence[Mapping[str, Any]],
     ) -> dict[int, int]:
         """New index by position, for those whose compare-and-set won.
 
@@ -153,26 +162,27 @@ class ConsulRegistry:
         """
         left = list(chunk)
         while left:
-            operations = [
-                cas(self._key(records[i].slug), bodies[i], records[i].index) for i in left
-            ]
+            writes = [cas(self._key(records[i].slug), bodies[i], records[i].index) for i in left]
             try:
-                rows = await self._client.txn(operations)
+                rows = await self._client.txn([*checks, *writes])
             except TxnConflictError as error:
                 if not error.lost:
                     raise
-                left = [position for at, position in enumerate(left) if at not in error.lost]
+                first = len(checks)
+                left = [position for at, position in enumerate(left, first) if at not in error.lost]
                 continue
-            return {position: row.index for position, row in zip(left, rows, strict=True)}
+            news = rows[len(checks) :]
+            return {position: row.index for position, row in zip(left, news, strict=True)}
         return {}
 
 
-def _chunks(bodies: Sequence[bytes]) -> Iterator[range]:
-    """Ranges of positions that fit one transaction."""
+def _chunks(bodies: Sequence[bytes], most: int) -> Iterator[range]:
+    """Ranges of at most `most` positions that fit one transaction."""
+    most = max(1, min(most, _TXN_OPS))
     first, size = 0, 0
     for position, body in enumerate(bodies):
         weight = len(body) * 4 // 3 + 300
-        if position > first and (position - first == _TXN_OPS or size + weight > _TXN_BYTES):
+        if position > first and (position - first == most or size + weight > _TXN_BYTES):
             yield range(first, position)
             first, size = position, 0
         size += weight

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import RegistrySnapshot
+from nomad_watchdog.registry import Guard, RegistrySnapshot
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _T = TypeVar("_T")
@@ -91,7 +91,11 @@ class SqliteRegistry:
         except PoisonError as error:
             raise TerminalError(f"the record {slug} can't be used: {error}") from error
 
-    async def commit(self, records: Sequence[DeviceRecord]) -> Sequence[DeviceRecord | None]:
+    async def commit(
+        self,
+        records: Sequence[DeviceRecord],
+        guards: Sequence[Guard] = (),  # noqa: ARG002  # no lock lives in this store
+    ) -> Sequence[DeviceRecord | None]:
         rows = [(str(record.slug), record.index, encode(record)) for record in records]
         self._check_open()
         if self._writer is None:

@@ -1,0 +1,130 @@
+"""Who reconciles which devices: a lease a shard, held by one replica at a time.
+
+A lease is advice, not truth: locks are advisory, and a process can sleep between looking and acting. So a
+holder's right is boxed in time by its own clock and asked for again before each step, each commit of an
+epoch names the lock that must still be held, and even two that both believe to hold a shard do no harm,
+because every start is a compare-and-set of the device's epoch (S2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from nomad_watchdog.errors import FencedError
+from nomad_watchdog.ids import Shard, Slug, shard_of
+from nomad_watchdog.model import Monotonic
+from nomad_watchdog.registry import Guard
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One unbroken spell of holding a shard."""
+
+    number: int
+    """Goes up with each taking of the lock, whoever takes it."""
+    began_at: Monotonic
+    """What was read before this is no ground for a decision: another may have acted since."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard and its holder, as all replicas see it."""
+
+    shard: Shard
+    holder: str
+    """The replica's id; "" = nobody."""
+    api: str = ""
+    """Where the holder's API is, if it said so."""
+    since: float = 0.0
+    """Wall time of the taking, by the holder's clock."""
+    term: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A control plane that is there."""
+
+    id: str
+    api: str
+    since: float
+    """Wall time of its start, by its own clock."""
+    shards: int
+    version: str
+
+
+class Leases(Protocol):
+    """What the reconciler asks. None of it does I/O but `run` and `release`."""
+
+    shards: int
+    replica: str
+    """Our own id."""
+    problem: str
+    """Why nothing can be held at the moment, in words; "" when there is no reason."""
+    changed: asyncio.Event
+    """Set whenever `terms` may have changed."""
+
+    def terms(self) -> Mapping[Shard, Term]:
+        """The shards that are ours now; empty as soon as our own clock can't vouch for it."""
+        ...
+
+    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:
+        """What a commit for these devices must name."""
+        ...
+
+    def all(self) -> Sequence[Lease]:
+        """Every shard and its holder, as last seen."""
+        ...
+
+    def replicas(self) -> Sequence[Replica]:
+        """Every control plane that is there, ours included, as last seen."""
+        ...
+
+    async def run(self) -> None:
+        """Take part until cancelled. Outages are waited out, and told in `problem`."""
+        ...
+
+    async def release(self) -> None:
+        """Let go of all at once, so that a successor need not wait. Never raises; bounded in time."""
+        ...
+
+
+def check(leases: Leases, slug: Slug) -> Term:
+    """The term under which we may act on a device now. Raises FencedError when it is not ours."""
+    term = leases.terms().get(shard_of(slug, leases.shards))
+    if term is None:
+        raise FencedError("the lease of the device's shard is not ours")
+    return term
+
+
+FIRST: Final = Term(1, Monotonic(0.0))
+
+
+@dataclass(slots=True)
+class Undivided:
+    """All shards, always: for one pass by hand, where an operator is the only one who acts."""
+
+    shards: int = 1
+    replica: str = "this"
+    problem: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return dict.fromkeys(map(Shard, range(self.shards)), FIRST)
+
+    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # noqa: ARG002  # as the protocol has it
+        return ()
+
+    def all(self) -> Sequence[Lease]:
+        return [Lease(Shard(number), self.replica) for number in range(self.shards)]
+
+    def replicas(self) -> Sequence[Replica]:
+        return []
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def release(self) -> None:
+        return

@@ -1,0 +1,127 @@
+"""The lease of a machine's own registry: one lock file beside it, for all shards.
+
+The kernel lets go of it when its holder ends, however it ends; whoever waits has it a moment later.
+A holder that is frozen keeps it: on one machine nobody could tell it from a slow one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Final
+
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import Shard, Slug
+from nomad_watchdog.leases import Lease, Replica, Term
+from nomad_watchdog.registry import Guard
+
+_POLL_S: Final = 0.2
+
+
+class FileLeases:
+    """Holds all shards or none. `api`: our address, for whoever asks who leads."""
+
+    def __init__(self, path: Path, *, shards: int, replica: str, api: str, clock: Clock) -> None:
+        self.shards = shards
+        self.replica = replica
+        self.problem = ""
+        self.changed = asyncio.Event()
+        self._path = path
+        self._api = api
+        self._clock = clock
+        self._file: IO[str] | None = None
+        self._terms: dict[Shard, Term] = {}
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return self._terms
+
+    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # noqa: ARG002  # the kernel guards
+        return ()
+
+    def all(self) -> Sequence[Lease]:
+        holder = self._holder()
+        return [
+            Lease(Shard(number), *holder, term=self._term_of(number))
+            for number in range(self.shards)
+        ]
+
+    def _term_of(self, number: int) -> int:
+        term = self._terms.get(Shard(number))
+        return term.number if term is not None else 0
+
+    def replicas(self) -> Sequence[Replica]:
+        return []
+
+    async def run(self) -> None:
+        file = self._open()
+        self._file = file
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder, api, _ = self._holder()
+                self.problem = f"{holder or 'another process'} leads{f' ({api})' if api else ''}"
+                await asyncio.sleep(_POLL_S)
+        term = Term(self._next_number(file), self._clock.monotonic())
+        self.problem = ""
+        self._terms = dict.fromkeys(map(Shard, range(self.shards)), term)
+        self.changed.set()
+        await asyncio.Event().wait()
+
+    def _open(self) -> IO[str]:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        except OSError as error:
+            raise UserError(f"the lease file {self._path} can't be used: {error}") from error
+
+    def _next_number(self, file: IO[str]) -> int:
+        number = 1
+        with suppress(ValueError, KeyError, TypeError):
+            number = int(json.loads(file.read())["term"]) + 1
+        said = {
+            "v": 1,
+            "replica": self.replica,
+            "api": self._api,
+            "since": self._clock.wall(),
+            "term": number,
+        }
+        # In place: a new file under the same name would be another lock.
+        file.seek(0)
+        file.write(json.dumps(said))
+        file.truncate()
+        file.flush()
+        return number
+
+    def _holder(self) -> tuple[str, str, float]:
+        """Who wrote the file last, if its lock is held."""
+        try:
+            said = json.loads(self._path.read_text())
+            known = str(said["replica"]), str(said["api"]), float(said["since"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "", "", 0.0
+        return known if self._terms or self._is_held() else ("", "", 0.0)
+
+    def _is_held(self) -> bool:
+        try:
+            with self._path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    async def release(self) -> None:
+        self._terms = {}
+        self.changed.set()
+        if self._file is not None:
+            self._file.close()
+            self._file = None

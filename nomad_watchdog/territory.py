@@ -1,0 +1,57 @@
+"""Which devices we may decide about now: those of our shards that both stores were read for since.
+
+A lease that has just been taken is no licence yet: its last holder may have written after what we know. So
+a shard counts from the moment that the registry and the scheduler were both read, in full, after its term
+began (S8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from nomad_watchdog.ids import Shard, Slug, shard_of
+from nomad_watchdog.leases import Leases
+from nomad_watchdog.model import Monotonic
+
+_T = TypeVar("_T")
+_MOST_KNOWN = 1_000_000
+"""Slugs whose shard is remembered; hashing one costs 2 µs."""
+
+
+class Territory:
+    """The reader of `leases` for one fleet."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self._known: dict[Slug, Shard] = {}
+        self.registry_read_at = Monotonic(0.0)
+        """When the last full read of the registry was begun."""
+        self.looked_at = Monotonic(0.0)
+        """When the last full snapshot of the scheduler was begun."""
+
+    def shard(self, slug: Slug) -> Shard:
+        found = self._known.get(slug)
+        if found is None:
+            if len(self._known) > _MOST_KNOWN:
+                self._known.clear()
+            found = self._known[slug] = shard_of(slug, self._leases.shards)
+        return found
+
+    def shards(self) -> frozenset[Shard]:
+        """Those that we may decide about."""
+        read_at = min(self.registry_read_at, self.looked_at)
+        return frozenset(s for s, term in self._leases.terms().items() if term.began_at <= read_at)
+
+    def unseen(self) -> bool:
+        """A shard of ours waits for a read of both stores."""
+        return len(self.shards()) < len(self._leases.terms())
+
+    def of(self, whole: Mapping[Slug, _T]) -> Mapping[Slug, _T]:
+        """The part of a mapping by slug that we may decide about; the mapping itself if that is all."""
+        ours = self.shards()
+        if len(ours) == self._leases.shards:
+            return whole
+        if not ours:
+            return {}
+        return {slug: one for slug, one in whole.items() if self.shard(slug) in ours}

@@ -1,0 +1,296 @@
+"""Leases on a real Consul: who holds what, and how soon it moves when a holder ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.errors import FencedError
+from nomad_watchdog.ids import Shard, shard_of
+from nomad_watchdog.leases import check
+from nomad_watchdog.leases.consul import ConsulLeases
+from nomad_watchdog.model import Monotonic
+from nomad_watchdog.registry.consul import ConsulRegistry
+from tests.registry.records import record
+
+TTL_S = 2.0
+
+
+class Clock(SystemClock):
+    """The machine's clock, that can be ahead by as long as a process slept."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(super().monotonic() + self.ahead_s)
+
+
+class Part:
+    """One replica's part in this process: its own client, task and clock."""
+
+    def __init__(self, consul: ConsulServer, prefix: str, name: str, shards: int) -> None:
+        self.client = ConsulClient(ConsulSettings(address=consul.http_addr))
+        self.clock = Clock()
+        self.leases = ConsulLeases(
+            self.client,
+            prefix=prefix,
+            shards=shards,
+            replica=f"{name}-{uuid.uuid4().hex[:6]}",
+            api="http://127.0.0.1:9",
+            clock=self.clock,
+            ttl_s=TTL_S,
+        )
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.task = asyncio.ensure_future(self.leases.run())
+
+    async def crash(self) -> None:
+        """End without a word, as a killed process does."""
+        if self.task is not None:
+            self.task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self.task
+            self.task = None
+        await self.client.close()
+
+    @property
+    def held(self) -> set[int]:
+        return set(self.leases.terms())
+
+
+@asynccontextmanager
+async def parts(
+    consul: ConsulServer, *names: str, shards: int = 1, prefix: str = ""
+) -> AsyncIterator[list[Part]]:
+    prefix = prefix or f"t-{uuid.uuid4().hex[:8]}"
+    made = [Part(consul, prefix, name, shards) for name in names]
+    try:
+        yield made
+    finally:
+        for part in made:
+            await part.leases.release()
+            await part.crash()
+
+
+async def until(test: Callable[[], bool], timeout_s: float = 15.0) -> float:
+    """Wait for it; how long it took."""
+    began = time.monotonic()
+    while not test():
+        assert time.monotonic() - began < timeout_s, "not in time"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
+async def test_one_shard_is_plain_leader_election(consul: ConsulServer) -> None:
+    """Of three replicas one holds the only shard, and all three see the same holder."""
+    async with parts(consul, "a", "b", "c") as three:
+        for part in three:
+            part.start()
+        await until(lambda: sum(len(part.held) for part in three) == 1)
+        (holder,) = [part for part in three if part.held]
+        await until(
+            lambda: all(
+                part.leases.all()[0].holder == holder.leases.replica
+                and len(part.leases.replicas()) == 3
+                for part in three
+            )
+        )
+
+
+async def test_a_graceful_end_hands_over_at_once(consul: ConsulServer) -> None:
+    """Who releases is followed by another one long before any time-out could have ended its session."""
+    async with parts(consul, "a", "b") as (first, second):
+        first.start()
+        await until(lambda: first.held == {0})
+        before = first.leases.terms()[Shard(0)]
+        second.start()
+        await until(lambda: len(second.leases.replicas()) == 2)
+        assert not second.held
+        await first.leases.release()
+        assert not first.held
+        took_s = await until(lambda: second.held == {0})
+        assert took_s < TTL_S / 2
+        assert second.leases.terms()[Shard(0)].number > before.number
+
+
+async def test_a_crashed_holder_is_replaced_when_its_check_fails(consul: ConsulServer) -> None:
+    """A holder that ends without a word is replaced; its own right had ended before."""
+    async with parts(consul, "a", "b") as (first, second):
+        first.start()
+        await until(lambda: first.held == {0})
+        second.start()
+        await until(lambda: len(second.leases.replicas()) == 2)
+        await first.crash()
+        await until(lambda: second.held == {0})
+        assert not first.held
+
+
+async def test_s2_a_frozen_holder_finds_its_right_gone(consul: ConsulServer) -> None:
+    """A holder that slept past its TTL may do nothing, also before it has heard from Consul."""
+    async with parts(consul, "a") as (one,):
+        one.start()
+        await until(lambda: one.held == {0})
+        slug = record("pump").slug
+        assert check(one.leases, slug).number > 0
+        one.clock.ahead_s = TTL_S  # nothing of it has run meanwhile, as after SIGSTOP and SIGCONT
+        with pytest.raises(FencedError):
+            check(one.leases, slug)
+
+
+async def test_s2_a_commit_that_names_a_lost_lease_writes_nothing(consul: ConsulServer) -> None:
+    """Two that both believe to hold a shard: the store itself refuses the one whose lock is gone."""
+    prefix = f"t-{uuid.uuid4().hex[:8]}"
+    async with parts(consul, "a", "b", prefix=prefix) as (first, second):
+        registry = ConsulRegistry(client=first.client, prefix=prefix)
+        await registry.initialise()
+        first.start()
+        await until(lambda: first.held == {0})
+        wanted = record("pump")
+        guards = first.leases.guards([wanted.slug])
+        (stored,) = await registry.commit([wanted], guards)
+        assert stored is not None
+        second.start()
+        await until(lambda: len(second.leases.replicas()) == 2)
+        await first.leases.release()
+        await until(lambda: second.held == {0})
+        with pytest.raises(FencedError) as refused:
+            await registry.commit([record("other")], guards)
+        assert guards[0].session not in str(refused.value)
+        assert list((await registry.read()).records) == [wanted.slug]
+
+
+async def test_shards_are_spread_and_move_when_replicas_come_and_go(consul: ConsulServer) -> None:
+    """Eight shards over one, two and three replicas: even each time, each shard with one holder."""
+    async with parts(consul, "a", "b", "c", shards=8) as three:
+
+        def spread(*sizes: int) -> Callable[[], bool]:
+            def test() -> bool:
+                held = [shard for part in three for shard in part.held]
+                counts = sorted(len(part.held) for part in three)
+                return counts == sorted(sizes) and len(held) == len(set(held)) == 8
+
+            return test
+
+        three[0].start()
+        await until(spread(8, 0, 0))
+        three[1].start()
+        await until(spread(4, 4, 0))
+        three[2].start()
+        await until(spread(3, 3, 2))
+        await three[1].crash()
+        await until(spread(4, 4, 0))
+
+
+async def test_no_shard_is_ever_held_by_two(consul: ConsulServer) -> None:
+    """While replicas come and go, at no moment do two of them both say that a shard is theirs."""
+    async with parts(consul, "a", "b", "c", shards=4) as three:
+        doubled: list[Counter[int]] = []
+
+        async def watch() -> None:
+            while True:
+                held = Counter(shard for part in three for shard in part.held)
+                if held and max(held.values()) > 1:
+                    doubled.append(held)
+                await asyncio.sleep(0.001)
+
+        watcher = asyncio.ensure_future(watch())
+        try:
+            for part in three:
+                part.start()
+            await until(lambda: len({s for part in three for s in part.held}) == 4)
+            await three[0].leases.release()
+            await until(lambda: len({s for part in three[1:] for s in part.held}) == 4)
+            await three[1].crash()
+            await until(lambda: len(three[2].held) == 4)
+        finally:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+        assert not doubled
+
+
+async def test_replicas_with_other_numbers_of_shards_do_not_mix(consul: ConsulServer) -> None:
+    """A replica that divides the fleet otherwise takes nothing, and says which number the others have."""
+    prefix = f"t-{uuid.uuid4().hex[:8]}"
+    async with (
+        parts(consul, "a", shards=2, prefix=prefix) as (first,),
+        parts(consul, "b", shards=3, prefix=prefix) as (second,),
+    ):
+        first.start()
+        await until(lambda: first.held == {0, 1})
+        second.start()
+        await until(lambda: "shards = 2" in second.leases.problem)
+        assert not second.held
+        assert first.held == {0, 1}
+
+
+async def test_a_session_ended_by_hand_is_replaced(consul: ConsulServer) -> None:
+    """When somebody destroys the holder's session, it takes part again, under a new term."""
+    async with parts(consul, "a") as (one,):
+        one.start()
+        await until(lambda: one.held == {0})
+        before = one.leases.terms()[Shard(0)]
+        session = one.leases.guards([record("pump").slug])[0].session
+        await one.client.call(
+            lambda: one.client.library.session.destroy(session), what="a test", needs=""
+        )
+        await until(lambda: one.held == {0} and one.leases.terms()[Shard(0)] != before)
+        assert one.leases.terms()[Shard(0)].number > before.number
+
+
+async def test_l3_a_frozen_consul_ends_the_right_and_nothing_else(tmp_path: Path) -> None:
+    """With Consul frozen nobody holds anything; when it goes on, somebody does again."""
+    async with ConsulServer(tmp_path / "consul") as own, parts(own, "a", "b") as both:
+        for part in both:
+            part.start()
+        await until(lambda: sum(len(part.held) for part in both) == 1)
+        own.pause()
+        try:
+            await until(lambda: not any(part.held for part in both))
+        finally:
+            own.resume()
+        await until(lambda: sum(len(part.held) for part in both) == 1, 30.0)
+
+
+async def test_beating_writes_nothing(consul: ConsulServer) -> None:
+    """While nothing changes, neither renewals nor passes of the check move the store's index."""
+    prefix = f"t-{uuid.uuid4().hex[:8]}"
+    async with parts(consul, "a", "b", shards=4, prefix=prefix) as both:
+        for part in both:
+            part.start()
+        await until(lambda: sum(len(part.held) for part in both) == 4)
+        await until(lambda: all(len(part.held) == 2 for part in both))
+        client = both[0].client
+        before, _ = await client.kv_tree(f"{prefix}/leadership/")
+        # a read that waits longer than any beat, and is ended by nothing
+        after, _ = await client.kv_tree(f"{prefix}/leadership/", before, 2 * TTL_S)
+        assert after == before
+
+
+def test_guards_name_each_shard_once() -> None:
+    """A batch of devices is guarded by the locks of its shards, whatever their number."""
+    leases = ConsulLeases(
+        ConsulClient(ConsulSettings(address="http://127.0.0.1:1")),
+        prefix="p",
+        shards=2,
+        replica="r",
+        api="http://127.0.0.1:9",
+        clock=SystemClock(),
+    )
+    slugs = [record(f"pump {n}").slug for n in range(20)]
+    guards = leases.guards(slugs)
+    assert [guard.key for guard in guards] == [
+        f"p/leadership/shards/{n}" for n in sorted({shard_of(slug, 2) for slug in slugs})
+    ]
