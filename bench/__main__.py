@@ -18,6 +18,7 @@ BENCHES = {
     "event": "20 s",
     "dispatch": "1 min",
     "restart": "2 min",
+    "failover": "1 min",
     "naive": "2 min",
 }
 RESULTS = Path(__file__).parent / "results" / "bench.json"

@@ -17,8 +17,8 @@ from typing import Any
 
 from bench.plane import nomad_server, plane, settings
 from bench.rows import Row
-from nomad_watchdog.demo.stage import clean_environment
 from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.process import clean_environment
 
 RAW = """
 import json, sys, urllib.request

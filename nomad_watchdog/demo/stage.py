@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TransientError
 
 CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
@@ -306,15 +306,6 @@ async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str
         NomadServer(root / "nomad", [agent.http_addr for agent in agents], clients)
     )
     return consul.http_addr, nomad.http_addr
-
-
-def clean_environment() -> dict[str, str]:
-    """Ours without what would point a child at somebody's real cluster."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
-    }
 
 
 async def _command(config: Path, *arguments: str) -> None:

@@ -54,6 +54,15 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def clean_environment() -> dict[str, str]:
+    """Ours without what would point a child at somebody's real cluster."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
+    }
+
+
 class Process:
     """A child process. It is signalled by its pid, and its whole group only to clean up."""
 

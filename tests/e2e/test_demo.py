@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.demo.stage import clean_environment
+from nomad_watchdog.dev.process import clean_environment
 
 STEPS = 7
 

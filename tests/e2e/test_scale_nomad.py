@@ -15,9 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.demo.stage import clean_environment
 from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev.process import Process, clean_environment, free_port
 
 pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(600)]
 

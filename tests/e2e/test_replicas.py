@@ -1,0 +1,220 @@
+"""Several control planes on one Nomad and one Consul, as processes: who acts, and who takes over.
+
+Agents are Nomad's mock driver's: what is looked at is who dispatches, and that nobody does it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.registry.consul import ConsulRegistry
+from tests.schedulers.conftest import eventually
+
+pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
+
+TEMPLATE = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
+CONFIG = """\
+backend   = "nomad"
+shards    = SHARDS
+lease_ttl = "2s"
+data_dir  = "{root}"
+api {
+  listen = "127.0.0.1:{port}"
+}
+nomad {
+  address    = "NOMAD"
+  job_prefix = "PREFIX"
+}
+consul {
+  address       = "CONSUL"
+  prefix        = "PREFIX"
+  agent_address = ""
+}
+agent_class "default" {
+  template = "TEMPLATE"
+  probe "icmp" {}
+}
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
+    """A Nomad for the tests of this module; each has a job prefix of its own."""
+    async with NomadServer(tmp_path_factory.mktemp("nomad")) as server:
+        yield server
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    nomad: NomadServer
+    prefix: str
+    planes: tuple[ControlPlane, ...]
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """All children that were ever dispatched, stopped ones too."""
+        found = await self.nomad.request("GET", f"/v1/jobs?prefix={self.prefix}&meta=true")
+        return [job for job in found if job.get("ParentID")]
+
+    async def placed(self) -> Counter[tuple[str, str]]:
+        jobs = await self.jobs()
+        return Counter((job["Meta"]["device_id"], job["Meta"]["epoch"]) for job in jobs)
+
+    async def devices(self) -> set[str]:
+        return {name for name, _ in await self.placed()}
+
+    async def holder(self) -> ControlPlane:
+        """The one that holds shard 0, once there is one."""
+
+        async def one() -> ControlPlane | None:
+            for plane in self.planes:
+                if plane.process.returncode is None and 0 in await plane.held():
+                    return plane
+            return None
+
+        found = await eventually(one, 20.0)
+        assert isinstance(found, ControlPlane)
+        return found
+
+    def other(self, one: ControlPlane) -> ControlPlane:
+        return next(plane for plane in self.planes if plane is not one)
+
+
+@asynccontextmanager
+async def replicas(
+    folder: Path, nomad: NomadServer, consul: ConsulServer, *names: str, shards: int = 1
+) -> AsyncIterator[World]:
+    prefix = f"r{uuid.uuid4().hex[:8]}"
+    config = CONFIG
+    for word, value in {
+        "SHARDS": str(shards),
+        "NOMAD": nomad.http_addr,
+        "CONSUL": consul.http_addr,
+        "PREFIX": prefix,
+        "TEMPLATE": str(TEMPLATE),
+    }.items():
+        config = config.replace(word, value)
+    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    try:
+        await ConsulRegistry(client=client, prefix=prefix).initialise()
+    finally:
+        await client.close()
+    async with AsyncExitStack() as stack:
+        planes = [
+            await stack.enter_async_context(ControlPlane(folder, name, config)) for name in names
+        ]
+        yield World(nomad, prefix, tuple(planes))
+
+
+async def test_every_replica_takes_wishes_and_one_dispatches(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer
+) -> None:
+    """A device that is registered with a replica that leads nothing is dispatched once, by the other."""
+    async with replicas(tmp_path, nomad, consul, "a", "b") as world:
+        holder = await world.holder()
+        standby = world.other(holder)
+        await standby.register("pump")
+        await eventually(world.jobs)
+        assert await world.placed() == {("pump", "1"): 1}
+        status = await standby.call("GET", "/v1/status")
+        assert status["holds"] == "0 of 1 shards"
+        leases = await standby.call("GET", "/v1/leases")
+        assert leases["shards"][0]["api"] == holder.api
+        assert {one["api"] for one in leases["replicas"]} == {holder.api, standby.api}
+        why = await standby.call("GET", "/v1/devices/pump/explain")
+        assert why["next"].startswith(f"decided by {leases['shards'][0]['holder']}")
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+async def test_l2_who_is_left_goes_on(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer, end: signal.Signals
+) -> None:
+    """However the holder ends, the other one dispatches what comes next, and touches nothing else."""
+    async with replicas(tmp_path, nomad, consul, "a", "b") as world:
+        holder = await world.holder()
+        heir = world.other(holder)
+        for number in range(5):
+            await holder.register(f"before {number}")
+
+        async def all_up() -> bool:
+            return len(await world.devices()) == 5
+
+        await eventually(all_up, 30.0)
+        holder.process.send(end)
+        await heir.register("after")
+
+        async def taken_over() -> bool:
+            return "after" in await world.devices()
+
+        await eventually(taken_over, 30.0)
+        assert await heir.held() == {0}
+        assert set((await world.placed()).values()) == {1}
+        assert not any(job["Stop"] for job in await world.jobs())
+
+
+async def test_s2_a_frozen_holder_wakes_up_to_nothing(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer
+) -> None:
+    """The holder sleeps with wishes before it; its heir acts on them; awake again it adds nothing."""
+    async with replicas(tmp_path, nomad, consul, "a", "b") as world:
+        holder = await world.holder()
+        heir = world.other(holder)
+        holder.pause()
+        try:
+            for number in range(8):
+                await heir.register(f"d {number}")
+
+            async def all_up() -> bool:
+                return len(await world.devices()) == 8
+
+            await eventually(all_up, 30.0)
+        finally:
+            holder.resume()
+        await holder.until("/v1/leases", lambda said: said["shards"][0]["api"] == heir.api)
+        await holder.register("last")
+
+        async def last_up() -> bool:
+            return "last" in await world.devices()
+
+        await eventually(last_up, 30.0)
+        assert set((await world.placed()).items()) == {
+            ((name, "1"), 1) for name in [*(f"d {n}" for n in range(8)), "last"]
+        }
+        assert await holder.held() == set()
+
+
+async def test_shards_are_shared_and_each_device_is_dispatched_once(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer
+) -> None:
+    """Four shards over two replicas, two each; forty devices are placed once each, by both together."""
+    async with replicas(tmp_path, nomad, consul, "a", "b", shards=4) as world:
+
+        async def even() -> bool:
+            return sorted([len(await plane.held()) for plane in world.planes]) == [2, 2]
+
+        await eventually(even, 30.0)
+        await asyncio.gather(
+            *(world.planes[n % 2].register(f"device {n}") for n in range(40)),
+        )
+
+        async def all_up() -> bool:
+            return len(await world.devices()) == 40
+
+        await eventually(all_up, 40.0)
+        assert set((await world.placed()).values()) == {1}
+        parents = {job["ParentID"] for job in await world.jobs()}
+        assert parents == {f"{world.prefix}-s{n}" for n in range(4)}
