@@ -19,6 +19,7 @@ from nomad_watchdog.discovery import ConsulHealth
 from nomad_watchdog.errors import UserError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.peers import Peers
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.schedulers import Scheduler
@@ -127,9 +128,11 @@ async def _reconcile_until(
     reconciler: Reconciler,
     metrics: Metrics,
 ) -> None:
+    peers = Peers(fleet, reconciler.leases, lambda: api_token(settings) or "")
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(reconciler.leases.run()),
+            group.create_task(peers.run()),
             group.create_task(reconciler.run()),
             group.create_task(_say_ready(fleet)),
         ]

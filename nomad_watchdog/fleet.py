@@ -38,6 +38,10 @@ from nomad_watchdog.shown import shown_placement, shown_report
 log = logging.getLogger(__name__)
 
 
+MOST_HEARSAY: Final = 10_000
+"""Reports of other replicas that wait for our own record; what is lost is said again on the next beat."""
+
+
 @dataclass(frozen=True, slots=True)
 class AgentReport:
     """A report as it came through the door, checked."""
@@ -111,9 +115,12 @@ class Fleet(Ledger):
         self.plan_view: Callable[[], dict[str, object]] = dict
         self._tracks: dict[Slug, _Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
+        self._hearsay: dict[Slug, AgentReport] = {}
         self._loaded = False
         self._observer: Observer | None = None
         self._on_report: Callable[[str], None] = lambda _outcome: None
+        self.on_accepted: Callable[[AgentReport], None] = lambda _report: None
+        """Told of every report that was accepted here, not of those that were overheard."""
 
     def observe_with(self, observer: Observer, on_report: Callable[[str], None]) -> None:
         """Tell `observer` of what comes in; `on_report` counts acceptance outcomes."""
@@ -137,6 +144,9 @@ class Fleet(Ledger):
                     else "the device has left"
                 )
                 self.note(record.slug, record.presence.value, text)
+        for _, record in news if self._hearsay else ():
+            if (report := self._hearsay.pop(record.slug, None)) is not None:
+                self.overhear(report)
         if self._observer is not None:
             self._observer.records_changed([record for _, record in news])
 
@@ -168,11 +178,24 @@ class Fleet(Ledger):
         self._on_report(result.kind.value)
         if result.kind is AcceptanceKind.ACCEPTED:
             self._remember(report)
+            self.on_accepted(report)
         elif result.kind is AcceptanceKind.REFUSED:
             self.note(report.slug, "refused", f"instance {report.instance}: {result.reason}")
         if result.kind is not AcceptanceKind.ACCEPTED and self._observer is not None:
             self._observer.look_again(report.slug)
         return result
+
+    def overhear(self, report: AgentReport) -> bool:
+        """Take a report that another replica has accepted, as soon as our own record says the same (S1):
+        what it was bound to may not have come through the registry's watch yet."""
+        record = self.records.get(report.slug)
+        if record is None or self._accept(record, report).kind is not AcceptanceKind.ACCEPTED:
+            if len(self._hearsay) >= MOST_HEARSAY:
+                self._hearsay.clear()
+            self._hearsay[report.slug] = report
+            return False
+        self._remember(report)
+        return True
 
     async def _judge_report(self, report: AgentReport) -> Acceptance:
         record = self.records.get(report.slug)

@@ -21,6 +21,7 @@ from nomad_watchdog.api.schemas import (
     DeviceIn,
     DeviceOut,
     DevicePage,
+    HearsayIn,
     ReportIn,
     WebhookIn,
 )
@@ -201,6 +202,14 @@ ROUTES: Final = (
         body=ConfirmIn,
     ),
     Route("GET", "/v1/leases", sharing.list_leases, "Who reconciles which shard", {200: AnyOut}),
+    Route(
+        "POST",
+        "/v1/peers/reports",
+        sharing.overhear,
+        "What agents said to another replica",
+        {200: AnyOut},
+        body=HearsayIn,
+    ),
     Route("GET", "/v1/openapi.json", describe, "This description", {200: AnyOut}),
     Route("GET", "/healthz", healthz, "The process is alive", {200: AnyOut}, public=True),
     Route(

@@ -19,6 +19,8 @@ MOST_LABELS: Final = 32
 LABEL_BYTES: Final = 128
 ADDRESS_CHARS: Final = 253
 """Longest host name (RFC 1035)."""
+MOST_HEARD: Final = 500
+"""Reports that one replica tells another at once."""
 MOST_BULK: Final = 5_000
 REASON_CHARS: Final = 512
 BODY_TIMEOUT_S: Final = 20.0
@@ -167,6 +169,14 @@ class ReportIn(BaseModel):
             epoch=Epoch(self.epoch),
             **self.model_dump(exclude={"v", "device_id", "epoch", "agent_class"}),
         )
+
+
+class HearsayIn(BaseModel):
+    """Reports that another replica has accepted."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    reports: Annotated[list[ReportIn], Field(max_length=MOST_HEARD)]
 
 
 class DeviceOut(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.schemas import HearsayIn, read
 from nomad_watchdog.errors import NotFoundError
 
 
@@ -41,3 +42,11 @@ async def list_leases(request: web.Request) -> web.StreamResponse:
         "replicas": replicas,
     }
     return web.json_response(answer)
+
+
+async def overhear(request: web.Request) -> web.StreamResponse:
+    """Reports that another replica has accepted: taken where our own record says the same."""
+    body = await read(request, HearsayIn)
+    fleet = request.app[CONTEXT].fleet
+    taken = sum(fleet.overhear(one.report()) for one in body.reports)
+    return web.json_response({"taken": taken})

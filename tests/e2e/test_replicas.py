@@ -22,6 +22,7 @@ from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.errors import TransientError
 from nomad_watchdog.registry.consul import ConsulRegistry
 from tests.schedulers.conftest import eventually
 
@@ -218,3 +219,37 @@ async def test_shards_are_shared_and_each_device_is_dispatched_once(
         assert set((await world.placed()).values()) == {1}
         parents = {job["ParentID"] for job in await world.jobs()}
         assert parents == {f"{world.prefix}-s{n}" for n in range(4)}
+
+
+async def test_what_an_agent_says_to_one_replica_all_know(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer
+) -> None:
+    """A report that one replica accepts makes the device watched at the other one too; one of an old
+    epoch is refused by both, whoever it was told to first (S1)."""
+    async with replicas(tmp_path, nomad, consul, "a", "b") as world:
+        one, two = world.planes
+        await one.register("pump")
+        await eventually(world.jobs)
+        said = {
+            "v": 1,
+            "device_id": "pump",
+            "epoch": 1,
+            "instance": "i-1",
+            "sequence": 1,
+            "ready": True,
+            "state": "ok",
+            "was_ready": True,
+            "misses": 0,
+            "confirmed": False,
+            "version": "7",
+        }
+        await one.until("/v1/devices/pump", lambda device: device["epoch"] == 1)
+        assert await one.call("POST", "/v1/agents/report", said) == {"accepted": True}
+        await two.until("/v1/devices/pump", lambda device: device["version"] == "7")
+        device = await two.call("GET", "/v1/devices/pump")
+        assert (device["verdict"], device["instance"]) == ("watched", "i-1")
+        for plane in world.planes:
+            with pytest.raises(TransientError, match="410"):
+                await plane.call("POST", "/v1/agents/report", said | {"epoch": 0})
+        heard = await two.call("POST", "/v1/peers/reports", {"reports": [said | {"instance": "x"}]})
+        assert heard == {"taken": 0}
