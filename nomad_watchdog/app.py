@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import artifact, logs, notify
+from nomad_watchdog import artifact, backup, logs, notify
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
@@ -19,6 +20,7 @@ from nomad_watchdog.discovery import ConsulHealth
 from nomad_watchdog.errors import UserError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.peers import Peers
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
@@ -41,6 +43,20 @@ async def initialise(settings: Settings) -> str:
     """Write the registry's sentinel unless it is there; the installation's id."""
     async with open_registry(settings) as registry:
         return await registry.initialise()
+
+
+async def export_registry(settings: Settings) -> list[str]:
+    """The registry as lines, for `import_registry`."""
+    async with open_registry(settings) as registry:
+        return await backup.lines(registry)
+
+
+async def import_registry(
+    settings: Settings, installation: str, records: Sequence[DeviceRecord], *, dry_run: bool
+) -> backup.Restored:
+    """See `backup.restore`."""
+    async with open_registry(settings) as registry:
+        return await backup.restore(registry, installation, records, dry_run=dry_run)
 
 
 async def serve(settings: Settings) -> int:

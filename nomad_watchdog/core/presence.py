@@ -45,6 +45,29 @@ def deregister(stored: DeviceRecord, now: WallTime) -> DeviceRecord | None:
     )
 
 
+def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | None:
+    """The record that a backup makes of the stored one; None when that needs no change.
+
+    The newer wish stands, by its generation. An epoch never goes back (S1): the higher one stays, with its
+    own accepted instance.
+    """
+    if stored is None:
+        return replace(saved, index=0)
+    if saved.epoch > stored.epoch:
+        stored_new = replace(stored, epoch=saved.epoch, instance=saved.instance)
+    else:
+        stored_new = stored
+    if saved.generation > stored.generation:
+        stored_new = replace(
+            stored_new,
+            device=saved.device,
+            presence=saved.presence,
+            generation=saved.generation,
+            changed_at=saved.changed_at,
+        )
+    return None if stored_new == stored else stored_new
+
+
 def advance(stored: DeviceRecord, epoch: Epoch) -> DeviceRecord:
     """The record with a new epoch, at which nobody is accepted yet.
 

@@ -38,8 +38,11 @@ class Registry(Protocol):
     sentinel is missing, so this is the wrong store or a wiped one, and nothing may be decided on it.
     """
 
-    async def initialise(self) -> str:
-        """Write the sentinel unless it is there; return the installation's id (a random UUID)."""
+    async def initialise(self, installation: str = "") -> str:
+        """Write the sentinel unless it is there; return the installation's id.
+
+        `installation`: the id to write, of a registry that is restored from a backup; "" = a new random
+        UUID. A sentinel that is there stays, whatever its id."""
         ...
 
     async def installation(self) -> str:

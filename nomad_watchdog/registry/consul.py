@@ -51,8 +51,8 @@ class ConsulRegistry:
     def poisoned(self) -> Mapping[str, str]:
         return self._decoder.poisoned
 
-    async def initialise(self) -> str:
-        body = json.dumps({"v": 1, "installation": str(uuid.uuid4())}).encode()
+    async def initialise(self, installation: str = "") -> str:
+        body = json.dumps({"v": 1, "installation": installation or str(uuid.uuid4())}).encode()
         try:
             await self._client.txn(
                 [cas(self._sentinel, body, 0), cas(self._inner_sentinel, body, 0)]

@@ -73,8 +73,8 @@ class SqliteRegistry:
     def poisoned(self) -> Mapping[str, str]:
         return self._decoder.poisoned
 
-    async def initialise(self) -> str:
-        return await self._in_reader(self._initialise)
+    async def initialise(self, installation: str = "") -> str:
+        return await self._in_reader(lambda: self._initialise(installation))
 
     async def installation(self) -> str:
         return await self._in_reader(lambda: _installation(self._connected(), self._path))
@@ -161,7 +161,7 @@ class SqliteRegistry:
 
         return await asyncio.get_running_loop().run_in_executor(self._reader, translated)
 
-    def _initialise(self) -> str:
+    def _initialise(self, installation: str) -> str:
         if not self._path.exists():
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,8 @@ class SqliteRegistry:
             if _version(connection, self._path) == 0:
                 for statement in _TABLES.strip().split("\n"):
                     connection.execute(statement)
-                identity = [("installation", str(uuid.uuid4())), ("idx", "1")]
+                own = installation or str(uuid.uuid4())
+                identity = [("installation", own), ("idx", "1")]
                 connection.executemany("INSERT INTO meta VALUES (?, ?)", identity)
             connection.execute("COMMIT")
             return _installation(connection, self._path)

@@ -1,0 +1,148 @@
+"""A backup brings back what was, and no epoch ever goes back."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog import backup
+from nomad_watchdog.core import presence
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.model import DeviceRecord, Epoch, Presence
+from nomad_watchdog.registry import Registry
+
+from .conftest import Store
+from .records import hostile_ids, record
+
+
+async def fill(registry: Registry, count: int = 20) -> list[DeviceRecord]:
+    wanted = [
+        replace(
+            record(text, epoch=number),
+            presence=Presence.ABSENT if number % 5 == 0 else Presence.PRESENT,
+            instance=f"i-{number}",
+        )
+        for number, text in enumerate(hostile_ids(count)[:count])
+    ]
+    stored = await registry.commit(wanted)
+    return [one for one in stored if one is not None]
+
+
+def plain(records: list[DeviceRecord]) -> list[DeviceRecord]:
+    return sorted((replace(one, index=0) for one in records), key=lambda one: one.slug)
+
+
+async def whole(registry: Registry) -> list[DeviceRecord]:
+    return plain(list((await registry.read()).records.values()))
+
+
+async def test_a_new_store_takes_over_the_whole_backup(registry: Registry, store: Store) -> None:
+    """Records, tombstones, epochs, accepted instances and the installation come back as they were."""
+    kept = plain(await fill(registry))
+    text = "\n".join(await backup.lines(registry)) + "\n"
+    installation, records = backup.parse(io.StringIO(text))
+    fresh = Store(store.path.parent / "other", store.address)
+    fresh.path.parent.mkdir()
+    try:
+        new = fresh.open()
+        done = await backup.restore(new, installation, records)
+        assert (done.records, done.changed) == (20, 20)
+        assert await whole(new) == kept
+        assert await new.installation() == await registry.installation()
+    finally:
+        await fresh.close()
+
+
+async def test_s1_an_old_backup_lowers_no_epoch_and_undoes_no_newer_wish(
+    registry: Registry,
+) -> None:
+    """What happened after the backup stands: higher epochs, and a device that has left since."""
+    before = await fill(registry)
+    lines = await backup.lines(registry)
+    moved = [replace(one, epoch=Epoch(one.epoch + 7), instance="new") for one in before[:5]]
+    left = [replace(before[6], presence=Presence.ABSENT, generation=2)]
+    await registry.commit([*moved, *left])
+    now = await whole(registry)
+    done = await backup.restore(registry, *backup.parse(io.StringIO("\n".join(lines))))
+    assert done.changed == 0
+    assert await whole(registry) == now
+
+
+async def test_a_dry_run_writes_nothing(registry: Registry, store: Store) -> None:
+    """It says how many would change, also for a store that is not there yet."""
+    await fill(registry)
+    parsed = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
+    fresh = Store(store.path.parent / "other", store.address)
+    try:
+        new = fresh.open()
+        done = await backup.restore(new, *parsed, dry_run=True)
+        assert done.changed == 20
+        with pytest.raises(UserError):
+            await new.installation()
+    finally:
+        await fresh.close()
+
+
+async def test_two_installations_are_not_mixed(registry: Registry) -> None:
+    """A backup of another installation is refused, with both ids."""
+    await fill(registry)
+    _, records = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
+    other = "00000000-0000-4000-8000-000000000000"
+    with pytest.raises(UserError, match=other):
+        await backup.restore(registry, other, records)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[1:], "line 1: this is no backup"),
+        (lambda lines: lines[:-1], "not whole: 3 records of 4"),
+        (lambda lines: [*lines, lines[-1]], "line 6: .* occurs twice"),
+        (lambda lines: [*lines[:2], "{", *lines[3:]], "line 3: it is no JSON"),
+        (
+            lambda lines: [*lines[:2], lines[2].replace('"epoch":', '"epoch":-1'), *lines[3:]],
+            "line 3",
+        ),
+        (lambda _: [], "line 1: this is no backup"),
+    ],
+)
+async def test_a_damaged_backup_is_refused_whole(
+    registry: Registry, change: object, said: str
+) -> None:
+    """A backup that was cut, doubled or edited is refused with its line before anything is written."""
+    await fill(registry, 4)
+    lines = await backup.lines(registry)
+    assert json.loads(lines[0])["records"] == 4
+    with pytest.raises(UserError, match=said):
+        backup.parse(io.StringIO("\n".join(change(lines))))  # type: ignore[operator]
+
+
+RECORDS = st.builds(
+    lambda generation, epoch, instance, gone: replace(
+        record("pump", epoch=epoch),
+        generation=generation,
+        instance=instance,
+        presence=Presence.ABSENT if gone else Presence.PRESENT,
+    ),
+    st.integers(1, 5),
+    st.integers(0, 5),
+    st.sampled_from(["", "a", "b"]),
+    st.booleans(),
+)
+
+
+@given(RECORDS, RECORDS)
+def test_s1_restoring_never_lowers_anything(stored: DeviceRecord, saved: DeviceRecord) -> None:
+    """Neither epoch nor generation goes back, the store's own instance stays at its epoch, and doing it
+    twice is doing it once."""
+    made = presence.restore(stored, saved) or stored
+    assert made.epoch == max(stored.epoch, saved.epoch)
+    assert made.generation == max(stored.generation, saved.generation)
+    if stored.epoch >= saved.epoch:
+        assert made.instance == stored.instance
+    assert presence.restore(made, saved) is None
