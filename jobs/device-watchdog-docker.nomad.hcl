@@ -16,6 +16,12 @@ variable "image" {
   description = "Pin a version, or better a digest."
 }
 
+variable "consul_token_file" {
+  type        = string
+  default     = ""
+  description = "A file in the container with the agents' Consul token, where Consul asks for one."
+}
+
 variable "consul_addr" {
   type        = string
   default     = ""
@@ -111,8 +117,9 @@ job "device-watchdog" {
       }
 
       env {
-        WATCHDOG_CONFIG  = "$${NOMAD_TASK_DIR}/device.json"
-        CONSUL_HTTP_ADDR = var.consul_addr
+        WATCHDOG_CONFIG        = "$${NOMAD_TASK_DIR}/device.json"
+        CONSUL_HTTP_ADDR       = var.consul_addr
+        CONSUL_HTTP_TOKEN_FILE = var.consul_token_file
       }
 
       dispatch_payload {

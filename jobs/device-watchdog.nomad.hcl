@@ -48,6 +48,12 @@ variable "token_file" {
   description = "A file on the client with the API's token, where the API asks for one."
 }
 
+variable "consul_token_file" {
+  type        = string
+  default     = ""
+  description = "A file on the client with the agents' Consul token, where Consul asks for one."
+}
+
 variable "consul_addr" {
   type        = string
   default     = ""
@@ -145,9 +151,10 @@ job "device-watchdog" {
       }
 
       env {
-        WATCHDOG_CONFIG     = "$${NOMAD_TASK_DIR}/device.json"
-        WATCHDOG_TOKEN_FILE = var.token_file
-        CONSUL_HTTP_ADDR    = var.consul_addr
+        WATCHDOG_CONFIG        = "$${NOMAD_TASK_DIR}/device.json"
+        WATCHDOG_TOKEN_FILE    = var.token_file
+        CONSUL_HTTP_ADDR       = var.consul_addr
+        CONSUL_HTTP_TOKEN_FILE = var.consul_token_file
       }
 
       dynamic "artifact" {

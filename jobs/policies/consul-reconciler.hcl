@@ -16,7 +16,7 @@ node_prefix "" {
 }
 
 # The control planes announce themselves, with the check that their leases hang on.
-service "nomad-watchdog" {
+service "nomad-watchdog-replica" {
   policy = "write"
 }
 

@@ -48,7 +48,7 @@ class ConsulSessions:
         await self._client.call(
             lambda: self._library.agent.service.deregister(service_id),
             what=f"deregistration of {service_id}",
-            needs='service "nomad-watchdog" { policy = "write" }',
+            needs=f'service "{service_id}" {{ policy = "write" }}',
         )
 
     async def beat(self, check_id: str, session: str) -> None:

@@ -23,11 +23,18 @@ _CALL_S: Final = 5.0
 class ControlPlane:
     """``async with ControlPlane(folder, "a", text) as plane: … plane.call("GET", "/v1/leases")``.
 
-    `config`: the HCL file's text, in which ``{root}`` and ``{port}`` are filled in by name.
+    `config`: the HCL file's text, in which ``{root}`` and ``{port}`` are filled in by name. `token`: what
+    `call` says to the API.
     """
 
     def __init__(
-        self, folder: Path, name: str, config: str, *, env: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        name: str,
+        config: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        token: str = "",
     ) -> None:
         self.name = name
         self.root = folder / name
@@ -38,12 +45,15 @@ class ControlPlane:
         self.root.mkdir(parents=True, exist_ok=True)
         filled = config.replace("{root}", str(self.root)).replace("{port}", str(self.port))
         self.file.write_text(filled)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._env = clean_environment() | dict(env or {})
         self._process: Process | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_CALL_S))
+        self._session = aiohttp.ClientSession(
+            headers=self._headers, timeout=aiohttp.ClientTimeout(total=_CALL_S)
+        )
         try:
             await self.start()
             await self.ready()

@@ -32,8 +32,9 @@ from nomad_watchdog.registry import Guard
 
 log = logging.getLogger(__name__)
 
-SERVICE: Final = "nomad-watchdog"
-"""Under this name the control planes' API is found in Consul, and by its DNS."""
+SERVICE: Final = "nomad-watchdog-replica"
+"""Under this name each control plane is found in Consul with its API's address, and by its DNS. Not the
+name of the job's own service, which Nomad registers."""
 TTL_S: Final = 3.0
 """A replica that says nothing for so long has lost its leases: about the time that a crash costs."""
 _BEATS: Final = 4
