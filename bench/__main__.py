@@ -18,6 +18,8 @@ BENCHES = {
     "event": "20 s",
     "dispatch": "1 min",
     "restart": "2 min",
+    "storm": "4 min",
+    "flatness": "3 min",
     "failover": "1 min",
     "naive": "2 min",
 }

@@ -47,10 +47,10 @@ agent_class "default" {{
 
 
 @asynccontextmanager
-async def nomad_server() -> AsyncIterator[tuple[NomadServer, Path]]:
+async def nomad_server(*, schedulers: bool = True) -> AsyncIterator[tuple[NomadServer, Path]]:
     """A Nomad of its own, and a folder; both are gone at the end."""
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
-        async with NomadServer(Path(folder) / "nomad") as server:
+        async with NomadServer(Path(folder) / "nomad", schedulers=schedulers) as server:
             yield server, Path(folder)
 
 

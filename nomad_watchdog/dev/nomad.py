@@ -41,7 +41,7 @@ class NomadServer:
 
     The first process is the server and a client; each further client is a process of its own.
     `consul_addr` is one address, or one for each client (two Nomad clients on one Consul agent
-    delete each other's services). Ports stay the same over `stop_process` and `restart`.
+    delete each other's services). Without `schedulers` nothing is placed: jobs wait for ever. Ports stay the same over `stop_process` and `restart`.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class NomadServer:
         clients: int = 1,
         *,
         acl: bool = False,
+        schedulers: bool = True,
     ) -> None:
         addresses = [consul_addr] if isinstance(consul_addr, str) else list(consul_addr or [])
         if len(addresses) > 1 and len(addresses) != clients:
@@ -60,6 +61,7 @@ class NomadServer:
         self.token = ""
         """Of the bootstrap when ACLs are on; secret."""
         self._acl = acl
+        self._schedulers = schedulers
         self._consul = addresses
         self._client_enabled = True
         self._ports = [[free_port() for _ in range(3)] for _ in range(clients)]
@@ -269,6 +271,8 @@ class NomadServer:
                 "min_heartbeat_ttl": "2s",
                 "event_buffer_size": 10_000,
             }
+            if not self._schedulers:
+                config["server"] |= {"num_schedulers": 0}
         return config
 
     def _consul_address(self, index: int) -> str:
