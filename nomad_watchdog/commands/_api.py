@@ -51,6 +51,21 @@ class Api:
         self._timeout_s = timeout_s
         self._opener = build_opener(_NoRedirect)
 
+    def at(self, address: str) -> Api:
+        """The same client at another address."""
+        return Api(address, self._token, timeout_s=self._timeout_s)
+
+    def holders(self) -> list[Api]:
+        """Where the replicas are that reconcile: each knows only of its own shards what it would do.
+
+        Of a control plane that is alone its own address is not asked for: what it is called by others need
+        not be what it can be reached by from here."""
+        leases = self.get("/v1/leases")
+        if len(leases["replicas"]) < 2:
+            return [self]
+        found = sorted({one["api"] for one in leases["shards"] if one["api"]})
+        return [self.at(address) for address in found] or [self]
+
     def get(self, path: str, **query: object) -> Any:
         return self._call("GET", path, query=query)
 

@@ -6,7 +6,9 @@ Agents are Nomad's mock driver's: what is looked at is who dispatches, and that 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import sys
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -21,6 +23,7 @@ import pytest_asyncio
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.process import clean_environment
 from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.registry.consul import ConsulRegistry
@@ -253,3 +256,69 @@ async def test_what_an_agent_says_to_one_replica_all_know(
                 await plane.call("POST", "/v1/agents/report", said | {"epoch": 0})
         heard = await two.call("POST", "/v1/peers/reports", {"reports": [said | {"instance": "x"}]})
         assert heard == {"taken": 0}
+
+
+async def cli(plane: ControlPlane, *argv: str) -> tuple[int, str]:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "nomad_watchdog", "--config", str(plane.file), *argv,
+        env=clean_environment(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(30.0):
+        out, err = await child.communicate()
+    assert child.returncode is not None
+    return child.returncode, (out + err).decode()
+
+
+async def test_s7_each_replica_holds_the_stops_of_its_own_shards(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer
+) -> None:
+    """When all records vanish no agent is stopped; `stops ls` of any replica shows what both hold, and
+    each id lets go what its replica holds."""
+    async with replicas(tmp_path, nomad, consul, "a", "b", shards=2) as world:
+
+        async def even() -> bool:
+            return sorted([len(await plane.held()) for plane in world.planes]) == [1, 1]
+
+        await eventually(even, 30.0)
+        for number in range(40):
+            await world.planes[number % 2].register(f"d {number}")
+
+        async def running() -> int:
+            return sum(job["Status"] == "running" for job in await world.jobs())
+
+        async def all_up() -> bool:
+            return await running() == 40
+
+        await eventually(all_up, 40.0)
+        client = ConsulClient(ConsulSettings(address=consul.http_addr))
+        folder = f"{world.prefix}/devices/"
+        _, rows = await client.kv_tree(folder)
+        gone = [{"Verb": "delete", "Key": row.key} for row in rows if row.key != f"{folder}meta"]
+        await client.txn(gone)
+        await client.close()
+
+        async def both_hold() -> Any:
+            code, said = await cli(world.planes[0], "stops", "ls", "-o", "json")
+            assert code == 0, said
+            found = json.loads(said)
+            return found["count"] == 40 and len(found.get("held", [])) == 2 and found
+
+        held = await eventually(both_hold, 40.0)
+        assert await running() == 40
+        code, said = await cli(world.planes[1], "leader")
+        assert (code, world.planes[0].api in said, world.planes[1].api in said) == (0, True, True)
+        first, second = held["held"]
+        code, said = await cli(world.planes[1], "stops", "confirm", first["id"])
+        assert (code, said) == (0, f"{first['count']} stops confirmed\n")
+
+        async def some_left() -> bool:
+            return await running() == second["count"]
+
+        await eventually(some_left, 40.0)
+        code, said = await cli(world.planes[0], "stops", "confirm", second["id"])
+        assert code == 0, said
+
+        async def none_left() -> bool:
+            return await running() == 0
+
+        await eventually(none_left, 40.0)
