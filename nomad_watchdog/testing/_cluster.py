@@ -223,7 +223,12 @@ class Cluster:
         return Capacity(room=not self.blocked, reason=self.blocked)
 
     def sweep(self, refs: Sequence[str]) -> int:
-        gone = [job for ref in refs if (job := self.jobs.get(ref)) is not None and job.dead]
+        newest: dict[Slug, Epoch] = {}
+        for job in self.jobs.values():
+            newest[job.slug] = max(newest.get(job.slug, Epoch(0)), job.epoch)
+        found = [self.jobs[ref] for ref in refs if ref in self.jobs]
+        # The newest stays listed, so that a late request can't bring its epoch back.
+        gone = [job for job in found if job.dead and job.epoch < newest[job.slug]]
         for job in gone:
             del self.jobs[job.ref]
             self._changed(job)
