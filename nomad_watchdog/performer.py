@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 BATCH: Final = 32
 """Actions taken at once, so that their epochs go up in one transaction of the registry."""
 WORKERS: Final = 2
+FENCE_S: Final = 30.0
+"""An action acts on what its fence found at most so much later. A longer wait for a free slot, or a
+frozen process, is a new decision; `graveyard.REST_S` counts on it (S2)."""
 AHEAD: Final = 2
 """So many times `concurrency` actions are fenced and in hand, at most a batch a worker more: no slot
 stands empty while the slowest of a batch is waited for, and a single event waits for few (L4)."""
@@ -152,7 +155,12 @@ class Performer:
             return
         try:
             async with self._room:
+                if self.fleet.clock.monotonic() - began > FENCE_S:
+                    raise FencedError(f"it waited for more than {FENCE_S:.0f} s for its turn")
                 await self._apply(action, record)
+        except FencedError as error:
+            log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})
+            self.done(action, "fenced", 0.0)
         except WatchdogError as error:
             self._failed(action, error)
         except Exception as error:  # the worker's boundary: a bug costs one device, not the loop

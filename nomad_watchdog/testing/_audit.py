@@ -39,7 +39,7 @@ class Bound:
 class Trace:
     """What happened, as a digest and its last lines."""
 
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=60))
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=5000))
     count: int = 0
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
@@ -69,6 +69,7 @@ class Auditor:
         """Writes, starts and stops so far."""
         self._bound: dict[Slug, list[Bound]] = {}
         self._wished_at: dict[Slug, float] = {}
+        self._purged_at: dict[Slug, float] = {}
         store.on_write = self._written
         cluster.on_start = self._started
         self._names: Callable[[Slug], str] = lambda slug: slug[:12]
@@ -122,13 +123,21 @@ class Auditor:
 
     # -- the scheduler --------------------------------------------------------------------------
 
+    def purged(self, job: Job) -> None:
+        """An operator purged a job by hand, and with it the scheduler's memory of its token: what is
+        still on the wire may start that epoch again (docs/limits.md). It is never accepted (S1)."""
+        self.trace.say(f"an operator purges {job.device_id}, epoch {job.epoch}")
+        self._purged_at[job.slug] = self.now()
+
     def _started(self, job: Job) -> None:
         self.actions += 1
         record = self.store.record(job.slug)
         self.trace.say(f"scheduler: {job.owner} places {job.device_id} at epoch {job.epoch}")
         if record is None or record.epoch < job.epoch:
             self.broken("S2", f"{job.device_id} starts at {job.epoch} before it was committed")
-        elif record.epoch > job.epoch:
+        if self.now() - self._purged_at.get(job.slug, -SETTLED_S) < SETTLED_S:
+            return
+        if record is not None and record.epoch > job.epoch:
             self.broken("S2", f"{job.device_id} starts at {job.epoch}, after {record.epoch}")
         for other in self.cluster.jobs.values():
             if other.slug == job.slug and self.cluster.state(other) is not PlacementState.DEAD:
@@ -138,7 +147,8 @@ class Auditor:
     def process_began(self, process: Process) -> None:
         """A process runs; nobody that the scheduler still sees may run beside it (S3)."""
         self.trace.say(f"process {process.pid} of {process.device_id}, epoch {process.epoch}")
-        for other in self.cluster.alive(process.slug):
+        purged = self.now() - self._purged_at.get(process.slug, -2 * SETTLED_S) < 2 * SETTLED_S
+        for other in [] if purged else self.cluster.alive(process.slug):
             if other is not process and self.cluster.nodes[other.node]:
                 self.broken("S3", f"{process.device_id}: pid {other.pid} beside {process.pid}")
 

@@ -14,7 +14,7 @@ import logging
 import random
 import sys
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
@@ -110,7 +110,7 @@ class Replica:
         self._line = BadLine(world.weather, self.crash)
         registry = FakeRegistry(world.store, self._line)
         scheduler = WatchedScheduler(world.cluster, self._line, self.name, world.audit)
-        self.fleet = Fleet(registry, LIMITS, self.clock)
+        self.fleet = Fleet(registry, world.limits, self.clock)
         specs = {SPEC.agent_class: SPEC}
         reconciler = WatchedReconciler(self.fleet, scheduler, specs, world.metrics)
         reconciler.audit, reconciler.who = world.audit, self.name
@@ -178,10 +178,11 @@ class World:
         self.cluster = Cluster(pace, random.Random(chance.getrandbits(64)), nodes)
         self.store = Store()
         self.store.initialise("simulated")
-        self.audit = Auditor(self.store, self.cluster, LIMITS)
+        self.limits = replace(LIMITS, breaker_min=chance.choice((1, 2, 5)))
+        self.audit = Auditor(self.store, self.cluster, self.limits)
         self.cluster.on_process = self._born
         self.replicas = [Replica(f"r{i}", self) for i in range(chance.randint(1, 3))]
-        many = chance.random() < 0.15
+        many = chance.random() < 0.2
         self.names = [f"dev {i}" for i in range(20 if many else chance.randint(2, 6))]
         self.wanted: dict[Slug, bool] = {}
         self.over = False
@@ -333,7 +334,7 @@ class World:
     async def _purge(self) -> None:
         if self.cluster.jobs:
             ref = self.chance.choice(list(self.cluster.jobs))
-            self.audit.trace.say(f"an operator purges {ref}")
+            self.audit.purged(self.cluster.jobs[ref])
             self.cluster.purge(ref)
         elif self.chance.random() < 0.5:
             self.cluster.parents.clear()
@@ -417,7 +418,7 @@ def check_seeds(first: int, count: int) -> list[Outcome]:
         if outcome.wrong:
             raise BrokenPromiseError(
                 f"seed {seed}: {outcome.wrong[0]}\nreplay: {outcome.replay}\n"
-                + "\n".join(outcome.lines)
+                + "\n".join(outcome.lines[-60:])
             )
     return outcomes
 
@@ -427,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nomad_watchdog.testing.simulation")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=1, help="how many seeds from there on")
-    parser.add_argument("--trace", action="store_true", help="print the last steps of each")
+    parser.add_argument("--trace", action="store_true", help="print each step")
     options = parser.parse_args(arguments)
     metrics = Metrics()
     bad = 0
