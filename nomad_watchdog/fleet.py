@@ -95,6 +95,10 @@ class Observer(Protocol):
 
     def look_again(self, slug: Slug) -> None: ...
 
+    def is_behind(self, slug: Slug) -> bool:
+        """Whether the placements known of a device are older than its record (S8)."""
+        ...
+
 
 class Fleet(Ledger):
     """The devices, what is known of each, and its verdict."""
@@ -216,9 +220,11 @@ class Fleet(Ledger):
         return Acceptance(AcceptanceKind.ACCEPTED)
 
     def _accept(self, record: DeviceRecord | None, report: AgentReport) -> Acceptance:
+        # Placements older than the record may still show the instance that it has just replaced.
+        behind = self._observer is not None and self._observer.is_behind(report.slug)
         live = {
             instance
-            for placement in self.placements.get(report.slug, ())
+            for placement in (() if behind else self.placements.get(report.slug, ()))
             if placement.epoch == report.epoch
             for instance in placement.instances
         }

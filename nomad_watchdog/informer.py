@@ -15,6 +15,7 @@ from typing import Final
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import StaleError, WatchdogError
+from nomad_watchdog.freshness import Freshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Monotonic
@@ -48,6 +49,8 @@ class Informer:
         self._all = "start"
         self._look = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+        self.freshness = Freshness()
         self._full_at = Monotonic(0.0)
         self._full_cost_s = 0.0
         self.began_at = Monotonic(0.0)
@@ -110,20 +113,31 @@ class Informer:
                 self.resync("error")
                 await asyncio.sleep(delay_s)
 
+    async def read(self, only: AbstractSet[Slug] | None = None) -> None:
+        """Read a snapshot and give it to `take`. One at a time: of two under way at once the older could
+        come last, and would hide what the younger has shown (S8). Raises as `Scheduler.snapshot`."""
+        async with self._one_at_a_time:
+            self.freshness.begins()
+            if only is None:
+                self.began_at = self._clock.monotonic()
+            snapshot = await self._scheduler.snapshot(only)
+            self.freshness.listed(snapshot.only)
+            self._take(snapshot)
+
     async def _look_now(self) -> None:
         self._look.clear()
         if self._all or len(self._dirty) > NARROW:
             await self._pause()
             self._all = ""
             self._dirty.clear()
-            began = self.began_at = self._clock.monotonic()
-            self._take(await self._scheduler.snapshot())
+            began = self._clock.monotonic()
+            await self.read()
             self._full_at = self._clock.monotonic()
             self._full_cost_s = self._full_at - began
         elif self._dirty:
             only, self._dirty = self._dirty, set()
             try:
-                self._take(await self._scheduler.snapshot(only))
+                await self.read(only)
             except WatchdogError:
                 self._dirty |= only
                 raise

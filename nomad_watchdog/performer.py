@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 BATCH: Final = 32
 """Actions taken at once, so that their epochs go up in one transaction of the registry."""
 WORKERS: Final = 2
+FENCE_S: Final = 30.0
+"""An action acts on what its fence found at most so much later. A longer wait for a free slot, or a
+frozen process, is a new decision; `graveyard.REST_S` counts on it (S2)."""
 AHEAD: Final = 2
 """So many times `concurrency` actions are fenced and in hand, at most a batch a worker more: no slot
 stands empty while the slowest of a batch is waited for, and a single event waits for few (L4)."""
@@ -162,8 +165,7 @@ class Performer:
             return
         try:
             async with self._room:
-                # It may have waited long for its turn: a holder that slept finds its actions dead.
-                check(self.leases, action.slug)
+                self._check_turn(action, began)
                 await self._apply(action, record)
         except FencedError as error:
             self._dropped(action, error)
@@ -182,6 +184,12 @@ class Performer:
         finally:
             self.queue.done(action.slug)
             self._hand(-1)
+
+    def _check_turn(self, action: Action, fenced_at: Monotonic) -> None:
+        """It may have waited long for its turn: a holder that slept finds its actions dead."""
+        check(self.leases, action.slug)
+        if self.fleet.clock.monotonic() - fenced_at > FENCE_S:
+            raise FencedError(f"it waited for more than {FENCE_S:.0f} s for its turn")
 
     def _dropped(self, action: Action, error: FencedError) -> None:
         log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})

@@ -18,6 +18,7 @@ from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.graveyard import Graveyard
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.informer import Informer
 from nomad_watchdog.leases import Leases, Undivided
@@ -28,7 +29,6 @@ from nomad_watchdog.model import (
     AgentSpec,
     DeviceRecord,
     Monotonic,
-    Placement,
     PlacementState,
     Presence,
 )
@@ -72,6 +72,7 @@ class Reconciler:
             fleet, scheduler, specs, self.queue, self._done, leases=self.leases
         )
         self.breaker = Breaker()
+        self.graveyard = Graveyard()
         self.last_plan = Plan(())
         self.informer = Informer(
             scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._take, self._not_seen
@@ -130,6 +131,10 @@ class Reconciler:
         now = self.fleet.clock.monotonic()
         for record in records:
             self._changed_at.setdefault(record.slug, now)
+        unseen = self.informer.freshness.learned(records)
+        # What we are acting on is looked at when the action is done.
+        if unseen := {slug for slug in unseen if not self.queue.is_active(slug)}:
+            self.informer.look_again(unseen)
         if self._registry_read and self._observed and len(records) <= QUICK:
             ours = self.territory.shards()
             for record in records:
@@ -142,12 +147,17 @@ class Reconciler:
         if record.presence is not Presence.PRESENT or self._undecided(record.slug) or self._no_room:
             return
         for action in planner.decide(record, found, self.hashes):
-            if action.kind is ActionKind.START and not self.queue.is_active(record.slug):
+            premature = self.informer.freshness.premature(action, record)
+            if action.kind is ActionKind.START and not premature:
                 self.queue.put(record.slug, action, urgent=True)
 
     def look_again(self, slug: Slug) -> None:
         """Read the placements of one device soon."""
         self.informer.look_again({slug})
+
+    def is_behind(self, slug: Slug) -> bool:
+        """Whether the placements known of a device are older than its record (S8)."""
+        return self.informer.freshness.is_behind(slug)
 
     async def _follow_registry(self) -> None:
         while True:
@@ -253,8 +263,11 @@ class Reconciler:
         actions = [a for a in plan.actions if not self._undecided(a.slug)]
         urgent = len(actions) <= QUICK // 2
         wanted: set[Slug] = set()
+        freshness = self.informer.freshness
         for action in actions:
             if action.kind is ActionKind.START and self._no_room:
+                continue
+            if freshness.premature(action, self.fleet.records.get(action.slug)):
                 continue
             wanted.add(action.slug)
             self.queue.put(action.slug, action, urgent=urgent)
@@ -286,13 +299,12 @@ class Reconciler:
         held = self.breaker.held
         try:
             records = await self.fleet.registry.read()
-            snapshot = await self.scheduler.snapshot()
+            self.fleet.reset(records.records, records.index)
+            await self.informer.read()
         except WatchdogError as error:
             log.warning("second read failed", extra={"reason": str(error)})
             self._wake.set()
             return
-        self.fleet.reset(records.records, records.index)
-        self._take(snapshot)
         self.breaker.read_again(held, self.fleet.records)
         self._wake.set()
 
@@ -339,7 +351,7 @@ class Reconciler:
         records = await self.fleet.registry.read()
         self.fleet.reset(records.records, records.index)
         self._registry_read = True
-        self._take(await self.scheduler.snapshot())
+        await self.informer.read()
         self.fleet.refresh_all()
 
     async def apply_once(
@@ -402,20 +414,17 @@ class Reconciler:
             log.warning("prepare failed", extra={"reason": str(error)})
 
     async def _sweep(self) -> None:
-        dead: list[Placement] = []
-        for slug, found in self.territory.of(self.fleet.placements).items():
-            record = self.fleet.records.get(slug)
-            for placement in found:
-                over = record is None or record.presence is Presence.ABSENT
-                if placement.state is PlacementState.DEAD and (
-                    over or (record is not None and placement.epoch < record.epoch)
-                ):
-                    dead.append(placement)
+        dead = self.graveyard.due(
+            self.fleet.records,
+            self.territory.of(self.fleet.placements),
+            self.fleet.clock.monotonic(),
+        )
         if dead:
             try:
-                await self.scheduler.sweep(dead[:50])
+                await self.scheduler.sweep(dead)
             except WatchdogError as error:
                 log.warning("sweep failed", extra={"reason": str(error)})
+        self.informer.freshness.forget(self.fleet.records.keys())
         now = self.fleet.clock.monotonic()
         for slug, budget in list(self.performer.budgets.items()):
             if not budget.starts or now - budget.starts[-1] > 3600.0:

@@ -1,4 +1,4 @@
-"""The same store opened as often as a test likes, in SQLite and in real Consul."""
+"""The same store opened as often as a test likes: in SQLite, in real Consul, and in the fake of both."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.testing import fakes
+
+FAKE = "memory"
 
 
 class Store:
@@ -23,6 +26,7 @@ class Store:
         self.path = folder / "registry.sqlite"
         self.address = address
         self.prefix = f"test-{uuid.uuid4()}"
+        self.memory = fakes.Store()
         self._opened: list[Registry] = []
         self._clients: list[ConsulClient] = []
 
@@ -31,6 +35,8 @@ class Store:
         registry: Registry
         if not self.address:
             registry = SqliteRegistry(path=self.path)
+        elif self.address == FAKE:
+            registry = fakes.FakeRegistry(self.memory)
         else:
             client = ConsulClient(ConsulSettings(address=self.address))
             self._clients.append(client)
@@ -45,11 +51,13 @@ class Store:
             await client.close()
 
 
-@pytest.fixture(params=["sqlite", "consul"])
+@pytest.fixture(params=["sqlite", "consul", "fake"])
 def store_address(request: pytest.FixtureRequest) -> str:
     """Empty = SQLite. Not async, so that only tests over Consul start one."""
     if request.param == "sqlite":
         return ""
+    if request.param == "fake":
+        return FAKE
     server: ConsulServer = request.getfixturevalue("consul")
     return server.http_addr
 

@@ -1,0 +1,455 @@
+"""The real loop, one to three times at once, over fakes, in virtual time, with faults from a seed.
+
+Everything above the registry's and the scheduler's interfaces is the real code. Every replica believes
+that all devices are its own: the worst case, which must be safe. A lease goes into `Replica.build`.
+
+Replay one seed with its trace: ``python -m nomad_watchdog.testing.simulation --seed N --trace``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import random
+import sys
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
+
+from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
+from nomad_watchdog.core.planner import Plan
+from nomad_watchdog.errors import WatchdogError
+from nomad_watchdog.fleet import AgentReport, Fleet
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.testing._audit import Auditor, BrokenPromiseError
+from nomad_watchdog.testing._cluster import Cluster, Pace, Process
+from nomad_watchdog.testing._weather import SLOWEST_S, BadLine, Weather
+from nomad_watchdog.testing.fakes import FakeRegistry, FakeScheduler, Store
+from nomad_watchdog.testing.virtual_time import StuckError, VirtualClock, VirtualLoop
+
+T = TypeVar("T")
+
+FAULTS_S: Final = 120.0
+"""Virtual time with faults."""
+CONVERGES_S: Final = 120.0
+"""L1, L2: with faults off, all is as asked within this virtual time …"""
+STAYS_S: Final = 40.0
+"""… and nothing is done any more for so long, which is longer than a resync."""
+BEAT_S: Final = 5.0
+LIMITS: Final = Limits(backoff_max_s=15.0, starts_per_hour=10_000, resync_s=15.0)
+SPEC: Final = AgentSpec(agent_class="default", version="1", spec_hash="h1")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one seed came to."""
+
+    seed: int
+    digest: str
+    wrong: list[str]
+    events: int
+    lines: list[str]
+    settled_s: float
+    """How long after the last fault all was as asked, virtual seconds."""
+
+    @property
+    def replay(self) -> str:
+        """The command that shows it again."""
+        return f"python -m nomad_watchdog.testing.simulation --seed {self.seed} --trace"
+
+
+class WatchedReconciler(Reconciler):
+    """The real one, each of whose plans is looked at (S7)."""
+
+    audit: Auditor
+    who: str
+
+    def reconcile(self) -> Plan:
+        confirmed = self.breaker.confirmed
+        plan = super().reconcile()
+        self.audit.planned(self.who, plan, confirmed)
+        return plan
+
+
+class WatchedScheduler(FakeScheduler):
+    """The fake, whose stops are looked at when they arrive (S7)."""
+
+    def __init__(self, cluster: Cluster, line: BadLine, owner: str, audit: Auditor) -> None:
+        super().__init__(cluster, line, owner)
+        self._audit = audit
+
+    async def retire(self, placement: Any, grace_s: float) -> None:
+        def effect() -> None:
+            self._audit.stopped(self._owner, placement.ref)
+            self._cluster.retire(placement.ref, grace_s)
+
+        await self._line.call("scheduler.retire", effect)
+
+
+@dataclass
+class Replica:
+    """One process of ours: killed hard and started again at will."""
+
+    name: str
+    world: World
+    fleet: Fleet = field(init=False)
+    reconciler: Reconciler = field(init=False)
+    clock: VirtualClock = field(init=False)
+    up: bool = False
+    _line: BadLine = field(init=False)
+    _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
+
+    def build(self) -> None:
+        """A new process with nothing in memory. Whoever adds leases, adds them here."""
+        world = self.world
+        self.clock = VirtualClock(asyncio.get_running_loop(), world.chance.uniform(1e9, 2e9))
+        self._line = BadLine(world.weather, self.crash)
+        registry = FakeRegistry(world.store, self._line)
+        scheduler = WatchedScheduler(world.cluster, self._line, self.name, world.audit)
+        self.fleet = Fleet(registry, world.limits, self.clock)
+        specs = {SPEC.agent_class: SPEC}
+        reconciler = WatchedReconciler(self.fleet, scheduler, specs, world.metrics)
+        reconciler.audit, reconciler.who = world.audit, self.name
+        self.reconciler = reconciler
+
+    def start(self) -> None:
+        """Run until a crash."""
+        self.build()
+        self.up = True
+        self.world.audit.trace.say(f"{self.name} starts")
+        self._tasks = [self.world.group.create_task(self._live(self.reconciler))]
+
+    async def _live(self, reconciler: Reconciler) -> None:
+        try:
+            await reconciler.run()
+        except (WatchdogError, ExceptionGroup) as error:
+            self.world.audit.broken("L2", f"{self.name} ended by itself: {error!r}")
+
+    def crash(self) -> None:
+        """As kill -9: what is on the wire arrives, nothing else happens, memory is gone."""
+        if not self.up:
+            return
+        self.up = False
+        self._line.dead = True
+        self.world.audit.trace.say(f"{self.name} dies")
+        loop = asyncio.get_running_loop()
+        for task in self._tasks:
+            loop.call_soon(task.cancel)
+        self._tasks = []
+        loop.call_later(self.world.chance.uniform(0.1, 10.0), self._again)
+
+    def _again(self) -> None:
+        if not self.world.over:
+            self.start()
+
+    async def serve(self, call: Coroutine[Any, Any, T]) -> T | None:
+        """Have the process answer one request; None when it died or could not."""
+        task = self.world.group.create_task(self._answer(call))
+        self._tasks.append(task)
+        await asyncio.wait({task})
+        if task in self._tasks:
+            self._tasks.remove(task)
+        return None if task.cancelled() else task.result()
+
+    @staticmethod
+    async def _answer(call: Coroutine[Any, Any, T]) -> T | None:
+        try:
+            return await call
+        except WatchdogError:
+            return None
+
+
+class World:
+    """One registry, one cluster, some replicas, devices that come and go, and what goes wrong."""
+
+    def __init__(self, seed: int, metrics: Metrics) -> None:
+        self.seed = seed
+        self.metrics = metrics
+        self.chance = random.Random(seed)
+        chance = self.chance
+        self.weather = Weather.of(random.Random(chance.getrandbits(64)))
+        move = (2.0, 20.0) if chance.random() < 0.5 else None
+        pace = Pace((0.0, 2.0), (0.0, 3.0), (0.0, 8.0), (0.2, 2.0), move)
+        nodes = {f"n{i}": True for i in range(chance.randint(1, 3))}
+        self.cluster = Cluster(pace, random.Random(chance.getrandbits(64)), nodes)
+        self.store = Store()
+        self.store.initialise("simulated")
+        self.limits = replace(LIMITS, breaker_min=chance.choice((1, 2, 5)))
+        self.audit = Auditor(self.store, self.cluster, self.limits)
+        self.cluster.on_process = self._born
+        self.replicas = [Replica(f"r{i}", self) for i in range(chance.randint(1, 3))]
+        many = chance.random() < 0.2
+        self.names = [f"dev {i}" for i in range(20 if many else chance.randint(2, 6))]
+        self.wanted: dict[Slug, bool] = {}
+        self.over = False
+        self.group: asyncio.TaskGroup
+        self._busy = {name: asyncio.Lock() for name in self.names}
+        self._unsure_until: dict[str, float] = {}
+        self.settled_s = -1.0
+
+    async def run(self) -> None:
+        """Faults, calm, and the audit."""
+        async with asyncio.TaskGroup() as self.group:
+            for replica in self.replicas:
+                replica.start()
+            ends = asyncio.get_running_loop().time() + FAULTS_S
+            troubles = [self.group.create_task(self._life(name, ends)) for name in self.names]
+            troubles.append(self.group.create_task(self._trouble(ends)))
+            await asyncio.wait(troubles)
+            await self._calm()
+            if not self.audit.wrong:
+                await self._converge()
+            self.over = True
+            for replica in self.replicas:
+                replica.crash()
+            for process in list(self.cluster.processes.values()):
+                process.alive = False
+
+    # -- agents ---------------------------------------------------------------------------------
+
+    def _born(self, process: Process) -> None:
+        self.audit.process_began(process)
+        self.group.create_task(self._agent(process))
+
+    async def _agent(self, process: Process) -> None:
+        sequence = 0
+        await asyncio.sleep(self.chance.uniform(0.1, 3.0))
+        while process.alive and not self.over:
+            up = [replica for replica in self.replicas if replica.up]
+            if up and not process.term:
+                sequence += 1
+                answer = await self._report(process, self.chance.choice(up), sequence)
+                if answer is not None and answer.kind is AcceptanceKind.REFUSED and process.alive:
+                    self.audit.trace.say(f"agent {process.pid} is refused: {answer.reason}")
+                    self.cluster.exit(process, 0)
+                    return
+            await asyncio.sleep(BEAT_S * self.chance.uniform(0.8, 1.2))
+
+    async def _report(self, process: Process, replica: Replica, sequence: int) -> Acceptance | None:
+        weather = self.weather
+        if weather.hits(weather.refused):
+            return None
+        asked_at = self.audit.now()
+        report = AgentReport(
+            process.device_id, process.slug, process.epoch, process.instance, sequence,
+            ready=True, state=AgentState.OK, was_ready=True, misses=0, confirmed=False,
+            reason="", listen="", version="1",
+        )  # fmt: skip
+        answer = await replica.serve(replica.fleet.report(report))
+        if answer is not None and answer.kind is AcceptanceKind.ACCEPTED:
+            self.audit.accepted(process, asked_at)
+        return None if weather.hits(weather.lost) else answer
+
+    # -- wishes ---------------------------------------------------------------------------------
+
+    async def _life(self, name: str, ends: float) -> None:
+        """One device comes and goes."""
+        loop = asyncio.get_running_loop()
+        while loop.time() < ends:
+            await self._wish(name, present=self.chance.random() < 0.7)
+            await asyncio.sleep(min(self.chance.expovariate(1 / 20), 30.0))
+
+    async def _wish(self, name: str, *, present: bool) -> bool:
+        """Ask one replica once; whether it was acknowledged."""
+        async with self._busy[name]:
+            up = [replica for replica in self.replicas if replica.up]
+            if not up:
+                return False
+            replica = self.chance.choice(up)
+            asked_at = self.audit.now()
+            answer = await self._ask(replica, name, present=present)
+            word = "present" if present else "absent"
+            self.audit.trace.say(f"{name} {word} by {replica.name}: {answer}")
+            if not answer:
+                self._unsure_until[name] = self.audit.now() + SLOWEST_S
+                return False
+            if asked_at >= self._unsure_until.get(name, 0.0):
+                self._check_kept(name, present=present)
+                if self.chance.random() < 0.3:
+                    await self._check_again(replica, name, present=present)
+            return True
+
+    async def _ask(self, replica: Replica, name: str, *, present: bool) -> bool:
+        if present:
+            device = Device(DeviceId(name), SPEC.agent_class, "127.0.0.1")
+            return bool(await replica.serve(replica.fleet.register([device])))
+        return await replica.serve(replica.fleet.deregister([DeviceId(name)])) is not None
+
+    def _check_kept(self, name: str, *, present: bool) -> None:
+        record = self.store.record(slug_of(DeviceId(name)))
+        stored = record is not None and record.presence is Presence.PRESENT
+        if stored is not present:
+            self.audit.broken("S4", f"{name} was acknowledged and is not stored")
+
+    async def _check_again(self, replica: Replica, name: str, *, present: bool) -> None:
+        slug = slug_of(DeviceId(name))
+        before = self.store.record(slug)
+        if await self._ask(replica, name, present=present):
+            after = self.store.record(slug)
+            if before and after and before.generation != after.generation:
+                self.audit.broken("S5", f"{name}: the same wish again changed the record")
+
+    # -- trouble --------------------------------------------------------------------------------
+
+    async def _trouble(self, ends: float) -> None:
+        """Everything that is not the fault of a line."""
+        loop = asyncio.get_running_loop()
+        kinds = [
+            self._crash,
+            self._lose_node,
+            self._agent_dies,
+            self._purge,
+            self._jump,
+            self._mass,
+        ]
+        kinds = [kind for kind in kinds if self.chance.random() < 0.6]
+        while loop.time() < ends:
+            await asyncio.sleep(min(self.chance.expovariate(1 / 8), 30.0))
+            if kinds:
+                await self.chance.choice(kinds)()
+
+    async def _crash(self) -> None:
+        self.chance.choice(self.replicas).crash()
+
+    async def _lose_node(self) -> None:
+        node = self.chance.choice(list(self.cluster.nodes))
+        if self.cluster.nodes[node]:
+            power = self.chance.random() < 0.5
+            self.audit.trace.say(f"node {node} is lost, power {'off' if power else 'on'}")
+            self.cluster.lose(node, power=power)
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.chance.uniform(1.0, 60.0), self._find, node)
+
+    def _find(self, node: str) -> None:
+        self.audit.trace.say(f"node {node} is back")
+        self.cluster.find(node)
+
+    async def _agent_dies(self) -> None:
+        alive = list(self.cluster.processes.values())
+        if alive:
+            process = self.chance.choice(alive)
+            code = self.chance.choice((1, 137, 0))
+            self.audit.trace.say(f"agent {process.pid} exits {code}")
+            self.cluster.exit(process, code)
+
+    async def _purge(self) -> None:
+        if self.cluster.jobs:
+            ref = self.chance.choice(list(self.cluster.jobs))
+            self.audit.purged(self.cluster.jobs[ref])
+            self.cluster.purge(ref)
+        elif self.chance.random() < 0.5:
+            self.cluster.parents.clear()
+
+    async def _jump(self) -> None:
+        self.chance.choice(self.replicas).clock.wall_offset_s += self.chance.uniform(-1e5, 1e5)
+
+    async def _mass(self) -> None:
+        present = self.chance.random() < 0.5
+        self.audit.trace.say(f"all devices {'come' if present else 'leave'}")
+        await asyncio.gather(*(self._wish(name, present=present) for name in self.names))
+
+    # -- the end --------------------------------------------------------------------------------
+
+    async def _calm(self) -> None:
+        self.weather.calm()
+        self.audit.trace.say("calm")
+        for node, heard in self.cluster.nodes.items():
+            if not heard:
+                self._find(node)
+        await asyncio.sleep(2 * SLOWEST_S)  # what is on the wire arrives
+        for name in self.names:
+            present = self.chance.random() < 0.6
+            for _ in range(30):
+                if await self._wish(name, present=present):
+                    break
+                await asyncio.sleep(1.0)
+            else:
+                self.audit.broken("L2", f"no wish for {name} is taken with all faults off")
+            slug = slug_of(DeviceId(name))
+            if present or self.store.record(slug) is not None:
+                self.wanted[slug] = present
+
+    async def _converge(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while missing := self.audit.unsettled(self.wanted):
+            if loop.time() - began > CONVERGES_S:
+                for one in missing:
+                    promise, _, text = one.partition(": ")
+                    self.audit.broken(promise, f"{text}, {CONVERGES_S:.0f} s after the last fault")
+                return
+            await asyncio.sleep(1.0)
+        self.settled_s = loop.time() - began
+        await asyncio.sleep(5.0)
+        done = self.audit.actions
+        await asyncio.sleep(STAYS_S)
+        if self.audit.actions != done:
+            self.audit.broken("L1", "all was as asked, and yet something was done")
+
+
+def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
+    """One simulated history. The same seed gives the same digest."""
+    state = random.getstate()
+    level = logging.root.manager.disable
+    random.seed(seed)  # the back-off's jitter
+    logging.disable(logging.CRITICAL)
+    world = World(seed, metrics or Metrics())
+    try:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.run(world.run())
+    except (StuckError, ExceptionGroup) as error:
+        world.audit.wrong.append(f"crashed: {error!r}")
+    finally:
+        logging.disable(level)
+        random.setstate(state)
+    audit = world.audit
+    return Outcome(
+        seed, audit.trace.digest, audit.wrong, audit.trace.count, list(audit.trace.lines),
+        world.settled_s,
+    )  # fmt: skip
+
+
+def check_seeds(first: int, count: int) -> list[Outcome]:
+    """Run seeds first … first + count - 1; raises BrokenPromiseError with how to replay the first bad one."""
+    metrics = Metrics()
+    outcomes = []
+    for seed in range(first, first + count):
+        outcome = run_seed(seed, metrics)
+        outcomes.append(outcome)
+        if outcome.wrong:
+            raise BrokenPromiseError(
+                f"seed {seed}: {outcome.wrong[0]}\nreplay: {outcome.replay}\n"
+                + "\n".join(outcome.lines[-60:])
+            )
+    return outcomes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run seeds and print what did not hold."""
+    parser = argparse.ArgumentParser(prog="python -m nomad_watchdog.testing.simulation")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--count", type=int, default=1, help="how many seeds from there on")
+    parser.add_argument("--trace", action="store_true", help="print each step")
+    options = parser.parse_args(arguments)
+    metrics = Metrics()
+    bad = 0
+    for seed in range(options.seed, options.seed + options.count):
+        outcome = run_seed(seed, metrics)
+        if options.trace:
+            print("\n".join(outcome.lines))
+        if outcome.wrong or options.count == 1:
+            verdict = "; ".join(outcome.wrong[:3]) or f"held, settled in {outcome.settled_s:.0f} s"
+            print(f"seed {seed} digest {outcome.digest} events {outcome.events}: {verdict}")
+        if outcome.wrong:
+            bad += 1
+            print(f"  replay: {outcome.replay}")
+    print(f"{options.count} seeds, {bad} broken")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

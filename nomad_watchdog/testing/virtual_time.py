@@ -1,0 +1,71 @@
+"""An event loop without a clock: when nothing is ready, time jumps to the next timer.
+
+No sockets, threads or signals. What runs on it runs in the same order each time, as long as it draws
+its chance from a seeded source and iterates over nothing that is ordered by address or hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, NoReturn
+
+from nomad_watchdog.model import Monotonic, WallTime
+
+MOST_TURNS: Final = 200_000
+"""So many turns without a step of time are a livelock, not work."""
+
+
+class StuckError(AssertionError):
+    """Nothing will ever happen again, or everything happens at one moment for ever."""
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """`time()` starts at 0 and moves only in `select`, by exactly the time to the next timer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+        self._turns = 0
+        self._selector = self
+
+    def time(self) -> float:
+        return self._now
+
+    def select(self, timeout: float | None) -> tuple[()]:
+        """What `BaseEventLoop` calls when it would wait for sockets."""
+        if timeout is None:
+            raise StuckError(f"at {self._now:.3f} s every task waits for something without a timer")
+        if timeout > 0:
+            self._now += timeout
+            self._turns = 0
+        else:
+            self._turns += 1
+            if self._turns > MOST_TURNS:
+                raise StuckError(f"time stands at {self._now:.3f} s: a loop that never sleeps")
+        return ()
+
+    def _process_events(self, _events: object) -> None:
+        """There are none: nothing is read from outside."""
+
+    def _write_to_self(self) -> None:
+        """Nobody sleeps who would have to be woken."""
+
+    def run_in_executor(self, *_args: Any) -> NoReturn:  # type: ignore[override]
+        raise StuckError("a thread would make the order of events depend on the machine")
+
+    def call_soon_threadsafe(self, *_args: Any, **_more: Any) -> NoReturn:  # type: ignore[override]
+        raise StuckError("another thread has no place on this loop")
+
+
+class VirtualClock:
+    """The clock of one simulated process. Its wall clock may be set wrong; its monotonic one not."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wall_offset_s: float = 1.7e9) -> None:
+        self._loop = loop
+        self.wall_offset_s = wall_offset_s
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(self._loop.time() + 1.0)
+
+    def wall(self) -> WallTime:
+        return WallTime(self._loop.time() + self.wall_offset_s)
