@@ -28,6 +28,7 @@ from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.wiring import (
     api_token,
     consul_client,
+    open_events,
     open_leases,
     open_registry,
     open_scheduler,
@@ -73,9 +74,11 @@ async def serve(settings: Settings) -> int:
             async with (
                 open_scheduler(settings, installation) as scheduler,
                 open_leases(settings, clock) as leases,
+                open_events(settings) as (history, store),
             ):
                 metrics = Metrics()
-                fleet = Fleet(registry, settings.limits(), clock)
+                fleet = Fleet(registry, settings.limits(), clock, history)
+                fleet.chronicle.follow(store.status)
                 fleet.on_commit = metrics.committed
                 reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics, leases)
                 await _run(settings, fleet, reconciler, metrics, stop)

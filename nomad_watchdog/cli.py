@@ -32,6 +32,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "apply": ("plan:apply", "Carry out a plan once."),
     "stops": ("stops:stops", "Show or confirm the stops that are held."),
     "events": ("views:events", "Print events, and follow them with -f."),
+    "incidents": ("incidents:incidents", "Show what many devices have in common."),
     "registry": ("registry:registry", "Back up and restore the registry."),
     "doctor": ("doctor:doctor", "Check the environment and say what to mend."),
     "config": ("config:config", "Check or show the configuration."),

@@ -22,6 +22,7 @@ from nomad_watchdog.config_types import (
     Fraction,
     Name,
     Positive,
+    Seconds,
     Size,
     Text,
     Url,
@@ -96,7 +97,10 @@ class Registry(Block):
 
 class Presence(Block):
     startup_grace: Positive = 60.0
+    startup_grace_min: Positive = 15.0
+    startup_grace_max: Positive = 900.0
     report_stale: Positive = 45.0
+    heartbeat_fresh: Seconds = 15.0
 
 
 class Retry(Block):
@@ -114,6 +118,17 @@ class Breaker(Block):
 class Rollout(Block):
     at_once: Annotated[int, Field(ge=1)] = 5
     fraction: Fraction = 0.10
+
+
+class Incident(Block):
+    min: Annotated[int, Field(ge=2)] = 3
+    fraction: Fraction = 0.20
+    window: Positive = 60.0
+
+
+class Events(Block):
+    keep: Annotated[int, Field(ge=1_000, le=10_000_000)] = 100_000
+    max_age: Positive = 30 * 86_400.0
 
 
 class Log(Block):
@@ -137,6 +152,8 @@ class Settings(Block):
     retry: Retry = Retry()
     breaker: Breaker = Breaker()
     rollout: Rollout = Rollout()
+    incident: Incident = Incident()
+    events: Events = Events()
     resync: Annotated[Positive, Field(ge=1)] = 30.0
     lease_ttl: Annotated[Positive, Field(ge=1, le=60)] = 3.0
     log: Log = Log()
@@ -153,6 +170,10 @@ class Settings(Block):
     @property
     def registry_path(self) -> FilePath:
         return FilePath(self.registry.path or FilePath(self.data_dir) / "registry.db")
+
+    @property
+    def events_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "events.db"
 
     @property
     def local_directory(self) -> FilePath:
@@ -172,7 +193,13 @@ class Settings(Block):
             replace_at_once=self.rollout.at_once,
             replace_fraction=self.rollout.fraction,
             startup_grace_s=self.presence.startup_grace,
+            startup_grace_min_s=self.presence.startup_grace_min,
+            startup_grace_max_s=self.presence.startup_grace_max,
             report_stale_s=self.presence.report_stale,
+            heartbeat_fresh_s=self.presence.heartbeat_fresh,
+            incident_min=self.incident.min,
+            incident_fraction=self.incident.fraction,
+            incident_window_s=self.incident.window,
             backoff_initial_s=self.retry.initial,
             backoff_max_s=self.retry.max,
             starts_per_hour=self.retry.starts_per_hour,

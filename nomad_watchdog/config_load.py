@@ -80,6 +80,12 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
                 template_text(kind.template)
             except UserError as error:
                 yield ((*where, "template"),), str(error)
+    least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
+    if least > most:
+        yield (
+            (("presence", "startup_grace_min"), ("presence", "startup_grace_max")),
+            f"{least:g}s is longer than presence.startup_grace_max ({most:g}s)",
+        )
     if settings.retry.initial > settings.retry.max:
         yield (
             (("retry", "initial"), ("retry", "max")),

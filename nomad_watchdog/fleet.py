@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from nomad_watchdog.chronicle import Change, Chronicle
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence, verdict
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.history import Event, History
+from nomad_watchdog.history import EVERYTHING, Event, EventFilter, History
 from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.ledger import Ledger
 from nomad_watchdog.model import (
@@ -109,12 +110,13 @@ class Fleet(Ledger):
         super().__init__(registry, clock)
         self.limits = limits
         self.history = history or History()
+        self.chronicle = Chronicle(self.history, limits, clock)
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
         self.health: Mapping[Slug, Health] = {}
         self.ready_event = asyncio.Event()
         self.ready_reason = "the registry and the scheduler have not been read yet"
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""
-        self.status_parts: list[Callable[[], dict[str, object]]] = []
+        self.status_parts: list[Callable[[], dict[str, object]]] = [self.chronicle.status]
         self.explain_parts: list[Callable[[Slug], dict[str, object]]] = []
         self.plan_view: Callable[[], dict[str, object]] = dict
         self._tracks: dict[Slug, _Track] = {}
@@ -157,6 +159,7 @@ class Fleet(Ledger):
     def forgotten(self, slugs: Sequence[Slug]) -> None:
         """Drop what was known of devices whose record is gone."""
         for slug in slugs:
+            self.chronicle.forget(slug)
             track = self._tracks.pop(slug, None)
             if track is not None and track.state is not None:
                 self._by_state[track.state] -= 1
@@ -173,7 +176,10 @@ class Fleet(Ledger):
         """A sign of life of a device; kept in memory only. False when the device is unknown."""
         if slug not in self.records:
             return False
-        self._track(slug).heartbeat_at = self.clock.monotonic()
+        track = self._track(slug)
+        track.heartbeat_at = self.clock.monotonic()
+        if track.state is VerdictState.OFFLINE:
+            self.refresh(slug)  # it lives: that is not to be told two seconds late
         return True
 
     async def report(self, report: AgentReport) -> Acceptance:
@@ -256,6 +262,8 @@ class Fleet(Ledger):
             sequence=report.sequence,
             stopping=report.stopping,
         )
+        if report.ready and report.slug in self.records:
+            self.chronicle.ready(self.records[report.slug])
         self.refresh(report.slug)
 
     # -- verdicts -------------------------------------------------------------------------------
@@ -275,14 +283,15 @@ class Fleet(Ledger):
         judged = verdict.judge(record, evidence, self.limits, now)
         if judged.state in _AGENT_READY:
             track.waiting_since = now
+        self.chronicle.look(record, evidence.placement, track.state or judged.state)
         if judged.state is not track.state:
             was = track.state
             self._by_state[judged.state] += 1
             if was is not None:
                 self._by_state[was] -= 1
+            lasted_s = now - track.since if was is not None else 0.0
+            self.chronicle.changed(Change(record, judged, evidence, was, lasted_s))
             track.state, track.since = judged.state, now
-            if was is not None or judged.state is not VerdictState.STARTING:
-                self.note(slug, f"verdict.{judged.state.value}", judged.reason)
         track.reason = judged.reason
         return judged
 
@@ -304,12 +313,16 @@ class Fleet(Ledger):
             waiting_since=track.waiting_since,
             leaving=bool(live),
             obstacle=self.obstacle(record.slug),
+            placed_at=self.chronicle.placed_at(record),
+            beat_at=track.heartbeat_at,
+            grace_s=self.chronicle.grace(record).seconds,
         )
 
     def refresh_all(self) -> None:
         """Judge every device: time alone changes verdicts (grace, staleness)."""
         for slug in self.records:
             self.refresh(slug)
+        self.chronicle.settle()
 
     def unready(self) -> int:
         """Present devices without a ready accepted agent, as last judged. Constant time."""
@@ -401,6 +414,7 @@ class Fleet(Ledger):
             "heartbeat_age_s": None if beat is None else round(self.clock.monotonic() - beat, 1),
             "events": [event.shown() for event in self.history.of_device(slug)],
         }
+        explained.update(self.chronicle.explain(record))
         for part in self.explain_parts:
             explained.update(part(slug))
         return explained
@@ -419,9 +433,12 @@ class Fleet(Ledger):
             at=self.clock.wall(), kind=kind, device_id=device_id, slug=slug, text=text, data=data
         )
 
-    def events(self, since: int, limit: int) -> tuple[list[Event], int]:
-        """Events after sequence number `since`, oldest first, and the number to ask with next."""
-        return self.history.after(since, limit)
+    def events(
+        self, since: int, limit: int, wanted: EventFilter = EVERYTHING
+    ) -> tuple[list[Event], int]:
+        """Events in memory after sequence number `since`, oldest first, and the number to ask with
+        next."""
+        return self.history.after(since, limit, wanted)
 
     async def wait_event(self, since: int, timeout_s: float) -> None:
         """Return when an event after `since` is there, or after timeout_s."""

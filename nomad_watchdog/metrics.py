@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from nomad_watchdog import __version__
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.model import ActionKind, PlacementState, VerdictState
 
 _FAST: Final = (0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -92,6 +93,9 @@ class Metrics:
         self._consul_age = self._gauge("consul_view_age_seconds", "Age of the view of Consul.")
         self._snapshot_age = self._gauge("snapshot_age_seconds", "Age of the last full snapshot.")
         self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
+        self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
+        self._stored = self._gauge("events_stored", "1 while events are written to disk.")
+        self._dropped = self._counter("events_dropped", "Events that were never written.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
@@ -105,10 +109,12 @@ class Metrics:
             (self._reports, _REPORTS),
             (self._errors, SchedulerErrorKind),
             (self._resyncs, ResyncReason),
+            (self._incidents, GroupKind),
         ):
             for value in values:
                 metric.labels(str(value))
         self._routes: frozenset[str] = frozenset()
+        self._dropped_before = 0
         self.routes(())
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
@@ -194,6 +200,19 @@ class Metrics:
 
     def snapshot_age(self, age_s: float) -> None:
         self._snapshot_age.set(age_s)
+
+    def incidents(self, opened: Mapping[str, int]) -> None:
+        """Open incidents by kind of group."""
+        for kind in GroupKind:
+            self._incidents.labels(kind.value).set(opened.get(kind, 0))
+
+    def events(self, store: Mapping[str, object]) -> None:
+        """How the event store is (`EventStore.status`)."""
+        self._stored.set(bool(store.get("stored")))
+        dropped = store.get("dropped")
+        if isinstance(dropped, int) and dropped > self._dropped_before:
+            self._dropped.inc(dropped - self._dropped_before)
+            self._dropped_before = dropped
 
     def poisoned(self, count: int) -> None:
         self._poisoned.set(count)

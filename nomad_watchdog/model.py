@@ -212,9 +212,20 @@ class Limits:
     """… or this share of the fleet, whichever is more."""
     kill_grace_s: float = 10.0
     startup_grace_s: float = 60.0
-    """An agent younger than this that is not ready is starting, not unwatched."""
+    """An agent younger than this that is not ready is starting, not unwatched; until enough starts
+    have been measured (core/grace.py)."""
+    startup_grace_min_s: float = 15.0
+    startup_grace_max_s: float = 900.0
+    """What is measured is held within these."""
+    heartbeat_fresh_s: float = 15.0
+    """A device whose own sign of life is younger is not offline, whatever its agent says."""
     report_stale_s: float = 45.0
     """No report for so long: the last one is no evidence any more (3 beats of 15 s)."""
+    incident_min: int = 3
+    """So many devices of a host, site or class that turn bad within the window are one incident …"""
+    incident_fraction: float = 0.20
+    """… or this share of them, whichever is more."""
+    incident_window_s: float = 60.0
     crash_loop_restarts: int = 5
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 300.0

@@ -219,6 +219,7 @@ class Performer:
                 f"next try in {allowed - now:.0f} s",
                 retry_after_s=allowed - now,
             )
+        self.fleet.chronicle.placed(record.slug, record.epoch)
         index = await self.scheduler.ensure(record, record.epoch, spec)
         self.queue.delay(record.slug, budget.started(self.fleet.limits, now))
         self.expectations[record.slug] = Expectation(

@@ -16,6 +16,8 @@ from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.config import Settings
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.event_store import EventStore
+from nomad_watchdog.history import History
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.leases.consul import ConsulLeases
 from nomad_watchdog.leases.file import FileLeases
@@ -105,6 +107,21 @@ def _host() -> str:
     """The machine's name as a part of a Consul service id."""
     name = re.sub(r"[^a-z0-9]+", "-", socket.gethostname().partition(".")[0].lower()).strip("-")
     return name[:32] or "replica"
+
+
+@asynccontextmanager
+async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventStore]]:
+    """The history of this control plane, going on where the last run ended, and its file. A file that
+    can't be used stops nothing: the store says what is wrong."""
+    kept = settings.events
+    store = EventStore(settings.events_path, most=kept.keep, max_age_s=kept.max_age)
+    found = await store.open()
+    history = History(store.origin, store)
+    history.resume(found.seq, found.events)
+    try:
+        yield history, store
+    finally:
+        await store.close()
 
 
 @asynccontextmanager

@@ -192,6 +192,14 @@ ROUTES: Final = (
         {200: AnyOut},
         query=stream.QUERY,
     ),
+    Route(
+        "GET",
+        "/v1/incidents",
+        stream.list_incidents,
+        "Changes of many devices with one cause: the open ones, then the last closed ones",
+        {200: AnyOut},
+        query=stream.INCIDENTS_QUERY,
+    ),
     Route("GET", "/v1/plan", stops.plan, "What the next pass would do", {200: AnyOut}),
     Route(
         "POST",

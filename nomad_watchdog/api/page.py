@@ -15,6 +15,7 @@ from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.model import Presence, VerdictState
 
 MOST_ROWS: Final = 200
+MOST_INCIDENTS: Final = 20
 MADE_EVERY_S: Final = 1.0
 """It goes through the whole fleet: however many ask for it, the loop pays for it so often at most."""
 
@@ -80,12 +81,24 @@ def _made(fleet: Fleet) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'
         f"<style>{_STYLE}</style></head><body><h1>nomad-watchdog</h1><p>{len(views)} devices, "
-        f'{ready}</p><dl>{tiles}</dl><table><thead><tr><th scope="col">Device</th>'
+        f'{ready}</p><dl>{tiles}</dl>{_incidents(fleet)}<table><thead><tr><th scope="col">Device</th>'
         '<th scope="col">Verdict</th><th scope="col">Since</th><th scope="col">Reason</th>'
         '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
         f"{''.join(_row(view) for view in views[:MOST_ROWS])}</tbody></table>{empty}{more}"
         "</body></html>"
     )
+
+
+def _incidents(fleet: Fleet) -> str:
+    opened = fleet.chronicle.correlator.opened.values()
+    lines = "".join(
+        f"<li><b>{incident.kind.value} <bdi>{escape(incident.group)}</bdi></b>: {incident.count} of "
+        f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})</li>"
+        for incident in list(opened)[:MOST_INCIDENTS]
+    )
+    rest = len(opened) - MOST_INCIDENTS
+    more = f"<p>{rest} more incidents are not shown here.</p>" if rest > 0 else ""
+    return f"<h2>Incidents</h2><ul>{lines}</ul>{more}" if lines else ""
 
 
 def _row(view: DeviceView) -> str:

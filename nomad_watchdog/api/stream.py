@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Final
 
 from aiohttp import web
@@ -11,7 +12,12 @@ from aiohttp import web
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import check_query, whole_number
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.errors import UserError
+from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.history import EventFilter
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import VerdictState
+
+log = logging.getLogger(__name__)
 
 MOST_FOLLOWERS: Final = 64
 BEAT_S: Final = 15.0
@@ -21,15 +27,25 @@ WRITE_TIMEOUT_S: Final = 10.0
 MOST_EVENTS: Final = 1_000
 NDJSON: Final = "application/x-ndjson"
 
+FILTERS: Final = {
+    "device": "only events about the device of this id",
+    "kind": "only kinds that begin so: verdict, verdict.offline, breaker",
+    "verdict": f"only changes to this verdict: {', '.join(VerdictState)}",
+    "within_s": "only events of the last so many seconds, by the server's clock",
+}
 QUERY: Final = {
     "since": "only events after this sequence number (default 0)",
+    **FILTERS,
     "limit": f"1 to {MOST_EVENTS}, default 100; how many at once when following",
     "follow": "true: one JSON object a line (application/x-ndjson), without end",
 }
 
 
+INCIDENTS_QUERY: Final = {"open": "true, false or any (default)"}
+
+
 async def list_events(request: web.Request) -> web.StreamResponse:
-    """Oldest first. A gap in `seq` means that older events were dropped."""
+    """Oldest first. A gap in `seq` means that older events were dropped, or a crash."""
     check_query(request, set(QUERY))
     since = whole_number(request, "since", 0, 0, 2**53)
     limit = whole_number(request, "limit", 100, 1, MOST_EVENTS)
@@ -40,8 +56,40 @@ async def list_events(request: web.Request) -> web.StreamResponse:
         return web.Response(content_type=NDJSON)
     if follow in {"true", "1"}:
         return await _follow(request, since, limit)
-    events, following = request.app[CONTEXT].fleet.events(since, limit)
+    history = request.app[CONTEXT].fleet.history
+    events, following = await history.page(since, limit, _filter(request))
     return web.json_response({"items": [event.shown() for event in events], "next": following})
+
+
+def _filter(request: web.Request) -> EventFilter:
+    verdict = request.query.get("verdict", "")
+    if verdict and verdict not in {state.value for state in VerdictState}:
+        raise UserError(f"verdict is {ascii(verdict)[:40]}; allowed are: {', '.join(VerdictState)}")
+    within_s = whole_number(request, "within_s", 0, 1, 2**32)
+    now = request.app[CONTEXT].fleet.clock.wall()
+    return EventFilter(
+        device=request.query.get("device", ""),
+        kind=request.query.get("kind", ""),
+        verdict=verdict,
+        not_before=now - within_s if within_s else 0.0,
+    )
+
+
+async def list_incidents(request: web.Request) -> web.StreamResponse:
+    """The open ones, then the last closed ones."""
+    check_query(request, set(INCIDENTS_QUERY))
+    wanted = request.query.get("open", "any")
+    if wanted not in {"true", "false", "any"}:
+        raise UserError(f"open is {ascii(wanted)[:40]}; allowed are: true, false, any")
+    fleet = request.app[CONTEXT].fleet
+
+    def device_of(slug: Slug) -> str:
+        record = fleet.records.get(slug)
+        return record.device.id if record is not None else ""
+
+    found = [fleet.chronicle.shown_incident(i, device_of) for i in fleet.chronicle.incidents()]
+    items = [item for item in found if wanted == "any" or item["open"] == (wanted == "true")]
+    return web.json_response({"items": items})
 
 
 async def _follow(request: web.Request, since: int, limit: int) -> web.StreamResponse:
@@ -63,13 +111,18 @@ async def _follow(request: web.Request, since: int, limit: int) -> web.StreamRes
 
 
 async def _stream(request: web.Request, since: int, limit: int) -> web.StreamResponse:
-    fleet = request.app[CONTEXT].fleet
+    fleet, wanted = request.app[CONTEXT].fleet, _filter(request)
     response = web.StreamResponse(headers={"Cache-Control": "no-store"})
     response.content_type = NDJSON
     await response.prepare(request)
     try:
         while True:
-            events, since = fleet.events(since, limit)
+            try:
+                events, since = await fleet.history.page(since, limit, wanted)
+            except TransientError as error:
+                # Half of an answer has been sent: what is left is to end it, and be asked again.
+                log.warning("event stream ends", extra={"reason": str(error)})
+                return response
             lines = "".join(json.dumps(event.shown()) + "\n" for event in events)
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await response.write((lines or "\n").encode())

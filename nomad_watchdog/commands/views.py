@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ import click
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.commands._api import PAGE, Api, device_path
 from nomad_watchdog.commands._shared import api_of, no_color, output_option
-from nomad_watchdog.errors import TerminalError, TransientError
+from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.render import age, cell, clean, print_json, print_table
 
 
@@ -88,29 +89,50 @@ def list_agents(ctx: click.Context, output: str) -> None:
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
-@click.option("--since", type=click.IntRange(0), default=0, help="Only events after this number.")
+@click.option(
+    "--since", default="0", metavar="N|AGE", help="After this number, or 90s, 1h, 2d ago."
+)
+@click.option("--device", metavar="ID", help="Only events about this device.")
+@click.option("--kind", metavar="START", help="Only kinds that begin so, such as verdict.")
+@click.option("--verdict", metavar="STATE", help="Only changes to this verdict.")
 @output_option("table", "json")
 @click.pass_context
-def events(ctx: click.Context, follow: bool, since: int, output: str) -> None:
+def events(
+    ctx: click.Context, /, follow: bool, since: str, output: str, **wanted: str | None
+) -> None:
     """Print events, oldest first; with -f go on, and reconnect when the stream breaks."""
     api = api_of(ctx)
+    after, within_s = _since(since)
+    filters: dict[str, object] = {**wanted, "within_s": within_s}
     if follow:
-        _follow(api, since, output)
+        _follow(api, after, output, filters)
         return
     while True:
-        page = api.get("/v1/events", since=since, limit=PAGE)
+        page = api.get("/v1/events", since=after, limit=PAGE, **filters)
         for event in page["items"]:
             _print_event(event, output)
-        if len(page["items"]) < PAGE or page["next"] <= since:
+        if len(page["items"]) < PAGE or page["next"] <= after:
             return
-        since = page["next"]
+        after = page["next"]
 
 
-def _follow(api: Api, since: int, output: str) -> None:
+def _since(text: str) -> tuple[int, int | None]:
+    """A sequence number and no age, or 0 and an age in seconds. Raises UserError."""
+    if text.isascii() and text.isdigit() and len(text) <= 16:
+        return int(text), None
+    from nomad_watchdog.config_hcl import parse_duration
+
+    try:
+        return 0, max(1, round(float(str(parse_duration(text)))))
+    except ValueError as error:
+        raise UserError(f"--since: {error}; or the number of an event") from error
+
+
+def _follow(api: Api, since: int, output: str, filters: Mapping[str, object]) -> None:
     never, failures, heard = threading.Event(), 0, False
     while True:
         try:
-            for event in api.lines("/v1/events", since=since, follow="true"):
+            for event in api.lines("/v1/events", since=since, follow="true", **filters):
                 since, failures, heard = max(since, _sequence(event)), 0, True
                 _print_event(event, output)
         except (TransientError, TerminalError) as error:

@@ -43,10 +43,24 @@ class Evidence:
     """A placement of an absent device is still there."""
     obstacle: str = ""
     """Why no agent can be started now, in words; empty when nothing is in the way."""
+    placed_at: Monotonic | None = None
+    """When this placement was dispatched, if we saw it: a start is measured from there."""
+    beat_at: Monotonic | None = None
+    """When the device last sent a sign of life to us: a path that no probe shares."""
+    grace_s: float | None = None
+    """How long this start may take, seconds, as measured; None = the setting."""
+
+
+STARTS_IN_A_ROW: Final = 3
+"""An agent that is placed again and again is not «starting» for ever: after so many graces without a
+ready one the device is unwatched, whatever is under way."""
 
 
 def judge(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
-    """The verdict and its reason in words."""
+    """The verdict and its reason in words.
+
+    Consul's word is used in one direction: a passing agent is up. A critical one says nothing against
+    the device."""
     if record.presence is Presence.ABSENT:
         gone = "its agent is being shut down" if evidence.leaving else "the device has left"
         return Verdict(VerdictState.DEPARTED, gone)
@@ -75,7 +89,7 @@ def _without_agent(evidence: Evidence, limits: Limits, now: Monotonic) -> Verdic
     if evidence.obstacle:
         return Verdict(VerdictState.UNWATCHED, evidence.obstacle)
     waited = now - evidence.waiting_since
-    if waited <= limits.startup_grace_s:
+    if _is_in_grace(evidence, limits, now):
         return Verdict(VerdictState.STARTING, "an agent is being started")
     return Verdict(VerdictState.UNWATCHED, f"no agent has been placed for {waited:.0f} s")
 
@@ -99,10 +113,19 @@ def _reported(report: Report, evidence: Evidence, limits: Limits, now: Monotonic
     if report.state is AgentState.OFFLINE:
         # S6: the claim counts only with its whole evidence.
         if report.was_ready and report.misses > 0 and report.confirmed:
-            return Verdict(VerdictState.OFFLINE, report.reason)
+            return _offline(report, evidence, limits, now)
         missing = "it never answered" if not report.was_ready else "not confirmed"
         return Verdict(VerdictState.SUSPECT, f"{report.reason} ({missing})")
     return Verdict(VerdictState.SUSPECT, report.reason)
+
+
+def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
+    # The agent's probes and its confirmation share a network card; the device's own beats do not.
+    beat_at = evidence.beat_at
+    if beat_at is not None and now - beat_at <= limits.heartbeat_fresh_s:
+        beat = f"but the device sent a sign of life {now - beat_at:.0f} s ago"
+        return Verdict(VerdictState.SUSPECT, f"{report.reason}; {beat}")
+    return Verdict(VerdictState.OFFLINE, report.reason)
 
 
 def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
@@ -118,6 +141,16 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
 
 def _not_ready(why: str, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
     waited = now - evidence.waiting_since
-    if waited <= limits.startup_grace_s:
+    if _is_in_grace(evidence, limits, now):
         return Verdict(VerdictState.STARTING, why)
     return Verdict(VerdictState.UNWATCHED, f"{why}; for {waited:.0f} s")
+
+
+def _is_in_grace(evidence: Evidence, limits: Limits, now: Monotonic) -> bool:
+    waited, placed_at = now - evidence.waiting_since, evidence.placed_at
+    measured_s = limits.startup_grace_s if evidence.grace_s is None else evidence.grace_s
+    longer_s = max(measured_s, limits.startup_grace_s)
+    if placed_at is None or placed_at < evidence.waiting_since:
+        # A queue, a restart in place, or a restart of ours: none of them is a start as measured.
+        return waited <= longer_s
+    return now - placed_at <= measured_s and waited <= STARTS_IN_A_ROW * longer_s

@@ -1,0 +1,339 @@
+"""What is told of verdicts: events with their evidence, incidents, and the grace that starts get.
+
+Stands between `fleet`, which judges, and the pure parts that look at many devices at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.core.grace import Grace, GraceLimits, StartTimes
+from nomad_watchdog.core.incidents import (
+    TROUBLE,
+    Correlator,
+    Group,
+    GroupKind,
+    Incident,
+    IncidentLimits,
+    News,
+    Step,
+)
+from nomad_watchdog.core.verdict import Evidence
+from nomad_watchdog.history import History
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import DeviceRecord, Limits, Monotonic, Placement, Presence, Verdict
+from nomad_watchdog.model import VerdictState as State
+
+MOST_CLOSED: Final = 100
+"""Closed incidents that are still shown."""
+SITE_LABEL: Final = "site"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A verdict that is new, and the one that it follows."""
+
+    record: DeviceRecord
+    judged: Verdict
+    evidence: Evidence
+    was: State | None
+    """None: this is the first look at the device."""
+    was_for_s: float
+    """How long the former state lasted, seconds."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is kept of a device between two looks."""
+
+    groups: tuple[Group, ...] = ()
+    inputs: tuple[object, ...] = ()
+    node: str = ""
+    placed_epoch: int = -1
+    placed_at: Monotonic | None = None
+    is_measured: bool = True
+
+
+@dataclass(slots=True)
+class Chronicle:
+    """The events, incidents and start times of one fleet."""
+
+    history: History
+    limits: Limits
+    clock: Clock
+    correlator: Correlator = field(init=False)
+    starts: StartTimes = field(init=False)
+    closed: deque[Incident] = field(default_factory=lambda: deque(maxlen=MOST_CLOSED))
+    status_of_store: Callable[[], dict[str, object]] = lambda: {
+        "stored": False,
+        "reason": "events are kept in memory only: no file was opened",
+    }
+    _stored: bool = False
+    _known: dict[Slug, _Known] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        self.starts = StartTimes(
+            GraceLimits(
+                limits.startup_grace_s, limits.startup_grace_min_s, limits.startup_grace_max_s
+            )
+        )
+        self.correlator = Correlator(
+            IncidentLimits(limits.incident_min, limits.incident_fraction, limits.incident_window_s)
+        )
+
+    # -- starts ---------------------------------------------------------------------------------
+
+    def placed(self, slug: Slug, epoch: int) -> None:
+        """An agent has just been dispatched at this epoch."""
+        known = self._of(slug)
+        known.placed_epoch, known.placed_at = epoch, self.clock.monotonic()
+        known.is_measured = False
+
+    def placed_at(self, record: DeviceRecord) -> Monotonic | None:
+        """When the agent of the record's epoch was dispatched; None when it was not seen."""
+        known = self._known.get(record.slug)
+        return known.placed_at if known and known.placed_epoch == record.epoch else None
+
+    def ready(self, record: DeviceRecord) -> None:
+        """The agent of the record's epoch says that it is ready: the first time it is a measurement."""
+        known = self._known.get(record.slug)
+        if known is None or known.is_measured or known.placed_epoch != record.epoch:
+            return
+        known.is_measured = True
+        now = self.clock.monotonic()
+        if known.placed_at is not None:
+            self.starts.add(record.device.agent_class, max(0.0, now - known.placed_at), now)
+
+    def grace(self, record: DeviceRecord) -> Grace:
+        """How long the start of this device's agent may take."""
+        return self.starts.grace(record.device.agent_class)
+
+    # -- verdicts -------------------------------------------------------------------------------
+
+    def look(self, record: DeviceRecord, placement: Placement | None, state: State) -> None:
+        """Keep the groups of a device current. Cheap when nothing moved."""
+        known = self._of(record.slug)
+        node = placement.node if placement is not None else ""
+        inputs = (record.device, record.presence, node)
+        if known.inputs == inputs:
+            return
+        # A placement that has gone with its host is still of that host.
+        known.node = node or known.node
+        known.inputs, known.groups = inputs, _groups(record, known.node)
+        self.correlator.observe(
+            record.slug,
+            known.groups,
+            bad=state in TROUBLE,
+            now=self.clock.monotonic(),
+            ref=self.history.last_seq,
+        )
+
+    def changed(self, change: Change) -> None:
+        """A device has another state: an event, and perhaps a part of an incident."""
+        record, judged = change.record, change.judged
+        known = self._of(record.slug)
+        now = self.clock.monotonic()
+        was_bad = change.was in TROUBLE
+        before = self.correlator.incident_of(record.slug) if was_bad else ""
+        incident = self.correlator.observe(
+            record.slug,
+            known.groups,
+            bad=judged.state in TROUBLE,
+            now=now,
+            ref=self.history.last_seq + 1,
+        )
+        if change.was is None and judged.state is State.STARTING:
+            return
+        data = {
+            "was": change.was.value if change.was is not None else None,
+            "was_for_s": round(change.was_for_s, 1),
+            "evidence": self._shown(change.evidence, now),
+        }
+        self.history.add(
+            at=self.clock.wall(),
+            kind=f"verdict.{judged.state.value}",
+            device_id=record.device.id,
+            slug=record.slug,
+            text=judged.reason,
+            data=data,
+            incident=incident or before,
+        )
+
+    def forget(self, slug: Slug) -> None:
+        """The device's record is gone."""
+        self._known.pop(slug, None)
+        self.correlator.forget(slug)
+
+    def settle(self) -> None:
+        """Open and close incidents; to be called every few seconds."""
+        for news in self.correlator.settle(self.clock.monotonic()):
+            self._tell(news)
+        store = self.status_of_store()
+        if store["stored"] is not self._stored:
+            self._stored = bool(store["stored"])
+            self.history.add(
+                at=self.clock.wall(),
+                kind="events.stored" if self._stored else "events.degraded",
+                device_id="",
+                slug=Slug(""),
+                text=str(store["reason"]) or "events are stored",
+                data={},
+            )
+
+    def _tell(self, news: News) -> None:
+        incident = news.incident
+        if news.step is Step.CLOSED:
+            self.closed.append(incident)
+        if news.marks:
+            self.history.mark(news.marks, incident.id)
+        origin = self.history.origin
+        text = f"{incident.count} of {incident.size} devices of {incident.kind} {incident.group}"
+        data: dict[str, object] = {
+            "kind": incident.kind.value,
+            "group": incident.group,
+            "count": incident.count,
+            "bad": incident.bad,
+        }
+        if news.step is Step.OPENED:
+            data["members"] = list(incident.members[:20])
+            data["subsumes"] = [f"{origin}:{ref}" for ref in incident.subsumes[:20]]
+            data["subsumed"] = len(news.marks)
+        if news.step is Step.CLOSED:
+            text += f"; {incident.bad} are still not well"
+        self.history.add(
+            at=self.clock.wall(),
+            kind=f"incident.{news.step.value}",
+            device_id="",
+            slug=Slug(""),
+            text=text,
+            data=data,
+            incident=incident.id,
+        )
+
+    def _of(self, slug: Slug) -> _Known:
+        known = self._known.get(slug)
+        if known is None:
+            known = self._known[slug] = _Known()
+        return known
+
+    # -- what is shown --------------------------------------------------------------------------
+
+    def follow(self, status_of_store: Callable[[], dict[str, object]]) -> None:
+        """The history has a store, and the last events of the run before: numbers of incidents go on,
+        and what was open when that run ended is closed."""
+        self.status_of_store = status_of_store
+        self._stored = bool(status_of_store()["stored"]) or self._stored
+        opened: dict[str, str] = {}
+        for event in self.history.recent():
+            _, _, number = event.incident.rpartition("-")
+            if number.isascii() and number.isdigit():
+                self.correlator.number = max(self.correlator.number, int(number))
+            if event.kind == "incident.opened":
+                opened[event.incident] = event.text
+            elif event.kind == "incident.closed":
+                opened.pop(event.incident, None)
+        for incident, text in opened.items():
+            self.history.add(
+                at=self.clock.wall(),
+                kind="incident.closed",
+                device_id="",
+                slug=Slug(""),
+                text=f"{text}; the control plane was restarted, and looks anew",
+                data={},
+                incident=incident,
+            )
+
+    def open_by_kind(self) -> dict[str, int]:
+        """Open incidents by kind of group; every kind is there."""
+        counts = Counter(kind for kind, _ in self.correlator.opened)
+        return {kind.value: counts[kind] for kind in GroupKind}
+
+    def incidents(self) -> list[Incident]:
+        """The open ones, then the last closed ones, newest first."""
+        opened = sorted(self.correlator.opened.values(), key=lambda i: i.first_at, reverse=True)
+        return [*opened, *reversed(self.closed)]
+
+    def shown_incident(
+        self, incident: Incident, device_of: Callable[[Slug], str]
+    ) -> dict[str, object]:
+        """For JSON; ages in seconds."""
+        now, origin = self.clock.monotonic(), self.history.origin
+        closed = incident.closed_at
+        return {
+            "id": incident.id,
+            "kind": incident.kind.value,
+            "group": incident.group,
+            "open": closed is None,
+            "size": incident.size,
+            "count": incident.count,
+            "bad": incident.bad,
+            "first_age_s": round(now - incident.first_at, 1),
+            "last_age_s": round(now - incident.last_at, 1),
+            "closed_age_s": None if closed is None else round(now - closed, 1),
+            "members": [device_of(slug) for slug in incident.members],
+            "subsumes": [f"{origin}:{ref}" for ref in incident.subsumes],
+        }
+
+    def explain(self, record: DeviceRecord) -> dict[str, object]:
+        """The grace in force for a device, and the incident that explains its state."""
+        grace = self.grace(record)
+        placed_at = self.placed_at(record)
+        return {
+            "grace": {
+                "seconds": round(grace.seconds, 1),
+                "samples": grace.samples,
+                "source": grace.source,
+                "dispatched_s_ago": None
+                if placed_at is None
+                else round(self.clock.monotonic() - placed_at, 1),
+            },
+            "incident": self.correlator.incident_of(record.slug) or None,
+        }
+
+    def status(self) -> dict[str, object]:
+        """Our part of the status."""
+        return {
+            "incidents": {"open": len(self.correlator.opened), **self.open_by_kind()},
+            "events": self.status_of_store(),
+        }
+
+    def _shown(self, evidence: Evidence, now: Monotonic) -> dict[str, object]:
+        """The inputs that decided, short."""
+        placement, report, health = evidence.placement, evidence.report, evidence.health
+        return {
+            "placement": placement.state.value if placement is not None else None,
+            "node": placement.node if placement is not None else "",
+            "report": None
+            if report is None
+            else {
+                "age_s": round(now - report.received_at, 1),
+                "state": report.state.value,
+                "ready": report.ready,
+                "was_ready": report.was_ready,
+                "misses": report.misses,
+                "confirmed": report.confirmed,
+            },
+            "consul": health.status if health is not None else None,
+            "heartbeat_age_s": None
+            if evidence.beat_at is None
+            else round(now - evidence.beat_at, 1),
+            "waited_s": round(now - evidence.waiting_since, 1),
+            "grace_s": None if evidence.grace_s is None else round(evidence.grace_s, 1),
+        }
+
+
+def _groups(record: DeviceRecord, node: str) -> tuple[Group, ...]:
+    if record.presence is not Presence.PRESENT:
+        return ()
+    device = record.device
+    named = (
+        (GroupKind.HOST, node),
+        (GroupKind.SITE, device.labels.get(SITE_LABEL, "")),
+        (GroupKind.CLASS, device.agent_class),
+    )
+    return tuple((kind, name) for kind, name in named if name)

@@ -1,0 +1,133 @@
+"""How long an agent may take to start before its device counts as unwatched: measured, not a constant.
+
+Starts are close to lognormal, with a tail that is rarely seen whole: at 500 samples the slowest of a
+thousand has not come yet. So the grace is the greater of two estimates of the p99.9: what was seen, and
+the lognormal through the median and the ninetieth percentile, which a few outliers can't move. Both are
+wider the fewer samples there are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.model import Monotonic
+
+LEAST_S: Final = 0.05
+MOST_S: Final = 7_200.0
+"""Measured times are cut to this range."""
+STEP: Final = 1.12
+"""Ratio of two neighbouring bins: an estimate is up to 12 % too high, never too low."""
+BINS: Final = math.ceil(math.log(MOST_S / LEAST_S) / math.log(STEP)) + 1
+ENOUGH: Final = 30.0
+"""With fewer samples a class borrows the fleet's, and the fleet the setting."""
+WINDOW: Final = 5_000.0
+"""At most so many samples count: what comes later pushes the old ones out …"""
+HALF_LIFE_S: Final = 12 * 3600.0
+"""… and a sample counts half after so long. A slow site is forgotten within days."""
+MOST_CLASSES: Final = 64
+"""Classes measured one by one; the samples of others count for the fleet only."""
+_Z90: Final = 1.2816
+_Z999: Final = 3.0902
+_MARGIN: Final = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Grace:
+    """The grace in force for a class, seconds, and where it comes from."""
+
+    seconds: float
+    samples: int
+    source: str
+    """class | fleet | setting"""
+
+
+@dataclass(frozen=True, slots=True)
+class GraceLimits:
+    """`fallback_s` is in force until there are samples; what is measured is held within the others."""
+
+    fallback_s: float = 60.0
+    least_s: float = 15.0
+    most_s: float = 900.0
+
+
+@dataclass(slots=True)
+class _Times:
+    """A histogram of times on a logarithmic scale, in which old samples fade."""
+
+    bins: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    weight: float = 0.0
+    faded_at: float = 0.0
+
+    def add(self, took_s: float, now: Monotonic) -> None:
+        keep = 0.5 ** (max(0.0, now - self.faded_at) / HALF_LIFE_S)
+        keep *= min(1.0, (WINDOW - 1) / max(self.weight * keep, 1.0))
+        # Fading costs a walk over the bins, so that it is done when it makes a difference.
+        if keep < 0.99:
+            self.bins = [weight * keep for weight in self.bins]
+            self.weight = sum(self.bins)
+            self.faded_at = now
+        self.bins[_bin_of(took_s)] += 1.0
+        self.weight += 1.0
+
+    def quantile(self, share: float) -> float:
+        """Upper edge of the bin that holds this share (0 to 1) of the weight."""
+        left = share * self.weight
+        for number, weight in enumerate(self.bins):
+            left -= weight
+            if left <= 1e-9:
+                return LEAST_S * STEP**number
+        return MOST_S
+
+    def slowest(self) -> float:
+        """The p99.9 of a start, seconds, on the safe side."""
+        median, ninetieth = self.quantile(0.5), self.quantile(0.9)
+        # The error of the spread falls with the root of the samples; three of its deviations are added.
+        spread = math.log(ninetieth / median) / _Z90 * (1.0 + 3.0 / math.sqrt(self.weight))
+        return _MARGIN * max(median * math.exp(_Z999 * spread), self.quantile(0.999))
+
+
+@dataclass(slots=True)
+class StartTimes:
+    """What was measured of starts, by class and in all. Bounded memory, whatever comes."""
+
+    limits: GraceLimits
+    _fleet: _Times = field(default_factory=_Times)
+    _classes: dict[str, _Times] = field(default_factory=dict)
+    _known: dict[str, Grace] = field(default_factory=dict)
+
+    def add(self, agent_class: str, took_s: float, now: Monotonic) -> None:
+        """An agent of this class was ready so long after it was dispatched."""
+        if not math.isfinite(took_s) or took_s < 0:
+            raise ValueError(f"a start took {took_s!r} s")
+        self._fleet.add(took_s, now)
+        times = self._classes.get(agent_class)
+        if times is None and len(self._classes) < MOST_CLASSES:
+            times = self._classes[agent_class] = _Times(faded_at=now)
+        if times is not None:
+            times.add(took_s, now)
+        self._known.clear()
+
+    def grace(self, agent_class: str) -> Grace:
+        """The grace in force. Constant time between two samples."""
+        known = self._known.get(agent_class)
+        if known is None:
+            known = self._grace(self._classes.get(agent_class))
+            if len(self._known) < 2 * MOST_CLASSES:
+                self._known[agent_class] = known
+        return known
+
+    def _grace(self, times: _Times | None) -> Grace:
+        for source, found in (("class", times), ("fleet", self._fleet)):
+            if found is not None and found.weight >= ENOUGH:
+                held = min(max(found.slowest(), self.limits.least_s), self.limits.most_s)
+                return Grace(held, int(found.weight), source)
+        seen = int(times.weight) if times is not None else 0
+        return Grace(self.limits.fallback_s, seen, "setting")
+
+
+def _bin_of(took_s: float) -> int:
+    if took_s <= LEAST_S:
+        return 0
+    return min(BINS - 1, math.ceil(math.log(min(took_s, MOST_S) / LEAST_S) / math.log(STEP) - 1e-9))

@@ -1,0 +1,279 @@
+"""Changes that have one cause are one incident: a host, a site or a class, not a thousand devices.
+
+`observe` takes each change in constant time. `settle`, called every few seconds, opens and closes: only
+then is it known how far a change reached, and the group that explains most of it gets the incident. What
+one incident explains counts for no other, so that a dead host is not told again as a site and a class.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Monotonic, VerdictState
+
+MOST_MEMBERS: Final = 50
+"""Devices and events named by an incident; all are counted."""
+TROUBLE: Final = frozenset(
+    {
+        VerdictState.SUSPECT,
+        VerdictState.REPAIRING,
+        VerdictState.OFFLINE,
+        VerdictState.UNWATCHED,
+        VerdictState.FAILING,
+    }
+)
+"""A device that goes from another state to one of these has turned bad."""
+
+
+class GroupKind(StrEnum):
+    """What devices can have in common. Of equal explanations the first is taken."""
+
+    HOST = "host"
+    SITE = "site"
+    CLASS = "class"
+
+
+Group = tuple[GroupKind, str]
+_RANK: Final = {kind: -rank for rank, kind in enumerate(GroupKind)}
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentLimits:
+    """So many devices of a group, or this share of it if that is more, within the window."""
+
+    least: int = 3
+    fraction: float = 0.20
+    window_s: float = 60.0
+
+
+class Step(StrEnum):
+    """What happened to an incident."""
+
+    OPENED = "opened"
+    UPDATED = "updated"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class Incident:
+    """One cause that many devices share, as far as can be told."""
+
+    id: str
+    kind: GroupKind
+    group: str
+    size: int
+    """Devices of the group when it was opened."""
+    first_at: Monotonic
+    """When the first of its devices turned bad."""
+    last_at: Monotonic
+    """When the last one did."""
+    count: int = 0
+    """Devices that turned bad in it, ever."""
+    bad: int = 0
+    """Devices of it that are bad now."""
+    members: list[Slug] = field(default_factory=list)
+    subsumes: list[int] = field(default_factory=list)
+    """References of the single events that came before it was opened; the first MOST_MEMBERS."""
+    closed_at: Monotonic | None = None
+    told: int = 0
+    """`count` when it was last told."""
+    closes_below: float = 1.0
+    """With fewer devices bad it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A step of an incident. `marks`: references of the single events that belong to it."""
+
+    step: Step
+    incident: Incident
+    marks: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class _Turn:
+    """When a device turned bad, and the reference of its event."""
+
+    slug: Slug
+    at: Monotonic
+    ref: int
+
+
+@dataclass(slots=True)
+class _Member:
+    groups: tuple[Group, ...]
+    bad: bool = False
+    turn: _Turn | None = None
+    """Its turn, while no incident explains it and it is within the window."""
+    incident: Incident | None = None
+
+
+@dataclass(slots=True)
+class Correlator:
+    """Groups of devices, who of them turned bad lately, and the incidents that are open."""
+
+    limits: IncidentLimits
+    name: str = "incident"
+    """Start of the ids that are given."""
+    opened: dict[Group, Incident] = field(default_factory=dict)
+    number: int = 0
+    """Of the last incident."""
+    _members: dict[Slug, _Member] = field(default_factory=dict)
+    _sizes: dict[Group, int] = field(default_factory=dict)
+    _recent: dict[Group, dict[Slug, _Turn]] = field(default_factory=dict)
+    _turns: deque[_Turn] = field(default_factory=deque)
+
+    def observe(
+        self, slug: Slug, groups: tuple[Group, ...], *, bad: bool, now: Monotonic, ref: int = 0
+    ) -> str:
+        """Take the state of one device; the id of the open incident that explains it, or "".
+
+        `ref` names its event. Groups of a device that is bad stay those that it turned bad in: its
+        placement may be gone with its host."""
+        member = self._members.get(slug)
+        if member is None:
+            # Nothing is known of what it was before, so that it has not turned.
+            member = self._members[slug] = _Member((), bad=bad)
+        if member.groups != groups and not (bad and member.bad and member.groups):
+            self._regroup(member, groups)
+        if bad and not member.bad:
+            member.bad = True
+            self._turned_bad(member, _Turn(slug, now, ref))
+        elif member.bad and not bad:
+            member.bad = False
+            self._recovered(member)
+        return self.incident_of(slug)
+
+    def incident_of(self, slug: Slug) -> str:
+        """The id of the open incident that explains the device's state; "" = none does."""
+        member = self._members.get(slug)
+        incident = member.incident if member is not None else None
+        return incident.id if incident is not None and incident.closed_at is None else ""
+
+    def forget(self, slug: Slug) -> None:
+        """The device is no longer there."""
+        member = self._members.pop(slug, None)
+        if member is not None:
+            self._recovered(member)
+            self._regroup(member, ())
+
+    def settle(self, now: Monotonic) -> list[News]:
+        """What is to be told now: incidents that opened, grew to twice what was told, or closed."""
+        while self._turns and now - self._turns[0].at > self.limits.window_s:
+            self._drop(self._turns.popleft())
+        news = [*self._grown(), *self._closed(now)]
+        while (group := self._worst()) is not None:
+            news.append(self._open(group))
+        return news
+
+    def threshold(self, group: Group) -> float:
+        """So many devices of the group make an incident."""
+        return max(self.limits.least, self.limits.fraction * self._sizes.get(group, 0))
+
+    # -- one device -----------------------------------------------------------------------------
+
+    def _regroup(self, member: _Member, groups: tuple[Group, ...]) -> None:
+        for group in member.groups:
+            self._sizes[group] -= 1
+            if not self._sizes[group]:
+                del self._sizes[group]
+        for group in groups:
+            self._sizes[group] = self._sizes.get(group, 0) + 1
+        member.groups = groups
+
+    def _turned_bad(self, member: _Member, turn: _Turn) -> None:
+        for group in member.groups:
+            incident = self.opened.get(group)
+            if incident is not None:
+                self._join(member, incident, turn)
+                return
+        member.turn = turn
+        self._turns.append(turn)
+        for group in member.groups:
+            self._recent.setdefault(group, {})[turn.slug] = turn
+
+    def _recovered(self, member: _Member) -> None:
+        if member.turn is not None:
+            self._take_back(member)
+        if member.incident is not None:
+            member.incident.bad -= 1
+            member.incident = None
+
+    def _take_back(self, member: _Member) -> None:
+        turn, member.turn = member.turn, None
+        for group in member.groups if turn is not None else ():
+            recent = self._recent.get(group, {})
+            if turn is not None and recent.get(turn.slug) is turn:
+                del recent[turn.slug]
+            if not recent:
+                self._recent.pop(group, None)
+
+    def _drop(self, turn: _Turn) -> None:
+        member = self._members.get(turn.slug)
+        if member is not None and member.turn is turn:
+            self._take_back(member)
+
+    def _join(self, member: _Member, incident: Incident, turn: _Turn) -> None:
+        member.incident = incident
+        incident.count += 1
+        incident.bad += 1
+        incident.last_at = turn.at
+        if len(incident.members) < MOST_MEMBERS:
+            incident.members.append(turn.slug)
+
+    # -- incidents ------------------------------------------------------------------------------
+
+    def _worst(self) -> Group | None:
+        """The group that explains the most of what is not explained yet: the one with the greatest
+        share of its devices bad, then the one with the most of them."""
+
+        def rank(group: Group) -> tuple[float, int, int, str]:
+            count = len(self._recent[group])
+            return count / max(1, self._sizes.get(group, 0)), count, _RANK[group[0]], group[1]
+
+        over = [group for group, recent in self._recent.items() if self._is_over(group, recent)]
+        return max(over, key=rank, default=None)
+
+    def _is_over(self, group: Group, recent: dict[Slug, _Turn]) -> bool:
+        return group not in self.opened and len(recent) >= self.threshold(group)
+
+    def _open(self, group: Group) -> News:
+        self.number += 1
+        turns = list(self._recent[group].values())
+        incident = Incident(
+            id=f"{self.name}-{self.number}",
+            kind=group[0],
+            group=group[1],
+            size=self._sizes.get(group, 0),
+            first_at=turns[0].at,
+            last_at=turns[-1].at,
+            # A few that stay bad are single devices again, not an incident for ever.
+            closes_below=max(1.0, self.threshold(group) / 2),
+        )
+        for turn in turns:
+            member = self._members[turn.slug]
+            self._take_back(member)
+            self._join(member, incident, turn)
+        refs = [turn.ref for turn in turns]
+        incident.subsumes = refs[:MOST_MEMBERS]
+        incident.told = incident.count
+        self.opened[group] = incident
+        return News(Step.OPENED, incident, refs)
+
+    def _grown(self) -> Iterable[News]:
+        for incident in self.opened.values():
+            if incident.count >= 2 * incident.told:
+                incident.told = incident.count
+                yield News(Step.UPDATED, incident)
+
+    def _closed(self, now: Monotonic) -> Iterable[News]:
+        for group, incident in list(self.opened.items()):
+            if incident.bad < incident.closes_below:
+                del self.opened[group]
+                incident.closed_at = now
+                yield News(Step.CLOSED, incident)
