@@ -1,8 +1,10 @@
 """Probe results → what is believed of the device. Pure: no clock, no I/O.
 
-ok → (k misses in a row of a probe) → suspect → (no probe answers, and an independent confirmation failed
-too) → offline. A device that answers any probe is not offline; one that never answered is suspected for
-ever, never called offline: it may not be there yet (S6).
+ok → (k misses in a row of a probe) → suspect → (no probe answers, and two independent confirmations with
+a missed probe between them failed too) → offline. One confirmation would do if losses were independent; a
+device that stands still for some seconds after a lost packet is why there are two (bench/detection.py). A
+device that answers any probe is not offline; one that never answered is suspected for ever, never called
+offline: it may not be there yet (S6).
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 class Suspicion:
     """The belief about one device. `need`: misses in a row of one probe that make it suspect."""
 
+    ROUNDS = 2
+    """Confirmations that must fail in a row."""
+
     def __init__(self, need: int, *, was_ready: bool = False) -> None:
         self.need = need
         self.state: State = "ok"
@@ -25,6 +30,8 @@ class Suspicion:
         self.reason = "no probe has answered yet"
         self._misses: dict[str, int] = {}
         self._late: set[str] = set()
+        self._rounds = 0
+        self._misses_then = 0
 
     def restore(self, state: object, reason: object) -> None:
         """Go on from what an earlier run believed, so that a restart is not taken for a recovery."""
@@ -46,6 +53,7 @@ class Suspicion:
             self._late.discard(name)
             self.was_ready = True
             self.confirmed = False
+            self._rounds = self._misses_then = 0
             if not self._late:
                 self.state, self.reason = "ok", reason
             elif self.state == "offline":
@@ -62,16 +70,22 @@ class Suspicion:
         return self.state != before
 
     def wants_confirmation(self) -> bool:
-        """Whether an independent probe should be asked now."""
-        silent = all(self._misses.values())
+        """Whether an independent probe should be asked now: once for each missed probe."""
+        silent = all(self._misses.values()) and self.misses > self._misses_then
         return self.state == "suspect" and self.was_ready and silent and bool(self._late)
 
     def confirmation(self, name: str, ok: bool, reason: str) -> bool:
         """Take the result of the independent probe; true when the state changed."""
         if not self.wants_confirmation():
             return False
+        self._misses_then = self.misses
         if ok:
+            self._rounds = 0
             self.reason = f"{self._cause()}; but {name} answers"
+            return False
+        self._rounds += 1
+        if self._rounds < self.ROUNDS:
+            self.reason = f"{self._cause()}; {name}: {reason}, to be asked again"
             return False
         self.confirmed = True
         self.state = "offline"
