@@ -257,9 +257,9 @@ class EventStore:
         self._seq = max(self._seq, found.seq)
         # The numbers that this run may use are reserved before it uses one.
         self._write(db, (), clean=False)
+        self._works()
         if not self._found.done():
             self._found.set_result(found)
-        self._works()
         return db
 
     def _works(self) -> None:

@@ -18,10 +18,10 @@ events = st.lists(
 
 @given(events, st.integers(1, 5), st.booleans())
 def test_offline_has_all_three_reasons(history: list, need: int, known: bool) -> None:
-    """Offline follows only an answer some time, `need` misses in a row while no probe answers, and a failed
-    confirmation (S6)."""
+    """Offline follows only an answer some time, `need` misses in a row while no probe answers, and two
+    failed confirmations with a miss between them (S6)."""
     it = Suspicion(need, was_ready=known)
-    answered, confirmed = known, False
+    answered, failed_at = known, set()
     row: dict[str, int] = {}
     for kind, name, ok in history:
         before = it.state
@@ -29,18 +29,20 @@ def test_offline_has_all_three_reasons(history: list, need: int, known: bool) ->
             row[name] = 0 if ok else row.get(name, 0) + 1
             answered = answered or ok
             changed = it.probed(name, ok, "r")
-            if it.state == "ok":
-                confirmed = False
+            if ok:
+                failed_at = set()
         else:
+            if before == "suspect":
+                failed_at = set() if ok and it.wants_confirmation() else failed_at
+                failed_at |= set() if ok else {it.misses}
             changed = it.confirmation(name, ok, "r")
-            confirmed = confirmed or (before == "suspect" and not ok)
         assert changed == (it.state != before)
         assert it.state in ("ok", "suspect", "offline")
         assert it.misses == max(row.values(), default=0)
         assert it.was_ready == answered
         if it.state == "offline":
             assert answered
-            assert confirmed
+            assert len(failed_at) >= 2
             assert it.confirmed
             assert all(row.values())
             assert before == "offline" or max(row.values(), default=0) >= need
@@ -48,6 +50,43 @@ def test_offline_has_all_three_reasons(history: list, need: int, known: bool) ->
             assert it.state != "ok"
         else:
             assert it.state == "ok"
+
+
+def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
+    """The first failed confirmation leaves the device suspect, a second one without a miss between is
+    not asked for, and a confirmation that succeeds begins the count anew."""
+    it = Suspicion(2, was_ready=True)
+    it.probed("p", False, "r")
+    it.probed("p", False, "r")
+    assert it.wants_confirmation()
+    assert not it.confirmation("icmp", False, "no echo")
+    assert not it.wants_confirmation()
+    it.probed("p", False, "r")
+    it.confirmation("icmp", True, "echo")
+    it.probed("p", False, "r")
+    assert not it.confirmation("icmp", False, "no echo")
+    assert it.state == "suspect"
+    it.probed("p", False, "r")
+    assert it.confirmation("icmp", False, "no echo")
+    assert (it.state, it.confirmed) == ("offline", True)
+
+
+@given(events, st.integers(1, 5))
+def test_a_success_changes_nothing_of_a_clean_belief(history: list, need: int) -> None:
+    """With no misses and in state ok, one more answer leaves everything as it is (the benchmark of
+    detection steps over those)."""
+    it = Suspicion(need, was_ready=True)
+    for _, name, _ok in history:
+        it.probed(name, True, "r")
+        before = (it.state, it.misses, dict(it._misses), it.wants_confirmation(), it.confirmed)
+        it.probed(name, True, "r")
+        assert before == (
+            it.state,
+            it.misses,
+            dict(it._misses),
+            it.wants_confirmation(),
+            it.confirmed,
+        )
 
 
 @given(events, st.integers(1, 5))

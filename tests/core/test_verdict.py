@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +58,9 @@ evidence = st.builds(
     waiting_since=st.floats(0, 200).map(Monotonic),
     leaving=st.booleans(),
     obstacle=st.sampled_from(["", "no node has room"]),
+    placed_at=st.none() | st.floats(0, 200).map(Monotonic),
+    beat_at=st.none() | st.floats(0, 200).map(Monotonic),
+    grace_s=st.none() | st.floats(1, 900),
 )
 
 
@@ -63,7 +68,7 @@ evidence = st.builds(
 @given(evidence)
 def test_s6_offline_needs_the_whole_evidence(seen: Evidence) -> None:
     """Offline only with a fresh report of a ready agent whose device answered once, then missed
-    probes, then failed an independent confirmation."""
+    probes, then failed an independent confirmation, and has sent us no sign of life since."""
     verdict = judge(record("a", epoch=1), seen, LIMITS, Monotonic(200.0))
 
     if verdict.state is VerdictState.OFFLINE:
@@ -74,14 +79,94 @@ def test_s6_offline_needs_the_whole_evidence(seen: Evidence) -> None:
         assert told.misses > 0
         assert told.confirmed
         assert 200.0 - told.received_at <= LIMITS.report_stale_s
+        assert not told.stopping
         assert seen.placement is not None
+        assert seen.placement.state is not PlacementState.LOST
+        assert seen.beat_at is None or 200.0 - seen.beat_at > LIMITS.heartbeat_fresh_s
+
+
+@settings(max_examples=500, deadline=None)
+@given(evidence)
+def test_s6_a_critical_agent_is_no_evidence_against_its_device(seen: Evidence) -> None:
+    """Consul's «critical» changes no verdict: it is as if Consul had said nothing."""
+    critical = replace(seen, health=Health("critical", Epoch(1)))
+    silent = replace(seen, health=None)
+
+    now = Monotonic(200.0)
+    rec = record("a", epoch=1)
+    assert judge(rec, critical, LIMITS, now) == judge(rec, silent, LIMITS, now)
+
+
+@settings(max_examples=500, deadline=None)
+@given(evidence)
+def test_s6_a_device_that_has_just_beaten_is_not_offline(seen: Evidence) -> None:
+    """A fresh sign of life turns offline into suspect, and changes no other verdict."""
+    now, rec = Monotonic(200.0), record("a", epoch=1)
+    without = judge(rec, replace(seen, beat_at=None), LIMITS, now)
+    beaten = judge(rec, replace(seen, beat_at=Monotonic(190.0)), LIMITS, now)
+
+    if without.state is VerdictState.OFFLINE:
+        assert beaten.state is VerdictState.SUSPECT
+        assert "sign of life 10 s ago" in beaten.reason
+    else:
+        assert beaten == without
+
+
+def test_the_measured_grace_counts_from_the_dispatch() -> None:
+    """With a grace of 20 s, a start dispatched at 100 s is starting at 120 s and unwatched at 121 s,
+    and never offline."""
+    seen = Evidence(
+        placement("a", 1),
+        None,
+        None,
+        Monotonic(90.0),
+        placed_at=Monotonic(100.0),
+        grace_s=20.0,
+    )
+    rec = record("a", epoch=1)
+
+    assert judge(rec, seen, LIMITS, Monotonic(120.0)).state is VerdictState.STARTING
+    assert judge(rec, seen, LIMITS, Monotonic(121.0)).state is VerdictState.UNWATCHED
+
+
+def test_what_is_no_measured_start_keeps_the_setting() -> None:
+    """A restart in place, whose dispatch was long ago, has the 60 s of the setting, not the 20 s of a
+    start."""
+    seen = Evidence(
+        placement("a", 1),
+        None,
+        None,
+        Monotonic(100.0),
+        placed_at=Monotonic(10.0),
+        grace_s=20.0,
+    )
+
+    assert (
+        judge(record("a", epoch=1), seen, LIMITS, Monotonic(160.0)).state is VerdictState.STARTING
+    )
+
+
+def test_starting_again_and_again_is_not_starting_for_ever() -> None:
+    """An agent dispatched a second ago, for the tenth time in 10 minutes, leaves its device unwatched."""
+    seen = Evidence(
+        placement("a", 1),
+        None,
+        None,
+        Monotonic(0.0),
+        placed_at=Monotonic(599.0),
+        grace_s=20.0,
+    )
+
+    assert (
+        judge(record("a", epoch=1), seen, LIMITS, Monotonic(600.0)).state is VerdictState.UNWATCHED
+    )
 
 
 @settings(max_examples=300, deadline=None)
 @given(evidence, st.floats(0, 10_000))
 def test_s6_a_slow_start_is_never_offline(seen: Evidence, waited: float) -> None:
     """Without a report there is no offline, however long the start takes."""
-    quiet = Evidence(seen.placement, None, seen.health, Monotonic(0.0), seen.leaving, seen.obstacle)
+    quiet = replace(seen, report=None, waiting_since=Monotonic(0.0))
 
     verdict = judge(record("a", epoch=1), quiet, LIMITS, Monotonic(waited))
 
