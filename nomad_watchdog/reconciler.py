@@ -401,6 +401,7 @@ class Reconciler:
                 states[placement.state] += 1
         self.metrics.placements(states)
         self.metrics.snapshot_age(self.informer.age_s)
+        self.metrics.queue(len(self.queue), self.queue.oldest_s())
         self.metrics.incidents(self.fleet.chronicle.open_by_kind())
         self.metrics.events(self.fleet.chronicle.status_of_store())
         if self._no_room:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app, schemas
 from nomad_watchdog.api.stream import MOST_FOLLOWERS
+from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.errors import ConflictError, TransientError
-from nomad_watchdog.ids import slug_of
-from nomad_watchdog.model import Presence
+from nomad_watchdog.ids import Slug, slug_of
+from nomad_watchdog.model import Presence, WallTime
 from tests.api.conftest import Door
 
 WISH: dict[str, Any] = {"class": "default", "address": "127.0.0.1", "labels": {"site": "a"}}
@@ -272,6 +273,76 @@ async def test_events_follow_and_end_with_the_server(door: Door) -> None:
         assert json.loads(line)["device"] == "a"
         async with asyncio.timeout(1.5):
             await door.runner.cleanup()
+
+
+async def test_events_are_filtered_by_device_kind_verdict_and_age(door: Door) -> None:
+    """Each filter picks its events, with and without follow; what is not allowed is refused in words."""
+    now = door.fleet.clock.wall()
+    for device, kind, age_s in (
+        ("a", "verdict.offline", 7200),
+        ("a", "verdict.watched", 5),
+        ("b", "error", 5),
+    ):
+        door.fleet.history.add(
+            at=WallTime(now - age_s),
+            kind=kind,
+            device_id=device,
+            slug=Slug(device),
+            text="t",
+            data={},
+        )
+
+    async def seqs(query: str) -> list[int]:
+        status, body = await door.ask("GET", f"/v1/events?{query}")
+        assert status == 200, body
+        return [item["seq"] for item in body["items"]]
+
+    assert await seqs("device=a") == [1, 2]
+    assert await seqs("kind=verdict") == [1, 2]
+    assert await seqs("verdict=offline") == [1]
+    assert await seqs("within_s=3600") == [2, 3]
+    assert await seqs("device=a&within_s=3600&since=1") == [2]
+    _, body = await door.ask("GET", "/v1/events?device=nobody")
+    assert body == {"items": [], "next": 3}
+    for query in ("verdict=gone", "within_s=0", "within_s=1h", "devices=a"):
+        status, body = await door.ask("GET", f"/v1/events?{query}")
+        assert status == 400
+        assert "allowed" in body["error"]["message"]
+    async with door.client.get(door.base + "/v1/events?follow=true&device=b") as response:
+        async with asyncio.timeout(5):
+            line = await response.content.readline()
+        assert (json.loads(line)["id"], json.loads(line)["origin"]) == ("local:3", "local")
+
+
+async def test_incidents_are_listed_and_shown_on_the_page(door: Door) -> None:
+    """An open incident is in the list and, escaped, on the page; a closed one only in the list."""
+    correlator = door.fleet.chronicle.correlator
+    group = ((GroupKind.SITE, "<b>north</b>"),)
+    names = [Slug(f"d{n}") for n in range(4)]
+    for bad in (False, True):
+        for slug in names:
+            correlator.observe(slug, group, bad=bad, now=door.fleet.clock.monotonic())
+    assert (await door.ask("GET", "/v1/incidents"))[1] == {"items": []}
+    door.fleet.refresh_all()
+
+    _, body = await door.ask("GET", "/v1/incidents?open=true")
+    (item,) = body["items"]
+    assert (item["kind"], item["group"], item["count"], item["open"]) == (
+        "site",
+        "<b>north</b>",
+        4,
+        True,
+    )
+    async with door.client.get(door.base + "/") as response:
+        text = await response.text()
+    assert "site <bdi>&lt;b&gt;north&lt;/b&gt;</bdi>" in text
+    for slug in names:
+        correlator.observe(slug, group, bad=False, now=door.fleet.clock.monotonic())
+    door.fleet.refresh_all()
+    assert (await door.ask("GET", "/v1/incidents?open=true"))[1] == {"items": []}
+    _, body = await door.ask("GET", "/v1/incidents")
+    assert [item["open"] for item in body["items"]] == [False]
+    assert (await door.ask("GET", "/v1/incidents?open=maybe"))[0] == 400
 
 
 async def test_s9_followers_are_bounded(door: Door) -> None:

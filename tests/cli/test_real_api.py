@@ -81,6 +81,35 @@ def test_every_looking_verb_understands_the_real_api(
     assert _code(["devices", "get", "nobody"]) == 66
 
 
+def test_events_and_incidents_take_their_options(
+    served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Filters of `events` reach the API, an age counts from now, a wrong one is refused with what is
+    allowed, and `incidents` says that there are none."""
+    for name in ("a", "b"):
+        assert _code(["devices", "add", name, "--address", "127.0.0.9"]) == 0
+    capsys.readouterr()
+
+    def devices(*options: str) -> list[str]:
+        assert _code(["events", "-o", "json", *options]) == 0, options
+        return [json.loads(line)["device"] for line in capsys.readouterr().out.splitlines()]
+
+    assert devices() == ["a", "b"]
+    assert devices("--since", "1") == ["b"]
+    assert devices("--since", "1h") == ["a", "b"]
+    assert devices("--device", "a") == ["a"]
+    assert devices("--kind", "present", "--since", "1m") == ["a", "b"]
+    assert devices("--kind", "verdict", "--verdict", "offline") == []
+    assert _code(["events", "--since", "soon"]) == 64
+    assert "1h" in capsys.readouterr().err
+    assert _code(["events", "--verdict", "gone"]) == 64
+    assert "offline" in capsys.readouterr().err
+    assert _code(["incidents"]) == 0
+    assert capsys.readouterr().out == "no incidents\n"
+    assert _code(["incidents", "--open", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"items": []}
+
+
 def test_a_wrong_token_exits_77_and_is_not_shown(
     served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,305 @@
+"""What is told of verdicts by a whole fleet: evidence, incidents, measured starts, the state of the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.fleet import AgentReport, Fleet
+from nomad_watchdog.history import History
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import (
+    AgentState,
+    Device,
+    DeviceRecord,
+    Epoch,
+    Limits,
+    Monotonic,
+    Placement,
+    PlacementState,
+    Presence,
+    VerdictState,
+    WallTime,
+)
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+
+
+@dataclass
+class TestClock:
+    """A clock that goes when it is told to."""
+
+    __test__ = False
+    now: float = 1_000.0
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(self.now)
+
+    def wall(self) -> WallTime:
+        return WallTime(1_700_000_000.0 + self.now)
+
+
+class Site:
+    """A fleet whose placements and reports the test makes; the registry is real."""
+
+    def __init__(self, registry: SqliteRegistry) -> None:
+        self.clock = TestClock()
+        self.fleet = Fleet(registry, Limits(), self.clock)
+        self.sequence = 0
+
+    def add(self, count: int, node: str, *, at_epoch: int = 1) -> list[Slug]:
+        slugs = []
+        records = dict(self.fleet.records)
+        for number in range(count):
+            name = DeviceId(f"{node}-{number}")
+            slug = slug_of(name)
+            records[slug] = DeviceRecord(
+                slug,
+                Device(name, "default", "10.0.0.1"),
+                Presence.PRESENT,
+                1,
+                Epoch(at_epoch),
+                f"i-{name}",
+                WallTime(0.0),
+                1,
+            )
+            self.fleet.placements[slug] = (
+                Placement(
+                    slug,
+                    name,
+                    Epoch(at_epoch),
+                    "default",
+                    "h",
+                    PlacementState.RUNNING,
+                    "r",
+                    (f"i-{name}",),
+                    node,
+                ),
+            )
+            slugs.append(slug)
+        self.fleet.reset(records, 1)
+        return slugs
+
+    async def say(self, slug: Slug, state: AgentState = AgentState.OK, **more: object) -> None:
+        record = self.fleet.records[slug]
+        self.sequence += 1
+        base = AgentReport(
+            record.device.id,
+            slug,
+            record.epoch,
+            record.instance,
+            self.sequence,
+            ready=True,
+            state=state,
+            was_ready=True,
+            misses=0 if state is AgentState.OK else 4,
+            confirmed=state is AgentState.OFFLINE,
+            reason="because",
+            listen="",
+            version="1",
+        )
+        result = await self.fleet.report(replace(base, **more))  # type: ignore[arg-type]
+        assert result.kind is AcceptanceKind.ACCEPTED
+
+    def kinds(self) -> Counter[str]:
+        return Counter(event.kind for event in self.fleet.history.recent())
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    registry = SqliteRegistry(path=tmp_path / "registry.db")
+    await registry.initialise()
+    yield Site(registry)
+    await registry.close()
+
+
+async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site) -> None:
+    """1,000 devices of one host turn offline and come back: one opened, one closed, and each of the
+    1,000 single events carries the incident's id."""
+    dead = site.add(1_000, "n1")
+    others = site.add(600, "n2")
+    for slug in (*dead, *others):
+        await site.say(slug)
+    site.fleet.refresh_all()
+
+    site.clock.now += 10.0
+    for slug in dead:
+        await site.say(slug, AgentState.OFFLINE)
+    site.fleet.refresh_all()
+    site.clock.now += 2.0
+    site.fleet.refresh_all()
+    singles = [e for e in site.fleet.history.recent() if e.kind == "verdict.offline"]
+
+    assert len(singles) == 1_000
+    assert {event.incident for event in singles} == {"incident-1"}
+    assert site.kinds()["incident.opened"] == 1
+    assert site.fleet.chronicle.open_by_kind() == {"host": 1, "site": 0, "class": 0}
+    (opened,) = [e for e in site.fleet.history.recent() if e.kind == "incident.opened"]
+    assert (opened.data["group"], opened.data["subsumed"]) == ("n1", 1_000)
+    assert opened.text == "1000 of 1000 devices of host n1"
+
+    site.clock.now += 10.0
+    for slug in dead:
+        await site.say(slug)
+    site.fleet.refresh_all()
+
+    kinds = site.kinds()
+    assert (kinds["incident.opened"], kinds["incident.updated"], kinds["incident.closed"]) == (
+        1,
+        0,
+        1,
+    )
+    assert site.fleet.chronicle.open_by_kind()["host"] == 0
+
+
+async def test_a_verdict_event_carries_its_evidence(site: Site) -> None:
+    """The event of an offline device tells the report that decided, the placement, and how long the
+    state before had lasted."""
+    (slug,) = site.add(1, "n1")
+    await site.say(slug)
+    site.clock.now += 90.0
+    await site.say(slug)
+    site.clock.now += 10.0
+
+    await site.say(slug, AgentState.OFFLINE)
+
+    event = site.fleet.history.of_device(slug)[-1]
+    assert event.kind == "verdict.offline"
+    assert event.text == "because"
+    assert event.data["was"] == "watched"
+    assert event.data["was_for_s"] == 100.0
+    evidence = event.data["evidence"]
+    assert isinstance(evidence, dict)
+    assert evidence["placement"] == "running"
+    assert evidence["report"] == {
+        "age_s": 0.0,
+        "state": "offline",
+        "ready": True,
+        "was_ready": True,
+        "misses": 4,
+        "confirmed": True,
+    }
+
+
+async def test_a_device_that_beats_is_suspect_and_told_at_once(site: Site) -> None:
+    """A sign of life of an offline device takes the verdict back with the beat, not at the next look;
+    when it gets old and the agent says the same, the device is offline again."""
+    (slug,) = site.add(1, "n1")
+    await site.say(slug, AgentState.OFFLINE)
+    assert site.fleet.counts()[VerdictState.OFFLINE] == 1
+
+    assert site.fleet.heartbeat(slug)
+    assert site.fleet.counts()[VerdictState.SUSPECT] == 1
+
+    site.clock.now += 16.0
+    site.fleet.refresh_all()
+    assert site.fleet.counts()[VerdictState.OFFLINE] == 1
+
+
+async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site: Site) -> None:
+    """Forty starts of 4 s give a grace of their class; a second report, an agent that is not ready, a
+    later restart and a start that we did not see are no measurements."""
+    slugs = site.add(40, "n1")
+    unseen = site.add(41, "n1")[40]
+    for slug in slugs:
+        site.fleet.chronicle.placed(slug, 1)
+    site.clock.now += 1.0
+    await site.say(slugs[0], ready=False)
+    site.clock.now += 3.0
+    for slug in (*slugs, unseen):
+        await site.say(slug)
+    site.clock.now += 500.0
+    for slug in slugs:
+        await site.say(slug)
+
+    explained = site.fleet.explain(slugs[0])
+
+    assert explained["grace"] == {
+        "seconds": 15.0,
+        "samples": 40,
+        "source": "class",
+        "dispatched_s_ago": 504.0,
+    }
+    assert explained["incident"] is None
+
+
+async def test_a_start_within_the_measured_grace_is_never_more_than_starting(site: Site) -> None:
+    """With starts measured at about 40 s, an agent dispatched 100 s ago is starting where the setting
+    alone (60 s) would say unwatched."""
+    slugs = site.add(61, "n1")
+    late = slugs.pop()
+    for slug in slugs:
+        site.fleet.chronicle.placed(slug, 1)
+    for slug in slugs:
+        site.clock.now += 1.0
+        await site.say(slug)
+    site.fleet.chronicle.placed(late, 1)
+    site.clock.now += 100.0
+
+    assert site.fleet.refresh(late).state is VerdictState.STARTING
+    site.clock.now += 900.0
+    assert site.fleet.refresh(late).state is VerdictState.UNWATCHED
+
+
+async def test_what_was_open_when_we_died_is_closed_by_the_next_run(site: Site) -> None:
+    """After a restart an incident without an end gets one, and the next has a number of its own."""
+    dead = site.add(10, "n1")
+    for slug in dead:
+        await site.say(slug)
+    for slug in dead:
+        await site.say(slug, AgentState.OFFLINE)
+    site.fleet.refresh_all()
+    before = list(site.fleet.history.recent())
+    assert before[-1].kind == "incident.opened"
+
+    again = Fleet(site.fleet.registry, Limits(), site.clock, History())
+    again.history.resume(before[-1].seq, before)
+    again.chronicle.follow(lambda: {"stored": True, "reason": ""})
+
+    (closed,) = again.events(before[-1].seq, 10)[0]
+    assert (closed.kind, closed.incident) == ("incident.closed", "incident-1")
+    assert again.chronicle.correlator.number == 1
+
+
+async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
+    """When the disk fails and when it works again there is one event each, and the metrics follow."""
+    state: dict[str, object] = {"stored": True, "reason": "", "dropped": 0, "waiting": 0}
+    site.fleet.chronicle.follow(lambda: state)
+    metrics = Metrics()
+    for stored, reason, dropped in ((False, "disk is full", 7), (False, "x", 9), (True, "", 9)):
+        state |= {"stored": stored, "reason": reason, "dropped": dropped}
+        site.fleet.refresh_all()
+        metrics.events(state)
+
+    assert [(e.kind, e.text) for e in site.fleet.history.recent()] == [
+        ("events.degraded", "disk is full"),
+        ("events.stored", "events are stored"),
+    ]
+    text = metrics.render()
+    assert b"nomad_watchdog_events_dropped_total 9.0" in text
+    assert b"nomad_watchdog_events_stored 1.0" in text
+
+
+async def test_devices_that_leave_leave_their_groups(site: Site) -> None:
+    """Forgotten and departed devices count in no group, so that a small rest can still be an incident."""
+    slugs = site.add(20, "n1")
+    for slug in slugs:
+        await site.say(slug)
+    records = dict(site.fleet.records)
+    for slug in slugs[4:12]:
+        del records[slug]
+    for slug in slugs[12:]:
+        records[slug] = replace(records[slug], presence=Presence.ABSENT, generation=2, index=2)
+    site.fleet.reset(records, 3)
+    site.fleet.refresh_all()
+    for slug in slugs[:3]:
+        await site.say(slug, AgentState.OFFLINE)
+    site.fleet.refresh_all()
+
+    (incident,) = site.fleet.chronicle.incidents()
+    assert (incident.size, incident.count) == (4, 3)

@@ -1,0 +1,82 @@
+"""The alert rules name what exists, and each alert has its runbook."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nomad_watchdog.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+RULES = ROOT / "jobs" / "prometheus" / "nomad-watchdog.rules.yml"
+RUNBOOKS = ROOT / "docs" / "runbooks.md"
+WANTED = {
+    "DeviceOffline",
+    "DeviceUnwatched",
+    "IncidentOpen",
+    "FleetShrinkBlocked",
+    "DispatchErrors",
+    "BacklogAge",
+    "AgentFenced",
+    "SnapshotStale",
+    "EventsDropped",
+}
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    return group["rules"]
+
+
+def test_alerts_and_runbooks_agree() -> None:
+    """Each alert has its heading in the runbooks, and each heading its alert."""
+    headings = re.findall(r"^## (\w+)$", RUNBOOKS.read_text(), re.MULTILINE)
+
+    assert [rule["alert"] for rule in rules()] == headings
+    assert set(headings) == WANTED
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_an_alert_asks_for_series_that_exist(rule: dict[str, Any]) -> None:
+    """Every metric of the expression is exposed, with the labels and label values that are asked for,
+    so that the alert can fire at all."""
+    exposed = Metrics().render().decode()
+    asked = re.findall(r"(nomad_watchdog_\w+)(?:\{([^}]*)\})?", rule["expr"])
+
+    assert asked
+    for metric, selector in asked:
+        series = re.findall(rf"^{metric}(?:\{{(.*)\}})? ", exposed, re.MULTILINE)
+        assert series, metric
+        for label, _, values in re.findall(r'(\w+)(=~?)"([^"]*)"', selector):
+            for value in values.split("|"):
+                assert any(f'{label}="{value}"' in one for one in series), (metric, label, value)
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_an_alert_says_how_bad_it_is_and_where_to_read_on(rule: dict[str, Any]) -> None:
+    """Severity, a summary in one line, and a link to its own section; nothing else."""
+    assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+    assert rule["labels"]["severity"] in {"warning", "critical"}
+    assert set(rule["annotations"]) == {"summary", "runbook"}
+    assert "\n" not in rule["annotations"]["summary"]
+    assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{rule['alert'].lower()}"
+
+
+def test_the_advice_on_inhibition_names_alerts_that_exist() -> None:
+    """The rules of Alertmanager in the comment are YAML, and every alert in them is one of ours."""
+    comment = re.findall(r"^#   (.*)$", RULES.read_text(), re.MULTILINE)
+    advice = yaml.safe_load("\n".join(comment))["inhibit_rules"]
+
+    named = {
+        name
+        for rule in advice
+        for side in ("source_matchers", "target_matchers")
+        for matcher in rule[side]
+        for name in re.findall(r"[A-Z]\w+", matcher)
+    }
+    assert named < WANTED
+    assert "DeviceOffline" in named
