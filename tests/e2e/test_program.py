@@ -208,6 +208,38 @@ async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
         await follower.communicate()
 
 
+async def test_events_survive_kill_9_and_a_follower_goes_on(program: Program) -> None:
+    """A service that is killed leaves its events; the next one adds to them under greater numbers, and
+    a follower that was there all the time has each of them once."""
+
+    async def seen(device: str) -> list[dict[str, Any]]:
+        code, out, err = await program("events", "-o", "json", "--device", device)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
+    async with program.running() as service:
+        follower = await program.start("events", "-f", "-o", "json", "--kind", "present")
+        assert follower.stdout is not None
+        await program.import_devices("before")
+        lines = [await asyncio.wait_for(follower.stdout.readline(), 20.0)]
+        first = await seen("before")
+        file = program.root / "events.db-wal"
+        await eventually(lambda: b"before" in file.read_bytes(), 20.0)
+        service.send_signal(signal.SIGKILL)
+        await service.wait()
+    async with program.running():
+        assert (await seen("before"))[: len(first)] == first
+        assert (await program.json("status"))["events"]["stored"] is True
+        await program.import_devices("after")
+        lines.append(await asyncio.wait_for(follower.stdout.readline(), 30.0))
+        follower.send_signal(signal.SIGINT)
+        rest, _ = await asyncio.wait_for(follower.communicate(), 10.0)
+    told = [json.loads(line) for line in (*lines, *rest.splitlines())]
+    assert [event["device"] for event in told] == ["before", "after"]
+    assert told[0]["seq"] < told[1]["seq"]
+    assert told[0]["id"] != told[1]["id"]
+
+
 async def test_systemd_is_told_when_the_fleet_is_known_and_when_it_ends(program: Program) -> None:
     """READY=1 comes on NOTIFY_SOCKET, STOPPING=1 after the signal."""
     path = program.root / "notify"
