@@ -34,7 +34,7 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 from nomad_watchdog.registry import Registry
-from nomad_watchdog.shown import shown_placement, shown_report
+from nomad_watchdog.shown import shown_desired, shown_health, shown_placement, shown_report
 
 log = logging.getLogger(__name__)
 
@@ -392,25 +392,10 @@ class Fleet(Ledger):
             "verdict": view.verdict.state.value,
             "reason": view.verdict.reason,
             "since_s": round(view.since_s, 1),
-            "desired": {
-                "presence": record.presence.value,
-                "class": record.device.agent_class,
-                "address": record.device.address,
-                "generation": record.generation,
-                "epoch": record.epoch,
-                "accepted_instance": record.instance,
-                "registry_index": record.index,
-            },
+            "desired": shown_desired(record),
             "observed": [shown_placement(p) for p in self.placements.get(slug, ())],
             "report": shown_report(track.report, self.clock.monotonic()),
-            "consul": None
-            if view.health is None
-            else {
-                "status": view.health.status,
-                "epoch": view.health.epoch,
-                "node": view.health.node,
-                "output": view.health.output[:256],
-            },
+            "consul": shown_health(view.health),
             "heartbeat_age_s": None if beat is None else round(self.clock.monotonic() - beat, 1),
             "events": [event.shown() for event in self.history.of_device(slug)],
         }

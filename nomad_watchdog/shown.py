@@ -8,7 +8,14 @@ from typing import Final
 from nomad_watchdog.breaker import held_id
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import ActionKind, Monotonic, Placement, Report
+from nomad_watchdog.model import (
+    ActionKind,
+    DeviceRecord,
+    Health,
+    Monotonic,
+    Placement,
+    Report,
+)
 
 MOST_HELD: Final = 1_000
 """So many held stops are shown one by one; all are counted."""
@@ -26,6 +33,31 @@ def shown_placement(placement: Placement) -> dict[str, object]:
         "restarts": placement.restarts,
         "reason": placement.reason,
         "created_at": placement.created_at,
+    }
+
+
+def shown_desired(record: DeviceRecord) -> dict[str, object]:
+    """What the registry asks for."""
+    return {
+        "presence": record.presence.value,
+        "class": record.device.agent_class,
+        "address": record.device.address,
+        "generation": record.generation,
+        "epoch": record.epoch,
+        "accepted_instance": record.instance,
+        "registry_index": record.index,
+    }
+
+
+def shown_health(health: Health | None) -> dict[str, object] | None:
+    """What Consul says."""
+    if health is None:
+        return None
+    return {
+        "status": health.status,
+        "epoch": health.epoch,
+        "node": health.node,
+        "output": health.output[:256],
     }
 
 

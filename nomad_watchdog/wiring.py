@@ -114,9 +114,14 @@ async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventS
     """The history of this control plane, going on where the last run ended, and its file. A file that
     can't be used stops nothing: the store says what is wrong."""
     kept = settings.events
-    store = EventStore(settings.events_path, most=kept.keep, max_age_s=kept.max_age)
+    store = EventStore(
+        settings.events_path,
+        origin=f"{_host()}-{secrets.token_hex(4)}",
+        most=kept.keep,
+        max_age_s=kept.max_age,
+    )
     found = await store.open()
-    history = History(store.origin, store)
+    history = History(found.origin, store)
     history.resume(found.seq, found.events)
     try:
         yield history, store

@@ -18,7 +18,7 @@ import pytest
 from nomad_watchdog import event_store
 from nomad_watchdog.event_store import RESERVE, EventStore
 from nomad_watchdog.history import MOST_EVENTS, Event, EventFilter, History
-from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import WallTime
 
 DEADLINE_S = 30.0
@@ -36,7 +36,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def opened(path: Path, **options: float | str) -> AsyncIterator[tuple[History, EventStore]]:
     store = EventStore(path, **options)  # type: ignore[arg-type]
     found = await store.open()
-    history = History(store.origin, store)
+    history = History(found.origin, store)
     history.resume(found.seq, found.events)
     try:
         yield history, store
@@ -58,16 +58,17 @@ def note(history: History, device: str, kind: str = "verdict.offline", at: float
 
 
 async def test_events_outlive_the_process_and_numbers_go_on(tmp_path: Path) -> None:
-    """After a clean end the events are there with their ids, and the next number is the next one."""
+    """After a clean end the events are there with their ids, the next number is the next one, and the
+    origin is the file's, not the one that the next run proposes."""
     path = tmp_path / "events.db"
     async with opened(path) as (history, _):
         ids = [note(history, f"d{n}").id for n in range(5)]
-    async with opened(path) as (history, _):
+    async with opened(path, origin="other") as (history, _):
         found, following = await history.page(0, 100)
         assert [event.id for event in found] == ids == [f"local:{n}" for n in range(1, 6)]
         assert found[0].data == {"n": 1}
         assert following == 5
-        assert note(history, "d9").seq == 6
+        assert note(history, "d9").id == "local:6"
         assert len(history.of_device(slug_of(DeviceId("d1")))) == 1
 
 
@@ -186,6 +187,37 @@ async def test_the_file_keeps_no_more_than_it_should(tmp_path: Path) -> None:
     async with opened(path, most=10_000, max_age_s=-5_500.0) as (_, store):
         found, _ = await store.select(0, 2**60, 10_000, EventFilter())
         assert [event.device_id for event in found] == ["young"]
+
+
+async def test_s9_no_event_keeps_the_others_from_the_disk(tmp_path: Path) -> None:
+    """Half characters, NUL, data that is no JSON, that has no end, or that is huge: each is written in
+    some form, and so is what comes after it."""
+    endless: dict[str, object] = {}
+    endless["self"] = endless
+    path = tmp_path / "events.db"
+    odd: tuple[dict[object, object], ...] = (
+        endless,
+        {(1, 2): 3},
+        {"x": object()},
+        {"x": "y" * 99_999},
+    )
+    async with opened(path) as (history, store):
+        for data in odd:
+            history.add(
+                at=WallTime(NOW),
+                kind="k",
+                device_id="a\udcffb\0",
+                slug=Slug("s"),
+                text="t\ud800" * 2_000,
+                data=data,  # type: ignore[arg-type]
+            )
+        note(history, "after")
+        await until(lambda: store.waiting == 0)
+    async with opened(path) as (history, _):
+        found, _ = await history.page(0, 10)
+        assert [event.seq for event in found] == [1, 2, 3, 4, 5]
+        assert found[-1].device_id == "after"
+        assert all(len(str(event.shown())) < 20_000 for event in found)
 
 
 async def test_an_incident_is_marked_on_disk(tmp_path: Path) -> None:

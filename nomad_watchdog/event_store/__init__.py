@@ -8,23 +8,22 @@ stay in memory, it is said so, and what finds no room is counted.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nomad_watchdog.errors import TransientError
+from nomad_watchdog.event_store import _sql as sql
+from nomad_watchdog.event_store._sql import Found, Mark
 from nomad_watchdog.history import Event, EventFilter, Page
-from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import WallTime
 
 log = logging.getLogger(__name__)
 
@@ -36,44 +35,15 @@ GATHER_S: Final = 0.02
 """So long is waited for more: what a crash may cost, and what a burst saves."""
 RETRY_S: Final = (0.5, 30.0)
 """First and longest wait after the disk failed, seconds."""
-TAIL: Final = 2_000
-"""Events of an earlier run that are read into memory at the start."""
 RESERVE: Final = 100_000
 """Numbers beyond the last stored one that a crash may have used without a trace; the next run begins
 after them. A clean end leaves no gap."""
 ROTATE_EVERY: Final = 1_000
 ROTATE_EVERY_S: Final = 600.0
 """Old events are deleted after so many new ones, or so many idle seconds."""
-MOST_DATA: Final = 4_096
 _OPEN_S: Final = 5.0
 _SELECT_S: Final = 10.0
-_SCHEMA: Final = 1
-_TABLES: Final = f"""
-CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE event (
-  n INTEGER PRIMARY KEY, origin TEXT NOT NULL, seq INTEGER NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL,
-  device TEXT NOT NULL, slug TEXT NOT NULL, text TEXT NOT NULL, data TEXT NOT NULL, incident TEXT NOT NULL,
-  UNIQUE (origin, seq));
-CREATE INDEX event_device ON event (device, seq);
-PRAGMA user_version = {_SCHEMA};
-"""
-_INSERT: Final = "INSERT OR IGNORE INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_COLUMNS: Final = "seq, at, kind, device, slug, text, data, origin, incident"
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What an earlier run left: the last number that may be in use, and its last events."""
-
-    seq: int = 0
-    events: tuple[Event, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    seqs: tuple[int, ...]
-    incident: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +53,8 @@ class _Query:
 
 
 class EventStore:
-    """The events of one control plane (`origin`) in a file: at most `most` of them, none older than
-    `max_age_s`."""
+    """The events of one control plane in a file: at most `most` of them, none older than `max_age_s`.
+    A new file is given `origin`, which must be unlike that of any other control plane."""
 
     def __init__(
         self,
@@ -104,7 +74,7 @@ class EventStore:
         """Events that found no room while the disk failed."""
         self._found: Future[Found] = Future()
         self._lock = threading.Condition()
-        self._events: deque[Event | _Mark] = deque()
+        self._events: deque[Event | Mark] = deque()
         self._queries: deque[_Query] = deque()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -123,7 +93,7 @@ class EventStore:
             async with asyncio.timeout(_OPEN_S):
                 return await asyncio.shield(asyncio.wrap_future(self._found))
         except TimeoutError:
-            return Found(_from_clock())
+            return Found(self.origin, _from_clock())
 
     def put(self, event: Event) -> None:
         """Take one event; never blocks, never raises."""
@@ -131,13 +101,12 @@ class EventStore:
 
     def mark(self, seqs: Sequence[int], incident: str) -> None:
         """Say later that these events belong to an incident."""
-        self._hand(_Mark(tuple(seqs), incident))
+        self._hand(Mark(tuple(seqs), incident))
 
-    def _hand(self, item: Event | _Mark) -> None:
+    def _hand(self, item: Event | Mark) -> None:
         with self._lock:
             if len(self._events) >= MOST_WAITING:
-                self._events.popleft()
-                self.dropped += 1
+                self.dropped += isinstance(self._events.popleft(), Event)
             self._events.append(item)
             self._lock.notify()
 
@@ -158,9 +127,7 @@ class EventStore:
     async def select(self, since: int, before: int, limit: int, wanted: EventFilter) -> Page:
         """Events with since < seq < before, oldest first. Raises TransientError when they can't be
         read now; while nothing is stored there are none."""
-        query = _Query(
-            lambda db: _select(db, self.origin, (since, before, limit), wanted), Future()
-        )
+        query = _Query(lambda db: sql.select(db, (since, before, limit), wanted), Future())
         with self._lock:
             if self.problem or self._closing:
                 return [], before - 1
@@ -228,33 +195,31 @@ class EventStore:
         self._works()
         return not last
 
-    def _write(
-        self, db: sqlite3.Connection, batch: Sequence[Event | _Mark], *, clean: bool
-    ) -> None:
+    def _write(self, db: sqlite3.Connection, batch: Sequence[Event | Mark], *, clean: bool) -> None:
         with db:
             db.execute("BEGIN IMMEDIATE")
             for item in batch:
                 if isinstance(item, Event):
-                    db.execute(_INSERT, _row(item))
+                    sql.insert(db, item)
                     self._seq = max(self._seq, item.seq)
                 else:
-                    _mark(db, self.origin, item)
+                    sql.mark(db, item)
             reserve = 0 if clean else RESERVE
             db.execute("INSERT OR REPLACE INTO meta VALUES ('seq', ?)", (self._seq + reserve,))
             self._since_rotation += len(batch) or ROTATE_EVERY
             if self._since_rotation >= ROTATE_EVERY:
-                _rotate(db, self.most, time.time() - self.max_age_s)  # noqa: TID251  # ages on disk
+                sql.rotate(db, self.most, time.time() - self.max_age_s)  # noqa: TID251  # ages on disk
                 self._since_rotation = 0
 
     def _open(self) -> sqlite3.Connection:
         if self._damaged:
             log.error("the event store is damaged; a new one is begun")
-            _set_aside(self.path)
-        db, found = _connect(self.path, self.origin)
+            sql.set_aside(self.path)
+        db, found = sql.connect(self.path, self.origin)
         if self._damaged:
             # The numbers of the lost file are not known: begin beyond them.
-            found, self._damaged = Found(_from_clock()), False
-        self._seq = max(self._seq, found.seq)
+            found, self._damaged = Found(self.origin, _from_clock()), False
+        self._seq, self.origin = max(self._seq, found.seq), found.origin
         # The numbers that this run may use are reserved before it uses one.
         self._write(db, (), clean=False)
         self._works()
@@ -279,7 +244,7 @@ class EventStore:
         self.problem = problem
         if not self._found.done():
             self._seq = _from_clock()
-            self._found.set_result(Found(self._seq))
+            self._found.set_result(Found(self.origin, self._seq))
         self._refuse(problem)
 
     def _refuse(self, why: str) -> None:
@@ -309,105 +274,3 @@ def _answer(db: sqlite3.Connection, query: _Query) -> None:
 def _from_clock() -> int:
     """A number beyond any that was counted: microseconds since 1970."""
     return int(time.time() * 1_000_000)  # noqa: TID251  # no decision hangs on it
-
-
-def _connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise sqlite3.OperationalError(str(error)) from error
-    db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-    try:
-        # One process alone: two that count up from the same number would give numbers twice.
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA journal_size_limit = 4194304")
-        _make_tables(db, path)
-        last = db.execute("SELECT value FROM meta WHERE name = 'seq'").fetchone()
-        rows = db.execute(
-            f"SELECT {_COLUMNS} FROM event WHERE origin = ? ORDER BY seq DESC LIMIT ?",  # noqa: S608
-            (origin, TAIL),
-        ).fetchall()
-        return db, Found(last[0] if last else 0, tuple(_event(row) for row in reversed(rows)))
-    except BaseException:
-        db.close()
-        raise
-
-
-def _make_tables(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0:
-        db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
-    elif version != _SCHEMA:
-        raise sqlite3.OperationalError(f"{path.name} has schema {version}, not {_SCHEMA}")
-
-
-def _set_aside(path: Path) -> None:
-    for name in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
-        with suppress(FileNotFoundError):
-            try:
-                name.replace(name.with_name(f"{name.name}.damaged"))
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise sqlite3.OperationalError(str(error)) from error
-
-
-def _select(
-    db: sqlite3.Connection, origin: str, bounds: tuple[int, int, int], wanted: EventFilter
-) -> Page:
-    since, before, limit = bounds
-    clauses: list[str] = []
-    values: list[object] = [origin, since, before]
-    for clause, value in (
-        ("device = ?", wanted.device),
-        ("substr(kind, 1, length(?)) = ?", wanted.kind),
-        ("kind = ?", wanted.verdict and f"verdict.{wanted.verdict}"),
-        ("at >= ?", wanted.not_before),
-    ):
-        if value:
-            clauses.append(f" AND {clause}")
-            values += [value] * clause.count("?")
-    rows = db.execute(
-        f"SELECT {_COLUMNS} FROM event WHERE origin = ? AND seq > ? AND seq < ?{''.join(clauses)}"  # noqa: S608
-        " ORDER BY seq LIMIT ?",
-        (*values, limit),
-    ).fetchall()
-    found = [_event(row) for row in rows]
-    return found, found[-1].seq if len(found) == limit else before - 1
-
-
-def _rotate(db: sqlite3.Connection, most: int, oldest: float) -> None:
-    db.execute(
-        "DELETE FROM event WHERE n <= (SELECT n FROM event ORDER BY n DESC LIMIT 1 OFFSET ?)",
-        (most,),
-    )
-    # Events come in the order of their times, but for a clock that was set: stop at the first young one.
-    db.execute(
-        "DELETE FROM event WHERE n < coalesce((SELECT n FROM event WHERE at >= ? ORDER BY n LIMIT 1),"
-        " 9223372036854775807)",
-        (oldest,),
-    )
-
-
-def _mark(db: sqlite3.Connection, origin: str, mark: _Mark) -> None:
-    rows: Iterable[tuple[Any, ...]] = ((mark.incident, origin, seq) for seq in mark.seqs)
-    db.executemany("UPDATE event SET incident = ? WHERE origin = ? AND seq = ?", rows)
-
-
-def _row(event: Event) -> tuple[object, ...]:
-    data = json.dumps(dict(event.data), default=str)
-    if len(data) > MOST_DATA:
-        data = json.dumps({"cut": data[: MOST_DATA // 2]})
-    text = (event.kind, event.device_id, event.slug, event.text, data, event.incident)
-    return (event.origin, event.seq, event.at, *text)
-
-
-def _event(row: tuple[Any, ...]) -> Event:
-    seq, at, kind, device, slug, text, data, origin, incident = row
-    try:
-        known = json.loads(data)
-    except ValueError:
-        known = {"cut": str(data)[:MOST_DATA]}
-    return Event(seq, WallTime(at), kind, device, Slug(slug), text, known, origin, incident)
