@@ -14,7 +14,7 @@ from bench.rows import Row, save, table
 BENCHES = {
     "cli": "5 s",
     "noop": "10 s",
-    "detection": "30 s",
+    "detection": "10 s",
     "agent": "30 s",
     "event": "20 s",
     "dispatch": "1 min",

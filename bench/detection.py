@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
+from watchdog_agent import probes
 from watchdog_agent.suspicion import Suspicion
 
 from bench.rows import Row, percentile
@@ -44,8 +45,8 @@ from nomad_watchdog.model import (
 DAY_S = 86_400.0
 LOSS = 0.01
 JITTER = 0.10
-ECHOES = 3
-"""Packets of one ICMP confirmation (watchdog_agent.probes)."""
+ECHOES = probes._Echo.TIMES
+"""Packets of one ICMP confirmation."""
 UNSEEN_S = 30.0
 POLL_S = 10.0
 START_P50_S, START_P99_S = 6.0, 60.0

@@ -78,7 +78,7 @@ async def serve(settings: Settings) -> int:
             ):
                 metrics = Metrics()
                 fleet = Fleet(registry, settings.limits(), clock, history)
-                fleet.chronicle.follow(store.status)
+                fleet.chronicle.follow(store.status, store.left_open)
                 fleet.on_commit = metrics.committed
                 reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics, leases)
                 await _run(settings, fleet, reconciler, metrics, stop)

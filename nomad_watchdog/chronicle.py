@@ -6,7 +6,7 @@ Stands between `fleet`, which judges, and the pure parts that look at many devic
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -83,7 +83,8 @@ class Chronicle:
             )
         )
         self.correlator = Correlator(
-            IncidentLimits(limits.incident_min, limits.incident_fraction, limits.incident_window_s)
+            IncidentLimits(limits.incident_min, limits.incident_fraction, limits.incident_window_s),
+            f"{self.history.origin}:incident",
         )
 
     # -- starts ---------------------------------------------------------------------------------
@@ -171,6 +172,8 @@ class Chronicle:
 
     def settle(self) -> None:
         """Open and close incidents; to be called every few seconds."""
+        # Numbered as events are, so that no id comes twice: each incident has at least one event.
+        self.correlator.number = max(self.correlator.number, self.history.last_seq)
         for news in self.correlator.settle(self.clock.monotonic()):
             self._tell(news)
         store = self.status_of_store()
@@ -223,21 +226,14 @@ class Chronicle:
 
     # -- what is shown --------------------------------------------------------------------------
 
-    def follow(self, status_of_store: Callable[[], dict[str, object]]) -> None:
-        """The history has a store, and the last events of the run before: numbers of incidents go on,
-        and what was open when that run ended is closed."""
+    def follow(
+        self, status_of_store: Callable[[], dict[str, object]], left_open: Mapping[str, str]
+    ) -> None:
+        """The history has a store. `left_open`: id → text of incidents that had no end when the last run
+        ended; they get one, because nobody knows any more who was part of them."""
         self.status_of_store = status_of_store
         self._stored = bool(status_of_store()["stored"]) or self._stored
-        opened: dict[str, str] = {}
-        for event in self.history.recent():
-            _, _, number = event.incident.rpartition("-")
-            if number.isascii() and number.isdigit():
-                self.correlator.number = max(self.correlator.number, int(number))
-            if event.kind == "incident.opened":
-                opened[event.incident] = event.text
-            elif event.kind == "incident.closed":
-                opened.pop(event.incident, None)
-        for incident, text in opened.items():
+        for incident, text in left_open.items():
             self.history.add(
                 at=self.clock.wall(),
                 kind="incident.closed",

@@ -72,6 +72,8 @@ class EventStore:
         """Why events are in memory only; "" = they are stored."""
         self.dropped = 0
         """Events that found no room while the disk failed."""
+        self.left_open: dict[str, str] = {}
+        """Id → text of incidents that the last run left open; after `open`."""
         self._found: Future[Found] = Future()
         self._lock = threading.Condition()
         self._events: deque[Event | Mark] = deque()
@@ -91,9 +93,11 @@ class EventStore:
         self._thread.start()
         try:
             async with asyncio.timeout(_OPEN_S):
-                return await asyncio.shield(asyncio.wrap_future(self._found))
+                found = await asyncio.shield(asyncio.wrap_future(self._found))
         except TimeoutError:
             return Found(self.origin, _from_clock())
+        self.left_open = dict(found.left_open)
+        return found
 
     def put(self, event: Event) -> None:
         """Take one event; never blocks, never raises."""

@@ -16,6 +16,7 @@ from nomad_watchdog.model import WallTime
 TAIL: Final = 2_000
 """Events of an earlier run that are read into memory at the start."""
 MOST_DATA: Final = 4_096
+MOST_LEFT_OPEN: Final = 100
 _SCHEMA: Final = 1
 _TABLES: Final = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
@@ -36,6 +37,8 @@ class Found:
     """That of the file, so that it stays the same from run to run; else the one that was proposed."""
     seq: int = 0
     events: tuple[Event, ...] = ()
+    left_open: tuple[tuple[str, str], ...] = ()
+    """Id and text of incidents that were opened and not closed; the last MOST_LEFT_OPEN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,23 @@ def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
             (TAIL,),
         ).fetchall()
         events = tuple(_event(row) for row in reversed(rows))
-        return db, Found(str(origin), int(last[0]) if last else 0, events)
+        return db, Found(str(origin), int(last[0]) if last else 0, events, _left_open(db))
     except BaseException:
         db.close()
         raise
+
+
+def _left_open(db: sqlite3.Connection) -> tuple[tuple[str, str], ...]:
+    opened: dict[str, str] = {}
+    for kind, incident, text in db.execute(
+        "SELECT kind, incident, text FROM event WHERE kind IN ('incident.opened', 'incident.closed')"
+        " ORDER BY seq"
+    ):
+        if kind == "incident.opened":
+            opened[incident] = text
+        else:
+            opened.pop(incident, None)
+    return tuple(opened.items())[-MOST_LEFT_OPEN:]
 
 
 def _make_tables(db: sqlite3.Connection, path: Path, origin: str) -> None:

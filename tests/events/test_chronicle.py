@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.event_store import EventStore
 from nomad_watchdog.fleet import AgentReport, Fleet
 from nomad_watchdog.history import History
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
@@ -29,6 +31,8 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 
+BEGAN = time.time()
+
 
 @dataclass
 class TestClock:
@@ -41,15 +45,15 @@ class TestClock:
         return Monotonic(self.now)
 
     def wall(self) -> WallTime:
-        return WallTime(1_700_000_000.0 + self.now)
+        return WallTime(BEGAN + self.now)
 
 
 class Site:
     """A fleet whose placements and reports the test makes; the registry is real."""
 
-    def __init__(self, registry: SqliteRegistry) -> None:
+    def __init__(self, registry: SqliteRegistry, history: History | None = None) -> None:
         self.clock = TestClock()
-        self.fleet = Fleet(registry, Limits(), self.clock)
+        self.fleet = Fleet(registry, Limits(), self.clock, history)
         self.sequence = 0
 
     def add(self, count: int, node: str, *, at_epoch: int = 1) -> list[Slug]:
@@ -136,7 +140,8 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
     singles = [e for e in site.fleet.history.recent() if e.kind == "verdict.offline"]
 
     assert len(singles) == 1_000
-    assert {event.incident for event in singles} == {"incident-1"}
+    (incident,) = site.fleet.chronicle.incidents()
+    assert {event.incident for event in singles} == {incident.id}
     assert site.kinds()["incident.opened"] == 1
     assert site.fleet.chronicle.open_by_kind() == {"host": 1, "site": 0, "class": 0}
     (opened,) = [e for e in site.fleet.history.recent() if e.kind == "incident.opened"]
@@ -246,30 +251,48 @@ async def test_a_start_within_the_measured_grace_is_never_more_than_starting(sit
     assert site.fleet.refresh(late).state is VerdictState.UNWATCHED
 
 
-async def test_what_was_open_when_we_died_is_closed_by_the_next_run(site: Site) -> None:
-    """After a restart an incident without an end gets one, and the next has a number of its own."""
+async def test_what_was_open_when_we_died_is_closed_by_the_next_run(
+    site: Site, tmp_path: Path
+) -> None:
+    """After a restart an incident without an end gets one, once, however many events came after it, and
+    the next has an id of its own."""
+    store = EventStore(tmp_path / "events.db")
+    await store.open()
+    site.fleet.history.store = store
     dead = site.add(10, "n1")
     for slug in dead:
         await site.say(slug)
     for slug in dead:
         await site.say(slug, AgentState.OFFLINE)
     site.fleet.refresh_all()
-    before = list(site.fleet.history.recent())
-    assert before[-1].kind == "incident.opened"
+    (incident,) = site.fleet.chronicle.incidents()
+    for _ in range(3_000):
+        site.fleet.note(dead[0], "filler", "")
+    await store.close()
 
-    again = Fleet(site.fleet.registry, Limits(), site.clock, History())
-    again.history.resume(before[-1].seq, before)
-    again.chronicle.follow(lambda: {"stored": True, "reason": ""})
-
-    (closed,) = again.events(before[-1].seq, 10)[0]
-    assert (closed.kind, closed.incident) == ("incident.closed", "incident-1")
-    assert again.chronicle.correlator.number == 1
+    for closed in (1, 0):
+        store = EventStore(tmp_path / "events.db")
+        found = await store.open()
+        again = Site(site.fleet.registry, History(found.origin, store))  # type: ignore[arg-type]
+        again.clock.now = site.clock.now
+        again.fleet.history.resume(found.seq, found.events)
+        again.fleet.chronicle.follow(store.status, store.left_open)
+        told, _ = again.fleet.events(found.seq, 10)
+        assert [(e.kind, e.incident) for e in told] == closed * [("incident.closed", incident.id)]
+        await store.close()
+    fresh = again.add(10, "n1")
+    for state in (AgentState.OK, AgentState.OFFLINE):
+        for slug in fresh:
+            await again.say(slug, state)
+    again.fleet.refresh_all()
+    (other,) = again.fleet.chronicle.incidents()
+    assert other.id != incident.id
 
 
 async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
     """When the disk fails and when it works again there is one event each, and the metrics follow."""
     state: dict[str, object] = {"stored": True, "reason": "", "dropped": 0, "waiting": 0}
-    site.fleet.chronicle.follow(lambda: state)
+    site.fleet.chronicle.follow(lambda: state, {})
     metrics = Metrics()
     for stored, reason, dropped in ((False, "disk is full", 7), (False, "x", 9), (True, "", 9)):
         state |= {"stored": stored, "reason": reason, "dropped": dropped}

@@ -1,0 +1,50 @@
+"""The echo of a confirmation: one lost packet is not a dead device."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+from watchdog_agent.loop import Loop
+from watchdog_agent.probes import _Echo
+
+
+def peer(sock: socket.socket, answer_at: int, seen: list[bytes]) -> None:
+    """Take echo requests until nothing comes for a while; answer that of number answer_at alone."""
+    while True:
+        try:
+            packet, where = sock.recvfrom(2048)
+        except TimeoutError:
+            return
+        seen.append(packet)
+        if len(seen) == answer_at:
+            sock.sendto(b"\0" + packet[1:], where)
+
+
+@pytest.mark.parametrize(("answer_at", "alive"), [(1, True), (3, True), (4, False)])
+def test_an_echo_is_asked_three_times_within_its_timeout(answer_at: int, alive: bool) -> None:
+    """An answer to any of the three packets is life, the first one ends the asking, and without one the
+    device is silent after the timeout. The packets go over UDP here, whose loss the test decides."""
+    seen: list[bytes] = []
+    ended: list[tuple[bool, str]] = []
+    loop = Loop()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        other.settimeout(2.0)
+        thread = threading.Thread(target=peer, args=(other, answer_at, seen))
+        thread.start()
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+        def done(ok: bool, reason: str) -> None:
+            ended.append((ok, reason))
+            loop.stop()
+
+        _Echo(loop, sock, other.getsockname(), 0.9, done, raw=False, v6=False)
+        loop.run()
+        thread.join()
+    loop.close()
+
+    assert [ok for ok, _ in ended] == [alive]
+    assert len(seen) == min(answer_at, 3)
+    assert len(set(seen)) == 1
