@@ -85,6 +85,8 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
             (("retry", "initial"), ("retry", "max")),
             f"{settings.retry.initial:g}s is longer than retry.max ({settings.retry.max:g}s)",
         )
+    for setting, text in settings.api.misfits():
+        yield (("api", setting), ("api",)), text
     for side in ("nomad", "consul"):
         block = getattr(settings, side)
         if (block.client_cert is None) != (block.client_key is None):
@@ -144,7 +146,7 @@ def variables() -> dict[str, tuple[str, ...]]:
         if block is None:
             ours[f"{PREFIX}{name.upper()}"] = (name,)
             continue
-        for setting in block.model_fields:
+        for setting in block.model_fields.keys() - NAMED:
             ours[f"{PREFIX}{name.upper()}_{setting.upper()}"] = (name, setting)
     return dict(ENVIRONMENT) | ours
 

@@ -63,6 +63,15 @@ class ResyncReason(StrEnum):
     OTHER = OTHER
 
 
+class Refusal(StrEnum):
+    """Why a request was not let in: 401, 403, 429."""
+
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    LIMITED = "limited"
+    OTHER = OTHER
+
+
 STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 _REPORTS: Final = (*(kind.value for kind in AcceptanceKind), OTHER)
 
@@ -93,6 +102,7 @@ class Metrics:
         self._snapshot_age = self._gauge("snapshot_age_seconds", "Age of the last full snapshot.")
         self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
+        self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         for metric, values in (
@@ -105,6 +115,7 @@ class Metrics:
             (self._reports, _REPORTS),
             (self._errors, SchedulerErrorKind),
             (self._resyncs, ResyncReason),
+            (self._refusals, Refusal),
         ):
             for value in values:
                 metric.labels(str(value))
@@ -201,6 +212,10 @@ class Metrics:
     def request(self, route: str, status: int) -> None:
         """A request was answered. `route` is a route's template, never a path from outside."""
         self._requests.labels(route if route in self._routes else OTHER, f"{status // 100}xx").inc()
+
+    def refused(self, reason: str) -> None:
+        """A request was not let in."""
+        self._refusals.labels(_known(reason, Refusal)).inc()
 
 
 def _known(value: str, allowed: Iterable[str]) -> str:
