@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import ssl
 import stat
 from pathlib import Path
@@ -75,7 +76,8 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
     program: Program, directory: Path, tmp_path: Path
 ) -> None:
     """A device is watched by a real agent over TLS; its credential speaks for no other device, for no
-    other instance (S1), not after its epoch, and stands nowhere but in its document (S10)."""
+    other instance (S1), not after its epoch, and stands nowhere but in its document (S10). A SIGHUP has the
+    certificates read again and ends nothing."""
     trust = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     api = f"https://127.0.0.1:{program.port}"
     path = "/v1/agents/report"
@@ -102,6 +104,7 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
 
         try:
             await eventually(program.is_ready, 20.0)
+            process.send_signal(signal.SIGHUP)
             await program.import_devices("pump-1", "pump-2")
             await eventually(lambda: watched("pump-1"), 40.0)
             await eventually(lambda: watched("pump-2"), 40.0)
@@ -141,6 +144,7 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
     for secret in (TOKEN, VIEWER, KEY, credential, credential.rpartition(".")[2]):
         assert not any(secret in text for text in seen)
     assert "changed through the API" in log.read_text()
+    assert "certificates were read again" in log.read_text()
 
 
 @pytest.mark.parametrize(
