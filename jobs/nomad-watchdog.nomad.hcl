@@ -2,7 +2,9 @@
 #
 # Once, before the first run:
 #   nomad-watchdog --config nomad-watchdog.hcl init
-#   nomad var put nomad/jobs/nomad-watchdog nomad_token=… consul_token=…   # where ACLs are on
+#   nomad var put nomad/jobs/nomad-watchdog \
+#     api_token=$(openssl rand -hex 32) agent_key=$(openssl rand -hex 32) \
+#     nomad_token=… consul_token=…                       # the last two where ACLs are on
 #   nomad job run -var config=/etc/nomad-watchdog/nomad-watchdog.hcl nomad-watchdog.nomad.hcl
 # The policies that the tokens need are in policies/.
 
@@ -46,6 +48,12 @@ variable "advertise" {
   type        = string
   default     = ""
   description = "URL of the API as agents and devices see it; empty: the node's address and the port."
+}
+
+variable "door" {
+  type        = string
+  default     = "variable"
+  description = "Who may use the API: variable (the token in the Nomad variable), config (as the configuration says), open (everybody)."
 }
 
 job "nomad-watchdog" {
@@ -122,6 +130,10 @@ job "nomad-watchdog" {
         NOMAD_WATCHDOG_DATA_DIR      = "$${NOMAD_ALLOC_DIR}/data"
         NOMAD_WATCHDOG_API_LISTEN    = "0.0.0.0:${var.port}"
         NOMAD_WATCHDOG_API_ADVERTISE = var.advertise != "" ? var.advertise : "http://$${NOMAD_ADDR_api}"
+        NOMAD_WATCHDOG_API_OPEN      = var.door == "open" ? "true" : ""
+
+        NOMAD_WATCHDOG_API_TOKEN_FILE     = var.door == "variable" ? "$${NOMAD_SECRETS_DIR}/api.token" : ""
+        NOMAD_WATCHDOG_API_AGENT_KEY_FILE = var.door == "variable" ? "$${NOMAD_SECRETS_DIR}/agent.keys" : ""
       }
 
       # the tokens, from a Nomad variable of this job's own path, never in the job
@@ -131,9 +143,30 @@ job "nomad-watchdog" {
         data        = <<-EOT
           {{ if nomadVarExists "nomad/jobs/nomad-watchdog" -}}
           {{ with nomadVar "nomad/jobs/nomad-watchdog" -}}
-          NOMAD_TOKEN={{ .nomad_token }}
-          CONSUL_HTTP_TOKEN={{ .consul_token }}
+          {{ with .nomad_token }}NOMAD_TOKEN={{ . }}{{ end }}
+          {{ with .consul_token }}CONSUL_HTTP_TOKEN={{ . }}{{ end }}
           {{ end }}{{ end }}
+        EOT
+      }
+
+      # read again when they change: no restart
+      template {
+        destination = "secrets/api.token"
+        change_mode = "noop"
+        data        = <<-EOT
+          {{ if nomadVarExists "nomad/jobs/nomad-watchdog" -}}
+          {{ with nomadVar "nomad/jobs/nomad-watchdog" }}{{ with .api_token }}{{ . }}{{ end }}{{ end }}
+          {{ end }}
+        EOT
+      }
+
+      template {
+        destination = "secrets/agent.keys"
+        change_mode = "noop"
+        data        = <<-EOT
+          {{ if nomadVarExists "nomad/jobs/nomad-watchdog" -}}
+          {{ with nomadVar "nomad/jobs/nomad-watchdog" }}{{ with .agent_key }}{{ . }}{{ end }}{{ end }}
+          {{ end }}
         EOT
       }
 

@@ -14,6 +14,8 @@ from aiohttp import web
 
 from nomad_watchdog import artifact, backup, logs, notify
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api.door import door_of
+from nomad_watchdog.api.serving import Listener
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
 from nomad_watchdog.discovery import ConsulHealth
@@ -26,7 +28,6 @@ from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.wiring import (
-    api_token,
     consul_client,
     open_events,
     open_leases,
@@ -114,26 +115,33 @@ async def _run(
     pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
     pyz.parent.mkdir(parents=True, exist_ok=True)
     artifact.build_agent(pyz)
+    door = door_of(settings.api)
     app = make_app(
         fleet,
         metrics=metrics,
         artifact=pyz,
         max_body_bytes=settings.api.max_body,
-        token=api_token(settings),
         operator=reconciler,
         leases=reconciler.leases,
+        door=door,
     )
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
-    host, _, port = settings.api.listen.rpartition(":")
+    listener = Listener(runner, settings.api)
     try:
-        await web.TCPSite(runner, host, int(port)).start()
-    except OSError as error:
+        await listener.start()
+    except UserError:
         await runner.cleanup()
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    log.info("serving", extra={"listen": f"{host}:{port}", "backend": settings.backend})
+        raise
+    if settings.api.secure:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, listener.renew.set)
+    log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
-        await _reconcile_until(stop, settings, fleet, reconciler, metrics)
+        async with asyncio.TaskGroup() as group:
+            renewing = group.create_task(listener.follow())
+            peers = Peers(fleet, reconciler.leases, door.own_token, lambda: listener.outgoing)
+            await _reconcile_until(stop, settings, reconciler, metrics, peers)
+            renewing.cancel()
     finally:
         notify.stopping()
         await runner.cleanup()
@@ -143,11 +151,11 @@ async def _run(
 async def _reconcile_until(
     stop: asyncio.Event,
     settings: Settings,
-    fleet: Fleet,
     reconciler: Reconciler,
     metrics: Metrics,
+    peers: Peers,
 ) -> None:
-    peers = Peers(fleet, reconciler.leases, lambda: api_token(settings) or "")
+    fleet = reconciler.fleet
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(reconciler.leases.run()),

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field
 
+from nomad_watchdog.config_api import Api
 from nomad_watchdog.config_classes import AgentClass, default_class
 from nomad_watchdog.config_hcl import show
 from nomad_watchdog.config_types import (
@@ -23,10 +24,8 @@ from nomad_watchdog.config_types import (
     Name,
     Positive,
     Seconds,
-    Size,
     Text,
     Url,
-    checked_listen,
     checked_url_or_none,
 )
 from nomad_watchdog.errors import UserError
@@ -50,13 +49,6 @@ ENVIRONMENT: Final[Mapping[str, tuple[str, str]]] = {
     "CONSUL_CLIENT_KEY": ("consul", "client_key"),
 }
 """HashiCorp's own variables; ours (NOMAD_WATCHDOG_<BLOCK>_<SETTING>) go over them."""
-
-
-class Api(Block):
-    listen: Annotated[str, AfterValidator(checked_listen)] = "127.0.0.1:9670"
-    advertise: Url | None = None
-    token_file: Text | None = None
-    max_body: Size = 1024 * 1024
 
 
 class Nomad(Block):
@@ -161,7 +153,7 @@ class Settings(Block):
     @property
     def advertise(self) -> str:
         """What agents are told to report to."""
-        return self.api.advertise or f"http://{self.api.listen}"
+        return self.api.advertise or f"{'https' if self.api.secure else 'http'}://{self.api.listen}"
 
     @property
     def registry_kind(self) -> str:
@@ -226,6 +218,7 @@ class Settings(Block):
         # Only when there are any, so that a class without keeps its hash, and its agents.
         repairs = {"repairs": [step.wire() for step in kind.repair]} if kind.repair else {}
         behaviour |= repairs
+        trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
             agent_class=name,
@@ -251,6 +244,7 @@ class Settings(Block):
                     "metadata": kind.metadata,
                 }
                 | repairs
+                | trust
             ),
         )
 
@@ -259,7 +253,7 @@ class Settings(Block):
         that a moved API rolls no agent."""
         if self.backend != "nomad":
             return {}
-        token = {"token_file": self.api.token_file} if self.api.token_file else {}
+        token = {"token_file": file} if (file := self.api.agent_token_file) else {}
         return {"agent_source": f"{self.advertise}/artifacts/watchdog-agent.pyz"} | token
 
 

@@ -60,6 +60,30 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
     backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
     if settings.backend not in backends:
         yield (("backend",),), f"{show(settings.backend)} is not installed; installed: {backends}"
+    yield from _class_misfits(settings, templates=templates)
+    least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
+    if least > most:
+        yield (
+            (("presence", "startup_grace_min"), ("presence", "startup_grace_max")),
+            f"{least:g}s is longer than presence.startup_grace_max ({most:g}s)",
+        )
+    if settings.retry.initial > settings.retry.max:
+        yield (
+            (("retry", "initial"), ("retry", "max")),
+            f"{settings.retry.initial:g}s is longer than retry.max ({settings.retry.max:g}s)",
+        )
+    for setting, text in settings.api.misfits():
+        yield (("api", setting), ("api",)), text
+    for side in ("nomad", "consul"):
+        block = getattr(settings, side)
+        if (block.client_cert is None) != (block.client_key is None):
+            paths = ((side, "client_cert"), (side, "client_key"))
+            yield paths, "client_cert and client_key go together"
+
+
+def _class_misfits(
+    settings: Settings, *, templates: bool
+) -> Iterator[tuple[tuple[Path, ...], str]]:
     for name, kind in settings.agent_class.items():
         where: Path = ("agent_class", name)
         if not kind.probe:
@@ -80,22 +104,6 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
                 template_text(kind.template)
             except UserError as error:
                 yield ((*where, "template"),), str(error)
-    least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
-    if least > most:
-        yield (
-            (("presence", "startup_grace_min"), ("presence", "startup_grace_max")),
-            f"{least:g}s is longer than presence.startup_grace_max ({most:g}s)",
-        )
-    if settings.retry.initial > settings.retry.max:
-        yield (
-            (("retry", "initial"), ("retry", "max")),
-            f"{settings.retry.initial:g}s is longer than retry.max ({settings.retry.max:g}s)",
-        )
-    for side in ("nomad", "consul"):
-        block = getattr(settings, side)
-        if (block.client_cert is None) != (block.client_key is None):
-            paths = ((side, "client_cert"), (side, "client_key"))
-            yield paths, "client_cert and client_key go together"
 
 
 def _overlap(one: Path, other: Path) -> bool:
@@ -150,7 +158,7 @@ def variables() -> dict[str, tuple[str, ...]]:
         if block is None:
             ours[f"{PREFIX}{name.upper()}"] = (name,)
             continue
-        for setting in block.model_fields:
+        for setting in block.model_fields.keys() - NAMED:
             ours[f"{PREFIX}{name.upper()}_{setting.upper()}"] = (name, setting)
     return dict(ENVIRONMENT) | ours
 

@@ -84,13 +84,13 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
 
 
 def _api(settings: Settings) -> Check:
-    host = settings.api.listen.rpartition(":")[0]
-    if host in ("127.0.0.1", "[::1]", "localhost") or settings.api.token_file:
-        return Check("api", Status.OK, f"listens on {settings.api.listen}")
+    api = settings.api
+    if api.loopback or api.guarded:
+        return Check("api", Status.OK, f"listens on {api.listen}")
     return Check(
         "api",
         Status.WARN,
-        f"listens on {settings.api.listen} and asks for no token",
+        f"listens on {api.listen} and lets everybody do everything (api.open)",
         "set api.token_file, or listen on 127.0.0.1",
     )
 

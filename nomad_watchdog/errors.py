@@ -4,7 +4,8 @@
 
     WatchdogError
     ├─ UserError        bad input, config or template: says what to change; never retried
-    │  └─ NotFoundError no such device, class or placement
+    │  ├─ NotFoundError no such device, class or placement
+    │  └─ OutOfDateError an event that is older than what it would change
     ├─ TransientError   429, 5xx, time-out, lost connection: try again, carries retry_after_s
     │  └─ StaleError    snapshot partial, or older than our own write: stop nothing (S7, S8)
     ├─ ConflictError    a compare-and-set lost: read again and decide again
@@ -40,6 +41,12 @@ class NotFoundError(UserError):
 
     exit_code = 66
     http_status = 404
+
+
+class OutOfDateError(UserError):
+    """The event is older than what it would change; sending it again will not help (S5)."""
+
+    http_status = 409
 
 
 class TransientError(WatchdogError):

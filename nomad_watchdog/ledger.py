@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.core import presence
+from nomad_watchdog.core import events, presence
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Device, DeviceRecord
@@ -46,10 +46,12 @@ class Ledger:
     def forgotten(self, slugs: Sequence[Slug]) -> None:
         """Called with those whose record the registry no longer has; for subclasses."""
 
-    async def register(self, devices: Sequence[Device]) -> list[Registered]:
+    async def register(
+        self, devices: Sequence[Device], event: events.Event | None = None
+    ) -> list[Registered]:
         """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
 
-        Raises UserError for a device id whose slug belongs to another id, ConflictError when other
+        `event`: the signed event that says so. Raises OutOfDateError for one that is over, UserError for a device id whose slug belongs to another id, ConflictError when other
         writers won COMMIT_TRIES times in a row, and what the registry raises.
         """
         wishes = {slug_of(device.id): device for device in devices}
@@ -59,18 +61,21 @@ class Ledger:
             wish = wishes[slug]
             if stored is not None and stored.device.id != wish.id:
                 raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
-            return presence.register(stored, wish, now)
+            return events.stamp(stored, presence.register(stored, wish, now), event, now)
 
         outcome = await self._change(list(wishes), change)
         return [found for slug in wishes if (found := outcome[slug]) is not None]
 
-    async def deregister(self, ids: Sequence[DeviceId]) -> list[Registered | None]:
-        """Say that these devices have left; None for one that was never registered."""
+    async def deregister(
+        self, ids: Sequence[DeviceId], event: events.Event | None = None
+    ) -> list[Registered | None]:
+        """Say that these devices have left; None for one that was never registered. `event`: as above."""
         now = self.clock.wall()
         slugs = [slug_of(device_id) for device_id in ids]
 
         def change(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
-            return presence.deregister(stored, now) if stored is not None else None
+            wanted = presence.deregister(stored, now) if stored is not None else None
+            return events.stamp(stored, wanted, event, now)
 
         outcome = await self._change(slugs, change)
         return [outcome[slug] for slug in slugs]

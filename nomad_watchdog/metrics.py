@@ -64,6 +64,15 @@ class ResyncReason(StrEnum):
     OTHER = OTHER
 
 
+class Refusal(StrEnum):
+    """Why a request was not let in: 401, 403, 429."""
+
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    LIMITED = "limited"
+    OTHER = OTHER
+
+
 STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 _REPORTS: Final = (*(kind.value for kind in AcceptanceKind), OTHER)
 
@@ -97,6 +106,7 @@ class Metrics:
         self._stored = self._gauge("events_stored", "1 while events are written to disk.")
         self._dropped = self._counter("events_dropped", "Events that were never written.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
+        self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         for metric, values in (
@@ -110,6 +120,7 @@ class Metrics:
             (self._errors, SchedulerErrorKind),
             (self._resyncs, ResyncReason),
             (self._incidents, GroupKind),
+            (self._refusals, Refusal),
         ):
             for value in values:
                 metric.labels(str(value))
@@ -220,6 +231,10 @@ class Metrics:
     def request(self, route: str, status: int) -> None:
         """A request was answered. `route` is a route's template, never a path from outside."""
         self._requests.labels(route if route in self._routes else OTHER, f"{status // 100}xx").inc()
+
+    def refused(self, reason: str) -> None:
+        """A request was not let in."""
+        self._refusals.labels(_known(reason, Refusal)).inc()
 
 
 def _known(value: str, allowed: Iterable[str]) -> str:

@@ -61,6 +61,11 @@ class DeviceRecord:
     """When the wish last changed."""
     index: int = 0
     """The store's compare-and-set token of this record; 0 = not stored yet."""
+    event_at: int = 0
+    """When the signed event that last changed the wish was signed, unix seconds of its sender's clock;
+    0 = it was last changed in another way (`core.events`)."""
+    event_marks: tuple[str, ...] = ()
+    """Marks of the events that changed it at `event_at`."""
 
 
 class PlacementState(StrEnum):
@@ -111,9 +116,10 @@ class AgentSpec:
     kill_timeout_s: float = 10.0
     variables: Mapping[str, str] = field(default_factory=dict)
     """Operator's variables for the template (from config, never from a device)."""
-    agent_config: str = "{}"
+    agent_config: str = field(default="{}", repr=False)
     """JSON object of the class part of the agent's configuration (probes, repairs, intervals, API
-    and Consul addresses): merged with the device's part by `wire.agent_config`. Holds no secret."""
+    and Consul addresses): merged with the device's part by `wire.agent_config`. As configured it holds
+    no secret; `credentials` adds the one of a single agent, for the moment of its start."""
 
 
 class ActionKind(StrEnum):

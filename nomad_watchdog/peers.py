@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import islice
+from ssl import SSLContext
 from typing import Any, Final
 
 import aiohttp
@@ -38,11 +39,19 @@ def document(report: AgentReport) -> dict[str, Any]:
 
 
 class Peers:
-    """The one that tells. `token` gives the bearer token that replicas share, "" = none."""
+    """The one that tells. `token` gives the bearer token that replicas share, "" = none; `tls` what is
+    trusted and shown over https, None = the system's trust."""
 
-    def __init__(self, fleet: Fleet, leases: Leases, token: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        leases: Leases,
+        token: Callable[[], str],
+        tls: Callable[[], SSLContext | None] = lambda: None,
+    ) -> None:
         self._leases = leases
         self._token = token
+        self._tls = tls
         self._fresh: dict[Slug, AgentReport] = {}
         self._news = asyncio.Event()
         self._silent: set[str] = set()
@@ -84,7 +93,9 @@ class Peers:
         token = self._token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            async with session.post(peer.api + PATH, json=body, headers=headers) as answer:
+            async with session.post(
+                peer.api + PATH, json=body, headers=headers, ssl=self._tls() or True
+            ) as answer:
                 why = "" if answer.status == 200 else f"it answered {answer.status}"
         except (aiohttp.ClientError, TimeoutError) as error:
             why = str(error) or "no answer in time"

@@ -13,11 +13,12 @@ from typing import Any
 
 from nomad_watchdog import schedulers
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.clock import Clock
+from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config import Settings
-from nomad_watchdog.errors import UserError
+from nomad_watchdog.credentials import Credentialed
 from nomad_watchdog.event_store import EventStore
 from nomad_watchdog.history import History
+from nomad_watchdog.keyring import SecretFile, read_keys
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.leases.consul import ConsulLeases
 from nomad_watchdog.leases.file import FileLeases
@@ -134,6 +135,11 @@ async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator
     """The backend that the settings name, found by entry point, closed at the end."""
     make: Any = schedulers.load(settings.backend)
     scheduler: Scheduler = make(**_options(settings, installation))
+    if settings.api.agent_key_file:
+        keys = SecretFile(
+            "api.agent_key_file", Path(settings.api.agent_key_file), read_keys
+        ).required()
+        scheduler = Credentialed(scheduler, keys, SystemClock())
     try:
         yield scheduler
     finally:
@@ -145,7 +151,7 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
     if settings.backend == "local":
         options: dict[str, Any] = {
             "directory": settings.local_directory,
-            "token_file": settings.api.token_file or "",
+            "token_file": settings.api.agent_token_file or "",
         }
         return options | ({"python": settings.local.python} if settings.local.python else {})
     if settings.backend == "nomad":
@@ -169,18 +175,3 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
             "prefix": chosen.job_prefix,
         }
     return {"installation": installation, "shards": settings.shards}
-
-
-def api_token(settings: Settings) -> str | None:
-    """The token that the API asks for, from its file; None = the API is open.
-
-    Raises UserError when the file can't be read or is empty."""
-    if not settings.api.token_file:
-        return None
-    try:
-        token = Path(settings.api.token_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"api.token_file {settings.api.token_file!r}: {error}") from error
-    if not token:
-        raise UserError(f"api.token_file {settings.api.token_file!r} is empty")
-    return token

@@ -56,11 +56,10 @@ def check(config: Any) -> Config:
     _texts(config)
     if type(config.get("epoch")) is not int or config["epoch"] < 1:
         raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
-    for url in _list(config, "api") + ([config["consul"]] if config.get("consul") else []):
-        try:
-            Url(url)
-        except (ValueError, AttributeError):
-            raise ConfigError(f"{url!r} is not an http:// address") from None
+    for url in _list(config, "api"):
+        _url(url, "http:// or https:// address", tls=True)
+    if config.get("consul"):
+        _url(config["consul"], "http:// address", tls=False)
     _number(config, "beat_s", 15.0, 0.1, 3600.0)
     _number(config, "register_every_s", 45.0, 0.1, 3600.0)
     config["probes"] = [_probe(p, "probes") for p in _list(config, "probes")]
@@ -76,6 +75,13 @@ def _other_kind(probe: Probe) -> Probe:
     return _probe({"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, "")
 
 
+def _url(url: Any, what: str, *, tls: bool) -> None:
+    try:
+        Url(url, tls=tls)
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{url!r} is not an {what}") from None
+
+
 def _texts(config: Config) -> None:
     for name in ("device_id", "slug", "address"):
         if not isinstance(config.get(name), str) or not config[name]:
@@ -84,7 +90,10 @@ def _texts(config: Config) -> None:
         raise ConfigError("slug may hold a-z, 0-9 and - only")
     if any(not "!" <= c <= "~" for c in config["address"]):
         raise ConfigError("address must be printable ASCII without blanks (a name as xn--…)")
-    for name in ("version", "agent_class", "spec_hash", "service", "check_interval"):
+    credential = config.get("credential", "")
+    if not isinstance(credential, str) or any(not "!" <= c <= "~" for c in credential):
+        raise ConfigError("credential must be printable ASCII without blanks")  # and is not shown
+    for name in ("version", "agent_class", "spec_hash", "service", "check_interval", "ca_cert"):
         if not isinstance(config.get(name, ""), str):
             raise ConfigError(f"{name} is {config[name]!r}; it must be text")
 

@@ -26,18 +26,20 @@ class HttpError(Exception):
 
 
 class Url:
-    """http://host[:port][/path]; raises ValueError for anything else. TLS is not spoken yet."""
+    """http://host[:port][/path], or https:// where `tls` allows it; raises ValueError for anything
+    else."""
 
-    def __init__(self, text: str, default_port: int = 80) -> None:
+    def __init__(self, text: str, default_port: int = 80, *, tls: bool = False) -> None:
         scheme, separator, rest = text.partition("://")
-        if not separator or scheme != "http":
+        if not separator or scheme not in (("http", "https") if tls else ("http",)):
             raise ValueError(f"{text!r} is not an http:// address")
+        self.secure = scheme == "https"
         place, _, path = rest.partition("/")
         host, _, port = (
             place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "")
         )
         self.host = (host or place).strip("[]")
-        self.port = int(port) if port else default_port
+        self.port = int(port) if port else 443 if self.secure else default_port
         self.base = ("/" + path).rstrip("/")
         self.host_header = place
         if not self.host or not 0 < self.port < 65536 or any(not "!" <= c <= "~" for c in text):
@@ -137,6 +139,10 @@ def reason_of(error: OSError | UnicodeError) -> str:
     """An OSError in words without numbers of its own."""
     import os
 
+    # of TLS; errno would be a number of the library's own
+    if isinstance(error, OSError) and getattr(error, "library", None):
+        text = getattr(error, "verify_message", "") or getattr(error, "reason", None) or "failed"
+        return f"TLS: {text.replace('_', ' ').lower()}"
     if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror):
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__

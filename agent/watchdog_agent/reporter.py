@@ -38,7 +38,13 @@ class Reporter:
         self.make = make
         self.retire = retire
         self.said = said
-        self.urls = [http.Url(url) for url in config.get("api", [])]
+        self.urls = [http.Url(url, tls=True) for url in config.get("api", [])]
+        self.credential = config.get("credential", "")
+        self.tls: Any = None
+        if any(url.secure for url in self.urls):
+            from . import tls
+
+            self.tls = tls.context_of(config.get("ca_cert", ""))
         self.beat_s = config.get("beat_s", 15.0)
         self.sequence = 0
         self.sent = self.failed = self.dropped = 0
@@ -79,12 +85,18 @@ class Reporter:
             return
         url = self.urls[self.chosen % len(self.urls)]
         body = json.dumps(self.waiting[0]).encode()
-        token = read_token()
+        token = self.credential or read_token()
         headers = [("Authorization", f"Bearer {token}")] if token else []
         data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
-        self.fetch = http.Fetch(
-            self.loop, (url.host, url.port), data, self.TIMEOUT_S, self._answered
-        )
+        where = (url.host, url.port)
+        if url.secure:
+            from . import tls
+
+            self.fetch = tls.SecureFetch(
+                self.loop, where, data, self.TIMEOUT_S, self._answered, self.tls
+            )
+        else:
+            self.fetch = http.Fetch(self.loop, where, data, self.TIMEOUT_S, self._answered)
 
     def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         self.fetch = None

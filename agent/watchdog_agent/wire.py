@@ -9,7 +9,8 @@ environment variables go over the document, so that a scheduler can say what onl
 ``WATCHDOG_LISTEN``     ``host:port`` to serve on (else ``NOMAD_IP_http``/``NOMAD_PORT_http``, else
                         ``127.0.0.1:0``)
 ``WATCHDOG_STATE_DIR``  where state is kept (else ``NOMAD_ALLOC_DIR``/data, else none)
-``WATCHDOG_TOKEN_FILE`` file with the bearer token for the API
+``WATCHDOG_TOKEN_FILE`` file with the bearer token for the API, for a document without a credential
+``WATCHDOG_CA_CERT``    file with the authorities that the API's certificate is verified with
 ``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token
 ======================  ====================================================================
 
@@ -17,11 +18,15 @@ Configuration document (version 1)::
 
     {"v": 1, "device_id": "...", "slug": "...", "epoch": 3, "agent_class": "default",
      "version": "0.1.0", "spec_hash": "...", "address": "127.1.0.4", "labels": {},
-     "api": ["http://127.0.0.1:9670"], "consul": "http://127.0.0.1:8500" | "",
+     "api": ["http://127.0.0.1:9670"], "ca_cert": "PEM or path; for https://", "credential": "...",
+     "consul": "http://127.0.0.1:8500" | "",
      "service": "device-watchdog-agent", "beat_s": 15.0,
      "probes": [{"kind": "tcp|http|icmp", "port": 8080, "path": "/", "expect_status": 200,
                  "interval_s": 5.0, "timeout_s": 2.0, "misses": 3}],
      "confirm": [{...a probe of another kind...}]}
+
+The credential is the bearer token of this one agent: good for reports of this device and epoch only. It
+is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.
 
 Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted;
 410 not, or no longer, the accepted agent: stop and exit 0; 409 not decidable yet: say it again after

@@ -8,9 +8,11 @@ from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import page_of
-from nomad_watchdog.api.errors import error_response
+from nomad_watchdog.api.door import ACTOR
+from nomad_watchdog.api.errors import RequestError, error_response
 from nomad_watchdog.api.schemas import ReportIn, read
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.fleet import DeviceView, Fleet
 
 RETRY_S: Final = 2
@@ -18,9 +20,12 @@ RETRY_S: Final = 2
 
 
 async def report(request: web.Request) -> web.StreamResponse:
-    """S1 at the door: 200 accepted, 410 stop, 409 say it again."""
-    body = await read(request, ReportIn)
-    result = await request.app[CONTEXT].fleet.report(body.report())
+    """S1 at the door: 200 accepted, 410 stop, 409 say it again; 403 with another's credential."""
+    said = (await read(request, ReportIn)).report()
+    claim = request[ACTOR].claim
+    if claim is not None and claim != Claim(said.slug, said.epoch):
+        raise RequestError(403, "forbidden", "this credential is for another device or epoch")
+    result = await request.app[CONTEXT].fleet.report(said)
     if result.kind is AcceptanceKind.ACCEPTED:
         return web.json_response({"accepted": True})
     if result.kind is AcceptanceKind.REFUSED:

@@ -9,8 +9,9 @@ from typing import Any, Final
 from aiohttp import web
 
 from nomad_watchdog import __version__
-from nomad_watchdog.api import agents, devices, openapi, page, sharing, stops, stream
+from nomad_watchdog.api import agents, devices, openapi, page, sharing, stops, stream, webhook
 from nomad_watchdog.api.context import CONTEXT, Context, Route
+from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
 from nomad_watchdog.api.schemas import (
     AnyOut,
@@ -25,6 +26,7 @@ from nomad_watchdog.api.schemas import (
     ReportIn,
     WebhookIn,
 )
+from nomad_watchdog.core.roles import Right
 from nomad_watchdog.errors import NotFoundError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
@@ -48,29 +50,29 @@ def make_app(
     metrics: Metrics,
     artifact: Path | None,
     max_body_bytes: int = 1024 * 1024,
-    token: str | None = None,
     operator: stops.Operator | None = None,
     leases: Leases | None = None,
+    door: Door | None = None,
 ) -> web.Application:
-    """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `token`: asked of
-    everybody except at /healthz, /ready and for the agent itself; `operator`: who takes the word that
-    held stops are meant; `leases`: who knows which replica reconciles what."""
+    """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `operator`: who takes
+    the word that held stops are meant; `leases`: who knows which replica reconciles what; `door`: who may
+    come in, by default everybody."""
     app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
     app[CONTEXT] = Context(
         fleet=fleet,
         metrics=metrics,
         artifact=artifact,
         max_body_bytes=max_body_bytes,
-        token=token.encode() if token else None,
+        door=door or Door(),
         routes=ROUTES,
         operator=operator,
         leases=leases,
     )
     for route in ROUTES:
-        app.router.add_route(route.method, route.resource, route.handler)
-        if route.method == "GET":
-            # The same headers without the body, which aiohttp leaves out by itself (RFC 9110, 9.3.2).
-            app.router.add_route("HEAD", route.resource, route.handler)
+        # HEAD: the same headers without the body, which aiohttp leaves out by itself (RFC 9110, 9.3.2).
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+            routed = app.router.add_route(method, route.resource, route.handler)
+            app[CONTEXT].routed[routed] = route
     metrics.routes(route.path for route in ROUTES)
     app.on_shutdown.append(stream.stop_following)
     return app
@@ -105,7 +107,7 @@ async def agent_artifact(request: web.Request) -> web.StreamResponse:
 
 async def describe(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    return web.json_response(openapi.describe(context.routes, secured=context.token is not None))
+    return web.json_response(openapi.describe(context.routes, secured=context.door.guarded))
 
 
 ROUTES: Final = (
@@ -126,6 +128,7 @@ ROUTES: Final = (
         "Have a device watched; durable when answered",
         {200: DeviceChange, 201: DeviceChange},
         body=DeviceIn,
+        asks=Right.CHANGE,
     ),
     Route(
         "DELETE",
@@ -133,6 +136,7 @@ ROUTES: Final = (
         devices.delete_device,
         "Stop watching a device; durable when answered",
         {200: DeviceChange},
+        asks=Right.CHANGE,
     ),
     Route(
         "POST",
@@ -141,6 +145,7 @@ ROUTES: Final = (
         "Many wishes at once, each answered by itself",
         {200: BulkOut},
         body=BulkIn,
+        asks=Right.CHANGE,
     ),
     Route(
         "POST",
@@ -148,6 +153,7 @@ ROUTES: Final = (
         devices.heartbeat,
         "A sign of life; kept in memory only",
         {204: "noted"},
+        asks=Right.CHANGE,
     ),
     Route(
         "GET",
@@ -159,10 +165,16 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/webhook",
-        devices.webhook,
-        "A gateway's event",
-        {200: DeviceChange, 201: DeviceChange},
+        webhook.webhook,
+        "A gateway's event; signed (Standard Webhooks) where secrets are configured",
+        {
+            200: DeviceChange,
+            201: DeviceChange,
+            409: "older than the last change, or an id that was used for another body",
+        },
         body=WebhookIn,
+        asks=Right.CHANGE,
+        signed=True,
     ),
     Route(
         "POST",
@@ -175,6 +187,7 @@ ROUTES: Final = (
             410: "not the accepted agent: stop",
         },
         body=ReportIn,
+        asks=Right.REPORT,
     ),
     Route(
         "GET",

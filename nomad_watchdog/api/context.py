@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 from pydantic import BaseModel
 
+from nomad_watchdog.core.roles import Right
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
 
 if TYPE_CHECKING:
+    from nomad_watchdog.api.door import Door
     from nomad_watchdog.api.stops import Operator
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -34,8 +36,17 @@ class Route:
     query: Mapping[str, str] = field(default_factory=dict)
     """Query parameter → what it is."""
     public: bool = False
-    """Answered without a token."""
+    """Answered to everybody: without a token, without a client certificate, at any rate."""
+    asks: Right | None = None
+    """The right that is asked for, where it is not the one of the method."""
+    signed: bool = False
+    """A signature may stand for the token; the handler checks it."""
     media: str = "application/json"
+
+    @property
+    def right(self) -> Right:
+        """What a caller must be allowed. A route that says nothing changes something: operators only."""
+        return self.asks or (Right.READ if self.method == "GET" else Right.OPERATE)
 
     @property
     def resource(self) -> str:
@@ -51,8 +62,10 @@ class Context:
     metrics: Metrics
     artifact: Path | None
     max_body_bytes: int
-    token: bytes | None
+    door: Door
     routes: tuple[Route, ...]
+    routed: dict[web.AbstractRoute, Route] = field(default_factory=dict)
+    """What the router found → the route of the table."""
     operator: Operator | None = None
     """Who holds stops back; None where nobody reconciles."""
     leases: Leases | None = None

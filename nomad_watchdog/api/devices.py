@@ -1,4 +1,4 @@
-"""Devices: list, read, wish, bulk, webhook."""
+"""Devices: list, read, wish, bulk."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import web
 from pydantic import ValidationError
 
+from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.door import ACTOR, check_prefix
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
     BulkEnvelope,
     BulkResult,
     DeviceIn,
     DeviceItem,
-    WebhookIn,
     problem,
     read,
 )
+from nomad_watchdog.core.events import Event, is_replay
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
 from nomad_watchdog.ledger import Registered
-from nomad_watchdog.model import Device, PlacementState, Presence, VerdictState
+from nomad_watchdog.model import Device, DeviceRecord, PlacementState, Presence, VerdictState
 from nomad_watchdog.shown import shown_placement
 
 MOST_ITEMS: Final = 1_000
@@ -192,14 +193,16 @@ def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
     }
 
 
-def _shown_change(done: Registered) -> dict[str, object]:
+def shown_change(record: DeviceRecord, *, changed: bool) -> dict[str, object]:
+    """What a write did to a record."""
     return {
-        "id": done.record.device.id,
-        "slug": done.record.slug,
-        "changed": done.changed,
-        "generation": done.record.generation,
-        "epoch": done.record.epoch,
-        "presence": done.record.presence.value,
+        "id": record.device.id,
+        "slug": record.slug,
+        "changed": changed,
+        "generation": record.generation,
+        "epoch": record.epoch,
+        "presence": record.presence.value,
+        "duplicate": False,
     }
 
 
@@ -250,46 +253,53 @@ def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
 async def put_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     body = await read(request, DeviceIn)
-    return await _put(request.app[CONTEXT].fleet, body.device(device_id))
+    return await store(request, body.device(device_id), "register")
 
 
-async def _put(fleet: Fleet, device: Device) -> web.Response:
+async def store(
+    request: web.Request, device: Device, verb: str, event: Event | None = None
+) -> web.Response:
+    """Ask for a device to be watched; 201 when it was not. verb: as the audit names it."""
+    check_prefix(request, device.id)
+    fleet = request.app[CONTEXT].fleet
     before = fleet.view(slug_of(device.id))
-    (done,) = await fleet.register([device])
+    (done,) = await fleet.register([device], event)
     new = done.changed and (before is None or before.record.presence is Presence.ABSENT)
-    return web.json_response(_shown_change(done), status=201 if new else 200)
+    if done.changed:
+        audit(request, verb, "created" if new else "changed", device.id)
+    return _changed(done, event, 201 if new else 200)
 
 
 async def delete_device(request: web.Request) -> web.StreamResponse:
-    return await _delete(request.app[CONTEXT].fleet, device_id_of(request))
+    return await remove(request, device_id_of(request), "deregister")
 
 
-async def _delete(fleet: Fleet, device_id: DeviceId) -> web.Response:
-    (done,) = await fleet.deregister([device_id])
+async def remove(
+    request: web.Request, device_id: DeviceId, verb: str, event: Event | None = None
+) -> web.Response:
+    """Say that a device has left; NotFoundError for one that never was."""
+    check_prefix(request, device_id)
+    (done,) = await request.app[CONTEXT].fleet.deregister([device_id], event)
     if done is None:
         raise _unknown(device_id)
-    return web.json_response(_shown_change(done))
+    if done.changed:
+        audit(request, verb, "removed", device_id)
+    return _changed(done, event, 200)
+
+
+def _changed(done: Registered, event: Event | None, status: int) -> web.Response:
+    shown = shown_change(done.record, changed=done.changed)
+    # Known from the record alone: after a restart, or on another replica than the first time.
+    shown["duplicate"] = bool(event and not done.changed and is_replay(done.record, event))
+    return web.json_response(shown, status=status)
 
 
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
+    check_prefix(request, device_id)
     if not request.app[CONTEXT].fleet.heartbeat(slug_of(device_id)):
         raise _unknown(device_id)
     return web.Response(status=204)
-
-
-async def webhook(request: web.Request) -> web.StreamResponse:
-    """The same effect as PUT (connected) and DELETE (disconnected)."""
-    event = await read(request, WebhookIn)
-    fleet = request.app[CONTEXT].fleet
-    device = event.device
-    device_id = DeviceId(device.id)
-    if event.event == "disconnected":
-        return await _delete(fleet, device_id)
-    if device.address is None:
-        raise RequestError(400, "invalid_body", "device.address: needed when a device connects")
-    wish = Device(device_id, device.agent_class, device.address, dict(device.labels))
-    return await _put(fleet, wish)
 
 
 async def bulk(request: web.Request) -> web.StreamResponse:
@@ -306,14 +316,14 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     for item in body.devices:
         try:
             wish = DeviceItem.model_validate(item)
-            puts[len(results)] = wish.device(_once(wish.id, seen))
+            puts[len(results)] = wish.device(_once(request, wish.id, seen))
             results.append(BulkResult(id=wish.id, action="put", status=200))
         except (ValidationError, UserError) as error:
             found = item.get("id") if isinstance(item, dict) else None
             results.append(_refused("put", found, error))
     for gone in body.delete:
         try:
-            deletes[len(results)] = _once(parse_device_id(gone), seen)
+            deletes[len(results)] = _once(request, parse_device_id(gone), seen)
             results.append(BulkResult(id=gone, action="delete", status=200))
         except UserError as error:
             results.append(_refused("delete", gone, error))
@@ -326,10 +336,15 @@ async def bulk(request: web.Request) -> web.StreamResponse:
         results[at].changed = was is not None and was.changed
         if was is None:
             results[at].status, results[at].error = 404, str(_unknown(deletes[at]))
+    changed = sum(result.changed for result in results)
+    if changed:
+        audit(request, "bulk", "changed", items=len(results), changed=changed)
     return web.json_response({"results": [result.model_dump() for result in results]})
 
 
-def _once(device_id: str, seen: set[str]) -> DeviceId:
+def _once(request: web.Request, device_id: str, seen: set[str]) -> DeviceId:
+    if not device_id.startswith(request[ACTOR].id_prefix):
+        raise UserError("this token is not for devices of such an id")
     if device_id in seen:
         raise UserError("the same device is named more than once in this request")
     seen.add(device_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from nomad_watchdog.metrics import OTHER
 log = logging.getLogger(__name__)
 
 _SAFE: Final = frozenset({"GET", "HEAD"})
+REFUSALS: Final = {401: "unauthorized", 403: "forbidden", 429: "limited"}
+"""Status → how the metric calls it."""
 _HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
@@ -76,6 +77,9 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
         response = await handler(request)
     except RequestError as error:
         response = error_response(error.status, error.code, error.message, error.headers)
+        if error.status in REFUSALS:
+            request.app[CONTEXT].metrics.refused(REFUSALS[error.status])
+            request.app[CONTEXT].door.refused(request, error.status, error.code, _route(request))
     except WatchdogError as error:
         response = _from_watchdog(error)
     except web.HTTPException as error:
@@ -99,9 +103,7 @@ def _route(request: web.Request) -> str:
 
 def _check(request: web.Request) -> None:
     context = request.app[CONTEXT]
-    public = {route.path for route in context.routes if route.public}
-    if context.token is not None and _route(request) not in public:
-        _check_token(request, context.token)
+    context.door.let_in(request, context.routed.get(request.match_info.route))
     # A page of another site must not change anything through somebody's browser.
     if request.method not in _SAFE and request.headers.get("Sec-Fetch-Site", "none") not in {
         "none",
@@ -112,16 +114,4 @@ def _check(request: web.Request) -> None:
     if encoding != "identity":
         raise RequestError(
             415, "unsupported_encoding", "the body must not be compressed (no Content-Encoding)"
-        )
-
-
-def _check_token(request: web.Request, token: bytes) -> None:
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    good = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token)
-    if scheme.lower() != "bearer" or not good:
-        raise RequestError(
-            401,
-            "unauthorized",
-            "send the API token as «Authorization: Bearer …»",
-            {"WWW-Authenticate": "Bearer"},
         )

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from nomad_watchdog import __version__
 from nomad_watchdog.api.context import Route
 from nomad_watchdog.api.schemas import ErrorOut
+from nomad_watchdog.core.roles import roles_with
 
 _REFS: Final = "#/components/schemas/{model}"
 
@@ -68,6 +69,8 @@ def _operation(route: Route, *, secured: bool) -> dict[str, Any]:
             "required": True,
             "content": _content("application/json", route.body),
         }
+    if not route.public:
+        operation["x-roles"] = [str(role) for role in roles_with(route.right)]
     if secured and not route.public:
         operation["security"] = [{"token": []}]
     return operation

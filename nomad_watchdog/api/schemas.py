@@ -217,6 +217,8 @@ class DeviceChange(BaseModel):
     generation: int
     epoch: int
     presence: str
+    duplicate: bool = False
+    """The event was applied before; this call had no effect."""
 
 
 class BulkResult(BaseModel):
@@ -278,6 +280,19 @@ async def read(request: web.Request, model: type[Model]) -> Model:
 
     Raises RequestError (400, 408, 413, 415) that says what is wrong.
     """
+    return parsed(await read_body(request), model)
+
+
+def parsed(body: bytes, model: type[Model]) -> Model:
+    """These bytes as this model. Raises RequestError (400)."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestError(400, "invalid_body", problem(error)) from None
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The bytes that were sent. Raises RequestError (408, 413, 415)."""
     if request.content_type != "application/json":
         raise RequestError(
             415, "unsupported_media_type", "the body must be JSON (Content-Type: application/json)"
@@ -287,7 +302,7 @@ async def read(request: web.Request, model: type[Model]) -> Model:
         raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await request.read()
+            return await request.read()
     except TimeoutError:
         raise RequestError(
             408,
@@ -295,7 +310,3 @@ async def read(request: web.Request, model: type[Model]) -> Model:
             f"the body was not complete after {BODY_TIMEOUT_S:g} s",
             {"Connection": "close"},
         ) from None
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise RequestError(400, "invalid_body", problem(error)) from None

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from aiohttp import web
 
+from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.schemas import ConfirmIn, read
 from nomad_watchdog.breaker import Breaker
@@ -54,4 +55,5 @@ async def confirm(request: web.Request) -> web.StreamResponse:
         text=f"an operator confirmed {count} stops",
         data={"held_id": now},
     )
+    audit(request, "confirm", "confirmed", held_id=now, stops=count)
     return web.json_response({"confirmed": count, "id": now}, status=202)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException
+from ssl import SSLContext
 from typing import Any, Final
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from nomad_watchdog.errors import (
     ConflictError,
@@ -39,7 +40,15 @@ class Api:
     """Raises UserError, NotFoundError, DeniedError, ConflictError, TransientError by the answer, and
     TerminalError when nobody answers."""
 
-    def __init__(self, address: str, token: str = "", *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str = "",
+        *,
+        timeout_s: float = TIMEOUT_S,
+        tls: Callable[[], SSLContext] | None = None,
+    ) -> None:
+        """`tls`: makes what an https address needs; it is not asked for another."""
         address = address if "//" in address else f"http://{address}"
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -49,11 +58,15 @@ class Api:
         self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._token = token
         self._timeout_s = timeout_s
-        self._opener = build_opener(_NoRedirect)
+        self._tls = tls
+        secure = (
+            [HTTPSHandler(context=tls())] if tls is not None and parts.scheme == "https" else []
+        )
+        self._opener = build_opener(_NoRedirect, *secure)
 
     def at(self, address: str) -> Api:
         """The same client at another address."""
-        return Api(address, self._token, timeout_s=self._timeout_s)
+        return Api(address, self._token, timeout_s=self._timeout_s, tls=self._tls)
 
     def holders(self) -> list[Api]:
         """Where the replicas are that reconcile: each knows only of its own shards what it would do.

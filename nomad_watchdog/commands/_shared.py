@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -13,6 +13,8 @@ from nomad_watchdog.commands._api import Api
 from nomad_watchdog.errors import UserError
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from nomad_watchdog.config import Settings
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:9670"
@@ -41,10 +43,12 @@ def settings_of(ctx: click.Context, file: str | None = None) -> Settings:
 def api_of(ctx: click.Context) -> Api:
     """The API at --address, else where the configuration file says that it listens."""
     address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
+    authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
     here = Path("nomad-watchdog.hcl").is_file()
     if not address and (ctx.obj["config"] or here):
         settings = settings_of(ctx)
         address, token_file = settings.advertise, token_file or settings.api.token_file
+        authority = authority or settings.api.ca_cert or ""
     token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
     if token_file:
         try:
@@ -54,7 +58,31 @@ def api_of(ctx: click.Context) -> Api:
             raise UserError(f"token file {token_file!a}: {why}") from error
     if token and not (token.isascii() and token.isprintable()):
         raise UserError("the API token holds characters that can't be sent")
-    return Api(address or DEFAULT_ADDRESS, token)
+    return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+
+
+def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
+    """How the API's certificate is verified, and which one we show. Raises UserError."""
+    import ssl
+
+    certificate = env.get("NOMAD_WATCHDOG_CLIENT_CERT", "")
+    key = env.get("NOMAD_WATCHDOG_CLIENT_KEY", "")
+    if bool(certificate) != bool(key):
+        raise UserError("NOMAD_WATCHDOG_CLIENT_CERT and NOMAD_WATCHDOG_CLIENT_KEY go together")
+    try:
+        context = ssl.create_default_context(cafile=authority or None)
+        if certificate:
+            context.load_cert_chain(certificate, key, password="")
+    except OSError as error:  # ssl.SSLError too
+        why = getattr(error, "reason", None) or error.strerror or "not PEM"
+        raise UserError(f"TLS files of NOMAD_WATCHDOG_*: {why}") from error
+    skip = env.get("NOMAD_WATCHDOG_SKIP_VERIFY", "").lower()
+    if skip not in ("", "0", "false", "1", "true"):
+        raise UserError("NOMAD_WATCHDOG_SKIP_VERIFY must be true or false")
+    if skip in ("1", "true"):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def no_color(ctx: click.Context) -> bool:

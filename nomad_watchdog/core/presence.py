@@ -64,6 +64,8 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
             presence=saved.presence,
             generation=saved.generation,
             changed_at=saved.changed_at,
+            event_at=saved.event_at,
+            event_marks=saved.event_marks,
         )
     return None if stored_new == stored else stored_new
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
@@ -25,6 +26,9 @@ _FIELDS: Final = frozenset(
     {"v", "slug", "id", "agent_class", "address", "labels", "presence", "generation", "epoch"}
     | {"instance", "changed_at"}
 )
+_OPTIONAL: Final = frozenset({"event_at", "event_marks"})
+"""Written only when they say something, so that records without them stay as they were."""
+_MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 
 
 class PoisonError(UserError):
@@ -47,6 +51,8 @@ def encode(record: DeviceRecord) -> bytes:
         "instance": record.instance,
         "changed_at": record.changed_at,
     }
+    if record.event_at:
+        document |= {"event_at": record.event_at, "event_marks": list(record.event_marks)}
     try:
         text = json.dumps(
             document, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
@@ -81,8 +87,8 @@ def decode(body: bytes, *, slug: str | None = None, index: int = 0) -> DeviceRec
         raise PoisonError(
             f"its version is {str(document.get('v'))[:20]!r}; this program reads {VERSION}"
         )
-    if document.keys() != _FIELDS:
-        odd = sorted(ascii(name)[:40] for name in document.keys() ^ _FIELDS)
+    if document.keys() - _OPTIONAL != _FIELDS:
+        odd = sorted(ascii(name)[:40] for name in (document.keys() - _OPTIONAL) ^ _FIELDS)
         raise PoisonError(f"fields are missing or unknown: {', '.join(odd[:5])}")
     return _record(document, slug, index)
 
@@ -116,6 +122,8 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
         instance=_text(document, "instance"),
         changed_at=WallTime(_seconds(document, "changed_at")),
         index=index,
+        event_at=_whole(document, "event_at") if "event_at" in document else 0,
+        event_marks=_marks(document.get("event_marks", [])),
     )
 
 
@@ -143,6 +151,14 @@ def _encodable(value: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise PoisonError(f"{ascii(name)[:40]} holds half a surrogate pair") from error
     return value
+
+
+def _marks(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(
+        isinstance(one, str) and _MARK.fullmatch(one) for one in value
+    ):
+        raise PoisonError("event_marks is no list of 12 hexadecimal digits each")
+    return tuple(value)
 
 
 def _whole(document: dict[str, Any], name: str) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -58,11 +59,12 @@ class Listener:
     def __init__(self, speak: Speaker) -> None:
         self.speak = speak
         self.port = free_port()
+        self.tls: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.tls)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -95,10 +97,14 @@ class Peer(Listener):
         self.status: int | None = 200
         self.headers = ""
         self.reports: list[dict[str, Any]] = []
+        self.bearer = ""
+        """The token of the last report."""
         self.refused = 0
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.bearer = head.partition(b"Authorization: Bearer ")[2].split(b"\r\n")[0].decode()
+        head = head.lower()
         assert head.startswith(b"post /v1/agents/report http/1.1")
         length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
         report = json.loads(await reader.readexactly(length))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from aiohttp import web
 from yarl import URL
 
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.door import Door as Gate
+from nomad_watchdog.api.door import door_of
 from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config_api import Api
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
@@ -29,6 +34,10 @@ class Door:
     runner: web.AppRunner
     app: web.Application
 
+    @property
+    def app_door(self) -> Gate:
+        return self.app[CONTEXT].door
+
     async def ask(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
         url = URL(self.base + path, encoded=True)
         async with self.client.request(method, url, **options) as response:
@@ -42,21 +51,34 @@ def token() -> str | None:
     return None
 
 
-@pytest.fixture
-async def door(tmp_path: Path, token: str | None) -> AsyncIterator[Door]:
-    registry = SqliteRegistry(path=tmp_path / "registry.db")
+@asynccontextmanager
+async def served(folder: Path, **options: Any) -> AsyncIterator[Door]:
+    """The API on a free port, over the registry of this folder; options as `make_app` takes them."""
+    registry = SqliteRegistry(path=folder / "registry.db")
     await registry.initialise()
     fleet, metrics = Fleet(registry, Limits(), SystemClock()), Metrics()
     fleet.reset({}, 0)
-    artifact = tmp_path / "agent.pyz"
+    artifact = folder / "agent.pyz"
     artifact.write_bytes(b"PK-agent")
-    app = make_app(fleet, metrics=metrics, artifact=artifact, max_body_bytes=65_536, token=token)
+    app = make_app(fleet, metrics=metrics, artifact=artifact, max_body_bytes=65_536, **options)
     runner = web.AppRunner(app, shutdown_timeout=2.0, **RUNNER_OPTIONS)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host, port = runner.addresses[0][:2]
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
-        yield Door(fleet, metrics, client, f"http://{host}:{port}", runner, app)
-    await runner.cleanup()
-    await registry.close()
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
+            yield Door(fleet, metrics, client, f"http://{host}:{port}", runner, app)
+    finally:
+        await runner.cleanup()
+        await registry.close()
+
+
+@pytest.fixture
+async def door(tmp_path: Path, token: str | None) -> AsyncIterator[Door]:
+    gate = None
+    if token is not None:
+        (tmp_path / "token").write_text(token)
+        gate = door_of(Api(token_file=str(tmp_path / "token")))
+    async with served(tmp_path, door=gate) as it:
+        yield it

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nomad_watchdog.config import Settings
+from nomad_watchdog.config_api import Token
 from nomad_watchdog.config_classes import AgentClass, Probe, Repair
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
@@ -196,7 +197,10 @@ def test_spec_hash_follows_behaviour_and_template_text(tmp_path: Path) -> None:
     file = write(tmp_path, text)
     first = load(file).specs()["a"]
     assert re.fullmatch("[0-9a-f]{12}", first.spec_hash)
-    assert load(file, {"NOMAD_WATCHDOG_API_LISTEN": ":1"}).specs()["a"].spec_hash == first.spec_hash
+    assert (
+        load(file, {"NOMAD_WATCHDOG_API_LISTEN": "127.0.0.1:1"}).specs()["a"].spec_hash
+        == first.spec_hash
+    )
     template.write_text("two")
     assert load(file).specs()["a"].spec_hash != first.spec_hash
     document = json.loads(first.agent_config)
@@ -229,6 +233,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
     assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
     wanted |= {f"probe.{name}" for name in Probe.model_fields}
     wanted |= {f"repair.{name}" for name in Repair.model_fields}
+    wanted |= {f"token.{name}" for name in Token.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted
 

@@ -10,8 +10,10 @@ import pytest
 from aiohttp import web
 
 from nomad_watchdog.api import make_app
+from nomad_watchdog.api.door import door_of
 from nomad_watchdog.cli import _code
 from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config_api import Api
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
@@ -28,7 +30,9 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         await registry.initialise()
         fleet = Fleet(registry, Limits(), SystemClock())
         fleet.reset({}, 0)
-        app = make_app(fleet, metrics=Metrics(), artifact=None, token="secret-token")
+        (tmp_path / "asked").write_text("secret-token")
+        door = door_of(Api(token_file=str(tmp_path / "asked")))
+        app = make_app(fleet, metrics=Metrics(), artifact=None, door=door)
         runner = web.AppRunner(app, shutdown_timeout=2.0)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -94,10 +98,12 @@ def test_events_and_incidents_take_their_options(
         assert _code(["events", "-o", "json", *options]) == 0, options
         return [json.loads(line)["device"] for line in capsys.readouterr().out.splitlines()]
 
-    assert devices() == ["a", "b"]
-    assert devices("--since", "1") == ["b"]
-    assert devices("--since", "1h") == ["a", "b"]
-    assert devices("--device", "a") == ["a"]
+    # each wish is told twice: who asked for it, and that it stands
+    assert devices() == ["a", "a", "b", "b"]
+    assert devices("--since", "2") == ["b", "b"]
+    assert devices("--since", "1h") == ["a", "a", "b", "b"]
+    assert devices("--device", "a") == ["a", "a"]
+    assert devices("--kind", "audit") == ["a", "b"]
     assert devices("--kind", "present", "--since", "1m") == ["a", "b"]
     assert devices("--kind", "verdict", "--verdict", "offline") == []
     assert _code(["events", "--since", "soon"]) == 64

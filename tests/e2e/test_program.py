@@ -192,6 +192,8 @@ async def test_held_stops_wait_for_the_operators_word(program: Program, director
 
         code, out, _ = await program("stops", "confirm", found["id"])
         assert (code, out) == (0, "12 stops confirmed\n")
+        code, out, _ = await program("events", "-o", "json")
+        assert '"audit.confirm"' in out
         await eventually(lambda: not pids_of(directory), 30.0)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -18,6 +20,8 @@ from nomad_watchdog.dev.process import free_port
 
 pytestmark = pytest.mark.servers
 
+TOKEN = "operators-s3cret-token"
+VARIABLE = "/v1/var/nomad/jobs/nomad-watchdog"
 CONFIG = """\
 resync = "3s"
 nomad {{
@@ -59,8 +63,8 @@ async def command(*arguments: str) -> str:
 async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
     tmp_path: Path, repository: Path
 ) -> None:
-    """`nomad job run` of jobs/nomad-watchdog.nomad.hcl serves the API, is found in Consul, starts an agent
-    for a device, mends a purged parent job (L2), and leaves its agents running when it is stopped (L3)."""
+    """`nomad job run` of jobs/nomad-watchdog.nomad.hcl serves the API to who has the token of the Nomad
+    variable, is found in Consul, starts an agent with a credential of its own for a device, mends a purged parent job (L2), and leaves its agents running when it is stopped (L3)."""
     port = free_port()
     device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     device_port = device.sockets[0].getsockname()[1]
@@ -71,8 +75,12 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
         device,
         ConsulServer(tmp_path / "consul") as consul,
         NomadServer(tmp_path / "nomad", consul_addr=consul.http_addr) as nomad,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session,
+        aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=5.0), headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as session,
     ):
+        items = {"api_token": TOKEN, "agent_key": "k" * 40}
+        await nomad.request("PUT", VARIABLE, {"Path": VARIABLE[8:], "Items": items})
         config.write_text(
             CONFIG.format(
                 nomad=nomad.http_addr,
@@ -109,10 +117,16 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
                 assert answer.status == 201, await answer.text()
             shown = await until(lambda name=name: watched(name))
             await nomad.request("DELETE", "/v1/job/device-watchdog?purge=true")
+        async with session.get(f"{api}/v1/agents", headers={"Authorization": "none"}) as answer:
+            assert answer.status == 401
         async with session.get(f"{api}/v1/agents") as answer:
             agent = (await answer.json())["items"][-1]
         await command(nomad_program, "job", "stop", at, "-purge", "nomad-watchdog")
         allocation = await nomad.request("GET", f"/v1/allocation/{agent['instance']}")
 
+        child = await nomad.request("GET", f"/v1/job/{quote(allocation['JobID'], safe='')}")
+
+        assert "credential" in base64.b64decode(child.pop("Payload")).decode()
+        assert "wda1." not in str(child)
         assert agent["slug"] == shown["slug"]
         assert (allocation["ClientStatus"], allocation["DesiredStatus"]) == ("running", "run")

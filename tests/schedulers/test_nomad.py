@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import pytest_asyncio
 
 from nomad_watchdog import templates
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings, translate
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.core.credential import Claim, issue
+from nomad_watchdog.credentials import Credentialed
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import (
     ConflictError,
@@ -24,6 +30,7 @@ from nomad_watchdog.errors import (
     TransientError,
     UserError,
 )
+from nomad_watchdog.keyring import SecretFile, read_keys
 from nomad_watchdog.model import AgentSpec, Epoch, PlacementState
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing.conformance import record_of
@@ -73,6 +80,44 @@ async def test_token_reaches_nomad(nomad: NomadServer, scheduler: NomadScheduler
         await scheduler.ensure(record, Epoch(1), mock_spec())
     jobs = await nomad.request("GET", f"/v1/jobs?prefix={scheduler._prefix}/dispatch-")
     assert len(jobs) == 1
+
+
+@pytest.mark.parametrize("strategy", ["dispatch", "register"])
+async def test_s10_a_credential_is_in_the_document_and_nowhere_else(
+    nomad: NomadServer, tmp_path: Path, strategy: str
+) -> None:
+    """A child's job, evaluations and allocations hold the agent's credential in its document only: not in
+    the meta, the arguments or the job's id; and a repeated start is still the same child."""
+    (tmp_path / "keys").write_text("k" * 40)
+    keys = SecretFile("keys", tmp_path / "keys", read_keys).required()
+    settings, prefix = NomadSettings(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
+    inner = NomadScheduler(settings=settings, prefix=prefix, installation="test", strategy=strategy)
+    scheduler = Credentialed(inner, keys, SystemClock())
+    record, spec = record_of("guarded"), mock_spec()
+    credential = issue(b"k" * 40, Claim(record.slug, Epoch(1)))
+    try:
+        await scheduler.prepare([spec])
+        for _ in range(2):
+            await scheduler.ensure(record, Epoch(1), spec)
+        jobs = await nomad.request("GET", f"/v1/jobs?prefix={prefix}")
+        (child,) = [job for job in jobs if record.slug in job["ID"]]
+        path = f"/v1/job/{quote(child['ID'], safe='')}"
+        job = await nomad.request("GET", path)
+        document = job.pop("Payload") if strategy == "dispatch" else _environment(job)
+        assert json.loads(base64.b64decode(document))["credential"] == credential
+        around = [job, jobs]
+        around += [
+            await nomad.request("GET", f"{path}/{what}") for what in ("evaluations", "summary")
+        ]
+        assert "wda1." not in str(around)
+        assert (await scheduler.snapshot()).placements[record.slug][0].epoch == 1
+    finally:
+        await scheduler.close()
+
+
+def _environment(job: dict[str, Any]) -> str:
+    (text,) = [task["Env"].pop("WATCHDOG_CONFIG_B64") for task in job["TaskGroups"][0]["Tasks"]]
+    return str(text)
 
 
 async def test_drained_agent_is_dead_and_placed_again(

@@ -1,0 +1,88 @@
+"""HTTPS to the control plane. Imported only where an https:// address is configured: the module `ssl`
+and its library cost a device more memory than all of the agent's own code (bench/agent.py)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+
+from . import http
+from .config import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .loop import Loop
+    from .shapes import Address, Fetched
+
+
+def context_of(ca: str) -> ssl.SSLContext:
+    """Trust in these certificates and no others. `ca`: PEM text or the path of a file, "" = the system's.
+
+    Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    path = os.environ.get("WATCHDOG_CA_CERT")
+    try:
+        if path:
+            context.load_verify_locations(cafile=path)
+        elif "BEGIN CERTIFICATE" in ca:
+            context.load_verify_locations(cadata=ca)
+        elif ca:
+            context.load_verify_locations(cafile=ca)
+        else:
+            context.set_default_verify_paths()
+    except OSError as error:
+        raise ConfigError(f"ca_cert: {http.reason_of(error)}") from None
+    return context
+
+
+class SecureFetch(http.Fetch):
+    """A Fetch over TLS: the handshake too is steps of the loop, within the same time-out."""
+
+    def __init__(  # as Fetch
+        self,
+        loop: Loop,
+        address: Address,
+        request: bytes,
+        timeout_s: float,
+        done: Fetched,
+        context: ssl.SSLContext,
+    ) -> None:
+        self.context = context
+        # Bytes: for text Python would load its IDNA tables, as in `resolve`.
+        self.name = address[0].encode("ascii")
+        self.shaken = False
+        super().__init__(loop, address, request, timeout_s, done)
+
+    def _ready(self, _mask: int) -> None:
+        try:
+            self._step()
+        except ssl.SSLWantReadError:
+            self._wait(http.READ)
+        except ssl.SSLWantWriteError:
+            self._wait(http.WRITE)
+        except OSError as error:
+            self._end(None, http.reason_of(error))
+
+    def _wait(self, events: int) -> None:
+        assert self.sock is not None
+        self.loop.watch(self.sock, events, self._ready)
+
+    def _step(self) -> None:
+        assert self.sock is not None
+        if not isinstance(self.sock, ssl.SSLSocket):
+            code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, "")
+            self.sock = self.context.wrap_socket(
+                self.sock, server_hostname=self.name, do_handshake_on_connect=False
+            )
+        if not self.shaken:
+            self.sock.do_handshake()
+            self.shaken = True
+        while self.out:
+            self.out = self.out[self.sock.send(self.out) :]
+        # Until it wants more from the wire: what is decrypted already wakes no selector.
+        while self.done is not None:
+            self._receive()

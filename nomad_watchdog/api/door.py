@@ -1,0 +1,233 @@
+"""Who is at the door, what may they do, and how fast: decided before a body is read.
+
+A caller is known by one of: a token of the configuration, an agent's credential (`core.credential`), the
+signature of a webhook (`webhook`, which needs the body and so is checked there), or nothing where no token
+is configured. With `client_ca` a certificate is asked for besides.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import Route
+from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.clock import Clock, SystemClock
+from nomad_watchdog.config_api import Api
+from nomad_watchdog.core.bucket import Buckets
+from nomad_watchdog.core.credential import PREFIX, Claim, claim_of
+from nomad_watchdog.core.roles import Role, may, roles_with
+from nomad_watchdog.core.webhooks import Window
+from nomad_watchdog.ids import DeviceId
+from nomad_watchdog.keyring import (
+    Holder,
+    Keyring,
+    SecretFile,
+    read_keys,
+    read_token,
+    read_webhook_secrets,
+)
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_S: Final = 10.0
+"""A refused request is logged so often at most; the others are counted in that line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who asks. `role` None: nobody that we know (a public route, or a webhook not checked yet)."""
+
+    name: str
+    role: Role | None
+    peer: str
+    id_prefix: str = ""
+    claim: Claim | None = None
+    """Of an agent's credential: the one device and epoch that it may speak for."""
+    certificate: str = ""
+    """Common name in the client's certificate."""
+
+    @property
+    def known(self) -> bool:
+        """Whether they have shown a token or a credential."""
+        return self.role is not None and self.name != _NOBODY
+
+    @property
+    def client(self) -> str:
+        """Whose share of the API this request takes."""
+        return self.name if self.known else self.peer
+
+
+_NOBODY: Final = "anonymous"
+ACTOR: Final = web.RequestKey("actor", Actor)
+
+
+@dataclass(slots=True)
+class Door:
+    """Lets requests in. `keyring` None: no token is configured, and everybody may do everything."""
+
+    clock: Clock = field(default_factory=SystemClock)
+    keyring: Keyring | None = None
+    agent_keys: SecretFile | None = None
+    webhook_secrets: SecretFile | None = None
+    wants_certificate: bool = False
+    buckets: Buckets | None = None
+    window: Window = field(default_factory=Window)
+    _logged_at: float = float("-inf")
+    _unlogged: int = 0
+
+    @property
+    def guarded(self) -> bool:
+        """Whether callers must say who they are."""
+        return self.keyring is not None
+
+    def own_token(self) -> str:
+        """What we say to other replicas, who have the same settings; "" = nothing."""
+        now = self.clock.monotonic()
+        return self.keyring.token_of(Role.OPERATOR, now) if self.keyring is not None else ""
+
+    def let_in(self, request: web.Request, route: Route | None) -> None:
+        """Note in the request who this is, if they may come in. route: None = there is no such route.
+
+        Raises RequestError: 401 who are you, 403 you may not, 429 not so fast."""
+        peer = peer_of(request)
+        if route is not None and route.public:
+            request[ACTOR] = Actor(_NOBODY, None, peer)
+            return
+        try:
+            actor = request[ACTOR] = self._who(request, route, peer)
+        except RequestError:
+            self._take(peer)  # whoever guesses tokens guesses at the rate of one client
+            raise
+        self._take(actor.client)
+        self._check_certificate(actor)
+        if route is not None and actor.role is not None and not may(actor.role, route.right):
+            needed = " or ".join(roles_with(route.right))
+            raise RequestError(
+                403, "forbidden", f"this needs a token of the role {needed}; yours is {actor.role}"
+            )
+
+    def _who(self, request: web.Request, route: Route | None, peer: str) -> Actor:
+        certificate = _common_name(request) if self.wants_certificate else ""
+        header = request.headers.get("Authorization")
+        if header is None and self.webhook_secrets is not None and route and route.signed:
+            return Actor("webhook", None, peer, certificate=certificate)
+        scheme, _, text = (header or "").partition(" ")
+        given = text.strip() if scheme.lower() == "bearer" else ""
+        now = self.clock.monotonic()
+        if self.agent_keys is not None and given.startswith(f"{PREFIX}."):
+            claim = claim_of(self.agent_keys.now(now), given)
+            if claim is not None:
+                return Actor(f"agent:{claim.slug}", Role.AGENT, peer, "", claim, certificate)
+        elif self.keyring is None:
+            return Actor(_NOBODY, Role.OPERATOR, peer, certificate=certificate)
+        elif given:
+            holder = self.keyring.holder_of(given.encode("utf-8", "surrogateescape"), now)
+            if holder is not None:
+                return Actor(
+                    f"token:{holder.name}", holder.role, peer, holder.id_prefix, None, certificate
+                )
+        raise RequestError(
+            401,
+            "unauthorized",
+            "send a token that is known here as «Authorization: Bearer …»",
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+    def _take(self, client: str) -> None:
+        if self.buckets is None:
+            return
+        wait_s = self.buckets.take(client, self.clock.monotonic())
+        if wait_s:
+            raise RequestError(
+                429,
+                "too_many_requests",
+                f"at most {self.buckets.rate:g} requests a second are allowed for long",
+                {"Retry-After": str(max(1, math.ceil(wait_s)))},
+            )
+
+    def _check_certificate(self, actor: Actor) -> None:
+        # An agent has no certificate: its credential is worth less than one, and all that it needs.
+        if self.wants_certificate and not actor.certificate and actor.claim is None:
+            raise RequestError(
+                403,
+                "certificate_needed",
+                "a client certificate is asked for here, and none was sent",
+            )
+
+    def refused(self, request: web.Request, status: int, code: str, route: str) -> None:
+        """Say in the log that somebody was not let in; a flood of them is one line."""
+        now = self.clock.monotonic()
+        if now - self._logged_at < LOG_EVERY_S:
+            self._unlogged += 1
+            return
+        actor = request.get(ACTOR)
+        facts = {"status": status, "code": code, "route": route, "peer": peer_of(request)}
+        facts |= {"actor": actor.name if actor else "", "others_before": self._unlogged}
+        log.warning("request refused", extra=facts)
+        self._logged_at, self._unlogged = now, 0
+
+
+def door_of(api: Api) -> Door:
+    """The door that the settings describe. Raises UserError for a file that holds no good secret."""
+    tokens: dict[Holder, SecretFile] = {}
+    if api.token_file:
+        file = SecretFile("api.token_file", Path(api.token_file), read_token)
+        tokens[Holder("token_file", Role.OPERATOR)] = file.required()
+    for name, token in api.token.items():
+        file = SecretFile(f"the file of api.token {name}", Path(token.file), read_token)
+        tokens[Holder(name, Role(token.role), token.id_prefix)] = file.required()
+    keyring = Keyring(tokens) if tokens else None
+    if keyring is not None:
+        keyring.check_distinct()
+    return Door(
+        keyring=keyring,
+        agent_keys=_needed("api.agent_key_file", api.agent_key_file, read_keys),
+        webhook_secrets=_needed(
+            "api.webhook_secrets_file", api.webhook_secrets_file, read_webhook_secrets
+        ),
+        wants_certificate=api.client_ca is not None,
+        buckets=Buckets(api.rate, api.burst),
+    )
+
+
+def _needed(setting: str, path: str | None, reader: Any) -> SecretFile | None:
+    return SecretFile(setting, Path(path), reader).required() if path else None
+
+
+def check_prefix(request: web.Request, device_id: DeviceId) -> None:
+    """Raises RequestError (403) when this token may not change this device."""
+    prefix = request[ACTOR].id_prefix
+    if not device_id.startswith(prefix):
+        raise RequestError(
+            403, "forbidden", f"this token is for devices whose id begins with {prefix!a}"
+        )
+
+
+def peer_of(request: web.Request) -> str:
+    """The other side's address; of IPv6 the network, for one host has 2^64 addresses in it."""
+    text = request.remote or "unknown"
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return text
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is None and not address.is_loopback:
+        return f"{IPv6Address(int(address) >> 64 << 64)}/64"
+    return str(address)
+
+
+def _common_name(request: web.Request) -> str:
+    """Of the client's certificate, which the handshake has verified; "" without one."""
+    found = request.get_extra_info("peercert")
+    if not found:
+        return ""
+    names = [
+        value for part in found.get("subject", ()) for key, value in part if key == "commonName"
+    ]
+    return names[-1][:64] if names else "unnamed"

@@ -1,0 +1,79 @@
+"""A gateway's event: signed or with a token, applied once (S5)."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.devices import remove, shown_change, store
+from nomad_watchdog.api.door import ACTOR
+from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.schemas import WebhookIn, parsed, read_body
+from nomad_watchdog.core import events
+from nomad_watchdog.core.webhooks import Seen, SignatureError, Signed, verify
+from nomad_watchdog.errors import ConflictError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Device
+
+
+async def webhook(request: web.Request) -> web.StreamResponse:
+    """The same effect as PUT (connected) and DELETE (disconnected).
+
+    Where secrets are configured, a call without a token must be signed; 401 if it is not. A repeated id
+    has no effect: 200 with `duplicate`, or 409 when it comes with another body."""
+    body = await read_body(request)
+    signed = _signature(request, body)
+    if signed is None:
+        return await _apply(request, parsed(body, WebhookIn), None)
+    context = request.app[CONTEXT]
+    window, now = context.door.window, context.fleet.clock.wall()
+    match window.claim(signed, body, now):
+        case Seen.DONE:
+            return _duplicate(context.fleet, parsed(body, WebhookIn))
+        case Seen.OTHER:
+            raise RequestError(409, "conflict", "this webhook-id was used for another body")
+        case Seen.BUSY:
+            raise ConflictError("the same event is being applied")
+    done = False
+    try:
+        answer = await _apply(request, parsed(body, WebhookIn), signed)
+        done = True
+    finally:
+        window.settle(signed, done=done)
+    return answer
+
+
+def _signature(request: web.Request, body: bytes) -> Signed | None:
+    """Who signed it; None where a token stands for it. Raises RequestError (401)."""
+    context = request.app[CONTEXT]
+    headers = request.headers
+    secrets, signature = context.door.webhook_secrets, headers.get("webhook-signature", "")
+    if secrets is None or (request[ACTOR].known and not signature):
+        return None
+    told = (headers.get("webhook-id", ""), headers.get("webhook-timestamp", ""), signature)
+    clock = context.fleet.clock
+    try:
+        return verify(secrets.now(clock.monotonic()), told, body, clock.wall())
+    except SignatureError as error:
+        raise RequestError(
+            401, "unauthorized", str(error), {"WWW-Authenticate": "Bearer"}
+        ) from None
+
+
+async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -> web.Response:
+    event = events.Event(signed.id, signed.at) if signed is not None else None
+    device = said.device
+    device_id = DeviceId(device.id)
+    if said.event == "disconnected":
+        return await remove(request, device_id, "webhook", event)
+    if device.address is None:
+        raise RequestError(400, "invalid_body", "device.address: needed when a device connects")
+    wish = Device(device_id, device.agent_class, device.address, dict(device.labels))
+    return await store(request, wish, "webhook", event)
+
+
+def _duplicate(fleet: Fleet, said: WebhookIn) -> web.Response:
+    record = fleet.records.get(slug_of(DeviceId(said.device.id)))
+    known = {} if record is None else shown_change(record, changed=False)
+    return web.json_response({"id": said.device.id, **known, "duplicate": True})

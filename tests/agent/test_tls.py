@@ -1,0 +1,157 @@
+"""The agent over https: what it trusts, what it shows of itself, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import ssl
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from nomad_watchdog.artifact import build_agent
+from tests.agent.world import Agent, World, a_world, until
+
+CREDENTIAL = "wda1.pump-7-abc.3.c0ffee-secret"
+
+
+@pytest.fixture
+async def secure(tmp_path: Path) -> Any:
+    """A world whose peer speaks TLS, and the authority of its certificate."""
+    authority = trustme.CA()
+    async with a_world(tmp_path) as world:
+        await world.peer.stop()
+        world.peer.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1", "localhost").configure_cert(world.peer.tls)
+        await world.peer.start()
+        yield world, authority.cert_pem.bytes().decode()
+
+
+def agent_of(world: World, ca: str, **changes: Any) -> Agent:
+    api = [f"https://127.0.0.1:{world.peer.port}"]
+    return world.agent(**{"api": api, "ca_cert": ca, "credential": CREDENTIAL, **changes})
+
+
+async def test_reports_over_https_with_its_credential(secure: Any, tmp_path: Path) -> None:
+    """The single-file agent trusts the authority in its document, sends its credential instead of the
+    token in a file, says goodbye, and shows the credential nowhere (S10)."""
+    world, ca = secure
+    build_agent(tmp_path / "agent.pyz")
+    (tmp_path / "token").write_text("shared-token")
+    agent = agent_of(world, ca)
+    agent.argv = [sys.executable, "-I", "-S", str(tmp_path / "agent.pyz")]
+    agent.extra = {"WATCHDOG_TOKEN_FILE": str(tmp_path / "token")}
+    await agent.start()
+    await world.peer.saw("a report", ready=True)
+    assert world.peer.bearer == CREDENTIAL
+    pages = [(await agent.get(path))[1] for path in ("/status", "/metrics", "/healthz")]
+    arguments = Path(f"/proc/{agent.pid}/cmdline").read_bytes().decode()
+    environment = Path(f"/proc/{agent.pid}/environ").read_bytes().decode()
+    assert await agent.signal(signal.SIGTERM) == 143
+    assert world.peer.last["stopping"] is True
+    said = [*pages, arguments, environment, str(agent.log), str(world.peer.reports)]
+    assert not any("c0ffee" in text for text in said)
+
+
+@pytest.mark.parametrize("way", ["file in the document", "file in the environment", "name"])
+async def test_other_ways_to_trust(secure: Any, tmp_path: Path, way: str) -> None:
+    """A path in the document, a path in the environment, and a host name instead of an address work."""
+    world, ca = secure
+    file = tmp_path / "ca.pem"
+    file.write_text(ca)
+    agent = agent_of(world, str(file) if way == "file in the document" else ca)
+    if way == "file in the environment":
+        agent.config["ca_cert"] = trustme.CA().cert_pem.bytes().decode()
+        agent.extra = {"WATCHDOG_CA_CERT": str(file)}
+    if way == "name":
+        agent.config["api"] = [f"https://localhost:{world.peer.port}"]
+    await agent.start()
+    await world.peer.saw("a report", ready=True)
+
+
+async def test_a_server_that_is_not_trusted_gets_nothing(secure: Any) -> None:
+    """With another authority nothing is sent, the log says why, and the agent goes on watching."""
+    world, _ = secure
+    agent = agent_of(world, trustme.CA().cert_pem.bytes().decode())
+    await agent.start()
+
+    def said() -> bool:
+        return any("report failed: TLS: " in line["msg"] for line in agent.log)
+
+    await until(said, "a reason in the log")
+    assert world.peer.bearer == ""
+    assert (await agent.status())["was_ready"] is True
+    assert await agent.signal(signal.SIGTERM) == 143
+
+
+async def test_wedged_handshakes_hold_up_nothing(secure: Any) -> None:
+    """A peer that takes the connection and never shakes hands, then one that speaks no TLS: the agent
+    stays answering, and ends within 3 s of a signal."""
+    world, ca = secure
+    await world.peer.stop()
+    world.peer.tls, met = None, asyncio.Event()
+
+    async def mute(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        met.set()
+        while await reader.read(4096):
+            pass
+
+    world.peer.speak = mute
+    await world.peer.start()
+    agent = agent_of(world, ca)
+    await agent.start()
+    async with asyncio.timeout(20):
+        await met.wait()
+    assert (await agent.get("/healthz"))[0] == 200
+
+    async def rude(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    world.peer.speak = rude
+    await until(lambda: any("TLS: " in line["msg"] for line in agent.log), "no TLS", 20.0)
+    assert await agent.signal(signal.SIGTERM) == 143
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ca_cert": "/nowhere/ca.pem"}, "ca_cert: no such file"),
+        ({"ca_cert": "-----BEGIN CERTIFICATE-----\nx"}, "ca_cert"),
+        ({"ca_cert": 5}, "ca_cert is 5"),
+        ({"credential": "c0ffee secret"}, "credential must be printable"),
+        ({"credential": ["c0ffee"]}, "credential must be printable"),
+    ],
+)
+async def test_what_can_not_be_used_is_said_at_start(
+    secure: Any, change: dict[str, Any], words: str
+) -> None:
+    """A wrong authority or credential is exit 64 with a line that names it, and never the credential."""
+    world, ca = secure
+    agent = agent_of(world, ca, **change)
+    with pytest.raises(AssertionError):
+        await agent.start()
+    assert agent.process is not None
+    assert await agent.process.wait(10.0) == 64
+    assert words in str(agent.log)
+    assert "c0ffee" not in str(agent.log)
+
+
+async def test_tls_costs_only_who_uses_it(secure: Any, tmp_path: Path) -> None:
+    """An agent with an http address has not loaded the library of TLS; one with https has at most 22 MB."""
+    world, ca = secure
+    build_agent(tmp_path / "agent.pyz")
+    argv = [sys.executable, "-I", "-S", str(tmp_path / "agent.pyz")]
+    plain, secured = agent_of(world, ca), agent_of(world, ca)
+    plain.config["api"] = [f"http://127.0.0.1:{world.dead_port}"]
+    plain.argv = secured.argv = argv
+    await plain.start()
+    await secured.start()
+    await world.peer.saw("a report", ready=True)
+    await until(lambda: len(world.peer.reports) > 3, "a few reports")
+    assert "_ssl" not in Path(f"/proc/{plain.pid}/maps").read_text()
+    assert "_ssl" in Path(f"/proc/{secured.pid}/maps").read_text()
+    assert secured.kilobytes("VmRSS") < 22_000, secured.kilobytes("VmRSS")

@@ -1,0 +1,390 @@
+"""Who gets in over real HTTP: roles, credentials, files that change, rates, audit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.api.app import ROUTES
+from nomad_watchdog.api.door import Door, door_of
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config_api import Api, Token
+from nomad_watchdog.core.bucket import Buckets
+from nomad_watchdog.core.credential import Claim, issue
+from nomad_watchdog.core.roles import Right, Role
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Epoch, Monotonic
+from tests.api.conftest import served
+from tests.api.test_api import WISH, _report
+
+KEY = "k" * 40
+SECRETS = {role: f"{role}-token-{'x' * 20}" for role in Role}
+
+
+class Later(SystemClock):
+    """A clock whose monotonic time the test sets forward."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(super().monotonic() + self.ahead)
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def credential(name: str, epoch: int, key: str = KEY) -> str:
+    return issue(key.encode(), Claim(slug_of(DeviceId(name)), Epoch(epoch)))
+
+
+def settings(folder: Path, **changes: Any) -> Api:
+    """An API with a token of each role, whose files are in the folder."""
+    tokens = {}
+    for role in Role:
+        (folder / role).write_text(SECRETS[role] + "\n")
+        prefix = "gw-" if role is Role.DEVICE else ""
+        tokens[str(role)] = Token(role=role.value, file=str(folder / role), id_prefix=prefix)
+    (folder / "keys").write_text(f"{KEY}\n")
+    values = {"token": tokens, "agent_key_file": str(folder / "keys"), **changes}
+    return Api(**values)
+
+
+@pytest.fixture
+def secured(tmp_path: Path) -> Door:
+    door = door_of(settings(tmp_path))
+    door.clock = Later()
+    return door
+
+
+def paths() -> Iterator[tuple[str, str, Right]]:
+    for route in ROUTES:
+        if not route.public:
+            yield route.method, route.path.replace("{id}", "gw-none"), route.right
+
+
+async def test_each_role_gets_what_the_table_says_and_no_more(
+    tmp_path: Path, secured: Door
+) -> None:
+    """Over every route that is not public: 401 without a token and with an unknown one, 403 with a role
+    that has no right, which names one that has, and neither with a role that has."""
+    async with served(tmp_path, door=secured) as door:
+        for method, path, right in paths():
+            for headers in ({}, bearer("nope"), {"Authorization": "Basic abc"}):
+                status, body = await door.ask(method, path, headers=headers)
+                assert status == 401, (method, path)
+            for role in Role:
+                url, headers = door.base + path, bearer(SECRETS[role])
+                async with door.client.request(method, url, headers=headers) as response:
+                    may = (
+                        right
+                        in {
+                            Role.VIEWER: {Right.READ},
+                            Role.DEVICE: {Right.CHANGE},
+                            Role.AGENT: {Right.REPORT},
+                            Role.OPERATOR: set(Right),
+                        }[role]
+                    )
+                    assert (response.status not in {401, 403}) == may, (method, path, role)
+                    if not may:
+                        body = await response.json()
+                        assert "operator" in body["error"]["message"]
+                        assert f"yours is {role}" in body["error"]["message"]
+
+
+def test_what_changes_something_is_for_operators_unless_it_says_otherwise() -> None:
+    """A route that changes something and is open to another role is one of these, and no route of the
+    table that is public changes anything."""
+    open_to_more = {
+        (route.method, route.path): route.right
+        for route in ROUTES
+        if route.method != "GET" and route.right is not Right.OPERATE
+    }
+    assert open_to_more == {
+        ("PUT", "/v1/devices/{id}"): Right.CHANGE,
+        ("DELETE", "/v1/devices/{id}"): Right.CHANGE,
+        ("POST", "/v1/devices:bulk"): Right.CHANGE,
+        ("POST", "/v1/devices/{id}/heartbeat"): Right.CHANGE,
+        ("POST", "/v1/webhook"): Right.CHANGE,
+        ("POST", "/v1/agents/report"): Right.REPORT,
+    }
+    assert {route.method for route in ROUTES if route.public} == {"GET"}
+
+
+async def test_openapi_tells_the_roles(tmp_path: Path, secured: Door) -> None:
+    """The description names for each operation the roles that may use it, and public ones have none."""
+    async with served(tmp_path, door=secured) as door:
+        url = "/v1/openapi.json"
+        _, spec = await door.ask("GET", url, headers=bearer(SECRETS[Role.VIEWER]))
+    assert spec["paths"]["/v1/devices"]["get"]["x-roles"] == ["viewer", "operator"]
+    assert spec["paths"]["/v1/webhook"]["post"]["x-roles"] == ["device", "operator"]
+    assert spec["paths"]["/v1/agents/report"]["post"]["x-roles"] == ["agent", "operator"]
+    assert spec["paths"]["/v1/plan:confirm"]["post"]["x-roles"] == ["operator"]
+    assert "x-roles" not in spec["paths"]["/healthz"]["get"]
+
+
+async def test_a_prefix_limits_a_device_token(tmp_path: Path, secured: Door) -> None:
+    """A token with a prefix changes devices of that prefix, one by one, in bulk and by webhook, and is
+    refused for others."""
+    headers = bearer(SECRETS[Role.DEVICE])
+    async with served(tmp_path, door=secured) as door:
+        for name, status in (("gw-1", 201), ("other", 403)):
+            path = f"/v1/devices/{name}"
+            assert (await door.ask("PUT", path, json=WISH, headers=headers))[0] == status
+            beat = await door.ask("POST", f"{path}/heartbeat", headers=headers)
+            assert beat[0] == (204 if status == 201 else 403)
+            gone = {"event": "disconnected", "device": {"id": name}}
+            told = await door.ask("POST", "/v1/webhook", json=gone, headers=headers)
+            assert told[0] == (200 if status == 201 else 403)
+        body = {"devices": [{"id": "gw-2", **WISH}, {"id": "x", **WISH}], "delete": ["y"]}
+        _, answer = await door.ask("POST", "/v1/devices:bulk", json=body, headers=headers)
+        assert [r["status"] for r in answer["results"]] == [200, 400, 400]
+        assert door.fleet.view(slug_of(DeviceId("x"))) is None
+
+
+async def test_a_changed_file_counts_and_a_missing_one_revokes(
+    tmp_path: Path, secured: Door
+) -> None:
+    """A second after its file changed the old token is 401 and the new one good; without its file it is
+    401 too, and the others go on."""
+    clock = secured.clock
+    assert isinstance(clock, Later)
+    async with served(tmp_path, door=secured) as door:
+
+        async def status(secret: str) -> int:
+            clock.ahead += 2
+            return (await door.ask("GET", "/v1/status", headers=bearer(secret)))[0]
+
+        assert await status(SECRETS[Role.VIEWER]) == 200
+        (tmp_path / "viewer").write_text("a-new-token-for-the-viewer")
+        assert await status(SECRETS[Role.VIEWER]) == 401
+        assert await status("a-new-token-for-the-viewer") == 200
+        (tmp_path / "viewer").unlink()
+        assert await status("a-new-token-for-the-viewer") == 401
+        assert await status("") == 401
+        assert await status(SECRETS[Role.OPERATOR]) == 200
+
+
+async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
+    tmp_path: Path, secured: Door
+) -> None:
+    """The agent's own report is accepted; for another device or epoch it is 403; a forged credential is
+    401; it opens no other route; and S1 still judges: an old epoch is 410."""
+    path = "/v1/agents/report"
+    operator = bearer(SECRETS[Role.OPERATOR])
+    async with served(tmp_path, door=secured) as door:
+        for name in ("cam", "other"):
+            await door.ask("PUT", f"/v1/devices/{name}", json=WISH, headers=operator)
+        good = bearer(credential("cam", 0))
+
+        async def told(headers: dict[str, str], **changed: Any) -> int:
+            return (await door.ask("POST", path, json=_report(**changed), headers=headers))[0]
+
+        assert await told(good) == 200
+        assert await told(good, device_id="other") == 403
+        assert await told(good, epoch=1) == 403
+        assert await told(bearer(credential("cam", 1))) == 403
+        assert await told(bearer(credential("cam", 0, "f" * 40))) == 401
+        assert await told(bearer(credential("never", 0)), device_id="never") == 410
+        assert await told(bearer(SECRETS[Role.AGENT])) == 200
+        assert await told(bearer(SECRETS[Role.VIEWER])) == 403
+        for method, other, _ in paths():
+            if other != path:
+                assert (await door.ask(method, other, headers=good))[0] == 403, other
+
+
+async def test_credentials_outlive_a_change_of_key(tmp_path: Path, secured: Door) -> None:
+    """With a new first key the old key's credentials are good as long as its line is there."""
+    assert isinstance(secured.clock, Later)
+    operator = bearer(SECRETS[Role.OPERATOR])
+    old, new = bearer(credential("cam", 0)), bearer(credential("cam", 0, "n" * 40))
+    async with served(tmp_path, door=secured) as door:
+        await door.ask("PUT", "/v1/devices/cam", json=WISH, headers=operator)
+        for lines, status_old, status_new in (
+            (KEY, 200, 401),
+            (f"{'n' * 40}\n{KEY}", 200, 200),
+            ("n" * 40, 401, 200),
+        ):
+            (tmp_path / "keys").write_text(lines)
+            secured.clock.ahead += 2
+            for headers, status in ((old, status_old), (new, status_new)):
+                asked = await door.ask("POST", "/v1/agents/report", json=_report(), headers=headers)
+                assert asked[0] == status, lines
+
+
+async def test_an_open_api_still_checks_credentials(tmp_path: Path) -> None:
+    """Without tokens, on this machine, a credential that is sent must be good, and fit."""
+    api = Api(agent_key_file=str(tmp_path / "keys"))
+    (tmp_path / "keys").write_text(KEY)
+    async with served(tmp_path, door=door_of(api)) as door:
+        await door.ask("PUT", "/v1/devices/cam", json=WISH)
+        for headers, status in (
+            (bearer(credential("cam", 0)), 200),
+            (bearer(credential("cam", 0, "f" * 40)), 401),
+            (bearer(credential("dog", 0)), 403),
+        ):
+            asked = await door.ask("POST", "/v1/agents/report", json=_report(), headers=headers)
+            assert asked[0] == status
+
+
+async def test_s9_each_client_has_its_own_share(tmp_path: Path, secured: Door) -> None:
+    """A token beyond its burst is 429 with Retry-After, while another token, an agent's credential and the
+    health check are answered; after that time it is answered again."""
+    assert isinstance(secured.clock, Later)
+    secured.buckets = Buckets(0.5, 3)
+    viewer, operator = bearer(SECRETS[Role.VIEWER]), bearer(SECRETS[Role.OPERATOR])
+    async with served(tmp_path, door=secured) as door:
+        asked = [await door.ask("GET", "/v1/status", headers=viewer) for _ in range(4)]
+        assert [status for status, _ in asked] == [200, 200, 200, 429]
+        async with door.client.get(door.base + "/v1/status", headers=viewer) as response:
+            wait = int(response.headers["Retry-After"])
+        assert 1 <= wait <= 2
+        assert (await door.ask("GET", "/v1/status", headers=operator))[0] == 200
+        for name in ("a", "b", "c", "d", "e"):
+            headers = bearer(credential(name, 0))
+            report = _report(device_id=name)
+            asked = [await door.ask("POST", "/v1/agents/report", json=report, headers=headers)]
+            assert asked[0][0] == 410
+        assert [(await door.ask("GET", "/healthz"))[0] for _ in range(9)] == [200] * 9
+        guesses = [
+            (await door.ask("GET", "/v1/status", headers=bearer("guess")))[0] for _ in "1234"
+        ]
+        assert guesses == [401, 401, 401, 429]
+        secured.clock.ahead += wait
+        assert (await door.ask("GET", "/v1/status", headers=viewer))[0] == 200
+        text = door.metrics.render().decode()
+        assert 'api_refusals_total{reason="limited"} 3.0' in text
+        assert 'api_refusals_total{reason="unauthorized"} 3.0' in text
+
+
+async def test_each_change_is_audited_once_with_who_and_what(
+    tmp_path: Path, secured: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Register, deregister, webhook and bulk make an event and a log line with actor, role, peer, device
+    and outcome; a repeat that changes nothing makes none; no token stands in either (S10)."""
+    caplog.set_level(logging.INFO)
+    headers, gateway = bearer(SECRETS[Role.OPERATOR]), bearer(SECRETS[Role.DEVICE])
+    async with served(tmp_path, door=secured) as door:
+        for _ in range(2):
+            await door.ask("PUT", "/v1/devices/gw-1", json=WISH, headers=headers)
+        other = {**WISH, "address": "127.0.0.2"}
+        await door.ask("PUT", "/v1/devices/gw-1", json=other, headers=gateway)
+        gone = {"event": "disconnected", "device": {"id": "gw-1"}}
+        for _ in range(2):
+            await door.ask("POST", "/v1/webhook", json=gone, headers=gateway)
+        bulk = {"devices": [{"id": "a", **WISH}, {"id": "b", **WISH}], "delete": ["gw-1"]}
+        await door.ask("POST", "/v1/devices:bulk", json=bulk, headers=headers)
+        await door.ask("DELETE", "/v1/devices/a", headers=headers)
+        _, page = await door.ask("GET", "/v1/events", headers=headers)
+    audits = [item for item in page["items"] if item["kind"].startswith("audit.")]
+    assert [(a["kind"], a["device"], a["data"]["actor"], a["data"]["outcome"]) for a in audits] == [
+        ("audit.register", "gw-1", "token:operator", "created"),
+        ("audit.register", "gw-1", "token:device", "changed"),
+        ("audit.webhook", "gw-1", "token:device", "removed"),
+        ("audit.bulk", "", "token:operator", "changed"),
+        ("audit.deregister", "a", "token:operator", "removed"),
+    ]
+    assert audits[3]["data"]["changed"] == 2
+    assert {a["data"]["peer"] for a in audits} == {"127.0.0.1"}
+    lines = [r for r in caplog.records if r.message == "changed through the API"]
+    assert len(lines) == len(audits)
+    said = json.dumps(page) + "".join(str(vars(record)) for record in caplog.records)
+    assert not any(secret in said for secret in SECRETS.values())
+
+
+async def test_refusals_are_logged_as_one_line(
+    tmp_path: Path, secured: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fifty refused requests are counted, and make one line in ten seconds; the next line says how many
+    it stands for, and neither holds what was sent."""
+    assert isinstance(secured.clock, Later)
+    async with served(tmp_path, door=secured) as door:
+        for _ in range(50):
+            await door.ask("GET", "/v1/status", headers=bearer("guessed-secret"))
+        secured.clock.ahead += 11
+        headers = bearer(SECRETS[Role.VIEWER])
+        assert (await door.ask("DELETE", "/v1/devices/x", headers=headers))[0] == 403
+        text = door.metrics.render().decode()
+    assert 'api_refusals_total{reason="unauthorized"} 50.0' in text
+    assert 'api_refusals_total{reason="forbidden"} 1.0' in text
+    lines = [vars(record) for record in caplog.records if record.message == "request refused"]
+    told = [(line["status"], line["actor"], line["others_before"]) for line in lines]
+    assert told == [(401, "", 0), (403, "token:viewer", 49)]
+    assert "guessed-secret" not in str(lines)
+
+
+HOSTILE = [
+    "Bearer",
+    "Bearer ",
+    "Bearer  \t ",
+    "bearer " + "x" * 8000,
+    "Bearer wda1....",
+    "Bearer wda1." + "9" * 500,
+    "Bearer wda1.a-b.99999999999999999999999.x",
+    "Bearer wda1.a-b.٣.x",
+    "Bearer \udcff\udcfe",
+    "Basic Og==",
+    "Bearer a b c",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda text: ascii(text)[:30])
+async def test_hostile_authorization_headers_are_401(
+    tmp_path: Path, secured: Door, value: str
+) -> None:
+    """Whatever stands in the header, the answer is 401 in our form, and does not repeat it."""
+    async with served(tmp_path, door=secured) as door:
+        status, body = await door.ask("GET", "/v1/status", headers={"Authorization": value})
+    assert status == 401
+    assert set(body["error"]) == {"code", "message"}
+    assert "wda1" not in body["error"]["message"]
+
+
+async def test_two_authorization_headers_do_not_add_up(tmp_path: Path, secured: Door) -> None:
+    """A second header changes nothing: the first one counts."""
+    headers = [("Authorization", "Bearer nope"), *bearer(SECRETS[Role.OPERATOR]).items()]
+    async with (
+        served(tmp_path, door=secured) as door,
+        door.client.get(door.base + "/v1/status", headers=headers) as response,
+    ):
+        assert response.status in {400, 401}
+
+
+@pytest.mark.parametrize(
+    ("setting", "content", "words"),
+    [
+        ("token_file", None, "No such file"),
+        ("token_file", b" \n", "is empty"),
+        ("token_file", b"\xff", "is not text"),
+        ("token_file", b"x" * 70_000, "larger than"),
+        ("agent_key_file", b"too short", "line 1 has 9 characters"),
+        ("agent_key_file", f"{KEY}\nshort".encode(), "line 2 has 5 characters"),
+        ("webhook_secrets_file", b"hunter2-hunter2", "begins with whsec_"),
+    ],
+)
+def test_a_file_without_a_good_secret_is_refused_at_start(
+    tmp_path: Path, setting: str, content: bytes | None, words: str
+) -> None:
+    """The message names the setting and what is wrong, and holds nothing of the file (S10)."""
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"api.{setting} .*{re.escape(words)}") as caught:
+        door_of(Api(**{setting: str(file)}))
+    assert "hunter2" not in str(caught.value)
+    assert "too short'" not in str(caught.value)
+
+
+def test_two_names_for_one_token_are_refused(tmp_path: Path) -> None:
+    """Two files that hold the same token can't say whose it is."""
+    api = settings(tmp_path)
+    (tmp_path / "viewer").write_text(SECRETS[Role.OPERATOR])
+    with pytest.raises(UserError, match="the same token"):
+        door_of(api)

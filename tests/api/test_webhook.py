@@ -1,0 +1,206 @@
+"""Signed webhooks over real HTTP: who may send one, and what a replay does."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.api.door import Door as Gate
+from nomad_watchdog.api.door import door_of
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config_api import Api
+from nomad_watchdog.core.webhooks import Signed, sign
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.model import DeviceRecord, Presence, WallTime
+from tests.api.conftest import Door, served
+
+SECRETS = [b"s" * 32, b"t" * 32]
+CONNECTED = {"event": "connected", "device": {"id": "gw/1", "address": "10.0.0.1"}}
+GONE = {"event": "disconnected", "device": {"id": "gw/1"}}
+
+
+class Wall(SystemClock):
+    """A clock whose wall time stands where the test puts it."""
+
+    at = 1_800_000_000.0
+
+    def wall(self) -> WallTime:
+        return WallTime(self.at)
+
+
+def gate(folder: Path) -> Gate:
+    (folder / "token").write_text("operators-token")
+    lines = ["whsec_" + base64.b64encode(secret).decode() for secret in SECRETS]
+    (folder / "secrets").write_text("\n".join(lines))
+    return door_of(
+        Api(token_file=str(folder / "token"), webhook_secrets_file=str(folder / "secrets"))
+    )
+
+
+@pytest.fixture
+async def door(tmp_path: Path) -> AsyncIterator[Door]:
+    async with served(tmp_path, door=gate(tmp_path)) as it:
+        it.fleet.clock = Wall()
+        yield it
+
+
+async def send(
+    door: Door,
+    body: object,
+    *,
+    message: str = "msg_1",
+    later: int = 0,
+    secret: bytes = SECRETS[0],
+    **changes: str,
+) -> tuple[int, Any]:
+    """A signed call; `later`: seconds after the clock's start; changes: of the headers."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    signed = Signed(message, int(Wall.at) + later)
+    headers = {
+        "Content-Type": "application/json",
+        "webhook-id": signed.id,
+        "webhook-timestamp": str(signed.at),
+        "webhook-signature": sign(secret, signed, data),
+        **{name.replace("_", "-"): value for name, value in changes.items()},
+    }
+    headers = {name: value for name, value in headers.items() if value}
+    return await door.ask("POST", "/v1/webhook", data=data, headers=headers)
+
+
+def presence(door: Door) -> Presence | None:
+    record = door.fleet.records.get(slug_of(DeviceId("gw/1")))
+    return None if record is None else record.presence
+
+
+async def loaded(door: Door) -> tuple[dict[Slug, DeviceRecord], int]:
+    """What a start reads: the record of our device."""
+    record = await door.fleet.registry.get(slug_of(DeviceId("gw/1")))
+    assert record is not None
+    return {record.slug: record}, record.index
+
+
+async def test_a_signed_event_needs_no_token(door: Door) -> None:
+    """An event signed with either secret is applied and audited as signed."""
+    assert (await send(door, CONNECTED))[0] == 201
+    assert (await send(door, GONE, message="msg_2", secret=SECRETS[1]))[0] == 200
+    assert presence(door) is Presence.ABSENT
+    kinds = [(e.kind, e.data.get("role")) for e in door.fleet.history.after(0, 99)[0]]
+    assert kinds.count(("audit.webhook", "signed")) == 2
+
+
+async def test_what_is_not_signed_well_is_401_and_does_nothing(door: Door) -> None:
+    """Without a signature, with a wrong one, an old or future one, or over another body: 401, and the
+    answer and the metric say so."""
+    cases: list[dict[str, Any]] = [
+        {"webhook_signature": ""},
+        {"webhook_id": ""},
+        {"webhook_timestamp": ""},
+        {"webhook_id": "msg_2"},
+        {"webhook_timestamp": str(int(Wall.at) + 1)},
+        {"webhook_timestamp": "1e9"},
+        {"webhook_signature": "v1,AAAA"},
+        {"webhook_signature": "v1"},
+        {"webhook_signature": "v1,é"},
+        {"webhook_signature": " ".join(["v1,AAAA"] * 400)},
+        {"secret": b"u" * 32},
+        {"later": -301},
+        {"later": 301},
+    ]
+    for case in cases:
+        status, body = await send(door, CONNECTED, **case)
+        assert status == 401, case
+        assert body["error"]["code"] == "unauthorized"
+    assert presence(door) is None
+    text = door.metrics.render().decode()
+    assert f'api_refusals_total{{reason="unauthorized"}} {len(cases)}.0' in text
+
+
+async def test_the_signature_is_checked_before_the_body_is_read(door: Door) -> None:
+    """A body that is no JSON is 401 unsigned and 400 signed; signed over the bytes as they came, blanks
+    and all."""
+    assert (await send(door, b"{", webhook_signature="v1,AAAA"))[0] == 401
+    assert (await send(door, b"{"))[0] == 400
+    spaced = json.dumps(CONNECTED, indent=7).encode() + b" \n"
+    assert (await send(door, spaced))[0] == 201
+
+
+async def test_a_token_may_stand_for_the_signature(door: Door) -> None:
+    """With an operator's token an unsigned call is applied; a signature that is sent beside it counts."""
+    token = {"Authorization": "Bearer operators-token"}
+    asked = await door.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
+    assert asked[0] == 201
+    assert (await send(door, GONE, Authorization="Bearer operators-token"))[0] == 409
+    wrong = {"Authorization": "Bearer operators-token", "webhook_signature": "v1,AAAA"}
+    assert (await send(door, GONE, **wrong))[0] == 401
+    assert (await send(door, GONE, Authorization="Bearer nope"))[0] == 401
+
+
+async def test_s5_a_replay_has_no_effect(door: Door) -> None:
+    """The same call again says `duplicate` and changes nothing, also after the device has gone; the id
+    with another body is 409."""
+    status, first = await send(door, CONNECTED)
+    assert (status, first["duplicate"]) == (201, False)
+    assert (await send(door, GONE, message="msg_2", later=1))[0] == 200
+    status, again = await send(door, CONNECTED)
+    assert (status, again["duplicate"], again["changed"]) == (200, True, False)
+    assert presence(door) is Presence.ABSENT
+    status, body = await send(door, GONE)
+    assert status == 409
+    assert "another body" in body["error"]["message"]
+
+
+async def test_a_failed_event_may_be_sent_again(door: Door) -> None:
+    """An event that was refused for its content leaves its id free for the mended one."""
+    assert (await send(door, {"event": "connected", "device": {"id": "gw/1"}}))[0] == 400
+    assert (await send(door, CONNECTED))[0] == 201
+    assert (await send(door, {"event": "disconnected", "device": {"id": "x"}}, message="m"))[
+        0
+    ] == 404
+
+
+async def test_s5_a_replay_has_no_effect_after_a_restart(tmp_path: Path, door: Door) -> None:
+    """A service that remembers nothing refuses an older event with 409 and knows the last one as a
+    duplicate; a later one is applied."""
+    await send(door, CONNECTED)
+    await send(door, GONE, message="msg_2", later=5)
+    async with served(tmp_path, door=gate(tmp_path)) as other:
+        other.fleet.clock = Wall()
+        other.fleet.reset(*await loaded(other))
+        status, body = await send(other, CONNECTED)
+        assert status == 409
+        assert "5 s before" in body["error"]["message"]
+        status, again = await send(other, GONE, message="msg_2", later=5)
+        assert (status, again["changed"], again["duplicate"]) == (200, False, True)
+        assert presence(other) is Presence.ABSENT
+        assert (await send(other, CONNECTED, message="msg_3", later=6))[0] == 201
+
+
+async def test_the_window_is_bounded_and_the_record_still_guards(door: Door) -> None:
+    """With a window of two ids a replay of a forgotten event is refused by its device's record."""
+    door.app_door.window.most = 2
+    await send(door, CONNECTED)
+    await send(door, GONE, message="msg_2", later=1)
+    for number in range(3):
+        other = {"event": "connected", "device": {"id": f"n{number}", "address": "a"}}
+        assert (await send(door, other, message=f"other_{number}"))[0] == 201
+    assert (await send(door, CONNECTED))[0] == 409
+    assert len(door.app_door.window) <= 2
+
+
+async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) -> None:
+    """Without any token configured, an unsigned webhook is 401 and other routes stay open."""
+    secret = "whsec_" + base64.b64encode(SECRETS[0]).decode()
+    (tmp_path / "secrets").write_text(secret)
+    api = Api(webhook_secrets_file=str(tmp_path / "secrets"))
+    async with served(tmp_path, door=door_of(api)) as door:
+        door.fleet.clock = Wall()
+        assert (await door.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
+        none = {"Authorization": "Bearer anything"}
+        assert (await door.ask("POST", "/v1/webhook", json=CONNECTED, headers=none))[0] == 401
+        assert (await send(door, CONNECTED))[0] == 201
+        assert (await door.ask("GET", "/v1/status"))[0] == 200

@@ -1,0 +1,333 @@
+"""The pure parts of the door: roles, credentials, signatures, order of events, rates."""
+
+from __future__ import annotations
+
+import base64
+import string
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog.core import events, presence
+from nomad_watchdog.core.bucket import Buckets
+from nomad_watchdog.core.credential import Claim, claim_of, issue
+from nomad_watchdog.core.roles import Right, Role, may, roles_with
+from nomad_watchdog.core.webhooks import (
+    TOLERANCE_S,
+    Seen,
+    SignatureError,
+    Signed,
+    Window,
+    secret_of,
+    sign,
+    verify,
+)
+from nomad_watchdog.errors import OutOfDateError, TransientError
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Device, DeviceRecord, Epoch, Presence, WallTime
+
+KEY, OLD = b"k" * 32, b"o" * 32
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+"""Of the published test vector."""
+BODY = b'{"test": 2432232314}'
+HEADERS = (
+    "msg_p5jXN8AQM9LWM0D4loKWxJek",
+    "1614265330",
+    "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+)
+SENT = 1614265330.0
+
+IDS = st.text(string.ascii_letters + string.digits + "-/ ", min_size=1, max_size=30).filter(
+    lambda text: text == text.strip()
+)
+CLAIMS = st.builds(
+    lambda name, epoch: Claim(slug_of(DeviceId(name)), Epoch(epoch)), IDS, st.integers(0, 2**62)
+)
+
+
+@pytest.mark.parametrize(
+    ("role", "rights"),
+    [
+        (Role.VIEWER, {Right.READ}),
+        (Role.DEVICE, {Right.CHANGE}),
+        (Role.AGENT, {Right.REPORT}),
+        (Role.OPERATOR, set(Right)),
+    ],
+)
+def test_what_each_role_may_do(role: Role, rights: set[Right]) -> None:
+    """Each role has its own rights and no other; each right names the roles that have it."""
+    assert {right for right in Right if may(role, right)} == rights
+    assert {right for right in Right if role in roles_with(right)} == rights
+
+
+@given(CLAIMS)
+def test_a_credential_is_good_for_its_claim_under_any_of_the_keys(claim: Claim) -> None:
+    """What a key issued is recognised by it, beside others too, and by no other key."""
+    given_one = issue(KEY, claim)
+    assert claim_of([KEY], given_one) == claim
+    assert claim_of([OLD, KEY], given_one) == claim
+    assert claim_of([OLD], given_one) is None
+    assert claim_of([], given_one) is None
+
+
+@given(CLAIMS, CLAIMS)
+def test_a_credential_does_not_turn_into_another(one: Claim, other: Claim) -> None:
+    """The mac of one device or epoch does not fit the name of another."""
+    mac = issue(KEY, one).rpartition(".")[2]
+    forged = f"wda1.{other.slug}.{other.epoch}.{mac}"
+    assert claim_of([KEY], forged) == (other if one == other else None)
+
+
+@given(CLAIMS, st.data())
+def test_no_change_of_a_credential_is_accepted(claim: Claim, data: st.DataObject) -> None:
+    """A credential with one character changed, added or taken away is nobody's."""
+    good = issue(KEY, claim)
+    at = data.draw(st.integers(0, len(good) - 1))
+    other = data.draw(st.text(max_size=2))
+    changed = good[:at] + other + good[at + 1 :]
+    assert claim_of([KEY], changed) == (claim if changed == good else None)
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_no_credential(text: str) -> None:
+    """Whatever is sent in a credential's place is refused without an exception."""
+    assert claim_of([KEY], text) is None
+    assert claim_of([KEY], f"wda1.{text}") is None
+    assert claim_of([KEY], f"wda1.a-abc.{text}.x") is None
+
+
+def test_the_published_vector_of_standard_webhooks() -> None:
+    """The signature of the scheme's own test vector is made and accepted."""
+    signed = Signed(HEADERS[0], int(HEADERS[1]))
+    assert sign(secret_of(SECRET), signed, BODY) == HEADERS[2]
+    assert verify([secret_of(SECRET)], HEADERS, BODY, SENT) == signed
+
+
+def test_one_good_signature_among_others_is_enough() -> None:
+    """With several secrets and several signatures, one pair that fits is accepted."""
+    others = "v1a,xx v2,AAAA v1,!! v1, , v1,AAAA"
+    many = (HEADERS[0], HEADERS[1], f"{others} {HEADERS[2]}")
+    assert verify([b"x" * 32, secret_of(SECRET)], many, BODY, SENT).at == 1614265330
+
+
+@pytest.mark.parametrize("now", [SENT - TOLERANCE_S - 1, SENT + TOLERANCE_S + 1])
+def test_an_old_or_future_signature_is_refused(now: float) -> None:
+    """A second past the tolerance, before or after, is refused; on its edge it is accepted."""
+    with pytest.raises(SignatureError, match="from our clock"):
+        verify([secret_of(SECRET)], HEADERS, BODY, now)
+    edge = now + 1 if now < SENT else now - 1
+    assert verify([secret_of(SECRET)], HEADERS, BODY, edge)
+
+
+@given(st.sampled_from([0, 1, 2, 3]), st.data())
+def test_no_change_of_a_signed_call_is_accepted(part: int, data: st.DataObject) -> None:
+    """Any change of the id, the time, the signature or the body is a SignatureError and nothing else."""
+    parts = [*HEADERS, BODY.decode()]
+    text = parts[part]
+    at = data.draw(st.integers(0, len(text) - 1))
+    parts[part] = text[:at] + data.draw(st.text(max_size=3)) + text[at + 1 :]
+    if parts[part] == text:
+        return
+    body = parts[3].encode("utf-8", "surrogatepass")
+    signatures = {one.strip() for one in parts[2].split(" ")}
+    if part == 2 and HEADERS[2] in signatures:
+        return  # something beside the good one
+    with pytest.raises(SignatureError):
+        verify([secret_of(SECRET)], (parts[0], parts[1], parts[2]), body, SENT)
+
+
+@given(st.text(max_size=80), st.text(max_size=30), st.text(max_size=200), st.binary(max_size=50))
+def test_any_headers_are_refused_in_words(one: str, two: str, three: str, body: bytes) -> None:
+    """Hostile headers and bodies end in a SignatureError that does not repeat them."""
+    with pytest.raises(SignatureError) as caught:
+        verify([secret_of(SECRET)], (one, two, three), body, SENT)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "whsec_",
+        "whsec_!",
+        "whsec_AAAA",
+        "whsec_" + base64.b64encode(b"x" * 65).decode(),
+    ],
+)
+def test_weak_or_wrong_secrets_are_refused(text: str) -> None:
+    """A secret without the prefix, of bad base64, too short or too long is refused."""
+    with pytest.raises(ValueError):
+        secret_of(text)
+
+
+def test_a_window_tells_new_busy_done_and_other() -> None:
+    """An id is new once, busy until it is settled, done after that; another body is told; a failed one
+    is new again."""
+    window, signed = Window(), Signed("m", 1000)
+    assert window.claim(signed, b"a", 1000.0) is Seen.NEW
+    assert window.claim(signed, b"a", 1000.0) is Seen.BUSY
+    window.settle(signed, done=False)
+    assert window.claim(signed, b"a", 1000.0) is Seen.NEW
+    window.settle(signed, done=True)
+    assert window.claim(signed, b"a", 1001.0) is Seen.DONE
+    assert window.claim(signed, b"b", 1001.0) is Seen.OTHER
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 900)), max_size=60))
+def test_a_window_is_bounded_and_keeps_what_could_be_replayed(calls: list[tuple[int, int]]) -> None:
+    """It never holds more than its bound, and while it is not full no applied event passes twice as long
+    as its signature is accepted."""
+    small, large = Window(most=5), Window()
+    applied: dict[int, int] = {}
+    for number, later in sorted(calls, key=lambda call: call[1]):
+        at = applied.get(number, later)
+        signed = Signed(str(number), at)
+        small.claim(signed, b"", float(later))
+        assert len(small) <= 5
+        if abs(later - at) > TOLERANCE_S:
+            continue
+        seen = large.claim(signed, b"", float(later))
+        assert seen is (Seen.DONE if number in applied else Seen.NEW)
+        large.settle(signed, done=True)
+        applied[number] = at
+
+
+DEVICE = Device(DeviceId("d"), "default", "10.0.0.1")
+
+
+def step(
+    stored: DeviceRecord | None, connected: bool, event: events.Event | None, now: float
+) -> DeviceRecord | None:
+    """As the ledger does it: the record afterwards."""
+    if connected:
+        wanted = presence.register(stored, DEVICE, WallTime(now))
+    elif stored is not None:
+        wanted = presence.deregister(stored, WallTime(now))
+    else:
+        return None
+    return events.stamp(stored, wanted, event, WallTime(now)) or stored
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=12), st.data())
+def test_s5_no_replay_of_an_event_changes_a_record(
+    steps: list[tuple[bool, int]], data: st.DataObject
+) -> None:
+    """After any history of signed and unsigned changes in order, none of the events that changed the
+    record can be sent again with an effect, by a process that remembers nothing."""
+    stored: DeviceRecord | None = None
+    now = 1000.0
+    applied: list[tuple[bool, events.Event]] = []
+    for number, (connected, gap) in enumerate(steps):
+        now += gap
+        event = events.Event(f"m{number}", int(now)) if data.draw(st.booleans()) else None
+        try:
+            after = step(stored, connected, event, now)
+        except OutOfDateError:
+            # Signed in the second in which somebody changed the record by hand.
+            assert event is not None
+            assert stored is not None
+            assert stored.event_at == 0
+            continue
+        if event is not None and after is not stored:
+            applied.append((connected, event))
+        stored = after
+    for connected, event in applied:
+        try:
+            again = step(stored, connected, event, now + 1)
+        except OutOfDateError:
+            continue
+        assert again == stored
+
+
+def test_events_are_ordered_by_their_senders_time() -> None:
+    """A later event is applied, an earlier one refused, two of one second both applied, once each."""
+    first = step(None, True, events.Event("a", 100), 103.0)
+    assert first is not None
+    gone = step(first, False, events.Event("b", 100), 103.1)
+    assert gone is not None
+    assert (gone.presence, gone.event_at, len(gone.event_marks)) == (Presence.ABSENT, 100, 2)
+    assert step(gone, True, events.Event("a", 100), 104.0) is gone
+    assert events.is_replay(gone, events.Event("a", 100))
+    with pytest.raises(OutOfDateError, match="1 s before"):
+        step(gone, True, events.Event("c", 99), 104.0)
+    back = step(gone, True, events.Event("d", 101), 104.0)
+    assert back is not None
+    assert back.presence is Presence.PRESENT
+
+
+def test_a_change_by_hand_is_dated_by_our_clock() -> None:
+    """After an operator's change, events that were signed before it are refused, later ones applied; a
+    sender whose clock is ahead does not get its own event back."""
+    first = step(None, True, events.Event("a", 100), 100.0)
+    by_hand = step(first, False, None, 150.0)
+    assert by_hand is not None
+    assert (by_hand.event_at, by_hand.event_marks) == (0, ())
+    with pytest.raises(OutOfDateError):
+        step(by_hand, True, events.Event("b", 149), 151.0)
+    assert step(by_hand, True, events.Event("c", 151), 151.0) != by_hand
+    ahead = step(None, True, events.Event("f", 300), 100.0)
+    gone = step(ahead, False, None, 150.0)
+    assert step(gone, True, events.Event("f", 300), 151.0) is gone
+
+
+def test_a_restored_wish_is_guarded_as_it_was() -> None:
+    """When a backup's wish replaces an older one, a replay of the event behind it has no effect."""
+    old = step(None, True, events.Event("a", 100), 100.0)
+    saved = step(old, False, events.Event("b", 200), 200.0)
+    assert saved is not None
+    restored = presence.restore(old, saved)
+    assert restored is not None
+    with pytest.raises(OutOfDateError):
+        step(restored, True, events.Event("a", 100), 300.0)
+    assert step(restored, False, events.Event("b", 200), 300.0) is restored
+
+
+def test_a_device_that_flaps_within_a_second_is_told_to_wait() -> None:
+    """The seventeenth change within one second is refused for now, not for good."""
+    stored: DeviceRecord | None = None
+    for number in range(events.MOST_AT_ONCE):
+        stored = step(stored, number % 2 == 0, events.Event(str(number), 100), 100.0)
+    with pytest.raises(TransientError):
+        step(stored, True, events.Event("one more", 100), 100.0)
+
+
+def test_an_event_that_changes_nothing_costs_no_write() -> None:
+    """However old or new it is, an event that finds what it wants leaves the record alone."""
+    stored = step(None, True, events.Event("a", 100), 100.0)
+    for at in (1, 100, 200):
+        assert step(stored, True, events.Event("other", at), 201.0) is stored
+    assert replace(stored, event_at=1) is not stored  # type: ignore[type-var]
+
+
+@given(
+    st.floats(0.1, 100),
+    st.integers(1, 50),
+    st.lists(st.floats(0, 5), min_size=1, max_size=100),
+)
+def test_a_client_never_gets_more_than_burst_and_rate(
+    rate: float, burst: int, gaps: list[float]
+) -> None:
+    """In any time a client passes at most burst + rate × time, and who waits as told passes."""
+    buckets, now, passed = Buckets(rate, burst), 0.0, 0
+    for gap in gaps:
+        now += gap
+        wait = buckets.take("a", now)
+        passed += not wait
+        assert passed <= burst + rate * now + 1e-6
+        if wait:
+            assert buckets.take("b", now) == 0.0
+            now += wait + 1e-9
+            assert buckets.take("a", now) == 0.0
+            passed += 1
+
+
+@given(st.lists(st.text(max_size=3), max_size=80))
+def test_the_table_of_clients_is_bounded(clients: list[str]) -> None:
+    """However many clients come, the table holds no more than its bound."""
+    buckets = Buckets(1.0, 1.0, most=8)
+    for now, client in enumerate(clients):
+        buckets.take(client, float(now))
+        assert len(buckets) <= 8

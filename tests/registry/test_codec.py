@@ -1,0 +1,47 @@
+"""Records as bytes: what older versions wrote is read, and what they can read is not changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog.registry.codec import PoisonError, decode, encode
+from tests.registry.records import record
+
+OLD = (
+    b'{"address":"127.0.0.1","agent_class":"default","changed_at":1.5,"epoch":3,"generation":1,'
+    b'"id":"cam","instance":"","labels":{},"presence":"present","slug":"%s","v":1}'
+) % record("cam").slug.encode()
+
+
+def test_a_record_of_before_is_read_and_written_as_it_was() -> None:
+    """A record without an event's mark decodes, and encodes to the same bytes."""
+    assert decode(OLD).event_at == 0
+    assert encode(decode(OLD)) == OLD
+
+
+@given(st.integers(1, 2**62), st.lists(st.from_regex(r"\A[0-9a-f]{12}\Z"), max_size=16).map(tuple))
+def test_an_events_mark_survives(at: int, marks: tuple[str, ...]) -> None:
+    """The time and the marks of an event are read as they were written."""
+    marked = replace(record("cam"), event_at=at, event_marks=marks)
+    assert decode(encode(marked)) == marked
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"event_at":-1',
+        b'"event_at":1.5',
+        b'"event_at":1,"event_marks":"0123456789ab"',
+        b'"event_at":1,"event_marks":["x"]',
+        b'"event_at":1,"event_marks":[5]',
+        b'"event_on":1',
+    ],
+)
+def test_marks_that_we_would_not_write_are_poison(more: bytes) -> None:
+    """A time or a mark of another form, or a field of another name, is poison (S9)."""
+    with pytest.raises(PoisonError):
+        decode(OLD[:-1] + b"," + more + b"}")
