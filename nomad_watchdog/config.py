@@ -119,7 +119,7 @@ class Incident(Block):
 
 
 class Events(Block):
-    keep: Annotated[int, Field(ge=1_000, le=10_000_000)] = 100_000
+    keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
     max_age: Positive = 30 * 86_400.0
 
 

@@ -165,13 +165,20 @@ class EventStore:
                     break
             except sqlite3.Error as error:
                 self._failed(error)
-                _let_go(db)
-                db = None
-                with self._lock:
-                    if self._closing:
-                        break
-                    self._lock.wait_for(lambda: self._closing, self._retry_s)
-                self._retry_s = min(max(2 * self._retry_s, RETRY_S[0]), RETRY_S[1])
+            except (
+                Exception
+            ) as error:  # the thread's boundary: a bug costs the disk, not the events
+                log.exception("the event store crashed")
+                self._failed(sqlite3.InternalError(f"internal error: {type(error).__name__}"))
+            else:
+                continue
+            _let_go(db)
+            db = None
+            with self._lock:
+                if self._closing:
+                    break
+                self._lock.wait_for(lambda: self._closing, self._retry_s)
+            self._retry_s = min(max(2 * self._retry_s, RETRY_S[0]), RETRY_S[1])
         self._refuse("the event store was closed")
         _let_go(db)
 
@@ -183,13 +190,11 @@ class EventStore:
             )
             if not self._queries and not self._closing:
                 self._lock.wait_for(lambda: self._queries or self._closing, GATHER_S)
-            queries = [self._queries.popleft() for _ in range(len(self._queries))]
             batch = [self._events[n] for n in range(min(GROUP, len(self._events)))]
             closing = self._closing
-        for query in queries:
-            _answer(db, query)
+        asked = self._answer(db)
         last = closing and len(batch) < GROUP
-        if batch or last or not queries:
+        if batch or last or not asked:
             self._write(db, batch, clean=last)
             with self._lock:
                 # Some may have been dropped from the left meanwhile: those were written all the same.
@@ -198,6 +203,17 @@ class EventStore:
                     self._events.popleft()
         self._works()
         return not last
+
+    def _answer(self, db: sqlite3.Connection) -> int:
+        """Answer what was asked; how many. Those behind one that fails stay, to be refused or asked anew."""
+        count = 0
+        while True:
+            with self._lock:
+                if not self._queries:
+                    return count
+                query = self._queries.popleft()
+            _answer(db, query)
+            count += 1
 
     def _write(self, db: sqlite3.Connection, batch: Sequence[Event | Mark], *, clean: bool) -> None:
         with db:
@@ -223,7 +239,8 @@ class EventStore:
         if self._damaged:
             # The numbers of the lost file are not known: begin beyond them.
             found, self._damaged = Found(self.origin, _from_clock()), False
-        self._seq, self.origin = max(self._seq, found.seq), found.origin
+        if not self._found.done():
+            self._seq, self.origin = found.seq, found.origin
         # The numbers that this run may use are reserved before it uses one.
         self._write(db, (), clean=False)
         self._works()

@@ -304,3 +304,24 @@ async def test_a_full_disk_drops_the_oldest_counts_them_and_recovers(
         await until(lambda: not store.problem and store.waiting == 0)
     async with opened(path) as (history, _):
         assert history.after(last - 1, 10)[0][0].seq == last
+
+
+async def test_a_disk_that_failed_for_a_while_leaves_no_gap(tmp_path: Path) -> None:
+    """The file is opened anew after a failure, and a clean end after that still makes the next number
+    the next one."""
+    path = tmp_path / "events.db"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with opened(path) as (history, store):
+        note(history, "before")
+        await until(lambda: store.waiting == 0)
+        size = max(file.stat().st_size for file in tmp_path.iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4_096, limits[1]))
+        try:
+            for _ in range(500):
+                last = note(history, "d").seq
+            await until(lambda: bool(store.problem))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        await until(lambda: not store.problem and store.waiting == 0)
+    async with opened(path) as (history, _):
+        assert note(history, "after").seq == last + 1 == 502
