@@ -24,6 +24,7 @@ class Reporter:
     TIMEOUT_S = 3.0
     BUFFER = 64
     MOST_WAIT_S = 30.0
+    MOST_KNOWN = 8
 
     def __init__(
         self,
@@ -38,7 +39,9 @@ class Reporter:
         self.make = make
         self.retire = retire
         self.said = said
-        self.urls = [http.Url(url, tls=True) for url in config.get("api", [])]
+        self.given = list(config.get("api", []))
+        self.known = self.given
+        self.urls = [http.Url(url, tls=True) for url in self.given]
         self.credential = config.get("credential", "")
         self.tls: Any = None
         if any(url.secure for url in self.urls):
@@ -107,6 +110,7 @@ class Reporter:
             if self.last_error:
                 self.last_error = ""
                 self.said("reports are accepted again")
+            self._learn(body)
             if self.waiting:
                 self._send()
             elif self.closing is not None:
@@ -135,6 +139,22 @@ class Reporter:
         if after.isascii() and after.isdigit():
             wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * between(1.0, 1.2))
         self.timer = self.loop.later(wait, self._send)
+
+    def _learn(self, body: bytes) -> None:
+        """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
+        in use does not answer. They are as secure as those, or not taken."""
+        try:
+            told = json.loads(body)["api"][: self.MOST_KNOWN]
+            found = self.given + [one for one in told if one not in self.given]
+            if found == self.known:
+                return
+            urls = [http.Url(url, tls=True) for url in found]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return
+        if all(url.secure == self.urls[0].secure for url in urls):
+            using = self.known[self.chosen % len(self.known)]
+            self.known, self.urls = found, urls
+            self.chosen = found.index(using) if using in found else 0
 
     def close(self, then: Callable[[], None]) -> None:
         """Send a last report and call back, at the latest after a second."""

@@ -28,7 +28,8 @@ Configuration document (version 1)::
 The credential is the bearer token of this one agent: good for reports of this device and epoch only. It
 is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.
 
-Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted;
+Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted, with
+``{"api": [...]}`` where there are several replicas: their addresses, for when this one does not answer;
 410 not, or no longer, the accepted agent: stop and exit 0; 409 not decidable yet: say it again after
 ``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
 

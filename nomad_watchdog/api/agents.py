@@ -15,6 +15,8 @@ from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.fleet import DeviceView, Fleet
 
+MOST_TOLD: Final = 8
+"""Replicas' addresses in an answer."""
 RETRY_S: Final = 2
 """When an agent whose report could not be judged says it again, seconds."""
 
@@ -27,10 +29,17 @@ async def report(request: web.Request) -> web.StreamResponse:
         raise RequestError(403, "forbidden", "this credential is for another device or epoch")
     result = await request.app[CONTEXT].fleet.report(said)
     if result.kind is AcceptanceKind.ACCEPTED:
-        return web.json_response({"accepted": True})
+        return web.json_response({"accepted": True, **_replicas(request)})
     if result.kind is AcceptanceKind.REFUSED:
         return error_response(410, "refused", result.reason)
     return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
+
+
+def _replicas(request: web.Request) -> dict[str, list[str]]:
+    """Where else an agent may report, if there is anywhere: it was told our address alone when it began."""
+    leases = request.app[CONTEXT].leases
+    found = [one.api for one in leases.replicas() if one.api] if leases is not None else []
+    return {"api": found[:MOST_TOLD]} if len(found) > 1 else {}
 
 
 async def list_agents(request: web.Request) -> web.StreamResponse:

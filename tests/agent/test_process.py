@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.artifact import build_agent
-from tests.agent.world import OK, World, probe, says, silent, tcp, until
+from tests.agent.world import OK, Peer, World, probe, says, silent, tcp, until
 
 
 async def smoke(world: World, argv: list[str] | None = None) -> None:
@@ -167,6 +167,42 @@ async def test_api_away_then_back(world: World) -> None:
     assert len(world.peer.reports) <= 66
     sequences = [r["sequence"] for r in world.peer.reports]
     assert sequences == sorted(set(sequences))
+
+
+async def test_an_agent_learns_where_the_other_replicas_are(world: World) -> None:
+    """An answer names a second API; when the first one ends, reports go there."""
+    second = Peer()
+    await second.start()
+    try:
+        world.peer.body = json.dumps({"api": [f"http://127.0.0.1:{second.port}"]}).encode()
+        agent = await world.started(beat_s=0.2)
+        await world.peer.saw("a report", ready=True)
+        await world.peer.stop()
+        await second.saw("a report", ready=True)
+        assert await agent.signal(signal.SIGTERM) == 143
+    finally:
+        await second.stop()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b'{"api": 5}',
+        b'{"api": {"a": 1}}',
+        b'{"api": [5]}',
+        b'{"api": ["ftp://127.0.0.1:1"]}',
+        b'{"api": ["https://127.0.0.1:1"]}',
+        b'{"api": ["http://127.0.0.1:1/\\r\\nX: y"]}',
+        b"[" * 30_000,
+    ],
+)
+async def test_an_answer_that_makes_no_sense_moves_no_agent(world: World, body: bytes) -> None:
+    """Whatever else the answer holds, the agent goes on reporting where it did."""
+    world.peer.body = body
+    await world.started(beat_s=0.1)
+    await until(lambda: len(world.peer.reports) >= 4, "four reports")
 
 
 async def test_state_survives_a_kill(world: World) -> None:

@@ -100,6 +100,7 @@ class Peer(Listener):
         self.bearer = ""
         """The token of the last report."""
         self.refused = 0
+        self.body = b"{}"
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -115,7 +116,7 @@ class Peer(Listener):
             self.reports.append(report)
         else:
             self.refused += 1
-        body = b"{}"
+        body = self.body
         writer.write(
             f"HTTP/1.1 {self.status} X\r\n{self.headers}Content-Length: {len(body)}\r\n\r\n".encode()
         )
