@@ -11,11 +11,13 @@ from typing import Any, Protocol, TypeVar
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.leases import Leases, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits, Placement
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.testing._audit import Auditor
 from nomad_watchdog.testing._cluster import Cluster
+from nomad_watchdog.testing._lease_board import Board, BoardLeases
 from nomad_watchdog.testing._weather import BadLine, Weather
 from nomad_watchdog.testing.fakes import FakeRegistry, FakeScheduler, Store
 from nomad_watchdog.testing.virtual_time import VirtualClock
@@ -34,6 +36,8 @@ class Surroundings(Protocol):
     metrics: Metrics
     limits: Limits
     spec: AgentSpec
+    board: Board | None
+    """None = nobody has leases, the worst case."""
     group: asyncio.TaskGroup
     over: bool
 
@@ -80,7 +84,7 @@ class Replica:
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def build(self) -> None:
-        """A new process with nothing in memory. Whoever adds leases, adds them here."""
+        """A new process with nothing in memory; without a board it believes that all is its own."""
         world = self.world
         self.clock = VirtualClock(asyncio.get_running_loop(), world.chance.uniform(1e9, 2e9))
         self._line = BadLine(world.weather, self.crash)
@@ -88,7 +92,10 @@ class Replica:
         scheduler = WatchedScheduler(world.cluster, self._line, self.name, world.audit)
         self.fleet = Fleet(registry, world.limits, self.clock)
         specs = {world.spec.agent_class: world.spec}
-        reconciler = WatchedReconciler(self.fleet, scheduler, specs, world.metrics)
+        self.leases: Leases = Undivided()
+        if world.board is not None:
+            self.leases = BoardLeases(world.board, self.name, self.clock, world.weather)
+        reconciler = WatchedReconciler(self.fleet, scheduler, specs, world.metrics, self.leases)
         reconciler.audit, reconciler.who = world.audit, self.name
         self.reconciler = reconciler
 
@@ -101,7 +108,9 @@ class Replica:
 
     async def _live(self, reconciler: Reconciler) -> None:
         try:
-            await reconciler.run()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.leases.run())
+                group.create_task(reconciler.run())
         except (WatchdogError, ExceptionGroup) as error:
             self.world.audit.broken("L2", f"{self.name} ended by itself: {error!r}")
 

@@ -1,7 +1,8 @@
 """The real loop, one to three times at once, over fakes, in virtual time, with faults from a seed.
 
-Everything above the registry's and the scheduler's interfaces is the real code. Every replica believes
-that all devices are its own: the worst case, which must be safe. A lease goes into `Replica.build`.
+Everything above the registry's and the scheduler's interfaces is the real code. In half of the seeds
+every replica believes that all devices are its own, the worst case, which must be safe; in the others
+they share shards by leases, of which some are wrong for a while.
 
 Replay one seed with its trace: ``python -m nomad_watchdog.testing.simulation --seed N --trace``.
 """
@@ -23,6 +24,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence
 from nomad_watchdog.testing._audit import Auditor, BrokenPromiseError
 from nomad_watchdog.testing._cluster import Cluster, Pace, Process
+from nomad_watchdog.testing._lease_board import Board
 from nomad_watchdog.testing._replica import Replica
 from nomad_watchdog.testing._weather import SLOWEST_S, Weather
 from nomad_watchdog.testing.fakes import Store
@@ -79,6 +81,9 @@ class World:
         many = chance.random() < 0.2
         self.names = [f"dev {i}" for i in range(20 if many else chance.randint(2, 6))]
         self.spec = SPEC
+        self.board: Board | None = None
+        if chance.random() < 0.5:
+            self.board = Board(chance.choice((1, 4)), blurred=chance.random() < 0.5)
         self.wanted: dict[Slug, bool] = {}
         self.over = False
         self.group: asyncio.TaskGroup
