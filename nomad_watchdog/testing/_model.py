@@ -278,19 +278,19 @@ def listed(rep: Rep) -> Rep:
     return (read, 1, seen, (), confirmed, twice)
 
 
-def placed(device: Dev, epoch: int) -> Dev:
-    """`Scheduler.ensure` when it arrives, and what it must not do."""
+def placed(device: Dev, epoch: int, step: str) -> Dev:
+    """`Scheduler.ensure` when it arrives, and what it must not do. `step`: for the message."""
     rec, jobs, zombies, wire, acked = device
     if any(epoch == one for one, _, _ in jobs):
         return device
     committed = rec[2] if rec else 0
     if epoch > committed:
-        raise BrokenError(f"S2: a start at epoch {epoch}, but {committed} is committed")
+        raise BrokenError(f"S2: a start at epoch {epoch}, but {committed} is committed: {step}")
     if epoch < committed:
-        raise BrokenError(f"S2: a start at epoch {epoch} after {committed} was committed")
+        raise BrokenError(f"S2: a start at epoch {epoch} after {committed} was committed: {step}")
     beside = [one for one in jobs if one[1] != "D"]
     if beside:
-        raise BrokenError(f"S3: a start at epoch {epoch} beside epoch {beside[0][0]}")
+        raise BrokenError(f"S3: a start at epoch {epoch} beside epoch {beside[0][0]}: {step}")
     return (rec, tuple(sorted((*jobs, (epoch, "R", 1)))), zombies, wire, acked)
 
 
@@ -302,15 +302,15 @@ def stopped(device: Dev, epoch: int) -> Dev:
     return (rec, after, zombies, wire, acked)
 
 
-def check_write(before: Dev, after: Dev) -> None:
-    """S1 at each write of a record."""
+def check_write(before: Dev, after: Dev, step: str) -> None:
+    """S1 at each write of a record. `step`: for the message."""
     old, new = before[0], after[0]
     if new[2] < old[2]:
-        raise BrokenError(f"S1: the epoch went from {old[2]} to {new[2]}")
+        raise BrokenError(f"S1: the epoch went from {old[2]} to {new[2]}: {step}")
     if old[3] and new[2] == old[2] and new[3] != old[3]:
         listed = any((e, n) == (old[2], old[3]) and s != "D" for e, s, n in before[1])
         if listed:
-            raise BrokenError("S1: another instance is accepted while the first may live")
+            raise BrokenError(f"S1: another instance is accepted while the first may live: {step}")
 
 
 def check_state(state: State) -> None:

@@ -92,11 +92,9 @@ class World:
         name = model.NAMES[d]
         for epoch in wire:
             rest = tuple(one for one in wire if one != epoch)
-            arrived = placed((rec, jobs, zombies, rest, acked), epoch)
-            yield (
-                f"a late request for {name} at epoch {epoch} arrives",
-                with_device(state, d, arrived),
-            )
+            word = f"a late request for {name} at epoch {epoch} arrives"
+            arrived = placed((rec, jobs, zombies, rest, acked), epoch, word)
+            yield word, with_device(state, d, arrived)
         for at, (epoch, job, number) in enumerate(jobs):
 
             def become(
@@ -245,7 +243,7 @@ class World:
                 return
             new = model.advanced(d, known, epoch)
             stored = with_device(state, d, (new, *state[0][d][1:]))
-            check_write(state[0][d], stored[0][d])
+            check_write(state[0][d], stored[0][d], word)
             yield word, with_hand(self._news(stored, r, d, new), r, d, hand)
             if state[3] and not calm:
                 yield f"{word}, the answer is lost", (*stored[:3], state[3] - 1)
@@ -265,20 +263,17 @@ class World:
         rec, jobs, unseen, expects, _ = state[1][r][2][d]
         failed = (rec, jobs, unseen, expects, ())
         if kind == START:
-            done = with_device(state, d, placed(device, epoch))
-            yield (
-                f"r{r} starts {name}",
-                with_view(done, r, d, (rec, jobs, unseen, 1, ()), late=True),
-            )
             word = f"r{r} starts {name}"
+            done = with_device(state, d, placed(device, epoch, word))
+            yield word, with_view(done, r, d, (rec, jobs, unseen, 1, ()), late=True)
         else:
+            word = f"r{r} stops {name}"
             done = with_device(state, d, stopped(device, epoch))
             marked = tuple(
                 (e, "S" if e == epoch and s != "D" else s, number) for e, s, number in jobs
             )
             after = with_view(done, r, d, (rec, marked, unseen, expects, ()))
-            yield f"r{r} stops {name}", self._rep(after, r, after[1][r])
-            word = f"r{r} stops {name}"
+            yield word, self._rep(after, r, after[1][r])
         if state[3] and not calm:
             worse = (*done[:3], state[3] - 1)
             yield f"{word}, the answer is lost", with_view(worse, r, d, failed)
@@ -326,7 +321,7 @@ class World:
             if kind is AcceptanceKind.BIND:
                 new = model.bound(d, truth, epoch, number)
                 stored = with_device(after, d, (new, *after[0][d][1:]))
-                check_write(after[0][d], stored[0][d])
+                check_write(after[0][d], stored[0][d], word)
                 yield word, self._news(stored, r, d, new)
             elif kind is AcceptanceKind.REFUSED:
                 left = tuple(one for one in zombies if one != (epoch, number))

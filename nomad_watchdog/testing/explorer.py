@@ -151,7 +151,8 @@ def explore(
                         came[key] = state
                         following.append(key)
             except BrokenError as error:
-                return Found(len(came), str(error), _trace(world, first, _path(came, state)))
+                trace, last = _trace(world, first, _path(came, state))
+                return Found(len(came), _named(world, last, error), trace)
             if len(came) > most:
                 return Found(len(came), complete=False)
         level = following
@@ -165,8 +166,8 @@ def _path(came: dict[State, State | None], state: State) -> list[State]:
     return path[::-1]
 
 
-def _trace(world: World, first: State, path: list[State]) -> tuple[str, ...]:
-    """The steps along a path, in the names that the first state has."""
+def _trace(world: World, first: State, path: list[State]) -> tuple[tuple[str, ...], State]:
+    """The steps along a path, in the names that the first state has, and where they lead."""
     said: list[str] = []
     at = first
     for wanted in path[1:]:
@@ -175,7 +176,18 @@ def _trace(world: World, first: State, path: list[State]) -> tuple[str, ...]:
                 said.append(step)
                 at = new
                 break
-    return tuple(said)
+    return tuple(said), at
+
+
+def _named(world: World, last: State, error: BrokenError) -> str:
+    """What broke, in the same names."""
+    try:
+        check_state(last)
+        for _ in world.steps(last):
+            pass
+    except BrokenError as named:
+        return str(named)
+    return str(error)
 
 
 def main(arguments: list[str] | None = None) -> int:
