@@ -15,7 +15,7 @@ from nomad_watchdog.core import events, presence
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Device, DeviceRecord
-from nomad_watchdog.registry import Guard, Registry
+from nomad_watchdog.registry import Guard, Registry, RegistrySnapshot
 
 COMMIT_TRIES: Final = 5
 """Compare-and-set losses in a row after which the caller is told to try again."""
@@ -129,6 +129,16 @@ class Ledger:
         if fresh is not None:
             self.learn([fresh])
         raise ConflictError("the record has just been changed by another writer; try again")
+
+    async def reread(self) -> RegistrySnapshot | None:
+        """Everything, read anew; None when the answer was overtaken on its way: what we know is newer.
+
+        An index that went backwards means a restored store only if it is behind what was known when the
+        read began. An overtaken answer looks the same, and taking it would forget what came meanwhile,
+        until the store changes again (S8)."""
+        known = self.index
+        snapshot = await self.registry.read()
+        return None if known <= snapshot.index < self.index else snapshot
 
     def learn(self, records: Sequence[DeviceRecord]) -> bool:
         """Take records that are known to be stored (our own writes included: S8); whether any was

@@ -173,7 +173,9 @@ class Reconciler:
 
     async def _read_registry(self) -> None:
         began = self.fleet.clock.monotonic()
-        self._take_records(await self.fleet.registry.read())
+        snapshot = await self.fleet.reread()
+        if snapshot is not None:
+            self._take_records(snapshot)
         self.territory.registry_read_at = began
 
     async def _take_over(self) -> None:
@@ -298,8 +300,7 @@ class Reconciler:
         await asyncio.sleep(CONFIRM_AFTER_S)
         held = self.breaker.held
         try:
-            records = await self.fleet.registry.read()
-            self.fleet.reset(records.records, records.index)
+            await self._read_registry()
             await self.informer.read()
         except WatchdogError as error:
             log.warning("second read failed", extra={"reason": str(error)})

@@ -192,9 +192,15 @@ class Auditor:
         elif asked_at - last > STALE_S:
             self.broken("S1", f"{what} was accepted {asked_at - last:.1f} s after its time")
 
+    def _runs(self, slug: Slug, epoch: Epoch, spec_hash: str) -> bool:
+        return any(
+            (job.slug, job.epoch, job.spec.spec_hash) == (slug, epoch, spec_hash)
+            for job in self.cluster.jobs.values()
+        )
+
     # -- at the end -----------------------------------------------------------------------------
 
-    def unsettled(self, wanted: dict[Slug, bool]) -> list[str]:
+    def unsettled(self, wanted: dict[Slug, bool], spec_hash: str) -> list[str]:
         """What is missing for L1: exactly one accepted agent a wanted device, none for another."""
         missing = []
         for slug, present in wanted.items():
@@ -212,4 +218,6 @@ class Auditor:
                 missing.append(f"L1: {name} has {len(alive)} agents; placements: {states}")
             elif present and (alive[0].epoch, alive[0].instance) != (record.epoch, record.instance):
                 missing.append(f"L1: the agent of {name} is not the accepted one")
+            elif present and not self._runs(slug, record.epoch, spec_hash):
+                missing.append(f"L1: the agent of {name} has the old version")
         return missing

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.fleet import AgentReport, Fleet
 from nomad_watchdog.freshness import Freshness
-from nomad_watchdog.model import Action, ActionKind, DeviceRecord, Epoch
-from tests.core.world import record
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Action, ActionKind, AgentState, DeviceRecord, Epoch, Limits
+from nomad_watchdog.testing.fakes import FakeRegistry, Store
+from tests.core.world import placement, record
 
 BOUND = record("cam", epoch=3, instance="i-1")
 
@@ -70,3 +78,41 @@ def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
         else:
             fresh.forget({BOUND.slug})
         assert fresh.is_behind(BOUND.slug) is not came
+
+
+class Behind:
+    """An observer whose listing is as old as it is told."""
+
+    def __init__(self, *, behind: bool) -> None:
+        self.behind = behind
+
+    def records_changed(self, records: Sequence[DeviceRecord]) -> None: ...
+
+    def look_again(self, slug: Slug) -> None: ...
+
+    def is_behind(self, slug: Slug) -> bool:
+        return self.behind
+
+
+async def judged(*, behind: bool) -> AcceptanceKind:
+    """A report of the only instance that is listed, while the registry has another one bound."""
+    store = Store()
+    store.initialise("test")
+    fleet = Fleet(FakeRegistry(store), Limits(), SystemClock())
+    (stored,) = await fleet.commit([replace(BOUND, instance="i-new", index=0)])
+    assert stored is not None
+    fleet.learn([stored])
+    fleet.observe_with(Behind(behind=behind), lambda _outcome: None)
+    old = placement("cam", 3)
+    fleet.placements = {old.slug: (old,)}
+    report = AgentReport(
+        BOUND.device.id, BOUND.slug, Epoch(3), old.instances[0], 1, ready=True, state=AgentState.OK,
+        was_ready=True, misses=0, confirmed=False, reason="", listen="", version="1",
+    )  # fmt: skip
+    return (await fleet.report(report)).kind
+
+
+async def test_s1_an_old_listing_binds_no_instance_back() -> None:
+    """The listed instance replaces the bound one on a young listing, and is told to wait on an old one."""
+    assert await judged(behind=False) is AcceptanceKind.ACCEPTED
+    assert await judged(behind=True) is AcceptanceKind.UNSURE

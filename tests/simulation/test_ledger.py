@@ -1,0 +1,73 @@
+"""What only a clock can show of the ledger, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Device, Limits
+from nomad_watchdog.testing.fakes import FakeRegistry, Line, Store
+from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+
+T = TypeVar("T")
+LATE = DeviceId("late")
+
+
+class SlowAnswers(Line):
+    """A full read happens at once and is answered a second later."""
+
+    async def call(self, what: str, effect: Callable[[], T]) -> T:
+        answer = await super().call(what, effect)
+        if what == "registry.read":
+            await asyncio.sleep(1.0)
+        return answer
+
+
+async def overtaken() -> tuple[Fleet, Store]:
+    """A read is under way while another replica registers a device and our watch tells of it."""
+    store = Store()
+    store.initialise("test")
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store, SlowAnswers()), Limits(), clock)
+    other = Fleet(FakeRegistry(store), Limits(), clock)
+    await other.register([Device(DeviceId("first"), "default", "127.0.0.1")])
+    async with asyncio.TaskGroup() as group:
+        reading = group.create_task(fleet.reread())
+        await asyncio.sleep(0.5)
+        await other.register([Device(LATE, "default", "127.0.0.1")])
+        news = await FakeRegistry(store).read()
+        fleet.reset(news.records, news.index)
+    answer = reading.result()
+    if answer is not None:
+        fleet.reset(answer.records, answer.index)
+    return fleet, store
+
+
+async def restored() -> tuple[Fleet, Store]:
+    """The store is replaced by an older copy of itself, then read."""
+    fleet, store = await overtaken()
+    first = store.rows.pop(slug_of(LATE))
+    store.index = first[0] - 1
+    answer = await fleet.reread()
+    assert answer is not None
+    fleet.reset(answer.records, answer.index)
+    return fleet, store
+
+
+def test_s8_an_answer_that_was_overtaken_takes_nothing_back() -> None:
+    """A device that the watch told of stays known when an older full read is answered after it."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        fleet, store = runner.run(overtaken())
+    assert slug_of(LATE) in fleet.records
+    assert fleet.index == store.index
+
+
+def test_a_restored_store_is_believed() -> None:
+    """An index that is behind what was known when the read began is the store's word, and stands."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        fleet, store = runner.run(restored())
+    assert slug_of(LATE) not in fleet.records
+    assert fleet.index == store.index
