@@ -206,7 +206,7 @@ async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
         line = await asyncio.wait_for(follower.stdout.readline(), 20.0)
         assert json.loads(line)["device"] == "cam"
         follower.send_signal(signal.SIGINT)
-        assert await asyncio.wait_for(follower.wait(), 10.0) == 130
+        assert await asyncio.wait_for(follower.wait(), 30.0) == 130
         await follower.communicate()
 
 
