@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -14,13 +14,16 @@ from aiohttp import web
 
 from nomad_watchdog import artifact, backup, logs, notify
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
 from nomad_watchdog.api.serving import Listener
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
+from nomad_watchdog.departures import Departures
 from nomad_watchdog.discovery import ConsulHealth
 from nomad_watchdog.errors import UserError, WatchdogError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.inventory import Inventory
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.peers import Peers
@@ -116,6 +119,8 @@ async def _run(
     pyz.parent.mkdir(parents=True, exist_ok=True)
     artifact.build_agent(pyz)
     door = door_of(settings.api)
+    departures = Departures(fleet, metrics, reconciler.territory)
+    inventory = Inventory(settings.inventory, fleet, departures, metrics)
     app = make_app(
         fleet,
         metrics=metrics,
@@ -125,6 +130,7 @@ async def _run(
         leases=reconciler.leases,
         door=door,
     )
+    app[CONTEXT].departures = departures
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
     listener = Listener(runner, settings.api)
@@ -133,14 +139,21 @@ async def _run(
     except UserError:
         await runner.cleanup()
         raise
-    if settings.api.secure:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, listener.renew.set)
+
+    def look_again() -> None:
+        inventory.look_now()
+        if settings.api.secure:
+            listener.renew.set()
+
+    if settings.api.secure or settings.inventory:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again)
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
+        presence = (departures.run, inventory.run)
         async with asyncio.TaskGroup() as group:
             renewing = group.create_task(listener.follow())
             peers = Peers(fleet, reconciler.leases, door.own_token, lambda: listener.outgoing)
-            await _reconcile_until(stop, settings, reconciler, metrics, peers)
+            await _reconcile_until(stop, settings, reconciler, metrics, peers, presence)
             renewing.cancel()
     finally:
         notify.stopping()
@@ -154,6 +167,7 @@ async def _reconcile_until(
     reconciler: Reconciler,
     metrics: Metrics,
     peers: Peers,
+    presence: Sequence[Callable[[], Coroutine[Any, Any, None]]],
 ) -> None:
     fleet = reconciler.fleet
     async with asyncio.TaskGroup() as group:
@@ -162,6 +176,7 @@ async def _reconcile_until(
             group.create_task(peers.run()),
             group.create_task(reconciler.run()),
             group.create_task(_say_ready(fleet)),
+            *(group.create_task(run()) for run in presence),
         ]
         if settings.agent_consul:
             tasks.append(group.create_task(_follow_health(settings, fleet, metrics)))

@@ -72,6 +72,8 @@ class Chronicle:
         "stored": False,
         "reason": "events are kept in memory only: no file was opened",
     }
+    paused: Callable[[DeviceRecord], str] = lambda _record: ""
+    """The id of the pause that covers a device; planned work is told, and makes no incident."""
     _stored: bool = False
     _known: dict[Slug, _Known] = field(default_factory=dict)
 
@@ -129,7 +131,7 @@ class Chronicle:
         self.correlator.observe(
             record.slug,
             known.groups,
-            bad=state in TROUBLE,
+            bad=state in TROUBLE and not self.paused(record),
             now=self.clock.monotonic(),
             ref=self.history.last_seq,
         )
@@ -137,6 +139,7 @@ class Chronicle:
     def changed(self, change: Change) -> None:
         """A device has another state: an event, and perhaps a part of an incident."""
         record, judged = change.record, change.judged
+        paused = self.paused(record)
         known = self._of(record.slug)
         now = self.clock.monotonic()
         was_bad = change.was in TROUBLE
@@ -144,7 +147,7 @@ class Chronicle:
         incident = self.correlator.observe(
             record.slug,
             known.groups,
-            bad=judged.state in TROUBLE,
+            bad=judged.state in TROUBLE and not paused,
             now=now,
             ref=self.history.last_seq + 1,
         )
@@ -155,6 +158,8 @@ class Chronicle:
             "was_for_s": round(change.was_for_s, 1),
             "evidence": self._shown(change.evidence, now),
         }
+        if paused:
+            data["paused"] = paused
         self.history.add(
             at=self.clock.wall(),
             kind=f"verdict.{judged.state.value}",

@@ -21,6 +21,7 @@ from nomad_watchdog.config_hcl import show
 from nomad_watchdog.config_types import (
     Block,
     Fraction,
+    Inventories,
     Name,
     Positive,
     Seconds,
@@ -29,7 +30,7 @@ from nomad_watchdog.config_types import (
     checked_url_or_none,
 )
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.model import AgentSpec, Limits
+from nomad_watchdog.model import AgentSpec, Limits, PresenceRules
 
 FILE_NAME: Final = "nomad-watchdog.hcl"
 PREFIX: Final = "NOMAD_WATCHDOG_"
@@ -93,6 +94,10 @@ class Presence(Block):
     startup_grace_max: Positive = 900.0
     report_stale: Positive = 45.0
     heartbeat_fresh: Seconds = 15.0
+    ttl: Annotated[Positive, Field(ge=1)] | None = None
+    grace: Seconds = 30.0
+    flap_changes: Annotated[int, Field(ge=0, le=1000)] = 6
+    flap_half_life: Annotated[Positive, Field(ge=1)] = 300.0
 
 
 class Retry(Block):
@@ -148,6 +153,7 @@ class Settings(Block):
     events: Events = Events()
     resync: Annotated[Positive, Field(ge=1)] = 30.0
     lease_ttl: Annotated[Positive, Field(ge=1, le=60)] = 3.0
+    inventory: Inventories = ()
     log: Log = Log()
 
     @property
@@ -197,6 +203,17 @@ class Settings(Block):
             starts_per_hour=self.retry.starts_per_hour,
             concurrency=self.retry.concurrency,
             resync_s=self.resync,
+            presence=PresenceRules(
+                ttl_s=self.presence.ttl or 0.0,
+                class_ttl_s={
+                    name: kind.ttl
+                    for name, kind in self.agent_class.items()
+                    if kind.ttl is not None
+                },
+                grace_s=self.presence.grace,
+                flap_changes=self.presence.flap_changes,
+                flap_half_life_s=self.presence.flap_half_life,
+            ),
         )
 
     def specs(self) -> dict[str, AgentSpec]:

@@ -110,6 +110,7 @@ class AgentClass(Block):
     variables: dict[str, Text] = Field(default_factory=dict)
     metadata: dict[str, Text] = Field(default_factory=dict)
     beat: Positive = 15.0
+    ttl: Seconds | None = None
     probe: tuple[Probe, ...] = ()
     confirm: tuple[Probe, ...] = ()
     repair: tuple[Repair, ...] = ()

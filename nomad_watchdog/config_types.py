@@ -40,5 +40,25 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 Text = Annotated[str, Field(max_length=1024)]
 
 
+def checked_inventories(value: object) -> object:
+    """One path, or a list of different ones that end in .hcl or .json."""
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple):
+        return paths
+    for path in paths:
+        if not isinstance(path, str) or not path.endswith((".hcl", ".json")):
+            raise ValueError(
+                f"{show(path)} is no inventory; name a file that ends in .hcl or .json"
+            )
+    if len(set(paths)) != len(paths):
+        raise ValueError("names a file twice")
+    return tuple(paths)
+
+
+Inventories = Annotated[
+    tuple[Text, ...], BeforeValidator(checked_inventories), Field(max_length=64)
+]
+
+
 class Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)

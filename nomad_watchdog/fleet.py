@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -16,9 +16,8 @@ from nomad_watchdog.chronicle import Change, Chronicle
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence, verdict
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.history import EVERYTHING, Event, EventFilter, History
+from nomad_watchdog.history import History
 from nomad_watchdog.ids import DeviceId, Slug
-from nomad_watchdog.ledger import Ledger
 from nomad_watchdog.model import (
     AgentState,
     DeviceRecord,
@@ -34,6 +33,7 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 from nomad_watchdog.registry import Registry
+from nomad_watchdog.rollcall import RollCall
 from nomad_watchdog.shown import shown_desired, shown_health, shown_placement, shown_report
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,6 @@ class _Track:
     reason: str = ""
     since: Monotonic = field(default=Monotonic(0.0))
     report: Report | None = None
-    heartbeat_at: Monotonic | None = None
 
 
 class Observer(Protocol):
@@ -101,28 +100,26 @@ class Observer(Protocol):
         ...
 
 
-class Fleet(Ledger):
+class Fleet(RollCall):
     """The devices, what is known of each, and its verdict."""
 
     def __init__(
         self, registry: Registry, limits: Limits, clock: Clock, history: History | None = None
     ) -> None:
-        super().__init__(registry, clock)
+        super().__init__(registry, clock, limits.presence, history or History())
         self.limits = limits
-        self.history = history or History()
         self.chronicle = Chronicle(self.history, limits, clock)
-        self.placements: dict[Slug, tuple[Placement, ...]] = {}
+        self.chronicle.paused = self.paused_by
         self.health: Mapping[Slug, Health] = {}
         self.ready_event = asyncio.Event()
         self.ready_reason = "the registry and the scheduler have not been read yet"
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""
         self.status_parts: list[Callable[[], dict[str, object]]] = [self.chronicle.status]
-        self.explain_parts: list[Callable[[Slug], dict[str, object]]] = []
+        self.explain_parts: list[Callable[[Slug], dict[str, object]]] = [self.explain_presence]
         self.plan_view: Callable[[], dict[str, object]] = dict
         self._tracks: dict[Slug, _Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
         self._hearsay: dict[Slug, AgentReport] = {}
-        self._loaded = False
         self._observer: Observer | None = None
         self._on_report: Callable[[str], None] = lambda _outcome: None
         self.on_accepted: Callable[[AgentReport], None] = lambda _report: None
@@ -142,14 +139,7 @@ class Fleet(Ledger):
 
     def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
         """Tell the reconciler of changed records, and whoever reads the events of changed wishes."""
-        for before, record in news if self._loaded else ():
-            if before is None or before.generation != record.generation:
-                text = (
-                    f"the device is wanted at {record.device.address}"
-                    if record.presence is Presence.PRESENT
-                    else "the device has left"
-                )
-                self.note(record.slug, record.presence.value, text)
+        super().learned(news)
         for _, record in news if self._hearsay else ():
             if (report := self._hearsay.pop(record.slug, None)) is not None:
                 self.overhear(report)
@@ -158,29 +148,32 @@ class Fleet(Ledger):
 
     def forgotten(self, slugs: Sequence[Slug]) -> None:
         """Drop what was known of devices whose record is gone."""
+        super().forgotten(slugs)
         for slug in slugs:
             self.chronicle.forget(slug)
             track = self._tracks.pop(slug, None)
             if track is not None and track.state is not None:
                 self._by_state[track.state] -= 1
 
+    def hear(self, ids: Iterable[str], *, beats: bool = True) -> tuple[list[bool], list[Slug]]:
+        """As `RollCall.hear`; that a device lives that was thought offline is not told two seconds late."""
+        names = list(ids)
+        answer = super().hear(names, beats=beats)
+        if beats and self._by_state[VerdictState.OFFLINE]:
+            for name in names:
+                slug = self.slug_by_id.get(name)
+                track = None if slug is None else self._tracks.get(slug)
+                if slug is not None and track is not None and track.state is VerdictState.OFFLINE:
+                    self.refresh(slug)
+        return answer
+
     def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
         """As `Ledger.reset`; the first snapshot is no news to those who read events."""
         news = super().reset(records, index)
-        self._loaded = True
+        self.loaded = True
         return news
 
     # -- reports --------------------------------------------------------------------------------
-
-    def heartbeat(self, slug: Slug) -> bool:
-        """A sign of life of a device; kept in memory only. False when the device is unknown."""
-        if slug not in self.records:
-            return False
-        track = self._track(slug)
-        track.heartbeat_at = self.clock.monotonic()
-        if track.state is VerdictState.OFFLINE:
-            self.refresh(slug)  # it lives: that is not to be told two seconds late
-        return True
 
     async def report(self, report: AgentReport) -> Acceptance:
         """Judge a report and remember it if it is accepted (S1)."""
@@ -234,9 +227,12 @@ class Fleet(Ledger):
             if placement.epoch == report.epoch
             for instance in placement.instances
         }
-        return acceptance.accept(record, report.epoch, report.instance, live)
+        kept = bool(self.attendance.keeps(report.slug, self.clock.monotonic()))
+        return acceptance.accept(record, report.epoch, report.instance, live, kept=kept)
 
     def _remember(self, report: AgentReport) -> None:
+        if report.ready and report.state is AgentState.OK:
+            self.attendance.answers(report.slug, self.clock.monotonic())
         track = self._track(report.slug)
         last = track.report
         if (
@@ -314,8 +310,9 @@ class Fleet(Ledger):
             leaving=bool(live),
             obstacle=self.obstacle(record.slug),
             placed_at=self.chronicle.placed_at(record),
-            beat_at=track.heartbeat_at,
+            beat_at=self.attendance.beats.get(record.slug),
             grace_s=self.chronicle.grace(record).seconds,
+            kept=self.attendance.keeps(record.slug, self.clock.monotonic()),
         )
 
     def refresh_all(self) -> None:
@@ -325,9 +322,20 @@ class Fleet(Ledger):
         self.chronicle.settle()
 
     def unready(self) -> int:
-        """Present devices without a ready accepted agent, as last judged. Constant time."""
+        """Present devices without a ready accepted agent, as last judged, but for those that are
+        paused: somebody else is at work there. Constant time when nothing is paused."""
         settled = sum(self._by_state[state] for state in (*_AGENT_READY, VerdictState.DEPARTED))
-        return max(0, len(self.records) - settled)
+        resting = sum(
+            n
+            for state, n in self.paused_counts().items()
+            if state not in _AGENT_READY and state is not VerdictState.DEPARTED
+        )
+        return max(0, len(self.records) - settled - resting)
+
+    def paused_counts(self) -> Counter[VerdictState]:
+        """Paused devices by the state last judged."""
+        tracks = map(self._track, self.paused())
+        return Counter(track.state for track in tracks if track.state is not None)
 
     # -- what is shown --------------------------------------------------------------------------
 
@@ -373,6 +381,9 @@ class Fleet(Ledger):
                 for p in found
             ),
             "registry_index": self.index,
+            "paused": len(self.paused()),
+            "pauses_problem": self.pauses.problem,
+            "flapping": self.attendance.flapping(self.clock.monotonic()),
         }
         for part in self.status_parts:
             status.update(part())
@@ -385,7 +396,7 @@ class Fleet(Ledger):
             return {}
         record = view.record
         track = self._track(slug)
-        beat = track.heartbeat_at
+        beat = self.attendance.beats.get(slug)
         explained: dict[str, object] = {
             "id": record.device.id,
             "slug": slug,
@@ -407,27 +418,6 @@ class Fleet(Ledger):
     def plan(self) -> dict[str, object]:
         """What the next pass would do."""
         return self.plan_view()
-
-    # -- events ---------------------------------------------------------------------------------
-
-    def note(self, slug: Slug, kind: str, text: str, **data: object) -> None:
-        """Add an event about a device."""
-        record = self.records.get(slug)
-        device_id = record.device.id if record is not None else ""
-        self.history.add(
-            at=self.clock.wall(), kind=kind, device_id=device_id, slug=slug, text=text, data=data
-        )
-
-    def events(
-        self, since: int, limit: int, wanted: EventFilter = EVERYTHING
-    ) -> tuple[list[Event], int]:
-        """Events in memory after sequence number `since`, oldest first, and the number to ask with
-        next."""
-        return self.history.after(since, limit, wanted)
-
-    async def wait_event(self, since: int, timeout_s: float) -> None:
-        """Return when an event after `since` is there, or after timeout_s."""
-        await self.history.wait(since, timeout_s)
 
 
 _AGENT_READY: Final = frozenset(

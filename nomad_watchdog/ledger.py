@@ -14,7 +14,7 @@ from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import events, presence
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
-from nomad_watchdog.model import Device, DeviceRecord
+from nomad_watchdog.model import Departure, Device, DeviceRecord, WallTime
 from nomad_watchdog.registry import Guard, Registry, RegistrySnapshot
 
 COMMIT_TRIES: Final = 5
@@ -47,9 +47,14 @@ class Ledger:
         """Called with those whose record the registry no longer has; for subclasses."""
 
     async def register(
-        self, devices: Sequence[Device], event: events.Event | None = None
+        self,
+        devices: Sequence[Device],
+        source: str | None = None,
+        *,
+        event: events.Event | None = None,
     ) -> list[Registered]:
         """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
+        `source`: the inventory that asks, None = the API.
 
         `event`: the signed event that says so. Raises OutOfDateError for one that is over, UserError for a device id whose slug belongs to another id, ConflictError when other
         writers won COMMIT_TRIES times in a row, and what the registry raises.
@@ -61,24 +66,45 @@ class Ledger:
             wish = wishes[slug]
             if stored is not None and stored.device.id != wish.id:
                 raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
-            return events.stamp(stored, presence.register(stored, wish, now), event, now)
+            wanted = presence.register(stored, wish, now, source)
+            return events.stamp(stored, wanted, event, now)
 
         outcome = await self._change(list(wishes), change)
         return [found for slug in wishes if (found := outcome[slug]) is not None]
 
     async def deregister(
-        self, ids: Sequence[DeviceId], event: events.Event | None = None
+        self,
+        ids: Sequence[DeviceId],
+        left: Departure = Departure.REMOVED,
+        *,
+        event: events.Event | None = None,
     ) -> list[Registered | None]:
         """Say that these devices have left; None for one that was never registered. `event`: as above."""
         now = self.clock.wall()
         slugs = [slug_of(device_id) for device_id in ids]
 
         def change(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
-            wanted = presence.deregister(stored, now) if stored is not None else None
+            wanted = presence.deregister(stored, now, left) if stored is not None else None
             return events.stamp(stored, wanted, event, now)
 
         outcome = await self._change(slugs, change)
         return [outcome[slug] for slug in slugs]
+
+    async def adjust(
+        self,
+        slugs: Sequence[Slug],
+        change: Callable[[DeviceRecord, WallTime], DeviceRecord | None],
+    ) -> int:
+        """Change these records where `change` gives another one; how many it did. It may be asked
+        again when a compare-and-set lost. Raises as `register`."""
+        now = self.clock.wall()
+
+        def stamped(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
+            wanted = change(stored, now) if stored is not None else None
+            return events.stamp(stored, wanted, None, now)
+
+        outcome = await self._change(slugs, stamped)
+        return sum(done is not None and done.changed for done in outcome.values())
 
     async def _change(
         self,

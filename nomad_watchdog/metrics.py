@@ -105,6 +105,12 @@ class Metrics:
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
         self._stored = self._gauge("events_stored", "1 while events are written to disk.")
         self._dropped = self._counter("events_dropped", "Events that were never written.")
+        self._flapping = self._gauge("flapping_devices", "Devices that come and go too often.")
+        self._paused = self._gauge("paused_devices", "Devices for which nothing is done now.")
+        self._expired = self._counter("expired_devices", "Devices that left by silence.")
+        self._departures_held = self._gauge("departures_held", "Devices held from leaving at once.")
+        self._bad_inventories = self._gauge("inventory_problems", "Inventories that can't be used.")
+        self._conflicts = self._gauge("inventory_conflicts", "Listed devices that others own.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
@@ -227,6 +233,23 @@ class Metrics:
 
     def poisoned(self, count: int) -> None:
         self._poisoned.set(count)
+
+    def attendance(self, *, flapping: int, paused: int) -> None:
+        """How many devices flap, and how many are paused."""
+        self._flapping.set(flapping)
+        self._paused.set(paused)
+
+    def expired(self, count: int) -> None:
+        """So many devices left by silence."""
+        self._expired.inc(count)
+
+    def departures_held(self, count: int) -> None:
+        self._departures_held.set(count)
+
+    def inventories(self, *, problems: int, conflicts: int) -> None:
+        """Inventories that can't be used now, and devices in them that others own."""
+        self._bad_inventories.set(problems)
+        self._conflicts.set(conflicts)
 
     def request(self, route: str, status: int) -> None:
         """A request was answered. `route` is a route's template, never a path from outside."""

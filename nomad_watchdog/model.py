@@ -33,6 +33,14 @@ class Presence(StrEnum):
     ABSENT = "absent"
 
 
+class Departure(StrEnum):
+    """How a device left. Somebody who removes it means it; the others may be a blink."""
+
+    REMOVED = "removed"
+    DISCONNECTED = "disconnected"  # a gateway said so
+    EXPIRED = "expired"  # no sign of life for its ttl; a heartbeat brings it back
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """What somebody asks to have watched."""
@@ -42,6 +50,8 @@ class Device:
     address: str
     """Host name or IP address that probes go to; data, never part of a name or a command."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    ttl_s: float | None = None
+    """Without a sign of life for so long it has left; 0 = never, None = as configured for its class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,10 @@ class DeviceRecord:
     0 = it was last changed in another way (`core.events`)."""
     event_marks: tuple[str, ...] = ()
     """Marks of the events that changed it at `event_at`."""
+    source: str = ""
+    """The static inventory that asks for it (`inventory:FILE`); "" = the API."""
+    left: Departure = Departure.REMOVED
+    """Of a tombstone: how the device left. Means nothing while it is present."""
 
 
 class PlacementState(StrEnum):
@@ -205,6 +219,28 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class PresenceRules:
+    """When a device has left, and how long its agent waits for it to come back. Seconds are float."""
+
+    ttl_s: float = 0.0
+    """Of a device whose wish and class name none; 0 = it stays until it is deregistered."""
+    class_ttl_s: Mapping[str, float] = field(default_factory=dict)
+    """Agent class → its own default, over `ttl_s`."""
+    grace_s: float = 0.0
+    """The agent of a device that expired or was disconnected is kept for so long."""
+    flap_changes: int = 6
+    """So many changes of presence close together are flapping; 0 = nothing is ever said to flap."""
+    flap_half_life_s: float = 300.0
+    """After so long a change counts half."""
+
+    def ttl_of(self, device: Device) -> float:
+        """Seconds; 0 = for ever."""
+        if device.ttl_s is not None:
+            return device.ttl_s
+        return self.class_ttl_s.get(device.agent_class, self.ttl_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """How far and how fast the planner and the reconciler may go. Seconds are float."""
 
@@ -241,3 +277,4 @@ class Limits:
     """Calls to the scheduler under way at once (Nomad allows 100 connections a client)."""
     resync_s: float = 30.0
     """Full snapshot at least so often; hints only shorten the wait."""
+    presence: PresenceRules = PresenceRules()

@@ -1,4 +1,4 @@
-"""What agents say to one replica, told to the others, so that each can answer for the whole fleet.
+"""What agents and devices say to one replica, told to the others, so that each can answer for the whole fleet.
 
 Only what was accepted is told on, and nobody accepts by hearsay: a replica that hears takes it when its own
 record names the same epoch and instance. Nothing is kept for a peer that does not answer: an agent says
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from ssl import SSLContext
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 PATH: Final = "/v1/peers/reports"
 MOST: Final = 500
 """Reports in one message."""
+MOST_BEATS: Final = 2_000
+"""Ids in one message; both together stay below the API's default of 1 MiB a body."""
 GATHER_S: Final = 0.1
 """So long reports are gathered into one message: they are evidence, not events to act on."""
 _CALL_S: Final = 2.0
@@ -55,13 +57,22 @@ class Peers:
         self._fresh: dict[Slug, AgentReport] = {}
         self._news = asyncio.Event()
         self._silent: set[str] = set()
+        self._beats: dict[str, None] = {}
+        """Ids of devices that were heard here, oldest first."""
         fleet.on_accepted = self.note
+        fleet.on_beat = self.note_beats
 
     def note(self, report: AgentReport) -> None:
         """Tell this on; the newest of a device is enough."""
         self._fresh.pop(report.slug, None)
         self._fresh[report.slug] = report
         self._news.set()
+
+    def note_beats(self, ids: Sequence[str]) -> None:
+        """Tell these signs of life on: only the replica that reconciles a device lets it expire."""
+        if ids and self.others():
+            self._beats.update(dict.fromkeys(ids))
+            self._news.set()
 
     def others(self) -> list[Replica]:
         return [
@@ -80,9 +91,13 @@ class Peers:
                 batch = dict(islice(self._fresh.items(), MOST))
                 for slug in batch:
                     del self._fresh[slug]
-                if not self._fresh:
+                beats = list(islice(self._beats, MOST_BEATS))
+                for name in beats:
+                    del self._beats[name]
+                if not self._fresh and not self._beats:
                     self._news.clear()
-                body = {"reports": [document(report) for report in batch.values()]}
+                reports = [document(report) for report in batch.values()]
+                body = {"reports": reports, "beats": beats}
                 async with asyncio.TaskGroup() as group:
                     for peer in self.others():
                         group.create_task(self._tell(session, peer, body))

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 CONFIRM_AFTER_S: Final = 2.0
 """S7: how long after the first read the second one is taken."""
 VERDICTS_EVERY_S: Final = 2.0
+PRESENCE_EVERY_S: Final = 1.0
+"""So late at most is seen that a grace or a pause has ended, or that another replica made one."""
 SWEEP_EVERY_S: Final = 30.0
 QUICK: Final = 64
 """Up to so many changed records start at once without waiting for a pass: a start needs no breaker."""
@@ -99,6 +101,7 @@ class Reconciler:
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
             group.create_task(self._every(VERDICTS_EVERY_S, self._judge))
+            group.create_task(self._every(PRESENCE_EVERY_S, self._settle_presence))
             group.create_task(self._every(SWEEP_EVERY_S, self._sweep))
             group.create_task(self._every(self.fleet.limits.resync_s, self._prepare_again))
             group.create_task(self.performer.run())
@@ -173,6 +176,7 @@ class Reconciler:
 
     async def _read_registry(self) -> None:
         began = self.fleet.clock.monotonic()
+        await self.fleet.pauses.refresh()  # before anything is decided about a paused device
         snapshot = await self.fleet.reread()
         if snapshot is not None:
             self._take_records(snapshot)
@@ -240,7 +244,11 @@ class Reconciler:
     # -- plan -----------------------------------------------------------------------------------
 
     def _undecided(self, slug: Slug) -> bool:
-        return slug in self.performer.expectations or self.queue.is_active(slug)
+        return (
+            slug in self.performer.expectations
+            or self.queue.is_active(slug)
+            or self.fleet.is_resting(slug)
+        )
 
     async def _pass_when_woken(self) -> None:
         while True:
@@ -349,8 +357,11 @@ class Reconciler:
 
     async def look_once(self) -> None:
         """Read the registry and the scheduler once, in full."""
+        await self.fleet.pauses.refresh()
         records = await self.fleet.registry.read()
         self.fleet.reset(records.records, records.index)
+        # Who looks once knows nothing of when a device left: waiting is for those who stay.
+        self.fleet.attendance.leaving.clear()
         self._registry_read = True
         await self.informer.read()
         self.fleet.refresh_all()
@@ -389,13 +400,19 @@ class Reconciler:
             fleet.limits,
             unready=fleet.unready(),
             confirmed=confirmed,
+            resting=fleet.resting(),
         )
 
     # -- upkeep ---------------------------------------------------------------------------------
 
     def _judge(self) -> None:
         self.fleet.refresh_all()
-        self.metrics.devices({s.value: n for s, n in self.fleet.counts().items()})
+        paused = self.fleet.paused_counts()
+        self.metrics.devices({s.value: n - paused[s] for s, n in self.fleet.counts().items()})
+        self.metrics.attendance(
+            flapping=self.fleet.attendance.flapping(self.fleet.clock.monotonic()),
+            paused=paused.total(),
+        )
         states: dict[str, int] = dict.fromkeys(PlacementState, 0)
         for found in self.fleet.placements.values():
             for placement in found:
@@ -406,6 +423,15 @@ class Reconciler:
         self.metrics.incidents(self.fleet.chronicle.open_by_kind())
         self.metrics.events(self.fleet.chronicle.status_of_store())
         if self._no_room:
+            self._wake.set()
+
+    async def _settle_presence(self) -> None:
+        try:
+            changed = await self.fleet.pauses.refresh()
+        except WatchdogError as error:
+            changed = False  # the last view stands
+            log.warning("pauses not read", extra={"reason": str(error)})
+        if self.fleet.settle_presence() or changed:
             self._wake.set()
 
     async def _prepare_again(self) -> None:
@@ -476,6 +502,8 @@ class Reconciler:
             after = f"waiting for a snapshot that shows epoch {expected.epoch}"
         elif self.queue.is_active(slug):
             after = "an action is under way"
+        elif self.fleet.is_resting(slug):
+            after = "nothing: it is paused, or its agent waits for it (see attendance)"
         elif steps:
             after = "; ".join(f"{step.kind.value}: {step.reason}" for step in steps)
         else:

@@ -19,6 +19,8 @@ WANTED = {
     "DeviceUnwatched",
     "IncidentOpen",
     "FleetShrinkBlocked",
+    "DeparturesHeld",
+    "InventoryBad",
     "DispatchErrors",
     "BacklogAge",
     "AgentFenced",

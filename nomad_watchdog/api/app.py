@@ -9,7 +9,18 @@ from typing import Any, Final
 from aiohttp import web
 
 from nomad_watchdog import __version__
-from nomad_watchdog.api import agents, devices, openapi, page, sharing, stops, stream, webhook
+from nomad_watchdog.api import (
+    agents,
+    attendance,
+    devices,
+    openapi,
+    page,
+    pauses,
+    sharing,
+    stops,
+    stream,
+    webhook,
+)
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
@@ -23,7 +34,10 @@ from nomad_watchdog.api.schemas import (
     DeviceOut,
     DevicePage,
     HearsayIn,
+    HeartbeatsIn,
+    PauseIn,
     ReportIn,
+    TargetIn,
     WebhookIn,
 )
 from nomad_watchdog.core.roles import Right
@@ -137,6 +151,7 @@ ROUTES: Final = (
         "Stop watching a device; durable when answered",
         {200: DeviceChange},
         asks=Right.CHANGE,
+        query=devices.DELETE_QUERY,
     ),
     Route(
         "POST",
@@ -150,10 +165,62 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/devices/{id}/heartbeat",
-        devices.heartbeat,
+        attendance.heartbeat,
         "A sign of life; kept in memory only",
         {204: "noted"},
         asks=Right.CHANGE,
+    ),
+    Route(
+        "POST",
+        "/v1/heartbeats",
+        attendance.heartbeats,
+        "Signs of life of up to 10,000 devices; names those that are unknown",
+        {200: AnyOut},
+        body=HeartbeatsIn,
+        asks=Right.CHANGE,
+    ),
+    Route("GET", "/v1/pauses", pauses.list_pauses, "Pauses and maintenance windows", {200: AnyOut}),
+    Route(
+        "POST",
+        "/v1/pauses",
+        pauses.add_pause,
+        "Keep hands off devices, now or in a window; durable when answered",
+        {201: AnyOut},
+        body=PauseIn,
+        asks=Right.OPERATE,
+    ),
+    Route(
+        "POST",
+        "/v1/pauses:resume",
+        pauses.resume,
+        "End the pauses of exactly these",
+        {200: AnyOut},
+        body=TargetIn,
+        asks=Right.OPERATE,
+    ),
+    Route(
+        "DELETE",
+        "/v1/pauses/{id}",
+        pauses.remove_pause,
+        "End a pause or window",
+        {200: AnyOut},
+        asks=Right.OPERATE,
+    ),
+    Route(
+        "GET",
+        "/v1/departures",
+        attendance.held,
+        "Devices that are held from leaving because they are too many at once",
+        {200: AnyOut},
+    ),
+    Route(
+        "POST",
+        "/v1/departures:confirm",
+        attendance.confirm,
+        "Let those leave who are held",
+        {202: AnyOut, 409: "nobody is held, or others than `id` names"},
+        body=ConfirmIn,
+        asks=Right.OPERATE,
     ),
     Route(
         "GET",

@@ -12,6 +12,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from nomad_watchdog.core.roles import Right
+from nomad_watchdog.departures import Departures
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
@@ -66,6 +67,8 @@ class Context:
     routes: tuple[Route, ...]
     routed: dict[web.AbstractRoute, Route] = field(default_factory=dict)
     """What the router found → the route of the table."""
+    departures: Departures | None = None
+    """Who lets devices leave; None where nobody does."""
     operator: Operator | None = None
     """Who holds stops back; None where nobody reconciles."""
     leases: Leases | None = None

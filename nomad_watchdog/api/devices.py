@@ -26,11 +26,18 @@ from nomad_watchdog.api.schemas import (
     read,
 )
 from nomad_watchdog.core.events import Event, is_replay
-from nomad_watchdog.errors import NotFoundError, UserError
+from nomad_watchdog.errors import ConflictError, NotFoundError, UserError, WatchdogError
 from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
 from nomad_watchdog.ledger import Registered
-from nomad_watchdog.model import Device, DeviceRecord, PlacementState, Presence, VerdictState
+from nomad_watchdog.model import (
+    Departure,
+    Device,
+    DeviceRecord,
+    PlacementState,
+    Presence,
+    VerdictState,
+)
 from nomad_watchdog.shown import shown_placement
 
 MOST_ITEMS: Final = 1_000
@@ -38,6 +45,9 @@ DEFAULT_ITEMS: Final = 100
 _BREATH: Final = 200
 """Devices looked at before others get their turn on the event loop."""
 
+DELETE_QUERY: Final = {
+    "now": "true (default): its agent goes at once; false: it stays for `presence.grace`",
+}
 LIST_QUERY: Final = {
     "class": "only devices of this agent class",
     "verdict": f"only this verdict: {', '.join(VerdictState)}",
@@ -190,6 +200,7 @@ def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
         "agent_age_s": age_s,
         "placement_state": placement.state.value if placement is not None else None,
         "instance": record.instance,
+        **fleet.shown_presence(record),
     }
 
 
@@ -206,7 +217,7 @@ def shown_change(record: DeviceRecord, *, changed: bool) -> dict[str, object]:
     }
 
 
-def _unknown(device_id: str) -> NotFoundError:
+def unknown(device_id: str) -> NotFoundError:
     return NotFoundError(f"no device {ascii(device_id)[:200]} is registered")
 
 
@@ -219,7 +230,7 @@ async def get_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     view = fleet.view(slug_of(device_id))
     if view is None:
-        raise _unknown(device_id)
+        raise unknown(device_id)
     return web.json_response(shown_device(fleet, view))
 
 
@@ -228,7 +239,7 @@ async def explain_device(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     explained = fleet.explain(slug_of(device_id)) or _explain_stray(fleet, device_id)
     if not explained:
-        raise _unknown(device_id)
+        raise unknown(device_id)
     return web.json_response(explained)
 
 
@@ -263,7 +274,10 @@ async def store(
     check_prefix(request, device.id)
     fleet = request.app[CONTEXT].fleet
     before = fleet.view(slug_of(device.id))
-    (done,) = await fleet.register([device], event)
+    if before is None or before.record.device != device:
+        fleet.own(device.id)
+    (done,) = await fleet.register([device], event=event)
+    fleet.sign([device.id])
     new = done.changed and (before is None or before.record.presence is Presence.ABSENT)
     if done.changed:
         audit(request, verb, "created" if new else "changed", device.id)
@@ -271,19 +285,30 @@ async def store(
 
 
 async def delete_device(request: web.Request) -> web.StreamResponse:
-    return await remove(request, device_id_of(request), "deregister")
+    check_query(request, DELETE_QUERY)
+    now = request.query.get("now", "true")
+    if now not in ("true", "false"):
+        raise UserError(f"now is {ascii(now)[:40]}; true or false is allowed")
+    left = Departure.REMOVED if now == "true" else Departure.DISCONNECTED
+    return await remove(request, device_id_of(request), "deregister", left)
 
 
 async def remove(
-    request: web.Request, device_id: DeviceId, verb: str, event: Event | None = None
+    request: web.Request,
+    device_id: DeviceId,
+    verb: str,
+    left: Departure,
+    event: Event | None = None,
 ) -> web.Response:
     """Say that a device has left; NotFoundError for one that never was."""
     check_prefix(request, device_id)
-    (done,) = await request.app[CONTEXT].fleet.deregister([device_id], event)
+    fleet = request.app[CONTEXT].fleet
+    fleet.own(device_id)
+    (done,) = await fleet.deregister([device_id], left, event=event)
     if done is None:
-        raise _unknown(device_id)
+        raise unknown(device_id)
     if done.changed:
-        audit(request, verb, "removed", device_id)
+        audit(request, verb, "removed", device_id, left=left.value)
     return _changed(done, event, 200)
 
 
@@ -292,14 +317,6 @@ def _changed(done: Registered, event: Event | None, status: int) -> web.Response
     # Known from the record alone: after a restart, or on another replica than the first time.
     shown["duplicate"] = bool(event and not done.changed and is_replay(done.record, event))
     return web.json_response(shown, status=status)
-
-
-async def heartbeat(request: web.Request) -> web.StreamResponse:
-    device_id = device_id_of(request)
-    check_prefix(request, device_id)
-    if not request.app[CONTEXT].fleet.heartbeat(slug_of(device_id)):
-        raise _unknown(device_id)
-    return web.Response(status=204)
 
 
 async def bulk(request: web.Request) -> web.StreamResponse:
@@ -313,29 +330,36 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     puts: dict[int, Device] = {}
     deletes: dict[int, DeviceId] = {}
     seen: set[str] = set()
+    fleet = request.app[CONTEXT].fleet
     for item in body.devices:
         try:
             wish = DeviceItem.model_validate(item)
-            puts[len(results)] = wish.device(_once(request, wish.id, seen))
+            device = wish.device(_once(request, wish.id, seen))
+            known = fleet.records.get(slug_of(device.id))
+            if known is None or known.device != device:
+                fleet.own(device.id)
+            puts[len(results)] = device
             results.append(BulkResult(id=wish.id, action="put", status=200))
-        except (ValidationError, UserError) as error:
+        except (ValidationError, UserError, ConflictError) as error:
             found = item.get("id") if isinstance(item, dict) else None
             results.append(_refused("put", found, error))
     for gone in body.delete:
         try:
-            deletes[len(results)] = _once(request, parse_device_id(gone), seen)
+            device_id = _once(request, parse_device_id(gone), seen)
+            fleet.own(device_id)
+            deletes[len(results)] = device_id
             results.append(BulkResult(id=gone, action="delete", status=200))
-        except UserError as error:
+        except (UserError, ConflictError) as error:
             results.append(_refused("delete", gone, error))
-    fleet = request.app[CONTEXT].fleet
     stored = await fleet.register(list(puts.values())) if puts else []
+    fleet.sign([device.id for device in puts.values()])
     for at, done in zip(puts, stored, strict=True):
         results[at].changed = done.changed
     left = await fleet.deregister(list(deletes.values())) if deletes else []
     for at, was in zip(deletes, left, strict=True):
         results[at].changed = was is not None and was.changed
         if was is None:
-            results[at].status, results[at].error = 404, str(_unknown(deletes[at]))
+            results[at].status, results[at].error = 404, str(unknown(deletes[at]))
     changed = sum(result.changed for result in results)
     if changed:
         audit(request, "bulk", "changed", items=len(results), changed=changed)
@@ -351,10 +375,10 @@ def _once(request: web.Request, device_id: str, seen: set[str]) -> DeviceId:
     return DeviceId(device_id)
 
 
-def _refused(action: str, found: object, error: ValidationError | UserError) -> BulkResult:
+def _refused(action: str, found: object, error: ValidationError | WatchdogError) -> BulkResult:
     return BulkResult(
         id=found[:MOST_ITEMS] if isinstance(found, str) else None,
         action="put" if action == "put" else "delete",
-        status=400,
+        status=409 if isinstance(error, ConflictError) else 400,
         error=problem(error) if isinstance(error, ValidationError) else str(error),
     )

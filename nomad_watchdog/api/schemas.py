@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from aiohttp import web
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.config_hcl import parse_duration
+from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet import AgentReport
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
@@ -22,6 +32,9 @@ ADDRESS_CHARS: Final = 253
 MOST_HEARD: Final = 500
 """Reports that one replica tells another at once."""
 MOST_BULK: Final = 5_000
+MOST_HEARTBEATS: Final = 10_000
+MOST_PAUSED: Final = 200
+"""Device ids in one pause: the document that holds all pauses is small. More are a class or labels."""
 REASON_CHARS: Final = 512
 BODY_TIMEOUT_S: Final = 20.0
 """A body must be complete in so long: a slow sender holds no handler."""
@@ -66,6 +79,18 @@ def _labels(labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
+def _duration(text: str) -> str:
+    if parse_duration(text) <= 0:
+        raise ValueError("a duration of more than 0 is allowed")
+    return text
+
+
+def _ttl(text: str) -> str:
+    if 0 < parse_duration(text) < 1:
+        raise ValueError("ttl must be 0s (for ever) or at least 1s")
+    return text
+
+
 def _tame(text: str) -> str:
     # What an agent says of its device is shown, so it is made harmless rather than lost.
     cut = text[:REASON_CHARS]
@@ -76,6 +101,8 @@ Id = Annotated[str, Field(description=f"1 to {MAX_ID_BYTES} bytes"), AfterValida
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)]
 Address = Annotated[str, Field(min_length=1, max_length=ADDRESS_CHARS), AfterValidator(_address)]
 Labels = Annotated[dict[str, str], Field(max_length=MOST_LABELS), AfterValidator(_labels)]
+Ttl = Annotated[str, Field(max_length=32), AfterValidator(_ttl)]
+Duration = Annotated[str, Field(max_length=32), AfterValidator(_duration)]
 Count = Annotated[int, Field(ge=0, le=_BIG)]
 
 
@@ -89,10 +116,12 @@ class DeviceIn(_In):
     agent_class: Name = Field("default", alias="class")
     address: Address
     labels: Labels = Field(default_factory=dict)
+    ttl: Ttl | None = Field(None, description="a duration; 0s = for ever, null = as configured")
 
     def device(self, device_id: DeviceId) -> Device:
         """As the value that goes inside."""
-        return Device(device_id, self.agent_class, self.address, dict(self.labels))
+        ttl_s = None if self.ttl is None else parse_duration(self.ttl)
+        return Device(device_id, self.agent_class, self.address, dict(self.labels), ttl_s)
 
 
 class DeviceItem(DeviceIn):
@@ -122,6 +151,7 @@ class WebhookDevice(_In):
     agent_class: Name = Field("default", alias="class")
     address: Address | None = None
     labels: Labels = Field(default_factory=dict)
+    ttl: Ttl | None = None
 
 
 class WebhookIn(_In):
@@ -129,6 +159,51 @@ class WebhookIn(_In):
 
     event: Literal["connected", "disconnected"]
     device: WebhookDevice
+
+
+class HeartbeatsIn(_In):
+    """Signs of life of many devices."""
+
+    ids: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(max_length=MOST_HEARTBEATS)
+
+
+class TargetIn(_In):
+    """Which devices: all that is given must match, and something must be given."""
+
+    devices: list[Id] = Field(default_factory=list, max_length=MOST_PAUSED)
+    agent_class: Name | None = Field(None, alias="class")
+    labels: Labels = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _meant(self) -> Self:
+        if not (self.devices or self.agent_class or self.labels):
+            raise ValueError("name devices, a class or labels; an empty target would mean nothing")
+        return self
+
+    def target(self) -> Target:
+        """As the value that goes inside."""
+        return Target(frozenset(self.devices), self.agent_class or "", dict(self.labels))
+
+
+class PauseIn(TargetIn):
+    """A pause, from now or from `from`, with an end (`for` or `until`) or until it is resumed."""
+
+    begins: AwareDatetime | None = Field(None, alias="from")
+    until: AwareDatetime | None = None
+    lasts: Duration | None = Field(None, alias="for")
+    reason: Annotated[str, Field(max_length=256), AfterValidator(_printable)] = ""
+    by: Annotated[str, Field(max_length=64), AfterValidator(_printable)] = ""
+    window: bool = Field(
+        False, description="a maintenance window: has an end, is removed by its id"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.until is not None and self.lasts is not None:
+            raise ValueError("give for or until, not both")
+        if self.window and self.until is None and self.lasts is None:
+            raise ValueError("a maintenance window needs an end: for or until")
+        return self
 
 
 class ConfirmIn(_In):
@@ -177,6 +252,9 @@ class HearsayIn(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     reports: Annotated[list[ReportIn], Field(max_length=MOST_HEARD)]
+    beats: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(
+        default_factory=list, max_length=MOST_HEARTBEATS, description="devices that it heard"
+    )
 
 
 class DeviceOut(BaseModel):
@@ -198,6 +276,12 @@ class DeviceOut(BaseModel):
     agent_age_s: float | None
     placement_state: str | None
     instance: str
+    source: str
+    ttl: str | None
+    expires_in_s: float | None
+    left: str | None
+    flapping: bool
+    paused: str | None
 
 
 class DevicePage(BaseModel):

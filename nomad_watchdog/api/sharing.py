@@ -45,8 +45,10 @@ async def list_leases(request: web.Request) -> web.StreamResponse:
 
 
 async def overhear(request: web.Request) -> web.StreamResponse:
-    """Reports that another replica has accepted: taken where our own record says the same."""
+    """Reports that another replica has accepted: taken where our own record says the same; and devices
+    that it heard."""
     body = await read(request, HearsayIn)
     fleet = request.app[CONTEXT].fleet
+    fleet.hear(body.beats)
     taken = sum(fleet.overhear(one.report()) for one in body.reports)
     return web.json_response({"taken": taken})

@@ -9,16 +9,18 @@ from nomad_watchdog.api.devices import remove, shown_change, store
 from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.schemas import WebhookIn, parsed, read_body
+from nomad_watchdog.config_hcl import parse_duration
 from nomad_watchdog.core import events
 from nomad_watchdog.core.webhooks import Seen, SignatureError, Signed, verify
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import Device
+from nomad_watchdog.model import Departure, Device
 
 
 async def webhook(request: web.Request) -> web.StreamResponse:
-    """The same effect as PUT (connected) and DELETE (disconnected).
+    """The same effect as PUT (connected), and as DELETE with `now=false` (disconnected): a device that
+    blinks keeps its agent for the grace.
 
     Where secrets are configured, a call without a token must be signed; 401 if it is not. A repeated id
     has no effect: 200 with `duplicate`, or 409 when it comes with another body."""
@@ -66,10 +68,11 @@ async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -
     device = said.device
     device_id = DeviceId(device.id)
     if said.event == "disconnected":
-        return await remove(request, device_id, "webhook", event)
+        return await remove(request, device_id, "webhook", Departure.DISCONNECTED, event)
     if device.address is None:
         raise RequestError(400, "invalid_body", "device.address: needed when a device connects")
-    wish = Device(device_id, device.agent_class, device.address, dict(device.labels))
+    ttl_s = None if device.ttl is None else parse_duration(device.ttl)
+    wish = Device(device_id, device.agent_class, device.address, dict(device.labels), ttl_s)
     return await store(request, wish, "webhook", event)
 
 

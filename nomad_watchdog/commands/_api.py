@@ -176,6 +176,13 @@ def device_path(device_id: str, *more: str) -> str:
     return "/".join(("/v1/devices", quote(device_id, safe=""), *more))
 
 
+def quoted(text: str) -> str:
+    """One segment of a path."""
+    if text in ("", ".", ".."):
+        raise UserError(f"{text!a} can't be addressed in a URL")
+    return quote(text, safe="")
+
+
 def _refusal(status: int, body: bytes, address: str) -> WatchdogError:
     try:
         text = str(json.loads(body)["error"]["message"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 import click
 
 from nomad_watchdog.commands._api import device_path
-from nomad_watchdog.commands._shared import api_of, no_color, output_option
+from nomad_watchdog.commands._shared import api_of, labels_of, no_color, output_option
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
 from nomad_watchdog.render import age, clean, print_json, print_table
@@ -17,7 +17,7 @@ from nomad_watchdog.render import age, clean, print_json, print_table
 COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
 WIDE: Final = (
     *COLUMNS[:-1], "presence", "generation", "epoch", "version", "placement_state", "agent_age_s",
-    "instance", "slug", "labels", "reason",
+    "instance", "slug", "labels", "source", "ttl", "expires_in_s", "flapping", "paused", "reason",
 )  # fmt: skip
 BATCH: Final = 500
 MAX_LINE: Final = 64 * 1024
@@ -33,6 +33,11 @@ def devices() -> None:
 @click.option("--address", required=True, help="Host name or IP address that is probed.")
 @click.option("--class", "agent_class", default="default", show_default=True, help="Agent class.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option(
+    "--ttl",
+    metavar="DURATION",
+    help='It leaves when it gives no sign of life for so long ("90s"); 0s = never.',
+)
 @output_option("table", "json")
 @click.pass_context
 def add(  # click hands over one argument an option
@@ -41,11 +46,13 @@ def add(  # click hands over one argument an option
     address: str,
     agent_class: str,
     labels: tuple[str, ...],
+    ttl: str | None,
     output: str,
 ) -> None:
     """Have a device watched, or change how. Doing it again changes nothing."""
     parse_device_id(device_id)
-    body = {"class": agent_class, "address": address, "labels": _labels(labels)}
+    body: dict[str, Any] = {"class": agent_class, "address": address, "labels": labels_of(labels)}
+    body |= {"ttl": ttl} if ttl else {}
     answer = api_of(ctx).put(device_path(device_id), body)
     if output == "json":
         print_json(answer)
@@ -71,7 +78,7 @@ def list_devices(  # click hands over one argument an option
     output: str,
 ) -> None:
     """List devices with their verdicts."""
-    _labels(labels)
+    labels_of(labels)
     found = api_of(ctx).devices(
         **{"class": agent_class, "verdict": verdict, "label": labels, "q": query}
     )
@@ -94,14 +101,21 @@ def get(ctx: click.Context, device_id: str, output: str) -> None:
 
 @devices.command()
 @click.argument("device_ids", metavar="ID...", nargs=-1, required=True)
+@click.option(
+    "--now/--grace",
+    "now",
+    default=True,
+    show_default=True,
+    help="Stop the agent at once, or keep it for presence.grace in case the device comes back.",
+)
 @click.pass_context
-def rm(ctx: click.Context, device_ids: tuple[str, ...]) -> None:
+def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
     """Stop watching devices. A device that is gone already is no error of the API's."""
     api = api_of(ctx)
     unknown: NotFoundError | None = None
     for device_id in device_ids:
         try:
-            api.delete(device_path(device_id))
+            api.delete(device_path(device_id) + ("" if now else "?now=false"))
         except NotFoundError as error:
             # The rest of the list is meant too; the exit code tells of this one.
             click.echo(f"{clean(device_id)}: {clean(error)}", err=True)
@@ -137,6 +151,8 @@ def export(ctx: click.Context) -> None:
     for item in api_of(ctx).devices():
         if item.get("presence", "present") == "present":
             wanted = {key: item.get(key) for key in ("id", "class", "address", "labels")}
+            if item.get("ttl") is not None:
+                wanted["ttl"] = item["ttl"]
             click.echo(json.dumps(wanted, ensure_ascii=True))
 
 
@@ -153,16 +169,6 @@ def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -
     print_table(heads, rows, no_color=no_color)
 
 
-def _labels(pairs: Iterable[str]) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise UserError(f"label {pair!a} must be KEY=VALUE")
-        labels[key] = value
-    return labels
-
-
 def _lines(file: TextIO) -> Iterator[dict[str, Any]]:
     number = 0
     try:
@@ -173,7 +179,7 @@ def _lines(file: TextIO) -> Iterator[dict[str, Any]]:
             item = json.loads(line)
             if not isinstance(item, dict) or not isinstance(item.get("address"), str):
                 raise UserError(f"line {number}: must be an object with id and address")  # noqa: TRY301
-            unknown = set(item) - {"id", "class", "address", "labels"}
+            unknown = set(item) - {"id", "class", "address", "labels", "ttl"}
             if unknown:
                 raise UserError(f"line {number}: unknown field {min(unknown)!a}")  # noqa: TRY301
             parse_device_id(item.get("id"))

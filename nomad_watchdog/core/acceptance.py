@@ -30,16 +30,21 @@ class Acceptance:
 
 
 def accept(
-    record: DeviceRecord | None, epoch: Epoch, instance: str, live: Collection[str]
+    record: DeviceRecord | None,
+    epoch: Epoch,
+    instance: str,
+    live: Collection[str],
+    *,
+    kept: bool = False,
 ) -> Acceptance:
     """Judge a report of (device, epoch, instance).
 
     `live`: instances that may hold a process now at this epoch, as the scheduler last said; empty
-    when it said nothing.
+    when it said nothing. `kept`: the device has left, and its agent waits for it to come back.
     """
     if record is None:
         return Acceptance(AcceptanceKind.REFUSED, "the device is not registered")
-    if record.presence is Presence.ABSENT:
+    if record.presence is Presence.ABSENT and not kept:
         return Acceptance(AcceptanceKind.REFUSED, "the device has left")
     if epoch < record.epoch:
         return Acceptance(

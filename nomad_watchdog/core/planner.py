@@ -16,7 +16,7 @@ A device for which none of this says anything costs one comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,6 +38,7 @@ Stop = tuple[Slug, Epoch, str]
 """What the breaker counts and remembers: device, epoch and the scheduler's handle."""
 
 NO_STOPS: Final[frozenset[Stop]] = frozenset()
+NO_SLUGS: Final[frozenset[Slug]] = frozenset()
 _RUNNING: Final = PlacementState.RUNNING
 _DEAD: Final = PlacementState.DEAD
 _PRESENT: Final = Presence.PRESENT
@@ -62,12 +63,14 @@ def plan(
     *,
     unready: int = 0,
     confirmed: frozenset[Stop] = NO_STOPS,
+    resting: Container[Slug] = NO_SLUGS,
 ) -> Plan:
     """Decide for every device.
 
     `spec_hashes`: agent class → hash that its agents should have; a device of a class that is not
     there is left as it is. `unready`: see `rollout.admit`. `confirmed`: stops that an earlier pass
-    held and that these, independently read, inputs still ask for.
+    held and that these, independently read, inputs still ask for. `resting`: devices for which
+    nothing is done now: paused, or gone for so short that they may come back.
     """
     starts: list[Action] = []
     stops: list[Action] = []
@@ -86,6 +89,8 @@ def plan(
                 ):
                     continue
         elif not found:
+            continue
+        if slug in resting:
             continue
         for action in decide(record, found, spec_hashes):
             if action.kind is ActionKind.START:

@@ -7,13 +7,26 @@ nothing changes: the registry is written only on change (S5), and an epoch only 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from nomad_watchdog.ids import slug_of
-from nomad_watchdog.model import NEVER, Device, DeviceRecord, Epoch, Presence, WallTime
+from nomad_watchdog.model import (
+    NEVER,
+    Departure,
+    Device,
+    DeviceRecord,
+    Epoch,
+    Presence,
+    WallTime,
+)
 
 
-def register(stored: DeviceRecord | None, wish: Device, now: WallTime) -> DeviceRecord | None:
-    """The record that asks for `wish` to be watched; None when the stored one already does."""
+def register(
+    stored: DeviceRecord | None, wish: Device, now: WallTime, source: str | None = None
+) -> DeviceRecord | None:
+    """The record that asks for `wish` to be watched; None when the stored one already does.
+
+    `source`: the inventory that asks, None = the API, which leaves an unchanged wish its source."""
     if stored is None:
         return DeviceRecord(
             slug=slug_of(wish.id),
@@ -23,8 +36,10 @@ def register(stored: DeviceRecord | None, wish: Device, now: WallTime) -> Device
             epoch=NEVER,
             instance="",
             changed_at=now,
+            source=source or "",
         )
-    if stored.presence is Presence.PRESENT and stored.device == wish:
+    same = stored.device == wish and source in (None, stored.source)
+    if stored.presence is Presence.PRESENT and same:
         return None
     return replace(
         stored,
@@ -32,16 +47,44 @@ def register(stored: DeviceRecord | None, wish: Device, now: WallTime) -> Device
         presence=Presence.PRESENT,
         generation=stored.generation + 1,
         changed_at=now,
+        source=source or "",
+        left=Departure.REMOVED,
     )
 
 
-def deregister(stored: DeviceRecord, now: WallTime) -> DeviceRecord | None:
+_FIRMNESS: Final = (Departure.EXPIRED, Departure.DISCONNECTED, Departure.REMOVED)
+
+
+def deregister(
+    stored: DeviceRecord, now: WallTime, left: Departure = Departure.REMOVED
+) -> DeviceRecord | None:
     """The tombstone of a device; None when it is one. It keeps the epoch, so that a device that
-    comes back can't get an epoch that an old agent still carries."""
-    if stored.presence is Presence.ABSENT:
+    comes back can't get an epoch that an old agent still carries.
+
+    Who means it more firmly is heard: a tombstone of an expired device becomes one of a removed
+    device, never the other way round."""
+    gone = stored.presence is Presence.ABSENT
+    if gone and _FIRMNESS.index(left) <= _FIRMNESS.index(stored.left):
         return None
     return replace(
-        stored, presence=Presence.ABSENT, generation=stored.generation + 1, changed_at=now
+        stored,
+        presence=Presence.ABSENT,
+        generation=stored.generation + 1,
+        changed_at=now,
+        left=left,
+    )
+
+
+def revive(stored: DeviceRecord, now: WallTime) -> DeviceRecord | None:
+    """The record of an expired device that was heard again, with the wish that it had; else None."""
+    if stored.presence is Presence.PRESENT or stored.left is not Departure.EXPIRED:
+        return None
+    return replace(
+        stored,
+        presence=Presence.PRESENT,
+        generation=stored.generation + 1,
+        changed_at=now,
+        left=Departure.REMOVED,
     )
 
 
@@ -66,6 +109,8 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
             changed_at=saved.changed_at,
             event_at=saved.event_at,
             event_marks=saved.event_marks,
+            source=saved.source,
+            left=saved.left,
         )
     return None if stored_new == stored else stored_new
 

@@ -49,6 +49,8 @@ class Evidence:
     """When the device last sent a sign of life to us: a path that no probe shares."""
     grace_s: float | None = None
     """How long this start may take, seconds, as measured; None = the setting."""
+    kept: str = ""
+    """Why the agent of a device that has left stays, in words; empty when it does not."""
 
 
 STARTS_IN_A_ROW: Final = 3
@@ -62,6 +64,8 @@ def judge(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monoton
     Consul's word is used in one direction: a passing agent is up. A critical one says nothing against
     the device."""
     if record.presence is Presence.ABSENT:
+        if evidence.leaving and evidence.kept:
+            return Verdict(VerdictState.DEPARTED, evidence.kept)
         gone = "its agent is being shut down" if evidence.leaving else "the device has left"
         return Verdict(VerdictState.DEPARTED, gone)
     placement = evidence.placement

@@ -6,10 +6,12 @@ store knows nothing of their meaning. Nothing that beats is written here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
+from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
 
@@ -28,6 +30,29 @@ class Guard:
 
     key: str
     session: str = field(repr=False)
+
+
+MAX_DOCUMENT: Final = 64 * 1024
+"""Bytes of one document."""
+_DOCUMENT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A body that the store does not look into, and its compare-and-set token."""
+
+    body: bytes = b""
+    index: int = 0
+
+
+def check_document(name: str, body: bytes = b"") -> None:
+    """Raises UserError for a name or size that no store takes."""
+    if _DOCUMENT_NAME.fullmatch(name) is None:
+        raise UserError(f"document name {name!a} must be a-z, 0-9 and '-', at most 32 characters")
+    if len(body) > MAX_DOCUMENT:
+        raise UserError(
+            f"document {name} would take {len(body)} bytes; at most {MAX_DOCUMENT} are allowed"
+        )
 
 
 class Registry(Protocol):
@@ -74,6 +99,19 @@ class Registry(Protocol):
         """A snapshot each time that something changed past `index`, coalesced; unchanged records are
         the same objects from one snapshot to the next. An index that went backwards gives a full
         snapshot (start over). Never ends; raises as the other methods."""
+        ...
+
+    async def document(self, name: str) -> Document:
+        """A small document beside the records (the pauses, say), as the store has it now; one that was
+        never written has no body and index 0. `name`: [a-z][a-z0-9-]*, at most 32 characters."""
+        ...
+
+    async def commit_document(self, name: str, document: Document) -> Document | None:
+        """Store the body if the stored index is still `document.index` (0 = it must not exist).
+
+        Returns it with its new index, or None where the compare-and-set lost. Durable when it returns
+        (S4). Raises UserError when the body is larger than MAX_DOCUMENT bytes. A document is no record:
+        `watch` need not tell of it."""
         ...
 
     async def close(self) -> None: ...

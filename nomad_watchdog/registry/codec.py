@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
-from nomad_watchdog.model import Device, DeviceRecord, Epoch, Presence, WallTime
+from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _FIELDS: Final = frozenset(
     {"v", "slug", "id", "agent_class", "address", "labels", "presence", "generation", "epoch"}
     | {"instance", "changed_at"}
 )
-_OPTIONAL: Final = frozenset({"event_at", "event_marks"})
+_OPTIONAL: Final = frozenset({"event_at", "event_marks", "ttl_s", "source", "left"})
 """Written only when they say something, so that records without them stay as they were."""
 _MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 
@@ -53,6 +53,12 @@ def encode(record: DeviceRecord) -> bytes:
     }
     if record.event_at:
         document |= {"event_at": record.event_at, "event_marks": list(record.event_marks)}
+    if device.ttl_s is not None:
+        document["ttl_s"] = device.ttl_s
+    if record.source:
+        document["source"] = record.source
+    if record.left is not Departure.REMOVED:
+        document["left"] = record.left.value
     try:
         text = json.dumps(
             document, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
@@ -108,6 +114,13 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
         presence = Presence(_text(document, "presence"))
     except ValueError as error:
         raise PoisonError("presence is neither present nor absent") from error
+    try:
+        left = Departure(_text(document, "left")) if "left" in document else Departure.REMOVED
+    except ValueError as error:
+        raise PoisonError(f"left is none of {', '.join(Departure)}") from error
+    ttl_s = _seconds(document, "ttl_s") if "ttl_s" in document else None
+    if ttl_s is not None and ttl_s < 0:
+        raise PoisonError("ttl_s is less than 0")
     return DeviceRecord(
         slug=own,
         device=Device(
@@ -115,6 +128,7 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
             agent_class=_text(document, "agent_class"),
             address=_text(document, "address"),
             labels={_encodable(key, "labels"): _text(labels, key) for key in labels},
+            ttl_s=ttl_s,
         ),
         presence=presence,
         generation=_whole(document, "generation"),
@@ -124,6 +138,8 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
         index=index,
         event_at=_whole(document, "event_at") if "event_at" in document else 0,
         event_marks=_marks(document.get("event_marks", [])),
+        source=_text(document, "source") if "source" in document else "",
+        left=left,
     )
 
 

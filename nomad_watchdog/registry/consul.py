@@ -1,7 +1,7 @@
 """The registry in Consul's key-value store: one key per device, written by transactions of `cas`.
 
 Keys: ``<prefix>/meta`` is the sentinel, ``<prefix>/devices/meta`` its copy inside what is read, and
-``<prefix>/devices/<bucket>/<slug>`` a device. The copy is there because Consul answers a prefix read
+``<prefix>/devices/<bucket>/<slug>`` a device, ``<prefix>/documents/<name>`` a document. The copy is there because Consul answers a prefix read
 without rights just as it answers an empty prefix (404): a read that does not show it proves nothing.
 """
 
@@ -19,7 +19,7 @@ from nomad_watchdog.clients.consul import ConsulClient, KvRow, TxnConflictError,
 from nomad_watchdog.errors import DeniedError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import Guard, RegistrySnapshot
+from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _TXN_OPS: Final = 64
@@ -44,6 +44,7 @@ class ConsulRegistry:
         root = prefix.strip("/")
         self._sentinel = f"{root}/meta"
         self._folder = f"{root}/devices/"
+        self._documents = f"{root}/documents/"
         self._inner_sentinel = f"{root}/devices/meta"
         self._decoder = Decoder()
 
@@ -123,6 +124,27 @@ class ConsulRegistry:
             gap_s = max(_MIN_GAP_S, _GAP_PER_COST * cost_s) - (woke - started)
             if gap_s > 0:
                 await asyncio.sleep(gap_s)
+
+    async def document(self, name: str) -> Document:
+        check_document(name)
+        row = await self._client.kv_get(self._documents + name)
+        if row is None:
+            await self.installation()  # none, or none that we may see
+            return Document()
+        return Document(row.value, row.index)
+
+    async def commit_document(self, name: str, document: Document) -> Document | None:
+        check_document(name, document.body)
+        if document.index == 0:
+            await self.installation()
+        operation = cas(self._documents + name, document.body, document.index)
+        try:
+            (row,) = await self._client.txn([operation])
+        except TxnConflictError as error:
+            if not error.lost:
+                raise
+            return None
+        return replace(document, index=row.index)
 
     async def close(self) -> None:
         """Nothing is held; the client belongs to whoever made it."""

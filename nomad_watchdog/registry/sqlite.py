@@ -22,7 +22,8 @@ from typing import Final, TypeVar
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import Guard, RegistrySnapshot
+from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
+from nomad_watchdog.registry import _sqlite_documents as documents
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _T = TypeVar("_T")
@@ -135,6 +136,15 @@ class SqliteRegistry:
         finally:
             self._wakes.discard(wake)
 
+    async def document(self, name: str) -> Document:
+        check_document(name)
+        return await self._in_reader(lambda: self._document(name))
+
+    async def commit_document(self, name: str, document: Document) -> Document | None:
+        check_document(name, document.body)
+        index = await self._in_reader(lambda: self._commit_document(name, document))
+        return None if index is None else replace(document, index=index)
+
     async def close(self) -> None:
         """Write what was handed in, then let go of the file. Idempotent."""
         if self._closed:
@@ -215,6 +225,27 @@ class SqliteRegistry:
         found = connection.execute("SELECT idx, body FROM device WHERE slug = ?", (slug,))
         row: tuple[int, bytes] | None = found.fetchone()
         return row
+
+    def _document(self, name: str) -> Document:
+        connection = self._connected()
+        _installation(connection, self._path)
+        return documents.read(connection, name)
+
+    def _commit_document(self, name: str, document: Document) -> int | None:
+        connection = self._connected()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            _installation(connection, self._path)
+            index = _counter(connection) + 1
+            won = documents.write(connection, name, document, index)
+            if won:
+                connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return index if won else None
 
     def _write_all(self) -> None:
         """The writer thread: until it takes the None that `close` puts last."""

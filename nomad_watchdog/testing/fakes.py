@@ -15,7 +15,7 @@ from typing import TypeVar
 from nomad_watchdog.errors import StaleError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.registry import Guard, RegistrySnapshot
+from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, decode, encode
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
 from nomad_watchdog.testing._cluster import Cluster, News
@@ -50,6 +50,7 @@ class Store:
         self.installation = ""
         self.index = 0
         self.rows: dict[Slug, tuple[int, bytes]] = {}
+        self.documents: dict[str, Document] = {}
         self.news = News()
         self.on_write: Written = lambda _before, _after: None
 
@@ -75,6 +76,18 @@ class Store:
         """What is stored of a device."""
         row = self.rows.get(slug)
         return None if row is None else decode(row[1], slug=slug, index=row[0])
+
+    def document(self, name: str) -> Document:
+        self.check()
+        return self.documents.get(name, Document())
+
+    def commit_document(self, name: str, document: Document) -> Document | None:
+        """Compare and set one document."""
+        if self.document(name).index != document.index:
+            return None
+        self.index += 1
+        stored = self.documents[name] = Document(document.body, self.index)
+        return stored
 
     def commit(self, rows: Sequence[tuple[Slug, int, bytes]]) -> list[int | None]:
         """Compare and set each row; the new index, or None where it lost."""
@@ -150,6 +163,16 @@ class FakeRegistry:
                     if self._store.index != known:
                         continue
                 await ear.wait()
+
+    async def document(self, name: str) -> Document:
+        check_document(name)
+        return await self._line.call("registry.document", lambda: self._store.document(name))
+
+    async def commit_document(self, name: str, document: Document) -> Document | None:
+        check_document(name, document.body)
+        return await self._line.call(
+            "registry.commit_document", lambda: self._store.commit_document(name, document)
+        )
 
     async def close(self) -> None:
         """Nothing is held."""

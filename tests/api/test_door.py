@@ -112,6 +112,7 @@ def test_what_changes_something_is_for_operators_unless_it_says_otherwise() -> N
         ("DELETE", "/v1/devices/{id}"): Right.CHANGE,
         ("POST", "/v1/devices:bulk"): Right.CHANGE,
         ("POST", "/v1/devices/{id}/heartbeat"): Right.CHANGE,
+        ("POST", "/v1/heartbeats"): Right.CHANGE,
         ("POST", "/v1/webhook"): Right.CHANGE,
         ("POST", "/v1/agents/report"): Right.REPORT,
     }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.core import presence
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, is_slug, parse_device_id, shard_of, slug_of
-from nomad_watchdog.model import Device, Epoch, Presence, WallTime
+from nomad_watchdog.model import Departure, Device, Epoch, Presence, WallTime
 from tests.core.world import record
 
 NOW = WallTime(1.0)
@@ -41,6 +41,30 @@ def test_an_epoch_survives_delete_and_re_add() -> None:
 
     assert back is not None
     assert (back.epoch, back.generation, back.presence) == (3, 3, Presence.PRESENT)
+
+
+@given(st.lists(st.sampled_from([*Departure, "register", "beat"]), max_size=12))
+def test_the_last_wish_stands_and_silence_never_overrules_a_word(steps: list[str]) -> None:
+    """Whatever came before: a registration makes present, a departure absent, a heartbeat brings back
+    only who expired, and who was told to leave is not said to have been silent."""
+    stored = record("a")
+    for step in steps:
+        was = stored
+        if step == "register":
+            stored = presence.register(stored, stored.device, NOW) or stored
+            assert stored.presence is Presence.PRESENT
+        elif step == "beat":
+            stored = presence.revive(stored, NOW) or stored
+            back = was.presence is Presence.ABSENT and was.left is Departure.EXPIRED
+            assert (stored is not was) == back
+            assert not back or stored.device == was.device
+        else:
+            stored = presence.deregister(stored, NOW, Departure(step)) or stored
+            assert stored.presence is Presence.ABSENT
+            if was.presence is Presence.ABSENT and was.left is Departure.REMOVED:
+                assert stored is was
+        assert stored.generation == was.generation + (stored is not was)
+        assert stored.epoch == was.epoch
 
 
 @given(st.integers(0, 10), st.integers(0, 10))

@@ -1,0 +1,71 @@
+"""Heartbeats, and an operator's word on devices that are held from leaving (S7)."""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import web
+
+from nomad_watchdog.api.audit import audit
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.devices import device_id_of, unknown
+from nomad_watchdog.api.door import check_prefix
+from nomad_watchdog.api.schemas import ConfirmIn, HeartbeatsIn, read
+from nomad_watchdog.departures import Departures
+from nomad_watchdog.errors import ConflictError, NotFoundError
+from nomad_watchdog.ids import DeviceId, slug_of
+
+log = logging.getLogger(__name__)
+
+
+async def heartbeat(request: web.Request) -> web.StreamResponse:
+    """404 for a device that is unknown, or that was told to leave; never by an old cache alone."""
+    device_id = device_id_of(request)
+    check_prefix(request, device_id)
+    fleet = request.app[CONTEXT].fleet
+    if await fleet.beat([device_id]) != [True]:
+        fresh = await fleet.registry.get(slug_of(device_id))
+        fleet.learn([fresh] if fresh is not None else [])
+        if await fleet.beat([device_id]) != [True]:
+            raise unknown(device_id)
+    return web.Response(status=204)
+
+
+async def heartbeats(request: web.Request) -> web.StreamResponse:
+    """A gateway's list; those that are not known are named and cost the others nothing."""
+    body = await read(request, HeartbeatsIn)
+    for name in body.ids:
+        check_prefix(request, DeviceId(name))
+    heard = await request.app[CONTEXT].fleet.beat(body.ids)
+    strangers = [name for name, known in zip(body.ids, heard, strict=True) if not known]
+    return web.json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
+
+
+def _departures(request: web.Request) -> Departures:
+    found = request.app[CONTEXT].departures
+    if found is None:
+        raise NotFoundError("nobody lets devices leave here")
+    return found
+
+
+async def held(request: web.Request) -> web.StreamResponse:
+    return web.json_response(_departures(request).shown())
+
+
+async def confirm(request: web.Request) -> web.StreamResponse:
+    """Let those leave who are held, if they are still those that were shown.
+
+    Raises ConflictError (409) when nobody is held, or others than `id` names."""
+    body = await read(request, ConfirmIn)
+    found = _departures(request)
+    now = found.held_id
+    if not now:
+        raise ConflictError("no departures are held; there is nothing to confirm")
+    if body.id != now:
+        raise ConflictError(
+            f"other departures are held now, under the id {now}; look at them before you confirm"
+        )
+    count = found.confirm()
+    log.warning("departures confirmed", extra={"count": count, "held_id": now})
+    audit(request, "confirm-departures", "confirmed", held_id=now, count=count)
+    return web.json_response({"confirmed": count, "id": now}, status=202)

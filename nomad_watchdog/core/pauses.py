@@ -1,0 +1,129 @@
+"""Pauses and maintenance windows: for which devices nothing is done now, and for how long.
+
+A pause never changes a wish. It only keeps the planner's hands off, so that when it ends the next pass
+does what it would have done all along. Times are wall-clock: people plan by it, and a clock that jumps
+makes a pause begin or end early or late, never wrong for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Device, DeviceRecord, WallTime
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which devices are meant. What is given must all match; nothing given matches nothing."""
+
+    devices: frozenset[str] = frozenset()
+    """Device ids; empty = any."""
+    agent_class: str = ""
+    """"" = any."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def matches(self, device: Device) -> bool:
+        """Whether this device is meant."""
+        if not (self.devices or self.agent_class or self.labels):
+            return False
+        return (
+            (not self.devices or device.id in self.devices)
+            and (not self.agent_class or device.agent_class == self.agent_class)
+            and all(device.labels.get(key) == value for key, value in self.labels.items())
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Hands off these devices from `begins` to `ends`."""
+
+    id: str
+    target: Target
+    begins: WallTime
+    ends: WallTime | None
+    """None = until somebody resumes."""
+    reason: str
+    by: str
+    """Who asked, as the API knows it."""
+    window: bool = False
+    """A maintenance window: planned, with an end, and taken away by its id."""
+
+    def is_over(self, now: WallTime) -> bool:
+        return self.ends is not None and self.ends <= now
+
+    def is_active(self, now: WallTime) -> bool:
+        return self.begins <= now and not self.is_over(now)
+
+
+def active(pauses: Iterable[Pause], now: WallTime) -> tuple[Pause, ...]:
+    """Those in force, the longest first: that is what is said of a device that several cover."""
+    found = [pause for pause in pauses if pause.is_active(now)]
+    return tuple(sorted(found, key=lambda p: (p.ends is not None, -(p.ends or 0.0), p.id)))
+
+
+def paused(records: Iterable[DeviceRecord], in_force: Sequence[Pause]) -> dict[Slug, Pause]:
+    """Slug → the pause that covers it. `in_force`: as `active` gives them."""
+    if not in_force:
+        return {}
+    # A pause that names devices is looked up by their ids; only the others are asked of every device.
+    broad = [at for at, pause in enumerate(in_force) if not pause.target.devices]
+    named: dict[str, list[int]] = {}
+    for at, pause in enumerate(in_force):
+        for device_id in pause.target.devices:
+            named.setdefault(device_id, []).append(at)
+    found: dict[Slug, Pause] = {}
+    for record in records:
+        mine = named.get(record.device.id)
+        if mine is None and not broad:
+            continue
+        for at in sorted([*(mine or ()), *broad]):
+            if in_force[at].target.matches(record.device):
+                found[record.slug] = in_force[at]
+                break
+    return found
+
+
+def next_change(pauses: Iterable[Pause], now: WallTime) -> float:
+    """When other pauses may be in force than now; infinite = never."""
+    moments = [at for p in pauses for at in (p.begins, p.ends) if at is not None and at > now]
+    return min(moments, default=float("inf"))
+
+
+def add(pauses: Sequence[Pause], new: Pause, now: WallTime) -> tuple[Pause, ...]:
+    """With the new one, without those that are over. A pause of the same target takes the place of the
+    old one (S5); windows stand beside each other unless they are equal but for the id."""
+    kept = [pause for pause in pauses if not pause.is_over(now) and not _same(pause, new)]
+    return (*kept, new)
+
+
+def _same(old: Pause, new: Pause) -> bool:
+    if old.window != new.window or old.target != new.target:
+        return False
+    return not new.window or (old.begins, old.ends) == (new.begins, new.ends)
+
+
+def resume(pauses: Sequence[Pause], target: Target, now: WallTime) -> tuple[Pause, ...]:
+    """Without the pauses of exactly this target; a list of devices is taken out of every pause that
+    names only devices. Windows stay: they are taken away by their id."""
+    kept: list[Pause] = []
+    only_devices = bool(target.devices) and not (target.agent_class or target.labels)
+    for pause in pauses:
+        if pause.is_over(now):
+            continue
+        mine = pause.target
+        if (
+            pause.window
+            or (not only_devices and mine != target)
+            or (only_devices and (mine.agent_class or mine.labels or not mine.devices))
+        ):
+            kept.append(pause)
+        elif only_devices and (left := mine.devices - target.devices):
+            kept.append(replace(pause, target=replace(mine, devices=left)))
+    return tuple(kept)
+
+
+def remove(pauses: Sequence[Pause], pause_id: str, now: WallTime) -> tuple[Pause, ...]:
+    """Without the one of this id, and those that are over."""
+    return tuple(p for p in pauses if p.id != pause_id and not p.is_over(now))

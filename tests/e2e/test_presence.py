@@ -1,0 +1,282 @@
+"""Presence with the real program and real processes: leases, blinks, files and pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.ids import DeviceId, slug_of
+from tests.e2e.test_program import Program
+from tests.schedulers.conftest import directory, eventually, pids_of
+
+__all__ = ["directory"]
+
+TIMES = """
+presence {
+  grace          = "GRACE"
+  flap_half_life = "3s"
+}
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, directory: Path) -> Program:
+    """The program with a short memory for flapping; `directory` takes down the agents."""
+    return Program(tmp_path)
+
+
+def settings(program: Program, grace: str = "2s", more: str = "") -> None:
+    text = TIMES.replace("GRACE", grace)
+    program.file.write_text(program.file.read_text() + text + more)
+
+
+def pids(directory: Path, name: str) -> set[int]:
+    return pids_of(directory, slug_of(DeviceId(name)))
+
+
+async def ask(program: Program, method: str, path: str, body: Any = None) -> Any:
+    import aiohttp
+
+    url = f"http://127.0.0.1:{program.port}{path}"
+    async with aiohttp.ClientSession() as client, client.request(method, url, json=body) as answer:
+        assert answer.status < 300, await answer.text()
+        return await answer.json() if answer.status != 204 else None
+
+
+async def presence(program: Program, name: str) -> str:
+    return str((await program.json("devices", "get", name))["presence"])
+
+
+async def test_a_silent_device_leaves_and_a_heartbeat_brings_it_back(
+    program: Program, directory: Path
+) -> None:
+    """A beating device stays, a silent one expires, loses its agent after the grace and has one again
+    after one heartbeat."""
+    settings(program)
+    async with program.running():
+        for name in ("silent", "beats", "forever"):
+            ttl = [] if name == "forever" else ["--ttl", "3s"]
+            assert (await program("devices", "add", name, "--address", "127.0.0.1", *ttl))[0] == 0
+
+        async def silent_has_left() -> bool:
+            await ask(program, "POST", "/v1/heartbeats", {"ids": ["beats"]})
+            found = await ask(program, "GET", "/v1/devices/silent")
+            return found["presence"] == "absent" and not pids(directory, "silent")
+
+        await eventually(lambda: len(pids_of(directory)) == 3)
+        await eventually(silent_has_left, 40.0)
+        assert pids(directory, "forever")
+        assert (await ask(program, "GET", "/v1/devices/beats"))["presence"] == "present"
+        events = (await program.json("explain", "silent"))["events"]
+        assert "expired" in [event["kind"] for event in events]
+        await ask(program, "POST", "/v1/devices/silent/heartbeat")
+        await eventually(lambda: pids(directory, "silent"), 30.0)
+
+
+async def test_nobody_expires_for_a_restart_of_ours(program: Program, directory: Path) -> None:
+    """After a downtime longer than the ttl the devices and their agents are still there, and they leave
+    no sooner than a whole ttl after the new start."""
+    settings(program, grace="0s")
+    names = ["a", "b"]
+    items = [{"id": name, "address": "127.0.0.1", "ttl": "4s"} for name in names]
+
+    async def are_watched() -> bool:
+        await ask(program, "POST", "/v1/heartbeats", {"ids": names})
+        return len(pids_of(directory)) == 2
+
+    async with program.running() as service:
+        await ask(program, "POST", "/v1/devices:bulk", {"devices": items, "delete": []})
+        await eventually(are_watched)
+        service.kill()
+        await service.wait()
+    before = pids_of(directory)
+    await asyncio.sleep(
+        4.5
+    )  # the downtime is what is tested: nothing happens that could be awaited
+    assert pids_of(directory) == before
+    started = time.time()
+    async with program.running():
+        await eventually(lambda: not pids_of(directory), 60.0)
+        events = (await ask(program, "GET", "/v1/events"))["items"]
+        expired = [event["at"] for event in events if event["kind"] == "expired"]
+        assert len(expired) == 2
+        assert min(expired) >= started + 4.0
+
+
+async def test_s7_too_many_silent_devices_are_held(program: Program, directory: Path) -> None:
+    """Twelve of twelve fall silent: nobody leaves, it is said, one that is heard is held no more, and
+    the operator's word lets those go that were shown."""
+    settings(program, grace="0s")
+    async with program.running():
+        names = [f"d{n}" for n in range(12)]
+        items = [{"id": name, "address": "127.0.0.1", "ttl": "5s"} for name in names]
+        await ask(program, "POST", "/v1/devices:bulk", {"devices": items, "delete": []})
+
+        async def held(count: int) -> Any:
+            found = await ask(program, "GET", "/v1/departures")
+            return found["count"] == count and found
+
+        await eventually(lambda: held(12), 60.0)
+        await eventually(lambda: len(pids_of(directory)) == 12, 30.0)
+        found = await program.json("departures", "ls")
+        status = await program.json("status")
+        assert status["departures"]["id"] == found["id"]
+        assert found["id"] in (await program("explain", "d3"))[1]
+        assert (await program("departures", "confirm", "0" * 12))[0] == 75
+        code, _, err = await program("departures", "confirm", found["id"])
+        assert code == 0, err
+        # The breaker of stops reads twice before it lets them go; that takes no operator.
+        await eventually(lambda: not pids_of(directory), 60.0)
+        gone = await program.json("departures", "ls")
+        assert gone["count"] == 0
+
+
+async def test_a_blink_costs_no_agent_and_flapping_is_held(
+    program: Program, directory: Path
+) -> None:
+    """A device that disconnects and connects keeps its process; one that does it often is said to
+    flap and is kept beyond the grace, until it has settled as it was left."""
+    settings(program, grace="1s")
+    device = {"id": "cam", "address": "127.0.0.1"}
+    came = {"event": "connected", "device": device}
+    left = {"event": "disconnected", "device": {"id": "cam"}}
+    async with program.running():
+        await ask(program, "POST", "/v1/webhook", came)
+        (pid,) = await eventually(lambda: pids(directory, "cam"))
+        for _ in range(4):
+            await ask(program, "POST", "/v1/webhook", left)
+            await ask(program, "POST", "/v1/webhook", came)
+        await ask(program, "POST", "/v1/webhook", left)
+        item = await ask(program, "GET", "/v1/devices/cam")
+        assert item["flapping"]
+        assert pids(directory, "cam") == {pid}
+        await eventually(lambda: not pids(directory, "cam"), 40.0)
+        kinds = [e["kind"] for e in (await program.json("explain", "cam"))["events"]]
+        assert kinds.index("steady") < kinds.index("plan.retire")
+        assert kinds.count("plan.retire") == 1
+
+
+async def test_an_inventory_is_followed_and_a_bad_file_changes_nothing(
+    program: Program, directory: Path
+) -> None:
+    """What a file lists is watched and what it lists no more is not; torn, empty and vanished files
+    change nothing and are named; a device of the API is not taken over."""
+    file, link = program.root / "real.json", program.root / "devices.json"
+    link.symlink_to(file)
+    settings(program, more=f'inventory = ["{link}"]\n')
+
+    def write(*names: str) -> None:
+        lines = (json.dumps({"id": name, "address": "127.0.0.1"}) for name in names)
+        new = program.root / f"new-{len(list(program.root.iterdir()))}.json"
+        new.write_text("\n".join(lines))
+        swap = program.root / "swap"
+        swap.symlink_to(new)
+        swap.replace(link)  # as configuration managers do
+
+    async def inventory() -> Any:
+        return (await ask(program, "GET", "/v1/status"))["inventory"][0]
+
+    async with program.running() as service:
+        await eventually(lambda: _says(inventory, "problem"), 20.0)  # there is no file yet
+        await program("devices", "add", "mine", "--address", "127.0.0.1")
+        write("a", "b", "c", "mine")
+        await eventually(lambda: len(pids_of(directory)) == 4, 30.0)
+        await eventually(lambda: _says(inventory, "conflicts"), 20.0)
+        assert (await inventory())["conflicting"] == ["mine"]
+        code, _, err = await program("devices", "rm", "a")
+        assert (code, "inventory:" in err) == (75, True)
+
+        write("a", "b", "mine")
+        await eventually(lambda: not pids(directory, "c"), 30.0)
+        before = pids_of(directory)
+        for text in ("{", "", '{"id": "a"}'):
+            bad = program.root / "bad.json"
+            bad.write_text(text)
+            swap = program.root / "swap"
+            swap.symlink_to(bad)
+            swap.replace(link)
+            if text == "{":
+                service.send_signal(signal.SIGHUP)
+            await eventually(lambda: _says(inventory, "problem"), 20.0)
+            assert pids_of(directory) == before
+            write("a", "b", "mine")
+            await eventually(lambda: _silent(inventory), 20.0)
+        link.unlink()
+        await eventually(lambda: _says(inventory, "problem"), 20.0)
+        assert pids_of(directory) == before
+        assert (await program.json("status"))["departures"]["held"] == 0
+
+
+async def _says(ask_for: Any, field: str) -> bool:
+    return bool((await ask_for())[field])
+
+
+async def _silent(ask_for: Any) -> bool:
+    return not (await ask_for())["problem"]
+
+
+async def test_s7_an_inventory_that_lost_most_of_its_lines_is_held(
+    program: Program, directory: Path
+) -> None:
+    """Nine of ten vanish from a good file: nobody leaves, and putting the file right ends the hold."""
+    file = program.root / "devices.hcl"
+    blocks = [f'device "d{n}" {{ address = "127.0.0.1" }}\n' for n in range(10)]
+    file.write_text("".join(blocks))
+    settings(program, more=f'inventory = "{file}"\n')
+    async with program.running():
+        await eventually(lambda: len(pids_of(directory)) == 10, 40.0)
+        file.write_text(blocks[0])
+
+        async def held(count: int) -> bool:
+            return bool((await ask(program, "GET", "/v1/departures"))["count"] == count)
+
+        await eventually(lambda: held(9), 30.0)
+        assert len(pids_of(directory)) == 10
+        file.write_text("".join(blocks))
+        await eventually(lambda: held(0), 30.0)
+        assert len(pids_of(directory)) == 10
+
+
+async def test_a_paused_device_is_left_alone_until_its_pause_ends(
+    program: Program, directory: Path
+) -> None:
+    """A new one gets no agent, a removed one keeps its, across a restart of ours; resumed, both get
+    what was asked."""
+    settings(program)
+    async with program.running():
+        await program("devices", "add", "old", "--address", "127.0.0.1", "--label", "site=a")
+        kept = await eventually(lambda: pids(directory, "old"))
+        code, _, err = await program("pause", "--selector", "site=a", "--reason", "new lens")
+        assert code == 0, err
+        await program("devices", "add", "new", "--address", "127.0.0.1", "--label", "site=a")
+        assert (await program("devices", "rm", "old"))[0] == 0
+        await program("devices", "add", "free", "--address", "127.0.0.1")
+        await eventually(lambda: pids(directory, "free"))
+        assert (await program.json("plan"))["actions"] == []
+        told = await program.json("explain", "new")
+        assert told["attendance"]["paused"]["reason"] == "new lens"
+    async with program.running():
+        assert (await program.json("status"))["paused"] == 2
+        assert pids(directory, "old") == kept
+        assert not pids(directory, "new")
+        assert (await program("resume", "old"))[0] == 66
+        assert (await program("resume", "--selector", "site=a"))[0] == 0
+        await eventually(lambda: pids(directory, "new") and not pids(directory, "old"), 30.0)
+
+
+async def test_a_pause_ends_by_itself(program: Program, directory: Path) -> None:
+    """A device in a window of four seconds gets its agent with nobody's help."""
+    settings(program)
+    async with program.running():
+        assert (await program("maintenance", "add", "cam", "--for", "4s"))[0] == 0
+        await program("devices", "add", "cam", "--address", "127.0.0.1")
+        (window,) = (await program.json("maintenance", "ls"))["items"]
+        assert (window["window"], window["devices"]) == (True, ["cam"])
+        await eventually(lambda: pids(directory, "cam"), 30.0)
+        assert (await program.json("maintenance", "ls"))["items"] == []

@@ -1,0 +1,151 @@
+"""What a file lists, or all that is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import DeviceId, Slug
+from nomad_watchdog.inventory_file import ChangingError, read, signature
+from nomad_watchdog.model import Device
+
+HCL = """\
+# cameras
+device "cam 1" {
+  address = "10.0.0.7"
+  class   = "gateway"
+  ttl     = "90s"
+  labels  = { site = "north" }
+}
+device "cam 2" {
+  address = "10.0.0.8"
+}
+"""
+DEVICES = [
+    Device(DeviceId("cam 1"), "gateway", "10.0.0.7", {"site": "north"}, 90.0),
+    Device(DeviceId("cam 2"), "default", "10.0.0.8"),
+]
+OBJECTS = [
+    {
+        "id": "cam 1",
+        "address": "10.0.0.7",
+        "class": "gateway",
+        "ttl": "90s",
+        "labels": {"site": "north"},
+    },
+    {"id": "cam 2", "address": "10.0.0.8"},
+]
+
+
+def load(path: Path, text: str) -> dict[Slug, Device]:
+    path.write_text(text)
+    return read(path, signature(path))
+
+
+def wrong(path: Path, text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, text)
+    assert str(caught.value).replace("\n", "").isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.hcl", HCL),
+        ("a.json", "\n".join(map(json.dumps, OBJECTS)) + "\n\n"),
+        ("a.json", json.dumps(OBJECTS, indent=1)),
+    ],
+)
+def test_all_forms_say_the_same(tmp_path: Path, name: str, text: str) -> None:
+    """HCL blocks, an object a line, and an array list the same devices."""
+    assert list(load(tmp_path / name, text).values()) == DEVICES
+
+
+def test_all_mistakes_of_a_file_are_named_at_once_with_their_lines(tmp_path: Path) -> None:
+    """Unknown settings, wrong values, twins and expressions, each by its line."""
+    text = """\
+device "a" { address = "10.0.0.1" }
+device "b" { adress = "10.0.0.1" }
+device "c" { address = "10.0.0.1", }
+"""
+    assert ":3:" in wrong(tmp_path / "a.hcl", text)
+    text = """\
+device "a" { address = "10.0.0.1" }
+device "b" { adress = "10.0.0.1" }
+gadget "c" { address = "10.0.0.1" }
+device "d" { address = var.x }
+device "a" { address = "10.0.0.2" }
+device "e" {
+  address = "10.0.0.3"
+  ttl     = "1 minute"
+}
+device { address = "10.0.0.4" }
+"""
+    said = wrong(tmp_path / "a.hcl", text)
+    for line in (2, 3, 4, 5, 6, 10):
+        assert f"line {line}:" in said, said
+    lines = ['{"id": "a", "address": "h"}', "{", '{"id": "a", "address": "h"}', '{"id": ""}', "[]"]
+    said = wrong(tmp_path / "a.json", "\n".join(lines))
+    for line in (2, 3, 4, 5):
+        assert f"line {line}:" in said, said
+
+
+@pytest.mark.parametrize("name", ["a.hcl", "a.json"])
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "[]"])
+def test_a_file_that_lists_nobody_is_not_believed(tmp_path: Path, name: str, text: str) -> None:
+    """An empty file is refused: it looks like one that was torn."""
+    assert wrong(tmp_path / name, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.sampled_from(["hcl", "json"]))
+def test_any_text_is_read_or_refused(text: str, kind: str) -> None:
+    """No text of a file ends in another error than ours."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a.{kind}"
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        try:
+            assert read(path, signature(path))
+        except UserError as error:
+            assert str(error)
+
+
+def test_another_file_than_was_looked_at_is_not_read(tmp_path: Path) -> None:
+    """A rename over the file, a swapped link and a longer file between look and read are noticed."""
+    one, two, link = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "link.json"
+    for path in (one, two):
+        path.write_text(json.dumps(OBJECTS))
+    link.symlink_to(one)
+    seen = signature(link)
+    other = tmp_path / "other"
+    other.symlink_to(two)
+    other.replace(link)
+    with pytest.raises(ChangingError):
+        read(link, seen)
+    seen = signature(one)
+    with one.open("a") as file:
+        file.write(" ")
+    with pytest.raises(ChangingError):
+        read(one, seen)
+    seen = signature(one)
+    two.replace(one)
+    with pytest.raises(ChangingError):
+        read(one, seen)
+    assert len(read(one, signature(one))) == 2
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    """A folder, a pipe and nothing at all are named for what they are."""
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path, tmp_path / "pipe.json", tmp_path / "none.json"):
+        with pytest.raises(UserError):
+            signature(path)
