@@ -274,9 +274,8 @@ async def test_a_pause_ends_by_itself(program: Program, directory: Path) -> None
     """A device in a window of four seconds gets its agent with nobody's help."""
     settings(program)
     async with program.running():
-        assert (await program("maintenance", "add", "cam", "--for", "4s"))[0] == 0
-        await program("devices", "add", "cam", "--address", "127.0.0.1")
-        (window,) = (await program.json("maintenance", "ls"))["items"]
+        window = await program.json("maintenance", "add", "cam", "--for", "4s")
         assert (window["window"], window["devices"]) == (True, ["cam"])
+        await ask(program, "PUT", "/v1/devices/cam", {"address": "127.0.0.1"})
         await eventually(lambda: pids(directory, "cam"), 30.0)
         assert (await program.json("maintenance", "ls"))["items"] == []

@@ -198,7 +198,7 @@ async def test_a_device_that_beats_is_suspect_and_told_at_once(site: Site) -> No
     await site.say(slug, AgentState.OFFLINE)
     assert site.fleet.counts()[VerdictState.OFFLINE] == 1
 
-    assert site.fleet.heartbeat(slug)
+    assert await site.fleet.beat([site.fleet.records[slug].device.id]) == [True]
     assert site.fleet.counts()[VerdictState.SUSPECT] == 1
 
     site.clock.now += 16.0
