@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import artifact, backup, logs, notify
+from nomad_watchdog import artifact, backup, failpoints, logs, notify
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
@@ -68,6 +69,7 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     stop_logging = logs.setup(settings.log.level, settings.log.format)
     try:
+        failpoints.arm(os.environ)
         async with open_registry(settings) as registry:
             installation = await _installation(settings, registry)
             clock = SystemClock()

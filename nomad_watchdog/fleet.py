@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from nomad_watchdog import failpoints
 from nomad_watchdog.chronicle import Change, Chronicle
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence, verdict
@@ -292,6 +293,8 @@ class Fleet(Ledger):
             lasted_s = now - track.since if was is not None else 0.0
             self.chronicle.changed(Change(record, judged, evidence, was, lasted_s))
             track.state, track.since = judged.state, now
+            if was is not None:
+                failpoints.reached("K9")
         track.reason = judged.reason
         return judged
 

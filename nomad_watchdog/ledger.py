@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import presence
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
@@ -81,6 +82,7 @@ class Ledger:
         change: Callable[[Slug, DeviceRecord | None], DeviceRecord | None],
     ) -> dict[Slug, Registered | None]:
         outcome: dict[Slug, Registered | None] = {}
+        failpoints.reached("K1")
         todo = list(dict.fromkeys(slugs))
         # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
         stored = {slug: self.records.get(slug) for slug in todo}
@@ -92,6 +94,7 @@ class Ledger:
                     outcome[slug] = await self._unchanged(slug, stored[slug])
             todo = [slug for slug in todo if slug in writes or slug not in outcome]
             results = await self.commit(list(writes.values())) if writes else ()
+            failpoints.reached("K2")
             done = [record for record in results if record is not None]
             for record in done:
                 outcome[record.slug] = Registered(record, changed=True)
