@@ -168,9 +168,7 @@ def _registry(
         )
         if record is not None:
             should = Presence.PRESENT if name in present else Presence.ABSENT
-            findings.expect(
-                record.presence is should, "S4", f"{name} is {record.presence.value}"
-            )
+            findings.expect(record.presence is should, "S4", f"{name} is {record.presence.value}")
     findings.expect(
         len(stored) == len(set(known)), "S11", f"{len(stored)} records, {len(known)} devices"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import signal
 import sys
 import tempfile
 from collections.abc import Collection
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tests.faults import collect, table
 from tests.faults.matrix import ROWS, Result, Row, play
-from tests.faults.world import Servers, open_servers
+from tests.faults.world import Site, open_cluster, open_site
 
 
 def chosen(words: Collection[str], *, quick: bool) -> list[Row]:
@@ -21,11 +22,12 @@ def chosen(words: Collection[str], *, quick: bool) -> list[Row]:
     for word in words:
         if not any(_matches(name, word) for name in ROWS):
             sys.exit(f"there is no row {word!r}; there are: {', '.join(ROWS)}")
-    return [
+    found = [
         one
         for name, one in ROWS.items()
         if (one.quick or not quick) and (not words or any(_matches(name, w) for w in words))
     ]
+    return sorted(found, key=lambda one: int(one.name.partition("-")[0]))
 
 
 def _matches(name: str, word: str) -> bool:
@@ -37,15 +39,25 @@ async def run(rows: list[Row]) -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-faults-") as folder:
         async with AsyncExitStack() as stack:
-            servers: Servers | None = None
+            sites: dict[bool, Site] = {}
             for one in rows:
-                if servers is None:
-                    servers = await stack.enter_async_context(open_servers(Path(folder) / "one"))
                 print(f"{one.name:<12} {one.fault} …", flush=True)
-                result = await play(one, servers, Path(folder) / "rows")
+                if one.cluster not in sites:
+                    opened = (open_cluster if one.cluster else open_site)(
+                        Path(folder) / ("many" if one.cluster else "one")
+                    )
+                    sites[one.cluster] = await stack.enter_async_context(opened)
+                result = await play(one, sites[one.cluster], Path(folder) / "rows")
                 results.append(result)
                 print(table.line(result), flush=True)
     return results
+
+
+async def until_told(rows: list[Row]) -> list[Result]:
+    """As `run`; SIGTERM takes everything down in order, as Ctrl-C does."""
+    task = asyncio.ensure_future(run(rows))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 def main() -> None:
@@ -62,7 +74,7 @@ def main() -> None:
             print(f"{one.name:<12} {'quick' if one.quick else 'full '} {one.fault}")
         return
     logging.disable(logging.INFO)
-    results = asyncio.run(run(rows))
+    results = asyncio.run(until_told(rows))
     if options.write:
         table.write(options.write, results)
     failed = [result.row.name for result in results if not result.held]

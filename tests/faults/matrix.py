@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e import audit
-from tests.faults.world import CONVERGED_S, BrokenRowError, Servers, World, open_world
+from tests.faults.world import CONVERGED_S, BrokenRowError, Site, World, open_world
 
 Play = Callable[[World], Awaitable[None]]
 
@@ -28,6 +28,8 @@ class Row:
     quick: bool
     """Belongs to `make test`."""
     deadline_s: float
+    cluster: bool
+    """Is played on many hosts."""
     settings: Mapping[str, Any]
 
 
@@ -57,30 +59,32 @@ def row(
     stake: str,
     quick: bool = True,
     deadline_s: float = 240.0,
+    cluster: bool = False,
     **settings: Any,
 ) -> Callable[[Play], Play]:
     """Put a function into the matrix. `settings` go to the World."""
 
     def add(play: Play) -> Play:
         assert name not in ROWS, name
-        ROWS[name] = Row(name, fault, stake, play, quick, deadline_s, settings)
+        ROWS[name] = Row(name, fault, stake, play, quick, deadline_s, cluster, settings)
         return play
 
     return add
 
 
-async def play(one: Row, servers: Servers, root: Path) -> Result:
+async def play(one: Row, site: Site, root: Path) -> Result:
     """Play a row to its end, whatever happens in it."""
     result = Result(one)
     began = time.monotonic()
     try:
-        async with asyncio.timeout(one.deadline_s), open_world(
-            one.name, root / one.name, servers, one.settings
-        ) as world:
+        async with (
+            asyncio.timeout(one.deadline_s),
+            open_world(one.name, root / one.name, site, one.settings) as world,
+        ):
             await _play(world, result)
     except TimeoutError:
         result.wrong.append(f"the row did not end within {one.deadline_s:.0f} s")
-    except Exception as error:  # a row that breaks is a result; the next one is played all the same
+    except Exception as error:  # noqa: BLE001  # a row that breaks is a result; the next one is played all the same
         result.wrong += list(_words(error))
     result.took_s = time.monotonic() - began
     return result
@@ -134,7 +138,7 @@ async def _converge(world: World, result: Result) -> None:
 async def _examine(world: World) -> audit.Findings:
     try:
         return await world.examine()
-    except Exception as error:  # a store that does not answer yet is a finding like another
+    except Exception as error:  # noqa: BLE001  # a store that does not answer yet is a finding like another
         found = audit.Findings()
         found.expect(False, "L1", f"the audit itself failed: {type(error).__name__}: {error}"[:300])
         return found

@@ -135,7 +135,8 @@ class Proxy:
     def send(self, request: web.Request, body: bytes) -> Any:
         """The same request to the real server."""
         assert self._http is not None
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP}
+        left_out = {*_HOP, "accept-encoding"}  # an edit reads the body
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in left_out}
         where = URL(self.upstream + request.rel_url.raw_path_qs, encoded=True)
         return self._http.request(request.method, where, headers=headers, data=body or None)
 

@@ -66,11 +66,15 @@ for _point, _words in STEPS.items():
     _add(_point, _words)
 
 
-@row("1-twice", "kill -9 in the middle of a batch of starts, three times in a row", stake="S2 L2")
+@row("1-twice", "kill -9 in the middle of arrivals, three times in a row", stake="S2 L2")
 async def thrice(world: World) -> None:
+    async def one_by_one() -> None:
+        for name in world.names(12):
+            await world.wish(name)
+
     await world.start("K7:kill@3")
     async with asyncio.TaskGroup() as group:
-        group.create_task(world.wishes(*world.names(12)))
+        group.create_task(one_by_one())
         for following in ("K7:kill@2", "K5:kill", ""):
             await world.killed()
             await world.start(following)
@@ -155,7 +159,9 @@ async def stops_twice(world: World) -> None:
     _must_have_hit(rule, 3)
 
 
-@row("4-race", "each start arrives 16 times at once, and any of the answers is given", stake="S1 S2")
+@row(
+    "4-race", "each start arrives 16 times at once, and any of the answers is given", stake="S1 S2"
+)
 async def raced(world: World) -> None:
     rule = world.nomad.when("POST", DISPATCH, proxy.repeated(16, tell=7))
     await watched(world, 4)

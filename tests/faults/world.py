@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from urllib.parse import quote
 import aiohttp
 
 from nomad_watchdog.demo.stage import clean_environment
+from nomad_watchdog.dev.cluster import Cluster
 from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.netns import LOCAL, Host
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.process import Process, free_port
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -105,6 +107,53 @@ class Servers:
         return self.nomad.data_dir
 
 
+@dataclass(slots=True)
+class Direct:
+    """Stands where a proxy would, and is none: the control plane speaks to the server itself."""
+
+    url: str
+
+    def clear(self) -> None:
+        """There is nothing to clear."""
+
+
+@dataclass(slots=True)
+class Site:
+    """Where an installation finds everything."""
+
+    root: Path
+    """Agents have their folders below it."""
+    consul: str
+    nomad: str
+    servers: Servers | None = None
+    cluster: Cluster | None = None
+
+    @property
+    def program(self) -> Host:
+        """Where the control plane runs."""
+        return self.cluster.net.hosts["p1"] if self.cluster else LOCAL
+
+    @property
+    def ops(self) -> Host:
+        """Where we look from, and where the device is."""
+        return self.cluster.ops if self.cluster else LOCAL
+
+
+@asynccontextmanager
+async def open_site(root: Path) -> AsyncIterator[Site]:
+    """One Consul and one Nomad on 127.0.0.1."""
+    async with open_servers(root) as servers:
+        yield Site(servers.root, servers.consul.http_addr, servers.nomad.http_addr, servers)
+
+
+@asynccontextmanager
+async def open_cluster(root: Path) -> AsyncIterator[Site]:
+    """Three servers of each and three clients on hosts of their own; the control plane on a seventh."""
+    async with Cluster(root, guests=("p1",)) as cluster:
+        consul, nomad = cluster.consul["s1"].http_addr, cluster.nomad["s1"].http_addr
+        yield Site(cluster.data_dir, consul, nomad, cluster=cluster)
+
+
 @asynccontextmanager
 async def open_servers(root: Path) -> AsyncIterator[Servers]:
     """On 127.0.0.1; gone at the end."""
@@ -141,7 +190,7 @@ class World:
     session: aiohttp.ClientSession
     consul: Proxy
     nomad: Proxy
-    servers: Servers
+    site: Site
     listen: str
     device_port: int
     token: str
@@ -162,6 +211,18 @@ class World:
     _epochs: dict[str, int] = field(default_factory=dict)
     _doubled_since: dict[str, float] = field(default_factory=dict)
     epochs_may_fall: bool = False
+
+    @property
+    def servers(self) -> Servers:
+        """Of a row that is played on this machine itself."""
+        assert self.site.servers is not None
+        return self.site.servers
+
+    @property
+    def cluster(self) -> Cluster:
+        """Of a row that is played on many hosts."""
+        assert self.site.cluster is not None
+        return self.site.cluster
 
     # -- the program ----------------------------------------------------------------------------
 
@@ -205,6 +266,7 @@ class World:
         if failpoint:
             env["NOMAD_WATCHDOG_FAILPOINT"] = failpoint
         argv = [sys.executable, "-m", module, "--config", str(self.config), "run"]
+        argv = self.site.program.argv(argv)
         process = self.process = Process.start(argv, log=self.log, env=env)
 
         async def ready() -> bool:
@@ -225,11 +287,13 @@ class World:
 
     async def command(self, *argv: str) -> None:
         """A verb of the command line; raises BrokenRowError when it fails."""
+        words = [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), *argv]
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), *argv,
-            env=clean_environment(), stdout=asyncio.subprocess.PIPE,
+            *self.site.program.argv(words),
+            env=clean_environment(),
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
+        )
         said, _ = await child.communicate()
         if child.returncode != 0:
             raise BrokenRowError(f"nomad-watchdog {' '.join(argv)}: {said.decode()[-1000:]}")
@@ -277,7 +341,7 @@ class World:
         while time.monotonic() < deadline:
             with suppress(aiohttp.ClientError, TimeoutError):
                 if present:
-                    body = {"address": "127.0.0.1", "class": kind}
+                    body = {"address": self.site.ops.address, "class": kind}
                     status, said = await self.call("PUT", path, body)
                 else:
                     status, said = await self.call("DELETE", path)
@@ -315,6 +379,20 @@ class World:
             return False
 
         await until(settled, timeout_s, "all devices are watched or departed")
+        return time.monotonic() - began
+
+    async def settle_from_outside(self, timeout_s: float = UP_S) -> float:
+        """As `settle`, by the process table: one live agent a wanted device, whatever the program
+        believes."""
+        began = time.monotonic()
+        wanted = {str(slug_of(DeviceId(name))) for name, present in self.wanted.items() if present}
+        gone = {job["Meta"]["slug"] for job in await self.jobs() if job["Stop"]}
+
+        async def settled() -> bool:
+            live = {job["Meta"]["slug"] for job in await self.jobs() if not job["Stop"]}
+            return gone <= live and {one.slug for one in self.agents()} == wanted
+
+        await until(settled, timeout_s, "each device has a live job and an agent again")
         return time.monotonic() - began
 
     async def status(self) -> Any:
@@ -402,7 +480,9 @@ class World:
     async def _events(self, found: audit.Findings) -> None:
         _, page = await self.call("GET", "/v1/events?limit=1000")
         numbers = [event["seq"] for event in page["items"]]
-        in_order = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
+        in_order = (
+            numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
+        )
         found.expect(in_order, "S5", "the event log has a hole")
         for event in page["items"]:
             offline = event["kind"] == "verdict.offline"
@@ -449,30 +529,35 @@ def limited_folder(path: Path, size: str) -> Iterator[Path]:
 
 @asynccontextmanager
 async def open_world(
-    name: str, root: Path, servers: Servers, settings: Mapping[str, Any]
+    name: str, root: Path, site: Site, settings: Mapping[str, Any]
 ) -> AsyncIterator[World]:
     """An installation with nothing running yet; at the end its program and agents are gone."""
     root.mkdir(parents=True)
     tag = f"f{secrets.token_hex(3)}"
-    device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
+    device = await asyncio.start_server(lambda _r, w: w.close(), sock=site.ops.listener())
     timeout = aiohttp.ClientTimeout(total=10.0)
-    async with (
-        device,
-        aiohttp.ClientSession(timeout=timeout) as session,
-        Proxy(servers.consul.http_addr) as consul,
-        Proxy(servers.nomad.http_addr) as nomad,
-    ):
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(device)
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(connector=site.ops.connector(), timeout=timeout)
+        )
+        consul: Any
+        nomad: Any
+        if site.cluster is None:
+            consul = await stack.enter_async_context(Proxy(site.consul))
+            nomad = await stack.enter_async_context(Proxy(site.nomad))
+        else:
+            consul = Direct(site.cluster.consul["c1"].http_addr)
+            nomad = Direct(site.cluster.nomad["c2"].http_addr)
         world = World(
             name=name,
             root=root,
-            where=audit.Where(
-                servers.root, servers.consul.http_addr, servers.nomad.http_addr, tag, tag, tag
-            ),
+            where=audit.Where(site.root, site.consul, site.nomad, tag, tag, tag),
             session=session,
             consul=consul,
             nomad=nomad,
-            servers=servers,
-            listen=f"127.0.0.1:{free_port()}",
+            site=site,
+            listen=f"{site.program.address}:{free_port()}",
             device_port=device.sockets[0].getsockname()[1],
             token=f"canary-{secrets.token_hex(16)}",
             **settings,
