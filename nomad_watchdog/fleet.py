@@ -165,9 +165,14 @@ class Fleet(Ledger):
             if track is not None and track.state is not None:
                 self._by_state[track.state] -= 1
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+    def reset(
+        self,
+        records: Mapping[Slug, DeviceRecord],
+        index: int,
+        unreadable: frozenset[Slug] = frozenset(),
+    ) -> bool:
         """As `Ledger.reset`; the first snapshot is no news to those who read events."""
-        news = super().reset(records, index)
+        news = super().reset(records, index, unreadable)
         self._loaded = True
         return news
 

@@ -39,6 +39,8 @@ class Ledger:
         self.records: dict[Slug, DeviceRecord] = {}
         self.index = 0
         """The registry's index at the last snapshot of it."""
+        self.unreadable: frozenset[Slug] = frozenset()
+        """Devices whose record could not be decoded in that snapshot."""
         self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
 
     def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
@@ -141,7 +143,12 @@ class Ledger:
             self.learned(news)
         return bool(news)
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+    def reset(
+        self,
+        records: Mapping[Slug, DeviceRecord],
+        index: int,
+        unreadable: frozenset[Slug] = frozenset(),
+    ) -> bool:
         """Take a whole snapshot of the registry, unless our own writes are newer in a record; whether
         it told anything new."""
         fresh = dict(records)
@@ -155,6 +162,7 @@ class Ledger:
         gone = [slug for slug in self.records if slug not in fresh]
         self.records = fresh
         self.index = index
+        self.unreadable = unreadable
         if gone:
             self.forgotten(gone)
         return news or bool(gone)

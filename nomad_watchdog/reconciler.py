@@ -194,7 +194,7 @@ class Reconciler:
 
     def _take_records(self, snapshot: RegistrySnapshot) -> None:
         # The registry shows us our own writes too: those are no reason to go through the fleet again.
-        news = self.fleet.reset(snapshot.records, snapshot.index)
+        news = self.fleet.reset(snapshot.records, snapshot.index, snapshot.unreadable)
         self.metrics.poisoned(len(self.fleet.registry.poisoned))
         if news or not self._registry_read:
             self._wake.set()
@@ -388,6 +388,7 @@ class Reconciler:
             fleet.limits,
             unready=fleet.unready(),
             confirmed=confirmed,
+            unreadable=fleet.unreadable,
         )
 
     # -- upkeep ---------------------------------------------------------------------------------

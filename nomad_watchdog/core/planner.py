@@ -62,12 +62,14 @@ def plan(
     *,
     unready: int = 0,
     confirmed: frozenset[Stop] = NO_STOPS,
+    unreadable: frozenset[Slug] = frozenset(),
 ) -> Plan:
     """Decide for every device.
 
     `spec_hashes`: agent class → hash that its agents should have; a device of a class that is not
     there is left as it is. `unready`: see `rollout.admit`. `confirmed`: stops that an earlier pass
-    held and that these, independently read, inputs still ask for.
+    held and that these, independently read, inputs still ask for. `unreadable`: devices with a record
+    that can't be read; nobody knows what is wished of them, so they are left as they are.
     """
     starts: list[Action] = []
     stops: list[Action] = []
@@ -94,7 +96,7 @@ def plan(
                 stops.append(action)
             else:
                 replacements.append(action)
-    stops.extend(_strays(records, placements))
+    stops.extend(_strays(records, placements, unreadable))
     admitted = rollout.admit(replacements, unready=unready, fleet=present, limits=limits)
     stops, held, reason = _breaker(stops, placements, limits, confirmed)
     if held:
@@ -191,10 +193,12 @@ def _retire(record: DeviceRecord | None, placement: Placement, reason: str) -> I
     )
 
 
-def _strays(records: Mapping[Slug, DeviceRecord], placements: Placements) -> Iterator[Action]:
+def _strays(
+    records: Mapping[Slug, DeviceRecord], placements: Placements, unreadable: frozenset[Slug]
+) -> Iterator[Action]:
     if placements.keys() <= records.keys():
         return
-    for slug in placements.keys() - records.keys():
+    for slug in placements.keys() - records.keys() - unreadable:
         yield from decide_stray(placements[slug])
 
 
