@@ -279,7 +279,7 @@ class Reconciler:
 
     def _hold(self, plan: Plan) -> None:
         was = bool(self.breaker.held)
-        self.breaker.settle(plan)
+        self.breaker.settle(plan, self.fleet.records)
         if was != bool(plan.held):
             self.metrics.breaker_held(held=not was)
         if plan.held and not was:
