@@ -2,17 +2,19 @@
 BACKEND ?= nomad
 DEVICES ?= 20
 OUTPUT  ?= table
+ROWS    ?=
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test test-fast lint bench servers clean
+.PHONY: help demo test test-fast lint bench faults servers clean
 
 help:
 	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
 	@echo "make test         lint, then the whole suite (fast tests first)"
 	@echo "make test-fast    the tests that need no server"
 	@echo "make lint         format, lint, strict types, layers"
+	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 30 min)"
 	@echo "make bench        every benchmark, as a table and JSON"
 	@echo "make servers      find or build the pinned Nomad and Consul"
 
@@ -64,6 +66,10 @@ test: lint test-fast servers
 
 bench: $(VENV)/.dev servers
 	$(BIN)/python -m bench
+
+# All rows go into the document; a choice of them is only printed.
+faults: $(VENV)/.dev servers
+	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
 
 clean:
 	rm -rf $(VENV) dist
