@@ -207,6 +207,17 @@ class Cluster:
         await self.until(self._all_ready, deadline, "every client is ready")
         await self.until(self._one_consul_leader, deadline, "Consul has a leader")
 
+    async def mend(self) -> None:
+        """Heal every partition, wake and start whatever does not run, and wait until all is ready."""
+        await self.net.heal()
+        for consul in self.consul.values():
+            consul.resume()
+        for node in self.nomad.values():
+            node.resume()
+        await asyncio.gather(*(consul.start() for consul in self.consul.values()))
+        await asyncio.gather(*(node.start() for node in self.nomad.values()))
+        await self.wait_ready()
+
     async def consul_leader(self) -> str:
         """The host of Consul's leader; "" when there is none."""
         for name in SERVERS:
@@ -226,8 +237,13 @@ class Cluster:
         return next((n for n in SERVERS if self.consul[n].server_address == address), "")
 
     async def _one_consul_leader(self) -> bool:
+        assert self._http is not None
         told = {await self._consul_leader_by(name) for name in SERVERS}
-        return len(told) == 1 and "" not in told
+        # a server that was away is taken out of the quorum, and comes back into it after 10 s only
+        path = "/v1/operator/raft/configuration"
+        async with self._http.get(self.consul["s1"].http_addr + path) as answer:
+            voters = [one for one in (await answer.json())["Servers"] if one["Voter"]]
+        return len(told) == 1 and "" not in told and len(voters) == len(SERVERS)
 
     async def _has_keyring(self) -> bool:
         return bool(await self.request("GET", "/v1/operator/keyring/keys"))

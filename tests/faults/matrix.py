@@ -76,16 +76,16 @@ async def play(one: Row, site: Site, root: Path) -> Result:
     """Play a row to its end, whatever happens in it."""
     result = Result(one)
     began = time.monotonic()
+    limit = asyncio.timeout(one.deadline_s)
     try:
         async with (
-            asyncio.timeout(one.deadline_s),
+            limit,
             open_world(one.name, root / one.name, site, one.settings) as world,
         ):
             await _play(world, result)
-    except TimeoutError:
-        result.wrong.append(f"the row did not end within {one.deadline_s:.0f} s")
     except Exception as error:  # noqa: BLE001  # a row that breaks is a result; the next one is played all the same
-        result.wrong += list(_words(error))
+        late = f"the row did not end within {one.deadline_s:.0f} s"
+        result.wrong += [late] if limit.expired() else list(_words(error))
     result.took_s = time.monotonic() - began
     return result
 

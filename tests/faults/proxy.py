@@ -74,7 +74,7 @@ class Rule:
     def takes(self, request: web.Request) -> bool:
         if self.left <= 0 or self.method not in (request.method, "*"):
             return False
-        if not self.path.search(request.rel_url.raw_path):
+        if not self.path.search(request.rel_url.raw_path_qs):
             return False
         self.left -= 1
         self.hits += 1

@@ -18,23 +18,8 @@ async def through(world: World, seconds: float, *, gone: str = "") -> None:
         if gone:
             group.create_task(world.wish(gone, present=False, timeout_s=180.0))
         await asyncio.sleep(seconds)
-        if len(before & world.pids()) < len(before) - 1:
-            world.broken.append("L3: agents were stopped during the fault")
-        await mended(world)
-
-
-async def mended(world: World) -> None:
-    await world.cluster.net.heal()
-    for name in SERVERS:
-        world.cluster.consul[name].resume()
-        world.cluster.nomad[name].resume()
-        await world.cluster.consul[name].start()
-        await world.cluster.nomad[name].start()
-    for name, node in world.cluster.nomad.items():
-        if name not in SERVERS:
-            node.resume()
-            await node.start()
-    await world.cluster.wait_ready()
+        world.undisturbed(before, "L3", leaving=1)
+        await world.cluster.mend()
 
 
 @row("8-nomad", "the control plane is cut off from Nomad for 20 s", stake="L1 S9", cluster=True,
@@ -111,7 +96,7 @@ async def consul_leader_lost(world: World) -> None:
             group.create_task(world.wish(names[number], present=False))
             await asyncio.sleep(20.0)
         await world.acknowledged_is_stored()
-        await mended(world)
+        await world.cluster.mend()
     await world.settle()
 
 
@@ -164,7 +149,6 @@ async def node_cut_off(world: World) -> None:
     await world.wish(names[0], present=False)
     await world.wishes(*world.names(2, "new"))
     await asyncio.sleep(10.0)
-    if len(before & world.pids()) < len(before) - 1:
-        world.broken.append("L3: agents behind the dead cable were stopped")
-    await mended(world)
+    world.undisturbed(before, "L3", leaving=1)
+    await world.cluster.mend()
     await world.settle()

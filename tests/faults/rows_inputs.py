@@ -183,8 +183,7 @@ async def poison_between(world: World) -> None:
     count = float(next(x for x in text.splitlines() if "poisoned_records " in x).split()[-1])
     if count != len(POISON):
         world.broken.append(f"S9: {count} poisoned records are counted, not {len(POISON)}")
-    if len(before & world.pids()) < len(before) - 1:
-        world.broken.append("S9: poison stopped somebody's agent")
+    world.undisturbed(before, "S9", leaving=1)
 
 
 @row("26-ours", "the record of a watched device is overwritten with garbage", stake="S7 S9")
