@@ -68,6 +68,7 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stop_logging = logs.setup(settings.log.level, settings.log.format)
+    loop.set_exception_handler(logs.LoopTrouble())
     try:
         failpoints.arm(os.environ)
         async with open_registry(settings) as registry:
