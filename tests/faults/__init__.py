@@ -3,4 +3,11 @@
 
 def collect() -> None:
     """Import the modules that put their rows into the matrix."""
-    from tests.faults import rows_answers, rows_crash, rows_hosts, rows_inputs, rows_servers  # noqa: F401
+    from tests.faults import (  # noqa: F401
+        rows_answers,
+        rows_crash,
+        rows_hosts,
+        rows_inputs,
+        rows_own,
+        rows_servers,
+    )

@@ -9,12 +9,10 @@ import signal
 import sys
 import tempfile
 from collections.abc import Collection
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from tests.faults import collect, table
-from tests.faults.matrix import ROWS, Result, Row, play
-from tests.faults.world import Site, open_cluster, open_site
+from tests.faults.matrix import ROWS, Result, Row, play_all
 
 
 def chosen(words: Collection[str], *, quick: bool) -> list[Row]:
@@ -35,22 +33,9 @@ def _matches(name: str, word: str) -> bool:
 
 
 async def run(rows: list[Row]) -> list[Result]:
-    """One after the other, on servers that the first of its kind starts."""
-    results = []
+    """Play them in a folder of their own, and say what came of each."""
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-faults-") as folder:
-        async with AsyncExitStack() as stack:
-            sites: dict[bool, Site] = {}
-            for one in rows:
-                print(f"{one.name:<12} {one.fault} …", flush=True)
-                if one.cluster not in sites:
-                    opened = (open_cluster if one.cluster else open_site)(
-                        Path(folder) / ("many" if one.cluster else "one")
-                    )
-                    sites[one.cluster] = await stack.enter_async_context(opened)
-                result = await play(one, sites[one.cluster], Path(folder) / "rows")
-                results.append(result)
-                print(table.line(result), flush=True)
-    return results
+        return await play_all(rows, Path(folder), lambda one: print(table.line(one), flush=True))
 
 
 async def until_told(rows: list[Row]) -> list[Result]:

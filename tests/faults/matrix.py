@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.e2e import audit
-from tests.faults.world import CONVERGED_S, BrokenRowError, Site, World, open_world
+from tests.faults.world import (
+    CONVERGED_S,
+    BrokenRowError,
+    Site,
+    World,
+    open_cluster,
+    open_site,
+    open_world,
+)
 
 Play = Callable[[World], Awaitable[None]]
+AT_ONCE = 3
+"""Rows under way at a time: most of a row is waiting, for Consul's checks above all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,8 @@ class Row:
     deadline_s: float
     cluster: bool
     """Is played on many hosts."""
+    alone: bool
+    """Harms servers that other rows would need meanwhile."""
     settings: Mapping[str, Any]
 
 
@@ -60,16 +72,46 @@ def row(
     quick: bool = True,
     deadline_s: float = 240.0,
     cluster: bool = False,
+    alone: bool = False,
     **settings: Any,
 ) -> Callable[[Play], Play]:
     """Put a function into the matrix. `settings` go to the World."""
 
     def add(play: Play) -> Play:
         assert name not in ROWS, name
-        ROWS[name] = Row(name, fault, stake, play, quick, deadline_s, cluster, settings)
+        ROWS[name] = Row(
+            name, fault, stake, play, quick, deadline_s, cluster, alone or cluster, settings
+        )
         return play
 
     return add
+
+
+async def play_all(
+    rows: Sequence[Row], root: Path, told: Callable[[Result], None] = lambda _result: None
+) -> list[Result]:
+    """Play rows, a few at a time where they leave the servers alone; results in the order of the rows."""
+    results: dict[str, Result] = {}
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one_row(one: Row, site: Site) -> None:
+        async with room:
+            result = results[one.name] = await play(one, site, root / "rows")
+        told(result)
+
+    for cluster, opened in ((False, open_site), (True, open_cluster)):
+        chosen = [one for one in rows if one.cluster is cluster]
+        if not chosen:
+            continue
+        async with opened(root / ("many" if cluster else "one")) as site:
+            async with asyncio.TaskGroup() as group:
+                for one in chosen:
+                    if not one.alone:
+                        group.create_task(one_row(one, site))
+            for one in chosen:
+                if one.alone:
+                    await one_row(one, site)
+    return [results[one.name] for one in rows]
 
 
 async def play(one: Row, site: Site, root: Path) -> Result:
@@ -80,7 +122,7 @@ async def play(one: Row, site: Site, root: Path) -> Result:
     try:
         async with (
             limit,
-            open_world(one.name, root / one.name, site, one.settings) as world,
+            open_world(one.name, root / one.name, site, one.settings, alone=one.alone) as world,
         ):
             await _play(world, result)
     except Exception as error:  # noqa: BLE001  # a row that breaks is a result; the next one is played all the same
@@ -102,9 +144,15 @@ def _words(error: BaseException) -> Iterator[str]:
 
 async def _play(world: World, result: Result) -> None:
     watching = asyncio.ensure_future(world.witness())
+
+    async def finish() -> None:
+        if result.converged_s is None:
+            await _converge(world, result)
+
+    world.finish = finish
     try:
         await result.row.play(world)
-        await _converge(world, result)
+        await finish()
     except Exception:
         result.wrong += list(dict.fromkeys(world.broken))
         raise

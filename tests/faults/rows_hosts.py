@@ -95,8 +95,8 @@ async def consul_leader_lost(world: World) -> None:
             group.create_task(world.wishes(*world.names(2, f"new {number}")))
             group.create_task(world.wish(names[number], present=False))
             await asyncio.sleep(20.0)
-        await world.acknowledged_is_stored()
         await world.cluster.mend()
+        await world.acknowledged_is_stored()
     await world.settle()
 
 

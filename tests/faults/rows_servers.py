@@ -17,7 +17,7 @@ async def node_status(world: World, name: str) -> str:
     raise BrokenRowError(f"no Nomad node {name}")
 
 
-@row("11-frozen", "Consul is frozen for 15 s while devices come and go", stake="S4 L3")
+@row("11-frozen", "Consul is frozen for 15 s while devices come and go", stake="S4 L3", alone=True)
 async def consul_frozen(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
@@ -34,7 +34,12 @@ async def consul_frozen(world: World) -> None:
     await world.settle()
 
 
-@row("11-killed", "Consul is killed, is away for 10 s, and is started again", stake="S4 S8 L3")
+@row(
+    "11-killed",
+    "Consul is killed, is away for 10 s, and is started again",
+    stake="S4 S8 L3",
+    alone=True,
+)
 async def consul_killed(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
@@ -99,6 +104,7 @@ async def held(world: World) -> bool:
     "14-restart",
     "Nomad's server is killed and started again; its stream forgets all",
     stake="L1 S8",
+    alone=True,
 )
 async def nomad_restarted(world: World) -> None:
     names = await watched(world, 4)
@@ -115,7 +121,7 @@ async def nomad_restarted(world: World) -> None:
     await world.settle()
 
 
-@row("14-frozen", "Nomad's server is frozen for 12 s", stake="L1 L3")
+@row("14-frozen", "Nomad's server is frozen for 12 s", stake="L1 L3", alone=True)
 async def nomad_frozen(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
@@ -134,7 +140,12 @@ async def nomad_frozen(world: World) -> None:
     await world.settle()
 
 
-@row("15-frozen", "a Nomad client is frozen until its node is lost, and comes back", stake="S1 S3")
+@row(
+    "15-frozen",
+    "a Nomad client is frozen until its node is lost, and comes back",
+    stake="S1 S3",
+    alone=True,
+)
 async def client_frozen(world: World) -> None:
     names = await watched(world, 8)
     nomad = world.servers.nomad
@@ -156,7 +167,12 @@ async def lost(world: World) -> bool:
     return await node_status(world, "-1") in {"down", "disconnected"}
 
 
-@row("15-killed", "a Nomad client is killed; its agents run on; it comes back", stake="S1 S3")
+@row(
+    "15-killed",
+    "a Nomad client is killed; its agents run on; it comes back",
+    stake="S1 S3",
+    alone=True,
+)
 async def client_killed(world: World) -> None:
     await watched(world, 8)
     nomad = world.servers.nomad
@@ -173,7 +189,12 @@ async def client_killed(world: World) -> None:
     world.undisturbed(before, "S3")
 
 
-@row("34-purged", "an operator purges two running agents' jobs and the parent job", stake="L1 S1")
+@row(
+    "34-purged",
+    "an operator purges two running agents' jobs and the parent job",
+    stake="L1 S1",
+    alone=True,
+)
 async def purged(world: World) -> None:
     await watched(world, 4)
     # Nomad forgets a purged job at once, its process only after kill_timeout: nobody can see it (S3)
@@ -192,6 +213,7 @@ async def purged(world: World) -> None:
     "34-stopped",
     "an operator stops two agents' jobs, and Nomad collects its garbage",
     stake="L1 S2",
+    alone=True,
 )
 async def stopped(world: World) -> None:
     names = await watched(world, 4)

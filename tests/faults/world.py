@@ -49,6 +49,7 @@ api {{
 nomad {{
   address    = "{nomad}"
   job_prefix = "{prefix}"
+  {nomad_token}
 }}
 consul {{
   address = "{consul}"
@@ -86,6 +87,14 @@ agent_class "{name}" {{
     timeout  = "500ms"
     misses   = 2
   }}
+}}
+"""
+
+
+MOCK_CLASS = """\
+agent_class "default" {{
+  template = "{template}"
+  probe "icmp" {{}}
 }}
 """
 
@@ -210,6 +219,9 @@ class World:
     registry: str = "consul"
     resync: str = "5s"
     version: str = "1"
+    template: Path | None = None
+    """Of a job that starts no agent; then nothing is registered in Consul either."""
+    nomad_token: Path | None = None
     bad_python: str = ""
     """With it there is a second class, `bad`, whose agents are this program."""
     process: Process | None = None
@@ -224,6 +236,8 @@ class World:
     _epochs: dict[str, int] = field(default_factory=dict)
     _doubled_since: dict[str, float] = field(default_factory=dict)
     epochs_may_fall: bool = False
+    finish: Callable[[], Awaitable[None]] = field(init=False)
+    """The audit. It follows every row by itself; one whose servers go before that calls it."""
 
     @property
     def servers(self) -> Servers:
@@ -256,6 +270,8 @@ class World:
             classes += CLASS.format(
                 name="bad", version="1", python=self.bad_python, port=self.device_port
             )
+        if self.template:
+            classes = MOCK_CLASS.format(template=self.template)
         token_file = self.root / "api.token"
         token_file.write_text(self.token)
         self.config.write_text(
@@ -266,6 +282,7 @@ class World:
                 token_file=token_file,
                 nomad=self.nomad.url,
                 consul=self.consul.url,
+                nomad_token=f'token_file = "{self.nomad_token}"' if self.nomad_token else "",
                 prefix=self.where.job_prefix,
                 registry=self.registry,
                 classes=classes,
@@ -377,15 +394,17 @@ class World:
         return [f"{self.name} {what} {n:02}" for n in range(count)]
 
     async def settle(self, timeout_s: float = UP_S) -> float:
-        """Wait until every device is as it was wished; the seconds that it took."""
+        """Wait until every device is as it was wished, in words and in processes; the seconds that it
+        took."""
         began = time.monotonic()
+        running = {str(slug_of(DeviceId(name))) for name, wanted in self.wanted.items() if wanted}
 
         async def settled() -> bool:
             with suppress(aiohttp.ClientError, TimeoutError):
                 status, page = await self.call("GET", "/v1/devices?limit=1000&presence=any")
                 if status == 200:
                     verdicts = {item["id"]: item["verdict"] for item in page["items"]}
-                    return all(
+                    return running == {one.slug for one in self.agents()} and all(
                         verdicts.get(name) == ("watched" if wanted else "departed")
                         for name, wanted in self.wanted.items()
                     )
@@ -542,9 +561,10 @@ def limited_folder(path: Path, size: str) -> Iterator[Path]:
 
 @asynccontextmanager
 async def open_world(
-    name: str, root: Path, site: Site, settings: Mapping[str, Any]
+    name: str, root: Path, site: Site, settings: Mapping[str, Any], *, alone: bool
 ) -> AsyncIterator[World]:
-    """An installation with nothing running yet; at the end its program and agents are gone."""
+    """An installation with nothing running yet; at the end its program and agents are gone, and, if
+    nobody else uses them, all servers run."""
     root.mkdir(parents=True)
     tag = f"f{secrets.token_hex(3)}"
     device = await asyncio.start_server(lambda _r, w: w.close(), sock=site.ops.listener())
@@ -584,12 +604,15 @@ async def open_world(
                 proxy.clear()
             if world.process is not None:
                 await world.process.terminate(10.0)
-            await site.mend()
+            if alone:
+                await site.mend()
             await _clean(world)
 
 
 async def _clean(world: World) -> None:
     """Stop the jobs of this installation, and wait until their processes have ended."""
+    if world.where.nomad != world.site.nomad:  # its own Nomad took everything with it
+        return
     jobs = [*await world.jobs(), {"ID": world.where.job_prefix, "Stop": False}]
     limit = asyncio.Semaphore(8)
 
