@@ -23,7 +23,7 @@ from nomad_watchdog.dev import nomad as one_nomad
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.netns import Host, Network
-from nomad_watchdog.dev.process import Process
+from nomad_watchdog.dev.process import Process, clean_environment
 from nomad_watchdog.errors import TerminalError
 
 SERVERS: Final = ("s1", "s2", "s3")
@@ -60,7 +60,7 @@ class NomadNode:
         config.write_text(json.dumps(self._config, indent=1))
         argv = self.host.argv([str(program), "agent", f"-config={config}"])
         self._process = Process.start(
-            argv, log=self.data_dir / "nomad.log", env=one_nomad.clean_environment()
+            argv, log=self.data_dir / "nomad.log", env=clean_environment()
         )
 
     async def kill(self) -> None:

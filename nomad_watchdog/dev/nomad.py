@@ -24,7 +24,7 @@ import aiohttp
 
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.netns import LOCAL, Host
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 
 log = logging.getLogger(__name__)
@@ -242,15 +242,6 @@ class NomadServer:
 
     def _consul_address(self, index: int) -> str:
         return self._consul[index % len(self._consul)] if self._consul else ""
-
-
-def clean_environment() -> dict[str, str]:
-    """Ours without what a Nomad agent would take for its own configuration."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
-    }
 
 
 def agent_config(

@@ -9,5 +9,6 @@ def collect() -> None:
         rows_hosts,
         rows_inputs,
         rows_own,
+        rows_replicas,
         rows_servers,
     )

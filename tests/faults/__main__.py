@@ -25,7 +25,7 @@ def chosen(words: Collection[str], *, quick: bool) -> list[Row]:
         for name, one in ROWS.items()
         if (one.quick or not quick) and (not words or any(_matches(name, w) for w in words))
     ]
-    return sorted(found, key=lambda one: int(one.name.partition("-")[0]))
+    return sorted(found, key=lambda one: table.ordered().index(one.name))
 
 
 def _matches(name: str, word: str) -> bool:

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e import audit
-from tests.faults.world import (
-    CONVERGED_S,
-    BrokenRowError,
-    Site,
-    World,
-    open_cluster,
-    open_site,
-    open_world,
-)
+from tests.faults.site import BrokenRowError, Site, open_cluster, open_site
+from tests.faults.world import CONVERGED_S, World, open_world
 
 Play = Callable[[World], Awaitable[None]]
 AT_ONCE = 3

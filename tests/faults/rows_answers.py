@@ -8,7 +8,8 @@ from typing import Any
 from tests.faults import proxy
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
-from tests.faults.world import BrokenRowError, World
+from tests.faults.site import BrokenRowError
+from tests.faults.world import World
 
 JOBS = r"^/v1/jobs\?|^/v1/jobs$"
 ALLOCATIONS = r"^/v1/allocations"
@@ -76,8 +77,8 @@ async def silent_stream(world: World) -> None:
     await watched(world, 4)
     released = asyncio.Event()
     rule = world.nomad.when("GET", STREAM, proxy.silent(released))
-    await world.running.terminate()
-    await world.start()
+    await world.program.running.terminate()
+    await world.program.start()
     await asyncio.wait_for(rule.hit.wait(), 30.0)
     await stop_by_hand(world, 1)
     try:
@@ -157,8 +158,8 @@ async def no_records(world: World) -> None:
     await watched(world, 8)
     before = world.pids()
     rule = world.consul.when("GET", r"^/v1/kv/.*recurse", proxy.edited(_empty))
-    await world.running.terminate()
-    await world.start(wait=False)
+    await world.program.running.terminate()
+    await world.program.start(wait=False)
     await asyncio.wait_for(rule.hit.wait(), 30.0)
     await asyncio.sleep(12.0)
     rule.off()

@@ -7,7 +7,8 @@ import signal
 
 from tests.faults import proxy
 from tests.faults.matrix import row
-from tests.faults.world import World, until
+from tests.faults.site import until
+from tests.faults.world import World
 
 DISPATCH = r"/dispatch\?|/dispatch$"
 TXN = r"^/v1/txn"
@@ -27,7 +28,7 @@ STEPS = {
 
 async def watched(world: World, count: int) -> list[str]:
     """A running program with so many watched devices."""
-    await world.start()
+    await world.program.start()
     names = world.names(count)
     await world.wishes(*names)
     await world.settle()
@@ -38,19 +39,19 @@ async def die_at(world: World, point: str) -> None:
     """Come up, die at the point in the middle of arrivals, departures and a roll-out, come up again."""
     old = await watched(world, 4)
     survivors = world.pids()
-    await world.running.terminate()
+    await world.program.running.terminate()
     if point == "K10":  # the one step that only a replacement or a departure takes
         world.version = "2"
         world.configure()
-    await world.start(f"{point}:kill")
+    await world.program.start(f"{point}:kill")
     async with asyncio.TaskGroup() as group:
         group.create_task(world.wishes(*world.names(4, "new")))
         group.create_task(world.wish(old[0], present=False))
-        await world.killed()
+        await world.program.killed()
         await world.acknowledged_is_stored()
         if point != "K10":
             world.undisturbed(survivors, "L3", leaving=1)
-        await world.start()
+        await world.program.start()
     await world.settle()
 
 
@@ -70,42 +71,42 @@ async def thrice(world: World) -> None:
         for name in world.names(12):
             await world.wish(name)
 
-    await world.start("K7:kill@3")
+    await world.program.start("K7:kill@3")
     async with asyncio.TaskGroup() as group:
         group.create_task(one_by_one())
         for following in ("K7:kill@2", "K5:kill", ""):
-            await world.killed()
-            await world.start(following)
+            await world.program.killed()
+            await world.program.start(following)
     await world.settle()
 
 
 @row("1-sent", "kill -9 while Nomad has the start and before it does it", stake="S2 S3 L2")
 async def killed_on_the_way(world: World) -> None:
-    await world.start()
-    rule = world.nomad.when("POST", DISPATCH, proxy.lost_request(world.kill_now), times=1)
+    await world.program.start()
+    rule = world.nomad.when("POST", DISPATCH, proxy.lost_request(world.program.kill_now), times=1)
     async with asyncio.TaskGroup() as group:
         group.create_task(world.wishes(*world.names(4)))
-        await world.killed()
-        await world.start()
+        await world.program.killed()
+        await world.program.start()
     await world.settle()
     await _must_have_hit(rule)
 
 
 @row("2-killed", "Nomad's answer to a start is lost, and we with it", stake="S1 S3 L2")
 async def killed_after_commit(world: World) -> None:
-    await world.start()
-    rule = world.nomad.when("POST", DISPATCH, proxy.lost_answer(world.kill_now), times=1)
+    await world.program.start()
+    rule = world.nomad.when("POST", DISPATCH, proxy.lost_answer(world.program.kill_now), times=1)
     async with asyncio.TaskGroup() as group:
         group.create_task(world.wishes(*world.names(4)))
-        await world.killed()
-        await world.start()
+        await world.program.killed()
+        await world.program.start()
     await world.settle()
     await _must_have_hit(rule)
 
 
 @row("2-start", "Nomad's answers to five starts are lost", stake="S1 S2 S3")
 async def lost_starts(world: World) -> None:
-    await world.start()
+    await world.program.start()
     rule = world.nomad.when("POST", DISPATCH, proxy.lost_answer(), times=5)
     await world.wishes(*world.names(6))
     await world.settle()
@@ -123,7 +124,7 @@ async def lost_stops(world: World) -> None:
 
 @row("2-commit", "Consul's answers to six transactions are lost", stake="S2 S4 S5")
 async def lost_commits(world: World) -> None:
-    await world.start()
+    await world.program.start()
     rule = world.consul.when("PUT", TXN, proxy.lost_answer(), times=6)
     names = world.names(6)
     await world.wishes(*names)
@@ -168,7 +169,7 @@ async def raced(world: World) -> None:
 
 @row("4-phantom", "a start is answered with a job that does not exist", stake="S1 L1")
 async def phantom(world: World) -> None:
-    await world.start()
+    await world.program.start()
     answer = b'{"DispatchedJobID": "phantom/dispatch-x-1-00000000", "Index": 1, "EvalID": ""}'
     rule = world.nomad.when("POST", DISPATCH, proxy.instead(200, answer), times=3)
     await world.wishes(*world.names(4))
@@ -180,13 +181,13 @@ async def phantom(world: World) -> None:
 async def frozen(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
-    world.running.send(signal.SIGSTOP)
+    world.program.running.send(signal.SIGSTOP)
     async with asyncio.TaskGroup() as group:
         group.create_task(world.wishes(*world.names(3, "new")))
         group.create_task(world.wish(names[0], present=False))
         await asyncio.sleep(20.0)
         world.undisturbed(before, "L3", leaving=1)
-        world.running.send(signal.SIGCONT)
+        world.program.running.send(signal.SIGCONT)
     await world.settle()
 
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from nomad_watchdog.dev.cluster import SERVERS
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
-from tests.faults.world import World, until
+from tests.faults.site import BrokenRowError, until
+from tests.faults.world import World
+
+
+async def cut_off(world: World, one: str, other: str, port: int = 4646) -> None:
+    """Between these two hosts no connection can be made: a partition that is none proves nothing."""
+    loop = asyncio.get_running_loop()
+    with world.cluster.net.hosts[one].open_socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            async with asyncio.timeout(1.5):
+                await loop.sock_connect(probe, (world.cluster.net.hosts[other].address, port))
+        except TimeoutError:
+            return
+    raise BrokenRowError(f"{one} still reaches {other}")
 
 
 async def through(world: World, seconds: float, *, gone: str = "") -> None:
@@ -27,6 +41,7 @@ async def through(world: World, seconds: float, *, gone: str = "") -> None:
 async def cut_from_nomad(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.partition("p1", "c2")
+    await cut_off(world, "p1", "c2")
     await through(world, 20.0, gone=names[0])
     await world.settle()
 
@@ -36,6 +51,7 @@ async def cut_from_nomad(world: World) -> None:
 async def deaf_to_nomad(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.cut("c2", "p1")
+    await cut_off(world, "p1", "c2")
     await through(world, 20.0, gone=names[0])
     await world.settle()
 
@@ -45,6 +61,7 @@ async def deaf_to_nomad(world: World) -> None:
 async def cut_from_consul(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.partition("p1", "c1")
+    await cut_off(world, "p1", "c1")
     await through(world, 20.0, gone=names[0])
     await world.settle()
 
@@ -54,6 +71,7 @@ async def cut_from_consul(world: World) -> None:
 async def deaf_to_consul(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.cut("c1", "p1")
+    await cut_off(world, "p1", "c1")
     await through(world, 20.0, gone=names[0])
     await world.settle()
 
@@ -64,6 +82,7 @@ async def agents_cut_off(world: World) -> None:
     await watched(world, 6)
     before = world.pids()
     await world.cluster.net.partition("p1", "c3")
+    await cut_off(world, "c3", "p1", int(world.program.listen.rpartition(":")[2]))
     await asyncio.sleep(40.0)
     world.undisturbed(before, "L3")
     await world.cluster.net.heal()
@@ -77,6 +96,7 @@ async def agents_unheard(world: World) -> None:
     await watched(world, 6)
     before = world.pids()
     await world.cluster.net.cut("p1", "c3")
+    await cut_off(world, "c3", "p1", int(world.program.listen.rpartition(":")[2]))
     await asyncio.sleep(30.0)
     world.undisturbed(before, "L3")
     await world.cluster.net.heal()
@@ -129,6 +149,7 @@ async def nomad_split(world: World) -> None:
     leader = await world.cluster.nomad_leader()
     others = [name for name in SERVERS if name != leader]
     await world.cluster.net.partition(leader, *others)
+    await cut_off(world, leader, others[0])
     await through(world, 25.0, gone=names[0])
     await world.settle()
 
@@ -140,6 +161,7 @@ async def node_cut_off(world: World) -> None:
     before = world.pids()
     everybody = [name for name in world.cluster.net.hosts if name != "c3"]
     await world.cluster.net.partition("c3", *everybody)
+    await cut_off(world, "s1", "c3")
 
     async def lost() -> bool:
         nodes = await world.cluster.request("GET", "/v1/nodes")

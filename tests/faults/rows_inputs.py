@@ -17,7 +17,8 @@ from nomad_watchdog.registry.codec import decode
 from tests.e2e import audit
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
-from tests.faults.world import BrokenRowError, World, limited_folder, until
+from tests.faults.site import BrokenRowError, limited_folder, until
+from tests.faults.world import World
 
 HOUR = 3600.0
 Y2038 = 2**31
@@ -36,7 +37,7 @@ async def suspended(world: World) -> None:
 async def _jumps(world: World, *jumps: tuple[float, float]) -> None:
     clocks = world.root / "clocks"
     clocks.write_text("0 0")
-    await world.start(module="tests.faults.skewed", FAULTS_CLOCKS=str(clocks))
+    await world.program.start(module="tests.faults.skewed", FAULTS_CLOCKS=str(clocks))
     names = world.names(4 + len(jumps))
     await world.wishes(*names)
     await world.settle()
@@ -56,11 +57,11 @@ async def _jumps(world: World, *jumps: tuple[float, float]) -> None:
 @row("24-registry", "the disk of the SQLite registry is full", stake="S4", registry="sqlite")
 async def full_registry(world: World) -> None:
     with limited_folder(world.root / "small", "400k") as folder:
-        text = world.config.read_text()
-        world.config.write_text(
+        text = world.program.config.read_text()
+        world.program.config.write_text(
             text.replace('kind = "sqlite"', f'kind = "sqlite"\n  path = "{folder}/registry.db"')
         )
-        await world.start()
+        await world.program.start()
         await world.wishes(*world.names(3))
         await world.settle()
         before = world.pids()
@@ -84,15 +85,16 @@ async def full_registry(world: World) -> None:
         world.undisturbed(before)
         (folder / "ballast").unlink()
         await world.wish(f"{world.name} after")
-        world.kill_now()
-        await world.start()
+        world.program.kill_now()
+        await world.program.start()
         _, page = await world.call("GET", "/v1/devices?limit=1000")
         known = {item["id"] for item in page["items"]}
         for name in world.wanted:
             if name not in known:
                 world.broken.append(f"S4: {name} was acknowledged and is gone")
         await world.settle()
-        await _end_on_small_disk(world)
+        await world.finish()
+        await world.program.stop()
 
 
 def _free(folder: Path) -> int:
@@ -100,44 +102,25 @@ def _free(folder: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-async def _end_on_small_disk(world: World) -> None:
-    """Audit while the disk is there: L1 by the process table, then leave with every agent."""
-    wanted = {str(slug_of(DeviceId(name))) for name in world.wanted}
-    await until(
-        lambda: sorted(one.slug for one in world.agents()) == sorted(wanted),
-        60.0,
-        "each device has one agent",
-    )
-    await world.running.terminate()
-    world.config.write_text(world.config.read_text().replace("/small/", "/"))
-    world.wanted.clear()
-    await world.command("init")
-    for job in await world.jobs():
-        path = f"/v1/job/{quote(job['ID'], safe='')}"
-        await world.servers.nomad.request("DELETE", path)
-    await until(lambda: not world.agents(), 60.0, "all agents end")
-    await world.start()
-
-
 @row("25-descriptors", "the program runs out of file descriptors for 10 s", stake="S9 L4")
 async def no_descriptors(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
-    pid = world.running.pid
+    pid = world.program.running.pid
     used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     _limit(pid, used + 4)
-    host, _, port = world.listen.rpartition(":")
+    host, _, port = world.program.listen.rpartition(":")
     async with AsyncExitStack() as stack:
         for _ in range(64):
             with suppress(OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
                     _, writer = await asyncio.open_connection(host, int(port))
                 stack.callback(writer.close)
-        size = world.log.stat().st_size
+        size = world.program.log.stat().st_size
         await asyncio.sleep(10.0)
         world.undisturbed(before)
-        grown = world.log.stat().st_size - size
-    if "system resource" not in world.log.read_text(errors="replace"):
+        grown = world.program.log.stat().st_size - size
+    if "system resource" not in world.program.log.read_text(errors="replace"):
         raise BrokenRowError("the program never ran out of descriptors")
     world.notes.append(f"the log grew by {grown / 10_000:.1f} kB a second meanwhile")
     if grown > 1_000_000:
@@ -251,7 +234,7 @@ REFUSED = [
 
 @row("27-hostile", "ids that are paths, templates, commands, markup, twins", stake="S11 S10")
 async def hostile(world: World) -> None:
-    await world.start()
+    await world.program.start()
     wishes = [{"id": name, "class": "default", "address": "127.0.0.1"} for name in HOSTILE]
     status, said = await world.call("POST", "/v1/devices:bulk", {"devices": wishes})
     for result in said["results"]:
@@ -311,7 +294,7 @@ async def oversize(world: World) -> None:
 async def flood(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
-    host, _, port = world.listen.rpartition(":")
+    host, _, port = world.program.listen.rpartition(":")
     limit = asyncio.Semaphore(100)
     connector = aiohttp.TCPConnector(limit=100)
     statuses: dict[int, int] = {}
@@ -356,7 +339,7 @@ async def flood(world: World) -> None:
 @row("32-crash-loop", "the agents of one class die at once, for ever", stake="S9",
      bad_python="/bin/false")  # fmt: skip
 async def crash_loop(world: World) -> None:
-    await world.start()
+    await world.program.start()
     bad = world.names(2, "bad")
     await world.wishes(*bad, kind="bad")
     began = time.monotonic()

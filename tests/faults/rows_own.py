@@ -13,7 +13,8 @@ from urllib.parse import quote
 from nomad_watchdog.dev.nomad import NomadServer
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
-from tests.faults.world import BrokenRowError, Direct, World, until
+from tests.faults.site import BrokenRowError, Direct, until
+from tests.faults.world import World
 
 MANY = 10_000
 MOCK = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
@@ -66,7 +67,7 @@ async def mass(world: World) -> None:
         world.where = replace(world.where, root=nomad.data_dir, nomad=nomad.http_addr)
         world.nomad = Direct(nomad.http_addr)  # type: ignore[assignment]
         world.configure()
-        await world.start()
+        await world.program.start()
         names = [f"{world.name} {number:05}" for number in range(MANY)]
         took = [await all_at_once(world, names, present=present) for present in (True, False, True)]
         world.notes.append(
@@ -79,7 +80,7 @@ async def mass(world: World) -> None:
         if count < 1:
             world.broken.append("S7: 10,000 stops were not held for a second read")
         await world.finish()
-        await world.running.terminate()
+        await world.program.running.terminate()
 
 
 @row("35-token", "Nomad's token is revoked while devices come, and another is put in its file 15 s later",
@@ -114,4 +115,4 @@ async def token_revoked(world: World) -> None:
         world.nomad_token.write_text(fresh["SecretID"])
         await world.settle()
         await world.finish()
-        await world.running.terminate()
+        await world.program.running.terminate()

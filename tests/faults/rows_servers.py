@@ -6,7 +6,8 @@ import asyncio
 
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
-from tests.faults.world import BrokenRowError, World, until
+from tests.faults.site import BrokenRowError, until
+from tests.faults.world import World
 
 
 async def node_status(world: World, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults.matrix import Result
+from tests.faults.matrix import ROWS, Result
 from tests.faults.world import CONVERGED_S
 
 HEAD = f"""\
@@ -32,15 +32,35 @@ def line(result: Result) -> str:
 
 
 def write(file: Path, results: Sequence[Result]) -> None:
-    """The document, of what was played and nothing else."""
-    rows = [
-        f"| {r.row.name} | {r.row.fault} | {r.row.stake} | "
-        f"{'held' if r.held else 'broken: ' + '; '.join(r.wrong[:3])} | {' '.join(r.audited)} | "
-        f"{'-' if r.converged_s is None else f'{r.converged_s:.1f} s'} |"
-        for r in results
-    ]
-    held = sum(result.held for result in results)
-    notes = [f"- {r.row.name}: {note}" for r in results for note in r.notes]
-    told = ["\nWhat rows measured on the way:\n", *notes] if notes else []
-    text = "\n".join([*rows, f"\n{held} of {len(results)} rows held.", *told])
-    file.write_text(f"{HEAD}{text}\n")
+    """The document. Rows that were not played now keep what an earlier run wrote of them."""
+    rows, notes = _kept(file)
+    for one in results:
+        name = one.row.name
+        outcome = "held" if one.held else f"broken: {'; '.join(one.wrong[:3])}"
+        took = "-" if one.converged_s is None else f"{one.converged_s:.1f} s"
+        cells = [name, one.row.fault, one.row.stake, outcome, " ".join(one.audited), took]
+        rows[name] = f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+        notes[name] = [f"- {name}: {note}" for note in one.notes]
+    names = [name for name in ordered() if name in rows]
+    held = sum("| held |" in rows[name] for name in names)
+    told = [line for name in names for line in notes.get(name, [])]
+    text = [*(rows[name] for name in names), "", f"{held} of {len(names)} rows held."]
+    if told:
+        text += ["", "What rows measured on the way:", "", *told]
+    file.write_text(HEAD + "\n".join(text) + "\n")
+
+
+def ordered() -> list[str]:
+    """Names of all rows, by number."""
+    return sorted(ROWS, key=lambda name: int(name.partition("-")[0]))
+
+
+def _kept(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    rows: dict[str, str] = {}
+    notes: dict[str, list[str]] = {}
+    for text in file.read_text().splitlines() if file.exists() else ():
+        if text.startswith("| ") and (name := text.split(" | ")[0][2:]) in ROWS:
+            rows[name] = text
+        elif text.startswith("- ") and (name := text[2:].partition(":")[0]) in ROWS:
+            notes.setdefault(name, []).append(text)
+    return rows, notes

@@ -9,7 +9,8 @@ import pytest_asyncio
 
 from tests.faults import collect
 from tests.faults.matrix import ROWS, Result, Row, play, play_all
-from tests.faults.world import World, open_site
+from tests.faults.site import open_site
+from tests.faults.world import World
 
 collect()
 QUICK = sorted((r for r in ROWS.values() if r.quick), key=lambda r: int(r.name.partition("-")[0]))
@@ -47,7 +48,7 @@ async def test_the_audit_bites(tmp_path: Path) -> None:
     found, each under the promise that it breaks."""
 
     async def spoil(world: World) -> None:
-        await world.start()
+        await world.program.start()
         await world.wishes(*world.names(2))
         await world.settle()
         (job, *_) = await world.jobs()

@@ -1,4 +1,4 @@
-"""What a row of the matrix plays in: real servers, one installation on them, a gateway and a witness.
+"""What a row of the matrix plays in: one installation on real servers, a gateway and a witness.
 
 Servers are shared by rows that leave them as they were; an installation has its own job prefix, KV
 prefix, service name and API token, so that rows know nothing of each other.
@@ -7,198 +7,36 @@ prefix, service name and API token, so that rows know nothing of each other.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.demo.stage import clean_environment
 from nomad_watchdog.dev.cluster import Cluster
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.netns import LOCAL, Host
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Presence
 from tests.e2e import audit
+from tests.faults import canary
+from tests.faults.program import CLASS, CONFIG, MOCK_CLASS, Program
 from tests.faults.proxy import Proxy
+from tests.faults.site import BrokenRowError, Direct, Servers, Site, until
 
 CONVERGED_S = 60.0
 """L1, as docs/fault-matrix.md publishes it for this configuration: after the fault has ended and the
 last wish was acknowledged."""
 UP_S = 90.0
-CONFIG = """\
-backend  = "nomad"
-data_dir = "{root}"
-resync   = "{resync}"
-api {{
-  listen     = "{listen}"
-  token_file = "{token_file}"
-}}
-nomad {{
-  address    = "{nomad}"
-  job_prefix = "{prefix}"
-  {nomad_token}
-}}
-consul {{
-  address = "{consul}"
-  prefix  = "{prefix}"
-  service = "{prefix}"
-}}
-registry {{
-  kind = "{registry}"
-}}
-retry {{
-  initial = "500ms"
-  max     = "5s"
-}}
-presence {{
-  startup_grace = "60s"
-  report_stale  = "10s"
-}}
-log {{
-  level = "debug"
-}}
-{classes}
-"""
-CLASS = """\
-agent_class "{name}" {{
-  version      = "{version}"
-  kill_timeout = "5s"
-  beat         = "2s"
-  variables = {{
-    python      = "{python}"
-    consul_addr = "$${{meta.consul_http_addr}}"
-  }}
-  probe "tcp" {{
-    port     = {port}
-    interval = "1s"
-    timeout  = "500ms"
-    misses   = 2
-  }}
-}}
-"""
-
-
-MOCK_CLASS = """\
-agent_class "default" {{
-  template = "{template}"
-  probe "icmp" {{}}
-}}
-"""
-
-
-class BrokenRowError(AssertionError):
-    """The row itself did not go as written: its fault did not happen, or a promise broke on the way."""
-
-
-@dataclass(slots=True)
-class Servers:
-    """One Consul server with an agent a Nomad client, and one Nomad with two clients."""
-
-    consul: ConsulServer
-    nomad: NomadServer
-    agents: list[ConsulServer]
-
-    @property
-    def root(self) -> Path:
-        return self.nomad.data_dir
-
-
-@dataclass(slots=True)
-class Direct:
-    """Stands where a proxy would, and is none: the control plane speaks to the server itself."""
-
-    url: str
-
-    def clear(self) -> None:
-        """There is nothing to clear."""
-
-
-@dataclass(slots=True)
-class Site:
-    """Where an installation finds everything."""
-
-    root: Path
-    """Agents have their folders below it."""
-    consul: str
-    nomad: str
-    servers: Servers | None = None
-    cluster: Cluster | None = None
-
-    async def mend(self) -> None:
-        """Whatever a row did: every server runs again, and everything passes between hosts."""
-        if self.cluster is not None:
-            await self.cluster.mend()
-        if self.servers is not None:
-            for consul in self.servers.agents:
-                consul.resume()
-                await consul.start()
-            for index in range(2):
-                self.servers.nomad.resume(index)
-                await self.servers.nomad.restart(index)
-            await self.servers.nomad.wait_ready()
-
-    @property
-    def program(self) -> Host:
-        """Where the control plane runs."""
-        return self.cluster.net.hosts["p1"] if self.cluster else LOCAL
-
-    @property
-    def ops(self) -> Host:
-        """Where we look from, and where the device is."""
-        return self.cluster.ops if self.cluster else LOCAL
-
-
-@asynccontextmanager
-async def open_site(root: Path) -> AsyncIterator[Site]:
-    """One Consul and one Nomad on 127.0.0.1."""
-    async with open_servers(root) as servers:
-        yield Site(servers.root, servers.consul.http_addr, servers.nomad.http_addr, servers)
-
-
-@asynccontextmanager
-async def open_cluster(root: Path) -> AsyncIterator[Site]:
-    """Three servers of each and three clients on hosts of their own; the control plane on a seventh."""
-    async with Cluster(root, guests=("p1",)) as cluster:
-        consul, nomad = cluster.consul["s1"].http_addr, cluster.nomad["s1"].http_addr
-        yield Site(cluster.data_dir, consul, nomad, cluster=cluster)
-
-
-@asynccontextmanager
-async def open_servers(root: Path) -> AsyncIterator[Servers]:
-    """On 127.0.0.1; gone at the end."""
-    async with (
-        ConsulServer(root / "consul") as consul,
-        ConsulServer(root / "consul-1", node="node-1", join=consul) as beside,
-        NomadServer(root / "nomad", [consul.http_addr, beside.http_addr], 2) as nomad,
-    ):
-        yield Servers(consul, nomad, [consul, beside])
-
-
-async def until(test: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Await a condition; raises BrokenRowError when it does not come."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = test()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise BrokenRowError(f"not within {timeout_s:.0f} s: {what}")
-        await asyncio.sleep(0.1)
 
 
 @dataclass(slots=True)
@@ -213,7 +51,7 @@ class World:
     consul: Proxy
     nomad: Proxy
     site: Site
-    listen: str
+    program: Program
     device_port: int
     token: str
     registry: str = "consul"
@@ -224,7 +62,10 @@ class World:
     nomad_token: Path | None = None
     bad_python: str = ""
     """With it there is a second class, `bad`, whose agents are this program."""
-    process: Process | None = None
+    others: list[Program] = field(default_factory=list)
+    """Further control planes of the same installation."""
+    speaks_to: Program | None = None
+    """Whom the gateway asks; None = the first, and in a wish whoever answers."""
     wanted: dict[str, bool] = field(default_factory=dict)
     """Device → whether it is to be watched, as acknowledged."""
     unsure: set[str] = field(default_factory=set)
@@ -253,16 +94,17 @@ class World:
 
     # -- the program ----------------------------------------------------------------------------
 
-    @property
-    def api(self) -> str:
-        return f"http://{self.listen}"
-
-    @property
-    def config(self) -> Path:
-        return self.root / "nomad-watchdog.hcl"
-
     def configure(self) -> None:
-        """Write the configuration file as things are now."""
+        """Write the configuration files as things are now."""
+        self.token_file.write_text(self.token)
+        for program in (self.program, *self.others):
+            program.config.write_text(self._configuration(program))
+
+    @property
+    def token_file(self) -> Path:
+        return self.root / "api.token"
+
+    def _configuration(self, program: Program) -> str:
         classes = CLASS.format(
             name="default", version=self.version, python=sys.executable, port=self.device_port
         )
@@ -272,90 +114,48 @@ class World:
             )
         if self.template:
             classes = MOCK_CLASS.format(template=self.template)
-        token_file = self.root / "api.token"
-        token_file.write_text(self.token)
-        self.config.write_text(
-            CONFIG.format(
-                root=self.root,
-                resync=self.resync,
-                listen=self.listen,
-                token_file=token_file,
-                nomad=self.nomad.url,
-                consul=self.consul.url,
-                nomad_token=f'token_file = "{self.nomad_token}"' if self.nomad_token else "",
-                prefix=self.where.job_prefix,
-                registry=self.registry,
-                classes=classes,
-            )
+        return CONFIG.format(
+            root=program.root,
+            resync=self.resync,
+            listen=program.listen,
+            token_file=self.token_file,
+            nomad=self.nomad.url,
+            consul=self.consul.url if program is self.program else self.standby_consul,
+            nomad_token=f'token_file = "{self.nomad_token}"' if self.nomad_token else "",
+            prefix=self.where.job_prefix,
+            registry=self.registry,
+            classes=classes,
         )
 
-    async def start(self, failpoint: str = "", *, module: str = "nomad_watchdog", wait: bool = True,
-                    **environment: str) -> None:  # fmt: skip
-        """`nomad-watchdog run`, until it is ready or (with a fail point) has died."""
-        env = clean_environment() | environment
-        if failpoint:
-            env["NOMAD_WATCHDOG_FAILPOINT"] = failpoint
-        argv = [sys.executable, "-m", module, "--config", str(self.config), "run"]
-        argv = self.site.program.argv(argv)
-        process = self.process = Process.start(argv, log=self.log, env=env)
-
-        async def ready() -> bool:
-            if process.returncode is not None:
-                if failpoint:
-                    return True
-                raise BrokenRowError(f"the program ended:\n{process.log_tail()}")
-            with suppress(aiohttp.ClientError, TimeoutError):
-                return (await self.call("GET", "/ready"))[0] == 200
-            return False
-
-        if wait:
-            await until(ready, 60.0, "the program is ready")
-
     @property
-    def log(self) -> Path:
-        return self.root / "program.log"
+    def standby_consul(self) -> str:
+        """The Consul agent that a second control plane asks."""
+        cluster = self.site.cluster
+        return self.consul.url if cluster is None else cluster.consul["c3"].http_addr
 
-    async def command(self, *argv: str) -> None:
-        """A verb of the command line; raises BrokenRowError when it fails."""
-        words = [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), *argv]
-        child = await asyncio.create_subprocess_exec(
-            *self.site.program.argv(words),
-            env=clean_environment(),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+    async def replicate(self) -> Program:
+        """A second control plane of the same installation, once it is ready."""
+        other = Program(
+            self.root / "standby",
+            f"{self.site.standby.address}:{free_port()}",
+            self.site.standby,
+            self.session,
         )
-        said, _ = await child.communicate()
-        if child.returncode != 0:
-            raise BrokenRowError(f"nomad-watchdog {' '.join(argv)}: {said.decode()[-1000:]}")
-
-    @property
-    def running(self) -> Process:
-        assert self.process is not None
-        return self.process
-
-    async def killed(self, timeout_s: float = 60.0) -> None:
-        """Wait until the program has been ended by SIGKILL: else the row proves nothing."""
-        try:
-            code = await self.running.wait(timeout_s)
-        except TimeoutError:
-            raise BrokenRowError("the fail point was never reached") from None
-        if code != -signal.SIGKILL:
-            raise BrokenRowError(f"the program ended with {code}:\n{self.running.log_tail()}")
-
-    def kill_now(self) -> None:
-        """SIGKILL the program, and return only when it is gone."""
-        with suppress(ProcessLookupError):
-            os.kill(self.running.pid, signal.SIGKILL)
-        self.running._popen.wait(10.0)
+        other.root.mkdir()
+        self.others.append(other)
+        self.configure()
+        await other.start()
+        return other
 
     # -- speaking to it -------------------------------------------------------------------------
 
-    async def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    async def call(
+        self, method: str, path: str, body: object = None, *, to: Program | None = None
+    ) -> tuple[int, Any]:
         """Status and parsed answer."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        async with self.session.request(
-            method, self.api + path, json=body, headers=headers
-        ) as answer:
+        base = (to or self.speaks_to or self.program).api
+        async with self.session.request(method, base + path, json=body, headers=headers) as answer:
             text = await answer.text()
             with suppress(ValueError):
                 return answer.status, json.loads(text)
@@ -368,13 +168,15 @@ class World:
         path = f"/v1/devices/{quote(name, safe='')}"
         deadline = time.monotonic() + timeout_s
         said: object = "nothing"
+        doors = cycle([self.speaks_to] if self.speaks_to else [self.program, *self.others])
         while time.monotonic() < deadline:
+            door = next(doors)
             with suppress(aiohttp.ClientError, TimeoutError):
                 if present:
                     body = {"address": self.site.ops.address, "class": kind}
-                    status, said = await self.call("PUT", path, body)
+                    status, said = await self.call("PUT", path, body, to=door)
                 else:
-                    status, said = await self.call("DELETE", path)
+                    status, said = await self.call("DELETE", path, to=door)
                 if status < 300:
                     self.wanted[name] = present
                     self.unsure.discard(name)
@@ -503,7 +305,7 @@ class World:
         found.asked.update(["S1", "S3", "S6"])
         found.wrong += list(dict.fromkeys(self.broken))
         await self._events(found)
-        await self._secrets(found)
+        await canary.search(self, found)
         status = await self.status()
         found.expect(status["ready"] and not status["queue"], "L4", f"work is left: {status}")
         found.expect(not status["breaker"]["held"], "S7", f"stops are held: {status['breaker']}")
@@ -519,44 +321,6 @@ class World:
         for event in page["items"]:
             offline = event["kind"] == "verdict.offline"
             found.expect(not offline, "S6", f"{event['device']}: {event['text']}")
-
-    async def _secrets(self, found: audit.Findings) -> None:
-        """S10: the API's token is nowhere but in its file and in the environment of who may know."""
-        texts = {"the log": self.log.read_text(errors="replace")}
-        for path in ("/", "/metrics", "/v1/status", "/v1/events", "/v1/agents"):
-            texts[path] = str((await self.call("GET", path))[1])
-        texts["Nomad's jobs"] = json.dumps(await self.jobs())
-        for job in (await self.jobs())[:3]:
-            url = f"{self.where.nomad}/v1/job/{quote(job['ID'], safe='')}"
-            texts[f"job {job['ID']}"] = json.dumps(await audit.get(self.session, url))
-        url = f"{self.where.consul}/v1/catalog/service/{self.where.service}"
-        texts["Consul's catalogue"] = json.dumps(await audit.get(self.session, url))
-        texts["somebody's argv"] = "\n".join(_command_lines())
-        coded = base64.b64encode(self.token.encode()).decode().rstrip("=")
-        for place, text in texts.items():
-            told = self.token in text or coded in text
-            found.expect(not told, "S10", f"the API's token is in {place}")
-
-
-def _command_lines() -> Iterator[str]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                yield (entry / "cmdline").read_bytes().decode(errors="replace")
-
-
-@contextmanager
-def limited_folder(path: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of that size, unmounted at the end. Needs root."""
-    import subprocess
-
-    path.mkdir(parents=True, exist_ok=True)
-    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "nomad-watchdog-faults", str(path)]
-    subprocess.run(argv, check=True, timeout=10)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=False, timeout=10)
 
 
 @asynccontextmanager
@@ -590,20 +354,20 @@ async def open_world(
             consul=consul,
             nomad=nomad,
             site=site,
-            listen=f"{site.program.address}:{free_port()}",
+            program=Program(root, f"{site.control.address}:{free_port()}", site.control, session),
             device_port=device.sockets[0].getsockname()[1],
             token=f"canary-{secrets.token_hex(16)}",
             **settings,
         )
         world.configure()
         try:
-            await world.command("init")
+            await world.program.command("init")
             yield world
         finally:
             for proxy in (consul, nomad):
                 proxy.clear()
-            if world.process is not None:
-                await world.process.terminate(10.0)
+            for program in (world.program, *world.others):
+                await program.stop()
             if alone:
                 await site.mend()
             await _clean(world)
