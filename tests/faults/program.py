@@ -72,6 +72,7 @@ agent_class "{name}" {{
 MOCK_CLASS = """\
 agent_class "default" {{
   template = "{template}"
+  beat     = "5s"
   probe "icmp" {{}}
 }}
 """
