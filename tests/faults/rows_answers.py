@@ -37,7 +37,10 @@ async def gaps(world: World) -> None:
 
 
 @row(
-    "18-twice", "every line of the event stream comes twice, and in the wrong order", stake="L1 S5"
+    "18-twice",
+    "every line of the event stream comes twice, and in the wrong order",
+    stake="L1 S5",
+    quick=False,
 )
 async def doubled_lines(world: World) -> None:
     kept: list[bytes] = []
@@ -72,6 +75,7 @@ async def broken_lines(world: World) -> None:
     "the event stream is open and says nothing, and a full look is due in 10 min only",
     stake="L1",
     resync="10m",
+    quick=False,
 )
 async def silent_stream(world: World) -> None:
     await watched(world, 4)
@@ -115,7 +119,9 @@ async def no_jobs(world: World) -> None:
     await _lie(world, world.nomad.when("GET", JOBS, proxy.edited(_empty)))
 
 
-@row("20-half", "half of Nomad's jobs are missing from its list for 12 s", stake="S7 S3")
+@row(
+    "20-half", "half of Nomad's jobs are missing from its list for 12 s", stake="S7 S3", quick=False
+)
 async def half_the_jobs(world: World) -> None:
     await watched(world, 8)
 
@@ -125,7 +131,9 @@ async def half_the_jobs(world: World) -> None:
     await _lie(world, world.nomad.when("GET", JOBS, proxy.edited(half)))
 
 
-@row("20-no-allocations", "Nomad's list of allocations is empty for 12 s", stake="S7 S3")
+@row(
+    "20-no-allocations", "Nomad's list of allocations is empty for 12 s", stake="S7 S3", quick=False
+)
 async def no_allocations(world: World) -> None:
     await watched(world, 8)
     await _lie(world, world.nomad.when("GET", ALLOCATIONS, proxy.edited(_empty)))
@@ -168,7 +176,12 @@ async def no_records(world: World) -> None:
     world.undisturbed(before)
 
 
-@row("20-no-health", "Consul says that no agent is registered (200, `[]`)", stake="S6 S7")
+@row(
+    "20-no-health",
+    "Consul says that no agent is registered (200, `[]`)",
+    stake="S6 S7",
+    quick=False,
+)
 async def no_health(world: World) -> None:
     await watched(world, 8)
     await _lie(
@@ -178,7 +191,7 @@ async def no_health(world: World) -> None:
     )
 
 
-@row("21-slow", "Nomad answers each call 6 s late", stake="S9 L4")
+@row("21-slow", "Nomad answers each call 6 s late", stake="S9 L4", quick=False)
 async def slow(world: World) -> None:
     names = await watched(world, 4)
     world.nomad.when("*", r"^/v1/(?!event)", proxy.late(6.0))
@@ -203,7 +216,12 @@ async def never(world: World) -> None:
 
 
 def _storm(name: str, status: int, words: str, least_s: float, **headers: str) -> None:
-    @row(f"22-{name}", f"Nomad answers everything with {words} for 15 s", stake="S9")
+    @row(
+        f"22-{name}",
+        f"Nomad answers everything with {words} for 15 s",
+        stake="S9",
+        quick=name != "503",
+    )
     async def play(world: World) -> None:
         names = await watched(world, 4)
         before = world.pids()

@@ -113,7 +113,7 @@ async def lost_starts(world: World) -> None:
     await _must_have_hit(rule, 5)
 
 
-@row("2-stop", "Nomad's answers to stops are lost", stake="S1 L1")
+@row("2-stop", "Nomad's answers to stops are lost", stake="S1 L1", quick=False)
 async def lost_stops(world: World) -> None:
     names = await watched(world, 4)
     rule = world.nomad.when("DELETE", "/v1/job/", proxy.lost_answer(), times=3)
@@ -149,7 +149,7 @@ async def commits_twice(world: World) -> None:
     await _must_have_hit(rule, 6)
 
 
-@row("3-stop", "every stop arrives twice", stake="S5")
+@row("3-stop", "every stop arrives twice", stake="S5", quick=False)
 async def stops_twice(world: World) -> None:
     names = await watched(world, 4)
     rule = world.nomad.when("DELETE", "/v1/job/", proxy.repeated(2))

@@ -18,7 +18,13 @@ async def node_status(world: World, name: str) -> str:
     raise BrokenRowError(f"no Nomad node {name}")
 
 
-@row("11-frozen", "Consul is frozen for 15 s while devices come and go", stake="S4 L3", alone=True)
+@row(
+    "11-frozen",
+    "Consul is frozen for 15 s while devices come and go",
+    stake="S4 L3",
+    alone=True,
+    quick=False,
+)
 async def consul_frozen(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
@@ -122,7 +128,7 @@ async def nomad_restarted(world: World) -> None:
     await world.settle()
 
 
-@row("14-frozen", "Nomad's server is frozen for 12 s", stake="L1 L3", alone=True)
+@row("14-frozen", "Nomad's server is frozen for 12 s", stake="L1 L3", alone=True, quick=False)
 async def nomad_frozen(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
@@ -146,6 +152,7 @@ async def nomad_frozen(world: World) -> None:
     "a Nomad client is frozen until its node is lost, and comes back",
     stake="S1 S3",
     alone=True,
+    quick=False,
 )
 async def client_frozen(world: World) -> None:
     names = await watched(world, 8)
@@ -215,6 +222,7 @@ async def purged(world: World) -> None:
     "an operator stops two agents' jobs, and Nomad collects its garbage",
     stake="L1 S2",
     alone=True,
+    quick=False,
 )
 async def stopped(world: World) -> None:
     names = await watched(world, 4)
