@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from contextlib import suppress
 
 from tests.faults import proxy
 from tests.faults.matrix import row
@@ -67,16 +68,23 @@ for _point, _words in STEPS.items():
 
 @row("1-twice", "kill -9 in the middle of arrivals, three times in a row", stake="S2 L2")
 async def thrice(world: World) -> None:
-    async def one_by_one() -> None:
-        for name in world.names(12):
+    over = asyncio.Event()
+
+    async def arrivals() -> None:
+        for name in world.names(40):
             await world.wish(name)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), 0.5)
+            if over.is_set():
+                return
 
     await world.program.start("K7:kill@3")
     async with asyncio.TaskGroup() as group:
-        group.create_task(one_by_one())
+        group.create_task(arrivals())
         for following in ("K7:kill@2", "K5:kill", ""):
             await world.program.killed()
             await world.program.start(following)
+        over.set()
     await world.settle()
 
 
