@@ -2,17 +2,19 @@
 BACKEND ?= nomad
 DEVICES ?= 20
 OUTPUT  ?= table
+ROWS    ?=
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test test-fast lint bench servers clean
+.PHONY: help demo test test-fast lint bench faults servers clean
 
 help:
 	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
 	@echo "make test         lint, then the whole suite (fast tests first)"
 	@echo "make test-fast    the tests that need no server"
 	@echo "make lint         format, lint, strict types, layers"
+	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 30 min)"
 	@echo "make bench        every benchmark, as a table and JSON"
 	@echo "make servers      find or build the pinned Nomad and Consul"
 
@@ -58,12 +60,16 @@ test-fast: $(VENV)/.dev
 	$(BIN)/pytest -m "not servers and not long"
 
 test: lint test-fast servers
-	@echo "tests on real servers, the long ones last (about 15 min)" >&2
+	@echo "tests on real servers, the long ones last (about 25 min)" >&2
 	$(BIN)/pytest -m "servers and not long"
 	$(BIN)/pytest -m "long"
 
 bench: $(VENV)/.dev servers
 	$(BIN)/python -m bench
+
+# All rows go into the document; a choice of them is only printed.
+faults: $(VENV)/.dev servers
+	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
 
 clean:
 	rm -rf $(VENV) dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import artifact, backup, logs, notify
+from nomad_watchdog import artifact, backup, failpoints, logs, notify
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
@@ -71,7 +72,9 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stop_logging = logs.setup(settings.log.level, settings.log.format)
+    loop.set_exception_handler(logs.LoopTrouble())
     try:
+        failpoints.arm(os.environ)
         async with open_registry(settings) as registry:
             installation = await _installation(settings, registry)
             clock = SystemClock()

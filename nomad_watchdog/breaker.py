@@ -48,10 +48,13 @@ class Breaker:
         """What an operator types when the held stops are meant; "" = none are held."""
         return f"if it is meant: nomad-watchdog stops confirm {self.held_id}" if self.held else ""
 
-    def settle(self, plan: Plan) -> None:
-        """Take a new plan."""
+    def settle(self, plan: Plan, registered: Container[Slug] = ()) -> None:
+        """Take a new plan. A stop that was held because nobody had registered its device is worth another
+        read once somebody has."""
         self.held, self.reason = plan.held, plan.hold_reason
-        self.read_twice &= plan.held
+        self.read_twice = frozenset(
+            stop for stop in self.read_twice & plan.held if stop[0] not in registered
+        )
         if self.confirmed:
             # The word holds for the stops that it was given for, until the last of them is done.
             self.confirmed &= {stop_key(a) for a in plan.actions if a.kind is ActionKind.RETIRE}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from nomad_watchdog import failpoints
 from nomad_watchdog.chronicle import Change, Chronicle
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence, verdict
@@ -167,9 +168,14 @@ class Fleet(RollCall):
                     self.refresh(slug)
         return answer
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+    def reset(
+        self,
+        records: Mapping[Slug, DeviceRecord],
+        index: int,
+        unreadable: frozenset[Slug] = frozenset(),
+    ) -> bool:
         """As `Ledger.reset`; the first snapshot is no news to those who read events."""
-        news = super().reset(records, index)
+        news = super().reset(records, index, unreadable)
         self.loaded = True
         return news
 
@@ -288,6 +294,8 @@ class Fleet(RollCall):
             lasted_s = now - track.since if was is not None else 0.0
             self.chronicle.changed(Change(record, judged, evidence, was, lasted_s))
             track.state, track.since = judged.state, now
+            if was is not None:
+                failpoints.reached("K9")
         track.reason = judged.reason
         return judged
 

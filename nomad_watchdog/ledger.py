@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import events, presence
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
@@ -38,6 +39,8 @@ class Ledger:
         self.records: dict[Slug, DeviceRecord] = {}
         self.index = 0
         """The registry's index at the last snapshot of it."""
+        self.unreadable: frozenset[Slug] = frozenset()
+        """Devices whose record could not be decoded in that snapshot."""
         self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
 
     def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
@@ -112,6 +115,7 @@ class Ledger:
         change: Callable[[Slug, DeviceRecord | None], DeviceRecord | None],
     ) -> dict[Slug, Registered | None]:
         outcome: dict[Slug, Registered | None] = {}
+        failpoints.reached("K1")
         todo = list(dict.fromkeys(slugs))
         # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
         stored = {slug: self.records.get(slug) for slug in todo}
@@ -123,6 +127,7 @@ class Ledger:
                     outcome[slug] = await self._unchanged(slug, stored[slug])
             todo = [slug for slug in todo if slug in writes or slug not in outcome]
             results = await self.commit(list(writes.values())) if writes else ()
+            failpoints.reached("K2")
             done = [record for record in results if record is not None]
             for record in done:
                 outcome[record.slug] = Registered(record, changed=True)
@@ -179,7 +184,12 @@ class Ledger:
             self.learned(news)
         return bool(news)
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+    def reset(
+        self,
+        records: Mapping[Slug, DeviceRecord],
+        index: int,
+        unreadable: frozenset[Slug] = frozenset(),
+    ) -> bool:
         """Take a whole snapshot of the registry, unless our own writes are newer in a record; whether
         it told anything new."""
         fresh = dict(records)
@@ -193,6 +203,7 @@ class Ledger:
         gone = [slug for slug in self.records if slug not in fresh]
         self.records = fresh
         self.index = index
+        self.unreadable = unreadable
         if gone:
             self.forgotten(gone)
         return news or bool(gone)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 import json
 import logging
 import logging.handlers
@@ -10,7 +12,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Final, Literal, TextIO
+from typing import Any, Final, Literal, TextIO
+
+log = logging.getLogger(__name__)
 
 Format = Literal["json", "text"]
 
@@ -23,6 +27,12 @@ DEEPEST: Final = 4
 QUEUE: Final = 10_000
 """Lines that may wait for a slow output; later ones are dropped."""
 REDACTED: Final = "[redacted]"
+
+REPEAT_S: Final = 10.0
+"""Trouble of one kind in the event loop is told at most so often."""
+MOST_KINDS: Final = 100
+codecs.lookup("unicode_escape")
+# Loaded now: a process that has run out of file descriptors must still be able to say so.
 
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _KEYS: Final = frozenset({"ts", "level", "logger", "msg", "exc"})
@@ -136,6 +146,33 @@ class _Queue(logging.handlers.QueueHandler):
             self.queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
+
+
+class LoopTrouble:
+    """Exception handler of an event loop. One that has run out of file descriptors reports every accept
+    that failed, hundreds a second and each with its trace (S9)."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        kind = f"{str(context.get('message')).partition(chr(10))[0]}: {type(error).__name__}"
+        at, kept_back = self._told.get(kind, (float("-inf"), 0))
+        now = loop.time()
+        if kind not in self._told and len(self._told) >= MOST_KINDS:
+            return
+        if now - at < REPEAT_S:
+            self._told[kind] = (at, kept_back + 1)
+            return
+        self._told[kind] = (now, 0)
+        # an OSError's trace leads to asyncio, and to read it takes a file descriptor
+        trace = error if error is not None and not isinstance(error, OSError) else None
+        log.error(
+            "trouble in the event loop",
+            exc_info=trace,
+            extra={"reason": f"{kind}: {error}", "kept_back": kept_back},
+        )
 
 
 def setup(

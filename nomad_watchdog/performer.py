@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from nomad_watchdog import failpoints
 from nomad_watchdog.backoff import Budget
 from nomad_watchdog.core import presence
 from nomad_watchdog.errors import FencedError, TerminalError, TransientError, WatchdogError
@@ -93,6 +94,7 @@ class Performer:
     async def _begin(self, batch: Sequence[Action], group: asyncio.TaskGroup) -> None:
         """Fence all of a batch in one commit, then act on each, in tasks of the group."""
         self._hand(len(batch))
+        failpoints.reached("K4")
         try:
             fenced = await self._fence(batch)
         except FencedError as error:
@@ -139,6 +141,8 @@ class Performer:
         records = [record for _, record in commits]
         guards = self.leases.guards([record.slug for record in records])
         stored = await self.fleet.commit(records, guards) if commits else ()
+        if commits:
+            failpoints.reached("K5")
         for (position, wanted), record in zip(commits, stored, strict=True):
             if record is None:
                 results[position] = FencedError("another writer has changed the record")
@@ -205,6 +209,7 @@ class Performer:
             await self._start(record)
         elif action.placement is not None:
             await self.scheduler.retire(action.placement, grace_s)
+            failpoints.reached("K10")
             self._mark_stopping(action)
 
     async def _start(self, record: DeviceRecord) -> None:
@@ -220,11 +225,14 @@ class Performer:
                 retry_after_s=allowed - now,
             )
         self.fleet.chronicle.placed(record.slug, record.epoch)
+        failpoints.reached("K6")
         index = await self.scheduler.ensure(record, record.epoch, spec)
+        failpoints.reached("K7")
         self.queue.delay(record.slug, budget.started(self.fleet.limits, now))
         self.expectations[record.slug] = Expectation(
             record.epoch, index, self.fleet.clock.monotonic()
         )
+        failpoints.reached("K8")
 
     def _mark_stopping(self, action: Action) -> None:
         # Our own write, until a snapshot says it: otherwise the next pass would stop it again.

@@ -200,7 +200,7 @@ class Reconciler:
 
     def _take_records(self, snapshot: RegistrySnapshot) -> None:
         # The registry shows us our own writes too: those are no reason to go through the fleet again.
-        news = self.fleet.reset(snapshot.records, snapshot.index)
+        news = self.fleet.reset(snapshot.records, snapshot.index, snapshot.unreadable)
         self.metrics.poisoned(len(self.fleet.registry.poisoned))
         if news or not self._registry_read:
             self._wake.set()
@@ -289,7 +289,7 @@ class Reconciler:
 
     def _hold(self, plan: Plan) -> None:
         was = bool(self.breaker.held)
-        self.breaker.settle(plan)
+        self.breaker.settle(plan, self.fleet.records)
         if was != bool(plan.held):
             self.metrics.breaker_held(held=not was)
         if plan.held and not was:
@@ -359,7 +359,7 @@ class Reconciler:
         """Read the registry and the scheduler once, in full."""
         await self.fleet.pauses.refresh()
         records = await self.fleet.registry.read()
-        self.fleet.reset(records.records, records.index)
+        self.fleet.reset(records.records, records.index, records.unreadable)
         # Who looks once knows nothing of when a device left: waiting is for those who stay.
         self.fleet.attendance.leaving.clear()
         self._registry_read = True
@@ -400,7 +400,7 @@ class Reconciler:
             fleet.limits,
             unready=fleet.unready(),
             confirmed=confirmed,
-            resting=fleet.resting(),
+            resting=fleet.resting() | fleet.unreadable,
         )
 
     # -- upkeep ---------------------------------------------------------------------------------

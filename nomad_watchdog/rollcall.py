@@ -67,9 +67,14 @@ class RollCall(Ledger):
             if begins_to_flap:
                 self.note(record.slug, "flapping", "the device comes and goes too often")
 
-    def reset(self, records: Mapping[Slug, DeviceRecord], index: int) -> bool:
+    def reset(
+        self,
+        records: Mapping[Slug, DeviceRecord],
+        index: int,
+        unreadable: frozenset[Slug] = frozenset(),
+    ) -> bool:
         """As `Ledger.reset`; a store that was put back changes records without telling of each."""
-        news = super().reset(records, index)
+        news = super().reset(records, index, unreadable)
         self._changes += 1
         if len(self.slug_by_id) != len(self.records):
             self.slug_by_id = {str(r.device.id): slug for slug, r in self.records.items()}

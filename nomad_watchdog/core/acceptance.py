@@ -43,7 +43,9 @@ def accept(
     when it said nothing. `kept`: the device has left, and its agent waits for it to come back.
     """
     if record is None:
-        return Acceptance(AcceptanceKind.REFUSED, "the device is not registered")
+        # A departure leaves a record behind; where there is none, the store may have lost it, and then a
+        # refusal would stop the whole fleet past the breaker (S7). Strays are retired by the planner.
+        return Acceptance(AcceptanceKind.UNSURE, "no record of the device is found")
     if record.presence is Presence.ABSENT and not kept:
         return Acceptance(AcceptanceKind.REFUSED, "the device has left")
     if epoch < record.epoch:

@@ -16,7 +16,8 @@ A device for which none of this says anything costs one comparison.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,14 +64,15 @@ def plan(
     *,
     unready: int = 0,
     confirmed: frozenset[Stop] = NO_STOPS,
-    resting: Container[Slug] = NO_SLUGS,
+    resting: AbstractSet[Slug] = NO_SLUGS,
 ) -> Plan:
     """Decide for every device.
 
     `spec_hashes`: agent class → hash that its agents should have; a device of a class that is not
     there is left as it is. `unready`: see `rollout.admit`. `confirmed`: stops that an earlier pass
     held and that these, independently read, inputs still ask for. `resting`: devices for which
-    nothing is done now: paused, or gone for so short that they may come back.
+    nothing is done now: paused, gone for so short that they may come back, or with a record that can't
+    be read, so that nobody knows what is wished of them.
     """
     starts: list[Action] = []
     stops: list[Action] = []
@@ -99,7 +101,7 @@ def plan(
                 stops.append(action)
             else:
                 replacements.append(action)
-    stops.extend(_strays(records, placements))
+    stops.extend(_strays(records, placements, resting))
     admitted = rollout.admit(replacements, unready=unready, fleet=present, limits=limits)
     stops, held, reason = _breaker(stops, placements, limits, confirmed)
     if held:
@@ -196,10 +198,12 @@ def _retire(record: DeviceRecord | None, placement: Placement, reason: str) -> I
     )
 
 
-def _strays(records: Mapping[Slug, DeviceRecord], placements: Placements) -> Iterator[Action]:
+def _strays(
+    records: Mapping[Slug, DeviceRecord], placements: Placements, resting: AbstractSet[Slug]
+) -> Iterator[Action]:
     if placements.keys() <= records.keys():
         return
-    for slug in placements.keys() - records.keys():
+    for slug in placements.keys() - records.keys() - resting:
         yield from decide_stray(placements[slug])
 
 

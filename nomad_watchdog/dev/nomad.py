@@ -23,7 +23,8 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev.netns import LOCAL, Host
+from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 
 log = logging.getLogger(__name__)
@@ -130,13 +131,9 @@ class NomadServer:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         config = self.data_dir / f"nomad-{index}.json"
         config.write_text(json.dumps(self._config(index), indent=1))
-        env = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
-        }
         argv = [str(program), "agent", f"-config={config}"]
-        self._processes[index] = Process.start(argv, log=self.log_file(index), env=env)
+        log_file = self.log_file(index)
+        self._processes[index] = Process.start(argv, log=log_file, env=clean_environment())
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         await self._until(self._all_ready, time.monotonic() + timeout_s)
@@ -163,7 +160,7 @@ class NomadServer:
                 await self._stop_jobs()
         for process in reversed(alive):
             await process.terminate(15.0)
-        await asyncio.to_thread(_clean_up, self.data_dir)
+        await asyncio.to_thread(clean_up, self.data_dir)
 
     async def request(self, method: str, path: str, body: Any = None) -> Any:
         """One plain call for a test or a benchmark: the parsed answer.
@@ -226,51 +223,19 @@ class NomadServer:
             await asyncio.sleep(_POLL_S)
 
     def _config(self, index: int) -> dict[str, Any]:
-        http, rpc, serf = self._ports[index]
-        first = _FIRST_PORT + (http + _PORTS_EACH * index) % 6000
-        config: dict[str, Any] = {
-            "name": f"watchdog-nomad-{index}",
-            "data_dir": str(self.data_dir / f"data-{index}"),
-            "bind_addr": "127.0.0.1",
-            "ports": {"http": http, "rpc": rpc, "serf": serf},
-            "advertise": {
-                "http": f"127.0.0.1:{http}",
-                "rpc": f"127.0.0.1:{rpc}",
-                "serf": f"127.0.0.1:{serf}",
-            },
-            "disable_update_check": True,
-            "leave_on_terminate": False,
-            "log_level": "INFO",
-            "telemetry": {"disable_dispatched_job_summary_metrics": True},
-            "plugin": [{"raw_exec": [{"config": [{"enabled": True}]}]}],
-            "consul": self._consul_config(index),
-            "acl": {"enabled": self._acl},
-            "client": {
-                "enabled": self._client_enabled,
-                "network_interface": "lo",
-                "servers": [f"127.0.0.1:{self._ports[0][1]}"],
-                # more than the machine has: agents reserve far more than they use
-                "cpu_total_compute": 1_000_000,
-                "memory_total_mb": 1_000_000,
-                "disk_total_mb": 1_000_000,
-                "disk_free_mb": 1_000_000,
-                "gc_max_allocs": 5000,
-                "gc_disk_usage_threshold": 99,
-                "gc_inode_usage_threshold": 99,
-                "min_dynamic_port": first,
-                "max_dynamic_port": first + _PORTS_EACH - 1,
-                "meta": {"consul_http_addr": self._consul_address(index)},
-                "options": {"fingerprint.denylist": _denied(with_consul=bool(self._consul))},
-            },
-        }
+        first = _FIRST_PORT + (self._ports[index][0] + _PORTS_EACH * index) % 6000
+        config = agent_config(
+            f"watchdog-nomad-{index}",
+            self.data_dir / f"data-{index}",
+            self._ports[index],
+            consul=self._consul_address(index),
+        )
+        config["acl"] = {"enabled": self._acl}
+        rpc = f"127.0.0.1:{self._ports[0][1]}"
+        config["client"] = client_config([rpc], first, consul=self._consul_address(index))
+        config["client"]["enabled"] = self._client_enabled
         if index == 0:
-            config["server"] = {
-                "enabled": True,
-                "bootstrap_expect": 1,
-                "heartbeat_grace": "2s",
-                "min_heartbeat_ttl": "2s",
-                "event_buffer_size": 10_000,
-            }
+            config["server"] = server_config()
             if not self._schedulers:
                 config["server"] |= {"num_schedulers": 0}
         return config
@@ -278,22 +243,79 @@ class NomadServer:
     def _consul_address(self, index: int) -> str:
         return self._consul[index % len(self._consul)] if self._consul else ""
 
-    def _consul_config(self, index: int) -> dict[str, Any]:
+
+def agent_config(
+    name: str, data_dir: Path, ports: Sequence[int], *, consul: str, host: Host = LOCAL
+) -> dict[str, Any]:
+    """What servers and clients share. `ports`: HTTP, RPC, gossip; `consul`: its address, "" = none."""
+    return {
+        "name": name,
+        "data_dir": str(data_dir),
+        "bind_addr": host.address,
+        "ports": dict(zip(("http", "rpc", "serf"), ports, strict=True)),
+        "advertise": {
+            what: f"{host.address}:{port}"
+            for what, port in zip(("http", "rpc", "serf"), ports, strict=True)
+        },
+        "disable_update_check": True,
+        "leave_on_terminate": False,
+        "log_level": "INFO",
+        "telemetry": {"disable_dispatched_job_summary_metrics": True},
+        "plugin": [{"raw_exec": [{"config": [{"enabled": True}]}]}],
         # without a Consul of ours, Nomad must not find somebody's on the default port
-        address = self._consul_address(index) or "http://127.0.0.1:1"
-        return {
-            "address": urlsplit(address).netloc,
+        "consul": {
+            "address": urlsplit(consul or "http://127.0.0.1:1").netloc,
             "auto_advertise": False,
             "server_auto_join": False,
             "client_auto_join": False,
-        }
+        },
+    }
+
+
+def server_config(expect: int = 1, join: Sequence[str] = ()) -> dict[str, Any]:
+    """`expect`: servers in the cluster; `join`: their gossip addresses."""
+    config: dict[str, Any] = {
+        "enabled": True,
+        "bootstrap_expect": expect,
+        "heartbeat_grace": "2s",
+        "min_heartbeat_ttl": "2s",
+        "event_buffer_size": 10_000,
+    }
+    if join:
+        config["server_join"] = {"retry_join": list(join), "retry_interval": "1s"}
+        config["raft_multiplier"] = 1
+        config["failover_heartbeat_ttl"] = "10s"
+    return config
+
+
+def client_config(
+    servers: Sequence[str], first_port: int, *, consul: str, host: Host = LOCAL
+) -> dict[str, Any]:
+    """`servers`: their RPC addresses; dynamic ports are taken from `first_port` on."""
+    return {
+        "enabled": True,
+        "network_interface": host.interface,
+        "servers": list(servers),
+        # more than the machine has: agents reserve far more than they use
+        "cpu_total_compute": 1_000_000,
+        "memory_total_mb": 1_000_000,
+        "disk_total_mb": 1_000_000,
+        "disk_free_mb": 1_000_000,
+        "gc_max_allocs": 5000,
+        "gc_disk_usage_threshold": 99,
+        "gc_inode_usage_threshold": 99,
+        "min_dynamic_port": first_port,
+        "max_dynamic_port": first_port + _PORTS_EACH - 1,
+        "meta": {"consul_http_addr": consul},
+        "options": {"fingerprint.denylist": _denied(with_consul=bool(consul))},
+    }
 
 
 def _denied(*, with_consul: bool) -> str:
     return _DENIED if with_consul else f"{_DENIED},consul"
 
 
-def _clean_up(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Blocking. Kill tasks and executors of this Nomad, unmount below its folder, remove that."""
     deadline = time.monotonic() + 5.0
     while (left := list(_left_behind(folder))) and time.monotonic() < deadline:

@@ -22,6 +22,8 @@ class RegistrySnapshot:
 
     records: Mapping[Slug, DeviceRecord]
     index: int
+    unreadable: frozenset[Slug] = frozenset()
+    """Devices that have a record which can't be decoded: nothing is known of them, and nothing is done."""
 
 
 @dataclass(frozen=True, slots=True)

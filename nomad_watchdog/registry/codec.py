@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.ids import Slug, parse_device_id, slug_of
+from nomad_watchdog.ids import Slug, is_slug, parse_device_id, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
 
 log = logging.getLogger(__name__)
@@ -198,12 +198,15 @@ class Decoder:
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, DeviceRecord | str]] = {}
         self.poisoned: dict[str, str] = {}
+        self.unreadable: frozenset[Slug] = frozenset()
+        """Slugs whose own key holds poison."""
 
     def decode(self, rows: Iterable[tuple[str, str, int, bytes]]) -> dict[Slug, DeviceRecord]:
         """Records by slug from (store key, slug, index, body); fills `poisoned`, logging what is new."""
         known: dict[str, tuple[int, DeviceRecord | str]] = {}
         records: dict[Slug, DeviceRecord] = {}
         poisoned: dict[str, str] = {}
+        unreadable: set[Slug] = set()
         for key, slug, index, body in rows:
             entry = self._known.get(key)
             if entry is None or entry[0] != index:
@@ -211,9 +214,12 @@ class Decoder:
             known[key] = entry
             if isinstance(entry[1], str):
                 poisoned[key] = entry[1]
+                if is_slug(slug):
+                    unreadable.add(Slug(slug))
             else:
                 records[entry[1].slug] = entry[1]
         self._known, self.poisoned = known, poisoned
+        self.unreadable = frozenset(unreadable)
         return records
 
     @staticmethod

@@ -163,7 +163,7 @@ class ConsulRegistry:
         records = self._decoder.decode(
             (row.key, self._slug_of_key(row.key), row.index, row.value) for row in devices
         )
-        return RegistrySnapshot(records=records, index=index)
+        return RegistrySnapshot(records, index, self._decoder.unreadable)
 
     def _slug_of_key(self, key: str) -> str:
         """The slug when the key is where we would have put it; else what no record can match."""

@@ -217,7 +217,8 @@ class SqliteRegistry:
             rows = connection.execute("SELECT slug, slug, idx, body FROM device").fetchall()
         finally:
             connection.execute("ROLLBACK")
-        return RegistrySnapshot(records=self._decoder.decode(rows), index=index)
+        records = self._decoder.decode(rows)
+        return RegistrySnapshot(records, index, self._decoder.unreadable)
 
     def _get(self, slug: Slug) -> tuple[int, bytes] | None:
         connection = self._connected()

@@ -29,6 +29,7 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Slug, is_slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, _nomad_jobs
+from nomad_watchdog.schedulers._nomad_doubt import Memory, unlisted
 from nomad_watchdog.schedulers._nomad_view import (
     SECOND_LOOK_S,
     Row,
@@ -85,6 +86,7 @@ class NomadScheduler:
         self._listed = False
         self._index = 0
         self._first_dead: dict[str, float] = {}
+        self._memory = Memory()
         self.malformed = 0
         """Jobs in the last full snapshot that claim to be ours and make no sense."""
 
@@ -266,13 +268,17 @@ class NomadScheduler:
         if jobs.index < before:
             self._index = 0
             raise StaleError(f"nomad's index went back from {before} to {jobs.index}")
+        known = {job["ID"] for job in jobs.body}
+        if hidden := unlisted(known, allocs.body, jobs.index):
+            raise StaleError(f"nomad's list of jobs leaves out {len(hidden)} that have agents")
+        await self._believe(known, None)
         self._index = max(self._index, jobs.index)
         self._parents |= {
             parent for job in jobs.body if (parent := job.get("ParentID")) and self._is_ours(parent)
         }
         self._listed = True
         found, self.malformed = self._placements(jobs.body, allocs.body, evals.body)
-        known = {job["ID"] for job in jobs.body}
+        self._memory.take(found, None)
         self._first_dead = {k: v for k, v in self._first_dead.items() if k in known}
         return Snapshot(found, jobs.index)
 
@@ -301,11 +307,19 @@ class NomadScheduler:
 
         answers = await asyncio.gather(*(rows(slug) for slug in sorted(asked)))
         jobs = [job for found, _ in answers for job in found]
+        await self._believe({job["ID"] for job in jobs}, asked)
         allocs = await asyncio.gather(*(below(job, "allocations") for job in jobs))
         evals = await asyncio.gather(*(below(job, "evaluations") for job in jobs))
         placed, _ = self._placements(jobs, _flat(allocs), _flat(evals))
+        self._memory.take(placed, asked)
         index = min((least for _, least in answers), default=self._index)
         return Snapshot({k: v for k, v in placed.items() if k in asked}, index, asked)
+
+    async def _believe(self, listed: set[str], only: frozenset[Slug] | None) -> None:
+        """Raise StaleError when a list leaves out a job that Nomad has (S7)."""
+        for job_id in self._memory.vanished(listed, only):
+            if await self._client.job(job_id) is not None:
+                raise StaleError(f"nomad's list of jobs leaves out {job_id}, which is there")
 
     def _placements(
         self, jobs: Iterable[Row], allocs: Iterable[Row], evals: Iterable[Row]

@@ -219,9 +219,10 @@ def _report(**changed: Any) -> dict[str, Any]:
 
 
 async def test_s1_reports_at_the_door(door: Door) -> None:
-    """The first instance is accepted, another is told to stop or wait, and a future epoch to wait."""
+    """The first instance is accepted; without a record, and at a future epoch, it has to wait; once the
+    device has left it is told to stop."""
     path = "/v1/agents/report"
-    assert (await door.ask("POST", path, json=_report()))[0] == 410
+    assert (await door.ask("POST", path, json=_report()))[0] == 409
     await door.ask("PUT", "/v1/devices/cam", json=WISH)
     assert (await door.ask("POST", path, json=_report()))[0] == 200
     async with door.client.post(door.base + path, json=_report(epoch=9)) as response:
@@ -231,6 +232,8 @@ async def test_s1_reports_at_the_door(door: Door) -> None:
     assert (await door.ask("POST", path, json=_report(newer=1)))[0] == 200
     _, agents = await door.ask("GET", "/v1/agents")
     assert [a["id"] for a in agents["items"]] == ["cam"]
+    await door.ask("DELETE", "/v1/devices/cam")
+    assert (await door.ask("POST", path, json=_report()))[0] == 410
 
 
 async def test_openapi_and_routes_agree(door: Door) -> None:

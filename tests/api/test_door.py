@@ -177,7 +177,7 @@ async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
     tmp_path: Path, secured: Door
 ) -> None:
     """The agent's own report is accepted; for another device or epoch it is 403; a forged credential is
-    401; it opens no other route; and S1 still judges: an old epoch is 410."""
+    401; it opens no other route; and S1 still judges: who has left is 410, who has no record 409."""
     path = "/v1/agents/report"
     operator = bearer(SECRETS[Role.OPERATOR])
     async with served(tmp_path, door=secured) as door:
@@ -193,7 +193,9 @@ async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
         assert await told(good, epoch=1) == 403
         assert await told(bearer(credential("cam", 1))) == 403
         assert await told(bearer(credential("cam", 0, "f" * 40))) == 401
-        assert await told(bearer(credential("never", 0)), device_id="never") == 410
+        assert await told(bearer(credential("never", 0)), device_id="never") == 409
+        await door.ask("DELETE", "/v1/devices/other", headers=operator)
+        assert await told(bearer(credential("other", 0)), device_id="other") == 410
         assert await told(bearer(SECRETS[Role.AGENT])) == 200
         assert await told(bearer(SECRETS[Role.VIEWER])) == 403
         for method, other, _ in paths():
@@ -252,7 +254,7 @@ async def test_s9_each_client_has_its_own_share(tmp_path: Path, secured: Door) -
             headers = bearer(credential(name, 0))
             report = _report(device_id=name)
             asked = [await door.ask("POST", "/v1/agents/report", json=report, headers=headers)]
-            assert asked[0][0] == 410
+            assert asked[0][0] == 409
         assert [(await door.ask("GET", "/healthz"))[0] for _ in range(9)] == [200] * 9
         guesses = [
             (await door.ask("GET", "/v1/status", headers=bearer("guess")))[0] for _ in "1234"

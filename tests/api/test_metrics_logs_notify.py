@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -88,3 +89,19 @@ def test_notify_speaks_to_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert notify.watchdog_interval_s() == 5.0
     monkeypatch.setenv("WATCHDOG_PID", "1")
     assert notify.watchdog_interval_s() is None
+
+
+async def test_s9_trouble_in_the_loop_is_told_once_in_a_while(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A thousand failed accepts are one line; trouble of another kind is told beside it, and of no more
+    than a hundred kinds is any memory kept."""
+    loop, told = asyncio.get_running_loop(), logs.LoopTrouble()
+    for number in range(1000):
+        message = f"socket.accept() out of system resource\nsocket {number}"
+        told(loop, {"message": message, "exception": OSError(24, "Too many open files")})
+    told(loop, {"message": "Task exception was never retrieved", "exception": ValueError("x")})
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    for number in range(1000):
+        told(loop, {"message": f"kind {number}"})
+    assert len(caplog.records) == logs.MOST_KINDS

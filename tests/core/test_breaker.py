@@ -38,3 +38,17 @@ def test_the_id_names_exactly_these_stops() -> None:
     assert held_id(frozenset({A})) != held_id(frozenset({A, B}))
     assert held_id(frozenset({A})) != held_id(frozenset({(A[0], Epoch(2), A[2])}))
     assert held_id(frozenset()) == Breaker().mend == ""
+
+
+def test_a_stray_that_is_registered_meanwhile_is_read_once_more() -> None:
+    """Records were lost and are registered anew: no operator is needed for what a second read can say."""
+    breaker = Breaker()
+    plan = Plan((), held=frozenset({A, B}), hold_reason="two of two")
+    breaker.settle(plan)
+    breaker.read_again(breaker.held, registered=())
+    breaker.settle(plan)
+    assert not breaker.wants_second_read
+    breaker.settle(plan, {A[0]})
+    assert breaker.wants_second_read
+    breaker.read_again(breaker.held, registered={A[0]})
+    assert breaker.confirmed == {A}

@@ -216,3 +216,13 @@ def test_a_roll_out_keeps_to_its_window(fleet: int, unready: int) -> None:
     assert len(made.actions) == min(fleet, max(0, window - unready))
     assert made.waiting_rollout == fleet - len(made.actions)
     assert planner.NO_STOPS == made.held
+
+
+def test_s7_a_record_that_cannot_be_read_stops_nobody() -> None:
+    """The agent of a device whose record is garbage is left alone, and a real stray is still retired."""
+    found = {name: (placement(name, 1),) for name in ("poisoned", "stray")}
+    placements = {runs[0].slug: runs for runs in found.values()}
+    poisoned, stray = (runs[0].slug for runs in found.values())
+    made = plan({}, placements, HASHES, Limits(), resting=frozenset({poisoned}))
+
+    assert [action.slug for action in made.actions] == [stray]

@@ -5,20 +5,20 @@ Everything is read from the stores themselves, nothing from what the control pla
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence
-from nomad_watchdog.registry.consul import ConsulRegistry
+from nomad_watchdog.registry.codec import PoisonError, decode
 
 LIVE = {"running", "pending"}
 
@@ -31,6 +31,33 @@ class AgentProcess:
     slug: str
     instance: str
     epoch: int
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """One installation, and the stores that it shares with others."""
+
+    root: Path
+    """Of Nomad's data folder: below it the agents have theirs."""
+    consul: str
+    nomad: str
+    job_prefix: str = "device-watchdog"
+    kv_prefix: str = "nomad-watchdog"
+    service: str = "device-watchdog-agent"
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was asked of each promise, and what does not hold."""
+
+    asked: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def expect(self, holds: bool, promise: str, what: str) -> None:
+        self.asked[promise] += 1
+        if not holds:
+            self.wrong.append(f"{promise}: {what}")
 
 
 def processes(root: Path) -> list[AgentProcess]:
@@ -50,14 +77,15 @@ def processes(root: Path) -> list[AgentProcess]:
                         values["NOMAD_META_slug"],
                         values["NOMAD_ALLOC_ID"],
                         int(values["NOMAD_META_epoch"]),
+                        values["NOMAD_JOB_ID"],
                     )
                 )
     return found
 
 
-def doubled(root: Path) -> list[AgentProcess]:
+def doubled(root: Path, job_prefix: str = "") -> list[AgentProcess]:
     """Agents of devices that have more than one process at the same moment (S3)."""
-    first = processes(root)
+    first = [one for one in processes(root) if one.job.startswith(job_prefix)]
     counts = Counter(one.slug for one in first)
     suspects = [one for one in first if counts[one.slug] > 1]
     if not suspects:
@@ -69,20 +97,24 @@ def doubled(root: Path) -> list[AgentProcess]:
     return [one for one in still if counts[one.slug] > 1]
 
 
-async def records(consul: str) -> dict[str, DeviceRecord]:
-    """The registry, read from Consul."""
-    client = ConsulClient(ConsulSettings.from_env({}, address=consul))
-    try:
-        snapshot = await ConsulRegistry(client=client, prefix="nomad-watchdog").read()
-    finally:
-        await client.close()
-    return {str(slug): record for slug, record in snapshot.records.items()}
-
-
 async def get(session: aiohttp.ClientSession, url: str) -> Any:
     async with session.get(url) as answer:
         answer.raise_for_status()
         return json.loads(await answer.text())
+
+
+async def records(session: aiohttp.ClientSession, where: Where) -> dict[str, DeviceRecord]:
+    """The registry's records by slug, read from Consul; those that make no sense are left out."""
+    found: dict[str, DeviceRecord] = {}
+    folder = f"{where.kv_prefix}/devices/"
+    for row in await get(session, f"{where.consul}/v1/kv/{folder}?recurse&consistent"):
+        if row["Key"] == f"{folder}meta":
+            continue
+        slug = row["Key"].rpartition("/")[2]
+        with contextlib.suppress(PoisonError):
+            body = base64.b64decode(row["Value"] or "")
+            found[slug] = decode(body, slug=slug, index=row["ModifyIndex"])
+    return found
 
 
 async def audit(
@@ -91,55 +123,124 @@ async def audit(
     """What does not hold of the promises that can be seen from outside when all is still.
 
     `present`: ids that are wanted; `known`: all that were ever registered."""
-    wrong: list[str] = []
-    stored = await records(consul)
-    running = processes(root)
     async with aiohttp.ClientSession() as session:
-        allocations = await get(session, f"{nomad}/v1/allocations?task_states=false")
-        services = await get(session, f"{consul}/v1/health/service/device-watchdog-agent")
+        where = Where(root, consul, nomad)
+        return (await examine(session, where, present, known)).wrong
+
+
+async def examine(
+    session: aiohttp.ClientSession,
+    where: Where,
+    present: Collection[str],
+    known: Collection[str],
+) -> Findings:
+    """As `audit`, of one installation among others."""
+    findings = Findings()
+    stored = await records(session, where)
+    running = [one for one in processes(where.root) if one.job.startswith(where.job_prefix + "/")]
+    mine = f'JobID matches "^{where.job_prefix}/"'
+    async with session.get(
+        f"{where.nomad}/v1/allocations", params={"task_states": "false", "filter": mine}
+    ) as answer:
+        answer.raise_for_status()
+        allocations = await answer.json()
+    jobs = await get(session, f"{where.nomad}/v1/jobs?prefix={where.job_prefix}/&meta=true")
+    services = await get(session, f"{where.consul}/v1/health/service/{where.service}")
     live = {one["ID"]: one for one in allocations if one["ClientStatus"] in LIVE}
     wanted = {str(slug_of(DeviceId(name))): name for name in present}
+    _registry(findings, stored, present, known)
+    _jobs(findings, stored, jobs)
+    _processes(findings, stored, running, live, wanted)
+    _services(findings, stored, services, wanted)
+    return findings
 
-    def expect(holds: bool, promise: str, what: str) -> None:
-        if not holds:
-            wrong.append(f"{promise}: {what}")
 
+def _registry(
+    findings: Findings,
+    stored: Mapping[str, DeviceRecord],
+    present: Collection[str],
+    known: Collection[str],
+) -> None:
     for name in known:
         record = stored.get(str(slug_of(DeviceId(name))))
-        expect(record is not None, "S4", f"{name} was acknowledged and is not in the registry")
+        findings.expect(
+            record is not None, "S4", f"{name} was acknowledged and is not in the registry"
+        )
         if record is not None:
             should = Presence.PRESENT if name in present else Presence.ABSENT
-            expect(record.presence is should, "S4", f"{name} is {record.presence.value}")
-    expect(len(stored) == len(set(known)), "S11", f"{len(stored)} records, {len(known)} devices")
+            findings.expect(record.presence is should, "S4", f"{name} is {record.presence.value}")
+    findings.expect(
+        len(stored) == len(set(known)), "S11", f"{len(stored)} records, {len(known)} devices"
+    )
 
+
+def _jobs(findings: Findings, stored: Mapping[str, DeviceRecord], jobs: list[Any]) -> None:
+    """Every start there ever was (and is not collected yet) had its epoch committed before, once."""
+    starts = Counter((job["Meta"]["slug"], job["Meta"]["epoch"]) for job in jobs)
+    for (slug, epoch), count in starts.items():
+        findings.expect(count == 1, "S2", f"{slug} was started {count} times at epoch {epoch}")
+        record = stored.get(slug)
+        if record is not None:
+            committed = int(epoch) <= record.epoch
+            findings.expect(committed, "S2", f"{slug} runs ahead at {epoch}, {record.epoch}")
+    for job in jobs:
+        _, _, name = job["ID"].partition("/dispatch-")
+        slug = job["Meta"]["slug"]
+        findings.expect(name.startswith(f"{slug}-"), "S11", f"{job['ID']!r} is not {slug}'s")
+
+
+def _processes(
+    findings: Findings,
+    stored: Mapping[str, DeviceRecord],
+    running: list[AgentProcess],
+    live: Mapping[str, Any],
+    wanted: Mapping[str, str],
+) -> None:
     by_slug = Counter(one.slug for one in running)
     for slug, name in wanted.items():
-        expect(by_slug[slug] == 1, "L1", f"{name} has {by_slug[slug]} agents")
+        findings.expect(by_slug[slug] == 1, "L1", f"{name} has {by_slug[slug]} agents")
     for slug in by_slug.keys() - wanted.keys():
-        wrong.append(f"L1: {slug} is not wanted and has {by_slug[slug]} agents")
+        findings.expect(False, "L1", f"{slug} is not wanted and has {by_slug[slug]} agents")
     for one in running:
         record = stored.get(one.slug)
         if record is None or one.slug not in wanted:
             continue
-        expect(one.epoch == record.epoch, "S1", f"{one.slug}: epoch {one.epoch}, {record.epoch}")
-        expect(one.instance == record.instance, "S1", f"{one.slug}: {one.instance} is not bound")
-        expect(one.instance in live, "S3", f"{one.slug}: no live allocation for pid {one.pid}")
-    expect(
+        findings.expect(
+            one.epoch == record.epoch, "S1", f"{one.slug}: epoch {one.epoch}, {record.epoch}"
+        )
+        findings.expect(
+            one.instance == record.instance, "S1", f"{one.slug}: {one.instance} is not bound"
+        )
+        findings.expect(
+            one.instance in live, "S3", f"{one.slug}: no live allocation for pid {one.pid}"
+        )
+    findings.expect(
         live.keys() == {one.instance for one in running},
         "S3",
         f"{len(live)} live allocations, {len(running)} processes",
     )
 
+
+def _services(
+    findings: Findings,
+    stored: Mapping[str, DeviceRecord],
+    services: list[Any],
+    wanted: Mapping[str, str],
+) -> None:
     in_consul = Counter(entry["Service"]["ID"] for entry in services)
     for slug, name in wanted.items():
-        expect(in_consul[slug] == 1, "L1", f"{name} is {in_consul[slug]} times in Consul")
+        findings.expect(in_consul[slug] == 1, "L1", f"{name} is {in_consul[slug]} times in Consul")
     for entry in services:
         service = entry["Service"]
         record = stored.get(service["ID"])
-        expect(service["ID"] in wanted, "L1", f"{service['ID']} is still in Consul")
+        failing = [c["CheckID"] for c in entry["Checks"] if c["Status"] != "passing"]
+        if service["ID"] not in wanted:
+            # what a killed agent leaves there is critical, and goes by itself after 5 min
+            findings.expect(bool(failing), "L1", f"{service['ID']} still passes in Consul")
+            continue
         if record is not None:
             told = (service["Meta"]["epoch"], service["Meta"]["instance"])
-            expect(told == (str(record.epoch), record.instance), "S1", f"{service['ID']}: {told}")
-        failing = [c["CheckID"] for c in entry["Checks"] if c["Status"] != "passing"]
-        expect(not failing, "L1", f"{service['ID']}: {failing}")
-    return wrong
+            findings.expect(
+                told == (str(record.epoch), record.instance), "S1", f"{service['ID']}: {told}"
+            )
+        findings.expect(not failing, "L1", f"{service['ID']}: {failing}")

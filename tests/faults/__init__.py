@@ -1,0 +1,14 @@
+"""The fault matrix on real servers. `make faults` plays all of it."""
+
+
+def collect() -> None:
+    """Import the modules that put their rows into the matrix."""
+    from tests.faults import (  # noqa: F401
+        rows_answers,
+        rows_crash,
+        rows_hosts,
+        rows_inputs,
+        rows_own,
+        rows_replicas,
+        rows_servers,
+    )

@@ -1,0 +1,45 @@
+"""S10 from outside: the API's token is searched for wherever it must not be."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from tests.e2e import audit
+
+if TYPE_CHECKING:
+    from tests.faults.world import World
+
+
+async def search(world: World, found: audit.Findings) -> None:
+    """It is in no log, no page, no job, no catalogue and no argv, plain or in base64."""
+    texts = {
+        f"the log {program.log}": program.log.read_text(errors="replace")
+        for program in (world.program, *world.others)
+    }
+    for path in ("/", "/metrics", "/v1/status", "/v1/events", "/v1/agents"):
+        texts[path] = str((await world.call("GET", path))[1])
+    jobs = await world.jobs()
+    texts["Nomad's jobs"] = json.dumps(jobs)
+    for job in jobs[:3]:
+        url = f"{world.where.nomad}/v1/job/{quote(job['ID'], safe='')}"
+        texts[f"job {job['ID']}"] = json.dumps(await audit.get(world.session, url))
+    url = f"{world.where.consul}/v1/catalog/service/{world.where.service}"
+    texts["Consul's catalogue"] = json.dumps(await audit.get(world.session, url))
+    texts["somebody's argv"] = "\n".join(_command_lines())
+    coded = base64.b64encode(world.token.encode()).decode().rstrip("=")
+    for place, text in texts.items():
+        told = world.token in text or coded in text
+        found.expect(not told, "S10", f"the API's token is in {place}")
+
+
+def _command_lines() -> Iterator[str]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                yield (entry / "cmdline").read_bytes().decode(errors="replace")

@@ -1,0 +1,162 @@
+"""The program under test as a process: its configuration, its start with or without a fail point, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from nomad_watchdog.dev.netns import Host
+from nomad_watchdog.dev.process import Process, clean_environment
+from tests.faults.site import BrokenRowError, until
+
+CONFIG = """\
+backend  = "nomad"
+data_dir = "{root}"
+resync   = "{resync}"
+api {{
+  listen     = "{listen}"
+  token_file = "{token_file}"
+}}
+nomad {{
+  address    = "{nomad}"
+  job_prefix = "{prefix}"
+  {nomad_token}
+}}
+consul {{
+  address = "{consul}"
+  prefix  = "{prefix}"
+  service = "{prefix}"
+}}
+registry {{
+  kind = "{registry}"
+}}
+retry {{
+  initial = "500ms"
+  max     = "5s"
+}}
+presence {{
+  startup_grace = "60s"
+  report_stale  = "10s"
+}}
+log {{
+  level = "debug"
+}}
+{classes}
+"""
+CLASS = """\
+agent_class "{name}" {{
+  version      = "{version}"
+  kill_timeout = "5s"
+  beat         = "2s"
+  variables = {{
+    python      = "{python}"
+    consul_addr = "$${{meta.consul_http_addr}}"
+  }}
+  probe "tcp" {{
+    port     = {port}
+    interval = "1s"
+    timeout  = "500ms"
+    misses   = 2
+  }}
+}}
+"""
+
+
+MOCK_CLASS = """\
+agent_class "default" {{
+  template = "{template}"
+  beat     = "5s"
+  probe "icmp" {{}}
+}}
+"""
+
+
+@dataclass(slots=True)
+class Program:
+    """`nomad-watchdog run` with a configuration file of its own."""
+
+    root: Path
+    listen: str
+    host: Host
+    session: aiohttp.ClientSession
+    process: Process | None = None
+
+    @property
+    def api(self) -> str:
+        return f"http://{self.listen}"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "nomad-watchdog.hcl"
+
+    async def start(self, failpoint: str = "", *, module: str = "nomad_watchdog", wait: bool = True,
+                    **environment: str) -> None:  # fmt: skip
+        """`nomad-watchdog run`, until it is ready or (with a fail point) has died."""
+        env = clean_environment() | environment
+        if failpoint:
+            env["NOMAD_WATCHDOG_FAILPOINT"] = failpoint
+        argv = [sys.executable, "-m", module, "--config", str(self.config), "run"]
+        argv = self.host.argv(argv)
+        process = self.process = Process.start(argv, log=self.log, env=env)
+
+        async def ready() -> bool:
+            if process.returncode is not None:
+                if failpoint:
+                    return True
+                raise BrokenRowError(f"the program ended:\n{process.log_tail()}")
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with self.session.get(f"{self.api}/ready") as answer:
+                    return answer.status == 200
+            return False
+
+        if wait:
+            await until(ready, 60.0, "the program is ready")
+
+    @property
+    def log(self) -> Path:
+        return self.root / "program.log"
+
+    async def command(self, *argv: str) -> None:
+        """A verb of the command line; raises BrokenRowError when it fails."""
+        words = [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), *argv]
+        child = await asyncio.create_subprocess_exec(
+            *self.host.argv(words),
+            env=clean_environment(),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        said, _ = await child.communicate()
+        if child.returncode != 0:
+            raise BrokenRowError(f"nomad-watchdog {' '.join(argv)}: {said.decode()[-1000:]}")
+
+    @property
+    def running(self) -> Process:
+        assert self.process is not None
+        return self.process
+
+    async def killed(self, timeout_s: float = 60.0) -> None:
+        """Wait until the program has been ended by SIGKILL: else the row proves nothing."""
+        try:
+            code = await self.running.wait(timeout_s)
+        except TimeoutError:
+            raise BrokenRowError("the fail point was never reached") from None
+        if code != -signal.SIGKILL:
+            raise BrokenRowError(f"the program ended with {code}:\n{self.running.log_tail()}")
+
+    def kill_now(self) -> None:
+        """SIGKILL the program, and return only when it is gone."""
+        with suppress(ProcessLookupError):
+            os.kill(self.running.pid, signal.SIGKILL)
+        self.running._popen.wait(10.0)
+
+    async def stop(self) -> None:
+        """SIGTERM, and wait."""
+        if self.process is not None:
+            await self.process.terminate(10.0)

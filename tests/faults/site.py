@@ -1,0 +1,137 @@
+"""Where rows are played: real servers on this machine, or on hosts of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nomad_watchdog.dev.cluster import Cluster
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.netns import LOCAL, Host
+from nomad_watchdog.dev.nomad import NomadServer
+
+
+class BrokenRowError(AssertionError):
+    """The row itself did not go as written: its fault did not happen, or a promise broke on the way."""
+
+
+@dataclass(slots=True)
+class Servers:
+    """One Consul server with an agent a Nomad client, and one Nomad with two clients."""
+
+    consul: ConsulServer
+    nomad: NomadServer
+    agents: list[ConsulServer]
+
+    @property
+    def root(self) -> Path:
+        return self.nomad.data_dir
+
+
+@dataclass(slots=True)
+class Direct:
+    """Stands where a proxy would, and is none: the control plane speaks to the server itself."""
+
+    url: str
+
+    def clear(self) -> None:
+        """There is nothing to clear."""
+
+
+@dataclass(slots=True)
+class Site:
+    """Where an installation finds everything."""
+
+    root: Path
+    """Agents have their folders below it."""
+    consul: str
+    nomad: str
+    servers: Servers | None = None
+    cluster: Cluster | None = None
+
+    async def mend(self) -> None:
+        """Whatever a row did: every server runs again, and everything passes between hosts."""
+        if self.cluster is not None:
+            await self.cluster.mend()
+        if self.servers is not None:
+            for consul in self.servers.agents:
+                consul.resume()
+                await consul.start()
+            for index in range(2):
+                self.servers.nomad.resume(index)
+                await self.servers.nomad.restart(index)
+            await self.servers.nomad.wait_ready()
+
+    @property
+    def control(self) -> Host:
+        """Where the control plane runs."""
+        return self.cluster.net.hosts["p1"] if self.cluster else LOCAL
+
+    @property
+    def standby(self) -> Host:
+        """Where a second one does."""
+        return self.cluster.net.hosts["p2"] if self.cluster else LOCAL
+
+    @property
+    def ops(self) -> Host:
+        """Where we look from, and where the device is."""
+        return self.cluster.ops if self.cluster else LOCAL
+
+
+@asynccontextmanager
+async def open_site(root: Path) -> AsyncIterator[Site]:
+    """One Consul and one Nomad on 127.0.0.1."""
+    async with open_servers(root) as servers:
+        yield Site(servers.root, servers.consul.http_addr, servers.nomad.http_addr, servers)
+
+
+@asynccontextmanager
+async def open_cluster(root: Path) -> AsyncIterator[Site]:
+    """Three servers of each and three clients on hosts of their own; replicas of the control plane on two
+    more."""
+    async with Cluster(root, guests=("p1", "p2")) as cluster:
+        consul, nomad = cluster.consul["s1"].http_addr, cluster.nomad["s1"].http_addr
+        yield Site(cluster.data_dir, consul, nomad, cluster=cluster)
+
+
+@asynccontextmanager
+async def open_servers(root: Path) -> AsyncIterator[Servers]:
+    """On 127.0.0.1; gone at the end."""
+    async with (
+        ConsulServer(root / "consul") as consul,
+        ConsulServer(root / "consul-1", node="node-1", join=consul) as beside,
+        NomadServer(root / "nomad", [consul.http_addr, beside.http_addr], 2) as nomad,
+    ):
+        yield Servers(consul, nomad, [consul, beside])
+
+
+async def until(test: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Await a condition; raises BrokenRowError when it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = test()
+        if asyncio.iscoroutine(found):
+            found = await found
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise BrokenRowError(f"not within {timeout_s:.0f} s: {what}")
+        await asyncio.sleep(0.1)
+
+
+@contextmanager
+def limited_folder(path: Path, size: str) -> Iterator[Path]:
+    """A tmpfs of that size, unmounted at the end. Needs root."""
+    path.mkdir(parents=True, exist_ok=True)
+    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "nomad-watchdog-faults", str(path)]
+    subprocess.run(argv, check=True, timeout=10)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=False, timeout=10)
