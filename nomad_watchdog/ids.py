@@ -10,6 +10,7 @@ import base64
 import hashlib
 import re
 import unicodedata
+from functools import lru_cache
 from typing import Final, NewType
 
 from nomad_watchdog.errors import UserError
@@ -49,10 +50,12 @@ def parse_device_id(text: object) -> DeviceId:
     return DeviceId(text)
 
 
+@lru_cache(maxsize=1 << 16)
 def slug_of(device_id: DeviceId) -> Slug:
     """Readable part plus 100 bits of SHA-256, so that equal slugs mean equal ids.
 
-    The fixed-length end keeps one slug from being a prefix of another: Nomad up to 1.11.2 read the
+    A request asks for it several times; those of the last 65,536 devices are remembered. The fixed-length
+    end keeps one slug from being a prefix of another: Nomad up to 1.11.2 read the
     status of jobs by prefix (GH-27516).
     """
     digest = base64.b32encode(hashlib.sha256(device_id.encode()).digest()).decode().lower()[:_HASH]

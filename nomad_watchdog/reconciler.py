@@ -18,7 +18,6 @@ from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.graveyard import Graveyard
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.informer import Informer
 from nomad_watchdog.leases import Leases, Undivided
@@ -29,14 +28,15 @@ from nomad_watchdog.model import (
     AgentSpec,
     DeviceRecord,
     Monotonic,
-    PlacementState,
     Presence,
 )
+from nomad_watchdog.outlook import Outlook
 from nomad_watchdog.performer import BATCH, Performer
 from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 from nomad_watchdog.shown import shown_plan
 from nomad_watchdog.territory import Territory
+from nomad_watchdog.upkeep import Upkeep
 from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,6 @@ class Reconciler:
             fleet, scheduler, specs, self.queue, self._done, leases=self.leases
         )
         self.breaker = Breaker()
-        self.graveyard = Graveyard()
         self.last_plan = Plan(())
         self.informer = Informer(
             scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._take, self._not_seen
@@ -85,25 +84,53 @@ class Reconciler:
         self._no_room = ""
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.observe_with(self, self.metrics.report)
-        fleet.obstacle = self._obstacle
-        fleet.status_parts.append(self.status)
-        fleet.explain_parts.append(self.explain)
         fleet.plan_view = self.plan_view
+        self._show()
+
+    def _show(self) -> None:
+        """Let the fleet ask what comes next, and what is in the way."""
+        outlook = Outlook(
+            fleet=self.fleet,
+            backend=self.scheduler.name,
+            hashes=self.hashes,
+            queue=self.queue,
+            performer=self.performer,
+            breaker=self.breaker,
+            informer=self.informer,
+            leases=self.leases,
+            territory=self.territory,
+            last_plan=lambda: self.last_plan,
+            no_room=lambda: self._no_room,
+        )
+        self.fleet.obstacle = outlook.obstacle
+        self.fleet.status_parts.append(outlook.status)
+        self.fleet.explain_parts.append(outlook.explain)
 
     # -- life -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
         await self._patiently(lambda: self.scheduler.prepare(list(self.specs.values())), "prepare")
+        upkeep = Upkeep(
+            fleet=self.fleet,
+            scheduler=self.scheduler,
+            specs=self.specs,
+            metrics=self.metrics,
+            queue=self.queue,
+            performer=self.performer,
+            informer=self.informer,
+            leases=self.leases,
+            territory=self.territory,
+        )
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_registry())
             group.create_task(self._take_over())
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
-            group.create_task(self._every(VERDICTS_EVERY_S, self._judge))
-            group.create_task(self._every(PRESENCE_EVERY_S, self._settle_presence))
-            group.create_task(self._every(SWEEP_EVERY_S, self._sweep))
-            group.create_task(self._every(self.fleet.limits.resync_s, self._prepare_again))
+            group.create_task(self._every(VERDICTS_EVERY_S, lambda: self._judge(upkeep)))
+            group.create_task(self._every(PRESENCE_EVERY_S, lambda: self._settle(upkeep)))
+            group.create_task(self._every(SWEEP_EVERY_S, upkeep.sweep))
+            group.create_task(self._every(self.fleet.limits.resync_s, upkeep.prepare_again))
             group.create_task(self.performer.run())
 
     async def _patiently(self, call: Callable[[], object], what: str) -> None:
@@ -126,6 +153,15 @@ class Reconciler:
             result = call()
             if asyncio.iscoroutine(result):
                 await result
+
+    def _judge(self, upkeep: Upkeep) -> None:
+        upkeep.judge()
+        if self._no_room:
+            self._wake.set()
+
+    async def _settle(self, upkeep: Upkeep) -> None:
+        if await upkeep.settle_presence():
+            self._wake.set()
 
     # -- observe --------------------------------------------------------------------------------
 
@@ -402,124 +438,6 @@ class Reconciler:
             confirmed=confirmed,
             resting=fleet.resting() | fleet.unreadable,
         )
-
-    # -- upkeep ---------------------------------------------------------------------------------
-
-    def _judge(self) -> None:
-        self.fleet.refresh_all()
-        paused = self.fleet.paused_counts()
-        self.metrics.devices({s.value: n - paused[s] for s, n in self.fleet.counts().items()})
-        self.metrics.attendance(
-            flapping=self.fleet.attendance.flapping(self.fleet.clock.monotonic()),
-            paused=paused.total(),
-        )
-        states: dict[str, int] = dict.fromkeys(PlacementState, 0)
-        for found in self.fleet.placements.values():
-            for placement in found:
-                states[placement.state] += 1
-        self.metrics.placements(states)
-        self.metrics.snapshot_age(self.informer.age_s)
-        self.metrics.queue(len(self.queue), self.queue.oldest_s())
-        self.metrics.incidents(self.fleet.chronicle.open_by_kind())
-        self.metrics.events(self.fleet.chronicle.status_of_store())
-        if self._no_room:
-            self._wake.set()
-
-    async def _settle_presence(self) -> None:
-        try:
-            changed = await self.fleet.pauses.refresh()
-        except WatchdogError as error:
-            changed = False  # the last view stands
-            log.warning("pauses not read", extra={"reason": str(error)})
-        if self.fleet.settle_presence() or changed:
-            self._wake.set()
-
-    async def _prepare_again(self) -> None:
-        # Level-triggered too: what an operator purged or changed by hand is put right (L2).
-        if not self.leases.terms():
-            return
-        try:
-            await self.scheduler.prepare(list(self.specs.values()))
-        except WatchdogError as error:
-            log.warning("prepare failed", extra={"reason": str(error)})
-
-    async def _sweep(self) -> None:
-        dead = self.graveyard.due(
-            self.fleet.records,
-            self.territory.of(self.fleet.placements),
-            self.fleet.clock.monotonic(),
-        )
-        if dead:
-            try:
-                await self.scheduler.sweep(dead)
-            except WatchdogError as error:
-                log.warning("sweep failed", extra={"reason": str(error)})
-        self.informer.freshness.forget(self.fleet.records.keys())
-        now = self.fleet.clock.monotonic()
-        for slug, budget in list(self.performer.budgets.items()):
-            if not budget.starts or now - budget.starts[-1] > 3600.0:
-                del self.performer.budgets[slug]
-
-    # -- what is shown --------------------------------------------------------------------------
-
-    def _obstacle(self, slug: Slug) -> str:
-        record = self.fleet.records.get(slug)
-        if record is not None and record.device.agent_class not in self.hashes:
-            known = ", ".join(sorted(self.hashes))
-            return f"agent class {record.device.agent_class!r} is not configured; known: {known}"
-        return self.performer.obstacles.get(slug, "") or self._no_room
-
-    def status(self) -> dict[str, object]:
-        """Our part of the status."""
-        return {
-            "backend": self.scheduler.name,
-            "queue": len(self.queue),
-            "in_work": self.queue.in_work,
-            "breaker": {
-                "held": len(self.breaker.held),
-                "reason": self.breaker.reason,
-                "id": self.breaker.held_id,
-            },
-            "waiting_rollout": self.last_plan.waiting_rollout,
-            "starts_held": self._no_room,
-            "replica": self.leases.replica,
-            "holds": f"{len(self.leases.terms())} of {self.leases.shards} shards",
-            "leases": self.leases.problem,
-        }
-
-    def explain(self, slug: Slug) -> dict[str, object]:
-        """What comes next for one device, and when."""
-        record = self.fleet.records.get(slug)
-        found = self.fleet.placements.get(slug, ())
-        decided = (
-            planner.decide(record, found, self.hashes)
-            if record is not None
-            else planner.decide_stray(found)
-        )
-        steps = list(decided)
-        expected = self.performer.expectations.get(slug)
-        if expected is not None:
-            after = f"waiting for a snapshot that shows epoch {expected.epoch}"
-        elif self.queue.is_active(slug):
-            after = "an action is under way"
-        elif self.fleet.is_resting(slug):
-            after = "nothing: it is paused, or its agent waits for it (see attendance)"
-        elif steps:
-            after = "; ".join(f"{step.kind.value}: {step.reason}" for step in steps)
-        else:
-            after = "nothing to do"
-        lease = self.leases.all()[self.territory.shard(slug)]
-        if lease.shard not in self.leases.terms():
-            after = f"decided by {lease.holder or 'nobody at the moment'}, who holds its shard"
-        wait_s = self.queue.wait_s(slug)
-        held = any(stop[0] == slug for stop in self.breaker.held)
-        return {
-            "next": f"held: {self.breaker.reason}; {self.breaker.mend}" if held else after,
-            "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
-            "shard": lease.shard,
-            "holder": lease.holder,
-            "next_resync_in_s": round(self.informer.until_resync_s, 1),
-        }
 
     def plan_view(self) -> dict[str, object]:
         """What the next pass would do, for the API and the CLI."""

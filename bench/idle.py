@@ -1,0 +1,178 @@
+"""What a fleet of 10,000 costs its control plane while nothing happens but heartbeats, every 30 s each.
+
+Ours is the program as a user runs it, on real Nomad (mock driver) and Consul; gateways beat for a hundred
+devices at a time, as `POST /v1/heartbeats` is made for, and then, in a second measurement, each device by
+itself. The naive poller asks Nomad for the allocations of one device after another, in one thread, with
+python-nomad; it can't keep up with a look every 10 s, so that it is always busy.
+CPU is that of the control plane's process alone, in shares of one core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from bench.plane import TEMPLATE
+from bench.rows import Row
+from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.process import Process, clean_environment
+from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.registry.consul import ConsulRegistry
+
+GATEWAY = 100
+BEAT_S = 30.0
+CONFIG = """\
+backend  = "nomad"
+data_dir = "{root}"
+api {
+  listen = "127.0.0.1:{port}"
+  rate   = 100000
+  burst  = 100000
+}
+nomad {
+  address    = "NOMAD"
+  job_prefix = "idle"
+}
+consul {
+  address       = "CONSUL"
+  agent_address = ""
+}
+agent_class "default" {
+  template = "TEMPLATE"
+  probe "icmp" {}
+}
+"""
+NAIVE = """
+import sys, nomad
+client = nomad.Nomad(address=sys.argv[1], timeout=15)
+jobs = [job["ID"] for job in client.jobs.get_jobs(prefix="idle/dispatch-")]
+while True:
+    for job in jobs:
+        client.job.get_allocations(job)
+"""
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time of a process, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _share(pid: int, seconds: float) -> float:
+    before, began = cpu_s(pid), time.monotonic()
+    await asyncio.sleep(seconds)
+    return (cpu_s(pid) - before) / (time.monotonic() - began)
+
+
+async def _beat(plane: ControlPlane, names: list[str], at_a_time: int) -> None:
+    """Beat for all of them every BEAT_S, spread evenly, until cancelled."""
+    batches = [names[n : n + at_a_time] for n in range(0, len(names), at_a_time)]
+    async with aiohttp.ClientSession(plane.api) as session:
+        began, turn = time.monotonic(), 0
+        while True:
+            for batch in batches:
+                due = began + BEAT_S * turn / len(batches)
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                turn += 1
+                if at_a_time == 1:
+                    call = session.post(f"/v1/devices/{batch[0]}/heartbeat")
+                else:
+                    call = session.post("/v1/heartbeats", json={"ids": batch})
+                async with call as answer:
+                    assert answer.status in (200, 204), await answer.text()
+
+
+async def _while_beating(
+    plane: ControlPlane, names: list[str], at_a_time: int, seconds: float
+) -> float:
+    beating = asyncio.ensure_future(_beat(plane, names, at_a_time))
+    await asyncio.sleep(5.0)
+    share = await _share(plane.process.pid, seconds)
+    if beating.done():
+        beating.result()
+    beating.cancel()
+    await asyncio.gather(beating, return_exceptions=True)
+    return share
+
+
+async def measure(count: int, seconds: float) -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
+        root = Path(folder)
+        async with ConsulServer(root / "consul") as consul, NomadServer(root / "nomad") as nomad:
+            client = ConsulClient(ConsulSettings(address=consul.http_addr))
+            await ConsulRegistry(client=client).initialise()
+            config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)
+            config = config.replace("TEMPLATE", str(TEMPLATE))
+            names = [f"device-{number}" for number in range(count)]
+            async with ControlPlane(root, "plane", config) as plane:
+                for first in range(0, count, 1000):
+                    some = [{"id": n, "address": "127.0.0.1"} for n in names[first : first + 1000]]
+                    await plane.call("POST", "/v1/devices:bulk", {"devices": some})
+
+                def settled(status: Any) -> bool:
+                    return bool(
+                        status["placements"] == count
+                        and status["queue"] == 0
+                        and status["in_work"] == 0
+                    )
+
+                await plane.until("/v1/status", settled, 600.0)
+                await asyncio.sleep(10.0)
+                records, _ = await client.kv_tree("nomad-watchdog/")
+                jobs: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
+                gateways = await _while_beating(plane, names, GATEWAY, seconds)
+                singly = await _while_beating(plane, names, 1, seconds)
+                rss_kb = int(Path(f"/proc/{plane.process.pid}/statm").read_text().split()[1]) * (
+                    os.sysconf("SC_PAGE_SIZE") // 1024
+                )
+                records_then, _ = await client.kv_tree("nomad-watchdog/")
+                jobs_then: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
+                index = {job["ID"]: job["ModifyIndex"] for job in jobs}
+                index_then = {job["ID"]: job["ModifyIndex"] for job in jobs_then}
+                writes = (records != records_then) + len(index.items() ^ index_then.items())
+            naive_log = root / "naive.log"
+            argv = [sys.executable, "-c", NAIVE, nomad.http_addr]
+            naive = Process.start(argv, log=naive_log, env=clean_environment())
+            try:
+                await asyncio.sleep(5.0)
+                theirs = await _share(naive.pid, seconds / 2)
+            finally:
+                await naive.kill()
+            await client.close()
+    return [
+        Row(
+            f"idle, {count:,} devices beating by gateways, CPU ÷ naive poller",
+            gateways / theirs,
+            "×",
+            floor="≤ 0.1",
+            aim="≤ 0.02",
+            note=f"{gateways:.1%} of a core against {theirs:.1%}; {rss_kb / count:.1f} KB resident a device",
+        ),
+        Row(
+            f"idle, {count:,} devices beating one by one, CPU ÷ naive poller",
+            singly / theirs,
+            "×",
+            note=f"{singly:.1%} of a core, {count / BEAT_S:.0f} calls a second",
+        ),
+        Row(
+            "idle, writes to Consul's and Nomad's stores",
+            writes,
+            "",
+            floor="≤ 0",
+            aim="≤ 0",
+            note=f"in {2 * seconds:.0f} s, below our keys and of our jobs",
+        ),
+    ]
+
+
+def run(*, quick: bool = False) -> list[Row]:
+    return asyncio.run(measure(300, 10.0) if quick else measure(10_000, 60.0))

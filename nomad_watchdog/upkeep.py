@@ -1,0 +1,95 @@
+"""What the loop does on a timer beside its passes: judge, tell the metrics, mend the parents, bury the dead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.errors import WatchdogError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.graveyard import Graveyard
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.informer import Informer
+from nomad_watchdog.leases import Leases
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Action, AgentSpec, PlacementState
+from nomad_watchdog.performer import Performer
+from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.territory import Territory
+from nomad_watchdog.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+BUDGET_KEPT_S: Final = 3600.0
+"""Of a device that has not been started for so long nothing is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """The parts of one reconciler that need it."""
+
+    fleet: Fleet
+    scheduler: Scheduler
+    specs: Mapping[str, AgentSpec]
+    metrics: Metrics
+    queue: WorkQueue[Slug, Action]
+    performer: Performer
+    informer: Informer
+    leases: Leases
+    territory: Territory
+    graveyard: Graveyard = field(default_factory=Graveyard)
+
+    def judge(self) -> None:
+        """Judge every device, and tell the metrics how the fleet stands."""
+        fleet, metrics = self.fleet, self.metrics
+        fleet.refresh_all()
+        paused = fleet.paused_counts()
+        metrics.devices({s.value: n - paused[s] for s, n in fleet.counts().items()})
+        metrics.attendance(
+            flapping=fleet.attendance.flapping(fleet.clock.monotonic()), paused=paused.total()
+        )
+        states: dict[str, int] = dict.fromkeys(PlacementState, 0)
+        for found in fleet.placements.values():
+            for placement in found:
+                states[placement.state] += 1
+        metrics.placements(states)
+        metrics.snapshot_age(self.informer.age_s)
+        metrics.queue(len(self.queue), self.queue.oldest_s())
+        metrics.incidents(fleet.chronicle.open_by_kind())
+        metrics.events(fleet.chronicle.status_of_store())
+
+    async def settle_presence(self) -> bool:
+        """See which graces and pauses have ended or begun; whether a pass is due for it."""
+        try:
+            changed = await self.fleet.pauses.refresh()
+        except WatchdogError as error:
+            changed = False  # the last view stands
+            log.warning("pauses not read", extra={"reason": str(error)})
+        return self.fleet.settle_presence() or changed
+
+    async def prepare_again(self) -> None:
+        """Level-triggered too: what an operator purged or changed by hand is put right (L2)."""
+        if not self.leases.terms():
+            return
+        try:
+            await self.scheduler.prepare(list(self.specs.values()))
+        except WatchdogError as error:
+            log.warning("prepare failed", extra={"reason": str(error)})
+
+    async def sweep(self) -> None:
+        """Have the scheduler forget some dead placements, and forget what nobody asks for any more."""
+        now = self.fleet.clock.monotonic()
+        placements = self.territory.of(self.fleet.placements)
+        dead = self.graveyard.due(self.fleet.records, placements, now)
+        if dead:
+            try:
+                await self.scheduler.sweep(dead)
+            except WatchdogError as error:
+                log.warning("sweep failed", extra={"reason": str(error)})
+        self.informer.freshness.forget(self.fleet.records.keys())
+        budgets = self.performer.budgets
+        for slug, budget in list(budgets.items()):
+            if not budget.starts or now - budget.starts[-1] > BUDGET_KEPT_S:
+                del budgets[slug]
