@@ -224,7 +224,7 @@ class PresenceRules:
 
     ttl_s: float = 0.0
     """Of a device whose wish and class name none; 0 = it stays until it is deregistered."""
-    class_ttl_s: Mapping[str, float] = field(default_factory=dict)
+    class_ttl_s: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Agent class → its own default, over `ttl_s`."""
     grace_s: float = 0.0
     """The agent of a device that expired or was disconnected is kept for so long."""
