@@ -282,7 +282,7 @@ async def oversize(world: World) -> None:
         if status not in {400, 413, 422}:
             world.broken.append(f"S9: an oversize body is answered with {status}: {said}")
     headers = {"Authorization": f"Bearer {world.token}", "Content-Encoding": "gzip"}
-    url = f"{world.api}/v1/devices/bomb"
+    url = f"{world.program.api}/v1/devices/bomb"
     async with world.session.put(url, data=b"\x1f\x8b" + bytes(1000), headers=headers) as answer:
         if answer.status != 415:
             world.broken.append(f"S9: a compressed body is answered with {answer.status}")
@@ -312,7 +312,7 @@ async def flood(world: World) -> None:
                  "class": "default", "address": "127.0.0.1"}}  # fmt: skip
         async with (
             limit,
-            http.post(f"{world.api}/v1/webhook", json=event, headers=headers) as answer,
+            http.post(f"{world.program.api}/v1/webhook", json=event, headers=headers) as answer,
         ):
             await answer.read()
             statuses[answer.status] = statuses.get(answer.status, 0) + 1
@@ -379,7 +379,7 @@ async def secrets(world: World) -> None:
         await world.call("GET", path)
     await world.call("PUT", "/v1/devices/x", {"addresss": "127.0.0.1"})
     wrong = {"Authorization": f"Basic {world.token}"}
-    async with world.session.get(f"{world.api}/v1/devices", headers=wrong) as answer:
+    async with world.session.get(f"{world.program.api}/v1/devices", headers=wrong) as answer:
         said = await answer.text()
     if answer.status != 401 or world.token in said:
         world.broken.append(f"S10: a wrong scheme is answered with {answer.status}: {said}")

@@ -12,6 +12,7 @@ HEAD = f"""\
 # The fault matrix
 
 Written by `make faults`; do not edit.
+A row that the last run did not play stands as an earlier run left it.
 Every row is played against real Nomad, real Consul, the real program and real agents, and ends with the same audit of what can be seen from outside: registry, Nomad's jobs and allocations, Consul's catalogue, the process table, the event log, the program's own log.
 While it is played, a witness looks twice a second for two agents of one device, an epoch that falls and a false offline.
 «Held» means that the audit found nothing within {CONVERGED_S:.0f} s after the fault had ended, and nothing again 3 s later.
