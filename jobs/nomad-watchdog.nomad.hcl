@@ -38,6 +38,12 @@ variable "config" {
   description = "The configuration file, on the client or in the image."
 }
 
+variable "replicas" {
+  type        = number
+  default     = 1
+  description = "How many control planes, each on a client of its own; they share the work by leases in Consul."
+}
+
 variable "port" {
   type        = number
   default     = 9670
@@ -60,9 +66,13 @@ job "nomad-watchdog" {
   type        = "service"
   datacenters = split(",", var.datacenters)
 
-  # One: a second would do no harm, and would do everything twice.
   group "control-plane" {
-    count = 1
+    count = var.replicas
+
+    constraint {
+      operator = "distinct_hosts"
+      value    = "true"
+    }
 
     restart {
       attempts = 3
