@@ -139,14 +139,15 @@ class Correlator:
         if member is None:
             # Nothing is known of what it was before, so that it has not turned.
             member = self._members[slug] = _Member((), bad=bad)
+        if member.bad and not bad:
+            # Before its groups change: its turn is taken back from those that it turned bad in.
+            member.bad = False
+            self._recovered(member)
         if member.groups != groups and not (bad and member.bad and member.groups):
             self._regroup(member, groups)
         if bad and not member.bad:
             member.bad = True
             self._turned_bad(member, _Turn(slug, now, ref))
-        elif member.bad and not bad:
-            member.bad = False
-            self._recovered(member)
         return self.incident_of(slug)
 
     def incident_of(self, slug: Slug) -> str:

@@ -233,3 +233,18 @@ def test_books_are_kept_through_any_history(history: list) -> None:
         assert found.count(Step.OPENED) == 1
         assert found.count(Step.CLOSED) <= 1
         assert Step.CLOSED not in found[:-1]
+
+
+def test_a_device_that_leaves_while_bad_is_no_part_of_a_later_incident() -> None:
+    """Who recovers by losing its groups takes its turn along: nothing opens for devices that have left,
+    nor when they are forgotten."""
+    correlator = Correlator(LIMITS)
+    for name in NAMES[:4]:
+        correlator.observe(name, groups("n1"), bad=False, now=Monotonic(0.0))
+        correlator.observe(name, groups("n1"), bad=True, now=Monotonic(1.0))
+        correlator.observe(name, (), bad=False, now=Monotonic(2.0))
+    assert correlator.settle(Monotonic(3.0)) == []
+    for name in NAMES[:4]:
+        correlator.forget(name)
+
+    assert correlator.settle(Monotonic(4.0)) == []
