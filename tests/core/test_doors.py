@@ -312,13 +312,13 @@ def test_a_client_never_gets_more_than_burst_and_rate(
 ) -> None:
     """In any time a client passes at most burst + rate × time, and who waits as told passes."""
     buckets, now, passed = Buckets(rate, burst), 0.0, 0
-    for gap in gaps:
+    for number, gap in enumerate(gaps):
         now += gap
         wait = buckets.take("a", now)
         passed += not wait
         assert passed <= burst + rate * now + 1e-6
         if wait:
-            assert buckets.take("b", now) == 0.0
+            assert buckets.take(f"one who has not asked before {number}", now) == 0.0
             now += wait + 1e-9
             assert buckets.take("a", now) == 0.0
             passed += 1
