@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 CONFIRM_AFTER_S: Final = 2.0
 """S7: how long after the first read the second one is taken."""
 VERDICTS_EVERY_S: Final = 2.0
+JUDGE_PER_COST: Final = 100.0
 PRESENCE_EVERY_S: Final = 1.0
 """So late at most is seen that a grace or a pause has ended, or that another replica made one."""
 SWEEP_EVERY_S: Final = 30.0
@@ -127,7 +128,7 @@ class Reconciler:
             group.create_task(self._take_over())
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
-            group.create_task(self._every(VERDICTS_EVERY_S, lambda: self._judge(upkeep)))
+            group.create_task(self._judge_for_ever(upkeep))
             group.create_task(self._every(PRESENCE_EVERY_S, lambda: self._settle(upkeep)))
             group.create_task(self._every(SWEEP_EVERY_S, upkeep.sweep))
             group.create_task(self._every(self.fleet.limits.resync_s, upkeep.prepare_again))
@@ -154,10 +155,16 @@ class Reconciler:
             if asyncio.iscoroutine(result):
                 await result
 
-    def _judge(self, upkeep: Upkeep) -> None:
-        upkeep.judge()
-        if self._no_room:
-            self._wake.set()
+    async def _judge_for_ever(self, upkeep: Upkeep) -> None:
+        took_s = 0.0
+        while True:
+            # Time alone changes few verdicts: a large fleet is judged as a whole for 1 % of the time.
+            await asyncio.sleep(max(VERDICTS_EVERY_S, JUDGE_PER_COST * took_s))
+            began = self.fleet.clock.monotonic()
+            upkeep.judge()
+            took_s = self.fleet.clock.monotonic() - began
+            if self._no_room:
+                self._wake.set()
 
     async def _settle(self, upkeep: Upkeep) -> None:
         if await upkeep.settle_presence():
