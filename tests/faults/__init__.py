@@ -11,4 +11,5 @@ def collect() -> None:
         rows_own,
         rows_replicas,
         rows_servers,
+        rows_webhooks,
     )

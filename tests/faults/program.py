@@ -23,6 +23,7 @@ resync   = "{resync}"
 api {{
   listen     = "{listen}"
   token_file = "{token_file}"
+  webhook_secrets_file = "{secrets_file}"
 }}
 nomad {{
   address    = "{nomad}"

@@ -7,6 +7,7 @@ prefix, service name and API token, so that rows know nothing of each other.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import secrets
@@ -54,6 +55,7 @@ class World:
     program: Program
     device_port: int
     token: str
+    webhook_secrets: list[str]
     registry: str = "consul"
     resync: str = "5s"
     version: str = "1"
@@ -97,12 +99,17 @@ class World:
     def configure(self) -> None:
         """Write the configuration files as things are now."""
         self.token_file.write_text(self.token)
+        self.secrets_file.write_text("".join(f"{one}\n" for one in self.webhook_secrets))
         for program in (self.program, *self.others):
             program.config.write_text(self._configuration(program))
 
     @property
     def token_file(self) -> Path:
         return self.root / "api.token"
+
+    @property
+    def secrets_file(self) -> Path:
+        return self.root / "webhook.secrets"
 
     def _configuration(self, program: Program) -> str:
         classes = CLASS.format(
@@ -119,6 +126,7 @@ class World:
             resync=self.resync,
             listen=program.listen,
             token_file=self.token_file,
+            secrets_file=self.secrets_file,
             nomad=self.nomad.url,
             consul=self.consul.url if program is self.program else self.standby_consul,
             nomad_token=f'token_file = "{self.nomad_token}"' if self.nomad_token else "",
@@ -322,6 +330,11 @@ class World:
             found.expect(not offline, "S6", f"{event['device']}: {event['text']}")
 
 
+def webhook_secret() -> str:
+    """A new one, as a line of the secrets' file."""
+    return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
 @asynccontextmanager
 async def open_world(
     name: str, root: Path, site: Site, settings: Mapping[str, Any], *, alone: bool
@@ -356,6 +369,7 @@ async def open_world(
             program=Program(root, f"{site.control.address}:{free_port()}", site.control, session),
             device_port=device.sockets[0].getsockname()[1],
             token=f"canary-{secrets.token_hex(16)}",
+            webhook_secrets=[webhook_secret()],
             **settings,
         )
         world.configure()
