@@ -32,7 +32,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 
-AT_ONCE = 32
+AT_ONCE = 128
 ASK = """
 import asyncio, base64, hashlib, hmac, json, sys, time
 import aiohttp

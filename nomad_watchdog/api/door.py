@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Final
@@ -212,7 +213,11 @@ def check_prefix(request: web.Request, device_id: DeviceId) -> None:
 
 def peer_of(request: web.Request) -> str:
     """The other side's address; of IPv6 the network, for one host has 2^64 addresses in it."""
-    text = request.remote or "unknown"
+    return _network_of(request.remote or "unknown")
+
+
+@lru_cache(maxsize=4096)
+def _network_of(text: str) -> str:
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

@@ -31,6 +31,12 @@ _OPTIONAL: Final = frozenset({"event_at", "event_marks", "ttl_s", "source", "lef
 _MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 
 
+_ENCODER: Final = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+)
+"""Made once: `json.dumps` with these options makes one for each record."""
+
+
 class PoisonError(UserError):
     """A stored record that can't be understood; the message says why."""
 
@@ -60,10 +66,7 @@ def encode(record: DeviceRecord) -> bytes:
     if record.left is not Departure.REMOVED:
         document["left"] = record.left.value
     try:
-        text = json.dumps(
-            document, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
-        )
-        body = text.encode()
+        body = _ENCODER.encode(document).encode()
     except ValueError as error:  # UnicodeEncodeError too
         raise UserError(f"record of device {device.id!a} can't be stored: {error}") from error
     if len(body) > MAX_BYTES:
