@@ -39,6 +39,9 @@ class Ledger:
         self.records: dict[Slug, DeviceRecord] = {}
         self.index = 0
         """The registry's index at the last snapshot of it."""
+        self.reached = 0
+        """The highest index that the registry has shown us, our own writes included: a read that is begun
+        now and answers with less comes from a store that was put back."""
         self.unreadable: frozenset[Slug] = frozenset()
         """Devices whose record could not be decoded in that snapshot."""
         self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
@@ -167,8 +170,11 @@ class Ledger:
         An index that went backwards means a restored store only if it is behind what was known when the
         read began. An overtaken answer looks the same, and taking it would forget what came meanwhile,
         until the store changes again (S8)."""
-        known = self.index
+        known, reached = self.index, self.reached
         snapshot = await self.registry.read()
+        if snapshot.index < reached:
+            self.index = max(self.index, reached)  # and so it went backwards, for `reset` too
+            return snapshot
         return None if known <= snapshot.index < self.index else snapshot
 
     def learn(self, records: Sequence[DeviceRecord]) -> bool:
@@ -179,6 +185,7 @@ class Ledger:
             before = self.records.get(record.slug)
             if before is None or before.index < record.index:
                 self.records[record.slug] = record
+                self.reached = max(self.reached, record.index)
                 news.append((before, record))
         if news:
             self.learned(news)
@@ -201,6 +208,7 @@ class Ledger:
                 fresh[slug] = ours
         news = self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
         gone = [slug for slug in self.records if slug not in fresh]
+        self.reached = index if index < self.index else max(self.reached, index)
         self.records = fresh
         self.index = index
         self.unreadable = unreadable

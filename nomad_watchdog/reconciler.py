@@ -48,6 +48,8 @@ JUDGE_PER_COST: Final = 100.0
 PRESENCE_EVERY_S: Final = 1.0
 """So late at most is seen that a grace or a pause has ended, or that another replica made one."""
 SWEEP_EVERY_S: Final = 30.0
+DOUBT_EVERY_S: Final = 5.0
+"""Twice so long, at most, a store that was put back may look like a watch that is late."""
 QUICK: Final = 64
 """Up to so many changed records start at once without waiting for a pass: a start needs no breaker."""
 
@@ -83,6 +85,7 @@ class Reconciler:
         self._registry_read = False
         self._observed = False
         self._no_room = ""
+        self._behind: int | None = None
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.observe_with(self, self.metrics.report)
         fleet.plan_view = self.plan_view
@@ -131,6 +134,7 @@ class Reconciler:
             group.create_task(self._judge_for_ever(upkeep))
             group.create_task(self._every(PRESENCE_EVERY_S, lambda: self._settle(upkeep)))
             group.create_task(self._every(SWEEP_EVERY_S, upkeep.sweep))
+            group.create_task(self._every(DOUBT_EVERY_S, self._doubt_registry))
             group.create_task(self._every(self.fleet.limits.resync_s, upkeep.prepare_again))
             group.create_task(self.performer.run())
 
@@ -224,6 +228,18 @@ class Reconciler:
         if snapshot is not None:
             self._take_records(snapshot)
         self.territory.registry_read_at = began
+
+    async def _doubt_registry(self) -> None:
+        """Read the registry anew when its watch has shown less than we know for a whole period: a store
+        that was put back to just before our last write shows nothing more until somebody writes."""
+        behind = self.fleet.index if self.fleet.index < self.fleet.reached else None
+        if behind is not None and behind == self._behind:
+            log.warning("registry read anew", extra={"reason": "its watch is behind our writes"})
+            try:
+                await self._read_registry()
+            except WatchdogError as error:
+                log.warning("registry read failed", extra={"reason": str(error)})
+        self._behind = behind
 
     async def _take_over(self) -> None:
         """Look at both stores anew for each shard that becomes ours: its last holder may have acted after

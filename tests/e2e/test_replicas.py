@@ -247,7 +247,9 @@ async def test_what_an_agent_says_to_one_replica_all_know(
             "version": "7",
         }
         await one.until("/v1/devices/pump", lambda device: device["epoch"] == 1)
-        assert await one.call("POST", "/v1/agents/report", said) == {"accepted": True}
+        accepted = await one.call("POST", "/v1/agents/report", said)
+        assert accepted["accepted"] is True
+        assert sorted(accepted["api"]) == sorted([one.api, two.api])
         await two.until("/v1/devices/pump", lambda device: device["version"] == "7")
         device = await two.call("GET", "/v1/devices/pump")
         assert (device["verdict"], device["instance"]) == ("watched", "i-1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ async def test_s1_epochs_do_not_go_back_with_the_store(tmp_path: Path) -> None:
         ConsulServer(tmp_path / "consul") as consul,
         NomadServer(tmp_path / "nomad") as nomad,
         aiohttp.ClientSession() as http,
+        AsyncExitStack() as ended,
     ):
         client = ConsulClient(ConsulSettings(address=consul.http_addr))
+        ended.push_async_callback(client.close)
         registry = ConsulRegistry(client=client)
         await registry.initialise()
         config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)
@@ -89,4 +92,3 @@ async def test_s1_epochs_do_not_go_back_with_the_store(tmp_path: Path) -> None:
             assert stored == {name: 3 if name in NAMES[:3] else 1 for name in NAMES}
             ever = Counter((job["Meta"]["device_id"], job["Meta"]["epoch"]) for job in await jobs())
             assert set(ever.values()) == {1}
-        await client.close()

@@ -57,6 +57,27 @@ async def restored() -> tuple[Fleet, Store]:
     return fleet, store
 
 
+async def put_back_before_our_write() -> tuple[Fleet, Store]:
+    """Our last write is lost with the store, which had shown us nothing since the write before it."""
+    store = Store()
+    store.initialise("test")
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store), Limits(), clock)
+    await fleet.register([Device(DeviceId("first"), "default", "127.0.0.1")])
+    seen = await FakeRegistry(store).read()
+    fleet.reset(seen.records, seen.index)
+    await fleet.register([Device(LATE, "default", "127.0.0.1")])
+    store.rows.pop(slug_of(LATE))
+    store.index = seen.index
+    fleet.reset(seen.records, seen.index)  # as a watch that is late would show it
+    assert slug_of(LATE) in fleet.records
+    assert fleet.index < fleet.reached
+    answer = await fleet.reread()
+    assert answer is not None
+    fleet.reset(answer.records, answer.index)
+    return fleet, store
+
+
 def test_s8_an_answer_that_was_overtaken_takes_nothing_back() -> None:
     """A device that the watch told of stays known when an older full read is answered after it."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -71,3 +92,11 @@ def test_a_restored_store_is_believed() -> None:
         fleet, store = runner.run(restored())
     assert slug_of(LATE) not in fleet.records
     assert fleet.index == store.index
+
+
+def test_a_store_put_back_to_before_our_own_write_is_believed() -> None:
+    """A late watch takes nothing of ours back; a read that was begun after our write does."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        fleet, store = runner.run(put_back_before_our_write())
+    assert slug_of(LATE) not in fleet.records
+    assert fleet.index == fleet.reached == store.index
