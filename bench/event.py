@@ -26,9 +26,7 @@ async def measure(count: int) -> list[Row]:
             plane(chosen) as ours,
             aiohttp.ClientSession() as session,
         ):
-            app = make_app(
-                ours.fleet, metrics=Metrics(), artifact=None, max_body_bytes=1 << 20, token=None
-            )
+            app = make_app(ours.fleet, metrics=Metrics(), artifact=None, max_body_bytes=1 << 20)
             runner = web.AppRunner(app, **RUNNER_OPTIONS)
             await runner.setup()
             port = free_port()

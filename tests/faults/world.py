@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import os
 import secrets
@@ -163,7 +164,11 @@ class World:
         """Status and parsed answer."""
         headers = {"Authorization": f"Bearer {self.token}"}
         base = (to or self.speaks_to or self.program).api
-        async with self.session.request(method, base + path, json=body, headers=headers) as answer:
+        data = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = io.BytesIO(json.dumps(body).encode())  # as a large body is sent
+        async with self.session.request(method, base + path, data=data, headers=headers) as answer:
             text = await answer.text()
             with suppress(ValueError):
                 return answer.status, json.loads(text)
