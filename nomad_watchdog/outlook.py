@@ -11,7 +11,7 @@ from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.informer import Informer
-from nomad_watchdog.leases import Leases
+from nomad_watchdog.leases import Lease, Leases
 from nomad_watchdog.model import Action
 from nomad_watchdog.performer import Performer
 from nomad_watchdog.territory import Territory
@@ -69,15 +69,14 @@ class Outlook:
         return {
             "next": f"held: {self.breaker.reason}; {self.breaker.mend}"
             if held
-            else self._next(slug),
+            else self._next(slug, lease),
             "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
             "shard": lease.shard,
             "holder": lease.holder,
             "next_resync_in_s": round(self.informer.until_resync_s, 1),
         }
 
-    def _next(self, slug: Slug) -> str:
-        lease = self.leases.all()[self.territory.shard(slug)]
+    def _next(self, slug: Slug, lease: Lease) -> str:
         if lease.shard not in self.leases.terms():
             return f"decided by {lease.holder or 'nobody at the moment'}, who holds its shard"
         expected = self.performer.expectations.get(slug)
