@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -34,6 +35,9 @@ _CALL_S: Final = 5.0
 _PORTS_EACH: Final = 900
 _FIRST_PORT: Final = 14_000
 """Dynamic ports of client n start at 14,000 + 900 n: below those of `free_port`, and apart."""
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_ALLOC_ID: Final = 36
+"""Length of an allocation's id, with which the names of its control groups begin."""
 _DENIED: Final = "env_aws,env_gce,env_azure,env_digitalocean,vault"
 
 
@@ -316,13 +320,15 @@ def _denied(*, with_consul: bool) -> str:
 
 
 def clean_up(folder: Path) -> None:
-    """Blocking. Kill tasks and executors of this Nomad, unmount below its folder, remove that."""
+    """Blocking. Kill tasks and executors of this Nomad, remove their control groups, unmount below its
+    folder, remove that."""
     deadline = time.monotonic() + 5.0
     while (left := list(_left_behind(folder))) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)  # noqa: TID251  # runs in a thread of its own
+    _remove_cgroups({entry.name for entry in folder.glob("data*/alloc/*")})
     for mount in sorted(_mounts(folder), reverse=True):
         subprocess.run(["umount", "-l", mount], check=False, capture_output=True, timeout=10)
     shutil.rmtree(folder, ignore_errors=True)
@@ -347,6 +353,17 @@ def _left_behind(folder: Path) -> Iterator[int]:
             helper and any(named in one for one in argv)
         ):
             yield int(entry.name)
+
+
+def _remove_cgroups(allocs: AbstractSet[str]) -> None:
+    """Nomad makes control groups for each task, and removes them when the task ends, not when it is
+    stopped itself. The kernel keeps 0.4 MB for each of them: 59,000 took 22 GB."""
+    for parent in (*_CGROUPS.glob("*/nomad"), *_CGROUPS.glob("nomad.slice/*")):
+        with contextlib.suppress(OSError):
+            for entry in parent.iterdir():
+                if entry.name[:_ALLOC_ID] in allocs and entry.is_dir():
+                    with contextlib.suppress(OSError):
+                        entry.rmdir()
 
 
 def _mounts(folder: Path) -> list[str]:
