@@ -69,7 +69,8 @@ class SecureFetch(http.Fetch):
         assert self.sock is not None
         self.loop.watch(self.sock, events, self._ready)
 
-    def _step(self) -> None:
+    def _shake(self) -> None:
+        """Connect and shake hands; raises ssl.SSLWantReadError or SSLWantWriteError until it is done."""
         assert self.sock is not None
         if not isinstance(self.sock, ssl.SSLSocket):
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -81,6 +82,10 @@ class SecureFetch(http.Fetch):
         if not self.shaken:
             self.sock.do_handshake()
             self.shaken = True
+
+    def _step(self) -> None:
+        self._shake()
+        assert self.sock is not None
         while self.out:
             self.out = self.out[self.sock.send(self.out) :]
         # Until it wants more from the wire: what is decrypted already wakes no selector.
