@@ -11,6 +11,8 @@ MOST_QUICK = 40
 """Quick probes in a row: a device that never answers is not asked at the quick pace for ever."""
 ENOUGH = 20
 """Earlier results that a path must have before it is called lossy."""
+MOST_LOSS = 0.3
+"""A device that misses more than this is not well, whatever its path."""
 CHANCE = 0.001
 """So rarely may a run of misses be what the path always loses."""
 
@@ -26,9 +28,10 @@ def interval(interval_s: float, min_interval_s: float, state: str, quick: int) -
 
 def need(misses: int, seen: int, loss: float) -> int:
     """Misses in a row that make suspect: `misses`, and up to twice as many where the path is known to lose.
+    A class that says 1 wants to hear of each.
 
     `seen` earlier results, of which the share `loss` was lost, leave out the run of misses at hand."""
-    if seen < ENOUGH:
+    if seen < ENOUGH or loss > MOST_LOSS or misses == 1:
         return misses
     wanted, chance = misses, loss**misses
     while wanted < 2 * misses and chance > CHANCE:
