@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 
 def context_of(ca: str) -> ssl.SSLContext:
+    """Trust for the API: the file of WATCHDOG_CA_CERT, else as `trusting`. Raises ConfigError."""
+    return trusting(os.environ.get("WATCHDOG_CA_CERT") or ca)
+
+
+def trusting(ca: str) -> ssl.SSLContext:
     """Trust in these certificates and no others. `ca`: PEM text or the path of a file, "" = the system's.
 
     Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    path = os.environ.get("WATCHDOG_CA_CERT")
     try:
-        if path:
-            context.load_verify_locations(cafile=path)
-        elif "BEGIN CERTIFICATE" in ca:
+        if "BEGIN CERTIFICATE" in ca:
             context.load_verify_locations(cadata=ca)
         elif ca:
             context.load_verify_locations(cafile=ca)
