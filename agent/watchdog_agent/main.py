@@ -159,8 +159,10 @@ class Agent:
 
     def _want_confirmation(self, name: str, spec: Probe) -> None:
         # At the quick pace too they stay an interval apart: see pace.
-        soon = time.monotonic() - self.confirm_began < spec["interval_s"]
-        held = self.confirming or (soon and self.quick.get(name))
+        apart_s = spec["interval_s"] * (1 - spec["jitter"])
+        soon = time.monotonic() - self.confirm_began < apart_s
+        quick = 0 < self.quick.get(name, 0) < pace.MOST_QUICK
+        held = self.confirming or (soon and quick)
         if self.suspicion.wants_confirmation() and not held:
             self._confirm()
 

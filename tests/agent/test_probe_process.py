@@ -126,6 +126,27 @@ async def test_a_suspected_device_is_asked_more_often(world: World) -> None:
     assert quickest < 1.5
 
 
+async def test_the_quick_pace_accuses_no_sooner(world: World) -> None:
+    """At the quick pace too the two confirmations that make a device offline are an interval apart (S6)."""
+    began: list[float] = []
+
+    def note() -> str:
+        state = world.peer.last.get("state", "")
+        if len(began) < 1 and state == "suspect":
+            began.append(time.monotonic())
+        return state
+
+    agent = await world.started(
+        probes=[probe(world.device.port, interval_s=2.0, min_interval_s=0.1, jitter=0.0, misses=1)]
+    )
+    await agent.is_in("ok", was_ready=True)
+    await until(lambda: world.peer.last, "a report")
+    await world.device.stop()
+    await until(lambda: note() == "offline", "offline", 30.0)
+    assert time.monotonic() - began[0] > 1.5
+    assert world.peer.last["misses"] >= 3
+
+
 PLUGINS = """
 import os, socket, selectors
 def well(loop, settings, address, timeout_s, ended):
