@@ -3,6 +3,8 @@ devices behind one dead gateway are one dead gateway."""
 
 from __future__ import annotations
 
+import socket
+
 from . import checks, config_probes, probes
 
 TYPE_CHECKING = False
@@ -27,18 +29,26 @@ def check(config: Config) -> None:
         raise checks.ConfigError("gateway must be an object")
     labels = config.get("labels")
     named = labels.get(LABEL) if isinstance(labels, dict) else None
-    address = named or given.get("address")
+    address = named if is_digits(named) else given.get("address")
     config.pop("gateway", None)
-    if not address:
+    # The gateway may be watched as a device too, with the same class: then nothing stands before it.
+    if not address or address == config["address"]:
         return
-    try:
-        address = checks.address(address, "gateway: address")
-    except checks.ConfigError:
-        if named:
-            return  # a label is data from outside: a bad one ends no agent
-        raise
+    address = checks.address(address, "gateway: address")
     spec = {"timeout_s": TIMEOUT_S, **given, "kind": given.get("kind", "icmp")}
     config["gateway"] = {**config_probes.check(spec, "gateway"), "address": address}
+
+
+def is_digits(text: object) -> bool:
+    """Whether it is an address of digits. A label is data from outside: any other name, as «gw-north», may
+    mean a place, and looking it up could block."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)  # type: ignore[arg-type]
+        except (OSError, TypeError, ValueError):
+            continue
+        return True
+    return False
 
 
 class Gateway:

@@ -19,27 +19,28 @@ MOST_KB = 20_000
 
 
 def gateway_of(listener: Listener) -> dict[str, Any]:
-    return {"address": "127.0.0.1", "kind": "tcp", "port": listener.port, "timeout_s": 0.5}
+    return {"address": "127.0.0.2", "kind": "tcp", "port": listener.port, "timeout_s": 0.5}
 
 
 async def test_a_dead_gateway_is_the_reason_and_nothing_is_offline(world: World) -> None:
     """Behind a dead gateway the device stays suspect with the gateway's name as reason and in the report;
     when the gateway answers again and the device does not, it is offline; when the device does, ok."""
     gateway = Listener(silent)
+    gateway.host = "127.0.0.2"
     await gateway.start()
     try:
         agent = await world.started(gateway=gateway_of(gateway))
         ready = await world.peer.saw("ready", state="ok", ready=True)
-        assert (ready["gateway"], ready["gateway_dead"]) == ("127.0.0.1", False)
+        assert (ready["gateway"], ready["gateway_dead"]) == ("127.0.0.2", False)
         await gateway.stop()
         await world.device.stop()
         report = await world.peer.saw("the gateway", state="suspect", gateway_dead=True)
-        assert report["reason"] == "gateway 127.0.0.1 does not answer"
+        assert report["reason"] == "gateway 127.0.0.2 does not answer"
         probed = (await agent.status())["misses"]
         await until(lambda: world.peer.last["misses"] > probed + 10, "ten more misses")
         seen = await agent.status()
         assert (seen["state"], seen["confirmed"]) == ("suspect", False)
-        assert seen["reason"] == "gateway 127.0.0.1 does not answer"
+        assert seen["reason"] == "gateway 127.0.0.2 does not answer"
         assert seen["evidence"]["gateway"]["answers"] is False
         assert list(seen["evidence"]["failing"]) == list(seen["probes"])
         await gateway.start()
@@ -54,6 +55,7 @@ async def test_a_dead_gateway_is_the_reason_and_nothing_is_offline(world: World)
 async def test_an_offline_device_stays_offline_when_its_gateway_dies(world: World) -> None:
     """What was confirmed while the gateway answered is not taken back when the gateway dies later."""
     gateway = Listener(silent)
+    gateway.host = "127.0.0.2"
     await gateway.start()
     try:
         agent = await world.started(gateway=gateway_of(gateway))
@@ -81,14 +83,16 @@ async def until_misses(agent: Any, misses: int) -> dict[str, Any]:
 
 
 async def test_the_label_of_a_device_names_its_gateway(world: World) -> None:
-    """The label `gateway` goes before the class's address, and one that is no address harms nobody."""
+    """The label `gateway` goes before the class's address; a name that is no address of digits does
+    not, and a gateway that is watched itself has none before it."""
     agent = await world.started(
         labels={"gateway": "127.0.0.9"}, gateway={"address": "127.0.0.8", "kind": "tcp", "port": 9}
     )
     await agent.is_in("ok", was_ready=True)
     assert (await agent.status())["evidence"]["gateway"]["address"] == "127.0.0.9"
-    other = await world.started(labels={"gateway": "<b> \u202e"})
-    assert "gateway" not in (await other.status())["evidence"]
+    for label in ("gw-north", "<b> \u202e", "127.0.0.1", "\0"):
+        other = await world.started(labels={"gateway": label})
+        assert "gateway" not in (await other.status())["evidence"], label
 
 
 async def test_statistics_are_shown(world: World) -> None:
