@@ -17,6 +17,9 @@ MOST_OUTPUT = 1 << 20
 """Bytes after which a program that talks on is killed."""
 KEPT = 4096
 """Bytes of the end of its output that are kept."""
+CHUNK = 16384
+PIPE = 65536
+"""Bytes that a pipe holds on Linux."""
 POLL_S = 0.05
 """How often its end is looked for where the kernel has no pidfd."""
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ")
@@ -99,7 +102,7 @@ class _Command:
 
     def _read(self, _mask: int) -> None:
         assert self.pipe is not None
-        data = self.pipe.read(16384)
+        data = self.pipe.read(CHUNK)
         if data is None:
             return
         self.size += len(data)
@@ -120,8 +123,9 @@ class _Command:
             self._exited()
 
     def _exited(self) -> None:
-        if self.pipe is not None:
-            self._read(0)  # what it wrote last; a child of its own may hold the pipe open for ever
+        for _ in range(PIPE // CHUNK):
+            if self.pipe is not None:
+                self._read(0)  # what it wrote last; a child of its own may hold the pipe open for ever
         if self.ended is None:
             return
         status = self._reap()

@@ -347,6 +347,7 @@ def test_command_is_judged_by_its_exit_code() -> None:
         "exit 3: no ?[1mdisk",
     )
     assert command("sh", "-c", "kill -9 $$") == (False, "killed by signal 9")
+    assert command("sh", "-c", "yes | head -c 60000; echo; echo last") == (True, "last")
     assert command("/no/such/program") == (
         False,
         "/no/such/program: no such file or directory",
