@@ -125,7 +125,9 @@ class _Command:
     def _exited(self) -> None:
         for _ in range(PIPE // CHUNK):
             if self.pipe is not None:
-                self._read(0)  # what it wrote last; a child of its own may hold the pipe open for ever
+                self._read(
+                    0
+                )  # what it wrote last; a child of its own may hold the pipe open for ever
         if self.ended is None:
             return
         status = self._reap()
