@@ -235,6 +235,8 @@ class Settings(Block):
         # Only when there are any, so that a class without keeps its hash, and its agents.
         repairs = {"repairs": [step.wire() for step in kind.repair]} if kind.repair else {}
         behaviour |= repairs
+        gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
+        behaviour |= gateway
         trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
@@ -261,6 +263,7 @@ class Settings(Block):
                     "metadata": kind.metadata,
                 }
                 | repairs
+                | gateway
                 | trust
             ),
         )

@@ -63,6 +63,8 @@ class AgentReport:
     version: str
     dropped: int = 0
     stopping: bool = False
+    gateway: str = ""
+    gateway_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +265,8 @@ class Fleet(RollCall):
             received_at=self.clock.monotonic(),
             sequence=report.sequence,
             stopping=report.stopping,
+            gateway=report.gateway,
+            gateway_dead=report.gateway_dead,
         )
         if report.ready and report.slug in self.records:
             self.chronicle.ready(self.records[report.slug])
@@ -285,7 +289,8 @@ class Fleet(RollCall):
         judged = verdict.judge(record, evidence, self.limits, now)
         if judged.state in _AGENT_READY:
             track.waiting_since = now
-        self.chronicle.look(record, evidence.placement, track.state or judged.state)
+        gateway = evidence.report.gateway if evidence.report is not None else ""
+        self.chronicle.look(record, evidence.placement, track.state or judged.state, gateway)
         if judged.state is not track.state:
             was = track.state
             self._by_state[judged.state] += 1

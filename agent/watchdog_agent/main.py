@@ -10,8 +10,9 @@ import sys
 import time
 
 from . import config as configuration
-from . import consul, http, metrics, probes, reporter, state, wire
+from . import consul, http, metrics, pace, probes, reporter, state, wire
 from .loop import Loop, between
+from .stats import Stats
 from .suspicion import Suspicion
 
 TYPE_CHECKING = False
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from .gateway import Gateway
     from .shapes import Answer, Config, Document, Probe
 
 
@@ -36,6 +38,11 @@ class Agent:
         self.began = time.monotonic()
         self.loop = Loop()
         self.results: dict[str, dict[str, Any]] = {}
+        self.stats: dict[str, Stats] = {}
+        self.quick: dict[str, int] = {}
+        """Probes in a row at the quick pace."""
+        self.confirm_began = float("-inf")
+        self.confirmations: list[tuple[str, bool, str]] = []
         self.probed = self.probe_failures = 0
         self.confirming = 0
         self.episode = 0
@@ -46,6 +53,11 @@ class Agent:
         need = min(int(p["misses"]) for p in config["probes"])
         self.suspicion = Suspicion(need, was_ready=kept.get("was_ready") is True)
         self.suspicion.restore(kept.get("state"), kept.get("reason"))
+        self.gateway: Gateway | None = None
+        if config.get("gateway"):
+            from . import gateway
+
+            self.gateway = gateway.Gateway(self.loop, config["gateway"])
         self.reporting = False
         host, port = configuration.listen_of(environ)
         self.server = http.Server(self.loop, host, port, self.answer)
@@ -77,6 +89,7 @@ class Agent:
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
         self.loop.run()
+        probes.close()
         return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
 
     # -- probing
@@ -87,10 +100,22 @@ class Agent:
 
         def done(ok: bool, reason: str, took_s: float) -> None:
             self._probed(name, spec, ok, reason, took_s)
-            pause = spec["interval_s"] * between(0.95, 1.05) - took_s
+            pause = self._pace(name, spec) - took_s
             self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
 
         probes.start(self.loop, spec, self.config["address"], done)
+
+    def _pace(self, name: str, spec: Probe) -> float:
+        """Seconds from the start of this probe to the start of the next."""
+        quick = self.quick.get(name, 0)
+        wanted: float = pace.interval(
+            spec["interval_s"], spec["min_interval_s"], self.suspicion.state, quick
+        )
+        if self.suspicion.state != "suspect":
+            self.quick.pop(name, None)
+        elif wanted < spec["interval_s"]:
+            self.quick[name] = quick + 1
+        return wanted * between(1 - spec["jitter"], 1 + spec["jitter"])
 
     def _probed(self, name: str, spec: Probe, ok: bool, reason: str, took_s: float) -> None:
         first = name not in self.results
@@ -99,16 +124,50 @@ class Agent:
         self.probe_failures += not ok
         was_ready = self.suspicion.was_ready
         shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
-        changed = self.suspicion.probed(name, ok, shown, int(spec["misses"]))
+        stats = self.stats.setdefault(name, Stats())
+        need = pace.need(int(spec["misses"]), *stats.earlier())
+        stats.add(ok, took_s)
+        changed = self.suspicion.probed(name, ok, shown, need)
         self.episode += changed
         if changed or self.suspicion.was_ready != was_ready:
             self._changed()
-        if not ok and self.suspicion.wants_confirmation() and not self.confirming:
-            self._confirm()
+        if ok and self.gateway is not None:
+            self.gateway.answers = None
+        if not ok:
+            self._doubt(name, spec)
         if first:
             self._watch_ready()
 
+    def _doubt(self, name: str, spec: Probe) -> None:
+        """A probe was missed: whose fault is it? First what stands before the device is asked."""
+        if self.gateway is None or self.suspicion.state != "suspect":
+            self._want_confirmation(name, spec)
+        else:
+
+            def asked(alive: bool) -> None:
+                if self._behind(alive):
+                    self._want_confirmation(name, spec)
+
+            self.gateway.ask(asked)
+
+    def _behind(self, alive: bool) -> bool:  # as the gateway's callback says it
+        """Take what the gateway did; whether it answers."""
+        assert self.gateway is not None
+        if self.suspicion.gateway(alive, self.gateway.words()):
+            self._changed()
+        return alive
+
+    def _want_confirmation(self, name: str, spec: Probe) -> None:
+        # At the quick pace too they stay an interval apart: see pace.
+        apart_s = spec["interval_s"] * (1 - spec["jitter"])
+        soon = time.monotonic() - self.confirm_began < apart_s
+        quick = 0 < self.quick.get(name, 0) < pace.MOST_QUICK
+        held = self.confirming or (soon and quick)
+        if self.suspicion.wants_confirmation() and not held:
+            self._confirm()
+
     def _confirm(self) -> None:
+        self.confirm_began = time.monotonic()
         specs = self.config["confirm"]
         self.confirming = len(specs)
         episode = self.episode
@@ -122,7 +181,21 @@ class Agent:
                 return
             # One independent path that works is enough to doubt the probe instead of the device.
             alive = [a for a in answers if a[1]]
-            if self.suspicion.confirmation(*(alive or answers)[0]):
+            self.confirmations = answers
+            if alive or self.gateway is None:
+                take(*(alive or answers)[0])
+            else:
+                # It may have died meanwhile: what failed counts only if it answers now.
+                self.confirming = 1
+                self.gateway.ask(asked)
+
+        def asked(alive: bool) -> None:
+            self.confirming = 0
+            if self._behind(alive):
+                take(*answers[0])
+
+        def take(name: str, ok: bool, reason: str) -> None:
+            if self.episode == episode and self.suspicion.confirmation(name, ok, reason):
                 self._changed()
 
         def start(spec: Probe) -> None:
@@ -173,6 +246,8 @@ class Agent:
             listen=self.server.address,
             dropped=dropped,
             stopping=stopping,
+            gateway=self.gateway.address if self.gateway is not None else "",
+            gateway_dead=bool(believed.behind),
         )
 
     def answer(self, path: str) -> Answer | None:
@@ -205,9 +280,23 @@ class Agent:
             "misses": believed.misses,
             "confirmed": believed.confirmed,
             "uptime_s": round(time.monotonic() - self.began, 3),
-            "probes": self.results,
+            "probes": {n: {**r, "stats": self.stats[n].summary()} for n, r in self.results.items()},
+            "evidence": self.evidence(),
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
         }
+
+    def evidence(self) -> Document:
+        """What the belief stands on: failing probes, the last confirmation, the gateway."""
+        failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
+        told: Document = {"failing": failing}
+        if self.confirmations and self.suspicion.state != "ok":
+            told["confirm"] = [
+                {"probe": name, "ok": ok, "reason": reason}
+                for name, ok, reason in self.confirmations
+            ]
+        if self.gateway is not None:
+            told["gateway"] = self.gateway.evidence()
+        return told
 
     # -- ending
 

@@ -23,7 +23,11 @@ Configuration document (version 1)::
      "service": "device-watchdog-agent", "beat_s": 15.0,
      "probes": [{"kind": "tcp|http|icmp", "port": 8080, "path": "/", "expect_status": 200,
                  "interval_s": 5.0, "timeout_s": 2.0, "misses": 3}],
-     "confirm": [{...a probe of another kind...}]}
+     "confirm": [{...a probe of another kind...}],
+     "gateway": {"address": "10.0.0.1", ...a probe...}}      (optional)
+
+The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device goes
+before the address in ``gateway``.
 
 The credential is the bearer token of this one agent: good for reports of this device and epoch only. It
 is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.
@@ -88,9 +92,13 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
     listen: str,
     dropped: int,
     stopping: bool = False,
+    gateway: str = "",
+    gateway_dead: bool = False,
 ) -> dict[str, Any]:
     """One report. `sequence` goes up by one for each report of an instance; `dropped` counts reports
-    that were lost to the bounded buffer; `stopping` is true in the last one before an exit."""
+    that were lost to the bounded buffer; `stopping` is true in the last one before an exit; `gateway` is the address of
+    what stands before the device, `gateway_dead` that it did not answer: both only where there is one."""
+    behind = {"gateway": gateway, "gateway_dead": gateway_dead} if gateway else {}
     return {
         "v": VERSION,
         "device_id": config["device_id"],
@@ -108,4 +116,5 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
         "listen": listen,
         "dropped": dropped,
         "stopping": stopping,
+        **behind,
     }

@@ -234,6 +234,8 @@ class ReportIn(BaseModel):
     listen: Annotated[str, Field(max_length=300), AfterValidator(_printable)] = ""
     dropped: Count = 0
     stopping: bool = False
+    gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(_printable)] = ""
+    gateway_dead: bool = False
 
     def report(self) -> AgentReport:
         """As the value that goes inside."""
