@@ -71,13 +71,17 @@ class Agent:
         self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
         self._write_address()
         log("agent started", listen=self.server.address, epoch=self.config["epoch"])
+        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
+        self.live()
+        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
+
+    def live(self) -> None:
+        """Register, probe and report until the loop is stopped."""
         if self.registration is not None:
             self.registration.start()
         for number, spec in enumerate(self.config["probes"]):
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
-        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
         self.loop.run()
-        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
 
     # -- probing
 
