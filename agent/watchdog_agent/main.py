@@ -10,7 +10,7 @@ import sys
 import time
 
 from . import config as configuration
-from . import consul, http, metrics, probes, reporter, state, wire
+from . import http, metrics, probes, reporter, state, wire
 from .loop import Loop, between
 from .suspicion import Suspicion
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from . import consul
     from .shapes import Answer, Config, Document, Probe
 
 
@@ -54,6 +55,8 @@ class Agent:
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
         self.registration: consul.Registration | None = None
         if config.get("consul"):
+            from . import consul
+
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )

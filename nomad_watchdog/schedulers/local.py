@@ -59,7 +59,7 @@ class LocalScheduler:
     name = "local"
     capabilities = Capabilities(restarts=True, reschedules=False, outlives_us=True)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # settings by name, as the operator gives them
         self,
         *,
         directory: str | Path,
