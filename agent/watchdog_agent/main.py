@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 
 from . import config as configuration
 from . import http, metrics, probes, reporter, state, wire
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from . import consul
+    from .ondemand import OnDemand
     from .shapes import Answer, Config, Document, Probe
 
 
@@ -29,6 +31,8 @@ class Agent:
     SAVE_EVERY_S = 60.0
     CONSUL_WAIT_S = 1.0
     SHUT_DOWN_S = 2.5
+    HISTORY = 32
+    """Changes of state that /status remembers."""
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
@@ -37,6 +41,8 @@ class Agent:
         self.began = time.monotonic()
         self.loop = Loop()
         self.results: dict[str, dict[str, Any]] = {}
+        self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
+        self.asked: OnDemand | None = None
         self.probed = self.probe_failures = 0
         self.confirming = 0
         self.episode = 0
@@ -140,6 +146,10 @@ class Agent:
             start(spec)
 
     def _changed(self) -> None:
+        believed = self.suspicion
+        if not self.history or self.history[-1]["state"] != believed.state:
+            at = {"at": round(time.time(), 3), "state": believed.state}
+            self.history.append({**at, "reason": believed.reason[:200]})
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
         self._save()
         if self.reporting and self.exit_code is None:
@@ -182,18 +192,36 @@ class Agent:
             stopping=stopping,
         )
 
-    def answer(self, path: str) -> Answer | None:
+    def answer(self, path: str, accept: str = "", method: str = "GET") -> Answer | None:
         """What the server says: (status, content type, body) or None."""
+        if path == "/probe":
+            return self._on_demand(method)
+        if method != "GET":
+            return None
         if path == "/healthz":
             # Constant on purpose: Consul stores the text of a check.
             return 200, "text/plain", b"ok\n"
         if path == "/ready":
             return (200, "text/plain", b"ready\n") if self.ready() else (503, "text/plain", b"no\n")
         if path == "/metrics":
+            if "openmetrics" in accept.lower():
+                from . import openmetrics
+
+                if openmetrics.wanted(accept):
+                    return 200, openmetrics.KIND, openmetrics.converted(metrics.render(self))
             return 200, "text/plain; version=0.0.4", metrics.render(self)
         if path == "/status":
             return 200, "application/json", json.dumps(self.status()).encode()
         return None
+
+    def _on_demand(self, method: str) -> Answer | None:
+        if self.asked is None:
+            if method != "POST":
+                return None
+            from . import ondemand
+
+            self.asked = ondemand.OnDemand(self)
+        return self.asked.start() if method == "POST" else self.asked.look()
 
     def status(self) -> Document:
         """What is known, for people and scripts."""
@@ -213,6 +241,7 @@ class Agent:
             "confirmed": believed.confirmed,
             "uptime_s": round(time.monotonic() - self.began, 3),
             "probes": self.results,
+            "history": list(self.history),
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
         }
 
