@@ -34,7 +34,11 @@ class OnDemand:
         """Run every probe and every confirmation now; 202, or 429 for who asks too often."""
         now = time.monotonic()
         if now - self.last < EVERY_S or None in self.results:
-            return 429, "application/json", b'{"error": {"message": "once a second, one at a time"}}'
+            return (
+                429,
+                "application/json",
+                b'{"error": {"message": "once a second, one at a time"}}',
+            )
         self.last = now
         self.number += 1
         config = self.agent.config

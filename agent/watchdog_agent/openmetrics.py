@@ -21,12 +21,15 @@ def converted(text: bytes) -> bytes:
     _total, and the end is marked."""
     lines = text.decode().splitlines()
     counters = {
-        words[2] for line in lines if line.startswith("# TYPE ") and (words := line.split())[3] == "counter"
+        words[2]
+        for line in lines
+        if line.startswith("# TYPE ") and (words := line.split())[3] == "counter"
     }
-    out = []
-    for line in lines:
-        words = line.split(" ", 3)
-        if line.startswith("# ") and words[2] in counters:
-            line = " ".join([*words[:2], words[2].removesuffix("_total"), *words[3:]])
-        out.append(line)
-    return ("\n".join(out) + "\n# EOF\n").encode()
+    return ("\n".join(_line(line, counters) for line in lines) + "\n# EOF\n").encode()
+
+
+def _line(line: str, counters: set[str]) -> str:
+    words = line.split(" ", 3)
+    if not line.startswith("# ") or words[2] not in counters:
+        return line
+    return " ".join([*words[:2], words[2].removesuffix("_total"), *words[3:]])

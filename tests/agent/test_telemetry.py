@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
 from prometheus_client import openmetrics, parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parsed
+from watchdog_agent.openmetrics import converted, wanted
 
 from tests.agent.world import Agent, World, until
-from watchdog_agent.openmetrics import converted, wanted
 
 assert openmetrics
 PROMETHEUS = (
@@ -69,7 +70,9 @@ def test_accept_is_read_as_http_means_it(accept: str, is_wanted: bool) -> None:
 
 def test_only_counters_lose_their_suffix() -> None:
     """A gauge whose name ends in _total keeps it; a counter's family loses it, its sample does not."""
-    text = b"# HELP a_total A.\n# TYPE a_total counter\na_total 1\n# TYPE b_total gauge\nb_total 2\n"
+    text = (
+        b"# HELP a_total A.\n# TYPE a_total counter\na_total 1\n# TYPE b_total gauge\nb_total 2\n"
+    )
     assert converted(text).decode().splitlines() == [
         "# HELP a A.",
         "# TYPE a counter",
@@ -116,10 +119,14 @@ async def test_probes_on_demand_show_and_do_not_convict(world: World) -> None:
 
 
 async def test_asking_too_often_is_refused(world: World) -> None:
-    """Of many requests at once one is taken, and the others get 429."""
+    """Of many requests at once one is taken in a second, and the others get 429."""
     agent = await world.started()
+    began = time.monotonic()
     answers = await asyncio.gather(*(ask(agent, "POST", "/probe") for _ in range(10)))
-    assert sorted(status for status, _, _ in answers) == [202] + [429] * 9
+    most = 1 + int(time.monotonic() - began)
+    taken = [status for status, _, _ in answers if status == 202]
+    assert 1 <= len(taken) <= most
+    assert {status for status, _, _ in answers} <= {202, 429}
 
 
 async def test_post_is_for_probes_alone(world: World) -> None:
