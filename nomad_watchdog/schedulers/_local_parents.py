@@ -1,7 +1,7 @@
 """Whose children local agents are: forked by a nursery of ours, or spawned by us where that can't be.
 
-A forked agent shares what the nursery has imported (`watchdog_agent.nursery`), so that it has a fifth of the
-memory of its own. The nursery is a convenience, never a need: when it is dead, hung or can't be started,
+A forked agent shares what the nursery has imported (`watchdog_agent.nursery`), so that less than
+half of the memory is its own. The nursery is a convenience, never a need: when it is dead, hung or can't be started,
 agents are spawned as plain processes, and those that it has forked go on, as after our own death.
 """
 
