@@ -81,6 +81,7 @@ class Consul(Block):
 class Local(Block):
     directory: Text | None = None
     python: Text | None = None
+    fork: bool = True
 
 
 class Registry(Block):

@@ -8,9 +8,10 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 
 from . import config as configuration
-from . import consul, http, metrics, pace, probes, reporter, state, wire
+from . import http, metrics, pace, probes, reporter, state, wire
 from .loop import Loop, between
 from .stats import Stats
 from .suspicion import Suspicion
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from . import consul
     from .gateway import Gateway
+    from .ondemand import OnDemand
     from .shapes import Answer, Config, Document, Probe
 
 
@@ -30,6 +33,8 @@ class Agent:
     SAVE_EVERY_S = 60.0
     CONSUL_WAIT_S = 1.0
     SHUT_DOWN_S = 2.5
+    HISTORY = 32
+    """Changes of state that /status remembers."""
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
@@ -43,6 +48,8 @@ class Agent:
         """Probes in a row at the quick pace."""
         self.confirm_began = float("-inf")
         self.confirmations: list[tuple[str, bool, str]] = []
+        self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
+        self.asked: OnDemand | None = None
         self.probed = self.probe_failures = 0
         self.confirming = 0
         self.episode = 0
@@ -66,6 +73,8 @@ class Agent:
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
         self.registration: consul.Registration | None = None
         if config.get("consul"):
+            from . import consul
+
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
@@ -83,14 +92,18 @@ class Agent:
         self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
         self._write_address()
         log("agent started", listen=self.server.address, epoch=self.config["epoch"])
+        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
+        self.live()
+        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
+
+    def live(self) -> None:
+        """Register, probe and report until the loop is stopped."""
         if self.registration is not None:
             self.registration.start()
         for number, spec in enumerate(self.config["probes"]):
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
-        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
         self.loop.run()
         probes.close()
-        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
 
     # -- probing
 
@@ -206,6 +219,10 @@ class Agent:
             start(spec)
 
     def _changed(self) -> None:
+        believed = self.suspicion
+        if not self.history or self.history[-1]["state"] != believed.state:
+            at = {"at": round(time.time(), 3), "state": believed.state}
+            self.history.append({**at, "reason": believed.reason[:200]})
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
         self._save()
         if self.reporting and self.exit_code is None:
@@ -250,18 +267,36 @@ class Agent:
             gateway_dead=bool(believed.behind),
         )
 
-    def answer(self, path: str) -> Answer | None:
+    def answer(self, path: str, accept: str = "", method: str = "GET") -> Answer | None:
         """What the server says: (status, content type, body) or None."""
+        if path == "/probe":
+            return self._on_demand(method)
+        if method != "GET":
+            return None
         if path == "/healthz":
             # Constant on purpose: Consul stores the text of a check.
             return 200, "text/plain", b"ok\n"
         if path == "/ready":
             return (200, "text/plain", b"ready\n") if self.ready() else (503, "text/plain", b"no\n")
         if path == "/metrics":
+            if "openmetrics" in accept.lower():
+                from . import openmetrics
+
+                if openmetrics.wanted(accept):
+                    return 200, openmetrics.KIND, openmetrics.converted(metrics.render(self))
             return 200, "text/plain; version=0.0.4", metrics.render(self)
         if path == "/status":
             return 200, "application/json", json.dumps(self.status()).encode()
         return None
+
+    def _on_demand(self, method: str) -> Answer | None:
+        if self.asked is None:
+            if method != "POST":
+                return None
+            from . import ondemand
+
+            self.asked = ondemand.OnDemand(self)
+        return self.asked.start() if method == "POST" else self.asked.look()
 
     def status(self) -> Document:
         """What is known, for people and scripts."""
@@ -282,6 +317,7 @@ class Agent:
             "uptime_s": round(time.monotonic() - self.began, 3),
             "probes": {n: {**r, "stats": self.stats[n].summary()} for n, r in self.results.items()},
             "evidence": self.evidence(),
+            "history": list(self.history),
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
         }
 
