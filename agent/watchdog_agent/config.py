@@ -44,6 +44,8 @@ def load(environ: Mapping[str, str]) -> Config:
     if isinstance(config, dict) and environ.get("CONSUL_HTTP_ADDR"):
         text = environ["CONSUL_HTTP_ADDR"]
         config["consul"] = text if "://" in text else f"http://{text}"
+    if isinstance(config, dict) and environ.get("WATCHDOG_LOKI_URL"):
+        config["loki"] = {"url": environ["WATCHDOG_LOKI_URL"]}
     return check(config)
 
 
@@ -56,16 +58,20 @@ def check(config: Any) -> Config:
     _texts(config)
     if type(config.get("epoch")) is not int or config["epoch"] < 1:
         raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
-    for url in _list(config, "api"):
-        _url(url, "http:// or https:// address", tls=True)
+    for url in check_list(config, "api"):
+        check_url(url, "http:// or https:// address", tls=True)
     if config.get("consul"):
-        _url(config["consul"], "http:// address", tls=False)
-    _number(config, "beat_s", 15.0, 0.1, 3600.0)
-    _number(config, "register_every_s", 45.0, 0.1, 3600.0)
-    config["probes"] = [_probe(p, "probes") for p in _list(config, "probes")]
-    config["confirm"] = [_probe(p, "confirm") for p in _list(config, "confirm")]
+        check_url(config["consul"], "http:// address", tls=False)
+    check_number(config, "beat_s", 15.0, 0.1, 3600.0)
+    check_number(config, "register_every_s", 45.0, 0.1, 3600.0)
+    config["probes"] = [_probe(p, "probes") for p in check_list(config, "probes")]
+    config["confirm"] = [_probe(p, "confirm") for p in check_list(config, "confirm")]
     if not config["probes"]:
         raise ConfigError("probes is empty; at least one is needed")
+    if any(name in config for name in ("escalate", "loki", "state", "prefix")):
+        from . import config_escalate
+
+        config_escalate.check(config)
     config["confirm"] = config["confirm"] or [_other_kind(config["probes"][0])]
     return config
 
@@ -75,7 +81,8 @@ def _other_kind(probe: Probe) -> Probe:
     return _probe({"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, "")
 
 
-def _url(url: Any, what: str, *, tls: bool) -> None:
+def check_url(url: Any, what: str, *, tls: bool) -> None:
+    """Raises ConfigError."""
     try:
         Url(url, tls=tls)
     except (ValueError, AttributeError):
@@ -112,9 +119,9 @@ def _probe(probe: Any, where: str) -> Probe:
         or any(not "!" <= c <= "~" for c in path)
     ):
         raise ConfigError(f"{where}: path is {path!r}; it must begin with / and be printable ASCII")
-    _number(probe, "interval_s", 5.0, 0.05, 86400.0)
-    _number(probe, "timeout_s", 2.0, 0.01, 600.0)
-    _number(probe, "misses", 3, 1, 1000)
+    check_number(probe, "interval_s", 5.0, 0.05, 86400.0)
+    check_number(probe, "timeout_s", 2.0, 0.01, 600.0)
+    check_number(probe, "misses", 3, 1, 1000)
     if type(probe.setdefault("expect_status", 200)) is not int:
         raise ConfigError(
             f"{where}: expect_status is {probe['expect_status']!r}; it must be a number"
@@ -122,13 +129,15 @@ def _probe(probe: Any, where: str) -> Probe:
     return probe
 
 
-def _number(config: Config, name: str, default: float, low: float, high: float) -> None:
+def check_number(config: Config, name: str, default: float, low: float, high: float) -> None:
+    """Fill in the default. Raises ConfigError."""
     value = config.setdefault(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
 
 
-def _list(config: Config, name: str) -> list[Any]:
+def check_list(config: Config, name: str) -> list[Any]:
+    """The list, empty when there is none. Raises ConfigError."""
     value = config.get(name, [])
     if not isinstance(value, list) or len(value) > 32:
         raise ConfigError(f"{name} must be a list of at most 32")
