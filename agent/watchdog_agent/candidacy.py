@@ -104,7 +104,7 @@ class Round:
 
     def _look(self) -> None:
         """Whether it is told, and whether anybody is about to."""
-        self.fetch = self.kv.listed(f"{self.folder}/.", self._looked)
+        self.fetch = self.kv.listed(f"{self.folder}/_", self._looked)
 
     def _looked(self, found: list[Document] | None, reason: str) -> None:
         if self.over:
@@ -114,11 +114,11 @@ class Round:
             return
         self._reached()
         kept = {one["name"].rpartition("/")[2]: one for one in found}
-        told = electing.checked(kept[".told"]["value"]) if ".told" in kept else None
+        told = electing.checked(kept["_told"]["value"]) if "_told" in kept else None
         if electing.covers(told, self.entry["id"]):
             assert told is not None
             self._settle(told["episode"])
-        elif kept.get(".leader", {}).get("session") or time.monotonic() < self.resigned_until:
+        elif kept.get("_leader", {}).get("session") or time.monotonic() < self.resigned_until:
             # the longer it takes, the rarer we ask: an heir is wanted in seconds, not at once
             self.polls += 1
             wait = min(self.gather_s * 1.2**self.polls, max(self.gather_s, 5.0))
@@ -133,7 +133,7 @@ class Round:
             self._failed()
             return
         body = {"slug": self.owner.config["slug"]}
-        path = f"{self.folder}/.leader"
+        path = f"{self.folder}/_leader"
         self.fetch = self.kv.put(path, f"acquire={session}", body, self._stood)
 
     def _stood(self, taken: bool | None, reason: str) -> None:
@@ -199,7 +199,7 @@ class Round:
             else:
                 self._later(between(0.1, 0.5), self._lead)
 
-        self.fetch = self.kv.put(f"{self.folder}/.told", f"cas={index}", document, written)
+        self.fetch = self.kv.put(f"{self.folder}/_told", f"cas={index}", document, written)
 
     def _told(self, document: Document, taken: bool) -> None:
         self.telling = False
@@ -210,7 +210,7 @@ class Round:
         elif not taken:
             # Our way to the sinks may be broken and another's not: step back for a while.
             self.resigned_until = time.monotonic() + 2 * self.window_s
-            self._release(f"{self.folder}/.leader")
+            self._release(f"{self.folder}/_leader")
             self.leading = False
             self._later(self.gather_s, self._look)
         else:
@@ -225,7 +225,7 @@ class Round:
             same = told is not None and told["rev"] == document["rev"]
             if entries and same and told is not None and told["episode"] == document["episode"]:
                 query = f"cas={entries[0]['index']}"
-                path = f"{self.folder}/.told"
+                path = f"{self.folder}/_told"
                 self.kv.put(path, query, electing.finished(document, time.time()), written)
             else:
                 written(None if entries is None else True, "")
@@ -239,7 +239,7 @@ class Round:
             else:
                 self._later(between(0.2, 0.8), lambda: self._mark(document, tries + 1))
 
-        self.fetch = self.kv.listed(f"{self.folder}/.told", found)
+        self.fetch = self.kv.listed(f"{self.folder}/_told", found)
 
     # -- ending
 
@@ -268,7 +268,7 @@ class Round:
         """It is told: leave the note without a lock, as a sign that this device is still away."""
         self.stop()
         if self.leading:
-            self._release(f"{self.folder}/.leader")
+            self._release(f"{self.folder}/_leader")
         session = self.owner.session
         query = f"release={session}" if session else "flags=0"
         self.kv.put(self.note, query, self._value(episode), lambda *_: self.owner.end(self))
@@ -290,7 +290,7 @@ class Round:
         """The device has recovered before anybody told of it."""
         self.stop()
         if self.leading:
-            self._release(f"{self.folder}/.leader")
+            self._release(f"{self.folder}/_leader")
         self.kv.delete(self.note, lambda _ok: self.owner.end(self))
 
     def _later(self, delay_s: float, callback: Callable[[], None]) -> None:

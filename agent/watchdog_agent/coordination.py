@@ -6,8 +6,8 @@ session. Keys, below ``<prefix>/anomalies/<group>/``:
 =============  =========================================================================
 ``<slug>``     the note of one agent, locked by its session; left unlocked when it was told,
                deleted when its device has recovered
-``.leader``    the lock; its holder tells
-``.told``      what is being told, or was (`electing`)
+``_leader``    the lock; its holder tells
+``_told``      what is being told, or was (`electing`)
 =============  =========================================================================
 
 A session has a TTL, no lock delay, and deletes what it locked when it ends: a dead agent's note and

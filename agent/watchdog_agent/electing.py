@@ -113,9 +113,9 @@ def read_group(found: list[Document]) -> tuple[dict[str, list[str]], Document | 
     told, index = None, 0
     for one in found:
         name, value = one["name"].rpartition("/")[2], one["value"]
-        if name == ".told":
+        if name == "_told":
             told, index = checked(value), one["index"]
-        elif name[:1] != "." and one["session"] and isinstance(value, dict):
+        elif name[:1] != "_" and one["session"] and isinstance(value, dict):
             present[str(value.get("id"))] = [str(value.get("device_id")), str(value.get("reason"))]
     return present, told, index
 

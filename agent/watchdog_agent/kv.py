@@ -41,6 +41,8 @@ class Kv:
         headers = [("X-Consul-Token", token)] if token else []
         raw = b"" if body is None else json.dumps(body).encode()
         data = http.request(method, f"{self.url.base}/v1{path}", self.url.host_header, raw, headers)
+        # 1.0: to 1.1 Consul sends what is longer than some KB in chunks, and `http` knows none.
+        data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
         where = (self.url.host, self.url.port)
         return http.Fetch(self.loop, where, data, timeout_s, done, max_body=MOST_BYTES)
 
@@ -67,7 +69,8 @@ class Kv:
             elif status != 200:
                 done(None, reason_of(status, said))
             else:
-                done(entries(said, f"{self.folder}/"), "")
+                found = entries(said, f"{self.folder}/")
+                done(found, "" if found is not None else "its listing is not JSON")
 
         return self.call(
             "GET", f"/kv/{self.folder}/{key}?recurse=true&consistent=true", None, answered
@@ -79,8 +82,9 @@ class Kv:
         )
 
 
-def entries(body: bytes, folder: str) -> list[Document]:
-    """Consul's listing, decoded; of one that was cut at MOST_BYTES the whole entries; of garbage none."""
+def entries(body: bytes, folder: str) -> list[Document] | None:
+    """Consul's listing, decoded; of one that was cut at MOST_BYTES the whole entries. None of what is no
+    listing: to take that for an empty one would make each agent of many the only one."""
     import base64
 
     if len(body) >= MOST_BYTES:
@@ -88,9 +92,11 @@ def entries(body: bytes, folder: str) -> list[Document]:
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        return []
+        return None
+    if not isinstance(found, list):
+        return None
     out: list[Document] = []
-    for entry in found if isinstance(found, list) else []:
+    for entry in found:
         try:
             value = json.loads(base64.b64decode(entry["Value"] or ""))
             name = str(entry["Key"]).removeprefix(folder)
