@@ -234,7 +234,8 @@ class Settings(Block):
         }
         # Only when there are any, so that a class without keeps its hash, and its agents.
         repairs = {"repairs": [step.wire() for step in kind.repair]} if kind.repair else {}
-        behaviour |= repairs
+        telling = kind.telling()
+        behaviour |= repairs | telling
         trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
@@ -261,6 +262,8 @@ class Settings(Block):
                     "metadata": kind.metadata,
                 }
                 | repairs
+                | telling
+                | ({"prefix": self.consul.prefix} if telling else {})
                 | trust
             ),
         )

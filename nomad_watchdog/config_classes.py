@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from nomad_watchdog import __version__
+from nomad_watchdog import __version__, config_escalate
+from nomad_watchdog.config_escalate import Escalate, Loki
 from nomad_watchdog.config_types import Block, Name, Positive, Seconds, Size, Text, Url
 
 
@@ -114,6 +115,9 @@ class AgentClass(Block):
     probe: tuple[Probe, ...] = ()
     confirm: tuple[Probe, ...] = ()
     repair: tuple[Repair, ...] = ()
+    escalate: Escalate | None = None
+    loki: Loki | None = None
+    state: Literal["folder", "consul"] = "folder"
 
     @model_validator(mode="after")
     def _fits(self) -> AgentClass:
@@ -123,6 +127,10 @@ class AgentClass(Block):
         if self.driver and "driver" in self.variables:
             raise ValueError("driver is given twice: as a setting and in variables")
         return self
+
+    def telling(self) -> dict[str, Any]:
+        """What the agent's document says of whom it tells; empty for a class without."""
+        return config_escalate.wire(self.escalate, self.loki, self.state)
 
 
 def default_class() -> dict[str, AgentClass]:

@@ -83,9 +83,14 @@ class Sink:
         method, path, body, headers = request_of(
             self.spec, self.waiting[0][0], self.config, self.instance
         )
-        if token := read_secret(self.spec.get("token_file", "")):
-            name = "X-Consul-Token" if self.spec["kind"] == "consul_event" else "Authorization"
-            headers.append((name, token if name[0] == "X" else f"Bearer {token}"))
+        token = read_secret(self.spec.get("token_file", ""))
+        if self.spec["kind"] == "consul_event":
+            from . import consul
+
+            if token := token or consul.read_token():
+                headers.append(("X-Consul-Token", token))
+        elif token:
+            headers.append(("Authorization", f"Bearer {token}"))
         data = http.request(method, self.url.base + path, self.url.host_header, body, headers)
         where = (self.url.host, self.url.port)
         if self.context is not None:
