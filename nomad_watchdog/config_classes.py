@@ -132,6 +132,13 @@ class AgentClass(Block):
         """What the agent's document says of whom it tells; empty for a class without."""
         return config_escalate.wire(self.escalate, self.loki, self.state)
 
+    def needs_consul(self) -> str:
+        """What is missing where agents have no Consul, in words; "" when nothing is."""
+        sinks = self.escalate.sink if self.escalate else ()
+        if any(sink.kind == "consul_event" and sink.url is None for sink in sinks):
+            return "consul_event needs a url where consul.agent_address is empty"
+        return ""
+
 
 def default_class() -> dict[str, AgentClass]:
     return {
