@@ -187,7 +187,7 @@ class Agent:
         if self.suspicion.state == "offline":
             evidence = {"probes": self.results, "reason": self.suspicion.reason}
             self.escalations.raise_("offline", self.suspicion.reason, evidence)
-        elif self.suspicion.state == "ok" and self._round_done():
+        elif self.suspicion.state == "ok":
             self.escalations.clear("offline")
 
     def _watch_ready(self) -> None:

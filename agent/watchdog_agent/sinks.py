@@ -48,7 +48,8 @@ class Sink:
         self.loop, self.spec, self.config = loop, spec, config
         self.instance = instance
         self.log = log
-        self.url = http.Url(spec.get("url") or config["consul"], 80, tls=True)
+        port = 8500 if spec["kind"] == "consul_event" else 80
+        self.url = http.Url(spec.get("url") or config["consul"], port, tls=True)
         self.context: Any = None
         if self.url.secure:
             from . import tls
@@ -91,7 +92,9 @@ class Sink:
                 headers.append(("X-Consul-Token", token))
         elif token:
             headers.append(("Authorization", f"Bearer {token}"))
-        data = http.request(method, self.url.base + path, self.url.host_header, body, headers)
+        data = http.request(
+            method, self.url.base + path or "/", self.url.host_header, body, headers
+        )
         where = (self.url.host, self.url.port)
         if self.context is not None:
             from . import tls

@@ -26,6 +26,7 @@ class Receiver(Listener):
             name.lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines[1:])
         }
+        assert lines[0].split(" ")[1].startswith("/"), lines[0]
         raw = await reader.readexactly(int(headers["content-length"]))
         status = self.status
         self.attempts.append(

@@ -180,6 +180,27 @@ async def test_an_elected_one_that_is_told_to_stop_hands_over_at_once(
     assert receiver.told("firing")[0]["count"] == 3
 
 
+async def test_an_elected_one_that_the_sink_refuses_steps_back(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """When what the elected one tells is refused, another one tells the same under the same key."""
+    receiver.status = 403
+    agents = [
+        member(world, receiver, consul.http_addr, number, gather_s=2.0, window_s=20.0)
+        for number in range(3)
+    ]
+    await all_started(agents)
+    await world.device.stop()
+    first = (await until(lambda: receiver.attempts, "a refused alert", SOON_S))[0]["body"]
+    receiver.status = 200
+    await until(lambda: receiver.told("firing"), "another one's alert", 30.0)
+    (alert,) = receiver.told("firing")
+    assert alert["by"]["device_id"] != first["by"]["device_id"]
+    assert (alert["key"], alert["count"]) == (first["key"], 3)
+    await told_to_all(agents, alert["episode"])
+    assert len(receiver.delivered) == 1
+
+
 async def test_a_lone_anomaly_shows_no_group_and_another_gateway_is_another_alert(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:

@@ -102,6 +102,22 @@ async def test_an_open_escalation_outlives_a_kill(world: World, receiver: Receiv
     assert await agent.signal(signal.SIGTERM) == 143
 
 
+async def test_a_return_while_the_agent_was_away_is_told(world: World, receiver: Receiver) -> None:
+    """A device that came back while its agent was dead is told as back by the next run, also where only
+    one of two probes has answered yet."""
+    slow = probe(world.dead_port, kind="tcp", interval_s=60.0, timeout_s=0.2, misses=3)
+    agent = await world.started(escalate=rules(receiver), probes=[probe(world.device.port), slow])
+    await agent.is_in("ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an escalation", 20.0)
+    await until(lambda: '"told": true' in (agent.folder / "state.json").read_text(), "kept")
+    assert agent.process is not None
+    await agent.process.kill()
+    await world.device.start()
+    await agent.start()
+    await until(lambda: receiver.told("resolved"), "the end")
+
+
 async def test_a_ladder_keeps_the_plain_escalation_out(world: World, receiver: Receiver) -> None:
     """With repairs in the document a device that goes offline is not escalated by the plain rule."""
     step = {
