@@ -452,6 +452,17 @@ def test_rotation_loses_no_line(log: Log) -> None:
     assert not log.look()[0]
 
 
+def test_a_look_in_between_takes_nothing(log: Log) -> None:
+    """A look that was asked for sees a new line, and leaves it to the usual round."""
+    log.add("ERROR\n")
+    for _ in range(2):
+        peeking = {**log.spec, "follower": log.spec["follower"].peek()}
+        assert run(peeking) == (False, "log says 'ERROR'")
+        peeking["follower"].file.close()
+    assert not log.look()[0]
+    assert log.look()[0]
+
+
 def test_a_flood_is_read_up_to_256_kib_and_said(log: Log) -> None:
     """Of more than a round can take the newest is read, and the rest is named as skipped."""
     log.add("x" * 1_000_000 + "ERROR")
