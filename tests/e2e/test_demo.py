@@ -44,6 +44,8 @@ def left_behind(folder: Path) -> list[Any]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
                 words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                # a forked agent has its nursery's of both, and the log that it writes for itself
+                words += str([fd.readlink() for fd in (entry / "fd").iterdir()]).encode()
                 # our own TMPDIR alone says nothing: pytest's children have it too
                 if needle + b"/nomad-watchdog-demo-" in words:
                     found.append((entry.name, (entry / "cmdline").read_bytes()))
