@@ -67,6 +67,10 @@ def check(config: Any) -> Config:
     if not config["probes"]:
         raise ConfigError("probes is empty; at least one is needed")
     config["confirm"] = config["confirm"] or [_other_kind(config["probes"][0])]
+    if config.get("repairs"):
+        from . import config_repairs
+
+        config_repairs.check(config)
     return config
 
 

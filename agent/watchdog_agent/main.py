@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from .escalation import Escalations
+    from .repairs import Repairs
     from .shapes import Answer, Config, Document, Probe
 
 
@@ -31,6 +33,7 @@ class Agent:
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
+        self.log = log
         self.instance = configuration.instance_of(environ)
         self.folder = configuration.state_dir_of(environ)
         self.began = time.monotonic()
@@ -58,12 +61,31 @@ class Agent:
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
 
+        # Each is loaded only where it is asked for: a feature that is off costs nothing.
+        self.escalations: Escalations | None = None
+        if config.get("escalate"):
+            from . import escalation
+
+            self.escalations = escalation.Escalations(self.loop, config, self.instance, log)
+            self.escalations.restore(kept.get("escalations") or [])
+        self.repairs: Repairs | None = None
+        if config.get("repairs"):
+            from . import repairs
+
+            self.repairs = repairs.Repairs(self, kept.get("repairs"))
+            self.reporter.heard = self.repairs.heard
+        elif kept.get("repairs"):
+            from . import repairs
+
+            repairs.recover(kept["repairs"], log)
+
     def ready(self) -> bool:
         """Registered, and the first round of probes is done."""
         registered = self.registration is None or self.registration.done
-        return registered and self._round_done()
+        return registered and self.round_done()
 
-    def _round_done(self) -> bool:
+    def round_done(self) -> bool:
+        """Each probe has ended once."""
         return len(self.results) == len(self.config["probes"])
 
     def run(self) -> int:
@@ -76,7 +98,13 @@ class Agent:
         for number, spec in enumerate(self.config["probes"]):
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
-        self.loop.run()
+        if self.repairs is not None:
+            self.repairs.start()
+        try:
+            self.loop.run()
+        finally:
+            if self.repairs is not None:
+                self.repairs.abandon()
         return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
 
     # -- probing
@@ -107,6 +135,8 @@ class Agent:
             self._confirm()
         if first:
             self._watch_ready()
+        if self.repairs is not None:
+            self.repairs.probed(ok)
 
     def _confirm(self) -> None:
         specs = self.config["confirm"]
@@ -124,6 +154,8 @@ class Agent:
             alive = [a for a in answers if a[1]]
             if self.suspicion.confirmation(*(alive or answers)[0]):
                 self._changed()
+                if self.repairs is not None:
+                    self.repairs.look()
 
         def start(spec: Probe) -> None:
             address = self.config["address"]
@@ -134,14 +166,30 @@ class Agent:
 
     def _changed(self) -> None:
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
+        self._unrepaired()
         self._save()
+        self.tell()
+
+    def _unrepaired(self) -> None:
+        """Without a ladder, offline is told at once; with one, when it is exhausted."""
+        if self.repairs is not None or self.escalations is None:
+            return
+        believed, key = self.suspicion, self.config["slug"]
+        if believed.state == "offline":
+            evidence = {"state": "offline", "misses": believed.misses, "probes": self.results}
+            self.escalations.raise_(key, believed.reason[:400], evidence)
+        elif believed.state == "ok":
+            self.escalations.clear(key)
+
+    def tell(self) -> None:
+        """Something worth a report has happened."""
         if self.reporting and self.exit_code is None:
             self.reporter.changed()
 
     def _watch_ready(self) -> None:
         """Begin to report when ready; without Consul too, after a moment, as not ready: a dead Consul
         must not hide what we see of the device."""
-        if self.exit_code is not None or not self._round_done():
+        if self.exit_code is not None or not self.round_done():
             return
         if self.reporting:
             self.reporter.changed()
@@ -157,22 +205,30 @@ class Agent:
 
     # -- telling
 
+    def believed(self) -> tuple[str, str]:
+        """(state, reason) as they are told: what is being done goes before what is wrong."""
+        state, reason = self.suspicion.state, self.suspicion.reason
+        doing = self.repairs.active() if self.repairs is not None and state != "ok" else ""
+        return ("repairing", f"{doing}; {reason}") if doing else (state, reason)
+
     def report(self, sequence: int, dropped: int, stopping: bool) -> Document:
         """The report as of now."""
         believed = self.suspicion
+        state, reason = self.believed()
         return wire.report(
             self.config,
             instance=self.instance,
             sequence=sequence,
             ready=self.ready() and not stopping,
-            state=believed.state,
+            state=state,
             was_ready=believed.was_ready,
             misses=believed.misses,
             confirmed=believed.confirmed,
-            reason=believed.reason[:400],
+            reason=reason[:400],
             listen=self.server.address,
             dropped=dropped,
             stopping=stopping,
+            repairs=self.repairs.told() if self.repairs is not None else None,
         )
 
     def answer(self, path: str) -> Answer | None:
@@ -191,6 +247,8 @@ class Agent:
     def status(self) -> Document:
         """What is known, for people and scripts."""
         believed, told = self.suspicion, self.reporter
+        state, reason = self.believed()
+        more = {"repairs": self.repairs.status()} if self.repairs is not None else {}
         return {
             "device_id": self.config["device_id"],
             "slug": self.config["slug"],
@@ -199,14 +257,15 @@ class Agent:
             "instance": self.instance,
             "pid": os.getpid(),
             "ready": self.ready(),
-            "state": believed.state,
-            "reason": believed.reason,
+            "state": state,
+            "reason": reason,
             "was_ready": believed.was_ready,
             "misses": believed.misses,
             "confirmed": believed.confirmed,
             "uptime_s": round(time.monotonic() - self.began, 3),
             "probes": self.results,
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
+            **more,
         }
 
     # -- ending
@@ -227,12 +286,19 @@ class Agent:
 
     def _shut_down(self, code: int, *, tell: bool = True) -> None:
         self.exit_code = code
-        self._save()
         self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
-        if tell:
-            self.reporter.close(self._deregister)
+
+        def leave() -> None:
+            self._save()
+            if tell:
+                self.reporter.close(self._deregister)
+            else:
+                self._deregister()
+
+        if self.repairs is not None:
+            self.repairs.close(leave)
         else:
-            self._deregister()
+            leave()
 
     def _deregister(self) -> None:
         if self.registration is None:
@@ -246,10 +312,19 @@ class Agent:
         self._save()
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
 
-    def _save(self) -> None:
+    def save(self) -> bool:
+        """Keep what outlives us; false when it could not be kept."""
+        return self._save()
+
+    def _save(self) -> bool:
         if not self.folder:
-            return
+            return False
         believed = self.suspicion
+        more: Document = {}
+        if self.repairs is not None:
+            more["repairs"] = self.repairs.kept()
+        if self.escalations is not None:
+            more["escalations"] = self.escalations.kept()
         try:
             state.save(
                 self.folder,
@@ -260,10 +335,13 @@ class Agent:
                     "reason": believed.reason[:400],
                     "misses": believed.misses,
                     "sequence": self.reporter.sequence,
+                    **more,
                 },
             )
         except OSError as error:
             log("state can't be saved", reason=http.reason_of(error))
+            return False
+        return True
 
     def _write_address(self) -> None:
         if not self.folder:
