@@ -95,8 +95,7 @@ class Ladder:
 
     def _spent(self, step: Step, now: float) -> bool:
         times = self._times[step["id"]]
-        budget: int = step["budget"]
-        return sum(now - at < step["window_s"] for at in times) >= budget
+        return bool(sum(now - at < step["window_s"] for at in times) >= step["budget"])
 
     @property
     def current(self) -> Document | None:

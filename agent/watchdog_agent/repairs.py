@@ -87,13 +87,14 @@ class Repairs:
         try:
             _undo(self.undo)
         except (OSError, KeyError, TypeError, ValueError) as error:
+            again = isinstance(error, OSError)
             text = reason_of(error) if isinstance(error, OSError) else type(error).__name__
-            self.agent.log("an interrupted repair can't be undone yet", reason=text)
+            self.agent.log("an interrupted repair can't be undone", reason=text, again=again)
             self._left -= 1
-            if self._left > 0:
+            if again and self._left > 0:
                 self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self._put_right)
                 return
-            # An interface that is gone for good must not hold up the other steps.
+            # What is gone for good, or was never kept by us, must not hold up the other steps.
         else:
             self.agent.log("an interrupted repair is undone", of=self.undo["kind"])
         self.undo, self._left = None, UNDO_TRIES

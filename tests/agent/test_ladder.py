@@ -210,9 +210,13 @@ def test_standing_follows_the_last_contact() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([200, 410, 409, 403, 503, 429, None]), st.floats(0.01, 50.0)))
+    st.lists(
+        st.tuples(st.sampled_from([200, 410, 409, 403, 503, 429, None]), st.floats(0.01, 50.0))
+    )
 )
-def test_s3_no_step_without_an_acceptance_that_stands(heard: list[tuple[int | None, float]]) -> None:
+def test_s3_no_step_without_an_acceptance_that_stands(
+    heard: list[tuple[int | None, float]],
+) -> None:
     """Whatever was answered: who may act was accepted, no longer ago than the time alone, and nothing
     against it was said since."""
     standing, now, accepted, against = Standing(4.0, 60.0), 0.0, None, True
