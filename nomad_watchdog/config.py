@@ -233,7 +233,7 @@ class Settings(Block):
             "metadata": kind.metadata,
         }
         # Only when there are any, so that a class without keeps its hash, and its agents.
-        repairs = {"repairs": [step.wire() for step in kind.repair]} if kind.repair else {}
+        repairs = kind.repairs_wire()
         behaviour |= repairs
         trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]

@@ -29,6 +29,7 @@ from nomad_watchdog.model import (
     Placement,
     PlacementState,
     Presence,
+    Repairs,
     Report,
     Verdict,
     VerdictState,
@@ -63,6 +64,7 @@ class AgentReport:
     version: str
     dropped: int = 0
     stopping: bool = False
+    repairs: Repairs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +265,11 @@ class Fleet(RollCall):
             received_at=self.clock.monotonic(),
             sequence=report.sequence,
             stopping=report.stopping,
+            repairs=report.repairs,
         )
+        if report.slug in self.records:
+            before = last.repairs if last is not None else None
+            self.chronicle.repaired(self.records[report.slug], before, report.repairs)
         if report.ready and report.slug in self.records:
             self.chronicle.ready(self.records[report.slug])
         self.refresh(report.slug)

@@ -49,6 +49,8 @@ class Ladder:
         self.escalated = False
         """Whether this episode was escalated."""
         self.attempts: list[Document] = []
+        self.count = 0
+        """Attempts so far: the number of the last one."""
         self._times: dict[str, list[float]] = {step["id"]: [] for step in steps}
 
     # -- deciding
@@ -113,7 +115,9 @@ class Ladder:
     def took(self, step: Step, now: float, *, dry: bool = False) -> Document:
         """The step is about to be taken; the attempt that is to be persisted first."""
         assert self.current is None
+        self.count += 1
         attempt = {
+            "number": self.count,
             "id": step["id"],
             "name": step["name"],
             "episode": self.episode,
@@ -133,6 +137,7 @@ class Ladder:
     def took_back(self, now: float) -> None:
         """What `took` noted could not be persisted, so that nothing was done: as if it had not been."""
         attempt = self.attempts.pop()
+        self.count -= 1
         times = self._times[attempt["id"]]
         assert times[-1] <= now
         times.pop()
@@ -178,6 +183,7 @@ class Ladder:
     def kept(self, now: float) -> Document:
         """For the state file; ages instead of times, as no clock of ours outlives us."""
         return {
+            "count": self.count,
             "episode": self.episode,
             "open": self.open,
             "escalated": self.escalated,
@@ -197,10 +203,12 @@ class Ladder:
         what no run of ours wrote; then this ladder must not be used."""
         since = now - max(0.0, aged_s)
         self.episode = _whole(kept["episode"])
+        self.count = _whole(kept["count"])
         self.open = kept["open"] is True
         self.escalated = kept["escalated"] is True
         for one in kept["attempts"]:
             attempt = {
+                "number": _whole(one["number"]),
                 "id": str(one["id"]),
                 "name": str(one["name"]),
                 "episode": _whole(one["episode"]),
@@ -223,6 +231,7 @@ class Ladder:
         """The last attempts, for a status page or a report."""
         return [
             {
+                "number": a["number"],
                 "step": a["name"],
                 "outcome": a["outcome"],
                 "reason": a["reason"],

@@ -40,7 +40,7 @@ Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Ans
 ``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
 
 Of a class with repairs a report holds ``"repairs": {"active": "what is done now, or empty", "exhausted":
-false, "dry_run": false, "attempts": [{"step": "interface eth1", "outcome": "running|verifying|recovered|
+false, "dry_run": false, "attempts": [{"number": 1, "step": "interface eth1", "outcome": "running|verifying|recovered|
 no help|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and while a step is taken or its
 effect is awaited its ``state`` is ``repairing``.
 
