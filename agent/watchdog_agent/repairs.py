@@ -162,18 +162,30 @@ class Repairs:
         return self.ladder.next(state, failing, time.monotonic())
 
     def _may_take(self, step: Step) -> None:
+        agent = self.agent
         why = self.standing.why_not(time.monotonic())
-        if not self.agent.folder:
+        if not agent.folder:
             why = "there is no folder to keep it in before it is taken"
         if not why:
             self.blocked = ""
             self._take(step)
             return
         if why != self.blocked:
-            self.agent.log("no repair", step=step["name"], reason=why)
+            agent.log("no repair", step=step["name"], reason=why)
             if why == standing.ASK:
-                self.agent.tell()
+                agent.tell()
         self.blocked = why
+        if self._hopeless(why) and agent.suspicion.state == "offline":
+            self._escalate(why)
+
+    def _hopeless(self, why: str) -> bool:
+        """Nobody is there to say whether a step may be taken, or none ever may: then to be told twice is
+        better than not at all. A doubt is the word of a control plane that knows of the device."""
+        if self.ladder.escalated or self.standing.doubt or why == standing.ASK:
+            return False
+        agent = self.agent
+        alone = self.standing.unheard_at is not None or not agent.config.get("api")
+        return alone or not agent.folder
 
     def _take(self, step: Step) -> None:
         now, dry = time.monotonic(), self.dry_run or step["dry_run"]
@@ -273,7 +285,7 @@ class Repairs:
         if self.standing.doubt:
             return
         self.ladder.escalated = True
-        agent.log("the ladder is exhausted", reason=why)
+        agent.log("repairs are given up", reason=why)
         if agent.escalations is not None:
             evidence = {
                 "state": agent.suspicion.state,

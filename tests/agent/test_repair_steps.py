@@ -463,3 +463,59 @@ def test_without_repairs_nothing_of_them_is_loaded() -> None:
         [sys.executable, "-c", text], env={"PYTHONPATH": path}, capture_output=True, check=True
     )
     assert done.stdout.strip() == b"[]"
+
+
+@pytest.mark.parametrize("without", ["api", "folder"])
+async def test_an_agent_that_may_never_repair_tells_at_once(
+    world: World, tmp_path: Path, without: str
+) -> None:
+    """With no control plane in its document, or no folder, an offline device is escalated unrepaired."""
+    calls: list[bytes] = []
+
+    async def hook(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 204 X\r\n\r\n")
+        await writer.drain()
+
+    ear = Listener(hook)
+    await ear.start()
+    out = tmp_path / "out"
+    sinks = [{"kind": "webhook", "url": f"http://127.0.0.1:{ear.port}/"}]
+    agent = world.agent(
+        repairs=[{**QUICK, "kind": "command", "command": ["touch", str(out)]}],
+        escalate={"sinks": sinks},
+        **({"api": []} if without == "api" else {}),
+    )
+    try:
+        await agent.start()
+        if without == "folder":
+            await agent.stop()
+            await run_without_a_folder(world, agent, calls)
+        else:
+            await agent.is_in("ok", state="ok", ready=True)
+            await world.device.stop()
+            await until(lambda: calls, "an escalation")
+    finally:
+        await ear.stop()
+    assert not out.exists()
+
+
+async def run_without_a_folder(world: World, agent: Agent, calls: list[bytes]) -> None:
+    """The same agent, as a process that is given no folder for its state."""
+    process = await asyncio.create_subprocess_exec(
+        *agent.argv,
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "agent"),
+            "WATCHDOG_CONFIG": str(agent.folder / "config.json"),
+        },
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    world.peer.reports.clear()
+    try:
+        await world.peer.saw("accepted", state="ok", ready=True)
+        await world.device.stop()
+        await until(lambda: calls, "an escalation")
+    finally:
+        process.terminate()
+        await process.wait()

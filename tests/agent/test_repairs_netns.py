@@ -192,7 +192,7 @@ async def test_l3_an_accepted_agent_repairs_with_the_control_plane_away(site: Si
 
 
 async def test_l3_but_not_for_ever(site: Site) -> None:
-    """When nobody has answered for longer than `alone_s`, no step is taken."""
+    """When nobody has answered for longer than `alone_s`, no step is taken, and the device is told."""
     device = await site.device()
     agent = site.agent(device, repair_policy={"accepted_beats": 1, "alone_s": 0.5})
     await ready(agent)
@@ -203,7 +203,7 @@ async def test_l3_but_not_for_ever(site: Site) -> None:
 
     await until(blocked, "alone for too long")
     device.cut()
-    await agent.is_in("offline", state="offline")
+    await until(lambda: site.hook.raised, "an escalation")
     assert await agent.outcomes() == []
     assert not device.is_up
 
