@@ -73,6 +73,8 @@ Place = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
 
 
 MOST_REPAIR_S: Final = 600.0
+MOST_TRIES: Final = 64
+"""Attempts of one episode, as an agent keeps the record of it."""
 
 
 class Repair(Block):
@@ -177,6 +179,8 @@ class AgentClass(Block):
 
     @model_validator(mode="after")
     def _fits(self) -> AgentClass:
+        if sum(step.tries for step in self.repair) > MOST_TRIES:
+            raise ValueError(f"the tries of all repairs together may be {MOST_TRIES} at most")
         asked = {p.kind if p.port is None else f"{p.kind}:{p.port}" for p in self.probe}
         for step in self.repair:
             if step.probe is not None and step.probe not in asked:

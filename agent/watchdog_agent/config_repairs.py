@@ -24,6 +24,8 @@ TARGETS: Final = {
     "plugin": "plugin",
 }
 """Kind of step → the one setting that says on what it is done."""
+MOST_TRIES: Final = 64
+"""Attempts of one episode, so that the record of it is bounded."""
 
 
 def check(config: Config) -> None:
@@ -32,6 +34,8 @@ def check(config: Config) -> None:
     seen = [step["id"] for step in config["repairs"]]
     if len(set(seen)) != len(seen):
         raise ConfigError("repairs: the same step stands there twice; give it tries instead")
+    if sum(step["tries"] for step in config["repairs"]) > MOST_TRIES:
+        raise ConfigError(f"repairs: the tries of all steps are more than {MOST_TRIES}")
     policy = config.setdefault("repair_policy", {})
     if not isinstance(policy, dict):
         raise ConfigError("repair_policy must be an object")

@@ -227,7 +227,8 @@ class Repairs:
         self._limit = self.agent.loop.later(limit, lambda: self._too_long(limit))
         try:
             self.running = _module(step["kind"]).start(self.agent.loop, step, device, ended)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # A step that can't be begun, for whatever reason, is a failed step and not our end.
             text = reason_of(error) if isinstance(error, OSError) else str(error)
             self._start_failed(step, text)
             return

@@ -98,6 +98,18 @@ async def test_http_step_that_is_refused(world: World) -> None:
     assert attempts[0]["reason"] == "status 500"
 
 
+async def test_http_step_without_trust(world: World) -> None:
+    """Over https with authorities that can't be read the step has failed, and the agent goes on."""
+    url = f"https://127.0.0.1:{world.peer.port}/"
+    agent = world.agent(repairs=[{**QUICK, "kind": "http", "url": url}])
+    agent.extra["WATCHDOG_CA_CERT"] = "/nothing/here"
+    await agent.start()
+    await world.peer.saw("accepted", state="ok", ready=True)
+    await world.device.stop()
+    assert "ca_cert" in (await attempt(agent, "failed"))["reason"]
+    assert (await agent.get("/healthz"))[0] == 200
+
+
 async def test_command_step(world: World, tmp_path: Path) -> None:
     """A program gets its arguments without a shell, knows the device, and sees none of our secrets."""
     out = tmp_path / "out"
@@ -430,6 +442,7 @@ def checked(**step: Any) -> dict[str, Any]:
         ({"kind": "command", "command": ["a"], "when": "ok"}, "allowed are suspect, offline"),
         ({"kind": "command", "command": ["a"], "probe": "icmp"}, "there are http:80"),
         ({"kind": "command", "command": ["a"], "dry_run": 1}, "allowed are true, false"),
+        ({"kind": "command", "command": ["a"], "tries": 65}, "more than 64"),
     ],
 )
 def test_wrong_steps_are_refused_in_words(step: dict[str, Any], words: str) -> None:

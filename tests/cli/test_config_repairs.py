@@ -37,6 +37,7 @@ def document(folder: Path, body: str) -> dict[str, Any]:
         ('repair "unit" {\n unit = "a"\n timeout = "11m"\n}', "at most 600s"),
         ('repair "unit" {\n unit = "a"\n when = "ok"\n}', "when"),
         ('repair "plugin" {}', "plugin needs plugin"),
+        ('repair "unit" {\n unit = "a"\n tries = 65\n}', "64 at most"),
     ],
 )
 def test_wrong_repairs_are_refused(tmp_path: Path, body: str, words: str) -> None:
