@@ -67,7 +67,7 @@ class Agent:
             from . import escalation
 
             self.escalations = escalation.Escalations(self.loop, config, self.instance, log)
-            self.escalations.restore(kept.get("escalations") or [])
+            self.escalations.restore(kept.get("escalations"))
         self.repairs: Repairs | None = None
         if config.get("repairs"):
             from . import repairs
@@ -174,12 +174,12 @@ class Agent:
         """Without a ladder, offline is told at once; with one, when it is exhausted."""
         if self.repairs is not None or self.escalations is None:
             return
-        believed, key = self.suspicion, self.config["slug"]
+        believed = self.suspicion
         if believed.state == "offline":
             evidence = {"state": "offline", "misses": believed.misses, "probes": self.results}
-            self.escalations.raise_(key, believed.reason[:400], evidence)
+            self.escalations.raise_("offline", believed.reason[:400], evidence)
         elif believed.state == "ok":
-            self.escalations.clear(key)
+            self.escalations.clear("offline")
 
     def tell(self) -> None:
         """Something worth a report has happened."""

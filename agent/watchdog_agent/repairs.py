@@ -27,6 +27,8 @@ STOP_S: Final = 0.8
 AGAIN_S: Final = 5.0
 """When what could not be kept, or undone, is tried again."""
 UNDO_TRIES: Final = 12
+KEY: Final = "offline"
+"""What kind of anomaly is escalated."""
 MOST_TOLD: Final = 5
 """Attempts in a report."""
 
@@ -121,7 +123,7 @@ class Repairs:
         if attempt is not None:
             self._count(attempt)
         if self.ladder.escalated and self.agent.escalations is not None:
-            self.agent.escalations.clear(self.agent.config["slug"])
+            self.agent.escalations.clear(KEY)
         self.ladder.escalated = False
         self.agent.save()
         self.agent.tell()
@@ -292,9 +294,9 @@ class Repairs:
                 "state": agent.suspicion.state,
                 "misses": agent.suspicion.misses,
                 "probes": agent.results,
-                "repairs": self.ladder.shown(time.monotonic()),
+                "repairs": self.ladder.shown(time.monotonic(), MOST_TOLD),
             }
-            agent.escalations.raise_(agent.config["slug"], agent.suspicion.reason[:400], evidence)
+            agent.escalations.raise_(KEY, agent.suspicion.reason[:400], evidence)
         agent.save()
         agent.tell()
 

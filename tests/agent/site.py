@@ -47,7 +47,8 @@ class Hook(Listener):
 
     @property
     def raised(self) -> list[dict[str, Any]]:
-        return [call for call in self.calls if call["status"] == "raised"]
+        """The different ones: what is said again under its key is the same."""
+        return list({c["key"]: c for c in self.calls if c["status"] == "firing"}.values())
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, sock=self.host.listener(self.port))
