@@ -5,7 +5,8 @@ from __future__ import annotations
 import binascii
 import json
 
-from .config import ConfigError, _list, _number, _url
+from .config import ConfigError
+from .http import Url
 from .probes import name_of
 
 TYPE_CHECKING = False
@@ -30,7 +31,10 @@ MOST_TRIES: Final = 64
 
 def check(config: Config) -> None:
     """Fill in the defaults of `repairs` and `repair_policy`. Raises ConfigError."""
-    config["repairs"] = [_step(step, config) for step in _list(config, "repairs")]
+    steps = config["repairs"]
+    if not isinstance(steps, list) or len(steps) > 32:
+        raise ConfigError("repairs must be a list of at most 32")
+    config["repairs"] = [_step(step, config) for step in steps]
     seen = [step["id"] for step in config["repairs"]]
     if len(set(seen)) != len(seen):
         raise ConfigError("repairs: the same step stands there twice; give it tries instead")
@@ -88,7 +92,10 @@ def _target(step: Step) -> None:
 
 def _more(step: Step, kind: str, where: str, value: str) -> None:
     if kind == "http":
-        _url(value, "http:// or https:// address", tls=True)
+        try:
+            Url(value, tls=True)
+        except ValueError:
+            raise ConfigError(f"{where} is {value!r}; it must be http:// or https://") from None
         if step.setdefault("method", "POST") not in ("GET", "POST"):
             raise ConfigError(f"repairs: method is {step['method']!r}; allowed are GET, POST")
     elif kind == "mqtt":
@@ -121,6 +128,12 @@ def _place(step: Step, name: str, default_port: int) -> None:
     if any(not "!" <= c <= "~" for c in host):
         raise ConfigError(f"repairs: {name} must be printable ASCII without blanks")
     step[f"{name}_at"] = (host.strip("[]"), int(port))
+
+
+def _number(block: dict[str, Any], name: str, default: float, low: float, high: float) -> None:
+    value = block.setdefault(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
 
 
 def _flag(block: dict[str, Any], name: str) -> None:

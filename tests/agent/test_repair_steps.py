@@ -429,7 +429,7 @@ def checked(**step: Any) -> dict[str, Any]:
         ({"kind": "shell"}, "kind is 'shell'; allowed are interface, http, mqtt"),
         ({"kind": "interface"}, "interface of interface is None"),
         ({"kind": "interface", "interface": "a" * 16}, "name of an interface"),
-        ({"kind": "http", "url": "ftp://x"}, "not an http:// or https:// address"),
+        ({"kind": "http", "url": "ftp://x"}, "must be http:// or https://"),
         ({"kind": "http", "url": "http://x", "method": "PUT"}, "allowed are GET, POST"),
         ({"kind": "unit", "unit": "--force"}, "name of a unit"),
         ({"kind": "command", "command": "reboot"}, "list of 1 to 64 texts"),
