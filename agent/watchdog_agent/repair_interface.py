@@ -37,6 +37,7 @@ _HEAD: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
 _PERMANENT: Final = 0x80  # IFA_F_PERMANENT
 _CLONED: Final = 0x200  # RTM_F_CLONED
+_ASKED: Final = 6  # RTNH_F_PERVASIVE, RTNH_F_ONLINK: the flags that somebody asks for
 _LOCAL_TABLE: Final = 255
 _OF_KERNEL: Final = (2, 9)  # RTPROT_KERNEL, RTPROT_RA: they come back by themselves
 _OIF: Final = 4  # RTA_OIF
@@ -153,7 +154,9 @@ def _routes(index: int) -> Iterator[bytes]:
                 and protocol not in _OF_KERNEL
                 and not flags & _CLONED
             ):
-                yield _NEW_ROUTE.to_bytes(2, "little") + body
+                # The kernel takes no route that says that it is dead or its link is down.
+                said = body[:8] + (flags & _ASKED).to_bytes(4, _ORDER) + body[12:]
+                yield _NEW_ROUTE.to_bytes(2, "little") + said
 
 
 _ORDER: Final[Any] = "little" if struct.pack("=H", 1) == b"\1\0" else "big"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests.agent.site import Device, Site, SiteAgent, a_site, ip
-from tests.agent.world import until
+from tests.agent.world import AGENT, until
 
 
 @pytest_asyncio.fixture
@@ -112,6 +115,31 @@ async def test_a_cycle_puts_back_what_the_kernel_takes_away(site: Site) -> None:
     device.live()
     await agent.is_in("back", state="ok")
     await until(lambda: network() == before, f"{network()} as {before}")
+
+
+async def test_routes_over_a_link_without_carrier_are_put_back_too(site: Site) -> None:
+    """Of a route that the kernel shows as dead, as over a link whose other end is gone, nothing is lost."""
+    device = await site.device()
+    space, link = site.host.namespace, device.link
+    ip("-n", space, "route", "add", device.beyond, "via", device.host.address)
+    device.die()
+
+    def routes() -> str:
+        return ip("-n", space, "route", "show", "dev", link)
+
+    await until(lambda: routes().count("linkdown") == 2, "the kernel has noticed")
+    text = (
+        "import sys; from watchdog_agent import repair_interface as r;"
+        "undo = r.prepare({'interface': sys.argv[1]});"
+        "r._link(r.socket.if_nametoindex(sys.argv[1]), up=False);"
+        "print(r.restore(undo))"
+    )
+    argv = [str(w) for w in site.host.argv([sys.executable, "-c", text, link])]
+    done = subprocess.run(
+        argv, env={"PYTHONPATH": str(AGENT), "PATH": os.defpath}, capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"0"
+    assert routes().count(device.beyond) == 1
 
 
 async def test_a_flapping_device_spends_the_budget_and_is_then_told(site: Site) -> None:
