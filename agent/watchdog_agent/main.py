@@ -75,9 +75,9 @@ class Agent:
             self.repairs = repairs.Repairs(self, kept.get("repairs"))
             self.reporter.heard = self.repairs.heard
         elif kept.get("repairs"):
-            from . import repairs
+            from . import repair_steps
 
-            repairs.recover(kept["repairs"], log)
+            repair_steps.recover(kept["repairs"], log)
 
     def ready(self) -> bool:
         """Registered, and the first round of probes is done."""

@@ -7,10 +7,9 @@ counts it as interrupted, does not take it again in this episode, and puts an in
 
 from __future__ import annotations
 
-import os
 import time
 
-from . import ladder, standing
+from . import ladder, repair_steps, standing
 from .http import reason_of
 from .loop import between
 
@@ -87,7 +86,7 @@ class Repairs:
         if self.undo is None or self.running is not None:
             return
         try:
-            _undo(self.undo)
+            repair_steps.undo(self.undo)
         except (OSError, KeyError, TypeError, ValueError) as error:
             again = isinstance(error, OSError)
             text = reason_of(error) if isinstance(error, OSError) else type(error).__name__
@@ -205,7 +204,7 @@ class Repairs:
             self.undo = None
             self._timer = self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self.look)
             return
-        reached("kept")
+        repair_steps.reached("kept")
         self.agent.log("would repair" if dry else "repair", step=step["name"])
         if dry:
             self._count(attempt)
@@ -228,13 +227,15 @@ class Repairs:
         limit = step["timeout_s"]
         self._limit = self.agent.loop.later(limit, lambda: self._too_long(limit))
         try:
-            self.running = _module(step["kind"]).start(self.agent.loop, step, device, ended)
+            self.running = repair_steps.module_of(step["kind"]).start(
+                self.agent.loop, step, device, ended
+            )
         except Exception as error:
             # A step that can't be begun, for whatever reason, is a failed step and not our end.
             text = reason_of(error) if isinstance(error, OSError) else str(error)
             self._start_failed(step, text)
             return
-        reached("taken")
+        repair_steps.reached("taken")
 
     def _start_failed(self, step: Step, reason: str) -> None:
         self.running = object()
@@ -255,7 +256,7 @@ class Repairs:
             self.agent.log("a repair can't be undone", reason=reason_of(error))
 
     def _ended(self, ok: bool, reason: str) -> None:
-        reached("ended")
+        repair_steps.reached("ended")
         if ok or getattr(self.running, "clean", True):
             self.undo = None
         self.running = None
@@ -271,7 +272,7 @@ class Repairs:
         self._count(attempt)
         self.agent.log("repair ended", step=attempt["name"], ok=ok, reason=reason)
         self.agent.save()
-        reached("remembered")
+        repair_steps.reached("remembered")
         if self.then is not None:
             self._closed()
             return
@@ -373,45 +374,3 @@ class Repairs:
             "ladder": self.ladder.kept(now),
             "standing": self.standing.kept(config["epoch"], self.agent.instance, now),
         }
-
-
-def recover(kept: Any, log: Callable[..., None]) -> None:
-    """For an agent whose class has no repairs any more: undo what was left behind."""
-    try:
-        if kept["undo"] is not None:
-            _undo(kept["undo"])
-            log("an interrupted repair is undone")
-    except OSError as error:
-        log("an interrupted repair can't be undone", reason=reason_of(error))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        log("kept repairs can't be used")
-
-
-def _undo(undo: Document) -> None:
-    if undo.get("kind") == "interface":
-        from . import repair_interface
-
-        repair_interface.restore(undo)
-
-
-def _module(kind: str) -> Any:
-    """The module that knows a kind of step: loaded when the first one is taken."""
-    if kind == "interface":
-        from . import repair_interface as module
-    elif kind == "http":
-        from . import repair_http as module  # type: ignore[no-redef]  # one of several
-    elif kind == "mqtt":
-        from . import repair_mqtt as module  # type: ignore[no-redef]  # as above
-    elif kind == "wake":
-        from . import repair_wake as module  # type: ignore[no-redef]  # as above
-    elif kind == "plugin":
-        from . import repair_plugin as module  # type: ignore[no-redef]  # as above
-    else:
-        from . import repair_command as module  # type: ignore[no-redef]  # as above
-    return module
-
-
-def reached(point: str) -> None:
-    """Die here when the environment says so: for tests that prove that nothing is lost or repeated."""
-    if os.environ.get("WATCHDOG_FAILPOINT") == f"repairs.{point}:kill":
-        os.kill(os.getpid(), 9)
