@@ -7,7 +7,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test test-fast lint bench faults servers clean
+.PHONY: help demo test test-fast lint bench faults image servers clean
 
 help:
 	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-fast    the tests that need no server"
 	@echo "make lint         format, lint, strict types, layers"
 	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 30 min)"
+	@echo "make image        build and start the agent's image (needs root and buildah, no registry)"
 	@echo "make bench        every benchmark, as a table and JSON"
 	@echo "make servers      find or build the pinned Nomad and Consul"
 
@@ -62,7 +63,7 @@ test-fast: $(VENV)/.dev
 test: lint test-fast servers
 	@echo "tests on real servers, the long ones last (about 25 min)" >&2
 	$(BIN)/pytest -m "servers and not long"
-	$(BIN)/pytest -m "long"
+	$(BIN)/pytest -m "long and not image"
 
 bench: $(VENV)/.dev servers
 	$(BIN)/python -m bench
@@ -70,6 +71,10 @@ bench: $(VENV)/.dev servers
 # All rows go into the document; a choice of them is only printed.
 faults: $(VENV)/.dev servers
 	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
+
+# Apart from `make test`, as few machines have buildah.
+image: $(VENV)/.dev
+	$(BIN)/pytest -m image
 
 clean:
 	rm -rf $(VENV) dist

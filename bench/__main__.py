@@ -16,6 +16,7 @@ BENCHES = {
     "noop": "10 s",
     "detection": "10 s",
     "agent": "30 s",
+    "weight": "3 min",
     "event": "20 s",
     "dispatch": "1 min",
     "restart": "2 min",

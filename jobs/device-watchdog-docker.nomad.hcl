@@ -118,6 +118,7 @@ job "device-watchdog" {
 
       env {
         WATCHDOG_CONFIG        = "$${NOMAD_TASK_DIR}/device.json"
+        WATCHDOG_LISTEN        = "$${NOMAD_IP_http}:$${NOMAD_PORT_http}" # over the image's
         CONSUL_HTTP_ADDR       = var.consul_addr
         CONSUL_HTTP_TOKEN_FILE = var.consul_token_file
       }

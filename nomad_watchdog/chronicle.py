@@ -41,6 +41,7 @@ from nomad_watchdog.shown import shown_repairs
 MOST_CLOSED: Final = 100
 """Closed incidents that are still shown."""
 SITE_LABEL: Final = "site"
+GATEWAY_LABEL: Final = "gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class _Known:
     groups: tuple[Group, ...] = ()
     inputs: tuple[object, ...] = ()
     node: str = ""
+    gateway: str = ""
     placed_epoch: int = -1
     placed_at: Monotonic | None = None
     is_measured: bool = True
@@ -128,16 +130,19 @@ class Chronicle:
 
     # -- verdicts -------------------------------------------------------------------------------
 
-    def look(self, record: DeviceRecord, placement: Placement | None, state: State) -> None:
-        """Keep the groups of a device current. Cheap when nothing moved."""
+    def look(
+        self, record: DeviceRecord, placement: Placement | None, state: State, gateway: str = ""
+    ) -> None:
+        """Keep the groups of a device current. Cheap when nothing moved. `gateway`: its agent's word."""
         known = self._of(record.slug)
         node = placement.node if placement is not None else ""
-        inputs = (record.device, record.presence, node)
+        gateway = gateway or known.gateway
+        inputs = (record.device, record.presence, node, gateway)
         if known.inputs == inputs:
             return
         # A placement that has gone with its host is still of that host.
-        known.node = node or known.node
-        known.inputs, known.groups = inputs, _groups(record, known.node)
+        known.node, known.gateway = node or known.node, gateway
+        known.inputs, known.groups = inputs, _groups(record, known.node, gateway)
         self.correlator.observe(
             record.slug,
             known.groups,
@@ -342,6 +347,7 @@ class Chronicle:
                 "misses": report.misses,
                 "confirmed": report.confirmed,
                 **shown_repairs(report.repairs),
+                **({"gateway_dead": report.gateway} if report.gateway_dead else {}),
             },
             "consul": health.status if health is not None else None,
             "heartbeat_age_s": None
@@ -352,11 +358,12 @@ class Chronicle:
         }
 
 
-def _groups(record: DeviceRecord, node: str) -> tuple[Group, ...]:
+def _groups(record: DeviceRecord, node: str, gateway: str) -> tuple[Group, ...]:
     if record.presence is not Presence.PRESENT:
         return ()
     device = record.device
     named = (
+        (GroupKind.GATEWAY, device.labels.get(GATEWAY_LABEL, "") or gateway),
         (GroupKind.HOST, node),
         (GroupKind.SITE, device.labels.get(SITE_LABEL, "")),
         (GroupKind.CLASS, device.agent_class),

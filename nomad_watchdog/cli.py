@@ -24,7 +24,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "run": ("serve:run", "Run the control plane until it is told to stop."),
     "init": ("serve:init", "Prepare a new, empty registry."),
     "devices": ("devices:devices", "Add, list and remove devices."),
-    "agents": ("views:agents", "List the agents as the scheduler sees them."),
+    "agents": ("agents:agents", "List agents, read their logs, have one probe now."),
     "status": ("views:status", "Show the fleet in one screen."),
     "explain": ("views:explain", "Say why a device is in its state."),
     "leader": ("views:leader", "Show which replica reconciles what, and since when."),

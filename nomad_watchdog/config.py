@@ -81,6 +81,7 @@ class Consul(Block):
 class Local(Block):
     directory: Text | None = None
     python: Text | None = None
+    fork: bool = True
 
 
 class Registry(Block):
@@ -235,6 +236,8 @@ class Settings(Block):
         # Only when there are any, so that a class without keeps its hash, and its agents.
         repairs = kind.repairs_wire()
         behaviour |= repairs
+        gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
+        behaviour |= gateway
         trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
@@ -261,6 +264,7 @@ class Settings(Block):
                     "metadata": kind.metadata,
                 }
                 | repairs
+                | gateway
                 | trust
             ),
         )

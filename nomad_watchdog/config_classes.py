@@ -8,45 +8,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from nomad_watchdog import __version__
+from nomad_watchdog.config_probes import ON_HOST, Gateway, Probe
 from nomad_watchdog.config_types import Block, Name, Positive, Seconds, Size, Text, Url
-
-
-class Probe(Block):
-    kind: Literal["tcp", "http", "icmp"]
-    port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] | None = None
-    expect_status: Annotated[int, Field(ge=100, le=599)] | None = None
-    interval: Positive = 5.0
-    timeout: Positive = 2.0
-    misses: Annotated[int, Field(ge=1, le=100)] = 3
-
-    @model_validator(mode="after")
-    def _fits(self) -> Probe:
-        if self.timeout >= self.interval:
-            raise ValueError(
-                f"timeout ({self.timeout:g}s) must be shorter than interval ({self.interval:g}s)"
-            )
-        if (self.kind == "icmp") != (self.port is None):
-            raise ValueError(
-                "icmp knows no port" if self.kind == "icmp" else f"{self.kind} needs a port"
-            )
-        if self.kind != "http" and (self.path is not None or self.expect_status is not None):
-            raise ValueError(f"{self.kind} knows no path and no expect_status; http does")
-        return self
-
-    def wire(self) -> dict[str, Any]:
-        """As watchdog_agent.wire says it."""
-        out: dict[str, Any] = {"kind": self.kind}
-        if self.port is not None:
-            out["port"] = self.port
-        if self.kind == "http":
-            out |= {"path": self.path or "/", "expect_status": self.expect_status or 200}
-        return out | {
-            "interval_s": self.interval,
-            "timeout_s": self.timeout,
-            "misses": self.misses,
-        }
-
 
 REPAIRS: Final[Mapping[str, str]] = {
     "interface": "interface",
@@ -159,6 +122,7 @@ class AgentClass(Block):
     probe: tuple[Probe, ...] = ()
     confirm: tuple[Probe, ...] = ()
     repair: tuple[Repair, ...] = ()
+    gateway: Gateway | None = None
     repair_dry_run: bool = False
     repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
     repair_alone: Seconds = 86400.0
@@ -190,6 +154,9 @@ class AgentClass(Block):
         same = {probe.kind for probe in self.probe} & {probe.kind for probe in self.confirm}
         if same:
             raise ValueError(f"confirm must be of another kind than probe; both have {min(same)}")
+        on_host = {probe.kind for probe in self.confirm} & ON_HOST
+        if on_host:
+            raise ValueError(f"confirm must ask the device; {min(on_host)} need not")
         if self.driver and "driver" in self.variables:
             raise ValueError("driver is given twice: as a setting and in variables")
         return self

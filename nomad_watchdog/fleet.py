@@ -65,6 +65,8 @@ class AgentReport:
     dropped: int = 0
     stopping: bool = False
     repairs: Repairs | None = None
+    gateway: str = ""
+    gateway_dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +268,8 @@ class Fleet(RollCall):
             sequence=report.sequence,
             stopping=report.stopping,
             repairs=report.repairs,
+            gateway=report.gateway,
+            gateway_dead=report.gateway_dead,
         )
         if report.slug in self.records:
             before = last.repairs if last is not None else None
@@ -291,7 +295,8 @@ class Fleet(RollCall):
         judged = verdict.judge(record, evidence, self.limits, now)
         if judged.state in _AGENT_READY:
             track.waiting_since = now
-        self.chronicle.look(record, evidence.placement, track.state or judged.state)
+        gateway = evidence.report.gateway if evidence.report is not None else ""
+        self.chronicle.look(record, evidence.placement, track.state or judged.state, gateway)
         if judged.state is not track.state:
             was = track.state
             self._by_state[judged.state] += 1

@@ -223,6 +223,9 @@ class Report:
     stopping: bool = False
     repairs: Repairs | None = None
     """None: its class has none, or it is older than they are."""
+    gateway: str = ""
+    """Address of what stands before the device; empty when the agent knows of none."""
+    gateway_dead: bool = False
 
 
 class VerdictState(StrEnum):
@@ -290,7 +293,7 @@ class Limits:
     report_stale_s: float = 45.0
     """No report for so long: the last one is no evidence any more (3 beats of 15 s)."""
     incident_min: int = 3
-    """So many devices of a host, site or class that turn bad within the window are one incident …"""
+    """So many devices of a gateway, host, site or class that turn bad within the window are one incident …"""
     incident_fraction: float = 0.20
     """… or this share of them, whichever is more."""
     incident_window_s: float = 60.0

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.backoff import Budget
 from nomad_watchdog.core import presence
+from nomad_watchdog.core.circuit import Circuit
 from nomad_watchdog.errors import FencedError, TerminalError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
@@ -33,6 +35,7 @@ from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 BATCH: Final = 32
 """Actions taken at once, so that their epochs go up in one transaction of the registry."""
 WORKERS: Final = 2
@@ -67,6 +70,7 @@ class Performer:
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     obstacles: dict[Slug, str] = field(default_factory=dict)
     budgets: dict[Slug, Budget] = field(default_factory=dict)
+    circuit: Circuit = field(default_factory=Circuit)
     _room: asyncio.Semaphore = field(init=False)
     _in_hand: int = 0
     _spare: asyncio.Event = field(default_factory=asyncio.Event)
@@ -84,7 +88,11 @@ class Performer:
     async def _worker(self, group: asyncio.TaskGroup) -> None:
         while True:
             await self._spare.wait()
-            await self._begin([action for _, action in await self.queue.take(BATCH)], group)
+            now = self.fleet.clock.monotonic()
+            if most := self.circuit.allowance(BATCH, now):
+                await self._begin([action for _, action in await self.queue.take(most)], group)
+            else:
+                await asyncio.sleep(self.circuit.wait_s(now))
 
     async def perform(self, batch: Sequence[Action]) -> None:
         """Do a batch to its end."""
@@ -208,7 +216,7 @@ class Performer:
             assert record is not None
             await self._start(record)
         elif action.placement is not None:
-            await self.scheduler.retire(action.placement, grace_s)
+            await self._ask(action.slug, self.scheduler.retire(action.placement, grace_s))
             failpoints.reached("K10")
             self._mark_stopping(action)
 
@@ -226,13 +234,30 @@ class Performer:
             )
         self.fleet.chronicle.placed(record.slug, record.epoch)
         failpoints.reached("K6")
-        index = await self.scheduler.ensure(record, record.epoch, spec)
+        index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, spec))
         failpoints.reached("K7")
         self.queue.delay(record.slug, budget.started(self.fleet.limits, now))
         self.expectations[record.slug] = Expectation(
             record.epoch, index, self.fleet.clock.monotonic()
         )
         failpoints.reached("K8")
+
+    async def _ask(self, slug: Slug, call: Awaitable[_T]) -> _T:
+        """The scheduler's answer; whoever gets none is counted against the server, not the device only."""
+        try:
+            answer = await call
+        except TransientError as error:
+            now = self.fleet.clock.monotonic()
+            jitter = random.random()  # noqa: S311  # jitter
+            if self.circuit.failed(slug, now, error.retry_after_s or 0.0, jitter):
+                wait_s = round(self.circuit.wait_s(now), 3)
+                log.warning("scheduler refuses", extra={"reason": str(error), "retry_in_s": wait_s})
+            raise
+        except WatchdogError:
+            self.circuit.answered()
+            raise
+        self.circuit.answered()
+        return answer
 
     def _mark_stopping(self, action: Action) -> None:
         # Our own write, until a snapshot says it: otherwise the next pass would stop it again.

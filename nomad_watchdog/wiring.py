@@ -152,6 +152,7 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
         options: dict[str, Any] = {
             "directory": settings.local_directory,
             "token_file": settings.api.agent_token_file or "",
+            "fork": settings.local.fork,
         }
         return options | ({"python": settings.local.python} if settings.local.python else {})
     if settings.backend == "nomad":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from . import wire
+from . import checks, config_probes, wire
 from .http import Url, reason_of
 
 TYPE_CHECKING = False
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from .shapes import Config, Probe
 
 
-class ConfigError(Exception):
-    """What is wrong, and what is allowed."""
+ConfigError = checks.ConfigError
 
 
 def load(environ: Mapping[str, str]) -> Config:
@@ -60,10 +59,10 @@ def check(config: Any) -> Config:
         _url(url, "http:// or https:// address", tls=True)
     if config.get("consul"):
         _url(config["consul"], "http:// address", tls=False)
-    _number(config, "beat_s", 15.0, 0.1, 3600.0)
-    _number(config, "register_every_s", 45.0, 0.1, 3600.0)
-    config["probes"] = [_probe(p, "probes") for p in _list(config, "probes")]
-    config["confirm"] = [_probe(p, "confirm") for p in _list(config, "confirm")]
+    checks.number(config, "beat_s", 15.0, 0.1, 3600.0)
+    checks.number(config, "register_every_s", 45.0, 0.1, 3600.0)
+    config["probes"] = [config_probes.check(p, "probes") for p in _list(config, "probes")]
+    config["confirm"] = [config_probes.check(p, "confirm") for p in _list(config, "confirm")]
     if not config["probes"]:
         raise ConfigError("probes is empty; at least one is needed")
     config["confirm"] = config["confirm"] or [_other_kind(config["probes"][0])]
@@ -71,12 +70,18 @@ def check(config: Any) -> Config:
         from . import config_repairs
 
         config_repairs.check(config)
+    if config.get("gateway") or "gateway" in (config.get("labels") or ()):
+        from . import gateway
+
+        gateway.check(config)
     return config
 
 
 def _other_kind(probe: Probe) -> Probe:
     """An independent path to the device: another kind than this probe."""
-    return _probe({"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, "")
+    return config_probes.check(
+        {"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, ""
+    )
 
 
 def _url(url: Any, what: str, *, tls: bool) -> None:
@@ -100,36 +105,6 @@ def _texts(config: Config) -> None:
     for name in ("version", "agent_class", "spec_hash", "service", "check_interval", "ca_cert"):
         if not isinstance(config.get(name, ""), str):
             raise ConfigError(f"{name} is {config[name]!r}; it must be text")
-
-
-def _probe(probe: Any, where: str) -> Probe:
-    if not isinstance(probe, dict) or probe.get("kind") not in ("tcp", "http", "icmp"):
-        kind = probe.get("kind") if isinstance(probe, dict) else probe
-        raise ConfigError(f"{where}: kind is {kind!r}; allowed are tcp, http, icmp")
-    port = probe.get("port")
-    if probe["kind"] != "icmp" and (type(port) is not int or not 0 < port < 65536):
-        raise ConfigError(f"{where}: port of {probe['kind']} is {port!r}; allowed are 1 to 65535")
-    path = probe.get("path", "/")
-    if (
-        not isinstance(path, str)
-        or not path.startswith("/")
-        or any(not "!" <= c <= "~" for c in path)
-    ):
-        raise ConfigError(f"{where}: path is {path!r}; it must begin with / and be printable ASCII")
-    _number(probe, "interval_s", 5.0, 0.05, 86400.0)
-    _number(probe, "timeout_s", 2.0, 0.01, 600.0)
-    _number(probe, "misses", 3, 1, 1000)
-    if type(probe.setdefault("expect_status", 200)) is not int:
-        raise ConfigError(
-            f"{where}: expect_status is {probe['expect_status']!r}; it must be a number"
-        )
-    return probe
-
-
-def _number(config: Config, name: str, default: float, low: float, high: float) -> None:
-    value = config.setdefault(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
 
 
 def _list(config: Config, name: str) -> list[Any]:

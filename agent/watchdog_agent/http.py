@@ -194,15 +194,16 @@ def request(
 
 
 class Server:
-    """Answers GET; each connection once, within 5 s, at most 64 at a time."""
+    """Answers GET and POST without a body; each connection once, within 5 s, at most 64 at a time."""
 
     MOST = 64
     TIMEOUT_S = 5.0
 
     def __init__(
-        self, loop: Loop, host: str, port: int, answer: Callable[[str], Answer | None]
+        self, loop: Loop, host: str, port: int, answer: Callable[[str, str, str], Answer | None]
     ) -> None:
-        """`answer(path)` gives (status, content type, body bytes) or None for 404. Raises OSError."""
+        """`answer(path, accept, method)` gives (status, content type, body bytes) or None for 404. Raises
+        OSError."""
         self.loop = loop
         self.answer = answer
         self.open: dict[socket.socket, list[Any]] = {}
@@ -244,16 +245,17 @@ class Server:
         if not data or len(state[1]) > MAX_HEAD:
             self._close(sock)
         elif b"\r\n\r\n" in state[1]:
-            state[2] = self._reply(bytes(state[1]).split(b"\r\n", 1)[0])
+            state[2] = self._reply(bytes(state[1]).split(b"\r\n\r\n", 1)[0].split(b"\r\n"))
             self.loop.watch(sock, WRITE, lambda again: self._ready(sock, again))
 
-    def _reply(self, line: bytes) -> bytes:
-        parts = line.split(b" ")
+    def _reply(self, lines: list[bytes]) -> bytes:
+        parts = lines[0].decode("latin-1").split(" ")
         answer = None
-        if len(parts) == 3 and parts[0] == b"GET":
-            answer = self.answer(parts[1].split(b"?")[0].decode("latin-1"))
+        if len(parts) == 3 and parts[0] in ("GET", "POST"):
+            accept = b",".join(one[7:] for one in lines if one[:7].lower() == b"accept:")
+            answer = self.answer(parts[1].split("?")[0], accept.decode("latin-1"), parts[0])
         status, kind, body = answer or (404, "text/plain", b"not found\n")
-        words = {200: "OK", 404: "Not Found", 503: "Service Unavailable"}[status]
+        words = {200: "OK", 404: "Not Found", 503: "Service Unavailable"}.get(status, "As Said")
         head = (
             f"HTTP/1.1 {status} {words}\r\nContent-Type: {kind}\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

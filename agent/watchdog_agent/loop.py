@@ -11,10 +11,9 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterable
 
-    from .shapes import Timer
+    from .shapes import Timer, Watched
 
 
 def between(low: float, high: float) -> float:
@@ -55,14 +54,14 @@ class Loop:
         heapq.heappush(self._timers, timer)
         return timer
 
-    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+    def watch(self, sock: Watched, events: int, callback: Callable[[int], None]) -> None:
         """Call back with the ready events of sock; calling it again changes what is watched."""
         try:
             self.selector.modify(sock, events, callback)
         except KeyError:
             self.selector.register(sock, events, callback)
 
-    def forget(self, sock: socket.socket) -> None:
+    def forget(self, sock: Watched) -> None:
         """Watch sock no more and close it."""
         try:
             self.selector.unregister(sock)

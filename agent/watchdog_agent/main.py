@@ -8,10 +8,12 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 
 from . import config as configuration
-from . import consul, http, metrics, probes, reporter, state, wire
+from . import http, metrics, pace, probes, reporter, state, wire
 from .loop import Loop, between
+from .stats import Stats
 from .suspicion import Suspicion
 
 TYPE_CHECKING = False
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from . import consul
     from .escalation import Escalations
+    from .gateway import Gateway
+    from .ondemand import OnDemand
     from .repairs import Repairs
     from .shapes import Answer, Config, Document, Probe
 
@@ -30,6 +35,8 @@ class Agent:
     SAVE_EVERY_S = 60.0
     CONSUL_WAIT_S = 1.0
     SHUT_DOWN_S = 2.5
+    HISTORY = 32
+    """Changes of state that /status remembers."""
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
@@ -39,6 +46,13 @@ class Agent:
         self.began = time.monotonic()
         self.loop = Loop()
         self.results: dict[str, dict[str, Any]] = {}
+        self.stats: dict[str, Stats] = {}
+        self.quick: dict[str, int] = {}
+        """Probes in a row at the quick pace."""
+        self.confirm_began = float("-inf")
+        self.confirmations: list[tuple[str, bool, str]] = []
+        self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
+        self.asked: OnDemand | None = None
         self.probed = self.probe_failures = 0
         self.confirming = 0
         self.episode = 0
@@ -49,6 +63,11 @@ class Agent:
         need = min(int(p["misses"]) for p in config["probes"])
         self.suspicion = Suspicion(need, was_ready=kept.get("was_ready") is True)
         self.suspicion.restore(kept.get("state"), kept.get("reason"))
+        self.gateway: Gateway | None = None
+        if config.get("gateway"):
+            from . import gateway
+
+            self.gateway = gateway.Gateway(self.loop, config["gateway"])
         self.reporting = False
         host, port = configuration.listen_of(environ)
         self.server = http.Server(self.loop, host, port, self.answer)
@@ -57,11 +76,16 @@ class Agent:
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
         self.registration: consul.Registration | None = None
         if config.get("consul"):
+            from . import consul
+
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
+        self._optional(kept)
 
-        # Each is loaded only where it is asked for: a feature that is off costs nothing.
+    def _optional(self, kept: Document) -> None:
+        """What only some are configured for is loaded here: a feature that is off costs nothing."""
+        config = self.config
         self.escalations: Escalations | None = None
         if config.get("escalate"):
             from . import escalation
@@ -93,11 +117,16 @@ class Agent:
         self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
         self._write_address()
         log("agent started", listen=self.server.address, epoch=self.config["epoch"])
+        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
+        self.live()
+        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
+
+    def live(self) -> None:
+        """Register, probe and report until the loop is stopped."""
         if self.registration is not None:
             self.registration.start()
         for number, spec in enumerate(self.config["probes"]):
             self._probe(f"{number}:{probes.name_of(spec)}", spec)
-        self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
         if self.repairs is not None:
             self.repairs.start()
         try:
@@ -105,7 +134,7 @@ class Agent:
         finally:
             if self.repairs is not None:
                 self.repairs.abandon()
-        return wire.EXIT_CRASH if self.exit_code is None else self.exit_code
+            probes.close()
 
     # -- probing
 
@@ -115,10 +144,22 @@ class Agent:
 
         def done(ok: bool, reason: str, took_s: float) -> None:
             self._probed(name, spec, ok, reason, took_s)
-            pause = spec["interval_s"] * between(0.95, 1.05) - took_s
+            pause = self._pace(name, spec) - took_s
             self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
 
         probes.start(self.loop, spec, self.config["address"], done)
+
+    def _pace(self, name: str, spec: Probe) -> float:
+        """Seconds from the start of this probe to the start of the next."""
+        quick = self.quick.get(name, 0)
+        wanted: float = pace.interval(
+            spec["interval_s"], spec["min_interval_s"], self.suspicion.state, quick
+        )
+        if self.suspicion.state != "suspect":
+            self.quick.pop(name, None)
+        elif wanted < spec["interval_s"]:
+            self.quick[name] = quick + 1
+        return wanted * between(1 - spec["jitter"], 1 + spec["jitter"])
 
     def _probed(self, name: str, spec: Probe, ok: bool, reason: str, took_s: float) -> None:
         first = name not in self.results
@@ -127,18 +168,52 @@ class Agent:
         self.probe_failures += not ok
         was_ready = self.suspicion.was_ready
         shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
-        changed = self.suspicion.probed(name, ok, shown, int(spec["misses"]))
+        stats = self.stats.setdefault(name, Stats())
+        need = pace.need(int(spec["misses"]), *stats.earlier())
+        stats.add(ok, took_s)
+        changed = self.suspicion.probed(name, ok, shown, need)
         self.episode += changed
         if changed or self.suspicion.was_ready != was_ready:
             self._changed()
-        if not ok and self.suspicion.wants_confirmation() and not self.confirming:
-            self._confirm()
+        if ok and self.gateway is not None:
+            self.gateway.answers = None
+        if not ok:
+            self._doubt(name, spec)
         if first:
             self._watch_ready()
         if self.repairs is not None:
             self.repairs.probed(ok)
 
+    def _doubt(self, name: str, spec: Probe) -> None:
+        """A probe was missed: whose fault is it? First what stands before the device is asked."""
+        if self.gateway is None or self.suspicion.state != "suspect":
+            self._want_confirmation(name, spec)
+        else:
+
+            def asked(alive: bool) -> None:
+                if self._behind(alive):
+                    self._want_confirmation(name, spec)
+
+            self.gateway.ask(asked)
+
+    def _behind(self, alive: bool) -> bool:  # as the gateway's callback says it
+        """Take what the gateway did; whether it answers."""
+        assert self.gateway is not None
+        if self.suspicion.gateway(alive, self.gateway.words()):
+            self._changed()
+        return alive
+
+    def _want_confirmation(self, name: str, spec: Probe) -> None:
+        # At the quick pace too they stay an interval apart: see pace.
+        apart_s = spec["interval_s"] * (1 - spec["jitter"])
+        soon = time.monotonic() - self.confirm_began < apart_s
+        quick = 0 < self.quick.get(name, 0) < pace.MOST_QUICK
+        held = self.confirming or (soon and quick)
+        if self.suspicion.wants_confirmation() and not held:
+            self._confirm()
+
     def _confirm(self) -> None:
+        self.confirm_began = time.monotonic()
         specs = self.config["confirm"]
         self.confirming = len(specs)
         episode = self.episode
@@ -152,7 +227,21 @@ class Agent:
                 return
             # One independent path that works is enough to doubt the probe instead of the device.
             alive = [a for a in answers if a[1]]
-            if self.suspicion.confirmation(*(alive or answers)[0]):
+            self.confirmations = answers
+            if alive or self.gateway is None:
+                take(*(alive or answers)[0])
+            else:
+                # It may have died meanwhile: what failed counts only if it answers now.
+                self.confirming = 1
+                self.gateway.ask(asked)
+
+        def asked(alive: bool) -> None:
+            self.confirming = 0
+            if self._behind(alive):
+                take(*answers[0])
+
+        def take(name: str, ok: bool, reason: str) -> None:
+            if self.episode == episode and self.suspicion.confirmation(name, ok, reason):
                 self._changed()
                 if self.repairs is not None:
                     self.repairs.look()
@@ -165,6 +254,10 @@ class Agent:
             start(spec)
 
     def _changed(self) -> None:
+        believed = self.suspicion
+        if not self.history or self.history[-1]["state"] != believed.state:
+            at = {"at": round(time.time(), 3), "state": believed.state}
+            self.history.append({**at, "reason": believed.reason[:200]})
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
         self._unrepaired()
         self._save()
@@ -229,20 +322,40 @@ class Agent:
             dropped=dropped,
             stopping=stopping,
             repairs=self.repairs.told() if self.repairs is not None else None,
+            gateway=self.gateway.address if self.gateway is not None else "",
+            gateway_dead=bool(believed.behind),
         )
 
-    def answer(self, path: str) -> Answer | None:
+    def answer(self, path: str, accept: str = "", method: str = "GET") -> Answer | None:
         """What the server says: (status, content type, body) or None."""
+        if path == "/probe":
+            return self._on_demand(method)
+        if method != "GET":
+            return None
         if path == "/healthz":
             # Constant on purpose: Consul stores the text of a check.
             return 200, "text/plain", b"ok\n"
         if path == "/ready":
             return (200, "text/plain", b"ready\n") if self.ready() else (503, "text/plain", b"no\n")
         if path == "/metrics":
+            if "openmetrics" in accept.lower():
+                from . import openmetrics
+
+                if openmetrics.wanted(accept):
+                    return 200, openmetrics.KIND, openmetrics.converted(metrics.render(self))
             return 200, "text/plain; version=0.0.4", metrics.render(self)
         if path == "/status":
             return 200, "application/json", json.dumps(self.status()).encode()
         return None
+
+    def _on_demand(self, method: str) -> Answer | None:
+        if self.asked is None:
+            if method != "POST":
+                return None
+            from . import ondemand
+
+            self.asked = ondemand.OnDemand(self)
+        return self.asked.start() if method == "POST" else self.asked.look()
 
     def status(self) -> Document:
         """What is known, for people and scripts."""
@@ -263,10 +376,25 @@ class Agent:
             "misses": believed.misses,
             "confirmed": believed.confirmed,
             "uptime_s": round(time.monotonic() - self.began, 3),
-            "probes": self.results,
+            "probes": {n: {**r, "stats": self.stats[n].summary()} for n, r in self.results.items()},
+            "evidence": self.evidence(),
+            "history": list(self.history),
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
             **more,
         }
+
+    def evidence(self) -> Document:
+        """What the belief stands on: failing probes, the last confirmation, the gateway."""
+        failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
+        told: Document = {"failing": failing}
+        if self.confirmations and self.suspicion.state != "ok":
+            told["confirm"] = [
+                {"probe": name, "ok": ok, "reason": reason}
+                for name, ok, reason in self.confirmations
+            ]
+        if self.gateway is not None:
+            told["gateway"] = self.gateway.evidence()
+        return told
 
     # -- ending
 

@@ -38,6 +38,24 @@ def render(agent: Agent) -> bytes:
         "Duration of the last run of a probe.",
         *((f'{{probe="{n}"}}', f"{r['took_s']:.6f}") for n, r in probes),
     )
+    summaries = [(n, s.summary()) for n, s in agent.stats.items()]
+    metric(
+        "probe_loss",
+        "gauge",
+        "Share of the last 60 runs of a probe that failed, 0 to 1.",
+        *((f'{{probe="{n}"}}', s["loss"]) for n, s in summaries),
+    )
+    metric(
+        "probe_latency_seconds",
+        "gauge",
+        "Duration of those of the last 60 runs of a probe that were good.",
+        *(
+            (f'{{probe="{n}",stat="{what}"}}', s[f"{what}_s"])
+            for n, s in summaries
+            for what in ("min", "mean", "p50", "p95", "max")
+            if s["min_s"] is not None
+        ),
+    )
     metric("probes_total", "counter", "Probe runs.", ("", agent.probed))
     metric("probe_failures_total", "counter", "Probe runs that failed.", ("", agent.probe_failures))
     reporter = agent.reporter

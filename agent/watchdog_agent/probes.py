@@ -1,4 +1,5 @@
-"""Probes of the device: TCP, HTTP and ICMP, none of which ever blocks.
+"""Probes of the device, none of which ever blocks: TCP, HTTP and ICMP here, the others in modules of
+their own that are loaded only where they are configured.
 
 Each is started with a callback `done(ok, reason, took_s)` that is called exactly once, at the latest
 after its time-out.
@@ -9,16 +10,18 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 import time
 
-from . import http
+from . import config_probes, http
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .loop import Loop
-    from .shapes import Address, Ended, Probe, Probed
+    from .shapes import Address, Ended, Fetched, Probe, Probed
 
 _REFUSED = 111
 
@@ -35,29 +38,70 @@ def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
         _http(loop, spec, address, ended)
     elif kind == "tcp":
         _Tcp(loop, (address, spec["port"]), spec["timeout_s"], ended, refused_is_alive=False)
+    elif kind in config_probes.MODULES:
+        config_probes.module_of(kind).start(loop, spec, address, ended)
     else:
         _icmp(loop, spec, address, ended)
 
 
 def name_of(spec: Probe) -> str:
-    """How a probe is called in reasons: http:8080, tcp:22, icmp."""
+    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus."""
+    if spec["kind"] == "plugin":
+        return f"plugin:{spec['plugin']}"
     return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
 
 
+def close() -> None:
+    """End what probes have started and the end of this process would not."""
+    module = sys.modules.get(f"{__package__}.probe_command")
+    if module is not None:
+        module.close()
+
+
 def _http(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+    http_probe(loop, spec, address, ended, _plain)
+
+
+def _plain(
+    loop: Loop, place: Address, data: bytes, spec: Probe, answered: Fetched, max_body: int
+) -> None:
+    http.Fetch(loop, place, data, spec["timeout_s"], answered, max_body)
+
+
+def http_probe(
+    loop: Loop, spec: Probe, address: str, ended: Ended, fetch: Callable[..., None]
+) -> None:
+    """GET, and judge the answer. A redirect is not followed: it is a status like any other."""
     host = f"[{address}]" if ":" in address else address
-    wanted = spec.get("expect_status", 200)
+    began = time.monotonic()
 
     def answered(status: int | None, _headers: dict[str, str], body: Any) -> None:
         if status is None:
             ended(False, body)
-        elif status != wanted:
-            ended(False, f"status {status}, not {wanted}")
         else:
-            ended(True, f"status {status}")
+            ended(*judge_http(spec, status, body, time.monotonic() - began))
 
     data = http.request("GET", spec.get("path", "/"), f"{host}:{spec['port']}")
-    http.Fetch(loop, (address, spec["port"]), data, spec["timeout_s"], answered, max_body=0)
+    most = 0
+    if spec.get("expect_body"):
+        # To HTTP/1.0 nobody answers in chunks, which could cut the text that is looked for.
+        data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
+        most = http.MAX_BODY
+    fetch(loop, (address, spec["port"]), data, spec, answered, most)
+
+
+def judge_http(spec: Probe, status: int, body: bytes, took_s: float) -> tuple[bool, str]:
+    """Status, body and time against what is expected; (ok, reason)."""
+    wanted = spec.get("expect_status", 200)
+    if status not in (wanted if isinstance(wanted, list) else [wanted]):
+        shown = " or ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
+        return False, f"status {status}, not {shown}"
+    text, most_s = spec.get("expect_body"), spec.get("max_time_s")
+    if text and text.encode() not in body:
+        return False, f"status {status}, but {text[:60]!r} is not in its first 64 KiB"
+    if most_s and took_s > most_s:
+        return False, f"status {status}, but only after {took_s:.3f} s; {most_s:g} s are allowed"
+    return True, f"status {status}"
 
 
 class _Tcp:

@@ -5,6 +5,8 @@ Nobody imports this at run time: `typing` alone would cost every device 0.7 MB (
 
 from __future__ import annotations
 
+import io
+import socket
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,6 +18,8 @@ Document: TypeAlias = dict[str, Any]
 """A JSON object that leaves or is kept."""
 Timer: TypeAlias = list[Any]
 """[when, sequence, callback or None]: a list, because the heap compares it and cancelling changes it."""
+Watched: TypeAlias = socket.socket | io.FileIO
+"""What the loop can wait for: a socket, or a pipe or pidfd with a `close` of its own."""
 Address: TypeAlias = tuple[str, int]
 Ended: TypeAlias = Callable[[bool, str], None]
 """ok, reason"""

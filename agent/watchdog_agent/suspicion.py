@@ -28,6 +28,8 @@ class Suspicion:
         self.was_ready = was_ready
         self.confirmed = False
         self.reason = "no probe has answered yet"
+        self.behind = ""
+        """Why nothing can be said of the device itself: what stands before it is dead."""
         self._misses: dict[str, int] = {}
         self._late: set[str] = set()
         self._rounds = 0
@@ -54,6 +56,7 @@ class Suspicion:
             self.was_ready = True
             self.confirmed = False
             self._rounds = self._misses_then = 0
+            self.behind = ""
             if not self._late:
                 self.state, self.reason = "ok", reason
             elif self.state == "offline":
@@ -66,13 +69,28 @@ class Suspicion:
                 if self.state == "ok":
                     self.state = "suspect"
                 if self.state == "suspect":
-                    self.reason = f"{reason}, {self._misses[name]} times"
+                    self.reason = self.behind or f"{reason}, {self._misses[name]} times"
         return self.state != before
 
     def wants_confirmation(self) -> bool:
         """Whether an independent probe should be asked now: once for each missed probe."""
         silent = all(self._misses.values()) and self.misses > self._misses_then
         return self.state == "suspect" and self.was_ready and silent and bool(self._late)
+
+    def gateway(self, alive: bool, reason: str) -> bool:  # as a probe's callback says it
+        """Take whether the device's gateway answers; true when what is said of the device changed.
+
+        While it does not, a suspected device stays suspected: nothing that fails behind a dead gateway
+        confirms anything (S6). One that was confirmed before stays offline."""
+        if alive or self.state != "suspect":
+            was, self.behind = self.behind, ""
+            if was and self.state == "suspect":
+                self.reason = "its gateway answers again, the device does not yet"
+            return bool(was)
+        self._rounds = 0
+        was, self.behind = self.behind, reason
+        self.reason = reason
+        return was != reason
 
     def confirmation(self, name: str, ok: bool, reason: str) -> bool:
         """Take the result of the independent probe; true when the state changed."""

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 
 def context_of(ca: str) -> ssl.SSLContext:
+    """Trust for the API: the file of WATCHDOG_CA_CERT, else as `trusting`. Raises ConfigError."""
+    return trusting(os.environ.get("WATCHDOG_CA_CERT") or ca)
+
+
+def trusting(ca: str) -> ssl.SSLContext:
     """Trust in these certificates and no others. `ca`: PEM text or the path of a file, "" = the system's.
 
     Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    path = os.environ.get("WATCHDOG_CA_CERT")
     try:
-        if path:
-            context.load_verify_locations(cafile=path)
-        elif "BEGIN CERTIFICATE" in ca:
+        if "BEGIN CERTIFICATE" in ca:
             context.load_verify_locations(cadata=ca)
         elif ca:
             context.load_verify_locations(cafile=ca)
@@ -69,7 +71,8 @@ class SecureFetch(http.Fetch):
         assert self.sock is not None
         self.loop.watch(self.sock, events, self._ready)
 
-    def _step(self) -> None:
+    def _shake(self) -> None:
+        """Connect and shake hands; raises ssl.SSLWantReadError or SSLWantWriteError until it is done."""
         assert self.sock is not None
         if not isinstance(self.sock, ssl.SSLSocket):
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -81,6 +84,10 @@ class SecureFetch(http.Fetch):
         if not self.shaken:
             self.sock.do_handshake()
             self.shaken = True
+
+    def _step(self) -> None:
+        self._shake()
+        assert self.sock is not None
         while self.out:
             self.out = self.out[self.sock.send(self.out) :]
         # Until it wants more from the wire: what is decrypted already wakes no selector.

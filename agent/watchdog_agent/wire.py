@@ -29,7 +29,11 @@ Configuration document (version 1)::
                   "verify_s": 30.0, "when": "suspect|offline", "probe": "icmp", "tries": 1,
                   "dry_run": false}],
      "repair_policy": {"dry_run": false, "accepted_beats": 4, "alone_s": 86400.0},
-     "escalate": {"sinks": [{"kind": "webhook", "url": "http://127.0.0.1:8080/hook"}]}}
+     "escalate": {"sinks": [{"kind": "webhook", "url": "http://127.0.0.1:8080/hook"}]},
+     "gateway": {"address": "10.0.0.1", ...a probe...}}      (optional)
+
+The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device goes
+before the address in ``gateway``.
 
 The credential is the bearer token of this one agent: good for reports of this device and epoch only. It
 is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.
@@ -99,11 +103,15 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
     listen: str,
     dropped: int,
     stopping: bool = False,
+    gateway: str = "",
+    gateway_dead: bool = False,
     repairs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One report. `sequence` goes up by one for each report of an instance; `dropped` counts reports
-    that were lost to the bounded buffer; `stopping` is true in the last one before an exit. `repairs` is there only for a class with
-    repairs: what is done now, and the last attempts."""
+    that were lost to the bounded buffer; `stopping` is true in the last one before an exit; `gateway` is the address of
+    what stands before the device, `gateway_dead` that it did not answer: both only where there is one. `repairs` is
+    there only for a class with repairs: what is done now, and the last attempts."""
+    behind = {"gateway": gateway, "gateway_dead": gateway_dead} if gateway else {}
     told = {} if repairs is None else {"repairs": repairs}
     return told | {
         "v": VERSION,
@@ -122,4 +130,5 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
         "listen": listen,
         "dropped": dropped,
         "stopping": stopping,
+        **behind,
     }

@@ -263,6 +263,8 @@ class ReportIn(BaseModel):
     dropped: Count = 0
     stopping: bool = False
     repairs: RepairsIn | None = None
+    gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(_printable)] = ""
+    gateway_dead: bool = False
 
     def report(self) -> AgentReport:
         """As the value that goes inside."""

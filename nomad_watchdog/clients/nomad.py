@@ -252,6 +252,28 @@ class NomadClient:
         body: Mapping[str, Any] | None = None,
         next_token: list[str] | None = None,
     ) -> Answer:
+        raw, headers = await self._fetch(method, path, capability, params=params, body=body)
+        if next_token is not None and headers.get("X-Nomad-NextToken"):
+            next_token.append(headers["X-Nomad-NextToken"])
+        try:
+            return Answer(json.loads(raw), int(headers.get("X-Nomad-Index", "0")))
+        except ValueError as error:
+            raise TransientError(f"nomad's answer to {path} is cut off or no JSON") from error
+
+    async def text(self, path: str, capability: str, params: Mapping[str, str]) -> str:
+        """An answer that is no JSON: a log, say."""
+        raw, _ = await self._fetch("GET", path, capability, params=params, body=None)
+        return raw.decode(errors="replace")
+
+    async def _fetch(
+        self,
+        method: str,
+        path: str,
+        capability: str,
+        *,
+        params: Mapping[str, str] | None,
+        body: Mapping[str, Any] | None,
+    ) -> tuple[bytes, Mapping[str, str]]:
         await self._read_token(again=False)
         form = _PACKED if method == "GET" else _PLAIN
         for attempt in range(2):
@@ -275,12 +297,7 @@ class NomadClient:
                 said = raw.decode(errors="replace")
                 after = headers.get("Retry-After", "")
                 raise translate(answer.status, said, capability, after)
-            if next_token is not None and headers.get("X-Nomad-NextToken"):
-                next_token.append(headers["X-Nomad-NextToken"])
-            try:
-                return Answer(json.loads(raw), int(headers.get("X-Nomad-Index", "0")))
-            except ValueError as error:
-                raise TransientError(f"nomad's answer to {path} is cut off or no JSON") from error
+            return raw, headers
         raise AssertionError("unreachable")
 
     def _open(self) -> aiohttp.ClientSession:

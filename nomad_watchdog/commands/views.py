@@ -61,32 +61,6 @@ def _held(lease: dict[str, Any], now: float) -> str:
     return age(max(0.0, now - lease["since"])) if lease["holder"] else ""
 
 
-@click.group()
-def agents() -> None:
-    """List the agents as the scheduler sees them."""
-
-
-@agents.command("ls")
-@output_option()
-@click.pass_context
-def list_agents(ctx: click.Context, output: str) -> None:
-    """List the agents as the scheduler sees them."""
-    items = list(api_of(ctx).pages("/v1/agents"))
-    if output == "json":
-        print_json({"items": items})
-        return
-    preferred = ["device", "device_id", "epoch", "state", "node", "version", "age_s", "reason"]
-    known = list(dict.fromkeys(key for item in items for key in item))
-    columns = [key for key in preferred if key in known]
-    if output == "wide" or not columns:
-        columns += [key for key in known if key not in columns]
-    rows = [
-        [age(item.get(c)) if c.endswith("_s") else item.get(c) for c in columns] for item in items
-    ]
-    heads = [column.removesuffix("_s").replace("_", " ").upper() for column in columns]
-    print_table(heads or ["no agents"], rows, no_color=no_color(ctx))
-
-
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
 @click.option(

@@ -1,4 +1,4 @@
-"""Changes that have one cause are one incident: a host, a site or a class, not a thousand devices.
+"""Changes that have one cause are one incident: a gateway, a host, a site or a class, not a thousand devices.
 
 `observe` takes each change in constant time. `settle`, called every few seconds, opens and closes: only
 then is it known how far a change reached, and the group that explains most of it gets the incident. What
@@ -33,6 +33,8 @@ TROUBLE: Final = frozenset(
 class GroupKind(StrEnum):
     """What devices can have in common. Of equal explanations the first is taken."""
 
+    GATEWAY = "gateway"
+    """What stands before the device: its label `gateway`, or what its agent says."""
     HOST = "host"
     SITE = "site"
     CLASS = "class"

@@ -238,12 +238,21 @@ class Stage:
             if b"watchdog" not in arguments or b"executor" in arguments:
                 continue
             values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
-            config = values.get(b"WATCHDOG_CONFIG", b"").decode(errors="replace")
+            config = values.get(b"WATCHDOG_CONFIG", b"").decode(errors="replace") or _lock(entry)
             if not config.startswith(str(self.root)):
                 continue
             slug = values.get(b"NOMAD_META_slug", b"").decode() or Path(config).parent.name
             found[slug] = int(entry.name)
         return found
+
+
+def _lock(process: Path) -> str:
+    """The lock that a forked agent holds; /proc shows its nursery's environment, not its own."""
+    try:
+        held = str((process / "fd" / "3").readlink())
+    except OSError:
+        return ""
+    return held if held.endswith("/lock") else ""
 
 
 @asynccontextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _ZOMBIE = {"Z", "X"}
@@ -62,17 +64,29 @@ def bury(pid: int) -> None:
         return
 
 
-def spawn(home: Path, argv: list[str], environment: Mapping[str, str]) -> int:
-    """Start argv in a session of its own, holding the device's lock; its pid.
+@contextmanager
+def device_lock(home: Path) -> Iterator[int]:
+    """A descriptor that holds the device's lock, to be handed on to its agent as descriptor 3.
 
-    The lock is a flock on an open file that only the agent keeps (descriptor 3): the kernel drops it
-    when the last process of the agent is gone, whoever lives or dies meanwhile (S3).
+    The lock is a flock on an open file that only the agent keeps: the kernel drops it when the last process
+    of the agent is gone, whoever lives or dies meanwhile (S3).
     Raises BlockingIOError when a process of this device still holds it.
     """
     held = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        yield held
+    finally:
+        os.close(held)
+
+
+def spawn(home: Path, argv: list[str], environment: Mapping[str, str]) -> int:
+    """Start argv in a session of its own, holding the device's lock; its pid.
+
+    Raises BlockingIOError when a process of this device still holds it.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with device_lock(home) as held:
         return os.posix_spawnp(
             argv[0],
             argv,
@@ -87,8 +101,6 @@ def spawn(home: Path, argv: list[str], environment: Mapping[str, str]) -> int:
             setsigmask=[],
             setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
         )
-    finally:
-        os.close(held)
 
 
 def is_locked(home: Path) -> bool:
@@ -106,16 +118,36 @@ def is_locked(home: Path) -> bool:
 
 
 def find(home: Path) -> tuple[int, str]:
-    """Pid and instance of the agent whose pid was never written down; (0, "") = none."""
+    """Pid and instance of the agent whose pid was never written down; (0, "") = none.
+
+    It is told by its environment, or, as a forked one has its nursery's, by the lock that it holds."""
     wanted = f"WATCHDOG_STATE_DIR={home / 'state'}".encode()
     for one in Path("/proc").iterdir():
         if not one.name.isdigit():
             continue
         try:
             words = (one / "environ").read_bytes().split(b"\0")
+            holds = wanted in words or _holds(one, home / "lock")
         except OSError:  # gone meanwhile, or another user's
             continue
-        if wanted in words and start_time(int(one.name)):
+        if holds and start_time(int(one.name)):
             facts = dict(word.partition(b"=")[::2] for word in words)
-            return int(one.name), facts.get(b"WATCHDOG_INSTANCE", b"").decode(errors="replace")
+            instance = facts.get(b"WATCHDOG_INSTANCE", b"").decode(errors="replace")
+            return int(one.name), instance or _instance_said(home, int(one.name))
     return 0, ""
+
+
+def _holds(process: Path, lock: Path) -> bool:
+    try:
+        return (process / "fd" / "3").readlink() == lock
+    except FileNotFoundError:
+        return False
+
+
+def _instance_said(home: Path, pid: int) -> str:
+    """What the agent itself wrote when it began to serve; "" = nothing, or another run did."""
+    try:
+        said = json.loads((home / "state" / "agent.json").read_text())
+        return str(said["instance"]) if said["pid"] == pid else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -32,6 +32,7 @@ from nomad_watchdog.schedulers._local_files import (
     write_entry,
     write_whole,
 )
+from nomad_watchdog.schedulers._local_parents import Parents
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Settings:
     backoff_initial_s: float
     backoff_max_s: float
     stable_after_s: float
+    parents: Parents
 
     def home(self, slug: Slug) -> Path:
         return self.directory / slug
@@ -57,11 +59,15 @@ def _now() -> float:
     return float(SystemClock().wall())
 
 
+def _ours(settings: Settings) -> list[str]:
+    return [settings.python, "-m", "watchdog_agent"]
+
+
 def argv_of(settings: Settings, spec: AgentSpec) -> list[str]:
     """The agent's command line: ours, or the operator's variable `command` (a JSON list of texts)."""
     text = spec.variables.get("command", "")
     if not text:
-        return [settings.python, "-m", "watchdog_agent"]
+        return _ours(settings)
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -245,7 +251,7 @@ def _stepped(settings: Settings, home: Path, entry: Entry) -> Entry:
             if _now() >= entry.act_at:
                 process.send(entry.pid, entry.pid_start, signal.SIGKILL)
             return entry
-        return _dead(home, entry, "stopped as told")
+        return _dead(settings, home, entry, "stopped as told")
     if entry.state == PlacementState.RUNNING:
         return entry if alive else _ended(settings, home, entry)
     if entry.state == PlacementState.STARTING or _now() >= entry.act_at:
@@ -253,18 +259,18 @@ def _stepped(settings: Settings, home: Path, entry: Entry) -> Entry:
     return entry
 
 
-def _dead(home: Path, entry: Entry, reason: str) -> Entry:
+def _dead(settings: Settings, home: Path, entry: Entry, reason: str) -> Entry:
     done = replace(entry, state=PlacementState.DEAD, pid=0, pid_start=0, reason=reason)
     write_entry(home, done)
     if entry.pid:
-        process.bury(entry.pid)
+        settings.parents.bury(entry.pid)
     return done
 
 
 def _ended(settings: Settings, home: Path, entry: Entry) -> Entry:
     """Exit 0 was retirement by the API: dead for good. Anything else is started again, later."""
-    code = process.exit_code(entry.pid)
-    foreign = code is None and entry.parent != os.getpid()
+    code = settings.parents.exit_code(entry.pid)
+    foreign = code is None and not settings.parents.are(entry.parent)
     if foreign and process.is_same(entry.parent, entry.parent_start):
         # Its parent lives and alone knows the exit code: let it go first, for a second.
         if not entry.act_at:
@@ -273,9 +279,11 @@ def _ended(settings: Settings, home: Path, entry: Entry) -> Entry:
         if _now() < entry.act_at:
             return entry
     if code == wire.EXIT_RETIRED:
-        return _dead(home, entry, "the agent retired by itself (exit 0)")
+        return _dead(settings, home, entry, "the agent retired by itself (exit 0)")
     if not entry.argv:
-        return _dead(home, entry, "ended; its command line was lost with a damaged placement.json")
+        return _dead(
+            settings, home, entry, "ended; its command line was lost with a damaged placement.json"
+        )
     said = "ended, exit code unknown"
     if code is not None:
         said = f"exited with {code}" if code > 0 else f"killed by signal {-code}"
@@ -299,7 +307,7 @@ def _later(settings: Settings, home: Path, entry: Entry, said: str) -> Entry:
     )
     write_entry(home, done)
     if entry.pid:
-        process.bury(entry.pid)
+        settings.parents.bury(entry.pid)
     return done
 
 
@@ -321,7 +329,8 @@ def _started(settings: Settings, home: Path, entry: Entry) -> Entry:
     now = _now()
     entry = replace(entry, restarts=restarts, started_at=now)
     try:
-        pid = process.spawn(home, entry.argv, environment)
+        ours = entry.argv == _ours(settings)
+        born = settings.parents.spawn(home, entry.argv, environment, ours=ours)
     except BlockingIOError:
         return _later(settings, home, entry, "an earlier process of this device is still there")
     except OSError as error:
@@ -329,10 +338,10 @@ def _started(settings: Settings, home: Path, entry: Entry) -> Entry:
     done = replace(
         entry,
         state=PlacementState.RUNNING,
-        pid=pid,
-        pid_start=process.start_time(pid),
-        parent=os.getpid(),
-        parent_start=process.start_time(os.getpid()),
+        pid=born.pid,
+        pid_start=process.start_time(born.pid),
+        parent=born.parent,
+        parent_start=process.start_time(born.parent),
         act_at=0.0,
         reason="",
     )

@@ -36,6 +36,7 @@ from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
 from nomad_watchdog.schedulers import _local_process as process
 from nomad_watchdog.schedulers import _local_steps as steps
 from nomad_watchdog.schedulers._local_files import CorruptError, Entry, read_entry, translated
+from nomad_watchdog.schedulers._local_parents import Parents
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class LocalScheduler:
     name = "local"
     capabilities = Capabilities(restarts=True, reschedules=False, outlives_us=True)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # settings by name, as the operator gives them
         self,
         *,
         directory: str | Path,
@@ -68,15 +69,20 @@ class LocalScheduler:
         backoff_max_s: float = 30.0,
         stable_after_s: float = 60.0,
         poll_s: float = 1.0,
+        fork: bool = True,
     ) -> None:
-        """`poll_s`: how soon what another process did is seen; our own is seen at once."""
+        """`poll_s`: how soon what another process did is seen; our own is seen at once. `fork`: have our
+        agents forked by one parent, so that they share memory."""
+        home = Path(directory).absolute()
+        self._parents = Parents(python=python, directory=home, fork=fork)
         self._settings = steps.Settings(
-            Path(directory).absolute(),
+            home,
             python,
             token_file,
             backoff_initial_s,
             backoff_max_s,
             stable_after_s,
+            self._parents,
         )
         self._poll_s = poll_s
         self._minded: dict[Slug, _Minded] = {}
@@ -154,6 +160,7 @@ class LocalScheduler:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for slug in list(self._minded):
             self._forget(slug)
+        await asyncio.to_thread(self._parents.close)
 
     async def _ready(self) -> None:
         """On first use: make the directory, adopt what runs in it, and keep looking."""

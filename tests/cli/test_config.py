@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.config import Settings
 from nomad_watchdog.config_api import Token
-from nomad_watchdog.config_classes import AgentClass, Probe, Repair
+from nomad_watchdog.config_classes import AgentClass, Repair
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
+from nomad_watchdog.config_probes import Gateway, Probe
 from nomad_watchdog.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -232,6 +233,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
     assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
     wanted |= {f"probe.{name}" for name in Probe.model_fields}
+    wanted |= {f"gateway.{name}" for name in Gateway.model_fields}
     wanted |= {f"repair.{name}" for name in Repair.model_fields}
     wanted |= {f"token.{name}" for name in Token.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")

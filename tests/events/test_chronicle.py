@@ -143,7 +143,7 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
     (incident,) = site.fleet.chronicle.incidents()
     assert {event.incident for event in singles} == {incident.id}
     assert site.kinds()["incident.opened"] == 1
-    assert site.fleet.chronicle.open_by_kind() == {"host": 1, "site": 0, "class": 0}
+    assert site.fleet.chronicle.open_by_kind() == {"gateway": 0, "host": 1, "site": 0, "class": 0}
     (opened,) = [e for e in site.fleet.history.recent() if e.kind == "incident.opened"]
     assert (opened.data["group"], opened.data["subsumed"]) == ("n1", 1_000)
     assert opened.text == "1000 of 1000 devices of host n1"

@@ -218,7 +218,7 @@ async def never(world: World) -> None:
 
 def _storm(name: str, status: int, words: str, most: float, **headers: str) -> None:
     """`most`: calls a second for each of the seven devices that want something, by what their back-off
-    (0.5 to 5 s here) or the server's Retry-After leaves of about three calls a try."""
+    (0.5 to 5 s here), the pause of `core/circuit.py` and the server's Retry-After leave."""
 
     @row(
         f"22-{name}",
@@ -245,9 +245,9 @@ def _storm(name: str, status: int, words: str, most: float, **headers: str) -> N
         await world.settle()
 
 
-_storm("500", 500, "500", 2.5)
+_storm("500", 500, "500", 1.5)
 _storm("429", 429, "429 and Retry-After: 3", 1.0, Retry_After="3")
-_storm("503", 503, "503 without a word about when", 2.5)
+_storm("503", 503, "503 without a word about when", 1.5)
 
 
 @row("22-consul", "Consul answers everything with 500 for 15 s", stake="S4 S9 L3")

@@ -29,7 +29,9 @@ def local_spec(*command: str, **overrides: Any) -> AgentSpec:
 
 
 def pids_of(directory: Path, slug: str = "") -> set[int]:
-    """Live processes with a state directory below this one, told by their environment."""
+    """Live processes with a state directory below this one, told by their environment or, where a nursery
+    forked them, by the lock that they hold."""
+    lock = str(directory / slug / "lock")
     wanted = f"WATCHDOG_STATE_DIR={directory / slug}".encode()
     found = set()
     for one in Path("/proc").iterdir():
@@ -40,9 +42,25 @@ def pids_of(directory: Path, slug: str = "") -> set[int]:
             ours = any(
                 w == wanted + b"/state" or (not slug and w.startswith(wanted)) for w in words
             )
+            if not ours:
+                held = str((one / "fd" / "3").readlink())
+                below = held.startswith(f"{directory}/") and held.endswith("/lock")
+                ours = held == lock if slug else below
             if ours and process.start_time(int(one.name)):
                 found.add(int(one.name))
     return found
+
+
+def agent_spec(**overrides: Any) -> AgentSpec:
+    """A spec of the real agent, whose device is nobody."""
+    config = {
+        "v": 1,
+        "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}],
+        **overrides.pop("config", {}),
+    }
+    text = json.dumps(config)
+    spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", agent_config=text)
+    return replace(spec, **overrides)
 
 
 async def eventually(test: Callable[[], Any], timeout_s: float = 15.0) -> Any:
@@ -76,7 +94,9 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def local_rig(directory: Path) -> AsyncIterator[Rig]:
+async def local_rig(directory: Path, *, fork: bool | None = None) -> AsyncIterator[Rig]:
+    """`fork`: run the real agent, forked or spawned; None = a mere command in its place."""
+
     async def processes(slug: Slug) -> set[int]:
         return await asyncio.to_thread(pids_of, directory, slug)
 
@@ -94,13 +114,20 @@ async def local_rig(directory: Path) -> AsyncIterator[Rig]:
             aside.rename(directory)
 
     def scheduler() -> LocalScheduler:
-        return LocalScheduler(directory=directory, backoff_initial_s=0.2, poll_s=0.2)
+        return LocalScheduler(
+            directory=directory, backoff_initial_s=0.2, poll_s=0.2, fork=fork is not False
+        )
+
+    def failing_spec() -> AgentSpec:
+        if fork is None:
+            return local_spec(sys.executable, "-c", "raise SystemExit(1)")
+        return agent_spec(config={"probes": []})
 
     yield Rig(
         scheduler=scheduler,
-        spec=local_spec,
-        failing_spec=lambda: local_spec(sys.executable, "-c", "raise SystemExit(1)"),
-        scale_spec=local_spec,
+        spec=local_spec if fork is None else agent_spec,
+        failing_spec=failing_spec,
+        scale_spec=local_spec if fork is None else agent_spec,
         processes=processes,
         crash=crash,
         break_reads=break_reads,

@@ -11,8 +11,10 @@ from nomad_watchdog.testing.conformance import CHECKS
 from .conftest import local_rig
 
 
+@pytest.mark.parametrize("fork", [None, True, False], ids=["command", "forked", "spawned"])
 @pytest.mark.parametrize("name", list(CHECKS))
-async def test_conformance(name: str, directory: Path) -> None:
-    """The local scheduler keeps every promise of the interface."""
-    async with local_rig(directory) as rig:
+async def test_conformance(name: str, fork: bool | None, directory: Path) -> None:
+    """The local scheduler keeps every promise of the interface, with an operator's command and with our
+    agent, forked or spawned."""
+    async with local_rig(directory, fork=fork) as rig:
         await CHECKS[name](rig)

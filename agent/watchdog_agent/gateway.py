@@ -1,0 +1,85 @@
+"""What stands between the agent and its device. While it is dead nothing can be said of the device: twelve
+devices behind one dead gateway are one dead gateway."""
+
+from __future__ import annotations
+
+import socket
+
+from . import checks, config_probes, probes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .loop import Loop
+    from .shapes import Config, Document
+
+LABEL = "gateway"
+"""A device's label with the address of its gateway; it goes before the class's."""
+TIMEOUT_S = 2.0
+
+
+def check(config: Config) -> None:
+    """Put the gateway's checked probe, with its address, under `gateway`, or take the key away.
+
+    Raises ConfigError."""
+    given: Any = config.get("gateway") or {}
+    if not isinstance(given, dict):
+        raise checks.ConfigError("gateway must be an object")
+    labels = config.get("labels")
+    named = labels.get(LABEL) if isinstance(labels, dict) else None
+    address = named if is_digits(named) else given.get("address")
+    config.pop("gateway", None)
+    # The gateway may be watched as a device too, with the same class: then nothing stands before it.
+    if not address or address == config["address"]:
+        return
+    address = checks.address(address, "gateway: address")
+    spec = {"timeout_s": TIMEOUT_S, **given, "kind": given.get("kind", "icmp")}
+    config["gateway"] = {**config_probes.check(spec, "gateway"), "address": address}
+
+
+def is_digits(text: object) -> bool:
+    """Whether it is an address of digits. A label is data from outside: any other name, as «gw-north», may
+    mean a place, and looking it up could block."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)  # type: ignore[arg-type]
+        except (OSError, TypeError, ValueError):
+            continue
+        return True
+    return False
+
+
+class Gateway:
+    """Asked when the device's probes fail, and at no other time."""
+
+    def __init__(self, loop: Loop, spec: Document) -> None:
+        self.loop, self.spec = loop, spec
+        self.address: str = spec["address"]
+        self.answers: bool | None = None
+        """What it did last; None = not asked, or the device has answered since."""
+        self.reason = ""
+        self._waiting: list[Callable[[bool], None]] = []
+
+    def ask(self, then: Callable[[bool], None]) -> None:
+        """Probe it, and say whether it answered; who asks meanwhile gets the same answer."""
+        self._waiting.append(then)
+        if len(self._waiting) == 1:
+            probes.start(self.loop, self.spec, self.address, self._asked)
+
+    def _asked(self, ok: bool, reason: str, _took_s: float) -> None:  # as Probed
+        self.answers, self.reason = ok, reason
+        waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            then(ok)
+
+    def words(self) -> str:
+        """The device's reason while it is dead."""
+        return f"gateway {self.address} does not answer"
+
+    def evidence(self) -> Document:
+        """For /status."""
+        kind = probes.name_of(self.spec)
+        shown = {"address": self.address, "probe": kind, "answers": self.answers}
+        return {**shown, "reason": self.reason}

@@ -1,0 +1,64 @@
+"""Where the log of an agent is, backend by backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from nomad_watchdog.errors import NotFoundError, TerminalError, UserError
+
+if TYPE_CHECKING:
+    from nomad_watchdog.config import Settings
+
+MOST_BYTES: Final = 1024 * 1024
+
+
+def local_log(home: Path) -> str:
+    """The file of a local agent, and the old one before it. Raises NotFoundError or UserError."""
+    found = []
+    for name in ("agent.log.1", "agent.log"):
+        try:
+            with (home / name).open("rb") as file:
+                found.append(file.read(2 * MOST_BYTES).decode(errors="replace"))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{home / name}: {error.strerror}") from error
+    if not found:
+        raise NotFoundError(f"no log at {home}; is this the machine that its agent runs on?")
+    return "".join(found)
+
+
+async def nomad_log(settings: Settings, allocation: str, task: str = "agent") -> str:
+    """What Nomad has collected of a task, the last MOST_BYTES. Raises TerminalError when it collects nothing."""
+    from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+
+    chosen = settings.nomad
+    client = NomadClient(
+        NomadSettings.from_env(
+            address=chosen.address,
+            namespace=chosen.namespace,
+            region=chosen.region or "",
+            token_file=chosen.token_file or "",
+            ca_cert=chosen.ca_cert or "",
+            client_cert=chosen.client_cert or "",
+            client_key=chosen.client_key or "",
+            skip_verify=chosen.tls_skip_verify,
+        )
+    )
+    asked = {
+        "task": task,
+        "type": "stderr",
+        "plain": "true",
+        "origin": "end",
+        "offset": str(MOST_BYTES),
+    }
+    try:
+        return await client.text(f"/v1/client/fs/logs/{allocation}", "read-logs", asked)
+    except (NotFoundError, UserError) as error:
+        raise TerminalError(
+            "Nomad has no log of this agent: the shipped job has `logs { disabled = true }`, which saves each"
+            f" node a process an agent; a template of yours may say false ({error})"
+        ) from error
+    finally:
+        await client.close()

@@ -1,0 +1,80 @@
+"""Runs one probe of the agent, in a thread, against what stands on this test's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from watchdog_agent import config_probes, probes
+from watchdog_agent.loop import Loop
+
+Answer = Callable[[bytes], bytes | None]
+
+
+def run(spec: dict[str, Any], address: str = "127.0.0.1") -> tuple[bool, str]:
+    """(ok, reason) of one run of a checked probe, on a loop of its own."""
+    loop = Loop()
+    answers: list[tuple[bool, str]] = []
+
+    def done(ok: bool, reason: str, _took_s: float) -> None:
+        answers.append((ok, reason))
+        loop.stop()
+
+    try:
+        probes.start(loop, spec, address, done)
+        loop.later(30.0, loop.stop)
+        loop.run()
+    finally:
+        loop.close()
+    (answer,) = answers
+    return answer
+
+
+async def asked(address: str = "127.0.0.1", **spec: Any) -> tuple[bool, str]:
+    """(ok, reason) of one run of this probe; gives up after two seconds unless it says otherwise."""
+    return await asyncio.to_thread(
+        run, config_probes.check({"timeout_s": 2.0, **spec}, "probe"), address
+    )
+
+
+class _Udp(asyncio.DatagramProtocol):
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        said = self.answer(data)
+        if said is not None:
+            self.transport.sendto(said, addr)
+
+
+@contextlib.asynccontextmanager
+async def udp(answer: Answer) -> AsyncIterator[int]:
+    """The port of a UDP server that answers so."""
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: _Udp(answer), local_addr=("127.0.0.1", 0)
+    )
+    try:
+        yield transport.get_extra_info("sockname")[1]
+    finally:
+        transport.close()
+
+
+@contextlib.asynccontextmanager
+async def tcp(
+    speak: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], tls: Any = None
+) -> AsyncIterator[int]:
+    """The port of a TCP server that speaks so."""
+    from tests.agent.world import Listener
+
+    listener = Listener(speak)
+    listener.tls = tls
+    await listener.start()
+    try:
+        yield listener.port
+    finally:
+        await listener.stop()

@@ -1,0 +1,136 @@
+"""Whatever bytes come back, a parser gives a value or its own error: nothing else, and soon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dnslib
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from watchdog_agent import http, probe_command, probe_dns, probe_mqtt, probe_snmp, probe_tls
+
+QUERY = probe_dns.encode_query("pump.example", 1, b"ab")
+REPLY = dnslib.DNSRecord.parse(QUERY).reply()
+REPLY.add_answer(dnslib.RR("pump.example", rdata=dnslib.A("10.0.0.7")))
+DER = trustme.CA().issue_cert("a.example").cert_chain_pems[0].bytes()
+
+
+def der() -> bytes:
+    import ssl
+
+    return ssl.PEM_cert_to_DER_cert(DER.decode())
+
+
+def mangled(data: bytes) -> Any:
+    """`data` with some bytes changed, and cut off somewhere."""
+    change = st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255))
+
+    def apply(given: tuple[list[tuple[int, int]], int]) -> bytes:
+        out = bytearray(data)
+        for at, value in given[0]:
+            out[at] = value
+        return bytes(out[: given[1]])
+
+    return st.tuples(st.lists(change, max_size=8), st.integers(0, len(data))).map(apply)
+
+
+@given(st.one_of(st.binary(max_size=600), mangled(REPLY.pack())))
+def test_dns(data: bytes) -> None:
+    """An answer is addresses of four bytes, words, or DnsError."""
+    padded = data.ljust(12, b"\0")
+    try:
+        found = probe_dns.addresses(padded, QUERY)
+    except probe_dns.DnsError:
+        return
+    assert isinstance(found, str) or all(len(one) == 4 for one in found)
+
+
+def test_dns_as_another_library_packs_it() -> None:
+    """What a library of others packs is read, and it reads our query."""
+    assert probe_dns.addresses(REPLY.pack(), QUERY) == [bytes((10, 0, 0, 7))]
+    assert str(dnslib.DNSRecord.parse(QUERY).q.qname) == "pump.example."
+
+
+SNMP = probe_snmp.tlv(
+    0x30,
+    probe_snmp.integer(1)
+    + probe_snmp.tlv(4, b"public")
+    + probe_snmp.tlv(
+        0xA2,
+        probe_snmp.integer(7)
+        + probe_snmp.integer(0)
+        + probe_snmp.integer(0)
+        + probe_snmp.tlv(
+            0x30,
+            probe_snmp.tlv(0x30, probe_snmp.tlv(6, probe_snmp.UP_TIME) + b"\x43\x02\x30\x39"),
+        ),
+    ),
+)
+
+
+@given(st.one_of(st.binary(max_size=300), mangled(SNMP)))
+def test_snmp(data: bytes) -> None:
+    """An answer is a time, words, nothing of ours, or SnmpError."""
+    try:
+        found = probe_snmp.up_time(data, 7)
+    except probe_snmp.SnmpError:
+        return
+    assert found is None or isinstance(found, (int, str))
+
+
+def test_snmp_answer_is_read() -> None:
+    """The answer that is mangled elsewhere is itself read as 12345 hundredths."""
+    assert probe_snmp.up_time(SNMP, 7) == 12345
+    assert probe_snmp.up_time(SNMP, 8) is None
+
+
+@given(st.integers(0, 2**31 - 1), st.binary(max_size=400))
+def test_snmp_request_has_the_lengths_that_it_says(ident: int, community: bytes) -> None:
+    """Whatever the community and the number are, the request reads back as it was meant."""
+    message, end = probe_snmp.take(packet := probe_snmp.get(community, ident), 0, 0x30)
+    assert end == len(packet)
+    _, at = probe_snmp.number(message, 0)
+    assert probe_snmp.take(message, at, 4)[0] == community
+    pdu, _ = probe_snmp.take(message, at + len(probe_snmp.tlv(4, community)), 0xA0)
+    assert probe_snmp.number(pdu, 0)[0] == ident
+
+
+@given(st.binary(max_size=20), st.booleans())
+def test_mqtt(data: bytes, closed: bool) -> None:
+    """An answer is a code, nothing yet, or HttpError; after the end it is not «nothing yet»."""
+    try:
+        code = probe_mqtt.connack(data, closed=closed)
+    except http.HttpError:
+        return
+    assert code == (data[3] if len(data) >= 4 else None)
+    assert not (closed and code is None)
+
+
+@given(st.one_of(st.binary(max_size=300), mangled(der())))
+def test_certificate(data: bytes) -> None:
+    """A certificate has an end, or CertificateError."""
+    try:
+        probe_tls.expiry(data)
+    except probe_tls.CertificateError:
+        return
+
+
+@given(st.datetimes())
+def test_seconds_of_a_time(when: Any) -> None:
+    """Both forms of time give the seconds that the library of dates gives."""
+    import datetime as dt
+
+    when = when.replace(microsecond=0, tzinfo=dt.UTC)
+    text = f"{when.year:04}{when:%m%d%H%M%S}Z".encode()
+    assert probe_tls.seconds_of(0x18, text) == when.timestamp()
+    if 1950 <= when.year < 2050:
+        assert probe_tls.seconds_of(0x17, text[2:]) == when.timestamp()
+
+
+@given(st.binary(max_size=5000))
+def test_last_line(output: bytes) -> None:
+    """Whatever a command writes, its reason is short and printable."""
+    line = probe_command.last_line(output)
+    assert len(line) <= 200
+    assert line.isprintable()

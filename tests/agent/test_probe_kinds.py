@@ -1,0 +1,512 @@
+"""Each kind of probe against the real thing, or against one that answers badly."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import os
+import ssl
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from amqtt.broker import Broker
+from dnslib import AAAA, QTYPE, RR, A, DNSRecord
+from watchdog_agent import config_probes, probe_snmp
+from watchdog_agent.checks import ConfigError
+
+from nomad_watchdog.dev.process import free_port
+from tests.agent.probing import asked, run, tcp, udp
+from tests.agent.world import OK, says, silent, until
+
+# -- http
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "wanted"),
+    [
+        (b"all is well", {"expect_body": "is well"}, (True, "status 200")),
+        (b"broken", {"expect_body": "is well"}, (False, "'is well' is not in its first 64 KiB")),
+        (b"x", {"expect_status": [204, 200]}, (True, "status 200")),
+        (b"x", {"expect_status": [204, 301]}, (False, "status 200, not 204 or 301")),
+    ],
+)
+async def test_http_expectations(body: bytes, expected: dict, wanted: tuple[bool, str]) -> None:
+    """Status and body are judged as the class expects, with a reason that says what was missing."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    async with tcp(says(head + body)) as port:
+        ok, reason = await asked(kind="http", port=port, **expected)
+    assert ok is wanted[0]
+    assert wanted[1] in reason
+
+
+async def test_http_that_is_late_is_a_miss() -> None:
+    """An answer that comes after max_time, but within the time-out, is a miss that says how long it took."""
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.2)
+        writer.write(OK)
+
+    async with tcp(speak) as port:
+        ok, reason = await asked(kind="http", port=port, max_time_s=0.1, timeout_s=10.0)
+    assert not ok
+    assert "0.1 s are allowed" in reason
+
+
+async def test_an_endless_body_is_read_no_further_than_64_kib() -> None:
+    """A text that an endless body holds only beyond 64 KiB is not found, and the probe ends by itself."""
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"y" * 70_000 + b"needle")
+        while True:
+            writer.write(b"z" * 65536)
+            await writer.drain()
+
+    async with tcp(speak) as port:
+        ok, reason = await asked(kind="http", port=port, expect_body="needle", timeout_s=20.0)
+    assert not ok
+    assert "not in its first 64 KiB" in reason
+
+
+# -- tls
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def context_of(certificate: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    return context
+
+
+async def tls_asked(authority: trustme.CA, days: float, **spec: Any) -> tuple[bool, str]:
+    """A probe of a server whose certificate is good for so many days."""
+    until_when = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+    began = until_when - dt.timedelta(days=90)
+    certificate = authority.issue_cert(
+        "127.0.0.1", "pump.example", not_before=began, not_after=until_when
+    )
+    pem = authority.cert_pem.bytes().decode()
+    async with tcp(says(OK), context_of(certificate)) as port:
+        return await asked(
+            **{"kind": "tls", "port": port, "ca_cert": pem, "timeout_s": 10.0, **spec}
+        )
+
+
+async def test_tls_days_to_expiry(authority: trustme.CA) -> None:
+    """The days that a certificate is still good for are counted, and too few are a miss."""
+    assert await tls_asked(authority, 30.1) == (True, "certificate good for 30 days")
+    ok, reason = await tls_asked(authority, 5.1)
+    assert (ok, reason) == (False, "its certificate expires in 5 days; 14 are wanted")
+    assert (await tls_asked(authority, 5.1, min_days=3))[0]
+    ok, reason = await tls_asked(authority, -2.1, verify=False)
+    assert (ok, reason) == (False, "its certificate expired 2 days ago")
+
+
+async def test_tls_name_and_trust(authority: trustme.CA) -> None:
+    """A certificate for another name, or of another authority, is a miss unless `verify = false`."""
+    assert (await tls_asked(authority, 50, server_name="pump.example"))[0]
+    ok, reason = await tls_asked(authority, 50, server_name="other.example")
+    assert not ok
+    assert "TLS" in reason
+    other = trustme.CA().cert_pem.bytes().decode()
+    assert not (await tls_asked(authority, 50, ca_cert=other))[0]
+    assert (await tls_asked(authority, 50, ca_cert=other, verify=False))[0]
+
+
+async def test_https_probe(authority: trustme.CA) -> None:
+    """https is http with the handshake before it, and `tls = true` is another way to say so."""
+    for named in ({"kind": "https"}, {"kind": "http", "tls": True}):
+        assert await tls_asked(authority, 50, **named) == (True, "status 200")
+    assert not (await tls_asked(authority, 50, kind="https", expect_status=204))[0]
+
+
+async def test_a_server_that_never_shakes_hands_ends_at_the_timeout() -> None:
+    """A peer that accepts and never takes part in the handshake, or answers no TLS, costs the time-out at
+    most."""
+    began = time.monotonic()
+    async with tcp(silent) as port:
+        ok, reason = await asked(kind="tls", port=port, timeout_s=0.3)
+    assert (ok, reason) == (False, "no answer within 0.3 s")
+    assert time.monotonic() - began < 10.0
+
+    async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-x\r\n" * 10)
+        await reader.read()
+
+    async with tcp(garbage) as port:
+        ok, reason = await asked(kind="tls", port=port, timeout_s=10.0)
+    assert not ok
+    assert reason.startswith("TLS")
+
+
+# -- dns
+
+
+def zone(data: bytes) -> bytes:
+    """Answers as a real server's library packs it, with compressed names."""
+    query = DNSRecord.parse(data)
+    reply = query.reply()
+    name = str(query.q.qname)
+    if name == "pump.example.":
+        kind = QTYPE[query.q.qtype]
+        data_of = {"A": A("10.1.2.3"), "AAAA": AAAA("fd00::7")}
+        reply.add_answer(RR("alias.example", QTYPE.A, rdata=A("10.9.9.9")))
+        reply.add_answer(RR(name, query.q.qtype, rdata=data_of[kind]))
+    elif name == "gone.example.":
+        reply.header.rcode = 3
+    return reply.pack()
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ({"name": "pump.example", "expect_address": "10.1.2.3"}, (True, "10.1.2.3")),
+        ({"name": "pump.example", "type": "AAAA"}, (True, "fd00::7")),
+        ({"name": "pump.example", "expect_address": "10.1.2.4"}, (False, ", not 10.1.2.4")),
+        ({"name": "gone.example"}, (False, "gone.example: no such name")),
+        ({"name": "empty.example"}, (False, "empty.example has no A record")),
+    ],
+)
+async def test_dns(spec: dict, wanted: tuple[bool, str]) -> None:
+    """A name is asked for, and what the server says of it is judged."""
+    async with udp(zone) as port:
+        ok, reason = await asked(kind="dns", server="127.0.0.1", port=port, **spec)
+    assert ok is wanted[0]
+    assert wanted[1] in reason
+
+
+async def test_dns_server_that_loses_the_first_packet() -> None:
+    """One lost packet is no miss: the question is asked again within the time-out."""
+    seen: list[bytes] = []
+
+    def second(data: bytes) -> bytes | None:
+        seen.append(data)
+        return zone(data) if len(seen) == 2 else None
+
+    async with udp(second) as port:
+        assert (await asked(kind="dns", port=port, name="pump.example", timeout_s=6.0))[0]
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"\xc0\x80" + b"\0" * 30,
+        b"\xc0\x1e\x00\x01\x00\x01\x00\x00\x00\x00\xff\xff",
+        b"\x3f" * 300,
+        b"\x80\x00",
+        b"",
+    ],
+    ids=["forward", "long", "label", "kind", "cut"],
+)
+async def test_hostile_dns_answer(tail: bytes) -> None:
+    """An answer with pointers that loop, labels without end or cut records is named as no DNS."""
+
+    def hostile(data: bytes) -> bytes:
+        return data[:2] + struct.pack("!HHHHH", 0x8180, 1, 9, 0, 0) + data[12:] + tail
+
+    async with udp(hostile) as port:
+        ok, reason = await asked(kind="dns", port=port, name="pump.example")
+    assert not ok
+    assert "not DNS" in reason
+
+
+# -- snmp
+
+
+def snmp_answer(data: bytes, *, error: int = 0, value: bytes = b"\x43\x03\x01\xe2\x40") -> bytes:
+    """The answer of an agent (RFC 3416, 4.2.1), made of the request by hand."""
+    message, _ = probe_snmp.take(data, 0, 0x30)
+    _, at = probe_snmp.number(message, 0)
+    community, at = probe_snmp.take(message, at, 4)
+    pdu, _ = probe_snmp.take(message, at, 0xA0)
+    ident, _ = probe_snmp.number(pdu, 0)
+    tlv, integer = probe_snmp.tlv, probe_snmp.integer
+    binding = tlv(0x30, tlv(6, probe_snmp.UP_TIME) + value)
+    said = integer(ident) + integer(error) + integer(0) + tlv(0x30, binding)
+    return tlv(0x30, integer(1) + tlv(4, community) + tlv(0xA2, said))
+
+
+async def test_snmp(tmp_path: Path) -> None:
+    """sysUpTime is read with the community of a file, and the request is the bytes of RFC 3416."""
+    (tmp_path / "community").write_text("s3cret\n")
+    seen: list[bytes] = []
+
+    def answer(data: bytes) -> bytes:
+        seen.append(data)
+        return snmp_answer(data)
+
+    async with udp(answer) as port:
+        spec = {"kind": "snmp", "port": port, "community_file": str(tmp_path / "community")}
+        assert await asked(**spec) == (True, "up for 1234 s")
+    # 30 len, version 1, community, [0] with id, 0, 0, {{1.3.6.1.2.1.1.3.0, null}}
+    assert seen[0][2:13] == b"\x02\x01\x01\x04\x06s3cret"
+    assert seen[0].endswith(
+        b"\x02\x01\x00\x02\x01\x00\x30\x0e\x30\x0c\x06\x08+\x06\x01\x02\x01\x01\x03\x00\x05\x00"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda _: b"\xff" * 400, "not SNMP"),
+        (lambda _: b"\x30\x84\xff\xff\xff\xff", "not SNMP"),
+        (lambda data: data[:9], "not SNMP"),
+        (lambda data: snmp_answer(data, error=2), "no such name"),
+        (lambda data: snmp_answer(data, value=b"\x80\x00"), "no sysUpTime"),
+    ],
+    ids=["garbage", "long", "cut", "error", "missing"],
+)
+async def test_hostile_snmp_answer(answer: Any, reason: str) -> None:
+    """What is no answer of an SNMP agent is a miss that says so."""
+    async with udp(answer) as port:
+        ok, said = await asked(kind="snmp", port=port)
+    assert not ok
+    assert reason in said
+
+
+# -- mqtt
+
+
+async def test_mqtt_with_a_real_broker() -> None:
+    """A real broker takes our CONNECT, and we leave it as MQTT says."""
+    port = free_port()
+    broker = Broker(
+        {
+            "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
+            "plugins": {
+                "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}
+            },
+        }
+    )
+    await broker.start()
+    try:
+        assert await asked(kind="mqtt", port=port, timeout_s=10.0) == (True, "connected")
+    finally:
+        await broker.shutdown()
+
+
+async def test_mqtt_password_comes_from_a_file(tmp_path: Path) -> None:
+    """User and the password of a file are in CONNECT as 3.1.3 orders them; a refusal says why."""
+    (tmp_path / "password").write_text("pa55\n")
+    seen: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.read(4096))
+        writer.write(b"\x20\x02\x00\x04")
+
+    async with tcp(refuse) as port:
+        answer = await asked(
+            kind="mqtt", port=port, user="ann", password_file=str(tmp_path / "password")
+        )
+    assert answer == (False, "wrong user or password")
+    assert seen[0][2:10] == b"\x00\x04MQTT\x04\xc2"
+    assert seen[0].endswith(b"\x00\x03ann\x00\x04pa55")
+
+
+async def test_mqtt_broker_that_answers_garbage() -> None:
+    """A broker that says something else, or nothing and hangs up, is a miss in words."""
+    async with tcp(says(b"")) as port:
+        assert not (await asked(kind="mqtt", port=port, timeout_s=0.5))[0]
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4096)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with tcp(speak) as port:
+        assert await asked(kind="mqtt", port=port) == (False, "its answer is not MQTT")
+
+
+# -- command
+
+
+def command(*argv: str, timeout_s: float = 10.0) -> tuple[bool, str]:
+    return run(
+        config_probes.check(
+            {"kind": "command", "command": list(argv), "timeout_s": timeout_s}, "probe"
+        ),
+        "10.0.0.7",
+    )
+
+
+def test_command_is_judged_by_its_exit_code() -> None:
+    """Exit 0 is good, another code, a signal or a missing program is not; the last line says why."""
+    assert command("true") == (True, "exit 0")
+    assert command("sh", "-c", "echo first; echo $WATCHDOG_ADDRESS") == (True, "10.0.0.7")
+    assert command("sh", "-c", "echo 'no \x1b[1mdisk' >&2; exit 3") == (
+        False,
+        "exit 3: no ?[1mdisk",
+    )
+    assert command("sh", "-c", "kill -9 $$") == (False, "killed by signal 9")
+    assert command("sh", "-c", "yes | head -c 60000; echo; echo last") == (True, "last")
+    assert command("/no/such/program") == (
+        False,
+        "/no/such/program: no such file or directory",
+    )
+
+
+def test_command_gets_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token in the agent's environment does not reach a command (S10)."""
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN", "s3cret")
+    assert command("sh", "-c", "echo ${CONSUL_HTTP_TOKEN:-none}") == (True, "none")
+
+
+async def test_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+    """At the time-out the program and what it has started are gone, and nothing is left to reap."""
+    script = f"sleep 600 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/self; wait"
+    answer = await asyncio.to_thread(command, "sh", "-c", script, timeout_s=1.0)
+    assert answer == (False, "not finished within 1 s")
+    for name in ("child", "self"):
+        pid = int((tmp_path / name).read_text())
+
+        def gone(pid: int = pid) -> bool:
+            stat = Path(f"/proc/{pid}/stat")
+            try:
+                return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                return True
+
+        await until(gone, f"{name} is gone")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(int((tmp_path / "self").read_text()), os.WNOHANG)
+
+
+def test_command_that_talks_without_end_is_killed() -> None:
+    """More than 1 MiB of output ends a command, long before its time-out."""
+    assert command("yes", timeout_s=60.0) == (False, "it wrote more than 1 MiB")
+
+
+def test_command_whose_child_holds_the_pipe_has_ended() -> None:
+    """A program that exits while a child of its own keeps its output open is judged at once."""
+    began = time.monotonic()
+    assert command("sh", "-c", "sleep 600 & echo done", timeout_s=60.0) == (True, "done")
+    assert time.monotonic() - began < 30.0
+
+
+# -- file
+
+
+class Log:
+    """A log and its probe."""
+
+    def __init__(self, path: Path, **spec: Any) -> None:
+        self.path = path
+        self.spec = config_probes.check({"kind": "file", "file": str(path), **spec}, "probe")
+
+    def add(self, text: str) -> None:
+        with self.path.open("a") as file:
+            file.write(text)
+
+    def look(self) -> tuple[bool, str]:
+        return run(self.spec)
+
+    def close(self) -> None:
+        if self.spec["follower"].file is not None:
+            self.spec["follower"].file.close()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Any:
+    """A log that must not say ERROR, looked at once."""
+    (tmp_path / "log").write_text("ERROR of yesterday\n")
+    it = Log(tmp_path / "log", forbid_text="ERROR")
+    assert it.look() == (True, "log is watched from its end on")
+    yield it
+    it.close()
+
+
+def test_only_what_was_appended_counts(log: Log) -> None:
+    """Old lines are not judged, new ones are, each once; a text in two parts is found."""
+    assert log.look()[0]
+    log.add("all well\nERROR of today\n")
+    assert log.look() == (False, "log says 'ERROR'")
+    log.add("all well again\nERR")
+    assert log.look()[0]
+    log.add("OR in two parts\n")
+    assert not log.look()[0]
+    assert log.look()[0]
+
+
+def test_rotation_loses_no_line(log: Log) -> None:
+    """What was written just before a rotation, and just after it, is read; and so after a truncation."""
+    log.add("ERROR\n")
+    log.path.rename(log.path.with_name("log.1"))
+    assert log.look() == (False, f"{log.path}: no such file or directory")
+    log.add("new\n")
+    assert log.look() == (False, "log says 'ERROR'")
+    log.path.rename(log.path.with_name("log.1"))
+    log.add("ERROR\n")
+    assert not log.look()[0]
+    log.path.write_text("")
+    assert log.look()[0]
+    log.add("ERROR\n")
+    assert not log.look()[0]
+
+
+def test_a_flood_is_read_up_to_256_kib_and_said(log: Log) -> None:
+    """Of more than a round can take the newest is read, and the rest is named as skipped."""
+    log.add("x" * 1_000_000 + "ERROR")
+    ok, reason = log.look()
+    assert not ok
+    assert f"({1_000_005 - 256 * 1024} bytes were skipped)" in reason
+
+
+def test_expected_text_and_age(tmp_path: Path) -> None:
+    """A beat that is missing from a log, and a file that nobody writes, are misses."""
+    (tmp_path / "log").write_text("")
+    beats = Log(tmp_path / "log", expect_text="beat")
+    try:
+        beats.look()
+        assert beats.look() == (False, "log does not say 'beat'")
+        beats.add("a beat\n")
+        assert beats.look() == (True, "log says 'beat'")
+    finally:
+        beats.close()
+    aged = Log(tmp_path / "log", max_age_s=60.0)
+    assert aged.look()[0]
+    os.utime(tmp_path / "log", (time.time() - 100, time.time() - 100))
+    assert "60 s are allowed" in aged.look()[1]
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(tmp_path: Path) -> None:
+    """A FIFO is refused without being opened."""
+    os.mkfifo(tmp_path / "log")
+    assert Log(tmp_path / "log", forbid_text="x").look() == (False, "log is no regular file")
+
+
+# -- configuration
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"kind": "carrier-pigeon"}, "allowed are tcp, http, icmp, tls"),
+        ({"kind": "dns"}, "name of dns must be"),
+        ({"kind": "dns", "name": "a..b"}, "1 to 63"),
+        ({"kind": "dns", "name": "a", "type": "MX"}, "A and AAAA"),
+        ({"kind": "dns", "name": "a", "expect_address": "fd00::1"}, "for A records"),
+        ({"kind": "command", "command": "rm -rf"}, "list of 1 to 64"),
+        ({"kind": "file", "file": "log"}, "begins with /"),
+        ({"kind": "file", "file": "/log"}, "needs one of"),
+        ({"kind": "mqtt", "password_file": "/x"}, "needs user"),
+        ({"kind": "tls", "verify": "no"}, "true and false"),
+        ({"kind": "tls", "ca_cert": "/no/such/file"}, "ca_cert"),
+        ({"kind": "plugin"}, "entry point"),
+        ({"kind": "http", "port": 80, "expect_status": []}, "a list of 1 to 32"),
+        ({"kind": "icmp", "jitter": 2}, "0 to 0.5"),
+    ],
+)
+def test_a_wrong_probe_is_refused_in_words(spec: dict, words: str) -> None:
+    """A probe that can't be meant is refused, and the text says what is allowed."""
+    with pytest.raises(ConfigError) as caught:
+        config_probes.check(spec, "probes")
+    assert words in str(caught.value)

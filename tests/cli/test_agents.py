@@ -1,0 +1,138 @@
+"""`agents logs` and `agents exec-probe`, on a real control plane and on a real Nomad."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.commands._agent_logs import nomad_log
+from nomad_watchdog.config import Nomad, Settings
+from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.process import clean_environment, free_port
+from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.errors import TerminalError
+from tests.agent.world import World, a_world, until
+from tests.schedulers.conftest import directory, pids_of
+
+__all__ = ["directory"]
+
+CONFIG = """\
+data_dir = "{root}"
+api { listen = "127.0.0.1:{port}" }
+local { directory = "AGENTS" }
+agent_class "default" {
+  beat = "1s"
+  probe "tcp" {
+    port     = DEVICE
+    interval = "1h"
+  }
+  confirm "icmp" {}
+}
+"""
+
+
+class Shell:
+    """The command line, told of one control plane."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self.file = str(plane.file)
+
+    async def __call__(self, *argv: str) -> tuple[int, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "nomad_watchdog", "--config", self.file, *argv,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=clean_environment(),
+        )  # fmt: skip
+        out, err = await asyncio.wait_for(process.communicate(), 60.0)
+        assert process.returncode is not None
+        return process.returncode, out.decode(), err.decode()
+
+
+async def watched(plane: ControlPlane, world: World, directory: Path) -> None:
+    devices = {"devices": [{"id": "pump-7", "address": "127.0.0.1"}]}
+    await plane.call("POST", "/v1/devices:bulk", devices)
+    await plane.until("/v1/devices/pump-7", lambda it: it["verdict"] == "watched", 60.0)
+
+
+async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path) -> None:
+    """`logs` prints the agent's lines, `exec-probe` its results: 0 while the device answers, then 69, with
+    no verdict changed; an unknown device is 66."""
+    async with a_world(tmp_path / "world") as world:
+        config = CONFIG.replace("AGENTS", str(directory))
+        config = config.replace("DEVICE", str(world.device.port))
+        async with ControlPlane(tmp_path, "plane", config) as plane:
+            shell = Shell(plane)
+            await watched(plane, world, directory)
+            code, out, err = await shell("agents", "logs", "pump-7", "-n", "1000")
+            assert (code, "agent started" in out) == (0, True), err
+            code, out, _ = await shell("agents", "logs", "pump-7", "-n", "1", "-o", "json")
+            assert (code, len(json.loads(out)["lines"])) == (0, 1)
+            code, out, err = await shell("agents", "exec-probe", "pump-7", "-o", "json")
+            assert (code, json.loads(out)["ok"]) == (0, True), err
+            assert {one["kind"] for one in json.loads(out)["results"]} == {"tcp", "icmp"}
+            await world.device.stop()
+
+            async def failed() -> Any:
+                code, out, _ = await shell("agents", "exec-probe", "pump-7")
+                return code == 69 and out  # 75 when the second is not over
+
+            told = await until(failed, "the failed probe", 60.0)
+            assert "connection refused" in told
+            assert (await plane.call("GET", "/v1/devices/pump-7"))["verdict"] == "watched"
+            for verb in ("logs", "exec-probe"):
+                code, _, err = await shell("agents", verb, "nobody")
+                assert (code, err.startswith("error: ")) == (66, True)
+            await plane.call("DELETE", "/v1/devices/pump-7")
+            await until(lambda: not pids_of(directory), "its end", 30.0)
+
+
+async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: Path) -> None:
+    """When nobody listens at the agent's address any more, `exec-probe` ends with 69 and says so."""
+    from nomad_watchdog.commands._api import Api
+    from nomad_watchdog.commands.agents import _probed
+
+    port = free_port()
+    with pytest.raises(TerminalError, match="no answer"):
+        await asyncio.to_thread(_probed, Api(f"http://127.0.0.1:{port}"))
+
+
+def job(name: str, *, disabled: bool) -> dict[str, Any]:
+    """A batch job whose only task, `agent`, says something and stays."""
+    task = {
+        "Name": "agent",
+        "Driver": "raw_exec",
+        "Config": {"command": "/bin/sh", "args": ["-c", "echo a-line >&2; sleep 300"]},
+        "Resources": {"CPU": 20, "MemoryMB": 20},
+        "LogConfig": {"Disabled": disabled, "MaxFiles": 1, "MaxFileSizeMB": 1},
+    }
+    group = {"Name": "agent", "Count": 1, "Tasks": [task]}
+    return {"Job": {"ID": name, "Type": "batch", "Datacenters": ["*"], "TaskGroups": [group]}}
+
+
+@pytest.mark.servers
+async def test_logs_of_a_nomad_agent_or_what_to_set(tmp_path: Path) -> None:
+    """What the task said comes from Nomad's client; where the job disables logs the error says so."""
+    async with NomadServer(tmp_path / "nomad") as nomad:
+        settings = Settings(backend="nomad", nomad=Nomad(address=nomad.http_addr))
+        found: dict[str, str] = {}
+        for name, disabled in (("with", False), ("without", True)):
+            await nomad.request("PUT", "/v1/jobs", job(name, disabled=disabled))
+
+            async def running(name: str = name) -> str:
+                listed: Any = await nomad.request("GET", f"/v1/job/{name}/allocations")
+                return next((a["ID"] for a in listed if a["ClientStatus"] == "running"), "")
+
+            found[name] = await until(running, "a running task", 60.0)
+
+        async def said() -> bool:
+            return await nomad_log(settings, found["with"]) == "a-line\n"
+
+        await until(said, "the line", 30.0)
+        with pytest.raises(TerminalError, match="disabled = true"):
+            await nomad_log(settings, found["without"])
+        for name in found:
+            await nomad.request("DELETE", f"/v1/job/{name}")
