@@ -235,9 +235,9 @@ class Settings(Block):
         }
         # Only when there are any, so that a class without keeps its hash, and its agents.
         repairs = kind.repairs_wire()
-        behaviour |= repairs
         gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
-        behaviour |= gateway
+        telling = kind.telling()
+        behaviour |= repairs | gateway | telling
         trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
@@ -265,6 +265,8 @@ class Settings(Block):
                 }
                 | repairs
                 | gateway
+                | telling
+                | ({"prefix": self.consul.prefix} if telling else {})
                 | trust
             ),
         )

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from nomad_watchdog import __version__
+from nomad_watchdog import __version__, config_escalate
+from nomad_watchdog.config_escalate import Escalate, Loki
 from nomad_watchdog.config_probes import ON_HOST, Gateway, Probe
 from nomad_watchdog.config_types import Block, Name, Positive, Seconds, Size, Text, Url
 
@@ -123,6 +124,9 @@ class AgentClass(Block):
     confirm: tuple[Probe, ...] = ()
     repair: tuple[Repair, ...] = ()
     gateway: Gateway | None = None
+    escalate: Escalate | None = None
+    loki: Loki | None = None
+    state: Literal["folder", "consul"] = "folder"
     repair_dry_run: bool = False
     repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
     repair_alone: Seconds = 86400.0
@@ -160,6 +164,17 @@ class AgentClass(Block):
         if self.driver and "driver" in self.variables:
             raise ValueError("driver is given twice: as a setting and in variables")
         return self
+
+    def telling(self) -> dict[str, Any]:
+        """What the agent's document says of whom it tells; empty for a class without."""
+        return config_escalate.wire(self.escalate, self.loki, self.state)
+
+    def needs_consul(self) -> str:
+        """What is missing where agents have no Consul, in words; "" when nothing is."""
+        sinks = self.escalate.sink if self.escalate else ()
+        if any(sink.kind == "consul_event" and sink.url is None for sink in sinks):
+            return "consul_event needs a url where consul.agent_address is empty"
+        return ""
 
 
 def default_class() -> dict[str, AgentClass]:

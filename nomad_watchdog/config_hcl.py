@@ -23,7 +23,7 @@ Path = tuple[str | int, ...]
 
 NAMED: Final = frozenset({"agent_class", "token", "device"})
 """Blocks with one label that is a name: they become a mapping."""
-KINDS: Final = frozenset({"probe", "confirm", "repair"})
+KINDS: Final = frozenset({"probe", "confirm", "repair", "sink"})
 """Blocks with one label that is a kind: they become a list, in the order of the file."""
 
 MAX_BYTES: Final = 1024 * 1024

@@ -99,6 +99,8 @@ def _class_misfits(
                 ((*where, "kill_timeout"), ("presence", "startup_grace")),
                 f"{kind.kill_timeout:g}s is longer than presence.startup_grace ({start:g}s)",
             )
+        if not settings.agent_consul and (text := kind.needs_consul()):
+            yield ((*where, "escalate"), ("consul", "agent_address")), text
         if templates:
             try:
                 template_text(kind.template)

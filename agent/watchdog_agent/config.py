@@ -43,6 +43,8 @@ def load(environ: Mapping[str, str]) -> Config:
     if isinstance(config, dict) and environ.get("CONSUL_HTTP_ADDR"):
         text = environ["CONSUL_HTTP_ADDR"]
         config["consul"] = text if "://" in text else f"http://{text}"
+    if isinstance(config, dict) and environ.get("WATCHDOG_LOKI_URL"):
+        config["loki"] = {"url": environ["WATCHDOG_LOKI_URL"]}
     return check(config)
 
 
@@ -55,16 +57,20 @@ def check(config: Any) -> Config:
     _texts(config)
     if type(config.get("epoch")) is not int or config["epoch"] < 1:
         raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
-    for url in _list(config, "api"):
-        _url(url, "http:// or https:// address", tls=True)
+    for url in check_list(config, "api"):
+        check_url(url, "http:// or https:// address", tls=True)
     if config.get("consul"):
-        _url(config["consul"], "http:// address", tls=False)
+        check_url(config["consul"], "http:// address", tls=False)
     checks.number(config, "beat_s", 15.0, 0.1, 3600.0)
     checks.number(config, "register_every_s", 45.0, 0.1, 3600.0)
-    config["probes"] = [config_probes.check(p, "probes") for p in _list(config, "probes")]
-    config["confirm"] = [config_probes.check(p, "confirm") for p in _list(config, "confirm")]
+    config["probes"] = [config_probes.check(p, "probes") for p in check_list(config, "probes")]
+    config["confirm"] = [config_probes.check(p, "confirm") for p in check_list(config, "confirm")]
     if not config["probes"]:
         raise ConfigError("probes is empty; at least one is needed")
+    if any(name in config for name in ("escalate", "loki", "state", "prefix")):
+        from . import config_escalate
+
+        config_escalate.check(config)
     config["confirm"] = config["confirm"] or [_other_kind(config["probes"][0])]
     if config.get("repairs"):
         from . import config_repairs
@@ -84,7 +90,8 @@ def _other_kind(probe: Probe) -> Probe:
     )
 
 
-def _url(url: Any, what: str, *, tls: bool) -> None:
+def check_url(url: Any, what: str, *, tls: bool) -> None:
+    """Raises ConfigError."""
     try:
         Url(url, tls=tls)
     except (ValueError, AttributeError):
@@ -107,7 +114,8 @@ def _texts(config: Config) -> None:
             raise ConfigError(f"{name} is {config[name]!r}; it must be text")
 
 
-def _list(config: Config, name: str) -> list[Any]:
+def check_list(config: Config, name: str) -> list[Any]:
+    """The list, empty when there is none. Raises ConfigError."""
     value = config.get(name, [])
     if not isinstance(value, list) or len(value) > 32:
         raise ConfigError(f"{name} must be a list of at most 32")

@@ -18,15 +18,17 @@ from .suspicion import Suspicion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from . import consul
     from .escalation import Escalations
     from .gateway import Gateway
+    from .keeping import ConsulState
     from .ondemand import OnDemand
     from .repairs import Repairs
     from .shapes import Answer, Config, Document, Probe
+    from .shipping import Shipper
 
 
 class Agent:
@@ -61,8 +63,7 @@ class Agent:
         if remark:
             log(remark)
         need = min(int(p["misses"]) for p in config["probes"])
-        self.suspicion = Suspicion(need, was_ready=kept.get("was_ready") is True)
-        self.suspicion.restore(kept.get("state"), kept.get("reason"))
+        self.suspicion = Suspicion(need)
         self.gateway: Gateway | None = None
         if config.get("gateway"):
             from . import gateway
@@ -72,8 +73,12 @@ class Agent:
         host, port = configuration.listen_of(environ)
         self.server = http.Server(self.loop, host, port, self.answer)
         self.reporter = reporter.Reporter(self.loop, config, self.report, self.retire, log)
-        sequence = kept.get("sequence")
-        self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
+        self.shipper: Shipper | None = None
+        self.keeper: ConsulState | None = None
+        self.escalations: Escalations | None = None
+        self.repairs: Repairs | None = None
+        self._optional()
+        self._restore(kept)
         self.registration: consul.Registration | None = None
         if config.get("consul"):
             from . import consul
@@ -81,19 +86,11 @@ class Agent:
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
-        self._optional(kept)
+        self._mend(kept)
 
-    def _optional(self, kept: Document) -> None:
-        """What only some are configured for is loaded here: a feature that is off costs nothing."""
-        config = self.config
-        self.escalations: Escalations | None = None
-        if config.get("escalate"):
-            from . import escalation
-
-            self.escalations = escalation.Escalations(self.loop, config, self.instance, log)
-            self.escalations.restore(kept.get("escalations"))
-        self.repairs: Repairs | None = None
-        if config.get("repairs"):
+    def _mend(self, kept: Document) -> None:
+        """Take up the ladder of repairs, or at least undo what an earlier run has left behind."""
+        if self.config.get("repairs"):
             from . import repairs
 
             self.repairs = repairs.Repairs(self, kept.get("repairs"))
@@ -102,6 +99,31 @@ class Agent:
             from . import repair_steps
 
             repair_steps.recover(kept["repairs"], log)
+
+    def _optional(self) -> None:
+        """What only some are configured for: nobody else pays for its import."""
+        if "loki" in self.config:
+            from . import shipping
+
+            self.shipper = shipping.Shipper(self.loop, self.config)
+            _ships.append(self.shipper.put)
+        if "escalate" in self.config:
+            from . import escalation
+
+            self.escalations = escalation.Escalations(self.loop, self.config, self.instance, log)
+        if self.config.get("state") == "consul" and self.config.get("consul") and not self.folder:
+            from . import keeping
+
+            self.keeper = keeping.ConsulState(self.loop, self.config, log)
+
+    def _restore(self, kept: Document) -> None:
+        self.suspicion.was_ready = kept.get("was_ready") is True
+        self.suspicion.restore(kept.get("state"), kept.get("reason"))
+        sequence = kept.get("sequence")
+        self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
+        if self.escalations is not None:
+            self.escalations.restore(kept.get("escalations"))
+            self.escalations.changed = self._save
 
     def ready(self) -> bool:
         """Registered, and the first round of probes is done."""
@@ -125,8 +147,10 @@ class Agent:
         """Register, probe and report until the loop is stopped."""
         if self.registration is not None:
             self.registration.start()
-        for number, spec in enumerate(self.config["probes"]):
-            self._probe(f"{number}:{probes.name_of(spec)}", spec)
+        if self.keeper is not None:
+            self.keeper.load(self._begin)
+        else:
+            self._begin({})
         if self.repairs is not None:
             self.repairs.start()
         try:
@@ -135,6 +159,14 @@ class Agent:
             if self.repairs is not None:
                 self.repairs.abandon()
             probes.close()
+
+    def _begin(self, kept: Document) -> None:
+        """Probe; what an earlier run has left in Consul comes first, so that we don't forget it."""
+        if kept:
+            self._restore(kept)
+        for number, spec in enumerate(self.config["probes"]):
+            self._probe(f"{number}:{probes.name_of(spec)}", spec)
+        self._unrepaired()
 
     # -- probing
 
@@ -199,6 +231,8 @@ class Agent:
     def _behind(self, alive: bool) -> bool:  # as the gateway's callback says it
         """Take what the gateway did; whether it answers."""
         assert self.gateway is not None
+        if alive and self.escalations is not None:
+            self.escalations.clear("gateway")
         if self.suspicion.gateway(alive, self.gateway.words()):
             self._changed()
         return alive
@@ -264,14 +298,22 @@ class Agent:
         self.tell()
 
     def _unrepaired(self) -> None:
-        """Without a ladder, offline is told at once; with one, when it is exhausted."""
-        if self.repairs is not None or self.escalations is None:
+        """Escalate a device that is offline, or a gateway that is dead, and their return. Where there is
+        a ladder of repairs, that comes first, and who climbs it calls."""
+        if self.escalations is None or self.exit_code is not None:
             return
-        believed = self.suspicion
-        if believed.state == "offline":
-            evidence = {"state": "offline", "misses": believed.misses, "probes": self.results}
-            self.escalations.raise_("offline", believed.reason[:400], evidence)
-        elif believed.state == "ok":
+        if self.gateway is not None and self.suspicion.behind and self.suspicion.was_ready:
+            # never offline, as nothing behind it can be confirmed: it is the gateway that is missed
+            evidence = {"probes": self.results, "gateway": self.gateway.address}
+            self.escalations.raise_("gateway", self.suspicion.behind, evidence)
+        elif self.suspicion.state == "ok":
+            self.escalations.clear("gateway")
+        if self.config.get("repairs"):
+            return
+        if self.suspicion.state == "offline":
+            evidence = {"probes": self.results, "reason": self.suspicion.reason}
+            self.escalations.raise_("offline", self.suspicion.reason, evidence)
+        elif self.suspicion.state == "ok":
             self.escalations.clear("offline")
 
     def tell(self) -> None:
@@ -361,8 +403,19 @@ class Agent:
         """What is known, for people and scripts."""
         believed, told = self.suspicion, self.reporter
         state, reason = self.believed()
-        more = {"repairs": self.repairs.status()} if self.repairs is not None else {}
-        return {
+        more: Document = {}
+        if self.repairs is not None:
+            more["repairs"] = self.repairs.status()
+        if self.escalations is not None:
+            more["escalations"] = self.escalations.status()
+        if self.shipper is not None:
+            shipped = self.shipper
+            more["logs"] = {
+                "shipped": shipped.shipped,
+                "dropped": shipped.dropped,
+                "refused": shipped.refused,
+            }
+        return more | {
             "device_id": self.config["device_id"],
             "slug": self.config["slug"],
             "epoch": self.config["epoch"],
@@ -380,7 +433,6 @@ class Agent:
             "evidence": self.evidence(),
             "history": list(self.history),
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
-            **more,
         }
 
     def evidence(self) -> Document:
@@ -429,10 +481,23 @@ class Agent:
             leave()
 
     def _deregister(self) -> None:
+        """Leave one after the other; each has its own time limit, and SHUT_DOWN_S is over all."""
+        if self.escalations is not None:
+            self.escalations.close(self._leave)
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
         if self.registration is None:
+            self._finish()
+        else:
+            self.registration.close(self._finish)
+
+    def _finish(self) -> None:
+        if self.shipper is None:
             self.loop.stop()
         else:
-            self.registration.close(self.loop.stop)
+            self.shipper.close(self.loop.stop)
 
     # -- keeping
 
@@ -445,27 +510,26 @@ class Agent:
         return self._save()
 
     def _save(self) -> bool:
-        if not self.folder:
+        if not self.folder and self.keeper is None:
             return False
         believed = self.suspicion
-        more: Document = {}
-        if self.repairs is not None:
-            more["repairs"] = self.repairs.kept()
+        kept: Document = {
+            "device_id": self.config["device_id"],
+            "was_ready": believed.was_ready,
+            "state": believed.state,
+            "reason": believed.reason[:400],
+            "misses": believed.misses,
+            "sequence": self.reporter.sequence,
+        }
         if self.escalations is not None:
-            more["escalations"] = self.escalations.kept()
+            kept["escalations"] = self.escalations.kept()
+        if self.keeper is not None:
+            self.keeper.save(kept)
+            return True
+        if self.repairs is not None:
+            kept["repairs"] = self.repairs.kept()
         try:
-            state.save(
-                self.folder,
-                {
-                    "device_id": self.config["device_id"],
-                    "was_ready": believed.was_ready,
-                    "state": believed.state,
-                    "reason": believed.reason[:400],
-                    "misses": believed.misses,
-                    "sequence": self.reporter.sequence,
-                    **more,
-                },
-            )
+            state.save(self.folder, kept)
         except OSError as error:
             log("state can't be saved", reason=http.reason_of(error))
             return False
@@ -481,11 +545,17 @@ class Agent:
             log("address can't be written", reason=http.reason_of(error))
 
 
+_ships: list[Callable[[str], None]] = []
+"""Where log lines go besides stderr; one agent a process."""
+
+
 def log(message: str, **facts: object) -> None:
     """One JSON object a line on stderr; bounded; a full or closed stderr harms nobody."""
     cut = {k: v[:300] if isinstance(v, str) else v for k, v in facts.items()}
     facts = {"ts": round(time.time(), 3), "msg": message[:300], **cut}
     try:
+        for ship in _ships:
+            ship(json.dumps(facts))
         # Writable means 4 KiB free in a pipe: a reader that stopped reading can't stop us.
         if select.select((), (2,), (), 0)[1]:
             os.write(2, json.dumps(facts).encode() + b"\n")

@@ -69,4 +69,20 @@ def render(agent: Agent) -> bytes:
             "Repair attempts that have ended, by how.",
             *((f'{{outcome="{o}"}}', n) for o, n in agent.repairs.outcomes.items()),
         )
+    if agent.escalations is not None:
+        known = agent.escalations.status()
+        metric("escalations_open", "gauge", "Anomalies that are open.", ("", len(known["open"])))
+        for name, text in (
+            ("sent", "Escalations that a sink has taken."),
+            ("failed", "Escalations that a sink has refused, or not taken in time."),
+            ("dropped", "Escalations dropped from a full queue."),
+        ):
+            metric(f"escalations_{name}_total", "counter", text, ("", known[name]))
+    if agent.shipper is not None:
+        shipper = agent.shipper
+        metric("log_lines_shipped_total", "counter", "Lines taken by Loki.", ("", shipper.shipped))
+        metric("log_lines_dropped_total", "counter", "Lines dropped unsent.", ("", shipper.dropped))
+        metric(
+            "log_lines_refused_total", "counter", "Lines refused by Loki.", ("", shipper.refused)
+        )
     return ("\n".join(lines) + "\n").encode()

@@ -11,6 +11,7 @@ environment variables go over the document, so that a scheduler can say what onl
 ``WATCHDOG_STATE_DIR``  where state is kept (else ``NOMAD_ALLOC_DIR``/data, else none)
 ``WATCHDOG_TOKEN_FILE`` file with the bearer token for the API, for a document without a credential
 ``WATCHDOG_CA_CERT``    file with the authorities that the API's certificate is verified with
+``WATCHDOG_LOKI_URL``   ship log lines there, as ``loki`` in the document
 ``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token
 ======================  ====================================================================
 
@@ -34,6 +35,17 @@ Configuration document (version 1)::
 
 The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device goes
 before the address in ``gateway``.
+
+Keys that only some documents have; an agent that does not know one leaves it alone::
+
+    {"escalate": {"sinks": [{"kind": "webhook|alertmanager|consul_event", "url": "...",
+                             "token_file": "path", "name": "of the event"}],
+                  "by": ["gateway", "site", "class", "host"], "window_s": 30.0, "gather_s": 2.0,
+                  "retry_s": 1.0, "give_up_s": 900.0, "consul_wait_s": 10.0, "session_ttl_s": 10.0},
+     "loki": {"url": "...", "token_file": "path", "tenant": "..."},
+     "state": "consul", "prefix": "nomad-watchdog"}
+
+`prefix` begins the keys in Consul's KV store.
 
 The credential is the bearer token of this one agent: good for reports of this device and epoch only. It
 is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.config import Settings
 from nomad_watchdog.config_api import Token
 from nomad_watchdog.config_classes import AgentClass, Repair
+from nomad_watchdog.config_escalate import Escalate, Loki, Sink
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
 from nomad_watchdog.config_probes import Gateway, Probe
@@ -235,6 +236,9 @@ def test_docs_name_every_setting_and_no_other() -> None:
     wanted |= {f"probe.{name}" for name in Probe.model_fields}
     wanted |= {f"gateway.{name}" for name in Gateway.model_fields}
     wanted |= {f"repair.{name}" for name in Repair.model_fields}
+    wanted |= {f"escalate.{name}" for name in Escalate.model_fields}
+    wanted |= {f"sink.{name}" for name in Sink.model_fields}
+    wanted |= {f"loki.{name}" for name in Loki.model_fields}
     wanted |= {f"token.{name}" for name in Token.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted

@@ -1,0 +1,54 @@
+"""A receiver of webhooks that tells deliveries from attempts, and can be made to stall or to refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from tests.agent.world import Listener, silent
+
+
+class Receiver(Listener):
+    """Records what is sent; `status` answers it, None = never answers."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.status: int | None = 200
+        self.headers = ""
+        self.attempts: list[dict[str, Any]] = []
+        """Each with `path`, `headers` (names in lower case), `body` and what was answered as `status`."""
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        lines = head.split("\r\n")
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines[1:])
+        }
+        assert lines[0].split(" ")[1].startswith("/"), lines[0]
+        raw = await reader.readexactly(int(headers["content-length"]))
+        status = self.status
+        self.attempts.append(
+            {
+                "method": lines[0].split()[0],
+                "path": lines[0].split()[1],
+                "headers": headers,
+                "body": json.loads(raw) if raw else None,
+                "status": status,
+            }
+        )
+        if status is None:
+            await silent(reader, writer)
+            return
+        writer.write(f"HTTP/1.1 {status} X\r\n{self.headers}Content-Length: 0\r\n\r\n".encode())
+        await writer.drain()
+
+    @property
+    def delivered(self) -> list[dict[str, Any]]:
+        """The bodies that were answered with 2xx."""
+        return [one["body"] for one in self.attempts if one["status"] in (200, 204)]
+
+    def told(self, status: str) -> list[dict[str, Any]]:
+        """The delivered alerts of this status."""
+        return [one for one in self.delivered if one["status"] == status]

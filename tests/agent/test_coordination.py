@@ -1,0 +1,292 @@
+"""Fifty agents of one dead gateway and a real Consul: one of them tells, whoever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.process import free_port
+from tests.agent.receiver import Receiver
+from tests.agent.world import Agent, World, probe, tcp, until
+
+pytestmark = pytest.mark.servers
+
+MANY = 50
+SOON_S = 60.0
+"""For what takes a second or two on an idle machine."""
+
+
+@pytest_asyncio.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A receiver that listens."""
+    it = Receiver()
+    await it.start()
+    yield it
+    await it.stop()
+
+
+def kv(consul: ConsulServer, prefix: str) -> list[dict[str, Any]]:
+    """All entries below our folder of this prefix."""
+    url = f"{consul.http_addr}/v1/kv/{prefix}/?recurse=true"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        assert error.code == 404
+        return []
+
+
+def member(world: World, receiver: Receiver, consul_addr: str, number: int, **more: Any) -> Agent:
+    """One light agent of the gateway, that registers nowhere a check of its own."""
+    prefix = more.pop("prefix", f"test-{world.folder.name}".replace("_", "-"))
+    gateway = more.pop("gateway", "10.0.0.1")
+    return world.agent(
+        device_id=f"pump-{number}",
+        slug=f"pump-{number}",
+        consul=consul_addr,
+        prefix=prefix,
+        service=f"service-{prefix}"[:60],
+        check_interval="60s",
+        labels={"gateway": gateway},
+        probes=[probe(world.device.port, interval_s=1.0, timeout_s=0.9, misses=2)],
+        confirm=[tcp(world.dead_port, timeout_s=0.5)],
+        api=[],
+        escalate={
+            "sinks": [{"kind": "webhook", "url": f"http://127.0.0.1:{receiver.port}"}],
+            "gather_s": 4.0,
+            "window_s": 30.0,
+            "retry_s": 0.5,
+            "session_ttl_s": 10.0,
+            "consul_wait_s": 60.0,
+            **more,
+        },
+    )
+
+
+async def all_started(agents: list[Agent]) -> None:
+    """Start them, some at a time, and wait until each has seen its device."""
+    few = asyncio.Semaphore(8)
+
+    async def one(agent: Agent) -> None:
+        async with few:
+            await agent.start()
+            await agent.is_in("ok", SOON_S, state="ok", was_ready=True)
+
+    async with asyncio.TaskGroup() as group:
+        for agent in agents:
+            group.create_task(one(agent))
+
+
+async def told_to_all(agents: list[Agent], episode: str, timeout_s: float = SOON_S) -> None:
+    """Wait until each agent knows that its anomaly is told in this episode."""
+
+    async def check(agent: Agent) -> bool:
+        open_ = (await agent.status())["escalations"]["open"]
+        return bool(open_) and open_[0]["told"] and open_[0]["episode"] == episode
+
+    for agent in agents:
+        await until(lambda agent=agent: check(agent), f"told: {agent.folder.name}", timeout_s)
+
+
+async def test_fifty_agents_of_a_dead_gateway_tell_once_and_their_return_once(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Fifty devices die together: one alert names all fifty, no agent adds another; when all are back, one
+    alert says so, and the notes and sessions are gone."""
+    agents = [member(world, receiver, consul.http_addr, number) for number in range(MANY)]
+    await all_started(agents)
+    prefix = agents[0].config["prefix"]
+    assert kv(consul, prefix) == [], "in peace nothing is written"
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+    (alert,) = receiver.told("firing")
+    assert (alert["count"], alert["group"]) == (MANY, ["gateway", "10.0.0.1"])
+    assert {name for name, _ in alert["devices"]} == {f"pump-{one}" for one in range(MANY)}
+    assert alert["uncoordinated"] is False
+    await told_to_all(agents, alert["episode"])
+    assert len(receiver.attempts) == 1
+    await world.device.start()
+    await until(lambda: receiver.told("resolved"), "the end", SOON_S)
+    assert {one["key"] for one in receiver.told("resolved")} == {f"{alert['episode']}.resolved"}
+    assert len(receiver.told("firing")) == 1
+    assert receiver.told("update") == []
+
+    def quiet() -> bool:
+        left = kv(consul, prefix)
+        return not [one for one in left if "/_" not in one["Key"] or one.get("Session")]
+
+    await until(quiet, "no note and no lock is left", SOON_S)
+
+
+async def test_the_elected_one_is_killed_and_another_tells(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """The agent that was elected is killed with -9 while its alert is on the way: another delivers the same
+    alert, that names the dead one's device too, under the same key; it is delivered once."""
+    receiver.status = None
+    agents = [member(world, receiver, consul.http_addr, number) for number in range(MANY)]
+    await all_started(agents)
+    await world.device.stop()
+    first = (await until(lambda: receiver.attempts, "an alert on its way", SOON_S))[0]
+    elected = first["body"]["by"]["device_id"]
+    (victim,) = [agent for agent in agents if agent.config["device_id"] == elected]
+    assert victim.process is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    await victim.process.wait(10.0)
+    receiver.status = 200
+    # Consul frees the lock of the dead after at most twice the TTL of 10 s
+    await until(lambda: receiver.told("firing"), "an heir's alert", 2 * 10.0 + SOON_S)
+    (alert,) = receiver.told("firing")
+    assert alert["by"]["device_id"] != elected
+    assert alert["key"] == first["body"]["key"]
+    assert (alert["count"], alert["devices"]) == (MANY, first["body"]["devices"])
+    others = [agent for agent in agents if agent is not victim]
+    await told_to_all(others, alert["episode"])
+    assert [one["key"] for one in receiver.delivered] == [alert["key"]]
+    await victim.start()
+    await told_to_all([victim], alert["episode"])
+    assert len(receiver.delivered) == 1, "nor does the dead one tell it again when it is back"
+
+
+async def test_an_elected_one_that_is_told_to_stop_hands_over_at_once(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """SIGTERM frees the lock without waiting for a TTL: with one of a minute, another tells in seconds."""
+    receiver.status = None
+    agents = [
+        member(world, receiver, consul.http_addr, number, session_ttl_s=60.0, gather_s=2.0)
+        for number in range(3)
+    ]
+    await all_started(agents)
+    await world.device.stop()
+    first = (await until(lambda: receiver.attempts, "an alert on its way", SOON_S))[0]
+    (victim,) = [
+        one for one in agents if one.config["device_id"] == first["body"]["by"]["device_id"]
+    ]
+    assert await victim.signal(signal.SIGTERM) == 143
+    receiver.status = 200
+    await until(lambda: receiver.told("firing"), "an heir's alert", 50.0)
+    assert receiver.told("firing")[0]["key"] == first["body"]["key"]
+    assert receiver.told("firing")[0]["count"] == 3
+
+
+async def test_an_elected_one_that_the_sink_refuses_steps_back(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """When what the elected one tells is refused, another one tells the same under the same key."""
+    receiver.status = 403
+    agents = [
+        member(world, receiver, consul.http_addr, number, gather_s=2.0, window_s=20.0)
+        for number in range(3)
+    ]
+    await all_started(agents)
+    await world.device.stop()
+    first = (await until(lambda: receiver.attempts, "a refused alert", SOON_S))[0]["body"]
+    receiver.status = 200
+    await until(lambda: receiver.told("firing"), "another one's alert", 30.0)
+    (alert,) = receiver.told("firing")
+    assert alert["by"]["device_id"] != first["by"]["device_id"]
+    assert (alert["key"], alert["count"]) == (first["key"], 3)
+    await told_to_all(agents, alert["episode"])
+    assert len(receiver.delivered) == 1
+
+
+async def test_a_lone_anomaly_shows_no_group_and_another_gateway_is_another_alert(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Two devices of two gateways that die together are two alerts of one device each."""
+    agents = [
+        member(world, receiver, consul.http_addr, number, gateway=f"g{number}", gather_s=1.0)
+        for number in range(2)
+    ]
+    await all_started(agents)
+    await world.device.stop()
+    await until(lambda: len(receiver.told("firing")) == 2, "two alerts", SOON_S)
+    assert {(one["count"], one["group"]) for one in receiver.delivered} == {(1, None)}
+    assert {one["devices"][0][0] for one in receiver.delivered} == {"pump-0", "pump-1"}
+
+
+async def test_who_joins_within_the_window_is_told_in_an_update(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """A device of the same gateway that dies after the alert, within the window, comes in an update of the
+    same episode, that names both."""
+    late = member(world, receiver, consul.http_addr, 1, gather_s=0.5, window_s=8.0)
+    late.config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
+    early = member(world, receiver, consul.http_addr, 0, gather_s=0.5, window_s=8.0)
+    await all_started([early, late])
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+    await world.peer.stop()
+    await until(lambda: receiver.told("update"), "an update", SOON_S)
+    (firing,), (update,) = receiver.told("firing"), receiver.told("update")
+    assert update["episode"] == firing["episode"]
+    assert update["key"] != firing["key"]
+    assert (firing["count"], update["count"]) == (1, 2)
+    assert {name for name, _ in update["devices"]} == {"pump-0", "pump-1"}
+
+
+async def test_without_consul_each_tells_alone_and_says_so(
+    world: World, receiver: Receiver
+) -> None:
+    """With Consul away each agent escalates by itself after the wait, marked as uncoordinated."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    agents = [
+        member(world, receiver, nobody, number, consul_wait_s=1.0, gather_s=0.5)
+        for number in range(2)
+    ]
+    await all_started(agents)
+    await world.device.stop()
+    await until(lambda: len(receiver.told("firing")) == 2, "two alerts", SOON_S)
+    assert [one["uncoordinated"] for one in receiver.delivered] == [True, True]
+    assert {one["devices"][0][0] for one in receiver.delivered} == {"pump-0", "pump-1"}
+    await world.device.start()
+    await until(lambda: len(receiver.told("resolved")) == 2, "both ends", SOON_S)
+
+
+async def test_consul_that_stands_still_silences_nobody(
+    world: World, receiver: Receiver, tmp_path: Path
+) -> None:
+    """With a Consul that accepts connections and answers nothing the alert goes out all the same."""
+    async with ConsulServer(tmp_path / "consul") as consul:
+        agent = member(world, receiver, consul.http_addr, 0, consul_wait_s=2.0, gather_s=0.5)
+        await all_started([agent])
+        consul.pause()
+        try:
+            await world.device.stop()
+            await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+        finally:
+            consul.resume()
+        assert receiver.told("firing")[0]["uncoordinated"] is True
+
+
+async def test_a_consul_event_is_fired(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """The sink consul_event rings Consul's bell with key, status and count."""
+    agent = member(world, receiver, consul.http_addr, 0, gather_s=0.5)
+    name = f"bell-{world.folder.name}".replace("_", "-")[:60]
+    agent.config["escalate"]["sinks"] = [{"kind": "consul_event", "name": name}]
+    await all_started([agent])
+    await world.device.stop()
+    url = f"{consul.http_addr}/v1/event/list?name={name}"
+
+    def fired() -> list[dict[str, Any]]:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return json.loads(answer.read())
+
+    (event,) = await until(fired, "an event", SOON_S)
+    import base64
+
+    said = json.loads(base64.b64decode(event["Payload"]))
+    assert (said["status"], said["count"]) == ("firing", 1)

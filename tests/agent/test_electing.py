@@ -1,0 +1,197 @@
+"""The rules of electing who tells, by themselves: a toy Consul, agents that die at any step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from watchdog_agent import electing
+
+WINDOW_S = 30.0
+
+
+class Group:
+    """One group's keys as Consul keeps them, and agents that do one step at a time as `candidacy` does."""
+
+    def __init__(self, size: int) -> None:
+        self.now = 1000.0
+        self.size = size
+        self.alive = set(range(size))
+        self.notes = {number: f"{number:016x}" for number in range(size)}
+        self.leader: int | None = None
+        self.told: dict[str, Any] | None = None
+        self.index = 0
+        self.hand: dict[int, tuple[str, Any, int]] = {}
+        """agent → (step it is at, document, index that it has read)."""
+        self.said: list[tuple[str, tuple[str, ...]]] = []
+        """(key, note ids) of each delivery that a sink has taken."""
+
+    def kill(self, number: int) -> None:
+        """kill -9: its session ends, and with it its note and its lock."""
+        if len(self.alive) > 1:
+            self.alive.discard(number)
+            self.notes.pop(number, None)
+            self.hand.pop(number, None)
+            if self.leader == number:
+                self.leader = None
+
+    def lose_session(self, number: int) -> None:
+        """Cut off for longer than its TTL, and alive: it does not know that its lock is gone."""
+        if self.leader == number:
+            self.leader = None
+
+    def step(self, number: int) -> None:
+        """The next call of this agent."""
+        if number not in self.alive or number not in self.notes:
+            return
+        at, document, index = self.hand.get(number, ("look", None, 0))
+        if at == "look":
+            if electing.covers(self.told, self.notes[number]):
+                del self.notes[number]
+            elif self.leader is None:
+                self.leader = number
+                self.hand[number] = ("list", None, 0)
+        elif at == "list":
+            self._list(number)
+        elif at == "write":
+            if index == self.index:
+                self.told, self.index = document, self.index + 1
+                self.hand[number] = ("say", document, self.index)
+            else:
+                self.hand[number] = ("list", None, 0)
+        elif at == "say":
+            key = f"{document['episode']}.{document['rev']}"
+            self.said.append((key, tuple(document["ids"])))
+            self.hand[number] = ("mark", document, index)
+        elif at == "mark":
+            # read anew and set if it is still this one, until the compare-and-set is taken
+            found = self.told or {}
+            if (found.get("episode"), found.get("rev")) == (document["episode"], document["rev"]):
+                self.told, self.index = electing.finished(document, self.now), self.index + 1
+            self.hand[number] = ("list", None, 0)
+
+    def _list(self, number: int) -> None:
+        present = {note: [str(agent), "r"] for agent, note in self.notes.items()}
+        document, wait = electing.next_document(self.told, present, self.now, WINDOW_S)
+        if document is not None:
+            self.hand[number] = ("write", document, self.index)
+        elif wait == 0:
+            self.notes.pop(number, None)
+            self.hand.pop(number, None)
+            if self.leader == number:
+                self.leader = None
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("step"), st.integers(0, 5)),
+        st.tuples(st.just("kill"), st.integers(0, 5)),
+        st.tuples(st.just("cut"), st.integers(0, 5)),
+        st.tuples(st.just("time"), st.integers(0, 5)),
+    ),
+    max_size=80,
+)
+
+
+def settled(group: Group) -> None:
+    """Go on until nothing is left to do, and check what was promised."""
+    for _ in range(100):
+        for number in range(group.size):
+            group.step(number)
+        group.now += 1.0
+    told_of = {note for _, notes in group.said for note in notes}
+    assert {f"{number:016x}" for number in group.alive} <= told_of
+    assert group.notes == {}
+    assert len({key for key, _ in group.said}) == 1, group.said
+    assert len(set(group.said)) == 1, "one key, and two contents"
+
+
+@pytest.mark.parametrize("first", range(12))
+@pytest.mark.parametrize("second", range(12))
+@pytest.mark.parametrize("how", ["kill", "lose_session"])
+def test_two_elected_ones_fail_at_every_step(first: int, second: int, how: str) -> None:
+    """Wherever the first elected one and its heir fail, the third tells, or they have; under one key."""
+    group = Group(3)
+    for number, steps_done in ((0, first), (1, second)):
+        for _ in range(steps_done):
+            group.step(number)
+        getattr(group, how)(number)
+    settled(group)
+
+
+@given(st.integers(1, 6), steps)
+def test_whatever_crashes_somebody_tells_and_under_one_key(size: int, history: list) -> None:
+    """However agents that saw one anomaly together die or lose their session, as long as one lives all are
+    told of that live, and no device is told of under two keys."""
+    group = Group(size)
+    for what, number in history:
+        if what == "step":
+            group.step(number)
+        elif what == "kill":
+            group.kill(number)
+        elif what == "cut":
+            group.lose_session(number)
+        else:
+            group.now += number
+    settled(group)
+
+
+@given(st.sets(st.integers(0, 99), min_size=1), st.sets(st.integers(0, 99)), st.floats(0, 200))
+def test_an_update_comes_once_a_window_and_names_all(
+    first: set[int], later: set[int], passed: float
+) -> None:
+    """New members of what was told wait for the window, then are told with the old ones under the same
+    episode and the next revision; much later they are an episode of their own."""
+    notes = {str(one): [str(one), "r"] for one in first}
+    document, _ = electing.next_document(None, notes, 0.0, WINDOW_S)
+    assert document is not None
+    told = electing.finished(document, 0.0)
+    fresh = {str(one): [str(one), "r"] for one in later - first}
+    update, wait = electing.next_document(told, notes | fresh, passed, WINDOW_S)
+    if not fresh:
+        assert (update, wait) == (None, 0.0)
+    elif passed < WINDOW_S:
+        assert update is None
+        assert 0 < wait <= WINDOW_S
+    elif passed < 2 * WINDOW_S:
+        assert update is not None
+        assert (update["episode"], update["rev"]) == (told["episode"], 2)
+        assert set(update["ids"]) == notes.keys() | fresh.keys()
+    else:
+        assert update is not None
+        assert (set(update["ids"]), update["rev"]) == (fresh.keys(), 1)
+        assert update["episode"] != told["episode"]
+
+
+@given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 200))
+def test_gathering_ends(began: float, newest: float, now: float) -> None:
+    """Who gathers waits for quiet and never beyond the window, however many go on coming."""
+    wait = electing.still_to_gather(began, newest, now, 2.0, WINDOW_S)
+    assert now + wait <= max(now, began + WINDOW_S) + 1e-9
+    assert wait == 0 or now + wait <= newest + 2.0 + 1e-9
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+def test_only_a_document_is_taken_for_one(value: Any) -> None:
+    """Whatever else stands at the key is no document."""
+    assert electing.checked(value) is None
+    assert electing.checked({"state": "told", "members": value}) is None
+
+
+def test_a_group_is_the_first_kind_that_has_a_value() -> None:
+    """What is known now goes over the labels, and a kind that is not asked for makes no group."""
+    labels = {"gateway": "g1", "site": "s1"}
+    assert electing.group_of(["gateway", "site"], labels, {}) == ("gateway", "g1")
+    assert electing.group_of(["gateway"], labels, {"gateway": "g2"}) == ("gateway", "g2")
+    assert electing.group_of(["site", "gateway"], labels, {"class": "c"}) == ("site", "s1")
+    assert electing.group_of(["host"], labels, {"class": "c"}) is None
+
+
+@given(st.text(), st.text())
+def test_a_place_is_made_of_safe_characters(key: str, value: str) -> None:
+    """No key and no value of a group reaches a path as it is (S11)."""
+    place = electing.folder_of(key, ("site", value))
+    assert set(place) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert len(place) == 25

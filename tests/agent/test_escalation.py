@@ -1,0 +1,244 @@
+"""What an agent escalates by itself, and how the sinks are spoken to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from watchdog_agent import config_escalate, sinks
+from watchdog_agent.config import ConfigError
+from watchdog_agent.config import check as check_config
+from watchdog_agent.loop import Loop
+
+from tests.agent.receiver import Receiver
+from tests.agent.world import World, document, probe, until
+
+
+@pytest_asyncio.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A receiver that listens."""
+    it = Receiver()
+    await it.start()
+    yield it
+    await it.stop()
+
+
+def rules(receiver: Receiver, *kinds: str, **changes: Any) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{receiver.port}"
+    found = [{"kind": kind, "url": url} for kind in kinds or ("webhook",)]
+    return {"sinks": found, "retry_s": 0.1, **changes}
+
+
+async def test_an_offline_device_is_escalated_once_and_its_return_is_told(
+    world: World, receiver: Receiver
+) -> None:
+    """One firing alert with the evidence while the device is away, one resolved when it is back, and a
+    second episode has another key."""
+    agent = await world.started(escalate=rules(receiver))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    keys = []
+    for episode in (1, 2):
+        await world.device.stop()
+        await until(lambda n=episode: len(receiver.told("firing")) == n, "an escalation")
+        alert = receiver.told("firing")[-1]
+        assert (alert["kind"], alert["count"], alert["group"]) == ("offline", 1, None)
+        assert alert["devices"][0][0] == "pump-7"
+        assert "connection refused" in alert["evidence"]["reason"]
+        assert receiver.attempts[-1]["headers"]["idempotency-key"] == alert["key"]
+        keys.append(alert["key"])
+        shown = (await agent.status())["escalations"]
+        assert [one["key"] for one in shown["open"]] == ["offline"]
+        await world.device.start()
+        await until(lambda n=episode: len(receiver.told("resolved")) == n, "the end")
+        assert receiver.told("resolved")[-1]["episode"] == alert["episode"]
+    assert len(set(keys)) == 2
+    assert len(receiver.attempts) == 4
+
+
+async def test_a_sink_that_fails_is_tried_again_under_the_same_key(
+    world: World, receiver: Receiver
+) -> None:
+    """While a sink answers 503 the alert is repeated with one key, and counted as sent once."""
+    receiver.status = 503
+    agent = await world.started(escalate=rules(receiver))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: len(receiver.attempts) >= 3, "three tries")
+    receiver.status = 200
+    await until(lambda: receiver.told("firing"), "an escalation", 20.0)
+    assert len({one["headers"]["idempotency-key"] for one in receiver.attempts}) == 1
+
+    async def counted() -> bool:
+        return "watchdog_agent_escalations_sent_total 1" in (await agent.get("/metrics"))[1]
+
+    await until(counted, "one sent")
+
+
+async def test_an_open_escalation_outlives_a_kill(world: World, receiver: Receiver) -> None:
+    """After kill -9 what was told is not told again, and its end still carries its key; what was not told
+    yet is told under the key that it had."""
+    receiver.status = 503
+    agent = await world.started(escalate=rules(receiver))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.attempts, "a try")
+    assert agent.process is not None
+    await agent.process.kill()
+    receiver.status = 200
+    await agent.start()
+    await until(lambda: receiver.told("firing"), "told by the second run")
+    assert len({one["headers"]["idempotency-key"] for one in receiver.attempts}) == 1
+    await until(lambda: '"told": true' in (agent.folder / "state.json").read_text(), "kept")
+    await agent.process.kill()
+    await agent.start()
+    await agent.is_in("offline as before", state="offline")
+    await world.device.start()
+    await until(lambda: receiver.told("resolved"), "the end")
+    assert len(receiver.told("firing")) == 1
+    assert receiver.told("resolved")[0]["episode"] == receiver.told("firing")[0]["episode"]
+    assert await agent.signal(signal.SIGTERM) == 143
+
+
+async def test_a_return_while_the_agent_was_away_is_told(world: World, receiver: Receiver) -> None:
+    """A device that came back while its agent was dead is told as back by the next run, also where only
+    one of two probes has answered yet."""
+    slow = probe(world.dead_port, kind="tcp", interval_s=60.0, timeout_s=0.2, misses=3)
+    agent = await world.started(escalate=rules(receiver), probes=[probe(world.device.port), slow])
+    await agent.is_in("ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an escalation", 20.0)
+    await until(lambda: '"told": true' in (agent.folder / "state.json").read_text(), "kept")
+    assert agent.process is not None
+    await agent.process.kill()
+    await world.device.start()
+    await agent.start()
+    await until(lambda: receiver.told("resolved"), "the end")
+
+
+async def test_a_ladder_keeps_the_plain_escalation_out(world: World, receiver: Receiver) -> None:
+    """With repairs in the document a device that goes offline is not escalated by the plain rule."""
+    step = {
+        "kind": "http",
+        "url": f"http://127.0.0.1:{world.dead_port}",
+        "budget": 1000,
+        "window_s": 3600.0,
+        "cooldown_s": 30.0,
+        "timeout_s": 10.0,
+    }
+    agent = await world.started(escalate=rules(receiver), repairs=[step], beat_s=0.1)
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await world.peer.saw("offline", state="offline")
+    seen = len(world.peer.reports)
+    await until(lambda: len(world.peer.reports) > seen + 3, "more beats")
+    assert receiver.attempts == []
+
+
+async def test_alertmanager_is_told_as_its_api_wants_it(world: World, receiver: Receiver) -> None:
+    """Firing and resolved carry the same labels and start; the first ends in the future, the second does
+    not."""
+    agent = await world.started(escalate=rules(receiver, "alertmanager"))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: len(receiver.attempts) == 1, "a firing alert")
+    await world.device.start()
+    await until(lambda: len(receiver.attempts) == 2, "a resolved alert")
+    (firing,), (resolved,) = [one["body"] for one in receiver.attempts]
+    assert {one["path"] for one in receiver.attempts} == {"/api/v2/alerts"}
+    assert firing["labels"] == resolved["labels"]
+    assert firing["labels"]["alertname"] == "WatchdogOffline"
+    assert firing["labels"]["device_id"] == "pump-7"
+    assert firing["startsAt"] == resolved["startsAt"]
+    assert resolved["endsAt"] < firing["endsAt"]
+
+
+async def test_a_bearer_comes_from_its_file_and_shows_nowhere(
+    world: World, receiver: Receiver
+) -> None:
+    """The token of a sink is sent, and is in no page, log or kept state (S10)."""
+    secret = world.folder / "secret"
+    secret.write_text("not-a-secret\n")
+    escalate = rules(receiver)
+    escalate["sinks"][0]["token_file"] = str(secret)
+    agent = await world.started(escalate=escalate)
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an escalation")
+    assert receiver.attempts[0]["headers"]["authorization"] == "Bearer not-a-secret"
+    pages = [(await agent.get(path))[1] for path in ("/status", "/metrics")]
+    files = [(agent.folder / name).read_text() for name in ("log", "state.json")]
+    assert "not-a-secret" not in "".join(pages + files)
+
+
+async def test_without_escalation_nothing_of_it_is_loaded(world: World) -> None:
+    """An agent that is not asked to escalate, to ship logs or to keep state in Consul reads none of their
+    modules."""
+    code = (
+        "import sys; from watchdog_agent import main; from watchdog_agent.config import check; "
+        "import json, os; a = main.Agent(check(json.load(open(os.environ['WATCHDOG_CONFIG']))), {}); "
+        "a._write_address = lambda: None; "
+        "found = [n for n in sys.modules if n.split('.')[-1] in ('escalation', 'sinks', "
+        "'coordination', 'candidacy', 'electing', 'kv', 'shipping', 'keeping', 'config_escalate')]; "
+        "open(os.environ['WATCHDOG_STATE_DIR'] + '/found', 'w').write(repr(found)); main.main()"
+    )
+    import sys
+
+    agent = world.agent(argv=[sys.executable, "-c", code])
+    await agent.start()
+    assert (agent.folder / "found").read_text() == "[]"
+
+
+def test_a_full_queue_drops_the_oldest_and_counts() -> None:
+    """With a sink that takes nothing the one on its way and the newest stay, and who was dropped is told."""
+    config = checked(sinks=[{"kind": "webhook", "url": "http://127.0.0.1:1"}])
+    loop = Loop()
+    sink = sinks.Sink(loop, config["escalate"]["sinks"][0], config, "i", lambda *_a, **_k: None)
+    answers: dict[int, bool] = {}
+    for number in range(sink.MOST + 3):
+        alert = {"key": str(number), "number": number}
+        sink.put(alert, lambda ok, n=number: answers.__setitem__(n, ok))
+    kept = [one[0]["number"] for one in sink.waiting]
+    assert sink.fetch is not None
+    sink.fetch.cancel()
+    loop.close()
+    assert kept == [0, *range(4, sink.MOST + 3)]
+    assert sink.dropped == 3
+    assert answers == {1: False, 2: False, 3: False}
+
+
+def checked(**rules: Any) -> dict[str, Any]:
+    return check_config(document(probes=[probe(80)], escalate=rules))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"sinks": []}, "1 to 8 sinks"),
+        ({"sinks": [{"kind": "pager"}]}, "webhook, alertmanager, consul_event"),
+        ({"sinks": [{"kind": "webhook"}]}, "http:// or https://"),
+        ({"sinks": [{"kind": "webhook", "url": "ftp://a"}]}, "http:// or https://"),
+        ({"sinks": [{"kind": "consul_event"}]}, "needs a url"),
+        ({"sinks": [{"kind": "consul_event", "url": "http://a", "name": "a/b"}]}, "letters"),
+        ({"sinks": [{"kind": "webhook", "url": "http://a", "token_file": 5}]}, "path of a file"),
+        ({"sinks": [{"kind": "webhook", "url": "http://a"}], "by": ["rack"]}, "gateway, site"),
+        ({"sinks": [{"kind": "webhook", "url": "http://a"}], "window_s": 0}, "1 to 3600"),
+        ([], "an object"),
+    ],
+)
+def test_wrong_rules_are_refused_in_words(wrong: Any, said: str) -> None:
+    """What the document may not say is refused with what is allowed."""
+    with pytest.raises(ConfigError, match=said):
+        check_config(document(probes=[probe(80)], escalate=wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"state": "disk"}, {"loki": {"url": 5}}, {"loki": []}, {"prefix": "a b"}, {"prefix": 7}],
+)
+def test_wrong_neighbours_are_refused_too(wrong: dict[str, Any]) -> None:
+    """Kept state, log shipping and the prefix are checked the same way."""
+    with pytest.raises(ConfigError):
+        config_escalate.check(wrong)
