@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from nomad_watchdog.clock import Clock
+from nomad_watchdog.core import repairs
 from nomad_watchdog.core.grace import Grace, GraceLimits, StartTimes
 from nomad_watchdog.core.incidents import (
     TROUBLE,
@@ -25,8 +26,17 @@ from nomad_watchdog.core.incidents import (
 from nomad_watchdog.core.verdict import Evidence
 from nomad_watchdog.history import History
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import DeviceRecord, Limits, Monotonic, Placement, Presence, Verdict
+from nomad_watchdog.model import (
+    DeviceRecord,
+    Limits,
+    Monotonic,
+    Placement,
+    Presence,
+    Repairs,
+    Verdict,
+)
 from nomad_watchdog.model import VerdictState as State
+from nomad_watchdog.shown import shown_repairs
 
 MOST_CLOSED: Final = 100
 """Closed incidents that are still shown."""
@@ -174,6 +184,19 @@ class Chronicle:
             data=data,
             incident=incident or before,
         )
+
+    def repaired(self, record: DeviceRecord, before: Repairs | None, after: Repairs | None) -> None:
+        """A report has come: each repair that has ended since the one before is an event."""
+        for attempt in repairs.news(before, after):
+            self.history.add(
+                at=self.clock.wall(),
+                kind=f"repair.{attempt.outcome.replace(' ', '_')}",
+                device_id=record.device.id,
+                slug=record.slug,
+                text=f"{attempt.step}: {attempt.reason or attempt.outcome}",
+                data={"step": attempt.step, "number": attempt.number, "age_s": attempt.age_s},
+                incident=self.correlator.incident_of(record.slug),
+            )
 
     def forget(self, slug: Slug) -> None:
         """The device's record is gone."""
@@ -323,6 +346,7 @@ class Chronicle:
                 "was_ready": report.was_ready,
                 "misses": report.misses,
                 "confirmed": report.confirmed,
+                **shown_repairs(report.repairs),
                 **({"gateway_dead": report.gateway} if report.gateway_dead else {}),
             },
             "consul": health.status if health is not None else None,

@@ -234,7 +234,7 @@ class Settings(Block):
             "metadata": kind.metadata,
         }
         # Only when there are any, so that a class without keeps its hash, and its agents.
-        repairs = {"repairs": [step.wire() for step in kind.repair]} if kind.repair else {}
+        repairs = kind.repairs_wire()
         gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
         telling = kind.telling()
         behaviour |= repairs | gateway | telling

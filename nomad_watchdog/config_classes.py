@@ -15,22 +15,54 @@ from nomad_watchdog.config_types import Block, Name, Positive, Seconds, Size, Te
 REPAIRS: Final[Mapping[str, str]] = {
     "interface": "interface",
     "http": "url",
+    "mqtt": "topic",
     "unit": "unit",
     "command": "command",
     "wake": "mac",
+    "plugin": "plugin",
 }
 """Kind of repair → the one setting that says on what it is done."""
+
+
+REPAIR_EXTRAS: Final[Mapping[str, str]] = {
+    "method": "http",
+    "broker": "mqtt",
+    "payload": "mqtt",
+    "user": "mqtt",
+    "password_file": "mqtt",
+    "to": "wake",
+}
+"""Setting → the one kind of repair that knows it."""
+Place = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
+
+
+MOST_REPAIR_S: Final = 600.0
+MOST_TRIES: Final = 64
+"""Attempts of one episode, as an agent keeps the record of it."""
 
 
 class Repair(Block):
     """One step of a class's ladder, in the order of the file."""
 
-    kind: Literal["interface", "http", "unit", "command", "wake"]
+    kind: Literal["interface", "http", "mqtt", "unit", "command", "wake", "plugin"]
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")] | None = None
     url: Url | None = None
+    method: Literal["GET", "POST"] | None = None
+    topic: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
+    broker: Place | None = None
+    payload: Text | None = None
+    user: Text | None = None
+    password_file: Text | None = None
     unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$")] | None = None
     command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
     mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
+    to: Place | None = None
+    plugin: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    when: Literal["suspect", "offline"] = "suspect"
+    probe: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,5})?$")] | None = None
+    tries: Annotated[int, Field(ge=1, le=100)] = 1
+    verify: Positive = 30.0
+    dry_run: bool = False
     budget: Annotated[int, Field(ge=1, le=1000)] = 3
     window: Positive = 3600.0
     cooldown: Seconds = 30.0
@@ -46,6 +78,13 @@ class Repair(Block):
                     if setting == wanted
                     else f"{self.kind} knows no {setting}; it acts on {wanted}"
                 )
+        for setting, kind in REPAIR_EXTRAS.items():
+            if getattr(self, setting) is not None and kind != self.kind:
+                raise ValueError(f"{self.kind} knows no {setting}; {kind} does")
+        if self.kind == "mqtt" and (self.broker is None or set(self.topic or "") & set("+#")):
+            raise ValueError("mqtt needs broker = HOST:PORT and a topic without + and #")
+        if self.timeout > MOST_REPAIR_S:
+            raise ValueError(f"timeout may be at most {MOST_REPAIR_S:g}s")
         if self.timeout >= self.window:
             raise ValueError(
                 f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
@@ -54,7 +93,13 @@ class Repair(Block):
 
     def wire(self) -> dict[str, Any]:
         """As the agent's document says it, under `repairs`."""
-        return {
+        more = {name: getattr(self, name) for name in REPAIR_EXTRAS}
+        more |= {"when": self.when, "probe": self.probe, "tries": self.tries}
+        more |= {"verify_s": self.verify, "dry_run": self.dry_run}
+        usual = {"when": "suspect", "tries": 1, "verify_s": 30.0, "dry_run": False}
+        # What is as it always was is not said, so that a class of an older version keeps its hash.
+        said = {k: v for k, v in more.items() if v is not None and usual.get(k) != v}
+        return said | {
             "kind": self.kind,
             REPAIRS[self.kind]: getattr(self, REPAIRS[self.kind]),
             "budget": self.budget,
@@ -82,9 +127,34 @@ class AgentClass(Block):
     escalate: Escalate | None = None
     loki: Loki | None = None
     state: Literal["folder", "consul"] = "folder"
+    repair_dry_run: bool = False
+    repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
+    repair_alone: Seconds = 86400.0
+
+    def repairs_wire(self) -> dict[str, Any]:
+        """What the agent's document says of repairs; nothing when there are none."""
+        if not self.repair:
+            return {}
+        policy = {
+            "dry_run": self.repair_dry_run,
+            "accepted_beats": self.repair_accepted_beats,
+            "alone_s": self.repair_alone,
+        }
+        usual = {"dry_run": False, "accepted_beats": 4, "alone_s": 86400.0}
+        said = {k: v for k, v in policy.items() if v != usual[k]}
+        steps = {"repairs": [step.wire() for step in self.repair]}
+        return steps | ({"repair_policy": said} if said else {})
 
     @model_validator(mode="after")
     def _fits(self) -> AgentClass:
+        if sum(step.tries for step in self.repair) > MOST_TRIES:
+            raise ValueError(f"the tries of all repairs together may be {MOST_TRIES} at most")
+        asked = {p.kind if p.port is None else f"{p.kind}:{p.port}" for p in self.probe}
+        for step in self.repair:
+            if step.probe is not None and step.probe not in asked:
+                raise ValueError(
+                    f"repair.probe is {step.probe}; the probes are {', '.join(sorted(asked))}"
+                )
         same = {probe.kind for probe in self.probe} & {probe.kind for probe in self.confirm}
         if same:
             raise ValueError(f"confirm must be of another kind than probe; both have {min(same)}")

@@ -29,6 +29,7 @@ from nomad_watchdog.model import (
     Placement,
     PlacementState,
     Presence,
+    Repairs,
     Report,
     Verdict,
     VerdictState,
@@ -63,6 +64,7 @@ class AgentReport:
     version: str
     dropped: int = 0
     stopping: bool = False
+    repairs: Repairs | None = None
     gateway: str = ""
     gateway_dead: bool = False
 
@@ -265,9 +267,13 @@ class Fleet(RollCall):
             received_at=self.clock.monotonic(),
             sequence=report.sequence,
             stopping=report.stopping,
+            repairs=report.repairs,
             gateway=report.gateway,
             gateway_dead=report.gateway_dead,
         )
+        if report.slug in self.records:
+            before = last.repairs if last is not None else None
+            self.chronicle.repaired(self.records[report.slug], before, report.repairs)
         if report.ready and report.slug in self.records:
             self.chronicle.ready(self.records[report.slug])
         self.refresh(report.slug)

@@ -179,6 +179,30 @@ class AgentState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class RepairAttempt:
+    """One step of a repair ladder, as its agent tells it (watchdog_agent.wire)."""
+
+    number: int
+    """Goes up by one for each attempt of a device's ladder; 0 = not told."""
+    step: str
+    outcome: str
+    reason: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """What an agent with a ladder says of it."""
+
+    active: str = ""
+    """What is being done, in words."""
+    exhausted: bool = False
+    """Nothing is left to try, and that was escalated."""
+    dry_run: bool = False
+    attempts: tuple[RepairAttempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The last accepted report of an agent."""
 
@@ -197,6 +221,8 @@ class Report:
     received_at: Monotonic
     sequence: int = 0
     stopping: bool = False
+    repairs: Repairs | None = None
+    """None: its class has none, or it is older than they are."""
     gateway: str = ""
     """Address of what stands before the device; empty when the agent knows of none."""
     gateway_dead: bool = False

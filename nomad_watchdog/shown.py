@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Final
 
 from nomad_watchdog.breaker import held_id
@@ -14,6 +15,7 @@ from nomad_watchdog.model import (
     Health,
     Monotonic,
     Placement,
+    Repairs,
     Report,
 )
 
@@ -66,14 +68,20 @@ def device_of(placements: Mapping[Slug, tuple[Placement, ...]], slug: Slug) -> s
     return next((placement.device_id for placement in placements.get(slug, ())), "")
 
 
+def shown_repairs(repairs: Repairs | None) -> dict[str, object]:
+    """What an agent says of its repairs; nothing for a class without."""
+    return {} if repairs is None else {"repairs": asdict(repairs)}
+
+
 def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:
     """A report and its age in seconds."""
     if report is None:
         return None
-    shown = {
+    shown: dict[str, object] = {
         name: getattr(report, name)
         for name in ("epoch", "instance", "ready", "was_ready", "misses", "confirmed", "reason")
     }
+    shown |= shown_repairs(report.repairs)
     return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}
 
 

@@ -72,6 +72,10 @@ def check(config: Any) -> Config:
 
         config_escalate.check(config)
     config["confirm"] = config["confirm"] or [_other_kind(config["probes"][0])]
+    if config.get("repairs"):
+        from . import config_repairs
+
+        config_repairs.check(config)
     if config.get("gateway") or "gateway" in (config.get("labels") or ()):
         from . import gateway
 

@@ -36,7 +36,7 @@ class Escalations:
         self.open: dict[str, Document] = {}
         self.rounds: dict[str, Round] = {}
         self.coordination: Coordination | None = None
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[], object] = lambda: None
         """Called when what is kept has changed."""
 
     def raise_(self, key: str, summary: str, evidence: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .gateway import Gateway
     from .keeping import ConsulState
     from .ondemand import OnDemand
+    from .repairs import Repairs
     from .shapes import Answer, Config, Document, Probe
     from .shipping import Shipper
 
@@ -41,6 +42,7 @@ class Agent:
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         self.config = config
+        self.log = log
         self.instance = configuration.instance_of(environ)
         self.folder = configuration.state_dir_of(environ)
         self.began = time.monotonic()
@@ -74,6 +76,7 @@ class Agent:
         self.shipper: Shipper | None = None
         self.keeper: ConsulState | None = None
         self.escalations: Escalations | None = None
+        self.repairs: Repairs | None = None
         self._optional()
         self._restore(kept)
         self.registration: consul.Registration | None = None
@@ -83,6 +86,19 @@ class Agent:
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self._watch_ready
             )
+        self._mend(kept)
+
+    def _mend(self, kept: Document) -> None:
+        """Take up the ladder of repairs, or at least undo what an earlier run has left behind."""
+        if self.config.get("repairs"):
+            from . import repairs
+
+            self.repairs = repairs.Repairs(self, kept.get("repairs"))
+            self.reporter.heard = self.repairs.heard
+        elif kept.get("repairs"):
+            from . import repair_steps
+
+            repair_steps.recover(kept["repairs"], log)
 
     def _optional(self) -> None:
         """What only some are configured for: nobody else pays for its import."""
@@ -112,9 +128,10 @@ class Agent:
     def ready(self) -> bool:
         """Registered, and the first round of probes is done."""
         registered = self.registration is None or self.registration.done
-        return registered and self._round_done()
+        return registered and self.round_done()
 
-    def _round_done(self) -> bool:
+    def round_done(self) -> bool:
+        """Each probe has ended once."""
         return len(self.results) == len(self.config["probes"])
 
     def run(self) -> int:
@@ -134,8 +151,14 @@ class Agent:
             self.keeper.load(self._begin)
         else:
             self._begin({})
-        self.loop.run()
-        probes.close()
+        if self.repairs is not None:
+            self.repairs.start()
+        try:
+            self.loop.run()
+        finally:
+            if self.repairs is not None:
+                self.repairs.abandon()
+            probes.close()
 
     def _begin(self, kept: Document) -> None:
         """Probe; what an earlier run has left in Consul comes first, so that we don't forget it."""
@@ -190,6 +213,8 @@ class Agent:
             self._doubt(name, spec)
         if first:
             self._watch_ready()
+        if self.repairs is not None:
+            self.repairs.probed(ok)
 
     def _doubt(self, name: str, spec: Probe) -> None:
         """A probe was missed: whose fault is it? First what stands before the device is asked."""
@@ -252,6 +277,8 @@ class Agent:
         def take(name: str, ok: bool, reason: str) -> None:
             if self.episode == episode and self.suspicion.confirmation(name, ok, reason):
                 self._changed()
+                if self.repairs is not None:
+                    self.repairs.look()
 
         def start(spec: Probe) -> None:
             address = self.config["address"]
@@ -268,8 +295,7 @@ class Agent:
         log("state", state=self.suspicion.state, reason=self.suspicion.reason)
         self._unrepaired()
         self._save()
-        if self.reporting and self.exit_code is None:
-            self.reporter.changed()
+        self.tell()
 
     def _unrepaired(self) -> None:
         """Escalate a device that is offline, or a gateway that is dead, and their return. Where there is
@@ -290,10 +316,15 @@ class Agent:
         elif self.suspicion.state == "ok":
             self.escalations.clear("offline")
 
+    def tell(self) -> None:
+        """Something worth a report has happened."""
+        if self.reporting and self.exit_code is None:
+            self.reporter.changed()
+
     def _watch_ready(self) -> None:
         """Begin to report when ready; without Consul too, after a moment, as not ready: a dead Consul
         must not hide what we see of the device."""
-        if self.exit_code is not None or not self._round_done():
+        if self.exit_code is not None or not self.round_done():
             return
         if self.reporting:
             self.reporter.changed()
@@ -309,22 +340,30 @@ class Agent:
 
     # -- telling
 
+    def believed(self) -> tuple[str, str]:
+        """(state, reason) as they are told: what is being done goes before what is wrong."""
+        state, reason = self.suspicion.state, self.suspicion.reason
+        doing = self.repairs.active() if self.repairs is not None and state != "ok" else ""
+        return ("repairing", f"{doing}; {reason}") if doing else (state, reason)
+
     def report(self, sequence: int, dropped: int, stopping: bool) -> Document:
         """The report as of now."""
         believed = self.suspicion
+        state, reason = self.believed()
         return wire.report(
             self.config,
             instance=self.instance,
             sequence=sequence,
             ready=self.ready() and not stopping,
-            state=believed.state,
+            state=state,
             was_ready=believed.was_ready,
             misses=believed.misses,
             confirmed=believed.confirmed,
-            reason=believed.reason[:400],
+            reason=reason[:400],
             listen=self.server.address,
             dropped=dropped,
             stopping=stopping,
+            repairs=self.repairs.told() if self.repairs is not None else None,
             gateway=self.gateway.address if self.gateway is not None else "",
             gateway_dead=bool(believed.behind),
         )
@@ -363,7 +402,12 @@ class Agent:
     def status(self) -> Document:
         """What is known, for people and scripts."""
         believed, told = self.suspicion, self.reporter
-        more = {} if self.escalations is None else {"escalations": self.escalations.status()}
+        state, reason = self.believed()
+        more: Document = {}
+        if self.repairs is not None:
+            more["repairs"] = self.repairs.status()
+        if self.escalations is not None:
+            more["escalations"] = self.escalations.status()
         if self.shipper is not None:
             shipped = self.shipper
             more["logs"] = {
@@ -379,8 +423,8 @@ class Agent:
             "instance": self.instance,
             "pid": os.getpid(),
             "ready": self.ready(),
-            "state": believed.state,
-            "reason": believed.reason,
+            "state": state,
+            "reason": reason,
             "was_ready": believed.was_ready,
             "misses": believed.misses,
             "confirmed": believed.confirmed,
@@ -422,12 +466,19 @@ class Agent:
 
     def _shut_down(self, code: int, *, tell: bool = True) -> None:
         self.exit_code = code
-        self._save()
         self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
-        if tell:
-            self.reporter.close(self._deregister)
+
+        def leave() -> None:
+            self._save()
+            if tell:
+                self.reporter.close(self._deregister)
+            else:
+                self._deregister()
+
+        if self.repairs is not None:
+            self.repairs.close(leave)
         else:
-            self._deregister()
+            leave()
 
     def _deregister(self) -> None:
         """Leave one after the other; each has its own time limit, and SHUT_DOWN_S is over all."""
@@ -454,9 +505,13 @@ class Agent:
         self._save()
         self.loop.later(self.SAVE_EVERY_S * between(0.8, 1.2), self._save_again)
 
-    def _save(self) -> None:
+    def save(self) -> bool:
+        """Keep what outlives us; false when it could not be kept."""
+        return self._save()
+
+    def _save(self) -> bool:
         if not self.folder and self.keeper is None:
-            return
+            return False
         believed = self.suspicion
         kept: Document = {
             "device_id": self.config["device_id"],
@@ -470,11 +525,15 @@ class Agent:
             kept["escalations"] = self.escalations.kept()
         if self.keeper is not None:
             self.keeper.save(kept)
-            return
+            return True
+        if self.repairs is not None:
+            kept["repairs"] = self.repairs.kept()
         try:
             state.save(self.folder, kept)
         except OSError as error:
             log("state can't be saved", reason=http.reason_of(error))
+            return False
+        return True
 
     def _write_address(self) -> None:
         if not self.folder:

@@ -22,7 +22,7 @@ def render(agent: Agent) -> bytes:
         "state",
         "gauge",
         "1 for the state that the device is believed to be in.",
-        *((f'{{state="{s}"}}', int(s == agent.suspicion.state)) for s in states),
+        *((f'{{state="{s}"}}', int(s == agent.believed()[0])) for s in states),
     )
     metric("epoch", "gauge", "The epoch that this agent carries.", ("", agent.config["epoch"]))
     probes = agent.results.items()
@@ -62,6 +62,13 @@ def render(agent: Agent) -> bytes:
     metric("reports_total", "counter", "Reports accepted.", ("", reporter.sent))
     metric("report_failures_total", "counter", "Reports that failed.", ("", reporter.failed))
     metric("reports_dropped_total", "counter", "Reports dropped unsent.", ("", reporter.dropped))
+    if agent.repairs is not None:
+        metric(
+            "repairs_total",
+            "counter",
+            "Repair attempts that have ended, by how.",
+            *((f'{{outcome="{o}"}}', n) for o, n in agent.repairs.outcomes.items()),
+        )
     if agent.escalations is not None:
         known = agent.escalations.status()
         metric("escalations_open", "gauge", "Anomalies that are open.", ("", len(known["open"])))

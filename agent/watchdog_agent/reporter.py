@@ -58,6 +58,8 @@ class Reporter:
         self.last_error = ""
         self.timer: Timer | None = None
         self.closing: Callable[[], None] | None = None
+        self.heard: Callable[[int | None], None] | None = None
+        """Called with the status of each answer; None = there was none."""
 
     def start(self) -> None:
         """Begin to beat."""
@@ -103,6 +105,8 @@ class Reporter:
 
     def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         self.fetch = None
+        if self.heard is not None:
+            self.heard(status)
         if status == 200:
             self.sent += 1
             self.failures = 0

@@ -30,3 +30,7 @@ Fetched: TypeAlias = Callable[[int | None, dict[str, str], Any], None]
 Answer: TypeAlias = tuple[int, str, bytes]
 """status, content type, body"""
 Said: TypeAlias = Callable[[str], None]
+Step: TypeAlias = dict[str, Any]
+"""One checked step of `repairs`, with its `id` and `name`."""
+Decision: TypeAlias = tuple[str, Step | None, float | None, str]
+"""what, the step, when to look again, why"""

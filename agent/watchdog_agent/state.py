@@ -17,7 +17,7 @@ def load(folder: str, device_id: str) -> tuple[Document, str]:
     """(state, remark): what was kept for this device, else {} and why. Never raises."""
     try:
         with open(os.path.join(folder, NAME), "rb") as file:
-            raw = file.read(65536)
+            raw = file.read(1 << 20)
         kept = json.loads(raw)
         state: Document = kept["state"]
         if binascii.crc32(encode(state)) != kept["crc32"]:

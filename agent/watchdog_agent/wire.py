@@ -25,6 +25,12 @@ Configuration document (version 1)::
      "probes": [{"kind": "tcp|http|icmp", "port": 8080, "path": "/", "expect_status": 200,
                  "interval_s": 5.0, "timeout_s": 2.0, "misses": 3}],
      "confirm": [{...a probe of another kind...}],
+     "repairs": [{"kind": "interface|http|mqtt|unit|command|wake|plugin", "interface": "eth1",
+                  "budget": 3, "window_s": 3600.0, "cooldown_s": 30.0, "timeout_s": 10.0,
+                  "verify_s": 30.0, "when": "suspect|offline", "probe": "icmp", "tries": 1,
+                  "dry_run": false}],
+     "repair_policy": {"dry_run": false, "accepted_beats": 4, "alone_s": 86400.0},
+     "escalate": {"sinks": [{"kind": "webhook", "url": "http://127.0.0.1:8080/hook"}]},
      "gateway": {"address": "10.0.0.1", ...a probe...}}      (optional)
 
 The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device goes
@@ -48,6 +54,11 @@ Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Ans
 ``{"api": [...]}`` where there are several replicas: their addresses, for when this one does not answer;
 410 not, or no longer, the accepted agent: stop and exit 0; 409 not decidable yet: say it again after
 ``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
+
+Of a class with repairs a report holds ``"repairs": {"active": "what is done now, or empty", "exhausted":
+false, "dry_run": false, "attempts": [{"number": 1, "step": "interface eth1", "outcome": "running|verifying|recovered|
+no help|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and while a step is taken or its
+effect is awaited its ``state`` is ``repairing``.
 
 Exit contract: 0 only when told to retire by a 410; 128+n on signal n; 64 for a bad configuration;
 70 for a crash.
@@ -106,12 +117,15 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
     stopping: bool = False,
     gateway: str = "",
     gateway_dead: bool = False,
+    repairs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One report. `sequence` goes up by one for each report of an instance; `dropped` counts reports
     that were lost to the bounded buffer; `stopping` is true in the last one before an exit; `gateway` is the address of
-    what stands before the device, `gateway_dead` that it did not answer: both only where there is one."""
+    what stands before the device, `gateway_dead` that it did not answer: both only where there is one. `repairs` is
+    there only for a class with repairs: what is done now, and the last attempts."""
     behind = {"gateway": gateway, "gateway_dead": gateway_dead} if gateway else {}
-    return {
+    told = {} if repairs is None else {"repairs": repairs}
+    return told | {
         "v": VERSION,
         "device_id": config["device_id"],
         "epoch": config["epoch"],

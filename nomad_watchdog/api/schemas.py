@@ -23,7 +23,7 @@ from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet import AgentReport
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
-from nomad_watchdog.model import AgentState, Device, Epoch
+from nomad_watchdog.model import AgentState, Device, Epoch, RepairAttempt, Repairs
 
 MOST_LABELS: Final = 32
 LABEL_BYTES: Final = 128
@@ -212,6 +212,34 @@ class ConfirmIn(_In):
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
+class RepairAttemptIn(BaseModel):
+    """One attempt of a ladder (watchdog_agent.wire)."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    number: Count = 0
+    step: Annotated[str, AfterValidator(_tame)]
+    outcome: Annotated[str, Field(max_length=32, pattern=r"^[a-z][a-z ]*$")]
+    reason: Annotated[str, AfterValidator(_tame)] = ""
+    age_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class RepairsIn(BaseModel):
+    """What an agent with a ladder says of it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    active: Annotated[str, AfterValidator(_tame)] = ""
+    exhausted: bool = False
+    dry_run: bool = False
+    attempts: Annotated[list[RepairAttemptIn], Field(max_length=32)] = Field(default_factory=list)
+
+    def repairs(self) -> Repairs:
+        """As the value that goes inside."""
+        attempts = tuple(RepairAttempt(**one.model_dump()) for one in self.attempts)
+        return Repairs(self.active, self.exhausted, self.dry_run, attempts)
+
+
 class ReportIn(BaseModel):
     """A report of an agent (watchdog_agent.wire, version 1). Unknown fields are let through: during
     an upgrade agents may be newer than we are."""
@@ -234,6 +262,7 @@ class ReportIn(BaseModel):
     listen: Annotated[str, Field(max_length=300), AfterValidator(_printable)] = ""
     dropped: Count = 0
     stopping: bool = False
+    repairs: RepairsIn | None = None
     gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(_printable)] = ""
     gateway_dead: bool = False
 
@@ -244,7 +273,8 @@ class ReportIn(BaseModel):
             slug=slug_of(device_id),
             device_id=device_id,
             epoch=Epoch(self.epoch),
-            **self.model_dump(exclude={"v", "device_id", "epoch", "agent_class"}),
+            repairs=None if self.repairs is None else self.repairs.repairs(),
+            **self.model_dump(exclude={"v", "device_id", "epoch", "agent_class", "repairs"}),
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from nomad_watchdog.core import repairs
 from nomad_watchdog.model import (
     AgentState,
     DeviceRecord,
@@ -129,7 +130,7 @@ def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic)
     if beat_at is not None and now - beat_at <= limits.heartbeat_fresh_s:
         beat = f"but the device sent a sign of life {now - beat_at:.0f} s ago"
         return Verdict(VerdictState.SUSPECT, f"{report.reason}; {beat}")
-    return Verdict(VerdictState.OFFLINE, report.reason)
+    return Verdict(VerdictState.OFFLINE, report.reason + repairs.in_words(report.repairs))
 
 
 def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:

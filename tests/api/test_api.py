@@ -236,6 +236,35 @@ async def test_s1_reports_at_the_door(door: Door) -> None:
     assert (await door.ask("POST", path, json=_report()))[0] == 410
 
 
+async def test_repairs_of_a_report_are_shown_and_told_once(door: Door) -> None:
+    """What an agent says of its repairs stands in explain; each that ended is one event; control
+    characters and endless texts in it are made harmless, and another shape is refused."""
+    path = "/v1/agents/report"
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+
+    def told(outcome: str, **more: Any) -> dict[str, Any]:
+        attempt = {
+            "number": 1,
+            "step": "interface \x1beth1",
+            "outcome": outcome,
+            "reason": "r" * 999,
+        }
+        return _report(repairs={"active": "", "attempts": [attempt], "newer": 1, **more})
+
+    assert (await door.ask("POST", path, json=_report()))[0] == 200
+    for outcome in ("running", "no help", "no help"):
+        assert (await door.ask("POST", path, json=told(outcome)))[0] == 200
+    _, explained = await door.ask("GET", "/v1/devices/cam/explain")
+    (attempt,) = explained["report"]["repairs"]["attempts"]
+    assert attempt["step"] == "interface \N{REPLACEMENT CHARACTER}eth1"
+    assert len(attempt["reason"]) < 999
+    kinds = [event["kind"] for event in explained["events"]]
+    assert kinds.count("repair.no_help") == 1
+    assert (await door.ask("POST", path, json=told("<b>")))[0] == 400
+    assert (await door.ask("POST", path, json=told("failed", attempts=[{}] * 33)))[0] == 400
+    assert (await door.ask("POST", path, json=_report(repairs=None)))[0] == 200
+
+
 async def test_openapi_and_routes_agree(door: Door) -> None:
     """Every route is described, every described operation is routed, and every reference resolves."""
     status, spec = await door.ask("GET", "/v1/openapi.json")

@@ -1,0 +1,114 @@
+"""Run a program, or restart a systemd unit: no shell, no output kept, its whole process group killed when
+it takes too long."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from .http import READ, reason_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from .loop import Loop
+    from .shapes import Document, Ended, Step
+
+
+def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Run:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    if step["kind"] == "unit":
+        argv = ["systemctl", "--no-ask-password", "restart", step["unit"]]
+    else:
+        argv = step["command"]
+    return Run(loop, argv, device, ended)
+
+
+class _Descriptor:
+    """What `Loop.forget` closes."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fileno(self) -> int:
+        return self.number
+
+    def close(self) -> None:
+        os.close(self.number)
+
+
+class Run:
+    """One program in a process group of its own."""
+
+    POLL_S = 0.05
+
+    def __init__(self, loop: Loop, argv: list[str], device: Document, ended: Ended) -> None:
+        self.loop = loop
+        self.ended: Ended | None = ended
+        self.pid = 0
+        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+        try:
+            self.pid = os.posix_spawnp(
+                argv[0],
+                argv,
+                environment(device),
+                file_actions=null,
+                setpgroup=0,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGTERM, signal.SIGINT),
+            )
+        except (OSError, ValueError) as error:
+            text = reason_of(error) if isinstance(error, OSError) else str(error)
+            loop.later(0, lambda: self._end(False, f"can't be run: {text}"))
+            return
+        try:
+            # One descriptor in the loop instead of a signal handler or a thread.
+            self.watched = _Descriptor(os.pidfd_open(self.pid))
+        except OSError:
+            # Linux before 5.3.
+            loop.later(self.POLL_S, self._poll)
+        else:
+            loop.watch(self.watched, READ, self._ready)  # type: ignore[arg-type]  # it has a number
+
+    def _ready(self, _mask: int) -> None:
+        self.loop.forget(self.watched)  # type: ignore[arg-type]  # as above
+        self._reap()
+
+    def _poll(self) -> None:
+        if self.pid and not self._reap():
+            self.loop.later(self.POLL_S, self._poll)
+
+    def _reap(self) -> bool:
+        done, status = os.waitpid(self.pid, os.WNOHANG)
+        if not done:
+            return False
+        code, self.pid = os.waitstatus_to_exitcode(status), 0
+        self._end(code == 0, f"exit {code}" if code >= 0 else f"ended by signal {-code}")
+        return True
+
+    def _end(self, ok: bool, reason: str) -> None:
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(ok, reason)
+
+    def hurry(self) -> None:
+        """It is as fast as it can be."""
+
+    def cancel(self) -> None:
+        """Kill all of it; nobody is told, and the loop reaps it."""
+        self.ended = None
+        if self.pid:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except OSError:
+                pass
+
+
+_PRIVATE: Final = ("WATCHDOG_", "CONSUL_", "NOMAD_", "VAULT_")
+
+
+def environment(device: Document) -> dict[str, str]:
+    """Ours without what is ours alone, as tokens are; and which device it is about."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)}
+    return {**kept, "DEVICE_ID": device["device_id"], "DEVICE_ADDRESS": device["address"]}

@@ -1,0 +1,54 @@
+"""Ask a URL to do something about the device. Any 2xx is success; redirects are not followed."""
+
+from __future__ import annotations
+
+from . import http
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .loop import Loop
+    from .shapes import Document, Ended, Step
+
+
+def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Call:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    return Call(loop, step, device, ended)
+
+
+class Call:
+    """One request. A POST says in its body which device it is about."""
+
+    def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
+        url = http.Url(step["url"], tls=True)
+        body = b""
+        if step["method"] == "POST":
+            import json
+
+            body = json.dumps(device).encode()
+        data = http.request(step["method"], url.base, url.host_header, body)
+
+        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
+            if status is None:
+                ended(False, said)
+            else:
+                ended(200 <= status < 300, f"status {status}")
+
+        where = (url.host, url.port)
+        self.fetch: http.Fetch
+        if url.secure:
+            from . import tls
+
+            self.fetch = tls.SecureFetch(
+                loop, where, data, step["timeout_s"], answered, tls.context_of("")
+            )
+        else:
+            self.fetch = http.Fetch(loop, where, data, step["timeout_s"], answered, max_body=0)
+
+    def hurry(self) -> None:
+        """It is as fast as it can be."""
+
+    def cancel(self) -> None:
+        """Give up; nobody is told."""
+        self.fetch.cancel()

@@ -1,0 +1,35 @@
+"""What an agent says of its repairs → what is told of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nomad_watchdog.model import RepairAttempt, Repairs
+
+UNDER_WAY: Final = ("running", "verifying")
+MOST_NAMED: Final = 3
+
+
+def news(before: Repairs | None, after: Repairs | None) -> tuple[RepairAttempt, ...]:
+    """The attempts that have ended since the report before; each is told once.
+
+    Without a report before, none: a control plane that has just begun was told of them in another life.
+    """
+    if before is None or after is None:
+        return ()
+    known = {attempt.number: attempt.outcome for attempt in before.attempts}
+    newest = max(known, default=0)
+    return tuple(
+        attempt
+        for attempt in after.attempts
+        if attempt.outcome not in UNDER_WAY
+        and (attempt.number > newest or known.get(attempt.number) in UNDER_WAY)
+    )
+
+
+def in_words(repairs: Repairs | None) -> str:
+    """What was tried in vain, to be added to a reason; "" when the agent has not given up."""
+    if repairs is None or not repairs.exhausted or not repairs.attempts:
+        return ""
+    named = [f"{a.step} ({a.outcome})" for a in repairs.attempts[-MOST_NAMED:]]
+    return f"; tried: {', '.join(named)}"

@@ -1,0 +1,247 @@
+"""The ladder and the standing: what is done next, whatever has happened. Pure, with times from Hypothesis."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from watchdog_agent import ladder as words
+from watchdog_agent.ladder import Ladder
+from watchdog_agent.standing import ASK, Standing
+
+
+def step(name: str = "a", **changes: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "name": f"interface {name}",
+        "kind": "interface",
+        "budget": 2,
+        "window_s": 100.0,
+        "cooldown_s": 5.0,
+        "verify_s": 3.0,
+        "tries": 1,
+        "when": "suspect",
+        "probe": "",
+        **changes,
+    }
+
+
+def test_steps_are_taken_in_order_and_each_is_verified_before_the_next() -> None:
+    """A second step is taken only when the first has ended and nothing answered within its time."""
+    ladder = Ladder([step("a"), step("b")])
+    what, first, _, _ = ladder.next("suspect", (), 0.0)
+    assert (what, first["id"]) == (words.TAKE, "a")
+    ladder.took(first, 0.0)
+    assert ladder.next("suspect", (), 1.0)[0] == words.WAIT
+    ladder.ended(True, "done", 2.0)
+    assert ladder.next("suspect", (), 4.9)[:3] == (words.WAIT, None, 5.0)
+    what, second, _, _ = ladder.next("suspect", (), 5.0)
+    assert (what, second["id"]) == (words.TAKE, "b")
+    assert ladder.attempts[0]["outcome"] == words.NO_HELP
+
+
+def test_exhausted_only_when_offline() -> None:
+    """With nothing left to try a suspect device is waited for, and an offline one is given up."""
+    ladder = Ladder([step("a")])
+    ladder.took(ladder.next("suspect", (), 0.0)[1], 0.0)
+    ladder.ended(False, "no", 1.0)
+    assert ladder.next("suspect", (), 2.0)[0] == words.WAIT
+    assert ladder.next("offline", (), 2.0)[0] == words.EXHAUSTED
+
+
+def test_a_harsh_step_is_not_taken_because_a_mild_one_rests() -> None:
+    """In a new episode a step that still cools down is waited for, and not passed over."""
+    ladder = Ladder([step("a"), step("b")])
+    ladder.took(ladder.next("suspect", (), 0.0)[1], 0.0)
+    ladder.ended(True, "done", 1.0)
+    assert ladder.answered(2.0)
+    assert ladder.attempts[0]["outcome"] == words.RECOVERED
+    assert ladder.next("suspect", (), 3.0)[:3] == (words.WAIT, None, 5.0)
+    assert ladder.next("suspect", (), 5.0)[1]["id"] == "a"
+
+
+def test_preconditions() -> None:
+    """A step for an offline device waits for it; one that names a probe waits for that probe to miss."""
+    ladder = Ladder([step("a", when="offline"), step("b", probe="tcp:22")])
+    assert ladder.next("suspect", ("icmp",), 0.0)[0] == words.WAIT
+    assert ladder.next("suspect", ("tcp:22",), 0.0)[1]["id"] == "b"
+    assert ladder.next("offline", ("tcp:22",), 0.0)[1]["id"] == "a"
+
+
+def test_a_flapping_device_spends_the_budget_and_no_more() -> None:
+    """A device that comes back after each step gets `budget` of them in a window, and is then given up."""
+    ladder = Ladder([step("a", cooldown_s=0.0)])
+    taken, now = 0, 0.0
+    for _ in range(10):
+        what, found, _, _ = ladder.next("offline", (), now)
+        if what == words.TAKE:
+            taken += 1
+            ladder.took(found, now)
+            ladder.ended(True, "done", now + 1)
+        else:
+            assert what == words.EXHAUSTED
+        assert ladder.answered(now + 2)
+        now += 5.0
+    assert taken == 2
+    assert ladder.next("suspect", (), 200.0)[0] == words.TAKE
+
+
+def test_a_step_that_could_not_be_kept_was_not_taken() -> None:
+    """Taking back gives the try and the budget back."""
+    ladder = Ladder([step("a", budget=1)])
+    found = ladder.next("suspect", (), 0.0)[1]
+    ladder.took(found, 0.0)
+    ladder.took_back(0.0)
+    assert ladder.next("suspect", (), 0.0)[0] == words.TAKE
+    assert ladder.attempts == []
+
+
+steps = st.lists(
+    st.builds(
+        lambda tries, budget, cooldown, window, when: {
+            "budget": budget,
+            "window_s": window,
+            "cooldown_s": cooldown,
+            "tries": tries,
+            "when": when,
+        },
+        st.integers(1, 3),
+        st.integers(1, 4),
+        st.sampled_from([0.0, 2.0, 20.0]),
+        st.sampled_from([5.0, 50.0, 5000.0]),
+        st.sampled_from(["suspect", "offline"]),
+    ),
+    min_size=1,
+    max_size=3,
+).map(lambda found: [step(str(n), **one) for n, one in enumerate(found)])
+moves = st.lists(
+    st.tuples(
+        st.sampled_from(["good", "bad", "answer", "kill", "look", "look"]),
+        st.sampled_from(["suspect", "offline", "ok"]),
+        st.floats(0.0, 30.0),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps, moves)
+def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
+    made: list[dict[str, Any]], history: list[tuple[str, str, float]]
+) -> None:
+    """Whatever happens, with the process killed anywhere: budgets, cool-downs and tries hold, one step is
+    under way at a time, and an attempt that was kept is never forgotten nor taken again as if new."""
+    ladder, now = Ladder(made), 0.0
+    taken: dict[str, list[float]] = {one["id"]: [] for one in made}
+    tries: dict[tuple[str, int], int] = {}
+    for what, state, passed in history:
+        now += passed
+        current = ladder.current
+        if what == "kill":
+            was = json.loads(json.dumps(ladder.kept(now)))
+            ladder = Ladder(made)
+            ladder.restore(was, passed, now + passed)
+            now += passed
+            assert ladder.current is None or ladder.current["outcome"] == words.VERIFYING
+        elif what in ("good", "bad") and current and current["outcome"] == words.RUNNING:
+            ladder.ended(what == "good", what, now)
+        elif what == "answer":
+            ladder.answered(now)
+        decision, found, at, _why = ladder.next(state, (), now)
+        assert at is None or at > now
+        if decision == words.EXHAUSTED:
+            assert state == "offline"
+            assert ladder.current is None
+        if found is None:
+            continue
+        assert decision == words.TAKE
+        assert state != "ok"
+        assert state == "offline" or found["when"] == "suspect"
+        assert ladder.current is None
+        times = taken[found["id"]]
+        # ages are kept to the millisecond
+        slack = 0.01 * (len(history) + 1)
+        assert not times or now - times[-1] >= found["cooldown_s"] - slack
+        recent = [t for t in times if now - t < found["window_s"] - slack]
+        assert len(recent) < found["budget"]
+        key = (found["id"], ladder.episode)
+        tries[key] = tries.get(key, 0) + 1
+        assert tries[key] <= found["tries"]
+        ladder.took(found, now)
+        times.append(now)
+        assert len(ladder.attempts) <= words.MOST_ATTEMPTS + 9
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
+    )
+)
+def test_strange_state_is_refused_in_one_of_three_ways(kept: Any) -> None:
+    """What no run of ours wrote raises ValueError, KeyError or TypeError, and nothing else."""
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Ladder([step()]).restore(kept, 0.0, 0.0)
+
+
+def test_standing_follows_the_last_contact() -> None:
+    """Not accepted: no. Accepted: yes, for a while without a question; then asked; with nobody there yes,
+    until the time alone is over; with a doubt no, until the next 200; refused: never again."""
+    standing = Standing(fresh_s=4.0, alone_s=100.0)
+    assert standing.why_not(0.0) == "not accepted yet"
+    standing.heard(None, 0.0)
+    assert standing.why_not(0.0) == "not accepted yet"
+    standing.heard(200, 1.0)
+    assert standing.why_not(5.0) == ""
+    assert standing.why_not(5.1) == ASK
+    standing.heard(503, 6.0)
+    assert standing.why_not(100.0) == ""
+    assert "no answer of the control plane" in standing.why_not(101.1)
+    standing.heard(409, 7.0)
+    assert "409" in standing.why_not(7.0)
+    standing.heard(200, 8.0)
+    assert standing.why_not(8.0) == ""
+    standing.heard(410, 9.0)
+    standing.heard(200, 9.5)
+    assert standing.why_not(9.5) == "refused"
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([200, 410, 409, 403, 503, 429, None]), st.floats(0.01, 50.0))
+    )
+)
+def test_s3_no_step_without_an_acceptance_that_stands(
+    heard: list[tuple[int | None, float]],
+) -> None:
+    """Whatever was answered: who may act was accepted, no longer ago than the time alone, and nothing
+    against it was said since."""
+    standing, now, accepted, against = Standing(4.0, 60.0), 0.0, None, True
+    for status, passed in heard:
+        now += passed
+        standing.heard(status, now)
+        if status == 200:
+            accepted, against = now, False
+        elif status in (409, 410, 403):
+            against = True
+        if standing.why_not(now) == "":
+            assert accepted is not None
+            assert not against
+            assert now - accepted <= 60.0
+            assert 410 not in [one for one, _ in heard[: heard.index((status, passed)) + 1]]
+
+
+def test_standing_is_of_one_run() -> None:
+    """A restart in place keeps the acceptance; another instance or epoch has to earn its own."""
+    standing = Standing(4.0, 60.0)
+    standing.heard(200, 10.0)
+    kept = standing.kept(3, "i", 12.0)
+    same, other, next_one = (Standing(4.0, 60.0) for _ in range(3))
+    same.restore(kept, 3, "i", 100.0)
+    other.restore(kept, 3, "j", 100.0)
+    next_one.restore(kept, 4, "i", 100.0)
+    assert same.why_not(102.0) == ""
+    assert other.why_not(102.0) == next_one.why_not(102.0) == "not accepted yet"

@@ -1,0 +1,85 @@
+"""A repair as an operator sees it: the program, an agent of its own, and a device that is brought back."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from tests.agent.world import OK, Listener, says
+from tests.e2e.test_program import Program, directory
+from tests.schedulers.conftest import eventually
+
+__all__ = ["directory"]
+
+CONFIG = """\
+data_dir = "{root}"
+api {{ listen = "127.0.0.1:{port}" }}
+agent_class "default" {{
+  beat = "500ms"
+  probe "http" {{
+    port     = {device}
+    interval = "200ms"
+    timeout  = "150ms"
+    misses   = 2
+  }}
+  repair "command" {{
+    command = ["false"]
+    dry_run = true
+  }}
+  repair "http" {{
+    url    = "http://127.0.0.1:{helper}/outlet"
+    verify = "20s"
+  }}
+}}
+"""
+
+
+async def test_a_repair_is_a_verdict_an_event_and_a_part_of_explain(
+    tmp_path: Path, directory: Path
+) -> None:
+    """While a step is taken the device is `repairing`, with the step's name in the reason; when it is back
+    the attempts are events and stand in explain, and it was never called offline."""
+    device = Listener(says(OK))
+    go = asyncio.Event()
+
+    async def mend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await go.wait()
+        await device.start()
+        writer.write(OK)
+        await writer.drain()
+
+    helper = Listener(mend)
+    program = Program(tmp_path)
+    program.file.write_text(
+        CONFIG.format(root=tmp_path, port=program.port, device=device.port, helper=helper.port)
+    )
+    await device.start()
+    await helper.start()
+
+    async def explained() -> dict[str, Any]:
+        return await program.json("explain", "a")
+
+    async def is_in(verdict: str) -> bool:
+        return (await explained())["verdict"] == verdict
+
+    try:
+        async with program.running():
+            await program.import_devices("a")
+            await eventually(lambda: is_in("watched"), 30.0)
+            await device.stop()
+            await eventually(lambda: is_in("repairing"), 30.0)
+            seen = await explained()
+            assert f"repairing: http 127.0.0.1:{helper.port}; " in seen["reason"]
+            go.set()
+            await eventually(lambda: is_in("watched"), 30.0)
+            seen = await explained()
+    finally:
+        await device.stop()
+        await helper.stop()
+    attempts = seen["report"]["repairs"]["attempts"]
+    assert [one["outcome"] for one in attempts] == ["dry run", "recovered"]
+    kinds = [event["kind"] for event in seen["events"]]
+    assert {"verdict.repairing", "repair.dry_run", "repair.recovered"} <= set(kinds)
+    assert "verdict.offline" not in kinds
