@@ -75,8 +75,24 @@ def features(place: Stub, secure: Stub, ca: str) -> dict[str, dict[str, Any]]:
     """Feature → what turns it on. One that is off is not imported and has no row."""
     port = place.server_address[1]
     five = [{"kind": "http", "port": port, "interval_s": PROBE_S}] * 5
+    url = f"http://127.0.0.1:{port}/"
+
+    def probing(**probe: Any) -> dict[str, Any]:
+        return {"probes": part(place, "")["probes"] + [{**probe, "interval_s": PROBE_S}]}
+
     return {
         "5 more probes": {"probes": part(place, "")["probes"] + five},
+        "a dns probe": probing(kind="dns", name="example.org"),
+        "a command probe": probing(kind="command", command=["/bin/true"]),
+        "a file probe": probing(kind="file", file="/proc/self/status", forbid_text="panic"),
+        "an mqtt probe": probing(kind="mqtt", port=port),
+        "an snmp probe": probing(kind="snmp"),
+        "a gateway": {"gateway": {"address": "127.0.0.1", "kind": "tcp", "port": port}},
+        "a ladder of two repairs": {
+            "repairs": [{"kind": "http", "url": url}, {"kind": "wake", "mac": "02:00:00:00:00:01"}]
+        },
+        "escalation to a webhook": {"escalate": {"sinks": [{"kind": "webhook", "url": url}]}},
+        "logs to Loki": {"loki": {"url": url.rstrip("/")}},
         "https to the API": {
             "api": [f"https://127.0.0.1:{secure.server_address[1]}"],
             "ca_cert": ca,
