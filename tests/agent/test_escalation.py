@@ -122,21 +122,21 @@ async def test_a_return_while_the_agent_was_away_is_told(world: World, receiver:
 async def test_nobody_is_called_while_the_ladder_is_climbed(
     world: World, receiver: Receiver
 ) -> None:
-    """A device that is offline is not escalated while a step of repair is under way, and is once there is
+    """A device that is gone is not escalated while a step of repair is under way, and is once there is
     none left, with what was tried."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         step = {"kind": "http", "url": f"http://127.0.0.1:{silent.getsockname()[1]}"}
-        step |= {"budget": 1, "window_s": 3600.0, "cooldown_s": 0.0, "timeout_s": 10.0}
+        step |= {"budget": 1, "window_s": 3600.0, "cooldown_s": 0.0, "timeout_s": 4.0}
         agent = await world.started(escalate=rules(receiver), repairs=[step], beat_s=0.1)
         await agent.is_in("ok", state="ok", was_ready=True)
         await world.device.stop()
-        await world.peer.saw("offline", state="offline")
+        await world.peer.saw("a repair", state="repairing")
         seen = len(world.peer.reports)
         await until(lambda: len(world.peer.reports) > seen + 3, "more beats")
         assert receiver.attempts == []
         await until(lambda: receiver.told("firing"), "an escalation", 30.0)
     (tried,) = receiver.told("firing")[0]["evidence"]["repairs"]
-    assert (tried["outcome"], tried["reason"]) == ("failed", "took longer than 10 s")
+    assert (tried["outcome"], tried["reason"]) == ("failed", "took longer than 4 s")
 
 
 async def test_alertmanager_is_told_as_its_api_wants_it(world: World, receiver: Receiver) -> None:
