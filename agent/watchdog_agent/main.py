@@ -11,10 +11,9 @@ import time
 from collections import deque
 
 from . import config as configuration
-from . import http, metrics, pace, probes, reporter, state, wire
+from . import http, metrics, probes, reporter, state, wire
+from .diagnosis import Diagnosis
 from .loop import Loop, between
-from .stats import Stats
-from .suspicion import Suspicion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,11 +22,10 @@ if TYPE_CHECKING:
 
     from . import consul
     from .escalation import Escalations
-    from .gateway import Gateway
     from .keeping import ConsulState
     from .ondemand import OnDemand
     from .repairs import Repairs
-    from .shapes import Answer, Config, Document, Probe
+    from .shapes import Answer, Config, Document
     from .shipping import Shipper
 
 
@@ -47,28 +45,13 @@ class Agent:
         self.folder = configuration.state_dir_of(environ)
         self.began = time.monotonic()
         self.loop = Loop()
-        self.results: dict[str, dict[str, Any]] = {}
-        self.stats: dict[str, Stats] = {}
-        self.quick: dict[str, int] = {}
-        """Probes in a row at the quick pace."""
-        self.confirm_began = float("-inf")
-        self.confirmations: list[tuple[str, bool, str]] = []
+        self.diagnosis = Diagnosis(self)
         self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
         self.asked: OnDemand | None = None
-        self.probed = self.probe_failures = 0
-        self.confirming = 0
-        self.episode = 0
         self.exit_code: int | None = None
         kept, remark = state.load(self.folder, config["device_id"]) if self.folder else ({}, "")
         if remark:
             log(remark)
-        need = min(int(p["misses"]) for p in config["probes"])
-        self.suspicion = Suspicion(need)
-        self.gateway: Gateway | None = None
-        if config.get("gateway"):
-            from . import gateway
-
-            self.gateway = gateway.Gateway(self.loop, config["gateway"])
         self.reporting = False
         host, port = configuration.listen_of(environ)
         self.server = http.Server(self.loop, host, port, self.answer)
@@ -84,7 +67,7 @@ class Agent:
             from . import consul
 
             self.registration = consul.Registration(
-                self.loop, config, self.instance, self.server.address, log, self._watch_ready
+                self.loop, config, self.instance, self.server.address, log, self.watch_ready
             )
         self._mend(kept)
 
@@ -117,8 +100,8 @@ class Agent:
             self.keeper = keeping.ConsulState(self.loop, self.config, log)
 
     def _restore(self, kept: Document) -> None:
-        self.suspicion.was_ready = kept.get("was_ready") is True
-        self.suspicion.restore(kept.get("state"), kept.get("reason"))
+        self.diagnosis.suspicion.was_ready = kept.get("was_ready") is True
+        self.diagnosis.suspicion.restore(kept.get("state"), kept.get("reason"))
         sequence = kept.get("sequence")
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
         if self.escalations is not None:
@@ -132,7 +115,7 @@ class Agent:
 
     def round_done(self) -> bool:
         """Each probe has ended once."""
-        return len(self.results) == len(self.config["probes"])
+        return len(self.diagnosis.results) == len(self.config["probes"])
 
     def run(self) -> int:
         """Until told to retire or signalled; the exit code."""
@@ -164,135 +147,18 @@ class Agent:
         """Probe; what an earlier run has left in Consul comes first, so that we don't forget it."""
         if kept:
             self._restore(kept)
-        for number, spec in enumerate(self.config["probes"]):
-            self._probe(f"{number}:{probes.name_of(spec)}", spec)
+        self.diagnosis.start()
         self._unrepaired()
 
-    # -- probing
+    # -- what is believed
 
-    def _probe(self, name: str, spec: Probe) -> None:
-        if self.exit_code is not None:
-            return
-
-        def done(ok: bool, reason: str, took_s: float) -> None:
-            self._probed(name, spec, ok, reason, took_s)
-            pause = self._pace(name, spec) - took_s
-            self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
-
-        probes.start(self.loop, spec, self.config["address"], done)
-
-    def _pace(self, name: str, spec: Probe) -> float:
-        """Seconds from the start of this probe to the start of the next."""
-        quick = self.quick.get(name, 0)
-        wanted: float = pace.interval(
-            spec["interval_s"], spec["min_interval_s"], self.suspicion.state, quick
-        )
-        if self.suspicion.state != "suspect":
-            self.quick.pop(name, None)
-        elif wanted < spec["interval_s"]:
-            self.quick[name] = quick + 1
-        return wanted * between(1 - spec["jitter"], 1 + spec["jitter"])
-
-    def _probed(self, name: str, spec: Probe, ok: bool, reason: str, took_s: float) -> None:
-        first = name not in self.results
-        self.results[name] = {"ok": ok, "reason": reason, "took_s": took_s, "at": time.time()}
-        self.probed += 1
-        self.probe_failures += not ok
-        was_ready = self.suspicion.was_ready
-        shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
-        stats = self.stats.setdefault(name, Stats())
-        need = pace.need(int(spec["misses"]), *stats.earlier())
-        stats.add(ok, took_s)
-        changed = self.suspicion.probed(name, ok, shown, need)
-        self.episode += changed
-        if changed or self.suspicion.was_ready != was_ready:
-            self._changed()
-        if ok and self.gateway is not None:
-            self.gateway.answers = None
-        if not ok:
-            self._doubt(name, spec)
-        if first:
-            self._watch_ready()
-        if self.repairs is not None:
-            self.repairs.probed(ok)
-
-    def _doubt(self, name: str, spec: Probe) -> None:
-        """A probe was missed: whose fault is it? First what stands before the device is asked."""
-        if self.gateway is None or self.suspicion.state != "suspect":
-            self._want_confirmation(name, spec)
-        else:
-
-            def asked(alive: bool) -> None:
-                if self._behind(alive):
-                    self._want_confirmation(name, spec)
-
-            self.gateway.ask(asked)
-
-    def _behind(self, alive: bool) -> bool:  # as the gateway's callback says it
-        """Take what the gateway did; whether it answers."""
-        assert self.gateway is not None
-        if alive and self.escalations is not None:
-            self.escalations.clear("gateway")
-        if self.suspicion.gateway(alive, self.gateway.words()):
-            self._changed()
-        return alive
-
-    def _want_confirmation(self, name: str, spec: Probe) -> None:
-        # At the quick pace too they stay an interval apart: see pace.
-        apart_s = spec["interval_s"] * (1 - spec["jitter"])
-        soon = time.monotonic() - self.confirm_began < apart_s
-        quick = 0 < self.quick.get(name, 0) < pace.MOST_QUICK
-        held = self.confirming or (soon and quick)
-        if self.suspicion.wants_confirmation() and not held:
-            self._confirm()
-
-    def _confirm(self) -> None:
-        self.confirm_began = time.monotonic()
-        specs = self.config["confirm"]
-        self.confirming = len(specs)
-        episode = self.episode
-        answers: list[tuple[str, bool, str]] = []
-
-        def done(spec: Probe, ok: bool, reason: str) -> None:
-            self.confirming -= 1
-            answers.append((probes.name_of(spec), ok, reason))
-            # The device may have come back and gone again meanwhile: that is to be asked anew.
-            if self.confirming or self.episode != episode:
-                return
-            # One independent path that works is enough to doubt the probe instead of the device.
-            alive = [a for a in answers if a[1]]
-            self.confirmations = answers
-            if alive or self.gateway is None:
-                take(*(alive or answers)[0])
-            else:
-                # It may have died meanwhile: what failed counts only if it answers now.
-                self.confirming = 1
-                self.gateway.ask(asked)
-
-        def asked(alive: bool) -> None:
-            self.confirming = 0
-            if self._behind(alive):
-                take(*answers[0])
-
-        def take(name: str, ok: bool, reason: str) -> None:
-            if self.episode == episode and self.suspicion.confirmation(name, ok, reason):
-                self._changed()
-                if self.repairs is not None:
-                    self.repairs.look()
-
-        def start(spec: Probe) -> None:
-            address = self.config["address"]
-            probes.start(self.loop, spec, address, lambda ok, why, _took_s: done(spec, ok, why))
-
-        for spec in specs:
-            start(spec)
-
-    def _changed(self) -> None:
-        believed = self.suspicion
+    def changed(self) -> None:
+        """What is believed of the device has changed."""
+        believed = self.diagnosis.suspicion
         if not self.history or self.history[-1]["state"] != believed.state:
             at = {"at": round(time.time(), 3), "state": believed.state}
             self.history.append({**at, "reason": believed.reason[:200]})
-        log("state", state=self.suspicion.state, reason=self.suspicion.reason)
+        log("state", state=self.diagnosis.suspicion.state, reason=self.diagnosis.suspicion.reason)
         self._unrepaired()
         self._save()
         self.tell()
@@ -302,26 +168,46 @@ class Agent:
         a ladder of repairs, that comes first, and who climbs it calls."""
         if self.escalations is None or self.exit_code is not None:
             return
-        if self.gateway is not None and self.suspicion.behind and self.suspicion.was_ready:
+        if (
+            self.diagnosis.gateway is not None
+            and self.diagnosis.suspicion.behind
+            and self.diagnosis.suspicion.was_ready
+        ):
             # never offline, as nothing behind it can be confirmed: it is the gateway that is missed
-            evidence = {"probes": self.results, "gateway": self.gateway.address}
-            self.escalations.raise_("gateway", self.suspicion.behind, evidence)
-        elif self.suspicion.state == "ok":
+            evidence = {"probes": self.diagnosis.results, "gateway": self.diagnosis.gateway.address}
+            self.escalations.raise_("gateway", self.diagnosis.suspicion.behind, evidence)
+        elif self.diagnosis.suspicion.state == "ok":
             self.escalations.clear("gateway")
         if self.config.get("repairs"):
             return
-        if self.suspicion.state == "offline":
-            evidence = {"probes": self.results, "reason": self.suspicion.reason}
-            self.escalations.raise_("offline", self.suspicion.reason, evidence)
-        elif self.suspicion.state == "ok":
+        if self.diagnosis.suspicion.state == "offline":
+            evidence = {"probes": self.diagnosis.results, "reason": self.diagnosis.suspicion.reason}
+            self.escalations.raise_("offline", self.diagnosis.suspicion.reason, evidence)
+        elif self.diagnosis.suspicion.state == "ok":
             self.escalations.clear("offline")
+
+    def probed(self, ok: bool) -> None:  # as a probe's callback says it
+        """A probe has ended, and its result is taken."""
+        if self.repairs is not None:
+            self.repairs.probed(ok)
+
+    def confirmed(self) -> None:
+        """A confirmation has changed what is believed."""
+        self.changed()
+        if self.repairs is not None:
+            self.repairs.look()
+
+    def gateway_answers(self) -> None:
+        """What stands before the device is alive."""
+        if self.escalations is not None:
+            self.escalations.clear("gateway")
 
     def tell(self) -> None:
         """Something worth a report has happened."""
         if self.reporting and self.exit_code is None:
             self.reporter.changed()
 
-    def _watch_ready(self) -> None:
+    def watch_ready(self) -> None:
         """Begin to report when ready; without Consul too, after a moment, as not ready: a dead Consul
         must not hide what we see of the device."""
         if self.exit_code is not None or not self.round_done():
@@ -342,13 +228,13 @@ class Agent:
 
     def believed(self) -> tuple[str, str]:
         """(state, reason) as they are told: what is being done goes before what is wrong."""
-        state, reason = self.suspicion.state, self.suspicion.reason
+        state, reason = self.diagnosis.suspicion.state, self.diagnosis.suspicion.reason
         doing = self.repairs.active() if self.repairs is not None and state != "ok" else ""
         return ("repairing", f"{doing}; {reason}") if doing else (state, reason)
 
     def report(self, sequence: int, dropped: int, stopping: bool) -> Document:
         """The report as of now."""
-        believed = self.suspicion
+        believed = self.diagnosis.suspicion
         state, reason = self.believed()
         return wire.report(
             self.config,
@@ -364,7 +250,7 @@ class Agent:
             dropped=dropped,
             stopping=stopping,
             repairs=self.repairs.told() if self.repairs is not None else None,
-            gateway=self.gateway.address if self.gateway is not None else "",
+            gateway=self.diagnosis.gateway.address if self.diagnosis.gateway is not None else "",
             gateway_dead=bool(believed.behind),
         )
 
@@ -401,7 +287,7 @@ class Agent:
 
     def status(self) -> Document:
         """What is known, for people and scripts."""
-        believed, told = self.suspicion, self.reporter
+        believed, told = self.diagnosis.suspicion, self.reporter
         state, reason = self.believed()
         more: Document = {}
         if self.repairs is not None:
@@ -429,24 +315,14 @@ class Agent:
             "misses": believed.misses,
             "confirmed": believed.confirmed,
             "uptime_s": round(time.monotonic() - self.began, 3),
-            "probes": {n: {**r, "stats": self.stats[n].summary()} for n, r in self.results.items()},
-            "evidence": self.evidence(),
+            "probes": {
+                n: {**r, "stats": self.diagnosis.stats[n].summary()}
+                for n, r in self.diagnosis.results.items()
+            },
+            "evidence": self.diagnosis.evidence(),
             "history": list(self.history),
             "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
         }
-
-    def evidence(self) -> Document:
-        """What the belief stands on: failing probes, the last confirmation, the gateway."""
-        failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
-        told: Document = {"failing": failing}
-        if self.confirmations and self.suspicion.state != "ok":
-            told["confirm"] = [
-                {"probe": name, "ok": ok, "reason": reason}
-                for name, ok, reason in self.confirmations
-            ]
-        if self.gateway is not None:
-            told["gateway"] = self.gateway.evidence()
-        return told
 
     # -- ending
 
@@ -512,7 +388,7 @@ class Agent:
     def _save(self) -> bool:
         if not self.folder and self.keeper is None:
             return False
-        believed = self.suspicion
+        believed = self.diagnosis.suspicion
         kept: Document = {
             "device_id": self.config["device_id"],
             "was_ready": believed.was_ready,

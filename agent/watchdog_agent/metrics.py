@@ -25,7 +25,7 @@ def render(agent: Agent) -> bytes:
         *((f'{{state="{s}"}}', int(s == agent.believed()[0])) for s in states),
     )
     metric("epoch", "gauge", "The epoch that this agent carries.", ("", agent.config["epoch"]))
-    probes = agent.results.items()
+    probes = agent.diagnosis.results.items()
     metric(
         "probe_up",
         "gauge",
@@ -38,7 +38,7 @@ def render(agent: Agent) -> bytes:
         "Duration of the last run of a probe.",
         *((f'{{probe="{n}"}}', f"{r['took_s']:.6f}") for n, r in probes),
     )
-    summaries = [(n, s.summary()) for n, s in agent.stats.items()]
+    summaries = [(n, s.summary()) for n, s in agent.diagnosis.stats.items()]
     metric(
         "probe_loss",
         "gauge",
@@ -56,8 +56,10 @@ def render(agent: Agent) -> bytes:
             if s["min_s"] is not None
         ),
     )
-    metric("probes_total", "counter", "Probe runs.", ("", agent.probed))
-    metric("probe_failures_total", "counter", "Probe runs that failed.", ("", agent.probe_failures))
+    metric("probes_total", "counter", "Probe runs.", ("", agent.diagnosis.runs))
+    metric(
+        "probe_failures_total", "counter", "Probe runs that failed.", ("", agent.diagnosis.failures)
+    )
     reporter = agent.reporter
     metric("reports_total", "counter", "Reports accepted.", ("", reporter.sent))
     metric("report_failures_total", "counter", "Reports that failed.", ("", reporter.failed))

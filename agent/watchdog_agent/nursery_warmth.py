@@ -56,7 +56,7 @@ def _quietly(agent: main.Agent) -> None:
     os.dup2(null, 2)
 
     def look() -> None:
-        if agent.probed >= RUNS:
+        if agent.diagnosis.runs >= RUNS:
             agent.loop.stop()
         else:
             agent.loop.later(0.01, look)

@@ -112,7 +112,7 @@ class Repairs:
 
     def probed(self, ok: bool) -> None:
         """A probe has ended, and the belief follows it already."""
-        if ok and self.agent.suspicion.state == "ok":
+        if ok and self.agent.diagnosis.suspicion.state == "ok":
             current = self.ladder.current
             if self.ladder.answered(time.monotonic()):
                 self._recovered(current)
@@ -154,9 +154,11 @@ class Repairs:
             self._timer = agent.loop.later(max(0.01, at - time.monotonic()), self.look)
 
     def _next(self) -> Decision:
-        believed = self.agent.suspicion
+        believed = self.agent.diagnosis.suspicion
         failing = {
-            name.partition(":")[2] for name, last in self.agent.results.items() if not last["ok"]
+            name.partition(":")[2]
+            for name, last in self.agent.diagnosis.results.items()
+            if not last["ok"]
         }
         # A device that never answered may not be there yet: there is nothing to repair (S6).
         state = believed.state if believed.was_ready else "ok"
@@ -176,7 +178,7 @@ class Repairs:
             if why == standing.ASK:
                 agent.tell()
         self.blocked = why
-        if self._hopeless(why) and agent.suspicion.state == "offline":
+        if self._hopeless(why) and agent.diagnosis.suspicion.state == "offline":
             self._escalate(why)
 
     def _hopeless(self, why: str) -> bool:
@@ -292,12 +294,12 @@ class Repairs:
         agent.log("repairs are given up", reason=why)
         if agent.escalations is not None:
             evidence = {
-                "state": agent.suspicion.state,
-                "misses": agent.suspicion.misses,
-                "probes": agent.results,
+                "state": agent.diagnosis.suspicion.state,
+                "misses": agent.diagnosis.suspicion.misses,
+                "probes": agent.diagnosis.results,
                 "repairs": self.ladder.shown(time.monotonic(), MOST_TOLD),
             }
-            agent.escalations.raise_(KEY, agent.suspicion.reason[:400], evidence)
+            agent.escalations.raise_(KEY, agent.diagnosis.suspicion.reason[:400], evidence)
         agent.save()
         agent.tell()
 
