@@ -33,12 +33,21 @@ class ConsulSessions:
     async def announce(
         self, name: str, service_id: str, check_id: str, ttl_s: float, *, place: tuple[str, int]
     ) -> None:
-        """Register a service with a TTL check that passes from now on. Idempotent."""
+        """Register a service with a TTL check that passes from now on. Idempotent.
+
+        A check that is there already keeps its status when it is registered again (Consul 1.21.0): one
+        that went critical would stay so, and no session could be made of it."""
         check = {"CheckID": check_id, "TTL": f"{round(ttl_s * 1000)}ms", "Status": "passing"}
-        await self._client.call(
-            lambda: self._library.agent.service.register(
+
+        async def both() -> None:
+            agent = self._library.agent
+            await agent.service.register(
                 name, service_id=service_id, address=place[0], port=place[1], check=check
-            ),
+            )
+            await agent.check.ttl_pass(check_id)
+
+        await self._client.call(
+            both,
             what=f"registration of {service_id}",
             needs=f'service "{name}" {{ policy = "write" }}',
         )
