@@ -74,10 +74,12 @@ class Performer:
     _room: asyncio.Semaphore = field(init=False)
     _in_hand: int = 0
     _spare: asyncio.Event = field(default_factory=asyncio.Event)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self._room = asyncio.Semaphore(self.fleet.limits.concurrency)
         self._spare.set()
+        self._idle.set()
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -87,12 +89,22 @@ class Performer:
 
     async def _worker(self, group: asyncio.TaskGroup) -> None:
         while True:
+            most = await self._turn()
+            await self._begin([action for _, action in await self.queue.take(most)], group)
+
+    async def _turn(self) -> int:
+        """Wait until something may be begun; how many actions at once."""
+        while True:
             await self._spare.wait()
             now = self.fleet.clock.monotonic()
-            if most := self.circuit.allowance(BATCH, now):
-                await self._begin([action for _, action in await self.queue.take(most)], group)
-            else:
+            most = self.circuit.allowance(BATCH, now)
+            if most == 0:
                 await asyncio.sleep(self.circuit.wait_s(now))
+            elif most < BATCH and self._in_hand:
+                # one try at a time: what it brings says whether there is another
+                await self._idle.wait()
+            else:
+                return most
 
     async def perform(self, batch: Sequence[Action]) -> None:
         """Do a batch to its end."""
@@ -118,6 +130,10 @@ class Performer:
 
     def _hand(self, more: int) -> None:
         self._in_hand += more
+        if self._in_hand:
+            self._idle.clear()
+        else:
+            self._idle.set()
         if self._in_hand < AHEAD * self.fleet.limits.concurrency:
             self._spare.set()
         else:

@@ -2,8 +2,8 @@
 into a storm must not grow with the fleet (S9).
 
 Pure: the caller gives the time and the jitter. Closed → `TOGETHER` devices failed and none was answered
-in between → open for a while → half open, one call at a time → closed by the first answer, or open for
-longer. A device that fails alone opens nothing: it costs its own back-off and delays no other.
+in between → open for a while → half open, one call at a time (of each worker) → closed by the first answer,
+or open for longer. A device that fails alone opens nothing: it costs its own back-off and delays no other.
 """
 
 from __future__ import annotations

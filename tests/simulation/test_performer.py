@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from nomad_watchdog.core import planner
+from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.ids import DeviceId
+from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import Action, Device, Limits
 from nomad_watchdog.performer import FENCE_S, Performer
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
@@ -54,6 +56,60 @@ async def start_two(first_takes_s: float) -> list[str]:
     await performer.perform(actions)
     assert len(cluster.jobs) == done.count("ok")
     return done
+
+
+class DeadLine(Line):
+    """No start is ever answered; counts them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def call(self, what: str, effect: Callable[[], T]) -> T:
+        if what == "scheduler.ensure":
+            self.calls += 1
+            await asyncio.sleep(0.1)
+            raise TransientError("500")
+        return await super().call(what, effect)
+
+
+async def calls_into_a_storm(devices: int, lasts_s: float) -> int:
+    """Calls of starts into a scheduler that refuses all, each device wanting one all the time."""
+    store, cluster, line = Store(), Cluster(), DeadLine()
+    store.initialise("test")
+    cluster.prepare([SPEC.agent_class])
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store), Limits(), clock)
+    queue: WorkQueue[Slug, Action] = WorkQueue(clock)
+    hashes = {SPEC.agent_class: SPEC.spec_hash}
+
+    def wish(slug: Slug) -> None:
+        for action in planner.decide(fleet.records[slug], (), hashes):
+            queue.put(slug, action)
+
+    performer = Performer(
+        fleet,
+        FakeScheduler(cluster, line),
+        {SPEC.agent_class: SPEC},
+        queue,
+        lambda action, _outcome, _took_s: wish(action.slug),
+    )
+    names = [DeviceId(f"cam {number}") for number in range(devices)]
+    await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    for slug in fleet.records:
+        wish(slug)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(lasts_s):
+            await performer.run()
+    return line.calls
+
+
+def test_s9_calls_into_a_storm_do_not_grow_with_the_fleet() -> None:
+    """A scheduler that refuses all for ten minutes is asked less than twice as often by 500 devices as by 20."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        few = runner.run(calls_into_a_storm(20, 600.0))
+        many = runner.run(calls_into_a_storm(500, 600.0))
+    assert 20 < few < 300
+    assert many < 2 * few
 
 
 def run(first_takes_s: float) -> list[str]:
