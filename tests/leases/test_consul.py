@@ -56,13 +56,17 @@ class Part:
     def start(self) -> None:
         self.task = asyncio.ensure_future(self.leases.run())
 
-    async def crash(self) -> None:
-        """End without a word, as a killed process does."""
+    async def fall_silent(self) -> None:
+        """Beat no more."""
         if self.task is not None:
             self.task.cancel()
             with suppress(asyncio.CancelledError):
                 await self.task
             self.task = None
+
+    async def crash(self) -> None:
+        """End without a word, as a killed process does."""
+        await self.fall_silent()
         await self.client.close()
 
     @property
@@ -135,6 +139,20 @@ async def test_a_crashed_holder_is_replaced_when_its_check_fails(consul: ConsulS
         await first.crash()
         await until(lambda: second.held == {0})
         assert not first.held
+
+
+async def test_a_replica_that_was_silent_for_long_takes_part_again(consul: ConsulServer) -> None:
+    """One whose check has failed meanwhile gets a session again, and the shard once it is free."""
+    async with parts(consul, "a", "b") as (first, second):
+        first.start()
+        await until(lambda: first.held == {0})
+        second.start()
+        await first.fall_silent()
+        await until(lambda: second.held == {0})
+        first.start()
+        await until(lambda: len(second.leases.replicas()) == 2)
+        await second.leases.release()
+        await until(lambda: first.held == {0})
 
 
 async def test_s2_a_frozen_holder_finds_its_right_gone(consul: ConsulServer) -> None:
