@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nomad_watchdog import schedulers
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
@@ -26,6 +26,9 @@ from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.schedulers import Scheduler
+
+if TYPE_CHECKING:
+    from nomad_watchdog.clients.nomad import NomadSettings
 
 
 def consul_client(settings: Settings) -> ConsulClient:
@@ -47,6 +50,23 @@ def consul_client(settings: Settings) -> ConsulClient:
         ConsulSettings.from_env(
             environment, address=chosen.address, token_file=chosen.token_file or ""
         )
+    )
+
+
+def nomad_settings(settings: Settings) -> NomadSettings:
+    """How Nomad is reached: the block `nomad`, then Nomad's own variables."""
+    from nomad_watchdog.clients.nomad import NomadSettings  # noqa: PLC0415  # only when used
+
+    chosen = settings.nomad
+    return NomadSettings.from_env(
+        address=chosen.address,
+        namespace=chosen.namespace,
+        region=chosen.region or "",
+        token_file=chosen.token_file or "",
+        ca_cert=chosen.ca_cert or "",
+        client_cert=chosen.client_cert or "",
+        client_key=chosen.client_key or "",
+        skip_verify=chosen.tls_skip_verify,
     )
 
 
@@ -156,23 +176,11 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
         }
         return options | ({"python": settings.local.python} if settings.local.python else {})
     if settings.backend == "nomad":
-        from nomad_watchdog.clients.nomad import NomadSettings  # noqa: PLC0415  # only when used
-
-        chosen = settings.nomad
         return {
-            "settings": NomadSettings.from_env(
-                address=chosen.address,
-                namespace=chosen.namespace,
-                region=chosen.region or "",
-                token_file=chosen.token_file or "",
-                ca_cert=chosen.ca_cert or "",
-                client_cert=chosen.client_cert or "",
-                client_key=chosen.client_key or "",
-                skip_verify=chosen.tls_skip_verify,
-            ),
-            "strategy": chosen.strategy,
+            "settings": nomad_settings(settings),
+            "strategy": settings.nomad.strategy,
             "shards": settings.shards,
             "installation": installation,
-            "prefix": chosen.job_prefix,
+            "prefix": settings.nomad.job_prefix,
         }
     return {"installation": installation, "shards": settings.shards}

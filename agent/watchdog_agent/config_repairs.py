@@ -5,7 +5,8 @@ from __future__ import annotations
 import binascii
 import json
 
-from .config import ConfigError
+from . import checks
+from .checks import ConfigError
 from .http import Url
 from .probes import name_of
 
@@ -43,22 +44,22 @@ def check(config: Config) -> None:
     policy = config.setdefault("repair_policy", {})
     if not isinstance(policy, dict):
         raise ConfigError("repair_policy must be an object")
-    _flag(policy, "dry_run")
-    _number(policy, "accepted_beats", 4, 1, 1000)
-    _number(policy, "alone_s", 86400.0, 0.0, 31_536_000.0)
+    checks.flag(policy, "dry_run", False)
+    checks.number(policy, "accepted_beats", 4, 1, 1000)
+    checks.number(policy, "alone_s", 86400.0, 0.0, 31_536_000.0)
 
 
 def _step(step: Any, config: Config) -> Step:
     if not isinstance(step, dict) or step.get("kind") not in TARGETS:
         kind = step.get("kind") if isinstance(step, dict) else step
         raise ConfigError(f"repairs: kind is {kind!r}; allowed are {', '.join(TARGETS)}")
-    _number(step, "budget", 3, 1, 1000)
-    _number(step, "window_s", 3600.0, 0.1, 31_536_000.0)
-    _number(step, "cooldown_s", 30.0, 0.0, 31_536_000.0)
-    _number(step, "timeout_s", 10.0, 0.01, 600.0)
-    _number(step, "verify_s", 30.0, 0.01, 86400.0)
-    _number(step, "tries", 1, 1, 100)
-    _flag(step, "dry_run")
+    checks.number(step, "budget", 3, 1, 1000)
+    checks.number(step, "window_s", 3600.0, 0.1, 31_536_000.0)
+    checks.number(step, "cooldown_s", 30.0, 0.0, 31_536_000.0)
+    checks.number(step, "timeout_s", 10.0, 0.01, 600.0)
+    checks.number(step, "verify_s", 30.0, 0.01, 86400.0)
+    checks.number(step, "tries", 1, 1, 100)
+    checks.flag(step, "dry_run", False)
     if step.setdefault("when", "suspect") not in ("suspect", "offline"):
         raise ConfigError(f"repairs: when is {step['when']!r}; allowed are suspect, offline")
     known = [name_of(probe) for probe in config["probes"]]
@@ -128,17 +129,6 @@ def _place(step: Step, name: str, default_port: int) -> None:
     if any(not "!" <= c <= "~" for c in host):
         raise ConfigError(f"repairs: {name} must be printable ASCII without blanks")
     step[f"{name}_at"] = (host.strip("[]"), int(port))
-
-
-def _number(block: dict[str, Any], name: str, default: float, low: float, high: float) -> None:
-    value = block.setdefault(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
-
-
-def _flag(block: dict[str, Any], name: str) -> None:
-    if type(block.setdefault(name, False)) is not bool:
-        raise ConfigError(f"{name} is {block[name]!r}; allowed are true, false")
 
 
 def _name_of(step: Step) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import selectors
 import socket
 
+from .loop import between
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -125,6 +127,43 @@ class Fetch:
         if self.sock is not None:
             self.loop.forget(self.sock)
             self.sock = None
+
+
+def trust(url: Url, ca_cert: str) -> Any:
+    """What `ask` needs for https to this address; None for http, for which no TLS is loaded.
+
+    Raises ConfigError."""
+    if not url.secure:
+        return None
+    from . import tls
+
+    return tls.context_of(ca_cert)
+
+
+def ask(  # one place for all that goes to an address of the configuration
+    loop: Loop,
+    url: Url,
+    request: bytes,
+    timeout_s: float,
+    done: Fetched,
+    trusted: Any,
+    max_body: int = MAX_BODY,
+) -> Fetch:
+    """A Fetch of this address, with TLS if it is https. `trusted`: what `trust` gave for it."""
+    where = (url.host, url.port)
+    if not url.secure:
+        return Fetch(loop, where, request, timeout_s, done, max_body)
+    from . import tls
+
+    return tls.SecureFetch(loop, where, request, timeout_s, done, trusted, max_body)
+
+
+def retry_after(headers: dict[str, str], most_s: float) -> float:
+    """The seconds that an answer asks to wait, at most about `most_s`, with jitter; 0 when it asks for none."""
+    after = headers.get("retry-after", "")
+    if not (after.isascii() and after.isdigit()):
+        return 0.0
+    return min(float(after[:6]), most_s) * between(1.0, 1.2)
 
 
 def resolve(address: Address) -> tuple[Any, ...]:

@@ -123,11 +123,10 @@ class _Command:
             self._exited()
 
     def _exited(self) -> None:
+        # What it wrote last, and no more: a child of its own may hold the pipe open for ever.
         for _ in range(PIPE // CHUNK):
             if self.pipe is not None:
-                self._read(
-                    0
-                )  # what it wrote last; a child of its own may hold the pipe open for ever
+                self._read(0)
         if self.ended is None:
             return
         status = self._reap()

@@ -94,8 +94,9 @@ class _Handshake(tls.SecureFetch):
 def _Https(  # noqa: N802  # stands in for the class Fetch
     loop: Loop, place: Any, data: bytes, spec: Probe, answered: Any, max_body: int
 ) -> None:
-    fetch = tls.SecureFetch(loop, place, data, spec["timeout_s"], answered, spec["context"])
-    fetch.max_body = max_body
+    fetch = tls.SecureFetch(
+        loop, place, data, spec["timeout_s"], answered, spec["context"], max_body
+    )
     _named(fetch, spec)
 
 

@@ -65,8 +65,8 @@ class Run:
         try:
             # One descriptor in the loop instead of a signal handler or a thread.
             self.watched = _Descriptor(os.pidfd_open(self.pid))
-        except OSError:
-            # Linux before 5.3.
+        except (OSError, AttributeError):
+            # Linux before 5.3, or a Python that was built on one.
             loop.later(self.POLL_S, self._poll)
         else:
             loop.watch(self.watched, READ, self._ready)  # type: ignore[arg-type]  # it has a number

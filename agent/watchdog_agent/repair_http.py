@@ -35,16 +35,8 @@ class Call:
             else:
                 ended(200 <= status < 300, f"status {status}")
 
-        where = (url.host, url.port)
-        self.fetch: http.Fetch
-        if url.secure:
-            from . import tls
-
-            self.fetch = tls.SecureFetch(
-                loop, where, data, step["timeout_s"], answered, tls.context_of("")
-            )
-        else:
-            self.fetch = http.Fetch(loop, where, data, step["timeout_s"], answered, max_body=0)
+        trusted = http.trust(url, "")
+        self.fetch = http.ask(loop, url, data, step["timeout_s"], answered, trusted, max_body=0)
 
     def hurry(self) -> None:
         """It is as fast as it can be."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 
+from . import probe_mqtt
 from .http import CONNECTING, READ, WRITE, reason_of, resolve
 
 TYPE_CHECKING = False
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 
 _CONNACK: Final = b"\x20\x02"
 _PUBACK: Final = b"\x40\x02\x00\x01"
-_REFUSALS: Final = (
-    "",
-    "protocol not known",
-    "client id not taken",
-    "not available",
-    "bad user or password",
-    "not allowed",
-)
 
 
 def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Publish:
@@ -84,15 +77,15 @@ class Publish:
         if self.then:
             code = answer[3]
             if answer[:2] != _CONNACK or code:
-                known = 0 < code < len(_REFUSALS)
-                why = _REFUSALS[code] if known else "its answer is not MQTT"
+                known = answer[:2] == _CONNACK and code in probe_mqtt.REFUSED
+                why = probe_mqtt.REFUSED[code] if known else "its answer is not MQTT"
                 self._end(False, f"the broker refuses: {why}")
                 return
             self.out, self.then, self.got = self.then, b"", b""
             self.loop.watch(self.sock, WRITE, self._ready)
         elif answer == _PUBACK:
             try:
-                self.sock.send(b"\xe0\x00")
+                self.sock.send(probe_mqtt.DISCONNECT)
             except OSError:
                 pass  # the message is taken all the same
             self._end(True, "published")
@@ -117,39 +110,13 @@ class Publish:
 
 
 def connect(step: Step) -> bytes:
-    """CONNECT with a clean session, and a user and password where there are any."""
-    user, password = step.get("user", ""), _password(step.get("password_file", ""))
-    flags = 2 | (0x80 if user else 0) | (0x40 if user and password else 0)
-    body = _text("MQTT") + bytes((4, flags)) + (60).to_bytes(2, "big")
-    body += _text(f"wd{os.urandom(8).hex()}")
-    if user:
-        body += _text(user) + (_text(password) if password else b"")
-    return b"\x10" + _length(len(body)) + body
+    """CONNECT with a clean session, and a user and password where there are any. Raises OSError."""
+    user, file = step.get("user") or None, step.get("password_file", "")
+    password = probe_mqtt.secret(file) if user and file else None
+    return probe_mqtt.connect(f"wd{os.urandom(8).hex()}", user, password)
 
 
 def publish(topic: str, payload: str) -> bytes:
     """PUBLISH number 1 with QoS 1."""
-    body = _text(topic) + b"\x00\x01" + payload.encode()
-    return b"\x32" + _length(len(body)) + body
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()[:65535]
-    return len(raw).to_bytes(2, "big") + raw
-
-
-def _length(number: int) -> bytes:
-    out = bytearray()
-    while True:
-        number, digit = divmod(number, 128)
-        out.append(digit | (0x80 if number else 0))
-        if not number:
-            return bytes(out)
-
-
-def _password(path: str) -> str:
-    """From a file, read anew each time: it may be replaced. Raises OSError."""
-    if not path:
-        return ""
-    with open(path, encoding="utf-8") as file:
-        return file.read(4096).strip()
+    body = probe_mqtt.field(topic.encode()) + b"\x00\x01" + payload.encode()
+    return b"\x32" + probe_mqtt.length(len(body)) + body

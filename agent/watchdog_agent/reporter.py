@@ -93,15 +93,7 @@ class Reporter:
         token = self.credential or read_token()
         headers = [("Authorization", f"Bearer {token}")] if token else []
         data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
-        where = (url.host, url.port)
-        if url.secure:
-            from . import tls
-
-            self.fetch = tls.SecureFetch(
-                self.loop, where, data, self.TIMEOUT_S, self._answered, self.tls
-            )
-        else:
-            self.fetch = http.Fetch(self.loop, where, data, self.TIMEOUT_S, self._answered)
+        self.fetch = http.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
     def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         self.fetch = None
@@ -139,10 +131,9 @@ class Reporter:
             return
         self.chosen += 1
         wait = between(0.1, min(self.MOST_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
-        after = headers.get("retry-after", "")
-        if after.isascii() and after.isdigit():
-            wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * between(1.0, 1.2))
-        self.timer = self.loop.later(wait, self._send)
+        self.timer = self.loop.later(
+            max(wait, http.retry_after(headers, self.MOST_WAIT_S)), self._send
+        )
 
     def _learn(self, body: bytes) -> None:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one

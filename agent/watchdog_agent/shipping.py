@@ -39,11 +39,7 @@ class Shipper:
         self.loop = loop
         spec = config["loki"]
         self.url = http.Url(spec["url"], 3100, tls=True)
-        self.context: Any = None
-        if self.url.secure:
-            from . import tls
-
-            self.context = tls.context_of(config.get("ca_cert", ""))
+        self.trusted = http.trust(self.url, config.get("ca_cert", ""))
         self.token_file = spec.get("token_file", "")
         self.tenant = spec.get("tenant", "")
         self.labels = {
@@ -85,15 +81,9 @@ class Shipper:
         path = f"{self.url.base}/loki/api/v1/push"
         raw = json.dumps(body).encode()
         data = http.request("POST", path, self.url.host_header, raw, headers)
-        where = (self.url.host, self.url.port)
-        if self.context is not None:
-            from . import tls
-
-            self.fetch = tls.SecureFetch(
-                self.loop, where, data, self.TIMEOUT_S, self._answered, self.context
-            )
-        else:
-            self.fetch = http.Fetch(self.loop, where, data, self.TIMEOUT_S, self._answered)
+        self.fetch = http.ask(
+            self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted
+        )
 
     def _answered(self, status: int | None, headers: dict[str, str], _body: Any) -> None:
         self.fetch = None
@@ -115,9 +105,7 @@ class Shipper:
         if later:
             self.failures += 1
             wait = between(0.5, 1.0) * min(self.MOST_WAIT_S, 2.0 ** min(self.failures, 8))
-            after = headers.get("retry-after", "")
-            if after.isascii() and after.isdigit():
-                wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * between(1.0, 1.2))
+            wait = max(wait, http.retry_after(headers, self.MOST_WAIT_S))
         if self.lines:
             self.timer = self.loop.later(wait, self._send)
 

@@ -50,11 +50,7 @@ class Sink:
         self.log = log
         port = 8500 if spec["kind"] == "consul_event" else 80
         self.url = http.Url(spec.get("url") or config["consul"], port, tls=True)
-        self.context: Any = None
-        if self.url.secure:
-            from . import tls
-
-            self.context = tls.context_of(config.get("ca_cert", ""))
+        self.trusted = http.trust(self.url, config.get("ca_cert", ""))
         rules = config["escalate"]
         self.retry_s: float = rules["retry_s"]
         self.give_up_s: float = rules["give_up_s"]
@@ -95,15 +91,9 @@ class Sink:
         data = http.request(
             method, self.url.base + path or "/", self.url.host_header, body, headers
         )
-        where = (self.url.host, self.url.port)
-        if self.context is not None:
-            from . import tls
-
-            self.fetch = tls.SecureFetch(
-                self.loop, where, data, self.TIMEOUT_S, self._answered, self.context
-            )
-        else:
-            self.fetch = http.Fetch(self.loop, where, data, self.TIMEOUT_S, self._answered)
+        self.fetch = http.ask(
+            self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted
+        )
 
     def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         self.fetch = None
@@ -122,9 +112,7 @@ class Sink:
             return
         self.tries += 1
         wait = between(0.5, 1.0) * min(self.MOST_WAIT_S, self.retry_s * 2 ** min(self.tries - 1, 8))
-        after = headers.get("retry-after", "")
-        if after.isascii() and after.isdigit():
-            wait = max(wait, min(float(after[:6]), self.MOST_WAIT_S) * between(1.0, 1.2))
+        wait = max(wait, http.retry_after(headers, self.MOST_WAIT_S))
         self.timer = self.loop.later(wait, self._send)
 
     def _ended(self, taken: bool) -> None:

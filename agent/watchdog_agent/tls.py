@@ -50,12 +50,13 @@ class SecureFetch(http.Fetch):
         timeout_s: float,
         done: Fetched,
         context: ssl.SSLContext,
+        max_body: int = http.MAX_BODY,
     ) -> None:
         self.context = context
         # Bytes: for text Python would load its IDNA tables, as in `resolve`.
         self.name = address[0].encode("ascii")
         self.shaken = False
-        super().__init__(loop, address, request, timeout_s, done)
+        super().__init__(loop, address, request, timeout_s, done, max_body)
 
     def _ready(self, _mask: int) -> None:
         try:

@@ -31,21 +31,10 @@ def local_log(home: Path) -> str:
 
 async def nomad_log(settings: Settings, allocation: str, task: str = "agent") -> str:
     """What Nomad has collected of a task, the last MOST_BYTES. Raises TerminalError when it collects nothing."""
-    from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+    from nomad_watchdog.clients.nomad import NomadClient
+    from nomad_watchdog.wiring import nomad_settings
 
-    chosen = settings.nomad
-    client = NomadClient(
-        NomadSettings.from_env(
-            address=chosen.address,
-            namespace=chosen.namespace,
-            region=chosen.region or "",
-            token_file=chosen.token_file or "",
-            ca_cert=chosen.ca_cert or "",
-            client_cert=chosen.client_cert or "",
-            client_key=chosen.client_key or "",
-            skip_verify=chosen.tls_skip_verify,
-        )
-    )
+    client = NomadClient(nomad_settings(settings))
     asked = {
         "task": task,
         "type": "stderr",

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import config, repair_mqtt, repair_wake
+from watchdog_agent import config, probe_mqtt, repair_mqtt, repair_wake
 
 from tests.agent.world import Agent, Listener, World, document, probe, says, until
 
@@ -295,7 +295,7 @@ async def test_mqtt_step(world: World, broker: Broker, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"\x20\x02\x00\x05", "the broker refuses: not allowed"),
+        (b"\x20\x02\x00\x05", "the broker refuses: not authorised"),
         (b"\x20\x02\x00\xff", "the broker refuses: its answer is not MQTT"),
         (b"HTTP/1.1 400", "the broker refuses: its answer is not MQTT"),
     ],
@@ -313,7 +313,7 @@ async def test_mqtt_broker_that_refuses(
 @given(st.text(max_size=400).filter(lambda t: "\0" not in t), st.integers(0, 268_435_455))
 def test_mqtt_lengths_are_written_as_they_are_read(payload: str, number: int) -> None:
     """A remaining length of the specification's form is read back as the number that was written."""
-    raw = repair_mqtt._length(number)
+    raw = probe_mqtt.length(number)
     assert sum((digit & 127) << 7 * place for place, digit in enumerate(raw)) == number
     assert len(raw) <= 4
     assert repair_mqtt.publish("t", payload).endswith(payload.encode())
