@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import AgentSpec, Placement
+from nomad_watchdog.model import AgentSpec, Placement, PlacementState
 from nomad_watchdog.schedulers import _local_process as process
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.testing.conformance import Rig
@@ -133,3 +133,20 @@ async def local_rig(directory: Path, *, fork: bool | None = None) -> AsyncIterat
         break_reads=break_reads,
         timeout_s=20.0,
     )
+
+
+async def adopted_tended_and_retired(
+    heir: LocalScheduler, directory: Path, before: set[int]
+) -> None:
+    """The heir finds the five agents of a dead owner, replaces one that is killed, and retires all."""
+    try:
+        seen = (await heir.snapshot()).placements
+        assert {one.state for (one,) in seen.values()} == {PlacementState.RUNNING}
+        assert pids_of(directory) == before
+        os.kill(min(before), signal.SIGKILL)
+        await eventually(lambda: len(pids_of(directory)) == 5 and pids_of(directory) != before)
+        for (one,) in (await heir.snapshot()).placements.values():
+            await heir.retire(one, 5.0)
+        await eventually(lambda: not pids_of(directory))
+    finally:
+        await heir.close()

@@ -18,7 +18,7 @@ from nomad_watchdog.schedulers._local_files import LOG_BYTES, read_entry, write_
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.testing.conformance import record_of
 
-from .conftest import eventually, local_spec, pids_of
+from .conftest import adopted_tended_and_retired, eventually, local_spec, pids_of
 
 RECORD = record_of("crane-7")
 OWNER = """
@@ -72,18 +72,7 @@ async def test_l3_killed_owner_leaves_agents_and_the_next_adopts_them(directory:
     before = pids_of(directory)
     await killed(first)
     assert len(before) == 5
-    ours = scheduler(directory)
-    try:
-        seen = (await ours.snapshot()).placements
-        assert {one.state for (one,) in seen.values()} == {PlacementState.RUNNING}
-        assert pids_of(directory) == before
-        os.kill(min(before), signal.SIGKILL)
-        await eventually(lambda: len(pids_of(directory)) == 5 and pids_of(directory) != before)
-        for (one,) in (await ours.snapshot()).placements.values():
-            await ours.retire(one, 5.0)
-        await eventually(lambda: not pids_of(directory))
-    finally:
-        await ours.close()
+    await adopted_tended_and_retired(scheduler(directory), directory, before)
 
 
 async def test_s3_two_processes_racing_end_with_one_agent_a_device(directory: Path) -> None:

@@ -21,7 +21,7 @@ from nomad_watchdog.schedulers._local_parents import Parents
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.testing.conformance import record_of
 
-from .conftest import agent_spec, eventually, pids_of
+from .conftest import adopted_tended_and_retired, agent_spec, eventually, pids_of
 
 RECORD = record_of("crane-7")
 OWNER = """
@@ -103,18 +103,7 @@ async def test_l3_killed_owner_leaves_forked_agents_and_the_next_adopts_them(
     await first.communicate()
     await eventually(lambda: not process.is_same(entry.parent, entry.parent_start))
     assert len(before) == 5
-    ours = scheduler(directory)
-    try:
-        seen = (await ours.snapshot()).placements
-        assert {one.state for (one,) in seen.values()} == {PlacementState.RUNNING}
-        assert pids_of(directory) == before
-        os.kill(min(before), signal.SIGKILL)
-        await eventually(lambda: len(pids_of(directory)) == 5 and pids_of(directory) != before)
-        for (one,) in (await ours.snapshot()).placements.values():
-            await ours.retire(one, 5.0)
-        await eventually(lambda: not pids_of(directory))
-    finally:
-        await ours.close()
+    await adopted_tended_and_retired(scheduler(directory), directory, before)
 
 
 async def test_l3_killed_nursery_leaves_its_agents_and_another_takes_over(directory: Path) -> None:
