@@ -52,6 +52,12 @@ def parent_of(directory: Path) -> int:
     return entry.parent
 
 
+async def forked(directory: Path, count: int = 1) -> set[int]:
+    """The pids of so many agents; a fork has its own descriptors a moment after it was answered."""
+    await eventually(lambda: len(pids_of(directory)) == count)
+    return pids_of(directory)
+
+
 async def state_of(ours: LocalScheduler) -> PlacementState:
     (one,) = (await ours.snapshot()).placements[RECORD.slug]
     return one.state
@@ -62,7 +68,7 @@ async def test_an_agent_is_forked_with_all_that_a_spawned_one_has(directory: Pat
     ours = scheduler(directory)
     try:
         await ours.ensure(RECORD, Epoch(1), agent_spec())
-        (pid,) = pids_of(directory)
+        (pid,) = await forked(directory)
         home = directory / RECORD.slug
         log = home / "agent.log"
         await eventually(lambda: "agent started" in log.read_text())
@@ -96,13 +102,12 @@ async def test_l3_killed_owner_leaves_forked_agents_and_the_next_adopts_them(
     assert first.stdout is not None
     async with asyncio.timeout(20):
         assert await first.stdout.readline() == b"placed\n"
-    before = pids_of(directory)
+    before = await forked(directory, 5)
     entry = read_entry(directory / record_of("crane-0").slug)
     assert entry is not None
     first.kill()
     await first.communicate()
     await eventually(lambda: not process.is_same(entry.parent, entry.parent_start))
-    assert len(before) == 5
     await adopted_tended_and_retired(scheduler(directory), directory, before)
 
 
@@ -112,7 +117,7 @@ async def test_l3_killed_nursery_leaves_its_agents_and_another_takes_over(direct
     try:
         await ours.ensure(RECORD, Epoch(1), agent_spec())
         nursery = parent_of(directory)
-        before = pids_of(directory)
+        before = await forked(directory)
         os.kill(nursery, signal.SIGKILL)
         await eventually(lambda: process.start_time(nursery) == 0)
         assert pids_of(directory) == before
