@@ -441,7 +441,7 @@ def checked(**step: Any) -> dict[str, Any]:
         ({"kind": "command", "command": ["a"], "budget": 0}, "budget is 0; allowed are 1 to 1000"),
         ({"kind": "command", "command": ["a"], "when": "ok"}, "allowed are suspect, offline"),
         ({"kind": "command", "command": ["a"], "probe": "icmp"}, "there are http:80"),
-        ({"kind": "command", "command": ["a"], "dry_run": 1}, "allowed are true, false"),
+        ({"kind": "command", "command": ["a"], "dry_run": 1}, "allowed are true and false"),
         ({"kind": "command", "command": ["a"], "tries": 65}, "more than 64"),
     ],
 )
