@@ -376,6 +376,11 @@ class Reconciler:
         self.breaker.read_again(held, self.fleet.records)
         self._wake.set()
 
+    def hold_now(self) -> None:
+        """Hold what the views of this moment would stop. A plan that is shown is made of them, and the last
+        pass may be some seconds older: what an operator was shown is what can be confirmed."""
+        self._hold(self._make_plan(self.breaker.confirmed))
+
     def confirm_stops(self) -> int:
         """An operator's word that all held stops are meant. Returns how many."""
         count = self.breaker.confirm()

@@ -22,6 +22,9 @@ class Operator(Protocol):
 
     breaker: Breaker
 
+    def hold_now(self) -> None:
+        """Bring what is held up to what a plan shows now."""
+
     def confirm_stops(self) -> int:
         """Let what is held now go; how many."""
 
@@ -37,6 +40,8 @@ async def confirm(request: web.Request) -> web.StreamResponse:
     body = await read(request, ConfirmIn)
     context = request.app[CONTEXT]
     operator = context.operator
+    if operator is not None:
+        operator.hold_now()
     if operator is None or not operator.breaker.held:
         raise ConflictError("no stops are held; there is nothing to confirm")
     now, reason = operator.breaker.held_id, operator.breaker.reason

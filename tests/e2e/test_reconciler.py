@@ -166,6 +166,22 @@ async def test_s7_a_mass_departure_is_held_until_a_second_read_agrees(
         assert kinds.count("breaker.held") == 1
 
 
+async def test_s7_what_a_plan_shows_as_held_can_be_confirmed(
+    tmp_path: Path, directory: Path
+) -> None:
+    """Held are the stops of the last pass; an operator who was shown a younger plan confirms that one."""
+    async with control_plane(tmp_path, directory) as plane:
+        await plane.register(*(f"d{n}" for n in range(12)))
+        await eventually(lambda: plane.settled() and len(plane.pids()) == 12)
+        reconciler = plane.reconciler
+        plane.fleet.records.clear()  # as the watch shows it, before the next pass
+        shown: Any = reconciler.plan_view()
+        assert reconciler.breaker.held_id != shown["held"]["id"]
+        reconciler.hold_now()
+        assert reconciler.breaker.held_id == shown["held"]["id"]
+        assert len(reconciler.breaker.held) == 12
+
+
 async def test_s7_a_registry_that_lost_its_keys_stops_nothing_until_an_operator_says_so(
     tmp_path: Path, directory: Path
 ) -> None:
