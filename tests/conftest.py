@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def clean_environment() -> None:
         if name.startswith(("CONSUL_", "NOMAD_")) and not name.startswith("NOMAD_WATCHDOG_CACHE"):
             del os.environ[name]
     os.environ.pop("AWS_CA_BUNDLE", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_interrupts() -> None:
+    """A shell starts what goes to the background with SIGINT ignored, and all that it starts inherits that:
+    there no test of Ctrl-C could pass."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
