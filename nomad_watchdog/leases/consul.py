@@ -122,6 +122,7 @@ class ConsulLeases:
                 failures = 0 if self._clock.monotonic() - began > self._ttl_s else failures + 1
                 self.problem = str(_first(group))
                 log.warning("leases lost", extra={"reason": self.problem})
+            _be_cancelled()
             await asyncio.sleep(random.uniform(0.05, min(_BACKOFF_MAX_S, 0.2 * 2**failures)))  # noqa: S311
         await asyncio.Event().wait()
 
@@ -291,6 +292,14 @@ class ConsulLeases:
 
     def _lock(self, shard: Shard) -> str:
         return f"{self._folder}shards/{shard}"
+
+
+def _be_cancelled() -> None:
+    """Raise the cancellation that a TaskGroup kept to itself: up to Python 3.12 the error of a child that
+    ends at the same moment takes its place (python/cpython#116720), and we would run for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _first(group: BaseException) -> BaseException:

@@ -268,6 +268,29 @@ async def test_a_session_ended_by_hand_is_replaced(consul: ConsulServer) -> None
         assert one.leases.terms()[Shard(0)].number > before.number
 
 
+async def test_a_lease_lost_while_it_is_ended_ends_too(consul: ConsulServer) -> None:
+    """When the session is found gone at the very moment of the cancellation, the task ends all the same."""
+
+    class AtOnce(Clock):
+        armed: asyncio.Task[None] | None = None
+
+        def monotonic(self) -> Monotonic:
+            armed, self.armed = self.armed, None
+            if armed is not None:
+                armed.cancel()
+                raise FencedError("our session is gone from Consul")
+            return super().monotonic()
+
+    async with parts(consul, "a") as (one,):
+        clock = one.clock = one.leases._clock = AtOnce()
+        one.start()
+        await until(lambda: one.held == {0})
+        clock.armed = task = one.task
+        assert task is not None
+        await asyncio.wait({task}, timeout=TTL_S * 3)
+        assert task.cancelled()
+
+
 async def test_l3_a_frozen_consul_ends_the_right_and_nothing_else(tmp_path: Path) -> None:
     """With Consul frozen nobody holds anything; when it goes on, somebody does again."""
     async with ConsulServer(tmp_path / "consul") as own, parts(own, "a", "b") as both:
