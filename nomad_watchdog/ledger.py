@@ -44,6 +44,9 @@ class Ledger:
         now and answers with less comes from a store that was put back."""
         self.unreadable: frozenset[Slug] = frozenset()
         """Devices whose record could not be decoded in that snapshot."""
+        self.shrunk = False
+        """Whether that snapshot left out records which we knew. Nobody deletes records in the normal course
+        of things, and an answer that was cut short has an index as good as any: it is to be read again."""
         self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
 
     def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
@@ -212,6 +215,7 @@ class Ledger:
         self.records = fresh
         self.index = index
         self.unreadable = unreadable
+        self.shrunk = bool(gone)
         if gone:
             self.forgotten(gone)
         return news or bool(gone)

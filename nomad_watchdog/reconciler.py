@@ -231,10 +231,13 @@ class Reconciler:
 
     async def _doubt_registry(self) -> None:
         """Read the registry anew when its watch has shown less than we know for a whole period: a store
-        that was put back to just before our last write shows nothing more until somebody writes."""
-        behind = self.fleet.index if self.fleet.index < self.fleet.reached else None
-        if behind is not None and behind == self._behind:
-            log.warning("registry read anew", extra={"reason": "its watch is behind our writes"})
+        that was put back to just before our last write shows nothing more until somebody writes. And when
+        the last answer left out what we knew: the watch won't show it again either."""
+        fleet = self.fleet
+        behind = fleet.index if fleet.index < fleet.reached else None
+        if fleet.shrunk or (behind is not None and behind == self._behind):
+            why = "it left out what was known" if fleet.shrunk else "its watch is behind our writes"
+            log.warning("registry read anew", extra={"reason": why})
             try:
                 await self._read_registry()
             except WatchdogError as error:

@@ -1,0 +1,77 @@
+"""What only a clock can show of the reconciler, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from nomad_watchdog.errors import TransientError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Device, Limits
+from nomad_watchdog.reconciler import DOUBT_EVERY_S, Reconciler
+from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
+from nomad_watchdog.testing.simulation import SPEC
+from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+
+T = TypeVar("T")
+ONE = DeviceId("one")
+
+
+class CutShort(Line):
+    """While armed, each answer of the registry's watch leaves out every record."""
+
+    armed = False
+
+    async def call(self, what: str, effect: Callable[[], T]) -> T:
+        answer: Any = await super().call(what, effect)
+        if what == "registry.watch" and self.armed:
+            return (answer[0], [])  # type: ignore[return-value]  # a listing, as `what` says
+        return answer  # type: ignore[no-any-return]
+
+
+class Refusing(Line):
+    """The scheduler starts nothing, so that no agent without a record makes anybody read it again."""
+
+    async def call(self, what: str, effect: Callable[[], T]) -> T:
+        if what == "scheduler.ensure":
+            raise TransientError("no")
+        return await super().call(what, effect)
+
+
+async def cut_short() -> tuple[bool, bool]:
+    """Whether the record was gone after a cut answer of the watch, and whether it is after a while."""
+    store, cluster, line = Store(), Cluster(), CutShort()
+    store.initialise("test")
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store, line), Limits(), clock)
+    specs = {SPEC.agent_class: SPEC}
+    task = asyncio.ensure_future(
+        Reconciler(fleet, FakeScheduler(cluster, Refusing()), specs, Metrics()).run()
+    )
+    other = Fleet(FakeRegistry(store), Limits(), clock)
+    await other.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await asyncio.sleep(60.0)
+    assert slug_of(ONE) in fleet.records
+    line.armed = True
+    await other.register([Device(DeviceId("two"), SPEC.agent_class, "127.0.0.1")])
+    await asyncio.sleep(0.5)
+    lost = slug_of(ONE) not in fleet.records
+    line.armed = False
+    # Nobody writes any more, so that the watch has nothing to tell.
+    await asyncio.sleep(2 * DOUBT_EVERY_S)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    return lost, slug_of(ONE) in fleet.records
+
+
+def test_s8_an_answer_that_was_cut_short_is_read_again() -> None:
+    """Records that one answer left out are known again soon, though the store's index does not move."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        lost, known = runner.run(cut_short())
+    assert lost
+    assert known
