@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from nomad_watchdog.clock import Clock
+from nomad_watchdog.core.looking import Agenda
 from nomad_watchdog.errors import StaleError, WatchdogError
 from nomad_watchdog.freshness import Freshness
 from nomad_watchdog.ids import Slug
@@ -22,9 +23,6 @@ from nomad_watchdog.model import Monotonic
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 
 log = logging.getLogger(__name__)
-
-NARROW: Final = 48
-"""More devices than this to look at are cheaper in one full snapshot."""
 
 
 class Informer:
@@ -41,18 +39,13 @@ class Informer:
     ) -> None:
         self._scheduler = scheduler
         self._clock = clock
-        self._resync_s = resync_s
         self._metrics = metrics
         self._take = take
         self._failed = failed
-        self._dirty: set[Slug] = set()
-        self._all = "start"
-        self._look = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._agenda = Agenda(resync_s)
+        self._news = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         self.freshness = Freshness()
-        self._full_at = Monotonic(0.0)
-        self._full_cost_s = 0.0
         self.began_at = Monotonic(0.0)
         """When the full snapshot that was last begun was begun."""
 
@@ -62,27 +55,26 @@ class Informer:
             group.create_task(self._follow())
             group.create_task(self._look_for_ever())
 
-    def look_again(self, slugs: AbstractSet[Slug]) -> None:
-        """Read the placements of these devices soon."""
-        self._dirty |= slugs
-        self._look.set()
+    def look_again(self, slugs: AbstractSet[Slug], *, calm: bool = False) -> None:
+        """Read the placements of these devices soon. `calm`: what is new there only confirms what we did,
+        and in a storm can wait."""
+        self._agenda.devices(slugs, calm=calm)
+        self._news.set()
 
     def resync(self, reason: str, *, now: bool = False) -> None:
         """Read all placements soon; `now`: without waiting until a storm is worth another snapshot."""
-        self._all = self._all or reason
-        self._look.set()
-        if now:
-            self._hurry.set()
+        self._agenda.everything(reason, hurry=now)
+        self._news.set()
 
     @property
     def age_s(self) -> float:
         """Age of the last full snapshot."""
-        return self._clock.monotonic() - self._full_at
+        return self._clock.monotonic() - (self._agenda.full_at or 0.0)
 
     @property
     def until_resync_s(self) -> float:
         """Time to the next full snapshot, if no hint asks for one before."""
-        return max(0.05, self._resync_s - self.age_s)
+        return max(0.05, self._agenda.resync_s - self.age_s)
 
     async def _follow(self) -> None:
         async for hint in self._scheduler.watch():
@@ -90,28 +82,34 @@ class Informer:
                 self._metrics.resync("hint")
                 self.resync("hint")
             else:
-                self.look_again(hint.slugs)
+                self.look_again(hint.slugs, calm=hint.calm)
 
     async def _look_for_ever(self) -> None:
         delay_s = 0.0
         while True:
-            try:
-                async with asyncio.timeout(self.until_resync_s):
-                    await self._look.wait()
-            except TimeoutError:
+            self._news.clear()
+            look = self._agenda.take(self._clock.monotonic())
+            if look is None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._agenda.wait_s(self._clock.monotonic())):
+                        await self._news.wait()
+                continue
+            if look.reason == "timer":
                 self._metrics.resync("timer")
-                self._all = "timer"
+            began = self._clock.monotonic()
             try:
-                await self._look_now()
-                delay_s = 0.0
+                await self.read(look.only)
             except WatchdogError as error:
                 kind = "stale" if isinstance(error, StaleError) else "transient"
                 self._metrics.scheduler_error(kind)
                 log.warning("snapshot failed", extra={"reason": str(error)})
                 self._failed(str(error))
+                self._agenda.failed(look)
                 delay_s = min(max(delay_s * 2, 0.25), 10.0)
-                self.resync("error")
                 await asyncio.sleep(delay_s)
+            else:
+                self._agenda.done(look, began, self._clock.monotonic())
+                delay_s = 0.0
 
     async def read(self, only: AbstractSet[Slug] | None = None) -> None:
         """Read a snapshot and give it to `take`. One at a time: of two under way at once the older could
@@ -123,30 +121,3 @@ class Informer:
             snapshot = await self._scheduler.snapshot(only)
             self.freshness.listed(snapshot.only)
             self._take(snapshot)
-
-    async def _look_now(self) -> None:
-        self._look.clear()
-        if self._all or len(self._dirty) > NARROW:
-            await self._pause()
-            self._all = ""
-            self._dirty.clear()
-            began = self._clock.monotonic()
-            await self.read()
-            self._full_at = self._clock.monotonic()
-            self._full_cost_s = self._full_at - began
-        elif self._dirty:
-            only, self._dirty = self._dirty, set()
-            try:
-                await self.read(only)
-            except WatchdogError:
-                self._dirty |= only
-                raise
-
-    async def _pause(self) -> None:
-        # Hints of a storm are worth one full snapshot in twenty times what one costs, not one each.
-        if self._full_at:
-            least_s = max(0.5, min(20 * self._full_cost_s, 5.0))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, least_s - self.age_s)):
-                    await self._hurry.wait()
-        self._hurry.clear()

@@ -190,7 +190,9 @@ class Reconciler:
             for record in records:
                 if self.territory.shard(record.slug) in ours:
                     self._start_quickly(record)
-        self._wake.set()
+        # Epochs that we raise ourselves are no news: the outcome of the action is.
+        if not records or not all(self.queue.is_active(record.slug) for record in records):
+            self._wake.set()
 
     def _start_quickly(self, record: DeviceRecord) -> None:
         found = self.fleet.placements.get(record.slug, ())
@@ -409,7 +411,10 @@ class Reconciler:
         if outcome == "ok" and action.kind is ActionKind.START and began is not None:
             self.metrics.event_to_dispatch(self.fleet.clock.monotonic() - began)
         if outcome == "ok":
-            self.look_again(action.slug)
+            record = self.fleet.records.get(action.slug)
+            as_wished = record is not None and record.presence is Presence.PRESENT
+            calm = as_wished == (action.kind is not ActionKind.RETIRE)
+            self.informer.look_again({action.slug}, calm=calm)
         else:
             self._wake.set()
         log.debug(

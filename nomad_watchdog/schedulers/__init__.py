@@ -56,6 +56,8 @@ class Hint:
 
     slugs: frozenset[Slug] | None
     index: int = 0
+    calm: bool = False
+    """It only confirms what was asked for (placed, runs): nothing that wants an action soon."""
 
 
 @dataclass(frozen=True, slots=True)

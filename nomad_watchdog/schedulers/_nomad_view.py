@@ -14,6 +14,8 @@ from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Epoch, Placement, PlacementState, WallTime
 
 _ENDED: Final = frozenset({"complete", "failed", "lost"})
+_EXPECTED: Final = frozenset({"job-register", "queued-allocs", "max-plan-attempts"})
+"""Triggers of evaluations that a start makes by itself. A placement that failed shows as an allocation."""
 _NS: Final = 1_000_000_000
 SECOND_LOOK_S: Final = 2.0
 """A dead job with a failed allocation counts as dead when it still is so after this long."""
@@ -117,6 +119,15 @@ def _of_live(alloc: Row, *, stopped: bool) -> tuple[PlacementState, str]:
     if _restarts(alloc) or _failed(alloc):
         return PlacementState.RESTARTING, _ending(alloc)
     return PlacementState.STARTING, alloc.get("ClientDescription") or ""
+
+
+def is_calm(topic: str, said: Mapping[str, Any]) -> bool:
+    """Whether an event only confirms what was asked for: a start that was registered, is placed, runs."""
+    if topic == "Allocation":
+        if said.get("ClientStatus") in _ENDED or "ClientStatus" not in said:
+            return False
+        return _of_live(said, stopped=False)[0] in {PlacementState.STARTING, PlacementState.RUNNING}
+    return said.get("TriggeredBy") in _EXPECTED
 
 
 def _events(alloc: Row) -> list[Row]:

@@ -31,6 +31,7 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, Plac
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, _nomad_jobs
 from nomad_watchdog.schedulers._nomad_doubt import Memory, unlisted
 from nomad_watchdog.schedulers._nomad_view import (
+    is_calm,
     SECOND_LOOK_S,
     Row,
     identity,
@@ -156,8 +157,8 @@ class NomadScheduler:
                         if first and index > start + 1:
                             yield Hint(None, index)  # the buffer may begin after our index
                         first = first and not index
-                        if slugs := self._slugs_of(frame):
-                            yield Hint(slugs, index)
+                        for slugs, calm in self._slugs_of(frame):
+                            yield Hint(slugs, index, calm=calm)
             except (TransientError, TerminalError, UserError, ValueError) as error:
                 log.warning("event stream lost", extra={"reason": str(error)})
             failures += 1
@@ -353,15 +354,16 @@ class NomadScheduler:
     def _is_ours(self, job_id: str) -> bool:
         return job_id == self._prefix or job_id.startswith((f"{self._prefix}-", f"{self._prefix}/"))
 
-    def _slugs_of(self, frame: Mapping[str, Any]) -> frozenset[Slug]:
-        found = set()
+    def _slugs_of(self, frame: Mapping[str, Any]) -> list[tuple[frozenset[Slug], bool]]:
+        found: dict[bool, set[Slug]] = {True: set(), False: set()}
         for event in frame.get("Events") or []:
             payload = event.get("Payload") or {}
             for key in ("Allocation", "Evaluation"):
-                job_id = (payload.get(key) or {}).get("JobID", "")
+                said = payload.get(key) or {}
+                job_id = said.get("JobID", "")
                 if self._is_ours(job_id) and (slug := self._slug_in(job_id)):
-                    found.add(slug)
-        return frozenset(found)
+                    found[is_calm(key, said)].add(slug)
+        return [(frozenset(slugs), calm) for calm, slugs in found.items() if slugs]
 
     def _slug_in(self, job_id: str) -> Slug | None:
         _, dispatched, rest = job_id.partition("/dispatch-")

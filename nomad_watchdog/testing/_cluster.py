@@ -297,6 +297,17 @@ class Cluster:
         """The live processes of a device."""
         return [process for process in self.processes.values() if process.slug == slug]
 
+    def is_calm(self, slugs: frozenset[Slug]) -> bool:
+        """Whether all that can be seen of these is as it was asked for: nothing ended or is to end."""
+        found = [job for job in self.jobs.values() if job.slug in slugs]
+        return {job.slug for job in found} == slugs and not any(
+            job.dead
+            or job.stopped
+            or job.restarts
+            or (job.run is not None and not self.nodes[job.run.node])
+            for job in found
+        )
+
     # -- steps ----------------------------------------------------------------------------------
 
     def _on(self, node: str) -> list[Job]:

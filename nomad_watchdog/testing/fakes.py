@@ -223,7 +223,8 @@ class FakeScheduler:
                     while True:
                         slugs = await ear.wait()
                         if await self._line.hint("scheduler.watch"):
-                            yield Hint(slugs, self._cluster.index)
+                            calm = self._cluster.is_calm(slugs)
+                            yield Hint(slugs, self._cluster.index, calm=calm)
                 except TransientError:
                     await asyncio.sleep(0.5)  # connected again: whatever was said meanwhile is lost
 

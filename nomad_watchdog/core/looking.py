@@ -1,0 +1,110 @@
+"""When the scheduler is looked at again, and how widely. Pure: no clock, no I/O.
+
+A look at everything costs the scheduler most just when it has least to spare, in a storm of starts. So news
+of two kinds is kept apart: what may want an action soon (an agent ended, a node is gone) is looked at soon
+whatever goes on; what only confirms what we did (a start was placed, it runs) can wait for a full look that
+is worth its price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Monotonic
+
+NARROW: Final = 48
+"""More devices than this to look at are cheaper in one full look."""
+PRICE: Final = 20
+"""Full looks that nobody has to have now take at most one part in so many of the time."""
+LEAST_S: Final = 0.5
+URGENT_S: Final = 5.0
+"""Longest wait for a full look when more is urgent than a narrow look takes."""
+CALM_S: Final = 30.0
+"""Longest wait for a full look that only confirms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What to read now."""
+
+    only: frozenset[Slug] | None
+    """None = everything."""
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Agenda:
+    """What is to be looked at. `resync_s`: everything is looked at again at least this often, in seconds."""
+
+    resync_s: float
+    full_at: Monotonic | None = None
+    """When the last full look was done."""
+    _cost_s: float = 0.0
+    _all: str = "start"
+    _hurry: bool = False
+    _urgent: set[Slug] = field(default_factory=set)
+    _calm: set[Slug] = field(default_factory=set)
+
+    def devices(self, slugs: AbstractSet[Slug], *, calm: bool) -> None:
+        """There is news of these; `calm`: news that only confirms what is expected."""
+        if calm:
+            self._calm |= slugs - self._urgent
+        else:
+            self._urgent |= slugs
+            self._calm -= slugs
+
+    def everything(self, reason: str, *, hurry: bool = False) -> None:
+        """News may have been missed. `hurry`: without waiting until a full look is worth its price."""
+        self._all = self._all or reason
+        self._hurry = self._hurry or hurry
+
+    def take(self, now: Monotonic) -> Look | None:
+        """What to look at now, struck from the agenda; None while there is nothing to do yet."""
+        if self._full_due(now) <= now:
+            look = Look(
+                None, self._all or ("timer" if not (self._urgent or self._calm) else "news")
+            )
+            self._all, self._hurry = "", False
+            self._urgent, self._calm = set(), set()
+            return look
+        if only := self._narrow():
+            self._urgent -= only
+            self._calm -= only
+            return Look(only, "news")
+        return None
+
+    def wait_s(self, now: Monotonic) -> float:
+        """Seconds until `take` gives something, if there is no news before."""
+        return 0.0 if self._narrow() else max(0.0, self._full_due(now) - now)
+
+    def done(self, look: Look, began: Monotonic, now: Monotonic) -> None:
+        """It was read."""
+        if look.only is None:
+            self.full_at, self._cost_s = now, now - began
+
+    def failed(self, look: Look) -> None:
+        """It could not be read, and is still to be looked at."""
+        if look.only is not None:
+            self.devices(look.only, calm=False)
+        self.everything("error")
+
+    def _narrow(self) -> frozenset[Slug]:
+        both = self._urgent | self._calm
+        if len(both) <= NARROW:
+            return frozenset(both)
+        return frozenset(self._urgent) if len(self._urgent) <= NARROW else frozenset()
+
+    def _full_due(self, now: Monotonic) -> float:
+        if self.full_at is None or self._hurry:
+            return now
+        price_s = max(LEAST_S, PRICE * self._cost_s)
+        if self._all or len(self._urgent) > NARROW:
+            wait_s = min(price_s, URGENT_S)
+        elif len(self._urgent) + len(self._calm) > NARROW:
+            wait_s = min(price_s, CALM_S)
+        else:
+            wait_s = self.resync_s
+        return self.full_at + min(wait_s, self.resync_s)

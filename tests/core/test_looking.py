@@ -1,0 +1,144 @@
+"""When to look: everything asked for is looked at, in bounded time, and calm news never holds up urgent news."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog.core.looking import CALM_S, NARROW, PRICE, URGENT_S, Agenda, Look
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Monotonic
+
+RESYNC_S = 60.0
+
+
+def slugs(count: int, kind: str = "d") -> frozenset[Slug]:
+    return frozenset(Slug(f"{kind}{n}") for n in range(count))
+
+
+def looked(cost_s: float = 1.0, at: float = 100.0) -> Agenda:
+    """An agenda whose last full look ended at `at` and took cost_s."""
+    agenda = Agenda(RESYNC_S)
+    look = agenda.take(Monotonic(at - cost_s))
+    assert look is not None
+    agenda.done(look, Monotonic(at - cost_s), Monotonic(at))
+    return agenda
+
+
+def due(agenda: Agenda, now: float) -> float:
+    return now + agenda.wait_s(Monotonic(now))
+
+
+def test_the_first_look_is_at_everything() -> None:
+    """Nothing is known at the start, so that a look at some devices can't be the first."""
+    agenda = Agenda(RESYNC_S)
+    agenda.devices(slugs(1), calm=False)
+    assert agenda.take(Monotonic(0.0)) == Look(None, "start")
+
+
+def test_few_devices_are_looked_at_at_once() -> None:
+    """Little news is read narrowly and at once, calm or not."""
+    agenda = looked()
+    agenda.devices(slugs(2), calm=True)
+    agenda.devices(slugs(1, "u"), calm=False)
+    assert agenda.take(Monotonic(100.0)) == Look(slugs(2) | slugs(1, "u"), "news")
+    assert agenda.take(Monotonic(100.0)) is None
+
+
+def test_urgent_news_does_not_wait_for_a_storm_of_calm_news() -> None:
+    """While thousands of starts are confirmed, an agent that ended is looked at at once, alone."""
+    agenda = looked(cost_s=2.0)
+    agenda.devices(slugs(5000), calm=True)
+    agenda.devices(slugs(1, "u"), calm=False)
+    assert agenda.take(Monotonic(100.0)) == Look(slugs(1, "u"), "news")
+    assert due(agenda, 100.0) == 100.0 + CALM_S
+    assert agenda.take(Monotonic(100.0 + CALM_S)) == Look(None, "news")
+    assert agenda.take(Monotonic(100.0 + CALM_S)) is None
+
+
+def test_much_urgent_news_is_worth_a_full_look_soon() -> None:
+    """More urgent devices than a narrow look takes wait at most five seconds, at a cheap scheduler less."""
+    for cost_s, wait_s in ((2.0, URGENT_S), (0.1, PRICE * 0.1)):
+        agenda = looked(cost_s)
+        agenda.devices(slugs(NARROW + 1), calm=False)
+        assert agenda.take(Monotonic(100.0)) is None
+        assert abs(due(agenda, 100.0) - 100.0 - wait_s) < 1e-6
+
+
+def test_a_gap_is_looked_into_soon_and_at_once_in_a_hurry() -> None:
+    """Missed events are worth a full look; a lease that was just taken does not wait at all."""
+    agenda = looked(cost_s=2.0)
+    agenda.everything("hint")
+    assert due(agenda, 100.0) == 100.0 + URGENT_S
+    agenda.everything("lease", hurry=True)
+    assert agenda.take(Monotonic(100.0)) == Look(None, "hint")
+
+
+def test_without_news_everything_is_looked_at_again() -> None:
+    """The timer makes a full look, and says that it was the timer."""
+    agenda = looked()
+    assert agenda.take(Monotonic(100.0 + RESYNC_S - 1)) is None
+    assert agenda.take(Monotonic(100.0 + RESYNC_S)) == Look(None, "timer")
+
+
+def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
+    """After a failure the devices of a narrow look are on the agenda again, and so is everything."""
+    agenda = looked()
+    agenda.devices(slugs(3), calm=True)
+    look = agenda.take(Monotonic(100.0))
+    assert look is not None
+    agenda.failed(look)
+    assert agenda.take(Monotonic(100.0)) == Look(slugs(3), "news")
+    assert agenda.take(Monotonic(100.0 + URGENT_S)) == Look(None, "error")
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 5),
+            st.frozensets(st.integers(0, 120), max_size=100),
+            st.booleans(),
+            st.floats(0, 3),
+        ),
+        max_size=30,
+    )
+)
+def test_all_news_is_looked_at_in_bounded_time(
+    news: list[tuple[float, frozenset[int], bool, float]],
+) -> None:
+    """Whatever comes: each device is in a look begun after its news, urgent ones within 5 s of a full
+    look's end, calm ones within 30 s; and waiting as long as the agenda says never sleeps past one."""
+    agenda = looked()
+    now, owed = 100.0, dict[Slug, tuple[float, bool]]()
+    full_at = 100.0
+    pending = iter(news)
+    todo = next(pending, None)
+    for _ in range(200):
+        look = agenda.take(Monotonic(now))
+        if look is None:
+            wait_s = agenda.wait_s(Monotonic(now))
+            assert wait_s > 0
+            if todo is None:
+                now += wait_s
+                if not owed:
+                    break
+                continue
+            now += min(todo[0], wait_s)
+            names = frozenset(Slug(f"d{n}") for n in todo[1])
+            agenda.devices(names, calm=todo[2])
+            for name in names:
+                since, calm = owed.get(name, (now, True))
+                owed[name] = (since, calm and todo[2])
+            todo = next(pending, None)
+            continue
+        for name in list(owed):
+            if look.only is None or name in look.only:
+                since, calm = owed.pop(name)
+                # a look that was under way when the news came is not counted against it
+                assert now - max(since, full_at) <= (CALM_S if calm else URGENT_S) + 5.0
+        cost_s = todo[3] if todo is not None else 1.0
+        began, now = now, now + cost_s
+        agenda.done(look, Monotonic(began), Monotonic(now))
+        if look.only is None:
+            full_at = now
+    assert not owed
