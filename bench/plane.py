@@ -28,7 +28,6 @@ KEYS = ("device_id", "slug", "epoch", "spec_hash", "agent_class", "shard")
 CONFIG = """\
 backend  = "nomad"
 data_dir = "{root}"
-resync   = "10s"
 nomad {{
   address    = "{nomad}"
   job_prefix = "{prefix}"
