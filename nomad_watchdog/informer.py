@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from typing import Final
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core.looking import Agenda

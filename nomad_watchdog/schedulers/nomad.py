@@ -31,10 +31,10 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, Plac
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, _nomad_jobs
 from nomad_watchdog.schedulers._nomad_doubt import Memory, unlisted
 from nomad_watchdog.schedulers._nomad_view import (
-    is_calm,
     SECOND_LOOK_S,
     Row,
     identity,
+    is_calm,
     looks_dead,
     placement,
 )
