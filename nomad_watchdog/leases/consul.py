@@ -14,7 +14,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -117,12 +117,11 @@ class ConsulLeases:
         while not self._leaving:
             began = self._clock.monotonic()
             try:
-                await self._hold_session()
+                await _apart(self._hold_session())
             except* WatchdogError as group:
                 failures = 0 if self._clock.monotonic() - began > self._ttl_s else failures + 1
                 self.problem = str(_first(group))
                 log.warning("leases lost", extra={"reason": self.problem})
-            _be_cancelled()
             await asyncio.sleep(random.uniform(0.05, min(_BACKOFF_MAX_S, 0.2 * 2**failures)))  # noqa: S311
         await asyncio.Event().wait()
 
@@ -294,12 +293,17 @@ class ConsulLeases:
         return f"{self._folder}shards/{shard}"
 
 
-def _be_cancelled() -> None:
-    """Raise the cancellation that a TaskGroup kept to itself: up to Python 3.12 the error of a child that
-    ends at the same moment takes its place (python/cpython#116720), and we would run for ever."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+async def _apart(call: Coroutine[Any, Any, None]) -> None:
+    """Await it in a task of its own, so that our cancellation is seen whatever ends at that moment: up to
+    Python 3.12 the error of a TaskGroup's child takes its place (python/cpython#116720), and a loop round
+    the group would run for ever."""
+    task = asyncio.create_task(call)  # noqa: TID251  # owned: cancelled and awaited below
+    try:
+        await asyncio.wait({task})
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    await task
 
 
 def _first(group: BaseException) -> BaseException:
