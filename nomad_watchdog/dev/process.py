@@ -111,8 +111,11 @@ class Process:
         return self._popen.poll()
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the process itself; nothing happens when it has ended."""
+        """Signal the process itself; nothing happens when it has ended. After SIGSTOP it has stopped with
+        all its threads: one that still ran could answer a last call."""
         self._popen.send_signal(number)
+        if number == signal.SIGSTOP and self._popen.returncode is None:
+            os.waitid(os.P_PID, self._popen.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     async def wait(self, timeout_s: float | None = None) -> int:
         """Its return code. Raises TimeoutError when it still runs after timeout_s."""
