@@ -122,8 +122,13 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
         async with session.get(f"{api}/v1/agents") as answer:
             agent = (await answer.json())["items"][-1]
         await command(nomad_program, "job", "stop", at, "-purge", "nomad-watchdog")
-        allocation = await nomad.request("GET", f"/v1/allocation/{agent['instance']}")
 
+        async def runs() -> Any:
+            # Nomad's client tells of a start some tenths of a second after the agent itself has.
+            found = await nomad.request("GET", f"/v1/allocation/{agent['instance']}")
+            return found["ClientStatus"] != "pending" and found
+
+        allocation = await until(runs)
         child = await nomad.request("GET", f"/v1/job/{quote(allocation['JobID'], safe='')}")
 
         assert "credential" in base64.b64decode(child.pop("Payload")).decode()
