@@ -57,7 +57,7 @@ lint: $(VENV)/.dev
 	$(BIN)/interrogate -q --config pyproject.toml tests
 
 test-fast: $(VENV)/.dev
-	@echo "fast tests, without a server (about 2 min)" >&2
+	@echo "fast tests, without a server (about 9 min)" >&2
 	$(BIN)/pytest -m "not servers and not long"
 
 test: lint test-fast servers

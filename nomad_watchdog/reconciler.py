@@ -413,6 +413,7 @@ class Reconciler:
         if outcome == "ok":
             record = self.fleet.records.get(action.slug)
             as_wished = record is not None and record.presence is Presence.PRESENT
+            # Calm when nothing follows: an agent for a device that is there, none for one that has left.
             calm = as_wished == (action.kind is not ActionKind.RETIRE)
             self.informer.look_again({action.slug}, calm=calm)
         else:

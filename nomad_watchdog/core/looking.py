@@ -20,6 +20,7 @@ NARROW: Final = 48
 PRICE: Final = 20
 """Full looks that nobody has to have now take at most one part in so many of the time."""
 LEAST_S: Final = 0.5
+"""Shortest wait after a full look, however cheap it was."""
 URGENT_S: Final = 5.0
 """Longest wait for a full look when more is urgent than a narrow look takes."""
 CALM_S: Final = 30.0
@@ -47,6 +48,7 @@ class Agenda:
     _hurry: bool = False
     _urgent: set[Slug] = field(default_factory=set)
     _calm: set[Slug] = field(default_factory=set)
+    """Never one that is urgent."""
 
     def devices(self, slugs: AbstractSet[Slug], *, calm: bool) -> None:
         """There is news of these; `calm`: news that only confirms what is expected."""
@@ -64,9 +66,7 @@ class Agenda:
     def take(self, now: Monotonic) -> Look | None:
         """What to look at now, struck from the agenda; None while there is nothing to do yet."""
         if self._full_due(now) <= now:
-            look = Look(
-                None, self._all or ("timer" if not (self._urgent or self._calm) else "news")
-            )
+            look = Look(None, self._all or ("news" if self._news else "timer"))
             self._all, self._hurry = "", False
             self._urgent, self._calm = set(), set()
             return look
@@ -92,10 +92,14 @@ class Agenda:
         self.everything("error")
 
     def _narrow(self) -> frozenset[Slug]:
-        both = self._urgent | self._calm
-        if len(both) <= NARROW:
-            return frozenset(both)
+        # Counted before anything is copied: this is asked at every start of a storm.
+        if self._news <= NARROW:
+            return frozenset(self._urgent | self._calm)
         return frozenset(self._urgent) if len(self._urgent) <= NARROW else frozenset()
+
+    @property
+    def _news(self) -> int:
+        return len(self._urgent) + len(self._calm)
 
     def _full_due(self, now: Monotonic) -> float:
         if self.full_at is None or self._hurry:
@@ -103,7 +107,7 @@ class Agenda:
         price_s = max(LEAST_S, PRICE * self._cost_s)
         if self._all or len(self._urgent) > NARROW:
             wait_s = min(price_s, URGENT_S)
-        elif len(self._urgent) + len(self._calm) > NARROW:
+        elif self._news > NARROW:
             wait_s = min(price_s, CALM_S)
         else:
             wait_s = self.resync_s

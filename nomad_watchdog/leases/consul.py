@@ -14,7 +14,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -117,7 +117,11 @@ class ConsulLeases:
         while not self._leaving:
             began = self._clock.monotonic()
             try:
-                await _apart(self._hold_session())
+                # A task of its own, so that our cancellation is seen whatever ends at that moment: up to
+                # Python 3.12 the error of a TaskGroup's child takes its place (python/cpython#116720).
+                (ended,) = await asyncio.gather(self._hold_session(), return_exceptions=True)
+                if ended is not None:
+                    raise ended
             except* WatchdogError as group:
                 failures = 0 if self._clock.monotonic() - began > self._ttl_s else failures + 1
                 self.problem = str(_first(group))
@@ -291,19 +295,6 @@ class ConsulLeases:
 
     def _lock(self, shard: Shard) -> str:
         return f"{self._folder}shards/{shard}"
-
-
-async def _apart(call: Coroutine[Any, Any, None]) -> None:
-    """Await it in a task of its own, so that our cancellation is seen whatever ends at that moment: up to
-    Python 3.12 the error of a TaskGroup's child takes its place (python/cpython#116720), and a loop round
-    the group would run for ever."""
-    task = asyncio.create_task(call)  # noqa: TID251  # owned: cancelled and awaited below
-    try:
-        await asyncio.wait({task})
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-    await task
 
 
 def _first(group: BaseException) -> BaseException:

@@ -15,7 +15,8 @@ from nomad_watchdog.model import Epoch, Placement, PlacementState, WallTime
 
 _ENDED: Final = frozenset({"complete", "failed", "lost"})
 _EXPECTED: Final = frozenset({"job-register", "queued-allocs", "max-plan-attempts"})
-"""Triggers of evaluations that a start makes by itself. A placement that failed shows as an allocation."""
+"""Triggers of evaluations that a start makes by itself; one that finds no node waits for one anyway. An
+agent that fails shows as an allocation."""
 _NS: Final = 1_000_000_000
 SECOND_LOOK_S: Final = 2.0
 """A dead job with a failed allocation counts as dead when it still is so after this long."""

@@ -212,6 +212,43 @@ async def test_watch_resyncs_first_then_hints(scheduler: NomadScheduler) -> None
                 break
 
 
+async def test_hints_of_a_start_are_calm_and_those_of_an_end_are_not(
+    scheduler: NomadScheduler, tmp_path: Path
+) -> None:
+    """Until an agent runs, each hint of its device only confirms; when it ends by itself, one does not."""
+    gone = tmp_path / "gone"
+    script = tmp_path / "agent.py"
+    script.write_text(
+        f"import pathlib, time\nwhile not pathlib.Path({str(gone)!r}).exists(): time.sleep(0.05)\n"
+    )
+    variables = {"python": sys.executable, "agent_path": str(script)}
+    spec = AgentSpec("default", "1", "h", variables=variables)
+    await scheduler.prepare([spec])
+    record = record_of("calm")
+    calm: list[bool] = []
+    urgent = asyncio.Event()
+
+    async def listen() -> None:
+        async for hint in scheduler.watch():
+            if hint.slugs and record.slug in hint.slugs:
+                calm.append(hint.calm)
+                if not hint.calm:
+                    urgent.set()
+
+    async def runs() -> bool:
+        return bool(calm) and await states(scheduler, record.slug) == [PlacementState.RUNNING]
+
+    async with asyncio.TaskGroup() as group:
+        listening = group.create_task(listen())
+        await scheduler.ensure(record, Epoch(1), spec)
+        await until(runs)
+        assert all(calm)
+        gone.touch()
+        async with asyncio.timeout(20):
+            await urgent.wait()
+        listening.cancel()
+
+
 async def test_oversized_payload_is_refused(scheduler: NomadScheduler) -> None:
     """A document over 16 KiB is a UserError before Nomad sees it."""
     spec = AgentSpec("default", "1", "h", template=MOCK, agent_config='{"x": "%s"}' % ("y" * 17000))
