@@ -157,6 +157,7 @@ async def nomad_frozen(world: World) -> None:
 )
 async def client_frozen(world: World) -> None:
     names = await watched(world, 8)
+    await known_to_run(world)
     nomad = world.servers.nomad
     before = world.pids()
     nomad.pause(1)
@@ -172,6 +173,18 @@ async def client_frozen(world: World) -> None:
     await world.settle()
 
 
+async def known_to_run(world: World) -> None:
+    """Wait until Nomad's servers know of each agent that it runs, some tenths of a second after it does: one
+    that still is pending when its node goes is replaced at once, whatever `disconnect` says (1.11.3)."""
+
+    async def known() -> bool:
+        jobs = {job["ID"] for job in await world.jobs()}
+        found = await world.servers.nomad.request("GET", "/v1/allocations")
+        return jobs <= {one["JobID"] for one in found if one["ClientStatus"] == "running"}
+
+    await until(known, 20.0, "Nomad knows that all agents run")
+
+
 async def lost(world: World) -> bool:
     return await node_status(world, "-1") in {"down", "disconnected"}
 
@@ -184,6 +197,7 @@ async def lost(world: World) -> bool:
 )
 async def client_killed(world: World) -> None:
     await watched(world, 8)
+    await known_to_run(world)
     nomad = world.servers.nomad
     before = world.pids()
     await nomad.kill(1)
