@@ -1,0 +1,259 @@
+"""A pool follows its metric inside its bounds, calmly, and never on a metric that is not there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from nomad_watchdog.core.scaling import (
+    Decision,
+    Measure,
+    Memory,
+    Rules,
+    Verb,
+    Why,
+    advise,
+    changed,
+    decide,
+)
+from nomad_watchdog.model import Monotonic
+
+
+@st.composite
+def rules_of(draw: st.DrawFn) -> Rules:
+    measure = draw(st.sampled_from(Measure))
+    least = draw(st.integers(0 if measure is Measure.ALL else 1, 20))
+    return Rules(
+        minimum=least,
+        maximum=draw(st.integers(max(1, least), 40)),
+        target=draw(st.floats(0.01, 1e6)),
+        measure=measure,
+        tolerance=draw(st.floats(0, 1)),
+        cooldown_up_s=draw(st.floats(0, 300)),
+        cooldown_down_s=draw(st.floats(0, 300)),
+        settle_s=draw(st.floats(0, 300)),
+        step_up=draw(st.integers(1, 50)),
+        step_down=draw(st.integers(1, 50)),
+    )
+
+
+values = st.floats(0, 1e9)
+anything = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True))
+looks = st.lists(st.tuples(st.floats(0, 200), anything), min_size=1, max_size=40)
+
+QUEUE = Rules(
+    minimum=1,
+    maximum=10,
+    target=10.0,
+    measure=Measure.ALL,
+    tolerance=0.1,
+    cooldown_up_s=30,
+    cooldown_down_s=60,
+    settle_s=100,
+    step_up=4,
+    step_down=2,
+)
+
+
+def play(
+    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+) -> list[tuple[float, int, Decision]]:
+    """What an obedient pool does: (when, how many there were, what was decided)."""
+    memory, now, told = Memory(), 0.0, []
+    for gap, value in steps:
+        now += gap
+        found = decide(rules, count, value, memory, Monotonic(now))
+        told.append((now, count, found))
+        memory = found.memory
+        if found.acts:
+            count = found.count
+            memory = changed(memory, count, Monotonic(now))
+    return told
+
+
+@given(rules_of(), st.integers(0, 60), anything)
+def test_whatever_is_seen_the_answer_is_within_bounds(
+    rules: Rules, count: int, value: float | None
+) -> None:
+    """One look is enough to ask for a number within min and max, also from outside of them."""
+    found = decide(rules, count, value, Memory(), Monotonic(0.0))
+
+    assert rules.minimum <= found.count <= rules.maximum
+    assert rules.minimum <= found.advised <= rules.maximum
+
+
+@given(rules_of(), st.integers(0, 60), looks)
+def test_no_history_leads_out_of_bounds_or_takes_too_large_a_step(
+    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+) -> None:
+    """A change inside the bounds is never larger than its step, after whatever came before."""
+    for _, before, found in play(rules, count, steps):
+        assert rules.minimum <= found.count <= rules.maximum
+        if found.why is Why.METRIC:
+            assert -rules.step_down <= found.count - before <= rules.step_up
+
+
+@given(rules_of(), st.integers(0, 60), looks)
+def test_two_changes_by_the_metric_are_a_cool_down_apart(
+    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+) -> None:
+    """After any change, growing waits for cooldown_up_s and shrinking for cooldown_down_s."""
+    last = -math.inf
+    for now, _, found in play(rules, count, steps):
+        if found.why is Why.METRIC and found.acts:
+            least = rules.cooldown_up_s if found.verb is Verb.UP else rules.cooldown_down_s
+            assert now - last >= least - 1e-6
+        if found.acts:
+            last = now
+
+
+@given(rules_of(), st.integers(0, 60), looks)
+def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
+    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+) -> None:
+    """No worker goes that some look within settle_s advised to keep."""
+    told = play(rules, count, steps)
+    for number, (now, before, found) in enumerate(told):
+        if found.why is Why.METRIC and found.verb is Verb.DOWN:
+            lately = [
+                one.advised
+                for at, _, one in told[: number + 1]
+                if now - at < rules.settle_s and one.why not in (Why.NO_METRIC, Why.BOUNDS)
+            ]
+            assert found.count >= min(before, max(lately))
+
+
+@given(
+    rules_of(),
+    st.integers(0, 60),
+    st.one_of(st.none(), st.just(math.nan), st.just(math.inf), st.floats(max_value=-1e-9)),
+)
+def test_a_metric_that_is_missing_or_no_number_changes_nothing(
+    rules: Rules, count: int, value: float | None
+) -> None:
+    """Inside the bounds nothing moves on None, NaN, infinity or a negative number."""
+    assume(rules.minimum <= count <= rules.maximum)
+    found = decide(rules, count, value, Memory(), Monotonic(0.0))
+
+    assert (found.count, found.verb, found.why) == (count, Verb.KEEP, Why.NO_METRIC)
+
+
+@given(rules_of(), st.integers(0, 60), looks)
+def test_what_is_kept_of_a_pool_is_bounded(
+    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+) -> None:
+    """However often it is looked at, at most one piece of advice for each number of workers stays (S9)."""
+    for _, _, found in play(rules, count, steps):
+        numbers = [number for _, number in found.memory.advised]
+        assert numbers == sorted(set(numbers), reverse=True)
+
+
+@given(rules_of(), st.integers(0, 60), looks)
+def test_a_dry_run_decides_the_same_and_does_nothing(
+    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+) -> None:
+    """The first decision is word for word that of the real thing, and no look acts."""
+    dry = play(replace(rules, dry_run=True), count, steps)
+    (_, _, real), *_ = play(rules, count, steps)
+
+    assert replace(dry[0][2], dry_run=False) == real
+    assert not any(found.acts for _, _, found in dry)
+
+
+@given(rules_of(), st.integers(0, 40), values, values)
+def test_more_of_the_metric_never_advises_fewer_workers(
+    rules: Rules, count: int, one: float, other: float
+) -> None:
+    """The advice grows with the metric."""
+    low, high = sorted((one, other))
+
+    assert advise(rules, count, low) <= advise(rules, count, high)
+
+
+@given(st.integers(1, 40), st.floats(-0.999, 0.999), st.sampled_from(Measure))
+@example(3, 0.0, Measure.ALL)
+def test_within_tolerance_nothing_is_advised(count: int, off: float, measure: Measure) -> None:
+    """A metric off its target by less than the tolerance leaves the pool as it is."""
+    rules = replace(QUEUE, maximum=40, measure=measure, target=0.1, tolerance=0.2)
+    whole = count if measure is Measure.ALL else 1
+
+    assert advise(rules, count, 0.1 * whole * (1 + 0.2 * off)) == count
+
+
+@given(rules_of(), st.integers(0, 40), values)
+def test_a_metric_that_stays_ends_in_a_count_that_stays(
+    rules: Rules, count: int, load: float
+) -> None:
+    """A queue of a depth that nothing changes is met by one number of workers, and then by no other."""
+    rules = replace(rules, measure=Measure.ALL)
+    steps: list[tuple[float, float | None]] = [(301.0, load)] * 120
+    told = play(rules, count, steps)
+
+    assert {found.verb for _, _, found in told[-10:]} == {Verb.KEEP}
+    last = told[-1][1]
+    assert advise(rules, last, load) == last
+
+
+def test_a_deep_queue_grows_the_pool_in_steps_and_an_empty_one_shrinks_it_late() -> None:
+    """80 waiting at 10 a worker: 1, 5, then 8 workers, a cool-down apart; empty, it falls two at a time
+    once nothing has been asked for during settle_s."""
+    steps: list[tuple[float, float | None]] = [(0, 80), (29, 80), (1, 80), (10, 0)]
+    told = play(QUEUE, 1, [*steps, *[(10.0, 0.0)] * 40])
+    counts = {now: found.count for now, _, found in told if found.acts}
+
+    assert counts == {0: 5, 30: 8, 130: 6, 190: 4, 250: 2, 310: 1}
+    assert told[1][2].why is Why.COOL_DOWN
+    assert told[3][2].why is Why.SETTLING
+
+
+def test_a_pool_without_a_worker_gets_the_first_one_for_anything_that_waits() -> None:
+    """From 0, one message is one worker, though it is far below the target of one."""
+    rules = replace(QUEUE, minimum=0)
+
+    assert advise(rules, 0, 1.0) == 1
+    assert advise(rules, 0, 0.0) == 0
+
+
+def test_who_takes_over_takes_no_worker_before_it_has_watched_for_a_while() -> None:
+    """With an empty memory, as after a fail-over, an idle pool keeps its size for settle_s."""
+    told = play(QUEUE, 8, [(0.0, 0.0), (50.0, 0.0), (49.0, 0.0), (1.0, 0.0)])
+
+    assert [found.count for _, _, found in told] == [8, 8, 8, 6]
+
+
+def test_a_change_by_hand_starts_the_cool_down() -> None:
+    """A pool that somebody scaled is left to show the effect before the metric counts again."""
+    first = decide(QUEUE, 5, 50.0, Memory(), Monotonic(0.0))
+    by_hand = decide(QUEUE, 2, 50.0, first.memory, Monotonic(100.0))
+    later = decide(QUEUE, 2, 50.0, by_hand.memory, Monotonic(130.0))
+
+    assert by_hand.why is Why.COOL_DOWN
+    assert (later.why, later.count) == (Why.METRIC, 5)
+
+
+def test_a_clock_that_runs_backwards_ends_no_cool_down() -> None:
+    """Time before the last change counts as no time."""
+    memory = changed(Memory(), 1, Monotonic(100.0))
+
+    assert decide(QUEUE, 1, 90.0, memory, Monotonic(10.0)).why is Why.COOL_DOWN
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"minimum": 11}, "max"),
+        ({"minimum": 0, "maximum": 0}, "max"),
+        ({"minimum": 0, "measure": Measure.WORKER}, "average"),
+        ({"target": 0.0}, "target"),
+        ({"target": math.nan}, "target"),
+        ({"step_down": 0}, "step"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(change: dict[str, object], text: str) -> None:
+    """Bounds the wrong way round, no target, no step, and an average of nobody."""
+    with pytest.raises(ValueError, match=text):
+        replace(QUEUE, **change)  # type: ignore[arg-type]
