@@ -12,6 +12,8 @@ from pydantic import AfterValidator, Field
 from nomad_watchdog.config_types import Block, Name, Size, Text, Url, checked_listen
 from nomad_watchdog.errors import UserError
 
+LabelText = Annotated[str, Field(min_length=1, max_length=128)]
+
 
 class Token(Block):
     """A token besides the operator's. What each role may do stands in `core.roles`."""
@@ -19,6 +21,7 @@ class Token(Block):
     role: Literal["viewer", "device", "agent", "operator"]
     file: Text
     id_prefix: Annotated[str, Field(max_length=128)] = ""
+    labels: dict[LabelText, LabelText] = Field(default_factory=dict, max_length=32)
 
 
 class Api(Block):
@@ -91,5 +94,6 @@ class Api(Block):
                 "agents have no client certificate, so they need credentials: set agent_key_file",
             )
         for name, token in self.token.items():
-            if token.id_prefix and token.role != "device":
-                yield "token", f"id_prefix of token {name} is for the role device only"
+            for limit in ("id_prefix", "labels"):
+                if getattr(token, limit) and token.role != "device":
+                    yield "token", f"{limit} of token {name} is for the role device only"

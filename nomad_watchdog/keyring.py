@@ -138,6 +138,8 @@ class Holder:
     role: Role
     id_prefix: str = ""
     """The device ids that it may change begin so."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """The devices that it may change have all of these, before the change and after it."""
 
 
 @dataclass(slots=True)

@@ -30,6 +30,10 @@ class Registered:
     changed: bool
 
 
+def _anything(_device: Device) -> None:
+    """The permit of those who may change every device."""
+
+
 class Ledger:
     """Records by slug, kept in step with a registry."""
 
@@ -61,12 +65,17 @@ class Ledger:
         source: str | None = None,
         *,
         event: events.Event | None = None,
+        permit: Callable[[Device], None] = _anything,
     ) -> list[Registered]:
         """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
         `source`: the inventory that asks, None = the API.
 
         `event`: the signed event that says so. Raises OutOfDateError for one that is over, UserError for a device id whose slug belongs to another id, ConflictError when other
         writers won COMMIT_TRIES times in a row, and what the registry raises.
+
+        `permit` is asked about each wish and each device that is stored, also one that has left, and
+        raises what it likes. Who asked too little because of an old cache loses the compare-and-set, and is
+        asked again.
         """
         wishes = {slug_of(device.id): device for device in devices}
         now = self.clock.wall()
@@ -75,6 +84,9 @@ class Ledger:
             wish = wishes[slug]
             if stored is not None and stored.device.id != wish.id:
                 raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
+            permit(wish)
+            if stored is not None:
+                permit(stored.device)
             wanted = presence.register(stored, wish, now, source)
             return events.stamp(stored, wanted, event, now)
 
@@ -87,12 +99,16 @@ class Ledger:
         left: Departure = Departure.REMOVED,
         *,
         event: events.Event | None = None,
+        permit: Callable[[Device], None] = _anything,
     ) -> list[Registered | None]:
-        """Say that these devices have left; None for one that was never registered. `event`: as above."""
+        """Say that these devices have left; None for one that was never registered. `event` and `permit`:
+        as above."""
         now = self.clock.wall()
         slugs = [slug_of(device_id) for device_id in ids]
 
         def change(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
+            if stored is not None:
+                permit(stored.device)
             wanted = presence.deregister(stored, now, left) if stored is not None else None
             return events.stamp(stored, wanted, event, now)
 

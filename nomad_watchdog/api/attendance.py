@@ -9,7 +9,7 @@ from aiohttp import web
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import device_id_of, unknown
-from nomad_watchdog.api.door import check_prefix
+from nomad_watchdog.api.door import ACTOR, check_prefix, permit_of
 from nomad_watchdog.api.schemas import ConfirmIn, HeartbeatsIn, read
 from nomad_watchdog.departures import Departures
 from nomad_watchdog.errors import ConflictError, NotFoundError
@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     """404 for a device that is unknown, or that was told to leave; never by an old cache alone."""
     device_id = device_id_of(request)
-    check_prefix(request, device_id)
+    _check(request, device_id)
     fleet = request.app[CONTEXT].fleet
     if await fleet.beat([device_id]) != [True]:
         fresh = await fleet.registry.get(slug_of(device_id))
         fleet.learn([fresh] if fresh is not None else [])
+        _check(request, device_id)
         if await fleet.beat([device_id]) != [True]:
             raise unknown(device_id)
     return web.Response(status=204)
@@ -35,10 +36,22 @@ async def heartbeats(request: web.Request) -> web.StreamResponse:
     """A gateway's list; those that are not known are named and cost the others nothing."""
     body = await read(request, HeartbeatsIn)
     for name in body.ids:
-        check_prefix(request, DeviceId(name))
+        _check(request, DeviceId(name))
     heard = await request.app[CONTEXT].fleet.beat(body.ids)
     strangers = [name for name, known in zip(body.ids, heard, strict=True) if not known]
     return web.json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
+
+
+def _check(request: web.Request, device_id: DeviceId) -> None:
+    """Raises RequestError (403) for a device that this token may not speak for; one that is unknown has
+    no labels to go by, and a sign of life of it changes nothing."""
+    check_prefix(request, device_id)
+    if request[ACTOR].labels:
+        fleet = request.app[CONTEXT].fleet
+        slug = fleet.slug_by_id.get(device_id)
+        record = None if slug is None else fleet.records.get(slug)
+        if record is not None:
+            permit_of(request)(record.device)
 
 
 def _departures(request: web.Request) -> Departures:

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import ACTOR, check_prefix
+from nomad_watchdog.api.door import check_prefix, permit_of
+from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
     BulkEnvelope,
@@ -276,7 +277,7 @@ async def store(
     before = fleet.view(slug_of(device.id))
     if before is None or before.record.device != device:
         fleet.own(device.id)
-    (done,) = await fleet.register([device], event=event)
+    (done,) = await fleet.register([device], event=event, permit=permit_of(request))
     fleet.sign([device.id])
     new = done.changed and (before is None or before.record.presence is Presence.ABSENT)
     if done.changed:
@@ -304,7 +305,7 @@ async def remove(
     check_prefix(request, device_id)
     fleet = request.app[CONTEXT].fleet
     fleet.own(device_id)
-    (done,) = await fleet.deregister([device_id], left, event=event)
+    (done,) = await fleet.deregister([device_id], left, event=event, permit=permit_of(request))
     if done is None:
         raise unknown(device_id)
     if done.changed:
@@ -330,32 +331,31 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     puts: dict[int, Device] = {}
     deletes: dict[int, DeviceId] = {}
     seen: set[str] = set()
-    fleet = request.app[CONTEXT].fleet
+    fleet, permit = request.app[CONTEXT].fleet, permit_of(request)
     for item in body.devices:
         try:
             wish = DeviceItem.model_validate(item)
-            device = wish.device(_once(request, wish.id, seen))
-            known = fleet.records.get(slug_of(device.id))
-            if known is None or known.device != device:
-                fleet.own(device.id)
+            device = wish.device(_once(wish.id, seen))
+            _check_put(fleet, device, permit)
             puts[len(results)] = device
             results.append(BulkResult(id=wish.id, action="put", status=200))
-        except (ValidationError, UserError, ConflictError) as error:
+        except (ValidationError, UserError, ConflictError, RequestError) as error:
             found = item.get("id") if isinstance(item, dict) else None
             results.append(_refused("put", found, error))
     for gone in body.delete:
         try:
-            device_id = _once(request, parse_device_id(gone), seen)
-            fleet.own(device_id)
+            device_id = _once(parse_device_id(gone), seen)
+            check_prefix(request, device_id)
+            _check_delete(fleet, device_id, permit)
             deletes[len(results)] = device_id
             results.append(BulkResult(id=gone, action="delete", status=200))
-        except (UserError, ConflictError) as error:
+        except (UserError, ConflictError, RequestError) as error:
             results.append(_refused("delete", gone, error))
-    stored = await fleet.register(list(puts.values())) if puts else []
+    stored = await fleet.register(list(puts.values()), permit=permit) if puts else []
     fleet.sign([device.id for device in puts.values()])
     for at, done in zip(puts, stored, strict=True):
         results[at].changed = done.changed
-    left = await fleet.deregister(list(deletes.values())) if deletes else []
+    left = await fleet.deregister(list(deletes.values()), permit=permit) if deletes else []
     for at, was in zip(deletes, left, strict=True):
         results[at].changed = was is not None and was.changed
         if was is None:
@@ -366,19 +366,36 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     return web.json_response({"results": [result.model_dump() for result in results]})
 
 
-def _once(request: web.Request, device_id: str, seen: set[str]) -> DeviceId:
-    if not device_id.startswith(request[ACTOR].id_prefix):
-        raise UserError("this token is not for devices of such an id")
+def _check_put(fleet: Fleet, device: Device, permit: Callable[[Device], None]) -> None:
+    permit(device)
+    known = fleet.records.get(slug_of(device.id))
+    if known is not None:
+        permit(known.device)
+    if known is None or known.device != device:
+        fleet.own(device.id)
+
+
+def _check_delete(fleet: Fleet, device_id: DeviceId, permit: Callable[[Device], None]) -> None:
+    known = fleet.records.get(slug_of(device_id))
+    if known is not None:
+        permit(known.device)
+    fleet.own(device_id)
+
+
+def _once(device_id: str, seen: set[str]) -> DeviceId:
     if device_id in seen:
         raise UserError("the same device is named more than once in this request")
     seen.add(device_id)
     return DeviceId(device_id)
 
 
-def _refused(action: str, found: object, error: ValidationError | WatchdogError) -> BulkResult:
+def _refused(
+    action: str, found: object, error: ValidationError | WatchdogError | RequestError
+) -> BulkResult:
+    status = error.status if isinstance(error, RequestError) else 400
     return BulkResult(
         id=found[:MOST_ITEMS] if isinstance(found, str) else None,
         action="put" if action == "put" else "delete",
-        status=409 if isinstance(error, ConflictError) else 400,
+        status=409 if isinstance(error, ConflictError) else status,
         error=problem(error) if isinstance(error, ValidationError) else str(error),
     )

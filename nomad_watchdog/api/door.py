@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
@@ -34,6 +35,7 @@ from nomad_watchdog.keyring import (
     read_token,
     read_webhook_secrets,
 )
+from nomad_watchdog.model import Device
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Actor:
     role: Role | None
     peer: str
     id_prefix: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
     claim: Claim | None = None
     """Of an agent's credential: the one device and epoch that it may speak for."""
     certificate: str = ""
@@ -125,14 +128,25 @@ class Door:
         if self.agent_keys is not None and given.startswith(f"{PREFIX}."):
             claim = claim_of(self.agent_keys.now(now), given)
             if claim is not None:
-                return Actor(f"agent:{claim.slug}", Role.AGENT, peer, "", claim, certificate)
+                return Actor(
+                    f"agent:{claim.slug}",
+                    Role.AGENT,
+                    peer,
+                    claim=claim,
+                    certificate=certificate,
+                )
         elif self.keyring is None:
             return Actor(_NOBODY, Role.OPERATOR, peer, certificate=certificate)
         elif given:
             holder = self.keyring.holder_of(given.encode("utf-8", "surrogateescape"), now)
             if holder is not None:
                 return Actor(
-                    f"token:{holder.name}", holder.role, peer, holder.id_prefix, None, certificate
+                    f"token:{holder.name}",
+                    holder.role,
+                    peer,
+                    id_prefix=holder.id_prefix,
+                    labels=holder.labels,
+                    certificate=certificate,
                 )
         raise RequestError(
             401,
@@ -183,7 +197,8 @@ def door_of(api: Api) -> Door:
         tokens[Holder("token_file", Role.OPERATOR)] = file.required()
     for name, token in api.token.items():
         file = SecretFile(f"the file of api.token {name}", Path(token.file), read_token)
-        tokens[Holder(name, Role(token.role), token.id_prefix)] = file.required()
+        labels = tuple(sorted(token.labels.items()))
+        tokens[Holder(name, Role(token.role), token.id_prefix, labels)] = file.required()
     keyring = Keyring(tokens) if tokens else None
     if keyring is not None:
         keyring.check_distinct()
@@ -209,6 +224,25 @@ def check_prefix(request: web.Request, device_id: DeviceId) -> None:
         raise RequestError(
             403, "forbidden", f"this token is for devices whose id begins with {prefix!a}"
         )
+
+
+def permit_of(request: web.Request) -> Callable[[Device], None]:
+    """What raises RequestError (403) for a device that this token may not change: because of its id, or
+    of a label that it has, or would have. To be asked about the record that is stored, too: a token for
+    one site takes no device of another by giving it other labels."""
+    labels = request[ACTOR].labels
+
+    def permit(device: Device) -> None:
+        check_prefix(request, device.id)
+        for key, value in labels:
+            if device.labels.get(key) != value:
+                raise RequestError(
+                    403,
+                    "forbidden",
+                    f"this token is for devices with the label {key!a} = {value!a}",
+                )
+
+    return permit
 
 
 def peer_of(request: web.Request) -> str:

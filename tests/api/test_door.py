@@ -20,7 +20,8 @@ from nomad_watchdog.core.credential import Claim, issue
 from nomad_watchdog.core.roles import Right, Role
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import Epoch, Monotonic
+from nomad_watchdog.ledger import Ledger
+from nomad_watchdog.model import Device, Epoch, Monotonic
 from tests.api.conftest import served
 from tests.api.test_api import WISH, _report
 
@@ -146,8 +147,71 @@ async def test_a_prefix_limits_a_device_token(tmp_path: Path, secured: Door) -> 
             assert told[0] == (200 if status == 201 else 403)
         body = {"devices": [{"id": "gw-2", **WISH}, {"id": "x", **WISH}], "delete": ["y"]}
         _, answer = await door.ask("POST", "/v1/devices:bulk", json=body, headers=headers)
-        assert [r["status"] for r in answer["results"]] == [200, 400, 400]
+        assert [r["status"] for r in answer["results"]] == [200, 403, 403]
         assert door.fleet.view(slug_of(DeviceId("x"))) is None
+
+
+def labelled(folder: Path) -> Door:
+    """A door with an operator, and a device token for site n only."""
+    (folder / "north").write_text("north-token-" + "n" * 20)
+    (folder / "all").write_text("all-token-" + "a" * 20)
+    north = Token(role="device", file=str(folder / "north"), labels={"site": "n"})
+    return door_of(
+        Api(token={"north": north, "all": Token(role="operator", file=str(folder / "all"))})
+    )
+
+
+async def test_labels_limit_a_device_token(tmp_path: Path) -> None:
+    """A token for one site changes devices of that site by every way in; it neither takes one of another
+    site by giving it its own label, nor gives one of its own away, nor brings back one that has left."""
+    north, every = bearer("north-token-" + "n" * 20), bearer("all-token-" + "a" * 20)
+    mine, other = {**WISH, "labels": {"site": "n"}}, {**WISH, "labels": {"site": "s"}}
+    async with served(tmp_path, door=labelled(tmp_path)) as door:
+
+        async def ask(method: str, path: str, body: Any = None, who: Any = north) -> int:
+            return (await door.ask(method, path, json=body, headers=who))[0]
+
+        assert await ask("PUT", "/v1/devices/a", mine) == 201
+        assert await ask("PUT", "/v1/devices/a", other) == 403
+        assert await ask("PUT", "/v1/devices/b", WISH) == 403
+        for name in ("b", "c"):
+            assert await ask("PUT", f"/v1/devices/{name}", other, every) == 201
+        assert await ask("DELETE", "/v1/devices/c", who=every) == 200
+        for name, status in (("a", 204), ("b", 403)):
+            assert await ask("POST", f"/v1/devices/{name}/heartbeat") == status
+        assert await ask("POST", "/v1/heartbeats", {"ids": ["a", "b"]}) == 403
+        for name in ("b", "c"):
+            assert await ask("PUT", f"/v1/devices/{name}", mine) == 403
+            assert await ask("DELETE", f"/v1/devices/{name}") == 403
+            said = {"event": "connected", "device": {"id": name, **mine}}
+            assert await ask("POST", "/v1/webhook", said) == 403
+            said = {"event": "disconnected", "device": {"id": name}}
+            assert await ask("POST", "/v1/webhook", said) == 403
+        body = {
+            "devices": [{"id": name, **wish} for name, wish in (("d", mine), ("b", mine))],
+            "delete": ["c", "a"],
+        }
+        _, answer = await door.ask("POST", "/v1/devices:bulk", json=body, headers=north)
+        assert [one["status"] for one in answer["results"]] == [200, 403, 403, 200]
+
+
+async def test_labels_are_asked_of_what_is_stored_now(tmp_path: Path) -> None:
+    """A replica that has not heard yet that another one registered the device for site s lets a token of
+    site n neither take nor remove it: it is asked again when the compare-and-set is lost."""
+    mine = {**WISH, "labels": {"site": "n"}}
+    async with served(tmp_path, door=labelled(tmp_path)) as door:
+        north = bearer("north-token-" + "n" * 20)
+        device_id = DeviceId("a")
+        wish = Device(device_id, "default", WISH["address"], {"site": "s"})
+        other = Ledger(door.fleet.registry, SystemClock())
+        await other.register([wish])
+        assert door.fleet.records.get(slug_of(device_id)) is None
+        assert (await door.ask("PUT", "/v1/devices/a", json=mine, headers=north))[0] == 403
+        stored = await other.registry.get(slug_of(device_id))
+        assert stored is not None
+        assert stored.device == wish
+        bulk = {"devices": [{"id": "a", **mine}]}
+        assert (await door.ask("POST", "/v1/devices:bulk", json=bulk, headers=north))[0] == 403
 
 
 async def test_a_changed_file_counts_and_a_missing_one_revokes(

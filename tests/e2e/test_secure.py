@@ -160,6 +160,7 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
         ('token "a" {\n role = "admin"\n file = "/x"\n }', "viewer"),
         ('token "a" {\n file = "/x"\n }', "is missing"),
         ('token "a" {\n role = "viewer"\n file = "/x"\n id_prefix = "y"\n }', "device only"),
+        ('token "a" {\n role = "agent"\n file = "/x"\n labels = { s = "y" }\n }', "device only"),
         ("rate = 0", "greater than 0"),
     ],
 )
