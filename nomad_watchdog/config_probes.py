@@ -20,7 +20,7 @@ Absolute = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)]
 Words = Annotated[str, Field(min_length=1, max_length=1024)]
 
 _HTTP: Final = frozenset({"port", "path", "expect_status", "expect_body", "max_time"})
-_TLS: Final = frozenset({"port", "server_name", "verify", "ca_cert"})
+_TLS: Final = frozenset({"port", "server_name", "verify", "ca_cert", "client_cert", "client_key"})
 KNOWS: Final[Mapping[str, frozenset[str]]] = {
     "tcp": frozenset({"port"}),
     "http": _HTTP,
@@ -30,7 +30,7 @@ KNOWS: Final[Mapping[str, frozenset[str]]] = {
     "dns": frozenset({"port", "server", "name", "type", "expect_address"}),
     "command": frozenset({"command"}),
     "file": frozenset({"file", "expect_text", "forbid_text", "max_age"}),
-    "mqtt": frozenset({"port", "user", "password_file"}),
+    "mqtt": _TLS | {"tls", "user", "password_file"},
     "snmp": frozenset({"port", "community_file"}),
     "plugin": frozenset({"plugin", "settings"}),
 }
@@ -62,6 +62,9 @@ class Probe(Block):
     server_name: Host | None = None
     verify: bool | None = None
     ca_cert: Absolute | None = None
+    client_cert: Absolute | None = None
+    client_key: Absolute | None = None
+    tls: bool | None = None
     min_days: Annotated[float, Field(ge=0, le=3650)] | None = None
     server: Host | None = None
     name: Host | None = None
@@ -97,6 +100,12 @@ class Probe(Block):
             raise ValueError("file needs one of expect_text, forbid_text and max_age")
         if self.password_file and not self.user:
             raise ValueError("password_file needs user")
+        if self.client_key and not self.client_cert:
+            raise ValueError("client_key needs client_cert")
+        if self.kind == "mqtt" and not self.tls:
+            given = sorted(one for one in _TLS - {"port"} if getattr(self, one) is not None)
+            if given:
+                raise ValueError(f"{given[0]} of mqtt needs tls = true")
         if self.max_time and self.max_time >= self.timeout:
             raise ValueError("max_time must be shorter than timeout, which ends the probe")
         if self.expect_address:

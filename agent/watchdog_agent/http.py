@@ -179,9 +179,9 @@ def reason_of(error: OSError | UnicodeError) -> str:
     import os
 
     # of TLS; errno would be a number of the library's own
-    if isinstance(error, OSError) and getattr(error, "library", None):
-        text = getattr(error, "verify_message", "") or getattr(error, "reason", None) or "failed"
-        return f"TLS: {text.replace('_', ' ').lower()}"
+    if type(error).__module__ == "ssl":
+        text = getattr(error, "verify_message", "") or getattr(error, "reason", None)
+        return f"TLS: {(text or str(error.args[-1])).replace('_', ' ').lower()}"
     if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror):
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__

@@ -1,4 +1,5 @@
-"""MQTT 3.1.1: CONNECT, and whether the broker takes us (OASIS MQTT 3.1.1, 3.1 and 3.2)."""
+"""MQTT 3.1.1: CONNECT, and whether the broker takes us (OASIS MQTT 3.1.1, 3.1 and 3.2). With `tls` the
+handshake comes before it: `probe_mqtt_tls`, which is loaded only then."""
 
 from __future__ import annotations
 
@@ -27,11 +28,16 @@ MOST_PASSWORD = 4096
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    checks.port(probe, where, 1883)
+    checks.flag(probe, "tls", False)
+    checks.port(probe, where, 8883 if probe["tls"] else 1883)
     checks.text(probe, "user", None)
     checks.text(probe, "password_file", None)
     if probe.get("password_file") and not probe.get("user"):
         raise checks.ConfigError(f"{where}: password_file needs user")
+    if probe["tls"]:
+        from . import probe_tls
+
+        probe_tls.check_trust(probe, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
@@ -52,7 +58,13 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
             ended(True, "connected")
 
     packet = connect(f"watchdog-{os.urandom(6).hex()}", spec.get("user"), password)
-    _Dialogue(loop, (address, spec["port"]), packet, spec["timeout_s"], answered)
+    place = (address, spec["port"])
+    if spec["tls"]:
+        from . import probe_mqtt_tls
+
+        probe_mqtt_tls.begin(loop, place, packet, spec, answered)
+    else:
+        Dialogue(loop, place, packet, spec["timeout_s"], answered)
 
 
 def secret(path: str) -> bytes:
@@ -61,7 +73,7 @@ def secret(path: str) -> bytes:
         return file.read(MOST_PASSWORD).strip()
 
 
-class _Dialogue(http.Fetch):
+class Dialogue(http.Fetch):
     """Its answer is CONNACK, whose code becomes the status."""
 
     def _receive(self) -> None:
@@ -75,7 +87,10 @@ class _Dialogue(http.Fetch):
             return
         if code is not None:
             if code == 0:
-                self.sock.send(DISCONNECT)
+                try:
+                    self.sock.send(DISCONNECT)
+                except OSError:
+                    pass  # it took us all the same
             self._end(code, {})
 
 

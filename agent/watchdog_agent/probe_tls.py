@@ -3,11 +3,13 @@ half as much memory again."""
 
 from __future__ import annotations
 
+import os
 import ssl
 import time
 
 from . import checks, probes, tls
 from .config_probes import check_http
+from .http import reason_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .shapes import Ended, Probe
 
 DAY_S = 86400
+LEAST_PATIENCE_S = 0.05
 UTC_TIME, GENERALIZED_TIME = 0x17, 0x18
 
 
@@ -27,25 +30,77 @@ class CertificateError(Exception):
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
     checks.port(probe, where, 443)
-    checks.flag(probe, "verify", True)
-    if not isinstance(probe.setdefault("ca_cert", ""), str):
-        raise checks.ConfigError(f"{where}: ca_cert must be PEM text or the path of a file")
-    if probe.get("server_name") is not None:
-        checks.address(probe["server_name"], f"{where}: server_name")
     if probe["kind"] == "tls":
         checks.number(probe, "min_days", 14, 0, 3650)
     else:
         check_http(probe, where)
-    probe["context"] = context_of(probe)
+    check_trust(probe, where)
+
+
+def check_trust(probe: Probe, where: str) -> None:
+    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError."""
+    checks.flag(probe, "verify", True)
+    for name in ("ca_cert", "client_cert", "client_key"):
+        if not isinstance(probe.setdefault(name, ""), str):
+            kind = "PEM text or the path of a file" if name == "ca_cert" else "the path of a file"
+            raise checks.ConfigError(f"{where}: {name} must be {kind}")
+    if probe["client_key"] and not probe["client_cert"]:
+        raise checks.ConfigError(f"{where}: client_key needs client_cert")
+    if probe.get("server_name") is not None:
+        checks.address(probe["server_name"], f"{where}: server_name")
+    probe["trust"] = Trust(probe)
+
+
+class Trust:
+    """The context of one probe, made anew when one of its files has changed: certificates of devices are
+    short-lived. Raises ConfigError when it can't be made at first; later the old one is kept."""
+
+    def __init__(self, spec: Probe) -> None:
+        self.spec = spec
+        self.context = context_of(spec)
+        self.stamp = self._stamp()
+
+    def now(self) -> ssl.SSLContext:
+        """The context for the next connection."""
+        stamp = self._stamp()
+        if stamp != self.stamp:
+            try:
+                # Half written, or the key comes a moment later than its certificate: next time.
+                self.context = context_of(self.spec)
+                self.stamp = stamp
+            except checks.ConfigError:
+                pass
+        return self.context
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        found = []
+        for name in ("ca_cert", "client_cert", "client_key"):
+            path = self.spec[name]
+            if path and "BEGIN CERTIFICATE" not in path:
+                try:
+                    about = os.stat(path)
+                except OSError:
+                    found.append((0, 0))
+                else:
+                    found.append((about.st_mtime_ns, about.st_ino))
+        return found
 
 
 def context_of(spec: Probe) -> ssl.SSLContext:
     """What is trusted; with `verify = false` everybody. Raises ConfigError."""
     if spec["verify"]:
-        return tls.trusting(spec["ca_cert"])
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+        context = tls.trusting(spec["ca_cert"])
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if spec["client_cert"]:
+        try:
+            # Without a password of ours OpenSSL would ask for one at a terminal, and wait.
+            key = spec["client_key"] or None
+            context.load_cert_chain(spec["client_cert"], key, password=lambda: "none")
+        except OSError as error:
+            raise checks.ConfigError(f"client_cert: {reason_of(error)}") from None
     return context
 
 
@@ -60,7 +115,9 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         def shaken(status: int | None, _headers: dict[str, str], body: Any) -> None:
             ended(*((False, body) if status is None else judge(body, time.time(), days)))
 
-        _named(_Handshake(loop, place, b"", spec["timeout_s"], shaken, spec["context"]), spec)
+        fetch = _Handshake(loop, place, b"", spec["timeout_s"], shaken, spec["trust"].now())
+        fetch.doubtful, fetch.began = bool(spec["client_cert"]), time.monotonic()
+        named(fetch, spec)
 
 
 def judge(der: bytes, now: float, min_days: float) -> tuple[bool, str]:
@@ -76,7 +133,8 @@ def judge(der: bytes, now: float, min_days: float) -> tuple[bool, str]:
     return True, f"certificate good for {left:.0f} days"
 
 
-def _named(fetch: tls.SecureFetch, spec: Probe) -> None:
+def named(fetch: tls.SecureFetch, spec: Probe) -> None:
+    """Ask for the name of the configuration instead of the address."""
     # Nothing has been sent yet: the loop has not run since.
     if spec.get("server_name"):
         fetch.name = spec["server_name"].encode("ascii")
@@ -85,19 +143,44 @@ def _named(fetch: tls.SecureFetch, spec: Probe) -> None:
 class _Handshake(tls.SecureFetch):
     """Ends with the certificate of the other side instead of an answer."""
 
+    began = 0.0
+    doubtful = False
+    """Whether the other side may refuse yet: in TLS 1.3 our side is done before it has looked at our
+    certificate. A refusal is here after one more way there and back, of which the handshake took two."""
+    certificate = b""
+
     def _step(self) -> None:
         self._shake()
         assert isinstance(self.sock, ssl.SSLSocket)
-        self._end(200, {}, self.sock.getpeercert(binary_form=True) or b"")
+        if not self.certificate:
+            self.certificate = self.sock.getpeercert(binary_form=True) or b""
+            if self.doubtful and self.sock.version() == "TLSv1.3":
+                took_s = time.monotonic() - self.began
+                self.patience = self.loop.later(LEAST_PATIENCE_S + 2 * took_s, self._good)
+            else:
+                self.doubtful = False
+        if self.doubtful:
+            # Raises while nothing comes. An alert, or an end without a farewell, is a refusal.
+            self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]  # typeshed lacks it
+            self.sock.recv(1)
+        self._good()
+
+    def _good(self) -> None:
+        self._end(200, {}, self.certificate)
+
+    def cancel(self) -> None:
+        if self.certificate and self.doubtful:
+            self.patience[2] = None
+        super().cancel()
 
 
 def _Https(  # noqa: N802  # stands in for the class Fetch
     loop: Loop, place: Any, data: bytes, spec: Probe, answered: Any, max_body: int
 ) -> None:
     fetch = tls.SecureFetch(
-        loop, place, data, spec["timeout_s"], answered, spec["context"], max_body
+        loop, place, data, spec["timeout_s"], answered, spec["trust"].now(), max_body
     )
-    _named(fetch, spec)
+    named(fetch, spec)
 
 
 def expiry(der: bytes) -> float:

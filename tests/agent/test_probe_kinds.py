@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import os
+import socket
 import ssl
 import struct
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +131,146 @@ async def test_https_probe(authority: trustme.CA) -> None:
     for named in ({"kind": "https"}, {"kind": "http", "tls": True}):
         assert await tls_asked(authority, 50, **named) == (True, "status 200")
     assert not (await tls_asked(authority, 50, kind="https", expect_status=204))[0]
+
+
+def strict_context(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
+    """Of a server that wants a certificate of this authority from its client."""
+    context = context_of(authority.issue_cert("127.0.0.1"))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = context.maximum_version = version
+    authority.configure_trust(context)
+    return context
+
+
+@contextlib.contextmanager
+def strict(
+    authority: trustme.CA, *answers: bytes, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
+) -> Iterator[int]:
+    """The port of a TLS server that wants a client certificate; after the first bytes of its client it
+    says these pieces. A thread: asyncio's servers hang up on a bad certificate before their alert is out."""
+    context = strict_context(authority, version)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    raw, _ = listener.accept()
+                except OSError:
+                    return
+                raw.settimeout(10.0)
+                with raw, contextlib.suppress(OSError):
+                    serve_one(raw)
+
+        def serve_one(raw: socket.socket) -> None:
+            with context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False) as one:
+                try:
+                    one.do_handshake()
+                except ssl.SSLError:
+                    # what is unread at the end would overtake the alert
+                    while socket.socket.recv(one, 4096):
+                        pass
+                    raise
+                if one.recv(4096):
+                    for answer in answers:
+                        one.sendall(answer)
+                        time.sleep(0.02)
+                    one.unwrap()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def own(authority: trustme.CA, folder: Path) -> dict[str, str]:
+    """The settings of a probe with a client certificate of this authority, in two files."""
+    made = authority.issue_cert("agent.example")
+    made.private_key_pem.write_to_path(str(folder / "key.pem"))
+    made.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    return {
+        "client_cert": str(folder / "cert.pem"),
+        "client_key": str(folder / "key.pem"),
+    }
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("kind", ["tls", "https"])
+async def test_client_certificate(
+    authority: trustme.CA, tmp_path: Path, kind: str, version: ssl.TLSVersion
+) -> None:
+    """A server that wants a client certificate takes ours, and refuses a stranger's, which is a miss: in
+    TLS 1.3 too, where it refuses only after our side of the handshake is done."""
+    pem = authority.cert_pem.bytes().decode()
+    spec = {"kind": kind, "ca_cert": pem, "timeout_s": 10.0}
+    mine = own(authority, tmp_path)
+    with strict(authority, OK, version=version) as port:
+        assert (await asked(port=port, **spec, **mine))[0]
+        own(trustme.CA(), tmp_path)
+        ok, reason = await asked(port=port, **spec, **mine)
+    assert not ok
+    assert "unknown ca" in reason
+
+
+async def test_a_client_certificate_that_is_missing_is_a_miss(authority: trustme.CA) -> None:
+    """Without a certificate of ours a server that wants one answers nothing but a refusal."""
+    pem = authority.cert_pem.bytes().decode()
+    with strict(authority, OK) as port:
+        ok, reason = await asked(kind="https", port=port, ca_cert=pem, timeout_s=10.0)
+    assert not ok
+    assert "certificate required" in reason
+
+
+async def test_a_server_that_hangs_up_refuses_the_certificate(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """A server that answers our certificate by hanging up, without the alert that TLS has for it, is a miss."""
+    pem = authority.cert_pem.bytes().decode()
+    spec = {"kind": "tls", "ca_cert": pem, "timeout_s": 10.0}
+    context = strict_context(authority, ssl.TLSVersion.TLSv1_3)
+    async with tcp(says(OK), context) as port:
+        assert (await asked(port=port, **spec, **own(authority, tmp_path)))[0]
+        ok, _ = await asked(port=port, **spec, **own(trustme.CA(), tmp_path))
+    assert not ok
+
+
+async def test_a_renewed_certificate_is_used_without_a_restart(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """Files that are replaced under a running agent count from the next probe on; half a replacement, where
+    key and certificate do not fit, leaves the old pair."""
+    pem = authority.cert_pem.bytes().decode()
+    mine = own(trustme.CA(), tmp_path)
+    with strict(authority, OK) as port:
+        spec = config_probes.check(
+            {"kind": "https", "port": port, "ca_cert": pem, "timeout_s": 10.0, **mine}, "probe"
+        )
+        assert not (await asyncio.to_thread(run, spec))[0]
+        own(authority, tmp_path)
+        assert await asyncio.to_thread(run, spec) == (True, "status 200")
+        trustme.CA().issue_cert("x.example").private_key_pem.write_to_path(mine["client_key"])
+        assert await asyncio.to_thread(run, spec) == (True, "status 200")
+
+
+def test_a_key_with_a_password_is_refused_and_nobody_is_asked(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """A client key that is encrypted is a wrong configuration; OpenSSL asks for no password at a terminal."""
+    from cryptography.hazmat.primitives import serialization
+
+    mine = own(authority, tmp_path)
+    key = serialization.load_pem_private_key(Path(mine["client_key"]).read_bytes(), None)
+    Path(mine["client_key"]).write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"pa55"),
+        )
+    )
+    with pytest.raises(ConfigError, match="client_cert"):
+        config_probes.check({"kind": "tls", **mine}, "probe")
 
 
 async def test_a_server_that_never_shakes_hands_ends_at_the_timeout() -> None:
@@ -293,6 +437,61 @@ async def test_mqtt_with_a_real_broker() -> None:
         assert await asked(kind="mqtt", port=port, timeout_s=10.0) == (True, "connected")
     finally:
         await broker.shutdown()
+
+
+async def test_mqtt_over_tls_with_a_real_broker(authority: trustme.CA, tmp_path: Path) -> None:
+    """A real broker behind TLS takes our CONNECT when we trust its authority and its name, else nothing of
+    ours is said to it."""
+    made = authority.issue_cert("broker.example")
+    made.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    made.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    port = free_port()
+    broker = Broker(
+        {
+            "listeners": {
+                "default": {
+                    "type": "tcp",
+                    "bind": f"127.0.0.1:{port}",
+                    "ssl": True,
+                    "certfile": str(tmp_path / "cert.pem"),
+                    "keyfile": str(tmp_path / "key.pem"),
+                }
+            },
+            "plugins": {
+                "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}
+            },
+        }
+    )
+    pem = authority.cert_pem.bytes().decode()
+    spec = {"kind": "mqtt", "tls": True, "port": port, "timeout_s": 10.0}
+    await broker.start()
+    try:
+        trusting = {**spec, "ca_cert": pem}
+        assert await asked(**trusting, server_name="broker.example") == (True, "connected")
+        ok, reason = await asked(**trusting)
+        assert not ok
+        assert "TLS" in reason
+        assert not (await asked(**spec, server_name="broker.example"))[0]
+        assert (await asked(**spec, verify=False))[0]
+        assert not (await asked(kind="mqtt", port=port, timeout_s=1.0))[0]
+    finally:
+        await broker.shutdown()
+
+
+async def test_mqtt_over_tls_with_a_client_certificate(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """A broker that wants a client certificate takes ours and refuses a stranger's; its CONNACK is read as
+    without TLS, in pieces too."""
+    pem = authority.cert_pem.bytes().decode()
+    spec = {"kind": "mqtt", "tls": True, "ca_cert": pem, "timeout_s": 10.0}
+    mine = own(authority, tmp_path)
+    with strict(authority, b"\x20", b"\x02\x00", b"\x00") as port:
+        assert await asked(port=port, **spec, **mine) == (True, "connected")
+        own(trustme.CA(), tmp_path)
+        ok, reason = await asked(port=port, **spec, **mine)
+    assert not ok
+    assert "unknown ca" in reason
 
 
 async def test_mqtt_password_comes_from_a_file(tmp_path: Path) -> None:
@@ -511,6 +710,10 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(tmp_path: Path) -> None:
         ({"kind": "mqtt", "password_file": "/x"}, "needs user"),
         ({"kind": "tls", "verify": "no"}, "true and false"),
         ({"kind": "tls", "ca_cert": "/no/such/file"}, "ca_cert"),
+        ({"kind": "tls", "client_cert": "/no/such/file"}, "client_cert"),
+        ({"kind": "https", "client_key": "/x"}, "client_key needs client_cert"),
+        ({"kind": "mqtt", "tls": 1}, "true and false"),
+        ({"kind": "mqtt", "tls": True, "ca_cert": "/no/such/file"}, "ca_cert"),
         ({"kind": "plugin"}, "entry point"),
         ({"kind": "http", "port": 80, "expect_status": []}, "a list of 1 to 32"),
         ({"kind": "icmp", "jitter": 2}, "0 to 0.5"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trustme
+from watchdog_agent.http import reason_of
 
 from nomad_watchdog.artifact import build_agent
 from tests.agent.world import Agent, World, a_world, until
@@ -155,3 +156,9 @@ async def test_tls_costs_only_who_uses_it(secure: Any, tmp_path: Path) -> None:
     assert "_ssl" not in Path(f"/proc/{plain.pid}/maps").read_text()
     assert "_ssl" in Path(f"/proc/{secured.pid}/maps").read_text()
     assert secured.kilobytes("VmRSS") < 22_000, secured.kilobytes("VmRSS")
+
+
+def test_a_number_of_the_tls_library_is_not_taken_for_one_of_the_kernel() -> None:
+    """A TLS error whose number is also an errno (8, ENOEXEC) is told in words of TLS."""
+    hung_up = ssl.SSLEOFError(8, "EOF occurred in violation of protocol")
+    assert reason_of(hung_up) == "TLS: eof occurred in violation of protocol"

@@ -44,6 +44,9 @@ agent_class "a" {
     max_age     = "1h"
   }
   probe "mqtt" {
+    tls           = true
+    verify        = false
+    server_name   = "broker.example"
     user          = "ann"
     password_file = "/etc/pump/password"
   }
@@ -73,6 +76,7 @@ def test_every_kind_reaches_the_agent_as_it_takes_it(tmp_path: Path) -> None:
     assert by_kind["http"]["expect_status"] == [200, 204]
     assert (by_kind["http"]["max_time_s"], by_kind["http"]["min_interval_s"]) == (1.0, 1.0)
     assert (by_kind["https"]["port"], by_kind["https"]["verify"]) == (443, False)
+    assert (by_kind["mqtt"]["port"], by_kind["mqtt"]["tls"]) == (8883, True)
     assert by_kind["file"]["max_age_s"] == 3600.0
     assert by_kind["plugin"]["settings"] == {"unit": "7"}
     assert (got["gateway"]["address"], got["gateway"]["port"]) == ("10.0.0.1", 22)
@@ -108,6 +112,8 @@ agent_class "a" {
             'probe "tcp" { port = 1 }\n confirm "command" { command = ["x"] }',
             "confirm must ask the device",
         ),
+        ('probe "mqtt" { verify = false }', "verify of mqtt needs tls = true"),
+        ('probe "tls" { client_key = "/k" }', "client_key needs client_cert"),
         ('probe "pigeon" {}', "'snmp' or 'plugin'"),
     ],
 )

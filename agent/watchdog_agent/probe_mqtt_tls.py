@@ -1,0 +1,22 @@
+"""MQTT over TLS: the same dialogue after a handshake. Loaded only where a probe asks for it."""
+
+from __future__ import annotations
+
+from . import probe_tls, tls
+from .probe_mqtt import Dialogue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .loop import Loop
+    from .shapes import Address, Fetched, Probe
+
+
+class SecureDialogue(Dialogue, tls.SecureFetch):
+    """Its words are MQTT's, its wire is TLS."""
+
+
+def begin(loop: Loop, place: Address, packet: bytes, spec: Probe, answered: Fetched) -> None:
+    """CONNECT over TLS; `answered` gets the code of CONNACK as its status."""
+    trusted = spec["trust"].now()
+    dialogue = SecureDialogue(loop, place, packet, spec["timeout_s"], answered, trusted)
+    probe_tls.named(dialogue, spec)
