@@ -142,9 +142,9 @@ class Coordination:
 
 
 def recovered(
-    kv: Kv, slug: str, key: str, group: tuple[str, str], episode: str, last: Callable[[], None]
+    kv: Kv, slug: str, key: str, group: tuple[str, str], episode: str, done: Callable[[bool], None]
 ) -> None:
-    """Take our note away after a recovery; `last()` when no other device of the episode is away, or when
+    """Take our note away after a recovery; `done(last)`: whether no other device of the episode is away, or
     Consul does not say: a second «resolved» has the same key, a missing one would stay."""
     folder = electing.folder_of(key, group)
 
@@ -153,8 +153,7 @@ def recovered(
         same = told["ids"] if told is not None and told["episode"] == episode else ()
         notes = [one["value"] for one in found or [] if isinstance(one["value"], dict)]
         # those who were told of, but have not seen it yet, count as well
-        if not any(one.get("told") == episode or one.get("id") in same for one in notes):
-            last()
+        done(not any(one.get("told") == episode or one.get("id") in same for one in notes))
 
     def deleted(_ok: bool) -> None:
         kv.listed(f"{folder}/", listed)

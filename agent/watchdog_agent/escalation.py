@@ -27,6 +27,9 @@ class Escalations:
     """The open anomalies of one device, and the sinks. `config` has a checked ``escalate``."""
 
     MOST = 16
+    DEPART_S = 1.5
+    """How long the end of a device that has left may take."""
+    LOOK_S = 0.02
     EVIDENCE_BYTES = 4096
 
     def __init__(self, loop: Loop, config: Config, instance: str, log: Callable[..., None]) -> None:
@@ -36,6 +39,9 @@ class Escalations:
         self.open: dict[str, Document] = {}
         self.rounds: dict[str, Round] = {}
         self.coordination: Coordination | None = None
+        self.leaving = 0
+        """Ends that wait for Consul's word on whether others of the episode are still away."""
+        self.over = "recovered"
         self.changed: Callable[[], object] = lambda: None
         """Called when what is kept has changed."""
 
@@ -191,7 +197,7 @@ class Escalations:
     # -- ending
 
     def clear(self, key: str) -> None:
-        """The device has recovered. Who was told of it is told that too, by the last of its episode."""
+        """The device has recovered, or left. Who was told of it is told that too, by the last of its episode."""
         entry = self.open.pop(key, None)
         if entry is None:
             return
@@ -218,20 +224,42 @@ class Escalations:
         kv = Kv(self.loop, self.config, "anomalies")
         group = (entry["group"][0], entry["group"][1])
 
-        def last() -> None:
-            self._resolve(entry)
+        def looked(last: bool) -> None:  # as Consul's answer says it
+            self.leaving -= 1
+            if last:
+                self._resolve(entry)
 
-        coordination.recovered(kv, self.config["slug"], entry["key"], group, entry["episode"], last)
+        self.leaving += 1
+        slug = self.config["slug"]
+        coordination.recovered(kv, slug, entry["key"], group, entry["episode"], looked)
 
     def _resolve(self, entry: Document) -> None:
         document = {
             "episode": entry["episode"] or entry["id"],
             "rev": 0,
             "ids": [entry["id"]],
-            "members": [[self.config["device_id"], "recovered"]],
+            "members": [[self.config["device_id"], self.over]],
         }
         group = (entry["group"][0], entry["group"][1]) if entry["group"] else None
         self._tell(entry, document, group, "resolved", lambda _ok: None)
+
+    def depart(self, done: Callable[[], None]) -> None:
+        """The device is no longer in the registry: end all that was told of it, and leave the election.
+        `done` when the sinks have taken it, and at the latest after DEPART_S and half a second."""
+        self.over = "departed"
+        for key in list(self.open):
+            self.clear(key)
+        until = time.monotonic() + self.DEPART_S
+
+        def look() -> None:
+            rounds = self.coordination.rounds if self.coordination is not None else ()
+            busy = self.leaving or rounds or any(one.waiting for one in self.sinks)
+            if busy and time.monotonic() < until:
+                self.loop.later(self.LOOK_S, look)
+            else:
+                self.close(done)
+
+        look()
 
     def close(self, done: Callable[[], None]) -> None:
         """Leave the election, so that another goes on at once; `done` within half a second."""

@@ -49,6 +49,8 @@ class Agent:
         self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
         self.asked: OnDemand | None = None
         self.exit_code: int | None = None
+        self.departed = False
+        """Whether the device has left the registry."""
         kept, remark = state.load(self.folder, config["device_id"]) if self.folder else ({}, "")
         if remark:
             log(remark)
@@ -334,8 +336,10 @@ class Agent:
         log("signal", number=number)
         self._shut_down(128 + number)
 
-    def retire(self, reason: str) -> None:
-        """The control plane says that we are not the accepted agent (any more)."""
+    def retire(self, reason: str, departed: bool = False) -> None:  # as the answer says it
+        """The control plane says that we are not the accepted agent (any more); `departed`: nobody is, for
+        the device is gone, so that what we have told of it must end with us."""
+        self.departed = departed
         if self.exit_code is None:
             log("told to retire", reason=reason)
             self._shut_down(wire.EXIT_RETIRED, tell=False)
@@ -358,7 +362,10 @@ class Agent:
 
     def _deregister(self) -> None:
         """Leave one after the other; each has its own time limit, and SHUT_DOWN_S is over all."""
-        if self.escalations is not None:
+        if self.escalations is not None and self.departed:
+            self.loop.later(self.escalations.DEPART_S + self.SHUT_DOWN_S, self.loop.stop)
+            self.escalations.depart(self._leave)
+        elif self.escalations is not None:
             self.escalations.close(self._leave)
         else:
             self._leave()

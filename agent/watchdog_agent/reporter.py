@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Sends one report at a time. `retire(reason)` is called when the answer is 410."""
+    """Sends one report at a time. `retire(reason, departed)` is called when the answer is 410."""
 
     TIMEOUT_S = 3.0
     BUFFER = 64
@@ -31,7 +31,7 @@ class Reporter:
         loop: Loop,
         config: Config,
         make: Callable[[int, int, bool], Document],
-        retire: Said,
+        retire: Callable[[str, bool], None],
         said: Said,
     ) -> None:
         """`make(sequence, dropped, stopping)` gives the report as of now."""
@@ -114,7 +114,9 @@ class Reporter:
             return
         if status == 410:
             self.waiting.clear()
-            self.retire(reason_of(body))
+            self.retire(reason_of(body), code_of(body) == wire.DEPARTED)
+            if self.closing is not None:
+                self._closed()
             return
         self.failed += 1
         self.failures += 1
@@ -181,8 +183,16 @@ def reason_of(body: bytes) -> str:
     """The message of an answer of our API, else its beginning."""
     try:
         return str(json.loads(body)["error"]["message"])[:200]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ascii(bytes(body[:80]))
+
+
+def code_of(body: bytes) -> str:
+    """The code of an error of our API; "" when there is none."""
+    try:
+        return str(json.loads(body)["error"]["code"])[:80]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def read_token() -> str:

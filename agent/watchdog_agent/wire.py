@@ -52,7 +52,8 @@ is a secret: the document is read by nobody else, and no page, log or report of 
 
 Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted, with
 ``{"api": [...]}`` where there are several replicas: their addresses, for when this one does not answer;
-410 not, or no longer, the accepted agent: stop and exit 0; 409 not decidable yet: say it again after
+410 not, or no longer, the accepted agent: stop and exit 0, and when the error's code is ``departed`` the
+device itself has left: end its alerts before; 409 not decidable yet: say it again after
 ``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
 
 Of a class with repairs a report holds ``"repairs": {"active": "what is done now, or empty", "exhausted":
@@ -75,6 +76,8 @@ VERSION: Final = 1
 REPORT_PATH: Final = "/v1/agents/report"
 SERVICE: Final = "device-watchdog-agent"
 STATES: Final = ("ok", "suspect", "repairing", "offline")
+DEPARTED: Final = "departed"
+"""The code of a 410 whose device has left the registry: what is told of it is over."""
 EXIT_RETIRED: Final = 0
 EXIT_CONFIG: Final = 64
 EXIT_CRASH: Final = 70

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from aiohttp import web
+from watchdog_agent import wire
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import page_of
@@ -31,7 +32,8 @@ async def report(request: web.Request) -> web.StreamResponse:
     if result.kind is AcceptanceKind.ACCEPTED:
         return web.json_response({"accepted": True, **_replicas(request)})
     if result.kind is AcceptanceKind.REFUSED:
-        return error_response(410, "refused", result.reason)
+        code = wire.DEPARTED if result.departed else "refused"
+        return error_response(410, code, result.reason)
     return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
 
 

@@ -27,6 +27,8 @@ class AcceptanceKind(StrEnum):
 class Acceptance:
     kind: AcceptanceKind
     reason: str = ""
+    departed: bool = False
+    """Of a refusal: the device itself has left, so that what its agent has told of it is over."""
 
 
 def accept(
@@ -47,7 +49,7 @@ def accept(
         # refusal would stop the whole fleet past the breaker (S7). Strays are retired by the planner.
         return Acceptance(AcceptanceKind.UNSURE, "no record of the device is found")
     if record.presence is Presence.ABSENT and not kept:
-        return Acceptance(AcceptanceKind.REFUSED, "the device has left")
+        return Acceptance(AcceptanceKind.REFUSED, "the device has left", departed=True)
     if epoch < record.epoch:
         return Acceptance(
             AcceptanceKind.REFUSED, f"epoch {epoch} is over; the device is at {record.epoch}"

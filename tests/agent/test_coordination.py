@@ -236,6 +236,41 @@ async def test_who_joins_within_the_window_is_told_in_an_update(
     assert {name for name, _ in update["devices"]} == {"pump-0", "pump-1"}
 
 
+async def test_the_last_device_of_an_episode_that_leaves_ends_it(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Of two devices that were told of together one leaves the registry: the alert stays; with the other's
+    leaving it ends, once, and no note is left."""
+    api = [f"http://127.0.0.1:{world.peer.port}"]
+    agents = [member(world, receiver, consul.http_addr, n, gather_s=1.0) for n in range(2)]
+    for agent in agents:
+        agent.config["api"] = api
+    await all_started(agents)
+    await world.device.stop()
+    (alert,) = await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+    assert alert["count"] == 2
+    await told_to_all(agents, alert["episode"])
+    world.peer.body = b'{"error": {"code": "departed", "message": "the device has left"}}'
+    for number, agent in enumerate(agents):
+        # the peer answers everybody alike, so the other stands still meanwhile
+        for other in agents[number + 1 :]:
+            assert other.process is not None
+            other.process.send(signal.SIGSTOP)
+        await asyncio.sleep(0.5)
+        world.peer.status = 410
+        assert agent.process is not None
+        assert await agent.process.wait(10.0) == 0
+        world.peer.status = 200
+        assert len(receiver.told("resolved")) == number
+        for other in agents[number + 1 :]:
+            assert other.process is not None
+            other.process.send(signal.SIGCONT)
+    (ended,) = receiver.told("resolved")
+    assert ended["key"] == f"{alert['episode']}.resolved"
+    left = kv(consul, agents[0].config["prefix"])
+    assert [one["Key"] for one in left if "/_" not in one["Key"]] == []
+
+
 async def test_without_consul_each_tells_alone_and_says_so(
     world: World, receiver: Receiver
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -117,6 +119,70 @@ async def test_a_return_while_the_agent_was_away_is_told(world: World, receiver:
     await world.device.start()
     await agent.start()
     await until(lambda: receiver.told("resolved"), "the end")
+
+
+DEPARTED = b'{"error": {"code": "departed", "message": "the device has left"}}'
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("kind", ["webhook", "alertmanager"])
+async def test_an_alert_ends_with_the_departure_of_its_device(
+    world: World, receiver: Receiver, kind: str, *, signalled: bool
+) -> None:
+    """An agent that is told `departed`, in answer to a report or to its last one after a signal, ends what it
+    has raised before it exits; what it has raised is open no more in its state."""
+    agent = await world.started(escalate=rules(receiver, kind))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.delivered, "an escalation")
+    world.peer.body = DEPARTED
+    if signalled:
+        world.peer.status = None
+        await asyncio.sleep(0.5)  # so that no beat has the answer before the signal
+        world.peer.status = 410
+        code = await agent.signal(signal.SIGTERM)
+    else:
+        world.peer.status = 410
+        assert agent.process is not None
+        code = await agent.process.wait(5.0)
+    assert code in ((0, 143) if signalled else (0,))
+    assert len(receiver.delivered) == 2
+    firing, ended = receiver.delivered
+    if kind == "webhook":
+        assert (ended["status"], ended["episode"]) == ("resolved", firing["episode"])
+        assert ended["devices"] == [["pump-7", "departed"]]
+    else:
+        assert ended[0]["labels"] == firing[0]["labels"]
+        assert ended[0]["endsAt"] < firing[0]["endsAt"]
+    assert json.loads((agent.folder / "state.json").read_text())["state"]["escalations"] == []
+
+
+async def test_an_agent_that_is_replaced_leaves_its_alert_open(
+    world: World, receiver: Receiver
+) -> None:
+    """A 410 that is not about the device, as of one whose epoch is over, resolves nothing."""
+    agent = await world.started(escalate=rules(receiver))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an escalation")
+    world.peer.body, world.peer.status = DEPARTED.replace(b"departed", b"refused"), 410
+    assert agent.process is not None
+    assert await agent.process.wait(5.0) == 0
+    assert len(receiver.attempts) == 1
+
+
+async def test_a_sink_that_is_away_does_not_hold_up_a_departure(
+    world: World, receiver: Receiver
+) -> None:
+    """With a sink that answers nothing an agent whose device has left ends within four seconds."""
+    agent = await world.started(escalate=rules(receiver))
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an escalation")
+    receiver.status = None
+    world.peer.body, world.peer.status = DEPARTED, 410
+    assert agent.process is not None
+    assert await agent.process.wait(4.0) == 0
 
 
 async def test_nobody_is_called_while_the_ladder_is_climbed(

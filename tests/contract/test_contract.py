@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import jsonschema
 import pytest
 import pytest_asyncio
@@ -21,6 +22,7 @@ from watchdog_agent import wire
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.config import Settings
 from nomad_watchdog.dev.replica import ControlPlane
+from tests.agent.receiver import Receiver
 from tests.agent.world import World, a_world, probe, until
 from tests.schedulers.conftest import directory, pids_of
 
@@ -39,6 +41,23 @@ agent_class "default" {
   variables = { command = "COMMAND" }
   beat      = "1s"
   probe "tcp" { port = DEVICE }
+}
+"""
+ESCALATING = """\
+data_dir = "{root}"
+api { listen = "127.0.0.1:{port}" }
+local { directory = "AGENTS" }
+agent_class "default" {
+  beat = "1s"
+  probe "tcp" {
+    port     = DEVICE
+    interval = "200ms"
+    timeout  = "150ms"
+  }
+  confirm "http" { port = NOBODY }
+  escalate {
+    sink "webhook" { url = "http://127.0.0.1:RECEIVER" }
+  }
 }
 """
 
@@ -136,8 +155,66 @@ def test_the_page_names_what_the_code_names() -> None:
     names = set(re.findall(r"``((?:WATCHDOG|CONSUL)_[A-Z0-9_]+)``", str(wire.__doc__)))
     assert len(names) > 5
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+    assert f"`{wire.DEPARTED}`" in page
     for code in (wire.EXIT_RETIRED, wire.EXIT_CONFIG, wire.EXIT_CRASH):
         assert f"\n| {code} |" in page
+
+
+async def test_a_removed_device_ends_its_alert(
+    world: World, tmp_path: Path, directory: Path
+) -> None:
+    """In a real control plane an offline device's agent has told a receiver; when the device is taken out,
+    the receiver is told `resolved`, whether the agent hears of it by its report or by a signal first."""
+    receiver = Receiver()
+    await receiver.start()
+    numbers = {
+        "AGENTS": str(directory),
+        "DEVICE": str(world.device.port),
+        "NOBODY": str(world.dead_port),
+        "RECEIVER": str(receiver.port),
+    }
+    config = ESCALATING
+    for name, value in numbers.items():
+        config = config.replace(name, value)
+    try:
+        async with ControlPlane(tmp_path, "plane", config) as plane:
+            await plane.register("pump-7")
+            await plane.until("/v1/devices/pump-7", lambda it: it["verdict"] == "watched", 60.0)
+            await world.device.stop()
+            await until(lambda: receiver.told("firing"), "an alert", 60.0)
+            await plane.call("DELETE", "/v1/devices/pump-7")
+            await until(lambda: receiver.told("resolved"), "its end", 30.0)
+            await until(lambda: not pids_of(directory), "the agent's end", 30.0)
+        (firing,), (resolved,) = receiver.told("firing"), receiver.told("resolved")
+        assert resolved["episode"] == firing["episode"]
+        assert resolved["devices"] == [["pump-7", "departed"]]
+    finally:
+        await receiver.stop()
+
+
+async def test_a_refusal_says_whether_the_device_has_left(tmp_path: Path, directory: Path) -> None:
+    """The control plane's 410 carries `departed` for a device that was taken out, and `refused` for an epoch
+    that is over while the device is there."""
+    config = CONFIG.replace("COMMAND", '[\\"/bin/false\\"]').replace("AGENTS", str(directory))
+    async with ControlPlane(tmp_path, "plane", config.replace("DEVICE", "9")) as plane:
+        await plane.register("pump-7")
+        shown = await plane.until("/v1/devices/pump-7", lambda it: it["epoch"] >= 1, 30.0)
+
+        async def told(epoch: int) -> tuple[int, str]:
+            report = {**golden("report-least"), "device_id": "pump-7", "epoch": epoch}
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{plane.api}{wire.REPORT_PATH}", json=report) as answer,
+            ):
+                return answer.status, (await answer.json())["error"]["code"]
+
+        assert await told(shown["epoch"] - 1) == (410, "refused")
+        await plane.call("DELETE", "/v1/devices/pump-7")
+
+        async def departed() -> bool:
+            return await told(shown["epoch"]) == (410, wire.DEPARTED)
+
+        await until(departed, "the word that the device has left", 30.0)
 
 
 async def test_minimal_agent_obeys_a_410(world: World, tmp_path: Path) -> None:

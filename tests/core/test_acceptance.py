@@ -27,7 +27,8 @@ steps = st.lists(
 @given(steps)
 def test_s1_one_accepted_instance_at_a_time(history: list) -> None:
     """Through any history, a report is accepted only at the registry's epoch from the bound
-    instance; a bound instance is only given up when the scheduler no longer lists it."""
+    instance; a bound instance is only given up when the scheduler no longer lists it; an agent hears that
+    its device has left exactly when it has."""
     rec = record("a", epoch=1)
     for kind, epoch, instance, live in history:
         if kind == "advance":
@@ -45,6 +46,7 @@ def test_s1_one_accepted_instance_at_a_time(history: list) -> None:
                 rec = presence.bind(rec, instance)
             if epoch < rec.epoch or rec.presence.value == "absent":
                 assert answer.kind is AcceptanceKind.REFUSED
+            assert answer.departed is (rec.presence.value == "absent")
 
 
 def test_a_newer_epoch_is_not_refused_by_an_old_view() -> None:
