@@ -23,6 +23,7 @@ from nomad_watchdog.config import Settings
 from nomad_watchdog.departures import Departures
 from nomad_watchdog.discovery import ConsulHealth
 from nomad_watchdog.errors import UserError, WatchdogError
+from nomad_watchdog.event_feed import EventFeed
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.inventory import Inventory
 from nomad_watchdog.metrics import Metrics
@@ -31,12 +32,14 @@ from nomad_watchdog.peers import Peers
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.told import Told
 from nomad_watchdog.wiring import (
     consul_client,
     open_events,
     open_leases,
     open_registry,
     open_scheduler,
+    open_told,
 )
 
 log = logging.getLogger(__name__)
@@ -82,13 +85,14 @@ async def serve(settings: Settings) -> int:
                 open_scheduler(settings, installation) as scheduler,
                 open_leases(settings, clock) as leases,
                 open_events(settings) as (history, store),
+                open_told(settings, history.origin) as told,
             ):
                 metrics = Metrics()
                 fleet = Fleet(registry, settings.limits(), clock, history)
                 fleet.chronicle.follow(store.status, store.left_open)
                 fleet.on_commit = metrics.committed
                 reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics, leases)
-                await _run(settings, fleet, reconciler, metrics, stop)
+                await _run(settings, fleet, reconciler, metrics, told, stop)
     except* WatchdogError as group:
         # One task failed for good and took the others with it: its own words are what helps.
         raise _first(group) from None
@@ -116,6 +120,7 @@ async def _run(
     fleet: Fleet,
     reconciler: Reconciler,
     metrics: Metrics,
+    told: Told | None,
     stop: asyncio.Event,
 ) -> None:
     pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
@@ -137,6 +142,11 @@ async def _run(
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
     listener = Listener(runner, settings.api)
+    peers = Peers(fleet, reconciler.leases, door.own_token, lambda: listener.outgoing)
+    feed = None
+    if told is not None:
+        feed = EventFeed(fleet, told, reconciler.leases, door.own_token, lambda: listener.outgoing)
+        app[CONTEXT].feed = feed
     try:
         await listener.start()
     except UserError:
@@ -152,11 +162,10 @@ async def _run(
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again)
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
-        presence = (departures.run, inventory.run)
+        others = (peers.run, departures.run, inventory.run, *([feed.run] if feed else []))
         async with asyncio.TaskGroup() as group:
             renewing = group.create_task(listener.follow())
-            peers = Peers(fleet, reconciler.leases, door.own_token, lambda: listener.outgoing)
-            await _reconcile_until(stop, settings, reconciler, metrics, peers, presence)
+            await _reconcile_until(stop, settings, reconciler, metrics, feed, others)
             renewing.cancel()
     finally:
         notify.stopping()
@@ -169,21 +178,22 @@ async def _reconcile_until(
     settings: Settings,
     reconciler: Reconciler,
     metrics: Metrics,
-    peers: Peers,
-    presence: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+    feed: EventFeed | None,
+    others: Sequence[Callable[[], Coroutine[Any, Any, None]]],
 ) -> None:
     fleet = reconciler.fleet
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(reconciler.leases.run()),
-            group.create_task(peers.run()),
             group.create_task(reconciler.run()),
             group.create_task(_say_ready(fleet)),
-            *(group.create_task(run()) for run in presence),
+            *(group.create_task(run()) for run in others),
         ]
         if settings.agent_consul:
             tasks.append(group.create_task(_follow_health(settings, fleet, metrics)))
         await stop.wait()
+        if feed is not None:
+            feed.stop()
         # First of all, so that a successor need not wait for what we do before we end.
         await reconciler.leases.release()
         for task in tasks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -276,6 +277,25 @@ class Chronicle:
                 data={},
                 incident=incident,
             )
+
+    def adopt(self, kind: str, group: str, incident: str) -> None:
+        """Call the incident of this group as another replica told it; "" = it told that it is over."""
+        with suppress(ValueError):  # of a newer version, which knows more kinds
+            self.correlator.adopt((GroupKind(kind), group), incident)
+
+    def end(self, kind: str, group: str, incident: str, text: str) -> None:
+        """Tell that an incident is over which another replica opened, unless it goes on here."""
+        if any((str(one[0]), one[1]) == (kind, group) for one in self.correlator.opened):
+            return
+        self.history.add(
+            at=self.clock.wall(),
+            kind="incident.closed",
+            device_id="",
+            slug=Slug(""),
+            text=f"{text}; another replica tells now, and does not see it",
+            data={"kind": kind, "group": group},
+            incident=incident,
+        )
 
     def open_by_kind(self) -> dict[str, int]:
         """Open incidents by kind of group; every kind is there."""

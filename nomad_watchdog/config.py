@@ -175,6 +175,10 @@ class Settings(Block):
         return FilePath(self.data_dir) / "events.db"
 
     @property
+    def told_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "events-told.db"
+
+    @property
     def local_directory(self) -> FilePath:
         return FilePath(self.local.directory or FilePath(self.data_dir) / "agents")
 

@@ -427,7 +427,7 @@ class Fleet(RollCall):
             "report": shown_report(track.report, self.clock.monotonic()),
             "consul": shown_health(view.health),
             "heartbeat_age_s": None if beat is None else round(self.clock.monotonic() - beat, 1),
-            "events": [event.shown() for event in self.history.of_device(slug)],
+            "events": [event.shown() for event in self.told.of_device(slug)],
         }
         explained.update(self.chronicle.explain(record))
         for part in self.explain_parts:

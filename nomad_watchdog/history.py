@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Protocol
@@ -36,14 +36,24 @@ class Event:
     incident: str = ""
     """The incident that explains it. The one field that is set later: what happened to one device is
     known to be part of something larger only when the others have been seen."""
+    own: int = 0
+    """Its number among the events of its origin, in a log that gives other numbers; 0 = `seq` is it."""
+    marks: tuple[int, ...] = ()
+    """Of an incident that was opened: the numbers of the events that it explains. For other replicas, in
+    memory only."""
+
+    @property
+    def own_seq(self) -> int:
+        """The number that its origin gave it."""
+        return self.own or self.seq
 
     @property
     def id(self) -> str:
         """Unique among all control planes whose origins differ."""
-        return f"{self.origin}:{self.seq}"
+        return f"{self.origin}:{self.own_seq}"
 
-    def shown(self) -> dict[str, object]:
-        """For JSON."""
+    def shown(self, *, marks: bool = False) -> dict[str, object]:
+        """For JSON. `marks`: with those, if there are any."""
         return {
             "id": self.id,
             "seq": self.seq,
@@ -55,6 +65,7 @@ class Event:
             "text": self.text,
             **({"incident": self.incident} if self.incident else {}),
             **({"data": dict(self.data)} if self.data else {}),
+            **({"marks": list(self.marks)} if marks and self.marks else {}),
         }
 
 
@@ -94,6 +105,9 @@ class Store(Protocol):
     def mark(self, seqs: Sequence[int], incident: str) -> None:
         """Events of these numbers belong to an incident; never blocks, never raises."""
 
+    def drop(self, seqs: Sequence[int]) -> None:
+        """Forget events of these numbers; never blocks, never raises."""
+
     async def select(self, since: int, before: int, limit: int, wanted: EventFilter) -> Page:
         """Events with since < seq < before. When fewer than `limit` are there, the number to go on
         with is before - 1. Raises WatchdogError."""
@@ -105,6 +119,12 @@ class History:
 
     origin: str = "local"
     store: Store | None = None
+    is_copied: bool = False
+    """Numbers are given elsewhere: one that a reader brings may be ahead of what has come here so far."""
+    on_add: Callable[[Event], None] | None = None
+    """Told of each event that was seen here."""
+    on_mark: Callable[[Sequence[int], str], None] | None = None
+    """Told of each `mark`, before the event of the incident itself."""
     _ring: deque[Event] = field(default_factory=lambda: deque(maxlen=MOST_EVENTS))
     _devices: OrderedDict[Slug, deque[Event]] = field(default_factory=OrderedDict)
     _seq: int = 0
@@ -131,11 +151,31 @@ class History:
         """Append one; the oldest falls out."""
         text = text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
         event = Event(self._seq + 1, at, kind, device_id, slug, text, data, self.origin, incident)
+        self.take(event)
+        if self.on_add is not None:
+            self.on_add(event)
+        return event
+
+    def take(self, event: Event) -> None:
+        """Append one that has a number above all that are here; the oldest falls out."""
         self._keep(event)
         if self.store is not None:
             self.store.put(event)
         self._news.set()
-        return event
+
+    def drop(self, seqs: Sequence[int]) -> None:
+        """Forget the events of these numbers."""
+        gone = set(seqs)
+        if not gone:
+            return
+        self._ring = deque((e for e in self._ring if e.seq not in gone), maxlen=MOST_EVENTS)
+        if self.is_copied and self._seq in gone:
+            self._seq = self._ring[-1].seq if self._ring else 0
+        for mine in self._devices.values():
+            for event in [e for e in mine if e.seq in gone]:
+                mine.remove(event)
+        if self.store is not None:
+            self.store.drop(seqs)
 
     def _keep(self, event: Event) -> None:
         self._seq = event.seq
@@ -159,6 +199,8 @@ class History:
                 self._ring[place].incident = incident
         if self.store is not None:
             self.store.mark(seqs, incident)
+        if self.on_mark is not None:
+            self.on_mark(seqs, incident)
 
     def recent(self) -> Iterable[Event]:
         """What is in memory, oldest first."""
@@ -170,13 +212,14 @@ class History:
         rest = islice(self._ring, first, None)
         found = list(islice((event for event in rest if wanted.admits(event)), limit))
         # Fewer than asked for: the rest was looked at, so that nobody has to look at it again.
-        return found, found[-1].seq if len(found) == limit else self._seq
+        return found, found[-1].seq if len(found) == limit else max(since, self._seq)
 
     async def page(self, since: int, limit: int, wanted: EventFilter = EVERYTHING) -> Page:
         """As `after`, the store included. Raises WatchdogError when the store can't be read."""
         oldest = self._ring[0].seq if self._ring else self._seq + 1
         found: list[Event] = []
-        since = min(since, self._seq)
+        if not self.is_copied:
+            since = min(since, self._seq)
         if self.store is not None and since + 1 < oldest:
             found, since = await self.store.select(since, oldest, limit, wanted)
         if len(found) < limit:

@@ -39,6 +39,8 @@ class RollCall(Ledger):
     ) -> None:
         super().__init__(registry, clock)
         self.history = history
+        self.told = history
+        """The events of all replicas; with one replica its own."""
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
         self.loaded = False
         """The registry has been read once; its first snapshot is no news to those who read events."""
@@ -63,7 +65,7 @@ class RollCall(Ledger):
                 self.slug_by_id[record.device.id] = record.slug
             begins_to_flap = self.attendance.learned(before, record, now)
             if self.loaded and (before is None or before.generation != record.generation):
-                self.note(record.slug, *_said_of(record))
+                self.note(record.slug, *_said_of(record), generation=record.generation)
             if begins_to_flap:
                 self.note(record.slug, "flapping", "the device comes and goes too often")
 
@@ -240,11 +242,7 @@ class RollCall(Ledger):
     ) -> tuple[list[Event], int]:
         """Events in memory after sequence number `since`, oldest first, and the number to ask with
         next."""
-        return self.history.after(since, limit, wanted)
-
-    async def wait_event(self, since: int, timeout_s: float) -> None:
-        """Return when an event after `since` is there, or after timeout_s."""
-        await self.history.wait(since, timeout_s)
+        return self.told.after(since, limit, wanted)
 
 
 def _said_of(record: DeviceRecord) -> tuple[str, str]:

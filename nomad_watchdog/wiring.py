@@ -26,6 +26,7 @@ from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.told import Told
 
 if TYPE_CHECKING:
     from nomad_watchdog.clients.nomad import NomadSettings
@@ -146,6 +147,24 @@ async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventS
     history.resume(found.seq, found.events)
     try:
         yield history, store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | None]:
+    """The events of all replicas, and their file; None where there is one replica at a time. `origin`:
+    that of our own events."""
+    if settings.registry_kind == "sqlite":
+        yield None
+        return
+    kept = settings.events
+    store = EventStore(settings.told_path, origin=origin, most=kept.keep, max_age_s=kept.max_age)
+    found = await store.open()
+    told = Told(History(origin, store, is_copied=True))
+    told.resume(found.events, found.verdicts)
+    try:
+        yield told
     finally:
         await store.close()
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from nomad_watchdog.core.roles import Right
 from nomad_watchdog.departures import Departures
+from nomad_watchdog.event_feed import EventFeed
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
@@ -72,6 +73,8 @@ class Context:
     operator: Operator | None = None
     """Who holds stops back; None where nobody reconciles."""
     leases: Leases | None = None
+    feed: EventFeed | None = None
+    """Who tells what other replicas saw; None where there are none."""
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last made (monotonic seconds), and its text."""
     followers: set[asyncio.Task[object]] = field(default_factory=set)

@@ -258,7 +258,7 @@ def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
         "reason": f"no such device is registered, and {live} of its agents are there",
         "desired": None,
         "observed": [shown_placement(placement) for placement in found],
-        "events": [event.shown() for event in fleet.history.of_device(slug)],
+        "events": [event.shown() for event in fleet.told.of_device(slug)],
     } | {name: value for part in fleet.explain_parts for name, value in part(slug).items()}
 
 

@@ -289,6 +289,14 @@ class HearsayIn(BaseModel):
     )
 
 
+class EventsIn(BaseModel):
+    """Events that another replica alone has seen, as it shows them."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    events: Annotated[list[dict[str, Any]], Field(max_length=MOST_HEARD)]
+
+
 class DeviceOut(BaseModel):
     """One device as it is now."""
 

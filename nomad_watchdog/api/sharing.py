@@ -5,8 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.schemas import HearsayIn, read
-from nomad_watchdog.errors import NotFoundError
+from nomad_watchdog.api.schemas import EventsIn, HearsayIn, read
+from nomad_watchdog.errors import NotFoundError, UserError
 
 
 async def list_leases(request: web.Request) -> web.StreamResponse:
@@ -52,3 +52,15 @@ async def overhear(request: web.Request) -> web.StreamResponse:
     fleet.hear(body.beats)
     taken = sum(fleet.overhear(one.report()) for one in body.reports)
     return web.json_response({"taken": taken})
+
+
+async def tell(request: web.Request) -> web.StreamResponse:
+    """Events of another replica, to be told for all. Raises ConflictError (409) where another tells."""
+    body = await read(request, EventsIn)
+    feed = request.app[CONTEXT].feed
+    if feed is None:
+        raise NotFoundError("nobody tells events for others here")
+    try:
+        return web.json_response({"taken": feed.take(body.events)})
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -13,7 +13,7 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import check_query, whole_number
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.errors import TransientError, UserError
-from nomad_watchdog.history import EventFilter
+from nomad_watchdog.history import EventFilter, History
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import VerdictState
 
@@ -38,6 +38,8 @@ QUERY: Final = {
     **FILTERS,
     "limit": f"1 to {MOST_EVENTS}, default 100; how many at once when following",
     "follow": "true: one JSON object a line (application/x-ndjson), without end",
+    "own": "true: what this replica saw itself, with its own numbers; false (default): what is told for all",
+    "marks": "true: an opened incident has the numbers of the events that it explains; for replicas",
 }
 
 
@@ -49,16 +51,27 @@ async def list_events(request: web.Request) -> web.StreamResponse:
     check_query(request, set(QUERY))
     since = whole_number(request, "since", 0, 0, 2**53)
     limit = whole_number(request, "limit", 100, 1, MOST_EVENTS)
-    follow = request.query.get("follow", "false")
-    if follow not in {"true", "false", "1", "0"}:
-        raise UserError(f"follow is {ascii(follow)[:40]}; allowed are: true, false")
-    if follow in {"true", "1"} and request.method == "HEAD":
+    follow, marks = _flag(request, "follow"), _flag(request, "marks")
+    history = _history(request)
+    if follow and request.method == "HEAD":
         return web.Response(content_type=NDJSON)
-    if follow in {"true", "1"}:
+    if follow:
         return await _follow(request, since, limit)
-    history = request.app[CONTEXT].fleet.history
     events, following = await history.page(since, limit, _filter(request))
-    return web.json_response({"items": [event.shown() for event in events], "next": following})
+    items = [event.shown(marks=marks) for event in events]
+    return web.json_response({"items": items, "next": following})
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    text = request.query.get(name, "false")
+    if text not in {"true", "false", "1", "0"}:
+        raise UserError(f"{name} is {ascii(text)[:40]}; allowed are: true, false")
+    return text in {"true", "1"}
+
+
+def _history(request: web.Request) -> History:
+    fleet = request.app[CONTEXT].fleet
+    return fleet.history if _flag(request, "own") else fleet.told
 
 
 def _filter(request: web.Request) -> EventFilter:
@@ -111,23 +124,23 @@ async def _follow(request: web.Request, since: int, limit: int) -> web.StreamRes
 
 
 async def _stream(request: web.Request, since: int, limit: int) -> web.StreamResponse:
-    fleet, wanted = request.app[CONTEXT].fleet, _filter(request)
+    history, wanted, marks = _history(request), _filter(request), _flag(request, "marks")
     response = web.StreamResponse(headers={"Cache-Control": "no-store"})
     response.content_type = NDJSON
     await response.prepare(request)
     try:
         while True:
             try:
-                events, since = await fleet.history.page(since, limit, wanted)
+                events, since = await history.page(since, limit, wanted)
             except TransientError as error:
                 # Half of an answer has been sent: what is left is to end it, and be asked again.
                 log.warning("event stream ends", extra={"reason": str(error)})
                 return response
-            lines = "".join(json.dumps(event.shown()) + "\n" for event in events)
+            lines = "".join(json.dumps(event.shown(marks=marks)) + "\n" for event in events)
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await response.write((lines or "\n").encode())
             if len(events) < limit:
-                await fleet.wait_event(since, BEAT_S)
+                await history.wait(since, BEAT_S)
     except (ConnectionError, TimeoutError):
         if request.transport is not None:
             request.transport.abort()

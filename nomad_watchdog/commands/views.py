@@ -69,15 +69,16 @@ def _held(lease: dict[str, Any], now: float) -> str:
 @click.option("--device", metavar="ID", help="Only events about this device.")
 @click.option("--kind", metavar="START", help="Only kinds that begin so, such as verdict.")
 @click.option("--verdict", metavar="STATE", help="Only changes to this verdict.")
+@click.option("--own", is_flag=True, help="Only what the replica that is asked saw itself.")
 @output_option("table", "json")
 @click.pass_context
 def events(
-    ctx: click.Context, /, follow: bool, since: str, output: str, **wanted: str | None
+    ctx: click.Context, /, follow: bool, since: str, own: bool, output: str, **wanted: str | None
 ) -> None:
     """Print events, oldest first; with -f go on, and reconnect when the stream breaks."""
     api = api_of(ctx)
     after, within_s = _since(since)
-    filters: dict[str, object] = {**wanted, "within_s": within_s}
+    filters: dict[str, object] = {**wanted, "within_s": within_s, "own": "true" if own else None}
     if follow:
         _follow(api, after, output, filters)
         return

@@ -125,6 +125,8 @@ class Correlator:
     opened: dict[Group, Incident] = field(default_factory=dict)
     number: int = 0
     """Of the last incident."""
+    given: dict[Group, str] = field(default_factory=dict)
+    """Ids that others gave to incidents of a group which we have not opened yet."""
     _members: dict[Slug, _Member] = field(default_factory=dict)
     _sizes: dict[Group, int] = field(default_factory=dict)
     _recent: dict[Group, dict[Slug, _Turn]] = field(default_factory=dict)
@@ -173,6 +175,16 @@ class Correlator:
         while (group := self._worst()) is not None:
             news.append(self._open(group))
         return news
+
+    def adopt(self, group: Group, incident: str) -> None:
+        """An incident of this group goes by this id elsewhere, so it shall here. "" = it is over there."""
+        opened = self.opened.get(group)
+        if opened is not None and incident:
+            opened.id = incident
+        elif incident:
+            self.given[group] = incident
+        else:
+            self.given.pop(group, None)
 
     def threshold(self, group: Group) -> float:
         """So many devices of the group make an incident."""
@@ -249,7 +261,7 @@ class Correlator:
         self.number += 1
         turns = list(self._recent[group].values())
         incident = Incident(
-            id=f"{self.name}-{self.number}",
+            id=self.given.pop(group, "") or f"{self.name}-{self.number}",
             kind=group[0],
             group=group[1],
             size=self._sizes.get(group, 0),

@@ -22,7 +22,7 @@ from typing import Final
 
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.event_store import _sql as sql
-from nomad_watchdog.event_store._sql import Found, Mark
+from nomad_watchdog.event_store._sql import Drop, Found, Mark
 from nomad_watchdog.history import Event, EventFilter, Page
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class EventStore:
         """Id → text of incidents that the last run left open; after `open`."""
         self._found: Future[Found] = Future()
         self._lock = threading.Condition()
-        self._events: deque[Event | Mark] = deque()
+        self._events: deque[Event | Mark | Drop] = deque()
         self._queries: deque[_Query] = deque()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -107,7 +107,11 @@ class EventStore:
         """Say later that these events belong to an incident."""
         self._hand(Mark(tuple(seqs), incident))
 
-    def _hand(self, item: Event | Mark) -> None:
+    def drop(self, seqs: Sequence[int]) -> None:
+        """Forget these events."""
+        self._hand(Drop(tuple(seqs)))
+
+    def _hand(self, item: Event | Mark | Drop) -> None:
         with self._lock:
             if len(self._events) >= MOST_WAITING:
                 self.dropped += isinstance(self._events.popleft(), Event)
@@ -215,15 +219,19 @@ class EventStore:
             _answer(db, query)
             count += 1
 
-    def _write(self, db: sqlite3.Connection, batch: Sequence[Event | Mark], *, clean: bool) -> None:
+    def _write(
+        self, db: sqlite3.Connection, batch: Sequence[Event | Mark | Drop], *, clean: bool
+    ) -> None:
         with db:
             db.execute("BEGIN IMMEDIATE")
             for item in batch:
                 if isinstance(item, Event):
                     sql.insert(db, item)
                     self._seq = max(self._seq, item.seq)
-                else:
+                elif isinstance(item, Mark):
                     sql.mark(db, item)
+                else:
+                    sql.drop(db, item)
             reserve = 0 if clean else RESERVE
             db.execute("INSERT OR REPLACE INTO meta VALUES ('seq', ?)", (self._seq + reserve,))
             self._since_rotation += len(batch) or ROTATE_EVERY

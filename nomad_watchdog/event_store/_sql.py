@@ -17,16 +17,22 @@ TAIL: Final = 2_000
 """Events of an earlier run that are read into memory at the start."""
 MOST_DATA: Final = 4_096
 MOST_LEFT_OPEN: Final = 100
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 _TABLES: Final = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 CREATE TABLE event (
   seq INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, device TEXT NOT NULL, slug TEXT NOT NULL,
-  text TEXT NOT NULL, data TEXT NOT NULL, origin TEXT NOT NULL, incident TEXT NOT NULL);
+  text TEXT NOT NULL, data TEXT NOT NULL, origin TEXT NOT NULL, incident TEXT NOT NULL,
+  own INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX event_device ON event (device, seq);
 PRAGMA user_version = {_SCHEMA};
 """
-_COLUMNS: Final = "seq, at, kind, device, slug, text, data, origin, incident"
+_TO_2: Final = """
+ALTER TABLE event ADD COLUMN own INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = 2;
+"""
+"""From schema 1, which knew no events of other replicas."""
+_COLUMNS: Final = "seq, at, kind, device, slug, text, data, origin, incident, own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,8 @@ class Found:
     events: tuple[Event, ...] = ()
     left_open: tuple[tuple[str, str], ...] = ()
     """Id and text of incidents that were opened and not closed; the last MOST_LEFT_OPEN."""
+    verdicts: tuple[tuple[Slug, str, float], ...] = ()
+    """Of each device the last event of its verdict: slug, kind and wall time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,13 @@ class Mark:
 
     seqs: tuple[int, ...]
     incident: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Events that are to be forgotten."""
+
+    seqs: tuple[int, ...]
 
 
 def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
@@ -70,10 +85,19 @@ def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
             (TAIL,),
         ).fetchall()
         events = tuple(_event(row) for row in reversed(rows))
-        return db, Found(str(origin), int(last[0]) if last else 0, events, _left_open(db))
+        number = int(last[0]) if last else 0
+        return db, Found(str(origin), number, events, _left_open(db), _verdicts(db))
     except BaseException:
         db.close()
         raise
+
+
+def _verdicts(db: sqlite3.Connection) -> tuple[tuple[Slug, str, float], ...]:
+    # Beside max() SQLite gives the other columns of the same row (sqlite.org/lang_select.html, 2.5).
+    rows = db.execute(
+        "SELECT slug, kind, at, max(seq) FROM event WHERE kind GLOB 'verdict.*' GROUP BY slug"
+    )
+    return tuple((Slug(slug), kind, at) for slug, kind, at, _ in rows)
 
 
 def _left_open(db: sqlite3.Connection) -> tuple[tuple[str, str], ...]:
@@ -95,6 +119,8 @@ def _make_tables(db: sqlite3.Connection, path: Path, origin: str) -> None:
         db.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
         db.execute("INSERT INTO meta VALUES ('origin', ?)", (origin,))
         db.execute("COMMIT")
+    elif version == 1:
+        db.executescript(f"BEGIN IMMEDIATE; {_TO_2} COMMIT;")
     elif version != _SCHEMA:
         raise sqlite3.OperationalError(f"{path.name} has schema {version}, not {_SCHEMA}")
 
@@ -153,6 +179,11 @@ def mark(db: sqlite3.Connection, mark: Mark) -> None:
     db.executemany("UPDATE event SET incident = ? WHERE seq = ?", rows)
 
 
+def drop(db: sqlite3.Connection, drop: Drop) -> None:
+    """Forget events."""
+    db.executemany("DELETE FROM event WHERE seq = ?", ((seq,) for seq in drop.seqs))
+
+
 def insert(db: sqlite3.Connection, event: Event) -> None:
     """Write one event, if it is not there yet. Nothing that an event holds makes it fail: one that
     can't be written would keep all others back (S9)."""
@@ -164,14 +195,15 @@ def insert(db: sqlite3.Connection, event: Event) -> None:
         data = json.dumps({"cut": data[: MOST_DATA // 2]})
     text = (event.kind, event.device_id, event.slug, event.text, data, event.origin, event.incident)
     # SQLite stores no lone surrogates.
-    row = (event.seq, event.at, *(t.encode("utf-8", "backslashreplace").decode() for t in text))
-    db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    safe = (t.encode("utf-8", "backslashreplace").decode() for t in text)
+    row = (event.seq, event.at, *safe, event.own)
+    db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def _event(row: tuple[Any, ...]) -> Event:
-    seq, at, kind, device, slug, text, data, origin, incident = row
+    seq, at, kind, device, slug, text, data, origin, incident, own = row
     try:
         known = json.loads(data)
     except ValueError:
         known = {"cut": str(data)[:MOST_DATA]}
-    return Event(seq, WallTime(at), kind, device, Slug(slug), text, known, origin, incident)
+    return Event(seq, WallTime(at), kind, device, Slug(slug), text, known, origin, incident, own)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -325,3 +328,35 @@ async def test_a_disk_that_failed_for_a_while_leaves_no_gap(tmp_path: Path) -> N
         await until(lambda: not store.problem and store.waiting == 0)
     async with opened(path) as (history, _):
         assert note(history, "after").seq == last + 1 == 502
+
+
+SCHEMA_1 = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE event (
+  seq INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, device TEXT NOT NULL, slug TEXT NOT NULL,
+  text TEXT NOT NULL, data TEXT NOT NULL, origin TEXT NOT NULL, incident TEXT NOT NULL);
+CREATE INDEX event_device ON event (device, seq);
+INSERT INTO meta VALUES ('origin', 'old'), ('seq', 7);
+INSERT INTO event VALUES (7, {at}, 'verdict.offline', 'd', 's', 'x', '{"n": 1}', 'old', 'old:incident-1');
+PRAGMA user_version = 1;
+"""
+
+
+async def test_a_file_of_the_schema_before_is_taken_over(tmp_path: Path) -> None:
+    """A file of schema 1 keeps its events, its origin and its number, and takes events of other replicas
+    from then on; one of a schema that is not known is left alone, and that is said."""
+    path = tmp_path / "events.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(SCHEMA_1.replace("{at}", str(NOW)))
+    async with opened(path) as (history, store):
+        (event,) = (await history.page(0, 10))[0]
+        assert (event.id, event.own, event.data) == ("old:7", 0, {"n": 1})
+        assert note(history, "d").id == "old:8"
+        store.put(replace(event, seq=9_000, origin="other", own=3))
+        await until(lambda: store.waiting == 0)
+    async with opened(path) as (history, _):
+        assert [e.id for e in (await history.page(7, 10))[0]] == ["old:8", "other:3"]
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 9")
+    async with opened(path) as (_, store):
+        assert "has schema 9, not 2" in store.problem

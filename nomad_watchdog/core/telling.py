@@ -1,0 +1,96 @@
+"""Of what several replicas saw of one thing: which events are the same change, and which are still to be told.
+
+Every replica judges every device for itself, so that each has its own events of the same changes; one of
+them, the teller, tells them for all. What one replica alone knows (who changed what, what was refused, what
+was held) is told whoever saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Protocol, TypeVar
+
+from nomad_watchdog.ids import Slug
+
+Subject = tuple[Slug, str]
+"""A device and what about it, or no device and a group: what has one state at a time."""
+
+_PLAIN: Final[Mapping[str, str]] = {
+    "present": "presence",
+    "absent": "presence",
+    "expired": "presence",
+    "flapping": "flap",
+    "steady": "flap",
+}
+
+
+class Said(Protocol):
+    """What is asked of an event."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def slug(self) -> Slug: ...
+    @property
+    def at(self) -> float: ...
+    @property
+    def data(self) -> Mapping[str, object]: ...
+
+
+E = TypeVar("E", bound=Said)
+
+
+def is_shared(event: Said) -> bool:
+    """Whether every replica sees for itself what this event tells."""
+    head = event.kind.partition(".")[0]
+    return head in ("verdict", "repair", "incident") or event.kind in _PLAIN
+
+
+def subject(event: Said) -> Subject | None:
+    """What a shared event is about; None for one that only its own replica can make sense of."""
+    head = event.kind.partition(".")[0]
+    if head == "incident":
+        kind, group = event.data.get("kind"), event.data.get("group")
+        return (Slug(""), f"incident {kind} {group}") if kind else None
+    return event.slug, _PLAIN.get(event.kind, head)
+
+
+def state(event: Said) -> str:
+    """What a shared event says of its subject; the same twice in a row is one change."""
+    head = event.kind.partition(".")[0]
+    if head == "repair":
+        return f"{event.kind} {event.data.get('number')}"
+    if event.kind == "incident.updated":
+        return f"{event.kind} {event.data.get('count')}"
+    if _PLAIN.get(event.kind) == "presence":
+        return f"{event.kind} {event.data.get('generation')}"
+    return event.kind
+
+
+def untold(own: Sequence[E], told: Mapping[Subject, tuple[str, float]], horizon: float) -> list[E]:
+    """Of our own shared events, oldest first: those that whoever told before us has not told.
+
+    `told`: the last state that was told of each subject, and when (wall time of its event). Of a subject
+    that is not there nothing is known, and only events after `horizon` are taken. Clocks of replicas
+    differ and so do the moments of judging, so the event that was told is found among ours by its state,
+    the nearest in time of several; what came after it is to be told."""
+    by_subject: dict[Subject, list[E]] = {}
+    for event in own:
+        about = subject(event)
+        if about is not None:
+            by_subject.setdefault(about, []).append(event)
+    wanted: set[int] = set()
+    for about, events in by_subject.items():
+        wanted.update(map(id, _after(events, told.get(about), horizon)))
+    return [event for event in own if id(event) in wanted]
+
+
+def _after(events: list[E], last: tuple[str, float] | None, horizon: float) -> Iterable[E]:
+    if last is None:
+        return [event for event in events if event.at > horizon]
+    said, at = last
+    same = [number for number, event in enumerate(events) if state(event) == said]
+    if same:
+        nearest = min(same, key=lambda number: (abs(events[number].at - at), -number))
+        return events[nearest + 1 :]
+    return [event for event in events if event.at > at]

@@ -1,0 +1,103 @@
+"""What an heir of the teller tells: found in its own events by what was told before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog.core.telling import is_shared, state, subject, untold
+from nomad_watchdog.ids import Slug
+
+D = Slug("d")
+
+
+@dataclass(frozen=True)
+class Said:
+    kind: str
+    at: float
+    slug: Slug = D
+    data: dict[str, object] = field(default_factory=dict)
+
+
+STATES = ("verdict.watched", "verdict.suspect", "verdict.offline")
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(STATES), st.floats(2.0, 60.0)), min_size=1, max_size=20
+    ),
+    told=st.integers(0, 20),
+    lags=st.lists(st.floats(-0.9, 0.9), min_size=20, max_size=20),
+)
+def test_two_who_saw_the_same_tell_each_change_once(
+    steps: list[tuple[str, float]], told: int, lags: list[float]
+) -> None:
+    """Two replicas see the same changes, each some tenths of a second earlier or later; however many of
+    them the first has told, what the second tells is the rest, in order."""
+    changes: list[Said] = []
+    at = 0.0
+    for kind, pause in steps:
+        at += pause
+        if not changes or changes[-1].kind != kind:
+            changes.append(Said(kind, at))
+    told = min(told, len(changes))
+    ours = [Said(one.kind, one.at + lag) for one, lag in zip(changes, lags, strict=False)]
+    last = {subject(one): (state(one), one.at) for one in changes[:told]}
+    assert untold(ours, last, float("-inf")) == ours[told:]  # type: ignore[arg-type]
+
+
+def test_what_was_told_otherwise_is_not_told_from_before() -> None:
+    """Of a device whose last told state we never saw only what came later is told."""
+    ours = [Said("verdict.watched", 10.0), Said("verdict.suspect", 30.0)]
+    last = {(Slug("d"), "verdict"): ("verdict.offline", 20.0)}
+    assert untold(ours, last, 0.0) == ours[1:]
+
+
+def test_of_what_is_not_known_only_the_recent_is_told() -> None:
+    """A subject that the log does not reach back to is told from the log's first event on."""
+    ours = [Said("flapping", 10.0), Said("steady", 30.0)]
+    assert untold(ours, {}, 20.0) == ours[1:]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (
+            Said("present", 1, data={"generation": 1}),
+            Said("present", 2, data={"generation": 1}),
+            True,
+        ),
+        (
+            Said("present", 1, data={"generation": 1}),
+            Said("present", 2, data={"generation": 3}),
+            False,
+        ),
+        (
+            Said("repair.done", 1, data={"number": 1}),
+            Said("repair.done", 2, data={"number": 2}),
+            False,
+        ),
+        (Said("verdict.offline", 1), Said("verdict.offline", 9), True),
+        (
+            Said("incident.updated", 1, data={"count": 4}),
+            Said("incident.updated", 2, data={"count": 8}),
+            False,
+        ),
+    ],
+)
+def test_what_counts_as_the_same_change(one: Said, other: Said, *, same: bool) -> None:
+    """A wish is told apart by its generation, a repair by its number, an incident's growth by its count."""
+    assert is_shared(one)
+    assert subject(one) == subject(other)
+    assert (state(one) == state(other)) is same
+
+
+def test_what_only_one_replica_knows_is_not_shared() -> None:
+    """An audit, a refusal and a hold are told whoever saw them; an incident's end without its group, which
+    a restart writes, is made sense of by its own replica only."""
+    for kind in ("audit.pause", "refused", "breaker.held", "departures.held", "events.stored"):
+        assert not is_shared(Said(kind, 1.0))
+    assert subject(Said("incident.closed", 1.0)) is None

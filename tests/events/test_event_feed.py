@@ -1,0 +1,354 @@
+"""Events of several replicas told once: real APIs on free ports, and leases that the test gives and takes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.core.incidents import GroupKind
+from nomad_watchdog.event_feed import EventFeed
+from nomad_watchdog.event_store import EventStore
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.history import Event, History
+from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
+from nomad_watchdog.leases import Lease, Replica, Term
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Limits, Monotonic
+from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.told import Told
+
+
+@dataclass
+class Board:
+    """Who holds shard 0, and who is there."""
+
+    holder: str = ""
+    term: int = 0
+    there: dict[str, str] = field(default_factory=dict)
+
+    def give(self, name: str) -> None:
+        self.holder, self.term = name, self.term + 1
+
+
+@dataclass
+class Leases:
+    """What one replica sees of the board. `blind`: it can neither see it nor hold anything."""
+
+    board: Board
+    replica: str
+    shards: int = 1
+    problem: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    blind: bool = False
+
+    def terms(self) -> Mapping[Shard, Term]:
+        ours = self.board.holder == self.replica and not self.blind
+        return {Shard(0): Term(self.board.term, Monotonic(0.0))} if ours else {}
+
+    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:
+        return ()
+
+    def all(self) -> Sequence[Lease]:
+        return [Lease(Shard(0), self.board.holder)]
+
+    def replicas(self) -> Sequence[Replica]:
+        return [Replica(name, api, 0.0, 1, "1") for name, api in self.board.there.items()]
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def release(self) -> None:
+        return
+
+
+@dataclass
+class Plane:
+    """One replica: its own events, its part of the feed and its API."""
+
+    name: str
+    fleet: Fleet
+    told: Told
+    leases: Leases
+    feed: EventFeed
+    api: str
+    task: asyncio.Task[None]
+    end: Callable[[], Awaitable[None]]
+
+    def see(self, device: str, what: str, /, **data: object) -> Event:
+        slug = slug_of(DeviceId(device)) if device else Slug("")
+        return self.fleet.history.add(
+            at=self.fleet.clock.wall(), kind=what, device_id=device, slug=slug, text="", data=data
+        )
+
+    def log(self) -> list[tuple[str, str]]:
+        return [(event.device_id, event.kind) for event in self.told.log.recent()]
+
+    def ids(self) -> list[str]:
+        return [event.id for event in self.told.log.recent()]
+
+    @property
+    def tells(self) -> bool:
+        return self.fleet.status()["event_feed"] == {"teller": self.name, "problem": ""}
+
+    async def read(self, query: str) -> list[dict[str, object]]:
+        async with aiohttp.ClientSession() as client:  # noqa: SIM117
+            async with client.get(f"{self.api}/v1/events?limit=1000&{query}") as answer:
+                assert answer.status == 200, await answer.text()
+                items: list[dict[str, object]] = (await answer.json())["items"]
+                return items
+
+
+@asynccontextmanager
+async def plane(folder: Path, board: Board, name: str) -> AsyncIterator[Plane]:
+    root = folder / name
+    root.mkdir(exist_ok=True)
+    registry = SqliteRegistry(path=root / "registry.db")
+    await registry.initialise()
+    store = EventStore(root / "told.db", origin=name)
+    found = await store.open()
+    told = Told(History(name, store, is_copied=True))
+    told.resume(found.events, found.verdicts)
+    fleet = Fleet(registry, Limits(), SystemClock(), History(name))
+    fleet.reset({}, 0)
+    leases = Leases(board, name)
+    feed = EventFeed(fleet, told, leases, lambda: "")
+    app = make_app(fleet, metrics=Metrics(), artifact=None, leases=leases)
+    app[CONTEXT].feed = feed
+    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    api = board.there[name] = f"http://{host}:{port}"
+    task = asyncio.create_task(feed.run())
+
+    async def end() -> None:
+        board.there.pop(name, None)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await runner.cleanup()
+        await store.close()
+        await registry.close()
+
+    one = Plane(name, fleet, told, leases, feed, api, task, end)
+    try:
+        yield one
+    finally:
+        await end()
+
+
+async def until(what: Callable[[], object], timeout_s: float = 8.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not what():
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def planes(folder: Path, board: Board, *names: str) -> AsyncIterator[list[Plane]]:
+    """These replicas, the first of which tells."""
+    async with AsyncExitStack() as stack:
+        found = [await stack.enter_async_context(plane(folder, board, name)) for name in names]
+        board.give(names[0])
+        await until(lambda: found[0].tells)
+        await until(lambda: not any(one.feed.problem for one in found))
+        yield found
+
+
+async def test_what_all_see_is_told_once_and_by_one(tmp_path: Path) -> None:
+    """A change that three replicas saw is one event, with one id and one number, on each; its own log has
+    each replica's view."""
+    async with planes(tmp_path, Board(), "a", "b", "c") as (a, b, c):
+        for one in (c, a, b):
+            one.see("pump", "verdict.offline")
+            one.see("pump", "present", generation=2)
+        for one in (a, b, c):
+            await until(lambda one=one: len(one.log()) == 2)
+            items = await one.read("since=0")
+            assert [(item["id"], item["kind"]) for item in items] == [
+                ("a:1", "verdict.offline"),
+                ("a:2", "present"),
+            ]
+            (mine, _) = await one.read("own=true")
+            assert mine["id"] == f"{one.name}:1"
+        assert len({tuple(event.seq for event in one.told.log.recent()) for one in (a, b, c)}) == 1
+
+
+async def test_what_one_alone_knows_is_told_for_it(tmp_path: Path) -> None:
+    """An audit event of a replica that does not tell is read on all, once, though it is handed over
+    again until it comes back."""
+    async with planes(tmp_path, Board(), "a", "b", "c") as (a, b, c):
+        for number in range(30):
+            b.see("pump", "audit.register", number=number)
+            await asyncio.sleep(0.01)
+        for one in (a, b, c):
+            await until(lambda one=one: len(one.log()) == 30)
+        assert c.ids() == [f"b:{n}" for n in range(1, 31)]
+        await asyncio.sleep(1.2)
+        assert len(a.log()) == 30
+
+
+async def test_a_hand_over_tells_nothing_twice_and_leaves_nothing_out(tmp_path: Path) -> None:
+    """Devices change all the time, and every replica sees each change, while the telling goes round: each
+    change is told once, in the order of its device, and all logs are the same."""
+    board = Board()
+    async with planes(tmp_path, board, "a", "b", "c") as all_of_them:
+        states = ("suspect", "offline", "watched")
+        for number in range(60):
+            for one in sorted(all_of_them, key=lambda p: (number * 7 + ord(p.name)) % 5):
+                one.see(f"d{number % 4}", f"verdict.{states[number // 4 % 3]}")
+            if number % 15 == 14:
+                board.give("abc"[number // 15 % 3])
+            await asyncio.sleep(0.03)
+        for one in all_of_them:
+            await until(lambda one=one: len(one.log()) == 60)
+            for device in range(4):
+                told = [kind for name, kind in one.log() if name == f"d{device}"]
+                assert told == [f"verdict.{states[n % 3]}" for n in range(15)]
+        first, *others = (one.ids() for one in all_of_them)
+        assert all(ids == first for ids in others)
+        assert len(set(first)) == 60
+
+
+async def test_what_happened_while_nobody_told_is_told_by_the_heir(tmp_path: Path) -> None:
+    """The teller dies. What the others see before one of them takes over is told then, each change once;
+    what the dead one had told is not told again, and its open incident is given an end."""
+    board = Board()
+    async with planes(tmp_path, board, "a", "b", "c") as (a, b, c):
+        for one in (a, b, c):
+            one.see("pump", "verdict.suspect")
+        a.see("", "incident.opened", kind="host", group="h 1", members=[])
+        await until(lambda: len(b.log()) == len(c.log()) == 2)
+        await a.end()
+        board.holder = ""
+        for one in (b, c):
+            one.see("pump", "verdict.offline")
+            one.see("", "audit.pause", by=one.name)
+        await asyncio.sleep(0.3)
+        board.give("b")
+        await until(lambda: len(c.log()) == 6)
+        assert Counter(b.log()) == Counter(
+            {
+                ("pump", "verdict.suspect"): 1,
+                ("", "incident.opened"): 1,
+                ("pump", "verdict.offline"): 1,
+                ("", "audit.pause"): 2,
+                ("", "incident.closed"): 1,
+            }
+        )
+        assert b.ids() == c.ids()
+
+
+async def test_the_last_teller_goes_on_while_consul_is_away(tmp_path: Path) -> None:
+    """When leases can't be seen any more the teller tells on, and the others go on reading it."""
+    board = Board()
+    async with planes(tmp_path, board, "a", "b") as (a, b):
+        a.leases.blind = True
+        await asyncio.sleep(0.3)
+        a.see("pump", "verdict.offline")
+        await until(lambda: b.log() == [("pump", "verdict.offline")])
+
+
+async def test_a_teller_that_was_cut_off_forgets_what_nobody_copied(tmp_path: Path) -> None:
+    """It told on while another had taken over; when it is back, its log is that of the others."""
+    board = Board()
+    async with planes(tmp_path, board, "a", "b", "c") as (a, b, c):
+        for one in (a, b, c):
+            one.see("pump", "verdict.suspect")
+        await until(lambda: len(b.log()) == len(c.log()) == 1)
+        # The line between it and the others is cut.
+        board.there.pop("a")
+        for one in (b, c):
+            one.feed._unfollow()
+        for one in (a, b, c):
+            one.see("pump", "verdict.offline")
+        await asyncio.sleep(0.3)
+        assert [len(one.log()) for one in (a, b, c)] == [2, 1, 1]
+        board.give("b")
+        await until(lambda: len(c.log()) == 2)
+        board.there["a"] = a.api
+        await until(lambda: a.ids() == b.ids() == c.ids())
+        assert b.ids() == ["a:1", "b:2"]
+
+
+async def test_a_restarted_replica_knows_what_was_told(tmp_path: Path) -> None:
+    """It has the log from its file, tells no first look again as news, and goes on with numbers above."""
+    board = Board()
+    async with planes(tmp_path, board, "a") as (a,):
+        a.see("pump", "verdict.watched", was=None)
+        a.see("fan", "verdict.offline")
+        last = a.told.log.last_seq
+    async with planes(tmp_path, board, "a") as (a,):
+        for device in ("pump", "fan"):
+            a.see(device, "verdict.watched", was=None)
+        assert a.log() == [
+            ("pump", "verdict.watched"),
+            ("fan", "verdict.offline"),
+            ("fan", "verdict.watched"),
+        ]
+        assert a.told.log.last_seq > last
+        assert [item["kind"] for item in await a.read(f"since={last}")] == ["verdict.watched"]
+
+
+async def test_a_reader_goes_on_with_another_replica(tmp_path: Path) -> None:
+    """Who has read up to a number on one replica asks another that has not copied so far: it answers with
+    nothing rather than with what was read, and with what comes next once it is there."""
+    async with planes(tmp_path, Board(), "a", "b") as (a, b):
+        a.see("pump", "verdict.suspect")
+        await until(lambda: len(b.log()) == 1)
+        ahead = a.told.log.last_seq + 1
+        assert await b.read(f"since={ahead}") == []
+        a.see("pump", "verdict.offline")
+        a.see("pump", "verdict.watched")
+        await until(lambda: len(b.log()) == 3)
+        assert [item["kind"] for item in await b.read(f"since={ahead}")] == ["verdict.watched"]
+
+
+@pytest.mark.parametrize("body", [{"events": [{}]}, {"events": [{"id": "x"}]}, {"events": 1}])
+async def test_what_is_no_event_is_refused(tmp_path: Path, body: object) -> None:
+    """400 for what is no event, 409 from a replica that does not tell; and nothing is told."""
+    async with planes(tmp_path, Board(), "a", "b") as (a, b):
+        good = b.see("pump", "audit.pause").shown()
+        async with aiohttp.ClientSession() as client:
+            async with client.post(f"{a.api}/v1/peers/events", json=body) as answer:
+                assert answer.status == 400
+            async with client.post(f"{b.api}/v1/peers/events", json={"events": [good]}) as answer:
+                assert answer.status == 409
+        await until(lambda: a.log() == [("pump", "audit.pause")])
+
+
+async def test_marks_and_names_of_incidents_are_the_same_everywhere(tmp_path: Path) -> None:
+    """Single events are marked with the incident on each replica, and the incident goes by the teller's
+    id also where another opens it for itself."""
+    async with planes(tmp_path, Board(), "a", "b") as (a, b):
+        for one in (b, a):
+            correlator, now = one.fleet.chronicle.correlator, one.fleet.clock.monotonic()
+            groups = ((GroupKind.HOST, "n1"),)
+            for number in range(30):
+                seq = one.see(f"d{number}", "verdict.offline").seq
+                slug = slug_of(DeviceId(f"d{number}"))
+                correlator.observe(slug, groups, bad=False, now=now)
+                correlator.observe(slug, groups, bad=True, now=now, ref=seq)
+        b.fleet.chronicle.settle()
+        a.fleet.chronicle.settle()
+        await until(lambda: ("", "incident.opened") in b.log())
+        (mine,) = b.fleet.chronicle.incidents()
+        (theirs,) = a.fleet.chronicle.incidents()
+        assert mine.id == theirs.id
+        assert mine.id.startswith("a:incident-")
+        for one in (a, b):
+            singles = [e for e in one.told.log.recent() if e.kind == "verdict.offline"]
+            assert {event.incident for event in singles} == {mine.id}
+            assert len(singles) == 30
