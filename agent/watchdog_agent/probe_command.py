@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 
-from . import checks, http
+from . import checks, guard, http
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,15 +71,8 @@ class _Command:
                 (os.POSIX_SPAWN_DUP2, write, 1),
                 (os.POSIX_SPAWN_DUP2, write, 2),
             ]
-            # A group of its own, so that its children end with it; Python ignores SIGPIPE, it shall not.
-            self.pid = os.posix_spawnp(
-                argv[0],
-                argv,
-                environ,
-                file_actions=actions,
-                setpgroup=0,
-                setsigdef=[signal.SIGPIPE],
-            )
+            # A group of its own, so that its children end with it.
+            self.program = guard.Guarded(argv, environ, actions)
         except BaseException:
             os.close(read)
             raise
@@ -94,7 +86,7 @@ class _Command:
         loop.watch(self.pipe, http.READ, self._read)
         self.fd: io.FileIO | None = None
         try:
-            self.fd = io.FileIO(os.pidfd_open(self.pid), "rb")
+            self.fd = io.FileIO(os.pidfd_open(self.program.pid), "rb")
         except (OSError, AttributeError):
             loop.later(POLL_S, self._poll)
         else:
@@ -117,7 +109,7 @@ class _Command:
         if self.ended is None:
             return
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        if os.waitid(os.P_PID, self.pid, flags) is None:
+        if os.waitid(os.P_PID, self.program.pid, flags) is None:
             self.loop.later(POLL_S, self._poll)
         else:
             self._exited()
@@ -140,14 +132,10 @@ class _Command:
 
     def _reap(self) -> int:
         """Kill its group, then take its status: until then nobody else can get its number."""
-        if self.pid:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except OSError:
-                pass
-            pid, self.pid = self.pid, 0
-            return os.waitpid(pid, 0)[1]
-        return 0
+        if not self.program.pid:
+            return 0
+        self.program.kill()
+        return self.program.reap() or 0
 
     def kill(self) -> None:
         """Kill it; nothing is called any more."""

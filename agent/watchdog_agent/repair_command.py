@@ -4,8 +4,8 @@ it takes too long."""
 from __future__ import annotations
 
 import os
-import signal
 
+from . import guard
 from .http import READ, reason_of
 
 TYPE_CHECKING = False
@@ -46,25 +46,17 @@ class Run:
     def __init__(self, loop: Loop, argv: list[str], device: Document, ended: Ended) -> None:
         self.loop = loop
         self.ended: Ended | None = ended
-        self.pid = 0
+        self.program: guard.Guarded | None = None
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
         try:
-            self.pid = os.posix_spawnp(
-                argv[0],
-                argv,
-                environment(device),
-                file_actions=null,
-                setpgroup=0,
-                setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGTERM, signal.SIGINT),
-            )
+            self.program = guard.Guarded(argv, environment(device), null)
         except (OSError, ValueError) as error:
             text = reason_of(error) if isinstance(error, OSError) else str(error)
             loop.later(0, lambda: self._end(False, f"can't be run: {text}"))
             return
         try:
             # One descriptor in the loop instead of a signal handler or a thread.
-            self.watched = _Descriptor(os.pidfd_open(self.pid))
+            self.watched = _Descriptor(os.pidfd_open(self.program.pid))
         except (OSError, AttributeError):
             # Linux before 5.3, or a Python that was built on one.
             loop.later(self.POLL_S, self._poll)
@@ -76,14 +68,15 @@ class Run:
         self._reap()
 
     def _poll(self) -> None:
-        if self.pid and not self._reap():
+        if not self._reap():
             self.loop.later(self.POLL_S, self._poll)
 
     def _reap(self) -> bool:
-        done, status = os.waitpid(self.pid, os.WNOHANG)
-        if not done:
+        assert self.program is not None
+        status = self.program.reap(os.WNOHANG)
+        if status is None:
             return False
-        code, self.pid = os.waitstatus_to_exitcode(status), 0
+        code = os.waitstatus_to_exitcode(status)
         self._end(code == 0, f"exit {code}" if code >= 0 else f"ended by signal {-code}")
         return True
 
@@ -98,11 +91,8 @@ class Run:
     def cancel(self) -> None:
         """Kill all of it; nobody is told, and the loop reaps it."""
         self.ended = None
-        if self.pid:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except OSError:
-                pass
+        if self.program is not None:
+            self.program.kill()
 
 
 _PRIVATE: Final = ("WATCHDOG_", "CONSUL_", "NOMAD_", "VAULT_")
