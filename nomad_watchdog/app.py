@@ -29,6 +29,7 @@ from nomad_watchdog.inventory import Inventory
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.peers import Peers
+from nomad_watchdog.pools.keeper import Keeper
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.schedulers import Scheduler
@@ -37,6 +38,7 @@ from nomad_watchdog.wiring import (
     consul_client,
     open_events,
     open_leases,
+    open_pools,
     open_registry,
     open_scheduler,
     open_told,
@@ -86,13 +88,16 @@ async def serve(settings: Settings) -> int:
                 open_leases(settings, clock) as leases,
                 open_events(settings) as (history, store),
                 open_told(settings, history.origin) as told,
+                open_pools(settings, installation) as driver,
             ):
                 metrics = Metrics()
                 fleet = Fleet(registry, settings.limits(), clock, history)
                 fleet.chronicle.follow(store.status, store.left_open)
                 fleet.on_commit = metrics.committed
                 reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics, leases)
-                await _run(settings, fleet, reconciler, metrics, told, stop)
+                pools = settings.agent_pool
+                keeper = Keeper(fleet, metrics, leases, driver, pools) if driver else None
+                await _run(settings, reconciler, metrics, keeper, told, stop)
     except* WatchdogError as group:
         # One task failed for good and took the others with it: its own words are what helps.
         raise _first(group) from None
@@ -117,12 +122,13 @@ async def _installation(settings: Settings, registry: Registry) -> str:
 
 async def _run(
     settings: Settings,
-    fleet: Fleet,
     reconciler: Reconciler,
     metrics: Metrics,
+    keeper: Keeper | None,
     told: Told | None,
     stop: asyncio.Event,
 ) -> None:
+    fleet = reconciler.fleet
     pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
     pyz.parent.mkdir(parents=True, exist_ok=True)
     artifact.build_agent(pyz)
@@ -139,6 +145,7 @@ async def _run(
         door=door,
     )
     app[CONTEXT].departures = departures
+    app[CONTEXT].pools = keeper
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
     listener = Listener(runner, settings.api)
@@ -162,7 +169,8 @@ async def _run(
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again)
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
-        others = (peers.run, departures.run, inventory.run, *([feed.run] if feed else []))
+        others = [peers.run, departures.run, inventory.run]
+        others += [one.run for one in (feed, keeper) if one is not None]
         async with asyncio.TaskGroup() as group:
             renewing = group.create_task(listener.follow())
             await _reconcile_until(stop, settings, reconciler, metrics, feed, others)

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.config_classes import AgentClass, default_class
 from nomad_watchdog.config_hcl import show
+from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.config_types import (
     Block,
     Fraction,
@@ -146,6 +147,7 @@ class Settings(Block):
     local: Local = Local()
     registry: Registry = Registry()
     agent_class: dict[Name, AgentClass] = Field(default_factory=default_class)
+    agent_pool: dict[Name, AgentPool] = Field(default_factory=dict)
     presence: Presence = Presence()
     retry: Retry = Retry()
     breaker: Breaker = Breaker()
@@ -181,6 +183,10 @@ class Settings(Block):
     @property
     def local_directory(self) -> FilePath:
         return FilePath(self.local.directory or FilePath(self.data_dir) / "agents")
+
+    @property
+    def pools_directory(self) -> FilePath:
+        return FilePath(self.data_dir) / "pools"
 
     @property
     def agent_consul(self) -> str:

@@ -21,9 +21,9 @@ from nomad_watchdog.errors import UserError
 Path = tuple[str | int, ...]
 """Where a value stands, as pydantic says it: ("agent_class", "default", "probe", 0, "port")."""
 
-NAMED: Final = frozenset({"agent_class", "token", "device"})
+NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device"})
 """Blocks with one label that is a name: they become a mapping."""
-KINDS: Final = frozenset({"probe", "confirm", "repair", "sink"})
+KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
 """Blocks with one label that is a kind: they become a list, in the order of the file."""
 
 MAX_BYTES: Final = 1024 * 1024

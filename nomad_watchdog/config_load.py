@@ -61,6 +61,7 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
     if settings.backend not in backends:
         yield (("backend",),), f"{show(settings.backend)} is not installed; installed: {backends}"
     yield from _class_misfits(settings, templates=templates)
+    yield from _pool_misfits(settings, templates=templates)
     least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
     if least > most:
         yield (
@@ -104,6 +105,18 @@ def _class_misfits(
         if templates:
             try:
                 template_text(kind.template)
+            except UserError as error:
+                yield ((*where, "template"),), str(error)
+
+
+def _pool_misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Path, ...], str]]:
+    for name, pool in settings.agent_pool.items():
+        where: Path = ("agent_pool", name)
+        for setting, text in pool.misfits(settings.backend):
+            yield ((*where, setting), ("backend",)), text
+        if templates and pool.template:
+            try:
+                template_text(pool.template)
             except UserError as error:
                 yield ((*where, "template"),), str(error)
 

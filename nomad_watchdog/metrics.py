@@ -111,6 +111,12 @@ class Metrics:
         self._departures_held = self._gauge("departures_held", "Devices held from leaving at once.")
         self._bad_inventories = self._gauge("inventory_problems", "Inventories that can't be used.")
         self._conflicts = self._gauge("inventory_conflicts", "Listed devices that others own.")
+        self._pool_wanted = self._gauge("pool_workers_wanted", "Workers asked for.", "pool")
+        self._pool_running = self._gauge("pool_workers_running", "Workers that run.", "pool")
+        self._pool_advised = self._gauge("pool_workers_advised", "As the metric has it.", "pool")
+        self._pool_value = self._gauge("pool_metric", "The metric as last read.", "pool")
+        self._pool_problem = self._gauge("pool_problem", "1: it can't be kept or read.", "pool")
+        self._pool_scalings = self._counter("pool_scalings", "Changes.", "pool", "direction")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
@@ -250,6 +256,30 @@ class Metrics:
         """Inventories that can't be used now, and devices in them that others own."""
         self._bad_inventories.set(problems)
         self._conflicts.set(conflicts)
+
+    def pools(self, names: Iterable[str]) -> None:
+        """Declare the pools of the configuration, so that their series begin at 0."""
+        for name in names:
+            for metric in (self._pool_wanted, self._pool_running, self._pool_advised):
+                metric.labels(name)
+            self._pool_problem.labels(name)
+            for direction in ("up", "down"):
+                self._pool_scalings.labels(name, direction)
+
+    def pool(self, name: str, *, wanted: int, running: int, advised: int, problem: bool) -> None:
+        """How a pool stands; 0 on a replica that does not keep it, so that a sum over replicas is right."""
+        self._pool_wanted.labels(name).set(wanted)
+        self._pool_running.labels(name).set(running)
+        self._pool_advised.labels(name).set(advised)
+        self._pool_problem.labels(name).set(problem)
+
+    def pool_value(self, name: str, value: float) -> None:
+        """The metric that a pool follows was read. No series before the first time: 0 would be a claim."""
+        self._pool_value.labels(name).set(value)
+
+    def pool_scaled(self, name: str, direction: str) -> None:
+        """The built-in scaler changed a pool."""
+        self._pool_scalings.labels(name, direction).inc()
 
     def request(self, route: str, status: int) -> None:
         """A request was answered. `route` is a route's template, never a path from outside."""

@@ -22,6 +22,8 @@ from nomad_watchdog.keyring import SecretFile, read_keys
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.leases.consul import ConsulLeases
 from nomad_watchdog.leases.file import FileLeases
+from nomad_watchdog.pools import Driver
+from nomad_watchdog.pools.local import LocalPools
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
@@ -167,6 +169,27 @@ async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | Non
         yield told
     finally:
         await store.close()
+
+
+@asynccontextmanager
+async def open_pools(settings: Settings, installation: str) -> AsyncIterator[Driver | None]:
+    """What keeps pools on the backend that the settings name; None where that can't keep any."""
+    if settings.backend == "local":
+        driver: Driver = LocalPools(settings.pools_directory)
+    elif settings.backend == "nomad":
+        from nomad_watchdog.clients.nomad import NomadClient  # noqa: PLC0415  # only when used
+        from nomad_watchdog.pools.nomad import NomadPools  # noqa: PLC0415
+
+        # A client of its own: what the agents need never waits for a pool.
+        client = NomadClient(nomad_settings(settings))
+        driver = NomadPools(client, installation=installation, prefix=settings.nomad.job_prefix)
+    else:
+        yield None
+        return
+    try:
+        yield driver
+    finally:
+        await driver.close()
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ from nomad_watchdog.event_feed import EventFeed
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.pools.keeper import Keeper
 
 if TYPE_CHECKING:
     from nomad_watchdog.api.door import Door
@@ -75,6 +76,8 @@ class Context:
     leases: Leases | None = None
     feed: EventFeed | None = None
     """Who tells what other replicas saw; None where there are none."""
+    pools: Keeper | None = None
+    """Who keeps pools; None where the backend has none."""
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last made (monotonic seconds), and its text."""
     followers: set[asyncio.Task[object]] = field(default_factory=set)

@@ -212,6 +212,12 @@ class ConfirmIn(_In):
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
+class PoolScaleIn(_In):
+    """How many workers a pool is to have."""
+
+    count: Annotated[int, Field(ge=0, le=10_000)]
+
+
 class RepairAttemptIn(BaseModel):
     """One attempt of a ladder (watchdog_agent.wire)."""
 

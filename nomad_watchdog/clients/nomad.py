@@ -25,6 +25,7 @@ import requests.adapters
 
 from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
 from nomad_watchdog.errors import (
+    ConflictError,
     DeniedError,
     NotFoundError,
     StaleError,
@@ -192,6 +193,18 @@ class NomadClient:
         path = f"/v1/job/{quote(job_id, safe='')}"
         params = {"purge": "true"} if purge else {}
         await self._request("DELETE", path, "submit-job", params=params)
+
+    async def scale(self, job_id: str, group: str, count: int, message: str) -> None:
+        """Raises UserError for a count outside of the group's `scaling` block, ConflictError while a
+        deployment of the job is under way (Nomad 1.11 scales no job then)."""
+        path = f"/v1/job/{quote(job_id, safe='')}/scale"
+        body = {"Count": count, "Target": {"Group": group}, "Message": message[:256]}
+        try:
+            await self._request("POST", path, "scale-job", body=body)
+        except UserError as error:
+            if "active deployment" in str(error):
+                raise ConflictError(str(error)) from error
+            raise
 
     async def get(
         self, path: str, capability: str, params: Mapping[str, str] | None = None

@@ -15,6 +15,7 @@ from nomad_watchdog.config_classes import AgentClass, Repair
 from nomad_watchdog.config_escalate import Escalate, Loki, Sink
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
+from nomad_watchdog.config_pools import Metric
 from nomad_watchdog.config_probes import Gateway, Probe
 from nomad_watchdog.errors import UserError
 
@@ -234,6 +235,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
     assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
     wanted |= {f"probe.{name}" for name in Probe.model_fields}
+    wanted |= {f"metric.{name}" for name in Metric.model_fields}
     wanted |= {f"gateway.{name}" for name in Gateway.model_fields}
     wanted |= {f"repair.{name}" for name in Repair.model_fields}
     wanted |= {f"escalate.{name}" for name in Escalate.model_fields}

@@ -1,0 +1,243 @@
+"""The keeper does what the decider says, once, on one replica, and tells it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.errors import ConflictError, NotFoundError, TransientError, UserError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import Shard
+from nomad_watchdog.leases import FIRST, Term, Undivided
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Limits
+from nomad_watchdog.pools import Usage, View
+from nomad_watchdog.pools.keeper import Keeper
+from nomad_watchdog.registry.sqlite import SqliteRegistry
+
+
+class Memory:
+    """A driver whose workers are a number: what the drivers' own tests prove on real processes is not
+    asked again here. `broken`: what it raises."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.scaled: list[tuple[str, int]] = []
+        self.cpu: float | None = 50.0
+        self.broken = ""
+        self.busy = False
+
+    async def look(self) -> Mapping[str, View]:
+        return {name: View(count, count) for name, count in self.counts.items()}
+
+    async def ensure(self, name: str, pool: AgentPool) -> None:
+        if self.broken:
+            raise TransientError(self.broken)
+        self.counts.setdefault(name, pool.min)
+
+    async def scale(self, name: str, count: int, reason: str) -> None:
+        if self.busy:
+            raise ConflictError("job scaling blocked due to active deployment")
+        self.counts[name] = count
+        self.scaled.append((name, count))
+
+    async def remove(self, name: str) -> None:
+        self.counts.pop(name, None)
+
+    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+        return None if self.cpu is None else Usage(self.cpu, 0.0)
+
+    async def run(self, ours: object) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        return
+
+
+class Held(Undivided):
+    """Leases of which shard 0 can be taken away."""
+
+    mine = True
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return {Shard(0): FIRST} if self.mine else {Shard(1): FIRST}
+
+
+def pool(**more: object) -> AgentPool:
+    return AgentPool.model_validate(
+        {
+            "command": ("x",),
+            "max": 9,
+            "cooldown_up": 0.0,
+            "metric": ({"kind": "cpu", "target": 50.0},),
+            "interval": 0.1,
+        }
+        | more
+    )
+
+
+class World:
+    def __init__(self, registry: SqliteRegistry) -> None:
+        self.fleet = Fleet(registry, Limits(), SystemClock())
+        self.metrics, self.leases, self.driver = Metrics(), Held(), Memory()
+
+    def keeper(self, **pools: AgentPool) -> Keeper:
+        return Keeper(self.fleet, self.metrics, self.leases, self.driver, pools)
+
+    def events(self) -> list[tuple[str, str]]:
+        return [(event.kind, event.text) for event in self.fleet.history.recent()]
+
+    def metric(self, line: str) -> float:
+        text = self.metrics.render().decode()
+        found = [row for row in text.splitlines() if row.startswith(f"nomad_watchdog_pool_{line} ")]
+        return float(found[0].split()[-1])
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    registry = SqliteRegistry(path=tmp_path / "r.db")
+    yield World(registry)
+    await registry.close()
+
+
+async def test_a_metric_above_its_target_adds_workers_and_says_why(world: World) -> None:
+    """Twice the target doubles the pool; event, metric and the shown row say so."""
+    keeper = world.keeper(p=pool(min=2))
+    world.driver.cpu = 100.0
+    await keeper.look_once("p")
+
+    assert world.driver.scaled == [("p", 4)]
+    (event,) = world.events()
+    assert event[0] == "pool.scaled"
+    assert "2 workers became 4: metric 100, 50 a worker" in event[1]
+    assert world.metric('scalings_total{direction="up",pool="p"}') == 1
+    (row,) = await keeper.shown()
+    assert (row["count"], row["value"], row["advised"]) == (4, 100.0, 4)
+
+
+async def test_the_same_look_again_does_nothing(world: World) -> None:
+    """On target nothing is scaled and nothing is told (S5)."""
+    keeper = world.keeper(p=pool(min=2))
+    for _ in range(3):
+        await keeper.look_once("p")
+
+    assert (world.driver.scaled, world.events()) == ([], [])
+
+
+async def test_a_dry_run_tells_once_and_does_nothing(world: World) -> None:
+    """One event for one thing that would be done, however often it is looked at."""
+    keeper = world.keeper(p=pool(min=2, dry_run=True))
+    world.driver.cpu = 100.0
+    for _ in range(5):
+        await keeper.look_once("p")
+
+    assert world.driver.scaled == []
+    assert [kind for kind, _ in world.events()] == ["pool.would_scale"]
+
+
+async def test_a_metric_that_is_lost_is_told_once_and_when_it_is_back(world: World) -> None:
+    """No change while it is away; one event at its loss, one at its return."""
+    keeper = world.keeper(p=pool(min=2))
+    world.driver.cpu = None
+    for _ in range(3):
+        await keeper.look_once("p")
+    world.driver.cpu = 50.0
+    await keeper.look_once("p")
+
+    assert world.driver.scaled == []
+    assert [kind for kind, _ in world.events()] == ["pool.problem", "pool.recovered"]
+
+
+async def test_a_scheduler_that_fails_is_a_problem_of_the_pool_alone(world: World) -> None:
+    """Its error is shown at the pool, the other pool is kept, and nothing is raised (S9)."""
+    world.driver.counts["q"] = 2
+    keeper = world.keeper(p=pool(min=2), q=pool(min=2))
+    world.driver.broken = "no answer"
+    await keeper.look_once("p")
+    world.driver.broken = ""
+    world.driver.cpu = 100.0
+    await keeper.look_once("q")
+
+    assert (await keeper.shown())[0]["problem"] == "no answer"
+    assert world.driver.scaled == [("q", 4)]
+
+
+async def test_a_pool_that_is_being_replaced_is_scaled_later_and_is_no_trouble(
+    world: World,
+) -> None:
+    """A refusal because of a deployment is no event; the next look tries again, with no cool-down begun."""
+    keeper = world.keeper(p=pool(min=2))
+    world.driver.cpu = 100.0
+    world.driver.busy = True
+    await keeper.look_once("p")
+    assert (world.driver.scaled, world.events()) == ([], [])
+    world.driver.busy = False
+    await keeper.look_once("p")
+
+    assert world.driver.scaled == [("p", 4)]
+
+
+async def test_an_external_pool_is_made_and_left_alone(world: World) -> None:
+    """Its job is ensured, its metric may be read, and its count is never touched, by hand neither."""
+    keeper = world.keeper(p=pool(min=2, scaler="external"))
+    world.driver.cpu = 500.0
+    await keeper.look_once("p")
+    with pytest.raises(ConflictError, match="external"):
+        await keeper.scale("p", 3, "x")
+
+    assert (world.driver.counts, world.driver.scaled) == ({"p": 2}, [])
+
+
+async def test_only_the_holder_of_shard_0_acts(world: World) -> None:
+    """Without that lease a minute of looking is nothing done; with it, it is."""
+    world.leases.mine = False
+    world.driver.cpu = 100.0
+    keeper = world.keeper(p=pool(min=2))
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(keeper.run())
+        await asyncio.sleep(0.5)
+        assert (world.driver.counts, world.driver.scaled) == ({}, [])
+        world.leases.mine = True
+        async with asyncio.timeout(5):
+            while not world.driver.scaled:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        assert world.metric('workers_wanted{pool="p"}') > 0
+        world.leases.mine = False
+        await asyncio.sleep(0.4)
+        assert world.metric('workers_wanted{pool="p"}') == 0
+        task.cancel()
+
+
+async def test_by_hand_a_pool_has_any_number_within_its_bounds(world: World) -> None:
+    """Within: done and told; outside, or unknown: refused with the bounds."""
+    keeper = world.keeper(p=pool(min=2, scaler="none"))
+    await keeper.look_once("p")
+    await keeper.scale("p", 5, "an operator's word")
+    await keeper.look_once("p")
+    with pytest.raises(UserError, match="2 to 9"):
+        await keeper.scale("p", 10, "x")
+    with pytest.raises(NotFoundError):
+        await keeper.scale("z", 1, "x")
+
+    assert world.driver.scaled == [("p", 5)]
+    assert [kind for kind, _ in world.events()] == ["pool.scaled"]
+
+
+async def test_a_pool_that_is_no_longer_configured_waits_for_a_word(world: World) -> None:
+    """It is shown, runs on, and `remove` stops it; a configured one can't be removed."""
+    world.driver.counts["old"] = 3
+    keeper = world.keeper(p=pool())
+    await keeper.look_once("p")
+    rows = {row["name"]: row["configured"] for row in await keeper.shown()}
+    assert rows == {"old": False, "p": True}
+    with pytest.raises(ConflictError, match="take its block out first"):
+        await keeper.remove("p")
+    await keeper.remove("old")
+
+    assert world.driver.counts == {"p": 1}

@@ -1,0 +1,259 @@
+"""Workers as processes: as many as asked for, one a slot, stopped softly, adopted, restarted, replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.errors import NotFoundError, TerminalError
+from nomad_watchdog.pools.local import LocalPools
+
+NAP = (sys.executable, "-c", "import time; time.sleep(600)")
+DEAF_TEXT = """
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen(["sleep", "600"])
+print("up", flush=True)
+time.sleep(600)
+"""
+DEAF = (sys.executable, "-c", DEAF_TEXT)
+
+
+def pool(command: tuple[str, ...] = NAP, **more: object) -> AgentPool:
+    return AgentPool.model_validate(
+        {"command": command, "max": 4, "scaler": "none", "kill_timeout": 5.0} | more
+    )
+
+
+@pytest.fixture
+async def pools(tmp_path: Path) -> AsyncIterator[LocalPools]:
+    """A driver that minds its workers; all of them are gone at the end."""
+    driver = LocalPools(tmp_path / "pools", poll_s=0.05)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(driver.run(lambda: True))
+        yield driver
+        for name in await driver.look():
+            await driver.remove(name)
+        await until(
+            lambda: (
+                not any((tmp_path / "pools").iterdir()) if (tmp_path / "pools").is_dir() else True
+            )
+        )
+        task.cancel()
+
+
+async def until(test: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not test():
+            await asyncio.sleep(0.02)
+
+
+async def running(driver: LocalPools, name: str, count: int) -> None:
+    async with asyncio.timeout(15.0):
+        while (found := (await driver.look()).get(name)) is None or found.running != count:
+            await asyncio.sleep(0.02)
+
+
+def pids(home: Path) -> dict[str, int]:
+    """Slot → the process that holds its lock."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                lock = (entry / "fd" / "3").readlink()
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            leads = stat[stat.rindex(")") + 2 :].split()[3] == entry.name
+            if lock.name == "lock" and lock.parent.parent == home and leads:
+                found[lock.parent.name] = int(entry.name)
+    return found
+
+
+async def test_a_pool_has_as_many_processes_as_it_is_told(
+    pools: LocalPools, tmp_path: Path
+) -> None:
+    """From the least number up and down again, and who stays is not touched."""
+    await pools.ensure("p", pool(min=1))
+    await running(pools, "p", 1)
+    first = pids(tmp_path / "pools" / "p")
+    await pools.scale("p", 3, "")
+    await running(pools, "p", 3)
+    await pools.ensure("p", pool(min=1))
+    assert len(pids(tmp_path / "pools" / "p")) == 3
+    await pools.scale("p", 1, "")
+    await running(pools, "p", 1)
+    await until(lambda: pids(tmp_path / "pools" / "p") == first)
+
+
+async def test_a_worker_knows_its_pool_and_slot(pools: LocalPools, tmp_path: Path) -> None:
+    """Both stand in its environment, with what the pool sets and nothing secret of ours."""
+    os.environ["WATCHDOG_TEST_SECRET"] = "s3cret"
+    try:
+        await pools.ensure(
+            "p", pool(("/bin/sh", "-c", "env; exec sleep 600"), env={"MODE": "fast"})
+        )
+        log = tmp_path / "pools" / "p" / "0" / "agent.log"
+        await until(lambda: log.is_file() and "WORKER_SLOT=0" in log.read_text())
+    finally:
+        del os.environ["WATCHDOG_TEST_SECRET"]
+
+    assert "WORKER_POOL=p\n" in log.read_text()
+    assert "MODE=fast\n" in log.read_text()
+    assert "s3cret" not in log.read_text()
+
+
+async def test_a_worker_that_ends_is_started_again(pools: LocalPools, tmp_path: Path) -> None:
+    """After a kill there is another process, about a second later."""
+    await pools.ensure("p", pool())
+    await running(pools, "p", 1)
+    (before,) = pids(tmp_path / "pools" / "p").values()
+    os.kill(before, signal.SIGKILL)
+    await until(lambda: set(pids(tmp_path / "pools" / "p").values()).isdisjoint({before}))
+    await running(pools, "p", 1)
+
+    assert before not in pids(tmp_path / "pools" / "p").values()
+
+
+async def test_a_worker_that_can_not_start_says_why_and_is_tried_less_and_less(
+    pools: LocalPools,
+) -> None:
+    """A program that is not there is told in the view, and is no busy loop."""
+    await pools.ensure("p", pool(("/no/such/program",)))
+    async with asyncio.timeout(10):
+        while "No such file" not in (found := (await pools.look())["p"]).trouble:
+            await asyncio.sleep(0.05)
+
+    assert (found.count, found.running) == (1, 0)
+
+
+async def test_a_deaf_worker_is_killed_with_all_that_it_started(
+    pools: LocalPools, tmp_path: Path
+) -> None:
+    """SIGTERM is ignored; after kill_timeout neither it nor its child lives."""
+    await pools.ensure("p", pool(DEAF, min=0, kill_timeout=0.3))
+    await pools.scale("p", 1, "")
+    log = tmp_path / "pools" / "p" / "0" / "agent.log"
+    await until(lambda: log.is_file() and "up" in log.read_text())
+    await pools.scale("p", 0, "")
+    await until(lambda: not (tmp_path / "pools" / "p" / "0").exists())
+
+    assert not _anyone_holds(tmp_path)
+
+
+def _anyone_holds(folder: Path) -> bool:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if folder in (entry / "fd" / "3").readlink().parents:
+                    return True
+            except OSError:
+                continue
+    return False
+
+
+async def test_workers_outlive_the_driver_and_are_adopted(tmp_path: Path) -> None:
+    """The next driver finds the same processes, also when what the last one knew of them is lost."""
+    first = LocalPools(tmp_path / "pools")
+    await first.ensure("p", pool(min=2))
+    first.tick()
+    before = pids(tmp_path / "pools" / "p")
+    assert len(before) == 2
+    (tmp_path / "pools" / "p" / "0" / "worker.json").unlink()
+    second = LocalPools(tmp_path / "pools")
+    second.tick()
+    try:
+        assert (await second.look())["p"].running == 2
+        assert pids(tmp_path / "pools" / "p") == before
+    finally:
+        await second.remove("p")
+        async with asyncio.timeout(15):
+            while (tmp_path / "pools" / "p").exists():
+                second.tick()
+                await asyncio.sleep(0.02)
+
+
+async def test_two_drivers_on_one_folder_start_each_worker_once(tmp_path: Path) -> None:
+    """A slot's lock lets in one process, whoever races."""
+    drivers = [LocalPools(tmp_path / "pools") for _ in range(4)]
+    await asyncio.gather(*(one.ensure("p", pool(min=3)) for one in drivers))
+    await asyncio.gather(*(asyncio.to_thread(one.tick) for one in drivers for _ in range(3)))
+    try:
+        assert len(pids(tmp_path / "pools" / "p")) == 3
+    finally:
+        await drivers[0].remove("p")
+        async with asyncio.timeout(15):
+            while (tmp_path / "pools" / "p").exists():
+                drivers[0].tick()
+                await asyncio.sleep(0.02)
+
+
+async def test_a_changed_worker_is_replaced_one_at_a_time(
+    pools: LocalPools, tmp_path: Path
+) -> None:
+    """A new environment means new processes, and never fewer than all but one of them."""
+    await pools.ensure("p", pool(min=3))
+    await running(pools, "p", 3)
+    home = tmp_path / "pools" / "p"
+    before = pids(home)
+    await pools.ensure("p", pool(min=3, env={"A": "2"}))
+    least = 3
+    async with asyncio.timeout(20):
+        while len(found := pids(home)) < 3 or set(found.values()) & set(before.values()):
+            least = min(least, len(found))
+            await asyncio.sleep(0.01)
+
+    assert least >= 2
+
+
+async def test_bounds_that_moved_move_the_count(pools: LocalPools) -> None:
+    """A pool of 3 whose most became 2 has 2."""
+    await pools.ensure("p", pool(min=3))
+    await pools.ensure("p", pool(min=1, max=2))
+    await running(pools, "p", 2)
+
+
+async def test_a_removed_pool_is_gone_and_can_come_again(pools: LocalPools, tmp_path: Path) -> None:
+    """No process, no folder, no entry; then a pool of that name begins with its least number."""
+    await pools.ensure("p", pool(min=2))
+    await running(pools, "p", 2)
+    await pools.remove("p")
+    await pools.remove("p")
+    await until(lambda: not (tmp_path / "pools" / "p").exists())
+    with pytest.raises(NotFoundError):
+        await pools.scale("p", 1, "")
+    await pools.ensure("p", pool(min=1))
+    await running(pools, "p", 1)
+
+
+async def test_cpu_and_memory_are_measured_over_the_session(
+    pools: LocalPools,
+) -> None:
+    """A worker whose child burns a core uses about 100 % of one, and some memory."""
+    burn = ("/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' & wait")
+    kept = pool(burn, memory="64Mi")
+    await pools.ensure("p", kept)
+    await running(pools, "p", 1)
+    assert await pools.usage("p", kept) is None  # one look is no rate
+    await asyncio.sleep(1.0)
+    used = await pools.usage("p", kept)
+
+    assert used is not None
+    assert 15 < used.cpu < 130
+    assert 1 < used.memory < 100
+
+
+async def test_a_damaged_file_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    """A pool.json that is no JSON is an error with its path; nothing is started or stopped by it."""
+    driver = LocalPools(tmp_path)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "pool.json").write_text("{")
+    with pytest.raises(TerminalError, match=r"pool\.json is damaged"):
+        await driver.look()
