@@ -17,7 +17,7 @@ help:
 	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 30 min)"
 	@echo "make image        build and start the agent's image (needs root and buildah, no registry)"
 	@echo "make bench        every benchmark, as a table and JSON"
-	@echo "make servers      find or build the pinned Nomad and Consul"
+	@echo "make servers      find or build the pinned Nomad, Consul and NATS"
 
 # uv installs in a tenth of pip's time; where it can't be had, pip does.
 define install
@@ -47,7 +47,7 @@ endif
 	@$(BIN)/nomad-watchdog --backend $(BACKEND) demo --devices $(DEVICES) -o $(OUTPUT)
 
 servers: $(VENV)/.run
-	@$(BIN)/python -m nomad_watchdog.dev.binaries nomad consul
+	@$(BIN)/python -m nomad_watchdog.dev.binaries nomad consul nats-server
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

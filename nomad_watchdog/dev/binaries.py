@@ -43,6 +43,8 @@ _TOOLS: Final = {
     # 1.11.2: earlier ones read the status of jobs by prefix (GH-27516)
     "nomad": _Tool(minimum=(1, 11, 2), minutes=6),
     "consul": _Tool(minimum=(1, 20, 0), minutes=4),
+    # a queue for the tests of pools
+    "nats-server": _Tool(minimum=(2, 10, 0), minutes=1),
 }
 
 

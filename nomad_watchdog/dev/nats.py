@@ -1,0 +1,68 @@
+"""A real queue on this machine: a NATS server with JetStream and its monitoring page."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+
+from nomad_watchdog.dev.binaries import find
+from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.errors import TerminalError
+
+_POLL_S: Final = 0.05
+_CALL_S: Final = 2.0
+
+
+class NatsServer:
+    """``async with NatsServer(folder) as nats: … nats.url``."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self._port, self._page = free_port(), free_port()
+        self.url = f"nats://127.0.0.1:{self._port}"
+        self.monitor = f"http://127.0.0.1:{self._page}"
+        """Where `/jsz` tells how deep the streams are."""
+        self._process: Process | None = None
+
+    async def __aenter__(self) -> Self:
+        program = await asyncio.to_thread(find, "nats-server")
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        argv = [str(program), "-a", "127.0.0.1", "-p", str(self._port), "-m", str(self._page)]
+        argv += ["-js", "-sd", str(self.data_dir / "store")]
+        self._process = Process.start(argv, log=self.data_dir / "nats.log", env=clean_environment())
+        try:
+            await self._ready(self._process, time.monotonic() + 30.0)
+        except BaseException:
+            await self._process.terminate(1.0)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            await self._process.terminate()
+
+    async def _ready(self, process: Process, deadline: float) -> None:
+        timeout = aiohttp.ClientTimeout(total=_CALL_S)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            while True:
+                try:
+                    async with http.get(f"{self.monitor}/healthz") as answer:
+                        if answer.status == 200:
+                            return
+                except (aiohttp.ClientError, TimeoutError):
+                    pass
+                if process.returncode is not None or time.monotonic() > deadline:
+                    raise TerminalError(
+                        f"nats-server did not get ready; its log ends:\n{process.log_tail()}"
+                    )
+                await asyncio.sleep(_POLL_S)
