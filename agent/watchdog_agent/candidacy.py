@@ -67,14 +67,7 @@ class Round:
         self.fetch = self.kv.put(self.note, f"acquire={session}", self._value(), self._posted)
 
     def _value(self, episode: str = "") -> Document:
-        entry = self.entry
-        who = self.owner.config["device_id"]
-        return {
-            "id": entry["id"],
-            "device_id": who,
-            "reason": entry["summary"][:120],
-            "told": episode,
-        }
+        return self.owner.note(self.entry, episode)
 
     def _posted(self, taken: bool | None, reason: str) -> None:
         if self.over:
@@ -181,6 +174,7 @@ class Round:
             self._tell_owner(told["episode"])
             self._later(min(self.window_s, 5.0) * between(0.8, 1.0), self._lead)
         else:
+            self.owner.sweep()
             self._settle(told["episode"] if told is not None else self.entry["id"])
 
     def _write(self, document: Document, index: int) -> None:

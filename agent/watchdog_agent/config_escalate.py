@@ -49,6 +49,7 @@ def _escalate(rules: Any, config: Config) -> None:
     checks.number(rules, "give_up_s", 900.0, 1.0, 86400.0)
     checks.number(rules, "consul_wait_s", 10.0, 0.5, 600.0)
     checks.number(rules, "session_ttl_s", 10.0, 1.0, 86400.0)
+    checks.number(rules, "note_s", 900.0, 1.0, 86400.0)
 
 
 def _sink(sink: Any, config: Config) -> None:

@@ -5,7 +5,7 @@ session. Keys, below ``<prefix>/anomalies/<group>/``:
 
 =============  =========================================================================
 ``<slug>``     the note of one agent, locked by its session; left unlocked when it was told,
-               deleted when its device has recovered
+               with the time until which it counts, and deleted when its device has recovered
 ``_leader``    the lock; its holder tells
 ``_told``      what is being told, or was (`electing`)
 =============  =========================================================================
@@ -16,6 +16,8 @@ within `consul_wait_s` ends in an escalation of this one agent's own, marked ``u
 """
 
 from __future__ import annotations
+
+import time
 
 from . import electing
 from .candidacy import Round
@@ -53,6 +55,15 @@ class Coordination:
         self.rounds.append(it)
         it.start()
         return it
+
+    def note(self, entry: Document, episode: str) -> Document:
+        """What this agent says to the others of an anomaly."""
+        every_s = self.config["escalate"]["note_s"]
+        return note_of(entry, self.config["device_id"], every_s, episode)
+
+    def sweep(self) -> None:
+        """Take away what agents that are gone have left."""
+        sweep(self.kv)
 
     def end(self, it: Round) -> None:
         """A round is over; with the last one the session goes."""
@@ -151,11 +162,55 @@ def recovered(
     def listed(found: list[Document] | None, _reason: str) -> None:
         _, told, _ = electing.read_group(found or [])
         same = told["ids"] if told is not None and told["episode"] == episode else ()
-        notes = [one["value"] for one in found or [] if isinstance(one["value"], dict)]
+        now = time.time()
+        notes = [one["value"] for one in found or [] if electing.counts(one, now)]
         # those who were told of, but have not seen it yet, count as well
+        clean(kv, found or [])
         done(not any(one.get("told") == episode or one.get("id") in same for one in notes))
 
     def deleted(_ok: bool) -> None:
         kv.listed(f"{folder}/", listed)
 
     kv.delete(f"{folder}/{slug}", deleted)
+
+
+MOST_CLEANED = 64
+MOST_SWEPT = 1 << 18
+"""Bytes of the listing of all groups that are looked at."""
+
+
+def clean(kv: Kv, found: list[Document]) -> None:
+    """Take away what agents that are gone have left in this listing, if it is still as it was read."""
+    for one in electing.stale(found, time.time())[:MOST_CLEANED]:
+        kv.delete(one["name"], lambda _ok: None, one["index"])
+
+
+def sweep(kv: Kv) -> None:
+    """The same over all groups: of one whose agents are all gone nobody else looks at the keys."""
+    kv.listed("", lambda found, _reason: clean(kv, found or []), MOST_SWEPT)
+
+
+def note_of(
+    entry: Document, device_id: str, every_s: float, episode: str | None = None
+) -> Document:
+    """The note of an anomaly; `every_s`: it will be written anew so often."""
+    return {
+        "id": entry["id"],
+        "device_id": device_id,
+        "reason": entry["summary"][:120],
+        "told": entry["episode"] if episode is None else episode,
+        "until": round(time.time() + 3 * every_s, 1),
+    }
+
+
+def say_again(kv: Kv, slug: str, entry: Document, note: Document, gone: Callable[[], bool]) -> None:
+    """Write the note of what is told anew. `gone()`: whether the anomaly is over; then a note that was on its
+    way while it ended is taken away again."""
+    key = f"{electing.folder_of(entry['key'], (entry['group'][0], entry['group'][1]))}/{slug}"
+
+    def written(_taken: bool | None, _reason: str) -> None:
+        if gone():
+            kv.delete(key, lambda _ok: None)
+
+    # A lock that is on it stays: only a key with a session of its own in the query changes that.
+    kv.put(key, "flags=0", note, written)

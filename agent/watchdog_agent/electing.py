@@ -6,6 +6,9 @@ in one document of the group, written by compare-and-set in two steps: ``telling
 leaves, ``told`` when a sink has taken it. An heir finds ``telling`` and says the same again under the same
 key, or ``told`` and says nothing. So whatever crashes, somebody tells, and receivers see one key.
 
+A note without a lock says «still away» until its `until` (wall seconds), and is written anew long before; an
+older one is of an agent that is gone: it counts for nothing, and whoever finds it takes it away.
+
 Document: ``{"episode": id, "rev": n, "state": "telling"|"told", "at": wall seconds, "ids": [note ids],
 "members": [[device id, reason], …]}``. Its `at` is compared with other hosts' clocks: their differences
 count against the window.
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 500
 """Devices that an escalation names; of more it says the number."""
+OLD_S = 2700.0
+"""What was told so long ago, and has no note left, is taken away."""
+FAR_S = 30 * 86400.0
+"""A note that says to be good for longer was written by a clock that is wrong."""
 HEIR_S = 60.0
 """An unfinished document of others is taken over at least so long: Consul needs 2 x TTL to free a lock."""
 
@@ -118,6 +125,40 @@ def read_group(found: list[Document]) -> tuple[dict[str, list[str]], Document | 
         elif name[:1] != "_" and one["session"] and isinstance(value, dict):
             present[str(value.get("id"))] = [str(value.get("device_id")), str(value.get("reason"))]
     return present, told, index
+
+
+def counts(one: Document, now: float) -> bool:
+    """Whether an entry of a listing is the note of an agent that lives: a lock of its session says so, and
+    without one its age. `now`: wall seconds."""
+    value = one["value"]
+    if one["name"].rpartition("/")[2][:1] == "_" or not isinstance(value, dict):
+        return False
+    until = value.get("until")
+    fresh = isinstance(until, (int, float)) and now <= until <= now + FAR_S
+    return bool(one["session"]) or fresh
+
+
+def stale(found: list[Document], now: float) -> list[Document]:
+    """Of a listing what agents that are gone have left: notes that count for nothing, and what was told and
+    the lock of a group without any other."""
+    lived_in = {one["name"].rpartition("/")[0] for one in found if counts(one, now)}
+    out = []
+    for one in found:
+        folder, _, name = one["name"].rpartition("/")
+        value = one["value"]
+        if one["session"] or not folder:
+            continue
+        if name == "_told":
+            at = value.get("at") if isinstance(value, dict) else None
+            known = isinstance(at, (int, float)) and -FAR_S < now - at < OLD_S
+            old = folder not in lived_in and not known
+        elif name == "_leader":
+            old = folder not in lived_in
+        else:
+            old = not counts(one, now)
+        if old:
+            out.append(one)
+    return out
 
 
 def folder_of(key: str, group: tuple[str, str]) -> str:

@@ -10,6 +10,7 @@ import os
 import time
 
 from . import electing
+from .loop import between
 from .sinks import Sink
 
 TYPE_CHECKING = False
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .candidacy import Round
     from .coordination import Coordination
     from .loop import Loop
-    from .shapes import Config, Document
+    from .shapes import Config, Document, Timer
 
 
 class Escalations:
@@ -30,6 +31,8 @@ class Escalations:
     DEPART_S = 1.5
     """How long the end of a device that has left may take."""
     LOOK_S = 0.02
+    RETURN_S = 5.0
+    """When an agent that was away says again that its device still is."""
     EVIDENCE_BYTES = 4096
 
     def __init__(self, loop: Loop, config: Config, instance: str, log: Callable[..., None]) -> None:
@@ -42,6 +45,7 @@ class Escalations:
         self.leaving = 0
         """Ends that wait for Consul's word on whether others of the episode are still away."""
         self.over = "recovered"
+        self.reminding: Timer | None = None
         self.changed: Callable[[], object] = lambda: None
         """Called when what is kept has changed."""
 
@@ -98,10 +102,36 @@ class Escalations:
             self.log("escalated", key=key, episode=episode, coordinated=coordinated)
             if entry.pop("cleared", False):
                 self._leave(entry, it)
+            self._remind()
             self.changed()
 
         it = self.coordination.begin(entry, group, done)
         self.rounds[key] = it
+
+    def _remind(self, first_s: float | None = None) -> None:
+        """Keep the notes of what is told young, as long as it is open: an old one counts for nothing."""
+        if self.reminding is None and any(
+            one["told"] and one["group"] for one in self.open.values()
+        ):
+            wait = self.rules["note_s"] if first_s is None else first_s
+            self.reminding = self.loop.later(wait * between(0.8, 1.0), self._say_again)
+
+    def _say_again(self) -> None:
+        from . import coordination
+        from .kv import Kv
+
+        self.reminding = None
+        kv = Kv(self.loop, self.config, "anomalies")
+        for entry in self.open.values():
+            if entry["told"] and entry["group"]:
+                name, every_s = self.config["device_id"], self.rules["note_s"]
+                note = coordination.note_of(entry, name, every_s)
+
+                def gone(entry: Document = entry) -> bool:
+                    return self.open.get(entry["key"]) is not entry
+
+                coordination.say_again(kv, self.config["slug"], entry, note, gone)
+        self._remind()
 
     def _group(self, entry: Document) -> tuple[str, str] | None:
         by: list[str] = self.rules["by"]
@@ -281,6 +311,8 @@ class Escalations:
                 self.open[entry["key"]] = entry
                 if not entry["told"]:
                     self._begin(entry)
+        # While we were away it may have grown old.
+        self._remind(self.RETURN_S)
 
     def status(self) -> Document:
         """For /status and the metrics."""

@@ -86,6 +86,20 @@ class ConsulState:
         if not self.outdated and not self.busy and self.timer is None and self._changed():
             self._write()
 
+    def forget(self, then: Callable[[], None]) -> None:
+        """The device is gone: take its state away, and call back, at the latest after the time-out of two calls.
+        A newer epoch's stays."""
+        self.outdated = True  # nothing is written any more
+        self.kv.listed(self.slug, lambda found, _reason: self._drop(found, then))
+
+    def _drop(self, found: list[Document] | None, then: Callable[[], None]) -> None:
+        entry = next((one for one in found or [] if one["name"] == self.slug), None)
+        value: Any = entry["value"] if entry is not None else None
+        if entry is None or not isinstance(value, dict) or value.get("epoch", 0) > self.epoch:
+            then()
+        else:
+            self.kv.delete(self.slug, lambda _ok: then(), entry["index"])
+
     def _changed(self) -> bool:
         """A reason that counts misses is no news: it goes along with the next."""
         if self.wanted is None:

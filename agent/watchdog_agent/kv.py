@@ -35,6 +35,7 @@ class Kv:
         body: Document | None,
         done: Fetched,
         timeout_s: float = TIMEOUT_S,
+        most: int = MOST_BYTES,
     ) -> http.Fetch:
         """`path` begins after /v1. The token goes in a header and is read anew (S10)."""
         token = consul.read_token()
@@ -44,7 +45,7 @@ class Kv:
         # 1.0: to 1.1 Consul sends what is longer than some KB in chunks, and `http` knows none.
         data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
         where = (self.url.host, self.url.port)
-        return http.Fetch(self.loop, where, data, timeout_s, done, max_body=MOST_BYTES)
+        return http.Fetch(self.loop, where, data, timeout_s, done, max_body=most)
 
     def put(
         self, key: str, query: str, body: Document, done: Callable[[bool | None, str], None]
@@ -59,9 +60,14 @@ class Kv:
 
         return self.call("PUT", f"/kv/{self.folder}/{key}?{query}", body, answered)
 
-    def listed(self, key: str, done: Callable[[list[Document] | None, str], None]) -> http.Fetch:
+    def listed(
+        self,
+        key: str,
+        done: Callable[[list[Document] | None, str], None],
+        most: int = MOST_BYTES,
+    ) -> http.Fetch:
         """All entries whose key begins so, each with its decoded ``value`` and its key below our folder
-        as ``name``; [] when there is none."""
+        as ``name``; [] when there is none. Of a listing of more than `most` bytes the beginning."""
 
         def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
             if status == 404:
@@ -69,25 +75,26 @@ class Kv:
             elif status != 200:
                 done(None, reason_of(status, said))
             else:
-                found = entries(said, f"{self.folder}/")
+                found = entries(said, f"{self.folder}/", most)
                 done(found, "" if found is not None else "its listing is not JSON")
 
-        return self.call(
-            "GET", f"/kv/{self.folder}/{key}?recurse=true&consistent=true", None, answered
-        )
+        path = f"/kv/{self.folder}/{key}?recurse=true&consistent=true"
+        return self.call("GET", path, None, answered, most=most)
 
-    def delete(self, key: str, done: Callable[[bool], None]) -> http.Fetch:
-        return self.call(
-            "DELETE", f"/kv/{self.folder}/{key}", None, lambda status, *_: done(status == 200)
-        )
+    def delete(
+        self, key: str, done: Callable[[bool], None], index: int | None = None
+    ) -> http.Fetch:
+        """`index`: only if it is still as it was then."""
+        path = f"/kv/{self.folder}/{key}" + ("" if index is None else f"?cas={index}")
+        return self.call("DELETE", path, None, lambda status, *_: done(status == 200))
 
 
-def entries(body: bytes, folder: str) -> list[Document] | None:
-    """Consul's listing, decoded; of one that was cut at MOST_BYTES the whole entries. None of what is no
+def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] | None:
+    """Consul's listing, decoded; of one that was cut at `most` bytes the whole entries. None of what is no
     listing: to take that for an empty one would make each agent of many the only one."""
     import base64
 
-    if len(body) >= MOST_BYTES:
+    if len(body) >= most:
         body = body[: body.rfind(b"},{")] + b"}]"
     try:
         found = json.loads(body)

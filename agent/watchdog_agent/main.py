@@ -371,6 +371,12 @@ class Agent:
             self._leave()
 
     def _leave(self) -> None:
+        if self.keeper is not None and self.departed:
+            self.keeper.forget(self._unregister)
+        else:
+            self._unregister()
+
+    def _unregister(self) -> None:
         if self.registration is None:
             self._finish()
         else:

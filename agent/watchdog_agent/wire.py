@@ -41,7 +41,8 @@ Keys that only some documents have; an agent that does not know one leaves it al
     {"escalate": {"sinks": [{"kind": "webhook|alertmanager|consul_event", "url": "...",
                              "token_file": "path", "name": "of the event"}],
                   "by": ["gateway", "site", "class", "host"], "window_s": 30.0, "gather_s": 2.0,
-                  "retry_s": 1.0, "give_up_s": 900.0, "consul_wait_s": 10.0, "session_ttl_s": 10.0},
+                  "retry_s": 1.0, "give_up_s": 900.0, "consul_wait_s": 10.0, "session_ttl_s": 10.0,
+                  "note_s": 900.0},
      "loki": {"url": "...", "token_file": "path", "tenant": "..."},
      "state": "consul", "prefix": "nomad-watchdog"}
 

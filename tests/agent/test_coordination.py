@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -269,6 +270,74 @@ async def test_the_last_device_of_an_episode_that_leaves_ends_it(
     assert ended["key"] == f"{alert['episode']}.resolved"
     left = kv(consul, agents[0].config["prefix"])
     assert [one["Key"] for one in left if "/_" not in one["Key"]] == []
+
+
+async def test_the_note_of_a_dead_agent_holds_up_no_end_for_long(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Three are told of together. One agent is killed for good: its note grows old. A second device stays
+    away: its note is kept young, for longer than one lasts, and holds up the end. When it is back too, the
+    episode ends, and the dead one's note is gone."""
+    quick = {"gather_s": 1.0, "window_s": 2.0, "note_s": 2.0}
+    agents = [member(world, receiver, consul.http_addr, n, **quick) for n in range(3)]
+    agents[1].config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
+    await all_started(agents)
+    await world.device.stop()
+    await world.peer.stop()
+    (alert,) = await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+    assert alert["count"] == 3
+    await told_to_all(agents, alert["episode"])
+    prefix = agents[0].config["prefix"]
+
+    def notes() -> set[str]:
+        return {
+            one["Key"].rpartition("/")[2]
+            for one in kv(consul, prefix)
+            if "/_" not in one["Key"] and not one.get("Session")
+        }
+
+    await until(lambda: len(notes()) == 3, "three notes without a lock", SOON_S)
+    assert agents[2].process is not None
+    await agents[2].process.kill()
+    await asyncio.sleep(8.0)  # 3 x note_s = 6 s
+    await world.device.start()
+    await agents[0].is_in("back", SOON_S, state="ok")
+    await until(lambda: notes() == {"pump-1"}, "one young note is left", SOON_S)
+    await asyncio.sleep(1.0)
+    assert receiver.told("resolved") == []
+    await world.peer.start()
+    await until(lambda: receiver.told("resolved"), "the end", SOON_S)
+    assert {one["key"] for one in receiver.told("resolved")} == {f"{alert['episode']}.resolved"}
+    await until(lambda: notes() == set(), "no note is left", SOON_S)
+
+
+async def test_an_elected_one_sweeps_the_groups_of_the_gone(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Keys of a group whose agents are all gone are taken away by an agent of another group that was elected;
+    a young note of a third group stays."""
+    agent = member(world, receiver, consul.http_addr, 0, gather_s=0.3, window_s=1.0)
+    prefix = agent.config["prefix"]
+    now = time.time()
+    left = {
+        "site-old/pump-7": {"id": "1", "until": now - 60},
+        "site-old/_told": {"state": "told", "at": now - 86400},
+        "site-old/_leader": {},
+        "site-new/pump-8": {"id": "2", "until": now + 600},
+    }
+    for key, value in left.items():
+        url = f"{consul.http_addr}/v1/kv/{prefix}/anomalies/{key}"
+        request = urllib.request.Request(url, json.dumps(value).encode(), method="PUT")
+        urllib.request.urlopen(request, timeout=5).close()
+    await all_started([agent])
+    await world.device.stop()
+    await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+
+    def swept() -> bool:
+        keys = {one["Key"].removeprefix(f"{prefix}/anomalies/") for one in kv(consul, prefix)}
+        return keys & left.keys() == {"site-new/pump-8"}
+
+    await until(swept, "only the young note is left", SOON_S)
 
 
 async def test_without_consul_each_tells_alone_and_says_so(

@@ -189,6 +189,52 @@ def test_a_group_is_the_first_kind_that_has_a_value() -> None:
     assert electing.group_of(["host"], labels, {"class": "c"}) is None
 
 
+def entry(name: str, value: Any, session: str = "") -> dict[str, Any]:
+    return {"name": name, "value": value, "session": session, "index": 7}
+
+
+@pytest.mark.parametrize(
+    ("one", "alive"),
+    [
+        (entry("g/pump", {"until": 1001.0}), True),
+        (entry("g/pump", {"until": 999.0}), False),
+        (entry("g/pump", {"until": 1000.0 + 60 * 86400}), False),
+        (entry("g/pump", {"until": 999.0}, "a session"), True),
+        (entry("g/pump", {"id": "1"}), False),
+        (entry("g/pump", {"until": "1001"}), False),
+        (entry("g/pump", None, "a session"), False),
+        (entry("g/_told", {"until": 1001.0}), False),
+    ],
+)
+def test_a_note_counts_while_it_is_locked_or_young(one: dict[str, Any], alive: bool) -> None:
+    """A note without a lock counts until its time and no longer, one of a clock that is far ahead and what
+    is no note never; a lock counts at any age."""
+    assert electing.counts(one, 1000.0) is alive
+
+
+def test_only_what_the_gone_have_left_is_taken_away() -> None:
+    """Old notes go, and with the last note of a group its old document and its free lock; what is young,
+    locked, or of a group where somebody lives, stays."""
+    now = 100_000.0
+    told = {"state": "told", "at": now - electing.OLD_S - 1}
+    stays = [
+        entry("lived-in/pump-1", {"until": now + 5}),
+        entry("lived-in/_told", told),
+        entry("lived-in/_leader", {}),
+        entry("just-told/_told", {"state": "told", "at": now - 5}),
+        entry("led/_leader", {}, "a session"),
+        entry("at-the-top", {"until": 1.0}),
+    ]
+    goes = [
+        entry("lived-in/pump-2", {"until": now - 5}),
+        entry("gone/pump-3", {"until": now - 5}),
+        entry("gone/_told", told),
+        entry("gone/_leader", {}),
+        entry("strange/_told", "no document"),
+    ]
+    assert electing.stale(goes + stays, now) == goes
+
+
 @given(st.text(), st.text())
 def test_a_place_is_made_of_safe_characters(key: str, value: str) -> None:
     """No key and no value of a group reaches a path as it is (S11)."""

@@ -151,6 +151,25 @@ async def test_an_older_epoch_never_overwrites_a_newer_one(
     assert found["epoch"] == 4
 
 
+async def test_the_state_of_a_device_that_has_left_is_taken_away(
+    world: World, consul: ConsulServer
+) -> None:
+    """An agent that is told `departed` leaves nothing in Consul; one that is merely replaced leaves its state
+    to its heir."""
+    for code, left in (("refused", True), ("departed", False)):
+        agent = homeless(world, consul.http_addr)
+        await agent.start()
+        await until(lambda agent=agent: kept(consul, agent), "kept", 20.0)
+        await world.peer.saw("a report", ready=True)
+        world.peer.body = json.dumps({"error": {"code": code, "message": "x"}}).encode()
+        world.peer.status = 410
+        assert agent.process is not None
+        assert await agent.process.wait(10.0) == 0
+        assert (kept(consul, agent) is not None) is left
+        world.peer.status = 200
+        world.peer.reports.clear()
+
+
 async def test_a_dead_consul_holds_up_no_start(world: World) -> None:
     """With Consul away an agent that keeps its state there probes and reports within seconds."""
     agent = homeless(world, f"http://127.0.0.1:{free_port()}")
