@@ -63,6 +63,7 @@ class Repair(Block):
     tries: Annotated[int, Field(ge=1, le=100)] = 1
     verify: Positive = 30.0
     dry_run: bool = False
+    even_behind_gateway: bool = False
     budget: Annotated[int, Field(ge=1, le=1000)] = 3
     window: Positive = 3600.0
     cooldown: Seconds = 30.0
@@ -96,7 +97,9 @@ class Repair(Block):
         more = {name: getattr(self, name) for name in REPAIR_EXTRAS}
         more |= {"when": self.when, "probe": self.probe, "tries": self.tries}
         more |= {"verify_s": self.verify, "dry_run": self.dry_run}
+        more["even_behind_gateway"] = self.even_behind_gateway
         usual = {"when": "suspect", "tries": 1, "verify_s": 30.0, "dry_run": False}
+        usual["even_behind_gateway"] = False
         # What is as it always was is not said, so that a class of an older version keeps its hash.
         said = {k: v for k, v in more.items() if v is not None and usual.get(k) != v}
         return said | {

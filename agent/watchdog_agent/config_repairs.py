@@ -60,6 +60,7 @@ def _step(step: Any, config: Config) -> Step:
     checks.number(step, "verify_s", 30.0, 0.01, 86400.0)
     checks.number(step, "tries", 1, 1, 100)
     checks.flag(step, "dry_run", False)
+    checks.flag(step, "even_behind_gateway", False)
     if step.setdefault("when", "suspect") not in ("suspect", "offline"):
         raise ConfigError(f"repairs: when is {step['when']!r}; allowed are suspect, offline")
     known = [name_of(probe) for probe in config["probes"]]

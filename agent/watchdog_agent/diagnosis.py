@@ -100,12 +100,12 @@ class Diagnosis:
         else:
 
             def asked(alive: bool) -> None:
-                if self._behind(alive):
+                if self.behind(alive):
                     self._want_confirmation(name, spec)
 
             self.gateway.ask(asked)
 
-    def _behind(self, alive: bool) -> bool:  # as the gateway's callback says it
+    def behind(self, alive: bool) -> bool:  # as the gateway's callback says it
         """Take what the gateway did; whether it answers."""
         assert self.gateway is not None
         if alive:
@@ -148,7 +148,7 @@ class Diagnosis:
 
         def asked(alive: bool) -> None:
             self.confirming = 0
-            if self._behind(alive):
+            if self.behind(alive):
                 take(*answers[0])
 
         def take(name: str, ok: bool, reason: str) -> None:

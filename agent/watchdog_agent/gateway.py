@@ -4,6 +4,7 @@ devices behind one dead gateway are one dead gateway."""
 from __future__ import annotations
 
 import socket
+import time
 
 from . import checks, config_probes, probes
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 LABEL = "gateway"
 """A device's label with the address of its gateway; it goes before the class's."""
 TIMEOUT_S = 2.0
+FRESH_S = 1.0
+"""An answer is good for so long where something is done because of it."""
 
 
 def check(config: Config) -> None:
@@ -60,6 +63,7 @@ class Gateway:
         self.answers: bool | None = None
         """What it did last; None = not asked, or the device has answered since."""
         self.reason = ""
+        self.asked_at = float("-inf")
         self._waiting: list[Callable[[bool], None]] = []
 
     def ask(self, then: Callable[[bool], None]) -> None:
@@ -70,9 +74,14 @@ class Gateway:
 
     def _asked(self, ok: bool, reason: str, _took_s: float) -> None:  # as Probed
         self.answers, self.reason = ok, reason
+        self.asked_at = time.monotonic()
         waiting, self._waiting = self._waiting, []
         for then in waiting:
             then(ok)
+
+    def fresh(self) -> bool:
+        """Whether it was asked just now."""
+        return time.monotonic() - self.asked_at < FRESH_S
 
     def words(self) -> str:
         """The device's reason while it is dead."""

@@ -4,7 +4,7 @@ one clock that the caller reads.
 Steps stand in order. The first one that fits is taken: its precondition holds, it has tries left in this
 episode, and budget left in its window. One that still cools down is waited for, so that a harsh step is
 never taken because a mild one rests. A step has helped only when a probe answers after it, within its
-`verify_s`. When a device is offline and nothing is left to try, the ladder is exhausted.
+`verify_s`. While what stands before the device is dead, only steps that are for that are taken. When a device is offline and nothing is left to try, the ladder is exhausted.
 
 An episode is the time from the first doubt until the device answers again.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_ATTEMPTS: Final = 32
 """So many attempts are kept for people; what the budgets need is kept apart."""
 
+BEHIND: Final = "the gateway does not answer; repairing the device would not help"
 REST: Final = "rest"
 """The device answers."""
 TAKE: Final = "take"
@@ -55,10 +56,13 @@ class Ladder:
 
     # -- deciding
 
-    def next(self, state: str, failing: Container[str], now: float) -> Decision:
+    def next(
+        self, state: str, failing: Container[str], now: float, *, behind: bool = False
+    ) -> Decision:
         """(what, step or None, when to look again or None, why).
 
-        `state` is what is believed of the device; `failing` are the names of the probes that miss."""
+        `state` is what is believed of the device; `failing` are the names of the probes that miss; `behind`:
+        its gateway does not answer."""
         if state == "ok":
             return REST, None, None, "the device answers"
         if not self.open:
@@ -73,15 +77,24 @@ class Ladder:
                 return WAIT, None, until, f"whether {current['name']} has helped"
             current["outcome"] = NO_HELP
             current["reason"] = f"no probe answered within {current['verify_s']:g} s"
-        return self._choose(state, failing, now)
+        return self._choose(state, failing, now, behind)
 
-    def _choose(self, state: str, failing: Container[str], now: float) -> Decision:
-        unfit = False
+    def _choose(
+        self,
+        state: str,
+        failing: Container[str],
+        now: float,
+        behind: bool,  # as its gateway answers
+    ) -> Decision:
+        unfit = held = False
         for step in self.steps:
             if self._tried(step) >= step["tries"] or self._spent(step, now):
                 continue
             if not _fits(step, state, failing):
                 unfit = True
+                continue
+            if behind and not step["even_behind_gateway"]:
+                held = True
                 continue
             times = self._times[step["id"]]
             ready = times[-1] + step["cooldown_s"] if times else now
@@ -89,7 +102,10 @@ class Ladder:
                 return WAIT, None, ready, f"{step['name']} cools down"
             return TAKE, step, None, ""
         if state == "offline":
-            return EXHAUSTED, None, None, "nothing is left to try"
+            why = "its gateway does not answer" if held else "nothing is left to try"
+            return EXHAUSTED, None, None, why
+        if held:
+            return WAIT, None, None, BEHIND
         return WAIT, None, None, "no step fits yet" if unfit else "no step is left"
 
     def _tried(self, step: Step) -> int:

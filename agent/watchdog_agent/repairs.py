@@ -50,7 +50,10 @@ class Repairs:
         self.outcomes = dict.fromkeys(ladder.OUTCOMES[2:], 0)
         self.blocked = ""
         """Why no step may be taken now."""
+        self.waits = ""
+        """For what the ladder waits, where that is not a step of its own."""
         self.then: Callable[[], None] | None = None
+        self.asking = False
         self._left = UNDO_TRIES
         self._timer: Timer | None = None
         self._limit: Timer | None = None
@@ -146,7 +149,10 @@ class Repairs:
             agent.tell()
         if what != ladder.TAKE:
             self.blocked = ""
-        if step is not None:
+        self.waits = why if why == ladder.BEHIND else ""
+        if step is not None and self._doubtful(step):
+            self._ask_gateway()
+        elif step is not None:
             self._may_take(step)
         elif what == ladder.EXHAUSTED and not self.ladder.escalated:
             self._escalate(why)
@@ -162,7 +168,28 @@ class Repairs:
         }
         # A device that never answered may not be there yet: there is nothing to repair (S6).
         state = believed.state if believed.was_ready else "ok"
-        return self.ladder.next(state, failing, time.monotonic())
+        gateway = self.agent.diagnosis.gateway
+        behind = gateway is not None and gateway.answers is False and gateway.fresh()
+        return self.ladder.next(state, failing, time.monotonic(), behind=behind)
+
+    def _doubtful(self, step: Step) -> bool:
+        """Whether the gateway is to be asked before this step: what is repaired behind a dead one was well."""
+        gateway = self.agent.diagnosis.gateway
+        return gateway is not None and not step["even_behind_gateway"] and not gateway.fresh()
+
+    def _ask_gateway(self) -> None:
+        gateway = self.agent.diagnosis.gateway
+        assert gateway is not None
+        if self.asking:
+            return
+        self.asking = True
+
+        def asked(alive: bool) -> None:  # as the gateway's callback says it
+            self.asking = False
+            self.agent.diagnosis.behind(alive)
+            self.look()
+
+        gateway.ask(asked)
 
     def _may_take(self, step: Step) -> None:
         agent = self.agent
@@ -360,7 +387,7 @@ class Repairs:
             "active": self.active(),
             "exhausted": self.ladder.exhausted,
             "dry_run": self.dry_run,
-            "blocked": self.blocked or self.standing.why_not(now),
+            "blocked": self.blocked or self.waits or self.standing.why_not(now),
             "steps": [step["name"] for step in self.ladder.steps],
             "outcomes": self.outcomes,
             "attempts": self.ladder.shown(now),

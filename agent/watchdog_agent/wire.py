@@ -28,7 +28,7 @@ Configuration document (version 1)::
      "repairs": [{"kind": "interface|http|mqtt|unit|command|wake|plugin", "interface": "eth1",
                   "budget": 3, "window_s": 3600.0, "cooldown_s": 30.0, "timeout_s": 10.0,
                   "verify_s": 30.0, "when": "suspect|offline", "probe": "icmp", "tries": 1,
-                  "dry_run": false}],
+                  "dry_run": false, "even_behind_gateway": false}],
      "repair_policy": {"dry_run": false, "accepted_beats": 4, "alone_s": 86400.0},
      "escalate": {"sinks": [{"kind": "webhook", "url": "http://127.0.0.1:8080/hook"}]},
      "gateway": {"address": "10.0.0.1", ...a probe...}}      (optional)

@@ -25,6 +25,7 @@ def step(name: str = "a", **changes: Any) -> dict[str, Any]:
         "tries": 1,
         "when": "suspect",
         "probe": "",
+        "even_behind_gateway": False,
         **changes,
     }
 
@@ -99,20 +100,35 @@ def test_a_step_that_could_not_be_kept_was_not_taken() -> None:
     assert ladder.attempts == []
 
 
+def test_steps_wait_while_the_gateway_is_dead() -> None:
+    """Behind a dead gateway the ladder goes past what would mend the device to what mends the gateway, then
+    waits; with an offline device and nothing else to do it is exhausted, and goes on when the gateway is back."""
+    ladder = Ladder([step("a"), step("gw", even_behind_gateway=True)])
+    what, found, _, _ = ladder.next("suspect", (), 0.0, behind=True)
+    assert (what, found["id"]) == (words.TAKE, "gw")
+    ladder.took(found, 0.0)
+    ladder.ended(True, "", 0.0)
+    assert ladder.next("suspect", (), 4.0, behind=True) == (words.WAIT, None, None, words.BEHIND)
+    assert ladder.next("offline", (), 4.0, behind=True)[0] == words.EXHAUSTED
+    assert ladder.next("suspect", (), 5.0)[1]["id"] == "a"
+
+
 steps = st.lists(
     st.builds(
-        lambda tries, budget, cooldown, window, when: {
+        lambda tries, budget, cooldown, window, when, even: {
             "budget": budget,
             "window_s": window,
             "cooldown_s": cooldown,
             "tries": tries,
             "when": when,
+            "even_behind_gateway": even,
         },
         st.integers(1, 3),
         st.integers(1, 4),
         st.sampled_from([0.0, 2.0, 20.0]),
         st.sampled_from([5.0, 50.0, 5000.0]),
         st.sampled_from(["suspect", "offline"]),
+        st.booleans(),
     ),
     min_size=1,
     max_size=3,
@@ -122,6 +138,7 @@ moves = st.lists(
         st.sampled_from(["good", "bad", "answer", "kill", "look", "look"]),
         st.sampled_from(["suspect", "offline", "ok"]),
         st.floats(0.0, 30.0),
+        st.booleans(),
     ),
     max_size=60,
 )
@@ -130,14 +147,15 @@ moves = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(steps, moves)
 def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
-    made: list[dict[str, Any]], history: list[tuple[str, str, float]]
+    made: list[dict[str, Any]], history: list[tuple[str, str, float, bool]]
 ) -> None:
     """Whatever happens, with the process killed anywhere: budgets, cool-downs and tries hold, one step is
-    under way at a time, and an attempt that was kept is never forgotten nor taken again as if new."""
+    under way at a time, none is taken behind a dead gateway but those that are meant for it, and an attempt
+    that was kept is never forgotten nor taken again as if new."""
     ladder, now = Ladder(made), 0.0
     taken: dict[str, list[float]] = {one["id"]: [] for one in made}
     tries: dict[tuple[str, int], int] = {}
-    for what, state, passed in history:
+    for what, state, passed, behind in history:
         now += passed
         current = ladder.current
         if what == "kill":
@@ -150,7 +168,7 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
             ladder.ended(what == "good", what, now)
         elif what == "answer":
             ladder.answered(now)
-        decision, found, at, _why = ladder.next(state, (), now)
+        decision, found, at, _why = ladder.next(state, (), now, behind=behind)
         assert at is None or at > now
         if decision == words.EXHAUSTED:
             assert state == "offline"
@@ -160,6 +178,7 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
         assert decision == words.TAKE
         assert state != "ok"
         assert state == "offline" or found["when"] == "suspect"
+        assert found["even_behind_gateway"] or not behind
         assert ladder.current is None
         times = taken[found["id"]]
         # ages are kept to the millisecond

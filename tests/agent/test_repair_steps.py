@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent import config, probe_mqtt, repair_mqtt, repair_wake
 
-from tests.agent.world import Agent, Listener, World, document, probe, says, until
+from tests.agent.world import OK, Agent, Listener, World, document, probe, says, until
 
 QUICK = {"cooldown_s": 0.0, "verify_s": 0.6, "timeout_s": 5.0}
 
@@ -221,6 +221,40 @@ async def test_unit_step(world: World, tmp_path: Path) -> None:
     await world.device.stop()
     assert (await attempt(agent, "no help"))["step"] == "unit modem@0.service"
     assert out.read_text().split() == ["--no-ask-password", "restart", "modem@0.service"]
+
+
+async def test_no_step_is_taken_behind_a_dead_gateway(world: World, tmp_path: Path) -> None:
+    """While the gateway is dead the step for the device waits, says so, and the one for the gateway is taken;
+    when the gateway answers and the device does not, the device's own step comes."""
+    own, gateways = tmp_path / "own", tmp_path / "gateways"
+    gateway = Listener(says(OK))
+    gateway.host = "127.0.0.2"
+    await gateway.start()
+    steps = [
+        {"kind": "command", "command": ["touch", str(own)]},
+        {"kind": "command", "command": ["touch", str(gateways)], "even_behind_gateway": True},
+    ]
+    spec = {"address": gateway.host, "kind": "tcp", "port": gateway.port, "timeout_s": 0.3}
+    agent = world.agent(repairs=[{**QUICK, **one} for one in steps], gateway=spec)
+    try:
+        await agent.start()
+        await world.peer.saw("accepted", state="ok", ready=True)
+        await gateway.stop()
+        await world.device.stop()
+        await until(gateways.exists, "the step for the gateway", 15.0)
+
+        async def waits() -> bool:
+            return "gateway" in (await agent.status())["repairs"]["blocked"]
+
+        await until(waits, "it says why it waits", 15.0)
+        await asyncio.sleep(1.0)
+        assert not own.exists()
+        assert world.peer.last["gateway_dead"] is True
+        assert not world.peer.last["repairs"]["exhausted"]
+        await gateway.start()
+        await until(own.exists, "the device's own step", 15.0)
+    finally:
+        await gateway.stop()
 
 
 async def test_wake_step(world: World) -> None:

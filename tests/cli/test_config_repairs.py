@@ -68,6 +68,7 @@ def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
         tries   = 2
         verify  = "1m"
         dry_run = true
+        even_behind_gateway = true
       }
       repair "command" { command = ["reboot-modem", "--now"] }
       repair "wake" {
@@ -89,6 +90,7 @@ def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
         60.0,
         True,
     )
+    assert unit["even_behind_gateway"] is True
     assert checked["repair_policy"] == {"dry_run": True, "accepted_beats": 2, "alone_s": 0.0}
 
 
