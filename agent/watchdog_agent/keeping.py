@@ -28,6 +28,7 @@ class ConsulState:
     EVERY_S = 10.0
     MOST_WAIT_S = 120.0
     MOST_BYTES = 2048
+    TRIES = 3
 
     def __init__(self, loop: Loop, config: Config, log: Callable[..., None]) -> None:
         self.loop, self.log = loop, log
@@ -87,18 +88,28 @@ class ConsulState:
             self._write()
 
     def forget(self, then: Callable[[], None]) -> None:
-        """The device is gone: take its state away, and call back, at the latest after the time-out of two calls.
-        A newer epoch's stays."""
+        """The device is gone: take its state away, and call back. A newer epoch's stays."""
         self.outdated = True  # nothing is written any more
-        self.kv.listed(self.slug, lambda found, _reason: self._drop(found, then))
+        self._look_and_drop(self.TRIES, then)
 
-    def _drop(self, found: list[Document] | None, then: Callable[[], None]) -> None:
+    def _look_and_drop(self, tries: int, then: Callable[[], None]) -> None:
+        self.kv.listed(self.slug, lambda found, _reason: self._drop(found, tries, then))
+
+    def _drop(self, found: list[Document] | None, tries: int, then: Callable[[], None]) -> None:
         entry = next((one for one in found or [] if one["name"] == self.slug), None)
         value: Any = entry["value"] if entry is not None else None
         if entry is None or not isinstance(value, dict) or value.get("epoch", 0) > self.epoch:
             then()
-        else:
-            self.kv.delete(self.slug, lambda _ok: then(), entry["index"])
+            return
+
+        def deleted(gone: bool) -> None:  # as Consul's answer says it
+            if gone or tries <= 1:
+                then()
+            else:
+                # A write of ours that was on its way came between.
+                self._look_and_drop(tries - 1, then)
+
+        self.kv.delete(self.slug, deleted, entry["index"])
 
     def _changed(self) -> bool:
         """A reason that counts misses is no news: it goes along with the next."""

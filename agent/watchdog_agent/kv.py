@@ -84,9 +84,13 @@ class Kv:
     def delete(
         self, key: str, done: Callable[[bool], None], index: int | None = None
     ) -> http.Fetch:
-        """`index`: only if it is still as it was then."""
+        """`index`: only if it is still as it was then. `done(gone)`."""
         path = f"/kv/{self.folder}/{key}" + ("" if index is None else f"?cas={index}")
-        return self.call("DELETE", path, None, lambda status, *_: done(status == 200))
+
+        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
+            done(status == 200 and said.strip() == b"true")
+
+        return self.call("DELETE", path, None, answered)
 
 
 def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] | None:

@@ -70,13 +70,13 @@ consul {
 }
 agent_class "default" {
   beat = "1s"
-  probe "tcp" {
+  probe "http" {
     port     = PORT
     interval = "500ms"
     timeout  = "400ms"
     misses   = 2
   }
-  confirm "http" { port = PORT }
+  confirm "tcp" { port = PORT }
   gateway {
     address = "GATEWAY"
     kind    = "tcp"
@@ -149,7 +149,7 @@ async def test_twelve_agents_behind_a_killed_gateway(
 
         async def verdicts() -> dict[str, str]:
             found = await plane.call("GET", "/v1/devices")
-            return {one["id"]: one["verdict"] for one in found["devices"]}
+            return {one["id"]: one["verdict"] for one in found["items"]}
 
         async def all_are(verdict: str) -> bool:
             return await verdicts() == dict.fromkeys(names, verdict)
@@ -175,7 +175,7 @@ async def test_twelve_agents_behind_a_killed_gateway(
             assert shown["reason"] == f"gateway {GATEWAY} does not answer"
 
             async def incidents() -> list[dict[str, Any]]:
-                return (await plane.call("GET", "/v1/incidents"))["incidents"]
+                return (await plane.call("GET", "/v1/incidents"))["items"]
 
             (incident,) = await until(incidents, "an incident", SOON_S)
             assert (incident["kind"], incident["group"]) == ("gateway", GATEWAY)
@@ -190,7 +190,7 @@ async def test_twelve_agents_behind_a_killed_gateway(
             assert {one["key"] for one in receiver.told("resolved")} == {
                 f"{alert['episode']}.resolved"
             }
-            kinds = {one["kind"] for one in (await plane.call("GET", "/v1/events"))["events"]}
+            kinds = {one["kind"] for one in (await plane.call("GET", "/v1/events"))["items"]}
             assert "verdict.offline" not in kinds
             assert not [one for one in kinds if one.startswith("repair.")]
 
