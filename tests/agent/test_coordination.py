@@ -237,6 +237,38 @@ async def test_who_joins_within_the_window_is_told_in_an_update(
     assert {name for name, _ in update["devices"]} == {"pump-0", "pump-1"}
 
 
+async def test_ladders_that_fail_together_are_told_as_one(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Five devices of a gateway die, and each agent climbs its ladder to the end before anybody is told, one
+    after the other: one alert names those that have failed when it is told, an update of the same episode
+    names all, and each step was taken once. Nobody's failed ladder is an alert of its own."""
+    agents = []
+    for number in range(5):
+        rules = {"gather_s": 3.0, "window_s": 12.0, "gateway": "g-north"}
+        agent = member(world, receiver, consul.http_addr, number, **rules)
+        wait = 9.0 if number == 4 else 0.5 * number
+        step = {"kind": "command", "command": ["sleep", str(wait)], "timeout_s": 30.0}
+        agent.config["repairs"] = [{**step, "verify_s": 0.2, "cooldown_s": 0.0}]
+        agent.config["api"] = [f"http://127.0.0.1:{world.peer.port}"]
+        agent.config["beat_s"] = 60.0
+        agents.append(agent)
+    await all_started(agents)
+    await until(lambda: len({one["device_id"] for one in world.peer.reports}) == 5, "accepted")
+    await world.device.stop()
+    (alert,) = await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+    assert alert["kind"] == "offline"
+    assert alert["count"] >= 4
+    assert alert["evidence"]["repairs"][0]["outcome"] == "no help"
+    await told_to_all(agents, alert["episode"])
+    last = receiver.delivered[-1]
+    assert last["episode"] == alert["episode"]
+    assert {name for name, _ in last["devices"]} == {f"pump-{number}" for number in range(5)}
+    assert len(receiver.told("firing")) == 1
+    for agent in agents:
+        assert len((await agent.status())["repairs"]["attempts"]) == 1
+
+
 async def test_the_last_device_of_an_episode_that_leaves_ends_it(
     world: World, receiver: Receiver, consul: ConsulServer
 ) -> None:
