@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
+import ssl
+import sys
+from pathlib import Path
 
 import pytest
+import trustme
 
-from tests.agent.world import Listener, Speaker, World, probe, says, until
+from nomad_watchdog.dev.process import free_port
+from tests.agent.receiver import Receiver
+from tests.agent.world import AGENT, Listener, Speaker, World, probe, says, silent, until
 
 MOST_KB = 24_000
 """Bare Python has 9 to 10 MB; 50 MB of a device's answer would be seen."""
@@ -54,12 +61,65 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     ids=["binary", "ssh", "no-status", "cut", "trickle", "flood", "hang-up", "redirect", "length"],
 )
 async def test_reason_in_words(world: World, speak: Speaker, reason: str) -> None:
-    """A device that does not answer as it should is suspected with a reason that names why."""
+    """A device that does not answer as it should is suspected with a reason that names why, by an agent that
+    stays small."""
     world.device.speak = speak
-    await world.started()
+    agent = await world.started()
     report = await world.peer.saw("suspect", state="suspect")
     assert any(one in report["reason"] for one in reason.split("|")), report["reason"]
     assert report["reason"].startswith(f"http:{world.device.port}: ")
+    assert agent.kilobytes("VmHWM") < MOST_KB
+
+
+async def test_a_device_that_redirects_for_ever_is_asked_once_a_probe(world: World) -> None:
+    """A device whose every answer is a redirect to itself gets one request for each probe, and no more."""
+    paths: list[str] = []
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        paths.append(head.split()[1].decode())
+        where = f"http://127.0.0.1:{world.device.port}/{len(paths)}"
+        writer.write(f"HTTP/1.1 307 X\r\nLocation: {where}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    world.device.speak = speak
+    agent = await world.started()
+    await world.peer.saw("suspect", state="suspect")
+    await until(lambda: len(paths) > 30, "thirty probes", 30.0)
+    assert set(paths) == {"/"}
+    assert (await agent.status())["probes"][f"0:http:{world.device.port}"]["reason"] == (
+        "status 307, not 200"
+    )
+    assert agent.kilobytes("VmHWM") < MOST_KB
+
+
+@pytest.mark.parametrize("expected", [{}, {"expect_body": "needle"}])
+async def test_ten_gigabytes_are_not_taken(world: World, expected: dict[str, str]) -> None:
+    """Of a device that sends 10 GB the agent takes a few hundred KB of each answer and hangs up, whether it
+    looks at the body or not."""
+    sent: list[int] = []
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n")
+        sent.append(0)
+        mine = len(sent) - 1
+        try:
+            for _ in range(10_000_000_000 // 65536):
+                writer.write(b"y" * 65536)
+                await writer.drain()
+                sent[mine] += 65536
+        except ConnectionError:
+            pass
+
+    world.device.speak = speak
+    agent = await world.started(probes=[probe(world.device.port, **expected)])
+    await until(lambda: len(sent) > 20, "twenty answers", 30.0)
+    # what the kernel and asyncio have buffered of it is not the agent's
+    assert max(sent[:-1]) < 16_000_000
+    assert agent.kilobytes("VmHWM") < MOST_KB
+    if expected:
+        seen = (await agent.status())["probes"].popitem()[1]
+        assert "not in its first 64 KiB" in seen["reason"]
 
 
 async def test_large_body_costs_no_memory(world: World) -> None:
@@ -139,3 +199,205 @@ async def test_api_that_answers_garbage_harms_nobody(world: World) -> None:
         assert agent.kilobytes("VmHWM") < MOST_KB
     finally:
         await bad.stop()
+
+
+@pytest.mark.parametrize("way", ["500", "flood", "garbage", "silence"])
+async def test_a_consul_that_is_ill_harms_nobody(world: World, way: str) -> None:
+    """A Consul that answers 500, floods, says something else or nothing, where the agent registers, keeps its
+    state and would elect: the agent watches and reports, is not ready, says why in a few lines, tells of its
+    dead device by itself, and stays small."""
+    ways: dict[str, Speaker] = {
+        "500": says(b"HTTP/1.1 500 X\r\nContent-Length: 12\r\n\r\nNo leader!\r\n"),
+        "flood": flood,
+        "garbage": says(b"HTTP/1.1 200 OK\r\n\r\n" + b'[{"Value": {}}, 7, null]'),
+        "silence": silent,
+    }
+    consul, receiver = Listener(ways[way]), Receiver()
+    await consul.start()
+    await receiver.start()
+    agent = world.agent(
+        consul=f"http://127.0.0.1:{consul.port}",
+        state="consul",
+        labels={"site": "a"},
+        escalate={
+            "sinks": [{"kind": "webhook", "url": f"http://127.0.0.1:{receiver.port}"}],
+            "consul_wait_s": 1.0,
+            "gather_s": 0.3,
+        },
+    )
+    try:
+        await agent.start()
+        # an answer of 200 is a registration, whatever it says beside that
+        await world.peer.saw("a report", state="ok", ready=way == "garbage")
+        await world.device.stop()
+        (alert,) = await until(lambda: receiver.told("firing"), "an alert", 30.0)
+        assert alert["uncoordinated"] is True
+        if way != "garbage":
+            words = {"500": "status 500", "flood": "8 KiB", "silence": "no answer within"}
+            said = [one["msg"] for one in agent.log if one["msg"].startswith("consul: ")]
+            assert words[way] in said[0]
+            assert len(said) < 5
+        assert (await agent.get("/healthz"))[0] == 200
+        assert agent.kilobytes("VmHWM") < MOST_KB
+        assert await agent.signal(signal.SIGTERM) == 143
+    finally:
+        await consul.stop()
+        await receiver.stop()
+
+
+@pytest.mark.parametrize("speak", [flood, trickle], ids=["flood", "trickle"])
+async def test_receivers_that_are_ill_harm_nobody(world: World, speak: Speaker) -> None:
+    """A receiver of alerts and a Loki that flood or trickle are said to have taken nothing; the agent goes on,
+    and stays small."""
+    bad = Listener(speak)
+    await bad.start()
+    url = f"http://127.0.0.1:{bad.port}"
+    agent = world.agent(
+        escalate={"sinks": [{"kind": "webhook", "url": url}], "retry_s": 0.1}, loki={"url": url}
+    )
+    try:
+        await agent.start()
+        await world.peer.saw("a report", state="ok", ready=True)
+        await world.device.stop()
+        await until(
+            lambda: [one for one in agent.log if one["msg"] == "escalation is not taken"],
+            "a remark",
+            30.0,
+        )
+        status = await agent.status()
+        assert status["escalations"]["sent"] == status["logs"]["shipped"] == 0
+        await agent.is_in("offline", state="offline")
+        assert agent.kilobytes("VmHWM") < MOST_KB
+        assert await agent.signal(signal.SIGTERM, 4.0) == 143
+    finally:
+        await bad.stop()
+
+
+async def test_a_full_disk_is_said_and_no_step_is_taken_on_it(world: World, tmp_path: Path) -> None:
+    """With its folder on a full disk an agent watches, reports and says what is wrong; a repair, which must be
+    kept before it is taken, is not taken; when there is space again, it is."""
+    disk, done = tmp_path / "disk", tmp_path / "done"
+    disk.mkdir()
+    fill = f"head -c 1M /dev/zero > {disk}/rubbish || true"
+    mount = f"mount -t tmpfs -o size=64k none {disk} && {{ {fill}; }} 2>/dev/null"
+    words = f'{mount}; exec "{sys.executable}" -m watchdog_agent'
+    step = {"kind": "command", "command": ["touch", str(done)], "cooldown_s": 0.0}
+    agent = world.agent(argv=["unshare", "-m", "sh", "-c", words], repairs=[step])
+    listen = f"127.0.0.1:{free_port()}"
+    agent.extra = {"WATCHDOG_STATE_DIR": str(disk), "WATCHDOG_LISTEN": listen}
+    agent.folder.mkdir()
+    # the agent's own note of where it listens is on the disk that is full
+    starting = asyncio.create_task(agent.start())
+    await until(lambda: world.peer.last, "a report")
+    (agent.folder / "agent.json").write_text(json.dumps({"listen": listen}))
+    await starting
+    await world.peer.saw("ready", state="ok", ready=True)
+    await world.device.stop()
+    await world.peer.saw("offline", state="offline", timeout_s=20.0)
+    await asyncio.sleep(1.0)
+    assert not done.exists()
+    said = {one["msg"]: one.get("reason") for one in agent.log}
+    assert said["state can't be saved"] == "no space left on device"
+    assert said["address can't be written"] == "no space left on device"
+    assert agent.kilobytes("VmHWM") < MOST_KB
+    # as the agent sees it: the disk is mounted for it alone
+    Path(f"/proc/{agent.pid}/root{disk}/rubbish").unlink()
+    await until(done.exists, "the repair", 30.0)
+
+
+CLOCK = """
+import os, sys, time
+real = time.time
+def skewed():
+    with open({offsets!r}) as file:
+        return real() + float(file.read() or 0)
+time.time = skewed
+time.time_ns = lambda: int(skewed() * 1e9)
+sys.path.insert(0, {agent!r})
+from watchdog_agent import main
+main.main()
+"""
+YEARS_S = 10 * 365 * 86400.0
+
+
+async def test_a_clock_that_jumps_accuses_nobody_and_repeats_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    """While the wall clock jumps ten years forward, back, and before 1980, the device stays `ok`, probes and
+    reports keep their pace; a dead device is told of once and repaired within its budget, over a restart with
+    another clock too."""
+    offsets, count = tmp_path / "offsets", tmp_path / "count"
+    offsets.write_text("0")
+
+    def jump(seconds: float) -> None:
+        (tmp_path / "new").write_text(str(seconds))
+        (tmp_path / "new").rename(offsets)
+
+    receiver = Receiver()
+    await receiver.start()
+    script = CLOCK.format(offsets=str(offsets), agent=str(AGENT))
+    step = {"kind": "command", "command": ["sh", "-c", f"echo x >> {count}"], "budget": 1}
+    agent = world.agent(
+        argv=[sys.executable, "-I", "-S", "-c", script],
+        repairs=[{**step, "cooldown_s": 0.0, "verify_s": 0.5}],
+        escalate={"sinks": [{"kind": "webhook", "url": f"http://127.0.0.1:{receiver.port}"}]},
+    )
+    try:
+        await agent.start()
+        await world.peer.saw("ready", state="ok", ready=True)
+        for seconds in (YEARS_S, -YEARS_S, -50 * YEARS_S / 10, 0.0):
+            jump(seconds)
+            seen, runs = len(world.peer.reports), len(world.peer.reports) + 8
+            began = asyncio.get_running_loop().time()
+            await until(lambda runs=runs: len(world.peer.reports) >= runs, "eight beats", 20.0)
+            assert asyncio.get_running_loop().time() - began > 8 * 0.2 * 0.5
+            assert {one["state"] for one in world.peer.reports[seen:]} == {"ok"}
+        await world.device.stop()
+        await until(lambda: receiver.told("firing"), "an alert", 20.0)
+        jump(-YEARS_S)
+        assert agent.process is not None
+        await agent.process.kill()
+        await agent.start()
+        await agent.is_in("offline", state="offline")
+        await asyncio.sleep(2.0)
+        assert count.read_text() == "x\n"
+        assert len(receiver.told("firing")) == 1
+        assert agent.kilobytes("VmHWM") < MOST_KB
+        assert await agent.signal(signal.SIGTERM) == 143
+    finally:
+        await receiver.stop()
+
+
+async def test_a_tls_server_that_floods_costs_no_memory(world: World) -> None:
+    """Bytes without end in the place of a handshake, and after one, end a probe over TLS in words; with the TLS
+    library loaded too the agent stays below 30 MB."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    inside = Listener(flood)
+    inside.tls = context
+    world.device.speak = flood
+    quick = {"interval_s": 0.05, "timeout_s": 1.0, "misses": 3, "verify": False}
+    await inside.start()
+    try:
+        agent = await world.started(
+            probes=[
+                {"kind": "tls", "port": world.device.port, **quick},
+                {"kind": "mqtt", "tls": True, "port": world.device.port, **quick},
+                {"kind": "https", "port": inside.port, **quick},
+                {"kind": "mqtt", "tls": True, "port": inside.port, **quick},
+            ]
+        )
+        await world.peer.saw("suspect", state="suspect", timeout_s=20.0)
+
+        async def often() -> bool:
+            probes = (await agent.status())["probes"].values()
+            return min(one["stats"]["count"] for one in probes) >= 10
+
+        await until(often, "ten of each", 60.0)
+        reasons = [one["reason"] for one in (await agent.status())["probes"].values()]
+        assert all("TLS" in one for one in reasons[:2]), reasons
+        assert ("8 KiB" in reasons[2], reasons[3]) == (True, "its answer is not MQTT")
+        assert agent.kilobytes("VmHWM") < 30_000
+    finally:
+        await inside.stop()

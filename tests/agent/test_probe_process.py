@@ -14,6 +14,8 @@ from nomad_watchdog.dev.process import free_port
 from tests.agent.probing import udp
 from tests.agent.world import AGENT, Listener, World, probe, silent, tcp, until
 
+MOST_WITH_PLUGINS_KB = 32_000
+"""Finding entry points loads importlib.metadata, and with it email, zipfile and more."""
 MOST_KB = 20_000
 """What an agent without TLS may ever have had resident; bare Python has 9 to 10 MB."""
 
@@ -212,6 +214,7 @@ async def test_plugins_good_and_broken(world: World, tmp_path: Path) -> None:
     assert "ModuleNotFoundError" in seen["gone"]["reason"]
     assert "installed: breaks, breaks_later" in seen["other"]["reason"]
     assert sorted(n for n, r in seen.items() if r["ok"]) == ["talks", "well"]
+    assert agent.kilobytes("VmHWM") < MOST_WITH_PLUGINS_KB
     assert await agent.signal(signal.SIGTERM) == 143
 
 
