@@ -71,6 +71,8 @@ class Performer:
     obstacles: dict[Slug, str] = field(default_factory=dict)
     budgets: dict[Slug, Budget] = field(default_factory=dict)
     circuit: Circuit = field(default_factory=Circuit)
+    """Of the scheduler."""
+    registry_circuit: Circuit = field(default_factory=Circuit)
     _room: asyncio.Semaphore = field(init=False)
     _in_hand: int = 0
     _spare: asyncio.Event = field(default_factory=asyncio.Event)
@@ -97,9 +99,10 @@ class Performer:
         while True:
             await self._spare.wait()
             now = self.fleet.clock.monotonic()
-            most = self.circuit.allowance(BATCH, now)
+            circuits = (self.circuit, self.registry_circuit)
+            most = min(one.allowance(BATCH, now) for one in circuits)
             if most == 0:
-                await asyncio.sleep(self.circuit.wait_s(now))
+                await asyncio.sleep(max(one.wait_s(now) for one in circuits))
             elif most < BATCH and self._in_hand:
                 # one try at a time: what it brings says whether there is another
                 await self._idle.wait()
@@ -121,10 +124,13 @@ class Performer:
             fenced = [error] * len(batch)
         except WatchdogError as error:
             for action in batch:
+                if isinstance(error, TransientError):
+                    self._refused(self.registry_circuit, "registry", action.slug, error)
                 self._failed(action, error)
                 self.queue.done(action.slug)
             self._hand(-len(batch))
             return
+        self.registry_circuit.answered()
         for action, record in zip(batch, fenced, strict=True):
             group.create_task(self._act(action, record))
 
@@ -263,17 +269,21 @@ class Performer:
         try:
             answer = await call
         except TransientError as error:
-            now = self.fleet.clock.monotonic()
-            jitter = random.random()  # noqa: S311  # jitter
-            if self.circuit.failed(slug, now, error.retry_after_s or 0.0, jitter):
-                wait_s = round(self.circuit.wait_s(now), 3)
-                log.warning("scheduler refuses", extra={"reason": str(error), "retry_in_s": wait_s})
+            self._refused(self.circuit, "scheduler", slug, error)
             raise
         except WatchdogError:
             self.circuit.answered()
             raise
         self.circuit.answered()
         return answer
+
+    def _refused(self, circuit: Circuit, who: str, slug: Slug, error: TransientError) -> None:
+        now = self.fleet.clock.monotonic()
+        jitter = random.random()  # noqa: S311  # jitter
+        if circuit.failed(slug, now, error.retry_after_s or 0.0, jitter):
+            wait_s = round(circuit.wait_s(now), 3)
+            facts = {"server": who, "reason": str(error), "retry_in_s": wait_s}
+            log.warning("server refuses", extra=facts)
 
     def _mark_stopping(self, action: Action) -> None:
         # Our own write, until a snapshot says it: otherwise the next pass would stop it again.

@@ -6,6 +6,7 @@ Agents are Nomad's mock driver's: what is looked at is who dispatches, and that 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import sys
@@ -324,3 +325,46 @@ async def test_s7_each_replica_holds_the_stops_of_its_own_shards(
             return await running() == 0
 
         await eventually(none_left, 40.0)
+
+
+async def test_each_change_is_one_event_on_every_replica_also_after_a_crash(
+    tmp_path: Path, nomad: NomadServer, consul: ConsulServer
+) -> None:
+    """Three replicas see devices come and go, and the teller is killed between: both that are left have
+    the same events, each change once, those from before and after the crash and those of the time between,
+    and what was asked of any replica is in it with its author."""
+    async with replicas(tmp_path, nomad, consul, "a", "b", "c") as world:
+        holder = await world.holder()
+        left = [plane for plane in world.planes if plane is not holder]
+        for number, plane in enumerate((holder, *left)):
+            await plane.register(f"pump-{number}")
+        await asyncio.sleep(1.0)
+        holder.process.send(signal.SIGKILL)
+        await left[0].register("pump-3")
+        await left[1].call("DELETE", "/v1/devices/pump-0")
+
+        async def told(plane: ControlPlane) -> list[dict[str, Any]]:
+            items = (await plane.call("GET", "/v1/events?limit=1000"))["items"]
+            return [item for item in items if item["device"]]
+
+        async def agreed() -> list[dict[str, Any]]:
+            one, other = [await told(plane) for plane in left]
+            wishes = Counter(item["kind"] for item in one if item["kind"] in ("present", "absent"))
+            whole = wishes == {"present": 4, "absent": 1}
+            audits = Counter(item["kind"] for item in one if item["kind"].startswith("audit"))
+            same = [item["id"] for item in one] == [item["id"] for item in other]
+            return one if whole and same and sum(audits.values()) == 5 else []
+
+        events = await eventually(agreed, 20.0)
+        assert len({item["id"] for item in events}) == len(events)
+        for number in range(4):
+            verdicts = [
+                item["kind"]
+                for item in events
+                if item["device"] == f"pump-{number}" and item["kind"].startswith("verdict")
+            ]
+            assert all(one != other for one, other in itertools.pairwise(verdicts)), verdicts
+        tellers = {
+            (await plane.call("GET", "/v1/status"))["event_feed"]["teller"] for plane in left
+        }
+        assert len(tellers) == 1

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+import pytest
+
 from nomad_watchdog.core import planner
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
@@ -59,22 +61,23 @@ async def start_two(first_takes_s: float) -> list[str]:
 
 
 class DeadLine(Line):
-    """No start is ever answered; counts them."""
+    """One kind of call is never answered; counts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, dead: str) -> None:
+        self.dead = dead
         self.calls = 0
 
     async def call(self, what: str, effect: Callable[[], T]) -> T:
-        if what == "scheduler.ensure":
+        if what == self.dead:
             self.calls += 1
             await asyncio.sleep(0.1)
             raise TransientError("500")
         return await super().call(what, effect)
 
 
-async def calls_into_a_storm(devices: int, lasts_s: float) -> int:
-    """Calls of starts into a scheduler that refuses all, each device wanting one all the time."""
-    store, cluster, line = Store(), Cluster(), DeadLine()
+async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
+    """Calls into a server that refuses all of this kind, each device wanting a start all the time."""
+    store, cluster, line = Store(), Cluster(), DeadLine(dead)
     store.initialise("test")
     cluster.prepare([SPEC.agent_class])
     clock = VirtualClock(asyncio.get_running_loop())
@@ -95,6 +98,7 @@ async def calls_into_a_storm(devices: int, lasts_s: float) -> int:
     )
     names = [DeviceId(f"cam {number}") for number in range(devices)]
     await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    fleet.registry = FakeRegistry(store, line)
     for slug in fleet.records:
         wish(slug)
     with suppress(TimeoutError):
@@ -103,11 +107,13 @@ async def calls_into_a_storm(devices: int, lasts_s: float) -> int:
     return line.calls
 
 
-def test_s9_calls_into_a_storm_do_not_grow_with_the_fleet() -> None:
-    """A scheduler that refuses all for ten minutes is asked less than twice as often by 500 devices as by 20."""
+@pytest.mark.parametrize("dead", ["scheduler.ensure", "registry.commit"])
+def test_s9_calls_into_a_storm_do_not_grow_with_the_fleet(dead: str) -> None:
+    """A scheduler or a registry that refuses all for ten minutes is asked less than twice as often for 500
+    devices as for 20."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        few = runner.run(calls_into_a_storm(20, 600.0))
-        many = runner.run(calls_into_a_storm(500, 600.0))
+        few = runner.run(calls_into_a_storm(dead, 20, 600.0))
+        many = runner.run(calls_into_a_storm(dead, 500, 600.0))
     assert 20 < few < 300
     assert many < 2 * few
 
