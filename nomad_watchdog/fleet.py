@@ -351,6 +351,23 @@ class Fleet(RollCall):
         )
         return max(0, len(self.records) - settled - resting)
 
+    def is_stuck(self, slug: Slug) -> bool:
+        """Whether the agent at the record's epoch is surely not ready and has had its time, as last judged:
+        it has never said anything, or says now that it is not ready. One that has reported and is not
+        heard may be well, and only cut off from us."""
+        record, track = self.records.get(slug), self._tracks.get(slug)
+        if record is None or track is None or track.state not in _STUCK:
+            return False
+        if track.state is VerdictState.FAILING or not record.instance:
+            return True
+        report = track.report
+        return (
+            report is not None
+            and (report.epoch, report.instance) == (record.epoch, record.instance)
+            and not report.ready
+            and self.clock.monotonic() - report.received_at <= self.limits.report_stale_s
+        )
+
     def paused_counts(self) -> Counter[VerdictState]:
         """Paused devices by the state last judged."""
         tracks = map(self._track, self.paused())
@@ -439,6 +456,7 @@ class Fleet(RollCall):
         return self.plan_view()
 
 
+_STUCK: Final = (VerdictState.UNWATCHED, VerdictState.FAILING)
 _AGENT_READY: Final = frozenset(
     {
         VerdictState.WATCHED,

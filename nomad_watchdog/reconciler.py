@@ -16,6 +16,7 @@ from typing import Final
 from nomad_watchdog.breaker import Breaker
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
+from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
@@ -471,7 +472,7 @@ class Reconciler:
             placements,
             self.hashes,
             fleet.limits,
-            unready=fleet.unready(),
+            readiness=Readiness(fleet.unready(), fleet.is_stuck),
             confirmed=confirmed,
             resting=fleet.resting() | fleet.unreadable,
         )

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import rollout
+from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
     Action,
@@ -62,14 +63,14 @@ def plan(
     spec_hashes: Mapping[str, str],
     limits: Limits,
     *,
-    unready: int = 0,
+    readiness: Readiness = ALL_READY,
     confirmed: frozenset[Stop] = NO_STOPS,
     resting: AbstractSet[Slug] = NO_SLUGS,
 ) -> Plan:
     """Decide for every device.
 
     `spec_hashes`: agent class → hash that its agents should have; a device of a class that is not
-    there is left as it is. `unready`: see `rollout.admit`. `confirmed`: stops that an earlier pass
+    there is left as it is. `readiness`: see `rollout.admit`. `confirmed`: stops that an earlier pass
     held and that these, independently read, inputs still ask for. `resting`: devices for which
     nothing is done now: paused, gone for so short that they may come back, or with a record that can't
     be read, so that nobody knows what is wished of them.
@@ -102,7 +103,7 @@ def plan(
             else:
                 replacements.append(action)
     stops.extend(_strays(records, placements, resting))
-    admitted = rollout.admit(replacements, unready=unready, fleet=present, limits=limits)
+    admitted = rollout.admit(replacements, readiness, fleet=present, limits=limits)
     stops, held, reason = _breaker(stops, placements, limits, confirmed)
     if held:
         admitted = ()

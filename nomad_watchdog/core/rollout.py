@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Action, Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How the fleet's agents stand, for a roll-out."""
+
+    unready: int = 0
+    """Present devices whose accepted agent is not ready, for whatever reason: a bad version that never gets
+    ready fills the window and so stops its own roll-out."""
+    stuck: Callable[[Slug], bool] = lambda _slug: False
+    """Whether a device's agent is surely not ready and has had its time: to replace it costs nobody an agent,
+    and without that the version that mends it would wait for ever for room in the window."""
+
+
+ALL_READY: Final = Readiness()
 
 
 def window(fleet: int, limits: Limits) -> int:
@@ -13,14 +31,11 @@ def window(fleet: int, limits: Limits) -> int:
 
 
 def admit(
-    candidates: Sequence[Action], *, unready: int, fleet: int, limits: Limits
+    candidates: Sequence[Action], readiness: Readiness, *, fleet: int, limits: Limits
 ) -> tuple[Action, ...]:
-    """The replacements that may begin now, first slugs first.
-
-    `unready` counts present devices whose accepted agent is not ready, for whatever reason: a bad
-    version that never gets ready fills the window and so stops its own roll-out.
-    """
-    room = window(fleet, limits) - unready
-    if room <= 0:
-        return ()
-    return tuple(sorted(candidates, key=lambda action: action.slug)[:room])
+    """The replacements that may begin now, first slugs first."""
+    ordered = sorted(candidates, key=lambda action: action.slug)
+    free = [action for action in ordered if readiness.stuck(action.slug)]
+    room = max(0, window(fleet, limits) - readiness.unready)
+    others = [action for action in ordered if not readiness.stuck(action.slug)][:room]
+    return tuple(sorted([*free, *others], key=lambda action: action.slug))

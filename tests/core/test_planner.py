@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import Plan, plan, stop_key
+from nomad_watchdog.core.rollout import Readiness
+from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import ActionKind, Limits, PlacementState, Presence
 from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
 
@@ -210,7 +212,7 @@ def test_a_roll_out_keeps_to_its_window(fleet: int, unready: int) -> None:
         [record(f"d{n}", epoch=1) for n in range(fleet)],
         [placement(f"d{n}", 1, spec=OLD_SPEC) for n in range(fleet)],
     )
-    made = decide(world, limits, unready=unready)
+    made = decide(world, limits, readiness=Readiness(unready))
     window = max(5, int(fleet * 0.1))
 
     assert len(made.actions) == min(fleet, max(0, window - unready))
@@ -226,3 +228,30 @@ def test_s7_a_record_that_cannot_be_read_stops_nobody() -> None:
     made = plan({}, placements, HASHES, Limits(), resting=frozenset({poisoned}))
 
     assert [action.slug for action in made.actions] == [stray]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 100), st.integers(0, 100))
+def test_agents_that_never_got_ready_make_way_for_the_next_version(fleet: int, bad: int) -> None:
+    """However much of the window a bad version fills, its stuck agents are all replaced by the next one, and
+    of those that are ready no more than the window has room for."""
+    bad = min(bad, fleet)
+    limits = Limits(replace_at_once=5, replace_fraction=0.1)
+    world = World(
+        [record(f"d{n}", epoch=1) for n in range(fleet)],
+        [placement(f"d{n}", 1, spec=OLD_SPEC) for n in range(fleet)],
+    )
+    stuck = {slug_of(DeviceId(f"d{n}")) for n in range(bad)}
+    made = plan(
+        world.records,
+        world.placements,
+        HASHES,
+        limits,
+        readiness=Readiness(bad, stuck.__contains__),
+    )
+    replaced = {action.slug for action in made.actions}
+    room = max(0, max(5, int(fleet * 0.1)) - bad)
+
+    assert stuck <= replaced
+    assert len(replaced - stuck) == min(fleet - bad, room)
+    assert made.waiting_rollout == fleet - len(replaced)
