@@ -58,7 +58,9 @@ def slug_of(device_id: DeviceId) -> Slug:
     end keeps one slug from being a prefix of another: Nomad up to 1.11.2 read the
     status of jobs by prefix (GH-27516).
     """
-    digest = base64.b32encode(hashlib.sha256(device_id.encode()).digest()).decode().lower()[:_HASH]
+    # 5 bytes make 8 characters: of the 32 only those are encoded that are kept.
+    head = hashlib.sha256(device_id.encode()).digest()[:15]
+    digest = base64.b32encode(head).decode().lower()[:_HASH]
     folded = unicodedata.normalize("NFKD", device_id).lower()
     readable = _NOT_NAME.sub("-", folded).strip("-")[: _READABLE - 2].strip("-")
     if not readable or not readable[0].isalpha():

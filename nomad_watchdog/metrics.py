@@ -137,6 +137,7 @@ class Metrics:
             for value in values:
                 metric.labels(str(value))
         self._routes: frozenset[str] = frozenset()
+        self._answered: dict[tuple[str, int], Counter] = {}
         self._dropped_before = 0
         self.routes(())
 
@@ -283,7 +284,11 @@ class Metrics:
 
     def request(self, route: str, status: int) -> None:
         """A request was answered. `route` is a route's template, never a path from outside."""
-        self._requests.labels(route if route in self._routes else OTHER, f"{status // 100}xx").inc()
+        key = (route if route in self._routes else OTHER, status // 100)
+        series = self._answered.get(key)
+        if series is None:
+            series = self._answered[key] = self._requests.labels(key[0], f"{key[1]}xx")
+        series.inc()
 
     def refused(self, reason: str) -> None:
         """A request was not let in."""

@@ -13,17 +13,19 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar
 
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
+from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, _sqlite_rows, check_document
 from nomad_watchdog.registry import _sqlite_documents as documents
+from nomad_watchdog.registry._sqlite_rows import Row
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _T = TypeVar("_T")
@@ -49,9 +51,9 @@ _FOR_NOW: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    rows: list[tuple[str, int, bytes]]
-    """Slug, expected index, body."""
-    done: Future[list[int | None]]
+    rows: list[Row]
+    done: asyncio.Future[list[int | None]]
+    """Of the loop that waits."""
 
 
 class SqliteRegistry:
@@ -104,9 +106,9 @@ class SqliteRegistry:
                 target=self._write_all, name="registry-write", daemon=True
             )
             self._writer.start()
-        write = _Write(rows, Future())
+        write = _Write(rows, asyncio.get_running_loop().create_future())
         self._writes.put(write)
-        indexes = await asyncio.wrap_future(write.done)
+        indexes = await write.done
         for wake in self._wakes:
             wake.set()
         return [
@@ -261,11 +263,9 @@ class SqliteRegistry:
                 except Exception as error:  # noqa: BLE001  # the thread's boundary: who waits gets it
                     raised = _translate(error, self._path)
                     raised.__cause__ = error if raised is not error else None
-                    for write in group:
-                        write.done.set_exception(raised)
+                    _tell(group, raised)
                 else:
-                    for write, result in zip(group, results, strict=True):
-                        write.done.set_result(result)
+                    _tell(group, results)
                 if last:
                     return
         finally:
@@ -284,7 +284,28 @@ class SqliteRegistry:
                 last = True
             else:
                 taken.append(more)
-        return [write for write in taken if write.done.set_running_or_notify_cancel()], last
+        return [write for write in taken if not write.done.cancelled()], last
+
+
+def _tell(group: Sequence[_Write], results: Sequence[list[int | None]] | Exception) -> None:
+    """Wake those who wait: each loop once, for a wake-up from another thread costs a system call."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Write, list[int | None] | Exception]]] = {}
+    for number, write in enumerate(group):
+        said = results if isinstance(results, Exception) else results[number]
+        loops.setdefault(write.done.get_loop(), []).append((write, said))
+    for loop, told in loops.items():
+        with suppress(RuntimeError):  # it was closed: nobody waits any more
+            loop.call_soon_threadsafe(_settle, told)
+
+
+def _settle(told: Sequence[tuple[_Write, list[int | None] | Exception]]) -> None:
+    for write, said in told:
+        if write.done.done():
+            continue
+        if isinstance(said, Exception):
+            write.done.set_exception(said)
+        else:
+            write.done.set_result(said)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -357,20 +378,10 @@ def _apply(
     try:
         _installation(connection, path)
         index = _counter(connection)
-        results: list[list[int | None]] = []
-        for write in group:
-            result: list[int | None] = []
-            for slug, expected, body in write.rows:
-                if expected == 0:
-                    statement = "INSERT INTO device VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING"
-                    values: tuple[object, ...] = (slug, index + 1, body)
-                else:
-                    statement = "UPDATE device SET idx = ?2, body = ?3 WHERE slug = ?1 AND idx = ?4"
-                    values = (slug, index + 1, body, expected)
-                won = connection.execute(statement, values).rowcount == 1
-                index += won
-                result.append(index if won else None)
-            results.append(result)
+        written = _sqlite_rows.write(connection, [row for one in group for row in one.rows], index)
+        index += sum(one is not None for one in written)
+        rest = iter(written)
+        results = [list(islice(rest, len(one.rows))) for one in group]
         connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
         connection.execute("COMMIT")
     except BaseException:
