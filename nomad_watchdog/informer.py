@@ -57,7 +57,7 @@ class Informer:
     def look_again(self, slugs: AbstractSet[Slug], *, calm: bool = False) -> None:
         """Read the placements of these devices soon. `calm`: what is new there only confirms what we did,
         and in a storm can wait."""
-        self._agenda.devices(slugs, calm=calm)
+        self._agenda.devices(slugs, self._clock.monotonic(), calm=calm)
         self._news.set()
 
     def resync(self, reason: str, *, now: bool = False) -> None:

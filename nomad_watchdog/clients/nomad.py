@@ -9,7 +9,6 @@ cannot page, and its event stream dies silently.
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from urllib.parse import quote
 import aiohttp
 import nomad  # type: ignore[import-untyped]  # python-nomad ships no types
 import nomad.api.exceptions  # type: ignore[import-untyped]
+import orjson
 import requests
 import requests.adapters
 
@@ -269,7 +269,7 @@ class NomadClient:
         if next_token is not None and headers.get("X-Nomad-NextToken"):
             next_token.append(headers["X-Nomad-NextToken"])
         try:
-            return Answer(json.loads(raw), int(headers.get("X-Nomad-Index", "0")))
+            return Answer(orjson.loads(raw), int(headers.get("X-Nomad-Index", "0")))
         except ValueError as error:
             raise TransientError(f"nomad's answer to {path} is cut off or no JSON") from error
 
@@ -361,7 +361,7 @@ async def _frames(stream: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, An
         if len(rest) > _STREAM_LINE:
             raise ValueError("a frame is too long")
         for line in lines:
-            frame = json.loads(line)  # an empty line, which Nomad sends on errors, is no JSON
+            frame = orjson.loads(line)  # an empty line, which Nomad sends on errors, is no JSON
             if not isinstance(frame, dict):
                 raise ValueError("a frame is no object")  # noqa: TRY004  # one kind for the caller
             yield frame

@@ -24,7 +24,10 @@ LEAST_S: Final = 0.5
 URGENT_S: Final = 5.0
 """Longest wait for a full look when more is urgent than a narrow look takes."""
 CALM_S: Final = 30.0
-"""Longest wait for a full look that only confirms."""
+"""Longest wait for a full look that only confirms, after the oldest news of it."""
+QUIET_S: Final = 1.0
+"""A full look that only confirms waits until so long nothing new came: while a storm goes on it would show
+a part, and take from the scheduler what the storm needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,15 @@ class Agenda:
     _urgent: set[Slug] = field(default_factory=set)
     _calm: set[Slug] = field(default_factory=set)
     """Never one that is urgent."""
+    _calm_since: float = 0.0
+    _calm_last: float = 0.0
 
-    def devices(self, slugs: AbstractSet[Slug], *, calm: bool) -> None:
+    def devices(self, slugs: AbstractSet[Slug], now: Monotonic, *, calm: bool) -> None:
         """There is news of these; `calm`: news that only confirms what is expected."""
         if calm:
+            if not self._calm:
+                self._calm_since = now
+            self._calm_last = now
             self._calm |= slugs - self._urgent
         else:
             self._urgent |= slugs
@@ -88,7 +96,8 @@ class Agenda:
     def failed(self, look: Look) -> None:
         """It could not be read, and is still to be looked at."""
         if look.only is not None:
-            self.devices(look.only, calm=False)
+            self._urgent |= look.only
+            self._calm -= look.only
         self.everything("error")
 
     def _narrow(self) -> frozenset[Slug]:
@@ -105,10 +114,10 @@ class Agenda:
         if self.full_at is None or self._hurry:
             return now
         price_s = max(LEAST_S, PRICE * self._cost_s)
+        resync_at = self.full_at + self.resync_s
         if self._all or len(self._urgent) > NARROW:
-            wait_s = min(price_s, URGENT_S)
-        elif self._news > NARROW:
-            wait_s = min(price_s, CALM_S)
-        else:
-            wait_s = self.resync_s
-        return self.full_at + min(wait_s, self.resync_s)
+            return min(self.full_at + min(price_s, URGENT_S), resync_at)
+        if self._news > NARROW:
+            quiet_at = min(self._calm_last + QUIET_S, self._calm_since + CALM_S)
+            return min(max(self.full_at + min(price_s, CALM_S), quiet_at), resync_at)
+        return resync_at

@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.looking import CALM_S, NARROW, PRICE, URGENT_S, Agenda, Look
+from nomad_watchdog.core.looking import CALM_S, NARROW, PRICE, QUIET_S, URGENT_S, Agenda, Look
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Monotonic
 
 RESYNC_S = 60.0
+AT = Monotonic(100.0)
 
 
 def slugs(count: int, kind: str = "d") -> frozenset[Slug]:
@@ -32,15 +33,15 @@ def due(agenda: Agenda, now: float) -> float:
 def test_the_first_look_is_at_everything() -> None:
     """Nothing is known at the start, so that a look at some devices can't be the first."""
     agenda = Agenda(RESYNC_S)
-    agenda.devices(slugs(1), calm=False)
+    agenda.devices(slugs(1), Monotonic(0.0), calm=False)
     assert agenda.take(Monotonic(0.0)) == Look(None, "start")
 
 
 def test_few_devices_are_looked_at_at_once() -> None:
     """Little news is read narrowly and at once, calm or not."""
     agenda = looked()
-    agenda.devices(slugs(2), calm=True)
-    agenda.devices(slugs(1, "u"), calm=False)
+    agenda.devices(slugs(2), AT, calm=True)
+    agenda.devices(slugs(1, "u"), AT, calm=False)
     assert agenda.take(Monotonic(100.0)) == Look(slugs(2) | slugs(1, "u"), "news")
     assert agenda.take(Monotonic(100.0)) is None
 
@@ -48,19 +49,33 @@ def test_few_devices_are_looked_at_at_once() -> None:
 def test_urgent_news_does_not_wait_for_a_storm_of_calm_news() -> None:
     """While thousands of starts are confirmed, an agent that ended is looked at at once, alone."""
     agenda = looked(cost_s=2.0)
-    agenda.devices(slugs(5000), calm=True)
-    agenda.devices(slugs(1, "u"), calm=False)
+    agenda.devices(slugs(5000), AT, calm=True)
+    agenda.devices(slugs(1, "u"), AT, calm=False)
     assert agenda.take(Monotonic(100.0)) == Look(slugs(1, "u"), "news")
     assert due(agenda, 100.0) == 100.0 + CALM_S
     assert agenda.take(Monotonic(100.0 + CALM_S)) == Look(None, "news")
     assert agenda.take(Monotonic(100.0 + CALM_S)) is None
 
 
+def test_a_storm_is_confirmed_when_it_is_over_or_lasts_long() -> None:
+    """A full look for calm news waits for a second of quiet, and not for ever."""
+    agenda = looked(cost_s=0.01)
+    for tenth in range(1000):
+        now = Monotonic(100.0 + tenth / 10)
+        if agenda.take(now) is not None:
+            break
+        agenda.devices(slugs(NARROW + 1 + tenth), now, calm=True)
+    assert abs(now - 100.0 - CALM_S) < 0.2
+    agenda.done(Look(None), now, now)
+    agenda.devices(slugs(NARROW + 1), now, calm=True)
+    assert abs(due(agenda, now) - now - QUIET_S) < 1e-6
+
+
 def test_much_urgent_news_is_worth_a_full_look_soon() -> None:
     """More urgent devices than a narrow look takes wait at most five seconds, at a cheap scheduler less."""
     for cost_s, wait_s in ((2.0, URGENT_S), (0.1, PRICE * 0.1)):
         agenda = looked(cost_s)
-        agenda.devices(slugs(NARROW + 1), calm=False)
+        agenda.devices(slugs(NARROW + 1), AT, calm=False)
         assert agenda.take(Monotonic(100.0)) is None
         assert abs(due(agenda, 100.0) - 100.0 - wait_s) < 1e-6
 
@@ -84,7 +99,7 @@ def test_without_news_everything_is_looked_at_again() -> None:
 def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
     """After a failure the devices of a narrow look are on the agenda again, and so is everything."""
     agenda = looked()
-    agenda.devices(slugs(3), calm=True)
+    agenda.devices(slugs(3), AT, calm=True)
     look = agenda.take(Monotonic(100.0))
     assert look is not None
     agenda.failed(look)
@@ -125,7 +140,7 @@ def test_all_news_is_looked_at_in_bounded_time(
                 continue
             now += min(todo[0], wait_s)
             names = frozenset(Slug(f"d{n}") for n in todo[1])
-            agenda.devices(names, calm=todo[2])
+            agenda.devices(names, Monotonic(now), calm=todo[2])
             for name in names:
                 since, calm = owed.get(name, (now, True))
                 owed[name] = (since, calm and todo[2])
