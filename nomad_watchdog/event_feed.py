@@ -272,6 +272,8 @@ class EventFeed:
             peer = self._peer(self._teller()) if self._term is None else None
             if not self._pending or peer is None:
                 continue
+            # As of now: what is told back while we still hand it over is pending no more.
+            before = self._pending[0].seq
             body = {"events": [event.shown() for event in islice(self._pending, MOST)]}
             try:
                 async with (
@@ -281,7 +283,6 @@ class EventFeed:
                     answer.raise_for_status()
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("events not handed over", extra={"reason": str(error) or "time-out"})
-            before = self._pending[0].seq
             for _ in range(20):
                 if not self._pending or self._pending[0].seq != before:
                     break

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import aiohttp
 import pytest
@@ -352,3 +353,43 @@ async def test_marks_and_names_of_incidents_are_the_same_everywhere(tmp_path: Pa
             singles = [e for e in one.told.log.recent() if e.kind == "verdict.offline"]
             assert {event.incident for event in singles} == {mine.id}
             assert len(singles) == 30
+
+
+async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
+    tmp_path: Path,
+) -> None:
+    """The stream may bring an event back while the call that hands it over is under way: the feed lives
+    on, and hands over the next one. (Without that a replica ended, seen on a cluster of five hosts.)"""
+
+    class Slow:
+        """The teller, whose answer comes after the event itself."""
+
+        asked = 0
+
+        def post(self, *_: object, **__: object) -> Slow:
+            self.asked += 1
+            return self
+
+        async def __aenter__(self) -> Self:
+            b.feed._pending.clear()
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            return
+
+        def raise_for_status(self) -> None:
+            return
+
+    async with planes(tmp_path, Board(), "a", "b") as (_, b):
+        await until(lambda: b.feed.problem == "")
+        b.task.cancel()
+        await asyncio.wait([b.task])
+        slow = Slow()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(b.feed._hand_over(slow))  # type: ignore[arg-type]
+            for count in (1, 2):
+                b.see("pump", "audit.pause")
+                await until(lambda count=count: slow.asked == count)
+                await asyncio.sleep(0.05)
+            assert not task.done()
+            task.cancel()
