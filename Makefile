@@ -7,7 +7,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-.PHONY: help demo test test-fast lint bench faults image servers clean
+.PHONY: help demo test test-fast lint bench faults image servers cluster-test vagrant-files vagrant-validate clean
 
 help:
 	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
@@ -16,6 +16,8 @@ help:
 	@echo "make lint         format, lint, strict types, layers"
 	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 30 min)"
 	@echo "make image        build and start the agent's image (needs root and buildah, no registry)"
+	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
+	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
 	@echo "make bench        every benchmark, as a table and JSON"
 	@echo "make servers      find or build the pinned Nomad, Consul and NATS"
 
@@ -75,6 +77,25 @@ faults: $(VENV)/.dev servers
 # Apart from `make test`, as few machines have buildah.
 image: $(VENV)/.dev
 	$(BIN)/pytest -m image
+
+cluster-test: $(VENV)/.dev
+	@$(BIN)/python -m tests.cluster.smoke
+
+# The names and addresses are the Vagrantfile's.
+NETWORK := $(or $(WATCHDOG_NETWORK),192.168.56)
+vagrant-files: $(VENV)/.dev
+	@mkdir -p .vagrant-cluster/bin
+	@for name in nomad consul; do \
+		cp "$$($(BIN)/python -m nomad_watchdog.dev.binaries $$name)" .vagrant-cluster/bin/$$name || exit 1; done
+	@rm -f .vagrant-cluster/*.whl
+	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w .vagrant-cluster .
+	@bash jobs/cluster/secrets.sh .vagrant-cluster/secrets \
+		$(foreach n,1 2 3,server:s$(n)=$(NETWORK).1$(n)) $(foreach n,1 2,client:c$(n)=$(NETWORK).2$(n))
+	@echo "ready for: vagrant up" >&2
+
+vagrant-validate:
+	@command -v vagrant >/dev/null || { echo "vagrant is not installed (Debian: apt install vagrant)" >&2; exit 1; }
+	vagrant validate --ignore-provider
 
 clean:
 	rm -rf $(VENV) dist

@@ -328,7 +328,7 @@ def clean_up(folder: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)  # noqa: TID251  # runs in a thread of its own
-    _remove_cgroups({entry.name for entry in folder.glob("data*/alloc/*")})
+    _remove_cgroups({entry.name for entry in folder.glob("*/alloc/*")})
     for mount in sorted(_mounts(folder), reverse=True):
         subprocess.run(["umount", "-l", mount], check=False, capture_output=True, timeout=10)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# bootstrap.sh JOBS
+#
+# Makes a new cluster ready, once all hosts are configured and their Consul and Nomad are started: ACLs,
+# the registry, the control plane as a job in two copies, the simulator. JOBS is the folder jobs/ of the
+# repository. Run it on one host; again does no harm.
+#
+#   SECRETS    folder that secrets.sh made; the Nomad token of the control plane is added there
+#   ETC        as for node.sh
+#   NOMAD CONSUL WATCHDOG   the programs          [from PATH; the last one is nomad-watchdog]
+#   PYTHON     what runs the simulator            [python3]
+#   DEVICES    so many simulated devices          [10]
+set -euo pipefail
+jobs=$1
+etc=${ETC:-/etc/nomad-watchdog-cluster}
+nomad=${NOMAD:-nomad} consul=${CONSUL:-consul} watchdog=${WATCHDOG:-$(command -v nomad-watchdog)}
+umask 077
+# the programs read their tokens from the environment, so that none stands in an argument
+export NOMAD_ADDR=https://127.0.0.1:4646 NOMAD_CACERT=$etc/ca.pem
+export CONSUL_HTTP_ADDR=https://127.0.0.1:8501 CONSUL_CACERT=$etc/ca.pem
+export CONSUL_HTTP_TOKEN NOMAD_TOKEN
+CONSUL_HTTP_TOKEN=$(cat "$SECRETS/consul-management")
+NOMAD_TOKEN=$(cat "$SECRETS/nomad-management")
+
+say() { echo "bootstrap: $*"; }
+wait_for() { # WHAT SECONDS COMMAND…
+  local what=$1 left=$2
+  shift 2
+  until "$@" >/dev/null 2>&1; do
+    left=$((left - 1))
+    [ $left -gt 0 ] || { say "$what: not in time; last: $("$@" 2>&1 | tail -3)" >&2; exit 1; }
+    sleep 1
+  done
+  say "$what"
+}
+
+# Consul: a policy for each kind of caller, and the token that its hosts have already
+wait_for "consul has a leader" 120 "$consul" acl policy list
+policy() { # NAME FILE
+  "$consul" acl policy read -name "$1" >/dev/null 2>&1 ||
+    "$consul" acl policy create -name "$1" -rules "@$2" >/dev/null
+  # in the body of a request and not in an argument, where every process could read it
+  CONSUL_HTTP_TOKEN=$(cat "$SECRETS/$1") "$consul" acl token read -self >/dev/null 2>&1 ||
+    printf '{"SecretID": "%s", "Description": "%s", "Policies": [{"Name": "%s"}]}' \
+      "$(cat "$SECRETS/$1")" "$1" "$1" |
+    curl -fsS --cacert "$etc/ca.pem" -H @<(echo "X-Consul-Token: $CONSUL_HTTP_TOKEN") \
+      -X PUT --data @- "$CONSUL_HTTP_ADDR/v1/acl/token" >/dev/null
+}
+policy consul-node "$jobs/cluster/consul-node.hcl"
+policy consul-nomad "$jobs/cluster/consul-nomad.hcl"
+policy consul-reconciler "$jobs/policies/consul-reconciler.hcl"
+policy consul-watchdog "$jobs/policies/consul-agent.hcl"
+say "consul's policies and tokens are there"
+
+# Nomad
+bootstrap_nomad() {
+  "$nomad" acl token self >/dev/null 2>&1 || "$nomad" acl bootstrap "$SECRETS/nomad-management"
+}
+wait_for "nomad has a leader and ACLs" 120 bootstrap_nomad
+"$nomad" acl policy apply -namespace default nomad-watchdog "$jobs/policies/nomad-reconciler.hcl" >/dev/null
+"$nomad" acl policy apply -namespace default nomad-watchdog-pools "$jobs/policies/nomad-pools.hcl" >/dev/null
+if [ ! -f "$SECRETS/nomad-reconciler" ]; then
+  "$nomad" acl token create -name nomad-watchdog -policy nomad-watchdog -policy nomad-watchdog-pools \
+    -t '{{.SecretID}}' >"$SECRETS/nomad-reconciler"
+fi
+wait_for "two clients are ready" 120 sh -c "[ \$('$nomad' node status -t '{{range .}}{{.Status}} {{end}}' | grep -ow ready | wc -l) -ge 2 ]"
+
+# nomad-watchdog: its tokens go into a Nomad variable, by way of standard input
+printf '{"Items": {"api_token": "%s", "agent_key": "%s", "nomad_token": "%s", "consul_token": "%s"}}' \
+  "$(cat "$SECRETS/api.token")" "$(cat "$SECRETS/agent.keys")" \
+  "$(cat "$SECRETS/nomad-reconciler")" "$(cat "$SECRETS/consul-reconciler")" |
+  "$nomad" var put -force -in json nomad/jobs/nomad-watchdog - >/dev/null
+CONSUL_HTTP_TOKEN=$(cat "$SECRETS/consul-reconciler") "$watchdog" --config "$etc/nomad-watchdog.hcl" init
+"$nomad" job run -detach -var replicas=2 -var config="$etc/nomad-watchdog.hcl" -var command="$watchdog" \
+  "$jobs/nomad-watchdog.nomad.hcl"
+"$nomad" job run -detach -var devices="${DEVICES:-10}" -var python="${PYTHON:-python3}" \
+  "$jobs/cluster/simulator.nomad.hcl"
+say "the control plane and the simulator are submitted"

@@ -1,0 +1,46 @@
+"""The provisioning scripts of the Vagrant cluster make a cluster that passes the smoke test."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster import smoke
+from tests.cluster.namespaces import ScriptedCluster
+
+pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def test_five_hosts_with_tls_and_acls_run_the_control_plane_in_two_copies(
+    tmp_path: Path,
+) -> None:
+    """secrets.sh, node.sh and bootstrap.sh on five network namespaces make a cluster on which the smoke
+    test passes from a sixth; a second bootstrap fails at nothing, and no secret is for others to read."""
+    async with ScriptedCluster(tmp_path) as cluster:
+        argv = [sys.executable, "-m", "tests.cluster.smoke"]
+        env = cluster.environment() | {"PYTHONPATH": str(ROOT)}
+        said = await cluster.run("ops", argv, env, 700.0)
+        print(said)
+        assert f"{len(smoke.STEPS)} passed, 0 failed" in said
+        await scraped(cluster)
+        await cluster.bootstrap()
+        for file in cluster.secrets.iterdir():
+            mode = stat.S_IMODE(file.stat().st_mode)
+            assert mode == 0o600, (file.name, oct(mode))
+
+
+async def scraped(cluster: ScriptedCluster) -> None:
+    """What Prometheus is told to scrape answers with metrics to the token that it is told to show."""
+    told = yaml.safe_load((cluster.etc("s1") / "prometheus.yml").read_text())
+    (job,) = told["scrape_configs"]
+    token = Path(job["authorization"]["credentials_file"]).read_text().strip()
+    targets = job["static_configs"][0]["targets"]
+    assert len(targets) == 2
+    for target in targets:
+        argv = ["curl", "-fsS", "-H", f"Authorization: Bearer {token}", f"http://{target}/metrics"]
+        assert "nomad_watchdog_devices" in await cluster.run("s1", argv, {}, 20.0)
