@@ -42,6 +42,12 @@ variable "agent_path" {
   description = "A file on the client instead of an artifact; it comes before agent_source."
 }
 
+variable "isolated" {
+  type        = bool
+  default     = true
+  description = "Run the file without the client's packages and Python variables, at less memory; false where probes or repairs are plugins."
+}
+
 variable "token_file" {
   type        = string
   default     = ""
@@ -144,9 +150,11 @@ job "device-watchdog" {
       config {
         command = var.python
         args = (
-          var.agent_path != "" ? [var.agent_path] :
-          var.agent_source != "" ? ["$${NOMAD_TASK_DIR}/watchdog-agent.pyz"] :
-          ["-m", "watchdog_agent"]
+          var.agent_path == "" && var.agent_source == "" ? ["-m", "watchdog_agent"] :
+          concat(
+            var.isolated ? ["-I", "-S"] : [],
+            [var.agent_path != "" ? var.agent_path : "$${NOMAD_TASK_DIR}/watchdog-agent.pyz"]
+          )
         )
       }
 

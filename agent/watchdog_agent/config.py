@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from . import checks, config_probes, wire
 from .http import Url, reason_of
+from .light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import binascii
-import json
 
 from . import checks
 from .checks import ConfigError
 from .http import Url
+from .light import json
 from .probes import name_of
 
 TYPE_CHECKING = False

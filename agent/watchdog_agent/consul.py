@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from . import http, wire
+from .light import json
 from .loop import between
 
 TYPE_CHECKING = False

@@ -90,7 +90,7 @@ class Coordination:
             self.kv.call("PUT", "/session/create", body, self._made)
 
     def _made(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
-        import json
+        from .light import json
 
         try:
             self.session = str(json.loads(body)["ID"]) if status == 200 else ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 from . import http
+from .light import socket
+from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Ask:
             text = http.reason_of(error)
             loop.later(0, lambda: self._end(False, text))
             return
-        loop.watch(self.sock, http.READ, self._ready)
+        loop.watch(self.sock, READ, self._ready)
         for number in range(1, TIMES):
             loop.later(number * timeout_s / TIMES, self._again)
 

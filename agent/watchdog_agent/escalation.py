@@ -73,7 +73,7 @@ class Escalations:
         self.changed()
 
     def _bounded(self, evidence: dict[str, Any]) -> dict[str, Any]:
-        import json
+        from .light import json
 
         text = json.dumps(evidence, default=str)
         if len(text) <= self.EVIDENCE_BYTES:

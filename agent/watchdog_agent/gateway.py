@@ -3,10 +3,10 @@ devices behind one dead gateway are one dead gateway."""
 
 from __future__ import annotations
 
-import socket
 import time
 
 from . import checks, config_probes, probes
+from .light import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
+
+from .light import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

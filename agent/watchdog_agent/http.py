@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import selectors
-import socket
-
-from .loop import between
+from .light import socket
+from .loop import READ, WRITE, between
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +17,6 @@ MAX_HEAD = 8192
 MAX_BODY = 65536
 CONNECTING = (0, 11, 115)
 """connect() is done, would block or is in progress."""
-READ = selectors.EVENT_READ
-WRITE = selectors.EVENT_WRITE
 
 
 class HttpError(Exception):
@@ -257,7 +253,9 @@ class Server:
 
     def _accept(self, _mask: int) -> None:
         try:
-            sock, _ = self.sock.accept()
+            # as socket.accept does it, which the C module has not
+            number, _ = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+            sock = socket.socket(fileno=number)
         except OSError:
             return
         sock.setblocking(False)

@@ -7,9 +7,8 @@ replaced and does not know it yet can't take the place of its heir.
 
 from __future__ import annotations
 
-import json
-
 from .kv import Kv
+from .light import json
 from .loop import between
 
 TYPE_CHECKING = False

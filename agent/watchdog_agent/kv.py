@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from . import consul, http
+from .light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,13 +1,13 @@
-"""One thread, one selector, a heap of timers. What takes long is broken into events here, so that a
+"""One thread, one poll, a heap of timers. What takes long is broken into events here, so that a
 wedged device can hold up neither a signal nor the health check."""
 
 from __future__ import annotations
 
-import heapq
 import os
-import selectors
-import signal
+import select
 import time
+
+from .light import heapq, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,11 +21,17 @@ def between(low: float, high: float) -> float:
     return low + (high - low) * int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
 
 
+READ, WRITE = 1, 2
+_EVENTS = {READ: select.POLLIN, WRITE: select.POLLOUT, READ | WRITE: select.POLLIN | select.POLLOUT}
+
+
 class Loop:
     """Runs callbacks until `stop`. Signals wake it through a pipe."""
 
     def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
+        # The module selectors would cost 0.7 MB; few descriptors are watched at a time.
+        self._poll = select.poll()
+        self._watched: dict[int, tuple[Watched | None, int, Callable[[int], None]]] = {}
         self._timers: list[Timer] = []
         self._sequence = 0
         self._stopped = False
@@ -33,7 +39,13 @@ class Loop:
         self._read, self._write = os.pipe()
         for fd in (self._read, self._write):
             os.set_blocking(fd, False)
-        self.selector.register(self._read, selectors.EVENT_READ, self._signalled)
+        self._register(self._read, None, READ, self._signalled)
+
+    def _register(
+        self, fd: int, sock: Watched | None, events: int, callback: Callable[[int], None]
+    ) -> None:
+        self._poll.register(fd, _EVENTS[events])  # or changes what is registered
+        self._watched[fd] = (sock, events, callback)
 
     def on_signals(self, numbers: Iterable[int], callback: Callable[[int], None]) -> None:
         """Call back with the number when one of these signals comes."""
@@ -56,22 +68,21 @@ class Loop:
 
     def watch(self, sock: Watched, events: int, callback: Callable[[int], None]) -> None:
         """Call back with the ready events of sock; calling it again changes what is watched."""
-        try:
-            self.selector.modify(sock, events, callback)
-        except KeyError:
-            self.selector.register(sock, events, callback)
+        self._register(sock.fileno(), sock, events, callback)
 
     def forget(self, sock: Watched) -> None:
         """Watch sock no more and close it."""
-        try:
-            self.selector.unregister(sock)
-        except (KeyError, ValueError):
-            pass
+        fd = sock.fileno()
+        if fd < 0:
+            # closed or wrapped by somebody else
+            fd = next((n for n, one in self._watched.items() if one[0] is sock), -1)
+        if self._watched.pop(fd, None) is not None:
+            self._poll.unregister(fd)
         sock.close()
 
     def close(self) -> None:
-        """Give back the selector and the pipe."""
-        self.selector.close()
+        """Give back the pipe."""
+        self._watched.clear()
         os.close(self._read)
         os.close(self._write)
 
@@ -89,13 +100,32 @@ class Loop:
                     callback()
                     if self._stopped:
                         return
-            wait = None
-            if self._timers:
-                wait = max(0.0, self._timers[0][0] - time.monotonic())
-            for key, mask in self.selector.select(wait):
-                # an earlier callback of this batch may have closed the socket, or another may
-                # have taken over its number
-                if self.selector.get_map().get(key.fd) is key:
-                    key.data(mask)
-                if self._stopped:
-                    return
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Wait until something can be read or written, or a timer is due, and call who waits for it."""
+        wait_ms = None
+        if self._timers:
+            # rounded up, so that the timer is due when it returns
+            wait_ms = max(0.0, self._timers[0][0] - time.monotonic()) * 1000 + 0.999
+        found = self._poll.poll(wait_ms)
+        for fd, watched, happened in [(fd, self._watched.get(fd), how) for fd, how in found]:
+            # an earlier callback of this batch may have closed the socket, or another may
+            # have taken over its number
+            if watched is None or watched is not self._watched.get(fd):
+                continue
+            if happened & select.POLLNVAL:
+                # closed without a word to us: it would be reported for ever
+                del self._watched[fd]
+                self._poll.unregister(fd)
+                continue
+            # An error or a hang-up is both: whoever waits learns of it.
+            mask = watched[1]
+            if not happened & ~select.POLLOUT:
+                mask &= WRITE
+            if not happened & ~select.POLLIN:
+                mask &= READ
+            if mask:
+                watched[2](mask)
+            if self._stopped:
+                return

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
-import signal
 import sys
 import time
-from collections import deque
 
 from . import config as configuration
 from . import http, metrics, probes, reporter, state, wire
 from .diagnosis import Diagnosis
+from .light import deque, json, signal
 from .loop import Loop, between
 
 TYPE_CHECKING = False

@@ -15,19 +15,19 @@ An agent that was started so has the null device as its input, `log` as its outp
 from __future__ import annotations
 
 import gc
-import json
 import os
-import signal
-import socket
 import sys
 
 from . import main, nursery_warmth
+from .light import json, signal, socket, struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 MOST_BYTES = 65536
+INT = 4
+"""Bytes of a descriptor in a message."""
 LOCK = 3
 """The descriptor that an agent keeps for its whole life (S3)."""
 
@@ -35,7 +35,7 @@ LOCK = 3
 def serve(channel: socket.socket) -> None:
     """Answer until the other side is gone."""
     while True:
-        data, descriptors, _flags, _where = socket.recv_fds(channel, MOST_BYTES, 2)
+        data, descriptors = receive(channel)
         if not data:
             return
         try:
@@ -46,6 +46,17 @@ def serve(channel: socket.socket) -> None:
             for one in descriptors:
                 os.close(one)
         channel.send(json.dumps(answer).encode())
+
+
+def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """A request and the descriptors that came with it: socket.recv_fds, which the C module has not."""
+    room = socket.CMSG_SPACE(2 * INT)
+    data, more, _flags, _where = channel.recvmsg(MOST_BYTES, room)
+    descriptors: list[int] = []
+    for level, kind, raw in more:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors += struct.unpack(f"{len(raw) // INT}i", raw[: len(raw) // INT * INT])
+    return data, descriptors
 
 
 def _answer(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 
 from . import config, main
+from .light import json, socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,9 +23,12 @@ def warm() -> None:
 
     It registers, probes, reports and serves for a moment, and is forgotten. Raises OSError when not even
     that can be had."""
-    with socket.socket() as taken:
+    taken = socket.socket()
+    try:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
+    finally:
+        taken.close()
     agent = main.Agent(config.check(_document(port)), {"WATCHDOG_LISTEN": f"127.0.0.1:{port}"})
     _quietly(agent)
     agent.server.close()

@@ -6,10 +6,10 @@ second, and only what is configured anyway."""
 
 from __future__ import annotations
 
-import json
 import time
 
 from . import probes
+from .light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

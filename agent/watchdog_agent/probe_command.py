@@ -6,6 +6,7 @@ import io
 import os
 
 from . import checks, guard, http
+from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,14 +84,14 @@ class _Command:
         self.timer = loop.later(
             timeout_s, lambda: self._end(False, f"not finished within {timeout_s:g} s")
         )
-        loop.watch(self.pipe, http.READ, self._read)
+        loop.watch(self.pipe, READ, self._read)
         self.fd: io.FileIO | None = None
         try:
             self.fd = io.FileIO(os.pidfd_open(self.program.pid), "rb")
         except (OSError, AttributeError):
             loop.later(POLL_S, self._poll)
         else:
-            loop.watch(self.fd, http.READ, lambda _mask: self._exited())
+            loop.watch(self.fd, READ, lambda _mask: self._exited())
 
     def _read(self, _mask: int) -> None:
         assert self.pipe is not None

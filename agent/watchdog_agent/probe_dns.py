@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
 
 from . import checks, datagram
+from .light import socket, struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ handshake comes before it: `probe_mqtt_tls`, which is loaded only then."""
 from __future__ import annotations
 
 import os
-import struct
 
 from . import checks, http
+from .light import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ after its time-out.
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import sys
 import time
 
 from . import config_probes, http
+from .light import socket, struct
+from .loop import READ, WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Tcp:
             loop.later(0, lambda: self._end(False, text))
             return
         if code in http.CONNECTING:
-            loop.watch(self.sock, http.WRITE, self._ready)
+            loop.watch(self.sock, WRITE, self._ready)
         else:
             loop.later(0, lambda: self._judge(code))
 
@@ -193,7 +193,7 @@ class _Echo:
             text = http.reason_of(error)
             loop.later(0, lambda: self._end(False, text))
         else:
-            loop.watch(sock, http.READ, self._ready)
+            loop.watch(sock, READ, self._ready)
             for number in range(1, self.TIMES):
                 loop.later(number * timeout_s / self.TIMES, self._again)
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 
 from . import guard
-from .http import READ, reason_of
+from .http import reason_of
+from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

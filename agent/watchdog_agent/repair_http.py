@@ -24,7 +24,7 @@ class Call:
         url = http.Url(step["url"], tls=True)
         body = b""
         if step["method"] == "POST":
-            import json
+            from .light import json
 
             body = json.dumps(device).encode()
         data = http.request(step["method"], url.base, url.host_header, body)

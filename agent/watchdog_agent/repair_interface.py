@@ -12,8 +12,8 @@ from __future__ import annotations
 import binascii
 import errno
 import os
-import socket
-import struct
+
+from .light import socket, struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

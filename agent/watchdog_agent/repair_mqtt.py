@@ -7,10 +7,11 @@ Sent in one piece: CONNECT, and after CONNACK a PUBLISH, and after PUBACK a DISC
 from __future__ import annotations
 
 import os
-import socket
 
 from . import probe_mqtt
-from .http import CONNECTING, READ, WRITE, reason_of, resolve
+from .http import CONNECTING, reason_of, resolve
+from .light import socket
+from .loop import READ, WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-
 from .http import reason_of
+from .light import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,10 +26,13 @@ class Packet:
             family, _, _, _, where = socket.getaddrinfo(
                 host.encode("ascii"), port, type=socket.SOCK_DGRAM
             )[0]
-            with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
                 if family == socket.AF_INET:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
                 sock.sendto(magic(step["mac"]), where)
+            finally:
+                sock.close()
         except (OSError, UnicodeError) as error:
             ok, reason = False, reason_of(error)
         self.timer = loop.later(0, lambda: ended(ok, reason))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import deque
 
 from . import http, wire
+from .light import deque, json
 from .loop import between
 
 TYPE_CHECKING = False

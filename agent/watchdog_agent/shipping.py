@@ -6,11 +6,10 @@ streams make Loki slow, so that they are few (job, class, version); the device g
 
 from __future__ import annotations
 
-import json
 import time
-from collections import deque
 
 from . import http
+from .light import deque, json
 from .loop import between
 from .sinks import read_secret
 

@@ -8,11 +8,10 @@ An alert: ``{"key", "kind", "status": "firing"|"update"|"resolved", "episode", "
 
 from __future__ import annotations
 
-import json
 import time
-from collections import deque
 
 from . import http
+from .light import deque, json
 from .loop import between
 
 TYPE_CHECKING = False

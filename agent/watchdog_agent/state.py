@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import binascii
-import json
 import os
+
+from .light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+from .light import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

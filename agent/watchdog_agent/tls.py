@@ -4,11 +4,12 @@ and its library cost a device more memory than all of the agent's own code (benc
 from __future__ import annotations
 
 import os
-import socket
 import ssl
 
 from . import http
 from .config import ConfigError
+from .light import socket
+from .loop import READ, WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class SecureFetch(http.Fetch):
         try:
             self._step()
         except ssl.SSLWantReadError:
-            self._wait(http.READ)
+            self._wait(READ)
         except ssl.SSLWantWriteError:
-            self._wait(http.WRITE)
+            self._wait(WRITE)
         except OSError as error:
             self._end(None, http.reason_of(error))
 

@@ -256,6 +256,7 @@ main.main()
     loaded = set((world.folder / "modules").read_text().split())
     assert "watchdog_agent.probes" in loaded
     heavy = {"ssl", "importlib.metadata", "subprocess", "random", "typing", "datetime"}
+    heavy |= {"socket", "selectors", "signal", "json", "re", "enum", "functools", "struct"}
     assert not heavy & loaded
     assert not [name for name in loaded if name.startswith("watchdog_agent.probe_")]
     assert not {"watchdog_agent.gateway", "watchdog_agent.datagram"} & loaded

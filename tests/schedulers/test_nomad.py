@@ -269,15 +269,24 @@ async def test_builtin_templates_have_no_finding(nomad: NomadServer, name: str) 
 
 
 async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
-    """A variable with HCL in it comes back from Nomad's parser as the same text."""
+    """A variable with HCL in it comes back from Nomad's parser as the same text; one that is text here and a
+    bool there is taken as such."""
     value = 'a"b\\c ${upper("x")} %{ if true }y%{ endif } \n\t機'
     client = NomadClient(NomadSettings(address=nomad.http_addr))
     try:
         text = templates.load("").text
         job = await client.parse(text, templates.variables_text({"agent_path": value}))
+        variables = {"agent_path": value, "isolated": "false"}
+        open_job = await client.parse(text, templates.variables_text(variables))
     finally:
         await client.close()
-    assert job["TaskGroups"][0]["Tasks"][0]["Config"]["args"] == [value]
+    assert args_of(job) == ["-I", "-S", value]
+    assert args_of(open_job) == [value]
+
+
+def args_of(job: dict[str, Any]) -> list[str]:
+    args: list[str] = job["TaskGroups"][0]["Tasks"][0]["Config"]["args"]
+    return args
 
 
 async def test_lint_names_what_is_missing() -> None:
