@@ -10,7 +10,7 @@ BIN     := $(VENV)/bin
 .PHONY: help demo test test-fast lint bench faults image servers cluster-test vagrant-files vagrant-validate clean
 
 help:
-	@echo "make demo [BACKEND=nomad|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
+	@echo "make demo [BACKEND=nomad|kubernetes|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
 	@echo "make test         lint, then the whole suite (fast tests first)"
 	@echo "make test-fast    the tests that need no server"
 	@echo "make lint         format, lint, strict types, layers"
@@ -19,7 +19,7 @@ help:
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
 	@echo "make bench        every benchmark, as a table and JSON"
-	@echo "make servers      find or build the pinned Nomad, Consul and NATS"
+	@echo "make servers      find or build the pinned Nomad, Consul, NATS and Kubernetes control plane"
 
 # uv installs in a tenth of pip's time; where it can't be had, pip does.
 define install
@@ -42,14 +42,18 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(call install,packages for development,.[dev])
 	@touch $@ $(VENV)/.run
 
+# What each backend's demo and tests stand on.
+SERVERS_nomad      := nomad consul
+SERVERS_kubernetes := consul etcd kube-apiserver kube-controller-manager kube-scheduler
+
 demo: $(VENV)/.run
 ifneq ($(BACKEND),local)
-	@$(BIN)/python -m nomad_watchdog.dev.binaries nomad consul
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_$(BACKEND))
 endif
 	@$(BIN)/nomad-watchdog --backend $(BACKEND) demo --devices $(DEVICES) -o $(OUTPUT)
 
 servers: $(VENV)/.run
-	@$(BIN)/python -m nomad_watchdog.dev.binaries nomad consul nats-server
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) nats-server $(SERVERS_kubernetes)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

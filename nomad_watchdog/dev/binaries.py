@@ -1,7 +1,7 @@
-"""Where the real Nomad and Consul come from: PATH, our cache, or a build from source.
+"""Where the real servers come from: PATH, our cache, or a build from source.
 
 ``python -m nomad_watchdog.dev.binaries nomad consul`` prints a path a line. The build uses Go's own
-module proxy through ``servers/<name>/go.mod``, which pins the version.
+module proxy through ``servers/<module>/go.mod``, which pins the version.
 """
 
 from __future__ import annotations
@@ -37,6 +37,26 @@ class _Tool:
     minimum: tuple[int, ...]
     minutes: int
     """A cold build on 2 cores takes about so long."""
+    module: str = ""
+    """Folder below servers/; empty = the program's name."""
+    package: str = "tool"
+    """What is built: the module's only tool, or one of several by its import path."""
+    version: str = "version"
+    """The argument with which it tells its version."""
+    stamp: str = ""
+    """Go variable that a release sets to its version; a build from modules leaves it empty."""
+
+
+def _kube(name: str, minutes: int) -> _Tool:
+    return _Tool(
+        # 1.34: the first whose label of a StatefulSet's revision fits every name of ours
+        minimum=(1, 34),
+        minutes=minutes,
+        module="kube",
+        package=f"k8s.io/kubernetes/cmd/{name}",
+        version="--version",
+        stamp="k8s.io/component-base/version.gitVersion",
+    )
 
 
 _TOOLS: Final = {
@@ -45,6 +65,12 @@ _TOOLS: Final = {
     "consul": _Tool(minimum=(1, 20, 0), minutes=4),
     # a queue for the tests of pools
     "nats-server": _Tool(minimum=(2, 10, 0), minutes=1),
+    "etcd": _Tool(minimum=(3, 6, 0), minutes=1, version="--version"),
+    "kube-apiserver": _kube("kube-apiserver", 5),
+    # what they share with the API server is built already
+    "kube-controller-manager": _kube("kube-controller-manager", 2),
+    "kube-scheduler": _kube("kube-scheduler", 1),
+    "kwok": _Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
 
 
@@ -66,14 +92,14 @@ def find(name: str) -> Path:
     if tool is None:
         raise UserError(f"unknown program {name!r}; known are: {', '.join(sorted(_TOOLS))}")
     for place in (shutil.which(name), cache_folder() / "build" / name):
-        if place is not None and _new_enough(Path(place), tool.minimum):
+        if place is not None and _new_enough(Path(place), tool):
             return Path(place)
     return _build(name, tool)
 
 
-def _new_enough(program: Path, minimum: tuple[int, ...]) -> bool:
-    version = _version_of([str(program), "version"]) if program.is_file() else None
-    return version is not None and version >= minimum
+def _new_enough(program: Path, tool: _Tool) -> bool:
+    version = _version_of([str(program), tool.version]) if program.is_file() else None
+    return version is not None and version >= tool.minimum
 
 
 def _version_of(argv: list[str]) -> tuple[int, ...] | None:
@@ -86,18 +112,18 @@ def _version_of(argv: list[str]) -> tuple[int, ...] | None:
 
 
 def _build(name: str, tool: _Tool) -> Path:
-    source = _SERVERS / name
+    source = _SERVERS / (tool.module or name)
     wanted = ".".join(str(part) for part in tool.minimum)
     if not (source / "go.mod").is_file():
         raise UserError(
-            f"no {name} of version {wanted} or later on PATH, and no sources of servers/{name} here: "
+            f"no {name} of version {wanted} or later on PATH, and no sources of servers/{source.name} here: "
             f"install {name}, or run from a checkout, which builds it"
         )
     folder = cache_folder() / "build"
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / name
     with _only_builder(folder / f"{name}.lock", name):
-        if _new_enough(program, tool.minimum):  # somebody built it while we waited
+        if _new_enough(program, tool):  # somebody built it while we waited
             return program
         go = _go(folder)
         log = folder / f"{name}.log"
@@ -107,11 +133,23 @@ def _build(name: str, tool: _Tool) -> Path:
         with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder) as fresh:
             # "auto": some distributions switch off that Go fetches the toolchain of go.mod
             env = {"GOTOOLCHAIN": "auto", **os.environ}
-            _run([str(go), "build", "-o", f"{fresh}/", "tool"], name, log, cwd=source, env=env)
+            argv = [str(go), "build", "-o", f"{fresh}/{name}", *_stamp(tool, source), tool.package]
+            _run(argv, name, log, cwd=source, env=env)
             (Path(fresh) / name).replace(program)
-    if not _new_enough(program, tool.minimum):
-        raise TerminalError(f"the {name} built from servers/{name} is older than {wanted}")
+    if not _new_enough(program, tool):
+        raise TerminalError(f"the {name} built from servers/{source.name} is older than {wanted}")
     return program
+
+
+def _stamp(tool: _Tool, source: Path) -> list[str]:
+    """The linker's flags that make the program tell the version which go.mod pins."""
+    if not tool.stamp:
+        return []
+    module = tool.package.partition("/cmd/")[0]
+    pinned = re.search(rf"{re.escape(module)} (v\S+)", (source / "go.mod").read_text())
+    if pinned is None:
+        raise TerminalError(f"servers/{source.name}/go.mod does not pin {module}")
+    return ["-ldflags", f"-X {tool.stamp}={pinned[1]}"]
 
 
 def _go(folder: Path) -> Path:
@@ -172,7 +210,7 @@ def _say(line: str) -> None:
 @click.command()
 @click.argument("names", nargs=-1, required=True)
 def main(names: tuple[str, ...]) -> None:
-    """Find or build the servers NAMES (nomad, consul) and print their paths."""
+    """Find or build the servers NAMES (nomad, consul, etcd, …) and print their paths."""
     for name in names:
         try:
             click.echo(find(name))
