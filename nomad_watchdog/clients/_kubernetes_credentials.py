@@ -1,0 +1,129 @@
+"""The token or certificate of the moment: read again, or asked for again, as its kind wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.errors import TransientError, UserError
+
+REREAD_S: Final = 60.0
+"""A token file is read again after so long; the kubelet rotates it well before it expires."""
+EARLY_S: Final = 10.0
+"""What a plugin gives is asked for again so long before it expires."""
+_PLUGIN_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """`cert` and `key`: PEM of a client certificate; empty = that of the settings."""
+
+    token: str = ""
+    cert: str = ""
+    key: str = ""
+
+
+class Credentials:
+    """`current` before each call; `refused` after a 401."""
+
+    def __init__(self, settings: KubernetesSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._known = Credential(token=settings.token)
+        self._good_until: float | None = None
+        self._lock = asyncio.Lock()
+
+    async def current(self) -> Credential:
+        """Raises UserError when the file or the plugin gives none, TransientError when the plugin hangs."""
+        if not self._changes:
+            return self._known
+        async with self._lock:
+            if self._good_until is None or self._clock.wall() >= self._good_until:
+                await self._renew()
+        return self._known
+
+    async def refused(self, used: Credential) -> bool:
+        """Whether there is another one now than the one that was refused."""
+        if not self._changes:
+            return False
+        async with self._lock:
+            if self._known == used:
+                await self._renew()
+            return self._known != used
+
+    @property
+    def _changes(self) -> bool:
+        return bool(self._settings.exec_plugin or self._settings.token_file)
+
+    async def _renew(self) -> None:
+        plugin = self._settings.exec_plugin
+        if plugin is not None:
+            self._known, self._good_until = await _ask(plugin, self._settings)
+            return
+        path = self._settings.token_file
+        try:
+            token = (await asyncio.to_thread(Path(path).read_text, "utf-8")).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"kubernetes token file {path}: {type(error).__name__}") from error
+        self._known = Credential(token=token)
+        self._good_until = self._clock.wall() + REREAD_S
+
+
+async def _ask(plugin: ExecPlugin, settings: KubernetesSettings) -> tuple[Credential, float]:
+    spec: dict[str, Any] = {"interactive": False}
+    if plugin.cluster_info:
+        spec["cluster"] = {"server": settings.server}
+    info = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
+    env = {**os.environ, **dict(plugin.env), "KUBERNETES_EXEC_INFO": json.dumps(info)}
+    name = Path(plugin.command).name
+    try:
+        child = await asyncio.create_subprocess_exec(
+            plugin.command,
+            *plugin.args,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # may quote what it should not (S10)
+        )
+    except OSError as error:
+        raise UserError(f"kubernetes: the credential plugin {name}: {error.strerror}") from error
+    try:
+        async with asyncio.timeout(_PLUGIN_S):
+            out, _ = await child.communicate()
+    except TimeoutError:
+        raise TransientError(
+            f"kubernetes: the credential plugin {name} gave nothing within {_PLUGIN_S:.0f} s"
+        ) from None
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    if child.returncode != 0:
+        raise TransientError(f"kubernetes: the credential plugin {name} ended {child.returncode}")
+    return _parse(out, name)
+
+
+def _parse(out: bytes, name: str) -> tuple[Credential, float]:
+    wrong = f"kubernetes: the credential plugin {name} printed no ExecCredential"
+    try:
+        status = json.loads(out)["status"]
+        expires = status.get("expirationTimestamp")
+        # without an expiry it is good until the server refuses it
+        until = datetime.fromisoformat(expires).timestamp() - EARLY_S if expires else float("inf")
+        found = Credential(
+            str(status.get("token") or ""),
+            str(status.get("clientCertificateData") or ""),
+            str(status.get("clientKeyData") or ""),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(wrong) from None
+    if not (found.token or (found.cert and found.key)):
+        raise UserError(f"{wrong} with a token or a certificate")
+    return found, until

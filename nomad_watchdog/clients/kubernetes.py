@@ -1,0 +1,353 @@
+"""The Kubernetes API over bare aiohttp: list, watch, server-side apply, delete.
+
+A whole client library costs several times the memory and the CPU of a list, and the watches of those
+that were tried have neither time-outs nor bookmarks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+
+from nomad_watchdog.clients._kubernetes_credentials import Credential, Credentials
+from nomad_watchdog.clients._kubernetes_errors import (
+    ExpiredError,
+    FieldConflictError,
+    translate,
+)
+from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings
+from nomad_watchdog.clock import Clock, SystemClock
+from nomad_watchdog.errors import NotFoundError, StaleError, TransientError, UserError
+
+__all__ = [
+    "MANAGER",
+    "Event",
+    "ExpiredError",
+    "FieldConflictError",
+    "KubernetesClient",
+    "KubernetesSettings",
+    "Listed",
+]
+
+MANAGER: Final = "nomad-watchdog"
+"""Our name as a field manager."""
+PAGE: Final = 500
+"""As kubectl's: larger pages hold the server's memory for longer than they save calls."""
+SILENCE_S: Final = 90.0
+"""The server sends a bookmark about once a minute; a watch that is silent for longer is dead."""
+_WATCH_S: Final = (240.0, 300.0)
+"""A watch is ended by the server after so long (chance spreads the new ones), and goes on where it was."""
+_CONNECT_S: Final = 3.0
+_MAX_CONNECTIONS: Final = 32
+_RELISTS: Final = 3
+_LINE: Final = 8 * 1024 * 1024
+"""An object of etcd has at most 1.5 MiB, and grows as JSON."""
+
+_JSON: Final = "application/json"
+_METADATA: Final = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+_METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+Object = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A whole list as of one version of the store."""
+
+    items: tuple[Object, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step of a watch. ``kind``: ADDED, MODIFIED, DELETED or BOOKMARK (only its version counts)."""
+
+    kind: str
+    object: Object
+
+    @property
+    def version(self) -> str:
+        return str((self.object.get("metadata") or {}).get("resourceVersion", ""))
+
+
+class KubernetesClient:
+    """Every call has a time-out and raises only our errors."""
+
+    def __init__(self, settings: KubernetesSettings, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self._credentials = Credentials(settings, clock or SystemClock())
+        self._http: aiohttp.ClientSession | None = None
+        self._tls_of = Credential()
+        self._tls: ssl.SSLContext | bool = True
+        if settings.server.startswith("https"):
+            self._tls = settings.ssl_context()
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    async def get(self, path: str, params: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Raises NotFoundError when there is no such object."""
+        return await self.call("GET", path, params=params)
+
+    async def find(self, path: str, *, metadata: bool = False) -> dict[str, Any] | None:
+        """None when there is none. `metadata`: only that part of it."""
+        try:
+            return await self.call("GET", path, accept=_METADATA if metadata else _JSON)
+        except NotFoundError:
+            return None
+
+    async def version_of(self, path: str) -> str:
+        """The version of the store now, for a watch of this list to begin at."""
+        found = await self.call("GET", path, params={"limit": "1"}, accept=_METADATA_LIST)
+        return str((found.get("metadata") or {}).get("resourceVersion", ""))
+
+    async def list(
+        self, path: str, *, labels: str = "", fields: str = "", metadata: bool = False
+    ) -> Listed:
+        """All pages, consistent with each other and not older than any write before the call.
+        `metadata`: only that part of each object, a third of the bytes of a Deployment.
+
+        Raises StaleError rather than give a part."""
+        for _ in range(_RELISTS):
+            try:
+                return await self._pages(
+                    path, _selectors(labels, fields), _METADATA_LIST if metadata else _JSON
+                )
+            except ExpiredError:
+                continue  # the list took longer than the server remembers: begin again
+        raise StaleError(f"kubernetes: the list of {path} expires before its end is read")
+
+    async def _pages(self, path: str, selectors: Mapping[str, str], accept: str) -> Listed:
+        ask = {"limit": str(PAGE), **selectors}
+        items: list[Object] = []
+        while True:
+            page = await self.call("GET", path, params=ask, accept=accept)
+            items.extend(page.get("items") or [])
+            told = page.get("metadata") or {}
+            if not told.get("continue"):
+                return Listed(tuple(items), str(told.get("resourceVersion", "")))
+            ask["continue"] = told["continue"]
+
+    async def watch(
+        self,
+        path: str,
+        version: str,
+        *,
+        labels: str = "",
+        fields: str = "",
+        metadata: bool = False,
+    ) -> AsyncIterator[Event]:
+        """What happens after `version`, bookmarks included, until the server ends the watch, which it
+        does every few minutes: then watch again from the last event's version.
+
+        Raises ExpiredError when `version` is forgotten (list again), TransientError when the connection
+        breaks or is silent for longer than bookmarks allow."""
+        length = random.uniform(*_WATCH_S)  # noqa: S311  # jitter
+        params = {
+            "watch": "1",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": version,
+            "timeoutSeconds": str(int(length)),
+            **_selectors(labels, fields),
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)
+        try:
+            accept = _METADATA if metadata else _JSON
+            async with self._answer(
+                "GET", path, params=params, timeout=timeout, accept=accept
+            ) as answer:
+                if answer.status != 200:
+                    raise translate(answer.status, await answer.read(), f"watch {path}")
+                async for line in _lines(answer.content):
+                    yield _event(line, path)
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError, OSError) as error:
+            kind = type(error).__name__
+            raise TransientError(f"kubernetes: the watch of {path} broke: {kind}") from error
+
+    async def apply(
+        self, path: str, body: Object, *, manager: str = MANAGER, force: bool = False
+    ) -> dict[str, Any]:
+        """Server-side apply: the object exists with our fields as given, others' are left alone.
+
+        With ``metadata.resourceVersion`` in the body it is a compare-and-set. Raises FieldConflictError
+        when another manager has set one of our fields, ConflictError when the version is another."""
+        params = {"fieldManager": manager, "force": "true" if force else "false"}
+        return await self.call(
+            "PATCH", path, params=params, body=body, content="application/apply-patch+yaml"
+        )
+
+    async def create(self, path: str, body: Object) -> dict[str, Any]:
+        """Raises ConflictError when it exists."""
+        return await self.call("POST", path, params={"fieldManager": MANAGER}, body=body)
+
+    async def delete(
+        self,
+        path: str,
+        *,
+        grace_s: float | None = None,
+        uid: str = "",
+        version: str = "",
+        propagation: str = "",
+    ) -> bool:
+        """Whether it was there. `uid` and `version`: only that one, else ConflictError."""
+        options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if grace_s is not None:
+            options["gracePeriodSeconds"] = max(0, round(grace_s))
+        if propagation:
+            options["propagationPolicy"] = propagation
+        if conditions := {k: v for k, v in (("uid", uid), ("resourceVersion", version)) if v}:
+            options["preconditions"] = conditions
+        try:
+            await self.call("DELETE", path, body=options)
+        except NotFoundError:
+            return False
+        return True
+
+    async def text(self, path: str, params: Mapping[str, str] | None = None) -> str:
+        """An answer that is no JSON: a log, say."""
+        raw = await self._fetch("GET", path, params or {}, None, "", "*/*")
+        return raw.decode(errors="replace")
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content: str = "application/json",
+        accept: str = "application/json",
+    ) -> dict[str, Any]:
+        """One call that answers JSON. Raises our errors for everything else."""
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        raw = await self._fetch(method, path, params or {}, data, content, accept)
+        try:
+            found = json.loads(raw)
+        except ValueError as error:
+            raise TransientError(f"kubernetes: the answer to {path} is cut off") from error
+        if not isinstance(found, dict):
+            raise TransientError(f"kubernetes: the answer to {path} is no object")
+        return found
+
+    async def _fetch(  # the parts of one request
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        data: bytes | None,
+        content: str,
+        accept: str,
+    ) -> bytes:
+        timeout = aiohttp.ClientTimeout(
+            total=2 * self.settings.timeout_s,
+            sock_connect=_CONNECT_S,
+            sock_read=self.settings.timeout_s,
+        )
+        try:
+            async with self._answer(
+                method,
+                path,
+                params=params,
+                data=data,
+                content=content,
+                accept=accept,
+                timeout=timeout,
+            ) as answer:
+                raw = await answer.read()
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            kind = type(error).__name__
+            raise TransientError(
+                f"kubernetes at {self.settings.server} does not answer: {kind}"
+            ) from error
+        if not 200 <= answer.status < 300:
+            after = answer.headers.get("Retry-After", "")
+            raise translate(answer.status, raw, f"{method} {path}", after)
+        return raw
+
+    @asynccontextmanager
+    async def _answer(  # the parts of one request
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  # aiohttp's own, for one request
+        data: bytes | None = None,
+        content: str = "",
+        accept: str = _JSON,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer; a refused credential that has changed meanwhile is tried once more."""
+        async with AsyncExitStack() as stack:
+            for attempt in range(2):
+                who = await self._credentials.current()
+                headers = {"Accept": accept}
+                if who.token:
+                    headers["Authorization"] = f"Bearer {who.token}"
+                if data is not None:
+                    headers["Content-Type"] = content
+                answer = await stack.enter_async_context(
+                    self._open().request(
+                        method,
+                        f"{self.settings.server}{path}",
+                        params=params,
+                        data=data,
+                        headers=headers,
+                        ssl=await self._context(who),
+                        server_hostname=self.settings.tls_server_name or None,
+                        timeout=timeout,
+                        allow_redirects=False,
+                    )
+                )
+                if answer.status != 401 or attempt or not await self._credentials.refused(who):
+                    break
+                await stack.aclose()
+            yield answer
+
+    async def _context(self, who: Credential) -> ssl.SSLContext | bool:
+        if who.cert and who != self._tls_of and self._tls is not True:
+            self._tls = await asyncio.to_thread(self.settings.ssl_context, who.cert, who.key)
+            self._tls_of = who
+        return self._tls
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._http
+
+
+def _selectors(labels: str, fields: str) -> dict[str, str]:
+    return {k: v for k, v in (("labelSelector", labels), ("fieldSelector", fields)) if v}
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """A watch's lines, however long: aiohttp's own reader of lines stops at 64 KiB."""
+    rest = b""
+    async for chunk in stream.iter_any():
+        *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
+        for line in whole:
+            yield line
+        if len(rest) > _LINE:
+            raise ValueError("a line of the watch has no end")
+
+
+def _event(line: bytes, path: str) -> Event:
+    found = json.loads(line)
+    kind, thing = found["type"], found["object"]
+    if kind == "ERROR":
+        raise translate(int(thing.get("code") or 500), json.dumps(thing).encode(), f"watch {path}")
+    if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):
+        raise UserError(f"kubernetes: the watch of {path} says {kind[:40]!r}")
+    return Event(kind, thing)

@@ -1,0 +1,212 @@
+"""Answers that the real API server can't be made to give at will: forgotten versions, silence, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from nomad_watchdog.clients import kubernetes as module
+from nomad_watchdog.clients.kubernetes import (
+    ExpiredError,
+    FieldConflictError,
+    KubernetesClient,
+    KubernetesSettings,
+)
+from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.errors import (
+    ConflictError,
+    DeniedError,
+    StaleError,
+    TransientError,
+    UserError,
+)
+
+PODS = "/api/v1/namespaces/n/pods"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def served(handler: Handler, **settings: Any) -> AsyncIterator[KubernetesClient]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    client = KubernetesClient(KubernetesSettings(f"http://127.0.0.1:{port}", **settings))
+    try:
+        yield client
+    finally:
+        await client.close()
+        await runner.cleanup()
+
+
+def status(code: int, reason: str = "", message: str = "said", **more: Any) -> web.Response:
+    body = {"kind": "Status", "code": code, "reason": reason, "message": message, **more}
+    return web.json_response(body, status=code)
+
+
+def page(names: list[str], more: str = "", version: str = "7") -> web.Response:
+    items = [{"metadata": {"name": name}} for name in names]
+    return web.json_response(
+        {"items": items, "metadata": {"resourceVersion": version, "continue": more}}
+    )
+
+
+async def test_a_list_whose_end_is_forgotten_is_begun_again() -> None:
+    """A 410 between two pages begins the list anew: nothing of the first try is in the answer."""
+    asked: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.query.get("continue", ""))
+        if asked[-1] == "late":
+            return status(410, "Expired")
+        return page(["old"], "late") if len(asked) == 1 else page(["a", "b"])
+
+    async with served(handler) as client:
+        found = await client.list(PODS)
+
+    assert [one["metadata"]["name"] for one in found.items] == ["a", "b"]
+    assert asked == ["", "late", ""]
+
+
+async def test_a_list_that_always_expires_is_stale_and_no_part() -> None:
+    """When no try reaches the end, the error says so; a part is never given (S7)."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return status(410, "Expired") if "continue" in request.query else page(["old"], "late")
+
+    async with served(handler) as client:
+        with pytest.raises(StaleError, match="expires before its end"):
+            await client.list(PODS)
+
+
+async def test_a_watch_gives_events_and_bookmarks_and_says_when_its_version_is_forgotten() -> None:
+    """Bookmarks carry a version on; an ERROR event of 410 is an ExpiredError."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.query["allowWatchBookmarks"] == "true"
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        big = "x" * 300_000  # longer than a line that aiohttp would read
+        for kind, thing in (
+            ("ADDED", {"metadata": {"resourceVersion": "8", "name": big}}),
+            ("BOOKMARK", {"metadata": {"resourceVersion": "9"}}),
+            ("ERROR", {"code": 410, "message": "too old resource version"}),
+        ):
+            await answer.write(json.dumps({"type": kind, "object": thing}).encode() + b"\n")
+        return answer
+
+    seen = []
+    async with served(handler) as client:
+        with pytest.raises(ExpiredError, match="too old"):
+            async for event in client.watch(PODS, "7"):
+                seen.append((event.kind, event.version))
+
+    assert seen == [("ADDED", "8"), ("BOOKMARK", "9")]
+
+
+async def test_a_silent_watch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that says nothing for longer than bookmarks come apart ends with a TransientError."""
+    monkeypatch.setattr(module, "SILENCE_S", 0.2)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await asyncio.sleep(30)
+        return answer
+
+    async with served(handler) as client:
+        with pytest.raises(TransientError, match="broke"):
+            async with asyncio.timeout(5):
+                async for _ in client.watch(PODS, "7"):
+                    pytest.fail("there was nothing to see")
+
+
+@pytest.mark.parametrize("line", [b"{\n", b'{"type": "WHAT", "object": {}}\n', b"[]\n", b"{}\n"])
+async def test_a_watch_that_talks_nonsense_is_our_error(line: bytes) -> None:
+    """What is no event ends the watch with an error of ours, whatever it is."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(line)
+        return answer
+
+    async with served(handler) as client:
+        with pytest.raises((TransientError, UserError)):
+            async for _ in client.watch(PODS, "7"):
+                pytest.fail("that was no event")
+
+
+async def test_a_rotated_token_is_read_again_after_a_refusal(tmp_path: Path) -> None:
+    """A 401 with the old token makes one more try with the new one; a token that stays is denied once."""
+    file = tmp_path / "token"
+    file.write_text("old")
+    asked = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.headers["Authorization"])
+        return page([]) if asked[-1] == "Bearer new" else status(401, "Unauthorized")
+
+    async with served(handler, token_file=str(file)) as client:
+        with pytest.raises(DeniedError, match="refuses the credentials"):
+            await client.list(PODS)
+        file.write_text("new")
+        await client.list(PODS)
+
+    assert asked == ["Bearer old", "Bearer old", "Bearer new"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (status(409, "AlreadyExists"), ConflictError, "said"),
+        (
+            status(409, "Conflict", details={"causes": [
+                {"reason": "FieldManagerConflict", "field": ".spec.replicas",
+                 "message": 'conflict with "kubectl" using apps/v1'}]}),
+            FieldConflictError, 'spec.replicas: conflict with "kubectl"',
+        ),
+        (status(403, "Forbidden", 'cannot create resource "pods"'), DeniedError, "cannot create"),
+        (status(403, "Forbidden", "exceeded quota: q"), TransientError, "exceeded quota"),
+        (status(422, "Invalid"), UserError, "said"),
+        (status(429), TransientError, "said"),
+        (status(500), TransientError, "said"),
+        (web.Response(status=502, text="<html>proxy"), TransientError, "<html>proxy"),
+        (web.Response(text="{"), TransientError, "cut off"),
+        (web.Response(text="[]"), TransientError, "no object"),
+    ],
+)  # fmt: skip
+async def test_an_answer_means(answer: web.Response, kind: type[Exception], words: str) -> None:
+    """Each refusal of the API server is the error that says what to do next."""
+
+    async def handler(request: web.Request) -> web.Response:
+        # a response object is good for one answer only
+        return web.Response(
+            status=answer.status, body=answer.body, content_type=answer.content_type
+        )
+
+    async with served(handler) as client:
+        with pytest.raises(kind, match=words):
+            await client.apply(f"{PODS}/x", {})
+
+
+async def test_retry_after_is_heeded() -> None:
+    """The time that an overloaded server asks for reaches the caller."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"message": "busy"}, status=429, headers={"Retry-After": "7"})
+
+    async with served(handler) as client:
+        with pytest.raises(TransientError) as error:
+            await client.get("/x")
+
+    assert error.value.retry_after_s == 7.0
