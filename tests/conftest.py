@@ -12,8 +12,9 @@ import pytest_asyncio
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
 
-SERVERS = {"consul", "acl_consul", "nomad"}
+SERVERS = {"consul", "acl_consul", "nomad", "kube"}
 """Fixtures that start a server: whoever uses one, also through another, needs the servers built."""
 
 
@@ -29,7 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def clean_environment() -> None:
     """Nothing in the caller's environment may lead a test to somebody's real servers."""
     for name in list(os.environ):
-        if name.startswith(("CONSUL_", "NOMAD_")) and not name.startswith("NOMAD_WATCHDOG_CACHE"):
+        ours = ("CONSUL_", "NOMAD_", "KUBE")
+        if name.startswith(ours) and not name.startswith("NOMAD_WATCHDOG_CACHE"):
             del os.environ[name]
     os.environ.pop("AWS_CA_BUNDLE", None)
 
@@ -55,6 +57,14 @@ async def acl_consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
     """One Consul server with ACLs that deny by default; its `token` may do everything."""
     async with ConsulServer(tmp_path_factory.mktemp("acl-consul"), acl=True) as server:
         yield server
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def kube(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[KubernetesCluster]:
+    """One Kubernetes control plane with two pretended nodes for the whole session: use a namespace of your
+    own, and leave its processes running."""
+    async with KubernetesCluster(tmp_path_factory.mktemp("kube"), fake_nodes=2) as cluster:
+        yield cluster
 
 
 @pytest_asyncio.fixture

@@ -17,7 +17,10 @@ import aiohttp
 
 from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TransientError
+from nomad_watchdog.ids import parse_device_id, slug_of
 
+POD: Final = b"NOMAD_WATCHDOG_DEV_POD"
+"""In the environment of what the stand-in for a kubelet runs."""
 CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
 
 CONFIG: Final = """\
@@ -78,6 +81,19 @@ NOMAD_BLOCKS: Final = """\
 nomad {{
   address  = "{nomad}"
   strategy = "{strategy}"
+}}
+
+consul {{
+  address = "{consul}"
+}}
+
+registry {{
+  kind = "consul"
+}}
+"""
+KUBERNETES_BLOCKS: Final = """\
+kubernetes {{
+  kubeconfig = "{kubeconfig}"
 }}
 
 consul {{
@@ -238,6 +254,10 @@ class Stage:
             if b"watchdog" not in arguments or b"executor" in arguments:
                 continue
             values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
+            if values.get(POD, b"").decode(errors="replace").startswith(f"{self.root}/"):
+                device = parse_device_id(values.get(b"DEVICE_ID", b"").decode())
+                found[slug_of(device)] = int(entry.name)
+                continue
             config = values.get(b"WATCHDOG_CONFIG", b"").decode(errors="replace") or _lock(entry)
             if not config.startswith(str(self.root)):
                 continue
@@ -269,14 +289,19 @@ async def open_stage(
 
     `clients`: Nomad clients, each with a Consul agent beside it if there are several."""
     async with AsyncExitStack() as stack:
-        consul = nomad = ""
+        consul = nomad = kubeconfig = ""
         blocks, extra = LOCAL_BLOCKS, ""
         if backend == "nomad":
             consul, nomad = await _servers(stack, root, clients)
             blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
+        elif backend == "kubernetes":
+            consul, kubeconfig = await _kubernetes(stack, root)
+            blocks = KUBERNETES_BLOCKS
         api_port = free_port()
         config = root / "nomad-watchdog.hcl"
-        filled = blocks.format(root=root, nomad=nomad, consul=consul, strategy=strategy)
+        filled = blocks.format(
+            root=root, nomad=nomad, consul=consul, strategy=strategy, kubeconfig=kubeconfig
+        )
         config.write_text(
             CONFIG.format(
                 backend=backend,
@@ -315,6 +340,29 @@ async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str
         NomadServer(root / "nomad", [agent.http_addr for agent in agents], clients)
     )
     return consul.http_addr, nomad.http_addr
+
+
+async def _kubernetes(stack: AsyncExitStack, root: Path) -> tuple[str, str]:
+    """Addresses of Consul and of the cluster's kubeconfig. The agents' pods are run by a stand-in for a
+    kubelet, for which the image is the agent of this checkout."""
+    import watchdog_agent
+
+    from nomad_watchdog.dev._kubelet_spec import Image
+    from nomad_watchdog.dev.consul import ConsulServer
+    from nomad_watchdog.dev.kubelet import Kubelet
+    from nomad_watchdog.dev.kubernetes import KubernetesCluster
+
+    consul = await stack.enter_async_context(ConsulServer(root / "consul"))
+    cluster = await stack.enter_async_context(KubernetesCluster(root / "kube"))
+    await cluster.add_namespace("nomad-watchdog")
+    sources = str(Path(watchdog_agent.__file__).parents[1])
+    image = Image(
+        (sys.executable, "-S", "-m", "watchdog_agent"),
+        {"PYTHONPATH": sources, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    node = Kubelet(cluster.kubeconfig, root / "node", images={"agntup/watchdog-agent": image})
+    await stack.enter_async_context(node)
+    return consul.http_addr, str(cluster.kubeconfig)
 
 
 async def _command(config: Path, *arguments: str) -> None:

@@ -59,7 +59,7 @@ def clean_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("NOMAD_", "CONSUL_")) and name != "AWS_CA_BUNDLE"
+        if not name.startswith(("NOMAD_", "CONSUL_", "KUBE")) and name != "AWS_CA_BUNDLE"
     }
 
 

@@ -1,0 +1,56 @@
+"""The one page of a kubelet that the API server asks for: a container's log."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from aiohttp import web
+
+FindLog = Callable[[str, str, str], Path | None]
+
+
+async def serve_logs(port: int, find: FindLog) -> None:
+    """Serve on 127.0.0.1 until cancelled, over TLS with a certificate of its own making."""
+
+    async def answer(request: web.Request) -> web.Response:
+        parts = request.match_info
+        path = find(parts["namespace"], parts["pod"], parts["container"])
+        if path is None or not path.is_file():
+            return web.Response(status=404, text="no such container here\n")
+        text = (await asyncio.to_thread(path.read_bytes)).decode(errors="replace")
+        lines = text.splitlines(keepends=True)
+        if (tail := request.query.get("tailLines", "")).isdigit():
+            lines = lines[-int(tail) :] if int(tail) else []
+        body = "".join(lines)
+        if (most := request.query.get("limitBytes", "")).isdigit():
+            body = body.encode()[: int(most)].decode(errors="replace")
+        return web.Response(text=body)
+
+    app = web.Application()
+    app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        context = await asyncio.to_thread(_context)
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+def _context() -> ssl.SSLContext:
+    with tempfile.TemporaryDirectory() as folder:
+        cert, key = f"{folder}/cert", f"{folder}/key"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-nodes", "-days", "2", "-subj", "/CN=kubelet", "-keyout", key, "-out", cert],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        return context

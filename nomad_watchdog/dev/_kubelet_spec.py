@@ -1,0 +1,172 @@
+"""What a pod's spec asks for, and how its status is told. Pure, but for the folder of its volumes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+_REFERENCE: Final = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
+_UNITS: Final = {
+    "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 1024.0, "Mi": 1024.0**2, "Gi": 1024.0**3,
+}  # fmt: skip
+
+Object = Mapping[str, Any]
+
+
+class CannotRunError(Exception):
+    """The container can't be made from this spec; the message goes into its status."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What stands in for an image: what it runs, and the environment that it brings."""
+
+    entrypoint: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Run:
+    """One container's life so far."""
+
+    ready: bool = False
+    started: bool = False
+    restarts: int = 0
+    state: dict[str, Any] = field(
+        default_factory=lambda: {"waiting": {"reason": "ContainerCreating"}}
+    )
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def status(self, container: Object) -> dict[str, Any]:
+        return {
+            "name": container["name"],
+            "image": container["image"],
+            "imageID": "",
+            "ready": self.ready,
+            "started": self.started,
+            "restartCount": self.restarts,
+            "state": self.state,
+            "lastState": self.last,
+        }
+
+
+def quantity(text: str) -> float:
+    """Kubernetes' numbers: 100m, 128Mi."""
+    found = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
+    if found is None or found[2] not in _UNITS:
+        raise CannotRunError(f"not a quantity: {text!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def memory_limit(container: Object) -> float | None:
+    """Bytes; None = no limit."""
+    limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
+    return None if limit is None else quantity(str(limit))
+
+
+def field_of(pod: Object, path: str, ip: str) -> str:
+    """The downward API."""
+    meta, spec = pod["metadata"], pod["spec"]
+    if found := re.fullmatch(r"metadata\.(labels|annotations)\['([^']+)'\]", path):
+        return str((meta.get(found[1]) or {}).get(found[2], ""))
+    known = {
+        "metadata.name": meta["name"],
+        "metadata.namespace": meta["namespace"],
+        "metadata.uid": meta["uid"],
+        "spec.nodeName": spec.get("nodeName", ""),
+        "spec.serviceAccountName": spec.get("serviceAccountName", ""),
+        "status.podIP": ip,
+        "status.hostIP": "127.0.0.1",
+    }
+    if path not in known:
+        raise CannotRunError(f"fieldRef {path!r} is not known here")
+    return str(known[path])
+
+
+def environment(
+    pod: Object, container: Object, image: Image, ip: str, secrets: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """The container's environment, with ``$(NAME)`` replaced by what was set before it.
+
+    Raises CannotRunError for a reference that leads nowhere."""
+    env = dict(image.env)
+    for one in container.get("env") or []:
+        source = one.get("valueFrom")
+        if not source:
+            env[one["name"]] = expand(str(one.get("value") or ""), env)
+        elif "fieldRef" in source:
+            env[one["name"]] = field_of(pod, source["fieldRef"]["fieldPath"], ip)
+        elif "secretKeyRef" in source:
+            asked = source["secretKeyRef"]
+            held = secrets.get(asked["name"], {})
+            if asked["key"] in held:
+                env[one["name"]] = held[asked["key"]]
+            elif not asked.get("optional"):
+                raise CannotRunError(f"couldn't find key {asked['key']} in Secret {asked['name']}")
+        else:
+            raise CannotRunError(f"env {one['name']}: its source is not known here")
+    return env
+
+
+def expand(text: str, env: Mapping[str, str]) -> str:
+    """``$(NAME)`` by the environment, ``$$`` as a dollar; what is not known stays as it is."""
+    return _REFERENCE.sub(
+        lambda found: "$" if found[0] == "$$" else env.get(found[1], found[0]), text
+    )
+
+
+def secret_names(pod: Object) -> set[str]:
+    """The Secrets that the pod's environment and volumes name."""
+    found = {
+        volume["secret"]["secretName"]
+        for volume in pod["spec"].get("volumes") or []
+        if "secret" in volume
+    }
+    for container in pod["spec"]["containers"]:
+        for one in container.get("env") or []:
+            if reference := (one.get("valueFrom") or {}).get("secretKeyRef"):
+                found.add(reference["name"])
+    return found
+
+
+def moved(text: str, mounts: Mapping[str, str]) -> str:
+    """A path in the container as a path here: there is no file system of its own. `mounts`: mount path
+    → folder."""
+    for path, folder in mounts.items():
+        if text == path or text.startswith(f"{path}/"):
+            return folder + text[len(path) :]
+    return text
+
+
+def command(container: Object, image: Image, env: Mapping[str, str]) -> list[str]:
+    argv: Sequence[str] = container.get("command") or image.entrypoint
+    arguments: Sequence[str] = container.get("args") or ()
+    return [expand(str(one), env) for one in (*argv, *arguments)]
+
+
+def pod_status(
+    pod: Object, runs: Sequence[Run], *, ip: str, phase: str, started_at: str, now: str
+) -> dict[str, Any]:
+    """A patch of the status; a condition that is as it was keeps its time."""
+    known = {one["type"]: one for one in (pod.get("status") or {}).get("conditions") or []}
+    ready = bool(runs) and all(run.ready for run in runs) and phase == "Running"
+    truth = {"Initialized": True, "ContainersReady": ready, "Ready": ready}
+    conditions = []
+    for kind, value in truth.items():
+        word = "True" if value else "False"
+        before = known.get(kind) or {}
+        since = before.get("lastTransitionTime") if before.get("status") == word else now
+        told = {"type": kind, "status": word, "lastTransitionTime": since or now}
+        conditions.append(told if value else told | {"reason": "ContainersNotReady"})
+    containers = pod["spec"]["containers"]
+    return {
+        "phase": phase,
+        "hostIP": "127.0.0.1",
+        "podIP": ip,
+        "podIPs": [{"ip": ip}],
+        "startTime": started_at,
+        "conditions": conditions,
+        "containerStatuses": [run.status(one) for run, one in zip(runs, containers, strict=True)],
+    }
