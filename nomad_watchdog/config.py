@@ -79,6 +79,15 @@ class Consul(Block):
     agent_address: Annotated[str, AfterValidator(checked_url_or_none)] | None = None
 
 
+class Kubernetes(Block):
+    kubeconfig: Text | None = None
+    context: Text | None = None
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,56}[a-z0-9])?$")] = (
+        "nomad-watchdog"
+    )
+    namespaces: Annotated[int, Field(ge=1, le=64)] = 1
+
+
 class Local(Block):
     directory: Text | None = None
     python: Text | None = None
@@ -143,6 +152,7 @@ class Settings(Block):
     data_dir: Text = ""
     api: Api = Api()
     nomad: Nomad = Nomad()
+    kubernetes: Kubernetes = Kubernetes()
     consul: Consul = Consul()
     local: Local = Local()
     registry: Registry = Registry()
@@ -233,6 +243,7 @@ class Settings(Block):
 
     def _spec(self, name: str, kind: AgentClass) -> AgentSpec:
         variables = kind.variables | ({"driver": kind.driver} if kind.driver else {})
+        variables |= {"workload": kind.workload} if kind.workload else {}
         behaviour = {
             "template": template_text(kind.template),
             "version": kind.version,

@@ -116,6 +116,7 @@ class AgentClass(Block):
     template: Text = ""
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")] = __version__
     driver: Name | None = None
+    workload: Literal["deployment", "statefulset", "pod"] | None = None
     cpu: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     memory: Size = 64 * 1024 * 1024
     kill_timeout: Positive = 10.0
@@ -164,8 +165,9 @@ class AgentClass(Block):
         on_host = {probe.kind for probe in self.confirm} & ON_HOST
         if on_host:
             raise ValueError(f"confirm must ask the device; {min(on_host)} need not")
-        if self.driver and "driver" in self.variables:
-            raise ValueError("driver is given twice: as a setting and in variables")
+        for name, value in (("driver", self.driver), ("workload", self.workload)):
+            if value and name in self.variables:
+                raise ValueError(f"{name} is given twice: as a setting and in variables")
         return self
 
     def telling(self) -> dict[str, Any]:

@@ -21,13 +21,24 @@ from typing import Any, Final
 
 import aiohttp
 
+from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
-from nomad_watchdog.errors import UserError, WatchdogError
-from nomad_watchdog.wiring import open_registry
+from nomad_watchdog.errors import DeniedError, NotFoundError, UserError, WatchdogError
+from nomad_watchdog.wiring import kubernetes_settings, open_registry
 
 NOMAD_MINIMUM: Final = (1, 11, 2)
 """Before it, raced dispatches with one idempotency token could store two children."""
+KUBERNETES_MINIMUM: Final = (1, 34)
+_ALL: Final = ("get", "list", "watch", "create", "patch", "delete")
+KUBERNETES_RIGHTS: Final = (
+    ("apps", "deployments", _ALL),
+    ("apps", "statefulsets", _ALL),
+    ("", "pods", _ALL),
+    ("", "pods/log", ("get",)),
+    ("", "secrets", ("create", "patch", "delete")),
+    ("", "configmaps", ("create",)),
+)
 SKEW_S: Final = 5.0
 TIMEOUT_S: Final = 5.0
 WANTED_FILES: Final = 1024
@@ -78,6 +89,8 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     checks.append(await _registry(settings))
     if settings.backend == "nomad":
         checks += await _guarded("nomad", lambda: _nomad(settings, env))
+    if settings.backend == "kubernetes":
+        checks += await _guarded("kubernetes", lambda: _kubernetes(settings))
     if settings.backend == "local" or settings.registry_kind == "sqlite":
         checks += _machine(settings)
     return checks
@@ -288,6 +301,66 @@ def _asked_for(prefix: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("submit-job", f"/v1/job/{nobody}/plan", {"Job": job}),
         ("parse-job", "/v1/jobs/parse", {"JobHCL": ""}),
     ]
+
+
+async def _kubernetes(settings: Settings) -> list[Check]:
+    client = KubernetesClient(kubernetes_settings(settings))
+    try:
+        version = str((await client.get("/version")).get("gitVersion", "?"))
+        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        good = found >= KUBERNETES_MINIMUM
+        mend = "" if good else "upgrade the control plane to 1.34 or later"
+        status = Status.OK if good else Status.WARN
+        checks = [
+            Check(
+                "kubernetes api", Status.OK, f"{client.settings.server}, {client.settings.source}"
+            ),
+            Check("kubernetes version", status, version, mend),
+        ]
+        first, spread = settings.kubernetes.namespace, settings.kubernetes.namespaces
+        for number in range(spread):
+            space = first if number == 0 else f"{first}-{number}"
+            checks += await _kubernetes_namespace(client, space)
+        return checks
+    finally:
+        await client.close()
+
+
+async def _kubernetes_namespace(client: KubernetesClient, namespace: str) -> list[Check]:
+    name = f"kubernetes namespace {namespace}"
+    try:
+        await client.get(f"/api/v1/namespaces/{namespace}")
+    except NotFoundError:
+        return [Check(name, Status.FAIL, "is not there", f"kubectl create namespace {namespace}")]
+    except DeniedError:
+        mend = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
+        return [Check(name, Status.WARN, "may not be looked at", mend)]
+    missing = [
+        f"{verb} {resource}"
+        for group, resource, verbs in KUBERNETES_RIGHTS
+        for verb in verbs
+        if not await _kubernetes_allows(client, namespace, group, resource, verb)
+    ]
+    if missing:
+        mend = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
+        return [Check(name, Status.FAIL, f"lacks {', '.join(missing)}", mend)]
+    return [Check(name, Status.OK, "is there, with all rights")]
+
+
+async def _kubernetes_allows(
+    client: KubernetesClient, namespace: str, group: str, resource: str, verb: str
+) -> bool:
+    kind, _, below = resource.partition("/")
+    asked = {"namespace": namespace, "group": group, "resource": kind, "verb": verb}
+    asked |= {"subresource": below} if below else {}
+    # every user may ask this of themselves, and it changes nothing
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": asked},
+    }
+    told = await client.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+    return bool((told.get("status") or {}).get("allowed"))
 
 
 def _skew(name: str, date: str) -> Check:

@@ -78,6 +78,18 @@ def load(name: str) -> Template:
     )
 
 
+def load_yaml(name: str) -> Template:
+    """As `load`, of a Kubernetes manifest: a text with a slash or the suffix ``.yaml`` is a path."""
+    chosen = name or DEFAULT
+    if "/" in chosen or chosen.endswith((".yaml", ".yml")):
+        return Template(chosen, _read(Path(chosen)))
+    for folder in _FOLDERS:
+        path = folder / "kubernetes" / f"{chosen}.yaml"
+        if path.is_file():
+            return Template(chosen, _read(path))
+    raise UserError(f"no template {chosen!r}: give a path, or the built-in {DEFAULT}")
+
+
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -31,6 +31,7 @@ from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.told import Told
 
 if TYPE_CHECKING:
+    from nomad_watchdog.clients.kubernetes import KubernetesSettings
     from nomad_watchdog.clients.nomad import NomadSettings
 
 
@@ -71,6 +72,14 @@ def nomad_settings(settings: Settings) -> NomadSettings:
         client_key=chosen.client_key or "",
         skip_verify=chosen.tls_skip_verify,
     )
+
+
+def kubernetes_settings(settings: Settings) -> KubernetesSettings:
+    """How the Kubernetes API is reached: the block `kubernetes`, then what kubectl would take."""
+    from nomad_watchdog.clients.kubernetes import KubernetesSettings  # noqa: PLC0415  # only when used
+
+    chosen = settings.kubernetes
+    return KubernetesSettings.discover(chosen.kubeconfig or "", chosen.context or "")
 
 
 @asynccontextmanager
@@ -225,4 +234,12 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
             "installation": installation,
             "prefix": settings.nomad.job_prefix,
         }
-    return {"installation": installation, "shards": settings.shards}
+    shared = {"installation": installation, "shards": settings.shards}
+    if settings.backend == "kubernetes":
+        return {
+            **shared,
+            "settings": kubernetes_settings(settings),
+            "namespace": settings.kubernetes.namespace,
+            "namespaces": settings.kubernetes.namespaces,
+        }
+    return shared

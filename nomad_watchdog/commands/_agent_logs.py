@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nomad_watchdog.config import Settings
 
 MOST_BYTES: Final = 1024 * 1024
+MOST_LINES: Final = 100_000
 
 
 def local_log(home: Path) -> str:
@@ -49,5 +50,23 @@ async def nomad_log(settings: Settings, allocation: str, task: str = "agent") ->
             "Nomad has no log of this agent: the shipped job has `logs { disabled = true }`, which saves each"
             f" node a process an agent; a template of yours may say false ({error})"
         ) from error
+    finally:
+        await client.close()
+
+
+async def kubernetes_log(settings: Settings, slug: str) -> str:
+    """What the kubelet has of the newest pod of a device, the last MOST_BYTES. Raises NotFoundError when there
+    is no pod."""
+    from nomad_watchdog.clients.kubernetes import KubernetesClient
+    from nomad_watchdog.schedulers.kubernetes import newest_pod
+    from nomad_watchdog.wiring import kubernetes_settings
+
+    client = KubernetesClient(kubernetes_settings(settings))
+    try:
+        path = await newest_pod(
+            client, settings.kubernetes.namespace, settings.kubernetes.namespaces, slug
+        )
+        asked = {"container": "agent", "limitBytes": str(MOST_BYTES), "tailLines": str(MOST_LINES)}
+        return await client.text(f"{path}/log", asked)
     finally:
         await client.close()

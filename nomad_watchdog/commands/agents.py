@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nomad_watchdog.commands._agent_logs import local_log, nomad_log
+from nomad_watchdog.commands._agent_logs import kubernetes_log, local_log, nomad_log
 from nomad_watchdog.commands._api import Api
 from nomad_watchdog.commands._shared import api_of, no_color, output_option, settings_of
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError
@@ -55,7 +55,8 @@ def logs(ctx: click.Context, device: str, lines: int, output: str) -> None:
     """Print the last lines that the agent of a device has logged.
 
     With the local backend they are read from its file, so this must run where the agents do; with Nomad they
-    are asked for from Nomad, which has them if the job's template collects logs."""
+    are asked for from Nomad, which has them if the job's template collects logs; with Kubernetes from the API
+    server."""
     slug = slug_of(parse_device_id(device))
     settings = settings_of(ctx)
     if settings.backend == "local":
@@ -65,8 +66,12 @@ def logs(ctx: click.Context, device: str, lines: int, output: str) -> None:
         if not instance:
             raise TransientError(f"no agent of {device!a} has reported yet")
         text = asyncio.run(nomad_log(settings, instance))
+    elif settings.backend == "kubernetes":
+        text = asyncio.run(kubernetes_log(settings, slug))
     else:
-        raise UserError(f"backend {settings.backend!a} has no logs here; local and nomad do")
+        raise UserError(
+            f"backend {settings.backend!a} has no logs here; local, nomad and kubernetes do"
+        )
     last = text.splitlines()[-lines:]
     if output == "json":
         print_json({"device": device, "lines": last})

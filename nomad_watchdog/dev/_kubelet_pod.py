@@ -214,12 +214,12 @@ class Pod:
         watchers = self._watchers(at, child, died, why)
         tasks = [asyncio.ensure_future(one) for one in watchers]
         try:
-            await asyncio.wait([died, *tasks], return_when=asyncio.FIRST_EXCEPTION)
+            pending: set[asyncio.Future[None]] = set(tasks)
             while not died.done():
-                for task in tasks:
-                    if task.done() and task.exception() is not None:
-                        raise task.exception() or AssertionError
-                await asyncio.wait([died], timeout=1.0)
+                await asyncio.wait([died, *pending], return_when=asyncio.FIRST_COMPLETED)
+                for task in [one for one in pending if one.done()]:
+                    pending.discard(task)
+                    task.result()  # a bug of a watcher ends the stand-in, it does not hide
         finally:
             for task in tasks:
                 task.cancel()

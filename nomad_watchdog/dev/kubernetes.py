@@ -252,6 +252,7 @@ class KubernetesCluster:
                 f"--service-account-private-key-file={pki / 'accounts.key'}",
                 f"--root-ca-file={self._authority.cert}",
                 f"--node-monitor-grace-period={self._lost_after_s}s", "--node-monitor-period=1s",
+                "--use-service-account-credentials=true",
                 "--concurrent-deployment-syncs=20", "--concurrent-replicaset-syncs=20",
                 "--concurrent-statefulset-syncs=20",
             ]  # fmt: skip

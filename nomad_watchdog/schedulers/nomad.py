@@ -29,7 +29,8 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Slug, is_slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, _nomad_jobs
-from nomad_watchdog.schedulers._nomad_doubt import Memory, unlisted
+from nomad_watchdog.schedulers._memory import Memory
+from nomad_watchdog.schedulers._nomad_doubt import unlisted
 from nomad_watchdog.schedulers._nomad_view import (
     SECOND_LOOK_S,
     Row,

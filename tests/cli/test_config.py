@@ -86,7 +86,7 @@ def test_all_mistakes_are_named_at_once_with_lines(tmp_path: Path) -> None:
 
 def test_unknown_backend_names_those_installed(tmp_path: Path) -> None:
     """A backend that is not installed is refused with the names of those that are."""
-    assert "installed: ['local', 'nomad']" in message(tmp_path, 'backend = "nomd"\n')
+    assert "installed: ['kubernetes', 'local', 'nomad']" in message(tmp_path, 'backend = "nomd"\n')
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""What a backend remembers of its last snapshots, so that a list which lies is caught (S7)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Placement, PlacementState
+
+MOST_ASKED: Final = 8
+"""So many of those that vanished are asked for by name; a list that lies is caught by the first."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """The handles of what was alive in the last snapshots."""
+
+    _live: dict[Slug, tuple[str, ...]] = field(default_factory=dict)
+
+    def vanished(self, listed: AbstractSet[str], only: AbstractSet[Slug] | None) -> list[str]:
+        """A few of those that were alive and are listed no more: each is worth a question."""
+        slugs: Iterable[Slug] = self._live if only is None else only & self._live.keys()
+        gone = [ref for slug in slugs for ref in self._live[slug] if ref not in listed]
+        return gone if len(gone) <= MOST_ASKED else random.sample(gone, MOST_ASKED)
+
+    def take(
+        self,
+        placements: Mapping[Slug, Collection[Placement]],
+        only: AbstractSet[Slug] | None,
+    ) -> None:
+        """Remember what a believed snapshot shows."""
+        slugs: Collection[Slug] = placements.keys() if only is None else only
+        if only is None:
+            self._live.clear()
+        for slug in slugs:
+            live = tuple(
+                one.ref for one in placements.get(slug, ()) if one.state is not PlacementState.DEAD
+            )
+            if live:
+                self._live[slug] = live
+            else:
+                self._live.pop(slug, None)
+
+    def live(self, slug: Slug) -> tuple[str, ...]:
+        """Handles of a device's live placements, as last listed."""
+        return self._live.get(slug, ())

@@ -1,0 +1,403 @@
+"""Agents on Kubernetes: one object a device, named by its slug.
+
+A Deployment by default; a StatefulSet or a bare Pod where its class says so (docs/kubernetes.md tells
+when). The API server's lists are the truth, its watches only hints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from typing import Any, Final
+
+from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings, Listed
+from nomad_watchdog.clock import Clock, SystemClock
+from nomad_watchdog.errors import (
+    ConflictError,
+    NotFoundError,
+    StaleError,
+    TerminalError,
+    TransientError,
+    UserError,
+)
+from nomad_watchdog.ids import Slug, shard_of
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
+from nomad_watchdog.schedulers._memory import Memory
+from nomad_watchdog.schedulers.kubernetes import _hints, _objects, _view
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
+
+log = logging.getLogger(__name__)
+
+_FEW: Final = 64
+"""Up to so many slugs fit into one selector; for more the full list is asked for."""
+_TRIES: Final = 4
+_UNMADE_S: Final = 3.0
+_MOST_UNMADE: Final = 8
+_RECORD: Final = "nomad-watchdog"
+"""ConfigMap in the first namespace that remembers how many there are."""
+
+
+class KubernetesScheduler:
+    """The backend `kubernetes`. `namespaces`: devices are spread over so many, the first is `namespace`
+    and the others have -1, -2, … behind. `blocked_limit`: with so many pods that no node takes there is
+    no room."""
+
+    name = "kubernetes"
+
+    def __init__(  # noqa: PLR0913  # keyword settings of an entry point; each has a default
+        self,
+        *,
+        settings: KubernetesSettings | None = None,
+        namespace: str = "",
+        namespaces: int = 1,
+        shards: int = 1,
+        installation: str = "",
+        client: KubernetesClient | None = None,
+        blocked_limit: int = 10,
+        clock: Clock | None = None,
+    ) -> None:
+        if namespaces < 1 or shards < 1:
+            raise UserError(f"namespaces is {namespaces} and shards {shards}; at least 1 is needed")
+        self.capabilities = Capabilities(replaces_in_place=True, drains=True, logs=True)
+        self._clock = clock or SystemClock()
+        chosen = settings or (client.settings if client else KubernetesSettings.discover())
+        self._first = names.check_namespace(namespace or chosen.namespace or names.DOMAIN)
+        self._client = client or KubernetesClient(chosen, self._clock)
+        self._spread = namespaces
+        self._known = namespaces
+        self._shards = shards
+        self._installation = names.label(installation, "installation")
+        self._blocked_limit = blocked_limit
+        self._selector = f"{names.INSTALLATION}={self._installation},{names.MANAGED}={names.DOMAIN}"
+        self._built: dict[tuple[str, str], _objects.Built] = {}
+        self._memory = Memory()
+        self._index = 0
+        self._listed = False
+        self.malformed = 0
+        """Objects in the last full snapshot that claim to be ours and make no sense."""
+
+    async def prepare(self, specs: Collection[AgentSpec]) -> None:
+        built = {(spec.agent_class, spec.spec_hash): _objects.build(spec) for spec in specs}
+        await self._remember_namespaces()
+        self._built = built
+
+    async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
+        built = self._built.get((spec.agent_class, spec.spec_hash)) or _objects.build(spec)
+        ref = self._home(record.slug, built.kind, epoch)
+        if moved := await self._move(record.slug, ref):
+            return moved
+        labels = _objects.labels_of(
+            record, epoch, spec, kind=built.kind,
+            shard=shard_of(record.slug, self._shards), installation=self._installation,
+        )  # fmt: skip
+        document, credential = _objects.document_of(record, epoch, spec)
+        # one for each epoch: a late start must not overwrite the credential of the accepted agent
+        own = f"{ref.name}-{epoch}" if credential else ""
+        secret = own or built.token_secret
+        body = _objects.workload(
+            built, record, spec, labels=labels, document=document, secret=secret
+        )
+        found: dict[str, Any] | None = None  # most are new: only a conflict makes us look
+        for attempt in range(_TRIES):
+            if attempt:
+                found = await self._client.find(ref.path, metadata=True)
+            if found is not None:
+                self._check_owner(found, ref)
+                who = _view.identity(found)
+                if who.epoch == epoch:
+                    return _version(found)
+                if who.epoch > epoch:
+                    raise ConflictError(f"{record.slug} is at epoch {who.epoch}, not {epoch}")
+                if built.kind == "pod":
+                    # Its spec can't be changed: when it is gone, ensure is called again.
+                    return await self._delete(found, ref, spec.kill_timeout_s)
+            if own:
+                held = _objects.token_secret(own, labels, credential)
+                await self._client.apply(_secret_path(ref, own), held)
+            try:
+                made = await self._client.apply(ref.path, _expecting(body, found))
+            except ConflictError:
+                continue
+            if own:
+                await self._adopt(_secret_path(ref, own), held, made)
+                if found is not None:
+                    await self._client.delete(_secret_path(ref, f"{ref.name}-{who.epoch}"))
+            return _version(made)
+        raise TransientError(f"{ref} is changed by others all the time")
+
+    async def retire(self, placement: Placement, grace_s: float) -> None:
+        ref = Ref.parse(placement.ref)
+        for _ in range(_TRIES):
+            found = await self._client.find(ref.path, metadata=True)
+            try:
+                if found is not None and _epoch(found) == ref.epoch:
+                    self._check_installation(found, ref)
+                    await self._delete(found, ref, grace_s)
+                elif ref.kind != "pod":
+                    await self._delete_pods(placement, ref, grace_s)
+            except ConflictError:
+                continue
+            return
+        raise TransientError(f"{ref} is changed by others all the time")
+
+    async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
+        if only is not None and len(only) <= _FEW and self._listed:
+            return await self._read(frozenset(only))
+        whole = await self._read(None)
+        if only is None:
+            return whole
+        asked = frozenset(only)
+        part = {slug: found for slug, found in whole.placements.items() if slug in asked}
+        return Snapshot(part, whole.index, asked)
+
+    def watch(self) -> AsyncIterator[Hint]:
+        return _hints.hints(self._client, self._namespaces, self._selector)
+
+    async def capacity(self) -> Capacity:
+        unplaced = "status.phase=Pending,spec.nodeName="
+        lists = await asyncio.gather(
+            *(
+                self._client.list(
+                    names.collection(space, "pod"), labels=self._selector, fields=unplaced
+                )
+                for space in self._namespaces()
+            )
+        )
+        waiting = sum(_view.is_unschedulable(pod) for found in lists for pod in found.items)
+        if waiting < self._blocked_limit:
+            return Capacity(room=True)
+        return Capacity(
+            room=False,
+            reason=f"{waiting} agents wait for a node that takes them; starts go on below "
+            f"{self._blocked_limit}",
+        )
+
+    async def sweep(self, dead: Collection[Placement]) -> int:
+        done = 0
+        for one in dead:
+            ref = Ref.parse(one.ref)
+            found = await self._client.list(
+                names.collection(ref.namespace, "pod"),
+                labels=f"{self._selector},{names.SLUG}={one.slug},{names.EPOCH}={one.epoch}",
+            )
+            for pod in found.items:
+                meta = pod["metadata"]
+                if (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded"):
+                    path = f"{names.collection(ref.namespace, 'pod')}/{meta['name']}"
+                    done += await self._client.delete(path, uid=meta["uid"])
+        return done
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _namespaces(self) -> list[str]:
+        return [names.namespace_of(self._first, number) for number in range(self._known)]
+
+    def _home(self, slug: Slug, kind: Kind, epoch: Epoch) -> Ref:
+        namespace = names.namespace_of(self._first, shard_of(slug, self._spread))
+        return Ref(namespace, kind, names.name_of(slug), epoch)
+
+    async def _remember_namespaces(self) -> None:
+        """Learn how many namespaces were ever used, and say how many are now: agents in one that is no
+        longer filled must still be seen."""
+        path = f"/api/v1/namespaces/{self._first}/configmaps/{_RECORD}"
+        for _ in range(_TRIES):
+            found = await self._client.find(path)
+            held = str(((found or {}).get("data") or {}).get("namespaces", "0"))
+            before = int(held) if held.isascii() and held.isdigit() else 0
+            self._known = max(self._spread, before)
+            if before >= self._spread:
+                return
+            body = {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": _RECORD, "labels": {names.MANAGED: names.DOMAIN}},
+                "data": {"namespaces": str(self._known)},
+            }
+            try:
+                await self._client.apply(path, _expecting(body, found))
+            except ConflictError:
+                continue
+            return
+
+    async def _move(self, slug: Slug, home: Ref) -> int:
+        """Stop what a device has elsewhere (another workload, another namespace); the index of that, 0
+        when there is none. It must be gone before the next one is made."""
+        for text in self._memory.live(slug):
+            ref = Ref.parse(text)
+            if (ref.namespace, ref.kind) == (home.namespace, home.kind):
+                continue
+            found = await self._client.find(ref.path, metadata=True)
+            if found is not None:
+                self._check_installation(found, ref)
+                return await self._delete(found, ref, None)
+        return 0
+
+    async def _delete(self, found: Mapping[str, Any], ref: Ref, grace_s: float | None) -> int:
+        """Just this one. In the foreground: the object stays until its pod is gone."""
+        meta = found["metadata"]
+        pod = ref.kind == "pod"
+        if not meta.get("deletionTimestamp"):
+            await self._client.delete(
+                ref.path,
+                grace_s=math.ceil(grace_s) if pod and grace_s is not None else None,
+                uid=meta["uid"],
+                version="" if pod else meta["resourceVersion"],
+                propagation="" if pod else "Foreground",
+            )
+        return _version(found)
+
+    async def _delete_pods(self, placement: Placement, ref: Ref, grace_s: float) -> None:
+        """Of an epoch whose object is gone or at another one."""
+        path = names.collection(ref.namespace, "pod")
+        mine = f"{self._selector},{names.SLUG}={placement.slug},{names.EPOCH}={ref.epoch}"
+        found = await self._client.list(path, labels=mine)
+        for pod in found.items:
+            meta = pod["metadata"]
+            if not meta.get("deletionTimestamp"):
+                at = f"{path}/{meta['name']}"
+                await self._client.delete(at, grace_s=math.ceil(grace_s), uid=meta["uid"])
+
+    async def _adopt(self, path: str, secret: Mapping[str, Any], owner: Mapping[str, Any]) -> None:
+        """The garbage collector takes the Secret with its owner. It was made first, as a pod without it
+        would not start; should this not be reached, it stays until the device's next agent."""
+        reference = {
+            "apiVersion": owner["apiVersion"],
+            "kind": owner["kind"],
+            "name": owner["metadata"]["name"],
+            "uid": owner["metadata"]["uid"],
+        }
+        meta = {**secret["metadata"], "ownerReferences": [reference]}
+        await self._client.apply(path, {**secret, "metadata": meta})
+
+    def _check_owner(self, found: Mapping[str, Any], ref: Ref) -> None:
+        self._check_installation(found, ref)
+        if found["metadata"].get("deletionTimestamp"):
+            raise TransientError(f"{ref.path} is still being shut down", retry_after_s=1.0)
+
+    def _check_installation(self, found: Mapping[str, Any], ref: Ref) -> None:
+        labels = found["metadata"].get("labels") or {}
+        if labels.get(names.MANAGED) != names.DOMAIN:
+            raise TerminalError(f"{ref.path} exists and is not ours")
+        owner = labels.get(names.INSTALLATION, "")
+        if owner != self._installation:
+            raise TerminalError(
+                f"{ref.path} belongs to installation {owner!r}: choose another namespace"
+            )
+
+    async def _read(self, only: frozenset[Slug] | None) -> Snapshot:
+        before = self._index
+        labels = self._selector
+        if only is not None:
+            labels += f",{names.SLUG} in ({','.join(sorted(only))})"
+        spaces = self._namespaces()
+        # Pods after their objects: a pod that is seen has an object that was there before it.
+        owners = await asyncio.gather(
+            *(
+                self._client.list(names.collection(space, kind), labels=labels, metadata=True)
+                for space in spaces
+                for kind in ("deployment", "statefulset")
+            )
+        )
+        pods = await asyncio.gather(
+            *(self._client.list(names.collection(space, "pod"), labels=labels) for space in spaces)
+        )
+        index = min(int(one.version) for one in (*owners, *pods))
+        if index < before:
+            self._index = 0
+            raise StaleError(f"kubernetes' version went back from {before} to {index}")
+        objects = await self._with_status(owners, pods)
+        found, malformed = _view.placements(objects, _flat(pods), self._clock.wall())
+        if only is not None:
+            found = {slug: some for slug, some in found.items() if slug in only}
+        await self._believe(found, only)
+        self._memory.take(found, only)
+        if only is None:
+            self._index, self._listed, self.malformed = index, True, malformed
+        return Snapshot(found, index, only)
+
+    async def _believe(
+        self, found: Mapping[Slug, Sequence[Placement]], only: frozenset[Slug] | None
+    ) -> None:
+        """Raise StaleError when a list leaves out what the API server has (S7)."""
+        listed = {one.ref for some in found.values() for one in some}
+        for text in self._memory.vanished(listed, only):
+            ref = Ref.parse(text)
+            there = await self._client.find(ref.path, metadata=True)
+            if there is not None and _epoch(there) == ref.epoch:
+                labels = there["metadata"].get("labels") or {}
+                if labels.get(names.INSTALLATION) == self._installation:
+                    raise StaleError(f"kubernetes' lists leave out {ref.path}, which is there")
+
+    async def _with_status(
+        self, owners: Sequence[Listed], pods: Sequence[Listed]
+    ) -> list[Mapping[str, Any]]:
+        """The objects; those that have had no pod for a while with their status, which says why."""
+        objects = _flat(owners)
+        placed = {_key(pod) for pod in _flat(pods)}
+        now = self._clock.wall()
+        unmade = [
+            one
+            for one in objects
+            if _key(one) not in placed
+            and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _UNMADE_S
+        ][:_MOST_UNMADE]
+        whole: dict[str, Mapping[str, Any]] = {}
+        for one in unmade:
+            meta = one["metadata"]
+            try:
+                kind = _view.identity(one).kind
+            except UserError:
+                continue
+            path = f"{names.collection(meta['namespace'], kind)}/{meta['name']}"
+            if (there := await self._client.find(path)) is not None:
+                whole[meta["uid"]] = there
+        return [whole.get(one["metadata"]["uid"], one) for one in objects]
+
+
+def _secret_path(ref: Ref, name: str) -> str:
+    return f"/api/v1/namespaces/{ref.namespace}/secrets/{name}"
+
+
+def _expecting(body: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The body as a compare-and-set against what was found. Nothing ever has version 1, so that with it
+    an object is made, and one that is there already is a conflict (S2)."""
+    meta = dict(body["metadata"])
+    if found is None:
+        meta["resourceVersion"] = "1"
+    else:
+        meta |= {key: found["metadata"][key] for key in ("uid", "resourceVersion")}
+    return {**body, "metadata": meta}
+
+
+def _flat(lists: Sequence[Listed]) -> list[Mapping[str, Any]]:
+    return [one for found in lists for one in found.items]
+
+
+def _key(thing: Mapping[str, Any]) -> tuple[str, str]:
+    meta = thing["metadata"]
+    return meta["namespace"], (meta.get("labels") or {}).get(names.SLUG, "")
+
+
+def _version(thing: Mapping[str, Any]) -> int:
+    return int(thing["metadata"]["resourceVersion"])
+
+
+def _epoch(thing: Mapping[str, Any]) -> int:
+    text = (thing["metadata"].get("labels") or {}).get(names.EPOCH, "")
+    return int(text) if text.isascii() and text.isdigit() else -1
+
+
+async def newest_pod(client: KubernetesClient, first: str, spread: int, slug: str) -> str:
+    """The path of the newest pod of a device. Raises NotFoundError when there is none."""
+    for number in range(spread):
+        path = names.collection(names.namespace_of(first, number), "pod")
+        found = await client.list(path, labels=f"{names.SLUG}={slug}")
+        if found.items:
+            newest = max(found.items, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+            return f"{path}/{newest['metadata']['name']}"
+    raise NotFoundError(f"no pod of {slug} in namespace {first}")

@@ -1,0 +1,128 @@
+"""Watches of all our namespaces, merged into hints that wait for no slow reader."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from nomad_watchdog.clients.kubernetes import Event, KubernetesClient
+from nomad_watchdog.errors import TransientError, WatchdogError
+from nomad_watchdog.ids import Slug, is_slug
+from nomad_watchdog.schedulers import Hint
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _view as view
+
+log = logging.getLogger(__name__)
+
+_RECONNECT_MAX_S: Final = 30.0
+_KINDS: Final[tuple[names.Kind, ...]] = ("pod", "deployment", "statefulset")
+
+
+class Pending:
+    """What is to be said and has not been read yet; bounded by the number of devices."""
+
+    def __init__(self) -> None:
+        self._urgent: set[Slug] = set()
+        self._calm: set[Slug] = set()
+        self._resync = False
+        self._index = 0
+        self._news = asyncio.Event()
+
+    def resync(self) -> None:
+        self._resync = True
+        self._news.set()
+
+    def say(self, slug: Slug, index: int, *, calm: bool) -> None:
+        (self._calm if calm else self._urgent).add(slug)
+        self._index = max(self._index, index)
+        self._news.set()
+
+    async def take(self) -> list[Hint]:
+        """All that is pending, as few hints; waits until there is something."""
+        await self._news.wait()
+        self._news.clear()
+        index, calm = self._index, self._calm - self._urgent
+        hints = [Hint(None, index)] if self._resync else []
+        hints += [Hint(frozenset(self._urgent), index)] if self._urgent else []
+        hints += [Hint(frozenset(calm), index, calm=True)] if calm else []
+        self._resync, self._urgent, self._calm = False, set(), set()
+        return hints
+
+
+async def hints(
+    client: KubernetesClient, namespaces: Callable[[], list[str]], labels: str
+) -> AsyncIterator[Hint]:
+    """As `Scheduler.watch`. The watches begin before the first hint is given, so that nothing falls
+    between it and them."""
+    pending = Pending()
+    pending.resync()
+    started = [asyncio.Event() for _ in namespaces() for _ in _KINDS]
+    pairs = [(space, kind) for space in namespaces() for kind in _KINDS]
+    tasks = [
+        asyncio.ensure_future(_follow_watch(client, space, kind, labels, pending, event))
+        for (space, kind), event in zip(pairs, started, strict=True)
+    ]
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RECONNECT_MAX_S):
+                await asyncio.gather(*(event.wait() for event in started))
+        while True:
+            for hint in await pending.take():
+                yield hint
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _follow_watch(  # one task's own things
+    client: KubernetesClient,
+    namespace: str,
+    kind: names.Kind,
+    labels: str,
+    pending: Pending,
+    started: asyncio.Event,
+) -> None:
+    path = names.collection(namespace, kind)
+    failures = 0
+    while True:
+        try:
+            # one object is enough to learn the version that a watch can begin at
+            version = await client.version_of(path)
+            if started.is_set():
+                pending.resync()  # news may have been missed
+            started.set()
+            while True:
+                events = client.watch(path, version, labels=labels, metadata=kind != "pod")
+                async with contextlib.aclosing(events) as stream:  # type: ignore[type-var]
+                    async for event in stream:
+                        failures = 0
+                        version = event.version or version
+                        _say(event, kind, pending)
+        except (WatchdogError, ValueError) as error:
+            log.warning("watch lost", extra={"reason": str(error), "of": path})
+            if not isinstance(error, TransientError):
+                failures += 2  # refused: no hurry
+        pending.resync()
+        failures += 1
+        ceiling = min(_RECONNECT_MAX_S, 0.5 * 2 ** min(failures, 10))
+        await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
+
+
+def _say(event: Event, kind: names.Kind, pending: Pending) -> None:
+    if event.kind == "BOOKMARK":
+        return
+    slug = (event.object.get("metadata", {}).get("labels") or {}).get(names.SLUG, "")
+    if not is_slug(slug):
+        return
+    index = int(event.version or 0)
+    if kind == "pod":
+        pending.say(Slug(slug), index, calm=view.is_calm(event.kind, event.object))
+    elif event.kind == "DELETED":
+        pending.say(Slug(slug), index, calm=False)
+    elif event.kind == "ADDED":
+        pending.say(Slug(slug), index, calm=True)

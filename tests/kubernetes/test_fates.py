@@ -1,0 +1,357 @@
+"""What happens to pods on a real control plane, and what we say of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog.clients.kubernetes import FieldConflictError, KubernetesClient
+from nomad_watchdog.dev.kubelet import Kubelet
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.errors import ConflictError, TerminalError, TransientError
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.testing.conformance import record_of
+from tests.schedulers.kubernetes_rig import kubelet, processes_of, spec_of
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
+RUNNING = PlacementState.RUNNING
+
+
+@dataclass
+class Site:
+    kube: KubernetesCluster
+    nodes: dict[str, Kubelet]
+    client: KubernetesClient
+    scheduler: KubernetesScheduler
+    namespace: str
+
+    async def start(self, spec: AgentSpec) -> DeviceRecord:
+        record = record_of(f"device-{uuid.uuid4()}")
+        await self.scheduler.ensure(record, Epoch(1), spec)
+        return record
+
+    async def of(self, record: DeviceRecord) -> tuple[Placement, ...]:
+        seen = await self.scheduler.snapshot([record.slug])
+        return seen.placements.get(record.slug, ())
+
+    async def until(
+        self, record: DeviceRecord, test: Callable[[Placement], bool], timeout_s: float = 90.0
+    ) -> Placement:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for one in await self.of(record):
+                if test(one):
+                    return one
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"not within {timeout_s} s; last seen: {await self.of(record)}")
+
+    async def pods(self, record: DeviceRecord) -> list[Any]:
+        path = names.collection(self.namespace, "pod")
+        return list((await self.client.list(path, labels=f"{names.SLUG}={record.slug}")).items)
+
+    async def retire(self, record: DeviceRecord) -> None:
+        for one in await self.of(record):
+            await self.scheduler.retire(one, 3.0)
+
+    def pod_path(self, pod: Any) -> str:
+        return f"{names.collection(self.namespace, 'pod')}/{pod['metadata']['name']}"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def site(
+    kube: KubernetesCluster, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
+    namespace = "fates"
+    await kube.add_namespace(namespace)
+    client = kube.client()
+    scheduler = KubernetesScheduler(
+        settings=kube.settings(), namespace=namespace, installation="fates"
+    )
+    await scheduler.prepare([spec_of()])
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(scheduler.close)
+        stack.push_async_callback(client.close)
+        nodes = {}
+        for number, name in ((31, "fate-a"), (32, "fate-b")):
+            folder = tmp_path_factory.mktemp(name)
+            running = kubelet(kube, folder, node=name, subnet=number)
+            nodes[name] = await stack.enter_async_context(running)
+        yield Site(kube, nodes, client, scheduler, namespace)
+
+
+async def test_a_pod_that_no_node_takes_is_pending(site: Site) -> None:
+    """More CPU than there is anywhere: PENDING, with the scheduler's own words."""
+    record = await site.start(spec_of(variables={"cpu_request": "900000", "cpu_limit": "900000"}))
+    found = await site.until(record, lambda one: "no node takes it" in one.reason)
+
+    assert found.state is PlacementState.PENDING
+    assert "Insufficient cpu" in found.reason
+    assert not (await replace_limit(site, 1)).room
+    assert (await replace_limit(site, 10)).room
+    await site.retire(record)
+
+
+async def replace_limit(site: Site, limit: int) -> Any:
+    scheduler = KubernetesScheduler(
+        settings=site.kube.settings(), namespace=site.namespace, installation="fates",
+        blocked_limit=limit,
+    )  # fmt: skip
+    try:
+        return await scheduler.capacity()
+    finally:
+        await scheduler.close()
+
+
+async def test_an_image_that_is_not_there_is_named(site: Site) -> None:
+    """STARTING with the image in the reason; it is no crash and counts no restart."""
+    record = await site.start(spec_of("nowhere/nothing:9"))
+    found = await site.until(record, lambda one: "nowhere/nothing:9" in one.reason)
+
+    assert (found.state, found.restarts) == (PlacementState.STARTING, 0)
+    assert found.reason.startswith(("ErrImagePull", "ImagePullBackOff"))
+    await site.retire(record)
+
+
+async def test_too_much_memory_is_told(site: Site) -> None:
+    """An agent past its limit is RESTARTING with OOMKilled as the reason."""
+    record = await site.start(spec_of("test/hog", memory_bytes=32 * 1024 * 1024))
+    found = await site.until(record, lambda one: "OOMKilled" in one.reason)
+
+    assert found.state is PlacementState.RESTARTING
+    await site.retire(record)
+
+
+async def test_a_crash_loop_counts(site: Site) -> None:
+    """An agent that dies at once is RESTARTING with its exit code, and its restarts go up."""
+    record = await site.start(spec_of("test/failing"))
+    found = await site.until(
+        record, lambda one: one.restarts >= 2 and one.state is PlacementState.RESTARTING
+    )
+
+    assert "exit code 1" in found.reason
+    await site.retire(record)
+
+
+async def test_an_evicted_agent_is_started_again_elsewhere_in_the_same_epoch(site: Site) -> None:
+    """A pod that its node has evicted is replaced by its Deployment: another instance, the same epoch."""
+    record = await site.start(spec_of())
+    before = await site.until(record, lambda one: one.state is RUNNING)
+    (pod,) = await site.pods(record)
+    status = {"phase": "Failed", "reason": "Evicted", "message": "the node was low on memory"}
+    await site.client.call(
+        "PATCH", f"{site.pod_path(pod)}/status", body={"status": status},
+        content="application/merge-patch+json",
+    )  # fmt: skip
+    after = await site.until(
+        record, lambda one: one.state is RUNNING and one.instances != before.instances
+    )
+
+    assert after.epoch == before.epoch
+    assert len(after.instances) == 1
+    await site.retire(record)
+
+
+async def test_an_evicted_bare_pod_is_dead_with_its_reason_and_swept(site: Site) -> None:
+    """Nobody starts a bare pod again: it is DEAD, which lets the planner go to the next epoch."""
+    record = await site.start(spec_of(variables={"workload": "pod"}))
+    await site.until(record, lambda one: one.state is RUNNING)
+    (pod,) = await site.pods(record)
+    status = {"phase": "Failed", "reason": "Evicted", "message": "the node was low on memory"}
+    await site.client.call(
+        "PATCH", f"{site.pod_path(pod)}/status", body={"status": status},
+        content="application/merge-patch+json",
+    )  # fmt: skip
+    dead = await site.until(record, lambda one: one.state is PlacementState.DEAD)
+
+    assert dead.reason == "Evicted: the node was low on memory"
+    assert await site.scheduler.sweep([dead]) == 1
+    assert await site.of(record) == ()
+
+
+async def test_a_drained_agent_moves(site: Site) -> None:
+    """The eviction API moves a Deployment's pod: a new instance at the same epoch, the old one stops."""
+    record = await site.start(spec_of())
+    before = await site.until(record, lambda one: one.state is RUNNING)
+    (pod,) = await site.pods(record)
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": pod["metadata"]["name"], "namespace": site.namespace},
+    }
+    await site.client.create(f"{site.pod_path(pod)}/eviction", eviction)
+    after = await site.until(
+        record, lambda one: one.state is RUNNING and one.instances != before.instances
+    )
+
+    assert (after.epoch, len(after.instances)) == (before.epoch, 1)
+    await site.retire(record)
+
+
+async def lose(site: Site, record: DeviceRecord, before: Placement) -> Kubelet:
+    node = site.nodes[before.node]
+    node.pause()
+    return node
+
+
+async def test_a_lost_node_is_handled_in_seconds(site: Site) -> None:
+    """A node that falls silent is seen as LOST; a Deployment's agent is then started elsewhere within the
+    tolerated time, and only the new one is an instance that may be accepted (S3)."""
+    record = await site.start(spec_of(variables={"lost_after": "3"}))
+    before = await site.until(record, lambda one: one.state is RUNNING)
+    await ready(site, record)
+    node = await lose(site, record, before)
+    try:
+        began = time.monotonic()
+        await site.until(record, lambda one: one.state is PlacementState.LOST)
+        after = await site.until(
+            record, lambda one: one.state is RUNNING and one.instances != before.instances
+        )
+        took_s = time.monotonic() - began
+
+        assert after.node != before.node
+        assert len(after.instances) == 1
+        assert len(processes_of(record.slug)) == 2, "the window of S3: the old process goes on"
+        assert took_s < 60, f"{took_s:.0f} s until the agent ran elsewhere"
+    finally:
+        node.resume()
+    await gone(lambda: _one(record), "the old process is stopped when its node is back")
+    await site.retire(record)
+
+
+async def test_a_lost_node_leaves_a_statefulset_as_it_is(site: Site) -> None:
+    """Of a StatefulSet nothing is started elsewhere while a process may be left: LOST, and one process."""
+    record = await site.start(spec_of(variables={"lost_after": "1", "workload": "statefulset"}))
+    before = await site.until(record, lambda one: one.state is RUNNING)
+    await ready(site, record)
+    node = await lose(site, record, before)
+    try:
+        await site.until(record, lambda one: one.state is PlacementState.LOST)
+        await asyncio.sleep(10)
+        (still,) = await site.of(record)
+
+        assert (still.state, still.instances) == (PlacementState.LOST, before.instances)
+        assert len(processes_of(record.slug)) == 1
+    finally:
+        node.resume()
+    await site.until(record, lambda one: one.state is RUNNING)
+    await site.retire(record)
+
+
+async def ready(site: Site, record: DeviceRecord) -> None:
+    """Wait for the readiness probe, which begins after 10 s."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for pod in await site.pods(record):
+            told = {one["type"]: one["status"] for one in pod["status"].get("conditions") or []}
+            if told.get("Ready") == "True":
+                return
+        await asyncio.sleep(0.2)
+    raise AssertionError("the pod did not get ready")
+
+
+async def _one(record: DeviceRecord) -> bool:
+    return len(processes_of(record.slug)) == 1
+
+
+async def gone(test: Callable[[], Awaitable[bool]], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not await test():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.2)
+
+
+async def test_a_change_by_hand_is_told_and_not_undone(site: Site) -> None:
+    """After `kubectl scale` an in-place replacement is refused with the field and its manager."""
+    record = await site.start(spec_of())
+    path = f"{names.collection(site.namespace, 'deployment')}/{names.name_of(record.slug)}"
+    scaled = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": names.name_of(record.slug)},
+        "spec": {"replicas": 0},
+    }
+    await site.client.apply(path, scaled, manager="kubectl", force=True)
+    with pytest.raises(FieldConflictError, match=r'spec.replicas.*"kubectl"'):
+        await site.scheduler.ensure(record, Epoch(2), spec_of())
+    await site.retire(record)
+
+
+async def test_an_epoch_never_goes_back(site: Site) -> None:
+    """An ensure that comes late, with a lower epoch, changes nothing (S2)."""
+    record = await site.start(spec_of())
+    await site.scheduler.ensure(record, Epoch(2), spec_of())
+    with pytest.raises(ConflictError, match="is at epoch 2"):
+        await site.scheduler.ensure(record, Epoch(1), spec_of())
+    await site.retire(record)
+
+
+async def test_what_is_not_ours_is_left_alone(site: Site) -> None:
+    """An object of our name that another made, or another installation, is neither changed nor deleted."""
+    record = await site.start(spec_of())
+    other = KubernetesScheduler(
+        settings=site.kube.settings(), namespace=site.namespace, installation="other"
+    )
+    try:
+        with pytest.raises(TerminalError, match="belongs to installation 'fates'"):
+            await other.ensure(record, Epoch(1), spec_of())
+        assert (await other.snapshot()).placements == {}
+    finally:
+        await other.close()
+    await site.retire(record)
+
+
+async def test_a_changed_workload_moves_the_agent(site: Site) -> None:
+    """A class that becomes a StatefulSet: the Deployment is gone before the other is made."""
+    record = await site.start(spec_of())
+    await site.until(record, lambda one: one.state is RUNNING)
+    spec = replace(spec_of(variables={"workload": "statefulset"}), spec_hash="other")
+
+    async def moved() -> bool:
+        try:
+            await site.scheduler.ensure(record, Epoch(2), spec)
+        except TransientError:
+            return False
+        found = await site.of(record)
+        assert len(processes_of(record.slug)) <= 1
+        return [(one.epoch, one.state) for one in found] == [(2, RUNNING)]
+
+    await gone(moved, "the StatefulSet runs alone")
+    assert "/statefulset/" in (await site.of(record))[0].ref
+    await site.retire(record)
+
+
+async def test_a_credential_is_in_a_secret_that_goes_with_its_owner(
+    site: Site, tmp_path: Path
+) -> None:
+    """The agent's token is a file in its pod, in no other object, and is deleted with the agent (S10)."""
+    spec = replace(spec_of(), agent_config='{"v": 1, "credential": "hunter2"}')
+    record = await site.start(spec)
+    await site.until(record, lambda one: one.state is RUNNING)
+    path = f"/api/v1/namespaces/{site.namespace}/secrets/{names.name_of(record.slug)}-1"
+    (pod,) = await site.pods(record)
+    files = [
+        file.read_text()
+        for node in site.nodes.values()
+        for file in node.folder.glob(f"{pod['metadata']['uid']}/volumes/*/token")
+    ]
+
+    assert files == ["hunter2"]
+    assert await site.client.find(path) is not None
+    assert "hunter2" not in str(pod)
+    await site.retire(record)
+
+    async def both_gone() -> bool:
+        return await site.of(record) == () and await site.client.find(path) is None
+
+    await gone(both_gone, "the Secret goes with its owner")

@@ -1,0 +1,156 @@
+"""What `kubectl apply -k jobs/kubernetes` brings: accepted by the API server, and enough to work with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.config_load import load
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.doctor import Status, examine
+from nomad_watchdog.errors import DeniedError
+from nomad_watchdog.model import Epoch
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.testing.conformance import record_of
+from tests.schedulers.kubernetes_rig import MOCK, spec_of
+
+USER = "system:serviceaccount:nomad-watchdog:nomad-watchdog"
+
+
+def documents(folder: Path) -> list[dict[str, Any]]:
+    """All that the kustomization names, in its order."""
+    listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    return [one for name in listed for one in yaml.safe_load_all((folder / name).read_text())]
+
+
+def path_of(thing: dict[str, Any]) -> str:
+    group, _, plural = {
+        "Namespace": ("/api/v1", "", "namespaces"),
+        "ServiceAccount": ("/api/v1", "n", "serviceaccounts"),
+        "ConfigMap": ("/api/v1", "n", "configmaps"),
+        "Service": ("/api/v1", "n", "services"),
+        "Role": ("/apis/rbac.authorization.k8s.io/v1", "n", "roles"),
+        "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "n", "rolebindings"),
+        "PodDisruptionBudget": ("/apis/policy/v1", "n", "poddisruptionbudgets"),
+        "NetworkPolicy": ("/apis/networking.k8s.io/v1", "n", "networkpolicies"),
+        "Deployment": ("/apis/apps/v1", "n", "deployments"),
+    }[thing["kind"]]
+    meta = thing["metadata"]
+    below = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
+    return f"{group}{below}/{plural}/{meta['name']}"
+
+
+async def install(kube: KubernetesCluster, repository: Path) -> None:
+    client = kube.client()
+    try:
+        for thing in documents(repository / "jobs" / "kubernetes"):
+            if thing["kind"] != "Deployment":
+                await client.call(
+                    "PATCH", path_of(thing), body=thing, content="application/apply-patch+yaml",
+                    params={"fieldManager": "test", "force": "true", "fieldValidation": "Strict"},
+                )  # fmt: skip
+    finally:
+        await client.close()
+
+
+def test_the_configuration_in_the_manifest_is_accepted(repository: Path, tmp_path: Path) -> None:
+    """The HCL in the ConfigMap passes our own check."""
+    (config,) = [
+        one for one in documents(repository / "jobs" / "kubernetes") if one["kind"] == "ConfigMap"
+    ]
+    file = tmp_path / "nomad-watchdog.hcl"
+    file.write_text(config["data"]["nomad-watchdog.hcl"])
+
+    assert load(file, {}).backend == "kubernetes"
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_api_server_accepts_every_manifest(
+    kube: KubernetesCluster, repository: Path
+) -> None:
+    """Each document is applied with strict validation, the reconciler's Deployment as a dry run."""
+    await install(kube, repository)
+    client = kube.client()
+    try:
+        (deployment,) = [
+            one
+            for one in documents(repository / "jobs" / "kubernetes")
+            if one["kind"] == "Deployment"
+        ]
+        answer = await client.call(
+            "PATCH", path_of(deployment), body=deployment,
+            content="application/apply-patch+yaml",
+            params={"fieldManager": "test", "fieldValidation": "Strict", "dryRun": "All"},
+        )  # fmt: skip
+    finally:
+        await client.close()
+
+    assert answer["spec"]["replicas"] == 2
+
+
+@pytest.mark.parametrize("workload", ["deployment", "statefulset", "pod"])
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_role_is_enough_and_no_more(
+    kube: KubernetesCluster, repository: Path, workload: str
+) -> None:
+    """As the service account of rbac.yaml all of the backend works; other namespaces and reading Secrets do not."""
+    await install(kube, repository)
+    kubeconfig = await kube.user(USER)
+    scheduler = KubernetesScheduler(
+        settings=kube.settings(kubeconfig), namespace="nomad-watchdog", installation=workload
+    )
+    client = KubernetesClient(kube.settings(kubeconfig))
+    spec = replace(
+        spec_of(variables={"workload": workload}), template=MOCK, variables={"workload": workload},
+        agent_config='{"v": 1, "credential": "hunter2"}',
+    )  # fmt: skip
+    record = record_of(f"rights-{workload}")
+    try:
+        await scheduler.prepare([spec])
+        await scheduler.ensure(record, Epoch(1), spec)
+        await scheduler.ensure(record, Epoch(2), spec)
+        (*_, placement) = (await scheduler.snapshot()).placements[record.slug]
+        await scheduler.retire(placement, 1.0)
+        await scheduler.capacity()
+        for denied in (
+            f"/api/v1/namespaces/nomad-watchdog/secrets/{names.name_of(record.slug)}-1",
+            "/api/v1/namespaces/nomad-watchdog/secrets",
+            "/api/v1/namespaces/default/pods",
+            "/apis/apps/v1/deployments",
+            "/api/v1/nodes",
+        ):
+            with pytest.raises(DeniedError):
+                await client.get(denied)
+    finally:
+        await client.close()
+        await scheduler.close()
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_doctor_says_what_is_missing(
+    kube: KubernetesCluster, repository: Path, tmp_path: Path
+) -> None:
+    """With the Role every check of the cluster is good; a stranger is told which rights are lacking, and a
+    server that does not answer is named."""
+    await install(kube, repository)
+    found = {}
+    for name in (USER, "stranger"):
+        file = tmp_path / f"{name.replace(':', '-')}.hcl"
+        file.write_text(
+            f'backend = "kubernetes"\ndata_dir = "{tmp_path}"\nregistry {{\n kind = "sqlite"\n}}\n'
+            'consul {\n agent_address = ""\n}\n'
+            f'kubernetes {{\n kubeconfig = "{await kube.user(name)}"\n}}\n'
+        )
+        checks = await examine(load(file, {}), {})
+        found[name] = {one.name: one for one in checks if one.name.startswith("kubernetes")}
+
+    assert {one.status for one in found[USER].values()} == {Status.OK}, found[USER]
+    told = found["stranger"]["kubernetes namespace nomad-watchdog"]
+    assert told.status is not Status.OK
+    assert "jobs/kubernetes/rbac.yaml" in told.mend

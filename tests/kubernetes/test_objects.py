@@ -1,0 +1,172 @@
+"""Specs as objects: what the template gives, what we add, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
+from nomad_watchdog.model import AgentSpec, Epoch
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _objects as objects
+from nomad_watchdog.testing.conformance import hostile_device_ids, record_of
+
+SPEC = AgentSpec("camera", "1.0+b2", "h1", kill_timeout_s=7.5)
+
+
+def made(spec: AgentSpec = SPEC, device: str = "device-1", secret: str = "") -> dict[str, Any]:
+    built = objects.build(spec)
+    record = record_of(device)
+    labels = objects.labels_of(
+        record, Epoch(3), spec, kind=built.kind, shard=5, installation="here"
+    )
+    document, _ = objects.document_of(record, Epoch(3), spec)
+    return objects.workload(built, record, spec, labels=labels, document=document, secret=secret)
+
+
+def agent_of(thing: dict[str, Any]) -> dict[str, Any]:
+    (agent,) = thing["spec"]["template"]["spec"]["containers"]
+    found: dict[str, Any] = agent
+    return found
+
+
+def test_the_default_is_the_manifest_that_was_asked_for() -> None:
+    """Image, resources, probes, strategy and DEVICE_ID are those of the design's manifest."""
+    thing = made()
+    agent = agent_of(thing)
+    env = {one["name"]: one.get("value") for one in agent["env"]}
+
+    assert thing["kind"] == "Deployment"
+    assert thing["spec"]["replicas"] == 1
+    assert thing["spec"]["strategy"] == {"type": "Recreate"}
+    assert agent["image"] == "agntup/watchdog-agent"
+    assert agent["resources"] == {
+        "requests": {"memory": "64Mi", "cpu": "100m"},
+        "limits": {"memory": "128Mi", "cpu": "200m"},
+    }
+    live, ready = agent["livenessProbe"], agent["readinessProbe"]
+    assert (live["httpGet"], live["initialDelaySeconds"], live["periodSeconds"]) == (
+        {"path": "/healthz", "port": 8080}, 5, 5,
+    )  # fmt: skip
+    assert (ready["httpGet"], ready["initialDelaySeconds"], ready["periodSeconds"]) == (
+        {"path": "/ready", "port": 8080}, 10, 5,
+    )  # fmt: skip
+    assert env["DEVICE_ID"] == "device-1"
+    assert thing["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 8
+
+
+def test_labels_say_whose_agent_it_is() -> None:
+    """Slug, class, version, epoch, shard are labels of object and pod; the raw id is an annotation."""
+    thing = made(device="Käfig/7")
+    told = thing["metadata"]["labels"]
+
+    assert told == thing["spec"]["template"]["metadata"]["labels"]
+    assert told[names.SLUG] == slug_of(DeviceId("Käfig/7"))
+    assert (told[names.CLASS], told[names.VERSION], told[names.EPOCH], told[names.SHARD]) == (
+        "camera", "1.0_b2", "3", "5",
+    )  # fmt: skip
+    assert thing["metadata"]["annotations"][names.DEVICE_ID] == "Käfig/7"
+
+
+def test_the_document_is_the_agents_and_holds_no_credential() -> None:
+    """What the agent reads has device and epoch; its credential is not in the object (S10)."""
+    spec = replace(SPEC, agent_config=json.dumps({"v": 1, "credential": "hunter2"}))
+    thing = made(spec, secret="some")
+    env = {one["name"]: one.get("value") for one in agent_of(thing)["env"]}
+    document = json.loads(base64.b64decode(env["WATCHDOG_CONFIG_B64"]))
+
+    assert (document["device_id"], document["epoch"], document["v"]) == ("device-1", 3, 1)
+    assert "credential" not in document
+    assert env["WATCHDOG_TOKEN_FILE"] == "/var/run/watchdog/token"
+    assert objects.document_of(record_of("x"), Epoch(1), spec)[1] == "hunter2"
+
+
+@pytest.mark.parametrize("kind", ["deployment", "statefulset", "pod"])
+def test_each_workload_has_the_same_pod(kind: str) -> None:
+    """A StatefulSet and a bare Pod run what the Deployment runs."""
+    thing = made(replace(SPEC, variables={"workload": kind}))
+    pod = thing["spec"] if kind == "pod" else thing["spec"]["template"]["spec"]
+    usual = made()["spec"]["template"]["spec"]
+
+    assert thing["kind"].lower() == kind
+    assert pod == usual
+
+
+def test_a_variable_is_a_value_and_nothing_else(tmp_path: Path) -> None:
+    """A variable's text stays one text of the document, and a number where one is wanted."""
+    spec = replace(SPEC, variables={"image": "x\nhostNetwork: true", "lost_after": "3"})
+    pod = made(spec)["spec"]["template"]["spec"]
+
+    assert pod["containers"][0]["image"] == "x\nhostNetwork: true"
+    assert "hostNetwork" not in pod
+    assert {one["tolerationSeconds"] for one in pod["tolerations"]} == {3}
+    with pytest.raises(UserError, match="is no whole number"):
+        made(replace(SPEC, variables={"lost_after": "soon"}))
+
+
+def test_device_ids_expand_to_nothing() -> None:
+    """A device called $(POD_IP) gets that text as its DEVICE_ID, not the pod's address (S11)."""
+    env = agent_of(made(device="$(POD_IP)"))["env"]
+
+    assert {"name": "DEVICE_ID", "value": "$$(POD_IP)"} in env
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "Pod"}, "is no Deployment"),
+        ({"spec.replicas": 2}, "a device has one agent"),
+        ({"spec.strategy": {"type": "RollingUpdate"}}, "must be Recreate"),
+        ({"spec.template.spec.restartPolicy": "Never"}, "must be Always"),
+        ({"spec.template.spec.containers": []}, "no container named agent"),
+        ({"spec.template.spec.tolerations": []}, "five minutes"),
+        ({"spec.template.spec.nodeName": "${nowhere}"}, "'nowhere' is not set"),
+    ],
+)
+def test_a_template_that_would_not_do_is_refused(
+    tmp_path: Path, repository: Path, change: dict[str, Any], words: str
+) -> None:
+    """Each thing that would break a promise is named before anything is placed."""
+    document = yaml.safe_load((repository / "jobs/kubernetes/device-watchdog.yaml").read_text())
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        place = document
+        for one in parents:
+            place = place[one]
+        place[last] = value
+    file = tmp_path / "template.yaml"
+    file.write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match=words):
+        objects.build(replace(SPEC, template=str(file)))
+
+
+def test_a_variable_that_the_template_has_not_is_refused() -> None:
+    """A misspelt variable is told, with those that there are."""
+    with pytest.raises(UserError, match=r"has no variable 'imgae'; it knows .*image"):
+        objects.build(replace(SPEC, variables={"imgae": "x"}))
+
+
+def test_names_are_short_enough_and_their_own() -> None:
+    """Every hostile id gives a name of at most 52 characters, and no two the same."""
+    slugs = [slug_of(DeviceId(one)) for one in [*hostile_device_ids(500), "m" * 40, "m" * 41]]
+    found = {names.name_of(slug) for slug in slugs}
+
+    assert len(found) == len(slugs)
+    assert max(map(len, found)) <= 52
+    assert all(one.strip("-") == one and "--" not in one for one in found)
+
+
+def test_a_ref_is_read_back_and_nothing_else_is() -> None:
+    """A placement's handle survives as text; one of another backend is refused."""
+    ref = names.Ref("n-1", "statefulset", names.name_of(Slug("a-" + "b" * 20)), Epoch(4))
+
+    assert names.Ref.parse(str(ref)) == ref
+    with pytest.raises(UserError, match="is no placement"):
+        names.Ref.parse("device-watchdog/dispatch-x")

@@ -1,0 +1,199 @@
+"""What pods and objects mean; each case is one that the real API server has shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Placement, PlacementState, WallTime
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _view as view
+
+DEVICE = DeviceId("device-1")
+SLUG = slug_of(DEVICE)
+NOW = WallTime(1_000_000_000.0)  # 2001-09-09T01:46:40Z
+BORN = "2001-09-09T01:46:00Z"
+READY = [
+    {"type": "PodScheduled", "status": "True"},
+    {"type": "ContainersReady", "status": "True"},
+    {"type": "Ready", "status": "True"},
+]
+
+
+def meta(epoch: int = 1, kind: str = "deployment", **more: Any) -> dict[str, Any]:
+    return {
+        "name": names.name_of(SLUG),
+        "namespace": "n",
+        "uid": f"uid-{epoch}",
+        "creationTimestamp": BORN,
+        "labels": {names.SLUG: SLUG, names.EPOCH: str(epoch), names.WORKLOAD: kind},
+        "annotations": {names.DEVICE_ID: DEVICE, names.SPEC_HASH: "h"},
+        **more,
+    }
+
+
+def owner(epoch: int = 1, **more: Any) -> dict[str, Any]:
+    return {"metadata": meta(epoch, **more)}
+
+
+def pod(
+    epoch: int = 1,
+    *,
+    phase: str = "Running",
+    conditions: list[Any] | None = None,
+    state: Any = None,
+    last: Any = None,
+    restarts: int = 0,
+    node: str = "node-1",
+    status: Any = None,
+    **more: Any,
+) -> dict[str, Any]:
+    container = {
+        "state": state or {"running": {}},
+        "lastState": last or {},
+        "restartCount": restarts,
+    }
+    return {
+        "metadata": meta(epoch, **more),
+        "spec": {"nodeName": node},
+        "status": {
+            "phase": phase,
+            "conditions": READY if conditions is None else conditions,
+            "containerStatuses": [container],
+            **(status or {}),
+        },
+    }
+
+
+def seen(objects: list[Any], pods: list[Any]) -> tuple[Placement, ...]:
+    found, malformed = view.placements(objects, pods, NOW)
+    assert malformed == 0
+    return found.get(SLUG, ())
+
+
+WAITING = "CrashLoopBackOff"
+CASES: dict[str, tuple[Any, str, str]] = {
+    "runs": (pod(), "running", ""),
+    "no node takes it": (
+        pod(phase="Pending", node="", conditions=[
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+        ]),
+        "pending", "no node takes it: 0/3 nodes",
+    ),
+    "not looked at yet": (pod(phase="Pending", node="", conditions=[]), "pending", "waits for the scheduler"),
+    "image is missing": (
+        pod(phase="Pending", conditions=[], state={"waiting": {"reason": "ImagePullBackOff", "message": "x:1"}}),
+        "starting", "ImagePullBackOff: x:1",
+    ),
+    "crash loop": (
+        pod(state={"waiting": {"reason": WAITING}}, last={"terminated": {"exitCode": 1, "reason": "Error"}}, restarts=6),
+        "restarting", "exit code 1; CrashLoopBackOff",
+    ),
+    "out of memory": (
+        pod(state={"waiting": {"reason": WAITING}}, last={"terminated": {"exitCode": 137, "reason": "OOMKilled"}}),
+        "restarting", "OOMKilled: it took more memory than its limit (exit code 137); CrashLoopBackOff",
+    ),
+    "between two runs": (
+        pod(state={"terminated": {"exitCode": 143, "reason": "Error"}}), "restarting", "exit code 143",
+    ),
+    "a restarted one that runs": (pod(restarts=3), "running", ""),
+    "evicted": (
+        pod(phase="Failed", status={"reason": "Evicted", "message": "low on memory"}),
+        "restarting", "Evicted: low on memory; another is being started",
+    ),
+    "drained": (
+        pod(deletionTimestamp="2001-09-09T01:46:45Z", conditions=[
+            *READY, {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+        ]),
+        "restarting", "is being moved: EvictionByEvictionAPI",
+    ),
+    "node is silent": (
+        pod(conditions=[{"type": "ContainersReady", "status": "True"}, {"type": "Ready", "status": "False"}]),
+        "lost", "node node-1 does not answer; a process may be left there",
+    ),
+    "overdue": (
+        pod(deletionTimestamp="2001-09-09T01:46:30Z"), "lost",
+        "node node-1 does not answer; a process may be left there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pod_means(case: str) -> None:
+    """A pod under its Deployment ends in this state with this reason."""
+    thing, state, reason = CASES[case]
+    (found,) = seen([owner()], [thing])
+
+    assert (found.state, found.reason) == (state, reason)
+
+
+def test_a_deployment_without_a_pod_is_pending_and_says_why() -> None:
+    """A quota that refuses the pod stands in the object's conditions, and becomes the reason."""
+    broken = owner() | {
+        "status": {
+            "conditions": [
+                {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}
+            ]
+        }
+    }
+
+    assert [one.state for one in seen([owner()], [])] == [PlacementState.PENDING]
+    assert seen([broken], [])[0].reason == "no pod can be made: exceeded quota"
+
+
+def test_told_to_stop_is_stopping_until_the_object_is_gone() -> None:
+    """A Deployment that is being deleted stops its placement, with and without its pod."""
+    going = owner(deletionTimestamp="2001-09-09T01:46:41Z")
+
+    assert seen([going], [pod()])[0].state is PlacementState.STOPPING
+    assert seen([going], [])[0].state is PlacementState.STOPPING
+    assert seen([], [pod()])[0].state is PlacementState.STOPPING
+    assert seen([], []) == ()
+
+
+def test_in_place_the_old_epoch_stops_and_the_new_one_waits() -> None:
+    """While a Deployment is at a new epoch and the old pod is there, two placements are told, one a process."""
+    old, new = seen([owner(2)], [pod(1)])
+
+    assert (old.epoch, old.state, old.instances) == (1, PlacementState.STOPPING, ("uid-1",))
+    assert (new.epoch, new.state, new.instances) == (2, PlacementState.PENDING, ())
+    assert old.ref != new.ref
+
+
+def test_a_replaced_pod_gives_way_to_its_successor() -> None:
+    """Where a pod was moved, only the new one is an instance that may be accepted."""
+    old = pod(deletionTimestamp="2001-09-09T01:46:30Z", uid="old")
+    (found,) = seen([owner()], [old, pod(uid="new")])
+
+    assert (found.state, found.instances) == (PlacementState.RUNNING, ("new",))
+
+
+def test_a_bare_pod_that_has_ended_is_dead() -> None:
+    """Nothing starts a bare pod again, so an evicted one is DEAD with its reason."""
+    ended = pod(kind="pod", phase="Failed", status={"reason": "Evicted"})
+
+    assert [(one.state, one.reason) for one in seen([], [ended])] == [
+        (PlacementState.DEAD, "Evicted")
+    ]
+
+
+def test_labels_that_do_not_hold_together_are_counted_and_left_out() -> None:
+    """An object whose slug is not its device's, or whose epoch is no number, is no placement (S11)."""
+    wrong = owner()
+    wrong["metadata"]["labels"][names.SLUG] = "other"
+    strange = owner()
+    strange["metadata"]["labels"][names.EPOCH] = "²"
+
+    assert view.placements([wrong, strange], [], NOW) == ({}, 2)
+
+
+def test_only_news_that_confirms_is_calm() -> None:
+    """A start that is made, placed or runs is calm; an end, a stop, a restart or a crash is not."""
+    calm = [pod(), pod(phase="Pending", node="", conditions=[]), CASES["no node takes it"][0]]
+    urgent = [CASES[name][0] for name in ("crash loop", "evicted", "drained", "node is silent")]
+
+    assert [view.is_calm("MODIFIED", one) for one in calm] == [True] * 3
+    assert [view.is_calm("MODIFIED", one) for one in [*urgent, pod(restarts=1)]] == [False] * 5
+    assert not view.is_calm("DELETED", pod())

@@ -1,0 +1,36 @@
+"""The contract of a scheduler on a real Kubernetes control plane, as each kind of workload."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from nomad_watchdog.dev.kubelet import Kubelet
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.testing.conformance import CHECKS
+from tests.schedulers.kubernetes_rig import kubelet, make_rig
+
+WORKLOADS = ["deployment", "statefulset", "pod"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def node(
+    kube: KubernetesCluster, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Kubelet]:
+    for workload in WORKLOADS:
+        await kube.add_namespace(f"conformance-{workload}")
+    async with kubelet(kube, tmp_path_factory.mktemp("node"), node="node-1", subnet=21) as running:
+        yield running
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("name", list(CHECKS))
+@pytest.mark.asyncio(loop_scope="session")
+async def test_kubernetes_keeps_the_contract(
+    kube: KubernetesCluster, node: Kubelet, workload: str, name: str
+) -> None:
+    """Each check of the suite holds on a real API server, scheduler and controllers."""
+    await CHECKS[name](make_rig(kube, f"conformance-{workload}", workload))
