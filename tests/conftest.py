@@ -61,9 +61,9 @@ async def acl_consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def kube(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[KubernetesCluster]:
-    """One Kubernetes control plane with two pretended nodes for the whole session: use a namespace of your
-    own, and leave its processes running."""
-    async with KubernetesCluster(tmp_path_factory.mktemp("kube"), fake_nodes=2) as cluster:
+    """One Kubernetes control plane for the whole session: use a namespace and nodes of your own, and leave
+    its processes running."""
+    async with KubernetesCluster(tmp_path_factory.mktemp("kube")) as cluster:
         yield cluster
 
 

@@ -229,7 +229,9 @@ class KubernetesClient:
         accept: str = "application/json",
     ) -> dict[str, Any]:
         """One call that answers JSON. Raises our errors for everything else."""
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        # not in ASCII: an apply is read as YAML, which knows no surrogate pairs in escapes
+        text = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+        data = None if body is None else text.encode()
         raw = await self._fetch(method, path, params or {}, data, content, accept)
         try:
             found = json.loads(raw)

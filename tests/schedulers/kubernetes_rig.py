@@ -110,6 +110,6 @@ def make_rig(kube: KubernetesCluster, namespace: str, workload: str) -> Rig:
         processes=processes,
         crash=crash,
         break_reads=break_reads,
-        timeout_s=120.0,
+        timeout_s=180.0,
         grace_s=3.0,
     )
