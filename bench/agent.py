@@ -44,6 +44,9 @@ class Stub(http.server.ThreadingHTTPServer):
         self.ready_at: dict[str, float] = {}
         self.changed = threading.Condition()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A probe that is refused hangs up: that is no news."""
+
     def wait_for(self, instances: set[str], timeout_s: float) -> None:
         with self.changed:
             done = self.changed.wait_for(lambda: instances <= self.ready_at.keys(), timeout_s)

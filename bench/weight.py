@@ -87,6 +87,11 @@ def features(place: Stub, secure: Stub, ca: str) -> dict[str, dict[str, Any]]:
         "a file probe": probing(kind="file", file="/proc/self/status", forbid_text="panic"),
         "an mqtt probe": probing(kind="mqtt", port=port),
         "an snmp probe": probing(kind="snmp"),
+        "an https probe": probing(kind="https", port=secure.server_address[1], verify=False),
+        "an mqtt probe over TLS": probing(
+            kind="mqtt", tls=True, port=secure.server_address[1], verify=False
+        ),
+        "state in Consul": {"state": "consul"},
         "a gateway": {"gateway": {"address": "127.0.0.1", "kind": "tcp", "port": port}},
         "a ladder of two repairs": {
             "repairs": [{"kind": "http", "url": url}, {"kind": "wake", "mac": "02:00:00:00:00:01"}]

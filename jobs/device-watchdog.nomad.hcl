@@ -45,7 +45,7 @@ variable "agent_path" {
 variable "isolated" {
   type        = bool
   default     = true
-  description = "Run the file without the client's packages and Python variables, at less memory; false where probes or repairs are plugins."
+  description = "Run the file without the client's packages and Python variables, at less memory; false where plugins come by PYTHONPATH."
 }
 
 variable "token_file" {

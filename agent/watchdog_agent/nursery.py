@@ -1,6 +1,6 @@
 """A parent that has imported the agent once and forks it: what is never written stays shared by all.
 
-`python -m watchdog_agent.nursery FD` serves a Unix socket of sequential packets, one request and one
+`run(FD)`, in a Python of its own, serves a Unix socket of sequential packets, one request and one
 answer at a time, both JSON. Standard library only; it ends when the other side of the socket is gone,
 and its agents go on. Requests::
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 
 from . import main, nursery_warmth
 from .light import json, signal, socket, struct
@@ -114,7 +113,7 @@ def _call_it(name: str) -> None:
         pass
 
 
-def run(descriptor: int) -> None:
+def run(descriptor: int) -> NoReturn:
     """Be a nursery until the other side of this socket is gone."""
     while (spare := os.open(os.devnull, os.O_RDONLY)) <= LOCK:
         pass  # so that no descriptor that comes later is one of 0 to 3
@@ -133,8 +132,4 @@ def run(descriptor: int) -> None:
     gc.freeze()
     channel.send(b"{}")
     serve(channel)
-
-
-if __name__ == "__main__":
-    run(int(sys.argv[1]))
     os._exit(0)

@@ -7,7 +7,7 @@ a failed probe, and so does silence beyond the time-out. Only what blocks the th
 
 from __future__ import annotations
 
-from . import checks
+from . import checks, plugins
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,13 +45,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 def load(name: str) -> Any:
     """The callable of this name. Raises LookupError, or what its module raises."""
     if name not in _loaded:
-        from importlib import metadata
-
-        found = metadata.entry_points(group=GROUP)
-        if name not in found.names:
-            names = ", ".join(sorted(found.names)) or "none"
-            raise LookupError(f"no plugin {name!r} is installed; installed: {names}")
-        _loaded[name] = found[name].load()
+        _loaded[name] = plugins.load(GROUP, name)
     return _loaded[name]
 
 

@@ -6,6 +6,8 @@ and gives an object with `cancel()`, or None. What it raises is a failed step.
 
 from __future__ import annotations
 
+from . import plugins
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Final
@@ -28,7 +30,9 @@ class Plugin:
         self.running: Any = None
         self.ended: Ended | None = ended
         try:
-            self.running = load(step["plugin"])(loop, dict(step), dict(device), self._end)
+            self.running = plugins.load(GROUP, step["plugin"])(
+                loop, dict(step), dict(device), self._end
+            )
         except Exception as error:
             text = f"{type(error).__name__}: {error}"[:200]
             loop.later(0, lambda: self._end(False, text))
@@ -50,13 +54,3 @@ class Plugin:
         except Exception:
             # Whatever it leaves behind, the agent goes on.
             self.running = None
-
-
-def load(name: str) -> Any:
-    """The callable of that name. Raises LookupError when none is installed, and what its import raises."""
-    from importlib.metadata import entry_points
-
-    found = list(entry_points(group=GROUP, name=name))
-    if not found:
-        raise LookupError(f"no plugin {name} is installed")
-    return found[0].load()

@@ -24,6 +24,17 @@ from nomad_watchdog.schedulers import _local_process as process
 
 log = logging.getLogger(__name__)
 
+_BOOT: Final = """\
+import sys
+try:
+    import watchdog_agent
+except ImportError:  # it is installed, and not beside us
+    import site
+    site.main()
+from watchdog_agent import nursery
+nursery.run(int(sys.argv[1]))
+"""
+"""What the installed packages load is in the memory of each agent; those that need none go without."""
 _START_S: Final = 15.0
 _ANSWER_S: Final = 5.0
 """A fork takes a millisecond; one that takes this long is hung."""
@@ -130,7 +141,7 @@ class _Nursery:
         )
         try:
             self._process = subprocess.Popen(
-                [python, "-m", "watchdog_agent.nursery", str(theirs.fileno())],
+                [python, "-S", "-c", _BOOT, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,

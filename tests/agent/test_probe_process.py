@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nomad_watchdog.artifact import build_agent
 from nomad_watchdog.dev.process import free_port
 from tests.agent.probing import udp
 from tests.agent.world import AGENT, Listener, World, probe, silent, tcp, until
@@ -216,6 +217,26 @@ async def test_plugins_good_and_broken(world: World, tmp_path: Path) -> None:
     assert sorted(n for n, r in seen.items() if r["ok"]) == ["talks", "well"]
     assert agent.kilobytes("VmHWM") < MOST_WITH_PLUGINS_KB
     assert await agent.signal(signal.SIGTERM) == 143
+
+
+async def test_a_light_agent_finds_plugins_that_are_installed(world: World, tmp_path: Path) -> None:
+    """With -I -S an agent has not looked at the installed packages; one with a plugin does, and finds it in the
+    virtual environment whose Python it runs on."""
+    made = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")
+    )
+    assert await made.wait() == 0
+    (packages,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    install(packages)
+    build_agent(tmp_path / "agent.pyz")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    agent = await world.started(
+        argv=[python, "-I", "-S", str(tmp_path / "agent.pyz")],
+        probes=[{"kind": "plugin", "plugin": "well", "settings": {"unit": "7"}}],
+    )
+    await agent.is_in("ok", state="ok", was_ready=True)
+    (seen,) = (await agent.status())["probes"].values()
+    assert seen["reason"] == "127.0.0.1 7"
 
 
 async def test_a_signal_ends_the_command_at_hand(world: World, tmp_path: Path) -> None:
