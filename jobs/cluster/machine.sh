@@ -15,11 +15,16 @@ export ETC=/etc/nomad-watchdog-cluster DATA=/var/lib/nomad-watchdog-cluster
 export PYTHON=/opt/nomad-watchdog/bin/python3 SERVERS CLIENTS
 export DEBIAN_FRONTEND=noninteractive
 
-packages="curl iproute2 openssl python3 python3-venv"
-[ "$name" = s1 ] && packages="$packages prometheus"
-apt-get update -qq
-# shellcheck disable=SC2086  # a list of words
-apt-get install -y -qq --no-install-recommends $packages
+# what a box brings along is not asked for, so that a prepared one needs no network
+missing=""
+for package in curl iproute2 openssl python3 python3-venv $([ "$name" = s1 ] && echo prometheus); do
+  dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+  apt-get update -qq
+  # shellcheck disable=SC2086  # a list of words
+  apt-get install -y -qq --no-install-recommends $missing
+fi
 install -m 755 "$files/bin/nomad" "$files/bin/consul" /usr/local/bin/
 [ -x "$PYTHON" ] || python3 -m venv /opt/nomad-watchdog
 /opt/nomad-watchdog/bin/pip install -q "$files"/nomad_watchdog-*.whl
