@@ -30,7 +30,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "queue": ("url", "value"),
     "devices": ("verdict",),
 }
-BACKENDS: Final = ("local", "nomad")
+BACKENDS: Final = ("local", "nomad", "kubernetes")
 Count = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
 Step = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
 _STEP: Final = r"[A-Za-z0-9_-]+(\[(\d{1,6}|[A-Za-z0-9_-]+=[^\[\]=]{1,128})\])*"
@@ -149,11 +149,15 @@ class AgentPool(Block):
                 yield "command", 'is empty; local starts  command = ["PROGRAM", "ARGUMENT"]'
             if self.scaler == "external":
                 yield "scaler", 'is "external"; local has no other scaler: "builtin" or "none"'
+        if backend == "kubernetes" and not self.image:
+            yield "image", 'is missing; kubernetes runs  image = "REGISTRY/NAME:VERSION"'
         if backend == "nomad" and not (self.command or self.template or self.image):
             yield "command", "is empty; nomad needs command, image or template"
         if self.scaler == "external" and self.metric:
             kind = self.metric[0].kind
             if kind == "devices" or (kind == "queue" and backend == "nomad"):
                 yield "scaler", f'is "external", which can\'t read metric "{kind}"; "builtin" can'
+            if backend == "kubernetes" and self.min < 1:
+                yield "min", 'is 0; with scaler = "external" kubernetes needs 1 or more'
             if backend == "kubernetes" and kind not in _PER_WORKER and not self.metric[0].name:
                 yield "metric", f'"{kind}" needs name: what the metrics adapter calls it'

@@ -192,6 +192,15 @@ async def open_pools(settings: Settings, installation: str) -> AsyncIterator[Dri
         # A client of its own: what the agents need never waits for a pool.
         client = NomadClient(nomad_settings(settings))
         driver = NomadPools(client, installation=installation, prefix=settings.nomad.job_prefix)
+    elif settings.backend == "kubernetes":
+        from nomad_watchdog.clients.kubernetes import KubernetesClient  # noqa: PLC0415
+        from nomad_watchdog.pools.kubernetes import KubernetesPools  # noqa: PLC0415
+
+        driver = KubernetesPools(
+            KubernetesClient(kubernetes_settings(settings)),
+            namespace=settings.kubernetes.namespace,
+            installation=installation,
+        )
     else:
         yield None
         return

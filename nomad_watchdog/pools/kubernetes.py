@@ -1,146 +1,154 @@
-"""A pool as Kubernetes objects: a Deployment, and for `scaler = "external"` a HorizontalPodAutoscaler.
+"""Pools on Kubernetes: a Deployment each, whose `replicas` is the number of workers.
 
-Pure: values in, manifests out. The Deployment never says `replicas`: whoever applies it must not take the
-count from the one who scales it (server-side apply would).
+The count is changed by the scale subresource only, whoever changes it: we, a HorizontalPodAutoscaler
+(`scaler = "external"`), or `kubectl scale`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Any, Final
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from nomad_watchdog.config_pools import AgentPool, Metric
-from nomad_watchdog.core.scaling import Measure
-from nomad_watchdog.errors import UserError
-
-LABEL: Final = "nomad-watchdog/pool"
-INSTALLATION: Final = "nomad-watchdog/installation"
-WORKER_HASH: Final = "nomad-watchdog/worker-hash"
-_MOST_WINDOW_S: Final = 3600
-_MOST_PERIOD_S: Final = 1800
-"""Of `behavior`, by the API's own validation (autoscaling/v2)."""
+from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError
+from nomad_watchdog.pools import Usage, View
+from nomad_watchdog.pools import _kubernetes_objects as objects
 
 
-def manifests(
-    name: str, pool: AgentPool, *, namespace: str, installation: str
-) -> list[dict[str, Any]]:
-    """The objects of a pool, in the order in which they are applied.
+class KubernetesPools:
+    """The driver for the backend `kubernetes`. All pools are in one namespace."""
 
-    Raises UserError for a pool that Kubernetes can't have."""
-    if not pool.image:
-        raise UserError(f"pool {name}: kubernetes needs an image")
-    labels = {
-        "app.kubernetes.io/name": "nomad-watchdog-pool",
-        "app.kubernetes.io/managed-by": "nomad-watchdog",
-        LABEL: name,
-        INSTALLATION: installation,
-    }
-    meta = {"name": object_name(name), "namespace": namespace, "labels": labels}
-    found = [_deployment(name, pool, meta, labels)]
-    if pool.scaler == "external":
-        found.append(_autoscaler(name, pool, meta))
-    return found
+    def __init__(self, client: KubernetesClient, *, namespace: str, installation: str) -> None:
+        self._client = client
+        self._namespace = namespace
+        self._installation = installation
+        self._deployments = f"/apis/apps/v1/namespaces/{namespace}/deployments"
+        self._scalers = f"/apis/autoscaling/v2/namespaces/{namespace}/horizontalpodautoscalers"
 
+    async def close(self) -> None:
+        await self._client.close()
 
-def object_name(name: str) -> str:
-    """No agent's object is called so: their names are slugs, which end in a hash."""
-    return f"pool-{name}"
+    async def run(self, ours: Callable[[], bool]) -> None:  # noqa: ARG002  # as the protocol has it
+        """Kubernetes minds the workers by itself."""
+        await asyncio.Event().wait()
 
+    async def look(self) -> Mapping[str, View]:
+        mine = f"{objects.INSTALLATION}={self._installation}"
+        listed = await self._client.list(self._deployments, labels=mine)
+        return {
+            one["metadata"]["labels"][objects.LABEL]: _view(one)
+            for one in listed.items
+            if not one["metadata"].get("deletionTimestamp")
+            and objects.LABEL in one["metadata"]["labels"]
+        }
 
-def _deployment(
-    name: str, pool: AgentPool, meta: dict[str, Any], labels: dict[str, str]
-) -> dict[str, Any]:
-    env = [{"name": key, "value": value} for key, value in sorted(pool.env.items())]
-    env.append({"name": "WORKER_POOL", "value": name})
-    share = {"cpu": f"{pool.cpu}m", "memory": str(pool.memory)}
-    container: dict[str, Any] = {
-        "name": "worker",
-        "image": pool.image,
-        "env": env,
-        "resources": {"requests": share, "limits": {"memory": share["memory"]}},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
-    }
-    if pool.command:
-        container["args"] = list(pool.command)
-    spec = {
-        "containers": [container],
-        "terminationGracePeriodSeconds": math.ceil(pool.kill_timeout),
-        "automountServiceAccountToken": False,
-        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-    }
-    annotations = {WORKER_HASH: pool.worker_hash("")}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": meta | {"annotations": annotations},
-        "spec": {
-            "selector": {"matchLabels": {key: labels[key] for key in (LABEL, INSTALLATION)}},
-            "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
-            "template": {"metadata": {"labels": labels}, "spec": spec},
-        },
-    }
-
-
-def _autoscaler(name: str, pool: AgentPool, meta: dict[str, Any]) -> dict[str, Any]:
-    if pool.min < 1:
-        raise UserError(f"pool {name}: min must be 1 or more, as kubernetes scales none to 0")
-    return {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": meta,
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": meta["name"]},
-            "minReplicas": pool.min,
-            "maxReplicas": pool.max,
-            "metrics": [_metric(name, pool.metric[0])],
-            "behavior": {
-                "scaleUp": _rules(0.0, pool.step_up, pool.cooldown_up),
-                "scaleDown": _rules(pool.settle, pool.step_down, pool.cooldown_down),
-            },
-        },
-    }
-
-
-def _rules(window_s: float, step: int, cooldown_s: float) -> dict[str, Any]:
-    """A step once a cool-down; the API allows no period below a second."""
-    period_s = max(1, min(_MOST_PERIOD_S, math.ceil(cooldown_s)))
-    return {
-        "stabilizationWindowSeconds": min(_MOST_WINDOW_S, math.ceil(window_s)),
-        "policies": [{"type": "Pods", "value": step, "periodSeconds": period_s}],
-        "selectPolicy": "Max",
-    }
-
-
-def _metric(name: str, metric: Metric) -> dict[str, Any]:
-    if metric.kind in ("cpu", "memory"):
-        target = {"type": "Utilization", "averageUtilization": max(1, round(metric.target))}
-        return {"type": "Resource", "resource": {"name": metric.kind, "target": target}}
-    if not metric.name:
-        raise UserError(
-            f'pool {name}: metric "{metric.kind}" needs name: what the metrics adapter calls it'
+    async def ensure(self, name: str, pool: AgentPool) -> None:
+        wanted = objects.manifests(
+            name, pool, namespace=self._namespace, installation=self._installation
         )
-    # AverageValue is the sum shared by the pods, Value what is compared as it is.
-    kind = "AverageValue" if metric.measure is Measure.ALL else "Value"
-    key = "averageValue" if kind == "AverageValue" else "value"
-    external = {
-        "metric": {"name": metric.name},
-        "target": {"type": kind, key: _quantity(metric.target)},
-    }
-    return {"type": "External", "external": external}
+        found = await self._client.find(self._path(name))
+        if found is not None and not self._is_ours(found):
+            raise TerminalError(
+                f"deployment {objects.object_name(name)!r} is not of this installation"
+            )
+        if found is not None and found["metadata"].get("deletionTimestamp"):
+            raise ConflictError(f"pool {name!r} is being removed")
+        if found is None or _hash(found) != _hash(wanted[0]):
+            # The scaler first where it goes, last where it comes: never one that has other bounds.
+            if len(wanted) == 1:
+                await self._client.delete(self._scaler(name))
+            made = await self._client.apply(self._path(name), wanted[0])
+            await self._within(name, pool, made, is_new=found is None)
+            for scaler in wanted[1:]:
+                await self._client.apply(self._scaler(name), scaler)
+
+    async def scale(self, name: str, count: int, reason: str) -> None:  # noqa: ARG002  # as the protocol
+        found = await self._client.find(self._path(name), metadata=True)
+        if found is None or not self._is_ours(found) or found["metadata"].get("deletionTimestamp"):
+            raise NotFoundError(f"no pool {name!r}")
+        await self._scale(name, count)
+
+    async def remove(self, name: str) -> None:
+        found = await self._client.find(self._path(name), metadata=True)
+        if found is None or not self._is_ours(found):
+            return
+        await self._client.delete(self._scaler(name))
+        await self._client.delete(
+            self._path(name), uid=found["metadata"]["uid"], propagation="Background"
+        )
+
+    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+        mine = f"{objects.LABEL}={name},{objects.INSTALLATION}={self._installation}"
+        pods = await self._client.list(f"/api/v1/namespaces/{self._namespace}/pods", labels=mine)
+        running = {
+            pod["metadata"]["name"]
+            for pod in pods.items
+            if (pod.get("status") or {}).get("phase") == "Running"
+            and not pod["metadata"].get("deletionTimestamp")
+        }
+        path = f"/apis/metrics.k8s.io/v1beta1/namespaces/{self._namespace}/pods"
+        try:
+            measured = await self._client.get(path, {"labelSelector": mine})
+        except NotFoundError:  # nobody serves the metrics API
+            return None
+        shares = [
+            objects.used(item, pool)
+            for item in measured.get("items") or []
+            if item["metadata"]["name"] in running
+        ]
+        if not running or len(shares) < len(running):
+            return None
+        cpu, memory = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+        return Usage(cpu, memory)
+
+    def _path(self, name: str) -> str:
+        return f"{self._deployments}/{objects.object_name(name)}"
+
+    def _scaler(self, name: str) -> str:
+        return f"{self._scalers}/{objects.object_name(name)}"
+
+    def _is_ours(self, found: Mapping[str, Any]) -> bool:
+        labels = found["metadata"].get("labels") or {}
+        return bool(labels.get(objects.INSTALLATION) == self._installation)
+
+    async def _within(
+        self, name: str, pool: AgentPool, made: Mapping[str, Any], *, is_new: bool
+    ) -> None:
+        """A Deployment that was just made has one replica, as nobody said how many."""
+        count = pool.min if is_new else made["spec"].get("replicas", 1)
+        goal = max(pool.min, min(pool.max, count))
+        if goal != made["spec"].get("replicas", 1):
+            await self._scale(name, goal)
+
+    async def _scale(self, name: str, count: int) -> None:
+        await self._client.call(
+            "PATCH",
+            f"{self._path(name)}/scale",
+            body={"spec": {"replicas": count}},
+            content="application/merge-patch+json",
+        )
 
 
-def _quantity(value: float) -> str:
-    """As Kubernetes writes numbers: whole, or in thousandths; the least is one thousandth."""
-    if value.is_integer():
-        return str(int(value))
-    return f"{max(1, round(value * 1000))}m"
+def _hash(found: Mapping[str, Any]) -> str:
+    annotations = found["metadata"].get("annotations") or {}
+    return str(annotations.get(objects.POOL_HASH, ""))
 
 
-def text(found: list[dict[str, Any]]) -> str:
-    """For `kubectl apply -f -`: one List, as JSON."""
-    return json.dumps({"apiVersion": "v1", "kind": "List", "items": found}, indent=2)
+def _view(found: Mapping[str, Any]) -> View:
+    status = found.get("status") or {}
+    annotations = found["metadata"].get("annotations") or {}
+    count = int(found["spec"].get("replicas", 1))
+    running = int(status.get("readyReplicas") or 0)
+    failing = [
+        f"{one.get('reason', '')}: {one.get('message', '')}"
+        for one in status.get("conditions") or []
+        if (one["type"], one["status"]) in (("ReplicaFailure", "True"), ("Progressing", "False"))
+    ]
+    return View(
+        count=count,
+        running=running,
+        worker_hash=str(annotations.get(objects.WORKER_HASH, "")),
+        trouble="; ".join(failing)[:300] if running < count else "",
+    )

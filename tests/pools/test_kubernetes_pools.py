@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+import secrets
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.config_pools import AgentPool
-from nomad_watchdog.errors import UserError
-from nomad_watchdog.pools.kubernetes import _quantity, manifests, text
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.errors import NotFoundError, TerminalError, UserError
+from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
+from nomad_watchdog.pools.kubernetes import KubernetesPools
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 
 
 def pool(**more: object) -> AgentPool:
@@ -137,9 +141,8 @@ def test_what_kubernetes_can_not_have_is_said(change: dict[str, Any], said: str)
 def test_a_quantity_is_close_to_the_number(value: float) -> None:
     """What Kubernetes reads is within half a thousandth."""
     said = _quantity(value)
-    read = int(said[:-1]) / 1000 if said.endswith("m") else int(said)
 
-    assert math.isclose(read, value, abs_tol=0.00051, rel_tol=1e-9)
+    assert math.isclose(number(said), value, abs_tol=0.00051, rel_tol=1e-9)
 
 
 @given(st.floats(0, 3600 * 24), st.floats(0, 3600 * 24))
@@ -151,8 +154,139 @@ def test_times_are_within_what_the_api_takes(settle: float, cooldown: float) -> 
         assert all(1 <= one["periodSeconds"] <= 1800 for one in rules["policies"])
 
 
-def test_the_manifests_are_one_document_for_kubectl() -> None:
-    """A List whose items are the objects, in the order in which they are applied."""
-    whole = json.loads(text(made(pool())))
+def test_use_is_in_percent_of_what_a_worker_was_given() -> None:
+    """The metrics API's nanocores and kibibytes, of all containers together."""
+    pod = {
+        "containers": [
+            {"usage": {"cpu": "100000000n", "memory": "16384Ki"}},
+            {"usage": {"cpu": "25m", "memory": "16Mi"}},
+        ]
+    }
 
-    assert [one["kind"] for one in whole["items"]] == ["Deployment", "HorizontalPodAutoscaler"]
+    assert used(pod, pool(cpu=250, memory="64Mi")) == pytest.approx((50.0, 50.0))
+    for wrong in (
+        {},
+        {"containers": [{}]},
+        {"containers": [{"usage": {"cpu": "x", "memory": "1"}}]},
+    ):
+        with pytest.raises(ValueError, match=r"usage|quantity"):
+            used(wrong, pool())
+
+
+@pytest.fixture
+async def pools(kube: KubernetesCluster) -> AsyncIterator[KubernetesPools]:
+    """A driver in a namespace of its own, on the session's real control plane."""
+    namespace = f"pools-{secrets.token_hex(4)}"
+    await kube.add_namespace(namespace)
+    yield (driver := KubernetesPools(kube.client(), namespace=namespace, installation="i-1"))
+    for name in await driver.look():
+        await driver.remove(name)
+    await driver.close()
+
+
+async def deployment(driver: KubernetesPools) -> dict[str, Any]:
+    return await driver._client.get(driver._path("p"))
+
+
+def plain(**more: object) -> AgentPool:
+    return pool(scaler="none", metric=(), **more)
+
+
+async def test_a_pool_is_a_deployment_that_begins_with_the_least_number(
+    pools: KubernetesPools,
+) -> None:
+    """Made with min, scaled up and down by its scale subresource, removed, and removed again."""
+    await pools.ensure("p", plain(min=3))
+    assert (await pools.look())["p"].count == 3
+    await pools.scale("p", 5, "because")
+    assert (await pools.look())["p"].count == 5
+    await pools.remove("p")
+    await pools.remove("p")
+    assert "p" not in await pools.look()
+    with pytest.raises(NotFoundError):
+        await pools.scale("p", 2, "")
+
+
+async def test_ensure_again_writes_nothing_and_a_change_keeps_the_count(
+    pools: KubernetesPools,
+) -> None:
+    """The same pool leaves the object's version as it is; another environment changes the template only."""
+    await pools.ensure("p", plain())
+    await pools.scale("p", 4, "")
+    first = await deployment(pools)
+    await pools.ensure("p", plain())
+    same = await deployment(pools)
+    await pools.ensure("p", plain(env={"MODE": "slow"}))
+    changed = await deployment(pools)
+
+    assert same["metadata"]["generation"] == first["metadata"]["generation"]
+    assert changed["metadata"]["generation"] > first["metadata"]["generation"]
+    assert changed["spec"]["replicas"] == 4
+
+
+async def test_bounds_that_moved_move_the_count(pools: KubernetesPools) -> None:
+    """Four workers whose most became 2 are two, and whose least became 6 are six."""
+    await pools.ensure("p", plain(min=4))
+    await pools.ensure("p", plain(min=1, max=2))
+    assert (await pools.look())["p"].count == 2
+    await pools.ensure("p", plain(min=6, max=9))
+    assert (await pools.look())["p"].count == 6
+
+
+async def test_the_api_server_takes_the_autoscaler_and_it_goes_with_the_setting(
+    pools: KubernetesPools,
+) -> None:
+    """`external` makes a HorizontalPodAutoscaler that autoscaling/v2 accepts; `none` takes it away."""
+    named = {"kind": "queue", "url": "http://q", "value": "n", "target": 2.5, "name": "waiting"}
+    await pools.ensure("p", pool(metric=(named,), min=2))
+    path = "/apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers/pool-p"
+    path = path.format(pools._namespace)
+    found = await pools._client.get(path)
+    assert found["spec"]["metrics"][0]["external"]["target"]["averageValue"] == "2500m"
+    await pools.ensure("p", plain(min=2))
+
+    assert await pools._client.find(path) is None
+    assert (await pools.look())["p"].count >= 1
+
+
+async def test_a_deployment_of_somebody_else_is_left_alone(
+    pools: KubernetesPools, kube: KubernetesCluster
+) -> None:
+    """Another installation's pool is not listed, not changed, not scaled and not removed."""
+    other = KubernetesPools(kube.client(), namespace=pools._namespace, installation="i-2")
+    await other.ensure("p", plain())
+    try:
+        assert "p" not in await pools.look()
+        with pytest.raises(TerminalError, match="not of this installation"):
+            await pools.ensure("p", plain())
+        with pytest.raises(NotFoundError):
+            await pools.scale("p", 2, "")
+        await pools.remove("p")
+        assert "p" in await other.look()
+    finally:
+        await other.remove("p")
+        await other.close()
+
+
+async def test_a_pool_is_no_agent_for_the_scheduler(
+    pools: KubernetesPools, kube: KubernetesCluster
+) -> None:
+    """The agents' scheduler of the same installation and namespace lists no placement and no malformed
+    object, and its capacity is not told by a pool's pods that wait."""
+    await pools.ensure("p", plain(min=3))
+    scheduler = KubernetesScheduler(
+        settings=kube.settings(), namespace=pools._namespace, installation="i-1"
+    )
+    try:
+        snapshot = await scheduler.snapshot()
+        assert not snapshot.placements
+        assert (await scheduler.capacity()).room
+    finally:
+        await scheduler.close()
+
+
+async def test_without_a_metrics_server_use_is_not_known(pools: KubernetesPools) -> None:
+    """A control plane that has no metrics API gives None, and no 0."""
+    await pools.ensure("p", plain())
+
+    assert await pools.usage("p", plain()) is None
