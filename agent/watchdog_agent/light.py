@@ -1,7 +1,7 @@
 """`json`, `signal`, `socket` and some small things, without what the standard library's own modules load.
 
 Those are Python around C: `socket` makes enumerations of its constants, `json` loads `re`, and so each agent
-would have 1.5 MB more resident (bench/weight.py). Here is the C beneath them, where this Python has it as
+would have 1.2 MB more resident (bench/weight.py). Here is the C beneath them, where this Python has it as
 CPython does; else, or where it does not do what is expected of it, the modules themselves. Type checkers see
 only those.
 """

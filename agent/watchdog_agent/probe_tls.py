@@ -1,5 +1,5 @@
 """HTTPS, and how long a certificate is still good. Loads `ssl`, which costs an agent that uses it about
-half as much memory again."""
+two thirds as much memory again."""
 
 from __future__ import annotations
 
