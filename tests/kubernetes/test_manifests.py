@@ -18,7 +18,7 @@ from nomad_watchdog.model import Epoch
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.testing.conformance import record_of
-from tests.schedulers.kubernetes_rig import MOCK, spec_of
+from tests.schedulers.kubernetes_rig import spec_of
 
 USER = "system:serviceaccount:nomad-watchdog:nomad-watchdog"
 
@@ -107,9 +107,9 @@ async def test_the_role_is_enough_and_no_more(
     )
     client = KubernetesClient(kube.settings(kubeconfig))
     spec = replace(
-        spec_of(variables={"workload": workload}), template=MOCK, variables={"workload": workload},
+        spec_of(variables={"workload": workload}),
         agent_config='{"v": 1, "credential": "hunter2"}',
-    )  # fmt: skip
+    )
     record = record_of(f"rights-{workload}")
     try:
         await scheduler.prepare([spec])

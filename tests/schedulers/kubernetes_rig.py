@@ -54,7 +54,8 @@ def kubelet(kube: KubernetesCluster, folder: Path, **options: Any) -> Kubelet:
 
 def spec_of(image: str = "test/agent", **changes: Any) -> AgentSpec:
     variables = {"image": image, "cpu_request": "1m", **changes.pop("variables", {})}
-    base = AgentSpec("default", "1", f"hash-{image}", kill_timeout_s=3.0, variables=variables)
+    told = f"{sorted(variables.items())} {sorted(changes.items())}"  # equal hash = equal behaviour
+    base = AgentSpec("default", "1", told, kill_timeout_s=3.0, variables=variables)
     return replace(base, **changes)
 
 
