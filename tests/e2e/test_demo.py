@@ -89,6 +89,16 @@ async def test_nomad_demo_converges_and_leaves_nothing(tmp_path: Path) -> None:
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.servers
+async def test_kubernetes_demo_converges_and_leaves_nothing(tmp_path: Path) -> None:
+    """The same on a real Kubernetes control plane: the agent runs from its pod's own spec, is probed as
+    written, restarted in place, and stopped by SIGTERM."""
+    summary = await run_to_the_end(tmp_path, "kubernetes", 10)
+
+    assert [step["converged"] for step in summary["steps"]] == [True] * STEPS
+    assert left_behind(tmp_path) == []
+
+
 @pytest.mark.parametrize("moment", ["starting the local", "agents ready", "a device vanishes"])
 async def test_ctrl_c_leaves_nothing(tmp_path: Path, moment: str) -> None:
     """Ctrl-C at any moment, twice in a row, ends with 130 within seconds and leaves nothing."""
