@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from nomad_watchdog import __version__, config_escalate
 from nomad_watchdog.config_escalate import Escalate, Loki
-from nomad_watchdog.config_probes import ON_HOST, Gateway, Probe
+from nomad_watchdog.config_probes import ON_HOST, Absolute, Gateway, Probe
 from nomad_watchdog.config_types import Block, Name, Positive, Seconds, Size, Text, Url
 
 REPAIRS: Final[Mapping[str, str]] = {
@@ -30,9 +30,15 @@ REPAIR_EXTRAS: Final[Mapping[str, str]] = {
     "payload": "mqtt",
     "user": "mqtt",
     "password_file": "mqtt",
+    "tls": "mqtt",
+    "server_name": "mqtt",
+    "ca_cert": "mqtt",
+    "client_cert": "mqtt",
+    "client_key": "mqtt",
     "to": "wake",
 }
 """Setting → the one kind of repair that knows it."""
+OVER_TLS: Final = ("server_name", "ca_cert", "client_cert", "client_key")
 Place = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
 
 
@@ -53,6 +59,11 @@ class Repair(Block):
     payload: Text | None = None
     user: Text | None = None
     password_file: Text | None = None
+    tls: bool | None = None
+    server_name: Place | None = None
+    ca_cert: Absolute | None = None
+    client_cert: Absolute | None = None
+    client_key: Absolute | None = None
     unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$")] | None = None
     command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
     mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
@@ -84,6 +95,7 @@ class Repair(Block):
                 raise ValueError(f"{self.kind} knows no {setting}; {kind} does")
         if self.kind == "mqtt" and (self.broker is None or set(self.topic or "") & set("+#")):
             raise ValueError("mqtt needs broker = HOST:PORT and a topic without + and #")
+        self._secure()
         if self.timeout > MOST_REPAIR_S:
             raise ValueError(f"timeout may be at most {MOST_REPAIR_S:g}s")
         if self.timeout >= self.window:
@@ -91,6 +103,13 @@ class Repair(Block):
                 f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
             )
         return self
+
+    def _secure(self) -> None:
+        given = [one for one in OVER_TLS if getattr(self, one) is not None]
+        if given and not self.tls:
+            raise ValueError(f"{given[0]} needs tls = true")
+        if self.client_key and not self.client_cert:
+            raise ValueError("client_key needs client_cert")
 
     def wire(self) -> dict[str, Any]:
         """As the agent's document says it, under `repairs`."""

@@ -101,7 +101,12 @@ def _more(step: Step, kind: str, where: str, value: str) -> None:
         if step.setdefault("method", "POST") not in ("GET", "POST"):
             raise ConfigError(f"repairs: method is {step['method']!r}; allowed are GET, POST")
     elif kind == "mqtt":
-        _place(step, "broker", 1883)
+        checks.flag(step, "tls", False)
+        _place(step, "broker", 8883 if step["tls"] else 1883)
+        if step["tls"]:
+            from . import probe_tls
+
+            probe_tls.check_trust(step, "repairs")
         if not isinstance(step.setdefault("payload", ""), str) or len(step["payload"]) > 1024:
             raise ConfigError("repairs: payload must be text of at most 1024 characters")
         if len(value) > 256 or "+" in value or "#" in value:

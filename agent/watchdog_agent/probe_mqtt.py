@@ -87,11 +87,18 @@ class Dialogue(http.Fetch):
             return
         if code is not None:
             if code == 0:
-                try:
-                    self.sock.send(DISCONNECT)
-                except OSError:
-                    pass  # it took us all the same
-            self._end(code, {})
+                self._connected()
+            else:
+                self._end(code, {})
+
+    def _connected(self) -> None:
+        """The broker has taken us."""
+        assert self.sock is not None
+        try:
+            self.sock.send(DISCONNECT)
+        except OSError:
+            pass  # it took us all the same
+        self._end(0, {})
 
 
 def connect(client: str, user: str | None, password: bytes | None) -> bytes:

@@ -1,103 +1,60 @@
 """Publish one message to an MQTT 3.1.1 broker, at least once (QoS 1), so that its taking is known.
 
-Sent in one piece: CONNECT, and after CONNACK a PUBLISH, and after PUBACK a DISCONNECT
-(docs.oasis-open.org/mqtt/mqtt/v3.1.1). Nothing is read beyond those two answers.
+CONNECT, and after CONNACK a PUBLISH, and after PUBACK a DISCONNECT
+(docs.oasis-open.org/mqtt/mqtt/v3.1.1). Nothing is read beyond those two answers. With `tls` the handshake
+comes before it: `repair_mqtt_tls`, which is loaded only then.
 """
 
 from __future__ import annotations
 
 import os
 
-from . import probe_mqtt
-from .http import CONNECTING, reason_of, resolve
-from .light import socket
-from .loop import READ, WRITE
+from . import http, probe_mqtt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Final
+    from typing import Any, Final
 
     from .loop import Loop
     from .shapes import Document, Ended, Step
 
-_CONNACK: Final = b"\x20\x02"
 _PUBACK: Final = b"\x40\x02\x00\x01"
+PUBLISHED: Final = -1
+"""The status of a message that the broker has taken; others are codes of CONNACK."""
 
 
-def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Publish:
-    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
-    return Publish(loop, step, ended)
+def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Run:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled. Raises OSError."""
+    return Run(loop, step, ended)
 
 
-class Publish:
-    """One message over one connection. The time-out is the caller's."""
+class Run:
+    """One message over one connection."""
 
     def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
-        self.loop = loop
         self.ended: Ended | None = ended
-        self.got = b""
-        self.out = connect(step)
-        self.then = publish(step["topic"], step["payload"])
-        self.sock: socket.socket | None = None
-        try:
-            family, kind, proto, _, where = resolve(step["broker_at"])
-            self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
-            code = self.sock.connect_ex(where)
-            text = "" if code in CONNECTING else os.strerror(code).lower()
-        except (OSError, UnicodeError) as error:
-            text = reason_of(error)
-        if self.sock is not None and not text:
-            loop.watch(self.sock, WRITE, self._ready)
-        else:
-            loop.later(0, lambda: self._end(False, text))
+        # The time-out is the caller's; this one is only never shorter.
+        place, packet, wait_s = step["broker_at"], connect(step), step["timeout_s"] + 1.0
+        if step.get("tls"):
+            from . import repair_mqtt_tls
 
-    def _ready(self, mask: int) -> None:
-        assert self.sock is not None
-        try:
-            if mask & WRITE:
-                code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    self._end(False, os.strerror(code).lower())
-                    return
-                self.out = self.out[self.sock.send(self.out) :]
-                if not self.out:
-                    self.loop.watch(self.sock, READ, self._ready)
-                return
-            data = self.sock.recv(64)
-        except OSError as error:
-            self._end(False, reason_of(error))
+            self.fetch: http.Fetch = repair_mqtt_tls.begin(
+                loop, place, packet, step, wait_s, self._answered
+            )
+        else:
+            self.fetch = Publish(loop, place, packet, wait_s, self._answered)
+            self.fetch.message = publish(step["topic"], step["payload"])
+
+    def _answered(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+        if self.ended is None:
             return
-        self.got += data
-        if len(self.got) >= 4:
-            self._answered(self.got[:4])
-        elif not data:
-            self._end(False, "the broker closed the connection")
-
-    def _answered(self, answer: bytes) -> None:
-        assert self.sock is not None
-        if self.then:
-            code = answer[3]
-            if answer[:2] != _CONNACK or code:
-                known = answer[:2] == _CONNACK and code in probe_mqtt.REFUSED
-                why = probe_mqtt.REFUSED[code] if known else "its answer is not MQTT"
-                self._end(False, f"the broker refuses: {why}")
-                return
-            self.out, self.then, self.got = self.then, b"", b""
-            self.loop.watch(self.sock, WRITE, self._ready)
-        elif answer == _PUBACK:
-            try:
-                self.sock.send(probe_mqtt.DISCONNECT)
-            except OSError:
-                pass  # the message is taken all the same
-            self._end(True, "published")
+        if status == PUBLISHED:
+            self.ended(True, "published")
+        elif status is None:
+            self.ended(False, f"the broker: {body}")
         else:
-            self._end(False, "the broker did not take the message")
-
-    def _end(self, ok: bool, reason: str) -> None:
-        ended = self.ended
-        self.cancel()
-        if ended is not None:
-            ended(ok, reason)
+            why = probe_mqtt.REFUSED.get(status, f"code {status}")
+            self.ended(False, f"the broker refuses: {why}")
 
     def hurry(self) -> None:
         """It is as fast as it can be."""
@@ -105,9 +62,38 @@ class Publish:
     def cancel(self) -> None:
         """Give up; nobody is told."""
         self.ended = None
-        if self.sock is not None:
-            self.loop.forget(self.sock)
-            self.sock = None
+        self.fetch.cancel()
+
+
+class Publish(probe_mqtt.Dialogue):
+    """Goes on after CONNACK: its answer is PUBACK."""
+
+    message = b""
+
+    def _connected(self) -> None:
+        assert self.sock is not None
+        message, self.message, self.got = self.message, b"", bytearray()
+        # A fresh connection takes so little in one piece.
+        if self.sock.send(message) < len(message):
+            self._end(None, "it does not take what we send")
+
+    def _receive(self) -> None:
+        if self.message:
+            super()._receive()
+            return
+        assert self.sock is not None
+        data = self.sock.recv(64)
+        self.got += data
+        if len(self.got) >= 4 and self.got[:4] == _PUBACK:
+            try:
+                self.sock.send(probe_mqtt.DISCONNECT)
+            except OSError:
+                pass  # the message is taken all the same
+            self._end(PUBLISHED, {})
+        elif len(self.got) >= 4:
+            self._end(None, "it did not take the message")
+        elif not data:
+            self._end(None, "it closed the connection without an answer")
 
 
 def connect(step: Step) -> bytes:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent import config, probe_mqtt, repair_mqtt, repair_wake
@@ -326,12 +328,54 @@ async def test_mqtt_step(world: World, broker: Broker, tmp_path: Path) -> None:
     assert "s3cret" not in json.dumps([await agent.status(), agent.log, world.peer.reports])
 
 
+async def test_mqtt_step_over_tls(world: World, tmp_path: Path) -> None:
+    """Over TLS the message is published with our certificate to a broker that we trust by name; to one of
+    another authority nothing is said, and the step has failed."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("broker.example").configure_cert(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(context)
+    mine = authority.issue_cert("agent.example")
+    for name, part in (
+        ("ca", authority.cert_pem),
+        ("other", trustme.CA().cert_pem),
+        ("mine", mine.private_key_and_cert_chain_pem),
+    ):
+        part.write_to_path(str(tmp_path / name))
+    broker = Broker()
+    broker.tls = context
+    await broker.start()
+    step = {
+        "kind": "mqtt",
+        "broker": f"127.0.0.1:{broker.port}",
+        "tls": True,
+        "server_name": "broker.example",
+        "client_cert": str(tmp_path / "mine"),
+        "payload": "x",
+    }
+    try:
+        agent = await broken(
+            world,
+            {**step, "topic": "not/said", "ca_cert": str(tmp_path / "other")},
+            {**step, "topic": "plant/7/reset", "ca_cert": str(tmp_path / "ca")},
+        )
+        await attempt(agent, "no help")
+        first, second = (await agent.status())["repairs"]["attempts"]
+    finally:
+        await broker.stop()
+    assert (first["outcome"], second["outcome"]) == ("failed", "no help")
+    assert first["reason"].startswith("the broker: TLS: ")
+    assert [kind for kind, _ in broker.packets] == [0x10, 0x32, 0xE0]
+    assert broker.packets[1][1] == b"\x00\x0dplant/7/reset\x00\x01x"
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
         (b"\x20\x02\x00\x05", "the broker refuses: not authorised"),
-        (b"\x20\x02\x00\xff", "the broker refuses: its answer is not MQTT"),
-        (b"HTTP/1.1 400", "the broker refuses: its answer is not MQTT"),
+        (b"\x20\x02\x00\xff", "the broker refuses: code 255"),
+        (b"HTTP/1.1 400", "the broker: its answer is not MQTT"),
     ],
 )
 async def test_mqtt_broker_that_refuses(

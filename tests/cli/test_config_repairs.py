@@ -36,6 +36,8 @@ def document(folder: Path, body: str) -> dict[str, Any]:
         ('repair "unit" {\n unit = "a"\n probe = "http:80"\n}', "the probes are tcp:22"),
         ('repair "unit" {\n unit = "a"\n timeout = "11m"\n}', "at most 600s"),
         ('repair "unit" {\n unit = "a"\n when = "ok"\n}', "when"),
+        ('repair "mqtt" {\n topic = "a"\n broker = "b"\n ca_cert = "/x"\n}', "needs tls = true"),
+        ('repair "http" {\n url = "http://a/"\n tls = true\n}', "http knows no tls"),
         ('repair "plugin" {}', "plugin needs plugin"),
         ('repair "unit" {\n unit = "a"\n tries = 65\n}', "64 at most"),
     ],
@@ -58,6 +60,8 @@ def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
         topic         = "a/b"
         broker        = "10.0.0.9:1884"
         payload       = "{}"
+        tls           = true
+        server_name   = "broker.example"
         user          = "u"
         password_file = "/run/secrets/mqtt"
       }
