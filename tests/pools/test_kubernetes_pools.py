@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.errors import NotFoundError, TerminalError, UserError
+from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, UserError
 from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
+from tests.kubernetes.test_manifests import USER, install, path_of
 
 
 def pool(**more: object) -> AgentPool:
@@ -290,3 +294,34 @@ async def test_without_a_metrics_server_use_is_not_known(pools: KubernetesPools)
     await pools.ensure("p", plain())
 
     assert await pools.usage("p", plain()) is None
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_shipped_rights_are_enough(kube: KubernetesCluster, repository: Path) -> None:
+    """As the service account of rbac.yaml a pool is refused; with pools.yaml all of the driver works."""
+    folder = repository / "jobs" / "kubernetes"
+    await install(kube, repository)
+    driver = KubernetesPools(
+        KubernetesClient(kube.settings(await kube.user(USER))),
+        namespace="nomad-watchdog",
+        installation="rights",
+    )
+    admin = kube.client()
+    try:
+        with pytest.raises(DeniedError, match="horizontalpodautoscalers"):
+            await driver.ensure("q", plain())
+        for thing in yaml.safe_load_all((folder / "pools.yaml").read_text()):
+            await admin.apply(path_of(thing), thing, force=True)
+        await driver.ensure("q", plain())
+        await driver.scale("q", 2, "")
+        assert (await driver.look())["q"].count == 2
+        await driver.ensure("q", pool(min=2))
+        await driver.ensure("q", plain())
+        assert await driver.usage("q", plain()) is None
+        await driver.remove("q")
+    finally:
+        for name in ("roles", "rolebindings"):
+            path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/nomad-watchdog/{name}"
+            await admin.delete(f"{path}/nomad-watchdog-pools")
+        await admin.close()
+        await driver.close()
