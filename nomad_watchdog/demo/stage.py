@@ -6,11 +6,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import aiohttp
@@ -18,6 +18,10 @@ import aiohttp
 from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import parse_device_id, slug_of
+
+if TYPE_CHECKING:
+    from nomad_watchdog.dev.kubelet import Kubelet
+    from nomad_watchdog.dev.kubernetes import KubernetesCluster
 
 POD: Final = b"NOMAD_WATCHDOG_DEV_POD"
 """In the environment of what the stand-in for a kubelet runs."""
@@ -132,6 +136,8 @@ class Stage:
     reconciler: Process | None = None
     consul: str = ""
     nomad: str = ""
+    cluster: KubernetesCluster | None = None
+    nodes: Sequence[Kubelet] = ()
 
     async def call(self, method: str, path: str, body: object = None) -> Any:
         """One call of the API; raises TransientError for anything but a 2xx."""
@@ -287,16 +293,21 @@ async def open_stage(
 ) -> AsyncIterator[Stage]:
     """Start everything; on the way out stop it in order and leave nothing running.
 
-    `clients`: Nomad clients, each with a Consul agent beside it if there are several."""
+    `clients`: Nomad clients, each with a Consul agent beside it if there are several; or nodes of
+    Kubernetes. `strategy`: Nomad's, or the workload on Kubernetes."""
     async with AsyncExitStack() as stack:
         consul = nomad = kubeconfig = ""
+        cluster: KubernetesCluster | None = None
+        nodes: list[Kubelet] = []
         blocks, extra = LOCAL_BLOCKS, ""
         if backend == "nomad":
             consul, nomad = await _servers(stack, root, clients)
             blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
         elif backend == "kubernetes":
-            consul, kubeconfig = await _kubernetes(stack, root)
-            blocks = KUBERNETES_BLOCKS
+            consul, cluster, nodes = await _kubernetes(stack, root, clients)
+            blocks, kubeconfig = KUBERNETES_BLOCKS, str(cluster.kubeconfig)
+            if strategy != "dispatch":
+                extra = f'  workload = "{strategy}"\n'
         api_port = free_port()
         config = root / "nomad-watchdog.hcl"
         filled = blocks.format(
@@ -316,7 +327,10 @@ async def open_stage(
         await _command(config, "init")
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=CALL_TIMEOUT))
         api = f"http://127.0.0.1:{api_port}"
-        stage = Stage(backend, root, config, api, session, consul=consul, nomad=nomad)
+        stage = Stage(
+            backend, root, config, api, session,
+            consul=consul, nomad=nomad, cluster=cluster, nodes=nodes,
+        )  # fmt: skip
         try:
             await stage.start_reconciler()
             yield stage
@@ -342,9 +356,11 @@ async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str
     return consul.http_addr, nomad.http_addr
 
 
-async def _kubernetes(stack: AsyncExitStack, root: Path) -> tuple[str, str]:
-    """Addresses of Consul and of the cluster's kubeconfig. The agents' pods are run by a stand-in for a
-    kubelet, for which the image is the agent of this checkout."""
+async def _kubernetes(
+    stack: AsyncExitStack, root: Path, clients: int
+) -> tuple[str, KubernetesCluster, list[Kubelet]]:
+    """Consul's address, the cluster and its nodes. The agents' pods are run by stand-ins for a kubelet, for
+    which the image is the agent of this checkout."""
     import watchdog_agent
 
     from nomad_watchdog.dev._kubelet_spec import Image
@@ -360,9 +376,17 @@ async def _kubernetes(stack: AsyncExitStack, root: Path) -> tuple[str, str]:
         (sys.executable, "-S", "-m", "watchdog_agent"),
         {"PYTHONPATH": sources, "PYTHONDONTWRITEBYTECODE": "1"},
     )
-    node = Kubelet(cluster.kubeconfig, root / "node", images={"agntup/watchdog-agent": image})
-    await stack.enter_async_context(node)
-    return consul.http_addr, str(cluster.kubeconfig)
+    nodes = []
+    for number in range(1, clients + 1):
+        node = Kubelet(
+            cluster.kubeconfig,
+            root / f"node-{number}",
+            images={"agntup/watchdog-agent": image},
+            node=f"node-{number}",
+            subnet=20 + number,
+        )
+        nodes.append(await stack.enter_async_context(node))
+    return consul.http_addr, cluster, nodes
 
 
 async def _command(config: Path, *arguments: str) -> None:

@@ -70,6 +70,11 @@ def processes(root: Path) -> list[AgentProcess]:
             words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             values = dict(word.split("=", 1) for word in words if "=" in word)
             arguments = (entry / "cmdline").read_bytes()
+            if values.get("NOMAD_WATCHDOG_DEV_POD", "").startswith(f"{root}/"):
+                told = json.loads(base64.b64decode(values["WATCHDOG_CONFIG_B64"]))
+                pod = (told["slug"], values["POD_UID"], int(told["epoch"]), "device-watchdog/pod")
+                found.append(AgentProcess(int(entry.name), *pod))
+                continue
             if values["WATCHDOG_CONFIG"].startswith(str(root)) and b"watchdog-agent" in arguments:
                 found.append(
                     AgentProcess(
@@ -153,6 +158,39 @@ async def examine(
     _processes(findings, stored, running, live, wanted)
     _services(findings, stored, services, wanted)
     return findings
+
+
+async def audit_pods(
+    root: Path, consul: str, objects: Collection[Any], pods: Collection[Any],
+    present: Collection[str], known: Collection[str],
+) -> list[str]:  # fmt: skip
+    """As `audit`, on Kubernetes, of what its API server lists."""
+    findings = Findings()
+    async with aiohttp.ClientSession() as session:
+        where = Where(root, consul, "")
+        stored = await records(session, where)
+        services = await get(session, f"{consul}/v1/health/service/{where.service}")
+    wanted = {str(slug_of(DeviceId(name))): name for name in present}
+    live = {
+        one["metadata"]["uid"]: one
+        for one in pods
+        if one["status"].get("phase") in {"Running", "Pending"}
+    }
+    told = [
+        (
+            one["metadata"]["labels"]["nomad-watchdog/slug"],
+            one["metadata"]["labels"]["nomad-watchdog/epoch"],
+        )
+        for one in objects
+    ]
+    should = [(slug, str(stored[slug].epoch)) for slug in wanted if slug in stored]
+    findings.expect(
+        sorted(told) == sorted(should), "L1", f"{len(told)} objects, {len(should)} wanted"
+    )
+    _registry(findings, stored, present, known)
+    _processes(findings, stored, processes(root), live, wanted)
+    _services(findings, stored, services, wanted)
+    return findings.wrong
 
 
 def _registry(

@@ -15,9 +15,11 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.kubernetes import FieldConflictError, KubernetesClient
+from nomad_watchdog.commands._agent_logs import kubernetes_log
+from nomad_watchdog.config import Kubernetes, Settings
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.errors import ConflictError, TerminalError, TransientError
+from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
@@ -355,3 +357,26 @@ async def test_a_credential_is_in_a_secret_that_goes_with_its_owner(
         return await site.of(record) == () and await site.client.find(path) is None
 
     await gone(both_gone, "the Secret goes with its owner")
+
+
+async def test_the_log_of_an_agent_comes_from_its_kubelet(site: Site) -> None:
+    """`agents logs` gives what the newest pod of a device has written, and says so when there is no pod."""
+    record = await site.start(spec_of())
+    await site.until(record, lambda one: one.state is RUNNING)
+    settings = Settings(
+        backend="kubernetes",
+        kubernetes=Kubernetes(kubeconfig=str(site.kube.kubeconfig), namespace=site.namespace),
+    )
+    said = ""
+
+    async def told() -> bool:
+        nonlocal said
+        said = await kubernetes_log(settings, record.slug)
+        return bool(said)
+
+    await gone(told, "the agent has written something")
+
+    assert said == f"agent of {record.device.id} serves\n"
+    await site.retire(record)
+    with pytest.raises(NotFoundError, match="no pod of nobody"):
+        await kubernetes_log(settings, "nobody")

@@ -31,6 +31,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers()
     def log_message(self, *words):
         pass
+print("agent of", os.environ["DEVICE_ID"], "serves", flush=True)
 host, _, port = os.environ["WATCHDOG_LISTEN"].rpartition(":")
 http.server.HTTPServer((host, int(port)), Page).serve_forever()
 """
