@@ -33,6 +33,8 @@ class Agent:
     SAVE_EVERY_S = 60.0
     CONSUL_WAIT_S = 1.0
     SHUT_DOWN_S = 2.5
+    DEPART_S = 3.0
+    """From the word that the device has left to the end of its alerts and of the agent."""
     HISTORY = 32
     """Changes of state that /status remembers."""
 
@@ -344,7 +346,7 @@ class Agent:
 
     def _shut_down(self, code: int, *, tell: bool = True) -> None:
         self.exit_code = code
-        self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
+        self.limit = self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
 
         def leave() -> None:
             self._save()
@@ -361,7 +363,9 @@ class Agent:
     def _deregister(self) -> None:
         """Leave one after the other; each has its own time limit, and SHUT_DOWN_S is over all."""
         if self.escalations is not None and self.departed:
-            self.loop.later(self.escalations.DEPART_S + self.SHUT_DOWN_S, self.loop.stop)
+            # Nobody else will say it: that is worth more time, and stays below Nomad's kill timeout of 5 s.
+            self.limit[2] = None
+            self.loop.later(self.DEPART_S, self.loop.stop)
             self.escalations.depart(self._leave)
         elif self.escalations is not None:
             self.escalations.close(self._leave)

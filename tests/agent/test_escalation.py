@@ -17,7 +17,7 @@ from watchdog_agent.config import check as check_config
 from watchdog_agent.loop import Loop
 
 from tests.agent.receiver import Receiver
-from tests.agent.world import World, document, probe, until
+from tests.agent.world import Listener, World, document, probe, until
 
 
 @pytest_asyncio.fixture
@@ -155,6 +155,38 @@ async def test_an_alert_ends_with_the_departure_of_its_device(
         assert ended[0]["labels"] == firing[0]["labels"]
         assert ended[0]["endsAt"] < firing[0]["endsAt"]
     assert json.loads((agent.folder / "state.json").read_text())["state"]["escalations"] == []
+
+
+async def test_a_slow_receiver_hears_the_end_of_a_device_that_has_left(
+    world: World, receiver: Receiver
+) -> None:
+    """A receiver that takes a second, and an API that takes one for the last report, do not make the end of an
+    alert be lost when a signal comes first; the agent is gone within five seconds."""
+    slow = Listener(receiver.speak)
+    delays = iter((0.0, 1.0))
+
+    async def later(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(next(delays, 0.0))
+        await receiver.speak(reader, writer)
+
+    slow.speak = later
+    await slow.start()
+    try:
+        agent = await world.started(escalate=rules(slow))  # type: ignore[arg-type]  # it has a port
+        await agent.is_in("ok", state="ok", was_ready=True)
+        await world.device.stop()
+        await until(lambda: receiver.told("firing"), "an escalation")
+        answer = world.peer.speak
+
+        async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.8)
+            await answer(reader, writer)
+
+        world.peer.speak, world.peer.body, world.peer.status = slowly, DEPARTED, 410
+        assert await agent.signal(signal.SIGTERM, 5.0) in (0, 143)
+        assert len(receiver.told("resolved")) == 1
+    finally:
+        await slow.stop()
 
 
 async def test_an_agent_that_is_replaced_leaves_its_alert_open(
