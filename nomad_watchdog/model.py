@@ -113,6 +113,8 @@ class Placement:
     reason: str = ""
     """In words: why it is pending, restarting, lost or dead."""
     created_at: WallTime = WallTime(0.0)
+    ready: bool | None = None
+    """What the scheduler's own readiness probe says of the agent; None = it asks none."""
 
 
 @dataclass(frozen=True, slots=True)

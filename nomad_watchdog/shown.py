@@ -35,6 +35,7 @@ def shown_placement(placement: Placement) -> dict[str, object]:
         "restarts": placement.restarts,
         "reason": placement.reason,
         "created_at": placement.created_at,
+        "ready": placement.ready,
     }
 
 

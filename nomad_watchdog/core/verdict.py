@@ -139,6 +139,10 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
         return Verdict(
             VerdictState.WATCHED, "the agent passes its check in Consul; no report of it here yet"
         )
+    if placement.state is PlacementState.RUNNING and placement.ready:
+        return Verdict(
+            VerdictState.WATCHED, "the scheduler finds the agent ready; no report of it here yet"
+        )
     if placement.state not in _UP and placement.reason:
         return _not_ready(f"agent {placement.state}: {placement.reason}", evidence, limits, now)
     return _not_ready(f"agent {placement.state}, no report of it", evidence, limits, now)

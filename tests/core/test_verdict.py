@@ -190,6 +190,22 @@ def test_a_silent_agent_that_passes_in_consul_is_watched() -> None:
     assert judge(record("a", epoch=1), seen, LIMITS, Monotonic(500.0)).state is VerdictState.WATCHED
 
 
+def test_a_silent_agent_that_its_scheduler_finds_ready_is_watched() -> None:
+    """Where there is no Consul, the pod's own readiness stands in for reports not heard yet; an agent that
+    is not ready, or is asked by nobody, is what it was without."""
+    up = placement("a", 1)
+    states = {}
+    for ready in (True, False, None):
+        seen = Evidence(replace(up, ready=ready), None, None, Monotonic(0.0))
+        states[ready] = judge(record("a", epoch=1), seen, LIMITS, Monotonic(500.0)).state
+
+    assert states == {
+        True: VerdictState.WATCHED,
+        False: VerdictState.UNWATCHED,
+        None: VerdictState.UNWATCHED,
+    }
+
+
 def test_a_lost_node_is_our_problem() -> None:
     """A node that does not answer leaves the device unwatched, whatever was reported before."""
     seen = Evidence(

@@ -179,6 +179,18 @@ def test_a_bare_pod_that_has_ended_is_dead() -> None:
     ]
 
 
+def test_a_pod_is_ready_by_its_own_probe_only() -> None:
+    """Without a readiness probe Kubernetes calls every running pod ready, which says nothing of its agent."""
+    probed = pod()
+    probed["spec"]["containers"] = [{"readinessProbe": {"periodSeconds": 5}}]
+    unready = pod(conditions=[{"type": "Ready", "status": "False"}])
+    unready["spec"]["containers"] = [{"readinessProbe": {"periodSeconds": 5}}]
+
+    assert [seen([owner()], [one])[0].ready for one in (pod(), probed, unready)] == [
+        None, True, False,
+    ]  # fmt: skip
+
+
 def test_labels_that_do_not_hold_together_are_counted_and_left_out() -> None:
     """An object whose slug is not its device's, or whose epoch is no number, is no placement (S11)."""
     wrong = owner()

@@ -149,6 +149,7 @@ def _placement(  # one call, one place
         restarts=max(0, len(pods) - 1) + (_restarts(newest) if newest else 0),
         reason=reason,
         created_at=WallTime(min(born)),
+        ready=_ready(max(active, key=_created)) if active else None,
     )
 
 
@@ -327,6 +328,12 @@ def _leaving(thing: Object) -> bool:
 
 def _created(thing: Object) -> float:
     return time_of(thing["metadata"].get("creationTimestamp"))
+
+
+def _ready(pod: Object) -> bool | None:
+    """What the readiness probe says; None where there is none, for such a pod is ready at once."""
+    probed = [one for one in pod["spec"].get("containers") or [] if one.get("readinessProbe")]
+    return (_conditions(pod).get("Ready") or {}).get("status") == "True" if probed else None
 
 
 def _restarts(pod: Object) -> int:
