@@ -126,6 +126,8 @@ class Breaker(Block):
 class Rollout(Block):
     at_once: Annotated[int, Field(ge=1)] = 5
     fraction: Fraction = 0.10
+    soak: Seconds = 0.0
+    deaths: Annotated[int, Field(ge=1)] = 3
 
 
 class Incident(Block):
@@ -211,6 +213,8 @@ class Settings(Block):
             breaker_fraction=self.breaker.fraction,
             replace_at_once=self.rollout.at_once,
             replace_fraction=self.rollout.fraction,
+            soak_s=self.rollout.soak,
+            soak_deaths=self.rollout.deaths,
             startup_grace_s=self.presence.startup_grace,
             startup_grace_min_s=self.presence.startup_grace_min,
             startup_grace_max_s=self.presence.startup_grace_max,

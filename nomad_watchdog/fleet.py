@@ -351,6 +351,11 @@ class Fleet(RollCall):
         )
         return max(0, len(self.records) - settled - resting)
 
+    def has_ready_agent(self, slug: Slug) -> bool:
+        """Whether the accepted agent is ready, as last judged."""
+        track = self._tracks.get(slug)
+        return track is not None and track.state in _AGENT_READY
+
     def is_stuck(self, slug: Slug) -> bool:
         """Whether the agent at the record's epoch is surely not ready and has had its time, as last judged:
         it has never said anything, or says now that it is not ready. One that has reported and is not

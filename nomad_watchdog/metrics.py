@@ -117,6 +117,7 @@ class Metrics:
         self._pool_value = self._gauge("pool_metric", "The metric as last read.", "pool")
         self._pool_problem = self._gauge("pool_problem", "1: it can't be kept or read.", "pool")
         self._pool_scalings = self._counter("pool_scalings", "Changes.", "pool", "direction")
+        self._given_up = self._gauge("rollouts_given_up", "Classes whose new version was given up.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
@@ -249,6 +250,10 @@ class Metrics:
     def expired(self, count: int) -> None:
         """So many devices left by silence."""
         self._expired.inc(count)
+
+    def rollouts_given_up(self, count: int) -> None:
+        """So many classes run an older version than is configured, or stopped between two."""
+        self._given_up.set(count)
 
     def departures_held(self, count: int) -> None:
         self._departures_held.set(count)

@@ -283,6 +283,10 @@ class Limits:
     """Roll-out: at most this many devices may be between two versions at a time …"""
     replace_fraction: float = 0.10
     """… or this share of the fleet, whichever is more."""
+    soak_s: float = 0.0
+    """An agent of a new version that was ready for so long has proved it; 0 = none has to."""
+    soak_deaths: int = 3
+    """So many devices whose agent ended before that make a version bad."""
     kill_grace_s: float = 10.0
     startup_grace_s: float = 60.0
     """An agent younger than this that is not ready is starting, not unwatched; until enough starts

@@ -34,6 +34,7 @@ from nomad_watchdog.model import (
 from nomad_watchdog.outlook import Outlook
 from nomad_watchdog.performer import BATCH, Performer
 from nomad_watchdog.registry import RegistrySnapshot
+from nomad_watchdog.rollouts import LOOK_EVERY_S, Rollouts
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 from nomad_watchdog.shown import shown_plan
 from nomad_watchdog.territory import Territory
@@ -70,12 +71,14 @@ class Reconciler:
         self.leases = leases or Undivided()
         self.territory = Territory(self.leases)
         self.scheduler = scheduler
-        self.specs = specs
+        self.rollouts = Rollouts(fleet, specs, self.leases, metrics)
+        self.specs = dict(specs)
+        """In force; the performer and the upkeep look into the same one."""
         self.metrics = metrics
         self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
         self.performer = Performer(
-            fleet, scheduler, specs, self.queue, self._done, leases=self.leases
+            fleet, scheduler, self.specs, self.queue, self._done, leases=self.leases
         )
         self.breaker = Breaker()
         self.last_plan = Plan(())
@@ -115,6 +118,7 @@ class Reconciler:
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
+        await self._roll()
         await self._patiently(lambda: self.scheduler.prepare(list(self.specs.values())), "prepare")
         upkeep = Upkeep(
             fleet=self.fleet,
@@ -134,6 +138,8 @@ class Reconciler:
             group.create_task(self._pass_when_woken())
             group.create_task(self._judge_for_ever(upkeep))
             group.create_task(self._every(PRESENCE_EVERY_S, lambda: self._settle(upkeep)))
+            if self.rollouts.on:
+                group.create_task(self._every(LOOK_EVERY_S, self._roll))
             group.create_task(self._every(SWEEP_EVERY_S, upkeep.sweep))
             group.create_task(self._every(DOUBT_EVERY_S, self._doubt_registry))
             group.create_task(self._every(self.fleet.limits.resync_s, upkeep.prepare_again))
@@ -168,12 +174,35 @@ class Reconciler:
             began = self.fleet.clock.monotonic()
             upkeep.judge()
             took_s = self.fleet.clock.monotonic() - began
-            if self._no_room:
+            # Agents that got ready, or have lasted, make room in a roll-out's window.
+            if self._no_room or self.last_plan.waiting_rollout:
                 self._wake.set()
 
     async def _settle(self, upkeep: Upkeep) -> None:
         if await upkeep.settle_presence():
             self._wake.set()
+
+    async def _roll(self) -> None:
+        """Go by the versions that are in force now: the scheduler is prepared for them first."""
+        before = self.rollouts.halted(), self.rollouts.soaking()
+        await self.rollouts.look()
+        if before != (self.rollouts.halted(), self.rollouts.soaking()):
+            self._wake.set()  # there may be room
+        specs = self.rollouts.specs()
+        if self._behind_rollouts():
+            try:
+                await self.scheduler.prepare(list(specs.values()))
+            except WatchdogError as error:
+                log.warning("prepare failed", extra={"reason": str(error)})
+                return
+            self.specs.update(specs)
+            self.hashes.update({name: spec.spec_hash for name, spec in specs.items()})
+            self._wake.set()
+
+    def _behind_rollouts(self) -> frozenset[str]:
+        """Classes with another version in force than the one that is planned with."""
+        specs = self.rollouts.specs().items()
+        return frozenset(name for name, spec in specs if self.hashes[name] != spec.spec_hash)
 
     # -- observe --------------------------------------------------------------------------------
 
@@ -472,7 +501,12 @@ class Reconciler:
             placements,
             self.hashes,
             fleet.limits,
-            readiness=Readiness(fleet.unready(), fleet.is_stuck),
+            readiness=Readiness(
+                fleet.unready(),
+                fleet.is_stuck,
+                self.rollouts.soaking(),
+                self.rollouts.halted() | self._behind_rollouts(),
+            ),
             confirmed=confirmed,
             resting=fleet.resting() | fleet.unreadable,
         )

@@ -21,6 +21,11 @@ class Readiness:
     """Whether a device's agent is surely not ready and has had its time: to replace it costs nobody an agent,
     and without that the version that mends it would wait for ever for room in the window."""
 
+    soaking: int = 0
+    """Agents of new versions that are ready and have not lasted yet (`core.soak`): they take room too."""
+    halted: frozenset[str] = frozenset()
+    """Agent classes in which nothing is replaced."""
+
 
 ALL_READY: Final = Readiness()
 
@@ -34,8 +39,15 @@ def admit(
     candidates: Sequence[Action], readiness: Readiness, *, fleet: int, limits: Limits
 ) -> tuple[Action, ...]:
     """The replacements that may begin now, first slugs first."""
-    ordered = sorted(candidates, key=lambda action: action.slug)
+    ordered = sorted(
+        (one for one in candidates if _class_of(one) not in readiness.halted),
+        key=lambda action: action.slug,
+    )
     free = [action for action in ordered if readiness.stuck(action.slug)]
-    room = max(0, window(fleet, limits) - readiness.unready)
+    room = max(0, window(fleet, limits) - readiness.unready - readiness.soaking)
     others = [action for action in ordered if not readiness.stuck(action.slug)][:room]
     return tuple(sorted([*free, *others], key=lambda action: action.slug))
+
+
+def _class_of(action: Action) -> str:
+    return action.placement.agent_class if action.placement is not None else ""

@@ -8,6 +8,7 @@ def collect() -> None:
         rows_crash,
         rows_hosts,
         rows_inputs,
+        rows_limits,
         rows_own,
         rows_replicas,
         rows_servers,

@@ -60,6 +60,8 @@ class World:
     registry: str = "consul"
     resync: str = "5s"
     version: str = "1"
+    python: str = sys.executable
+    """What runs the agents of the class `default`."""
     template: Path | None = None
     """Of a job that starts no agent; then nothing is registered in Consul either."""
     nomad_token: Path | None = None
@@ -114,7 +116,7 @@ class World:
 
     def _configuration(self, program: Program) -> str:
         classes = CLASS.format(
-            name="default", version=self.version, python=sys.executable, port=self.device_port
+            name="default", version=self.version, python=self.python, port=self.device_port
         )
         if self.bad_python:
             classes += CLASS.format(

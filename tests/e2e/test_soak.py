@@ -1,0 +1,104 @@
+"""A version that starts well and dies late, as an operator sees it: the program, and agents of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.agent.world import OK, Listener, says
+from tests.e2e.test_program import Program, directory
+from tests.schedulers.conftest import eventually, pids_of
+
+__all__ = ["directory"]
+
+CONFIG = """\
+data_dir = "{root}"
+api {{ listen = "127.0.0.1:{port}" }}
+rollout {{
+  soak   = "{soak}"
+  at_once = 4
+}}
+agent_class "default" {{
+  version = "{version}"
+  beat    = "500ms"
+  probe "http" {{
+    port     = {device}
+    interval = "1s"
+    timeout  = "500ms"
+  }}
+}}
+"""
+NAMES = tuple(f"d{number}" for number in range(6))
+
+
+async def test_a_version_that_dies_late_is_given_up_by_itself(
+    tmp_path: Path, directory: Path
+) -> None:
+    """Version 1 lasts. Of version 2 four agents get ready and wait for the end of the soak; when three of them
+    die the class goes back to version 1 by itself, the two that never were replaced run through, and it is
+    an event, a metric and in the status. A restart with version 2 changes nothing; version 3 is rolled out."""
+    device = Listener(says(OK))
+    program = Program(tmp_path)
+
+    def configure(version: str, soak: str) -> None:
+        text = CONFIG.format(
+            root=tmp_path, port=program.port, device=device.port, version=version, soak=soak
+        )
+        program.file.write_text(text)
+
+    async def devices() -> list[dict[str, Any]]:
+        return list((await program.json("devices", "ls"))["items"])
+
+    async def versions() -> list[str]:
+        found = await devices()
+        good = all(one["verdict"] == "watched" for one in found)
+        return sorted(one["version"] for one in found) if good and len(found) == 6 else []
+
+    async def kinds() -> list[str]:
+        _, out, _ = await program("events", "--kind", "rollout", "-o", "json")
+        return [kind for kind in ("rolled_back", "halted", "done") if f"rollout.{kind}" in out]
+
+    async def rollouts() -> Any:
+        return (await program.json("status"))["rollouts"]
+
+    await device.start()
+    try:
+        configure("1", "1s")
+        async with program.running():
+            await program.import_devices(*NAMES)
+            await eventually(lambda: _is(versions(), ["1"] * 6), 30.0)
+            await eventually(lambda: _is(rollouts(), {}), 30.0)
+        first = set(pids_of(directory))
+        configure("2", "120s")
+        async with program.running():
+            await eventually(lambda: _is(versions(), ["1", "1", "2", "2", "2", "2"]), 60.0)
+            await asyncio.sleep(2.0)
+            assert (await rollouts())["default"]["soaking"] == 4
+            kept = first & set(pids_of(directory))
+            assert len(kept) == 2
+            for pid in sorted(set(pids_of(directory)) - first)[:3]:
+                os.kill(pid, signal.SIGKILL)
+            await eventually(lambda: _is(kinds(), ["rolled_back"]), 30.0)
+            await eventually(lambda: _is(versions(), ["1"] * 6), 90.0)
+            assert kept <= set(pids_of(directory))
+            shown = (await rollouts())["default"]
+            assert (shown["wished"], shown["in_force"]) == ("2", "1")
+            assert "agents of 3 devices ended" in shown["given_up"]
+        back = set(pids_of(directory))
+        async with program.running():
+            await eventually(lambda: _is(versions(), ["1"] * 6), 30.0)
+            await asyncio.sleep(3.0)
+            assert set(pids_of(directory)) == back
+        configure("3", "1s")
+        async with program.running():
+            await eventually(lambda: _is(versions(), ["3"] * 6), 90.0)
+            await eventually(lambda: _is(kinds(), ["rolled_back", "done"]), 30.0)
+    finally:
+        await device.stop()
+
+
+async def _is(found: Any, wanted: object) -> bool:
+    return bool(await found == wanted)
