@@ -148,6 +148,11 @@ class Fleet(RollCall):
         for _, record in news if self._hearsay else ():
             if (report := self._hearsay.pop(record.slug, None)) is not None:
                 self.overhear(report)
+        for before, record in news:
+            # Whose agent is being replaced has none that is ready from this moment on: a roll-out that went by
+            # the last judgement, seconds old, would think that there is room for one more.
+            if before is not None and before.epoch != record.epoch and record.slug in self._tracks:
+                self.refresh(record.slug)
         if self._observer is not None:
             self._observer.records_changed([record for _, record in news])
 

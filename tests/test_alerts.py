@@ -26,6 +26,7 @@ WANTED = {
     "AgentFenced",
     "SnapshotStale",
     "EventsDropped",
+    "RolloutGivenUp",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.model import PlacementState
+from nomad_watchdog.model import Epoch, PlacementState
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.events.test_chronicle import Site
 
@@ -50,3 +50,15 @@ async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
     site.fleet.refresh_all()
     assert site.fleet.counts()["unwatched"] == 1  # type: ignore[index]
     assert not any(site.fleet.is_stuck(slug) for slug in (cut_off, well))
+
+
+async def test_whose_agent_is_being_replaced_is_not_ready_at_once(site: Site) -> None:
+    """The moment that an epoch goes up the device counts as one without a ready agent, so that a roll-out does
+    not go by a judgement from before."""
+    slugs = site.add(3, "n")
+    for slug in slugs:
+        await site.say(slug)
+    assert site.fleet.unready() == 0
+    record = site.fleet.records[slugs[0]]
+    site.fleet.learn([replace(record, epoch=Epoch(record.epoch + 1), instance="", index=2)])
+    assert site.fleet.unready() == 1
