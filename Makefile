@@ -72,6 +72,7 @@ test: lint test-fast servers
 	$(BIN)/pytest -m "long and not image"
 
 bench: $(VENV)/.dev servers
+	@$(BIN)/python -m nomad_watchdog.dev.binaries kwok >/dev/null
 	$(BIN)/python -m bench
 
 # All rows go into the document; a choice of them is only printed.

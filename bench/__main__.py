@@ -26,6 +26,7 @@ BENCHES = {
     "flatness": "3 min",
     "failover": "1 min",
     "naive": "2 min",
+    "kubernetes": "3 min",
 }
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 
