@@ -60,7 +60,14 @@ class Gauge:
                     return Reading(number_at(answer, metric.value or ""))
                 case "prometheus":
                     return Reading(_sample(await self._get(metric, {"query": metric.query or ""})))
-        except (WatchdogError, ValueError, OSError, aiohttp.ClientError, TimeoutError) as error:
+        except (
+            WatchdogError,
+            ValueError,
+            LookupError,
+            TypeError,
+            OSError,
+            aiohttp.ClientError,
+        ) as error:
             said = str(error) or type(error).__name__
             return Reading(None, f"{metric.kind}: {said[:200]}")
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -115,7 +115,10 @@ class LocalPools:
         self._look_again.set()
 
     async def usage(self, name: str, pool: AgentPool) -> Usage | None:
-        return await asyncio.to_thread(self._usage, name, pool)
+        try:
+            return await asyncio.to_thread(self._usage, name, pool)
+        except OSError as error:
+            raise translated(error, f"cannot measure pool {name}") from error
 
     # what is written down
 
@@ -152,47 +155,55 @@ class LocalPools:
         except OSError as error:
             raise translated(error, f"cannot change pool {name}") from error
 
-    def _pools(self) -> Iterator[tuple[Path, _Wanted]]:
+    def _homes(self) -> list[Path]:
         try:
-            homes = sorted(self._directory.iterdir()) if self._directory.is_dir() else []
-            for home in homes:
-                wanted = _read(home / "pool.json", _Wanted)
-                if wanted is not None:
-                    yield home, wanted
+            found = sorted(self._directory.iterdir()) if self._directory.is_dir() else []
         except OSError as error:
             raise translated(error, "cannot read the directory of pools") from error
+        return [home for home in found if (home / "pool.json").is_file()]
 
     def _look(self) -> dict[str, View]:
+        """What is wrong with one pool is told of that one only (S9)."""
         found = {}
-        for home, wanted in self._pools():
-            if wanted.removed:
-                continue
-            slots = [(slot, _worker(home, slot)) for slot in _slots(home)]
-            running = [slot for slot, one in slots if one.alive and not one.stopping_at]
-            ended = [f"worker {slot} {one.ended}" for slot, one in slots if one.crashes]
-            found[home.name] = View(
-                wanted.count,
-                len(running),
-                wanted.worker_hash,
-                tuple(map(str, running)),
-                "; ".join(ended[:3]) if len(running) < wanted.count else "",
-            )
+        for home in self._homes():
+            try:
+                wanted = _read(home / "pool.json", _Wanted)
+                if wanted is not None and not wanted.removed:
+                    found[home.name] = self._view(home, wanted)
+            except WatchdogError as error:
+                found[home.name] = View(0, 0, trouble=str(error))
+            except OSError as error:  # it goes while it is looked at, say
+                found[home.name] = View(0, 0, trouble=f"cannot be read: {error.strerror}")
         return found
+
+    def _view(self, home: Path, wanted: _Wanted) -> View:
+        slots = [(slot, _worker(home, slot)) for slot in _slots(home)]
+        running = [slot for slot, one in slots if one.alive and not one.stopping_at]
+        ended = [f"worker {slot} {one.ended}" for slot, one in slots if one.crashes]
+        return View(
+            wanted.count,
+            len(running),
+            wanted.worker_hash,
+            tuple(map(str, running)),
+            "; ".join(ended[:3]) if len(running) < wanted.count else "",
+        )
 
     # what is done
 
     def tick(self) -> None:
         """Blocking. Bring the processes of every pool one step nearer to what is written down."""
-        for home, wanted in self._pools():
+        for home in self._homes():
             try:
                 with exclusive(home):
-                    wanted = _read(home / "pool.json", _Wanted) or wanted  # noqa: PLW2901  # read under the lock
+                    wanted = _read(home / "pool.json", _Wanted)
+                    if wanted is None:
+                        continue
                     self._mind(home, wanted)
                     gone = wanted.removed and not _slots(home)
                 if gone:
                     shutil.rmtree(home, ignore_errors=True)
-            except OSError as error:
-                # One pool's full disk or lost folder is no other's trouble (S9).
+            except (OSError, WatchdogError) as error:
+                # One pool's full disk or damaged file is no other's trouble (S9).
                 log.warning("pool not minded", extra={"pool": home.name, "reason": str(error)})
 
     def _mind(self, home: Path, wanted: _Wanted) -> None:

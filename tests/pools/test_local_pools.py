@@ -236,24 +236,50 @@ async def test_a_removed_pool_is_gone_and_can_come_again(pools: LocalPools, tmp_
 async def test_cpu_and_memory_are_measured_over_the_session(
     pools: LocalPools,
 ) -> None:
-    """A worker whose child burns a core uses about 100 % of one, and some memory."""
-    burn = ("/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' & wait")
-    kept = pool(burn, memory="64Mi")
-    await pools.ensure("p", kept)
-    await running(pools, "p", 1)
-    assert await pools.usage("p", kept) is None  # one look is no rate
-    await asyncio.sleep(1.0)
-    used = await pools.usage("p", kept)
+    """A worker whose child burns what it gets of a core uses far more than one that sleeps, and no more
+    than a core; both have some memory."""
+    burn = pool(("/bin/sh", "-c", f"{sys.executable} -c 'while True: pass' & wait"), memory="64Mi")
+    nap = pool(("sleep", "600"), memory="64Mi")
+    await pools.ensure("burn", burn)
+    await pools.ensure("nap", nap)
+    await running(pools, "burn", 1)
+    await running(pools, "nap", 1)
+    await asyncio.sleep(1.0)  # an interpreter that starts burns too
+    assert await pools.usage("burn", burn) is None  # one look is no rate
+    assert await pools.usage("nap", nap) is None
+    await asyncio.sleep(1.5)
+    hot, cold = await pools.usage("burn", burn), await pools.usage("nap", nap)
 
-    assert used is not None
-    assert 15 < used.cpu < 130
-    assert 1 < used.memory < 100
+    assert hot is not None
+    assert cold is not None
+    assert 10 * cold.cpu + 1 < hot.cpu < 130
+    assert 0 < cold.memory < hot.memory < 100
 
 
-async def test_a_damaged_file_is_told_and_stops_nothing(tmp_path: Path) -> None:
-    """A pool.json that is no JSON is an error with its path; nothing is started or stopped by it."""
-    driver = LocalPools(tmp_path)
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / "pool.json").write_text("{")
+async def test_a_damaged_file_is_the_trouble_of_one_pool(pools: LocalPools, tmp_path: Path) -> None:
+    """A pool.json that is no JSON is told with its path; another pool is started, scaled and looked at,
+    and the damaged one is not made anew over it."""
+    await pools.ensure("good", pool(min=1))
+    (tmp_path / "pools" / "bad").mkdir()
+    (tmp_path / "pools" / "bad" / "pool.json").write_text("{")
+    await pools.scale("good", 2, "")
+    await running(pools, "good", 2)
+    assert "pool.json is damaged" in (await pools.look())["bad"].trouble
     with pytest.raises(TerminalError, match=r"pool\.json is damaged"):
-        await driver.look()
+        await pools.ensure("bad", pool())
+    (tmp_path / "pools" / "bad" / "pool.json").unlink()
+    (tmp_path / "pools" / "bad" / "decide").unlink()
+    (tmp_path / "pools" / "bad").rmdir()
+
+
+async def test_pools_that_come_and_go_are_looked_at_without_an_error(
+    pools: LocalPools,
+) -> None:
+    """A pool that is taken away while it is looked at raises nothing: the control plane would end by it."""
+    for _ in range(5):
+        await pools.ensure("p", pool(min=2))
+        await running(pools, "p", 2)
+        await pools.remove("p")
+        for _ in range(50):
+            await pools.look()
+            await pools.usage("p", pool())
