@@ -31,6 +31,8 @@ FIRST_S: Final = 1.0
 LONGEST_S: Final = 30.0
 STABLE_S: Final = 60.0
 """A worker that lived for so long has not failed to start."""
+UP_S: Final = 1.0
+"""A worker that lives for so long is up: the next one may be replaced."""
 _MOST_LEFT: Final = 100
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -199,21 +201,21 @@ class LocalPools:
                     if wanted is None:
                         continue
                     self._mind(home, wanted)
-                    gone = wanted.removed and not _slots(home)
-                if gone:
-                    shutil.rmtree(home, ignore_errors=True)
+                    if wanted.removed and not _slots(home):
+                        # The folder and its lock stay: whoever makes the pool anew waits at that very lock.
+                        (home / "pool.json").unlink()
             except (OSError, WatchdogError) as error:
                 # One pool's full disk or damaged file is no other's trouble (S9).
                 log.warning("pool not minded", extra={"pool": home.name, "reason": str(error)})
 
     def _mind(self, home: Path, wanted: _Wanted) -> None:
-        replacing = False
+        replacing = self._is_replacing(home, wanted)
         for slot in sorted({*_slots(home), *range(wanted.count)}):
             (home / str(slot)).mkdir(exist_ok=True)
             before = one = self._buried(home, slot, _worker(home, slot))
             extra, stale = slot >= wanted.count, one.worker_hash != wanted.worker_hash
             # Of those that are to be replaced, one at a time.
-            if one.alive and (extra or (stale and not replacing)):
+            if one.alive and (extra or one.stopping_at or (stale and not replacing)):
                 one = self._stopped(one, wanted.kill_timeout_s)
                 replacing = replacing or not extra
             elif not one.alive and not extra and self._clock.wall() >= one.not_before:
@@ -223,6 +225,14 @@ class LocalPools:
             elif one != before:
                 write_whole(home / str(slot) / "worker.json", json.dumps(asdict(one)))
             bound_log(home / str(slot) / "agent.log")
+
+    def _is_replacing(self, home: Path, wanted: _Wanted) -> bool:
+        """Whether some worker is not up, or only just: the next one is replaced when it is."""
+        now = self._clock.wall()
+        workers = [_worker(home, slot) for slot in range(wanted.count)]
+        return any(
+            not one.alive or one.stopping_at or 0 <= now - one.started_at < UP_S for one in workers
+        )
 
     def _buried(self, home: Path, slot: int, one: _Worker) -> _Worker:
         """With what is to be said of a worker that has ended; written down, so that it counts once."""

@@ -178,7 +178,7 @@ async def test_local_workers_follow_a_real_queue(queue: NatsServer, tmp_path: Pa
         assert (row["configured"], row["running"] > 0) == (False, True)
         await cli(plane, "pools", "rm", "encoder")
         await plane.until("/v1/pools", lambda answer: answer["items"] == [])
-        gone = tmp_path / "a" / "data" / "pools" / "encoder"
+        gone = tmp_path / "a" / "data" / "pools" / "encoder" / "pool.json"
         async with asyncio.timeout(20):
             while gone.exists():
                 await asyncio.sleep(0.1)
