@@ -50,7 +50,7 @@ def kv(consul: ConsulServer, prefix: str) -> list[dict[str, Any]]:
 def member(world: World, receiver: Receiver, consul_addr: str, number: int, **more: Any) -> Agent:
     """One light agent of the gateway, that registers nowhere a check of its own."""
     prefix = more.pop("prefix", f"test-{world.folder.name}".replace("_", "-"))
-    gateway = more.pop("gateway", "10.0.0.1")
+    gateway = more.pop("gateway", "127.0.0.2")
     return world.agent(
         device_id=f"pump-{number}",
         slug=f"pump-{number}",
@@ -59,6 +59,8 @@ def member(world: World, receiver: Receiver, consul_addr: str, number: int, **mo
         service=f"service-{prefix}"[:60],
         check_interval="60s",
         labels={"gateway": gateway},
+        # nobody listens there: a dead gateway that is on this host
+        gateway={"kind": "tcp", "port": world.dead_port, "timeout_s": 0.5},
         probes=[probe(world.device.port, interval_s=1.0, timeout_s=0.9, misses=2)],
         confirm=[tcp(world.dead_port, timeout_s=0.5)],
         api=[],
@@ -111,7 +113,7 @@ async def test_fifty_agents_of_a_dead_gateway_tell_once_and_their_return_once(
     await world.device.stop()
     await until(lambda: receiver.told("firing"), "an alert", SOON_S)
     (alert,) = receiver.told("firing")
-    assert (alert["count"], alert["group"]) == (MANY, ["gateway", "10.0.0.1"])
+    assert (alert["count"], alert["group"]) == (MANY, ["gateway", "127.0.0.2"])
     assert {name for name, _ in alert["devices"]} == {f"pump-{one}" for one in range(MANY)}
     assert alert["uncoordinated"] is False
     await told_to_all(agents, alert["episode"])
