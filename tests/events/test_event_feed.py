@@ -17,7 +17,9 @@ from aiohttp import web
 
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.door import door_of
 from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config_api import Api
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.event_feed import EventFeed
 from nomad_watchdog.event_store import EventStore
@@ -113,7 +115,7 @@ class Plane:
 
 
 @asynccontextmanager
-async def plane(folder: Path, board: Board, name: str) -> AsyncIterator[Plane]:
+async def plane(folder: Path, board: Board, name: str, token: str = "") -> AsyncIterator[Plane]:
     root = folder / name
     root.mkdir(exist_ok=True)
     registry = SqliteRegistry(path=root / "registry.db")
@@ -125,8 +127,12 @@ async def plane(folder: Path, board: Board, name: str) -> AsyncIterator[Plane]:
     fleet = Fleet(registry, Limits(), SystemClock(), History(name))
     fleet.reset({}, 0)
     leases = Leases(board, name)
-    feed = EventFeed(fleet, told, leases, lambda: "")
-    app = make_app(fleet, metrics=Metrics(), artifact=None, leases=leases)
+    door = None
+    if token:
+        (root / "token").write_text("operator-token-of-all")
+        door = door_of(Api(token_file=str(root / "token")))
+    feed = EventFeed(fleet, told, leases, lambda: token)
+    app = make_app(fleet, metrics=Metrics(), artifact=None, leases=leases, door=door)
     app[CONTEXT].feed = feed
     runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
     await runner.setup()
@@ -393,3 +399,25 @@ async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
                 await asyncio.sleep(0.05)
             assert not task.done()
             task.cancel()
+
+
+async def test_replicas_show_each_other_their_token(tmp_path: Path) -> None:
+    """Behind doors that ask for a token events are copied and handed over; a replica with another token
+    gets neither, and says in the status why."""
+    board = Board()
+    async with AsyncExitStack() as stack:
+        a, b, c = [
+            await stack.enter_async_context(plane(tmp_path, board, name, token))
+            for name, token in (
+                ("a", "operator-token-of-all"),
+                ("b", "operator-token-of-all"),
+                ("c", "another-token-than-theirs"),
+            )
+        ]
+        board.give("a")
+        await until(lambda: a.tells and not b.feed.problem)
+        for one in (b, c):
+            one.see("pump", f"audit.by-{one.name}")
+        await until(lambda: b.log() == [("pump", "audit.by-b")])
+        await until(lambda: "401" in c.feed.problem)
+        assert (a.log(), c.log()) == ([("pump", "audit.by-b")], [])
