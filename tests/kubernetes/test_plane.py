@@ -1,0 +1,143 @@
+"""The whole program on Kubernetes, with the rights of the shipped Role and without Consul."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import watchdog_agent
+
+from nomad_watchdog.dev._kubelet_spec import Image
+from nomad_watchdog.dev.kubelet import Kubelet
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.dev.replica import ControlPlane
+from tests.kubernetes.test_manifests import USER, install
+from tests.schedulers.kubernetes_rig import images
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
+CONFIG = """\
+backend  = "kubernetes"
+data_dir = "{root}"
+resync   = "2s"
+api {
+  listen    = "127.0.0.1:{port}"
+  ADVERTISE
+}
+kubernetes {
+  kubeconfig = "KUBECONFIG"
+}
+registry {
+  kind = "sqlite"
+}
+consul {
+  agent_address = ""
+}
+presence {
+  startup_grace     = "5s"
+  startup_grace_min = "1s"
+  report_stale      = "5s"
+}
+"""
+CLASS = """\
+agent_class "NAME" {
+  beat         = "1s"
+  kill_timeout = "3s"
+  variables    = {
+    image       = "IMAGE"
+    cpu_request = "CPU"
+    cpu_limit   = "CPU"
+  }
+  probe "tcp" {
+    port     = DEVICE
+    interval = "1s"
+    timeout  = "500ms"
+  }
+  confirm "icmp" {}
+}
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def kubeconfig(
+    kube: KubernetesCluster, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Path]:
+    """Of the service account, in a cluster with a node that runs the real agent."""
+    await install(kube, repository)
+    await kube.add_namespace("nomad-watchdog")
+    folder = tmp_path_factory.mktemp("plane")
+    agent = Image(
+        (sys.executable, "-S", "-m", "watchdog_agent"),
+        {"PYTHONPATH": str(Path(watchdog_agent.__file__).parents[1])},
+    )
+    known = images(folder / "images") | {"agntup/watchdog-agent": agent}
+    node = Kubelet(kube.kubeconfig, folder / "kubelet", images=known, node="plane", subnet=51)
+    async with node:
+        yield await kube.user(USER)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def device() -> AsyncIterator[int]:
+    """The port of something that answers on 127.0.0.1."""
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+
+
+def config(kubeconfig: Path, device: int, advertise: str, **classes: tuple[str, str]) -> str:
+    text = CONFIG.replace("KUBECONFIG", str(kubeconfig)).replace("ADVERTISE", advertise)
+    for name, (image, cpu) in classes.items():
+        one = CLASS.replace("NAME", name).replace("IMAGE", image).replace("CPU", cpu)
+        text += one.replace("DEVICE", str(device))
+    return text
+
+
+async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path: Path) -> None:
+    """An agent that runs is `watched`; that crashes, `failing` with its exit code; whose image is missing, or
+    that no node takes, `unwatched` with that reason: each our problem, none the device's."""
+    text = config(
+        kubeconfig, device, "",
+        good=("agntup/watchdog-agent", "10m"),
+        loop=("test/failing", "10m"),
+        hog=("test/hog", "10m"),
+        lost=("nowhere/nothing:1", "10m"),
+        huge=("agntup/watchdog-agent", "900000"),
+    )  # fmt: skip
+    wanted = {
+        "good": ("watched", ""),
+        "loop": ("failing", "exit code 1"),
+        "hog": ("failing", "OOMKilled"),
+        "lost": ("unwatched", "nowhere/nothing:1"),
+        "huge": ("unwatched", "no node takes it"),
+    }
+    async with ControlPlane(tmp_path, "plane", text) as plane:
+        for name in wanted:
+            await plane.register(name, **{"class": name})
+        for name, (verdict, words) in wanted.items():
+            await plane.until(
+                f"/v1/devices/{name}",
+                lambda it, v=verdict, w=words: it["verdict"] == v and w in it["reason"],
+                150.0,
+            )
+        for name in wanted:
+            await plane.call("DELETE", f"/v1/devices/{name}")
+        await plane.until("/v1/agents", lambda it: not it["items"], 60.0)
+
+
+async def test_readiness_stands_in_for_reports(
+    kubeconfig: Path, device: int, tmp_path: Path
+) -> None:
+    """With neither Consul nor a report that arrives, a device whose pod is ready is watched."""
+    text = config(
+        kubeconfig, device, 'advertise = "http://127.0.0.1:9"',
+        quiet=("agntup/watchdog-agent", "10m"),
+    )  # fmt: skip
+    async with ControlPlane(tmp_path, "plane", text) as plane:
+        await plane.register("quiet", **{"class": "quiet"})
+        found = await plane.until("/v1/devices/quiet", lambda it: it["verdict"] == "watched", 90.0)
+        assert "the scheduler finds the agent ready" in found["reason"]
+        await plane.call("DELETE", "/v1/devices/quiet")
+        await plane.until("/v1/agents", lambda it: not it["items"], 60.0)
