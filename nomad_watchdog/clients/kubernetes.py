@@ -85,15 +85,17 @@ class KubernetesClient:
         self.settings = settings
         self._credentials = Credentials(settings, clock or SystemClock())
         self._http: aiohttp.ClientSession | None = None
+        self._watching: aiohttp.ClientSession | None = None
         self._tls_of = Credential()
         self._tls: ssl.SSLContext | bool = True
         if settings.server.startswith("https"):
             self._tls = settings.ssl_context()
 
     async def close(self) -> None:
-        if self._http is not None:
-            await self._http.close()
-            self._http = None
+        for session in (self._http, self._watching):
+            if session is not None:
+                await session.close()
+        self._http = self._watching = None
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Raises NotFoundError when there is no such object."""
@@ -297,8 +299,9 @@ class KubernetesClient:
                     headers["Authorization"] = f"Bearer {who.token}"
                 if data is not None:
                     headers["Content-Type"] = content
+                session = self._open_watching() if "watch" in params else self._open()
                 answer = await stack.enter_async_context(
-                    self._open().request(
+                    session.request(
                         method,
                         f"{self.settings.server}{path}",
                         params=params,
@@ -328,6 +331,14 @@ class KubernetesClient:
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._http
+
+    def _open_watching(self) -> aiohttp.ClientSession:
+        """Apart, for each watch holds a connection: three a namespace would leave none for the calls."""
+        if self._watching is None:
+            self._watching = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return self._watching
 
 
 def _selectors(labels: str, fields: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from nomad_watchdog.errors import (
     TransientError,
     UserError,
 )
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 
 PODS = "/api/v1/namespaces/n/pods"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -210,3 +212,58 @@ async def test_retry_after_is_heeded() -> None:
             await client.get("/x")
 
     assert error.value.retry_after_s == 7.0
+
+
+async def test_watches_take_no_connection_from_the_calls() -> None:
+    """With a hundred watches open a call is answered all the same: many namespaces are many watches."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if "watch" not in request.query:
+            return page([])
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(b'{"type": "BOOKMARK", "object": {}}\n')
+        await asyncio.sleep(30)
+        return answer
+
+    opened = 0
+
+    async def follow(client: KubernetesClient) -> None:
+        nonlocal opened
+        async for _ in client.watch(PODS, "7"):
+            opened += 1
+
+    async with served(handler) as client:
+        tasks = [asyncio.ensure_future(follow(client)) for _ in range(100)]
+        try:
+            async with asyncio.timeout(20):
+                while opened < 100:
+                    await asyncio.sleep(0.05)
+                await client.list(PODS)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_watch_that_always_ends_at_once_is_not_asked_for_without_end() -> None:
+    """Behind a proxy that cuts every watch, a scheduler backs off, and says resync each time (S9)."""
+    asked = 0
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += "watch" in request.query
+        return web.Response() if "watch" in request.query else page([])
+
+    async with served(handler) as client:
+        scheduler = KubernetesScheduler(client=client, namespace="n")
+        hints = scheduler.watch()
+        resyncs = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(3):
+                async for hint in hints:
+                    resyncs += hint.slugs is None
+        await hints.aclose()  # type: ignore[attr-defined]
+
+    assert 2 <= resyncs
+    assert 3 <= asked < 60, f"three kinds were asked for {asked} times in 3 s"

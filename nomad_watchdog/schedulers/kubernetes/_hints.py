@@ -19,6 +19,8 @@ from nomad_watchdog.schedulers.kubernetes import _view as view
 log = logging.getLogger(__name__)
 
 _RECONNECT_MAX_S: Final = 30.0
+_SHORTEST_S: Final = 5.0
+"""The server ends a watch after minutes; one that ends sooner is not begun again at once."""
 _KINDS: Final[tuple[names.Kind, ...]] = ("pod", "deployment", "statefulset")
 
 
@@ -88,6 +90,7 @@ async def _follow_watch(  # one task's own things
     started: asyncio.Event,
 ) -> None:
     path = names.collection(namespace, kind)
+    loop = asyncio.get_running_loop()
     failures = 0
     while True:
         try:
@@ -97,12 +100,15 @@ async def _follow_watch(  # one task's own things
                 pending.resync()  # news may have been missed
             started.set()
             while True:
+                began = loop.time()
                 events = client.watch(path, version, labels=labels, metadata=kind != "pod")
                 async with contextlib.aclosing(events) as stream:  # type: ignore[type-var]
                     async for event in stream:
                         failures = 0
                         version = event.version or version
                         _say(event, kind, pending)
+                if loop.time() - began < _SHORTEST_S:
+                    raise TransientError(f"a watch of {path} is ended as soon as it begins")
         except (WatchdogError, ValueError) as error:
             log.warning("watch lost", extra={"reason": str(error), "of": path})
             if not isinstance(error, TransientError):
