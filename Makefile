@@ -100,7 +100,7 @@ vagrant-files: $(VENV)/.dev
 
 vagrant-validate:
 	@command -v vagrant >/dev/null || { echo "vagrant is not installed (Debian: apt install vagrant)" >&2; exit 1; }
-	vagrant validate --ignore-provider
+	VAGRANT_CHECKPOINT_DISABLE=1 vagrant validate --ignore-provider
 
 clean:
 	rm -rf $(VENV) dist
