@@ -90,6 +90,17 @@ class Kubelet:
         trace: TracebackType | None,
     ) -> None:
         await self.stop()
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """Take the node from the cluster: until the controllers miss its lease (50 s by default) the scheduler
+        would go on placing pods there."""
+        client = KubernetesClient(KubernetesSettings.discover(str(self._kubeconfig)))
+        try:
+            with contextlib.suppress(WatchdogError):  # the API server may have ended first
+                await client.delete(f"/api/v1/nodes/{self.node}")
+        finally:
+            await client.close()
 
     @property
     def log_file(self) -> Path:
