@@ -47,6 +47,8 @@ class Informer:
         self.freshness = Freshness()
         self.began_at = Monotonic(0.0)
         """When the full snapshot that was last begun was begun."""
+        self.read_began_at = Monotonic(0.0)
+        """The same, of any snapshot."""
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -115,8 +117,9 @@ class Informer:
         come last, and would hide what the younger has shown (S8). Raises as `Scheduler.snapshot`."""
         async with self._one_at_a_time:
             self.freshness.begins()
+            self.read_began_at = self._clock.monotonic()
             if only is None:
-                self.began_at = self._clock.monotonic()
+                self.began_at = self.read_began_at
             snapshot = await self._scheduler.snapshot(only)
             self.freshness.listed(snapshot.only)
             self._take(snapshot)

@@ -68,6 +68,8 @@ class Performer:
     done: Callable[[Action, str, float], None]
     leases: Leases = field(default_factory=Undivided)
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
+    stops: dict[str, tuple[Action, Monotonic]] = field(default_factory=dict)
+    """By the ref of the placement: stops that were answered, and when."""
     obstacles: dict[Slug, str] = field(default_factory=dict)
     budgets: dict[Slug, Budget] = field(default_factory=dict)
     circuit: Circuit = field(default_factory=Circuit)
@@ -240,6 +242,7 @@ class Performer:
         elif action.placement is not None:
             await self._ask(action.slug, self.scheduler.retire(action.placement, grace_s))
             failpoints.reached("K10")
+            self.stops[action.placement.ref] = (action, self.fleet.clock.monotonic())
             self._mark_stopping(action)
 
     async def _start(self, record: DeviceRecord) -> None:
@@ -285,8 +288,17 @@ class Performer:
             facts = {"server": who, "reason": str(error), "retry_in_s": wait_s}
             log.warning("server refuses", extra=facts)
 
+    def remember_stops(self, began: Monotonic) -> None:
+        """After each snapshot: one that began before a stop was answered may show the agent as it was, and
+        the next pass would stop it again (S5). Those begun later show the stop."""
+        for ref, (action, answered) in list(self.stops.items()):
+            if answered < began:
+                del self.stops[ref]
+            else:
+                self._mark_stopping(action)
+
     def _mark_stopping(self, action: Action) -> None:
-        # Our own write, until a snapshot says it: otherwise the next pass would stop it again.
+        # Our own write, until a snapshot says it.
         gone = action.placement
         assert gone is not None
         self.fleet.placements[action.slug] = tuple(

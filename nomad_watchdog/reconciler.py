@@ -323,6 +323,7 @@ class Reconciler:
                     fleet.placements[slug] = found
                 else:
                     fleet.placements.pop(slug, None)
+        self.performer.remember_stops(self.informer.read_began_at)
         seen = snapshot.only if snapshot.only is not None else list(self.performer.expectations)
         for slug in seen:
             expected = self.performer.expectations.get(slug)

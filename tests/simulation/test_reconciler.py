@@ -11,7 +11,7 @@ from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Device, Limits
+from nomad_watchdog.model import Device, Limits, PlacementState
 from nomad_watchdog.reconciler import DOUBT_EVERY_S, Reconciler
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
@@ -40,6 +40,52 @@ class Refusing(Line):
         if what == "scheduler.ensure":
             raise TransientError("no")
         return await super().call(what, effect)
+
+
+class Slow(Line):
+    """A full list of the scheduler is three seconds under way after it was made; counts the stops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops = 0
+
+    async def call(self, what: str, effect: Callable[[], T]) -> T:
+        self.stops += what == "scheduler.retire"
+        answer = await super().call(what, effect)
+        if what == "scheduler.snapshot":
+            await asyncio.sleep(3.0)
+        return answer
+
+
+async def stopped_beside_a_list() -> tuple[int, bool]:
+    """How often an agent was stopped whose stop was answered while a list was under way; whether it went."""
+    store, cluster, line = Store(), Cluster(), Slow()
+    store.initialise("test")
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store), Limits(), clock)
+    specs = {SPEC.agent_class: SPEC}
+    reconciler = Reconciler(fleet, FakeScheduler(cluster, line), specs, Metrics())
+    task = asyncio.ensure_future(reconciler.run())
+    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await asyncio.sleep(30.0)
+    assert fleet.placements[slug_of(ONE)]
+    reconciler.informer.resync("test", now=True)
+    await asyncio.sleep(1.0)
+    await fleet.deregister([ONE])
+    await asyncio.sleep(30.0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    found = fleet.placements.get(slug_of(ONE), ())
+    return line.stops, all(one.state is PlacementState.DEAD for one in found)
+
+
+def test_s5_an_agent_is_not_stopped_again_for_a_list_from_before() -> None:
+    """A list that was begun before a stop was answered shows the agent running, and asks for no second stop."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        stops, gone = runner.run(stopped_beside_a_list())
+    assert stops == 1
+    assert gone
 
 
 async def cut_short() -> tuple[bool, bool]:
