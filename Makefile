@@ -67,7 +67,7 @@ test-fast: $(VENV)/.dev
 	$(BIN)/pytest -m "not servers and not long"
 
 test: lint test-fast servers
-	@echo "tests on real servers, the long ones last (about 35 min)" >&2
+	@echo "tests on real servers, the long ones last (about 40 min)" >&2
 	$(BIN)/pytest -m "servers and not long"
 	$(BIN)/pytest -m "long and not image"
 
