@@ -259,7 +259,9 @@ class Reconciler:
         snapshot = await self.fleet.reread()
         if snapshot is not None:
             self._take_records(snapshot)
-        self.territory.registry_read_at = began
+        # Of two reads at once the older may end last, and a shard that the younger has freed would be
+        # nobody's again until the next lease changes.
+        self.territory.registry_read_at = max(self.territory.registry_read_at, began)
 
     async def _doubt_registry(self) -> None:
         """Read the registry anew when its watch has shown less than we know for a whole period: a store

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.ids import DeviceId, Shard, slug_of
+from nomad_watchdog.leases import Term, Undivided
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Device, Limits, PlacementState
+from nomad_watchdog.model import Device, Limits, Monotonic, PlacementState
 from nomad_watchdog.reconciler import DOUBT_EVERY_S, Reconciler
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
@@ -86,6 +88,57 @@ def test_s5_an_agent_is_not_stopped_again_for_a_list_from_before() -> None:
         stops, gone = runner.run(stopped_beside_a_list())
     assert stops == 1
     assert gone
+
+
+class Overtaken(Line):
+    """The first read of the registry is under way for two seconds, all others are not."""
+
+    first = True
+
+    async def call(self, what: str, effect: Callable[[], T]) -> T:
+        answer = await super().call(what, effect)
+        if what == "registry.read" and self.first:
+            self.first = False
+            await asyncio.sleep(2.0)
+        return answer
+
+
+@dataclass
+class Late(Undivided):
+    """Holds its shard since a moment after the start."""
+
+    since: Monotonic | None = None
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return {} if self.since is None else {Shard(0): Term(1, self.since)}
+
+
+async def lease_beside_a_read() -> bool:
+    """Whether a device gets its agent when the lease came while the first read was under way."""
+    store, cluster = Store(), Cluster()
+    store.initialise("test")
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store, Overtaken()), Limits(), clock)
+    leases = Late()
+    specs = {SPEC.agent_class: SPEC}
+    reconciler = Reconciler(fleet, FakeScheduler(cluster), specs, Metrics(), leases)
+    task = asyncio.ensure_future(reconciler.run())
+    await asyncio.sleep(1.0)
+    leases.since = clock.monotonic()
+    leases.changed.set()
+    await asyncio.sleep(5.0)
+    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await asyncio.sleep(60.0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    return bool(fleet.placements.get(slug_of(ONE)))
+
+
+def test_l1_a_read_from_before_the_lease_that_ends_last_does_not_undo_the_one_after() -> None:
+    """Two reads of the registry at once, the older one ending last: the shard is reconciled all the same."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(lease_beside_a_read())
 
 
 async def cut_short() -> tuple[bool, bool]:
