@@ -13,8 +13,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import quote
 
 import aiohttp
@@ -23,7 +22,7 @@ from nomad_watchdog.dev import nomad as one_nomad
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.netns import Host, Network
-from nomad_watchdog.dev.process import Process, clean_environment
+from nomad_watchdog.dev.process import Process, Running, clean_environment
 from nomad_watchdog.errors import TerminalError
 
 SERVERS: Final = ("s1", "s2", "s3")
@@ -80,7 +79,7 @@ class NomadNode:
             await self._process.terminate(15.0)
 
 
-class Cluster:
+class Cluster(Running):
     """``async with Cluster(folder) as cluster: …``. `guests`: further hosts, with nothing on them."""
 
     def __init__(self, data_dir: Path, *, clients: int = 3, guests: tuple[str, ...] = ()) -> None:
@@ -123,26 +122,12 @@ class Cluster:
             config["client"] = one_nomad.client_config(rpc, _FIRST_PORT, consul=consul, host=host)
         return NomadNode(host, data_dir, config)
 
-    async def __aenter__(self) -> Self:
-        try:
-            await self.net.__aenter__()
-            timeout = aiohttp.ClientTimeout(total=_CALL_S)
-            self._http = aiohttp.ClientSession(connector=self.ops.connector(), timeout=timeout)
-            await self._start(time.monotonic() + 120.0)
-        except BaseException:
-            await self._stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._stop()
-
-    async def _start(self, deadline: float) -> None:
+    async def start(self, timeout_s: float = 120.0) -> None:
+        """The network, then the servers, then the clients. Raises TerminalError when one does not come up."""
+        deadline = time.monotonic() + timeout_s
+        await self.net.start()
+        timeout = aiohttp.ClientTimeout(total=_CALL_S)
+        self._http = aiohttp.ClientSession(connector=self.ops.connector(), timeout=timeout)
         await asyncio.gather(*(self.consul[name].start() for name in SERVERS))
         await asyncio.gather(*(self.nomad[name].start() for name in SERVERS))
         # a client that registers before there is a keyring is refused, and comes again only after 15 s
@@ -151,7 +136,8 @@ class Cluster:
         await asyncio.gather(*(self.nomad[name].start() for name in self._clients))
         await self.wait_ready(deadline - time.monotonic())
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """The tasks, then the processes, then the network."""
         await self.net.heal()
         for node in self.nomad.values():
             with contextlib.suppress(TerminalError):
@@ -164,7 +150,7 @@ class Cluster:
         await asyncio.gather(*(consul.stop() for consul in self.consul.values()))
         for node in self.nomad.values():
             await asyncio.to_thread(one_nomad.clean_up, node.data_dir)
-        await self.net.__aexit__(None, None, None)
+        await self.net.stop()
 
     async def _stop_jobs(self) -> None:
         for job in await self.request("GET", "/v1/jobs?namespace=*"):

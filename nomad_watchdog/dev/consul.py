@@ -14,14 +14,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.netns import LOCAL, Host
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev.process import Process, Running, free_port
 from nomad_watchdog.errors import TerminalError
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ _POLL_S: Final = 0.05
 _CALL_S: Final = 2.0
 
 
-class ConsulServer:
+class ConsulServer(Running):
     """``async with ConsulServer(folder) as consul: … consul.http_addr``.
 
     Ports are chosen once, so that `start` after `stop` or `kill` brings the same server back.
@@ -63,18 +62,6 @@ class ConsulServer:
         self._max_connections = max_connections
         self._join = join
         self._process: Process | None = None
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     @property
     def pid(self) -> int:

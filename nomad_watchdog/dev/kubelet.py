@@ -23,8 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiohttp
 import click
@@ -33,7 +32,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettin
 from nomad_watchdog.dev._kubelet_pod import MARK, Pod, now_text
 from nomad_watchdog.dev._kubelet_server import serve_logs
 from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import (
     ConflictError,
     StaleError,
@@ -47,7 +46,7 @@ _LEASE_S: Final = 40
 _RETELL_S: Final = 10.0
 
 
-class Kubelet:
+class Kubelet(Running):
     """``async with Kubelet(kubeconfig, folder, images={"agntup/watchdog-agent": Image(…)}) as node: …``
 
     `subnet`: its pods have addresses 127.<subnet>.x.y. `backoff_s`: the first wait of a crash loop
@@ -79,17 +78,8 @@ class Kubelet:
         }
         self._process: Process | None = None
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.stop()
+    async def __aexit__(self, *error: object) -> None:
+        await super().__aexit__(*error)
         await self._leave()
 
     async def _leave(self) -> None:

@@ -16,15 +16,14 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiohttp
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
 from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import ConflictError, TerminalError, WatchdogError
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ _QPS: Final = ("--kube-api-qps=500", "--kube-api-burst=1000")
 _ADMIN: Final = "/O=system:masters/CN=admin"
 
 
-class KubernetesCluster:
+class KubernetesCluster(Running):
     """``async with KubernetesCluster(folder) as cluster: … cluster.kubeconfig``.
 
     `fake_nodes`: so many nodes of KWOK's, tainted so that only pods that tolerate it go there.
@@ -65,22 +64,6 @@ class KubernetesCluster:
         self._controllers = controllers
         self._ports = {name: free_port() for name in ("etcd", "peer", "manager", "scheduler")}
         self._processes: dict[str, Process] = {}
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     def settings(self, kubeconfig: Path | None = None) -> KubernetesSettings:
         """Of the administrator, or of another user's file."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 
 _POLL_S: Final = 0.05
 _CALL_S: Final = 2.0
 
 
-class NatsServer:
+class NatsServer(Running):
     """``async with NatsServer(folder) as nats: … nats.url``."""
 
     def __init__(self, data_dir: Path) -> None:
@@ -29,27 +28,20 @@ class NatsServer:
         """Where `/jsz` tells how deep the streams are."""
         self._process: Process | None = None
 
-    async def __aenter__(self) -> Self:
+    async def start(self, timeout_s: float = 30.0) -> None:
+        """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
         program = await asyncio.to_thread(find, "nats-server")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         argv = [str(program), "-a", "127.0.0.1", "-p", str(self._port), "-m", str(self._page)]
         argv += ["-js", "-sd", str(self.data_dir / "store")]
         self._process = Process.start(argv, log=self.data_dir / "nats.log", env=clean_environment())
-        try:
-            await self._ready(self._process, time.monotonic() + 30.0)
-        except BaseException:
-            await self._process.terminate(1.0)
-            raise
-        return self
+        await self._ready(self._process, time.monotonic() + timeout_s)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def stop(self) -> None:
+        """Graceful, idempotent."""
         if self._process is not None:
             await self._process.terminate()
+            self._process = None
 
     async def _ready(self, process: Process, deadline: float) -> None:
         timeout = aiohttp.ClientTimeout(total=_CALL_S)

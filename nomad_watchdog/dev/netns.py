@@ -16,11 +16,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiohttp
 
+from nomad_watchdog.dev.process import Running
 from nomad_watchdog.errors import TerminalError
 
 _SUBNET: Final = "10.231.7"
@@ -98,7 +98,7 @@ def _enter(descriptor: int) -> None:
         raise TerminalError(f"can't enter a network namespace: {os.strerror(number)}")
 
 
-class Network:
+class Network(Running):
     """``async with Network(["a", "b"]) as net: … net.hosts["a"].address``.
 
     All of it is gone at the end. Processes that run in it must be stopped before.
@@ -113,20 +113,12 @@ class Network:
         }
         self._cuts: set[tuple[str, str]] = set()
 
-    async def __aenter__(self) -> Self:
-        try:
-            await asyncio.to_thread(self._build)
-        except BaseException:
-            await asyncio.to_thread(self._remove)
-            raise
-        return self
+    async def start(self) -> None:
+        """Raises TerminalError where namespaces can't be made."""
+        await asyncio.to_thread(self._build)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def stop(self) -> None:
+        """Take the namespaces away; idempotent."""
         await asyncio.to_thread(self._remove)
 
     async def cut(self, sender: str, receiver: str) -> None:

@@ -17,15 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.netns import LOCAL, Host
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ _ALLOC_ID: Final = 36
 _DENIED: Final = "env_aws,env_gce,env_azure,env_digitalocean,vault"
 
 
-class NomadServer:
+class NomadServer(Running):
     """``async with NomadServer(folder) as nomad: … nomad.http_addr``.
 
     The first process is the server and a client; each further client is a process of its own.
@@ -72,22 +71,6 @@ class NomadServer:
         self._ports = [[free_port() for _ in range(3)] for _ in range(clients)]
         self._processes: list[Process | None] = [None] * clients
         self.http_addr = f"http://127.0.0.1:{self._ports[0][0]}"
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
     def pid(self, index: int = 0) -> int:
         return self._running(index).pid

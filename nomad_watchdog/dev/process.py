@@ -15,9 +15,10 @@ import socket
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from nomad_watchdog.errors import TerminalError, TransientError
 
@@ -61,6 +62,30 @@ def clean_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("NOMAD_", "CONSUL_", "KUBE")) and name != "AWS_CA_BUNDLE"
     }
+
+
+class Running(ABC):
+    """``async with server: …``: started on the way in, stopped on the way out, and stopped as well when the
+    start fails or is cancelled, so that no process is left behind."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start, and wait until it serves."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Graceful, idempotent, also after a start that failed."""
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.stop()
 
 
 class Process:

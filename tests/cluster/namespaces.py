@@ -13,13 +13,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from nomad_watchdog.dev import nomad as one_nomad
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.netns import Network
-from nomad_watchdog.dev.process import Process, clean_environment
+from nomad_watchdog.dev.process import Process, Running, clean_environment
 from nomad_watchdog.errors import TerminalError
 
 JOBS: Final = Path(__file__).resolve().parents[2] / "jobs"
@@ -29,7 +28,7 @@ PROGRAMS: Final = ("consul", "nomad")
 _SCRIPT_S: Final = 300.0
 
 
-class ScriptedCluster:
+class ScriptedCluster(Running):
     """``async with ScriptedCluster(folder) as cluster: …``: up, bootstrapped, the control plane submitted."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,23 +36,6 @@ class ScriptedCluster:
         self.secrets = self.folder / "secrets"
         self.net = Network([*SERVERS, *CLIENTS, "ops"])
         self._processes: list[Process] = []
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.net.__aenter__()
-            await self._start()
-        except BaseException:
-            await self._stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._stop()
 
     def etc(self, name: str) -> Path:
         return self.folder / name / "etc"
@@ -91,7 +73,9 @@ class ScriptedCluster:
             )
         return said
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """By the scripts of `jobs/cluster`. Raises TerminalError with what a script said."""
+        await self.net.start()
         programs = [await asyncio.to_thread(find, name) for name in PROGRAMS]
         hosts = self.net.hosts
         words = [f"server:{name}={hosts[name].address}" for name in SERVERS]
@@ -139,11 +123,12 @@ class ScriptedCluster:
     def logs(self) -> str:
         return "\n".join(f"{one.log}:\n{one.log_tail(8)}" for one in self._processes)
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """The processes, then what their tasks left, then the network."""
         # Clients first, so that nothing is placed anew while their tasks are ended.
         for process in reversed(self._processes):
             with contextlib.suppress(TerminalError):
                 await process.terminate(10.0)
         for name in (*SERVERS, *CLIENTS):
             await asyncio.to_thread(one_nomad.clean_up, self.folder / name)
-        await self.net.__aexit__(None, None, None)
+        await self.net.stop()
