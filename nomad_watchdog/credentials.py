@@ -12,11 +12,12 @@ from dataclasses import replace
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core.credential import Claim, issue
-from nomad_watchdog.errors import TerminalError, UserError
+from nomad_watchdog.errors import TerminalError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.keyring import SecretFile
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot
+from nomad_watchdog.schedulers.documents import class_part
 
 FIELD = "credential"
 """In the agent's document (watchdog_agent.wire)."""
@@ -61,11 +62,5 @@ class Credentialed:
 
 def with_credential(spec: AgentSpec, credential: str) -> AgentSpec:
     """The spec with the credential in its document. Raises UserError when that is no JSON object."""
-    try:
-        document = json.loads(spec.agent_config)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON object")
-    text = json.dumps(document | {FIELD: credential}, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(class_part(spec) | {FIELD: credential}, sort_keys=True, separators=(",", ":"))
     return replace(spec, agent_config=text)

@@ -67,6 +67,14 @@ class Capacity:
     room: bool
     reason: str = ""
 
+    @classmethod
+    def beside(cls, waiting: int, limit: int) -> Capacity:
+        """No room while `limit` agents or more wait for a node that takes them."""
+        if waiting < limit:
+            return cls(room=True)
+        told = f"{waiting} agents wait for a node that takes them; starts go on below {limit}"
+        return cls(room=False, reason=told)
+
 
 class Scheduler(Protocol):
     """Runs agents. Every method raises TransientError (try again), TerminalError/DeniedError (refused

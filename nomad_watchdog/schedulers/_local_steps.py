@@ -22,6 +22,7 @@ from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, PlacementState
 from nomad_watchdog.schedulers import _local_process as process
+from nomad_watchdog.schedulers import documents
 from nomad_watchdog.schedulers._local_files import (
     CorruptError,
     Entry,
@@ -83,26 +84,13 @@ def argv_of(settings: Settings, spec: AgentSpec) -> list[str]:
 
 
 def config_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> str:
-    try:
-        part = json.loads(spec.agent_config)
-    except ValueError as error:
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON: {error}") from None
-    if not isinstance(part, dict):
-        raise UserError(f"agent_config of class {spec.agent_class} must be a JSON object")
     facts = {
         "agent_class": spec.agent_class,
         "version": spec.version,
         "spec_hash": spec.spec_hash,
     }
-    document = wire.agent_config(
-        {**part, **facts},
-        device_id=record.device.id,
-        slug=record.slug,
-        epoch=epoch,
-        address=record.device.address,
-        labels=dict(record.device.labels),
-    )
-    return json.dumps(document)
+    part = documents.class_part(spec) | facts
+    return json.dumps(documents.document(record, epoch, part))
 
 
 def ensure(settings: Settings, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> Entry:

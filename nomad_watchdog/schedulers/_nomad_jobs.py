@@ -10,12 +10,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from watchdog_agent.wire import agent_config
-
 from nomad_watchdog import templates
 from nomad_watchdog.clients.nomad import NomadClient
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
+from nomad_watchdog.schedulers import documents
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +53,8 @@ async def build(
 
 def payload(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> bytes:
     """The agent's document. Raises UserError when it is too large."""
-    try:
-        part = json.loads(spec.agent_config)
-    except ValueError as error:
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON") from error
-    device = record.device
-    document = agent_config(
-        part,
-        device_id=device.id,
-        slug=record.slug,
-        epoch=epoch,
-        address=device.address,
-        labels=dict(device.labels),
-    )
-    data = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(data) > MAX_PAYLOAD:
-        raise UserError(
-            f"the agent's configuration is {len(data)} bytes; at most {MAX_PAYLOAD} are allowed"
-        )
-    return data
+    told = documents.document(record, epoch, documents.class_part(spec))
+    return documents.packed(told, MAX_PAYLOAD)
 
 
 def meta(record: DeviceRecord, epoch: Epoch, spec: AgentSpec, shard: int) -> dict[str, str]:

@@ -171,13 +171,7 @@ class NomadScheduler:
             "/v1/evaluations", "read-job", {"filter": 'Status == "blocked"'}
         )
         ours = {one["JobID"] for one in found.body if self._is_ours(one["JobID"])}
-        if len(ours) < self._blocked_limit:
-            return Capacity(room=True)
-        return Capacity(
-            room=False,
-            reason=f"{len(ours)} agents wait for a node that takes them; starts go on below "
-            f"{self._blocked_limit}",
-        )
+        return Capacity.beside(len(ours), self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
         done = 0

@@ -168,13 +168,7 @@ class KubernetesScheduler:
             )
         )
         waiting = sum(_view.is_unschedulable(pod) for found in lists for pod in found.items)
-        if waiting < self._blocked_limit:
-            return Capacity(room=True)
-        return Capacity(
-            room=False,
-            reason=f"{waiting} agents wait for a node that takes them; starts go on below "
-            f"{self._blocked_limit}",
-        )
+        return Capacity.beside(waiting, self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
         done = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import yaml
-from watchdog_agent.wire import agent_config
 
 from nomad_watchdog import templates
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
+from nomad_watchdog.schedulers import documents
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._names import KINDS, Kind
 
@@ -35,7 +34,8 @@ _CREDENTIAL: Final = "credential"
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,63})\}")
 _NUMBERS: Final = re.compile(r".*(Seconds|Threshold|[pP]ort|runAsUser|runAsGroup|fsGroup)$")
 _MIB: Final = 1024 * 1024
-_MAX_ENV: Final = 96 * 1024
+_MAX_DOCUMENT: Final = 72 * 1024
+"""Base64 of it stays below the 128 KiB that Linux allows one variable of the environment."""
 
 Object = Mapping[str, Any]
 
@@ -137,26 +137,9 @@ def _lint(document: Any) -> Iterator[str]:
 
 def document_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> tuple[bytes, str]:
     """The agent's document without its credential, and that. Raises UserError when it is too large."""
-    try:
-        part = json.loads(spec.agent_config)
-    except ValueError as error:
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON") from error
+    part = documents.class_part(spec)
     credential = str(part.pop(_CREDENTIAL, ""))
-    device = record.device
-    document = agent_config(
-        part,
-        device_id=device.id,
-        slug=record.slug,
-        epoch=epoch,
-        address=device.address,
-        labels=dict(device.labels),
-    )
-    data = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(data) * 4 / 3 > _MAX_ENV:
-        raise UserError(
-            f"the agent's configuration is {len(data)} bytes; at most 72 KiB are allowed"
-        )
-    return data, credential
+    return documents.packed(documents.document(record, epoch, part), _MAX_DOCUMENT), credential
 
 
 def labels_of(
