@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, UserError
+from nomad_watchdog.errors import DeniedError, NotFoundError, UserError
 from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from tests.kubernetes.test_manifests import USER, install, path_of
+
+from .shared import a_pool_of_another_is_left_alone
 
 
 def pool(**more: object) -> AgentPool:
@@ -258,18 +260,7 @@ async def test_a_deployment_of_somebody_else_is_left_alone(
 ) -> None:
     """Another installation's pool is not listed, not changed, not scaled and not removed."""
     other = KubernetesPools(kube.client(), namespace=pools._namespace, installation="i-2")
-    await other.ensure("p", plain())
-    try:
-        assert "p" not in await pools.look()
-        with pytest.raises(TerminalError, match="not of this installation"):
-            await pools.ensure("p", plain())
-        with pytest.raises(NotFoundError):
-            await pools.scale("p", 2, "")
-        await pools.remove("p")
-        assert "p" in await other.look()
-    finally:
-        await other.remove("p")
-        await other.close()
+    await a_pool_of_another_is_left_alone(pools, other, plain())
 
 
 async def test_a_pool_is_no_agent_for_the_scheduler(

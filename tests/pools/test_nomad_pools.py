@@ -14,8 +14,10 @@ import pytest
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, UserError
+from nomad_watchdog.errors import ConflictError, NotFoundError, UserError
 from nomad_watchdog.pools.nomad import NomadPools, scaling_block, used
+
+from .shared import a_pool_of_another_is_left_alone
 
 NAP = (sys.executable, "-c", "import time; time.sleep(600)")
 
@@ -127,18 +129,7 @@ async def test_a_job_of_somebody_else_is_left_alone(
     """Another installation's pool of that name is no pool of ours, and is neither changed nor stopped."""
     client = NomadClient(NomadSettings(address=nomad.http_addr))
     other = NomadPools(client, installation="other", prefix=prefix)
-    await other.ensure("p", pool())
-    try:
-        assert "p" not in await pools.look()
-        with pytest.raises(TerminalError, match="not of this installation"):
-            await pools.ensure("p", pool())
-        with pytest.raises(NotFoundError):
-            await pools.scale("p", 2, "")
-        await pools.remove("p")
-        assert "p" in await other.look()
-    finally:
-        await other.remove("p")
-        await other.close()
+    await a_pool_of_another_is_left_alone(pools, other, pool())
 
 
 async def test_a_removed_pool_is_gone(pools: NomadPools) -> None:

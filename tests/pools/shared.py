@@ -1,0 +1,25 @@
+"""What holds of a driver of pools whatever the scheduler is."""
+
+from __future__ import annotations
+
+import pytest
+
+from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.errors import NotFoundError, TerminalError
+from nomad_watchdog.pools import Driver
+
+
+async def a_pool_of_another_is_left_alone(driver: Driver, other: Driver, pool: AgentPool) -> None:
+    """`other`: of another installation; closed at the end."""
+    await other.ensure("p", pool)
+    try:
+        assert "p" not in await driver.look()
+        with pytest.raises(TerminalError, match="not of this installation"):
+            await driver.ensure("p", pool)
+        with pytest.raises(NotFoundError):
+            await driver.scale("p", 2, "")
+        await driver.remove("p")
+        assert "p" in await other.look()
+    finally:
+        await other.remove("p")
+        await other.close()
