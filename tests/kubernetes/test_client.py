@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from nomad_watchdog.clients import kubernetes as module
 from nomad_watchdog.clients.kubernetes import (
+    PAGE,
     FieldConflictError,
     KubernetesClient,
     KubernetesSettings,
@@ -49,23 +50,41 @@ def config_map(name: str, value: str = "1", **meta: Any) -> dict[str, Any]:
     }
 
 
-async def test_a_list_of_many_pages_is_whole(
-    client: KubernetesClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twenty-five objects in pages of ten come once each, in full and as metadata alone."""
-    monkeypatch.setattr(module, "PAGE", 10)
-    await asyncio.gather(
-        *(client.create(MAPS, config_map(f"paged.{number}")) for number in range(25))
-    )
+async def test_a_list_of_many_pages_is_whole(client: KubernetesClient) -> None:
+    """More objects than go on two pages come once each, in full and as metadata alone."""
+    count = 2 * PAGE + 25
+    numbers = iter(range(count))
+
+    async def make() -> None:
+        for number in numbers:
+            await client.create(MAPS, config_map(f"paged.{number}"))
+
+    await asyncio.gather(*(make() for _ in range(16)))
     whole = await client.list(MAPS, labels="test=paged")
     parts = await client.list(MAPS, labels="test=paged", metadata=True)
 
-    assert len({one["metadata"]["name"] for one in whole.items}) == len(whole.items) == 25
+    assert len({one["metadata"]["name"] for one in whole.items}) == len(whole.items) == count
     assert [one["metadata"]["uid"] for one in parts.items] == [
         one["metadata"]["uid"] for one in whole.items
     ]
     assert all("data" in one for one in whole.items)
     assert not any("data" in one for one in parts.items)
+
+
+async def test_a_silent_watch_is_noticed(
+    api: KubernetesCluster, client: KubernetesClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that keeps the connection and says nothing ends the watch with a TransientError."""
+    monkeypatch.setattr(module, "SILENCE_S", 1.0)  # a minute and a half is long for a test
+    version = (await client.list(MAPS, labels="test=nobody")).version
+    api.pause_process("kube-apiserver")
+    try:
+        with pytest.raises(TransientError):
+            async with asyncio.timeout(10):
+                async for _ in client.watch(MAPS, version, labels="test=nobody"):
+                    pytest.fail("there was nothing to see")
+    finally:
+        api.resume_process("kube-apiserver")
 
 
 async def test_apply_is_a_compare_and_set(client: KubernetesClient) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from nomad_watchdog.clients import kubernetes as module
 from nomad_watchdog.clients.kubernetes import (
     ExpiredError,
     FieldConflictError,
@@ -113,23 +112,6 @@ async def test_a_watch_gives_events_and_bookmarks_and_says_when_its_version_is_f
                 seen.append((event.kind, event.version))
 
     assert seen == [("ADDED", "8"), ("BOOKMARK", "9")]
-
-
-async def test_a_silent_watch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A watch that says nothing for longer than bookmarks come apart ends with a TransientError."""
-    monkeypatch.setattr(module, "SILENCE_S", 0.2)
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse()
-        await answer.prepare(request)
-        await asyncio.sleep(30)
-        return answer
-
-    async with served(handler) as client:
-        with pytest.raises(TransientError, match="broke"):
-            async with asyncio.timeout(5):
-                async for _ in client.watch(PODS, "7"):
-                    pytest.fail("there was nothing to see")
 
 
 @pytest.mark.parametrize("line", [b"{\n", b'{"type": "WHAT", "object": {}}\n', b"[]\n", b"{}\n"])
