@@ -48,7 +48,9 @@ def loads(text: str | bytes | bytearray) -> Any:
         text = bytes(text).removeprefix(b"\xef\xbb\xbf").decode()
     try:
         value, end = _scan(text, len(text) - len(text.lstrip(_BLANKS)))
-    except StopIteration:
+    except (StopIteration, SystemError):
+        # Up to Python 3.11 the scanner looks for its error's class among the imported modules, and where
+        # `json.decoder` is not there it fails without an exception: the call is a SystemError.
         raise ValueError("it is no JSON") from None
     if text[end:].strip(_BLANKS):
         raise ValueError("there is more after the JSON")

@@ -47,6 +47,25 @@ def test_json_is_read_as_the_module_reads_it(text: str) -> None:
     assert found == wanted or (math.isnan(found) and math.isnan(wanted))
 
 
+BROKEN = ['{"a": 1', "{", '"abc', "[1 2]", '{"a" 1}', "[1,]", '"\\x"', '"\\u12"', "nul", "", "1 2"]
+
+
+def test_broken_json_is_a_value_error_in_a_process_without_the_module() -> None:
+    """Text that begins as JSON and is cut or wrong is a ValueError where `json` was never imported, as in the
+    agent: there Python 3.10 and 3.11 find no class for the error they want to raise."""
+    text = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from watchdog_agent import light_json\n"
+        "assert 'json' not in sys.modules\n"
+        "for text in sys.argv[2:]:\n"
+        "    try: light_json.loads(text)\n"
+        "    except ValueError: pass\n"
+        "    else: sys.exit(f'{text} was taken')\n"
+    )
+    argv = [sys.executable, "-I", "-S", "-c", text, str(AGENT), *BROKEN]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @given(st.binary())
 def test_bytes_that_are_no_json_are_a_value_error(data: bytes) -> None:
     """Whatever bytes come, they are a value or a ValueError."""

@@ -233,6 +233,7 @@ async def test_state_survives_a_kill(world: World) -> None:
         b'{"state": 5, "crc32": 1}',
         b'{"state": {"was_ready": true, "device_id": "pump-7"}, "crc32": 1}',
         b"[" * 60_000,
+        b'{"state": {"was_ready": true, "dev',
     ],
 )
 async def test_corrupt_state_starts_clean(world: World, text: bytes) -> None:
