@@ -19,6 +19,7 @@ from pydantic import (
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.config_hcl import parse_duration
+from nomad_watchdog.config_pools import MOST_WORKERS
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet import AgentReport
@@ -215,7 +216,7 @@ class ConfirmIn(_In):
 class PoolScaleIn(_In):
     """How many workers a pool is to have."""
 
-    count: Annotated[int, Field(ge=0, le=10_000)]
+    count: Annotated[int, Field(ge=0, le=MOST_WORKERS)]
 
 
 class RepairAttemptIn(BaseModel):

@@ -6,8 +6,9 @@ workers there should be is kept by the scheduler itself, so that it outlives us 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 from nomad_watchdog.config_pools import AgentPool
@@ -36,11 +37,23 @@ class Usage:
     memory: float
 
 
+def average(shares: Sequence[tuple[float, float]], running: int) -> Usage | None:
+    """Of (cpu, memory) of the workers that could be measured; None unless that is all that run."""
+    if not running or len(shares) < running:
+        return None
+    cpu, memory = map(fmean, zip(*shares, strict=True))
+    return Usage(cpu, memory)
+
+
 class Driver(Protocol):
     """Raises WatchdogError where the scheduler can't be asked, UserError for what it refuses."""
 
     async def look(self) -> Mapping[str, View]:
         """All pools of this installation, also those that the configuration no longer names."""
+        ...
+
+    async def view(self, name: str) -> View | None:
+        """One pool of this installation; None when there is none."""
         ...
 
     async def ensure(self, name: str, pool: AgentPool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any, Final
 
 from nomad_watchdog.config_pools import AgentPool, Metric
@@ -43,6 +44,13 @@ def manifests(
     if pool.scaler == "external":
         found.append(_autoscaler(name, pool, meta))
     return found
+
+
+def unfinished(deployment: Mapping[str, Any]) -> dict[str, Any]:
+    """As it stands until all objects of the pool are as the settings say."""
+    meta = deployment["metadata"]
+    annotations = {key: told for key, told in meta["annotations"].items() if key != POOL_HASH}
+    return {**deployment, "metadata": {**meta, "annotations": annotations}}
 
 
 def object_name(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+import orjson
 
 from nomad_watchdog.config_pools import AgentPool, Metric
 from nomad_watchdog.errors import WatchdogError
@@ -94,7 +94,7 @@ class Gauge:
             if answer.status != 200:
                 raise ValueError(f"HTTP {answer.status}")
         try:
-            return json.loads(raw)
+            return orjson.loads(raw)
         except ValueError as error:
             raise ValueError("the answer is no JSON") from error
 

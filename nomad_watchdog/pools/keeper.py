@@ -95,21 +95,24 @@ class Keeper:
         pool, kept = self.pools[name], self._kept[name]
         try:
             await self._driver.ensure(name, pool)
-            kept.view = (await self._driver.look()).get(name)
-            if kept.view is None:
-                raise NotFoundError("the scheduler does not list it yet")
-            problem = kept.view.trouble
-            if pool.metric:
+            kept.view = view = await self._driver.view(name)
+            problem = view.trouble if view is not None else "the scheduler does not list it yet"
+            if view is not None and pool.metric:
                 kept.reading = await self._gauge.read(name, pool)
                 problem = problem or kept.reading.reason
-            if pool.scaler == "builtin":
-                await self._scale_by_metric(name, kept.view)
+            if view is not None and pool.scaler == "builtin":
+                await self._scale_by_metric(name, view)
         except ConflictError as error:
             # The workers are being replaced: no trouble, and over by one of the next looks.
             log.info("pool not scaled yet", extra={"pool": name, "reason": str(error)})
             problem = kept.problem
         except WatchdogError as error:
             problem = str(error)
+        except (
+            Exception
+        ) as error:  # the pool's boundary: a bug costs one pool, not the control plane (S9)
+            log.exception("pool's look crashed", extra={"pool": name})
+            problem = f"internal error: {type(error).__name__}"
         self._note_problem(name, problem)
 
     async def _scale_by_metric(self, name: str, view: View) -> None:
@@ -140,7 +143,7 @@ class Keeper:
             raise ConflictError(f'pool {name!r} has scaler = "external"; scale it there')
         if not pool.min <= count <= pool.max:
             raise UserError(f"{count} workers: pool {name!r} may have {pool.min} to {pool.max}")
-        view = (await self._driver.look()).get(name)
+        view = await self._driver.view(name)
         await self._driver.scale(name, count, by)
         self._note_scaled(name, view.count if view else 0, count, by)
 
@@ -149,7 +152,7 @@ class Keeper:
         made again. NotFoundError when there is none."""
         if name in self.pools:
             raise ConflictError(f"pool {name!r} is configured; take its block out first")
-        if name not in await self._driver.look():
+        if await self._driver.view(name) is None:
             raise NotFoundError(f"no pool {name!r}")
         await self._driver.remove(name)
         self._note(name, "pool.removed", f"pool {name} was removed", {})

@@ -13,7 +13,7 @@ from typing import Any
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError
-from nomad_watchdog.pools import Usage, View
+from nomad_watchdog.pools import Usage, View, average
 from nomad_watchdog.pools import _kubernetes_objects as objects
 
 
@@ -44,6 +44,12 @@ class KubernetesPools:
             and objects.LABEL in one["metadata"]["labels"]
         }
 
+    async def view(self, name: str) -> View | None:
+        found = await self._client.find(self._path(name))
+        if found is None or not self._is_ours(found) or found["metadata"].get("deletionTimestamp"):
+            return None
+        return _view(found)
+
     async def ensure(self, name: str, pool: AgentPool) -> None:
         wanted = objects.manifests(
             name, pool, namespace=self._namespace, installation=self._installation
@@ -55,14 +61,19 @@ class KubernetesPools:
             )
         if found is not None and found["metadata"].get("deletionTimestamp"):
             raise ConflictError(f"pool {name!r} is being removed")
-        if found is None or _hash(found) != _hash(wanted[0]):
+        stands = found is not None and _hash(found) == _hash(wanted[0])
+        if stands and len(wanted) > 1:
+            stands = await self._client.find(self._scaler(name), metadata=True) is not None
+        if not stands:
             # The scaler first where it goes, last where it comes: never one that has other bounds.
             if len(wanted) == 1:
                 await self._client.delete(self._scaler(name))
-            made = await self._client.apply(self._path(name), wanted[0])
+            made = await self._client.apply(self._path(name), objects.unfinished(wanted[0]))
             await self._within(name, pool, made, is_new=found is None)
             for scaler in wanted[1:]:
                 await self._client.apply(self._scaler(name), scaler)
+            # What says that all is done is written when it is: who dies before begins again.
+            await self._client.apply(self._path(name), wanted[0])
 
     async def scale(self, name: str, count: int, reason: str) -> None:  # noqa: ARG002  # as the protocol
         found = await self._client.find(self._path(name), metadata=True)
@@ -98,10 +109,7 @@ class KubernetesPools:
             for item in measured.get("items") or []
             if item["metadata"]["name"] in running
         ]
-        if not running or len(shares) < len(running):
-            return None
-        cpu, memory = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-        return Usage(cpu, memory)
+        return average(shares, len(running))
 
     def _path(self, name: str) -> str:
         return f"{self._deployments}/{objects.object_name(name)}"

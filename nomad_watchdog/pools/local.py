@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Final
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.errors import NotFoundError, TerminalError, WatchdogError
-from nomad_watchdog.pools import Usage, View
+from nomad_watchdog.pools import Usage, View, average
 from nomad_watchdog.schedulers import _local_process as process
 from nomad_watchdog.schedulers._local_files import bound_log, exclusive, translated, write_whole
 
@@ -100,6 +101,9 @@ class LocalPools:
 
     async def look(self) -> Mapping[str, View]:
         return await asyncio.to_thread(self._look)
+
+    async def view(self, name: str) -> View | None:
+        return (await self.look()).get(name)  # some files
 
     async def ensure(self, name: str, pool: AgentPool) -> None:
         await asyncio.to_thread(self._ensure, name, pool)
@@ -240,7 +244,7 @@ class LocalPools:
             return one
         code = process.exit_code(one.pid)
         if code is not None:  # a child of ours that is not buried yet: its number means nobody else
-            for pid in _session(one.pid):
+            for pid in _sessions().get(one.pid, []):
                 process.send(pid, process.start_time(pid), signal.SIGKILL)
         process.bury(one.pid)
         _end_rest(home / str(slot))
@@ -259,7 +263,7 @@ class LocalPools:
             return replace(one, stopping_at=now)
         # A clock that was set back does not make a worker immortal.
         if not 0 <= now - one.stopping_at < kill_timeout_s:
-            for pid in _session(one.pid):
+            for pid in _sessions().get(one.pid, []):
                 process.send(pid, process.start_time(pid), signal.SIGKILL)
         return one
 
@@ -298,8 +302,9 @@ class LocalPools:
         before = self._used.get(name, {})
         seen: dict[int, tuple[float, float]] = {}
         shares: list[tuple[float, float]] = []
+        sessions = _sessions()
         for one in running:
-            spent_s, memory = _spent(_session(one.pid))
+            spent_s, memory = _spent(sessions.get(one.pid, []))
             now = self._clock.monotonic()
             seen[one.pid] = (now, spent_s)
             if one.pid in before and now > before[one.pid][0]:
@@ -307,10 +312,7 @@ class LocalPools:
                 cpu = 100.0 * max(0.0, spent_s - spent_before) / (now - at)
                 shares.append((cpu, 100.0 * memory / pool.memory))
         self._used[name] = seen
-        if not running or len(shares) < len(running):
-            return None
-        cpu, memory_share = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-        return Usage(cpu, memory_share)
+        return average(shares, len(running))
 
 
 def _slots(home: Path) -> list[int]:
@@ -344,17 +346,16 @@ def _end_rest(slot: Path) -> None:
         process.send(pid, process.start_time(pid), signal.SIGKILL)
 
 
-def _session(leader: int) -> list[int]:
-    """The process and what it has started (each worker is the leader of a session)."""
-    found = []
+def _sessions() -> dict[int, list[int]]:
+    """Leader → the processes of its session: a worker leads one, with what it has started."""
+    found: dict[int, list[int]] = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 text = (entry / "stat").read_text()
             except OSError:  # gone meanwhile
                 continue
-            if int(text[text.rindex(")") + 2 :].split()[3]) == leader:
-                found.append(int(entry.name))
+            found[int(text[text.rindex(")") + 2 :].split()[3])].append(int(entry.name))
     return found
 
 

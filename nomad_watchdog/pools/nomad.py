@@ -24,7 +24,7 @@ from nomad_watchdog.errors import (
     TransientError,
     UserError,
 )
-from nomad_watchdog.pools import Usage, View
+from nomad_watchdog.pools import Usage, View, average
 
 TEMPLATE: Final = "pool-worker"
 _MIB: Final = 1024 * 1024
@@ -62,15 +62,22 @@ class NomadPools:
         ]
         limit = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(job_id: str) -> tuple[str, View] | None:
+        async def one(job_id: str) -> tuple[str, View | None]:
+            name = job_id.removeprefix(self._prefix)
             async with limit:
-                return await self._view(job_id)
+                return name, await self.view(name)
 
+        found = await asyncio.gather(*map(one, ours))
+        return {name: view for name, view in found if view is not None}
+
+    async def view(self, name: str) -> View | None:
+        found = await self._client.job(self._id(name))
+        if found is None or found.get("Stop") or not self._is_ours(found):
+            return None
         try:
-            found = await asyncio.gather(*map(one, ours))
+            return await self._view(found)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise TransientError(f"nomad tells of a pool what makes no sense: {error!r}") from error
-        return dict(pair for pair in found if pair is not None)
 
     async def ensure(self, name: str, pool: AgentPool) -> None:
         wanted = await self._job(name, pool)
@@ -121,10 +128,7 @@ class NomadPools:
             return used(answer.body, pool)
 
         shares = [found for found in await asyncio.gather(*map(one, running)) if found is not None]
-        if len(shares) < len(running):
-            return None
-        cpu, memory = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-        return Usage(cpu, memory)
+        return average(shares, len(running))
 
     def _id(self, name: str) -> str:
         return f"{self._prefix}{name}"
@@ -132,23 +136,20 @@ class NomadPools:
     def _is_ours(self, job: Mapping[str, Any]) -> bool:
         return bool((job.get("Meta") or {}).get("installation", "") == self._installation)
 
-    async def _view(self, job_id: str) -> tuple[str, View] | None:
-        found = await self._client.job(job_id)
-        if found is None:
-            return None
+    async def _view(self, found: Mapping[str, Any]) -> View:
+        job_id = found["ID"]
         status = await self._client.get(f"/v1/job/{quote(job_id, safe='')}/scale", "read-job")
         (group,) = found["TaskGroups"][:1]
         told = (status.body.get("TaskGroups") or {}).get(group["Name"]) or {}
         running = await self._running(job_id)
         trouble = "" if len(running) >= group["Count"] else await self._trouble(job_id)
-        view = View(
+        return View(
             count=int(told.get("Desired", group["Count"])),
             running=len(running),
             worker_hash=found["Meta"].get("worker_hash", ""),
             workers=tuple(running),
             trouble=trouble,
         )
-        return job_id.removeprefix(self._prefix), view
 
     async def _running(self, job_id: str) -> list[str]:
         path = f"/v1/job/{quote(job_id, safe='')}/allocations"
@@ -167,7 +168,7 @@ class NomadPools:
 
     async def _job(self, name: str, pool: AgentPool) -> dict[str, Any]:
         """The job as it should be; parsed and validated by Nomad once a change. Raises UserError."""
-        template = templates.load(pool.template or TEMPLATE)
+        template = await asyncio.to_thread(templates.load, pool.template or TEMPLATE)
         key = hashlib.sha256(f"{template.text}\0{pool.model_dump_json()}".encode()).hexdigest()
         before = self._built.get(name)
         if before is not None and before[0] == key:

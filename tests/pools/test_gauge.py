@@ -130,6 +130,8 @@ async def test_prometheus_is_asked_with_the_query_and_the_token(
         ({"status": "error", "error": "bad query"}, 200, "bad query"),
         ({"data": {}}, 200, "not Prometheus's"),
         ("<html>", 200, "no JSON"),
+        ("[" * 200_000, 200, "no JSON"),
+        ("1" * 400, 200, "no JSON"),
         ({}, 503, "HTTP 503"),
         ({}, 302, "HTTP 302"),
     ],

@@ -30,10 +30,16 @@ class Memory:
         self.scaled: list[tuple[str, int]] = []
         self.cpu: float | None = 50.0
         self.broken = ""
+        self.bug: Exception | None = None
         self.busy = False
 
     async def look(self) -> Mapping[str, View]:
         return {name: View(count, count) for name, count in self.counts.items()}
+
+    async def view(self, name: str) -> View | None:
+        if self.bug:
+            raise self.bug
+        return (await self.look()).get(name)
 
     async def ensure(self, name: str, pool: AgentPool) -> None:
         if self.broken:
@@ -194,7 +200,7 @@ async def test_an_external_pool_is_made_and_left_alone(world: World) -> None:
 
 
 async def test_only_the_holder_of_shard_0_acts(world: World) -> None:
-    """Without that lease a minute of looking is nothing done; with it, it is."""
+    """Without that lease some looks are nothing done; with it, they are."""
     world.leases.mine = False
     world.driver.cpu = 100.0
     keeper = world.keeper(p=pool(min=2))
@@ -206,12 +212,25 @@ async def test_only_the_holder_of_shard_0_acts(world: World) -> None:
         async with asyncio.timeout(5):
             while not world.driver.scaled:
                 await asyncio.sleep(0.02)
-        await asyncio.sleep(0.2)
-        assert world.metric('workers_wanted{pool="p"}') > 0
-        world.leases.mine = False
-        await asyncio.sleep(0.4)
-        assert world.metric('workers_wanted{pool="p"}') == 0
+            while not world.metric('workers_wanted{pool="p"}') > 0:
+                await asyncio.sleep(0.02)
+            world.leases.mine = False
+            while world.metric('workers_wanted{pool="p"}') != 0:
+                await asyncio.sleep(0.02)
         task.cancel()
+
+
+async def test_a_bug_costs_one_pool_and_not_the_control_plane(world: World) -> None:
+    """What no driver should raise is told as the pool's trouble, and the next look goes on (S9)."""
+    keeper = world.keeper(p=pool(min=2))
+    world.driver.bug = KeyError("status")
+    await keeper.look_once("p")
+    (row,) = await keeper.shown()
+    assert row["problem"] == "internal error: KeyError"
+    world.driver.bug = None
+    await keeper.look_once("p")
+    (row,) = await keeper.shown()
+    assert row["problem"] == ""
 
 
 async def test_by_hand_a_pool_has_any_number_within_its_bounds(world: World) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.errors import DeniedError, NotFoundError, UserError
+from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, UserError
 from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
@@ -228,6 +228,28 @@ async def test_ensure_again_writes_nothing_and_a_change_keeps_the_count(
     assert same["metadata"]["generation"] == first["metadata"]["generation"]
     assert changed["metadata"]["generation"] > first["metadata"]["generation"]
     assert changed["spec"]["replicas"] == 4
+
+
+async def test_a_pool_that_was_half_made_is_made_to_the_end(
+    pools: KubernetesPools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who dies between the Deployment and what follows leaves no pool that looks done; an autoscaler that
+    somebody deleted comes back."""
+
+    async def dies(*_: object) -> None:
+        raise TerminalError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pools, "_scale", dies)
+        with pytest.raises(TerminalError, match="killed"):
+            await pools.ensure("p", pool(min=3))
+    await pools.ensure("p", pool(min=3))
+    assert (await pools.look())["p"].count == 3
+    scaler = pools._scaler("p")
+    assert await pools._client.delete(scaler)
+    await pools.ensure("p", pool(min=3))
+
+    assert await pools._client.find(scaler) is not None
 
 
 async def test_bounds_that_moved_move_the_count(pools: KubernetesPools) -> None:
