@@ -22,6 +22,8 @@ def between(low: float, high: float) -> float:
 
 
 READ, WRITE = 1, 2
+FEW = 64
+"""So many timers are not worth a look at which are cancelled."""
 _EVENTS = {READ: select.POLLIN, WRITE: select.POLLOUT, READ | WRITE: select.POLLIN | select.POLLOUT}
 
 
@@ -33,6 +35,7 @@ class Loop:
         self._poll = select.poll()
         self._watched: dict[int, tuple[Watched | None, int, Callable[[int], None]]] = {}
         self._timers: list[Timer] = []
+        self._room = FEW
         self._sequence = 0
         self._stopped = False
         self._on_signal: Callable[[int], None] | None = None
@@ -64,6 +67,11 @@ class Loop:
         self._sequence += 1
         timer: Timer = [time.monotonic() + delay_s, self._sequence, callback]
         heapq.heappush(self._timers, timer)
+        if len(self._timers) > self._room:
+            # A cancelled one would stay until it is due. Twice the room that is needed makes this cheap.
+            self._timers = [one for one in self._timers if one[2] is not None]
+            heapq.heapify(self._timers)
+            self._room = max(FEW, 2 * len(self._timers))
         return timer
 
     def watch(self, sock: Watched, events: int, callback: Callable[[int], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from watchdog_agent.loop import Loop
+from watchdog_agent.loop import FEW, Loop
 
 
 def test_a_socket_closed_in_the_same_batch_is_left_alone() -> None:
@@ -43,3 +43,27 @@ def test_cancelled_timers_are_not_called() -> None:
     loop.run()
     loop.close()
     assert called == ["a", "b"]
+
+
+def test_cancelled_timers_take_no_room() -> None:
+    """Of ten thousand timers cancelled long before they are due a few dozen are kept; those that live all
+    come, in order, also ones set from a timer."""
+    loop = Loop()
+    called: list[int] = []
+    for number in range(FEW):
+        loop.later(0.001 * number, lambda number=number: called.append(number))
+
+    def churn() -> None:
+        for _ in range(10_000):
+            loop.later(3600.0, loop.stop)[2] = None
+
+    loop.later(0.0005, churn)
+    loop.later(0.2, loop.stop)
+    churn()
+    most = len(loop._timers)
+    loop.run()
+    left = len(loop._timers)
+    loop.close()
+    assert called == list(range(FEW))
+    assert most <= 2 * (FEW + 2) + 1
+    assert left <= 2 * (FEW + 2) + 1
