@@ -57,8 +57,9 @@ class Trust:
 
     def __init__(self, spec: Probe) -> None:
         self.spec = spec
-        self.context = context_of(spec)
+        # before they are read, so that a change meanwhile is one
         self.stamp = self._stamp()
+        self.context = context_of(spec)
 
     def now(self) -> ssl.SSLContext:
         """The context for the next connection."""

@@ -19,7 +19,7 @@ import pytest
 import trustme
 from amqtt.broker import Broker
 from dnslib import AAAA, QTYPE, RR, A, DNSRecord
-from watchdog_agent import config_probes, probe_snmp
+from watchdog_agent import config_probes, probe_snmp, probe_tls
 from watchdog_agent.checks import ConfigError
 
 from nomad_watchdog.dev.process import free_port
@@ -252,6 +252,27 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
         assert await asyncio.to_thread(run, spec) == (True, "status 200")
         trustme.CA().issue_cert("x.example").private_key_pem.write_to_path(mine["client_key"])
         assert await asyncio.to_thread(run, spec) == (True, "status 200")
+
+
+def test_a_certificate_renewed_while_it_is_read_is_read_again(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files replaced between the first reading and the end of it count from the next probe on."""
+    mine = own(authority, tmp_path)
+    read = probe_tls.context_of
+
+    def overtaken(spec: dict[str, Any]) -> ssl.SSLContext:
+        context = read(spec)
+        own(trustme.CA(), tmp_path)
+        return context
+
+    monkeypatch.setattr(probe_tls, "context_of", overtaken)
+    spec = config_probes.check({"kind": "https", "port": 443, **mine}, "probe")
+    monkeypatch.undo()
+    old = spec["trust"].context
+    new = spec["trust"].now()
+    assert new is not old
+    assert spec["trust"].now() is new
 
 
 def test_a_key_with_a_password_is_refused_and_nobody_is_asked(
