@@ -205,16 +205,17 @@ def parse_answer(
     for line in lines[1:]:
         name, _, value = line.partition(b":")
         headers[name.strip().lower().decode("latin-1")] = value.strip().decode("latin-1")
-    body = got[end + 4 :]
+    # sizes alone: what has come so far is not copied each time that more of it comes
+    size = len(got) - end - 4
     length = headers.get("content-length", "")
     whole = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
-    if whole is not None and len(body) < min(whole, max_body) and not closed:
+    if whole is not None and size < min(whole, max_body) and not closed:
         return None
-    if whole is None and not closed and len(body) < max_body and int(parts[1]) not in (204, 304):
+    if whole is None and not closed and size < max_body and int(parts[1]) not in (204, 304):
         return None
-    if whole is not None and closed and len(body) < min(whole, max_body):
+    if whole is not None and closed and size < min(whole, max_body):
         raise HttpError("it closed the connection in the middle of its answer")
-    return int(parts[1]), headers, bytes(body[:max_body])
+    return int(parts[1]), headers, bytes(memoryview(got)[end + 4 : end + 4 + max_body])
 
 
 def request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import dnslib
@@ -134,3 +135,17 @@ def test_last_line(output: bytes) -> None:
     line = probe_command.last_line(output)
     assert len(line) <= 200
     assert line.isprintable()
+
+
+def test_an_answer_that_comes_in_parts_is_not_copied_with_each() -> None:
+    """To find that more is to come takes no memory for what has come; the whole answer is cut at the most."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+    got = bytearray(head + b"x" * 4_000_000)
+    tracemalloc.start()
+    try:
+        assert http.parse_answer(got, closed=False, max_body=8_000_000) is None
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+    answer = http.parse_answer(got, closed=False, max_body=3)
+    assert answer == (200, {"content-length": "9000000"}, b"xxx")
