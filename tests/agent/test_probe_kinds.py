@@ -263,6 +263,7 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
 
     def overtaken(spec: dict[str, Any]) -> ssl.SSLContext:
         context = read(spec)
+        time.sleep(0.05)  # more than a tick of the file system's clock
         own(trustme.CA(), tmp_path)
         return context
 
