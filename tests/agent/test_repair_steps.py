@@ -427,6 +427,21 @@ def plugin(folder: Path, body: str) -> str:
         ),
         ("def start(*_): raise RuntimeError('boom')\n", "failed", "RuntimeError: boom"),
         ("1 / 0\n", "failed", "ZeroDivisionError"),
+        ("def start(*a): a[3](True, 'at once')\n", "no help", "no probe answered"),
+        ("def start(*a): a[3](False, 'at\\nonce')\n", "failed", "at?once"),
+        ("def start(loop, *_): loop.later(0.01, lambda: 1 / 0)\n", "failed", "ZeroDivisionError"),
+        ("def start(loop, *_): loop.later(0.01, exit)\n", "failed", "SystemExit"),
+        (
+            (
+                "import socket\n"
+                "def start(loop, step, device, ended):\n"
+                "    near, far = socket.socketpair()\n"
+                "    far.send(b'x')\n"
+                "    loop.watch(near, 1, lambda mask: far.send(near.recv(1)) and near.nothing)\n"
+            ),
+            "failed",
+            "AttributeError",
+        ),
         ("def start(*_): pass\n", "failed", "took longer than 0.5 s"),
         (
             (
