@@ -9,25 +9,34 @@ one means that the agent is dead, and then the guard kills the group, itself wit
 from __future__ import annotations
 
 import errno
+import io
 import os
 
 from .light import signal
+from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Final
+
+    from .loop import Loop
 
 SHELL: Final = "/bin/sh"
 SCRIPT: Final = '{ read -r x <&3 || kill -9 0; } >/dev/null 2>&1 & exec "$@" 3<&-'
 WORD: Final = 3
 """The descriptor at which the guard waits; the program does not get it."""
 
+POLL_S: Final = 0.05
+"""How often its end is looked for where no descriptor tells it."""
+
 _left: list[int] = []
 """Process groups of which something was alive when their leader was reaped."""
 
 
 class Guarded:
-    """A program in a process group of its own. Raises OSError when it can't be started."""
+    """A program in a process group of its own. Raises OSError when it can't be started, and ValueError when an
+    argument or a variable holds a null character."""
 
     def __init__(
         self, argv: list[str], environ: dict[str, str], actions: list[tuple[Any, ...]]
@@ -35,6 +44,7 @@ class Guarded:
         """`actions`: of `os.posix_spawn`, for the descriptors 0 to 2."""
         bury()
         self.word = -1
+        self._forget: Callable[[], None] | None = None
         # The shell would say it in its own words, and as an exit code.
         program = find(argv[0])
         read = -1
@@ -69,6 +79,34 @@ class Guarded:
         if word >= 0:
             os.close(word)
 
+    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
+        """Call back once from the loop when it has ended and can be reaped, unless it is reaped before."""
+
+        def look(_mask: int = 0) -> None:
+            self._unwatch()
+            if not self.pid:
+                return
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            if os.waitid(os.P_PID, self.pid, flags) is None:
+                loop.later(POLL_S, look)
+            else:
+                ended()
+
+        try:
+            # One descriptor in the loop instead of a signal handler or a thread.
+            file = io.FileIO(os.pidfd_open(self.pid), "rb")
+        except (OSError, AttributeError):
+            # Linux before 5.3, or a Python that was built on one.
+            loop.later(POLL_S, look)
+        else:
+            loop.watch(file, READ, look)
+            self._forget = lambda: loop.forget(file)
+
+    def _unwatch(self) -> None:
+        forget, self._forget = self._forget, None
+        if forget is not None:
+            forget()
+
     def kill(self) -> None:
         """Kill all of its group."""
         if self.pid:
@@ -88,6 +126,7 @@ class Guarded:
         except OSError:
             pass  # no guard, or a dead one
         self._close()
+        self._unwatch()
         _left.append(self.pid)
         self.pid = 0
         bury()
@@ -105,7 +144,8 @@ def bury() -> None:
 
 
 def find(name: str) -> str:
-    """Where a program is, as a shell looks for it. Raises OSError when it is nowhere."""
+    """Where a program is, as a shell looks for it. Raises OSError when it is nowhere, and ValueError for a
+    name that holds a null character."""
     if "\0" in name:
         raise ValueError("a name can't hold a null character")
     places = [name] if "/" in name else [f"{one}/{name}" for one in os.get_exec_path()]

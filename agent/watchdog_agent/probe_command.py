@@ -20,12 +20,11 @@ KEPT = 4096
 CHUNK = 16384
 PIPE = 65536
 """Bytes that a pipe holds on Linux."""
-POLL_S = 0.05
-"""How often its end is looked for where the kernel has no pidfd."""
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ")
 """Of the agent's environment no more: tokens stand in it (S10)."""
 
 _running: set[_Command] = set()
+"""All that were not reaped yet, the killed ones too."""
 
 
 def check(probe: Probe, where: str) -> None:
@@ -41,6 +40,10 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     """Run it with the device's address in WATCHDOG_ADDRESS."""
     environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environ["WATCHDOG_ADDRESS"] = address
+    if any(one.argv is spec["command"] and one.ended is None for one in _running):
+        # One corpse a probe, not one a run: a file system that hangs may do so for days.
+        loop.later(0, lambda: ended(False, "its last run was killed and hangs in the kernel"))
+        return
     try:
         _Command(loop, spec["command"], environ, spec["timeout_s"], ended)
     except (OSError, ValueError) as error:
@@ -61,6 +64,7 @@ class _Command:
         self, loop: Loop, argv: list[str], environ: dict[str, str], timeout_s: float, ended: Ended
     ) -> None:
         self.loop = loop
+        self.argv = argv
         self.ended: Ended | None = ended
         self.output = bytearray()
         self.size = 0
@@ -85,13 +89,7 @@ class _Command:
             timeout_s, lambda: self._end(False, f"not finished within {timeout_s:g} s")
         )
         loop.watch(self.pipe, READ, self._read)
-        self.fd: io.FileIO | None = None
-        try:
-            self.fd = io.FileIO(os.pidfd_open(self.program.pid), "rb")
-        except (OSError, AttributeError):
-            loop.later(POLL_S, self._poll)
-        else:
-            loop.watch(self.fd, READ, lambda _mask: self._exited())
+        self.program.watch(loop, self._exited)
 
     def _read(self, _mask: int) -> None:
         assert self.pipe is not None
@@ -106,23 +104,14 @@ class _Command:
         elif self.size > MOST_OUTPUT:
             self._end(False, "it wrote more than 1 MiB")
 
-    def _poll(self) -> None:
-        if self.ended is None:
-            return
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        if os.waitid(os.P_PID, self.program.pid, flags) is None:
-            self.loop.later(POLL_S, self._poll)
-        else:
-            self._exited()
-
     def _exited(self) -> None:
         # What it wrote last, and no more: a child of its own may hold the pipe open for ever.
         for _ in range(PIPE // CHUNK):
             if self.pipe is not None:
                 self._read(0)
-        if self.ended is None:
+        ended, status = self.ended, self._reap()
+        if ended is None or status is None:
             return
-        status = self._reap()
         code = os.waitstatus_to_exitcode(status)
         how = f"exit {code}" if code >= 0 else f"killed by signal {-code}"
         line = last_line(bytes(self.output))
@@ -131,12 +120,15 @@ class _Command:
         else:
             self._end(False, f"{how}: {line}" if line else how)
 
-    def _reap(self) -> int:
-        """Kill its group, then take its status: until then nobody else can get its number."""
+    def _reap(self) -> int | None:
+        """Kill its group, then take its status, if it is there: until then nobody else can get its number."""
         if not self.program.pid:
-            return 0
+            return None
         self.program.kill()
-        return self.program.reap() or 0
+        status = self.program.reap(os.WNOHANG)
+        if status is not None:
+            _running.discard(self)
+        return status
 
     def kill(self) -> None:
         """Kill it; nothing is called any more."""
@@ -145,12 +137,11 @@ class _Command:
 
     def _end(self, ok: bool, reason: str) -> None:
         self.timer[2] = None
-        self._reap()  # SIGKILL has no way round it: this waits for no program, only for the kernel
-        _running.discard(self)
-        for file in (self.pipe, self.fd):
-            if file is not None:
-                self.loop.forget(file)
-        self.pipe = self.fd = None
+        # What the kernel holds on to, as a dead file system does, is reaped when it lets go.
+        self._reap()
+        if self.pipe is not None:
+            self.loop.forget(self.pipe)
+            self.pipe = None
         ended, self.ended = self.ended, None
         if ended is not None:
             ended(ok, reason)

@@ -7,7 +7,6 @@ import os
 
 from . import guard
 from .http import reason_of
-from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,26 +25,10 @@ def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Run:
     return Run(loop, argv, device, ended)
 
 
-class _Descriptor:
-    """What `Loop.forget` closes."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def fileno(self) -> int:
-        return self.number
-
-    def close(self) -> None:
-        os.close(self.number)
-
-
 class Run:
     """One program in a process group of its own."""
 
-    POLL_S = 0.05
-
     def __init__(self, loop: Loop, argv: list[str], device: Document, ended: Ended) -> None:
-        self.loop = loop
         self.ended: Ended | None = ended
         self.program: guard.Guarded | None = None
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
@@ -55,31 +38,14 @@ class Run:
             text = reason_of(error) if isinstance(error, OSError) else str(error)
             loop.later(0, lambda: self._end(False, f"can't be run: {text}"))
             return
-        try:
-            # One descriptor in the loop instead of a signal handler or a thread.
-            self.watched = _Descriptor(os.pidfd_open(self.program.pid))
-        except (OSError, AttributeError):
-            # Linux before 5.3, or a Python that was built on one.
-            loop.later(self.POLL_S, self._poll)
-        else:
-            loop.watch(self.watched, READ, self._ready)  # type: ignore[arg-type]  # it has a number
+        self.program.watch(loop, self._reap)
 
-    def _ready(self, _mask: int) -> None:
-        self.loop.forget(self.watched)  # type: ignore[arg-type]  # as above
-        self._reap()
-
-    def _poll(self) -> None:
-        if not self._reap():
-            self.loop.later(self.POLL_S, self._poll)
-
-    def _reap(self) -> bool:
+    def _reap(self) -> None:
         assert self.program is not None
         status = self.program.reap(os.WNOHANG)
-        if status is None:
-            return False
+        assert status is not None
         code = os.waitstatus_to_exitcode(status)
         self._end(code == 0, f"exit {code}" if code >= 0 else f"ended by signal {-code}")
-        return True
 
     def _end(self, ok: bool, reason: str) -> None:
         ended, self.ended = self.ended, None

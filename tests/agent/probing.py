@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from watchdog_agent import config_probes, probes
+from watchdog_agent import config_probes, probe_command, probes
 from watchdog_agent.loop import Loop
 
 Answer = Callable[[bytes], bytes | None]
@@ -20,7 +20,14 @@ def run(spec: dict[str, Any], address: str = "127.0.0.1") -> tuple[bool, str]:
 
     def done(ok: bool, reason: str, _took_s: float) -> None:
         answers.append((ok, reason))
-        loop.stop()
+        finish()
+
+    def finish() -> None:
+        # what was killed is reaped from the loop
+        if probe_command._running:
+            loop.later(0.01, finish)
+        else:
+            loop.stop()
 
     try:
         probes.start(loop, spec, address, done)

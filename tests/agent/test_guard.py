@@ -116,7 +116,8 @@ def test_a_program_gets_what_it_was_given(
 
 
 def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) -> None:
-    """A missing program, a folder and a file that may not be run are OSErrors with the kernel's word."""
+    """A missing program, a folder and a file that may not be run are OSErrors with the kernel's word; a null
+    character is a ValueError."""
     plain = tmp_path / "plain"
     plain.write_text("x")
     for argv, error in (
@@ -127,6 +128,9 @@ def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) ->
     ):
         with pytest.raises(error):
             guard.Guarded([argv], {}, NULL)
+    for words in (["tr\0ue"], ["true", "\0"]):
+        with pytest.raises(ValueError, match="null"):
+            guard.Guarded(words, {}, NULL)
     assert not guard._left
 
 

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import datetime as dt
 import os
+import signal
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +21,9 @@ import pytest
 import trustme
 from amqtt.broker import Broker
 from dnslib import AAAA, QTYPE, RR, A, DNSRecord
-from watchdog_agent import config_probes, probe_snmp, probe_tls
+from watchdog_agent import config_probes, probe_command, probe_snmp, probe_tls, probes
 from watchdog_agent.checks import ConfigError
+from watchdog_agent.loop import Loop
 
 from nomad_watchdog.dev.process import free_port
 from tests.agent.probing import asked, run, tcp, udp
@@ -599,6 +602,77 @@ async def test_command_that_hangs_is_killed_with_its_children(tmp_path: Path) ->
         await until(gone, f"{name} is gone")
     with pytest.raises(ChildProcessError):
         os.waitpid(int((tmp_path / "self").read_text()), os.WNOHANG)
+
+
+HELD = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None)
+libc.prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # whoever likes may trace us
+me = os.getpid()
+if os.fork() == 0:
+    os.setsid()
+    if libc.ptrace(0x4206, me, 0, 0) == 0:  # PTRACE_SEIZE
+        with open(sys.argv[1], "w") as file:
+            file.write(f"{me} {os.getpid()}")
+    time.sleep(30)
+    os._exit(0)
+time.sleep(600)
+"""
+"""Traced by a child that outlives it, a program that was killed can't be reaped before the child is gone: the
+same to its parent as one that hangs in a dead file system, and easier to make."""
+
+
+def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
+    """A program that the kernel holds on to is told of at its time-out; no other is started beside it; when the
+    kernel lets go it is reaped, and the next run is one like any other."""
+    told = tmp_path / "told"
+    argv = [sys.executable, "-c", HELD, str(told)]
+    spec = config_probes.check({"kind": "command", "command": argv, "timeout_s": 3.0}, "probe")
+    loop = Loop()
+    answers: list[tuple[bool, str]] = []
+    times: list[float] = []
+
+    def done(ok: bool, reason: str, took_s: float) -> None:
+        answers.append((ok, reason))
+        times.append(took_s)
+        if len(answers) == 1:
+            assert told.exists()
+            probes.start(loop, spec, "10.0.0.7", done)
+        elif len(answers) == 2:
+            os.kill(int(told.read_text().split()[1]), signal.SIGKILL)
+            spec["command"][:] = ["true"]
+            reaped()
+        else:
+            loop.stop()
+
+    def reaped() -> None:
+        if probe_command._running:
+            loop.later(0.01, reaped)
+        else:
+            probes.start(loop, spec, "10.0.0.7", done)
+
+    try:
+        probes.start(loop, spec, "10.0.0.7", done)
+        loop.later(25.0, loop.stop)
+        loop.run()
+    finally:
+        loop.close()
+    assert answers == [
+        (False, "not finished within 3 s"),
+        (False, "its last run was killed and hangs in the kernel"),
+        (True, "exit 0"),
+    ]
+    assert times[0] < 10.0
+    assert not Path(f"/proc/{told.read_text().split()[0]}").exists()
+
+
+def test_command_on_a_kernel_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no descriptor tells of an end it is seen all the same, and a killed program is reaped."""
+    monkeypatch.delattr(os, "pidfd_open")
+    assert command("sh", "-c", "echo well; exit 0") == (True, "well")
+    script = f"echo $$ > {tmp_path}/self; sleep 600"
+    assert command("sh", "-c", script, timeout_s=0.5) == (False, "not finished within 0.5 s")
+    assert not Path(f"/proc/{(tmp_path / 'self').read_text().strip()}").exists()
 
 
 def test_command_that_talks_without_end_is_killed() -> None:
