@@ -43,6 +43,8 @@ AGAIN_S: Final = 1.0
 QUIET_S: Final = 0.3
 """A predecessor that has told nothing for so long is taken to have ended."""
 _CALL_S: Final = 2.0
+_REST_S: Final = 20.0
+"""All pages of one replica, each within `_CALL_S`: what is not read of a predecessor is not told."""
 _SILENCE_S: Final = 40.0
 """The stream has an empty line every 15 s."""
 _LINE: Final = 1 << 22
@@ -203,7 +205,7 @@ class EventFeed:
         found: list[Event] = []
         since = self._told.log.last_seq
         try:
-            async with asyncio.timeout(_CALL_S):
+            async with asyncio.timeout(_REST_S):
                 while len(page := await self._page(session, peer, since)) == _PAGE:
                     found += page
                     since = page[-1].seq
@@ -233,15 +235,18 @@ class EventFeed:
             await asyncio.sleep(AGAIN_S)
 
     async def _agree(self, session: aiohttp.ClientSession, peer: Replica) -> None:
-        """Forget what we told and nobody copied: the new teller has told it anew."""
+        """Take back what we told and nobody copied: the new teller tells it anew, or gets it from us."""
         mine = [event.seq for event in self._told.log.recent()][-_CHECKED:]
         if not mine:
             return
         page = await self._page(session, peer, mine[0] - 1)
         upto = page[-1].seq if len(page) == _PAGE else mine[-1]
-        gone = self._told.drop_after(mine[0] - 1, frozenset(e.seq for e in page), upto)
-        if gone:
-            log.info("events that were told anew", extra={"count": gone})
+        alone = self._told.take_back(mine[0] - 1, frozenset(e.seq for e in page), upto)
+        if alone:
+            # older than all that waits already
+            waiting = [event for event in self._pending if event.seq > alone[-1].seq]
+            self._pending = deque([*alone, *waiting], maxlen=MOST_PENDING)
+            self._news.set()
 
     async def _page(self, session: aiohttp.ClientSession, peer: Replica, since: int) -> list[Event]:
         query = {"since": str(since), "limit": str(_PAGE)}
@@ -255,14 +260,17 @@ class EventFeed:
     def _copy(self, event: Event) -> None:
         if not self._told.copy(event):
             return
-        while event.origin == self._own.origin and self._pending:
-            if self._pending[0].seq > event.own_seq:
-                break
-            self._pending.popleft()
+        if event.origin == self._own.origin:
+            self._forget(event.own_seq)
         if event.kind.startswith("incident.") and event.data.get("kind"):
             over = event.kind == "incident.closed"
             kind, group = str(event.data["kind"]), str(event.data.get("group"))
             self._chronicle.adopt(kind, group, "" if over else event.incident)
+
+    def _forget(self, upto: int) -> None:
+        """Of what waits for the teller: all up to this number of ours is told."""
+        while self._pending and self._pending[0].seq <= upto:
+            self._pending.popleft()
 
     async def _hand_over(self, session: aiohttp.ClientSession) -> None:
         """Hand what we alone know to the teller, until we have read it there."""
@@ -274,14 +282,18 @@ class EventFeed:
                 continue
             # As of now: what is told back while we still hand it over is pending no more.
             before = self._pending[0].seq
-            body = {"events": [event.shown() for event in islice(self._pending, MOST)]}
+            sent = list(islice(self._pending, MOST))
+            body = {"events": [event.shown() for event in sent]}
             try:
                 async with (
                     asyncio.timeout(_CALL_S),
                     session.post(peer.api + PATH, json=body, **self._asked({})) as answer,
                 ):
                     answer.raise_for_status()
-            except (aiohttp.ClientError, TimeoutError) as error:
+                    if (await answer.json())["taken"] == 0:
+                        # told before, by an earlier run of ours: nobody will tell them back
+                        self._forget(sent[-1].seq)
+            except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
                 log.info("events not handed over", extra={"reason": str(error) or "time-out"})
             for _ in range(20):
                 if not self._pending or self._pending[0].seq != before:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Final
 
 from nomad_watchdog.core import telling
@@ -20,6 +21,7 @@ from nomad_watchdog.model import WallTime
 
 TERM_BITS: Final = 28
 """Of a number those below the term: 268 million events a term, and a number stays below 2^53."""
+MOST_NUMBER: Final = 1 << 53
 MOST_SUBJECTS: Final = 200_000
 MOST_ORIGINS: Final = 1_000
 MOST_NUMBERS: Final = 20_000
@@ -38,9 +40,19 @@ class Told:
     """Replica → the last of its own numbers that was told."""
     _numbers: OrderedDict[int, int] = field(default_factory=OrderedDict)
     _marks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _terms: set[int] = field(default_factory=set)
+    """Under which we told."""
 
-    def resume(self, events: Sequence[Event], verdicts: Iterable[tuple[Slug, str, float]]) -> None:
-        """Go on with what an earlier run knew: its last events, and the last verdict of each device."""
+    def resume(
+        self,
+        events: Sequence[Event],
+        verdicts: Iterable[tuple[Slug, str, float]],
+        origins: Iterable[tuple[str, int]] = (),
+    ) -> None:
+        """Go on with what an earlier run knew: its last events, the last verdict of each device, and the
+        last number of each origin, which may be older than those events."""
+        for origin, number in origins:
+            self._origins[origin] = number
         for slug, kind, at in verdicts:
             self.last[slug, "verdict"] = (kind, at)
         for event in events:
@@ -59,6 +71,7 @@ class Told:
         if not self.is_news(event):
             return False
         number = max(self.log.last_seq + 1, term << TERM_BITS)
+        self._terms.add(number >> TERM_BITS)
         if event.origin == self.log.origin:
             self._numbers[event.own_seq] = number
             if len(self._numbers) > MOST_NUMBERS:
@@ -95,12 +108,23 @@ class Told:
             if event.seq in wanted or (not telling.is_shared(event) and self.is_news(event))
         ]
 
-    def drop_after(self, seq: int, keep: frozenset[int], upto: int) -> int:
-        """Forget those between `seq` and `upto` that are not in `keep`; how many. They were told by us,
-        and nobody had copied them when another became the teller, who has told them anew."""
-        gone = [e.seq for e in self.log.recent() if seq < e.seq <= upto and e.seq not in keep]
-        self.log.drop(gone)
-        return len(gone)
+    def take_back(self, seq: int, keep: frozenset[int], upto: int) -> list[Event]:
+        """Forget what we told between `seq` and `upto` that is not in `keep`: nobody had copied it when
+        another became the teller. What all replicas see that one has told anew; our own other events
+        among them, oldest first, are untold again."""
+        gone = [
+            event
+            for event in self.log.recent()
+            if seq < event.seq <= upto
+            and event.seq not in keep
+            and event.seq >> TERM_BITS in self._terms
+        ]
+        self.log.drop([event.seq for event in gone])
+        alone = [e for e in gone if e.origin == self.log.origin and not telling.is_shared(e)]
+        if alone:
+            first = min(event.own_seq for event in alone)
+            self._origins[self.log.origin] = min(self._origins[self.log.origin], first - 1)
+        return [replace(event, seq=event.own_seq, own=0, marks=()) for event in alone]
 
     def _take(self, event: Event) -> None:
         self._learn(event)
@@ -127,10 +151,11 @@ class Told:
 def event_of(said: Mapping[str, object]) -> Event:
     """An event as `Event.shown` gives it. Raises ValueError for what is none."""
     try:
-        own = int(str(said["id"]).rpartition(":")[2])
+        own = _number(str(said["id"]).rpartition(":")[2], least=1)
+        at = _time(said["at"])
         return Event(
-            seq=int(str(said["seq"])),
-            at=WallTime(float(str(said["at"]))),
+            seq=_number(said["seq"]),
+            at=at,
             kind=str(said["kind"])[:64],
             device_id=str(said["device"]),
             slug=Slug(str(said["slug"])),
@@ -139,10 +164,25 @@ def event_of(said: Mapping[str, object]) -> Event:
             origin=str(said["origin"])[:128],
             incident=str(said.get("incident", ""))[:256],
             own=own,
-            marks=tuple(int(str(number)) for number in _list_of(said)),
+            marks=tuple(_number(number) for number in _list_of(said)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError("this is no event") from error
+
+
+def _number(said: object, least: int = 0) -> int:
+    """One that a store takes, and that programs in other languages read exactly."""
+    number = int(str(said))
+    if not least <= number < MOST_NUMBER:
+        raise ValueError(f"a number of an event is {least} to {MOST_NUMBER - 1}")
+    return number
+
+
+def _time(said: object) -> WallTime:
+    seconds = float(str(said))
+    if not isfinite(seconds):
+        raise ValueError("a time is a number")
+    return WallTime(seconds)
 
 
 def _data_of(said: Mapping[str, object]) -> dict[str, object]:

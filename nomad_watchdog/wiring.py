@@ -173,7 +173,7 @@ async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | Non
     store = EventStore(settings.told_path, origin=origin, most=kept.keep, max_age_s=kept.max_age)
     found = await store.open()
     told = Told(History(origin, store, is_copied=True))
-    told.resume(found.events, found.verdicts)
+    told.resume(found.events, found.verdicts, found.origins)
     try:
         yield told
     finally:

@@ -47,6 +47,8 @@ class Found:
     """Id and text of incidents that were opened and not closed; the last MOST_LEFT_OPEN."""
     verdicts: tuple[tuple[Slug, str, float], ...] = ()
     """Of each device the last event of its verdict: slug, kind and wall time."""
+    origins: tuple[tuple[str, int], ...] = ()
+    """Of each control plane the last of its own numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
         ).fetchall()
         events = tuple(_event(row) for row in reversed(rows))
         number = int(last[0]) if last else 0
-        return db, Found(str(origin), number, events, _left_open(db), _verdicts(db))
+        left = _left_open(db)
+        return db, Found(str(origin), number, events, left, _verdicts(db), _origins(db))
     except BaseException:
         db.close()
         raise
@@ -98,6 +101,11 @@ def _verdicts(db: sqlite3.Connection) -> tuple[tuple[Slug, str, float], ...]:
         "SELECT slug, kind, at, max(seq) FROM event WHERE kind GLOB 'verdict.*' GROUP BY slug"
     )
     return tuple((Slug(slug), kind, at) for slug, kind, at, _ in rows)
+
+
+def _origins(db: sqlite3.Connection) -> tuple[tuple[str, int], ...]:
+    number = "max(CASE own WHEN 0 THEN seq ELSE own END)"
+    return tuple(db.execute(f"SELECT origin, {number} FROM event GROUP BY origin"))  # noqa: S608  # ours
 
 
 def _left_open(db: sqlite3.Connection) -> tuple[tuple[str, str], ...]:

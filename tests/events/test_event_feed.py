@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import aiohttp
 import pytest
@@ -21,8 +21,9 @@ from nomad_watchdog.api.door import door_of
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.core.incidents import GroupKind
-from nomad_watchdog.event_feed import EventFeed
+from nomad_watchdog.event_feed import MOST, EventFeed
 from nomad_watchdog.event_store import EventStore
+from nomad_watchdog.event_store._sql import TAIL
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.history import Event, History
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
@@ -123,7 +124,7 @@ async def plane(folder: Path, board: Board, name: str, token: str = "") -> Async
     store = EventStore(root / "told.db", origin=name)
     found = await store.open()
     told = Told(History(name, store, is_copied=True))
-    told.resume(found.events, found.verdicts)
+    told.resume(found.events, found.verdicts, found.origins)
     fleet = Fleet(registry, Limits(), SystemClock(), History(name))
     fleet.reset({}, 0)
     leases = Leases(board, name)
@@ -269,7 +270,8 @@ async def test_the_last_teller_goes_on_while_consul_is_away(tmp_path: Path) -> N
 
 
 async def test_a_teller_that_was_cut_off_forgets_what_nobody_copied(tmp_path: Path) -> None:
-    """It told on while another had taken over; when it is back, its log is that of the others."""
+    """It told on while another had taken over; when it is back, its log is that of the others. What it alone
+    had seen meanwhile is told by its successor."""
     board = Board()
     async with planes(tmp_path, board, "a", "b", "c") as (a, b, c):
         for one in (a, b, c):
@@ -281,13 +283,14 @@ async def test_a_teller_that_was_cut_off_forgets_what_nobody_copied(tmp_path: Pa
             one.feed._unfollow()
         for one in (a, b, c):
             one.see("pump", "verdict.offline")
+        a.see("", "audit.pause")
         await asyncio.sleep(0.3)
-        assert [len(one.log()) for one in (a, b, c)] == [2, 1, 1]
+        assert [len(one.log()) for one in (a, b, c)] == [3, 1, 1]
         board.give("b")
         await until(lambda: len(c.log()) == 2)
         board.there["a"] = a.api
-        await until(lambda: a.ids() == b.ids() == c.ids())
-        assert b.ids() == ["a:1", "b:2"]
+        await until(lambda: a.ids() == b.ids() == c.ids() and len(c.ids()) == 3)
+        assert b.ids() == ["a:1", "b:2", "a:3"]
 
 
 async def test_a_restarted_replica_knows_what_was_told(tmp_path: Path) -> None:
@@ -309,6 +312,43 @@ async def test_a_restarted_replica_knows_what_was_told(tmp_path: Path) -> None:
         assert [item["kind"] for item in await a.read(f"since={last}")] == ["verdict.watched"]
 
 
+async def test_what_was_told_before_does_not_hold_up_what_is_new(tmp_path: Path) -> None:
+    """More old events than go into one message wait for the teller, who knows them: they are given up, and what
+    was seen last is told."""
+    async with planes(tmp_path, Board(), "a", "b") as (a, b):
+        old = [b.see("", "audit.pause") for _ in range(MOST + 50)]
+        await until(lambda: len(a.log()) == len(old) and not b.feed._pending)
+        b.feed._pending.extend(old)
+        b.see("", "audit.resume")
+        await until(lambda: a.log()[-1] == ("", "audit.resume"))
+
+        assert len(a.log()) == len(old) + 1
+
+
+async def test_the_last_number_of_each_replica_survives_a_restart(tmp_path: Path) -> None:
+    """Also of one whose events are older than those that are read from the file: they are no news."""
+    told: list[Event] = []
+    for run in range(2):
+        store = EventStore(tmp_path / "told.db", origin="a")
+        found = await store.open()
+        log = Told(History("a", store, is_copied=True))
+        log.resume(found.events, found.verdicts, found.origins)
+        if run == 0:
+            other, own = History("b"), History("a")
+            told = [note(other, "audit.pause") for _ in range(3)]
+            told += [note(own, "audit.pause") for _ in range(TAIL + 10)]
+            assert all(log.tell(event, 1) for event in told)
+        assert not any(map(log.is_news, told))
+        assert log.is_news(note(other, "audit.pause"))
+        await store.close()
+
+
+def note(history: History, kind: str) -> Event:
+    return history.add(
+        at=SystemClock().wall(), kind=kind, device_id="", slug=Slug(""), text="", data={}
+    )
+
+
 async def test_a_reader_goes_on_with_another_replica(tmp_path: Path) -> None:
     """Who has read up to a number on one replica asks another that has not copied so far: it answers with
     nothing rather than with what was read, and with what comes next once it is there."""
@@ -323,7 +363,29 @@ async def test_a_reader_goes_on_with_another_replica(tmp_path: Path) -> None:
         assert [item["kind"] for item in await b.read(f"since={ahead}")] == ["verdict.watched"]
 
 
-@pytest.mark.parametrize("body", [{"events": [{}]}, {"events": [{"id": "x"}]}, {"events": 1}])
+EVENT: Final = {
+    "id": "b:7", "seq": 7, "origin": "b", "at": 1.0, "kind": "audit.pause", "device": "", "slug": "", "text": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"events": [{}]},
+        {"events": [{"id": "x"}]},
+        {"events": 1},
+        *(
+            {"events": [EVENT | change]}
+            for change in (
+                {"id": f"b:{2**70}"},
+                {"id": "b:0"},
+                {"seq": 2**53},
+                {"at": "nan"},
+                {"marks": [-1]},
+            )
+        ),
+    ],
+)
 async def test_what_is_no_event_is_refused(tmp_path: Path, body: object) -> None:
     """400 for what is no event, 409 from a replica that does not tell; and nothing is told."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
@@ -385,6 +447,9 @@ async def test_an_event_that_is_told_back_before_the_answer_came_ends_nothing(
 
         def raise_for_status(self) -> None:
             return
+
+        async def json(self) -> dict[str, int]:
+            return {"taken": 1}
 
     async with planes(tmp_path, Board(), "a", "b") as (_, b):
         await until(lambda: b.feed.problem == "")
