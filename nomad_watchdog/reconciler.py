@@ -184,10 +184,8 @@ class Reconciler:
 
     async def _roll(self) -> None:
         """Go by the versions that are in force now: the scheduler is prepared for them first."""
-        before = self.rollouts.halted(), self.rollouts.soaking()
-        await self.rollouts.look()
-        if before != (self.rollouts.halted(), self.rollouts.soaking()):
-            self._wake.set()  # there may be room
+        if await self.rollouts.look():
+            self._wake.set()
         specs = self.rollouts.specs()
         if self._behind_rollouts():
             try:

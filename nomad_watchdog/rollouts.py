@@ -1,11 +1,13 @@
 """Versions on their way: which spec each class has now, and back to the last good one when the new one dies.
 
 What is kept of a class is one small document in the registry: the last spec that has proved itself, and the
-hash of the one that was given up. Every replica goes by it; the holder of shard 0 alone judges and writes.
+hash of the one that was given up. Every replica goes by it and sees what soaks; the holder of shard 0 alone
+judges and writes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -80,9 +82,9 @@ class Rollouts:
         """Classes whose new version was given up and that have none to go back to."""
         return self._halted
 
-    def _settle(self) -> None:
+    async def _settle(self) -> None:
         """See what follows from what is kept."""
-        self._now = {name: self._in_force(name, spec) for name, spec in self._wished.items()}
+        self._now = {name: await self._in_force(name, spec) for name, spec in self._wished.items()}
         self._halted = frozenset(
             name
             for name, spec in self._wished.items()
@@ -90,10 +92,12 @@ class Rollouts:
         )
         self._metrics.rollouts_given_up(sum(map(self._is_given_up, self._wished)))
 
-    def _in_force(self, name: str, wished: AgentSpec) -> AgentSpec:
+    async def _in_force(self, name: str, wished: AgentSpec) -> AgentSpec:
         kept = self._kept.get(name, Kept())
         back = kept.good if self._is_given_up(name) else None
-        return back if back is not None and _digest(back) == kept.template else wished
+        if back is None or await asyncio.to_thread(_digest, back) != kept.template:
+            return wished
+        return back
 
     def _is_given_up(self, name: str) -> bool:
         return self._kept.get(name, Kept()).bad == self._wished[name].spec_hash
@@ -134,25 +138,31 @@ class Rollouts:
 
     # -- what the registry keeps ----------------------------------------------------------------
 
-    async def look(self) -> None:
-        """Read what is kept and, as the judge, look at the agents of new versions. What the registry raises
-        is told in `problem`."""
+    async def look(self) -> bool:
+        """Read what is kept, look at the agents of new versions and, as the judge, say what follows; whether
+        there may be more room in the window. What the registry raises is told in `problem`."""
         if not self.on:
-            return
+            return False
+        before = self._room()
         try:
             now = self._fleet.clock.monotonic()
             if now - self._read_at >= READ_EVERY_S:
                 await self._read()
                 self._read_at = now
-            if _JUDGE in self._leases.terms() and self._fleet.ready:
+            if self._fleet.ready:
                 for name, spec in self._wished.items():
-                    await self._judge(name, spec)
+                    await self._watch(name, spec)
         except WatchdogError as error:
             if not self.problem:
                 log.warning("roll-outs not judged", extra={"reason": str(error)})
             self.problem = str(error)
         else:
             self.problem = ""
+        return before != self._room()
+
+    def _room(self) -> tuple[frozenset[str], dict[str, int]]:
+        """What changes when there is room for more."""
+        return self._halted, {name: len(soak.lasted) for name, soak in self._soaks.items()}
 
     async def _read(self) -> None:
         for name in self._wished:
@@ -161,7 +171,7 @@ class Rollouts:
             if known is None or known.index != found.index:
                 self._kept[name] = _decoded(found.body)
                 self._documents[name] = found
-        self._settle()
+        await self._settle()
 
     async def _write(self, name: str, kept: Kept) -> bool:
         wanted = replace(self._documents.get(name, Document()), body=_encoded(kept))
@@ -170,12 +180,12 @@ class Rollouts:
             self._read_at = float("-inf")  # another judge was faster: go by what it wrote
             return False
         self._documents[name], self._kept[name] = stored, kept
-        self._settle()
+        await self._settle()
         return True
 
-    # -- the judge ------------------------------------------------------------------------------
+    # -- watching and judging -------------------------------------------------------------------
 
-    async def _judge(self, name: str, spec: AgentSpec) -> None:
+    async def _watch(self, name: str, spec: AgentSpec) -> None:
         kept = self._kept.get(name, Kept())
         settled = kept.good is not None and kept.good.spec_hash == spec.spec_hash
         if settled or self._is_given_up(name):
@@ -183,12 +193,18 @@ class Rollouts:
             return
         wanted = frozenset(self._wanted(name))
         soak = self._soaks.setdefault(name, Soak(self._limits))
-        soak.look(self._runs(spec), wanted, self._fleet.clock.monotonic())
+        soak.look(self._runs(spec, wanted), wanted, self._fleet.clock.monotonic())
+        if _JUDGE in self._leases.terms():
+            await self._judge(spec, soak, wanted)
+
+    async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:
+        name = spec.agent_class
+        kept = self._kept.get(name, Kept())
         # The first version of all has nothing before it: it is only waited for until it is good.
         if soak.is_bad(len(wanted)) and kept.good is not None:
             await self._give_up(name, spec, kept, soak)
         elif wanted and soak.is_good(wanted):
-            proved = Kept(good=spec, template=_digest(spec))
+            proved = Kept(good=spec, template=await asyncio.to_thread(_digest, spec))
             if await self._write(name, proved) and kept.good is not None:
                 self._tell(name, "rollout.done", f"version {spec.version} is on all devices")
 
@@ -227,9 +243,9 @@ class Rollouts:
             if record.presence is Presence.PRESENT and record.device.agent_class == name:
                 yield slug
 
-    def _runs(self, spec: AgentSpec) -> Iterator[Run]:
+    def _runs(self, spec: AgentSpec, wanted: frozenset[Slug]) -> Iterator[Run]:
         fleet = self._fleet
-        for slug in self._wanted(spec.agent_class):
+        for slug in wanted:
             record = fleet.records[slug]
             for one in fleet.placements.get(slug, ()):
                 if (

@@ -43,10 +43,15 @@ def admit(
         (one for one in candidates if _class_of(one) not in readiness.halted),
         key=lambda action: action.slug,
     )
-    free = [action for action in ordered if readiness.stuck(action.slug)]
-    room = max(0, window(fleet, limits) - readiness.unready - readiness.soaking)
-    others = [action for action in ordered if not readiness.stuck(action.slug)][:room]
-    return tuple(sorted([*free, *others], key=lambda action: action.slug))
+    room = window(fleet, limits) - readiness.unready - readiness.soaking
+    admitted = []
+    for action in ordered:
+        if readiness.stuck(action.slug):
+            admitted.append(action)
+        elif room > 0:
+            room -= 1
+            admitted.append(action)
+    return tuple(admitted)
 
 
 def _class_of(action: Action) -> str:

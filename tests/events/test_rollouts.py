@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.ids import Shard, Slug
-from nomad_watchdog.leases import Leases, Term, Undivided
+from nomad_watchdog.leases import FIRST, Leases, Term, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits
 from nomad_watchdog.registry.sqlite import SqliteRegistry
@@ -25,6 +25,16 @@ class Onlooker(Undivided):
 
     def terms(self) -> Mapping[Shard, Term]:
         return {}
+
+
+@dataclass
+class OneOfTwo(Undivided):
+    """Holds one shard."""
+
+    first: Shard = field(default_factory=lambda: Shard(0))
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return {self.first: FIRST}
 
 
 @dataclass
@@ -103,6 +113,29 @@ async def test_the_judge_goes_back_and_the_others_follow(stage: Stage) -> None:
     third = stage.rollouts("3")
     await third.look()
     assert (third.specs()["default"].version, third.halted()) == ("3", set())
+
+
+async def test_a_replica_that_judges_nothing_counts_what_soaks(stage: Stage) -> None:
+    """Its own shards wait for agents that soak as the judge's do, and go on when they have lasted; a judge
+    that loses shard 0 sees them last, too."""
+    await stage.run("1")
+    await stage.lasts(stage.rollouts("1"))
+    leases = OneOfTwo()
+    seen = {"judge": stage.rollouts("2", leases), "other": stage.rollouts("2", Onlooker())}
+    for one in seen.values():
+        await one.look()
+    await stage.run("2")
+    for one in seen.values():
+        await one.look()
+        assert one.soaking() == 6
+    leases.first = Shard(1)
+    stage.site.clock.now += 11.0
+    for slug in stage.slugs:
+        await stage.site.say(slug)
+    for one in seen.values():
+        assert await one.look()
+        assert one.soaking() == 0
+    assert stage.events() == []
 
 
 async def test_without_its_template_there_is_no_way_back(stage: Stage) -> None:
