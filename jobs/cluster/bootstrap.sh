@@ -59,9 +59,11 @@ bootstrap_nomad() {
 wait_for "nomad has a leader and ACLs" 120 bootstrap_nomad
 "$nomad" acl policy apply -namespace default nomad-watchdog "$jobs/policies/nomad-reconciler.hcl" >/dev/null
 "$nomad" acl policy apply -namespace default nomad-watchdog-pools "$jobs/policies/nomad-pools.hcl" >/dev/null
-if [ ! -f "$SECRETS/nomad-reconciler" ]; then
+if [ ! -s "$SECRETS/nomad-reconciler" ]; then
+  # by way of another name, so that a failure leaves no empty token behind
   "$nomad" acl token create -name nomad-watchdog -policy nomad-watchdog -policy nomad-watchdog-pools \
-    -t '{{.SecretID}}' >"$SECRETS/nomad-reconciler"
+    -t '{{.SecretID}}' >"$SECRETS/nomad-reconciler.new"
+  mv "$SECRETS/nomad-reconciler.new" "$SECRETS/nomad-reconciler"
 fi
 wait_for "two clients are ready" 120 sh -c "[ \$('$nomad' node status -t '{{range .}}{{.Status}} {{end}}' | grep -ow ready | wc -l) -ge 2 ]"
 

@@ -2,7 +2,8 @@
 # machine.sh ROLE NAME ADDRESS
 #
 # All that a Debian machine needs to be a host of the cluster: packages, programs, configuration, units.
-# On s1, which comes last, also Prometheus, and the cluster is made ready. Run as root; again does no harm.
+# On s1, which comes last, also Prometheus, and the cluster is made ready. Run as root. Again does no harm,
+# but on all hosts but s1 the secrets are deleted at the end: bring them anew first (`vagrant rsync`).
 #
 #   FILES     bin/nomad, bin/consul, nomad_watchdog-….whl, secrets/: `make vagrant-files`  [/cluster/files]
 #   JOBS      the folder jobs/ of the repository                                           [/cluster/jobs]
@@ -14,6 +15,8 @@ export JOBS=${JOBS:-/cluster/jobs} SECRETS=${SECRETS:-$files/secrets}
 export ETC=/etc/nomad-watchdog-cluster DATA=/var/lib/nomad-watchdog-cluster
 export PYTHON=/opt/nomad-watchdog/bin/python3 SERVERS CLIENTS
 export DEBIAN_FRONTEND=noninteractive
+
+[ -d "$SECRETS" ] || { echo "machine.sh: $SECRETS is not there; bring it (vagrant rsync)" >&2; exit 1; }
 
 # what a box brings along is not asked for, so that a prepared one needs no network
 missing=""

@@ -3,7 +3,7 @@
 #
 # Makes all that the hosts of a cluster share or must keep to themselves: an authority, a certificate for
 # each host, gossip keys, tokens. Once, on any machine with openssl; what is there stays as it is, so that
-# it can be run again when a host is added. ROLE is server or client.
+# it can be run again when a host is added, or after a failure. ROLE is server or client.
 set -euo pipefail
 folder=$1
 shift
@@ -11,34 +11,45 @@ umask 077
 mkdir -p "$folder"
 cd "$folder"
 
-if [ ! -f ca.pem ]; then
+# Each file is made under another name and then moved, so that half of one is never taken for it.
+once() { # FILE COMMAND…
+  local file=$1
+  shift
+  [ -s "$file" ] || { "$@" >"$file.new" && mv "$file.new" "$file"; }
+}
+
+if [ ! -s ca.pem ]; then
   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \
     -subj "/CN=nomad-watchdog cluster" -addext "keyUsage=critical,keyCertSign,cRLSign" \
-    -keyout ca-key.pem -out ca.pem 2>/dev/null
+    -keyout ca-key.pem.new -out ca.pem.new 2>/dev/null
+  mv ca-key.pem.new ca-key.pem
+  mv ca.pem.new ca.pem
 fi
 
 for host in "$@"; do
   role=${host%%:*} name=${host#*:}
   address=${name#*=} name=${name%%=*}
-  [ -f "$name.pem" ] && continue
+  [ -s "$name.pem" ] && continue
   # Nomad and Consul know a server by these names (verify_server_hostname), whatever it is called.
   names="DNS:$name,DNS:localhost,DNS:$role.global.nomad,IP:127.0.0.1,IP:$address"
   [ "$role" = server ] && names="$names,DNS:server.dc1.consul"
   openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj "/CN=$name" \
-    -keyout "$name-key.pem" -out "$name.csr" 2>/dev/null
+    -keyout "$name-key.pem.new" -out "$name.csr" 2>/dev/null
   openssl x509 -req -in "$name.csr" -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 825 \
     -extfile <(echo "subjectAltName=$names"; echo "extendedKeyUsage=serverAuth,clientAuth") \
-    -out "$name.pem" 2>/dev/null
+    -out "$name.pem.new" 2>/dev/null
   rm "$name.csr"
+  mv "$name-key.pem.new" "$name-key.pem"
+  mv "$name.pem.new" "$name.pem"
 done
 
 for key in gossip-consul gossip-nomad; do
-  [ -f $key ] || openssl rand -base64 32 >$key
+  once $key openssl rand -base64 32
 done
 # Tokens of Consul and Nomad are UUIDs; these are chosen here, so that every host knows its own at once.
 for token in consul-management consul-node consul-nomad consul-reconciler consul-watchdog nomad-management; do
-  [ -f $token ] || cat /proc/sys/kernel/random/uuid >$token
+  once $token cat /proc/sys/kernel/random/uuid
 done
 for token in api.token prometheus.token agent.keys; do
-  [ -f $token ] || openssl rand -hex 32 >$token
+  once $token openssl rand -hex 32
 done
