@@ -60,6 +60,20 @@ async def install(kube: KubernetesCluster, repository: Path) -> None:
         await client.close()
 
 
+def test_the_guide_names_all_that_is_made_and_all_that_is_not(repository: Path) -> None:
+    """Each kind of the kustomization stands in the guide, and the Secret and the images that it does not make."""
+    told = (repository / "docs" / "kubernetes.md").read_text().split("\n## ")[0]
+    things = documents(repository / "jobs" / "kubernetes")
+    assert not [one["kind"] for one in things if one["kind"].lower() not in told.lower()]
+    (spec,) = [one["spec"]["template"]["spec"] for one in things if one["kind"] == "Deployment"]
+    made = {one["metadata"]["name"] for one in things}
+    secrets = {v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v}
+    assert secrets - made
+    assert all(f"`{name}`" in told for name in secrets - made)
+    for word in ("images", "agent/Dockerfile", "--backend kubernetes init"):
+        assert word in told
+
+
 def test_the_configuration_in_the_manifest_is_accepted(repository: Path, tmp_path: Path) -> None:
     """The HCL in the ConfigMap passes our own check."""
     (config,) = [
