@@ -21,7 +21,7 @@ def pools() -> None:
 @click.pass_context
 def list_pools(ctx: click.Context, output: str) -> None:
     """List the pools with their workers, their metric, and why they have so many."""
-    items = _keeper(api_of(ctx)).get("/v1/pools")["items"]
+    items = _pools(api_of(ctx))[1]["items"]
     if output == "json":
         print_json(items)
         return
@@ -51,14 +51,21 @@ def rm(ctx: click.Context, pool: str) -> None:
 
 
 def _keeper(api: Api) -> Api:
-    """The replica that keeps the pools; the one that was asked when it does, or nobody does now."""
-    if api.get("/v1/pools")["keeper"]:
-        return api
+    return _pools(api)[0]
+
+
+def _pools(api: Api) -> tuple[Api, Any]:
+    """The replica that keeps the pools, and what it says of them; the one that was asked when it does, or
+    nobody does now."""
+    said = api.get("/v1/pools")
+    if said["keeper"]:
+        return api, said
     leases = api.get("/v1/leases")
-    if len(leases["replicas"]) < 2:
-        return api
     found = [one["api"] for one in leases["shards"] if one["shard"] == 0 and one["api"]]
-    return api.at(found[0]) if found else api
+    if len(leases["replicas"]) < 2 or not found:
+        return api, said
+    keeper = api.at(found[0])
+    return keeper, keeper.get("/v1/pools")
 
 
 def _row(item: dict[str, Any]) -> list[object]:

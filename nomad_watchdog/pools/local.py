@@ -213,10 +213,12 @@ class LocalPools:
                 log.warning("pool not minded", extra={"pool": home.name, "reason": str(error)})
 
     def _mind(self, home: Path, wanted: _Wanted) -> None:
-        replacing = self._is_replacing(home, wanted)
-        for slot in sorted({*_slots(home), *range(wanted.count)}):
+        slots = sorted({*_slots(home), *range(wanted.count)})
+        workers = {slot: _worker(home, slot) for slot in slots}
+        replacing = self._is_replacing(workers[slot] for slot in range(wanted.count))
+        for slot, found in workers.items():
             (home / str(slot)).mkdir(exist_ok=True)
-            before = one = self._buried(home, slot, _worker(home, slot))
+            before = one = self._buried(home, slot, found)
             extra, stale = slot >= wanted.count, one.worker_hash != wanted.worker_hash
             # Of those that are to be replaced, one at a time.
             if one.alive and (extra or one.stopping_at or (stale and not replacing)):
@@ -230,10 +232,9 @@ class LocalPools:
                 write_whole(home / str(slot) / "worker.json", json.dumps(asdict(one)))
             bound_log(home / str(slot) / "agent.log")
 
-    def _is_replacing(self, home: Path, wanted: _Wanted) -> bool:
+    def _is_replacing(self, workers: Iterable[_Worker]) -> bool:
         """Whether some worker is not up, or only just: the next one is replaced when it is."""
         now = self._clock.wall()
-        workers = [_worker(home, slot) for slot in range(wanted.count)]
         return any(
             not one.alive or one.stopping_at or 0 <= now - one.started_at < UP_S for one in workers
         )
