@@ -24,7 +24,14 @@ import aiohttp
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
-from nomad_watchdog.errors import DeniedError, NotFoundError, UserError, WatchdogError
+from nomad_watchdog.errors import (
+    DeniedError,
+    NotFoundError,
+    TransientError,
+    UserError,
+    WatchdogError,
+)
+from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.wiring import kubernetes_settings, open_registry
 
 NOMAD_MINIMUM: Final = (1, 11, 2)
@@ -37,8 +44,9 @@ KUBERNETES_RIGHTS: Final = (
     ("", "pods", _ALL),
     ("", "pods/log", ("get",)),
     ("", "secrets", ("create", "patch", "delete")),
-    ("", "configmaps", ("create",)),
 )
+_RECORD_RIGHTS: Final = (("create", ""), ("get", names.RECORD), ("patch", names.RECORD))
+"""On the ConfigMap of the first namespace that remembers how many there are: verb and name."""
 SKEW_S: Final = 5.0
 TIMEOUT_S: Final = 5.0
 WANTED_FILES: Final = 1024
@@ -111,9 +119,10 @@ def _api(settings: Settings) -> Check:
 async def _guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> list[Check]:
     try:
         return await checks()
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except (aiohttp.ClientError, TimeoutError, OSError, TransientError) as error:
         why = str(error) or type(error).__name__
-        mend = f"start it, or set {name}.address, ca_cert and the token"
+        where = "kubeconfig" if name == "kubernetes" else "address, ca_cert and the token"
+        mend = f"start it, or set {name}.{where}"
         return [Check(f"{name} reachable", Status.FAIL, why, mend)]
     except WatchdogError as error:
         return [Check(f"{name} settings", Status.FAIL, str(error), f"see the {name} block")]
@@ -319,40 +328,61 @@ async def _kubernetes(settings: Settings) -> list[Check]:
         ]
         first, spread = settings.kubernetes.namespace, settings.kubernetes.namespaces
         for number in range(spread):
-            space = first if number == 0 else f"{first}-{number}"
-            checks += await _kubernetes_namespace(client, space)
+            space = names.namespace_of(first, number)
+            checks += await _kubernetes_namespace(client, space, first=number == 0)
         return checks
     finally:
         await client.close()
 
 
-async def _kubernetes_namespace(client: KubernetesClient, namespace: str) -> list[Check]:
+async def _kubernetes_namespace(
+    client: KubernetesClient, namespace: str, *, first: bool
+) -> list[Check]:
     name = f"kubernetes namespace {namespace}"
     try:
         await client.get(f"/api/v1/namespaces/{namespace}")
+        there = Check(name, Status.OK, "is there")
     except NotFoundError:
         return [Check(name, Status.FAIL, "is not there", f"kubectl create namespace {namespace}")]
     except DeniedError:
         mend = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
-        return [Check(name, Status.WARN, "may not be looked at", mend)]
-    missing = [
-        f"{verb} {resource}"
+        there = Check(name, Status.WARN, "may not be looked at", mend)
+    return [there, await _kubernetes_rights(client, namespace, first=first)]
+
+
+async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first: bool) -> Check:
+    name = f"kubernetes rights in {namespace}"
+    asked = [
+        (verb, group, resource, "")
         for group, resource, verbs in KUBERNETES_RIGHTS
         for verb in verbs
-        if not await _kubernetes_allows(client, namespace, group, resource, verb)
     ]
-    if missing:
-        mend = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
-        return [Check(name, Status.FAIL, f"lacks {', '.join(missing)}", mend)]
-    return [Check(name, Status.OK, "is there, with all rights")]
+    if first:
+        asked += [(verb, "", "configmaps", record) for verb, record in _RECORD_RIGHTS]
+    answers = await asyncio.gather(
+        *(
+            _kubernetes_allows(client, namespace, group, resource, verb, only)
+            for verb, group, resource, only in asked
+        )
+    )
+    missing = [
+        f"{verb} {resource}" + (f"/{only}" if only else "")
+        for (verb, _, resource, only), allowed in zip(asked, answers, strict=True)
+        if not allowed
+    ]
+    if not missing:
+        return Check(name, Status.OK, "all that is needed")
+    mend = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
+    return Check(name, Status.FAIL, f"lacks {', '.join(missing)}", mend)
 
 
-async def _kubernetes_allows(
-    client: KubernetesClient, namespace: str, group: str, resource: str, verb: str
+async def _kubernetes_allows(  # the parts of one question
+    client: KubernetesClient, namespace: str, group: str, resource: str, verb: str, only: str
 ) -> bool:
     kind, _, below = resource.partition("/")
     asked = {"namespace": namespace, "group": group, "resource": kind, "verb": verb}
     asked |= {"subresource": below} if below else {}
+    asked |= {"name": only} if only else {}
     # every user may ask this of themselves, and it changes nothing
     review = {
         "apiVersion": "authorization.k8s.io/v1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import yaml
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.config import Settings
 from nomad_watchdog.config_load import load
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.doctor import Status, examine
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import Epoch, Placement
@@ -153,25 +156,89 @@ async def test_the_role_is_enough_and_no_more(
         await scheduler.close()
 
 
+def settings_of(
+    folder: Path, kubeconfig: Path, namespace: str = "nomad-watchdog", namespaces: int = 1
+) -> Settings:
+    file = folder / "nomad-watchdog.hcl"
+    file.write_text(
+        f'backend = "kubernetes"\ndata_dir = "{folder}"\nregistry {{\n kind = "sqlite"\n}}\n'
+        'consul {\n agent_address = ""\n}\n'
+        f'kubernetes {{\n kubeconfig = "{kubeconfig}"\n namespace = "{namespace}"\n'
+        f" namespaces = {namespaces}\n}}\n"
+    )
+    return load(file, {})
+
+
 @pytest.mark.asyncio(loop_scope="session")
 async def test_doctor_says_what_is_missing(
     kube: KubernetesCluster, repository: Path, tmp_path: Path
 ) -> None:
-    """With the Role every check of the cluster is good; a stranger is told which rights are lacking, and a
-    server that does not answer is named."""
+    """With the Role every check of the cluster is good; a stranger, who may not even see the namespace, is
+    told all rights that are lacking."""
     await install(kube, repository)
     found = {}
     for name in (USER, "stranger"):
-        file = tmp_path / f"{name.replace(':', '-')}.hcl"
-        file.write_text(
-            f'backend = "kubernetes"\ndata_dir = "{tmp_path}"\nregistry {{\n kind = "sqlite"\n}}\n'
-            'consul {\n agent_address = ""\n}\n'
-            f'kubernetes {{\n kubeconfig = "{await kube.user(name)}"\n}}\n'
-        )
-        checks = await examine(load(file, {}), {})
+        checks = await examine(settings_of(tmp_path, await kube.user(name)), {})
         found[name] = {one.name: one for one in checks if one.name.startswith("kubernetes")}
 
     assert {one.status for one in found[USER].values()} == {Status.OK}, found[USER]
+    assert len(found[USER]) == 4
     told = found["stranger"]["kubernetes namespace nomad-watchdog"]
-    assert told.status is not Status.OK
+    assert (told.status, told.found) == (Status.WARN, "may not be looked at")
+    told = found["stranger"]["kubernetes rights in nomad-watchdog"]
+    assert told.status is Status.FAIL
+    for right in ("lacks get deployments", "get pods/log", "create configmaps",
+                  "get configmaps/nomad-watchdog", "patch configmaps/nomad-watchdog"):  # fmt: skip
+        assert right in told.found
     assert "jobs/kubernetes/rbac.yaml" in told.mend
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_doctor_asks_for_the_record_by_its_name(
+    kube: KubernetesCluster, repository: Path, tmp_path: Path
+) -> None:
+    """A Role that forgets the ConfigMap of the first namespace is told so; in the other namespaces nobody
+    needs it."""
+    await kube.add_namespace("doctor")
+    await kube.add_namespace("doctor-1")
+    (role,) = [
+        one for one in documents(repository / "jobs" / "kubernetes") if one["kind"] == "Role"
+    ]
+    client = kube.client()
+    try:
+        for space in ("doctor", "doctor-1"):
+            path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{space}"
+            rules = [one for one in role["rules"] if "resourceNames" not in one]
+            if space == "doctor-1":
+                rules = [one for one in rules if one["resources"] != ["configmaps"]]
+            meta = {"name": "halved", "namespace": space}
+            await client.create(f"{path}/roles", {**role, "metadata": meta, "rules": rules})
+            subject = {"kind": "User", "name": "halved", "apiGroup": "rbac.authorization.k8s.io"}
+            ref = {"kind": "Role", "name": "halved", "apiGroup": "rbac.authorization.k8s.io"}
+            binding = {"metadata": meta, "roleRef": ref, "subjects": [subject]}
+            await client.create(f"{path}/rolebindings", binding)
+    finally:
+        await client.close()
+    checks = await examine(settings_of(tmp_path, await kube.user("halved"), "doctor", 2), {})
+    found = {one.name: one.found for one in checks if one.name.startswith("kubernetes rights")}
+
+    assert found == {
+        "kubernetes rights in doctor": "lacks get configmaps/nomad-watchdog, patch configmaps/nomad-watchdog",
+        "kubernetes rights in doctor-1": "all that is needed",
+    }
+
+
+async def test_doctor_names_a_server_that_does_not_answer(tmp_path: Path) -> None:
+    """Nothing listens: the check that fails is that of reaching it, with the setting to look at."""
+    nobody = {
+        "current-context": "x",
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{free_port()}"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(nobody))
+    checks = await examine(settings_of(tmp_path, tmp_path / "kubeconfig"), {})
+    (told,) = [one for one in checks if one.name.startswith("kubernetes")]
+
+    assert (told.name, told.status) == ("kubernetes reachable", Status.FAIL)
+    assert "does not answer" in told.found
+    assert "kubernetes.kubeconfig" in told.mend

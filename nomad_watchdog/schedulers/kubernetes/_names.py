@@ -28,6 +28,9 @@ MANAGED: Final = "app.kubernetes.io/managed-by"
 APP: Final = "app.kubernetes.io/name"
 AGENT: Final = "watchdog-agent"
 
+RECORD: Final = "nomad-watchdog"
+"""ConfigMap in the first namespace that remembers how many there are."""
+
 _NAME_MOST: Final = 52
 """A StatefulSet's name and the hash of its revision make a label of at most 63 characters."""
 _HASH: Final = 21
@@ -71,6 +74,10 @@ def version_label(version: str) -> str:
 def namespace_of(first: str, number: int) -> str:
     """Name of the namespace with this number: the first as configured, then with -1, -2, …"""
     return first if number == 0 else f"{first}-{number}"
+
+
+def record_path(first: str) -> str:
+    return f"/api/v1/namespaces/{first}/configmaps/{RECORD}"
 
 
 def check_namespace(name: str) -> str:
