@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,13 +13,16 @@ from typing import Any, Final
 
 from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 
 REREAD_S: Final = 60.0
 """A token file is read again after so long; the kubelet rotates it well before it expires."""
 EARLY_S: Final = 10.0
 """What a plugin gives is asked for again so long before it expires."""
 _PLUGIN_S: Final = 60.0
+HOLD_S: Final = 5.0
+"""A plugin that failed, or gave once more what was refused, is not run again for so long: those who waited
+for it meanwhile get the same answer, and not one run each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class Credentials:
         self._clock = clock
         self._known = Credential(token=settings.token)
         self._good_until: float | None = None
+        self._failure: WatchdogError | None = None
+        self._failed_at = -math.inf
+        self._refused_at = -math.inf
         self._lock = asyncio.Lock()
 
     async def current(self) -> Credential:
@@ -54,8 +61,10 @@ class Credentials:
         if not self._changes:
             return False
         async with self._lock:
-            if self._known == used:
+            if self._known == used and not self._is_recent(self._refused_at):
                 await self._renew()
+                if self._known == used and self._settings.exec_plugin:
+                    self._refused_at = self._clock.monotonic()
             return self._known != used
 
     @property
@@ -65,7 +74,7 @@ class Credentials:
     async def _renew(self) -> None:
         plugin = self._settings.exec_plugin
         if plugin is not None:
-            self._known, self._good_until = await _ask(plugin, self._settings)
+            await self._run(plugin)
             return
         path = self._settings.token_file
         try:
@@ -74,6 +83,19 @@ class Credentials:
             raise UserError(f"kubernetes token file {path}: {type(error).__name__}") from error
         self._known = Credential(token=token)
         self._good_until = self._clock.wall() + REREAD_S
+
+    async def _run(self, plugin: ExecPlugin) -> None:
+        if self._failure is not None and self._is_recent(self._failed_at):
+            raise type(self._failure)(*self._failure.args)
+        try:
+            self._known, self._good_until = await _ask(plugin, self._settings)
+        except WatchdogError as error:
+            self._failure, self._failed_at = error, self._clock.monotonic()
+            raise
+        self._failure = None
+
+    def _is_recent(self, at: float) -> bool:
+        return self._clock.monotonic() - at < HOLD_S
 
 
 async def _ask(plugin: ExecPlugin, settings: KubernetesSettings) -> tuple[Credential, float]:

@@ -141,9 +141,14 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
             ("users", "user", users),
             ("contexts", "context", contexts),
         ):
-            for entry in document.get(key) or []:
+            for entry in _list(document.get(key), f"kubeconfig {file}", key):
                 if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-                    found.setdefault(entry["name"], (entry.get(kind) or {}, file.parent))
+                    block = entry.get(kind) or {}
+                    if not isinstance(block, dict):
+                        raise UserError(
+                            f"kubeconfig {file}: {kind} {entry['name']!r} is no mapping"
+                        )
+                    found.setdefault(entry["name"], (block, file.parent))
         current = current or str(document.get("current-context") or "")
     where = f"kubeconfig {there[0]}"
     if not current:
@@ -157,8 +162,7 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
     if "auth-provider" in user:
         raise UserError(f"{where}: auth-provider is no longer supported; use exec credentials")
     server = str(cluster.get("server") or "").rstrip("/")
-    parts = urlsplit(server)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+    if not _is_url(server):
         raise UserError(f"{where}: the server of the cluster must be https://host:port")
     return KubernetesSettings(
         server=server,
@@ -167,7 +171,7 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
         client_cert=_pem_of(user, "client-certificate", user_base),
         client_key=_pem_of(user, "client-key", user_base),
         token=str(user.get("token") or ""),
-        token_file=str(user_base / user["tokenFile"]) if user.get("tokenFile") else "",
+        token_file=str(user_base / str(user["tokenFile"])) if user.get("tokenFile") else "",
         exec_plugin=_exec(user.get("exec"), user_base, where),
         skip_verify=bool(cluster.get("insecure-skip-tls-verify")),
         tls_server_name=str(cluster.get("tls-server-name") or ""),
@@ -200,6 +204,21 @@ def _entry(
     return found[name]
 
 
+def _is_url(server: str) -> bool:
+    try:
+        parts = urlsplit(server)
+        _ = parts.port
+    except ValueError:  # brackets or a port that make no sense
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+
+
+def _list(value: Any, where: str, what: str) -> list[Any]:
+    if not isinstance(value or [], list):
+        raise UserError(f"{where}: {what} is no list")
+    return value or []
+
+
 def _exec(block: Any, base: Path, where: str) -> ExecPlugin | None:
     if not block:
         return None
@@ -209,10 +228,13 @@ def _exec(block: Any, base: Path, where: str) -> ExecPlugin | None:
     # as kubectl: a path with a slash is relative to the file, a bare name is looked for on PATH
     if "/" in command:
         command = str(base / command)
+    env = _list(block.get("env"), where, "exec.env")
+    if not all(isinstance(one, dict) and {"name", "value"} <= one.keys() for one in env):
+        raise UserError(f"{where}: each entry of exec.env needs a name and a value")
     return ExecPlugin(
         command=command,
-        args=tuple(str(one) for one in block.get("args") or []),
-        env=tuple((str(one["name"]), str(one["value"])) for one in block.get("env") or []),
+        args=tuple(str(one) for one in _list(block.get("args"), where, "exec.args")),
+        env=tuple((str(one["name"]), str(one["value"])) for one in env),
         api_version=str(block.get("apiVersion") or "client.authentication.k8s.io/v1"),
         cluster_info=bool(block.get("provideClusterInfo")),
     )
@@ -224,7 +246,7 @@ def _pem_of(block: Mapping[str, Any], key: str, base: Path) -> str:
             return base64.b64decode(block[f"{key}-data"], validate=True).decode("ascii")
         except (ValueError, TypeError):
             raise UserError(f"kubeconfig: {key}-data is no base64 of a PEM text") from None
-    return _pem(base / block[key]) if block.get(key) else ""
+    return _pem(base / str(block[key])) if block.get(key) else ""
 
 
 def _pem(path: Path) -> str:

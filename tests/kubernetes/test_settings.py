@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients._kubernetes_credentials import Credentials
+from nomad_watchdog.clients._kubernetes_credentials import HOLD_S, Credentials
 from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings, in_cluster
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import Monotonic, WallTime
@@ -95,6 +96,8 @@ def test_paths_are_relative_to_their_file(tmp_path: Path) -> None:
         ("[]", "holds no document"),
         ("current-context: x", "no context 'x'; there are: none"),
         ("a: 1", "no current-context"),
+        ("users: 5", "users is no list"),
+        ("contexts: [{name: x, context: y}]", "context 'x' is no mapping"),
     ],
 )
 def test_what_is_no_kubeconfig_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -217,3 +220,68 @@ async def test_a_plugin_that_gives_nothing_is_named(
     settings = KubernetesSettings.discover(str(kubeconfig(tmp_path / "config", block)))
     with pytest.raises(kind, match=words):
         await Credentials(settings, HandClock()).current()
+
+
+@pytest.mark.parametrize(
+    ("user", "cluster", "words"),
+    [
+        ({"exec": ["x"]}, {}, "exec names no command"),
+        ({"exec": {"command": "x", "args": "-v"}}, {}, "exec.args is no list"),
+        ({"exec": {"command": "x", "env": 5}}, {}, "exec.env is no list"),
+        ({"exec": {"command": "x", "env": ["A=b"]}}, {}, "needs a name and a value"),
+        ({"exec": {"command": "x", "env": [{"name": "A"}]}}, {}, "needs a name and a value"),
+        ({"client-certificate": 5}, {}, "5: FileNotFoundError"),
+        ({}, {"server": "https://[::1"}, "must be https://host:port"),
+        ({}, {"server": "https://host:port"}, "must be https://host:port"),
+    ],
+)
+def test_a_kubeconfig_of_another_shape_is_refused(
+    tmp_path: Path, user: dict[str, Any], cluster: dict[str, Any], words: str
+) -> None:
+    """What stands in the place of a text, a list or a mapping is named; nothing else is raised."""
+    file = kubeconfig(tmp_path / "config", user, **cluster)
+    with pytest.raises(UserError, match=words):
+        KubernetesSettings.discover(str(file))
+
+
+def counting_plugin(tmp_path: Path, then: str) -> tuple[KubernetesSettings, Path]:
+    plugin, runs = tmp_path / "plugin", tmp_path / "runs"
+    plugin.write_text(f"#!/bin/sh\necho >> {runs}\nsleep 0.2\n{then}\n")
+    plugin.chmod(0o755)
+    block = {"exec": {"command": str(plugin)}}
+    return KubernetesSettings.discover(str(kubeconfig(tmp_path / "config", block))), runs
+
+
+async def test_who_waits_for_a_plugin_that_fails_gets_its_failure(tmp_path: Path) -> None:
+    """A hundred calls run it once and are all told; it is tried again after a few seconds."""
+    settings, runs = counting_plugin(tmp_path, "exit 3")
+    clock = HandClock()
+    credentials = Credentials(settings, clock)
+    calls = [credentials.current() for _ in range(100)]
+    told = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert {(type(one), str(one)) for one in told} == {
+        (TransientError, "kubernetes: the credential plugin plugin ended 3")
+    }
+    assert len(runs.read_text()) == 1
+    clock.now += HOLD_S
+    with pytest.raises(TransientError):
+        await credentials.current()
+    assert len(runs.read_text()) == 2
+
+
+async def test_a_plugin_that_gives_what_was_refused_is_not_asked_by_each_call(
+    tmp_path: Path,
+) -> None:
+    """A hundred calls that are refused with one token run the plugin once more, not a hundred times."""
+    settings, runs = counting_plugin(tmp_path, 'echo \'{"status": {"token": "same"}}\'')
+    clock = HandClock()
+    credentials = Credentials(settings, clock)
+    used = await credentials.current()
+    told = await asyncio.gather(*(credentials.refused(used) for _ in range(100)))
+
+    assert set(told) == {False}
+    assert len(runs.read_text()) == 2
+    clock.now += HOLD_S
+    assert not await credentials.refused(used)
+    assert len(runs.read_text()) == 3
