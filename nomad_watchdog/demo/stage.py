@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from nomad_watchdog.dev._kubelet_spec import MARK
 from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import parse_device_id, slug_of
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from nomad_watchdog.dev.kubelet import Kubelet
     from nomad_watchdog.dev.kubernetes import KubernetesCluster
 
-POD: Final = b"NOMAD_WATCHDOG_DEV_POD"
-"""In the environment of what the stand-in for a kubelet runs."""
 CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
 
 CONFIG: Final = """\
@@ -260,7 +259,7 @@ class Stage:
             if b"watchdog" not in arguments or b"executor" in arguments:
                 continue
             values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
-            if values.get(POD, b"").decode(errors="replace").startswith(f"{self.root}/"):
+            if values.get(MARK.encode(), b"").decode(errors="replace").startswith(f"{self.root}/"):
                 device = parse_device_id(values.get(b"DEVICE_ID", b"").decode())
                 found[slug_of(device)] = int(entry.name)
                 continue

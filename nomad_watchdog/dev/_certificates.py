@@ -10,6 +10,7 @@ from typing import Final
 from nomad_watchdog.errors import TerminalError
 
 _EC: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+_OPENSSL_S: Final = 60.0
 
 
 class Authority:
@@ -58,8 +59,13 @@ class Authority:
     async def _openssl(self, arguments: list[str]) -> None:
         try:
             done = await asyncio.to_thread(
-                subprocess.run, ["openssl", *arguments], capture_output=True, check=False
-            )
+                subprocess.run, ["openssl", *arguments], capture_output=True, check=False,
+                timeout=_OPENSSL_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise TerminalError(
+                f"openssl {arguments[0]} gave nothing within {_OPENSSL_S:.0f} s"
+            ) from error
         except OSError as error:
             raise TerminalError(
                 "openssl is needed for a control plane on this machine, and is not on PATH"

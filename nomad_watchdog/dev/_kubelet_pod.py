@@ -19,11 +19,9 @@ import aiohttp
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.dev import _kubelet_spec as spec
-from nomad_watchdog.dev._kubelet_spec import CannotRunError, Image, Object, Run
+from nomad_watchdog.dev._kubelet_spec import MARK, CannotRunError, Image, Object, Run
 from nomad_watchdog.errors import ConflictError, NotFoundError, WatchdogError
 
-MARK: Final = "NOMAD_WATCHDOG_DEV_POD"
-"""In the environment of each process: the folder of its pod, so that none is left behind."""
 _BACKOFF_MAX_S: Final = 300.0
 _QUIET_S: Final = 600.0
 """A container that ran for so long has its back-off forgotten."""

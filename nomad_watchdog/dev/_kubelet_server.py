@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from aiohttp import web
+
+from nomad_watchdog.dev._certificates import Authority
 
 FindLog = Callable[[str, str, str], Path | None]
 
@@ -36,21 +37,18 @@ async def serve_logs(port: int, find: FindLog) -> None:
     runner = web.AppRunner(app)
     await runner.setup()
     try:
-        context = await asyncio.to_thread(_context)
+        context = await _context()
         await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
 
 
-def _context() -> ssl.SSLContext:
+async def _context() -> ssl.SSLContext:
     with tempfile.TemporaryDirectory() as folder:
-        cert, key = f"{folder}/cert", f"{folder}/key"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-             "-nodes", "-days", "2", "-subj", "/CN=kubelet", "-keyout", key, "-out", cert],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        authority = Authority(Path(folder))
+        await authority.make()
+        cert, key = await authority.issue("kubelet", "/CN=kubelet", san="IP:127.0.0.1")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
         return context

@@ -29,9 +29,9 @@ import aiohttp
 import click
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
-from nomad_watchdog.dev._kubelet_pod import MARK, Pod, now_text
+from nomad_watchdog.dev._kubelet_pod import Pod, now_text
 from nomad_watchdog.dev._kubelet_server import serve_logs
-from nomad_watchdog.dev._kubelet_spec import Image
+from nomad_watchdog.dev._kubelet_spec import MARK, Image
 from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import (
     ConflictError,

@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from nomad_watchdog.dev._kubelet_spec import MARK
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence
 from nomad_watchdog.registry.codec import PoisonError, decode
@@ -70,7 +71,7 @@ def processes(root: Path) -> list[AgentProcess]:
             words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             values = dict(word.split("=", 1) for word in words if "=" in word)
             arguments = (entry / "cmdline").read_bytes()
-            if values.get("NOMAD_WATCHDOG_DEV_POD", "").startswith(f"{root}/"):
+            if values.get(MARK, "").startswith(f"{root}/"):
                 told = json.loads(base64.b64decode(values["WATCHDOG_CONFIG_B64"]))
                 pod = (told["slug"], values["POD_UID"], int(told["epoch"]), "device-watchdog/pod")
                 found.append(AgentProcess(int(entry.name), *pod))

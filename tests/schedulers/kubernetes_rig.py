@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.dev._kubelet_pod import MARK
-from nomad_watchdog.dev._kubelet_spec import Image
+from nomad_watchdog.dev._kubelet_spec import MARK, Image
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
