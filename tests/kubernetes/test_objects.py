@@ -128,6 +128,29 @@ def test_device_ids_expand_to_nothing() -> None:
         ({"spec.template.spec.containers": []}, "no container named agent"),
         ({"spec.template.spec.tolerations": []}, "five minutes"),
         ({"spec.template.spec.nodeName": "${nowhere}"}, "'nowhere' is not set"),
+        ({"spec": []}, "spec is no mapping"),
+        ({"spec.strategy": "Recreate"}, "spec.strategy is no mapping"),
+        ({"spec.template": "x"}, "spec.template is no mapping"),
+        ({"spec.template": None}, "no container named agent"),
+        ({"spec.template.metadata": "x"}, "template.metadata is no mapping"),
+        ({"spec.template.metadata": {"labels": ["x"]}}, "metadata.labels is no mapping"),
+        ({"spec.template.spec.containers": {"name": "agent"}}, "spec.containers is no list"),
+        ({"spec.template.spec.containers": [None]}, r"spec.containers\[0\] is no mapping"),
+        (
+            {"spec.template.spec.containers": [{"name": "agent", "env": {"A": "b"}}]},
+            r"\[0\].env is no list",
+        ),
+        (
+            {"spec.template.spec.containers": [{"name": "agent", "env": ["A=b"]}]},
+            r"env\[0\] is no mapping",
+        ),
+        (
+            {"spec.template.spec.containers": [{"name": "agent", "volumeMounts": 5}]},
+            "volumeMounts is no list",
+        ),
+        ({"spec.template.spec.tolerations": ["x"]}, r"spec.tolerations\[0\] is no mapping"),
+        ({"spec.template.spec.tolerations": [{"key": []}]}, r"tolerations\[0\].key is no text"),
+        ({"spec.template.spec.volumes": "x"}, "spec.volumes is no list"),
     ],
 )
 def test_a_template_that_would_not_do_is_refused(
@@ -145,6 +168,20 @@ def test_a_template_that_would_not_do_is_refused(
     file.write_text(yaml.safe_dump(document))
     with pytest.raises(UserError, match=words):
         objects.build(replace(SPEC, template=str(file)))
+
+
+def test_what_has_no_name_is_passed_on(tmp_path: Path, repository: Path) -> None:
+    """A container and a variable without a name are the API server's to refuse: we read past them."""
+    document = yaml.safe_load((repository / "jobs/kubernetes/device-watchdog.yaml").read_text())
+    pod = document["spec"]["template"]["spec"]
+    pod["containers"][0]["env"] = [*(pod["containers"][0].get("env") or []), {"value": "x"}]
+    pod["containers"].insert(0, {"image": "x"})
+    file = tmp_path / "template.yaml"
+    file.write_text(yaml.safe_dump(document))
+    found = made(replace(SPEC, template=str(file)))["spec"]["template"]["spec"]["containers"]
+
+    assert found[0] == {"image": "x"}
+    assert {"value": "x"} in found[1]["env"]
 
 
 def test_a_variable_that_the_template_has_not_is_refused() -> None:

@@ -37,6 +37,17 @@ _MIB: Final = 1024 * 1024
 _MAX_DOCUMENT: Final = 72 * 1024
 """Base64 of it stays below the 128 KiB that Linux allows one variable of the environment."""
 
+_POD: Final = {
+    "metadata": {"labels": {}, "annotations": {}},
+    "spec": {
+        "containers": [{"name": str, "env": [{"name": str}], "volumeMounts": [{}]}],
+        "tolerations": [{"key": str}],
+        "volumes": [{}],
+    },
+}
+_SHAPE: Final = {"spec": {"strategy": {}, "template": _POD}}
+"""As far as we look into a template or add to it; the rest is the API server's to judge."""
+
 Object = Mapping[str, Any]
 
 
@@ -115,9 +126,31 @@ def _fill(value: Any, variables: Mapping[str, str], key: str = "") -> tuple[Any,
     return text, used
 
 
+def _misshapen(value: Any, shape: Any, where: str) -> Iterator[str]:
+    """Where the document is not built as a Deployment is. What is left out, or null, is left out."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            yield f"{where} is no mapping"
+            return
+        for name, one in shape.items():
+            if value.get(name) is not None:
+                yield from _misshapen(value[name], one, f"{where}.{name}" if where else name)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{where} is no list"
+            return
+        for at, one in enumerate(value):
+            yield from _misshapen(one, shape[0], f"{where}[{at}]")
+    elif not isinstance(value, shape):
+        yield f"{where} is no text"
+
+
 def _lint(document: Any) -> Iterator[str]:
     if not isinstance(document, dict) or document.get("kind") != "Deployment":
         yield "is no Deployment (for another workload too: its pod template is taken)"
+        return
+    if wrong := list(_misshapen(document, _SHAPE, "")):
+        yield from wrong
         return
     spec = document.get("spec") or {}
     if spec.get("replicas", 1) != 1:
@@ -205,7 +238,7 @@ def workload(
 
 def _equip(pod: dict[str, Any], record: DeviceRecord, document: bytes, secret: str) -> None:
     """Give the container named agent what only we know."""
-    agent = next(one for one in pod["containers"] if one["name"] == "agent")
+    agent = next(one for one in pod["containers"] if one.get("name") == "agent")
     ours = {
         "DEVICE_ID": record.device.id.replace("$", "$$"),  # no reference to another variable (S11)
         "WATCHDOG_CONFIG_B64": base64.b64encode(document).decode(),
@@ -216,7 +249,7 @@ def _equip(pod: dict[str, Any], record: DeviceRecord, document: bytes, secret: s
         agent["volumeMounts"] = [*(agent.get("volumeMounts") or []), mount]
         volume = {"name": "watchdog-token", "secret": {"secretName": secret, "defaultMode": 0o440}}
         pod["volumes"] = [*(pod.get("volumes") or []), volume]
-    kept = [one for one in agent.get("env") or [] if one["name"] not in ours]
+    kept = [one for one in agent.get("env") or [] if one.get("name") not in ours]
     agent["env"] = [*kept, *({"name": name, "value": value} for name, value in ours.items())]
 
 
@@ -229,3 +262,14 @@ def token_secret(name: str, labels: Mapping[str, str], credential: str) -> dict[
         "type": "Opaque",
         "data": {"token": base64.b64encode(credential.encode()).decode()},
     }
+
+
+def expecting(body: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The body as a compare-and-set against what was found. Nothing ever has version 1, so that with it
+    an object is made, and one that is there already is a conflict (S2)."""
+    meta = dict(body["metadata"])
+    if found is None:
+        meta["resourceVersion"] = "1"
+    else:
+        meta |= {key: found["metadata"][key] for key in ("uid", "resourceVersion")}
+    return {**body, "metadata": meta}
