@@ -58,7 +58,7 @@ async def kubernetes_log(settings: Settings, slug: str) -> str:
     """What the kubelet has of the newest pod of a device, the last MOST_BYTES. Raises NotFoundError when there
     is no pod."""
     from nomad_watchdog.clients.kubernetes import KubernetesClient
-    from nomad_watchdog.schedulers.kubernetes import newest_pod
+    from nomad_watchdog.schedulers.kubernetes._namespaces import newest_pod
     from nomad_watchdog.wiring import kubernetes_settings
 
     client = KubernetesClient(kubernetes_settings(settings))

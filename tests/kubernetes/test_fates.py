@@ -23,6 +23,7 @@ from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, T
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _objects as objects
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.kubernetes_rig import kubelet, processes_of, spec_of
 
@@ -357,6 +358,98 @@ async def test_a_credential_is_in_a_secret_that_goes_with_its_owner(
         return await site.of(record) == () and await site.client.find(path) is None
 
     await gone(both_gone, "the Secret goes with its owner")
+
+
+def with_credential() -> AgentSpec:
+    return replace(spec_of(), agent_config='{"v": 1, "credential": "hunter2"}')
+
+
+def secret_of(site: Site, record: DeviceRecord, epoch: int) -> str:
+    return f"/api/v1/namespaces/{site.namespace}/secrets/{names.name_of(record.slug)}-{epoch}"
+
+
+async def test_a_start_that_is_asked_for_twice_leaves_the_credential_its_owner(site: Site) -> None:
+    """Also when the Secret has lost its owner, a second ensure of the epoch gives it back: it goes with the
+    agent (S10)."""
+    record = await site.start(with_credential())
+    path = secret_of(site, record, 1)
+    await site.scheduler.ensure(record, Epoch(1), with_credential())
+    (owner,) = (await site.client.get(path))["metadata"]["ownerReferences"]
+    orphan = {"metadata": {"ownerReferences": None}}
+    await site.client.call("PATCH", path, body=orphan, content="application/merge-patch+json")
+    assert "ownerReferences" not in (await site.client.get(path))["metadata"]
+
+    await site.scheduler.ensure(record, Epoch(1), with_credential())
+
+    assert (await site.client.get(path))["metadata"]["ownerReferences"] == [owner]
+    assert (owner["kind"], owner["name"]) == ("Deployment", names.name_of(record.slug))
+    await site.retire(record)
+
+    async def secret_gone() -> bool:
+        return await site.client.find(path) is None
+
+    await gone(secret_gone, "the Secret goes with its owner")
+
+
+async def test_a_start_that_is_refused_leaves_no_credential(site: Site) -> None:
+    """A late ensure, and one that another field manager stops, take the Secret back that they made; the
+    accepted agent keeps its own (S10)."""
+    record = await site.start(with_credential())
+    await site.scheduler.ensure(record, Epoch(2), with_credential())
+    with pytest.raises(ConflictError, match="is at epoch 2"):
+        await site.scheduler.ensure(record, Epoch(1), with_credential())
+    scaled = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": names.name_of(record.slug)},
+        "spec": {"replicas": 0},
+    }
+    path = f"{names.collection(site.namespace, 'deployment')}/{names.name_of(record.slug)}"
+    await site.client.apply(path, scaled, manager="kubectl", force=True)
+    with pytest.raises(FieldConflictError):
+        await site.scheduler.ensure(record, Epoch(3), with_credential())
+    there = [await site.client.find(secret_of(site, record, epoch)) for epoch in (1, 2, 3)]
+
+    assert [one is not None for one in there] == [False, True, False]
+    await site.retire(record)
+
+
+async def test_the_credential_of_another_installation_is_left_alone(site: Site) -> None:
+    """Two installations that share a namespace by mistake have Secrets of one name: the one that is refused
+    neither overwrites nor deletes the other's."""
+    record = await site.start(with_credential())
+    path = secret_of(site, record, 1)
+    before = await site.client.get(path)
+    other = KubernetesScheduler(
+        settings=site.kube.settings(), namespace=site.namespace, installation="other"
+    )
+    theirs = replace(with_credential(), agent_config='{"v": 1, "credential": "other"}')
+    try:
+        with pytest.raises(TerminalError, match="belongs to installation 'fates'"):
+            await other.ensure(record, Epoch(1), theirs)
+    finally:
+        await other.close()
+
+    assert (await site.client.get(path))["data"] == before["data"]
+    await site.retire(record)
+
+
+async def test_a_class_is_built_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spec that was not prepared, as one from before an update, is built for the first device only."""
+    built = 0
+    build = objects.build
+
+    def counted(spec: AgentSpec) -> objects.Built:
+        nonlocal built
+        built += 1
+        return build(spec)
+
+    monkeypatch.setattr(objects, "build", counted)
+    spec = replace(spec_of(), spec_hash="built-once")
+    for record in [await site.start(spec) for _ in range(3)]:
+        await site.retire(record)
+
+    assert built == 1
 
 
 async def test_the_log_of_an_agent_comes_from_its_kubelet(site: Site) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -14,10 +14,12 @@ import pytest
 
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import DeniedError, NotFoundError
-from nomad_watchdog.model import Epoch, PlacementState
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Hint
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes._namespaces import newest_pod
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.kubernetes_rig import MOCK, kubelet, processes_of, spec_of
 
@@ -38,11 +40,29 @@ async def scheduler(
         await one.close()
 
 
+async def the_newest_pod_is_found(
+    kube: KubernetesCluster, placements: Mapping[Slug, tuple[Placement, ...]]
+) -> None:
+    """Of a device in the second namespace, by who is told of one only."""
+    slug = next(slug for slug, (one,) in placements.items() if one.ref.startswith("spread-1/"))
+    client = kube.client()
+    path = ""
+    try:
+        async with asyncio.timeout(60):
+            while not path:
+                with contextlib.suppress(NotFoundError):
+                    path = await newest_pod(client, "spread", 1, slug)
+                await asyncio.sleep(0.1)
+    finally:
+        await client.close()
+    assert path.startswith("/api/v1/namespaces/spread-1/pods/")
+
+
 async def test_devices_are_spread_and_none_is_lost_when_the_number_changes(
     kube: KubernetesCluster,
 ) -> None:
     """Two namespaces share twenty devices; a scheduler that is told of one only still sees and stops all,
-    and another number moves no agent."""
+    finds its pods, and another number moves no agent."""
     for name in ("spread", "spread-1"):
         await kube.add_namespace(name)
     records = [record_of(f"spread-{number}") for number in range(20)]
@@ -60,6 +80,7 @@ async def test_devices_are_spread_and_none_is_lost_when_the_number_changes(
         assert {slug: found[0].ref for slug, found in after.items()} == {
             slug: found[0].ref for slug, found in before.items()
         }
+        await the_newest_pod_is_found(kube, after)
         await asyncio.gather(*(one.retire(found, 1.0) for (found,) in after.values()))
         async with asyncio.timeout(60):
             while (await one.snapshot()).placements:

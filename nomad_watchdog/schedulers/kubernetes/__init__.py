@@ -16,11 +16,11 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettin
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import (
     ConflictError,
-    NotFoundError,
     StaleError,
     TerminalError,
     TransientError,
     UserError,
+    WatchdogError,
 )
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
@@ -29,6 +29,8 @@ from nomad_watchdog.schedulers._memory import Memory
 from nomad_watchdog.schedulers.kubernetes import _hints, _objects, _view
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
+from nomad_watchdog.schedulers.kubernetes._namespaces import remember_namespaces
+from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,6 @@ _FEW: Final = 64
 _TRIES: Final = 4
 _UNMADE_S: Final = 3.0
 _MOST_UNMADE: Final = 8
-_RECORD: Final = "nomad-watchdog"
-"""ConfigMap in the first namespace that remembers how many there are."""
 
 
 class KubernetesScheduler:
@@ -82,11 +82,13 @@ class KubernetesScheduler:
 
     async def prepare(self, specs: Collection[AgentSpec]) -> None:
         built = {(spec.agent_class, spec.spec_hash): _objects.build(spec) for spec in specs}
-        await self._remember_namespaces()
+        self._known = await remember_namespaces(self._client, self._first, self._spread)
         self._built = built
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
-        built = self._built.get((spec.agent_class, spec.spec_hash)) or _objects.build(spec)
+        built = self._built.get((spec.agent_class, spec.spec_hash))
+        if built is None:
+            built = self._built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
         ref = self._home(record.slug, built.kind, epoch)
         if moved := await self._move(record.slug, ref):
             return moved
@@ -95,12 +97,23 @@ class KubernetesScheduler:
             shard=shard_of(record.slug, self._shards), installation=self._installation,
         )  # fmt: skip
         document, credential = _objects.document_of(record, epoch, spec)
-        # one for each epoch: a late start must not overwrite the credential of the accepted agent
-        own = f"{ref.name}-{epoch}" if credential else ""
-        secret = own or built.token_secret
+        own = secret_name(ref, epoch) if credential else ""
+        held = _objects.token_secret(own, labels, credential) if own else None
+        secret = AgentSecret(self._client, ref, held)
         body = _objects.workload(
-            built, record, spec, labels=labels, document=document, secret=secret
+            built, record, spec, labels=labels, document=document, secret=own or built.token_secret
         )
+        try:
+            return await self._place(ref, body, spec, secret)
+        except TransientError:
+            raise  # the next try finds it
+        except WatchdogError:
+            await secret.drop()
+            raise
+
+    async def _place(
+        self, ref: Ref, body: dict[str, Any], spec: AgentSpec, secret: AgentSecret
+    ) -> int:
         found: dict[str, Any] | None = None  # most are new: only a conflict makes us look
         for attempt in range(_TRIES):
             if attempt:
@@ -108,24 +121,24 @@ class KubernetesScheduler:
             if found is not None:
                 self._check_owner(found, ref)
                 who = _view.identity(found)
-                if who.epoch == epoch:
+                if who.epoch == ref.epoch:
+                    await secret.adopt(body, found)
                     return _version(found)
-                if who.epoch > epoch:
-                    raise ConflictError(f"{record.slug} is at epoch {who.epoch}, not {epoch}")
-                if built.kind == "pod":
+                if who.epoch > ref.epoch:
+                    await secret.drop(sure=True)
+                    raise ConflictError(f"{who.slug} is at epoch {who.epoch}, not {ref.epoch}")
+                if ref.kind == "pod":
                     # Its spec can't be changed: when it is gone, ensure is called again.
                     return await self._delete(found, ref, spec.kill_timeout_s)
-            if own:
-                held = _objects.token_secret(own, labels, credential)
-                await self._client.apply(_secret_path(ref, own), held)
             try:
-                made = await self._client.apply(ref.path, _expecting(body, found))
+                # before the workload: a pod without it would not start
+                await secret.put(new=not attempt)
+                made = await self._client.apply(ref.path, _objects.expecting(body, found))
             except ConflictError:
                 continue
-            if own:
-                await self._adopt(_secret_path(ref, own), held, made)
-                if found is not None:
-                    await self._client.delete(_secret_path(ref, f"{ref.name}-{who.epoch}"))
+            await secret.adopt(body, made)
+            if found is not None:
+                await secret.replace(who.epoch)
             return _version(made)
         raise TransientError(f"{ref} is changed by others all the time")
 
@@ -195,29 +208,6 @@ class KubernetesScheduler:
         namespace = names.namespace_of(self._first, shard_of(slug, self._spread))
         return Ref(namespace, kind, names.name_of(slug), epoch)
 
-    async def _remember_namespaces(self) -> None:
-        """Learn how many namespaces were ever used, and say how many are now: agents in one that is no
-        longer filled must still be seen."""
-        path = f"/api/v1/namespaces/{self._first}/configmaps/{_RECORD}"
-        for _ in range(_TRIES):
-            found = await self._client.find(path)
-            held = str(((found or {}).get("data") or {}).get("namespaces", "0"))
-            before = int(held) if held.isascii() and held.isdigit() else 0
-            self._known = max(self._spread, before)
-            if before >= self._spread:
-                return
-            body = {
-                "apiVersion": "v1",
-                "kind": "ConfigMap",
-                "metadata": {"name": _RECORD, "labels": {names.MANAGED: names.DOMAIN}},
-                "data": {"namespaces": str(self._known)},
-            }
-            try:
-                await self._client.apply(path, _expecting(body, found))
-            except ConflictError:
-                continue
-            return
-
     async def _move(self, slug: Slug, home: Ref) -> int:
         """Stop what a device has elsewhere (another workload, another namespace); the index of that, 0
         when there is none. It must be gone before the next one is made."""
@@ -255,18 +245,6 @@ class KubernetesScheduler:
             if not meta.get("deletionTimestamp"):
                 at = f"{path}/{meta['name']}"
                 await self._client.delete(at, grace_s=math.ceil(grace_s), uid=meta["uid"])
-
-    async def _adopt(self, path: str, secret: Mapping[str, Any], owner: Mapping[str, Any]) -> None:
-        """The garbage collector takes the Secret with its owner. It was made first, as a pod without it
-        would not start; should this not be reached, it stays until the device's next agent."""
-        reference = {
-            "apiVersion": owner["apiVersion"],
-            "kind": owner["kind"],
-            "name": owner["metadata"]["name"],
-            "uid": owner["metadata"]["uid"],
-        }
-        meta = {**secret["metadata"], "ownerReferences": [reference]}
-        await self._client.apply(path, {**secret, "metadata": meta})
 
     def _check_owner(self, found: Mapping[str, Any], ref: Ref) -> None:
         self._check_installation(found, ref)
@@ -306,8 +284,6 @@ class KubernetesScheduler:
             raise StaleError(f"kubernetes' version went back from {before} to {index}")
         objects = await self._with_status(owners, pods)
         found, malformed = _view.placements(objects, _flat(pods), self._clock.wall())
-        if only is not None:
-            found = {slug: some for slug, some in found.items() if slug in only}
         await self._believe(found, only)
         self._memory.take(found, only)
         if only is None:
@@ -319,9 +295,11 @@ class KubernetesScheduler:
     ) -> None:
         """Raise StaleError when a list leaves out what the API server has (S7)."""
         listed = {one.ref for some in found.values() for one in some}
-        for text in self._memory.vanished(listed, only):
-            ref = Ref.parse(text)
-            there = await self._client.find(ref.path, metadata=True)
+        refs = [Ref.parse(text) for text in self._memory.vanished(listed, only)]
+        answers = await asyncio.gather(
+            *(self._client.find(ref.path, metadata=True) for ref in refs)
+        )
+        for ref, there in zip(refs, answers, strict=True):
             if there is not None and _epoch(there) == ref.epoch:
                 labels = there["metadata"].get("labels") or {}
                 if labels.get(names.INSTALLATION) == self._installation:
@@ -340,32 +318,10 @@ class KubernetesScheduler:
             if _key(one) not in placed
             and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _UNMADE_S
         ][:_MOST_UNMADE]
-        whole: dict[str, Mapping[str, Any]] = {}
-        for one in unmade:
-            meta = one["metadata"]
-            try:
-                kind = _view.identity(one).kind
-            except UserError:
-                continue
-            path = f"{names.collection(meta['namespace'], kind)}/{meta['name']}"
-            if (there := await self._client.find(path)) is not None:
-                whole[meta["uid"]] = there
+        paths = [path for one in unmade if (path := _path_of(one))]
+        there = await asyncio.gather(*(self._client.find(path) for path in paths))
+        whole = {one["metadata"]["uid"]: one for one in there if one is not None}
         return [whole.get(one["metadata"]["uid"], one) for one in objects]
-
-
-def _secret_path(ref: Ref, name: str) -> str:
-    return f"/api/v1/namespaces/{ref.namespace}/secrets/{name}"
-
-
-def _expecting(body: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The body as a compare-and-set against what was found. Nothing ever has version 1, so that with it
-    an object is made, and one that is there already is a conflict (S2)."""
-    meta = dict(body["metadata"])
-    if found is None:
-        meta["resourceVersion"] = "1"
-    else:
-        meta |= {key: found["metadata"][key] for key in ("uid", "resourceVersion")}
-    return {**body, "metadata": meta}
 
 
 def _flat(lists: Sequence[Listed]) -> list[Mapping[str, Any]]:
@@ -377,6 +333,16 @@ def _key(thing: Mapping[str, Any]) -> tuple[str, str]:
     return meta["namespace"], (meta.get("labels") or {}).get(names.SLUG, "")
 
 
+def _path_of(thing: Mapping[str, Any]) -> str:
+    """Empty when its labels make no sense."""
+    meta = thing["metadata"]
+    try:
+        kind = _view.identity(thing).kind
+    except UserError:
+        return ""
+    return f"{names.collection(meta['namespace'], kind)}/{meta['name']}"
+
+
 def _version(thing: Mapping[str, Any]) -> int:
     return int(thing["metadata"]["resourceVersion"])
 
@@ -384,14 +350,3 @@ def _version(thing: Mapping[str, Any]) -> int:
 def _epoch(thing: Mapping[str, Any]) -> int:
     text = (thing["metadata"].get("labels") or {}).get(names.EPOCH, "")
     return int(text) if text.isascii() and text.isdigit() else -1
-
-
-async def newest_pod(client: KubernetesClient, first: str, spread: int, slug: str) -> str:
-    """The path of the newest pod of a device. Raises NotFoundError when there is none."""
-    for number in range(spread):
-        path = names.collection(names.namespace_of(first, number), "pod")
-        found = await client.list(path, labels=f"{names.SLUG}={slug}")
-        if found.items:
-            newest = max(found.items, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-            return f"{path}/{newest['metadata']['name']}"
-    raise NotFoundError(f"no pod of {slug} in namespace {first}")
