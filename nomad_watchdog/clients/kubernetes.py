@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
+import orjson
 
 from nomad_watchdog.clients._kubernetes_credentials import Credential, Credentials
 from nomad_watchdog.clients._kubernetes_errors import (
@@ -172,7 +173,9 @@ class KubernetesClient:
                     raise translate(answer.status, await answer.read(), f"watch {path}")
                 async for line in _lines(answer.content):
                     yield _event(line, path)
-        except (aiohttp.ClientError, ValueError, LookupError, TypeError, OSError) as error:
+        except (
+            aiohttp.ClientError, ValueError, LookupError, TypeError, AttributeError, OSError,
+        ) as error:  # fmt: skip
             kind = type(error).__name__
             raise TransientError(f"kubernetes: the watch of {path} broke: {kind}") from error
 
@@ -232,11 +235,12 @@ class KubernetesClient:
     ) -> dict[str, Any]:
         """One call that answers JSON. Raises our errors for everything else."""
         # not in ASCII: an apply is read as YAML, which knows no surrogate pairs in escapes
-        text = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
-        data = None if body is None else text.encode()
+        data = None
+        if body is not None:
+            data = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
         raw = await self._fetch(method, path, params or {}, data, content, accept)
         try:
-            found = json.loads(raw)
+            found = orjson.loads(raw)
         except ValueError as error:
             raise TransientError(f"kubernetes: the answer to {path} is cut off") from error
         if not isinstance(found, dict):
@@ -357,8 +361,10 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 def _event(line: bytes, path: str) -> Event:
-    found = json.loads(line)
+    found = orjson.loads(line)
     kind, thing = found["type"], found["object"]
+    if not isinstance(thing.get("metadata") or {}, dict):
+        raise TypeError("an object's metadata is no object")
     if kind == "ERROR":
         raise translate(int(thing.get("code") or 500), json.dumps(thing).encode(), f"watch {path}")
     if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):

@@ -27,7 +27,7 @@ from nomad_watchdog.errors import (
     TransientError,
     UserError,
 )
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, _hints
 
 PODS = "/api/v1/namespaces/n/pods"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -114,7 +114,11 @@ async def test_a_watch_gives_events_and_bookmarks_and_says_when_its_version_is_f
     assert seen == [("ADDED", "8"), ("BOOKMARK", "9")]
 
 
-@pytest.mark.parametrize("line", [b"{\n", b'{"type": "WHAT", "object": {}}\n', b"[]\n", b"{}\n"])
+@pytest.mark.parametrize("line", [
+    b"{\n", b'{"type": "WHAT", "object": {}}\n', b"[]\n", b"{}\n",
+    b'{"type": "ADDED", "object": []}\n', b'{"type": "ADDED", "object": null}\n',
+    b'{"type": "ADDED", "object": {"metadata": "x"}}\n', b'{"type": "ERROR", "object": "x"}\n',
+])  # fmt: skip
 async def test_a_watch_that_talks_nonsense_is_our_error(line: bytes) -> None:
     """What is no event ends the watch with an error of ours, whatever it is."""
 
@@ -249,3 +253,72 @@ async def test_a_watch_that_always_ends_at_once_is_not_asked_for_without_end() -
 
     assert 2 <= resyncs
     assert 3 <= asked < 60, f"three kinds were asked for {asked} times in 3 s"
+
+
+async def test_a_watch_that_breaks_is_one_resync() -> None:
+    """A lost connection makes all be read once, when the next watch has a place to begin at."""
+    watches = 0
+    resyncs = 0
+
+    class Counted(_hints.Pending):
+        def resync(self) -> None:
+            nonlocal resyncs
+            resyncs += 1
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal watches
+        if "watch" not in request.query:
+            return page([])
+        watches += 1
+        if watches > 1:
+            await asyncio.sleep(30)
+        return web.Response()
+
+    async with served(handler) as client:
+        follow = _hints._follow_watch(client, "n", "pod", "", Counted(), asyncio.Event())
+        task = asyncio.ensure_future(follow)
+        async with asyncio.timeout(20):
+            while watches < 2:
+                await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    assert resyncs == 1
+
+
+async def test_a_watch_that_is_gone_for_good_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is no error of ours and ends one watch comes out of the hints, and at once."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if "watch" not in request.query:
+            return page([])
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(b'{"type": "ADDED", "object": {}}\n')
+        await asyncio.sleep(30)
+        return answer
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(_hints, "_say", broken)
+    async with served(handler) as client:
+        hints = KubernetesScheduler(client=client, namespace="n").watch()
+        with pytest.raises(RuntimeError, match="a bug"):
+            async with asyncio.timeout(10):
+                async for _ in hints:
+                    pass
+
+
+async def test_a_number_of_namespaces_that_can_not_be_written_is_said() -> None:
+    """When others change the record each time, preparing fails for now; it does not go on without it."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return status(409, "Conflict") if request.method == "PATCH" else status(404, "NotFound")
+
+    async with served(handler) as client:
+        scheduler = KubernetesScheduler(client=client, namespace="n")
+        with pytest.raises(TransientError, match="changed by others all the time"):
+            await scheduler.prepare([])

@@ -32,6 +32,7 @@ class Pending:
         self._calm: set[Slug] = set()
         self._resync = False
         self._index = 0
+        self._failure: BaseException | None = None
         self._news = asyncio.Event()
 
     def resync(self) -> None:
@@ -43,9 +44,16 @@ class Pending:
         self._index = max(self._index, index)
         self._news.set()
 
+    def fail(self, error: BaseException) -> None:
+        """From now on `take` raises this."""
+        self._failure = error
+        self._news.set()
+
     async def take(self) -> list[Hint]:
-        """All that is pending, as few hints; waits until there is something."""
+        """All that is pending, as few hints; waits until there is something. Raises what `fail` was given."""
         await self._news.wait()
+        if self._failure is not None:
+            raise self._failure
         self._news.clear()
         index, calm = self._index, self._calm - self._urgent
         hints = [Hint(None, index)] if self._resync else []
@@ -59,7 +67,8 @@ async def hints(
     client: KubernetesClient, namespaces: Callable[[], list[str]], labels: str
 ) -> AsyncIterator[Hint]:
     """As `Scheduler.watch`. The watches begin before the first hint is given, so that nothing falls
-    between it and them."""
+    between it and them. What ends a watch and is no error of ours comes out here: a watch that is gone
+    for good must not be silent."""
     pending = Pending()
     pending.resync()
     started = [asyncio.Event() for _ in namespaces() for _ in _KINDS]
@@ -68,6 +77,15 @@ async def hints(
         asyncio.ensure_future(_follow_watch(client, space, kind, labels, pending, event))
         for (space, kind), event in zip(pairs, started, strict=True)
     ]
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            pending.fail(error)
+            for event in started:  # who waits for them must see it
+                event.set()
+
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RECONNECT_MAX_S):
@@ -92,11 +110,12 @@ async def _follow_watch(  # one task's own things
     path = names.collection(namespace, kind)
     loop = asyncio.get_running_loop()
     failures = 0
+    first = True
     while True:
         try:
             # one object is enough to learn the version that a watch can begin at
             version = await client.version_of(path)
-            if started.is_set():
+            if not first:
                 pending.resync()  # news may have been missed
             started.set()
             while True:
@@ -113,7 +132,7 @@ async def _follow_watch(  # one task's own things
             log.warning("watch lost", extra={"reason": str(error), "of": path})
             if not isinstance(error, TransientError):
                 failures += 2  # refused: no hurry
-        pending.resync()
+        first = False
         failures += 1
         ceiling = min(_RECONNECT_MAX_S, 0.5 * 2 ** min(failures, 10))
         await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
