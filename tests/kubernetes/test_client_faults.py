@@ -27,7 +27,10 @@ from nomad_watchdog.errors import (
     TransientError,
     UserError,
 )
+from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, _hints
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.testing.conformance import record_of
 
 PODS = "/api/v1/namespaces/n/pods"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -322,3 +325,30 @@ async def test_a_number_of_namespaces_that_can_not_be_written_is_said() -> None:
         scheduler = KubernetesScheduler(client=client, namespace="n")
         with pytest.raises(TransientError, match="changed by others all the time"):
             await scheduler.prepare([])
+
+
+async def test_a_start_outlasts_the_controllers_first_words() -> None:
+    """An object whose status is written again and again for 0.2 s is changed all the same: tries that follow
+    each other at once would all be lost."""
+    record, spec = record_of("device-1"), AgentSpec("default", "1", "h")
+    until = 0.0
+    kept: dict[str, Any] = {}
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal until
+        if request.method == "PATCH":
+            now = asyncio.get_running_loop().time()
+            until = until or now + 0.2
+            body = await request.json()
+            if now < until:
+                kept.update(body)
+                labels = {**body["metadata"]["labels"], names.EPOCH: "1"}
+                kept["metadata"] = {**body["metadata"], "labels": labels, "uid": "u"}
+                return status(409, "Conflict")
+            return web.json_response({**body, "metadata": {**body["metadata"], "uid": "u"}})
+        return web.json_response(kept)
+
+    async with served(handler) as client:
+        scheduler = KubernetesScheduler(client=client, namespace="n")
+
+        assert await scheduler.ensure(record, Epoch(2), spec) == 1

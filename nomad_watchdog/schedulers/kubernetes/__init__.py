@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 
 _FEW: Final = 64
 """Up to so many slugs fit into one selector; for more the full list is asked for."""
-_TRIES: Final = 4
+_TRIES: Final = 5
+_PAUSE_S: Final = 0.1
 _UNMADE_S: Final = 3.0
 _MOST_UNMADE: Final = 8
 
@@ -135,6 +137,8 @@ class KubernetesScheduler:
                 await secret.put(new=not attempt)
                 made = await self._client.apply(ref.path, _objects.expecting(body, found))
             except ConflictError:
+                if attempt:  # a controller writes the status of a new object several times at once
+                    await asyncio.sleep(random.uniform(0.5, 1.0) * _PAUSE_S * attempt)  # noqa: S311  # jitter
                 continue
             await secret.adopt(body, made)
             if found is not None:
