@@ -26,6 +26,7 @@ _BACKOFF_MAX_S: Final = 300.0
 _QUIET_S: Final = 600.0
 """A container that ran for so long has its back-off forgotten."""
 _MEMORY_S: Final = 0.5
+_AGAIN_S: Final = 0.5
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -63,6 +64,9 @@ class Pod:
         self._leaving = asyncio.Event()
         self._quiet = False
         self._told: dict[str, Any] = {}
+        self._phase = ""
+        self.owes = False
+        """Its status could not be written: tell it again."""
         self._writing = asyncio.Lock()
 
     @property
@@ -90,15 +94,30 @@ class Pod:
         ends = await asyncio.gather(*(self._keep(at) for at in range(len(self._runs))))
         if self._quiet:
             return
-        phase = "Succeeded" if not any(ends) else "Failed"
-        with contextlib.suppress(WatchdogError):
-            if (self.pod.get("status") or {}).get("phase") not in ("Failed", "Succeeded"):
-                await self.tell(phase)
-            if self.pod["metadata"].get("deletionTimestamp"):
-                await self._client.delete(self.path, grace_s=0, uid=self.uid)
+        if (self.pod.get("status") or {}).get("phase") not in ("Failed", "Succeeded"):
+            self._phase = "Succeeded" if not any(ends) else "Failed"
+            await self.tell()
+        while not self._quiet:
+            try:
+                if self.owes:
+                    await self.tell()
+                if self.pod["metadata"].get("deletionTimestamp"):
+                    await self._client.delete(self.path, grace_s=0, uid=self.uid)
+            except (NotFoundError, ConflictError):  # it is gone, or another has its name
+                return
+            except WatchdogError:
+                self.owes = True
+            if not self.owes:
+                return
+            await asyncio.sleep(_AGAIN_S)
 
-    async def tell(self, phase: str = "") -> None:
-        """Say how it is, if that is news. The API server's own conditions are left alone."""
+    async def tell(self) -> None:
+        """Say how it is, if that is news. The API server's own conditions are left alone.
+
+        Never raises: what cannot be said now is owed, for a node that ended with its API server would
+        take all its agents along.
+        """
+        phase = self._phase
         if not phase:
             started = any("waiting" not in run.state for run in self._runs)
             restarted = any(run.restarts or run.last for run in self._runs)
@@ -109,15 +128,27 @@ class Pod:
                 started_at=self._started_at, now=now_text(),
             )  # fmt: skip
             if status == self._told:
+                self.owes = False
                 return
             # uid: not the next pod of the same name
             body = {"metadata": {"uid": self.uid}, "status": status}
-            with contextlib.suppress(NotFoundError, ConflictError):
+            try:
                 self.pod = await self._client.call(
                     "PATCH", f"{self.path}/status", body=body,
                     content="application/strategic-merge-patch+json",
                 )  # fmt: skip
-            self._told = status
+            except (NotFoundError, ConflictError):
+                pass  # nobody is left to be told
+            except WatchdogError:
+                self.owes = True
+                return
+            self._told, self.owes = status, False
+
+    def is_written_over(self) -> bool:
+        """The conditions contradict each other: the controllers took the node for lost."""
+        found = (self.pod.get("status") or {}).get("conditions") or []
+        told = {one["type"]: one["status"] for one in found}
+        return told.get("Ready") != told.get("ContainersReady")
 
     async def retell(self) -> None:
         """Say it again, whatever was said: the API server may have changed it meanwhile."""

@@ -43,7 +43,7 @@ from nomad_watchdog.errors import (
 
 _BEAT_S: Final = 1.0
 _LEASE_S: Final = 40
-_RETELL_S: Final = 10.0
+_RETELL_BEATS: Final = 10
 
 
 class Kubelet(Running):
@@ -91,6 +91,10 @@ class Kubelet(Running):
                 await client.delete(f"/api/v1/nodes/{self.node}")
         finally:
             await client.close()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     @property
     def log_file(self) -> Path:
@@ -266,17 +270,17 @@ class _Node:
             await asyncio.sleep(_BEAT_S)
 
     async def retell(self) -> None:
-        """What the controllers wrote over a pod's status while the node was away is put right."""
+        """What could not be told is told again, and what the controllers wrote over a pod's status while
+        the node was away is put right."""
+        beats = 0
         while True:
-            await asyncio.sleep(_RETELL_S)
+            await asyncio.sleep(_BEAT_S)
+            beats += 1
             for pod in list(self.pods.values()):
-                told = {
-                    c["type"]: c["status"]
-                    for c in (pod.pod.get("status") or {}).get("conditions") or []
-                }
-                if told.get("Ready") != told.get("ContainersReady"):
-                    with contextlib.suppress(WatchdogError):
-                        await pod.retell()
+                if pod.owes:
+                    await pod.tell()
+                elif beats % _RETELL_BEATS == 0 and pod.is_written_over():
+                    await pod.retell()
 
     async def follow(self, tasks: asyncio.TaskGroup) -> None:
         """List and watch the pods of this node."""

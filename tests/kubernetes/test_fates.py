@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,10 @@ class Site:
     ) -> Placement:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            for one in await self.of(record):
-                if test(one):
-                    return one
+            with suppress(TransientError):
+                for one in await self.of(record):
+                    if test(one):
+                        return one
             await asyncio.sleep(0.1)
         raise AssertionError(f"not within {timeout_s} s; last seen: {await self.of(record)}")
 
@@ -143,6 +144,21 @@ async def test_a_crash_loop_counts(site: Site) -> None:
     )
 
     assert "exit code 1" in found.reason
+    await site.retire(record)
+
+
+async def test_a_dead_api_server_takes_no_node_with_it(site: Site) -> None:
+    """While nobody hears it, a node goes on restarting its agents, and tells of it afterwards."""
+    record = await site.start(spec_of("test/failing"))
+    before = await site.until(record, lambda one: one.restarts >= 1)
+    await site.kube.kill_process("kube-apiserver")
+    try:
+        await asyncio.sleep(5.0)  # more than one turn of the crash loop, each with news
+    finally:
+        await site.kube.start_process("kube-apiserver")
+    await site.until(record, lambda one: one.restarts >= before.restarts + 2, 60.0)
+
+    assert all(node.is_running for node in site.nodes.values())
     await site.retire(record)
 
 
