@@ -35,7 +35,8 @@ def load(
     source = str(file) if file else "built-in defaults"
     document = _read_file(file) if file else Document()
     origins = _merge_env(document.data, env) | _merge_flags(document.data, overrides)
-    document.data.setdefault("data_dir", _state_dir(env))
+    if "data_dir" not in document.data:
+        document.data["data_dir"] = _state_dir(env)
     problems = list(document.problems)
     settings = None
     try:
@@ -222,7 +223,12 @@ def _put(data: dict[str, Any], where: tuple[str, ...], value: object) -> None:
 
 
 def _state_dir(env: Mapping[str, str]) -> str:
-    state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
+    try:
+        state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
+    except RuntimeError:  # a user that no passwd file knows, as in a container
+        raise UserError(
+            "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
+        ) from None
     return str(FilePath(state) / "nomad-watchdog")
 
 

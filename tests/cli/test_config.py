@@ -180,6 +180,19 @@ def test_flags_go_over_environment_over_file_over_defaults(tmp_path: Path) -> No
     assert load(None, {"XDG_STATE_HOME": "/s"}).data_dir == "/s/nomad-watchdog"
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where no passwd file knows the user: with data_dir all is well, without it that is
+    what is asked for."""
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert load(None, {"NOMAD_WATCHDOG_DATA_DIR": "/data"}).data_dir == "/data"
+    with pytest.raises(UserError, match="set data_dir"):
+        load(None, {})
+
+
 def test_a_wrong_variable_is_named() -> None:
     """A mistake in the environment names the variable, not the file."""
     with pytest.raises(UserError, match="environment NOMAD_WATCHDOG_RESYNC: resync"):

@@ -1,0 +1,123 @@
+"""The image of the control plane: jobs/Dockerfile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from nomad_watchdog.dev.process import free_port
+from tests.images import BASE, Buildah, Image, a_base, a_root, assert_confined, opened
+
+pytestmark = [pytest.mark.image, pytest.mark.long, pytest.mark.timeout(600)]
+NAME = "agntup/nomad-watchdog"
+STATE = "/var/lib/nomad-watchdog"
+TOKEN = "operators-s3cret-token"
+CONFIG = """\
+backend = "local"
+agent_class "default" {
+  beat = "1s"
+  probe "tcp" {
+    port     = %d
+    interval = "1s"
+    timeout  = "500ms"
+  }
+}
+"""
+
+
+@pytest.fixture
+def image(tmp_path: Path, repository: Path) -> Iterator[Image]:
+    """The image that jobs/Dockerfile makes, with the packages from a folder of wheels."""
+    wheels = tmp_path / "wheels"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check",
+         "-w", wheels, repository, "hatchling>=1.27"],
+        check=True,
+    )  # fmt: skip
+    next(wheels.glob("nomad_watchdog-*.whl")).unlink()  # that one is for the image to build
+    buildah = Buildah(tmp_path)
+    packages = Path(sys.prefix) / "lib"
+    a_root(tmp_path / "base", packages=["pip"], libraries=packages.glob("*/site-packages/**/*.so"))
+    a_base(buildah, tmp_path / "base")
+    buildah("bud", "-q", "--isolation=chroot", f"--build-arg=BASE={BASE}", "--build-arg=PIP_NO_INDEX=1",
+            "--build-arg=PIP_FIND_LINKS=/wheels", f"--volume={wheels}:/wheels:ro",
+            "-t", NAME, "-f", repository / "jobs" / "Dockerfile", repository)  # fmt: skip
+    with opened(buildah, NAME) as it:
+        yield it
+
+
+async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
+    image: Image, tmp_path: Path
+) -> None:
+    """Started as its configuration says, by nobody on a root that can't be written, it serves, keeps who has
+    no token out, and its own agent watches a device; it ends on SIGTERM with 0, and knows the device when it
+    comes again."""
+    assert (image.config["User"], image.config["ExposedPorts"]) == ("65534:65534", {"9670/tcp": {}})
+    assert image.config["Cmd"] == ["run"]
+    assert not (image.root / "src").exists()
+    device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
+    port = free_port()
+    state, config, token = tmp_path / "state", tmp_path / "config.hcl", tmp_path / "token"
+    state.mkdir()
+    os.chown(state, 65534, 65534)
+    config.write_text(CONFIG % device.sockets[0].getsockname()[1])
+    token.write_text(TOKEN)
+    api = f"http://127.0.0.1:{port}"
+    env = {
+        "NOMAD_WATCHDOG_CONFIG": "/etc/nomad-watchdog/nomad-watchdog.hcl",
+        "NOMAD_WATCHDOG_DATA_DIR": STATE,
+        "NOMAD_WATCHDOG_API_LISTEN": f"127.0.0.1:{port}",
+        "NOMAD_WATCHDOG_API_TOKEN_FILE": "/etc/nomad-watchdog/token",
+    }
+    mounts = {
+        "/dev": Path("/dev"), "/proc": Path("/proc"), STATE: state, "/etc/nomad-watchdog/token": token,
+        "/etc/nomad-watchdog/nomad-watchdog.hcl": config,
+    }  # fmt: skip
+    said = tmp_path / "said"
+
+    async def shown() -> tuple[int, dict[str, object]]:
+        async with session.get(f"{api}/v1/devices/pump-1") as answer:
+            return answer.status, await answer.json()
+
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    timeout = aiohttp.ClientTimeout(total=5.0)
+    async with device, aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+        for turn in ("first", "second"):
+            process = await image.start(image.config["Cmd"], env=env, log=said, mounts=mounts)
+            try:
+                async with asyncio.timeout(60.0):
+                    while True:
+                        assert process.returncode is None, said.read_text()[-3000:]
+                        try:
+                            if turn == "first":
+                                wish = {"address": "127.0.0.1"}
+                                async with session.put(
+                                    f"{api}/v1/devices/pump-1", json=wish
+                                ) as answer:
+                                    assert answer.status in (200, 201), await answer.text()
+                            status, found = await shown()
+                        except aiohttp.ClientError:
+                            status, found = 0, {}
+                        if status == 200 and found["verdict"] == "watched":
+                            break
+                        await asyncio.sleep(0.2)
+                async with session.get(
+                    f"{api}/v1/devices", headers={"Authorization": ""}
+                ) as answer:
+                    assert answer.status == 401
+                assert_confined(process.pid)
+                process.send_signal(signal.SIGTERM)
+                async with asyncio.timeout(20.0):
+                    assert await process.wait() == 0, said.read_text()[-3000:]
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                await process.wait()
