@@ -86,6 +86,7 @@ class Kubernetes(Block):
         "nomad-watchdog"
     )
     namespaces: Annotated[int, Field(ge=1, le=64)] = 1
+    service_account: Text | None = None
 
 
 class Local(Block):
@@ -175,6 +176,11 @@ class Settings(Block):
     def advertise(self) -> str:
         """What agents are told to report to."""
         return self.api.advertise or f"{'https' if self.api.secure else 'http'}://{self.api.listen}"
+
+    @property
+    def own_address(self) -> str:
+        """Where this replica is reached, and no other."""
+        return self.api.own_address or self.advertise
 
     @property
     def registry_kind(self) -> str:

@@ -27,6 +27,7 @@ class Token(Block):
 class Api(Block):
     listen: Annotated[str, AfterValidator(checked_listen)] = "127.0.0.1:9670"
     advertise: Url | None = None
+    own_address: Url | None = None
     token_file: Text | None = None
     token: dict[Name, Token] = Field(default_factory=dict)
     open: bool = False

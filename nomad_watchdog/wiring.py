@@ -79,7 +79,11 @@ def kubernetes_settings(settings: Settings) -> KubernetesSettings:
     from nomad_watchdog.clients.kubernetes import KubernetesSettings  # noqa: PLC0415  # only when used
 
     chosen = settings.kubernetes
-    return KubernetesSettings.discover(chosen.kubeconfig or "", chosen.context or "")
+    return KubernetesSettings.discover(
+        chosen.kubeconfig or "",
+        chosen.context or "",
+        service_account=chosen.service_account or "",
+    )
 
 
 @asynccontextmanager
@@ -111,7 +115,7 @@ async def open_leases(settings: Settings, clock: Clock) -> AsyncIterator[Leases]
             path.with_name(f"{path.name}.lease"),
             shards=settings.shards,
             replica=replica,
-            api=settings.advertise,
+            api=settings.own_address,
             clock=clock,
         )
         try:
@@ -125,7 +129,7 @@ async def open_leases(settings: Settings, clock: Clock) -> AsyncIterator[Leases]
         prefix=settings.consul.prefix,
         shards=settings.shards,
         replica=replica,
-        api=settings.advertise,
+        api=settings.own_address,
         clock=clock,
         ttl_s=settings.lease_ttl,
     )

@@ -60,10 +60,16 @@ class KubernetesSettings:
 
     @classmethod
     def discover(
-        cls, kubeconfig: str = "", context: str = "", env: Mapping[str, str] | None = None
+        cls,
+        kubeconfig: str = "",
+        context: str = "",
+        env: Mapping[str, str] | None = None,
+        *,
+        service_account: str = "",
     ) -> KubernetesSettings:
         """From the first of: `kubeconfig`, ``KUBECONFIG`` (several files, joined by colons), the pod's
-        service account, ``~/.kube/config``. `context`: empty = the file's current one.
+        service account, ``~/.kube/config``. `context`: empty = the file's current one. `service_account`:
+        the folder with the pod's token; empty = where Kubernetes puts it.
 
         Raises UserError when there is none of them, or when one can't be understood."""
         env = os.environ if env is None else env
@@ -73,7 +79,7 @@ class KubernetesSettings:
             files = [Path(one).expanduser() for one in env["KUBECONFIG"].split(":") if one]
             return from_files(files, context)
         if env.get("KUBERNETES_SERVICE_HOST"):
-            return in_cluster(env)
+            return in_cluster(env, Path(service_account or IN_CLUSTER))
         usual = Path(env.get("HOME", "/nonexistent")) / ".kube" / "config"
         if usual.is_file():
             return from_files([usual], context)

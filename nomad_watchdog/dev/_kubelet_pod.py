@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import os
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -20,6 +20,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.dev import _kubelet_spec as spec
 from nomad_watchdog.dev._kubelet_spec import MARK, CannotRunError, Image, Object, Run
+from nomad_watchdog.dev._kubelet_volumes import Volumes
 from nomad_watchdog.errors import ConflictError, NotFoundError, WatchdogError
 
 _BACKOFF_MAX_S: Final = 300.0
@@ -371,15 +372,24 @@ class Pod:
         if image is None:
             told = f'failed to pull image "{container["image"]}": not found'
             raise CannotRunError(f"ErrImagePull|{told}")
-        secrets = {name: await self._secret(name) for name in sorted(spec.secret_names(self.pod))}
+        volumes = Volumes(self._client, self.pod, self.folder / "volumes", self._ip)
+        mounts = await volumes.mounts(container)
+        wanted = sorted(spec.secret_names(container))
+        secrets = {name: await volumes.secret(name) for name in wanted}
         try:
-            mounts = self._volumes(container, secrets)
             env = spec.environment(self.pod, container, image, self._ip, secrets)
             argv = [spec.moved(one, mounts) for one in spec.command(container, image, env)]
         except CannotRunError as error:
             raise CannotRunError(f"CreateContainerConfigError|{error}") from None
         env = {name: spec.moved(value, mounts) for name, value in env.items()}
-        env = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), **env, MARK: str(self.folder)}
+        place = urlsplit(self._client.settings.server)
+        env = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "KUBERNETES_SERVICE_HOST": place.hostname or "",
+            "KUBERNETES_SERVICE_PORT": str(place.port or 443),
+            **env,
+            MARK: str(self.folder),
+        }
         return self._spawn(argv, env, self.log_file(container["name"]))
 
     def _spawn(self, argv: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -391,32 +401,3 @@ class Pod:
                 )  # fmt: skip
             except OSError as error:
                 raise CannotRunError(f"RunContainerError|{argv[0]}: {error.strerror}") from error
-
-    async def _secret(self, name: str) -> dict[str, str]:
-        namespace = self.pod["metadata"]["namespace"]
-        try:
-            found = await self._client.get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
-        except NotFoundError:
-            raise CannotRunError(f'CreateContainerConfigError|secret "{name}" not found') from None
-        data = found.get("data") or {}
-        return {key: base64.b64decode(value).decode() for key, value in data.items()}
-
-    def _volumes(
-        self, container: Object, secrets: Mapping[str, Mapping[str, str]]
-    ) -> dict[str, str]:
-        """Mount path → folder, for the mounts of a container."""
-        known = {volume["name"]: volume for volume in self.pod["spec"].get("volumes") or []}
-        mounts = {}
-        for mount in container.get("volumeMounts") or []:
-            volume = known[mount["name"]]
-            folder = self.folder / "volumes" / mount["name"]
-            folder.mkdir(parents=True, exist_ok=True)
-            if "secret" in volume:
-                for key, value in secrets[volume["secret"]["secretName"]].items():
-                    file = folder / Path(key).name
-                    file.touch(mode=0o600)
-                    file.write_text(value)
-            elif "emptyDir" not in volume:
-                raise CannotRunError(f"volume {mount['name']}: its kind is not known here")
-            mounts[mount["mountPath"].rstrip("/")] = str(folder)
-        return mounts

@@ -119,24 +119,16 @@ def expand(text: str, env: Mapping[str, str]) -> str:
     )
 
 
-def secret_names(pod: Object) -> set[str]:
-    """The Secrets that the pod's environment and volumes name."""
-    found = {
-        volume["secret"]["secretName"]
-        for volume in pod["spec"].get("volumes") or []
-        if "secret" in volume
-    }
-    for container in pod["spec"]["containers"]:
-        for one in container.get("env") or []:
-            if reference := (one.get("valueFrom") or {}).get("secretKeyRef"):
-                found.add(reference["name"])
-    return found
+def secret_names(container: Object) -> set[str]:
+    """The Secrets that the container's environment names."""
+    sources = [one.get("valueFrom") or {} for one in container.get("env") or []]
+    return {one["secretKeyRef"]["name"] for one in sources if "secretKeyRef" in one}
 
 
 def moved(text: str, mounts: Mapping[str, str]) -> str:
     """A path in the container as a path here: there is no file system of its own. `mounts`: mount path
     → folder."""
-    for path, folder in mounts.items():
+    for path, folder in sorted(mounts.items(), reverse=True):  # the inner one of two first
         if text == path or text.startswith(f"{path}/"):
             return folder + text[len(path) :]
     return text

@@ -3,9 +3,10 @@
 It takes the pods that the real scheduler has bound to its node, starts their commands with their
 environment, runs their probes as written, restarts with back-off, kills what takes more memory than its
 limit, reports status, and obeys deletion with SIGTERM and the grace period. What it does not do: an
-image is a command that the caller names, a mount is a folder whose path is put into arguments and
-environment in the place of the mount's, users and capabilities are not changed, and each pod has an
-address of the loopback network.
+image is a command that the caller names; a mount is a folder whose path is put into arguments and
+environment in the place of the mount's, so that what a file says of paths leads nowhere; users and
+capabilities are not changed; and each pod has an address of the loopback network, where 0.0.0.0 is that of
+all pods.
 
 It is a process of its own: stopped by SIGSTOP its node is lost while the agents on it go on.
 """

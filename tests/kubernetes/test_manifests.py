@@ -22,6 +22,7 @@ from nomad_watchdog.model import Epoch, Placement
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.testing.conformance import record_of
+from tests.kubernetes.hosted import apply
 from tests.schedulers.kubernetes_rig import spec_of
 
 USER = "system:serviceaccount:nomad-watchdog:nomad-watchdog"
@@ -33,32 +34,11 @@ def documents(folder: Path) -> list[dict[str, Any]]:
     return [one for name in listed for one in yaml.safe_load_all((folder / name).read_text())]
 
 
-def path_of(thing: dict[str, Any]) -> str:
-    group, _, plural = {
-        "Namespace": ("/api/v1", "", "namespaces"),
-        "ServiceAccount": ("/api/v1", "n", "serviceaccounts"),
-        "ConfigMap": ("/api/v1", "n", "configmaps"),
-        "Service": ("/api/v1", "n", "services"),
-        "Role": ("/apis/rbac.authorization.k8s.io/v1", "n", "roles"),
-        "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "n", "rolebindings"),
-        "PodDisruptionBudget": ("/apis/policy/v1", "n", "poddisruptionbudgets"),
-        "NetworkPolicy": ("/apis/networking.k8s.io/v1", "n", "networkpolicies"),
-        "Deployment": ("/apis/apps/v1", "n", "deployments"),
-    }[thing["kind"]]
-    meta = thing["metadata"]
-    below = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
-    return f"{group}{below}/{plural}/{meta['name']}"
-
-
 async def install(kube: KubernetesCluster, repository: Path) -> None:
     client = kube.client()
     try:
-        for thing in documents(repository / "jobs" / "kubernetes"):
-            if thing["kind"] != "Deployment":
-                await client.call(
-                    "PATCH", path_of(thing), body=thing, content="application/apply-patch+yaml",
-                    params={"fieldManager": "test", "force": "true", "fieldValidation": "Strict"},
-                )  # fmt: skip
+        things = documents(repository / "jobs" / "kubernetes")
+        await apply(client, [one for one in things if one["kind"] != "Deployment"])
     finally:
         await client.close()
 
@@ -101,11 +81,7 @@ async def test_the_api_server_accepts_every_manifest(
             for one in documents(repository / "jobs" / "kubernetes")
             if one["kind"] == "Deployment"
         ]
-        answer = await client.call(
-            "PATCH", path_of(deployment), body=deployment,
-            content="application/apply-patch+yaml",
-            params={"fieldManager": "test", "fieldValidation": "Strict", "dryRun": "All"},
-        )  # fmt: skip
+        answer = await apply(client, [deployment], dryRun="All")
     finally:
         await client.close()
 

@@ -134,7 +134,8 @@ def test_a_wrong_certificate_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_the_service_account_of_a_pod(tmp_path: Path) -> None:
-    """In a pod the server is the environment's, the namespace and the token are the mounted ones."""
+    """In a pod the server is the environment's, the namespace and the token are the mounted ones,
+    wherever the setting says that they are mounted."""
     env = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}
     with pytest.raises(UserError, match="automountServiceAccountToken"):
         in_cluster(env, tmp_path)
@@ -144,6 +145,7 @@ def test_the_service_account_of_a_pod(tmp_path: Path) -> None:
 
     assert (found.server, found.namespace) == ("https://[fd00::1]:443", "where")
     assert found.token_file == str(tmp_path / "token")
+    assert KubernetesSettings.discover("", "", env, service_account=str(tmp_path)) == found
 
 
 async def test_a_token_file_is_read_again_after_a_minute_and_when_refused(tmp_path: Path) -> None:

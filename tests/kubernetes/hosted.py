@@ -1,0 +1,137 @@
+"""The control plane as the cluster's own Deployment, for tests: what stands around it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import watchdog_agent
+
+from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.dev._kubelet_spec import Image
+from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.errors import WatchdogError
+
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+SOURCES = str(Path(watchdog_agent.__file__).parents[1])
+IMAGES = {
+    "agntup/nomad-watchdog": Image(
+        (sys.executable, "-m", "nomad_watchdog"), {"PYTHONDONTWRITEBYTECODE": "1"}
+    ),
+    "agntup/watchdog-agent": Image(
+        (sys.executable, "-S", "-m", "watchdog_agent"),
+        {"PYTHONPATH": SOURCES, "PYTHONDONTWRITEBYTECODE": "1"},
+    ),
+}
+PLURALS = {
+    "Namespace": ("/api/v1", "namespaces"),
+    "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "Service": ("/api/v1", "services"),
+    "Secret": ("/api/v1", "secrets"),
+    "Role": ("/apis/rbac.authorization.k8s.io/v1", "roles"),
+    "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "rolebindings"),
+    "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
+    "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
+    "Deployment": ("/apis/apps/v1", "deployments"),
+}
+
+
+def path_of(thing: dict[str, Any]) -> str:
+    """Of an object in the API."""
+    group, plural = PLURALS[thing["kind"]]
+    meta = thing["metadata"]
+    below = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
+    return f"{group}{below}/{plural}/{meta['name']}"
+
+
+async def apply(client: KubernetesClient, things: Sequence[dict[str, Any]], **params: str) -> Any:
+    """As `kubectl apply --server-side` would, with strict validation; the last answer."""
+    answer: Any = None
+    for thing in things:
+        answer = await client.call(
+            "PATCH", path_of(thing), body=thing, content="application/apply-patch+yaml",
+            params={"fieldManager": "test", "force": "true", "fieldValidation": "Strict", **params},
+        )  # fmt: skip
+    return answer
+
+
+def with_environment(deployment: dict[str, Any], env: dict[str, str]) -> None:
+    """Set or replace these variables of its only container, in place."""
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    kept = [one for one in container["env"] if one["name"] not in env]
+    container["env"] = kept + [{"name": name, "value": value} for name, value in env.items()]
+
+
+def is_ready(pod: dict[str, Any]) -> bool:
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+
+
+class ServiceProxy:
+    """What DNS and kube-proxy do for one Service: connections to `address` go to a ready pod that its
+    selector finds. (EndpointSlices take no loopback addresses, which the pods have here.)"""
+
+    def __init__(self, client: KubernetesClient, namespace: str, service: str) -> None:
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._client, self._namespace, self._service = client, namespace, service
+        self._pods: list[tuple[str, int]] = []
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[None]:
+        following = asyncio.ensure_future(self._follow())
+        server = await asyncio.start_server(self._answer, "127.0.0.1", self.port)
+        try:
+            yield
+        finally:
+            server.close()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        space = f"/api/v1/namespaces/{self._namespace}"
+        while True:
+            with suppress(WatchdogError):
+                service = await self._client.find(f"{space}/services/{self._service}")
+                spec = (service or {}).get("spec") or {}
+                labels = ",".join(f"{k}={v}" for k, v in (spec.get("selector") or {}).items())
+                pods = (
+                    (await self._client.list(f"{space}/pods", labels=labels)).items
+                    if labels
+                    else []
+                )
+                self._pods = [
+                    (pod["status"]["podIP"], port["containerPort"])
+                    for pod in pods if is_ready(pod)
+                    for one in pod["spec"]["containers"] for port in one.get("ports") or []
+                    if port.get("name") == spec["ports"][0]["targetPort"]
+                ]  # fmt: skip
+            await asyncio.sleep(0.2)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if not self._pods:
+                return
+            there = await asyncio.open_connection(*random.choice(self._pods))
+            await asyncio.gather(_pipe(reader, there[1]), _pipe(there[0], writer))
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    finally:
+        writer.close()
