@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import artifact, backup, failpoints, logs, notify
+from nomad_watchdog import artifact, backup, failpoints, logs, notify, once
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
@@ -238,7 +238,7 @@ async def plan_once(settings: Settings) -> dict[str, Any]:
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
             reconciler = await _look_once(settings, registry, scheduler)
-            return dict(reconciler.plan_view())
+            return reconciler.planning.view()
 
 
 async def apply_once(
@@ -250,11 +250,11 @@ async def apply_once(
         async with open_scheduler(settings, installation) as scheduler:
             await scheduler.prepare(list(settings.specs().values()))
             reconciler = await _look_once(settings, registry, scheduler)
-            return await reconciler.apply_once(registry_index, allow_stops=allow_stops)
+            return await once.apply(reconciler, registry_index, allow_stops=allow_stops)
 
 
 async def _look_once(settings: Settings, registry: Registry, scheduler: Scheduler) -> Reconciler:
     fleet = Fleet(registry, settings.limits(), SystemClock())
     reconciler = Reconciler(fleet, scheduler, settings.specs(), Metrics())
-    await reconciler.look_once()
+    await once.look(reconciler)
     return reconciler

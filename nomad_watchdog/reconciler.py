@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from nomad_watchdog.breaker import Breaker
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
-from nomad_watchdog.core.rollout import Readiness
-from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
+from nomad_watchdog.core.planner import Plan
+from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.follower import DOUBT_EVERY_S, Follower
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.informer import Informer
 from nomad_watchdog.leases import Leases, Undivided
@@ -32,26 +30,18 @@ from nomad_watchdog.model import (
     Presence,
 )
 from nomad_watchdog.outlook import Outlook
-from nomad_watchdog.performer import BATCH, Performer
-from nomad_watchdog.registry import RegistrySnapshot
+from nomad_watchdog.performer import Performer
+from nomad_watchdog.planning import Planning
 from nomad_watchdog.rollouts import LOOK_EVERY_S, Rollouts
 from nomad_watchdog.schedulers import Scheduler, Snapshot
-from nomad_watchdog.shown import shown_plan
 from nomad_watchdog.territory import Territory
-from nomad_watchdog.upkeep import Upkeep
+from nomad_watchdog.upkeep import Upkeep, every
 from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
 CONFIRM_AFTER_S: Final = 2.0
 """S7: how long after the first read the second one is taken."""
-VERDICTS_EVERY_S: Final = 2.0
-JUDGE_PER_COST: Final = 100.0
-PRESENCE_EVERY_S: Final = 1.0
-"""So late at most is seen that a grace or a pause has ended, or that another replica made one."""
-SWEEP_EVERY_S: Final = 30.0
-DOUBT_EVERY_S: Final = 5.0
-"""Twice so long, at most, a store that was put back may look like a watch that is late."""
 QUICK: Final = 64
 """Up to so many changed records start at once without waiting for a pass: a start needs no breaker."""
 
@@ -80,19 +70,19 @@ class Reconciler:
         self.performer = Performer(
             fleet, scheduler, self.specs, self.queue, self._done, leases=self.leases
         )
-        self.breaker = Breaker()
+        self.planning = Planning(fleet, self.territory, self.rollouts, self.hashes, metrics)
+        self.breaker = self.planning.breaker
         self.last_plan = Plan(())
+        self.follower = Follower(fleet, self.territory, metrics, self._taken)
         self.informer = Informer(
             scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._take, self._not_seen
         )
         self._wake = asyncio.Event()
-        self._registry_read = False
         self._observed = False
         self._no_room = ""
-        self._behind: int | None = None
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.observe_with(self, self.metrics.report)
-        fleet.plan_view = self.plan_view
+        fleet.plan_view = self.planning.view
         self._show()
 
     def _show(self) -> None:
@@ -130,19 +120,19 @@ class Reconciler:
             informer=self.informer,
             leases=self.leases,
             territory=self.territory,
+            wake=self._wake.set,
+            waits_for_room=lambda: bool(self._no_room or self.last_plan.waiting_rollout),
         )
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._follow_registry())
+            group.create_task(self.follower.run())
             group.create_task(self._take_over())
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
-            group.create_task(self._judge_for_ever(upkeep))
-            group.create_task(self._every(PRESENCE_EVERY_S, lambda: self._settle(upkeep)))
+            for timer in upkeep.timers():
+                group.create_task(timer)
             if self.rollouts.on:
-                group.create_task(self._every(LOOK_EVERY_S, self._roll))
-            group.create_task(self._every(SWEEP_EVERY_S, upkeep.sweep))
-            group.create_task(self._every(DOUBT_EVERY_S, self._doubt_registry))
-            group.create_task(self._every(self.fleet.limits.resync_s, upkeep.prepare_again))
+                group.create_task(every(LOOK_EVERY_S, self._roll))
+            group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
             group.create_task(self.performer.run())
 
     async def _patiently(self, call: Callable[[], object], what: str) -> None:
@@ -159,35 +149,12 @@ class Reconciler:
             else:
                 return
 
-    async def _every(self, period_s: float, call: Callable[[], object]) -> None:
-        while True:
-            await asyncio.sleep(period_s)
-            result = call()
-            if asyncio.iscoroutine(result):
-                await result
-
-    async def _judge_for_ever(self, upkeep: Upkeep) -> None:
-        took_s = 0.0
-        while True:
-            # Time alone changes few verdicts: a large fleet is judged as a whole for 1 % of the time.
-            await asyncio.sleep(max(VERDICTS_EVERY_S, JUDGE_PER_COST * took_s))
-            began = self.fleet.clock.monotonic()
-            upkeep.judge()
-            took_s = self.fleet.clock.monotonic() - began
-            # Agents that got ready, or have lasted, make room in a roll-out's window.
-            if self._no_room or self.last_plan.waiting_rollout:
-                self._wake.set()
-
-    async def _settle(self, upkeep: Upkeep) -> None:
-        if await upkeep.settle_presence():
-            self._wake.set()
-
     async def _roll(self) -> None:
         """Go by the versions that are in force now: the scheduler is prepared for them first."""
         if await self.rollouts.look():
             self._wake.set()
         specs = self.rollouts.specs()
-        if self._behind_rollouts():
+        if self.planning.behind_rollouts():
             try:
                 await self.scheduler.prepare(list(specs.values()))
             except WatchdogError as error:
@@ -196,11 +163,6 @@ class Reconciler:
             self.specs.update(specs)
             self.hashes.update({name: spec.spec_hash for name, spec in specs.items()})
             self._wake.set()
-
-    def _behind_rollouts(self) -> frozenset[str]:
-        """Classes with another version in force than the one that is planned with."""
-        specs = self.rollouts.specs().items()
-        return frozenset(name for name, spec in specs if self.hashes[name] != spec.spec_hash)
 
     # -- observe --------------------------------------------------------------------------------
 
@@ -213,7 +175,7 @@ class Reconciler:
         # What we are acting on is looked at when the action is done.
         if unseen := {slug for slug in unseen if not self.queue.is_active(slug)}:
             self.informer.look_again(unseen)
-        if self._registry_read and self._observed and len(records) <= QUICK:
+        if self.follower.has_read and self._observed and len(records) <= QUICK:
             ours = self.territory.shards()
             for record in records:
                 if self.territory.shard(record.slug) in ours:
@@ -239,43 +201,6 @@ class Reconciler:
         """Whether the placements known of a device are older than its record (S8)."""
         return self.informer.freshness.is_behind(slug)
 
-    async def _follow_registry(self) -> None:
-        while True:
-            try:
-                await self._read_registry()
-                async for snapshot in self.fleet.registry.watch(self.fleet.index):
-                    self._take_records(snapshot)
-            except WatchdogError as error:
-                # The last view stands; nothing is stopped for want of a registry (L3).
-                log.warning("registry watch failed", extra={"reason": str(error)})
-                self.fleet.ready_reason = str(error)
-                await asyncio.sleep(1.0)
-
-    async def _read_registry(self) -> None:
-        began = self.fleet.clock.monotonic()
-        await self.fleet.pauses.refresh()  # before anything is decided about a paused device
-        snapshot = await self.fleet.reread()
-        if snapshot is not None:
-            self._take_records(snapshot)
-        # Of two reads at once the older may end last, and a shard that the younger has freed would be
-        # nobody's again until the next lease changes.
-        self.territory.registry_read_at = max(self.territory.registry_read_at, began)
-
-    async def _doubt_registry(self) -> None:
-        """Read the registry anew when its watch has shown less than we know for a whole period: a store
-        that was put back to just before our last write shows nothing more until somebody writes. And when
-        the last answer left out what we knew: the watch won't show it again either."""
-        fleet = self.fleet
-        behind = fleet.index if fleet.index < fleet.reached else None
-        if fleet.shrunk or (behind is not None and behind == self._behind):
-            why = "it left out what was known" if fleet.shrunk else "its watch is behind our writes"
-            log.warning("registry read anew", extra={"reason": why})
-            try:
-                await self._read_registry()
-            except WatchdogError as error:
-                log.warning("registry read failed", extra={"reason": str(error)})
-        self._behind = behind
-
     async def _take_over(self) -> None:
         """Look at both stores anew for each shard that becomes ours: its last holder may have acted after
         what we know (S8)."""
@@ -285,24 +210,20 @@ class Reconciler:
             if self.territory.unseen():
                 self.informer.resync("lease", now=True)
                 try:
-                    await self._read_registry()
+                    await self.follower.read()
                 except WatchdogError as error:
                     log.warning("registry read failed", extra={"reason": str(error)})
                     await asyncio.sleep(0.2)
                     self.leases.changed.set()
             self._wake.set()
 
-    def _take_records(self, snapshot: RegistrySnapshot) -> None:
-        # The registry shows us our own writes too: those are no reason to go through the fleet again.
-        news = self.fleet.reset(snapshot.records, snapshot.index, snapshot.unreadable)
-        self.metrics.poisoned(len(self.fleet.registry.poisoned))
-        if news or not self._registry_read:
+    def _taken(self, news: bool) -> None:
+        if news:
             self._wake.set()
-        self._registry_read = True
         self._say_if_ready()
 
     def _say_if_ready(self) -> None:
-        if self._registry_read and self._observed:
+        if self.follower.has_read and self._observed:
             self.fleet.ready_event.set()
             self.fleet.ready_reason = ""
 
@@ -349,7 +270,7 @@ class Reconciler:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not (self._registry_read and self._observed):
+            if not (self.follower.has_read and self._observed):
                 continue
             began = self.fleet.clock.monotonic()
             self.reconcile()
@@ -364,7 +285,7 @@ class Reconciler:
 
     def reconcile(self) -> Plan:
         """One pass: decide for every device and hand the actions to the queue. No I/O."""
-        plan = self._make_plan(self.breaker.confirmed)
+        plan = self.planning.make(self.breaker.confirmed)
         actions = [a for a in plan.actions if not self._undecided(a.slug)]
         urgent = len(actions) <= QUICK // 2
         wanted: set[Slug] = set()
@@ -377,33 +298,17 @@ class Reconciler:
             wanted.add(action.slug)
             self.queue.put(action.slug, action, urgent=urgent)
         self.queue.retain(wanted)
-        self._hold(plan)
+        self.planning.hold(plan)
         self.last_plan = plan
         self.metrics.queue(len(self.queue), self.queue.oldest_s())
         return plan
-
-    def _hold(self, plan: Plan) -> None:
-        was = bool(self.breaker.held)
-        self.breaker.settle(plan, self.fleet.records)
-        if was != bool(plan.held):
-            self.metrics.breaker_held(held=not was)
-        if plan.held and not was:
-            log.error("stops held", extra={"reason": plan.hold_reason})
-            self.fleet.history.add(
-                at=self.fleet.clock.wall(),
-                kind="breaker.held",
-                device_id="",
-                slug=Slug(""),
-                text=plan.hold_reason,
-                data={},
-            )
 
     async def _read_again(self) -> None:
         """The second read of S7: both stores again, in full, a while after the first."""
         await asyncio.sleep(CONFIRM_AFTER_S)
         held = self.breaker.held
         try:
-            await self._read_registry()
+            await self.follower.read()
             await self.informer.read()
         except WatchdogError as error:
             log.warning("second read failed", extra={"reason": str(error)})
@@ -413,9 +318,8 @@ class Reconciler:
         self._wake.set()
 
     def hold_now(self) -> None:
-        """Hold what the views of this moment would stop. A plan that is shown is made of them, and the last
-        pass may be some seconds older: what an operator was shown is what can be confirmed."""
-        self._hold(self._make_plan(self.breaker.confirmed))
+        """As `Planning.hold_now`."""
+        self.planning.hold_now()
 
     def confirm_stops(self) -> int:
         """An operator's word that all held stops are meant. Returns how many."""
@@ -458,61 +362,3 @@ class Reconciler:
                 "took_s": round(took_s, 4),
             },
         )
-
-    async def look_once(self) -> None:
-        """Read the registry and the scheduler once, in full."""
-        await self.fleet.pauses.refresh()
-        records = await self.fleet.registry.read()
-        self.fleet.reset(records.records, records.index, records.unreadable)
-        # Who looks once knows nothing of when a device left: waiting is for those who stay.
-        self.fleet.attendance.leaving.clear()
-        self._registry_read = True
-        await self.informer.read()
-        self.fleet.refresh_all()
-
-    async def apply_once(
-        self, registry_index: int | None, *, allow_stops: bool
-    ) -> dict[str, object]:
-        """Carry out one plan, after `look_once`. `allow_stops`: an operator means the held ones too.
-
-        Raises ConflictError when the registry is no longer at registry_index.
-        """
-        if registry_index is not None and registry_index != self.fleet.index:
-            raise ConflictError(
-                f"the registry has moved from {registry_index} to {self.fleet.index} since the plan "
-                "was made; make a new plan"
-            )
-        plan = self._make_plan(NO_STOPS)
-        if allow_stops and plan.held:
-            plan = self._make_plan(plan.held)
-        outcomes: Counter[str] = Counter()
-        self.performer.done = lambda _action, outcome, _took_s: outcomes.update([outcome])
-        for first in range(0, len(plan.actions), BATCH):
-            await self.performer.perform(plan.actions[first : first + BATCH])
-        return {
-            **shown_plan(plan, self.fleet.index, self.fleet.placements),
-            "outcomes": dict(outcomes),
-        }
-
-    def _make_plan(self, confirmed: frozenset[Stop]) -> Plan:
-        fleet = self.fleet
-        records, placements = self.territory.of(fleet.records), self.territory.of(fleet.placements)
-        return planner.plan(
-            records,
-            placements,
-            self.hashes,
-            fleet.limits,
-            readiness=Readiness(
-                fleet.unready(),
-                fleet.is_stuck,
-                self.rollouts.soaking(),
-                self.rollouts.halted() | self._behind_rollouts(),
-            ),
-            confirmed=confirmed,
-            resting=fleet.resting() | fleet.unreadable,
-        )
-
-    def plan_view(self) -> dict[str, object]:
-        """What the next pass would do, for the API and the CLI."""
-        plan = self._make_plan(self.breaker.confirmed)
-        return shown_plan(plan, self.fleet.index, self.fleet.placements)

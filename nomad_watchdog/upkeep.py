@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,8 +23,20 @@ from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
+VERDICTS_EVERY_S: Final = 2.0
+JUDGE_PER_COST: Final = 100.0
+PRESENCE_EVERY_S: Final = 1.0
+"""So late at most is seen that a grace or a pause has ended, or that another replica made one."""
+SWEEP_EVERY_S: Final = 30.0
 BUDGET_KEPT_S: Final = 3600.0
 """Of a device that has not been started for so long nothing is remembered."""
+
+
+async def every(period_s: float, call: Callable[[], Awaitable[object]]) -> None:
+    """Call again and again until cancelled, with that many seconds between."""
+    while True:
+        await asyncio.sleep(period_s)
+        await call()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,34 @@ class Upkeep:
     informer: Informer
     leases: Leases
     territory: Territory
+    wake: Callable[[], None]
+    """Have a pass made soon."""
+    waits_for_room: Callable[[], bool]
+    """The last pass made fewer starts than it wanted."""
     graveyard: Graveyard = field(default_factory=Graveyard)
+
+    def timers(self) -> Iterable[Coroutine[None, None, None]]:
+        """What is to run as long as the loop does."""
+        yield self._judge_for_ever()
+        yield every(PRESENCE_EVERY_S, self._settle)
+        yield every(SWEEP_EVERY_S, self.sweep)
+        yield every(self.fleet.limits.resync_s, self.prepare_again)
+
+    async def _judge_for_ever(self) -> None:
+        took_s = 0.0
+        while True:
+            # Time alone changes few verdicts: a large fleet is judged as a whole for 1 % of the time.
+            await asyncio.sleep(max(VERDICTS_EVERY_S, JUDGE_PER_COST * took_s))
+            began = self.fleet.clock.monotonic()
+            self.judge()
+            took_s = self.fleet.clock.monotonic() - began
+            # Agents that got ready, or have lasted, make room in a roll-out's window.
+            if self.waits_for_room():
+                self.wake()
+
+    async def _settle(self) -> None:
+        if await self.settle_presence():
+            self.wake()
 
     def judge(self) -> None:
         """Judge every device, and tell the metrics how the fleet stands."""

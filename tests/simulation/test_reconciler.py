@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.follower import DOUBT_EVERY_S
 from nomad_watchdog.ids import DeviceId, Shard, slug_of
 from nomad_watchdog.leases import Term, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits, Monotonic, PlacementState
-from nomad_watchdog.reconciler import DOUBT_EVERY_S, Reconciler
+from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
 from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
