@@ -19,7 +19,7 @@ help:
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
 	@echo "make bench        every benchmark, as a table and JSON"
-	@echo "make servers      find or build the pinned Nomad, Consul, NATS and Kubernetes control plane"
+	@echo "make servers      find or build the pinned Nomad, Consul, NATS, Helm and Kubernetes control plane"
 
 # uv installs in a tenth of pip's time; where it can't be had, pip does.
 define install
@@ -53,7 +53,7 @@ endif
 	@$(BIN)/nomad-watchdog --backend $(BACKEND) demo --devices $(DEVICES) -o $(OUTPUT)
 
 servers: $(VENV)/.run
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) nats-server $(SERVERS_kubernetes)
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) nats-server $(SERVERS_kubernetes) helm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

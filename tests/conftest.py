@@ -11,11 +11,12 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 
-SERVERS = {"consul", "acl_consul", "nomad", "kube"}
-"""Fixtures that start a server: whoever uses one, also through another, needs the servers built."""
+SERVERS = {"consul", "acl_consul", "nomad", "kube", "helm"}
+"""Fixtures that start a server, or a program that is built as they are: whoever uses one, also through another, needs the servers built."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,6 +74,12 @@ async def consul_client(consul: ConsulServer) -> AsyncIterator[ConsulClient]:
     client = ConsulClient(ConsulSettings(address=consul.http_addr))
     yield client
     await client.close()
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """The program."""
+    return find("helm")
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,8 @@ _TOOLS: Final = {
     # what they share with the API server is built already
     "kube-controller-manager": _kube("kube-controller-manager", 2),
     "kube-scheduler": _kube("kube-scheduler", 1),
+    # renders and checks the chart of jobs/helm
+    "helm": _Tool(minimum=(3, 17, 0), minutes=3),
     "kwok": _Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
 
