@@ -5,18 +5,37 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import watchdog_agent
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.dev.consul import ConsulServer
+from nomad_watchdog.dev.kubelet import Kubelet
+from nomad_watchdog.dev.process import clean_environment, free_port
 from nomad_watchdog.errors import WatchdogError
 
+TOKEN = "operators-s3cret-token"
+CONFIG = """\
+backend = "kubernetes"
+shards  = 8
+consul {
+  address = "CONSUL"
+}
+agent_class "default" {
+  beat = "1s"
+  probe "http" {
+    port     = PORT
+    interval = "1s"
+    timeout  = "500ms"
+  }
+}
+"""
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 SOURCES = str(Path(watchdog_agent.__file__).parents[1])
 IMAGES = {
@@ -48,6 +67,72 @@ def path_of(thing: dict[str, Any]) -> str:
     meta = thing["metadata"]
     below = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
     return f"{group}{below}/{plural}/{meta['name']}"
+
+
+async def until(test: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 60.0) -> Any:
+    """The first true value of the test; AssertionError with the last one when the time is over."""
+    last: Any = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    if last := await test():
+                        return last
+                except (aiohttp.ClientError, OSError) as error:
+                    last = error
+                await asyncio.sleep(0.2)
+    except TimeoutError:
+        raise AssertionError(f"{what}: {last!r}") from None
+
+
+async def initialise(consul: ConsulServer) -> None:
+    """As the guide says."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "nomad_watchdog", "--backend", "kubernetes", "init",
+        env=clean_environment() | {"CONSUL_HTTP_ADDR": consul.http_addr},
+    )  # fmt: skip
+    assert await child.wait() == 0
+
+
+def secret_of(namespace: str) -> dict[str, Any]:
+    """The one that is the user's to bring."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "nomad-watchdog-api", "namespace": namespace},
+        "stringData": {"token": TOKEN, "agent-key": "k" * 40},
+    }
+
+
+async def pods_of(client: KubernetesClient, namespace: str, name: str) -> list[dict[str, Any]]:
+    labels = f"app.kubernetes.io/name={name}"
+    return (await client.list(f"/api/v1/namespaces/{namespace}/pods", labels=labels)).items
+
+
+async def agents_of(client: KubernetesClient, node: Kubelet, *namespaces: str) -> set[int]:
+    """Pids of the agents' processes."""
+    found = [one for space in namespaces for one in await pods_of(client, space, "watchdog-agent")]
+    return {pid for one in found for pid in node.processes(one["metadata"]["uid"])}
+
+
+@asynccontextmanager
+async def cleaned(client: KubernetesClient, *namespaces: str) -> AsyncIterator[None]:
+    """No Deployment and no pod is left in these namespaces, of which the control plane's is the first."""
+    try:
+        yield
+    finally:
+        for namespace in namespaces:
+            below = f"/apis/apps/v1/namespaces/{namespace}/deployments"
+
+            async def empty(below: str = below, namespace: str = namespace) -> bool:
+                found = [one["metadata"]["name"] for one in (await client.list(below)).items]
+                # what makes others goes first
+                for name in sorted(found, key=lambda name: name != "nomad-watchdog"):
+                    await client.delete(f"{below}/{name}")
+                pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
+                return not found and not pods.items
+
+            await until(empty, f"the end of the pods in {namespace}")
 
 
 async def apply(client: KubernetesClient, things: Sequence[dict[str, Any]], **params: str) -> Any:

@@ -2,78 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.demo.fleet import SimulatedFleet
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import clean_environment, free_port
 from tests.kubernetes.hosted import (
     ACCOUNT,
+    CONFIG,
     IMAGES,
+    TOKEN,
     ServiceProxy,
+    agents_of,
     apply,
+    cleaned,
+    initialise,
     is_ready,
+    pods_of,
+    secret_of,
+    until,
     with_environment,
 )
 from tests.kubernetes.test_manifests import documents
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
 
-SPACE = "/api/v1/namespaces/nomad-watchdog"
-TOKEN = "operators-s3cret-token"
-CONFIG = """\
-backend = "kubernetes"
-shards  = 8
-consul {
-  address = "CONSUL"
-}
-agent_class "default" {
-  beat = "1s"
-  probe "http" {
-    port     = PORT
-    interval = "1s"
-    timeout  = "500ms"
-  }
-}
-"""
-
-
-async def until(test: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 60.0) -> Any:
-    last: Any = None
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                try:
-                    if last := await test():
-                        return last
-                except (aiohttp.ClientError, OSError) as error:
-                    last = error
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        raise AssertionError(f"{what}: {last!r}") from None
-
-
-async def initialise(consul: ConsulServer) -> None:
-    """As the guide says."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "nomad_watchdog", "--backend", "kubernetes", "init",
-        env=clean_environment() | {"CONSUL_HTTP_ADDR": consul.http_addr},
-    )  # fmt: skip
-    assert await child.wait() == 0
+SPACE = "nomad-watchdog"
 
 
 def shipped(repository: Path, config: str, env: dict[str, str]) -> list[dict[str, Any]]:
@@ -84,57 +46,13 @@ def shipped(repository: Path, config: str, env: dict[str, str]) -> list[dict[str
             thing["data"]["nomad-watchdog.hcl"] = config
         if thing["kind"] == "Deployment":
             with_environment(thing, env)
-    secret = {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": "nomad-watchdog-api", "namespace": "nomad-watchdog"},
-        "stringData": {"token": TOKEN, "agent-key": "k" * 40},
-    }
-    return [things[0], secret, *things[1:]]
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def client(kube: KubernetesCluster) -> AsyncIterator[KubernetesClient]:
-    it = kube.client()
-    yield it
-    await it.close()
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def fleet() -> AsyncIterator[SimulatedFleet]:
-    it = SimulatedFleet(network=12, port=free_port())
-    yield it
-    await it.close()
-
-
-async def agents_of(client: KubernetesClient, node: Kubelet) -> set[int]:
-    """Pids of the agents' processes."""
-    found = await client.list(f"{SPACE}/pods", labels="app.kubernetes.io/name=watchdog-agent")
-    return {pid for one in found.items for pid in node.processes(one["metadata"]["uid"])}
-
-
-@asynccontextmanager
-async def cleaned(client: KubernetesClient) -> AsyncIterator[None]:
-    """Nothing of it is left in the namespace that other tests use too."""
-    try:
-        yield
-    finally:
-        deployments = "/apis/apps/v1/namespaces/nomad-watchdog/deployments"
-
-        async def no_pods() -> bool:
-            # what makes others goes first
-            found = [one["metadata"]["name"] for one in (await client.list(deployments)).items]
-            for name in sorted(found, key=lambda name: name != "nomad-watchdog"):
-                await client.delete(f"{deployments}/{name}")
-            return not found and not (await client.list(f"{SPACE}/pods")).items
-
-        await until(no_pods, "the pods' end")
+    return [things[0], secret_of(SPACE), *things[1:]]
 
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_be_killed(
     kube: KubernetesCluster,
-    client: KubernetesClient,
+    admin: KubernetesClient,
     fleet: SimulatedFleet,
     repository: Path,
     tmp_path: Path,
@@ -142,14 +60,14 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
     """Applied as shipped, two replicas run in pods with the service account's rights alone, share the shards
     by leases in Consul, start an agent for each device and see what it says to the other; when one gets
     kill -9 its shards go to the other, no agent is touched, and new devices are served."""
-    proxy = ServiceProxy(client, "nomad-watchdog", "nomad-watchdog")
+    proxy = ServiceProxy(admin, SPACE, "nomad-watchdog")
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
         ConsulServer(tmp_path / "consul") as consul,
         Kubelet(
             kube.kubeconfig, tmp_path / "node", images=IMAGES, node="hosted", subnet=26
         ) as node,
-        cleaned(client),
+        cleaned(admin, SPACE),
         proxy.serve(),
         aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=5.0)) as session,
     ):
@@ -160,7 +78,7 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
             "NOMAD_WATCHDOG_API_ADVERTISE": proxy.address,
             "NOMAD_WATCHDOG_KUBERNETES_SERVICE_ACCOUNT": ACCOUNT,
         }
-        await apply(client, shipped(repository, config, env))
+        await apply(admin, shipped(repository, config, env))
 
         async def call(method: str, path: str, body: object = None, at: str = proxy.address) -> Any:
             async with session.request(method, at + path, json=body) as answer:
@@ -168,10 +86,8 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
                 return await answer.json()
 
         async def two() -> list[dict[str, Any]]:
-            pods = await client.list(
-                f"{SPACE}/pods", labels="app.kubernetes.io/name=nomad-watchdog"
-            )
-            found = [one for one in pods.items if is_ready(one)]
+            pods = await pods_of(admin, SPACE, "nomad-watchdog")
+            found = [one for one in pods if is_ready(one)]
             return found if len(found) == 2 else []
 
         replicas = await until(two, "two ready replicas")
@@ -201,7 +117,7 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
         await add(*sorted(first))
         for place in at.values():
             await until(lambda place=place: watched(first, place), f"all watched, says {place}")
-        agents = await agents_of(client, node)
+        agents = await agents_of(admin, node, SPACE)
         assert len(agents) >= len(first)
 
         victim, survivor = at
@@ -218,6 +134,6 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
         await until(
             lambda: watched(first | {"pump-6", "pump-7"}, at[survivor]), "the new ones watched"
         )
-        assert agents <= await agents_of(client, node)
+        assert agents <= await agents_of(admin, node, SPACE)
         again = await until(two, "two ready replicas again")
         assert {one["metadata"]["uid"] for one in again} == set(at), "restarted in place"

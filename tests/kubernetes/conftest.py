@@ -1,0 +1,28 @@
+"""Fixtures that several of these files share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.dev.process import free_port
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def admin(kube: KubernetesCluster) -> AsyncIterator[KubernetesClient]:
+    """A client that may do everything."""
+    it = kube.client()
+    yield it
+    await it.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def fleet() -> AsyncIterator[SimulatedFleet]:
+    """Devices that answer HTTP."""
+    it = SimulatedFleet(network=12, port=free_port())
+    yield it
+    await it.close()
