@@ -128,7 +128,8 @@ class Fleet(Verdicts):
         for before, record in news:
             # Whose agent is being replaced has none that is ready from this moment on: a roll-out that went by
             # the last judgement, seconds old, would think that there is room for one more.
-            if before is not None and before.epoch != record.epoch and record.slug in self._tracks:
+            moved = before is not None and before.epoch != record.epoch
+            if moved and self.has_ready_agent(record.slug):
                 self.refresh(record.slug)
         if self._observer is not None:
             self._observer.records_changed([record for _, record in news])

@@ -75,4 +75,6 @@ def is_slug(text: str) -> bool:
 
 def shard_of(slug: Slug, shards: int) -> Shard:
     """The shard of a device: a hash of its slug modulo shards (1 or more)."""
+    if shards == 1:
+        return Shard(0)  # asked several times for each action
     return Shard(int.from_bytes(hashlib.sha256(slug.encode()).digest()[:8]) % shards)

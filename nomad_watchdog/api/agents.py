@@ -7,6 +7,7 @@ from typing import Final
 from aiohttp import web
 from watchdog_agent import wire
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import page_of
 from nomad_watchdog.api.door import ACTOR
@@ -30,7 +31,7 @@ async def report(request: web.Request) -> web.StreamResponse:
         raise RequestError(403, "forbidden", "this credential is for another device or epoch")
     result = await request.app[CONTEXT].fleet.report(said)
     if result.kind is AcceptanceKind.ACCEPTED:
-        return web.json_response({"accepted": True, **_replicas(request)})
+        return json_response({"accepted": True, **_replicas(request)})
     if result.kind is AcceptanceKind.REFUSED:
         code = wire.DEPARTED if result.departed else "refused"
         return error_response(410, code, result.reason)

@@ -22,6 +22,7 @@ from nomad_watchdog.api import (
     stream,
     webhook,
 )
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
@@ -96,17 +97,17 @@ def make_app(
 
 
 async def status(request: web.Request) -> web.StreamResponse:
-    return web.json_response({**request.app[CONTEXT].fleet.status(), "version": __version__})
+    return json_response({**request.app[CONTEXT].fleet.status(), "version": __version__})
 
 
 async def healthz(_request: web.Request) -> web.StreamResponse:
-    return web.json_response({"alive": True})
+    return json_response({"alive": True})
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     answer = {"ready": fleet.ready, "reason": "" if fleet.ready else fleet.ready_reason}
-    return web.json_response(answer, status=200 if fleet.ready else 503)
+    return json_response(answer, status=200 if fleet.ready else 503)
 
 
 async def metrics_text(request: web.Request) -> web.StreamResponse:
@@ -124,7 +125,7 @@ async def agent_artifact(request: web.Request) -> web.StreamResponse:
 
 async def describe(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    return web.json_response(openapi.describe(context.routes, secured=context.door.guarded))
+    return json_response(openapi.describe(context.routes, secured=context.door.guarded))
 
 
 ROUTES: Final = (

@@ -6,6 +6,7 @@ import logging
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import device_id_of, unknown
@@ -39,7 +40,7 @@ async def heartbeats(request: web.Request) -> web.StreamResponse:
         _check(request, DeviceId(name))
     heard = await request.app[CONTEXT].fleet.beat(body.ids)
     strangers = [name for name, known in zip(body.ids, heard, strict=True) if not known]
-    return web.json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
+    return json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
 
 
 def _check(request: web.Request, device_id: DeviceId) -> None:
@@ -62,7 +63,7 @@ def _departures(request: web.Request) -> Departures:
 
 
 async def held(request: web.Request) -> web.StreamResponse:
-    return web.json_response(_departures(request).shown())
+    return json_response(_departures(request).shown())
 
 
 async def confirm(request: web.Request) -> web.StreamResponse:
@@ -81,4 +82,4 @@ async def confirm(request: web.Request) -> web.StreamResponse:
     count = found.confirm()
     log.warning("departures confirmed", extra={"count": count, "held_id": now})
     audit(request, "confirm-departures", "confirmed", held_id=now, count=count)
-    return web.json_response({"confirmed": count, "id": now}, status=202)
+    return json_response({"confirmed": count, "id": now}, status=202)

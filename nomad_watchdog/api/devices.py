@@ -13,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import web
 from pydantic import ValidationError
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import check_prefix, permit_of
@@ -175,7 +176,7 @@ async def page_of(
             break
         items.append(item)
         last = view.record.device.id
-    return web.json_response({"items": items, "next": following, "index": fleet.index})
+    return json_response({"items": items, "next": following, "index": fleet.index})
 
 
 def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
@@ -232,7 +233,7 @@ async def get_device(request: web.Request) -> web.StreamResponse:
     view = fleet.view(slug_of(device_id))
     if view is None:
         raise unknown(device_id)
-    return web.json_response(shown_device(fleet, view))
+    return json_response(shown_device(fleet, view))
 
 
 async def explain_device(request: web.Request) -> web.StreamResponse:
@@ -241,7 +242,7 @@ async def explain_device(request: web.Request) -> web.StreamResponse:
     explained = fleet.explain(slug_of(device_id)) or _explain_stray(fleet, device_id)
     if not explained:
         raise unknown(device_id)
-    return web.json_response(explained)
+    return json_response(explained)
 
 
 def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
@@ -317,7 +318,7 @@ def _changed(done: Registered, event: Event | None, status: int) -> web.Response
     shown = shown_change(done.record, changed=done.changed)
     # Known from the record alone: after a restart, or on another replica than the first time.
     shown["duplicate"] = bool(event and not done.changed and is_replay(done.record, event))
-    return web.json_response(shown, status=status)
+    return json_response(shown, status=status)
 
 
 async def bulk(request: web.Request) -> web.StreamResponse:
@@ -363,7 +364,7 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     changed = sum(result.changed for result in results)
     if changed:
         audit(request, "bulk", "changed", items=len(results), changed=changed)
-    return web.json_response({"results": [result.model_dump() for result in results]})
+    return json_response({"results": [result.model_dump() for result in results]})
 
 
 def _check_put(fleet: Fleet, device: Device, permit: Callable[[Device], None]) -> None:

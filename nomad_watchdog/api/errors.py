@@ -12,6 +12,7 @@ from typing import Final
 from aiohttp import web
 
 from nomad_watchdog import failpoints
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT, Handler
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.metrics import OTHER
@@ -40,7 +41,7 @@ def error_response(
 ) -> web.Response:
     """The one form of all error bodies."""
     body = {"error": {"code": code, "message": message}}
-    return web.json_response(body, status=status, headers=headers)
+    return json_response(body, status=status, headers=headers)
 
 
 def _from_watchdog(error: WatchdogError) -> web.Response:

@@ -6,6 +6,7 @@ from typing import Final
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import ACTOR
@@ -34,7 +35,7 @@ async def list_pauses(request: web.Request) -> web.StreamResponse:
     await fleet.pauses.refresh()
     now = fleet.clock.wall()
     items = [_shown(fleet, pause) for pause in fleet.pauses.all if not pause.is_over(now)]
-    return web.json_response({"items": items})
+    return json_response({"items": items})
 
 
 async def add_pause(request: web.Request) -> web.StreamResponse:
@@ -65,7 +66,7 @@ async def add_pause(request: web.Request) -> web.StreamResponse:
     text = f"{what} {kept.id}{by}: {kept.reason or 'no reason given'}"
     _note(fleet, "paused", text, {"pause": kept.id})
     audit(request, "pause", "paused", pause=kept.id)
-    return web.json_response(_shown(fleet, kept), status=201)
+    return json_response(_shown(fleet, kept), status=201)
 
 
 async def resume(request: web.Request) -> web.StreamResponse:
@@ -86,7 +87,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
         )
     _note(fleet, "resumed", "a pause was ended", body.model_dump(mode="json", by_alias=True))
     audit(request, "resume", "resumed")
-    return web.json_response({"resumed": True})
+    return json_response({"resumed": True})
 
 
 async def remove_pause(request: web.Request) -> web.StreamResponse:
@@ -97,7 +98,7 @@ async def remove_pause(request: web.Request) -> web.StreamResponse:
         raise NotFoundError(f"no pause or window {ascii(pause_id)[:40]} is there")
     _note(fleet, "resumed", f"the pause {pause_id} was ended", {"pause": pause_id})
     audit(request, "resume", "resumed", pause=pause_id)
-    return web.json_response({"id": pause_id, "removed": True})
+    return json_response({"id": pause_id, "removed": True})
 
 
 def _by(request: web.Request, claimed: str) -> str:

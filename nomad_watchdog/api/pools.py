@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.schemas import PoolScaleIn, read
@@ -15,7 +16,7 @@ async def list_pools(request: web.Request) -> web.StreamResponse:
     """Of a replica that does not keep them only the counts are told: it decides nothing."""
     keeper = request.app[CONTEXT].pools
     items = await keeper.shown() if keeper is not None else []
-    return web.json_response({"items": items, "keeper": keeper is not None and keeper.ours()})
+    return json_response({"items": items, "keeper": keeper is not None and keeper.ours()})
 
 
 async def scale_pool(request: web.Request) -> web.StreamResponse:
@@ -23,14 +24,14 @@ async def scale_pool(request: web.Request) -> web.StreamResponse:
     keeper, name = _keeper(request), request.match_info["id"]
     await keeper.scale(name, body.count, "an operator's word")
     audit(request, "scale", "scaled", pool=name, count=body.count)
-    return web.json_response({"pool": name, "count": body.count})
+    return json_response({"pool": name, "count": body.count})
 
 
 async def remove_pool(request: web.Request) -> web.StreamResponse:
     keeper, name = _keeper(request), request.match_info["id"]
     await keeper.remove(name)
     audit(request, "remove", "removed", pool=name)
-    return web.json_response({"pool": name, "removed": True})
+    return json_response({"pool": name, "removed": True})
 
 
 def _keeper(request: web.Request) -> Keeper:

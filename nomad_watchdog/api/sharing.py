@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.schemas import EventsIn, HearsayIn, read
 from nomad_watchdog.errors import NotFoundError, UserError
@@ -41,7 +42,7 @@ async def list_leases(request: web.Request) -> web.StreamResponse:
         "shards": shards,
         "replicas": replicas,
     }
-    return web.json_response(answer)
+    return json_response(answer)
 
 
 async def overhear(request: web.Request) -> web.StreamResponse:
@@ -51,7 +52,7 @@ async def overhear(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     fleet.hear(body.beats)
     taken = sum(fleet.overhear(one.report()) for one in body.reports)
-    return web.json_response({"taken": taken})
+    return json_response({"taken": taken})
 
 
 async def tell(request: web.Request) -> web.StreamResponse:
@@ -61,6 +62,6 @@ async def tell(request: web.Request) -> web.StreamResponse:
     if feed is None:
         raise NotFoundError("nobody tells events for others here")
     try:
-        return web.json_response({"taken": feed.take(body.events)})
+        return json_response({"taken": feed.take(body.events)})
     except ValueError as error:
         raise UserError(str(error)) from None

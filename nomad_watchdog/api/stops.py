@@ -7,6 +7,7 @@ from typing import Protocol
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.schemas import ConfirmIn, read
@@ -30,7 +31,7 @@ class Operator(Protocol):
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
-    return web.json_response(request.app[CONTEXT].fleet.plan())
+    return json_response(request.app[CONTEXT].fleet.plan())
 
 
 async def confirm(request: web.Request) -> web.StreamResponse:
@@ -61,4 +62,4 @@ async def confirm(request: web.Request) -> web.StreamResponse:
         data={"held_id": now},
     )
     audit(request, "confirm", "confirmed", held_id=now, stops=count)
-    return web.json_response({"confirmed": count, "id": now}, status=202)
+    return json_response({"confirmed": count, "id": now}, status=202)

@@ -9,6 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import check_query, whole_number
 from nomad_watchdog.api.errors import RequestError
@@ -59,7 +60,7 @@ async def list_events(request: web.Request) -> web.StreamResponse:
         return await _follow(request, since, limit)
     events, following = await history.page(since, limit, _filter(request))
     items = [event.shown(marks=marks) for event in events]
-    return web.json_response({"items": items, "next": following})
+    return json_response({"items": items, "next": following})
 
 
 def _flag(request: web.Request, name: str) -> bool:
@@ -102,7 +103,7 @@ async def list_incidents(request: web.Request) -> web.StreamResponse:
 
     found = [fleet.chronicle.shown_incident(i, device_of) for i in fleet.chronicle.incidents()]
     items = [item for item in found if wanted == "any" or item["open"] == (wanted == "true")]
-    return web.json_response({"items": items})
+    return json_response({"items": items})
 
 
 async def _follow(request: web.Request, since: int, limit: int) -> web.StreamResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import remove, shown_change, store
 from nomad_watchdog.api.door import ACTOR
@@ -79,4 +80,4 @@ async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -
 def _duplicate(fleet: Fleet, said: WebhookIn) -> web.Response:
     record = fleet.records.get(slug_of(DeviceId(said.device.id)))
     known = {} if record is None else shown_change(record, changed=False)
-    return web.json_response({"id": said.device.id, **known, "duplicate": True})
+    return json_response({"id": said.device.id, **known, "duplicate": True})

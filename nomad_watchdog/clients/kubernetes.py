@@ -26,6 +26,7 @@ from nomad_watchdog.clients._kubernetes_errors import (
 )
 from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings
 from nomad_watchdog.clock import Clock, SystemClock
+from nomad_watchdog.compact import as_json
 from nomad_watchdog.errors import NotFoundError, StaleError, TransientError, UserError
 
 __all__ = [
@@ -237,7 +238,7 @@ class KubernetesClient:
         # not in ASCII: an apply is read as YAML, which knows no surrogate pairs in escapes
         data = None
         if body is not None:
-            data = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+            data = as_json(body)
         raw = await self._fetch(method, path, params or {}, data, content, accept)
         try:
             found = orjson.loads(raw)

@@ -24,6 +24,7 @@ import requests
 import requests.adapters
 
 from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
+from nomad_watchdog.compact import as_json
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -289,14 +290,18 @@ class NomadClient:
     ) -> tuple[bytes, Mapping[str, str]]:
         await self._read_token(again=False)
         form = _PACKED if method == "GET" else _PLAIN
+        if body is not None:
+            form = {**form, "Content-Type": "application/json"}
+        data = None if body is None else as_json(body)
         for attempt in range(2):
+            asked = {**self._headers(), **form}
             try:
                 async with self._open().request(
                     method,
                     f"{self._base}{path}",
                     params=self._params(params or {}),
-                    json=body,
-                    headers=self._headers() | dict(form),
+                    data=data,
+                    headers=asked,
                     server_hostname=self.settings.tls_server_name or None,
                 ) as answer:
                     raw = await answer.read()

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final, NoReturn
 
+import orjson
+
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug, is_slug, parse_device_id, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
@@ -29,12 +31,6 @@ _FIELDS: Final = frozenset(
 _OPTIONAL: Final = frozenset({"event_at", "event_marks", "ttl_s", "source", "left"})
 """Written only when they say something, so that records without them stay as they were."""
 _MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
-
-
-_ENCODER: Final = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
-)
-"""Made once: `json.dumps` with these options makes one for each record."""
 
 
 class PoisonError(UserError):
@@ -65,9 +61,11 @@ def encode(record: DeviceRecord) -> bytes:
         document["source"] = record.source
     if record.left is not Departure.REMOVED:
         document["left"] = record.left.value
+    if not all(map(math.isfinite, (record.changed_at, record.event_at, device.ttl_s or 0.0))):
+        raise UserError(f"record of device {device.id!a} can't be stored: a time is not finite")
     try:
-        body = _ENCODER.encode(document).encode()
-    except ValueError as error:  # UnicodeEncodeError too
+        body = orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
+    except (TypeError, ValueError) as error:  # text that is no Unicode too
         raise UserError(f"record of device {device.id!a} can't be stored: {error}") from error
     if len(body) > MAX_BYTES:
         raise UserError(

@@ -67,7 +67,9 @@ class SqliteRegistry:
         """Of the reader thread."""
         self._store, self._seen = "", 0
         """Installation and index of the last read."""
-        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._fresh: list[_Write] = []
+        """Of this turn of the loop."""
+        self._writes: queue.SimpleQueue[list[_Write] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._wakes: set[asyncio.Event] = set()
         self._closed = False
@@ -106,8 +108,12 @@ class SqliteRegistry:
                 target=self._write_all, name="registry-write", daemon=True
             )
             self._writer.start()
-        write = _Write(rows, asyncio.get_running_loop().create_future())
-        self._writes.put(write)
+        loop = asyncio.get_running_loop()
+        write = _Write(rows, loop.create_future())
+        # Those of one turn of the loop at once: each wake-up of the writer costs the loop the interpreter.
+        if not self._fresh:
+            loop.call_soon(self._hand_over)
+        self._fresh.append(write)
         indexes = await write.done
         for wake in self._wakes:
             wake.set()
@@ -152,11 +158,17 @@ class SqliteRegistry:
         if self._closed:
             return
         self._closed = True
+        self._hand_over()
         self._writes.put(None)
         if self._writer is not None:
             await asyncio.to_thread(self._writer.join)
         await asyncio.get_running_loop().run_in_executor(self._reader, self._disconnect)
         self._reader.shutdown()
+
+    def _hand_over(self) -> None:
+        if self._fresh:
+            self._writes.put(self._fresh)
+            self._fresh = []
 
     def _check_open(self) -> None:
         if self._closed:
@@ -272,9 +284,9 @@ class SqliteRegistry:
             if connection is not None:
                 connection.close()
 
-    def _gather(self, first: _Write) -> tuple[list[_Write], bool]:
+    def _gather(self, first: list[_Write]) -> tuple[list[_Write], bool]:
         """What waits now, without what was cancelled meanwhile; whether the end was among it."""
-        taken, last = [first], False
+        taken, last = list(first), False
         while len(taken) < _GROUP and not last:
             try:
                 more = self._writes.get_nowait()
@@ -283,7 +295,7 @@ class SqliteRegistry:
             if more is None:
                 last = True
             else:
-                taken.append(more)
+                taken += more
         return [write for write in taken if not write.done.cancelled()], last
 
 

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from watchdog_agent.wire import agent_config
 
+from nomad_watchdog.compact import as_json
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
 
 
 def class_part(spec: AgentSpec) -> dict[str, Any]:
     """Raises UserError when `agent_config` is no JSON object."""
-    try:
-        part = json.loads(spec.agent_config)
-    except ValueError as error:
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON: {error}") from None
+    part = _read(spec.agent_config)
+    if isinstance(part, ValueError):
+        raise UserError(f"agent_config of class {spec.agent_class} is no JSON: {part}")
     if not isinstance(part, dict):
         raise UserError(f"agent_config of class {spec.agent_class} must be a JSON object")
-    return part
+    return dict(part)
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> object:
+    """The value, or what is wrong with it: one class's text is asked for at each start of its agents."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return error
 
 
 def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +48,7 @@ def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, Any]) -> dic
 
 def packed(told: Mapping[str, Any], most: int) -> bytes:
     """A document as UTF-8, as short as it gets. Raises UserError when it has more than `most` bytes."""
-    data = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    data = as_json(told)
     if len(data) > most:
         raise UserError(
             f"the agent's configuration is {len(data)} bytes; at most {most} are allowed"

@@ -1,0 +1,35 @@
+"""JSON that is written many times a second."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog.compact import as_json
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text("ab\u00e4"), inner),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+def test_whatever_is_written_is_read_again(value: Any) -> None:
+    """Also an integer that the fast writer refuses; and there is no space in it that says nothing."""
+    assert json.loads(as_json(value)) == value
+    assert as_json({"a": [1, value]}).startswith(b'{"a":[1,')
+
+
+def test_half_a_character_is_refused() -> None:
+    """A lone surrogate is no text: it must not reach a server as something else."""
+    with pytest.raises(ValueError, match="surrogates"):
+        as_json({"a": "\ud800"})
