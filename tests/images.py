@@ -123,6 +123,18 @@ class Image:
                 stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=asyncio.subprocess.STDOUT,
             )  # fmt: skip
 
+    async def execute(self, pid: int, arguments: Sequence[str], *, env: Mapping[str, str]) -> str:
+        """What a program of it says beside the process `pid`, as `kubectl exec` would run it."""
+        child = await asyncio.create_subprocess_exec(
+            "nsenter", f"--target={pid}", "--mount", "--root", "--wd=/",
+            "--setuid=65534", "--setgid=65534", *arguments,
+            env={**self.env, **env}, stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        said, _ = await child.communicate()
+        assert child.returncode == 0, said.decode()
+        return said.decode()
+
 
 @contextmanager
 def opened(buildah: Buildah, name: str) -> Iterator[Image]:

@@ -58,7 +58,8 @@ async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
     image: Image, tmp_path: Path
 ) -> None:
     """Started as its configuration says, by nobody on a root that can't be written, it serves, keeps who has
-    no token out, and its own agent watches a device; it ends on SIGTERM with 0, and knows the device when it
+    no token out, and its own agent watches a device, and the
+    program inside says so; it ends on SIGTERM with 0, and knows the device when it
     comes again."""
     assert (image.config["User"], image.config["ExposedPorts"]) == ("65534:65534", {"9670/tcp": {}})
     assert image.config["Cmd"] == ["run"]
@@ -114,6 +115,11 @@ async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
                 ) as answer:
                     assert answer.status == 401
                 assert_confined(process.pid)
+                if turn == "first":
+                    told = await image.execute(
+                        process.pid, ["nomad-watchdog", "explain", "pump-1"], env=env
+                    )
+                    assert "watched" in told, told
                 process.send_signal(signal.SIGTERM)
                 async with asyncio.timeout(20.0):
                     assert await process.wait() == 0, said.read_text()[-3000:]

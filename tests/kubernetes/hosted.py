@@ -15,9 +15,8 @@ import watchdog_agent
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.process import clean_environment, free_port
+from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.errors import WatchdogError
 
 TOKEN = "operators-s3cret-token"
@@ -58,6 +57,7 @@ PLURALS = {
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
     "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
     "Deployment": ("/apis/apps/v1", "deployments"),
+    "Job": ("/apis/batch/v1", "jobs"),
 }
 
 
@@ -85,15 +85,6 @@ async def until(test: Callable[[], Awaitable[Any]], what: str, timeout_s: float 
         raise AssertionError(f"{what}: {last!r}") from None
 
 
-async def initialise(consul: ConsulServer) -> None:
-    """As the guide says."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "nomad_watchdog", "--backend", "kubernetes", "init",
-        env=clean_environment() | {"CONSUL_HTTP_ADDR": consul.http_addr},
-    )  # fmt: skip
-    assert await child.wait() == 0
-
-
 def secret_of(namespace: str) -> dict[str, Any]:
     """The one that is the user's to bring."""
     return {
@@ -117,18 +108,25 @@ async def agents_of(client: KubernetesClient, node: Kubelet, *namespaces: str) -
 
 @asynccontextmanager
 async def cleaned(client: KubernetesClient, *namespaces: str) -> AsyncIterator[None]:
-    """No Deployment and no pod is left in these namespaces, of which the control plane's is the first."""
+    """No Deployment, no Job and no pod is left in these namespaces, of which the control plane's is the first."""
     try:
         yield
     finally:
         for namespace in namespaces:
-            below = f"/apis/apps/v1/namespaces/{namespace}/deployments"
+            paths = [
+                f"/apis/{group}/namespaces/{namespace}/{plural}"
+                for group, plural in (("apps/v1", "deployments"), ("batch/v1", "jobs"))
+            ]
 
-            async def empty(below: str = below, namespace: str = namespace) -> bool:
-                found = [one["metadata"]["name"] for one in (await client.list(below)).items]
+            async def empty(paths: list[str] = paths, namespace: str = namespace) -> bool:
+                found = [
+                    f"{path}/{one['metadata']['name']}"
+                    for path in paths
+                    for one in (await client.list(path)).items
+                ]
                 # what makes others goes first
-                for name in sorted(found, key=lambda name: name != "nomad-watchdog"):
-                    await client.delete(f"{below}/{name}")
+                for path in sorted(found, key=lambda path: not path.endswith("/nomad-watchdog")):
+                    await client.delete(path, propagation="Background")
                 pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
                 return not found and not pods.items
 

@@ -31,7 +31,6 @@ from tests.kubernetes.hosted import (
     agents_of,
     apply,
     cleaned,
-    initialise,
     pods_of,
     secret_of,
     until,
@@ -101,14 +100,18 @@ def test_helm_finds_nothing_to_complain_about(chart: Chart) -> None:
 
 
 def test_the_chart_makes_what_the_kustomization_makes(chart: Chart, repository: Path) -> None:
-    """With its default values, and with the rights for pools, the objects are the same but for the namespace,
+    """With its default values, with the rights for pools and with the Job that makes the registry the objects are the same but for the namespace,
     which Helm makes."""
     folder = repository / "jobs" / "kubernetes"
     shipped = [one for one in documents(folder) if one["kind"] != "Namespace"]
-    pools = list(yaml.safe_load_all((folder / "pools.yaml").read_text()))
+    pools, init = (
+        list(yaml.safe_load_all((folder / name).read_text()))
+        for name in ("pools.yaml", "init.yaml")
+    )
 
     assert by_name(chart.template({})) == by_name(shipped)
     assert by_name(chart.template({"rbac": {"pools": True}})) == by_name([*shipped, *pools])
+    assert by_name(chart.template({"init": True})) == by_name([*shipped, *init])
 
 
 def test_the_versions_agree(repository: Path, chart: Chart) -> None:
@@ -262,7 +265,7 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
     chart: Chart,
     tmp_path: Path,
 ) -> None:
-    """`helm install --wait` ends when two replicas are ready; with the chart's rights alone they start agents
+    """`helm install --wait` makes the registry and ends when two replicas are ready; with the chart's rights alone they start agents
     in two other namespaces; an upgrade with another configuration rolls the replicas and no agent, and after
     `helm uninstall` the agents go on (L3)."""
     spaces = ("chart-devices", "chart-devices-1")
@@ -277,13 +280,13 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
         proxy.serve(),
         aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=5.0)) as session,
     ):
-        await initialise(consul)
         await apply(admin, [secret_of("chart")])
         config = CONFIG.replace("CONSUL", consul.http_addr).replace("PORT", str(fleet.port))
 
         async def release(verb: str, text: str) -> None:
             file = tmp_path / "release.json"
             values = {
+                "init": True,
                 "config": text,
                 "api": {"advertise": proxy.address},
                 "devices": {"namespace": spaces[0], "namespaces": 2, "createNamespaces": True},

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yaml
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.demo.fleet import SimulatedFleet
@@ -24,7 +25,6 @@ from tests.kubernetes.hosted import (
     agents_of,
     apply,
     cleaned,
-    initialise,
     is_ready,
     pods_of,
     secret_of,
@@ -39,8 +39,9 @@ SPACE = "nomad-watchdog"
 
 
 def shipped(repository: Path, config: str, env: dict[str, str]) -> list[dict[str, Any]]:
-    """The kustomization, with a configuration of ours, and these variables of the pods."""
-    things = documents(repository / "jobs" / "kubernetes")
+    """The kustomization and the Job that makes the registry, with a configuration of ours, and these variables of the pods."""
+    folder = repository / "jobs" / "kubernetes"
+    things = [*documents(folder), *yaml.safe_load_all((folder / "init.yaml").read_text())]
     for thing in things:
         if thing["kind"] == "ConfigMap":
             thing["data"]["nomad-watchdog.hcl"] = config
@@ -57,7 +58,7 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
     repository: Path,
     tmp_path: Path,
 ) -> None:
-    """Applied as shipped, two replicas run in pods with the service account's rights alone, share the shards
+    """Applied as shipped, the Job makes the registry, two replicas run in pods with the service account's rights alone, share the shards
     by leases in Consul, start an agent for each device and see what it says to the other; when one gets
     kill -9 its shards go to the other, no agent is touched, and new devices are served."""
     proxy = ServiceProxy(admin, SPACE, "nomad-watchdog")
@@ -71,7 +72,6 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
         proxy.serve(),
         aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=5.0)) as session,
     ):
-        await initialise(consul)
         config = CONFIG.replace("CONSUL", consul.http_addr).replace("PORT", str(fleet.port))
         env = {
             "NOMAD_WATCHDOG_API_LISTEN": "$(POD_IP):9670",  # 0.0.0.0 is the whole machine's here

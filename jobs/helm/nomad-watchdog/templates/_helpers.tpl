@@ -22,8 +22,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
-{{/* What only the pod knows; goes over the configuration. */}}
-{{- define "nomad-watchdog.env" -}}
+{{/* What every pod of ours needs; goes over the configuration. */}}
+{{- define "nomad-watchdog.common-env" -}}
 - name: POD_IP
   valueFrom:
     fieldRef:
@@ -32,6 +32,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   value: /etc/nomad-watchdog/nomad-watchdog.hcl
 - name: NOMAD_WATCHDOG_DATA_DIR
   value: /var/lib/nomad-watchdog
+{{- with .Values.consul.tokenSecret }}
+- name: CONSUL_HTTP_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ . | quote }}
+      key: token
+{{- end }}
+{{- end }}
+
+{{/* What the control plane needs besides. */}}
+{{- define "nomad-watchdog.env" -}}
+{{ include "nomad-watchdog.common-env" . }}
 - name: NOMAD_WATCHDOG_KUBERNETES_NAMESPACE
   {{- if .Values.devices.namespace }}
   value: {{ .Values.devices.namespace | quote }}
@@ -54,11 +66,50 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   value: /etc/nomad-watchdog/api/token
 - name: NOMAD_WATCHDOG_API_AGENT_KEY_FILE
   value: /etc/nomad-watchdog/api/agent-key
-{{- with .Values.consul.tokenSecret }}
-- name: CONSUL_HTTP_TOKEN
-  valueFrom:
-    secretKeyRef:
-      name: {{ . | quote }}
-      key: token
+{{- end }}
+
+{{/* A list of variables, and the user's, which replace ours of the same name: dict "env" LIST "root" . */}}
+{{- define "nomad-watchdog.with-theirs" -}}
+{{- $theirs := dict }}
+{{- range .root.Values.env }}{{ $_ := set $theirs .name true }}{{ end }}
+{{- $all := list }}
+{{- range fromYamlArray .env }}
+{{- if not (hasKey $theirs .name) }}{{ $all = append $all . }}{{ end }}
+{{- end }}
+{{- toYaml (concat $all .root.Values.env) }}
+{{- end }}
+
+{{- define "nomad-watchdog.pod-security" -}}
+runAsNonRoot: true
+runAsUser: 65534
+runAsGroup: 65534
+fsGroup: 65534
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "nomad-watchdog.container-security" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* Where a pod goes, and with which right to pull its image. */}}
+{{- define "nomad-watchdog.placing" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
