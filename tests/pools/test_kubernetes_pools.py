@@ -20,7 +20,8 @@ from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, Use
 from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
-from tests.kubernetes.test_manifests import USER, install, path_of
+from tests.kubernetes.hosted import path_of
+from tests.kubernetes.test_manifests import USER, install
 
 from .shared import a_pool_of_another_is_left_alone
 
