@@ -38,13 +38,20 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 BATCH: Final = 32
 """Actions taken at once, so that their epochs go up in one transaction of the registry."""
+BATCH_FAST: Final = 128
+"""The same where the scheduler takes so many in half a second: a transaction costs a flush of the disk,
+which the scheduler's own log may be waiting for."""
+_PACE_S: Final = 0.5
 WORKERS: Final = 2
+"""Who fence what is next; one more does nothing but urgent events, so that none waits for a storm (L4)."""
+HEAD_START: Final = 2 * BATCH_FAST
+"""An urgent action is done before so many that were fenced earlier, and no later one is passed for ever."""
 FENCE_S: Final = 30.0
 """An action acts on what its fence found at most so much later. A longer wait for a free slot, or a
 frozen process, is a new decision; `graveyard.REST_S` counts on it (S2)."""
 AHEAD: Final = 2
 """So many times `concurrency` actions are fenced and in hand, at most a batch a worker more: no slot
-stands empty while the slowest of a batch is waited for, and a single event waits for few (L4)."""
+stands empty while a batch is being fenced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,17 @@ class Expectation:
     epoch: Epoch
     index: int
     since: Monotonic
+
+
+@dataclass(order=True, frozen=True, slots=True)
+class _Ready:
+    """A fenced action that waits for its turn, and what it was fenced with."""
+
+    place: int
+    number: int
+    action: Action = field(compare=False)
+    record: DeviceRecord | FencedError | None = field(compare=False)
+    fenced_at: Monotonic = field(compare=False)
 
 
 @dataclass(slots=True)
@@ -75,13 +93,17 @@ class Performer:
     circuit: Circuit = field(default_factory=Circuit)
     """Of the scheduler."""
     registry_circuit: Circuit = field(default_factory=Circuit)
-    _room: asyncio.Semaphore = field(init=False)
+    _ready: asyncio.PriorityQueue[_Ready] = field(default_factory=asyncio.PriorityQueue)
+    _number: int = 0
     _in_hand: int = 0
+    _pace: int = BATCH
+    """How many were done in the last `_PACE_S`."""
+    _paced: tuple[float, int] = (0.0, 0)
+    _done: int = 0
     _spare: asyncio.Event = field(default_factory=asyncio.Event)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._room = asyncio.Semaphore(self.fleet.limits.concurrency)
         self._spare.set()
         self._idle.set()
 
@@ -89,17 +111,38 @@ class Performer:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(WORKERS):
-                group.create_task(self._worker(group))
+                group.create_task(self._fence_for_ever(urgent_only=False))
+            group.create_task(self._fence_for_ever(urgent_only=True))
+            for _ in range(self.fleet.limits.concurrency):
+                group.create_task(self._act_for_ever())
 
-    async def _worker(self, group: asyncio.TaskGroup) -> None:
+    async def perform(self, batch: Sequence[Action]) -> None:
+        """Do a batch to its end, with no `run` beside it."""
+        await self._begin(batch)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(len(batch), self.fleet.limits.concurrency)):
+                group.create_task(self._act_on_rest())
+
+    async def _fence_for_ever(self, *, urgent_only: bool) -> None:
         while True:
-            most = await self._turn()
-            await self._begin([action for _, action in await self.queue.take(most)], group)
+            most = await self._turn(urgent_only=urgent_only)
+            taken = await self.queue.take(most, urgent_only=urgent_only)
+            await self._begin([action for _, action in taken])
 
-    async def _turn(self) -> int:
+    async def _act_for_ever(self) -> None:
+        while True:
+            ready = await self._ready.get()
+            await self._act(ready)
+
+    async def _act_on_rest(self) -> None:
+        while not self._ready.empty():
+            await self._act(self._ready.get_nowait())
+
+    async def _turn(self, *, urgent_only: bool) -> int:
         """Wait until something may be begun; how many actions at once."""
         while True:
-            await self._spare.wait()
+            if not urgent_only:
+                await self._spare.wait()
             now = self.fleet.clock.monotonic()
             circuits = (self.circuit, self.registry_circuit)
             most = min(one.allowance(BATCH, now) for one in circuits)
@@ -109,15 +152,17 @@ class Performer:
                 # one try at a time: what it brings says whether there is another
                 await self._idle.wait()
             else:
-                return most
+                return most if most < BATCH else self._batch(now)
 
-    async def perform(self, batch: Sequence[Action]) -> None:
-        """Do a batch to its end."""
-        async with asyncio.TaskGroup() as group:
-            await self._begin(batch, group)
+    def _batch(self, now: Monotonic) -> int:
+        since, done = self._paced
+        if (took_s := now - since) >= _PACE_S:
+            self._pace = round((self._done - done) * _PACE_S / took_s)
+            self._paced = (now, self._done)
+        return max(BATCH, min(BATCH_FAST, self._pace))
 
-    async def _begin(self, batch: Sequence[Action], group: asyncio.TaskGroup) -> None:
-        """Fence all of a batch in one commit, then act on each, in tasks of the group."""
+    async def _begin(self, batch: Sequence[Action]) -> None:
+        """Fence all of a batch in one commit; who acts takes it from there."""
         self._hand(len(batch))
         failpoints.reached("K4")
         try:
@@ -133,8 +178,11 @@ class Performer:
             self._hand(-len(batch))
             return
         self.registry_circuit.answered()
+        now = self.fleet.clock.monotonic()
         for action, record in zip(batch, fenced, strict=True):
-            group.create_task(self._act(action, record))
+            self._number += 1
+            place = self._number - HEAD_START * self.queue.is_urgent(action.slug)
+            self._ready.put_nowait(_Ready(place, self._number, action, record, now))
 
     def _hand(self, more: int) -> None:
         self._in_hand += more
@@ -192,17 +240,10 @@ class Performer:
             return FencedError("the record has changed since the decision")
         return fresh
 
-    async def _act(self, action: Action, record: DeviceRecord | FencedError | None) -> None:
-        began = self.fleet.clock.monotonic()
-        if isinstance(record, FencedError):
-            self._dropped(action, record)
-            self.queue.done(action.slug)
-            self._hand(-1)
-            return
+    async def _act(self, ready: _Ready) -> None:
+        action = ready.action
         try:
-            async with self._room:
-                self._check_turn(action, began)
-                await self._apply(action, record)
+            await self._apply(action, self._checked(ready))
         except FencedError as error:
             self._dropped(action, error)
         except WatchdogError as error:
@@ -212,20 +253,25 @@ class Performer:
             self._failed(action, TerminalError(f"internal error: {type(error).__name__}"))
         else:
             self.obstacles.pop(action.slug, None)
-            took_s = self.fleet.clock.monotonic() - began
+            took_s = self.fleet.clock.monotonic() - ready.fenced_at
             self.fleet.note(
                 action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(action.epoch)
             )
             self.done(action, "ok", took_s)
         finally:
+            self._done += 1
             self.queue.done(action.slug)
             self._hand(-1)
 
-    def _check_turn(self, action: Action, fenced_at: Monotonic) -> None:
-        """It may have waited long for its turn: a holder that slept finds its actions dead."""
-        check(self.leases, action.slug)
-        if self.fleet.clock.monotonic() - fenced_at > FENCE_S:
+    def _checked(self, ready: _Ready) -> DeviceRecord | None:
+        """The record to act on. It may have waited long for its turn: a holder that slept finds its actions
+        dead."""
+        if isinstance(ready.record, FencedError):
+            raise ready.record
+        check(self.leases, ready.action.slug)
+        if self.fleet.clock.monotonic() - ready.fenced_at > FENCE_S:
             raise FencedError(f"it waited for more than {FENCE_S:.0f} s for its turn")
+        return ready.record
 
     def _dropped(self, action: Action, error: FencedError) -> None:
         log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})

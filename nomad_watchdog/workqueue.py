@@ -38,7 +38,7 @@ class WorkQueue(Generic[K, V]):
     _lanes: tuple[dict[K, None], dict[K, None]] = field(default_factory=lambda: ({}, {}))
     _later: list[tuple[float, int, K]] = field(default_factory=list)
     _not_before: dict[K, float] = field(default_factory=dict)
-    _active: set[K] = field(default_factory=set)
+    _active: dict[K, bool] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _takes: int = 0
     _sequence: int = 0
@@ -95,25 +95,28 @@ class WorkQueue(Generic[K, V]):
             if key in self._waiting and self._not_before.get(key, 0.0) <= now:
                 self._offer(key)
 
-    def take_nowait(self, most: int) -> list[tuple[K, V]]:
+    def take_nowait(self, most: int, *, urgent_only: bool = False) -> list[tuple[K, V]]:
         """Up to `most` items that are due, urgent ones first; call `done` for each."""
         self._promote_due()
         taken: list[tuple[K, V]] = []
         urgent, bulk = self._lanes
+        if urgent_only:
+            bulk = {}
         while len(taken) < most and (urgent or bulk):
             self._takes += 1
             lane = urgent if urgent and (not bulk or self._takes % (URGENT_SHARE + 1)) else bulk
             key = next(iter(lane))
             del lane[key]
-            self._active.add(key)
-            taken.append((key, self._waiting.pop(key).item))
+            entry = self._waiting.pop(key)
+            self._active[key] = entry.urgent
+            taken.append((key, entry.item))
         return taken
 
-    async def take(self, most: int = 1) -> list[tuple[K, V]]:
+    async def take(self, most: int = 1, *, urgent_only: bool = False) -> list[tuple[K, V]]:
         """Wait until something is due, then as `take_nowait`."""
         while True:
             self._changed.clear()
-            taken = self.take_nowait(most)
+            taken = self.take_nowait(most, urgent_only=urgent_only)
             if taken:
                 return taken
             due = self._later[0][0] - self.clock.monotonic() if self._later else None
@@ -125,13 +128,17 @@ class WorkQueue(Generic[K, V]):
 
     def done(self, key: K) -> None:
         """The work on key has ended; what was put meanwhile may be taken now."""
-        self._active.discard(key)
+        self._active.pop(key, None)
         if key in self._waiting:
             self._offer(key)
 
     def is_active(self, key: K) -> bool:
         """Whether somebody works on key now."""
         return key in self._active
+
+    def is_urgent(self, key: K) -> bool:
+        """Whether what is worked on came through the urgent lane."""
+        return self._active.get(key, False)
 
     def __len__(self) -> int:
         return len(self._waiting)

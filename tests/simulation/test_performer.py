@@ -13,7 +13,7 @@ from nomad_watchdog.core import planner
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug
-from nomad_watchdog.model import Action, Device, Limits
+from nomad_watchdog.model import Action, Device, DeviceRecord, Limits
 from nomad_watchdog.performer import FENCE_S, Performer
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
@@ -127,3 +127,48 @@ def test_s2_a_fence_is_good_for_a_while_only() -> None:
     """A start that waited longer than FENCE_S for a slot is dropped; one that waited less is done."""
     assert run(FENCE_S + 1) == ["ok", "fenced"]
     assert run(FENCE_S - 1) == ["ok", "ok"]
+
+
+async def starts_before(urgent: bool) -> int:
+    """Of a storm of 600 devices, how many are started after one more asks for it and before that one is."""
+    store, cluster = Store(), Cluster()
+    store.initialise("test")
+    cluster.prepare([SPEC.agent_class])
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store), Limits(concurrency=4), clock)
+    queue: WorkQueue[Slug, Action] = WorkQueue(clock)
+    done: list[Slug] = []
+    performer = Performer(
+        fleet,
+        FakeScheduler(cluster, SlowLine(0.01)),
+        {SPEC.agent_class: SPEC},
+        queue,
+        lambda action, _outcome, _took_s: done.append(action.slug),
+    )
+    names = [DeviceId(f"cam {number}") for number in range(601)]
+    await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    *storm, single = fleet.records.values()
+
+    def wish(record: DeviceRecord, *, urgent: bool) -> None:
+        for action in planner.decide(record, (), {SPEC.agent_class: SPEC.spec_hash}):
+            queue.put(record.slug, action, urgent=urgent)
+
+    for record in storm:
+        wish(record, urgent=False)
+    task = asyncio.ensure_future(performer.run())
+    await asyncio.sleep(1.0)
+    before = len(done)
+    wish(single, urgent=urgent)
+    while single.slug not in done:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    return done.index(single.slug) - before
+
+
+def test_l4_an_urgent_start_passes_what_was_fenced_before_it() -> None:
+    """Mid-storm it waits for those under way and for its own fence, and not for the batches in hand."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(starts_before(urgent=True)) <= 16
+        assert runner.run(starts_before(urgent=False)) > 100
