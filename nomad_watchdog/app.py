@@ -146,6 +146,7 @@ async def _run(
     )
     app[CONTEXT].departures = departures
     app[CONTEXT].pools = keeper
+    app[CONTEXT].migrations = reconciler.migrations
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
     listener = Listener(runner, settings.api)

@@ -32,6 +32,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "apply": ("plan:apply", "Carry out a plan once."),
     "stops": ("stops:stops", "Show or confirm the stops that are held."),
     "departures": ("departures:departures", "Show or confirm devices held from leaving."),
+    "migrate": ("migrate:migrate", "Move agents to another scheduler."),
     "pools": ("pools:pools", "List, scale and remove pools of workers."),
     "pause": ("pauses:pause", "Do nothing for devices, for a while."),
     "resume": ("pauses:resume", "End a pause."),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Annotated, Final, Literal
 
@@ -279,7 +280,7 @@ class Settings(Block):
             cpu_mhz=kind.cpu,
             memory_bytes=kind.memory,
             kill_timeout_s=kind.kill_timeout,
-            variables=self._places() | variables,
+            variables=variables,
             agent_config=_canonical(
                 {
                     "v": 1,
@@ -302,11 +303,19 @@ class Settings(Block):
             ),
         )
 
+    def spec_on(self, backend: str, spec: AgentSpec) -> AgentSpec:
+        """The spec as it is on one backend: with the class's `on` block for it, and with where agents find
+        themselves and their token. Neither is behaviour: a moved API rolls no agent, nor does a moved fleet.
+        """
+        kind = self.agent_class.get(spec.agent_class)
+        here = kind.on.get(backend) if kind is not None else None
+        template = spec.template if here is None else here.template
+        variables = spec.variables if here is None else here.filled()
+        if backend == "nomad":
+            variables = {**self._places(), **variables}
+        return replace(spec, template=template, variables=variables)
+
     def _places(self) -> dict[str, str]:
-        """Where agents find themselves and their token: defaults for the template, not behaviour, so
-        that a moved API rolls no agent."""
-        if self.backend != "nomad":
-            return {}
         token = {"token_file": file} if (file := self.api.agent_token_file) else {}
         return {"agent_source": f"{self.advertise}/artifacts/watchdog-agent.pyz"} | token
 

@@ -131,6 +131,32 @@ class Repair(Block):
         }
 
 
+class Elsewhere(Block):
+    """What a class is on one backend, in place of its own template, driver, workload and variables."""
+
+    template: Text = ""
+    driver: Name | None = None
+    workload: Literal["deployment", "statefulset", "pod"] | None = None
+    variables: dict[str, Text] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Elsewhere:
+        _once(self.driver, self.workload, self.variables)
+        return self
+
+    def filled(self) -> dict[str, str]:
+        """All variables of the template."""
+        found = dict(self.variables)
+        found |= {"driver": self.driver} if self.driver else {}
+        return found | ({"workload": self.workload} if self.workload else {})
+
+
+def _once(driver: str | None, workload: str | None, variables: Mapping[str, str]) -> None:
+    for name, value in (("driver", driver), ("workload", workload)):
+        if value and name in variables:
+            raise ValueError(f"{name} is given twice: as a setting and in variables")
+
+
 class AgentClass(Block):
     template: Text = ""
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")] = __version__
@@ -153,6 +179,7 @@ class AgentClass(Block):
     repair_dry_run: bool = False
     repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
     repair_alone: Seconds = 86400.0
+    on: dict[Name, Elsewhere] = Field(default_factory=dict)
 
     def repairs_wire(self) -> dict[str, Any]:
         """What the agent's document says of repairs; nothing when there are none."""
@@ -184,9 +211,7 @@ class AgentClass(Block):
         on_host = {probe.kind for probe in self.confirm} & ON_HOST
         if on_host:
             raise ValueError(f"confirm must ask the device; {min(on_host)} need not")
-        for name, value in (("driver", self.driver), ("workload", self.workload)):
-            if value and name in self.variables:
-                raise ValueError(f"{name} is given twice: as a setting and in variables")
+        _once(self.driver, self.workload, self.variables)
         return self
 
     def telling(self) -> dict[str, Any]:

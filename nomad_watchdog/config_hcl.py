@@ -21,7 +21,7 @@ from nomad_watchdog.errors import UserError
 Path = tuple[str | int, ...]
 """Where a value stands, as pydantic says it: ("agent_class", "default", "probe", 0, "port")."""
 
-NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device"})
+NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device", "on"})
 """Blocks with one label that is a name: they become a mapping."""
 KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
 """Blocks with one label that is a kind: they become a list, in the order of the file."""

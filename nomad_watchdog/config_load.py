@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any, Final, get_args
@@ -61,7 +61,7 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
     backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
     if settings.backend not in backends:
         yield (("backend",),), f"{show(settings.backend)} is not installed; installed: {backends}"
-    yield from _class_misfits(settings, templates=templates)
+    yield from _class_misfits(settings, backends, templates=templates)
     yield from _pool_misfits(settings, templates=templates)
     least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
     if least > most:
@@ -84,7 +84,7 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
 
 
 def _class_misfits(
-    settings: Settings, *, templates: bool
+    settings: Settings, backends: Sequence[str], *, templates: bool
 ) -> Iterator[tuple[tuple[Path, ...], str]]:
     for name, kind in settings.agent_class.items():
         where: Path = ("agent_class", name)
@@ -103,11 +103,17 @@ def _class_misfits(
             )
         if not settings.agent_consul and (text := kind.needs_consul()):
             yield ((*where, "escalate"), ("consul", "agent_address")), text
+        for backend in kind.on.keys() - set(backends):
+            text = f"{show(backend)} is not installed; installed: {backends}"
+            yield ((*where, "on"),), text
         if templates:
-            try:
-                template_text(kind.template)
-            except UserError as error:
-                yield ((*where, "template"),), str(error)
+            at: dict[Path, str] = {(*where, "template"): kind.template}
+            at |= {(*where, "on", b, "template"): one.template for b, one in kind.on.items()}
+            for path, template in at.items():
+                try:
+                    template_text(template)
+                except UserError as error:
+                    yield (path,), str(error)
 
 
 def _pool_misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Path, ...], str]]:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import aiohttp
 
+from nomad_watchdog import migrations
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
@@ -31,6 +32,7 @@ from nomad_watchdog.errors import (
     UserError,
     WatchdogError,
 )
+from nomad_watchdog.migrations import Kept
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.wiring import kubernetes_settings, open_registry
 
@@ -94,10 +96,14 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
     if settings.registry_kind == "consul" or settings.agent_consul:
         checks += await _guarded("consul", lambda: _consul(settings, env))
-    checks.append(await _registry(settings))
-    if settings.backend == "nomad":
+    registry, kept = await _registry(settings)
+    checks.append(registry)
+    if kept.base:
+        checks.append(_migration(settings, kept))
+    backends = {settings.backend, *kept.backends}
+    if "nomad" in backends:
         checks += await _guarded("nomad", lambda: _nomad(settings, env))
-    if settings.backend == "kubernetes":
+    if "kubernetes" in backends:
         checks += await _guarded("kubernetes", lambda: _kubernetes(settings))
     if settings.backend == "local" or settings.registry_kind == "sqlite":
         checks += _machine(settings)
@@ -199,20 +205,32 @@ async def _consul_kv(server: _Server, prefix: str) -> Check:
     return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
 
 
-async def _registry(settings: Settings) -> Check:
+async def _registry(settings: Settings) -> tuple[Check, Kept]:
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
         where = f"{settings.registry_path} is not there yet"
-        return Check("registry", Status.OK, where, "the first run, or `init`, makes it")
+        return Check("registry", Status.OK, where, "the first run, or `init`, makes it"), Kept()
     try:
         async with asyncio.timeout(TIMEOUT_S * 2), open_registry(settings) as registry:
             installation = await registry.installation()
             count = len((await registry.read()).records)
+            kept = migrations.decode((await registry.document(migrations.NAME)).body)
     except UserError as error:
-        return Check("registry", Status.FAIL, str(error), "run `nomad-watchdog init` once")
+        return Check("registry", Status.FAIL, str(error), "run `nomad-watchdog init` once"), Kept()
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
-        return Check("registry", Status.FAIL, why, "make the store reachable; see registry")
-    return Check("registry", Status.OK, f"installation {installation}, {count} records")
+        mend = "make the store reachable; see registry"
+        return Check("registry", Status.FAIL, why, mend), Kept()
+    return Check("registry", Status.OK, f"installation {installation}, {count} records"), kept
+
+
+def _migration(settings: Settings, kept: Kept) -> Check:
+    """Where the fleet lives, and whether `backend` says so."""
+    lives = " and ".join(sorted(kept.backends))
+    if hint := migrations.hint(kept, settings.backend):
+        return Check("migration", Status.WARN, f"the fleet has moved to {lives}", hint)
+    under_way = [move for move in kept.moves if not move.done]
+    state = f", one from {under_way[0].source} is {under_way[0].state}" if under_way else ""
+    return Check("migration", Status.OK, f"agents live on {lives}{state}")
 
 
 async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:

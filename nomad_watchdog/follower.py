@@ -12,6 +12,7 @@ from typing import Final
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.territory import Territory
 
@@ -30,6 +31,7 @@ class Follower:
         territory: Territory,
         metrics: Metrics,
         taken: Callable[[bool], None],
+        migrations: Migrations,
     ) -> None:
         self.fleet = fleet
         self.territory = territory
@@ -37,6 +39,7 @@ class Follower:
         self.has_read = False
         """Whether the registry has been read since this process began."""
         self._taken = taken
+        self._migrations = migrations
         self._behind: int | None = None
 
     async def run(self) -> None:
@@ -56,6 +59,7 @@ class Follower:
         """Read the registry in full. Raises as `Registry.read`."""
         began = self.fleet.clock.monotonic()
         await self.fleet.pauses.refresh()  # before anything is decided about a paused device
+        await self._migrations.refresh()  # or about one whose agent lives elsewhere
         snapshot = await self.fleet.reread()
         if snapshot is not None:
             self._take(snapshot)

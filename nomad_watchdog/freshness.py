@@ -54,11 +54,12 @@ class Freshness:
     def premature(self, action: Action, record: DeviceRecord | None) -> bool:
         """Whether the action takes an agent for gone that a younger listing may show.
 
-        A start at the record's own epoch is not: the scheduler makes one of both (S5)."""
+        A start at the record's own epoch is not: the scheduler makes one of both (S5). But for a device that
+        may just have been moved: its older agent may be ending on the other scheduler, unseen by us."""
         return (
             action.kind is ActionKind.START
             and self.is_behind(action.slug)
-            and (record is None or action.epoch > record.epoch)
+            and (record is None or action.epoch > record.epoch or bool(action.home))
         )
 
     def forget(self, kept: Collection[Slug]) -> None:

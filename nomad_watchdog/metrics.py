@@ -118,10 +118,12 @@ class Metrics:
         self._pool_problem = self._gauge("pool_problem", "1: it can't be kept or read.", "pool")
         self._pool_scalings = self._counter("pool_scalings", "Changes.", "pool", "direction")
         self._given_up = self._gauge("rollouts_given_up", "Classes whose new version was given up.")
+        self._migration = self._gauge("migration_devices", "Of the move under way.", "state")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
+        self.migration(0, 0, 0)
         for metric, values in (
             (self._devices, VerdictState),
             (self._placements, PlacementState),
@@ -254,6 +256,11 @@ class Metrics:
     def rollouts_given_up(self, count: int) -> None:
         """So many classes run an older version than is configured, or stopped between two."""
         self._given_up.set(count)
+
+    def migration(self, moved: int, on_way: int, waiting: int) -> None:
+        """How many devices have moved and are well, are between two schedulers, and wait for their turn."""
+        for state, count in (("moved", moved), ("on_way", on_way), ("waiting", waiting)):
+            self._migration.labels(state).set(count)
 
     def departures_held(self, count: int) -> None:
         self._departures_held.set(count)

@@ -80,6 +80,9 @@ class DeviceRecord:
     """The static inventory that asks for it (`inventory:FILE`); "" = the API."""
     left: Departure = Departure.REMOVED
     """Of a tombstone: how the device left. Means nothing while it is present."""
+    home: str = ""
+    """The scheduler that the placement of this epoch is made on (`core.migration`); "" = the one of the time
+    before the fleet was first moved."""
 
 
 class PlacementState(StrEnum):
@@ -115,6 +118,8 @@ class Placement:
     created_at: WallTime = WallTime(0.0)
     ready: bool | None = None
     """What the scheduler's own readiness probe says of the agent; None = it asks none."""
+    backend: str = ""
+    """The scheduler that has it; "" = the configured one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,8 @@ class Action:
     """Of the record that the decision was made on; another index means decide again. 0 = no record."""
     placement: Placement | None = None
     urgent: bool = False
+    home: str = ""
+    """START: the scheduler to place on, REPLACE: the one to move to; "" = as it is (`core.migration`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ async def look(reconciler: Reconciler) -> None:
     `Scheduler.snapshot`."""
     fleet = reconciler.fleet
     await fleet.pauses.refresh()
+    await reconciler.migrations.refresh()
     records = await fleet.registry.read()
     fleet.reset(records.records, records.index, records.unreadable)
     # Who looks once knows nothing of when a device left: waiting is for those who stay.

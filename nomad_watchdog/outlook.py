@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nomad_watchdog.breaker import Breaker
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.migration import Homes
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
@@ -34,6 +35,7 @@ class Outlook:
     last_plan: Callable[[], Plan]
     no_room: Callable[[], str]
     """Why no start is made now, in words; "" when there is room."""
+    homes: Callable[[], Homes | None] = lambda: None
 
     def obstacle(self, slug: Slug) -> str:
         """Why this device can't have an agent now, in words; "" = nothing is in the way."""
@@ -41,6 +43,12 @@ class Outlook:
         if record is not None and record.device.agent_class not in self.hashes:
             known = ", ".join(sorted(self.hashes))
             return f"agent class {record.device.agent_class!r} is not configured; known: {known}"
+        homes = self.homes()
+        if homes is not None and record is not None and not homes.is_known(record):
+            return (
+                f"its agent lives on {homes.of(record)}, which is neither `backend` nor part of a "
+                "migration: move it with `nomad-watchdog migrate`"
+            )
         return self.performer.obstacles.get(slug, "") or self.no_room()
 
     def status(self) -> dict[str, object]:
@@ -74,7 +82,15 @@ class Outlook:
             "shard": lease.shard,
             "holder": lease.holder,
             "next_resync_in_s": round(self.informer.until_resync_s, 1),
+            **self._home(slug),
         }
+
+    def _home(self, slug: Slug) -> dict[str, object]:
+        """Where the agent lives and should live, in a fleet that was ever moved."""
+        homes, record = self.homes(), self.fleet.records.get(slug)
+        if homes is None or record is None:
+            return {}
+        return {"home": homes.of(record), "should_live_on": homes.goal(record)}
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         if lease.shard not in self.leases.terms():
@@ -89,7 +105,7 @@ class Outlook:
         record = self.fleet.records.get(slug)
         found = self.fleet.placements.get(slug, ())
         steps = list(
-            planner.decide(record, found, self.hashes)
+            planner.decide(record, found, self.hashes, self.homes())
             if record is not None
             else planner.decide_stray(found)
         )

@@ -215,7 +215,7 @@ class Performer:
                 continue
             target = _epoch_after(action)
             if known is not None and target > known.epoch:
-                commits.append((position, presence.advance(known, target)))
+                commits.append((position, presence.advance(known, target, action.home)))
             else:
                 results[position] = await self._reread(action)
         records = [record for _, record in commits]
@@ -282,7 +282,11 @@ class Performer:
         grace_s = spec.kill_timeout_s if spec is not None else self.fleet.limits.kill_grace_s
         if action.kind is ActionKind.START and record is not None:
             await self._start(record)
-        elif action.kind is ActionKind.REPLACE and self.scheduler.capabilities.replaces_in_place:
+        elif (
+            action.kind is ActionKind.REPLACE
+            and not action.home
+            and self.scheduler.capabilities.replaces_in_place
+        ):
             assert record is not None
             await self._start(record)
         elif action.placement is not None:

@@ -15,6 +15,7 @@ from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.rollouts import Rollouts
 from nomad_watchdog.shown import shown_plan
 from nomad_watchdog.territory import Territory
@@ -32,6 +33,7 @@ class Planning:
         rollouts: Rollouts,
         hashes: Mapping[str, str],
         metrics: Metrics,
+        migrations: Migrations,
     ) -> None:
         self.fleet = fleet
         self.territory = territory
@@ -39,25 +41,32 @@ class Planning:
         self.hashes = hashes
         """By class, of the versions that the scheduler is prepared for."""
         self.metrics = metrics
+        self.migrations = migrations
         self.breaker = Breaker()
 
     def make(self, confirmed: frozenset[Stop]) -> Plan:
         """Decide for every device of ours; the `confirmed` stops are not held."""
         fleet = self.fleet
         records, placements = self.territory.of(fleet.records), self.territory.of(fleet.placements)
+        homes = self.migrations.homes()
+        resting = fleet.resting() | fleet.unreadable | self.migrations.unsure(records)
+        readiness = Readiness(
+            fleet.unready(),
+            fleet.is_stuck,
+            self.rollouts.soaking(),
+            self.rollouts.halted() | self.behind_rollouts(),
+        )
+        if homes is not None:
+            readiness = self.migrations.with_moves(readiness, homes, resting)
         return planner.plan(
             records,
             placements,
             self.hashes,
             fleet.limits,
-            readiness=Readiness(
-                fleet.unready(),
-                fleet.is_stuck,
-                self.rollouts.soaking(),
-                self.rollouts.halted() | self.behind_rollouts(),
-            ),
+            readiness=readiness,
             confirmed=confirmed,
-            resting=fleet.resting() | fleet.unreadable,
+            resting=resting,
+            homes=homes,
         )
 
     def behind_rollouts(self) -> frozenset[str]:

@@ -21,6 +21,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.informer import Informer
 from nomad_watchdog.leases import Leases, Undivided
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.model import (
     Action,
     ActionKind,
@@ -40,6 +41,7 @@ from nomad_watchdog.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
+NEVER_LOOKED: Final = Monotonic(float("-inf"))
 CONFIRM_AFTER_S: Final = 2.0
 """S7: how long after the first read the second one is taken."""
 QUICK: Final = 64
@@ -70,16 +72,20 @@ class Reconciler:
         self.performer = Performer(
             fleet, scheduler, self.specs, self.queue, self._done, leases=self.leases
         )
-        self.planning = Planning(fleet, self.territory, self.rollouts, self.hashes, metrics)
+        self.migrations = Migrations(fleet, scheduler, self.territory, metrics, self._look_anew)
+        self.planning = Planning(
+            fleet, self.territory, self.rollouts, self.hashes, metrics, self.migrations
+        )
         self.breaker = self.planning.breaker
         self.last_plan = Plan(())
-        self.follower = Follower(fleet, self.territory, metrics, self._taken)
+        self.follower = Follower(fleet, self.territory, metrics, self._taken, self.migrations)
         self.informer = Informer(
             scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._take, self._not_seen
         )
         self._wake = asyncio.Event()
         self._observed = False
         self._no_room = ""
+        self._full: Mapping[str, str] = {}
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.observe_with(self, self.metrics.report)
         fleet.plan_view = self.planning.view
@@ -99,6 +105,7 @@ class Reconciler:
             territory=self.territory,
             last_plan=lambda: self.last_plan,
             no_room=lambda: self._no_room,
+            homes=self.migrations.homes,
         )
         self.fleet.obstacle = outlook.obstacle
         self.fleet.status_parts.append(outlook.status)
@@ -121,7 +128,9 @@ class Reconciler:
             leases=self.leases,
             territory=self.territory,
             wake=self._wake.set,
-            waits_for_room=lambda: bool(self._no_room or self.last_plan.waiting_rollout),
+            waits_for_room=lambda: bool(
+                self._no_room or self._full or self.last_plan.waiting_rollout
+            ),
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
@@ -132,6 +141,8 @@ class Reconciler:
                 group.create_task(timer)
             if self.rollouts.on:
                 group.create_task(every(LOOK_EVERY_S, self._roll))
+            if self.migrations.on:
+                group.create_task(every(LOOK_EVERY_S, self._follow_migration))
             group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
             group.create_task(self.performer.run())
 
@@ -148,6 +159,15 @@ class Reconciler:
                 delay_s = min(delay_s * 2, 10.0)
             else:
                 return
+
+    async def _follow_migration(self) -> None:
+        if await self.migrations.look():
+            self._wake.set()
+
+    def _look_anew(self) -> None:
+        """More schedulers have agents than those that were looked at: nothing is decided until all were."""
+        self.territory.looked_at = NEVER_LOOKED
+        self.informer.resync("migration", now=True)
 
     async def _roll(self) -> None:
         """Go by the versions that are in force now: the scheduler is prepared for them first."""
@@ -169,6 +189,7 @@ class Reconciler:
     def records_changed(self, records: Sequence[DeviceRecord]) -> None:
         """Records were stored or read; the few that only need a start get it at once."""
         now = self.fleet.clock.monotonic()
+        self.migrations.seen(records)
         for record in records:
             self._changed_at.setdefault(record.slug, now)
         unseen = self.informer.freshness.learned(records)
@@ -188,9 +209,12 @@ class Reconciler:
         found = self.fleet.placements.get(record.slug, ())
         if record.presence is not Presence.PRESENT or self._undecided(record.slug) or self._no_room:
             return
-        for action in planner.decide(record, found, self.hashes):
+        if self.migrations.unsure({record.slug: record}):
+            return
+        for action in planner.decide(record, found, self.hashes, self.migrations.homes()):
             premature = self.informer.freshness.premature(action, record)
-            if action.kind is ActionKind.START and not premature:
+            full = action.home in self._full
+            if action.kind is ActionKind.START and not premature and not full:
                 self.queue.put(record.slug, action, urgent=True)
 
     def look_again(self, slug: Slug) -> None:
@@ -247,6 +271,8 @@ class Reconciler:
         self.performer.remember_stops(self.informer.read_began_at)
         seen = snapshot.only if snapshot.only is not None else list(self.performer.expectations)
         for slug in seen:
+            if slug in snapshot.behind:
+                continue
             expected = self.performer.expectations.get(slug)
             if expected is not None and snapshot.index >= expected.index:
                 # Shown, or a phantom: either way the planner may decide again.
@@ -291,9 +317,11 @@ class Reconciler:
         wanted: set[Slug] = set()
         freshness = self.informer.freshness
         for action in actions:
-            if action.kind is ActionKind.START and self._no_room:
+            if action.kind is ActionKind.START and (self._no_room or action.home in self._full):
                 continue
             if freshness.premature(action, self.fleet.records.get(action.slug)):
+                if action.home:
+                    self.informer.look_again({action.slug})
                 continue
             wanted.add(action.slug)
             self.queue.put(action.slug, action, urgent=urgent)
@@ -333,6 +361,9 @@ class Reconciler:
         except WatchdogError as error:
             log.warning("capacity unknown", extra={"reason": str(error)})
             return
+        if self._full.keys() - capacity.full.keys():
+            self._wake.set()
+        self._full = capacity.full
         was, self._no_room = self._no_room, "" if capacity.room else capacity.reason
         if self._no_room:
             if not was:

@@ -36,6 +36,7 @@ def shown_placement(placement: Placement) -> dict[str, object]:
         "reason": placement.reason,
         "created_at": placement.created_at,
         "ready": placement.ready,
+        "backend": placement.backend,
     }
 
 

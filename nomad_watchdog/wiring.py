@@ -28,6 +28,7 @@ from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.schedulers.moving import Moving
 from nomad_watchdog.told import Told
 
 if TYPE_CHECKING:
@@ -215,31 +216,37 @@ async def open_pools(settings: Settings, installation: str) -> AsyncIterator[Dri
 
 
 @asynccontextmanager
-async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator[Scheduler]:
-    """The backend that the settings name, found by entry point, closed at the end."""
-    make: Any = schedulers.load(settings.backend)
-    scheduler: Scheduler = make(**_options(settings, installation))
+async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator[Moving]:
+    """The backend that the settings name, found by entry point, with room for others that the fleet is
+    moved to or from; all closed at the end."""
+    keys = None
     if settings.api.agent_key_file:
         keys = SecretFile(
             "api.agent_key_file", Path(settings.api.agent_key_file), read_keys
         ).required()
-        scheduler = Credentialed(scheduler, keys, SystemClock())
+
+    def made(backend: str) -> Scheduler:
+        make: Any = schedulers.load(backend)
+        one: Scheduler = make(**_options(settings, backend, installation))
+        return one if keys is None else Credentialed(one, keys, SystemClock())
+
+    scheduler = Moving(settings.backend, made, settings.spec_on)
     try:
         yield scheduler
     finally:
         await scheduler.close()
 
 
-def _options(settings: Settings, installation: str) -> dict[str, Any]:
+def _options(settings: Settings, backend: str, installation: str) -> dict[str, Any]:
     """Keyword settings for a backend. One that we do not know gets what every backend may need."""
-    if settings.backend == "local":
+    if backend == "local":
         options: dict[str, Any] = {
             "directory": settings.local_directory,
             "token_file": settings.api.agent_token_file or "",
             "fork": settings.local.fork,
         }
         return options | ({"python": settings.local.python} if settings.local.python else {})
-    if settings.backend == "nomad":
+    if backend == "nomad":
         return {
             "settings": nomad_settings(settings),
             "strategy": settings.nomad.strategy,
@@ -248,7 +255,7 @@ def _options(settings: Settings, installation: str) -> dict[str, Any]:
             "prefix": settings.nomad.job_prefix,
         }
     shared = {"installation": installation, "shards": settings.shards}
-    if settings.backend == "kubernetes":
+    if backend == "kubernetes":
         return {
             **shared,
             "settings": kubernetes_settings(settings),

@@ -13,6 +13,7 @@ from nomad_watchdog.api import (
     agents,
     attendance,
     devices,
+    migration,
     openapi,
     page,
     pauses,
@@ -38,6 +39,7 @@ from nomad_watchdog.api.schemas import (
     EventsIn,
     HearsayIn,
     HeartbeatsIn,
+    MigrateIn,
     PauseIn,
     PoolScaleIn,
     ReportIn,
@@ -209,6 +211,37 @@ ROUTES: Final = (
         "End a pause or window",
         {200: AnyOut},
         asks=Right.OPERATE,
+    ),
+    Route(
+        "GET",
+        "/v1/migration",
+        migration.show,
+        "What was moved from one scheduler to another, and how far it has come",
+        {200: AnyOut},
+    ),
+    Route(
+        "POST",
+        "/v1/migration",
+        migration.begin,
+        "Move devices' agents to another scheduler; durable when answered",
+        {200: "what would move, of a dry run", 201: AnyOut, 409: "another one is under way"},
+        body=MigrateIn,
+        asks=Right.OPERATE,
+    ),
+    *(
+        Route(
+            "POST",
+            f"/v1/migration:{what}",
+            handler,
+            summary,
+            {200: AnyOut, 404: "none is under way", 409: "it makes no sense now"},
+            asks=Right.OPERATE,
+        )
+        for what, handler, summary in (
+            ("pause", migration.pause, "Move no further device; those on their way arrive"),
+            ("resume", migration.resume, "Go on where a pause began"),
+            ("undo", migration.undo, "Move back what has been moved"),
+        )
     ),
     Route(
         "GET",

@@ -17,6 +17,7 @@ from nomad_watchdog.event_feed import EventFeed
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.pools.keeper import Keeper
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Context:
     """Who tells what other replicas saw; None where there are none."""
     pools: Keeper | None = None
     """Who keeps pools; None where the backend has none."""
+    migrations: Migrations | None = None
+    """Who moves the fleet between schedulers; None where nobody reconciles."""
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last made (monotonic seconds), and its text."""
     followers: set[asyncio.Task[object]] = field(default_factory=set)

@@ -168,6 +168,9 @@ class HeartbeatsIn(_In):
     ids: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(max_length=MOST_HEARTBEATS)
 
 
+BACKEND: Final = r"^[a-z][a-z0-9_-]{0,63}$"
+
+
 class TargetIn(_In):
     """Which devices: all that is given must match, and something must be given."""
 
@@ -205,6 +208,34 @@ class PauseIn(TargetIn):
         if self.window and self.until is None and self.lasts is None:
             raise ValueError("a maintenance window needs an end: for or until")
         return self
+
+
+class MigrateIn(_In):
+    """Which devices' agents move from one scheduler to another: all, or those that match all that is given."""
+
+    source: Annotated[str, Field(alias="from", pattern=BACKEND)]
+    goal: Annotated[str, Field(alias="to", pattern=BACKEND)]
+    devices: list[Id] = Field(default_factory=list, max_length=MOST_PAUSED)
+    agent_class: Name | None = Field(None, alias="class")
+    labels: Labels = Field(default_factory=dict)
+    shards: list[Annotated[int, Field(ge=0, le=255)]] = Field(default_factory=list, max_length=256)
+    at_once: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        0, description="so many devices may be on their way; 0 = as many as a roll-out may replace"
+    )
+    by: Annotated[str, Field(max_length=64), AfterValidator(_printable)] = ""
+    dry_run: bool = Field(False, description="only say what would move")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.source == self.goal:
+            raise ValueError("from and to are the same")
+        return self
+
+    def target(self) -> Target | None:
+        """Which devices; None = all."""
+        if not (self.devices or self.agent_class or self.labels):
+            return None
+        return Target(frozenset(self.devices), self.agent_class or "", dict(self.labels))
 
 
 class ConfirmIn(_In):

@@ -85,6 +85,16 @@ def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
     return context
 
 
+def caller() -> str:
+    """What whoever types a command is called on this machine; told, not believed."""
+    import getpass
+
+    try:
+        return getpass.getuser()[:64]
+    except (OSError, KeyError):
+        return "unknown"
+
+
 def no_color(ctx: click.Context) -> bool:
     return bool(ctx.obj["no_color"])
 

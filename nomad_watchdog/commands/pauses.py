@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from nomad_watchdog.commands._api import quoted
-from nomad_watchdog.commands._shared import api_of, labels_of, no_color, output_option
+from nomad_watchdog.commands._shared import api_of, caller, labels_of, no_color, output_option
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.render import clean, print_json, print_table
 
 Command = Callable[..., Any]
-_NOBODY: Final = "unknown"
 
 
 def _of_devices(command: Command) -> Command:
@@ -57,7 +55,7 @@ def _with_an_end(command: Command) -> Command:
     def inner(
         *args: object, lasts: str | None, until: str | None, reason: str, **rest: object
     ) -> object:
-        how: dict[str, Any] = {"reason": reason, "by": _by()}
+        how: dict[str, Any] = {"reason": reason, "by": caller()}
         how |= {"for": lasts} if lasts else {}
         how |= {"until": _time(until, "--until")} if until else {}
         return command(*args, how=how, **rest)
@@ -90,13 +88,6 @@ def _time(text: str | None, option: str) -> str | None:
         raise UserError(
             f"{option} {text!a} is no time; write 2026-01-31T22:00 or 2026-01-31T22:00:00Z"
         ) from error
-
-
-def _by() -> str:
-    try:
-        return getpass.getuser()[:64]
-    except (OSError, KeyError):
-        return _NOBODY
 
 
 @click.command()

@@ -8,6 +8,7 @@ carried out by device. Rules, in the order in which they are asked of a device:
    dead: the scheduler, not we, says when no process is left (S3).
 3. A live placement at the registry's epoch is left alone, unless its spec is no longer the class's;
    then it is replaced, as many at a time as `rollout.admit` allows.
+   So is one on a scheduler that its device is to leave (`migration`).
 4. Without a live placement the agent is started. The epoch is used again only if nobody was ever
    seen at it (the answer to the first try was lost); otherwise the next number is taken (S2).
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import rollout
+from nomad_watchdog.core.migration import Homes
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -57,7 +59,7 @@ class Plan:
     """Devices with an old spec that wait for their turn."""
 
 
-def plan(
+def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     records: Mapping[Slug, DeviceRecord],
     placements: Placements,
     spec_hashes: Mapping[str, str],
@@ -66,6 +68,7 @@ def plan(
     readiness: Readiness = ALL_READY,
     confirmed: frozenset[Stop] = NO_STOPS,
     resting: AbstractSet[Slug] = NO_SLUGS,
+    homes: Homes | None = None,
 ) -> Plan:
     """Decide for every device.
 
@@ -73,7 +76,7 @@ def plan(
     there is left as it is. `readiness`: see `rollout.admit`. `confirmed`: stops that an earlier pass
     held and that these, independently read, inputs still ask for. `resting`: devices for which
     nothing is done now: paused, gone for so short that they may come back, or with a record that can't
-    be read, so that nobody knows what is wished of them.
+    be read, so that nobody knows what is wished of them. `homes`: None while the fleet has one scheduler.
     """
     starts: list[Action] = []
     stops: list[Action] = []
@@ -89,13 +92,14 @@ def plan(
                     only.state is _RUNNING
                     and only.epoch == record.epoch
                     and only.spec_hash == spec_hashes.get(record.device.agent_class)
+                    and (homes is None or homes.at(only) == homes.goal(record))
                 ):
                     continue
         elif not found:
             continue
         if slug in resting:
             continue
-        for action in decide(record, found, spec_hashes):
+        for action in decide(record, found, spec_hashes, homes):
             if action.kind is ActionKind.START:
                 starts.append(action)
             elif action.kind is ActionKind.RETIRE:
@@ -117,7 +121,10 @@ def plan(
 
 
 def decide(
-    record: DeviceRecord, found: tuple[Placement, ...], spec_hashes: Mapping[str, str]
+    record: DeviceRecord,
+    found: tuple[Placement, ...],
+    spec_hashes: Mapping[str, str],
+    homes: Homes | None = None,
 ) -> Iterator[Action]:
     """The next steps for one device (rules 1 to 4)."""
     live = [p for p in found if p.state is not _DEAD]
@@ -135,13 +142,16 @@ def decide(
                 f"epoch {placement.epoch} is {older} than the registry's {record.epoch}",
             )
     if current:
-        yield from _keep(record, current, spec_hashes)
+        yield from _keep(record, current, spec_hashes, homes)
     elif not live and record.device.agent_class in spec_hashes:
-        yield _start(record, found)
+        yield _start(record, found, homes)
 
 
 def _keep(
-    record: DeviceRecord, current: list[Placement], spec_hashes: Mapping[str, str]
+    record: DeviceRecord,
+    current: list[Placement],
+    spec_hashes: Mapping[str, str],
+    homes: Homes | None,
 ) -> Iterator[Action]:
     # Two placements at one epoch should not exist; if a scheduler made them, both racers must
     # choose the same survivor: the accepted instance's, else the oldest.
@@ -150,22 +160,40 @@ def _keep(
         yield from _retire(record, placement, "another placement has the same epoch")
     keeper = current[0]
     wanted = spec_hashes.get(record.device.agent_class)
-    if wanted is None or keeper.spec_hash == wanted or keeper.state is PlacementState.STOPPING:
+    home = _elsewhere(record, keeper, homes)
+    if wanted is None or keeper.state is PlacementState.STOPPING:
+        return
+    if keeper.spec_hash == wanted and not home:
         return
     yield Action(
         kind=ActionKind.REPLACE,
         slug=record.slug,
         device_id=record.device.id,
-        reason=f"spec {keeper.spec_hash} is not the class's {wanted}",
+        reason=f"it moves to {home}"
+        if home
+        else f"spec {keeper.spec_hash} is not the class's {wanted}",
         epoch=keeper.epoch,
         index=record.index,
         placement=keeper,
+        home=home,
     )
 
 
-def _start(record: DeviceRecord, dead: tuple[Placement, ...]) -> Action:
+def _elsewhere(record: DeviceRecord, keeper: Placement, homes: Homes | None) -> str:
+    """The scheduler that the agent should move to; "" = it is where it should be."""
+    # What runs on a lost node may be the accepted agent still, and nothing could start beside it (S3).
+    if homes is None or keeper.state is PlacementState.LOST:
+        return ""
+    goal = homes.goal(record)
+    return "" if homes.at(keeper) == goal else goal
+
+
+def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: Homes | None) -> Action:
+    home = homes.for_start(record) if homes is not None else ""
+    moved = homes is not None and home != homes.of(record)
     highest = max((p.epoch for p in dead), default=Epoch(0))
-    unused = record.epoch > highest and not record.instance and record.epoch > 0
+    # An epoch has one home for good, so that a late answer can't start it on two schedulers.
+    unused = record.epoch > highest and not record.instance and record.epoch > 0 and not moved
     epoch = record.epoch if unused else Epoch(max(record.epoch, highest) + 1)
     if unused:
         reason = f"nobody has been seen at epoch {epoch} yet"
@@ -182,6 +210,7 @@ def _start(record: DeviceRecord, dead: tuple[Placement, ...]) -> Action:
         reason=reason,
         epoch=epoch,
         index=record.index,
+        home=home,
     )
 
 

@@ -97,7 +97,7 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
     if stored is None:
         return replace(saved, index=0)
     if saved.epoch > stored.epoch:
-        stored_new = replace(stored, epoch=saved.epoch, instance=saved.instance)
+        stored_new = replace(stored, epoch=saved.epoch, instance=saved.instance, home=saved.home)
     else:
         stored_new = stored
     if saved.generation > stored.generation:
@@ -115,14 +115,15 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
     return None if stored_new == stored else stored_new
 
 
-def advance(stored: DeviceRecord, epoch: Epoch) -> DeviceRecord:
-    """The record with a new epoch, at which nobody is accepted yet.
+def advance(stored: DeviceRecord, epoch: Epoch, home: str = "") -> DeviceRecord:
+    """The record with a new epoch, at which nobody is accepted yet. `home`: the scheduler that the epoch is
+    placed on, "" = the same as before.
 
     Raises ValueError when the epoch would not go up: that is a bug of the caller, never an input.
     """
     if epoch <= stored.epoch:
         raise ValueError(f"epoch must go up: {stored.epoch} to {epoch}")
-    return replace(stored, epoch=epoch, instance="")
+    return replace(stored, epoch=epoch, instance="", home=home or stored.home)
 
 
 def bind(stored: DeviceRecord, instance: str) -> DeviceRecord:

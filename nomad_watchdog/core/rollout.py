@@ -25,6 +25,12 @@ class Readiness:
     """Agents of new versions that are ready and have not lasted yet (`core.soak`): they take room too."""
     halted: frozenset[str] = frozenset()
     """Agent classes in which nothing is replaced."""
+    turn: Callable[[Slug], bool] = lambda _slug: True
+    """Whether a device that is to move to another scheduler may do so now (`core.migration.frontier`)."""
+    moving: int = 0
+    """Devices that have been moved and whose agent is not ready yet."""
+    moves_at_once: int = 0
+    """At most so many may be; 0 = as many as the window has."""
 
 
 ALL_READY: Final = Readiness()
@@ -43,13 +49,17 @@ def admit(
         (one for one in candidates if _class_of(one) not in readiness.halted),
         key=lambda action: action.slug,
     )
-    room = window(fleet, limits) - readiness.unready - readiness.soaking
+    most = window(fleet, limits)
+    room = most - readiness.unready - readiness.soaking
+    ways = (readiness.moves_at_once or most) - readiness.moving
     admitted = []
     for action in ordered:
-        if readiness.stuck(action.slug):
-            admitted.append(action)
-        elif room > 0:
-            room -= 1
+        if action.home and (ways <= 0 or not readiness.turn(action.slug)):
+            continue
+        stuck = readiness.stuck(action.slug)
+        if stuck or room > 0:
+            room -= not stuck
+            ways -= bool(action.home)
             admitted.append(action)
     return tuple(admitted)
 

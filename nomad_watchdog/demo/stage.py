@@ -21,6 +21,7 @@ from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import parse_device_id, slug_of
 
 if TYPE_CHECKING:
+    from nomad_watchdog.dev.consul import ConsulServer
     from nomad_watchdog.dev.kubelet import Kubelet
     from nomad_watchdog.dev.kubernetes import KubernetesCluster
 
@@ -94,11 +95,19 @@ registry {{
   kind = "consul"
 }}
 """
-KUBERNETES_BLOCKS: Final = """\
+KUBERNETES_BLOCK: Final = """\
 kubernetes {{
   kubeconfig = "{kubeconfig}"
 }}
 
+"""
+ON_KUBERNETES: Final = """\
+  on "kubernetes" {
+  }
+"""
+KUBERNETES_BLOCKS: Final = (
+    KUBERNETES_BLOCK
+    + """\
 consul {{
   address = "{consul}"
 }}
@@ -107,6 +116,7 @@ registry {{
   kind = "consul"
 }}
 """
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,11 +299,13 @@ async def open_stage(
     strategy: str = "dispatch",
     clients: int = 1,
     pace: Pace = CALM,
+    beside: bool = False,
 ) -> AsyncIterator[Stage]:
     """Start everything; on the way out stop it in order and leave nothing running.
 
     `clients`: Nomad clients, each with a Consul agent beside it if there are several; or nodes of
-    Kubernetes. `strategy`: Nomad's, or the workload on Kubernetes."""
+    Kubernetes. `strategy`: Nomad's, or the workload on Kubernetes. `beside`: with Nomad, a Kubernetes as well,
+    which the fleet can be moved to."""
     async with AsyncExitStack() as stack:
         consul = nomad = kubeconfig = ""
         cluster: KubernetesCluster | None = None
@@ -302,8 +314,13 @@ async def open_stage(
         if backend == "nomad":
             consul, nomad = await _servers(stack, root, clients)
             blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
+            if beside:
+                cluster, nodes = await _kubernetes(stack, root, clients)
+                blocks, extra = NOMAD_BLOCKS + KUBERNETES_BLOCK, extra + ON_KUBERNETES
+                kubeconfig = str(cluster.kubeconfig)
         elif backend == "kubernetes":
-            consul, cluster, nodes = await _kubernetes(stack, root, clients)
+            consul = (await stack.enter_async_context(_consul(root))).http_addr
+            cluster, nodes = await _kubernetes(stack, root, clients)
             blocks, kubeconfig = KUBERNETES_BLOCKS, str(cluster.kubeconfig)
             if strategy != "dispatch":
                 extra = f'  workload = "{strategy}"\n'
@@ -355,19 +372,23 @@ async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str
     return consul.http_addr, nomad.http_addr
 
 
+def _consul(root: Path) -> ConsulServer:
+    from nomad_watchdog.dev.consul import ConsulServer
+
+    return ConsulServer(root / "consul")
+
+
 async def _kubernetes(
     stack: AsyncExitStack, root: Path, clients: int
-) -> tuple[str, KubernetesCluster, list[Kubelet]]:
-    """Consul's address, the cluster and its nodes. The agents' pods are run by stand-ins for a kubelet, for
+) -> tuple[KubernetesCluster, list[Kubelet]]:
+    """The cluster and its nodes. The agents' pods are run by stand-ins for a kubelet, for
     which the image is the agent of this checkout."""
     import watchdog_agent
 
     from nomad_watchdog.dev._kubelet_spec import Image
-    from nomad_watchdog.dev.consul import ConsulServer
     from nomad_watchdog.dev.kubelet import Kubelet
     from nomad_watchdog.dev.kubernetes import KubernetesCluster
 
-    consul = await stack.enter_async_context(ConsulServer(root / "consul"))
     cluster = await stack.enter_async_context(KubernetesCluster(root / "kube"))
     await cluster.add_namespace("nomad-watchdog")
     sources = str(Path(watchdog_agent.__file__).parents[1])
@@ -385,7 +406,7 @@ async def _kubernetes(
             subnet=20 + number,
         )
         nodes.append(await stack.enter_async_context(node))
-    return consul.http_addr, cluster, nodes
+    return cluster, nodes
 
 
 async def _command(config: Path, *arguments: str) -> None:

@@ -28,7 +28,7 @@ _FIELDS: Final = frozenset(
     {"v", "slug", "id", "agent_class", "address", "labels", "presence", "generation", "epoch"}
     | {"instance", "changed_at"}
 )
-_OPTIONAL: Final = frozenset({"event_at", "event_marks", "ttl_s", "source", "left"})
+_OPTIONAL: Final = frozenset({"event_at", "event_marks", "ttl_s", "source", "left", "home"})
 """Written only when they say something, so that records without them stay as they were."""
 _MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 
@@ -61,6 +61,8 @@ def encode(record: DeviceRecord) -> bytes:
         document["source"] = record.source
     if record.left is not Departure.REMOVED:
         document["left"] = record.left.value
+    if record.home:
+        document["home"] = record.home
     if not all(map(math.isfinite, (record.changed_at, record.event_at, device.ttl_s or 0.0))):
         raise UserError(f"record of device {device.id!a} can't be stored: a time is not finite")
     try:
@@ -141,6 +143,7 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
         event_marks=_marks(document.get("event_marks", [])),
         source=_text(document, "source") if "source" in document else "",
         left=left,
+        home=_text(document, "home") if "home" in document else "",
     )
 
 

@@ -8,7 +8,7 @@ as a suite; a third party runs it unchanged.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
@@ -47,6 +47,8 @@ class Snapshot:
     placements: Mapping[Slug, tuple[Placement, ...]]
     index: int
     only: frozenset[Slug] | None = None
+    behind: frozenset[Slug] = frozenset()
+    """Devices of which it does not show what `index` promises: look again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Capacity:
 
     room: bool
     reason: str = ""
+    full: Mapping[str, str] = field(default_factory=dict)
+    """Where a fleet has several schedulers: those without room, and why; there is room in the others."""
 
     @classmethod
     def beside(cls, waiting: int, limit: int) -> Capacity:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.config import Settings
 from nomad_watchdog.config_api import Token
-from nomad_watchdog.config_classes import AgentClass, Repair
+from nomad_watchdog.config_classes import AgentClass, Elsewhere, Repair
 from nomad_watchdog.config_escalate import Escalate, Loki, Sink
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
 from nomad_watchdog.config_load import _model_of, load
@@ -247,6 +247,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
         block = _model_of(field.annotation)
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
     assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
+    wanted |= {f"on.{name}" for name in Elsewhere.model_fields}
     wanted |= {f"probe.{name}" for name in Probe.model_fields}
     wanted |= {f"metric.{name}" for name in Metric.model_fields}
     wanted |= {f"gateway.{name}" for name in Gateway.model_fields}

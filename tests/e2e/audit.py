@@ -194,6 +194,41 @@ async def audit_pods(
     return findings.wrong
 
 
+async def audit_both(
+    where: Where, objects: Collection[Any], pods: Collection[Any],
+    present: Collection[str], known: Collection[str],
+) -> list[str]:  # fmt: skip
+    """As `audit`, of a fleet whose agents live on Nomad and on Kubernetes."""
+    findings = Findings()
+    async with aiohttp.ClientSession() as session:
+        stored = await records(session, where)
+        allocations = await get(session, f"{where.nomad}/v1/allocations?task_states=false")
+        jobs = await get(session, f"{where.nomad}/v1/jobs?prefix={where.job_prefix}/&meta=true")
+        services = await get(session, f"{where.consul}/v1/health/service/{where.service}")
+    wanted = {str(slug_of(DeviceId(name))): name for name in present}
+    live = {one["ID"]: one for one in allocations if one["ClientStatus"] in LIVE}
+    live |= {
+        one["metadata"]["uid"]: one
+        for one in pods
+        if one["status"].get("phase") in {"Running", "Pending"}
+    }
+    told = [one["metadata"]["labels"] for one in objects]
+    there = {(one["nomad-watchdog/slug"], one["nomad-watchdog/epoch"]) for one in told}
+    for slug, epoch in sorted({(j["Meta"]["slug"], j["Meta"]["epoch"]) for j in jobs} & there):
+        findings.expect(False, "S2", f"{slug} was started on both at epoch {epoch}")
+    running = processes(where.root)
+    for one in running:
+        home = "kubernetes" if one.job == "device-watchdog/pod" else "nomad"
+        record = stored.get(one.slug)
+        lives = (record.home or "nomad") if record is not None else ""
+        findings.expect(lives == home, "L1", f"{one.slug} runs on {home}, its home is {lives}")
+    _registry(findings, stored, present, known)
+    _jobs(findings, stored, jobs)
+    _processes(findings, stored, running, live, wanted)
+    _services(findings, stored, services, wanted)
+    return findings.wrong
+
+
 def _registry(
     findings: Findings,
     stored: Mapping[str, DeviceRecord],

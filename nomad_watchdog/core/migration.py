@@ -1,0 +1,249 @@
+"""On which scheduler each device's agent lives, and where it goes when a fleet is moved.
+
+The home of an epoch never changes: it is stored in the record by the same compare-and-set that raises the
+epoch (S2), so that a crash, a late answer or a second replica can't start one epoch on two schedulers.
+What is kept beside the records is only what was asked for (`Move`); how far a move has come is read from
+the records, and so there is nothing that could disagree with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+
+from nomad_watchdog.core.pauses import Target
+from nomad_watchdog.errors import ConflictError
+from nomad_watchdog.ids import Shard, Slug, shard_of
+from nomad_watchdog.model import (
+    NEVER,
+    DeviceRecord,
+    Placement,
+    PlacementState,
+    Presence,
+    WallTime,
+)
+
+Placements = Mapping[Slug, tuple[Placement, ...]]
+_DEAD: Final = PlacementState.DEAD
+_NOT_NOW: Final = (PlacementState.DEAD, PlacementState.STOPPING, PlacementState.LOST)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A wish that agents of some devices live on another scheduler. It stays in force when all is moved: a
+    device that is registered later goes where the others are."""
+
+    id: str
+    source: str
+    goal: str
+    began: WallTime
+    by: str
+    target: Target | None = None
+    """Which devices; None = all."""
+    shards: frozenset[int] = frozenset()
+    """Of `of_shards`; empty = all."""
+    of_shards: int = 1
+    at_once: int = 0
+    """So many devices may be on their way; 0 = as many as a roll-out may replace."""
+    back: bool = False
+    """It is being undone, or was."""
+    paused: bool = False
+    done: bool = False
+
+    @property
+    def heads_for(self) -> str:
+        return self.source if self.back else self.goal
+
+    @property
+    def leaves(self) -> str:
+        return self.goal if self.back else self.source
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every device is meant."""
+        return self.target is None and not self.shards
+
+    @property
+    def state(self) -> str:
+        """In a word: running, undoing, paused, done or undone."""
+        if self.done:
+            return "undone" if self.back else "done"
+        if self.paused:
+            return "paused"
+        return "undoing" if self.back else "running"
+
+    def covers(self, record: DeviceRecord) -> bool:
+        """Whether this device is meant."""
+        return (self.target is None or self.target.matches(record.device)) and (
+            not self.shards or shard_of(record.slug, self.of_shards) in self.shards
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Where agents live and should live. `usual`: the backend that is configured, whose placements say no
+    backend. `base`: where a record without a home is placed, for good: the backend before the first move."""
+
+    usual: str
+    base: str
+    moves: tuple[Move, ...] = ()
+    is_open: frozenset[str] = frozenset()
+
+    @property
+    def active(self) -> Move | None:
+        """The move that is under way, paused or not."""
+        return next((move for move in self.moves if not move.done), None)
+
+    def of(self, record: DeviceRecord) -> str:
+        """The home of the record's epoch."""
+        return record.home or self.base
+
+    def at(self, placement: Placement) -> str:
+        """Where a placement is."""
+        return placement.backend or self.usual
+
+    def move_of(self, record: DeviceRecord) -> Move | None:
+        """The newest move that means this device."""
+        return next((move for move in reversed(self.moves) if move.covers(record)), None)
+
+    def goal(self, record: DeviceRecord) -> str:
+        """Where the agent should be as things stand."""
+        here = self.of(record)
+        move = self.move_of(record)
+        if move is None or move.paused or here != move.leaves:
+            return here
+        return move.heads_for
+
+    def for_start(self, record: DeviceRecord) -> str:
+        """Where an agent starts for a device that has none.
+
+        One that was placed before stays where it is until its turn comes, so that the end of many agents is
+        not the move of many; unless all others have moved already."""
+        move = self.move_of(record)
+        if record.epoch == NEVER:
+            if move is None:
+                return self.usual
+            return move.source if move.back or move.paused else move.goal
+        here = self.of(record)
+        if move is not None and move.done and here == move.leaves:
+            return move.heads_for
+        return here
+
+    def is_known(self, record: DeviceRecord) -> bool:
+        """Whether the scheduler that has the record's agent is one that we look at. One that is not is news
+        that we have not read yet, or a setting that is missing."""
+        return record.epoch == NEVER or self.of(record) in self.is_open
+
+    def strangers(self, records: Mapping[Slug, DeviceRecord]) -> Iterator[Slug]:
+        """Devices whose scheduler nobody looks at: nothing may be decided for them."""
+        for slug, record in records.items():
+            if not self.is_known(record):
+                yield slug
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Counts of devices that are present."""
+
+    covered: int = 0
+    there: int = 0
+    """Of those, whose agent's home is where the move heads for …"""
+    on_way: int = 0
+    """… and is not ready yet."""
+    leftover: int = 0
+    """Agents that have not ended where the move leaves."""
+
+    @property
+    def is_over(self) -> bool:
+        """Every device has a ready agent where it should be, and none is left where it was."""
+        return self.there == self.covered and not self.on_way and not self.leftover
+
+
+def progress(
+    move: Move,
+    homes: Homes,
+    records: Mapping[Slug, DeviceRecord],
+    placements: Placements,
+    ready: Callable[[Slug], bool],
+) -> Progress:
+    """How far a move has come. A device whose home is a third scheduler is none of it."""
+    covered = there = on_way = leftover = 0
+    for slug, record in records.items():
+        if homes.move_of(record) is not move:
+            continue
+        leftover += sum(
+            placement.state is not _DEAD and homes.at(placement) == move.leaves
+            for placement in placements.get(slug, ())
+        )
+        if record.presence is not Presence.PRESENT:
+            continue
+        here = homes.for_start(record) if record.epoch == NEVER else homes.of(record)
+        covered += here in (move.heads_for, move.leaves)
+        if here == move.heads_for:
+            there += 1
+            on_way += not ready(slug)
+    return Progress(covered, there, on_way, leftover)
+
+
+def frontier(
+    homes: Homes,
+    records: Mapping[Slug, DeviceRecord],
+    placements: Placements,
+    resting: AbstractSet[Slug],
+    shard: Callable[[Slug], Shard],
+) -> Shard | None:
+    """The shard whose turn it is: the lowest one with a device that can move now; None = there is none.
+
+    Each replica moves only devices of its own shards, so that one shard after the other is also one replica
+    after the other, and together they keep to one window."""
+    found: Shard | None = None
+    for slug, record in records.items():
+        if (
+            record.presence is Presence.PRESENT
+            and homes.goal(record) != homes.of(record)
+            and slug not in resting
+            and (found is None or shard(slug) < found)
+            and any(
+                one.epoch == record.epoch and one.state not in _NOT_NOW
+                for one in placements.get(slug, ())
+            )
+        ):
+            found = shard(slug)
+    return found
+
+
+def tombs(move: Move, homes: Homes, records: Mapping[Slug, DeviceRecord]) -> Iterator[DeviceRecord]:
+    """Records of devices that have left, from which they would come back to where the move leaves."""
+    for record in records.values():
+        if (
+            record.presence is Presence.ABSENT
+            and record.epoch != NEVER
+            and homes.of(record) == move.leaves
+            and homes.move_of(record) is move
+        ):
+            yield record
+
+
+def needed(
+    homes: Homes, records: Mapping[Slug, DeviceRecord], placements: Placements
+) -> frozenset[str]:
+    """Schedulers that must be looked at: where a device lives or has an agent left, or may get one. Tombstones
+    count, because their devices come back."""
+    found = {homes.at(p) for some in placements.values() for p in some if p.state is not _DEAD}
+    found |= {homes.of(record) for record in records.values() if record.epoch != NEVER}
+    for move in homes.moves:
+        found |= {move.heads_for} if move.done else {move.source, move.goal}
+    return frozenset(found)
+
+
+def begin(moves: Sequence[Move], new: Move) -> tuple[Move, ...]:
+    """With a new move. Raises ConflictError while another is under way."""
+    for move in moves:
+        if not move.done:
+            raise ConflictError(
+                f"a migration from {move.source} to {move.goal} is {move.state}; let it end, or undo it"
+            )
+    # An undone one has changed nothing. What the new one means anyway, no older one decides.
+    return (*(m for m in moves if not m.back and not new.is_whole), new)

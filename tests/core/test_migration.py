@@ -1,0 +1,215 @@
+"""Where an agent lives is decided by the record and the moves that are asked for, and by nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog.core import migration, planner
+from nomad_watchdog.core.migration import Homes, Move
+from nomad_watchdog.core.pauses import Target
+from nomad_watchdog.core.rollout import Readiness
+from nomad_watchdog.errors import ConflictError
+from nomad_watchdog.ids import Shard, Slug, shard_of, slug_of
+from nomad_watchdog.migrations import Kept, decode, encode, hint
+from nomad_watchdog.model import (
+    ActionKind,
+    DeviceRecord,
+    Limits,
+    Placement,
+    PlacementState,
+    WallTime,
+)
+
+from .world import HASHES, placement, record
+
+BACKENDS = ("a", "b", "c")
+NAMES = tuple(f"d{n}" for n in range(12))
+SHARDS = 4
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> Move:
+    """Any move between two of three schedulers."""
+    source, goal = draw(st.permutations(BACKENDS))[:2]
+    some = draw(st.frozensets(st.sampled_from(NAMES), min_size=1))
+    return Move(
+        id="m",
+        source=source,
+        goal=goal,
+        began=WallTime(1.5),
+        by="somebody",
+        target=draw(st.sampled_from([None, Target(devices=some), Target(agent_class="default")])),
+        shards=draw(st.sampled_from([frozenset(), frozenset({0, 2})])),
+        of_shards=SHARDS,
+        at_once=draw(st.integers(0, 3)),
+        back=draw(st.booleans()),
+        paused=draw(st.booleans()),
+        done=draw(st.booleans()),
+    )
+
+
+Fleet = tuple[Homes, dict[Slug, DeviceRecord], dict[Slug, tuple[Placement, ...]]]
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> Fleet:
+    """Homes, and records with placements where their epochs' homes are."""
+    some = tuple(draw(st.lists(moves(), max_size=3)))
+    homes = Homes(draw(st.sampled_from(BACKENDS)), "a", some, frozenset(BACKENDS))
+    records, placements = {}, {}
+    for name in NAMES:
+        one = record(name, epoch=draw(st.integers(0, 3)), present=draw(st.booleans()))
+        one = replace(one, home=draw(st.sampled_from(("", *BACKENDS))) if one.epoch else "")
+        records[one.slug] = one
+        state = draw(st.sampled_from([None, *PlacementState]))
+        if one.epoch and state is not None:
+            found = placement(name, one.epoch, state)
+            here = homes.of(one)
+            placements[one.slug] = (replace(found, backend="" if here == homes.usual else here),)
+    return homes, records, placements
+
+
+def shard(slug: Slug) -> Shard:
+    return shard_of(slug, SHARDS)
+
+
+@given(fleets())
+def test_an_epoch_has_one_home(fleet: Fleet) -> None:
+    """What is started or moved elsewhere than where the record says always gets a higher epoch."""
+    homes, records, placements = fleet
+    for action in planner.plan(records, placements, HASHES, Limits(), homes=homes).actions:
+        one = records[action.slug]
+        if action.kind is ActionKind.START and action.home != homes.of(one):
+            assert action.epoch > one.epoch
+        if action.kind is ActionKind.REPLACE:
+            assert action.epoch == one.epoch  # and the performer commits the next one
+            assert action.home not in ("", homes.at(action.placement))
+
+
+@given(fleets())
+def test_only_a_move_that_is_under_way_moves_anything(fleet: Fleet) -> None:
+    """An agent is moved only by the newest move that means its device, from where that leaves to where it
+    heads; never while that is paused, and never from a lost node."""
+    homes, records, placements = fleet
+    for action in planner.plan(records, placements, HASHES, Limits(), homes=homes).actions:
+        if action.kind is not ActionKind.REPLACE:
+            continue
+        move = homes.move_of(records[action.slug])
+        assert move is not None
+        assert not move.paused
+        assert (homes.at(action.placement), action.home) == (move.leaves, move.heads_for)
+        assert action.placement.state is not PlacementState.LOST
+
+
+@given(fleets(), st.integers(0, 6), st.integers(0, 5), st.integers(0, 4))
+def test_no_more_move_at_a_time_than_may(
+    fleet: Fleet, unready: int, moving: int, at_once: int
+) -> None:
+    """Begun moves and those on their way stay within `at_once`, within the window, and in one shard."""
+    homes, records, placements = fleet
+    limits = Limits(replace_at_once=5, replace_fraction=0.0)
+
+    turn = migration.frontier(homes, records, placements, frozenset(), shard)
+    readiness = Readiness(
+        unready=unready,
+        turn=lambda slug: turn is not None and shard(slug) <= turn,
+        moving=moving,
+        moves_at_once=at_once,
+    )
+    plan = planner.plan(
+        records, placements, HASHES, limits, readiness=readiness, homes=homes, confirmed=frozenset()
+    )
+    begun = [a for a in plan.actions if a.kind is ActionKind.REPLACE]
+    assert len(begun) <= max(0, (at_once or 5) - moving)
+    assert len(begun) <= max(0, 5 - unready)
+    assert len({shard(a.slug) for a in begun}) <= 1
+
+
+@given(fleets())
+def test_the_frontier_is_the_lowest_shard_that_can_go_on(fleet: Fleet) -> None:
+    """It has a device that would move, no lower shard has one, and without one there is none."""
+    homes, records, placements = fleet
+    at = migration.frontier(homes, records, placements, frozenset(), shard)
+    free = {
+        shard(a.slug)
+        for a in planner.plan(
+            records, placements, HASHES, Limits(replace_at_once=100, breaker_min=100), homes=homes
+        ).actions
+        if a.kind is ActionKind.REPLACE
+    }
+    assert at == min(free, default=None)
+
+
+@given(fleets())
+def test_every_scheduler_with_agents_is_looked_at(fleet: Fleet) -> None:
+    """Where a device lives or has an agent left is never dropped, nor where a new one would start."""
+    homes, records, placements = fleet
+    needed = migration.needed(homes, records, placements)
+    for slug, one in records.items():
+        assert not one.epoch or homes.of(one) in needed
+        assert homes.move_of(one) is None or homes.for_start(record("new")) in {
+            *needed,
+            homes.usual,
+        }
+        for found in placements.get(slug, ()):
+            assert found.state is PlacementState.DEAD or homes.at(found) in needed
+
+
+@given(st.lists(moves(), max_size=4), st.frozensets(st.sampled_from(BACKENDS)))
+def test_what_is_kept_is_read_back(some: list[Move], backends: frozenset[str]) -> None:
+    """The document of the registry loses nothing."""
+    kept = Kept("a", backends, tuple(some))
+    assert decode(encode(kept)) == kept
+
+
+@given(moves(), moves())
+def test_one_move_at_a_time(first: Move, second: Move) -> None:
+    """While one is under way, paused too, another is refused; afterwards an undone one is forgotten."""
+    if first.done:
+        after = migration.begin([first], second)
+        assert after[-1] == second
+        assert (first in after) == (first == second or not (first.back or second.is_whole))
+    else:
+        with pytest.raises(ConflictError, match="migration from"):
+            migration.begin([first], second)
+
+
+def test_a_finished_move_says_what_to_change_and_moves_nothing_back() -> None:
+    """With the old `backend` after a move of all, new devices go to the new one, the others stay there, and
+    the hint names the setting."""
+    done = Move("m", "a", "b", WallTime(0.0), "", done=True)
+    homes = Homes("a", "a", (done,), frozenset({"a", "b"}))
+    there = replace(record("x", epoch=2), home="b")
+    assert homes.goal(there) == homes.for_start(there) == homes.for_start(record("new")) == "b"
+    assert homes.for_start(record("back again", epoch=1)) == "b"
+    assert 'backend = "b"' in hint(Kept("a", frozenset({"b"}), (done,)), "a")
+    assert hint(Kept("a", frozenset({"b"}), (done,)), "b") == ""
+
+
+def test_progress_counts_what_has_not_ended() -> None:
+    """A move is over only when every device is there and no agent is left where it leaves."""
+    move = Move("m", "a", "b", WallTime(0.0), "")
+    homes = Homes("a", "a", (move,), frozenset({"a", "b"}))
+    gone = replace(record("x", epoch=2), home="b")
+    stays = record("y", epoch=1)
+    old, late = placement("x", 1, PlacementState.STOPPING), placement("y", 1)
+    now = migration.progress(
+        move, homes, {gone.slug: gone, stays.slug: stays},
+        {gone.slug: (old,), stays.slug: (late,)}, lambda _slug: True,
+    )  # fmt: skip
+    assert (now.covered, now.there, now.on_way, now.leftover) == (2, 1, 0, 2)
+    assert not now.is_over
+    started = migration.progress(move, homes, {gone.slug: gone}, {}, lambda _slug: False)
+    assert (started.on_way, started.is_over) == (1, False)
+    assert migration.progress(move, homes, {gone.slug: gone}, {}, lambda _slug: True).is_over
+
+
+def test_a_device_of_an_unknown_scheduler_is_left_alone() -> None:
+    """Where nobody looks nothing may be taken for gone."""
+    homes = Homes("a", "a", (), frozenset({"a"}))
+    there = replace(record("x", epoch=2), home="z")
+    assert list(homes.strangers({there.slug: there})) == [slug_of(there.device.id)]

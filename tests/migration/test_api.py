@@ -1,0 +1,179 @@
+"""The API and the command line of moves, over a real server and registry; schedulers in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.cli import _code
+from nomad_watchdog.config_load import load
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.ids import DeviceId
+from nomad_watchdog.model import AgentSpec, Device
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.testing.fakes import Cluster, FakeScheduler
+from tests.api.conftest import Door, served
+
+SPEC = AgentSpec("default", "1", "h")
+
+
+class Plane:
+    """The loop over two sites, and the API on top."""
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.sites = {"north": Cluster(), "south": Cluster()}
+        self.reconciler = Reconciler(
+            door.fleet, Moving("north", self._made), {"default": SPEC}, door.metrics
+        )
+        door.app[CONTEXT].migrations = self.reconciler.migrations
+
+    def _made(self, name: str) -> FakeScheduler:
+        if name not in self.sites:
+            raise UserError(f"no scheduler backend {name!r}")
+        return FakeScheduler(self.sites[name])
+
+    async def post(self, path: str, **body: object) -> tuple[int, Any]:
+        return await self.door.ask("POST", path, json=body)
+
+    async def newest(self) -> dict[str, Any]:
+        _, answer = await self.door.ask("GET", "/v1/migration")
+        found: dict[str, Any] = answer["items"][-1]
+        return found
+
+
+@pytest.fixture
+async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
+    async with served(tmp_path) as door:
+        one = Plane(door)
+        devices = [
+            Device(DeviceId(f"d{n}"), "default", "127.0.0.1", {"part": "ab"[n % 2]})
+            for n in range(6)
+        ]
+        await door.fleet.register(devices)
+        running = asyncio.ensure_future(one.reconciler.run())
+        try:
+            async with asyncio.timeout(10.0):
+                while len(one.sites["north"].processes) < 6:
+                    await asyncio.sleep(0.02)
+            yield one
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: Plane) -> None:
+    """Equal ends, a scheduler that is not there or does not answer, a shard too many, nobody who lives there and
+    words without a move: each has its status, and nothing is stored."""
+    begin = "/v1/migration"
+    way = {"from": "north", "to": "south"}
+    plane.sites["south"].broken = True
+    assert (await plane.post(begin, **way))[0] == 503
+    plane.sites["south"].broken = False
+    for body, text in (
+        ({"from": "north", "to": "north"}, "same"),
+        ({"from": "north", "to": "west"}, "no scheduler backend"),
+        ({"from": "north", "to": "../x"}, "to"),
+        (way | {"shards": [1]}, "there is no shard 1"),
+        (way | {"class": "camera"}, "no device that is meant"),
+    ):
+        status, answer = await plane.post(begin, **body)
+        assert status in (400, 422), (body, answer)
+        assert text in json.dumps(answer)
+    for word in ("pause", "resume", "undo"):
+        assert (await plane.post(f"{begin}:{word}"))[0] == 404
+    assert (await plane.door.ask("GET", begin))[1]["items"] == []
+    assert (await plane.door.fleet.registry.document("migration")).index == 0
+    assert set(plane.reconciler.migrations._needed().parts) == {"north"}
+
+
+async def test_a_dry_run_says_what_would_move_and_moves_nothing(plane: Plane) -> None:
+    """Counts by class and shard of those that match, and no trace of it."""
+    status, answer = await plane.post(
+        "/v1/migration",
+        **{"from": "north", "to": "south", "dry_run": True, "labels": {"part": "a"}},
+    )
+    assert (status, answer["to_move"], answer["by_class"], answer["by_shard"]) == (
+        200, 3, {"default": 3}, {"0": 3},
+    )  # fmt: skip
+    assert plane.sites["south"].jobs == {}
+    assert plane.reconciler.migrations.homes() is None
+
+
+async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> None:
+    """Each word has its state, is refused where it makes no sense, and is an event."""
+    status, answer = await plane.post("/v1/migration", **{"from": "north", "to": "south"})
+    assert (status, answer["state"], answer["to_move"]) == (201, "running", 6)
+    again = await plane.post("/v1/migration", **{"from": "south", "to": "north"})
+    assert (again[0], "let it end" in json.dumps(again[1])) == (409, True)
+    assert (await plane.post("/v1/migration:resume"))[0] == 409
+    assert (await plane.post("/v1/migration:pause"))[1]["state"] == "paused"
+    assert (await plane.post("/v1/migration:resume"))[1]["state"] == "running"
+    assert (await plane.post("/v1/migration:undo"))[1]["state"] == "undoing"
+    assert (await plane.post("/v1/migration:undo"))[0] == 409
+    # no agent has ever reported here, so that it can't be over
+    assert (await plane.newest())["ready"] == 0
+    kinds = [event.kind for event in plane.door.fleet.history.recent()]
+    assert [kind for kind in kinds if kind.startswith("migration.")] == [
+        "migration.started", "migration.paused", "migration.resumed", "migration.undoing",
+    ]  # fmt: skip
+    assert plane.door.metrics.render().count(b"nomad_watchdog_migration_devices{") == 3
+
+
+async def test_the_command_line_says_the_same(
+    plane: Plane, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`migrate` and its verbs print tables and JSON, and end with the code of what is wrong."""
+
+    async def verb(*words: str) -> tuple[int, str, str]:
+        code = await asyncio.to_thread(_code, ["--address", plane.door.base, *words])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    assert (await verb("migrate"))[0] == 64
+    assert "nothing was ever moved" in (await verb("migrate", "status"))[1]
+    code, out, _ = await verb("migrate", "--from", "north", "--to", "south", "--dry-run")
+    assert (code, out.splitlines()[0]) == (0, "6 of 6 devices would move from north to south")
+    code, out, _ = await verb(
+        "migrate", "--from", "north", "--to", "south", "--selector", "part=a", "-o", "json"
+    )
+    assert (code, json.loads(out)["target"]["labels"]) == (0, {"part": "a"})
+    assert (await verb("migrate", "--from", "north", "--to", "south"))[0] == 75
+    code, out, _ = await verb("migrate", "pause")
+    assert (code, out) == (0, "north to south: paused\n")
+    assert "part=a" in (await verb("migrate", "status"))[1]
+    assert (await verb("migrate", "resume", "-o", "json"))[0] == 0
+    assert (await verb("migrate", "--from", "north", "undo"))[0] == 64
+    assert (await verb("migrate", "undo"))[0] == 0
+
+
+def test_a_class_is_something_else_on_another_backend(tmp_path: Path) -> None:
+    """An `on` block stands in place of template, driver, workload and variables there, changes no hash, and
+    is checked like the rest."""
+    file = tmp_path / "nomad-watchdog.hcl"
+    plain = 'agent_class "a" {\n driver = "docker"\n probe "tcp" {\n  port = 1\n }\n}\n'
+    file.write_text(plain)
+    before = load(file).specs()["a"]
+    on = ' on "kubernetes" {\n  workload = "pod"\n  variables = {\n   image = "x"\n  }\n }\n'
+    file.write_text(plain.replace(" probe", on + " probe"))
+    settings = load(file)
+    spec = settings.specs()["a"]
+    assert spec.spec_hash == before.spec_hash
+    assert settings.spec_on("kubernetes", spec).variables == {"image": "x", "workload": "pod"}
+    there = settings.spec_on("nomad", spec).variables
+    assert there["driver"] == "docker"
+    assert there["agent_source"].endswith("/artifacts/watchdog-agent.pyz")
+    assert settings.spec_on("local", spec).variables == {"driver": "docker"}
+    wrong = plain.replace(" probe", ' on "mars" {\n  template = "./none.yaml"\n }\n probe')
+    file.write_text(wrong)
+    with pytest.raises(UserError, match=r"mars.*is not installed"):
+        load(file)

@@ -1,0 +1,125 @@
+"""Moves between two schedulers in virtual time, under the faults of the simulation."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from nomad_watchdog import migrations
+from nomad_watchdog.core.migration import Move
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.migrations import Migrations
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
+from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.testing.simulation import BEAT_S
+from nomad_watchdog.testing.virtual_time import VirtualLoop
+
+from .two_sites import TwoSites, run_seed
+
+CHUNK = 40
+
+
+@pytest.mark.parametrize("first", [0, CHUNK, 2 * CHUNK])
+def test_promises_hold_while_a_fleet_moves_under_faults(first: int) -> None:
+    """In each of 120 histories of moves, pauses, undoings, crashes, lost answers, late requests, sites that
+    can't be listed and changes of `backend`: never an epoch on two schedulers, two agents at once or an old
+    one accepted, and in the end every device has one agent, where the operator wanted it."""
+    said: Counter[str] = Counter()
+    for seed in range(first, first + CHUNK):
+        outcome = run_seed(seed)
+        assert outcome.wrong == [], (seed, outcome.wrong[:3], outcome.lines[-40:])
+        said.update(outcome.said)
+    assert min(said[what] for what in ("begin", "pause", "undo")) > 0, said
+
+
+class Calm(TwoSites):
+    """A fleet that is all there and moves once, with nothing else going on."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, Metrics())
+        self.weather.calm()
+        self.gaps: dict[str, float] = {}
+        self._without_since: dict[str, float] = {}
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as self.group:
+            for replica in self.replicas:
+                replica.start()
+            await self._calm_fleet()
+            self.over = True
+            for replica in self.replicas:
+                replica.crash()
+            for process in list(self.cluster.processes.values()):
+                process.alive = False
+
+    async def _calm_fleet(self) -> None:
+        for name in self.names:
+            while not await self._wish(name, present=True):
+                await asyncio.sleep(0.5)
+        await asyncio.sleep(60.0)
+        before = self.store.on_write
+
+        def written(old: DeviceRecord | None, new: DeviceRecord) -> None:
+            before(old, new)
+            name = new.device.id
+            if old is not None and old.epoch != new.epoch:
+                self._without_since[name] = self.audit.now()
+            elif new.instance and name in self._without_since:
+                self.gaps[name] = self.audit.now() - self._without_since.pop(name)
+
+        self.store.on_write = written
+        move = Move("m", "north", "south", WallTime(0.0), "test")
+        replica = self.replicas[0]
+        assert await replica.serve(replica.reconciler.migrations.begin(move)) is not None
+        for _ in range(400):
+            await asyncio.sleep(1.0)
+            if self.kept().moves[0].done:
+                return
+        self.audit.broken("L1", "the move did not end")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_move_costs_one_stop_and_one_start(seed: int) -> None:
+    """From the commit of the new epoch to the first accepted report on the other side: no longer than the
+    slowest stop (8 s), place and start (5 s), first report (3 s) and one beat more, for every device."""
+    world = Calm(seed)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(world.run())
+    assert world.audit.wrong == []
+    assert world.gaps.keys() == set(world.names)
+    assert max(world.gaps.values()) <= 8.0 + 5.0 + 3.0 + 1.2 * BEAT_S
+    assert {world.sites[job.ref] for job in world.cluster.jobs.values() if not job.dead} == {
+        "south"
+    }
+
+
+def test_the_simulation_sees_an_agent_that_starts_elsewhere_than_its_record_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If a start went by chance to one of the schedulers, some history would have an epoch on both."""
+    monkeypatch.setattr(Moving, "ensure", _ensure_anywhere)
+    wrong = [one for seed in range(12) for one in run_seed(seed).wrong]
+    assert any(one.startswith(("S2", "S3")) for one in wrong), wrong[:5]
+
+
+def test_the_simulation_sees_who_decides_without_knowing_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If replicas decided on what they knew of moves some time ago, some history would have two agents of one
+    device at once."""
+    monkeypatch.setattr(Migrations, "unsure", lambda _self, _records: frozenset())
+    monkeypatch.setattr(migrations, "FRESH_S", 0.0)
+    wrong = [one for seed in range(100, 160) for one in run_seed(seed).wrong]
+    assert any(one.startswith("S3") for one in wrong), wrong[:5]
+
+
+async def _ensure_anywhere(
+    self: Moving, record: DeviceRecord, epoch: Epoch, spec: AgentSpec
+) -> int:
+    name = random.choice(sorted(self.parts))
+    await self.parts[name].ensure(record, epoch, spec)
+    self._last += 1
+    return self._last

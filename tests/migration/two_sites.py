@@ -1,0 +1,279 @@
+"""The simulated world of `testing.simulation` with its cluster cut in two: a job belongs to one site, and each
+site's scheduler knows of its own jobs only. An operator moves devices between them all the time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nomad_watchdog.core.migration import Move
+from nomad_watchdog.core.pauses import Target
+from nomad_watchdog.errors import TransientError
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.leases import Leases, Undivided
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.migrations import Kept, decode
+from nomad_watchdog.model import (
+    AgentSpec,
+    DeviceRecord,
+    Epoch,
+    Placement,
+    PlacementState,
+    Presence,
+    WallTime,
+)
+from nomad_watchdog.registry import Document
+from nomad_watchdog.schedulers import Snapshot
+from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.testing._cluster import Cluster
+from nomad_watchdog.testing._lease_board import BoardLeases
+from nomad_watchdog.testing._replica import Replica, WatchedReconciler, WatchedScheduler
+from nomad_watchdog.testing._weather import BadLine
+from nomad_watchdog.testing.fakes import FakeRegistry
+from nomad_watchdog.testing.simulation import World
+from nomad_watchdog.testing.virtual_time import StuckError, VirtualClock, VirtualLoop
+
+SITES: Final = ("north", "south")
+MOVES_S: Final = 150.0
+"""With faults off, a move of the whole fleet is over within this virtual time."""
+
+
+class SiteScheduler(WatchedScheduler):
+    """One site's scheduler."""
+
+    def __init__(self, world: TwoSites, site: str, line: BadLine, owner: str) -> None:
+        super().__init__(world.cluster, line, owner, world.audit)
+        self._world = world
+        self.name = site
+
+    async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
+        return await self._line.call(
+            "scheduler.ensure",
+            lambda: self._world.placed(self.name, record, epoch, spec, self._owner),
+        )
+
+    async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
+        if self.name in self._world.dark:
+            raise TransientError(f"{self.name} can't be listed")
+        found = await super().snapshot(only)
+        sites = self._world.sites
+        mine = {
+            slug: kept
+            for slug, some in found.placements.items()
+            if (kept := tuple(p for p in some if sites.get(p.ref) == self.name))
+        }
+        return Snapshot(mine, found.index, found.only)
+
+
+@dataclass
+class MovingReplica(Replica):
+    """A process of ours that knows both sites."""
+
+    world: TwoSites
+
+    def build(self) -> None:
+        world = self.world
+        self.clock = VirtualClock(asyncio.get_running_loop(), world.chance.uniform(1e9, 2e9))
+        self._line = BadLine(world.weather, self.crash)
+        registry = FakeRegistry(world.store, self._line)
+        line = self._line
+        scheduler = Moving(world.usual, lambda site: SiteScheduler(world, site, line, self.name))
+        self.fleet = Fleet(registry, world.limits, self.clock)
+        self.leases: Leases = Undivided()
+        if world.board is not None:
+            self.leases = BoardLeases(world.board, self.name, self.clock, world.weather)
+        specs = {world.spec.agent_class: world.spec}
+        made = WatchedReconciler(self.fleet, scheduler, specs, world.metrics, self.leases)
+        made.audit, made.who = world.audit, self.name
+        self.reconciler = made
+
+
+class TwoSites(World):
+    """As `World`; the operator says something every few seconds."""
+
+    def __init__(self, seed: int, metrics: Metrics) -> None:
+        super().__init__(seed, metrics)
+        self.replicas = [MovingReplica(one.name, self) for one in self.replicas]
+        self.usual = SITES[0]
+        self.sites: dict[str, str] = {}
+        """Ref of a placement → where it is."""
+        self.dark: set[str] = set()
+        """Sites that can't be listed."""
+        self.said: list[str] = []
+        commit = self.store.commit_document
+
+        def traced(name: str, document: Document) -> Document | None:
+            stored = commit(name, document)
+            if stored is not None and name == "migration":
+                moves = [f"{m.source} to {m.goal} {m.state}" for m in self.kept().moves]
+                self.audit.trace.say(f"moves: {moves}, looked at: {sorted(self.kept().backends)}")
+            return stored
+
+        self.store.commit_document = traced  # type: ignore[method-assign]
+
+    def placed(
+        self, site: str, record: DeviceRecord, epoch: Epoch, spec: AgentSpec, owner: str
+    ) -> int:
+        """A start reaches a site: of one epoch only ever one site has a job."""
+        others = {
+            self.sites[job.ref]
+            for job in self.cluster.jobs.values()
+            if (job.slug, job.epoch) == (record.slug, epoch)
+        }
+        if others - {site}:
+            self.audit.broken("S2", f"{record.device.id} at epoch {epoch} in both sites")
+            return 0
+        before = set(self.cluster.jobs)
+        index = self.cluster.ensure(record, epoch, spec, owner)
+        for ref in self.cluster.jobs.keys() - before:
+            self.sites[ref] = site
+        return index
+
+    def kept(self) -> Kept:
+        return decode(self.store.document("migration").body)
+
+    # -- the operator ---------------------------------------------------------------------------
+
+    async def _trouble(self, ends: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(super()._trouble(ends))
+            group.create_task(self._operate(ends))
+
+    async def _operate(self, ends: float) -> None:
+        loop = asyncio.get_running_loop()
+        while loop.time() < ends:
+            await asyncio.sleep(self.chance.uniform(1.0, 12.0))
+            what = self.chance.choice(
+                ["begin", "begin", "pause", "resume", "undo", "dark", "usual"]
+            )
+            if what == "dark":
+                await self._darken()
+            elif what == "usual":
+                self._follow_hint()
+            else:
+                await self._say(what)
+
+    async def _purge(self) -> None:
+        """Nobody does: a site that is dark for long would widen what docs/limits.md says of purging."""
+
+    async def _darken(self) -> None:
+        site = self.chance.choice(SITES)
+        self.dark.add(site)
+        self.audit.trace.say(f"{site} can't be listed")
+        await asyncio.sleep(self.chance.uniform(0.5, 20.0))
+        self.dark.discard(site)
+
+    def _follow_hint(self) -> None:
+        """The operator does what the status says: another `backend`, and a restart of every replica."""
+        up = [one for one in self.replicas if one.up]
+        if up and up[0].reconciler.migrations.hint():
+            last = self.kept().moves[-1].heads_for
+            self.audit.trace.say(f"backend = {last}")
+            self.usual = last
+            for one in self.replicas:
+                one.crash()
+
+    async def _say(self, what: str, *, whole: bool = False) -> bool:
+        up = [one for one in self.replicas if one.up]
+        if not up:
+            return False
+        migrations = self.chance.choice(up).reconciler.migrations
+        replica = next(one for one in up if one.reconciler.migrations is migrations)
+        if what == "begin":
+            source, goal = self.chance.sample(SITES, 2)
+            some = frozenset(
+                self.chance.sample(self.names, self.chance.randint(1, len(self.names)))
+            )
+            target = None if whole or self.chance.random() < 0.5 else Target(devices=some)
+            move = Move(
+                f"{self.chance.getrandbits(48):012x}", source, goal, WallTime(1.0), "test",
+                target=target, at_once=self.chance.choice((0, 0, 1)),
+            )  # fmt: skip
+            answer: Any = await replica.serve(migrations.begin(move))
+        else:
+            answer = await replica.serve(migrations.say(what))
+        if answer is not None:
+            self.said.append(what)
+            self.audit.trace.say(f"operator: {what} {answer['from']} to {answer['to']}")
+        return answer is not None
+
+    # -- the end --------------------------------------------------------------------------------
+
+    async def _calm(self) -> None:
+        self.dark.clear()
+        await super()._calm()
+        # Whatever was said last is ended; nothing may be left paused for the audit.
+        for _ in range(30):
+            moves = self.kept().moves
+            if not moves or not moves[-1].paused or await self._say("resume"):
+                break
+            await asyncio.sleep(1.0)
+
+    async def _converge(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while astray := self._astray():
+            if loop.time() - began > MOVES_S:
+                self.audit.broken("L1", f"{astray[0]}, {MOVES_S:.0f} s after the last word")
+                return
+            await asyncio.sleep(1.0)
+        await super()._converge()
+
+    def _astray(self) -> list[str]:
+        """What is not where the operator wants it."""
+        kept = self.kept()
+        found = []
+        for move in kept.moves:
+            if not move.done:
+                found.append(f"the move to {move.goal} is {move.state}")
+        for slug, present in self.wanted.items():
+            record = self.store.record(slug)
+            if record is None or record.presence is not Presence.PRESENT or not present:
+                continue
+            move = next((m for m in reversed(kept.moves) if m.covers(record)), None)
+            for job in self.cluster.jobs.values():
+                if job.slug != slug or self.cluster.state(job) is PlacementState.DEAD:
+                    continue
+                home = record.home or kept.base or SITES[0]
+                if self.sites[job.ref] != home:
+                    found.append(f"{job.device_id} is in {self.sites[job.ref]}, its home is {home}")
+                if move is not None and self.sites[job.ref] != move.heads_for:
+                    found.append(f"{job.device_id} is in {self.sites[job.ref]}")
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one seed came to."""
+
+    wrong: list[str]
+    lines: list[str]
+    said: list[str]
+    homes: set[str]
+
+
+def run_seed(seed: int) -> Outcome:
+    """One simulated history, the same each time."""
+    state = random.getstate()
+    level = logging.root.manager.disable
+    random.seed(seed)
+    logging.disable(logging.CRITICAL)
+    world = TwoSites(seed, Metrics())
+    try:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.run(world.run())
+    except (StuckError, ExceptionGroup) as error:
+        world.audit.wrong.append(f"crashed: {error!r}")
+    finally:
+        logging.disable(level)
+        random.setstate(state)
+    homes = {record.home for slug in world.store.rows if (record := world.store.record(slug))}
+    return Outcome(world.audit.wrong, list(world.audit.trace.lines), world.said, homes)
+
+
+__all__ = ["Cluster", "Outcome", "Placement", "TwoSites", "run_seed"]
