@@ -150,10 +150,11 @@ async def _run(
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
     listener = Listener(runner, settings.api)
-    peers = Peers(fleet, reconciler.leases, door.own_token, lambda: listener.outgoing)
+    outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)
+    peers = Peers(fleet, reconciler.leases, *outgoing)
     feed = None
     if told is not None:
-        feed = EventFeed(fleet, told, reconciler.leases, door.own_token, lambda: listener.outgoing)
+        feed = EventFeed(fleet, told, reconciler.leases, *outgoing)
         app[CONTEXT].feed = feed
     try:
         await listener.start()

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
@@ -182,6 +183,12 @@ class Settings(Block):
     def own_address(self) -> str:
         """Where this replica is reached, and no other."""
         return self.api.own_address or self.advertise
+
+    @property
+    def certified(self) -> str:
+        """The host that the replicas' certificates name; "" = the one at which each is reached. Behind one
+        address for all that is what a certificate can name; a pod's own address it can't."""
+        return (urlsplit(self.advertise).hostname or "") if self.api.own_address else ""
 
     @property
     def registry_kind(self) -> str:

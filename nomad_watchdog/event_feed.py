@@ -62,6 +62,7 @@ class EventFeed:
         leases: Leases,
         token: Callable[[], str],
         tls: Callable[[], SSLContext | None] = lambda: None,
+        certified: str = "",
     ) -> None:
         self._chronicle = fleet.chronicle
         self._own = fleet.history
@@ -69,6 +70,7 @@ class EventFeed:
         self._leases = leases
         self._token = token
         self._tls = tls
+        self._certified = certified or None
         self._term: int | None = None
         """Of our telling; None while another tells."""
         self._stopped = False
@@ -306,4 +308,9 @@ class EventFeed:
         token = self._token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         params = {**query, "marks": "true"} if query else None
-        return {"headers": headers, "ssl": self._tls() or True, "params": params}
+        return {
+            "headers": headers,
+            "ssl": self._tls() or True,
+            "server_hostname": self._certified,
+            "params": params,
+        }

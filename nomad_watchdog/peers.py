@@ -42,7 +42,8 @@ def document(report: AgentReport) -> dict[str, Any]:
 
 class Peers:
     """The one that tells. `token` gives the bearer token that replicas share, "" = none; `tls` what is
-    trusted and shown over https, None = the system's trust."""
+    trusted and shown over https, None = the system's trust; `certified` the host that the others'
+    certificates name, "" = the one at which they are called."""
 
     def __init__(
         self,
@@ -50,10 +51,12 @@ class Peers:
         leases: Leases,
         token: Callable[[], str],
         tls: Callable[[], SSLContext | None] = lambda: None,
+        certified: str = "",
     ) -> None:
         self._leases = leases
         self._token = token
         self._tls = tls
+        self._certified = certified or None
         self._fresh: dict[Slug, AgentReport] = {}
         self._news = asyncio.Event()
         self._silent: set[str] = set()
@@ -109,8 +112,9 @@ class Peers:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with session.post(
-                peer.api + PATH, json=body, headers=headers, ssl=self._tls() or True
-            ) as answer:
+                peer.api + PATH, json=body, headers=headers, ssl=self._tls() or True,
+                server_hostname=self._certified,
+            ) as answer:  # fmt: skip
                 why = "" if answer.status == 200 else f"it answered {answer.status}"
         except (aiohttp.ClientError, TimeoutError) as error:
             why = str(error) or "no answer in time"

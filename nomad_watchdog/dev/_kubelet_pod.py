@@ -360,8 +360,12 @@ class Pod:
                 port = one["containerPort"]
         host = asked.get("host") or self._ip
         try:
-            url = f"http://{host}:{port}{asked.get('path') or '/'}"
-            async with self._http.get(url, timeout=timeout, allow_redirects=False) as answer:
+            scheme = (asked.get("scheme") or "HTTP").lower()
+            url = f"{scheme}://{host}:{port}{asked.get('path') or '/'}"
+            # a kubelet looks at no certificate either
+            async with self._http.get(
+                url, timeout=timeout, allow_redirects=False, ssl=False
+            ) as answer:
                 return 200 <= answer.status < 400
         except (aiohttp.ClientError, OSError):
             return False

@@ -160,9 +160,11 @@ class ServiceProxy:
     """What DNS and kube-proxy do for one Service: connections to `address` go to a ready pod that its
     selector finds. (EndpointSlices take no loopback addresses, which the pods have here.)"""
 
-    def __init__(self, client: KubernetesClient, namespace: str, service: str) -> None:
+    def __init__(
+        self, client: KubernetesClient, namespace: str, service: str, *, scheme: str = "http"
+    ) -> None:
         self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
+        self.address = f"{scheme}://127.0.0.1:{self.port}"
         self._client, self._namespace, self._service = client, namespace, service
         self._pods: list[tuple[str, int]] = []
 

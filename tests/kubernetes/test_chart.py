@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 import subprocess
 import tomllib
 from copy import deepcopy
@@ -18,6 +19,7 @@ import yaml
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config_load import load
 from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
@@ -130,6 +132,7 @@ def test_the_versions_agree(repository: Path, chart: Chart) -> None:
         ({"image": {"digest": "sha256:12"}}, "/image/digest"),
         ({"api": {"secret": ""}}, "/api/secret"),
         ({"api": {"advertise": "nomad-watchdog:9670"}}, "/api/advertise"),
+        ({"api": {"tlsSecret": "A_b"}}, "/api/tlsSecret"),
         ({"devices": {"namespaces": 65}}, "/devices/namespaces"),
         ({"devices": {"namespace": "a: b"}}, "/devices/namespace"),
         ({"podDisruptionBudget": {"maxUnavailableAgents": "110%"}}, "/podDisruptionBudget"),
@@ -266,10 +269,21 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
     tmp_path: Path,
 ) -> None:
     """`helm install --wait` makes the registry and ends when two replicas are ready; with the chart's rights alone they start agents
-    in two other namespaces; an upgrade with another configuration rolls the replicas and no agent, and after
+    in two other namespaces, which report over TLS, as the replicas tell each other; an upgrade with another configuration rolls the replicas and no agent, and after
     `helm uninstall` the agents go on (L3)."""
     spaces = ("chart-devices", "chart-devices-1")
-    proxy = ServiceProxy(admin, "chart", "nomad-watchdog")
+    proxy = ServiceProxy(admin, "chart", "nomad-watchdog", scheme="https")
+    authority = Authority(tmp_path / "pki")
+    await authority.make()
+    pair = await authority.issue("watchdog", "/CN=nomad-watchdog", san="IP:127.0.0.1")
+    names = {"ca.crt": authority.cert, "tls.crt": pair[0], "tls.key": pair[1]}
+    certificates = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "watchdog-tls", "namespace": "chart"},
+        "stringData": {name: file.read_text() for name, file in names.items()},
+    }
+    trusting = ssl.create_default_context(cafile=str(authority.cert))
     headers = {"Authorization": f"Bearer {TOKEN}"}
     kubeconfig = f"--kubeconfig={kube.kubeconfig}"
     await kube.add_namespace("chart")
@@ -280,7 +294,7 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
         proxy.serve(),
         aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=5.0)) as session,
     ):
-        await apply(admin, [secret_of("chart")])
+        await apply(admin, [secret_of("chart"), certificates])
         config = CONFIG.replace("CONSUL", consul.http_addr).replace("PORT", str(fleet.port))
 
         async def release(verb: str, text: str) -> None:
@@ -288,7 +302,7 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
             values = {
                 "init": True,
                 "config": text,
-                "api": {"advertise": proxy.address},
+                "api": {"advertise": proxy.address, "tlsSecret": "watchdog-tls"},
                 "devices": {"namespace": spaces[0], "namespaces": 2, "createNamespaces": True},
                 "env": [
                     {"name": "NOMAD_WATCHDOG_API_LISTEN", "value": "$(POD_IP):9670"},
@@ -302,33 +316,44 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
 
-        async def watched() -> bool:
-            async with session.get(f"{proxy.address}/v1/devices") as answer:
-                items = (await answer.json())["items"]
-            return len(items) == 12 and all(one["verdict"] == "watched" for one in items)
-
-        async def names() -> set[str]:
+        async def replicas() -> dict[str, str]:
+            """Name and address of each."""
             pods = await pods_of(admin, "chart", "nomad-watchdog")
-            return {one["metadata"]["name"] for one in pods}
+            return {one["metadata"]["name"]: one["status"].get("podIP", "") for one in pods}
+
+        async def watched() -> bool:
+            """By the word of each replica, whichever of them the agents report to, and each has the events of
+            the other."""
+            for address in (await replicas()).values():
+                api = f"https://{address}:9670/v1"
+                tls = {"ssl": trusting, "server_hostname": "127.0.0.1"}
+                async with session.get(f"{api}/devices", **tls) as answer:
+                    items = (await answer.json())["items"]
+                async with session.get(f"{api}/status", **tls) as answer:
+                    feed = (await answer.json())["event_feed"]
+                if len(items) != 12 or {one["verdict"] for one in items} != {"watched"}:
+                    return False
+                if feed["problem"]:
+                    return False
+            return True
 
         await release("install", config)
         for number in range(12):
             device = await fleet.add(f"meter-{number}")
             path = f"/v1/devices/meter-{number}"
-            async with session.put(
-                proxy.address + path, json={"address": device.address}
-            ) as answer:
+            url, body = proxy.address + path, {"address": device.address}
+            async with session.put(url, json=body, ssl=trusting) as answer:
                 assert answer.status == 201, await answer.text()
         await until(watched, "all watched")
         agents = {space: await agents_of(admin, node, space) for space in spaces}
         assert all(agents.values()), agents
 
-        before = await names()
+        before = await replicas()
         await release("upgrade", config + 'resync = "10s"\n')
 
         async def rolled() -> bool:
-            now = await names()
-            return len(now) == 2 and not now & before
+            now = await replicas()
+            return len(now) == 2 and not now.keys() & before.keys()
 
         await until(rolled, "new replicas")
         await until(watched, "all watched again")
@@ -338,7 +363,7 @@ async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_be
         assert done.returncode == 0, done.stderr
 
         async def gone() -> bool:
-            return not await names()
+            return not await replicas()
 
         await until(gone, "the end of the replicas")
         assert {space: await agents_of(admin, node, space) for space in spaces} == agents

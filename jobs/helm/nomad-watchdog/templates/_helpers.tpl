@@ -41,6 +41,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
+{{- define "nomad-watchdog.scheme" -}}
+{{ if .Values.api.tlsSecret }}https{{ else }}http{{ end }}
+{{- end }}
+
 {{/* What the control plane needs besides. */}}
 {{- define "nomad-watchdog.env" -}}
 {{ include "nomad-watchdog.common-env" . }}
@@ -59,13 +63,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - name: NOMAD_WATCHDOG_API_LISTEN
   value: 0.0.0.0:9670
 - name: NOMAD_WATCHDOG_API_ADVERTISE
-  value: {{ .Values.api.advertise | default (printf "http://nomad-watchdog.%s.svc:9670" .Release.Namespace) | quote }}
+  value: {{ .Values.api.advertise | default (printf "%s://nomad-watchdog.%s.svc:9670" (include "nomad-watchdog.scheme" .) .Release.Namespace) | quote }}
 - name: NOMAD_WATCHDOG_API_OWN_ADDRESS
-  value: http://$(POD_IP):9670
+  value: {{ include "nomad-watchdog.scheme" . }}://$(POD_IP):9670
 - name: NOMAD_WATCHDOG_API_TOKEN_FILE
   value: /etc/nomad-watchdog/api/token
 - name: NOMAD_WATCHDOG_API_AGENT_KEY_FILE
   value: /etc/nomad-watchdog/api/agent-key
+{{- if .Values.api.tlsSecret }}
+- name: NOMAD_WATCHDOG_API_TLS_CERT
+  value: /etc/nomad-watchdog/tls/tls.crt
+- name: NOMAD_WATCHDOG_API_TLS_KEY
+  value: /etc/nomad-watchdog/tls/tls.key
+- name: NOMAD_WATCHDOG_API_CA_CERT
+  value: /etc/nomad-watchdog/tls/ca.crt
+{{- end }}
 {{- end }}
 
 {{/* A list of variables, and the user's, which replace ours of the same name: dict "env" LIST "root" . */}}
