@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -43,6 +44,8 @@ class Informer:
         self._failed = failed
         self._agenda = Agenda(resync_s)
         self._news = asyncio.Event()
+        self._wakes_at = math.inf
+        """When the loop looks into the agenda, if nobody wakes it; inf while it is at work."""
         self._one_at_a_time = asyncio.Lock()
         self.freshness = Freshness()
         self.began_at = Monotonic(0.0)
@@ -59,8 +62,10 @@ class Informer:
     def look_again(self, slugs: AbstractSet[Slug], *, calm: bool = False) -> None:
         """Read the placements of these devices soon. `calm`: what is new there only confirms what we did,
         and in a storm can wait."""
-        self._agenda.devices(slugs, self._clock.monotonic(), calm=calm)
-        self._news.set()
+        now = self._clock.monotonic()
+        self._agenda.devices(slugs, now, calm=calm)
+        if now + self._agenda.wait_s(now) < self._wakes_at:  # seldom, in a storm
+            self._news.set()
 
     def resync(self, reason: str, *, now: bool = False) -> None:
         """Read all placements soon; `now`: without waiting until a storm is worth another snapshot."""
@@ -91,9 +96,13 @@ class Informer:
             self._news.clear()
             look = self._agenda.take(self._clock.monotonic())
             if look is None:
+                now = self._clock.monotonic()
+                wait_s = self._agenda.wait_s(now)
+                self._wakes_at = now + wait_s
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._agenda.wait_s(self._clock.monotonic())):
+                    async with asyncio.timeout(wait_s):
                         await self._news.wait()
+                self._wakes_at = math.inf
                 continue
             if look.reason == "timer":
                 self._metrics.resync("timer")

@@ -36,6 +36,10 @@ _POLL_S: Final = 0.25
 """How often a watch looks whether another process wrote: one pragma, no read of the file's pages."""
 _GAP_PER_COST: Final = 20.0
 """A watch reads all rows each time: at most a twentieth of the time goes into it."""
+_GAP_PER_OWN: Final = 100.0
+_GAP_OWN_S: Final = 10.0
+"""And a hundredth while the last write was ours; then what another process wrote just before it is seen so
+much later at most."""
 _GROUP: Final = 1000
 """Commits that may share a transaction."""
 _TABLES: Final = f"""
@@ -65,6 +69,8 @@ class SqliteRegistry:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry-read")
         self._connection: sqlite3.Connection | None = None
         """Of the reader thread."""
+        self._written = 0
+        """Index of our own last commit."""
         self._store, self._seen = "", 0
         """Installation and index of the last read."""
         self._fresh: list[_Write] = []
@@ -115,6 +121,7 @@ class SqliteRegistry:
             loop.call_soon(self._hand_over)
         self._fresh.append(write)
         indexes = await write.done
+        self._written = max((one for one in indexes if one is not None), default=self._written)
         for wake in self._wakes:
             wake.set()
         return [
@@ -123,18 +130,22 @@ class SqliteRegistry:
         ]
 
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
-        version = -1
+        version, read_at, cost_s = -1, 0.0, 0.0
         wake = asyncio.Event()
         self._wakes.add(wake)
         try:
             while True:
                 wake.clear()
                 gap_s = _POLL_S
-                now = await self._in_reader(self._data_version)
-                if now != version:
+                now, counter = await self._in_reader(self._state)
+                # what we wrote ourselves is known: in a storm of ours the file is not read again and again
+                ours = counter == self._written
+                rested = time.monotonic() - read_at >= min(_GAP_PER_OWN * cost_s, _GAP_OWN_S)
+                if now != version and (rested or not ours):
                     started = time.monotonic()
                     snapshot = await self.read()
-                    gap_s = max(_POLL_S, _GAP_PER_COST * (time.monotonic() - started))
+                    read_at, cost_s = time.monotonic(), time.monotonic() - started
+                    gap_s = max(_POLL_S, _GAP_PER_COST * cost_s)
                     # A hand that deletes rows moves no counter: every change of the file is shown.
                     news, version = version != -1 or snapshot.index != index, now
                     if news:
@@ -213,9 +224,12 @@ class SqliteRegistry:
             self._connection.close()
             self._connection = None
 
-    def _data_version(self) -> int:
-        (version,) = self._connected().execute("PRAGMA data_version").fetchone()
-        return int(version)
+    def _state(self) -> tuple[int, int]:
+        """What moves with every change of the file, and the index."""
+        connection = self._connected()
+        (version,) = connection.execute("PRAGMA data_version").fetchone()
+        _installation(connection, self._path)
+        return int(version), _counter(connection)
 
     def _read(self) -> RegistrySnapshot:
         connection = self._connected()
