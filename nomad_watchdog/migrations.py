@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -117,16 +117,26 @@ class Migrations:
         return self._fleet.clock.monotonic()
 
     def with_moves(
-        self, readiness: Readiness, homes: Homes | None, resting: AbstractSet[Slug]
+        self,
+        readiness: Readiness,
+        homes: Homes | None,
+        resting: AbstractSet[Slug],
+        classes: Container[str],
     ) -> Readiness:
-        """The readiness with what a roll-out must know of the move that is under way."""
+        """The readiness with what a roll-out must know of the move that is under way. `classes`: those that
+        are configured."""
         move = homes.active if homes is not None else None
         if homes is None or move is None or move.paused:
             return readiness
         if self._now() - self._changed_at <= FRESH_S:
             return replace(readiness, turn=lambda _slug: False)
         fleet, territory = self._fleet, self._territory
-        turn = migration.frontier(homes, fleet.records, fleet.placements, resting, territory.shard)
+
+        def can(record: DeviceRecord) -> bool:
+            kind = record.device.agent_class
+            return record.slug not in resting and kind in classes and kind not in readiness.halted
+
+        turn = migration.frontier(homes, fleet.records, fleet.placements, can, territory.shard)
         return replace(
             readiness,
             turn=lambda slug: turn is not None and territory.shard(slug) <= turn,

@@ -57,7 +57,7 @@ class Planning:
             self.rollouts.halted() | self.behind_rollouts(),
         )
         if homes is not None:
-            readiness = self.migrations.with_moves(readiness, homes, resting)
+            readiness = self.migrations.with_moves(readiness, homes, resting, self.hashes)
         return planner.plan(
             records,
             placements,

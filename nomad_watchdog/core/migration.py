@@ -9,7 +9,6 @@ the records, and so there is nothing that could disagree with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -191,10 +190,11 @@ def frontier(
     homes: Homes,
     records: Mapping[Slug, DeviceRecord],
     placements: Placements,
-    resting: AbstractSet[Slug],
+    can: Callable[[DeviceRecord], bool],
     shard: Callable[[Slug], Shard],
 ) -> Shard | None:
     """The shard whose turn it is: the lowest one with a device that can move now; None = there is none.
+    `can`: whether anything may be done about a device at all, or it would hold up all others.
 
     Each replica moves only devices of its own shards, so that one shard after the other is also one replica
     after the other, and together they keep to one window."""
@@ -203,7 +203,7 @@ def frontier(
         if (
             record.presence is Presence.PRESENT
             and homes.goal(record) != homes.of(record)
-            and slug not in resting
+            and can(record)
             and (found is None or shard(slug) < found)
             and any(
                 one.epoch == record.epoch and one.state not in _NOT_NOW

@@ -113,7 +113,7 @@ def test_no_more_move_at_a_time_than_may(
     homes, records, placements = fleet
     limits = Limits(replace_at_once=5, replace_fraction=0.0)
 
-    turn = migration.frontier(homes, records, placements, frozenset(), shard)
+    turn = migration.frontier(homes, records, placements, lambda _record: True, shard)
     readiness = Readiness(
         unready=unready,
         turn=lambda slug: turn is not None and shard(slug) <= turn,
@@ -133,7 +133,7 @@ def test_no_more_move_at_a_time_than_may(
 def test_the_frontier_is_the_lowest_shard_that_can_go_on(fleet: Fleet) -> None:
     """It has a device that would move, no lower shard has one, and without one there is none."""
     homes, records, placements = fleet
-    at = migration.frontier(homes, records, placements, frozenset(), shard)
+    at = migration.frontier(homes, records, placements, lambda _record: True, shard)
     free = {
         shard(a.slug)
         for a in planner.plan(
@@ -188,6 +188,19 @@ def test_a_finished_move_says_what_to_change_and_moves_nothing_back() -> None:
     assert homes.for_start(record("back again", epoch=1)) == "b"
     assert 'backend = "b"' in hint(Kept("a", frozenset({"b"}), (done,)), "a")
     assert hint(Kept("a", frozenset({"b"}), (done,)), "b") == ""
+
+
+def test_a_device_that_cannot_move_holds_up_no_other() -> None:
+    """A paused device, or one whose class is not configured, is passed over."""
+    move = Move("m", "a", "b", WallTime(0.0), "")
+    homes = Homes("a", "a", (move,), frozenset({"a", "b"}))
+    ordered = sorted((record(name, epoch=1) for name in NAMES), key=lambda one: shard(one.slug))
+    records = {one.slug: one for one in ordered}
+    placements = {one.slug: (placement(one.device.id, 1),) for one in ordered}
+    first, last = shard(ordered[0].slug), shard(ordered[-1].slug)
+    assert first < last
+    at = migration.frontier(homes, records, placements, lambda one: shard(one.slug) == last, shard)
+    assert at == last
 
 
 def test_progress_counts_what_has_not_ended() -> None:
