@@ -152,7 +152,7 @@ class Progress:
     on_way: int = 0
     """… and is not ready yet."""
     leftover: int = 0
-    """Agents that have not ended where the move leaves."""
+    """Agents of devices that are there or have left which have not ended where the move leaves."""
 
     @property
     def is_over(self) -> bool:
@@ -172,11 +172,13 @@ def progress(
     for slug, record in records.items():
         if homes.move_of(record) is not move:
             continue
-        leftover += sum(
-            placement.state is not _DEAD and homes.at(placement) == move.leaves
-            for placement in placements.get(slug, ())
-        )
-        if record.presence is not Presence.PRESENT:
+        present = record.presence is Presence.PRESENT
+        if not present or homes.of(record) != move.leaves:
+            leftover += sum(
+                placement.state is not _DEAD and homes.at(placement) == move.leaves
+                for placement in placements.get(slug, ())
+            )
+        if not present:
             continue
         here = homes.for_start(record) if record.epoch == NEVER else homes.of(record)
         covered += here in (move.heads_for, move.leaves)
