@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -251,9 +251,7 @@ class Pod:
                     pending.discard(task)
                     task.result()  # a bug of a watcher ends the stand-in, it does not hide
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
 
     def _watchers(
         self, at: int, child: subprocess.Popen[bytes], died: asyncio.Future[None], why: list[str]
@@ -405,3 +403,14 @@ class Pod:
                 )  # fmt: skip
             except OSError as error:
                 raise CannotRunError(f"RunContainerError|{argv[0]}: {error.strerror}") from error
+
+
+async def _end(tasks: Collection[asyncio.Future[None]]) -> None:
+    """Cancel until they have ended: a time-out of a probe that falls together with a cancellation swallows
+    it, and the pod would wait for ever for a probe that goes on."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        ended, pending = await asyncio.wait(pending, timeout=1.0)
+        await asyncio.gather(*ended, return_exceptions=True)
