@@ -33,7 +33,7 @@ class Diagnosis:
         """Probes in a row at the quick pace."""
         self.runs = self.failures = 0
         self.confirming = 0
-        self.confirm_began = float("-inf")
+        self.confirm_began = self.confirmed_at = float("-inf")
         self.confirmations: list[tuple[str, bool, str]] = []
         self.episode = 0
         self.suspicion = Suspicion(min(int(p["misses"]) for p in self.config["probes"]))
@@ -153,6 +153,7 @@ class Diagnosis:
 
         def take(name: str, ok: bool, reason: str) -> None:
             if self.episode == episode and self.suspicion.confirmation(name, ok, reason):
+                self.confirmed_at = time.monotonic()
                 self.agent.confirmed()
 
         def start(spec: Probe) -> None:

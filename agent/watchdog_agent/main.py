@@ -58,6 +58,8 @@ class Agent:
         host, port = configuration.listen_of(environ)
         self.server = http.Server(self.loop, host, port, self.answer)
         self.reporter = reporter.Reporter(self.loop, config, self.report, self.retire, log)
+        self.reporter.confirmed_since = lambda since: self.diagnosis.confirmed_at > since
+        self.reporter.doubt = self._doubt
         self.shipper: Shipper | None = None
         self.keeper: ConsulState | None = None
         self.escalations: Escalations | None = None
@@ -198,6 +200,10 @@ class Agent:
         self.changed()
         if self.repairs is not None:
             self.repairs.look()
+
+    def _doubt(self) -> None:
+        if self.diagnosis.suspicion.doubt():
+            self.changed()
 
     def gateway_answers(self) -> None:
         """What stands before the device is alive."""

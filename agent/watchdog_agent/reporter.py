@@ -1,8 +1,13 @@
-"""Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away."""
+"""Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away.
+
+Who can't reach it may be the one that is cut off: what was confirmed against the device since it was last
+heard may be our own host's doing, and is reported as not confirmed until it was confirmed anew (S6).
+"""
 
 from __future__ import annotations
 
 import os
+import time
 
 from . import http, wire
 from .light import deque, json
@@ -59,6 +64,13 @@ class Reporter:
         self.closing: Callable[[], None] | None = None
         self.heard: Callable[[int | None], None] | None = None
         """Called with the status of each answer; None = there was none."""
+        self.unheard = False
+        """The last call had no answer."""
+        self.answered_at = float("-inf")
+        self.confirmed_since: Callable[[float], bool] = lambda _since: False
+        """Whether the device was confirmed to be offline since then."""
+        self.doubt: Callable[[], None] = lambda: None
+        """Called when we are heard again and it was."""
 
     def start(self) -> None:
         """Begin to beat."""
@@ -87,6 +99,7 @@ class Reporter:
         self.timer = None
         if not self.waiting or self.fetch is not None:
             return
+        self._unclaim()
         url = self.urls[self.chosen % len(self.urls)]
         body = json.dumps(self.waiting[0]).encode()
         token = self.credential or read_token()
@@ -94,14 +107,27 @@ class Reporter:
         data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
         self.fetch = http.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
+    def _unclaim(self) -> bool:
+        """Whether what waits says what was confirmed while nobody was heard; it says so no more."""
+        alone = self.unheard and self.confirmed_since(self.answered_at)
+        for one in self.waiting if alone else ():
+            one["confirmed"] = False
+        return alone
+
     def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         self.fetch = None
         if self.heard is not None:
             self.heard(status)
+        alone = self._unclaim()
+        self.unheard = status is None
+        if status is not None:
+            self.answered_at = time.monotonic()
         if status == 200:
             self.sent += 1
             self.failures = 0
             self.waiting.popleft()
+            if alone:
+                self.doubt()
             if self.last_error:
                 self.last_error = ""
                 self.said("reports are accepted again")
@@ -135,6 +161,8 @@ class Reporter:
         self.timer = self.loop.later(
             max(wait, http.retry_after(headers, self.MOST_WAIT_S)), self._send
         )
+        if alone and status is not None:
+            self.doubt()
 
     def _learn(self, body: bytes) -> None:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one

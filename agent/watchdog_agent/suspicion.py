@@ -110,5 +110,15 @@ class Suspicion:
         self.reason = f"{self._cause()}; {name}: {reason}"
         return True
 
+    def doubt(self) -> bool:
+        """Have what was confirmed confirmed anew, from the next missed probe on; true when the state
+        changed."""
+        if self.state != "offline":
+            return False
+        self.state, self.confirmed = "suspect", False
+        self._rounds, self._misses_then = 0, self.misses
+        self.reason = f"{self._cause()}; found while the control plane was not heard either"
+        return True
+
     def _cause(self) -> str:
         return self.reason.partition("; ")[0]

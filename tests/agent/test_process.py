@@ -169,6 +169,24 @@ async def test_api_away_then_back(world: World) -> None:
     assert sequences == sorted(set(sequences))
 
 
+async def test_what_was_confirmed_while_nobody_was_heard_is_confirmed_anew(world: World) -> None:
+    """An agent that lost its API together with its device claims nothing against the device when it is heard
+    again: what it has kept says «not confirmed», then it doubts, and only another confirmation counts (S6)."""
+    agent = await world.started()
+    await world.peer.saw("ok", state="ok", ready=True)
+    await world.peer.stop()
+    await world.device.stop()
+    await agent.is_in("offline", state="offline", confirmed=True)
+    heard = len(world.peer.reports)
+    await world.peer.start()
+    await until(lambda: any(r["confirmed"] for r in world.peer.reports[heard:]), "a claim", 40.0)
+    since = world.peer.reports[heard:]
+    states = [r["state"] for r in since[: [r["confirmed"] for r in since].index(True)]]
+    assert "offline" in states
+    assert states[-1] == "suspect"
+    assert any("not heard" in r["reason"] for r in since if r["state"] == "suspect")
+
+
 async def test_an_agent_learns_where_the_other_replicas_are(world: World) -> None:
     """An answer names a second API; when the first one ends, reports go there."""
     second = Peer()

@@ -71,6 +71,24 @@ def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
     assert (it.state, it.confirmed) == ("offline", True)
 
 
+def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations() -> None:
+    """A doubt makes an offline device suspect at once; it is offline again after another miss, a failed
+    confirmation, another miss and another one. Doubting what is not offline changes nothing."""
+    it = Suspicion(1, was_ready=True)
+    assert not it.doubt()
+    for _ in range(2):
+        it.probed("p", False, "r")
+        it.confirmation("icmp", False, "r")
+    assert it.state == "offline"
+    assert it.doubt()
+    for _ in range(2):
+        assert (it.state, it.confirmed) == ("suspect", False)
+        assert not it.confirmation("icmp", False, "r")
+        it.probed("p", False, "r")
+        it.confirmation("icmp", False, "r")
+    assert (it.state, it.confirmed) == ("offline", True)
+
+
 @given(events, st.integers(1, 5))
 def test_a_success_changes_nothing_of_a_clean_belief(history: list, need: int) -> None:
     """With no misses and in state ok, one more answer leaves everything as it is (the benchmark of
