@@ -1,19 +1,17 @@
 #!/usr/bin/env bash
 # bootstrap.sh JOBS
 #
-# Makes a new cluster ready, once all hosts are configured and their Consul and Nomad are started: ACLs,
-# the registry, the control plane as a job in two copies, the simulator. JOBS is the folder jobs/ of the
-# repository. Run it on one host; again does no harm.
+# Gives a new cluster its ACLs, once the Consul and Nomad of its servers are started: policies, and the
+# tokens of nomad-watchdog and its agents. JOBS is the folder jobs/ of the repository. Run it on one server;
+# again does no harm.
 #
-#   SECRETS    folder that secrets.sh made; the Nomad token of the control plane is added there
-#   ETC        as for node.sh
-#   NOMAD CONSUL WATCHDOG   the programs          [from PATH; the last one is nomad-watchdog]
-#   PYTHON     what runs the simulator            [python3]
-#   DEVICES    so many simulated devices          [10]
+#   SECRETS        folder that secrets.sh made; the Nomad token of the control plane is added there
+#   ETC            as for node.sh
+#   NOMAD CONSUL   the programs      [from PATH]
 set -euo pipefail
 jobs=$1
 etc=${ETC:-/etc/nomad-watchdog-cluster}
-nomad=${NOMAD:-nomad} consul=${CONSUL:-consul} watchdog=${WATCHDOG:-$(command -v nomad-watchdog)}
+nomad=${NOMAD:-nomad} consul=${CONSUL:-consul}
 umask 077
 # the programs read their tokens from the environment, so that none stands in an argument
 export NOMAD_ADDR=https://127.0.0.1:4646 NOMAD_CACERT=$etc/ca.pem
@@ -65,16 +63,4 @@ if [ ! -s "$SECRETS/nomad-reconciler" ]; then
     -t '{{.SecretID}}' >"$SECRETS/nomad-reconciler.new"
   mv "$SECRETS/nomad-reconciler.new" "$SECRETS/nomad-reconciler"
 fi
-wait_for "two clients are ready" 120 sh -c "[ \$('$nomad' node status -t '{{range .}}{{.Status}} {{end}}' | grep -ow ready | wc -l) -ge 2 ]"
-
-# nomad-watchdog: its tokens go into a Nomad variable, by way of standard input
-printf '{"Items": {"api_token": "%s", "agent_key": "%s", "nomad_token": "%s", "consul_token": "%s"}}' \
-  "$(cat "$SECRETS/api.token")" "$(cat "$SECRETS/agent.keys")" \
-  "$(cat "$SECRETS/nomad-reconciler")" "$(cat "$SECRETS/consul-reconciler")" |
-  "$nomad" var put -force -in json nomad/jobs/nomad-watchdog - >/dev/null
-CONSUL_HTTP_TOKEN=$(cat "$SECRETS/consul-reconciler") "$watchdog" --config "$etc/nomad-watchdog.hcl" init
-"$nomad" job run -detach -var replicas=2 -var config="$etc/nomad-watchdog.hcl" -var command="$watchdog" \
-  "$jobs/nomad-watchdog.nomad.hcl"
-"$nomad" job run -detach -var devices="${DEVICES:-10}" -var python="${PYTHON:-python3}" \
-  "$jobs/cluster/simulator.nomad.hcl"
-say "the control plane and the simulator are submitted"
+say "nomad's policies and tokens are there"

@@ -66,6 +66,7 @@ if [ "$name" = s1 ]; then
   echo "ARGS=\"--config.file=$ETC/prometheus.yml\"" >/etc/default/prometheus
   systemctl restart prometheus
   bash "$JOBS/cluster/bootstrap.sh" "$JOBS"
+  bash "$JOBS/cluster/submit.sh" "$JOBS"
 else
   # what it needs of them stands in its configuration
   rm -rf "$SECRETS"

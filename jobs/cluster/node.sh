@@ -38,6 +38,7 @@ datacenter = "dc1"
 data_dir   = "$data/consul"
 bind_addr  = "$address"
 retry_join = [$(list "")]
+retry_interval = "2s"
 encrypt    = "$(secret gossip-consul)"
 
 addresses {
@@ -88,6 +89,10 @@ connect {
   enabled = false
 }
 disable_update_check = true
+# as Consul advises: by default an election takes five times as long
+performance {
+  raft_multiplier = 1
+}
 HCL
 
 # Nomad: TLS everywhere.

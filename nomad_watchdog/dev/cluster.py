@@ -1,17 +1,22 @@
-"""Three Consul servers, three Nomad servers and some Nomad clients, each on a host of its own.
+"""The cluster of `jobs/cluster/` on this machine: three servers and some clients, each on a host of its own.
 
-The hosts are network namespaces (`netns`): any of them can be cut off from any other. Hosts ``s1`` to
-``s3`` have a Consul server and a Nomad server, ``c1`` … a Consul client agent and a Nomad client.
+The hosts are network namespaces (`netns`): any of them can be cut off from any other. ``s1`` to ``s3`` have
+a Consul server and a Nomad server, ``c1`` … a Consul client agent and a Nomad client. Nothing is configured
+here: certificates, tokens, policies and the programs' files are made by the scripts that make them for
+virtual machines, so TLS is on and ACLs deny.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import os
 import signal
+import ssl
+import subprocess
+import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -20,50 +25,47 @@ import aiohttp
 
 from nomad_watchdog.dev import nomad as one_nomad
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.netns import Host, Network
 from nomad_watchdog.dev.process import Process, Running, clean_environment
 from nomad_watchdog.errors import TerminalError
 
 SERVERS: Final = ("s1", "s2", "s3")
+_HTTPS: Final = {"consul": 8501, "nomad": 4646}
 _POLL_S: Final = 0.2
 _CALL_S: Final = 5.0
-_HTTP, _RPC, _SERF = 4646, 4647, 4648
-_FIRST_PORT: Final = 20_000
+_SCRIPT_S: Final = 180.0
 
 
-class NomadNode:
-    """One Nomad process on a host: a server or a client."""
+class Daemon:
+    """Consul or Nomad on a host, started as the units of `machine.sh` start it."""
 
-    def __init__(self, host: Host, data_dir: Path, config: dict[str, Any]) -> None:
+    def __init__(self, program: str, host: Host, folder: Path) -> None:
         self.host = host
-        self.data_dir = data_dir
-        self.http_addr = f"http://{host.address}:{_HTTP}"
-        self._config = config
+        self.http_addr = f"https://{host.address}:{_HTTPS[program]}"
+        self._program = program
+        self._folder = folder
         self._process: Process | None = None
 
     @property
     def running(self) -> Process:
         """Raises TerminalError when it was not started."""
         if self._process is None:
-            raise TerminalError(f"the Nomad on {self.host.name} was not started")
+            raise TerminalError(f"{self._program} on {self.host.name} was not started")
         return self._process
 
     async def start(self) -> None:
         """Start it if it does not run. Does not wait for readiness."""
         if self._process is not None and self._process.returncode is None:
             return
-        program = await asyncio.to_thread(find, "nomad")
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        config = self.data_dir / "nomad.json"
-        config.write_text(json.dumps(self._config, indent=1))
-        argv = self.host.argv([str(program), "agent", f"-config={config}"])
-        self._process = Process.start(
-            argv, log=self.data_dir / "nomad.log", env=clean_environment()
-        )
+        binary = await asyncio.to_thread(find, self._program)
+        flag = "-config-file" if self._program == "consul" else "-config"
+        config = self._folder / "etc" / f"{self._program}.hcl"
+        argv = self.host.argv([str(binary), "agent", f"{flag}={config}"])
+        log = self._folder / f"{self._program}.log"
+        self._process = Process.start(argv, log=log, env=clean_environment())
 
     async def kill(self) -> None:
-        """SIGKILL, as a crash would do it; tasks of a client run on."""
+        """SIGKILL, as a crash would do it; tasks of a Nomad client run on."""
         await self.running.kill()
 
     def pause(self) -> None:
@@ -78,78 +80,116 @@ class NomadNode:
         if self._process is not None:
             await self._process.terminate(15.0)
 
+    def said(self) -> str:
+        """The end of its log."""
+        return "" if self._process is None else f"{self._process.log}:\n{self._process.log_tail(8)}"
+
 
 class Cluster(Running):
-    """``async with Cluster(folder) as cluster: …``. `guests`: further hosts, with nothing on them."""
+    """``async with Cluster(folder, jobs) as cluster: …``. `jobs`: the folder of that name in the repository;
+    `guests`: further hosts, with nothing on them."""
 
-    def __init__(self, data_dir: Path, *, clients: int = 3, guests: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, data_dir: Path, jobs: Path, *, clients: int = 3, guests: tuple[str, ...] = ()
+    ) -> None:
         self.data_dir = data_dir.resolve()
-        self._clients = tuple(f"c{number}" for number in range(1, clients + 1))
+        self.jobs = jobs
+        self.secrets = self.data_dir / "secrets"
+        self.clients = tuple(f"c{number}" for number in range(1, clients + 1))
         # the last host is ours: from there the cluster is asked
-        self.net = Network([*SERVERS, *self._clients, *guests, "ops"])
-        hosts = self.net.hosts
-        self.ops = hosts["ops"]
-        self.consul = {
-            name: ConsulServer(self.data_dir / f"consul-{name}", node=name, host=hosts[name])
-            for name in SERVERS
-        }
-        for server in self.consul.values():
-            server.peers = list(self.consul.values())
-        for name in self._clients:
-            self.consul[name] = ConsulServer(
-                self.data_dir / f"consul-{name}",
-                node=name,
-                host=hosts[name],
-                join=self.consul["s1"],
-            )
-            self.consul[name].retry_join = [self.consul[s].serf_address for s in SERVERS]
-        self.nomad = {name: self._node(name) for name in (*SERVERS, *self._clients)}
+        self.net = Network([*SERVERS, *self.clients, *guests, "ops"])
+        self.ops = self.net.hosts["ops"]
+        self.consul = {name: self._daemon("consul", name) for name in (*SERVERS, *self.clients)}
+        self.nomad = {name: self._daemon("nomad", name) for name in (*SERVERS, *self.clients)}
         self._http: aiohttp.ClientSession | None = None
 
-    def _node(self, name: str) -> NomadNode:
-        host = self.net.hosts[name]
-        consul = self.consul[name].http_addr
-        data_dir = self.data_dir / f"nomad-{name}"
-        config = one_nomad.agent_config(
-            name, data_dir / "data", (_HTTP, _RPC, _SERF), consul=consul, host=host
-        )
-        servers = [self.net.hosts[server].address for server in SERVERS]
-        if name in SERVERS:
-            join = [f"{address}:{_SERF}" for address in servers]
-            config["server"] = one_nomad.server_config(len(SERVERS), join)
-        else:
-            rpc = [f"{address}:{_RPC}" for address in servers]
-            config["client"] = one_nomad.client_config(rpc, _FIRST_PORT, consul=consul, host=host)
-        return NomadNode(host, data_dir, config)
+    def _daemon(self, program: str, name: str) -> Daemon:
+        return Daemon(program, self.net.hosts[name], self.data_dir / name)
+
+    # -- making it ------------------------------------------------------------------------------
 
     async def start(self, timeout_s: float = 120.0) -> None:
-        """The network, then the servers, then the clients. Raises TerminalError when one does not come up."""
+        """The network, the hosts' files, the servers and their ACLs, the clients. Raises TerminalError with
+        what a script said, or with the ends of all logs, when it does not come up."""
         deadline = time.monotonic() + timeout_s
         await self.net.start()
-        timeout = aiohttp.ClientTimeout(total=_CALL_S)
-        self._http = aiohttp.ClientSession(connector=self.ops.connector(), timeout=timeout)
-        await asyncio.gather(*(self.consul[name].start() for name in SERVERS))
-        await asyncio.gather(*(self.nomad[name].start() for name in SERVERS))
-        # a client that registers before there is a keyring is refused, and comes again only after 15 s
-        await self.until(self._has_keyring, deadline, "Nomad's servers have a leader and a keyring")
-        await asyncio.gather(*(self.consul[name].start() for name in self._clients))
-        await asyncio.gather(*(self.nomad[name].start() for name in self._clients))
-        await self.wait_ready(deadline - time.monotonic())
+        try:
+            await self._provision()
+            await self._launch(SERVERS)
+            await self.script("s1", "bootstrap.sh", str(self.jobs))
+            # A client that registers before there is a keyring is refused, and comes again only after 15 s.
+            await self._launch(self.clients)
+            self._http = self.session(_CALL_S)
+            await self.wait_ready(deadline - time.monotonic())
+        except TerminalError as error:
+            logs = [one.said() for one in (*self.consul.values(), *self.nomad.values())]
+            raise TerminalError("\n".join([str(error), *filter(None, logs)])) from error
+
+    async def _provision(self) -> None:
+        hosts = self.net.hosts
+        words = [f"server:{name}={hosts[name].address}" for name in SERVERS]
+        words += [f"client:{name}={hosts[name].address}" for name in self.clients]
+        await self.script("ops", "secrets.sh", str(self.secrets), *words)
+        roles = dict.fromkeys(SERVERS, "server") | dict.fromkeys(self.clients, "client")
+        await asyncio.gather(
+            *(self.script(n, "node.sh", role, n, hosts[n].address) for n, role in roles.items())
+        )
+
+    async def _launch(self, names: tuple[str, ...]) -> None:
+        await asyncio.gather(*(self.consul[name].start() for name in names))
+        await asyncio.gather(*(self.nomad[name].start() for name in names))
+
+    async def script(self, host: str, name: str, *argv: str) -> str:
+        """One of `jobs/cluster/` on a host: what it said. Raises TerminalError when it fails."""
+        hosts = self.net.hosts
+        beside = Path(sys.executable).with_name("nomad-watchdog")
+        env = {
+            "SECRETS": str(self.secrets),
+            "SERVERS": " ".join(hosts[one].address for one in SERVERS),
+            "CLIENTS": " ".join(hosts[one].address for one in self.clients),
+            "ETC": str(self.etc(host)),
+            "DATA": str(self.data_dir / host),
+            "CONSUL": str(await asyncio.to_thread(find, "consul")),
+            "NOMAD": str(await asyncio.to_thread(find, "nomad")),
+            "WATCHDOG": str(beside),
+            "PYTHON": sys.executable,
+            "HOME": os.environ.get("HOME", "/"),
+        }
+        return await self.run(host, ["bash", str(self.jobs / "cluster" / name), *argv], env)
+
+    async def run(
+        self, host: str, argv: list[str], env: Mapping[str, str], timeout_s: float = _SCRIPT_S
+    ) -> str:
+        """A command on a host, to its end: what it said. Raises TerminalError when it fails."""
+        done = await asyncio.to_thread(
+            subprocess.run,
+            self.net.hosts[host].argv(argv),
+            env=clean_environment() | dict(env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+        said = done.stdout.decode(errors="replace")
+        if done.returncode != 0:
+            what = f"{' '.join(argv[:2])} on {host} ended with {done.returncode}"
+            raise TerminalError(f"{what}:\n{said[-4000:]}")
+        return said
 
     async def stop(self) -> None:
         """The tasks, then the processes, then the network."""
         await self.net.heal()
-        for node in self.nomad.values():
+        for daemon in (*self.consul.values(), *self.nomad.values()):
             with contextlib.suppress(TerminalError):
-                node.resume()
+                daemon.resume()
         if self._http is not None:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, TerminalError):
                 await self._stop_jobs()
             await self._http.close()
         await asyncio.gather(*(node.stop() for node in self.nomad.values()))
         await asyncio.gather(*(consul.stop() for consul in self.consul.values()))
-        for node in self.nomad.values():
-            await asyncio.to_thread(one_nomad.clean_up, node.data_dir)
+        for name in self.nomad:
+            await asyncio.to_thread(one_nomad.clean_up, self.data_dir / name)
         await self.net.stop()
 
     async def _stop_jobs(self) -> None:
@@ -161,6 +201,28 @@ class Cluster(Running):
             return all(one["ClientStatus"] not in {"pending", "running"} for one in allocs)
 
         await self.until(ended, time.monotonic() + 15.0, "all tasks have ended")
+
+    # -- speaking to it -------------------------------------------------------------------------
+
+    def etc(self, name: str) -> Path:
+        """Where the configuration of a host stands."""
+        return self.data_dir / name / "etc"
+
+    def secret(self, name: str) -> str:
+        """One that `secrets.sh` or `bootstrap.sh` has made."""
+        return (self.secrets / name).read_text().strip()
+
+    def session(self, timeout_s: float) -> aiohttp.ClientSession:
+        """From the host `ops`, with the tokens that may do everything."""
+        trust = ssl.create_default_context(cafile=self.secrets / "ca.pem")
+        return aiohttp.ClientSession(
+            connector=self.ops.connector(trust),
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            headers={
+                "X-Consul-Token": self.secret("consul-management"),
+                "X-Nomad-Token": self.secret("nomad-management"),
+            },
+        )
 
     async def until(self, test: Callable[[], Awaitable[bool]], deadline: float, what: str) -> None:
         """Await a condition on the cluster. Raises TerminalError when it does not come."""
@@ -188,7 +250,7 @@ class Cluster(Running):
         raise error
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Until every client is ready with its driver, and every Consul server has the same leader."""
+        """Until every client is ready with its driver, and every Consul agent knows the same leader."""
         deadline = time.monotonic() + timeout_s
         await self.until(self._all_ready, deadline, "every client is ready")
         await self.until(self._one_consul_leader, deadline, "Consul has a leader")
@@ -196,12 +258,10 @@ class Cluster(Running):
     async def mend(self) -> None:
         """Heal every partition, wake and start whatever does not run, and wait until all is ready."""
         await self.net.heal()
-        for consul in self.consul.values():
-            consul.resume()
-        for node in self.nomad.values():
-            node.resume()
-        await asyncio.gather(*(consul.start() for consul in self.consul.values()))
-        await asyncio.gather(*(node.start() for node in self.nomad.values()))
+        daemons = (*self.consul.values(), *self.nomad.values())
+        for daemon in daemons:
+            daemon.resume()
+        await asyncio.gather(*(daemon.start() for daemon in daemons))
         await self.wait_ready()
 
     async def consul_leader(self) -> str:
@@ -213,26 +273,26 @@ class Cluster(Running):
 
     async def nomad_leader(self) -> str:
         """The host of Nomad's leader."""
-        address = (await self.request("GET", "/v1/status/leader")).rpartition(":")[0]
-        return next(n for n in SERVERS if self.net.hosts[n].address == address)
+        return self._server_at(await self.request("GET", "/v1/status/leader"))
+
+    def _server_at(self, address: str) -> str:
+        host = address.rpartition(":")[0]
+        return next((n for n in SERVERS if self.net.hosts[n].address == host), "")
 
     async def _consul_leader_by(self, name: str) -> str:
         assert self._http is not None
         async with self._http.get(f"{self.consul[name].http_addr}/v1/status/leader") as answer:
-            address = await answer.json()
-        return next((n for n in SERVERS if self.consul[n].server_address == address), "")
+            answer.raise_for_status()
+            return self._server_at(await answer.json())
 
     async def _one_consul_leader(self) -> bool:
         assert self._http is not None
-        told = {await self._consul_leader_by(name) for name in SERVERS}
+        told = {await self._consul_leader_by(name) for name in self.consul}
         # a server that was away is taken out of the quorum, and comes back into it after 10 s only
         path = "/v1/operator/raft/configuration"
         async with self._http.get(self.consul["s1"].http_addr + path) as answer:
             voters = [one for one in (await answer.json())["Servers"] if one["Voter"]]
         return len(told) == 1 and "" not in told and len(voters) == len(SERVERS)
-
-    async def _has_keyring(self) -> bool:
-        return bool(await self.request("GET", "/v1/operator/keyring/keys"))
 
     async def _all_ready(self) -> bool:
         nodes = await self.request("GET", "/v1/nodes")
@@ -242,4 +302,4 @@ class Cluster(Running):
             if node["Status"] == "ready"
             and (node["Drivers"] or {}).get("raw_exec", {}).get("Healthy")
         ]
-        return len(ready) >= len(self._clients)
+        return len(ready) >= len(self.clients)

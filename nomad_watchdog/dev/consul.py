@@ -12,14 +12,12 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.netns import LOCAL, Host
 from nomad_watchdog.dev.process import Process, Running, free_port
 from nomad_watchdog.errors import TerminalError
 
@@ -34,8 +32,8 @@ class ConsulServer(Running):
 
     Ports are chosen once, so that `start` after `stop` or `kill` brings the same server back.
     `max_connections`: Consul's ``limits.http_max_conns_per_client``. `join`: be a client agent of that
-    server, as every node of a cluster has one; then `node` must be a name of its own. `host`: where it
-    runs. A cluster of servers: each is made first, and then gets all of them as its `peers`.
+    server, as every node of a cluster has one; then `node` must be a name of its own. Several servers are
+    made by `dev.cluster`.
     """
 
     def __init__(
@@ -46,17 +44,13 @@ class ConsulServer(Running):
         max_connections: int = 200,
         node: str = "watchdog-consul",
         join: ConsulServer | None = None,
-        host: Host = LOCAL,
     ) -> None:
         self.data_dir = data_dir
-        self.host = host
-        self.peers: Sequence[ConsulServer] = ()
-        self.retry_join: Sequence[str] = [] if join is None else [join.serf_address]
         self.node = node
         self.token: str = join.token if join is not None else str(uuid.uuid4()) if acl else ""
         """Management token when ACLs are on; secret."""
         self.http_port = free_port()
-        self.http_addr = f"http://{host.address}:{self.http_port}"
+        self.http_addr = f"http://127.0.0.1:{self.http_port}"
         self.serf_port = free_port()
         self._server_port = free_port()
         self._max_connections = max_connections
@@ -75,12 +69,7 @@ class ConsulServer(Running):
     @property
     def serf_address(self) -> str:
         """Where others join it."""
-        return f"{self.host.address}:{self.serf_port}"
-
-    @property
-    def server_address(self) -> str:
-        """As Consul's `/v1/status/leader` names it."""
-        return f"{self.host.address}:{self._server_port}"
+        return f"127.0.0.1:{self.serf_port}"
 
     async def start(self, timeout_s: float = 60.0) -> None:
         """Start it, and wait until it has a leader and has passed its own health check (before that
@@ -94,7 +83,7 @@ class ConsulServer(Running):
         config.write_text(json.dumps(self._config(), indent=1))
         # what the environment says is meant for clients, and would reach the server's checks
         env = {key: value for key, value in os.environ.items() if not key.startswith("CONSUL_")}
-        argv = self.host.argv([str(program), "agent", f"-config-file={config}"])
+        argv = [str(program), "agent", f"-config-file={config}"]
         process = Process.start(argv, log=self.log_file, env=env)
         self._process = process
         started = time.monotonic()
@@ -133,9 +122,9 @@ class ConsulServer(Running):
             "node_name": self.node,
             "datacenter": "dc1",
             "data_dir": str(self.data_dir / "data"),
-            "bind_addr": self.host.address,
-            "advertise_addr": self.host.address,
-            "client_addr": self.host.address,
+            "bind_addr": "127.0.0.1",
+            "advertise_addr": "127.0.0.1",
+            "client_addr": "127.0.0.1",
             "ports": {
                 "http": self.http_port,
                 "serf_lan": self.serf_port,
@@ -153,12 +142,9 @@ class ConsulServer(Running):
             "session_ttl_min": "1s",
         }
         if self._join is None:
-            config |= {"server": True, "bootstrap_expect": max(1, len(self.peers))}
+            config |= {"server": True, "bootstrap_expect": 1}
         else:
-            config |= {"retry_join": list(self.retry_join)}
-        if self.peers:
-            config |= {"retry_join": [peer.serf_address for peer in self.peers]}
-            config |= {"retry_interval": "1s"}
+            config |= {"retry_join": [self._join.serf_address]}
         if self.token:
             config["acl"] = {
                 "enabled": True,
@@ -170,9 +156,7 @@ class ConsulServer(Running):
     async def _wait_ready(self, process: Process, deadline: float) -> None:
         headers = {"X-Consul-Token": self.token} if self.token else {}
         timeout = aiohttp.ClientTimeout(total=_CALL_S)
-        async with aiohttp.ClientSession(
-            headers=headers, timeout=timeout, connector=self.host.connector()
-        ) as http:
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as http:
             while not await self._is_ready(http):
                 if process.returncode is not None:
                     raise TerminalError(

@@ -12,6 +12,7 @@ import ctypes
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,22 +39,20 @@ class Host:
     address: str = "127.0.0.1"
     namespace: str = ""
 
-    @property
-    def interface(self) -> str:
-        """The network interface that has the address."""
-        return "eth0" if self.namespace else "lo"
-
     def argv(self, command: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
         """A command as it is run there; the process that is started becomes the command itself."""
         if not self.namespace:
             return list(command)
         return ["nsenter", f"--net=/run/netns/{self.namespace}", "--", *command]
 
-    def connector(self) -> aiohttp.TCPConnector:
-        """For an `aiohttp.ClientSession` of ours whose connections begin there."""
+    def connector(self, trust: ssl.SSLContext | None = None) -> aiohttp.TCPConnector:
+        """For an `aiohttp.ClientSession` of ours whose connections begin there. `trust`: None = the
+        system's authorities."""
+        tls: ssl.SSLContext | bool = trust or True
         if not self.namespace:
-            return aiohttp.TCPConnector()
+            return aiohttp.TCPConnector(ssl=tls)
         return aiohttp.TCPConnector(
+            ssl=tls,
             socket_factory=lambda info: self.open_socket(info[0], info[1], info[2]),
             force_close=True,
         )

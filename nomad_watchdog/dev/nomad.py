@@ -23,7 +23,6 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.netns import LOCAL, Host
 from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 
@@ -211,7 +210,7 @@ class NomadServer(Running):
 
     def _config(self, index: int) -> dict[str, Any]:
         first = _FIRST_PORT + (self._ports[index][0] + _PORTS_EACH * index) % 6000
-        config = agent_config(
+        config = _agent_config(
             f"watchdog-nomad-{index}",
             self.data_dir / f"data-{index}",
             self._ports[index],
@@ -219,10 +218,10 @@ class NomadServer(Running):
         )
         config["acl"] = {"enabled": self._acl}
         rpc = f"127.0.0.1:{self._ports[0][1]}"
-        config["client"] = client_config([rpc], first, consul=self._consul_address(index))
+        config["client"] = _client_config([rpc], first, consul=self._consul_address(index))
         config["client"]["enabled"] = self._client_enabled
         if index == 0:
-            config["server"] = server_config()
+            config["server"] = _server_config()
             if not self._schedulers:
                 config["server"] |= {"num_schedulers": 0}
         return config
@@ -231,17 +230,17 @@ class NomadServer(Running):
         return self._consul[index % len(self._consul)] if self._consul else ""
 
 
-def agent_config(
-    name: str, data_dir: Path, ports: Sequence[int], *, consul: str, host: Host = LOCAL
+def _agent_config(
+    name: str, data_dir: Path, ports: Sequence[int], *, consul: str
 ) -> dict[str, Any]:
     """What servers and clients share. `ports`: HTTP, RPC, gossip; `consul`: its address, "" = none."""
     return {
         "name": name,
         "data_dir": str(data_dir),
-        "bind_addr": host.address,
+        "bind_addr": "127.0.0.1",
         "ports": dict(zip(("http", "rpc", "serf"), ports, strict=True)),
         "advertise": {
-            what: f"{host.address}:{port}"
+            what: f"127.0.0.1:{port}"
             for what, port in zip(("http", "rpc", "serf"), ports, strict=True)
         },
         "disable_update_check": True,
@@ -259,29 +258,21 @@ def agent_config(
     }
 
 
-def server_config(expect: int = 1, join: Sequence[str] = ()) -> dict[str, Any]:
-    """`expect`: servers in the cluster; `join`: their gossip addresses."""
-    config: dict[str, Any] = {
+def _server_config() -> dict[str, Any]:
+    return {
         "enabled": True,
-        "bootstrap_expect": expect,
+        "bootstrap_expect": 1,
         "heartbeat_grace": "2s",
         "min_heartbeat_ttl": "2s",
         "event_buffer_size": 10_000,
     }
-    if join:
-        config["server_join"] = {"retry_join": list(join), "retry_interval": "1s"}
-        config["raft_multiplier"] = 1
-        config["failover_heartbeat_ttl"] = "10s"
-    return config
 
 
-def client_config(
-    servers: Sequence[str], first_port: int, *, consul: str, host: Host = LOCAL
-) -> dict[str, Any]:
+def _client_config(servers: Sequence[str], first_port: int, *, consul: str) -> dict[str, Any]:
     """`servers`: their RPC addresses; dynamic ports are taken from `first_port` on."""
     return {
         "enabled": True,
-        "network_interface": host.interface,
+        "network_interface": "lo",
         "servers": list(servers),
         # more than the machine has: agents reserve far more than they use
         "cpu_total_compute": 1_000_000,

@@ -31,7 +31,7 @@ async def test_five_hosts_with_tls_and_acls_run_the_control_plane_in_two_copies(
         await scraped(cluster)
         # as a run that failed in the middle left it
         (cluster.secrets / "nomad-reconciler").write_text("")
-        await cluster.bootstrap()
+        await cluster.provision_again()
         assert len(cluster.secret("nomad-reconciler")) == 36
         for file in cluster.secrets.iterdir():
             mode = stat.S_IMODE(file.stat().st_mode)

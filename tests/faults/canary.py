@@ -1,4 +1,4 @@
-"""S10 from outside: the API's token is searched for wherever it must not be."""
+"""S10 from outside: the tokens are searched for wherever they must not be."""
 
 from __future__ import annotations
 
@@ -32,10 +32,18 @@ async def search(world: World, found: audit.Findings) -> None:
     url = f"{world.where.consul}/v1/catalog/service/{world.where.service}"
     texts["Consul's catalogue"] = json.dumps(await audit.get(world.session, url))
     texts["somebody's argv"] = "\n".join(_command_lines())
-    coded = base64.b64encode(world.token.encode()).decode().rstrip("=")
-    for place, text in texts.items():
-        told = world.token in text or coded in text
-        found.expect(not told, "S10", f"the API's token is in {place}")
+    for whose, token in _tokens(world):
+        coded = base64.b64encode(token.encode()).decode().rstrip("=")
+        for place, text in texts.items():
+            told = token in text or coded in text
+            found.expect(not told, "S10", f"{whose} is in {place}")
+
+
+def _tokens(world: World) -> Iterator[tuple[str, str]]:
+    yield "the API's token", world.token
+    for name in ("nomad-reconciler", "consul-reconciler", "consul-watchdog"):
+        if (file := world.site.secret_file(name)) is not None:
+            yield f"the token {name}", file.read_text().strip()
 
 
 def _command_lines() -> Iterator[str]:

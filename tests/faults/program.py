@@ -27,13 +27,14 @@ api {{
 }}
 nomad {{
   address    = "{nomad}"
-  job_prefix = "{prefix}"
-  {nomad_token}
+  job_prefix = "{job_prefix}"
+  {nomad_access}
 }}
 consul {{
   address = "{consul}"
-  prefix  = "{prefix}"
-  service = "{prefix}"
+  prefix  = "{kv_prefix}"
+  service = "{service}"
+  {consul_access}
 }}
 registry {{
   kind = "{registry}"
@@ -58,7 +59,7 @@ agent_class "{name}" {{
   beat         = "2s"
   variables = {{
     python      = "{python}"
-    consul_addr = "$${{meta.consul_http_addr}}"
+    {agents_consul}
   }}
   probe "tcp" {{
     port     = {port}

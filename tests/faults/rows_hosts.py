@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 from nomad_watchdog.dev.cluster import SERVERS
 from tests.faults.matrix import row
@@ -161,6 +162,7 @@ async def node_cut_off(world: World) -> None:
     before = world.pids()
     everybody = [name for name in world.cluster.net.hosts if name != "c3"]
     await world.cluster.net.partition("c3", *everybody)
+    began = time.monotonic()
     await cut_off(world, "s1", "c3")
 
     async def lost() -> bool:
@@ -168,6 +170,8 @@ async def node_cut_off(world: World) -> None:
         return any(n["Name"] == "c3" and n["Status"] != "ready" for n in nodes)
 
     await until(lost, 60.0, "the node is lost")
+    took_s = time.monotonic() - began
+    world.notes.append(f"Nomad took the node for lost {took_s:.0f} s after its cable was cut")
     await world.wish(names[0], present=False)
     await world.wishes(*world.names(2, "new"))
     await asyncio.sleep(10.0)

@@ -9,12 +9,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import aiohttp
 
 from nomad_watchdog.dev.cluster import Cluster
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.netns import LOCAL, Host
 from nomad_watchdog.dev.nomad import NomadServer
+
+JOBS: Final = Path(__file__).resolve().parents[2] / "jobs"
 
 
 class BrokenRowError(AssertionError):
@@ -68,6 +72,16 @@ class Site:
                 await self.servers.nomad.restart(index)
             await self.servers.nomad.wait_ready()
 
+    def session(self, timeout_s: float) -> aiohttp.ClientSession:
+        """From where we look; where the servers ask for tokens, it has those that may do everything."""
+        if self.cluster is not None:
+            return self.cluster.session(timeout_s)
+        return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s))
+
+    def secret_file(self, name: str) -> Path | None:
+        """Of the secrets that the cluster's scripts have made; None = nothing is asked for here."""
+        return None if self.cluster is None else self.cluster.secrets / name
+
     @property
     def control(self) -> Host:
         """Where the control plane runs."""
@@ -93,9 +107,9 @@ async def open_site(root: Path) -> AsyncIterator[Site]:
 
 @asynccontextmanager
 async def open_cluster(root: Path) -> AsyncIterator[Site]:
-    """Three servers of each and three clients on hosts of their own; replicas of the control plane on two
-    more."""
-    async with Cluster(root, guests=("p1", "p2")) as cluster:
+    """Three servers of each and three clients on hosts of their own, as `jobs/cluster` sets them up: TLS is
+    on and ACLs deny. Replicas of the control plane on two more, with what the shipped policies allow."""
+    async with Cluster(root, JOBS, guests=("p1", "p2")) as cluster:
         consul, nomad = cluster.consul["s1"].http_addr, cluster.nomad["s1"].http_addr
         yield Site(cluster.data_dir, consul, nomad, cluster=cluster)
 

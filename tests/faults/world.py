@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from urllib.parse import quote
 import aiohttp
 
 from nomad_watchdog.dev.cluster import Cluster
+from nomad_watchdog.dev.netns import LOCAL
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Presence
@@ -115,13 +116,16 @@ class World:
         return self.root / "webhook.secrets"
 
     def _configuration(self, program: Program) -> str:
-        classes = CLASS.format(
-            name="default", version=self.version, python=self.python, port=self.device_port
-        )
+        token = self.site.secret_file("consul-watchdog")
+        agents = {
+            "port": self.device_port,
+            "agents_consul": f'consul_token_file = "{token}"'
+            if token
+            else 'consul_addr = "$${meta.consul_http_addr}"',
+        }
+        classes = CLASS.format(name="default", version=self.version, python=self.python, **agents)
         if self.bad_python:
-            classes += CLASS.format(
-                name="bad", version="1", python=self.bad_python, port=self.device_port
-            )
+            classes += CLASS.format(name="bad", version="1", python=self.bad_python, **agents)
         if self.template:
             classes = MOCK_CLASS.format(template=self.template)
         return CONFIG.format(
@@ -132,11 +136,28 @@ class World:
             secrets_file=self.secrets_file,
             nomad=self.nomad.url,
             consul=self.consul.url if program is self.program else self.standby_consul,
-            nomad_token=f'token_file = "{self.nomad_token}"' if self.nomad_token else "",
-            prefix=self.where.job_prefix,
+            nomad_access=self._access(
+                self.nomad_token or self.site.secret_file("nomad-reconciler")
+            ),
+            consul_access=self._consul_access(),
+            job_prefix=self.where.job_prefix,
+            kv_prefix=self.where.kv_prefix,
+            service=self.where.service,
             registry=self.registry,
             classes=classes,
         )
+
+    def _access(self, token: Path | None) -> str:
+        lines = [] if token is None else [f'token_file = "{token}"']
+        if (authority := self.site.secret_file("ca.pem")) is not None:
+            lines.append(f'ca_cert = "{authority}"')
+        return "\n  ".join(lines)
+
+    def _consul_access(self) -> str:
+        access = self._access(self.site.secret_file("consul-reconciler"))
+        # agents register with the Consul of their own host, which listens there for its processes only
+        own = f'agent_address = "http://{LOCAL.address}:8500"' if self.site.cluster else ""
+        return f"{access}\n  {own}"
 
     @property
     def standby_consul(self) -> str:
@@ -351,24 +372,25 @@ async def open_world(
     root.mkdir(parents=True)
     tag = f"f{secrets.token_hex(3)}"
     device = await asyncio.start_server(lambda _r, w: w.close(), sock=site.ops.listener())
-    timeout = aiohttp.ClientTimeout(total=10.0)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(device)
-        session = await stack.enter_async_context(
-            aiohttp.ClientSession(connector=site.ops.connector(), timeout=timeout)
-        )
+        session = await stack.enter_async_context(site.session(10.0))
         consul: Any
         nomad: Any
+        where = audit.Where(site.root, site.consul, site.nomad, tag, tag, tag)
         if site.cluster is None:
             consul = await stack.enter_async_context(Proxy(site.consul))
             nomad = await stack.enter_async_context(Proxy(site.nomad))
         else:
             consul = Direct(site.cluster.consul["c1"].http_addr)
             nomad = Direct(site.cluster.nomad["c2"].http_addr)
+            # inside of what the shipped policies allow
+            shipped = audit.Where(site.root, site.consul, site.nomad, tag)
+            where = replace(shipped, kv_prefix=f"{shipped.kv_prefix}/{tag}")
         world = World(
             name=name,
             root=root,
-            where=audit.Where(site.root, site.consul, site.nomad, tag, tag, tag),
+            where=where,
             session=session,
             consul=consul,
             nomad=nomad,
