@@ -202,7 +202,7 @@ class Agent:
             self.repairs.look()
 
     def _doubt(self) -> None:
-        if self.diagnosis.suspicion.doubt():
+        if self.exit_code is None and self.diagnosis.suspicion.doubt():
             self.changed()
 
     def gateway_answers(self) -> None:

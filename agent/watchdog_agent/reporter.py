@@ -122,12 +122,15 @@ class Reporter:
         self.unheard = status is None
         if status is not None:
             self.answered_at = time.monotonic()
+        self._take(status, headers, body)
+        if alone and status is not None:
+            self.doubt()
+
+    def _take(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         if status == 200:
             self.sent += 1
             self.failures = 0
             self.waiting.popleft()
-            if alone:
-                self.doubt()
             if self.last_error:
                 self.last_error = ""
                 self.said("reports are accepted again")
@@ -161,8 +164,6 @@ class Reporter:
         self.timer = self.loop.later(
             max(wait, http.retry_after(headers, self.MOST_WAIT_S)), self._send
         )
-        if alone and status is not None:
-            self.doubt()
 
     def _learn(self, body: bytes) -> None:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
