@@ -183,14 +183,14 @@ class Stage:
             if not cursor:
                 return found
 
-    async def start_reconciler(self) -> None:
+    async def start_reconciler(self, patience_s: float = 30.0) -> None:
         """Start `nomad-watchdog run` as a user would, and wait until it is ready."""
         process = self.reconciler = Process.start(
             [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), "run"],
             log=self.root / "reconciler.log",
             env=clean_environment(),
         )
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(patience_s):
             while True:
                 if process.returncode is not None:
                     raise TransientError(f"the reconciler ended at once:\n{process.log_tail()}")

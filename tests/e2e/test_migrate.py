@@ -189,7 +189,7 @@ async def test_200_devices_move_to_kubernetes_and_some_back(
             assert stage.reconciler is not None
             await stage.reconciler.kill()
             await asyncio.sleep(1.0)
-            await stage.start_reconciler()
+            await stage.start_reconciler(120.0)
             await until("all are heard again", 120.0, all_ready_of(stage))
             watch.blind = False
             await until("all have moved", 400.0, lambda: moved("done", DEVICES))
@@ -208,7 +208,7 @@ async def test_200_devices_move_to_kubernetes_and_some_back(
             text = stage.config.read_text()
             stage.config.write_text(text.replace('"nomad"', '"kubernetes"', 1))
             await stage.reconciler.terminate(10.0)
-            await stage.start_reconciler()
+            await stage.start_reconciler(120.0)
             await asyncio.sleep(8.0)
             assert "migration" not in await stage.call("GET", "/v1/status")
             assert {o["metadata"]["uid"] for o in (await client.list(PODS)).items} == pods
