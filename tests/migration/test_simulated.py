@@ -101,8 +101,8 @@ def test_the_simulation_sees_an_agent_that_starts_elsewhere_than_its_record_says
 ) -> None:
     """If a start went by chance to one of the schedulers, some history would have an epoch on both."""
     monkeypatch.setattr(Moving, "ensure", _ensure_anywhere)
-    wrong = [one for seed in range(12) for one in run_seed(seed).wrong]
-    assert any(one.startswith(("S2", "S3")) for one in wrong), wrong[:5]
+    wrong = (one for seed in range(12) for one in run_seed(seed).wrong)
+    assert any(one.startswith(("S2", "S3")) for one in wrong)
 
 
 def test_the_simulation_sees_who_decides_without_knowing_both(
@@ -112,8 +112,8 @@ def test_the_simulation_sees_who_decides_without_knowing_both(
     device at once."""
     monkeypatch.setattr(Migrations, "unsure", lambda _self, _records: frozenset())
     monkeypatch.setattr(migrations, "FRESH_S", 0.0)
-    wrong = [one for seed in range(100, 160) for one in run_seed(seed).wrong]
-    assert any(one.startswith("S3") for one in wrong), wrong[:5]
+    wrong = (one for seed in range(100, 160) for one in run_seed(seed).wrong)
+    assert any(one.startswith("S3") for one in wrong)
 
 
 async def _ensure_anywhere(
