@@ -104,8 +104,10 @@ class Process:
         log: Path,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        user: int | None = None,
     ) -> Process:
-        """Start argv with both outputs appended to log; env None = ours, unchanged.
+        """Start argv with both outputs appended to log; env None = ours, unchanged. `user`: whose it is, by
+        number, instead of ours (who must be root).
 
         Raises TerminalError when the program can't be started.
         """
@@ -121,6 +123,9 @@ class Process:
                     env=None if env is None else dict(env),
                     cwd=cwd,
                     process_group=0,
+                    user=user,
+                    group=user,
+                    extra_groups=None if user is None else [],
                 )
             except OSError as error:
                 raise TerminalError(f"can't start {name}: {error.strerror}") from error
