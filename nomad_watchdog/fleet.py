@@ -88,6 +88,10 @@ class Observer(Protocol):
         """Whether the placements known of a device are older than its record (S8)."""
         ...
 
+    def knows(self, slug: Slug, instance: str) -> bool:
+        """Whether the placements known of a device would show this instance; if not, they are soon read."""
+        ...
+
 
 class Fleet(Verdicts):
     """The devices, what is known of each, and its verdict."""
@@ -200,7 +204,15 @@ class Fleet(Verdicts):
             for instance in placement.instances
         }
         kept = bool(self.attendance.keeps(report.slug, self.clock.monotonic()))
-        return acceptance.accept(record, report.epoch, report.instance, live, kept=kept)
+        result = acceptance.accept(record, report.epoch, report.instance, live, kept=kept)
+        if (
+            result.rival
+            and self._observer
+            and not self._observer.knows(report.slug, report.instance)
+        ):
+            # The other may just have ended, and this one be what the scheduler started in its place (S8).
+            return Acceptance(AcceptanceKind.UNSURE, f"{result.reason}, or was until now")
+        return result
 
     def _remember(self, report: AgentReport) -> None:
         if report.ready and report.state is AgentState.OK:

@@ -9,9 +9,12 @@ a live one (S3); so the next epoch waits for a listing that was begun after the 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Final
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Action, ActionKind, DeviceRecord, Epoch
+
+_MOST_STRANGERS: Final = 10_000
 
 
 class Freshness:
@@ -23,6 +26,11 @@ class Freshness:
     def __init__(self) -> None:
         self._known: dict[Slug, tuple[Epoch, str]] = {}
         self._unseen: dict[Slug, int] = {}
+        self._strangers: dict[tuple[Slug, str], int] = {}
+        """Which listing had been begun last when an instance was first asked about."""
+        self._listed: dict[Slug, int] = {}
+        self._listed_all = 0
+        """The last listing that has come: of a device, or of all."""
         self._listing = 0
 
     def learned(self, records: Iterable[DeviceRecord]) -> set[Slug]:
@@ -43,6 +51,11 @@ class Freshness:
 
     def listed(self, only: Collection[Slug] | None) -> None:
         """The listing that was begun last has come; `only` as in a snapshot."""
+        if only is None:
+            self._listed_all = self._listing
+            self._listed.clear()
+        else:
+            self._listed.update(dict.fromkeys(only, self._listing))
         for slug in list(self._unseen) if only is None else only:
             if self._unseen.get(slug, self._listing) < self._listing:
                 del self._unseen[slug]
@@ -50,6 +63,17 @@ class Freshness:
     def is_behind(self, slug: Slug) -> bool:
         """Whether the placements of a device were last listed before its record was known."""
         return slug in self._unseen
+
+    def knows(self, slug: Slug, instance: str) -> bool:
+        """Whether a listing that would show this instance has come: one that was begun after the instance was
+        first asked about here. An older one may still show the instance that it replaces."""
+        heard = self._strangers.get((slug, instance))
+        if heard is None:
+            if len(self._strangers) >= _MOST_STRANGERS:
+                self._strangers.clear()
+            self._strangers[slug, instance] = self._listing
+            return False
+        return self._listed.get(slug, self._listed_all) > heard
 
     def premature(self, action: Action, record: DeviceRecord | None) -> bool:
         """Whether the action takes an agent for gone that a younger listing may show.

@@ -225,6 +225,13 @@ class Reconciler:
         """Whether the placements known of a device are older than its record (S8)."""
         return self.informer.freshness.is_behind(slug)
 
+    def knows(self, slug: Slug, instance: str) -> bool:
+        """Whether a listing that would show this instance has come; if not, one is read soon (S8)."""
+        known = self.informer.freshness.knows(slug, instance)
+        if not known:
+            self.informer.look_again({slug})
+        return known
+
     async def _take_over(self) -> None:
         """Look at both stores anew for each shard that becomes ours: its last holder may have acted after
         what we know (S8)."""

@@ -29,6 +29,8 @@ class Acceptance:
     reason: str = ""
     departed: bool = False
     """Of a refusal: the device itself has left, so that what its agent has told of it is over."""
+    rival: bool = False
+    """Of a refusal: it stands on what the scheduler last said of another instance."""
 
 
 def accept(
@@ -63,9 +65,8 @@ def accept(
     if not record.instance:
         return Acceptance(AcceptanceKind.BIND, "first report at this epoch")
     if record.instance in live:
-        return Acceptance(
-            AcceptanceKind.REFUSED, f"instance {record.instance} is the accepted one at this epoch"
-        )
+        reason = f"instance {record.instance} is the accepted one at this epoch"
+        return Acceptance(AcceptanceKind.REFUSED, reason, rival=True)
     if instance in live:
         return Acceptance(
             AcceptanceKind.BIND, f"the scheduler has replaced instance {record.instance}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,23 @@ def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
     assert not fresh.is_behind(BOUND.slug)
 
 
+def test_s8_an_instance_is_known_by_a_listing_begun_after_it_was_heard_of() -> None:
+    """What was listed before, or was under way, may show the instance that this one replaces."""
+    fresh = Freshness()
+    other = record("other").slug
+    fresh.begins()
+    assert not fresh.knows(BOUND.slug, "i-2")
+    fresh.listed(None)
+    assert not fresh.knows(BOUND.slug, "i-2")
+    fresh.begins()
+    fresh.listed({other})
+    assert not fresh.knows(BOUND.slug, "i-2")
+    fresh.begins()
+    fresh.listed({BOUND.slug})
+    assert fresh.knows(BOUND.slug, "i-2")
+    assert not fresh.knows(BOUND.slug, "i-3")
+
+
 def test_a_new_device_waits_for_no_listing() -> None:
     """A device that was never placed starts at once, and so does a repetition of its own epoch."""
     fresh = Freshness()
@@ -83,8 +101,8 @@ def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
 class Behind:
     """An observer whose listing is as old as it is told."""
 
-    def __init__(self, *, behind: bool) -> None:
-        self.behind = behind
+    def __init__(self, *, behind: bool, knows: bool) -> None:
+        self.behind, self.told = behind, knows
 
     def records_changed(self, records: Sequence[DeviceRecord]) -> None: ...
 
@@ -93,20 +111,25 @@ class Behind:
     def is_behind(self, slug: Slug) -> bool:
         return self.behind
 
+    def knows(self, slug: Slug, instance: str) -> bool:
+        return self.told
 
-async def judged(*, behind: bool) -> AcceptanceKind:
-    """A report of the only instance that is listed, while the registry has another one bound."""
+
+async def judged(
+    *, behind: bool, knows: bool = True, bound: str = "i-new", says: str = ""
+) -> AcceptanceKind:
+    """A report of the only instance that is listed, or of `says`, while the registry has `bound`."""
     store = Store()
     store.initialise("test")
     fleet = Fleet(FakeRegistry(store), Limits(), SystemClock())
-    (stored,) = await fleet.commit([replace(BOUND, instance="i-new", index=0)])
+    (stored,) = await fleet.commit([replace(BOUND, instance=bound, index=0)])
     assert stored is not None
     fleet.learn([stored])
-    fleet.observe_with(Behind(behind=behind), lambda _outcome: None)
+    fleet.observe_with(Behind(behind=behind, knows=knows), lambda _outcome: None)
     old = placement("cam", 3)
     fleet.placements = {old.slug: (old,)}
     report = AgentReport(
-        BOUND.device.id, BOUND.slug, Epoch(3), old.instances[0], 1, ready=True, state=AgentState.OK,
+        BOUND.device.id, BOUND.slug, Epoch(3), says or old.instances[0], 1, ready=True, state=AgentState.OK,
         was_ready=True, misses=0, confirmed=False, reason="", listen="", version="1",
     )  # fmt: skip
     return (await fleet.report(report)).kind
@@ -116,3 +139,11 @@ async def test_s1_an_old_listing_binds_no_instance_back() -> None:
     """The listed instance replaces the bound one on a young listing, and is told to wait on an old one."""
     assert await judged(behind=False) is AcceptanceKind.ACCEPTED
     assert await judged(behind=True) is AcceptanceKind.UNSURE
+
+
+async def test_s8_an_old_listing_refuses_no_instance() -> None:
+    """What the scheduler started in the place of the accepted one waits until a younger listing says so."""
+    bound = placement("cam", 3).instances[0]
+    late: dict[str, Any] = {"behind": False, "bound": bound, "says": "i-late"}
+    assert await judged(knows=False, **late) is AcceptanceKind.UNSURE
+    assert await judged(knows=True, **late) is AcceptanceKind.REFUSED
