@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from typing import Final
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core.looking import Agenda
@@ -23,6 +24,9 @@ from nomad_watchdog.model import Monotonic
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 
 log = logging.getLogger(__name__)
+
+_FOLLOWED_S: Final = 1.0
+"""The first look waits so long for the watch to begin, seconds."""
 
 
 class Informer:
@@ -44,6 +48,7 @@ class Informer:
         self._failed = failed
         self._agenda = Agenda(resync_s)
         self._news = asyncio.Event()
+        self._followed = asyncio.Event()
         self._wakes_at = math.inf
         """When the loop looks into the agenda, if nobody wakes it; inf while it is at work."""
         self._one_at_a_time = asyncio.Lock()
@@ -84,6 +89,7 @@ class Informer:
 
     async def _follow(self) -> None:
         async for hint in self._scheduler.watch():
+            self._followed.set()
             if hint.slugs is None:
                 self._metrics.resync("hint")
                 self.resync("hint")
@@ -91,6 +97,11 @@ class Informer:
                 self.look_again(hint.slugs, calm=hint.calm)
 
     async def _look_for_ever(self) -> None:
+        # What happens between a look and the watch's beginning is seen by neither, so that the watch asks for
+        # another look: one begun after it is enough.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FOLLOWED_S):
+                await self._followed.wait()
         delay_s = 0.0
         while True:
             self._news.clear()

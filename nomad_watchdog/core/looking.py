@@ -25,6 +25,8 @@ URGENT_S: Final = 5.0
 """Longest wait for a full look when more is urgent than a narrow look takes."""
 CALM_S: Final = 30.0
 """Longest wait for a full look that only confirms, after the oldest news of it."""
+REST_S: Final = 0.2
+"""News that only confirms rests so long before a narrow look: the first starts of a storm are not worth one."""
 QUIET_S: Final = 1.0
 """A full look that only confirms waits until so long nothing new came: while a storm goes on it would show
 a part, and take from the scheduler what the storm needs."""
@@ -78,7 +80,7 @@ class Agenda:
             self._all, self._hurry = "", False
             self._urgent, self._calm = set(), set()
             return look
-        if only := self._narrow():
+        if only := self._narrow(now):
             self._urgent -= only
             self._calm -= only
             return Look(only, "news")
@@ -86,7 +88,12 @@ class Agenda:
 
     def wait_s(self, now: Monotonic) -> float:
         """Seconds until `take` gives something, if there is no news before."""
-        return 0.0 if self._narrow() else max(0.0, self._full_due(now) - now)
+        if self._narrow(now):
+            return 0.0
+        due = self._full_due(now)
+        if self._calm and self._news <= NARROW:
+            due = min(due, self._calm_since + REST_S)
+        return max(0.0, due - now)
 
     def done(self, look: Look, began: Monotonic, now: Monotonic) -> None:
         """It was read."""
@@ -100,9 +107,9 @@ class Agenda:
             self._calm -= look.only
         self.everything("error")
 
-    def _narrow(self) -> frozenset[Slug]:
+    def _narrow(self, now: Monotonic) -> frozenset[Slug]:
         # Counted before anything is copied: this is asked at every start of a storm.
-        if self._news <= NARROW:
+        if self._news <= NARROW and (self._urgent or now >= self._calm_since + REST_S):
             return frozenset(self._urgent | self._calm)
         return frozenset(self._urgent) if len(self._urgent) <= NARROW else frozenset()
 

@@ -37,9 +37,9 @@ _POLL_S: Final = 0.25
 _GAP_PER_COST: Final = 20.0
 """A watch reads all rows each time: at most a twentieth of the time goes into it."""
 _GAP_PER_OWN: Final = 100.0
-_GAP_OWN_S: Final = 10.0
+_GAP_OWN_S: Final = 2.0
 """And a hundredth while the last write was ours; then what another process wrote just before it is seen so
-much later at most."""
+much later at most. Below the period after which a watch that shows no news is doubted (`follower.py`)."""
 _GROUP: Final = 1000
 """Commits that may share a transaction."""
 _TABLES: Final = f"""

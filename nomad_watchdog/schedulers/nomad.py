@@ -142,9 +142,10 @@ class NomadScheduler:
     async def watch(self) -> AsyncIterator[Hint]:
         failures = 0
         while True:
-            yield Hint(None)
             try:
                 start = (await self._client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
+                # a look begun now shows what was before; what comes later is in the stream
+                yield Hint(None, start)
                 # Whatever is done to a job makes an evaluation: the topic Job would say it again, with
                 # the whole job in it.
                 topics = [("topic", "Allocation"), ("topic", "Evaluation")]
@@ -258,9 +259,11 @@ class NomadScheduler:
         jobs = await self._client.pages("/v1/jobs", "list-jobs", ask)
         # read after the jobs and from the leader too, so at least as new: the jobs' index is good
         mine = {"filter": f'JobID matches "^{self._prefix}"'}
-        allocs = await self._client.pages("/v1/allocations", "read-job", mine)
         waiting = {"filter": 'Status == "blocked" or Status == "pending"'}
-        evals = await self._client.pages("/v1/evaluations", "read-job", waiting)
+        allocs, evals = await asyncio.gather(
+            self._client.pages("/v1/allocations", "read-job", mine),
+            self._client.pages("/v1/evaluations", "read-job", waiting),
+        )
         if jobs.index < before:
             self._index = 0
             raise StaleError(f"nomad's index went back from {before} to {jobs.index}")

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.looking import CALM_S, NARROW, PRICE, QUIET_S, URGENT_S, Agenda, Look
+from nomad_watchdog.core.looking import (
+    CALM_S,
+    NARROW,
+    PRICE,
+    QUIET_S,
+    REST_S,
+    URGENT_S,
+    Agenda,
+    Look,
+)
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Monotonic
 
@@ -38,12 +48,23 @@ def test_the_first_look_is_at_everything() -> None:
 
 
 def test_few_devices_are_looked_at_at_once() -> None:
-    """Little news is read narrowly and at once, calm or not."""
+    """Little news is read narrowly and at once where some of it is urgent."""
     agenda = looked()
     agenda.devices(slugs(2), AT, calm=True)
     agenda.devices(slugs(1, "u"), AT, calm=False)
     assert agenda.take(Monotonic(100.0)) == Look(slugs(2) | slugs(1, "u"), "news")
     assert agenda.take(Monotonic(100.0)) is None
+
+
+def test_the_first_starts_of_a_storm_are_not_worth_a_look() -> None:
+    """Calm news rests a moment: few are looked at then, and of many nothing is until it is quiet."""
+    agenda = looked()
+    agenda.devices(slugs(3), AT, calm=True)
+    assert agenda.take(AT) is None
+    assert agenda.wait_s(AT) == pytest.approx(REST_S)
+    assert agenda.take(Monotonic(AT + REST_S)) == Look(slugs(3), "news")
+    agenda.devices(slugs(NARROW + 1), AT, calm=True)
+    assert agenda.take(Monotonic(AT + REST_S)) is None
 
 
 def test_urgent_news_does_not_wait_for_a_storm_of_calm_news() -> None:
@@ -99,7 +120,7 @@ def test_without_news_everything_is_looked_at_again() -> None:
 def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
     """After a failure the devices of a narrow look are on the agenda again, and so is everything."""
     agenda = looked()
-    agenda.devices(slugs(3), AT, calm=True)
+    agenda.devices(slugs(3), AT, calm=False)
     look = agenda.take(Monotonic(100.0))
     assert look is not None
     agenda.failed(look)
