@@ -19,6 +19,7 @@ from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import ConflictError, NotFoundError, UserError, WatchdogError
 from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.graveyard import REST_S
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord, Epoch, Monotonic, Presence, WallTime
@@ -75,6 +76,8 @@ class Migrations:
         self._index = -1
         self._read_at = Monotonic(float("-inf"))
         self._changed_at = Monotonic(float("-inf"))
+        self._unburied: dict[Slug, tuple[int, Monotonic]] = {}
+        """Index of a record that is to be buried, and since when it is known to have that."""
         self._done_since: Monotonic | None = None
         self._progress: Progress | None = None
         self._seen: set[str] = set()
@@ -203,20 +206,11 @@ class Migrations:
             return
         move = homes.active
         if move is None:
+            await self._bury(homes)
             await self._leave(homes)
             return
         self._done_since = None
         if self._progress is None or not self._progress.is_over:
-            return
-        if left := list(migration.tombs(move, homes, self._fleet.records)):
-            # A device that comes back starts where the others are. Nobody runs at the new epoch.
-            for first in range(0, len(left), _TOMBS):
-                await self._fleet.commit(
-                    [
-                        presence.advance(one, Epoch(one.epoch + 1), move.heads_for)
-                        for one in left[first : first + _TOMBS]
-                    ]
-                )
             return
         over = replace(move, done=True, paused=False)
 
@@ -225,6 +219,25 @@ class Migrations:
 
         if await self._change(how):
             self._tell(over.state, over, f"{self._progress.there} devices are on {over.heads_for}")
+
+    async def _bury(self, homes: Homes) -> None:
+        """Give those who left during a move that is over the home of the others, so that nothing holds on to
+        where they were. Nobody runs at the new epoch.
+
+        A start that was asked for before a departure may still be on its way, and must not find a higher
+        epoch than its own (S2): a record is left alone until it has not changed for REST_S."""
+        now, before, records = self._now(), self._unburied, self._fleet.records
+        self._unburied = {}
+        for move in homes.moves:
+            due = []
+            for one in migration.tombs(move, homes, records):
+                index, since = before.get(one.slug, (one.index, now))
+                since = since if index == one.index else now
+                self._unburied[one.slug] = (one.index, since)
+                if now - since >= REST_S:
+                    due.append(presence.advance(one, Epoch(one.epoch + 1), move.heads_for))
+            for first in range(0, len(due), _TOMBS):
+                await self._fleet.commit(due[first : first + _TOMBS])
 
     async def _leave(self, homes: Homes) -> None:
         """Note that schedulers need not be looked at any more, once that has been so for EMPTY_S."""

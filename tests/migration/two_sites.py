@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from nomad_watchdog.core.migration import Move
+from nomad_watchdog.core.migration import Move, tombs
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
@@ -39,8 +39,9 @@ from nomad_watchdog.testing.simulation import World
 from nomad_watchdog.testing.virtual_time import StuckError, VirtualClock, VirtualLoop
 
 SITES: Final = ("north", "south")
-MOVES_S: Final = 150.0
-"""With faults off, a move of the whole fleet is over within this virtual time."""
+MOVES_S: Final = 350.0
+"""With faults off, a move of the whole fleet is over within this virtual time: one device at a time at the
+worst, each a stop, a start and a first report."""
 
 
 class SiteScheduler(WatchedScheduler):
@@ -246,7 +247,17 @@ class TwoSites(World):
                     found.append(f"{job.device_id} is in {self.sites[job.ref]}, its home is {home}")
                 if move is not None and self.sites[job.ref] != move.heads_for:
                     found.append(f"{job.device_id} is in {self.sites[job.ref]}")
-        return found
+        return found + self._unburied()
+
+    def _unburied(self) -> list[str]:
+        """Devices that have left and would come back to where no other is."""
+        homes = next((one.reconciler.migrations.homes() for one in self.replicas if one.up), None)
+        records = {slug: one for slug in self.store.rows if (one := self.store.record(slug))}
+        return [
+            f"{one.device.id}, which has left, would come back to {move.leaves}"
+            for move in (homes.moves if homes is not None else ())
+            for one in tombs(move, homes, records)
+        ]
 
 
 @dataclass(frozen=True)
