@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from nomad_watchdog import migrations
 from nomad_watchdog.core.migration import Move
+from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
 from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.testing.conformance import record_of
 from nomad_watchdog.testing.simulation import BEAT_S
 from nomad_watchdog.testing.virtual_time import VirtualLoop
 
@@ -105,15 +108,37 @@ def test_the_simulation_sees_an_agent_that_starts_elsewhere_than_its_record_says
     assert any(one.startswith(("S2", "S3")) for one in wrong)
 
 
-def test_the_simulation_sees_who_decides_without_knowing_both(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """If replicas decided on what they knew of moves some time ago, some history would have two agents of one
-    device at once."""
+async def _starts(home: str, read_ago_s: float) -> list[str]:
+    """What a replica that looks at one site only would start: a device that lives at `home`, of which it sees
+    no agent. `read_ago_s`: when it last read what moves there are."""
+    world = TwoSites(0, Metrics())
+    world.weather.calm()
+    replica = world.replicas[0]
+    replica.build()
+    reconciler, fleet = replica.reconciler, replica.fleet
+    await reconciler.migrations.refresh()
+    at = {"epoch": Epoch(3), "instance": "i", "home": home, "index": 1}
+    fleet.learn([replace(record_of("cam 1"), **at)])
+    reconciler.migrations.seen(fleet.records.values())
+    await asyncio.sleep(read_ago_s)
+    fleet.placements = {}
+    return [one.kind.value for one in reconciler.planning.make(NO_STOPS).actions]
+
+
+def test_nothing_is_decided_without_knowing_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the agent may be on a scheduler that a replica does not know of, or it has not read for long what
+    moves there are, it starts no second one (S3)."""
+
+    def starts(home: str, read_ago_s: float) -> list[str]:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            return runner.run(_starts(home, read_ago_s))
+
+    assert starts("", 0.0) == ["start"]
+    assert starts("", migrations.FRESH_S + 1.0) == []
+    assert starts("south", 0.0) == []
     monkeypatch.setattr(Migrations, "unsure", lambda _self, _records: frozenset())
-    monkeypatch.setattr(migrations, "FRESH_S", 0.0)
-    wrong = (one for seed in range(100, 160) for one in run_seed(seed).wrong)
-    assert any(one.startswith("S3") for one in wrong)
+    assert starts("", migrations.FRESH_S + 1.0) == ["start"]
+    assert starts("south", 0.0) == ["start"]
 
 
 async def _ensure_anywhere(
