@@ -9,12 +9,13 @@ import orjson
 
 
 def as_json(told: Any) -> bytes:
-    """`told` as UTF-8 without spaces. What is not finite becomes null.
+    """`told` as UTF-8 without spaces. A number that is not finite becomes null.
 
-    Raises TypeError for what is no JSON, ValueError for text that is no Unicode."""
+    Raises TypeError for what is no JSON, ValueError for text that is no Unicode, and for a number that is not
+    finite beside what only the standard library can write."""
     try:
         return orjson.dumps(told)
-    except (
-        TypeError
-    ):  # what the standard library can: an integer of more than 64 bits, keys that are none
-        return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    except TypeError:
+        # what the standard library can: an integer of more than 64 bits, a key that is no text
+        text = json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode()

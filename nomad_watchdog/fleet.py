@@ -88,8 +88,9 @@ class Observer(Protocol):
         """Whether the placements known of a device are older than its record (S8)."""
         ...
 
-    def knows(self, slug: Slug, instance: str) -> bool:
-        """Whether the placements known of a device would show this instance; if not, they are soon read."""
+    def rivals(self, slug: Slug, instance: str) -> bool:
+        """Whether this instance is heard of for the first time beside the accepted one. Then the placements
+        known of the device count as older than its record, and are read soon."""
         ...
 
 
@@ -205,11 +206,7 @@ class Fleet(Verdicts):
         }
         kept = bool(self.attendance.keeps(report.slug, self.clock.monotonic()))
         result = acceptance.accept(record, report.epoch, report.instance, live, kept=kept)
-        if (
-            result.rival
-            and self._observer
-            and not self._observer.knows(report.slug, report.instance)
-        ):
+        if result.rival and self._observer and self._observer.rivals(report.slug, report.instance):
             # The other may just have ended, and this one be what the scheduler started in its place (S8).
             return Acceptance(AcceptanceKind.UNSURE, f"{result.reason}, or was until now")
         return result

@@ -14,7 +14,7 @@ from typing import Final
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Action, ActionKind, DeviceRecord, Epoch
 
-_MOST_STRANGERS: Final = 10_000
+_MOST_RIVALS: Final = 10_000
 
 
 class Freshness:
@@ -26,11 +26,7 @@ class Freshness:
     def __init__(self) -> None:
         self._known: dict[Slug, tuple[Epoch, str]] = {}
         self._unseen: dict[Slug, int] = {}
-        self._strangers: dict[tuple[Slug, str], int] = {}
-        """Which listing had been begun last when an instance was first asked about."""
-        self._listed: dict[Slug, int] = {}
-        self._listed_all = 0
-        """The last listing that has come: of a device, or of all."""
+        self._rivals: set[tuple[Slug, str]] = set()
         self._listing = 0
 
     def learned(self, records: Iterable[DeviceRecord]) -> set[Slug]:
@@ -51,11 +47,6 @@ class Freshness:
 
     def listed(self, only: Collection[Slug] | None) -> None:
         """The listing that was begun last has come; `only` as in a snapshot."""
-        if only is None:
-            self._listed_all = self._listing
-            self._listed.clear()
-        else:
-            self._listed.update(dict.fromkeys(only, self._listing))
         for slug in list(self._unseen) if only is None else only:
             if self._unseen.get(slug, self._listing) < self._listing:
                 del self._unseen[slug]
@@ -64,16 +55,16 @@ class Freshness:
         """Whether the placements of a device were last listed before its record was known."""
         return slug in self._unseen
 
-    def knows(self, slug: Slug, instance: str) -> bool:
-        """Whether a listing that would show this instance has come: one that was begun after the instance was
-        first asked about here. An older one may still show the instance that it replaces."""
-        heard = self._strangers.get((slug, instance))
-        if heard is None:
-            if len(self._strangers) >= _MOST_STRANGERS:
-                self._strangers.clear()
-            self._strangers[slug, instance] = self._listing
+    def rivals(self, slug: Slug, instance: str) -> bool:
+        """Another instance than the accepted one reports; whether it is the first time. Then what was listed
+        may be older than the start of it, and the device is behind until it is listed anew."""
+        if (slug, instance) in self._rivals:
             return False
-        return self._listed.get(slug, self._listed_all) > heard
+        if len(self._rivals) >= _MOST_RIVALS:
+            self._rivals.clear()
+        self._rivals.add((slug, instance))
+        self._unseen[slug] = self._listing
+        return True
 
     def premature(self, action: Action, record: DeviceRecord | None) -> bool:
         """Whether the action takes an agent for gone that a younger listing may show.

@@ -38,13 +38,9 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 BATCH: Final = 32
 """Actions taken at once, so that their epochs go up in one transaction of the registry."""
-BATCH_FAST: Final = 128
-"""The same where the scheduler takes so many in half a second: a transaction costs a flush of the disk,
-which the scheduler's own log may be waiting for."""
-_PACE_S: Final = 0.5
 WORKERS: Final = 2
 """Who fence what is next; one more does nothing but urgent events, so that none waits for a storm (L4)."""
-HEAD_START: Final = 2 * BATCH_FAST
+HEAD_START: Final = 8 * BATCH
 """An urgent action is done before so many that were fenced earlier, and no later one is passed for ever."""
 FENCE_S: Final = 30.0
 """An action acts on what its fence found at most so much later. A longer wait for a free slot, or a
@@ -96,10 +92,6 @@ class Performer:
     _ready: asyncio.PriorityQueue[_Ready] = field(default_factory=asyncio.PriorityQueue)
     _number: int = 0
     _in_hand: int = 0
-    _pace: int = BATCH
-    """How many were done in the last `_PACE_S`."""
-    _paced: tuple[float, int] = (0.0, 0)
-    _done: int = 0
     _spare: asyncio.Event = field(default_factory=asyncio.Event)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -152,14 +144,7 @@ class Performer:
                 # one try at a time: what it brings says whether there is another
                 await self._idle.wait()
             else:
-                return most if most < BATCH else self._batch(now)
-
-    def _batch(self, now: Monotonic) -> int:
-        since, done = self._paced
-        if (took_s := now - since) >= _PACE_S:
-            self._pace = round((self._done - done) * _PACE_S / took_s)
-            self._paced = (now, self._done)
-        return max(BATCH, min(BATCH_FAST, self._pace))
+                return most
 
     async def _begin(self, batch: Sequence[Action]) -> None:
         """Fence all of a batch in one commit; who acts takes it from there."""
@@ -259,7 +244,6 @@ class Performer:
             )
             self.done(action, "ok", took_s)
         finally:
-            self._done += 1
             self.queue.done(action.slug)
             self._hand(-1)
 

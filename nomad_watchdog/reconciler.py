@@ -225,12 +225,13 @@ class Reconciler:
         """Whether the placements known of a device are older than its record (S8)."""
         return self.informer.freshness.is_behind(slug)
 
-    def knows(self, slug: Slug, instance: str) -> bool:
-        """Whether a listing that would show this instance has come; if not, one is read soon (S8)."""
-        known = self.informer.freshness.knows(slug, instance)
-        if not known:
+    def rivals(self, slug: Slug, instance: str) -> bool:
+        """Whether this instance is heard of for the first time beside the accepted one: then the device is
+        listed anew before one of them is refused (S8)."""
+        first = self.informer.freshness.rivals(slug, instance)
+        if first:
             self.informer.look_again({slug})
-        return known
+        return first
 
     async def _take_over(self) -> None:
         """Look at both stores anew for each shard that becomes ours: its last holder may have acted after

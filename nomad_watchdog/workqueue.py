@@ -39,6 +39,7 @@ class WorkQueue(Generic[K, V]):
     _later: list[tuple[float, int, K]] = field(default_factory=list)
     _not_before: dict[K, float] = field(default_factory=dict)
     _active: dict[K, bool] = field(default_factory=dict)
+    """Keys in work, and whether their item came through the urgent lane."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _takes: int = 0
     _sequence: int = 0

@@ -16,9 +16,10 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
 
 def class_part(spec: AgentSpec) -> dict[str, Any]:
     """Raises UserError when `agent_config` is no JSON object."""
-    part = _read(spec.agent_config)
-    if isinstance(part, ValueError):
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON: {part}")
+    try:
+        part = _read(spec.agent_config)
+    except ValueError as error:
+        raise UserError(f"agent_config of class {spec.agent_class} is no JSON: {error}") from None
     if not isinstance(part, dict):
         raise UserError(f"agent_config of class {spec.agent_class} must be a JSON object")
     return dict(part)
@@ -26,11 +27,8 @@ def class_part(spec: AgentSpec) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _read(text: str) -> object:
-    """The value, or what is wrong with it: one class's text is asked for at each start of its agents."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        return error
+    # One class's text is asked for at each start of its agents. Shared: to be copied before it is changed.
+    return json.loads(text)
 
 
 def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,21 +49,23 @@ def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
     assert not fresh.is_behind(BOUND.slug)
 
 
-def test_s8_an_instance_is_known_by_a_listing_begun_after_it_was_heard_of() -> None:
-    """What was listed before, or was under way, may show the instance that this one replaces."""
+def test_s8_a_rival_makes_what_was_listed_old_once() -> None:
+    """What was listed before it was heard of, or was under way, may show the instance that it replaces."""
     fresh = Freshness()
-    other = record("other").slug
+    fresh.learned([BOUND])
     fresh.begins()
-    assert not fresh.knows(BOUND.slug, "i-2")
     fresh.listed(None)
-    assert not fresh.knows(BOUND.slug, "i-2")
     fresh.begins()
-    fresh.listed({other})
-    assert not fresh.knows(BOUND.slug, "i-2")
+    assert not fresh.is_behind(BOUND.slug)
+    assert fresh.rivals(BOUND.slug, "i-2")
+    fresh.listed(None)
+    assert fresh.is_behind(BOUND.slug)
+    assert not fresh.rivals(BOUND.slug, "i-2")
     fresh.begins()
     fresh.listed({BOUND.slug})
-    assert fresh.knows(BOUND.slug, "i-2")
-    assert not fresh.knows(BOUND.slug, "i-3")
+    assert not fresh.is_behind(BOUND.slug)
+    assert not fresh.rivals(BOUND.slug, "i-2")
+    assert fresh.rivals(BOUND.slug, "i-3")
 
 
 def test_a_new_device_waits_for_no_listing() -> None:
@@ -101,8 +103,8 @@ def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
 class Behind:
     """An observer whose listing is as old as it is told."""
 
-    def __init__(self, *, behind: bool, knows: bool) -> None:
-        self.behind, self.told = behind, knows
+    def __init__(self, *, behind: bool, first: bool) -> None:
+        self.behind, self.first = behind, first
 
     def records_changed(self, records: Sequence[DeviceRecord]) -> None: ...
 
@@ -111,12 +113,12 @@ class Behind:
     def is_behind(self, slug: Slug) -> bool:
         return self.behind
 
-    def knows(self, slug: Slug, instance: str) -> bool:
-        return self.told
+    def rivals(self, slug: Slug, instance: str) -> bool:
+        return self.first
 
 
 async def judged(
-    *, behind: bool, knows: bool = True, bound: str = "i-new", says: str = ""
+    *, behind: bool, first: bool = False, bound: str = "i-new", says: str = ""
 ) -> AcceptanceKind:
     """A report of the only instance that is listed, or of `says`, while the registry has `bound`."""
     store = Store()
@@ -125,7 +127,7 @@ async def judged(
     (stored,) = await fleet.commit([replace(BOUND, instance=bound, index=0)])
     assert stored is not None
     fleet.learn([stored])
-    fleet.observe_with(Behind(behind=behind, knows=knows), lambda _outcome: None)
+    fleet.observe_with(Behind(behind=behind, first=first), lambda _outcome: None)
     old = placement("cam", 3)
     fleet.placements = {old.slug: (old,)}
     report = AgentReport(
@@ -145,5 +147,5 @@ async def test_s8_an_old_listing_refuses_no_instance() -> None:
     """What the scheduler started in the place of the accepted one waits until a younger listing says so."""
     bound = placement("cam", 3).instances[0]
     late: dict[str, Any] = {"behind": False, "bound": bound, "says": "i-late"}
-    assert await judged(knows=False, **late) is AcceptanceKind.UNSURE
-    assert await judged(knows=True, **late) is AcceptanceKind.REFUSED
+    assert await judged(first=True, **late) is AcceptanceKind.UNSURE
+    assert await judged(first=False, **late) is AcceptanceKind.REFUSED
