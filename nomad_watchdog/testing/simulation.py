@@ -14,8 +14,9 @@ import asyncio
 import logging
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
 from nomad_watchdog.fleet import AgentReport
@@ -103,11 +104,15 @@ class World:
             await self._calm()
             if not self.audit.wrong:
                 await self._converge()
-            self.over = True
-            for replica in self.replicas:
-                replica.crash()
-            for process in list(self.cluster.processes.values()):
-                process.alive = False
+            self._stop()
+
+    def _stop(self) -> None:
+        """Nobody goes on: the world's tasks end."""
+        self.over = True
+        for replica in self.replicas:
+            replica.crash()
+        for process in list(self.cluster.processes.values()):
+            process.alive = False
 
     # -- agents ---------------------------------------------------------------------------------
 
@@ -299,13 +304,16 @@ class World:
             self.audit.broken("L1", "all was as asked, and yet something was done")
 
 
-def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
-    """One simulated history. The same seed gives the same digest."""
+W = TypeVar("W", bound=World)
+
+
+def play(seed: int, make: Callable[[], W]) -> W:
+    """Make a world and run it to its end, with its seed for the back-off's jitter and without logs."""
     state = random.getstate()
     level = logging.root.manager.disable
-    random.seed(seed)  # the back-off's jitter
+    random.seed(seed)
     logging.disable(logging.CRITICAL)
-    world = World(seed, metrics or Metrics())
+    world = make()
     try:
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
             runner.run(world.run())
@@ -314,6 +322,12 @@ def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
     finally:
         logging.disable(level)
         random.setstate(state)
+    return world
+
+
+def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
+    """One simulated history. The same seed gives the same digest."""
+    world = play(seed, lambda: World(seed, metrics or Metrics()))
     audit = world.audit
     return Outcome(
         seed, audit.trace.digest, audit.wrong, audit.trace.count, list(audit.trace.lines),

@@ -52,11 +52,7 @@ class Calm(TwoSites):
             for replica in self.replicas:
                 replica.start()
             await self._calm_fleet()
-            self.over = True
-            for replica in self.replicas:
-                replica.crash()
-            for process in list(self.cluster.processes.values()):
-                process.alive = False
+            self._stop()
 
     async def _calm_fleet(self) -> None:
         for name in self.names:

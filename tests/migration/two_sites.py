@@ -4,8 +4,6 @@ site's scheduler knows of its own jobs only. An operator moves devices between t
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -22,7 +20,6 @@ from nomad_watchdog.model import (
     AgentSpec,
     DeviceRecord,
     Epoch,
-    Placement,
     PlacementState,
     Presence,
     WallTime,
@@ -30,13 +27,12 @@ from nomad_watchdog.model import (
 from nomad_watchdog.registry import Document
 from nomad_watchdog.schedulers import Snapshot
 from nomad_watchdog.schedulers.moving import Moving
-from nomad_watchdog.testing._cluster import Cluster
 from nomad_watchdog.testing._lease_board import BoardLeases
 from nomad_watchdog.testing._replica import Replica, WatchedReconciler, WatchedScheduler
 from nomad_watchdog.testing._weather import BadLine
 from nomad_watchdog.testing.fakes import FakeRegistry
-from nomad_watchdog.testing.simulation import World
-from nomad_watchdog.testing.virtual_time import StuckError, VirtualClock, VirtualLoop
+from nomad_watchdog.testing.simulation import World, play
+from nomad_watchdog.testing.virtual_time import VirtualClock
 
 SITES: Final = ("north", "south")
 MOVES_S: Final = 350.0
@@ -272,21 +268,6 @@ class Outcome:
 
 def run_seed(seed: int) -> Outcome:
     """One simulated history, the same each time."""
-    state = random.getstate()
-    level = logging.root.manager.disable
-    random.seed(seed)
-    logging.disable(logging.CRITICAL)
-    world = TwoSites(seed, Metrics())
-    try:
-        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            runner.run(world.run())
-    except (StuckError, ExceptionGroup) as error:
-        world.audit.wrong.append(f"crashed: {error!r}")
-    finally:
-        logging.disable(level)
-        random.setstate(state)
+    world = play(seed, lambda: TwoSites(seed, Metrics()))
     homes = {record.home for slug in world.store.rows if (record := world.store.record(slug))}
     return Outcome(world.audit.wrong, list(world.audit.trace.lines), world.said, homes)
-
-
-__all__ = ["Cluster", "Outcome", "Placement", "TwoSites", "run_seed"]

@@ -7,6 +7,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest_asyncio
 
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.model import Epoch
+from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.registry.codec import decode
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.registry.records import record
@@ -200,3 +202,38 @@ async def test_close_finishes_what_was_handed_in(path: Path) -> None:
     assert all(task.result() != [None] for task in tasks)
     with pytest.raises(TerminalError, match="closed"):
         await registry.commit([replace(record("late"), epoch=Epoch(1))])
+
+
+async def test_own_commits_are_read_seldom_and_those_of_others_soon(
+    sqlite: SqliteRegistry, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a storm of ours a watch waits until the rest is over before it reads the file again; what another
+    process has written last does not wait."""
+    monkeypatch.setattr("nomad_watchdog.registry.sqlite._GAP_PER_OWN", 1e9)
+    other = SqliteRegistry(path=path)
+    shown: asyncio.Queue[RegistrySnapshot] = asyncio.Queue()
+
+    async def follow() -> None:
+        async for snapshot in sqlite.watch(0):
+            shown.put_nowait(snapshot)
+
+    task = asyncio.ensure_future(follow())
+    try:
+        await shown.get()
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5:
+            await sqlite.commit([record(f"own {time.monotonic()}")])
+            await asyncio.sleep(0.1)
+        assert shown.empty()
+        await other.commit([record("theirs")])
+        said = time.monotonic()
+        assert record("theirs").slug in (await shown.get()).records
+        assert time.monotonic() - said < 1.0
+        await sqlite.commit([record("last")])
+        async with asyncio.timeout(10.0):
+            while record("last").slug not in (await shown.get()).records:
+                pass
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await other.close()
