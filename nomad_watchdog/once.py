@@ -15,13 +15,9 @@ async def look(reconciler: Reconciler) -> None:
     """Read the registry and the scheduler once, in full. Raises as `Registry.read` and
     `Scheduler.snapshot`."""
     fleet = reconciler.fleet
-    await fleet.pauses.refresh()
-    await reconciler.migrations.refresh()
-    records = await fleet.registry.read()
-    fleet.reset(records.records, records.index, records.unreadable)
+    await reconciler.follower.read()
     # Who looks once knows nothing of when a device left: waiting is for those who stay.
     fleet.attendance.leaving.clear()
-    reconciler.follower.has_read = True
     await reconciler.informer.read()
     fleet.refresh_all()
 

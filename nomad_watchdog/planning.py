@@ -91,11 +91,6 @@ class Planning:
                 data={},
             )
 
-    def hold_now(self) -> None:
-        """Hold what the views of this moment would stop. A plan that is shown is made of them, and the last
-        pass may be some seconds older: what an operator was shown is what can be confirmed."""
-        self.hold(self.make(self.breaker.confirmed))
-
     def view(self) -> dict[str, object]:
         """What the next pass would do, for the API and the CLI."""
         plan = self.make(self.breaker.confirmed)

@@ -354,8 +354,9 @@ class Reconciler:
         self._wake.set()
 
     def hold_now(self) -> None:
-        """As `Planning.hold_now`."""
-        self.planning.hold_now()
+        """Hold what the views of this moment would stop. A plan that is shown is made of them, and the last
+        pass may be some seconds older: what an operator was shown is what can be confirmed."""
+        self.planning.hold(self.planning.make(self.breaker.confirmed))
 
     def confirm_stops(self) -> int:
         """An operator's word that all held stops are meant. Returns how many."""

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 VERDICTS_EVERY_S: Final = 2.0
 JUDGE_PER_COST: Final = 100.0
+"""Times as long as a judgement of all took is waited before the next: time alone changes few verdicts."""
 PRESENCE_EVERY_S: Final = 1.0
 """So late at most is seen that a grace or a pause has ended, or that another replica made one."""
 SWEEP_EVERY_S: Final = 30.0
@@ -61,14 +62,13 @@ class Upkeep:
     def timers(self) -> Iterable[Coroutine[None, None, None]]:
         """What is to run as long as the loop does."""
         yield self._judge_for_ever()
-        yield every(PRESENCE_EVERY_S, self._settle)
+        yield every(PRESENCE_EVERY_S, self.settle_presence)
         yield every(SWEEP_EVERY_S, self.sweep)
         yield every(self.fleet.limits.resync_s, self.prepare_again)
 
     async def _judge_for_ever(self) -> None:
         took_s = 0.0
         while True:
-            # Time alone changes few verdicts: a large fleet is judged as a whole for 1 % of the time.
             await asyncio.sleep(max(VERDICTS_EVERY_S, JUDGE_PER_COST * took_s))
             began = self.fleet.clock.monotonic()
             self.judge()
@@ -76,10 +76,6 @@ class Upkeep:
             # Agents that got ready, or have lasted, make room in a roll-out's window.
             if self.waits_for_room():
                 self.wake()
-
-    async def _settle(self) -> None:
-        if await self.settle_presence():
-            self.wake()
 
     def judge(self) -> None:
         """Judge every device, and tell the metrics how the fleet stands."""
@@ -100,14 +96,15 @@ class Upkeep:
         metrics.incidents(fleet.chronicle.open_by_kind())
         metrics.events(fleet.chronicle.status_of_store())
 
-    async def settle_presence(self) -> bool:
-        """See which graces and pauses have ended or begun; whether a pass is due for it."""
+    async def settle_presence(self) -> None:
+        """See which graces and pauses have ended or begun, and have a pass made for it."""
         try:
             changed = await self.fleet.pauses.refresh()
         except WatchdogError as error:
             changed = False  # the last view stands
             log.warning("pauses not read", extra={"reason": str(error)})
-        return self.fleet.settle_presence() or changed
+        if self.fleet.settle_presence() or changed:
+            self.wake()
 
     async def prepare_again(self) -> None:
         """Level-triggered too: what an operator purged or changed by hand is put right (L2)."""

@@ -16,7 +16,9 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -33,7 +35,11 @@ SERVERS: Final = ("s1", "s2", "s3")
 _HTTPS: Final = {"consul": 8501, "nomad": 4646}
 _POLL_S: Final = 0.2
 _CALL_S: Final = 5.0
-_SCRIPT_S: Final = 180.0
+_SCRIPT_S: Final = 300.0
+"""`bootstrap.sh` waits twice for 120 s."""
+
+_found = cache(find)
+"""The programs are asked for their version once, not for each of many starts."""
 
 
 class Daemon:
@@ -57,7 +63,7 @@ class Daemon:
         """Start it if it does not run. Does not wait for readiness."""
         if self._process is not None and self._process.returncode is None:
             return
-        binary = await asyncio.to_thread(find, self._program)
+        binary = await asyncio.to_thread(_found, self._program)
         flag = "-config-file" if self._program == "consul" else "-config"
         config = self._folder / "etc" / f"{self._program}.hcl"
         argv = self.host.argv([str(binary), "agent", f"{flag}={config}"])
@@ -109,18 +115,24 @@ class Cluster(Running):
     # -- making it ------------------------------------------------------------------------------
 
     async def start(self, timeout_s: float = 120.0) -> None:
-        """The network, the hosts' files, the servers and their ACLs, the clients. Raises TerminalError with
-        what a script said, or with the ends of all logs, when it does not come up."""
-        deadline = time.monotonic() + timeout_s
+        """The network, the hosts' files, the servers and their ACLs, the clients. `timeout_s`: for those to be
+        ready in the end; each script has its own. Raises TerminalError with what a script said, or with the
+        ends of all logs, when it does not come up."""
         await self.net.start()
-        try:
+        async with self.telling():
             await self._provision()
             await self._launch(SERVERS)
             await self.script("s1", "bootstrap.sh", str(self.jobs))
             # A client that registers before there is a keyring is refused, and comes again only after 15 s.
             await self._launch(self.clients)
             self._http = self.session(_CALL_S)
-            await self.wait_ready(deadline - time.monotonic())
+            await self.wait_ready(timeout_s)
+
+    @asynccontextmanager
+    async def telling(self) -> AsyncIterator[None]:
+        """A TerminalError within ends with the ends of all logs."""
+        try:
+            yield
         except TerminalError as error:
             logs = [one.said() for one in (*self.consul.values(), *self.nomad.values())]
             raise TerminalError("\n".join([str(error), *filter(None, logs)])) from error
@@ -149,8 +161,8 @@ class Cluster(Running):
             "CLIENTS": " ".join(hosts[one].address for one in self.clients),
             "ETC": str(self.etc(host)),
             "DATA": str(self.data_dir / host),
-            "CONSUL": str(await asyncio.to_thread(find, "consul")),
-            "NOMAD": str(await asyncio.to_thread(find, "nomad")),
+            "CONSUL": str(await asyncio.to_thread(_found, "consul")),
+            "NOMAD": str(await asyncio.to_thread(_found, "nomad")),
             "WATCHDOG": str(beside),
             "PYTHON": sys.executable,
             "HOME": os.environ.get("HOME", "/"),
@@ -161,19 +173,25 @@ class Cluster(Running):
         self, host: str, argv: list[str], env: Mapping[str, str], timeout_s: float = _SCRIPT_S
     ) -> str:
         """A command on a host, to its end: what it said. Raises TerminalError when it fails."""
-        done = await asyncio.to_thread(
-            subprocess.run,
-            self.net.hosts[host].argv(argv),
-            env=clean_environment() | dict(env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
-        )
+        what = f"{' '.join(argv[:2])} on {host}"
+        try:
+            done = await asyncio.to_thread(
+                subprocess.run,
+                self.net.hosts[host].argv(argv),
+                env=clean_environment() | dict(env),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            said = (error.output or b"").decode(errors="replace")
+            raise TerminalError(
+                f"{what} did not end within {timeout_s:.0f} s:\n{said[-4000:]}"
+            ) from error
         said = done.stdout.decode(errors="replace")
         if done.returncode != 0:
-            what = f"{' '.join(argv[:2])} on {host} ended with {done.returncode}"
-            raise TerminalError(f"{what}:\n{said[-4000:]}")
+            raise TerminalError(f"{what} ended with {done.returncode}:\n{said[-4000:]}")
         return said
 
     async def stop(self) -> None:
@@ -265,15 +283,19 @@ class Cluster(Running):
         await self.wait_ready()
 
     async def consul_leader(self) -> str:
-        """The host of Consul's leader; "" when there is none."""
+        """The host of Consul's leader. Raises TerminalError when there is none."""
         for name in SERVERS:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-                return await self._consul_leader_by(name)
-        return ""
+                if leader := await self._consul_leader_by(name):
+                    return leader
+        raise TerminalError("Consul has no leader")
 
     async def nomad_leader(self) -> str:
-        """The host of Nomad's leader."""
-        return self._server_at(await self.request("GET", "/v1/status/leader"))
+        """The host of Nomad's leader. Raises TerminalError when there is none."""
+        leader = self._server_at(await self.request("GET", "/v1/status/leader"))
+        if not leader:
+            raise TerminalError("Nomad has no leader")
+        return leader
 
     def _server_at(self, address: str) -> str:
         host = address.rpartition(":")[0]

@@ -48,7 +48,7 @@ class NomadServer(Running):
     `consul_addr` is one address, or one for each client (two Nomad clients on one Consul agent
     delete each other's services). Without `schedulers` nothing is placed: jobs wait for ever. Ports stay the same over `stop_process` and `restart`.
     `unprivileged`: for thousands of allocations on one machine. As root a client mounts two file systems for
-    each, and every mount costs with the number of those that are there.
+    each, and every mount costs with the number of those that are there. No effect for who is not root.
     """
 
     def __init__(
@@ -124,20 +124,20 @@ class NomadServer(Running):
         config = self.data_dir / f"nomad-{index}.json"
         config.write_text(json.dumps(self._config(index), indent=1))
         if self._user is not None:
-            program = await asyncio.to_thread(self._lend, program)
+            program = await asyncio.to_thread(self._lend, program, self._user)
         argv = [str(program), "agent", f"-config={config}"]
         self._processes[index] = Process.start(
             argv, log=self.log_file(index), env=clean_environment(), user=self._user
         )
 
-    def _lend(self, program: Path) -> Path:
+    def _lend(self, program: Path, user: int) -> Path:
         """A copy that the other user may run, in a folder that is theirs."""
         copy = self.data_dir / program.name
         if not copy.exists():
             shutil.copy(program, copy)
             copy.chmod(0o755)
         for path in (self.data_dir, *self.data_dir.glob("*.json")):
-            os.chown(path, self._user or 0, self._user or 0)
+            os.chown(path, user, user)
         return copy
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:

@@ -28,9 +28,11 @@ class ScriptedCluster(Cluster):
     async def start(self, timeout_s: float = 120.0) -> None:
         """By the scripts alone. Raises TerminalError with what a script said."""
         await super().start(timeout_s)
-        await self.script("s1", "submit.sh", str(self.jobs))
+        async with self.telling():
+            await self.script("s1", "submit.sh", str(self.jobs))
 
     async def provision_again(self) -> None:
         """Does no harm. Raises TerminalError with what a script said."""
-        await self.script("s1", "bootstrap.sh", str(self.jobs))
-        await self.script("s1", "submit.sh", str(self.jobs))
+        async with self.telling():
+            await self.script("s1", "bootstrap.sh", str(self.jobs))
+            await self.script("s1", "submit.sh", str(self.jobs))

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 async def test_five_hosts_with_tls_and_acls_run_the_control_plane_in_two_copies(
     tmp_path: Path,
 ) -> None:
-    """secrets.sh, node.sh and bootstrap.sh on five network namespaces make a cluster on which the smoke
-    test passes from a sixth; a second bootstrap fails at nothing and makes what the first
-    one left undone, and no secret is for others to read."""
+    """secrets.sh, node.sh, bootstrap.sh and submit.sh on five network namespaces make a cluster on which the
+    smoke test passes from a sixth; a second run of the last two fails at nothing and makes what the first
+    left undone, and no secret is for others to read."""
     async with ScriptedCluster(tmp_path) as cluster:
         argv = [sys.executable, "-m", "tests.cluster.smoke"]
         env = cluster.environment() | {"PYTHONPATH": str(ROOT)}

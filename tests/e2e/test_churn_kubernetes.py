@@ -25,6 +25,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.demo.fleet import SimulatedFleet
 from nomad_watchdog.demo.stage import Stage, open_stage
 from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.schedulers.kubernetes import _names as names
 
 from . import audit
 from .churn import SEED, Churn, Watch, play
@@ -47,12 +48,18 @@ class KubernetesChurn(Churn):
 
     async def drain(self) -> None:
         # the scheduler may have put all of them on one node
-        where = Counter(pod["spec"].get("nodeName") for pod in await self.pods())
+        pods = await self.pods()
+        where = Counter(pod["spec"].get("nodeName") for pod in pods)
         lost = max(self.stage.nodes, key=lambda node: where[node.node])
         self.done.append(f"{lost.node} cut off, {where[lost.node]} pods")
         doubles = self.workload == "deployment"
         lost.pause()
         if doubles:
+            self.watch.may_double = {
+                pod["metadata"]["labels"][names.SLUG]
+                for pod in pods
+                if pod["spec"].get("nodeName") == lost.node
+            }
             self.watch.may_double_until = math.inf
         async with asyncio.timeout(GIVEN_UP_S):
             while any(pod["spec"].get("nodeName") == lost.node for pod in await self.pods()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -70,7 +71,8 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
      quick=False, alone=True, deadline_s=1800.0, registry="sqlite", template=MOCK)  # fmt: skip
 async def mass(world: World) -> None:
     memory = Path("/dev/shm")  # the disk is not what is tried, and a client writes much
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 << 30
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
         Path(folder).chmod(0o755)
         async with NomadServer(Path(folder) / "nomad", unprivileged=True) as nomad:
             await come_and_go(world, nomad)
