@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nomad_watchdog.core.scaling import (
@@ -128,15 +128,16 @@ def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
 
 
 @given(
-    rules_of(),
-    st.integers(0, 60),
+    rules_of().flatmap(
+        lambda rules: st.tuples(st.just(rules), st.integers(rules.minimum, rules.maximum))
+    ),
     st.one_of(st.none(), st.just(math.nan), st.just(math.inf), st.floats(max_value=-1e-9)),
 )
 def test_a_metric_that_is_missing_or_no_number_changes_nothing(
-    rules: Rules, count: int, value: float | None
+    inside: tuple[Rules, int], value: float | None
 ) -> None:
     """Inside the bounds nothing moves on None, NaN, infinity or a negative number."""
-    assume(rules.minimum <= count <= rules.maximum)
+    rules, count = inside
     found = decide(rules, count, value, Memory(), Monotonic(0.0))
 
     assert (found.count, found.verb, found.why) == (count, Verb.KEEP, Why.NO_METRIC)
