@@ -60,6 +60,7 @@ class Agent:
         self.reporter = reporter.Reporter(self.loop, config, self.report, self.retire, log)
         self.reporter.confirmed_since = lambda since: self.diagnosis.confirmed_at > since
         self.reporter.doubt = self._doubt
+        self.reporter.parted = self._save
         self.shipper: Shipper | None = None
         self.keeper: ConsulState | None = None
         self.escalations: Escalations | None = None
@@ -106,6 +107,9 @@ class Agent:
     def _restore(self, kept: Document) -> None:
         self.diagnosis.suspicion.was_ready = kept.get("was_ready") is True
         self.diagnosis.suspicion.restore(kept.get("state"), kept.get("reason"))
+        if self.diagnosis.suspicion.confirmed:
+            # when is not kept: if nobody hears us now, nobody may have heard us then
+            self.diagnosis.confirmed_at = time.monotonic()
         sequence = kept.get("sequence")
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
         if self.escalations is not None:
@@ -201,8 +205,11 @@ class Agent:
         if self.repairs is not None:
             self.repairs.look()
 
-    def _doubt(self) -> None:
-        if self.exit_code is None and self.diagnosis.suspicion.doubt():
+    def _doubt(self, alone: bool) -> None:  # as the reporter says it
+        if self.exit_code is not None:
+            return
+        self.diagnosis.episode += 1  # what was asked while nobody was heard is dropped
+        if self.diagnosis.suspicion.doubt(confirmed_too=alone):
             self.changed()
 
     def gateway_answers(self) -> None:
@@ -413,7 +420,8 @@ class Agent:
         kept: Document = {
             "device_id": self.config["device_id"],
             "was_ready": believed.was_ready,
-            "state": believed.state,
+            # what was confirmed alone must not be a claim of the next run, which may be heard at once
+            "state": "suspect" if self.reporter.alone and believed.confirmed else believed.state,
             "reason": believed.reason[:400],
             "misses": believed.misses,
             "sequence": self.reporter.sequence,

@@ -1,7 +1,8 @@
 """Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away.
 
 Who can't reach it may be the one that is cut off: what was confirmed against the device since it was last
-heard may be our own host's doing, and is reported as not confirmed until it was confirmed anew (S6).
+heard may be our own host's doing, and is reported as not confirmed until it was confirmed anew (S6). Nor does
+a round count that failed until then: a restart of the control plane delays a true «offline» by as much.
 """
 
 from __future__ import annotations
@@ -69,8 +70,15 @@ class Reporter:
         self.answered_at = float("-inf")
         self.confirmed_since: Callable[[float], bool] = lambda _since: False
         """Whether the device was confirmed to be offline since then."""
-        self.doubt: Callable[[], None] = lambda: None
-        """Called when we are heard again and it was."""
+        self.doubt: Callable[[bool], None] = lambda _alone: None
+        """Called when we are heard again; with `alone` as it was until now."""
+        self.parted: Callable[[], object] = lambda: None
+        """Called when a call without an answer has made us `alone`."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether what is believed was confirmed while nobody was heard."""
+        return self.unheard and self.confirmed_since(self.answered_at)
 
     def start(self) -> None:
         """Begin to beat."""
@@ -108,8 +116,8 @@ class Reporter:
         self.fetch = http.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
     def _unclaim(self) -> bool:
-        """Whether what waits says what was confirmed while nobody was heard; it says so no more."""
-        alone = self.unheard and self.confirmed_since(self.answered_at)
+        """`alone`; if so, what waits claims nothing any more."""
+        alone = self.alone
         for one in self.waiting if alone else ():
             one["confirmed"] = False
         return alone
@@ -118,13 +126,15 @@ class Reporter:
         self.fetch = None
         if self.heard is not None:
             self.heard(status)
-        alone = self._unclaim()
+        again, alone = self.unheard and status is not None, self._unclaim()
         self.unheard = status is None
         if status is not None:
             self.answered_at = time.monotonic()
         self._take(status, headers, body)
-        if alone and status is not None:
-            self.doubt()
+        if again:
+            self.doubt(alone)
+        elif self.alone and not alone:
+            self.parted()
 
     def _take(self, status: int | None, headers: dict[str, str], body: Any) -> None:
         if status == 200:

@@ -110,13 +110,15 @@ class Suspicion:
         self.reason = f"{self._cause()}; {name}: {reason}"
         return True
 
-    def doubt(self) -> bool:
-        """Have what was confirmed confirmed anew, from the next missed probe on; true when the state
-        changed."""
-        if self.state != "offline":
+    def doubt(self, *, confirmed_too: bool) -> bool:
+        """Count no round that failed so far, and ask again from the next missed probe on; true when the state
+        changed. Of a device that is offline already that is done only with `confirmed_too`."""
+        if self.state == "ok" or (self.state == "offline" and not confirmed_too):
+            return False
+        self._rounds, self._misses_then = 0, self.misses
+        if self.state == "suspect":
             return False
         self.state, self.confirmed = "suspect", False
-        self._rounds, self._misses_then = 0, self.misses
         self.reason = f"{self._cause()}; found while the control plane was not heard either"
         return True
 

@@ -7,11 +7,12 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nomad_watchdog.artifact import build_agent
-from tests.agent.world import OK, Peer, World, probe, says, silent, tcp, until
+from tests.agent.world import OK, Agent, Listener, Peer, World, probe, says, silent, tcp, until
 
 
 async def smoke(world: World, argv: list[str] | None = None) -> None:
@@ -185,6 +186,90 @@ async def test_what_was_confirmed_while_nobody_was_heard_is_confirmed_anew(world
     assert "offline" in states
     assert states[-1] == "suspect"
     assert any("not heard" in r["reason"] for r in since if r["state"] == "suspect")
+
+
+async def unanswered(agent: Agent, **wanted: Any) -> None:
+    """Wait until the agent is in this state and has had no answer once."""
+
+    async def check() -> bool:
+        now = await agent.status()
+        return now["reports"]["failed"] > 0 and wanted.items() <= now.items()
+
+    await until(check, f"no answer and {wanted}")
+
+
+async def test_a_confirmation_asked_for_while_nobody_was_heard_does_not_count(world: World) -> None:
+    """One round fails while the API is away, and the second is under way when it is back: neither counts, and
+    two more are asked for before anything is claimed (S6)."""
+    asked = 0
+    answered = asyncio.Event()
+
+    async def second_waits(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            await answered.wait()
+
+    second = Listener(second_waits)
+    await second.start()
+    try:
+        agent = await world.started(confirm=[probe(second.port, timeout_s=60.0)])
+        await world.peer.saw("ok", state="ok", ready=True)
+        await world.peer.stop()
+        await unanswered(agent)
+        await world.device.stop()
+        await until(lambda: asked == 2, "a second round")
+        heard = len(world.peer.reports)
+        await world.peer.start()
+        # the second is sent when the answer to the first has been read
+        await until(lambda: len(world.peer.reports) > heard + 1, "two reports", 40.0)
+        missed = (await agent.status())["misses"]
+        await until(lambda: world.peer.last["misses"] > missed, "another miss")
+        answered.set()
+        await world.peer.saw("offline", state="offline", confirmed=True)
+        assert asked == 4
+    finally:
+        await second.stop()
+
+
+async def test_what_was_confirmed_alone_is_no_claim_of_the_next_run(world: World) -> None:
+    """Killed after it confirmed something that nobody heard, an agent that is answered from its start on
+    begins with «suspect» (S6)."""
+    agent = await world.started()
+    await world.peer.saw("ok", state="ok", ready=True)
+    world.peer.status = None
+    await world.device.stop()
+    await unanswered(agent, state="offline", confirmed=True)
+    assert agent.process is not None
+    await agent.process.kill()
+    world.peer.status = 200
+    heard = len(world.peer.reports)
+    await agent.start()
+    await until(lambda: len(world.peer.reports) > heard, "a report")
+    first = world.peer.reports[heard]
+    assert (first["state"], first["confirmed"], first["was_ready"]) == ("suspect", False, True)
+    await world.peer.saw("offline", state="offline", confirmed=True)
+
+
+async def test_a_run_that_nobody_hears_does_not_claim_what_it_found_kept(world: World) -> None:
+    """An agent that believes «offline» from an earlier run, and has no answer at first, says «not confirmed»
+    when it is heard, then doubts, and only another confirmation counts (S6)."""
+    agent = await world.started()
+    await world.peer.saw("ok", state="ok", ready=True)
+    await world.device.stop()
+    await world.peer.saw("offline", state="offline", confirmed=True)
+    assert agent.process is not None
+    await agent.process.kill()
+    await world.peer.stop()
+    heard = len(world.peer.reports)
+    await agent.start()
+    await unanswered(agent, state="offline", confirmed=True)
+    await world.peer.start()
+    await until(lambda: any(r["confirmed"] for r in world.peer.reports[heard:]), "a claim", 40.0)
+    since = world.peer.reports[heard:]
+    states = [r["state"] for r in since[: [r["confirmed"] for r in since].index(True)]]
+    assert states[0] == "offline"
+    assert states[-1] == "suspect"
 
 
 async def test_an_agent_learns_where_the_other_replicas_are(world: World) -> None:

@@ -73,19 +73,36 @@ def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
 
 def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations() -> None:
     """A doubt makes an offline device suspect at once; it is offline again after another miss, a failed
-    confirmation, another miss and another one. Doubting what is not offline changes nothing."""
+    confirmation, another miss and another one. Doubting what is ok changes nothing."""
     it = Suspicion(1, was_ready=True)
-    assert not it.doubt()
+    assert not it.doubt(confirmed_too=True)
     for _ in range(2):
         it.probed("p", False, "r")
         it.confirmation("icmp", False, "r")
     assert it.state == "offline"
-    assert it.doubt()
+    assert it.doubt(confirmed_too=True)
     for _ in range(2):
         assert (it.state, it.confirmed) == ("suspect", False)
         assert not it.confirmation("icmp", False, "r")
         it.probed("p", False, "r")
         it.confirmation("icmp", False, "r")
+    assert (it.state, it.confirmed) == ("offline", True)
+
+
+def test_a_doubt_takes_back_the_rounds_and_not_what_was_confirmed_before() -> None:
+    """After a doubt a suspected device needs two more rounds, each after a miss of its own; an offline one
+    that is not to be doubted stays offline."""
+    it = Suspicion(1, was_ready=True)
+    it.probed("p", False, "r")
+    it.confirmation("icmp", False, "r")
+    it.probed("p", False, "r")
+    assert not it.doubt(confirmed_too=False)
+    assert not it.wants_confirmation()
+    it.probed("p", False, "r")
+    assert not it.confirmation("icmp", False, "r")
+    it.probed("p", False, "r")
+    assert it.confirmation("icmp", False, "r")
+    assert not it.doubt(confirmed_too=False)
     assert (it.state, it.confirmed) == ("offline", True)
 
 
