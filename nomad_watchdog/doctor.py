@@ -34,6 +34,7 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.migrations import Kept
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces
 from nomad_watchdog.wiring import kubernetes_settings, open_registry
 
 NOMAD_MINIMUM: Final = (1, 11, 2)
@@ -345,7 +346,11 @@ async def _kubernetes(settings: Settings) -> list[Check]:
             Check("kubernetes version", status, version, mend),
         ]
         first, spread = settings.kubernetes.namespace, settings.kubernetes.namespaces
-        for number in range(spread):
+        try:
+            known = await known_namespaces(client, first, spread)
+        except DeniedError:
+            known = spread  # the rights in the first one, below, say which is missing
+        for number in range(known):
             space = names.namespace_of(first, number)
             checks += await _kubernetes_namespace(client, space, first=number == 0)
         return checks

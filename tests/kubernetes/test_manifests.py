@@ -204,6 +204,29 @@ async def test_doctor_asks_for_the_record_by_its_name(
     }
 
 
+@pytest.mark.asyncio(loop_scope="session")
+async def test_doctor_looks_at_every_namespace_that_was_ever_used(
+    kube: KubernetesCluster, repository: Path, tmp_path: Path
+) -> None:
+    """After the number was lowered, the namespace that is left out is still read, and its lacking rights are
+    told."""
+    await install(kube, repository)
+    client = kube.client()
+    record = names.record_path("nomad-watchdog")
+    body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": names.RECORD}}
+    try:
+        await kube.add_namespace("nomad-watchdog-1")
+        await client.apply(record, {**body, "data": {"namespaces": "2"}}, force=True)
+        checks = await examine(settings_of(tmp_path, await kube.user(USER)), {})
+    finally:
+        await client.delete(record)
+        await client.close()
+    (told,) = [one for one in checks if one.name == "kubernetes rights in nomad-watchdog-1"]
+
+    assert told.status is Status.FAIL
+    assert "lacks get deployments" in told.found
+
+
 async def test_doctor_names_a_server_that_does_not_answer(tmp_path: Path) -> None:
     """Nothing listens: the check that fails is that of reaching it, with the setting to look at."""
     nobody = {

@@ -19,7 +19,7 @@ from nomad_watchdog.model import Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Hint
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes._namespaces import newest_pod
+from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces, newest_pod
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.kubernetes_rig import MOCK, kubelet, processes_of, spec_of
 
@@ -85,6 +85,29 @@ async def test_devices_are_spread_and_none_is_lost_when_the_number_changes(
         async with asyncio.timeout(60):
             while (await one.snapshot()).placements:
                 await asyncio.sleep(0.2)
+
+
+async def test_the_number_of_namespaces_is_lowered_by_hand_only(kube: KubernetesCluster) -> None:
+    """Who is told of one still reads two; patched as the guide says they are one, and then the number can be
+    raised again."""
+    for name in ("lowered", "lowered-1"):
+        await kube.add_namespace(name)
+    client = kube.client()
+
+    async def known_after(namespaces: int) -> int:
+        async with scheduler(kube, "lowered", namespaces) as one:
+            await one.prepare([])
+        return await known_namespaces(client, "lowered", 1)
+
+    try:
+        assert [await known_after(2), await known_after(1)] == [2, 2]
+        await client.call(
+            "PATCH", names.record_path("lowered"), params={"fieldManager": "kubectl-patch"},
+            body={"data": {"namespaces": "1"}}, content="application/merge-patch+json",
+        )  # fmt: skip
+        assert [await known_after(1), await known_after(2)] == [1, 2]
+    finally:
+        await client.close()
 
 
 async def test_a_namespace_that_is_not_there_is_told(kube: KubernetesCluster) -> None:
