@@ -201,6 +201,8 @@ def test_every_value_has_its_place(chart: Chart) -> None:
             "networkPolicy": {"apiFrom": [peer], "agentsFrom": [peer]},
             "podDisruptionBudget": {"maxUnavailable": "50%", "maxUnavailableAgents": 7},
             "priorityClassName": "high",
+            "init": True,
+            "tolerations": [{"operator": "Exists"}],
             "podLabels": {"team": "x", "app.kubernetes.io/name": "no"},
             "env": [{"name": "NOMAD_WATCHDOG_API_LISTEN", "value": "$(POD_IP):1"}],
             "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
@@ -226,11 +228,25 @@ def test_every_value_has_its_place(chart: Chart) -> None:
     )
     for one in things:
         if one["kind"] == "NetworkPolicy":
-            assert one["spec"]["ingress"][0]["from"] == [peer]
+            *ours, theirs = one["spec"]["ingress"][0]["from"]
+            assert theirs == peer
+            if one["metadata"]["name"] == "watchdog-agents":
+                assert ours == []
+                continue
+            assert [peers["podSelector"]["matchLabels"] for peers in ours] == [
+                {"app.kubernetes.io/name": name} for name in ("nomad-watchdog", "watchdog-agent")
+            ]
+            assert "namespaceSelector" not in ours[0]
+            (where,) = ours[1]["namespaceSelector"]["matchExpressions"]
+            assert where == {
+                "key": "kubernetes.io/metadata.name", "operator": "In", "values": ["0123", "0123-1"]
+            }  # fmt: skip
     assert the("ConfigMap", things)["data"]["nomad-watchdog.hcl"].startswith("  # indented\n")
     deployment = the("Deployment", things)["spec"]
     spec = deployment["template"]["spec"]
     (container,) = spec["containers"]
+    job = the("Job", things)["spec"]["template"]["spec"]
+    assert job["tolerations"] == spec["tolerations"] == [{"operator": "Exists"}]
     env = {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
     assert len(env) == len(container["env"])
     assert env["NOMAD_WATCHDOG_API_LISTEN"] == "$(POD_IP):1"
