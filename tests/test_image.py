@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -58,7 +57,7 @@ async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
     image: Image, tmp_path: Path
 ) -> None:
     """Started as its configuration says, by nobody on a root that can't be written, it serves, keeps who has
-    no token out, and its own agent watches a device, and the
+    no token out, keeps its state where the image says, and its own agent watches a device, and the
     program inside says so; it ends on SIGTERM with 0, and knows the device when it
     comes again."""
     assert (image.config["User"], image.config["ExposedPorts"]) == ("65534:65534", {"9670/tcp": {}})
@@ -66,20 +65,17 @@ async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
     assert not (image.root / "src").exists()
     device = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     port = free_port()
-    state, config, token = tmp_path / "state", tmp_path / "config.hcl", tmp_path / "token"
-    state.mkdir()
-    os.chown(state, 65534, 65534)
+    config, token = tmp_path / "config.hcl", tmp_path / "token"
     config.write_text(CONFIG % device.sockets[0].getsockname()[1])
     token.write_text(TOKEN)
     api = f"http://127.0.0.1:{port}"
     env = {
         "NOMAD_WATCHDOG_CONFIG": "/etc/nomad-watchdog/nomad-watchdog.hcl",
-        "NOMAD_WATCHDOG_DATA_DIR": STATE,
         "NOMAD_WATCHDOG_API_LISTEN": f"127.0.0.1:{port}",
         "NOMAD_WATCHDOG_API_TOKEN_FILE": "/etc/nomad-watchdog/token",
     }
     mounts = {
-        "/dev": Path("/dev"), "/proc": Path("/proc"), STATE: state, "/etc/nomad-watchdog/token": token,
+        "/dev": Path("/dev"), "/proc": Path("/proc"), STATE: image.root / STATE[1:], "/etc/nomad-watchdog/token": token,
         "/etc/nomad-watchdog/nomad-watchdog.hcl": config,
     }  # fmt: skip
     said = tmp_path / "said"
