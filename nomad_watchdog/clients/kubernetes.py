@@ -7,7 +7,6 @@ that were tried have neither time-outs nor bookmarks.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import ssl
 from collections.abc import AsyncIterator, Mapping
@@ -236,9 +235,7 @@ class KubernetesClient:
     ) -> dict[str, Any]:
         """One call that answers JSON. Raises our errors for everything else."""
         # not in ASCII: an apply is read as YAML, which knows no surrogate pairs in escapes
-        data = None
-        if body is not None:
-            data = as_json(body)
+        data = None if body is None else as_json(body)
         raw = await self._fetch(method, path, params or {}, data, content, accept)
         try:
             found = orjson.loads(raw)
@@ -364,10 +361,13 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 def _event(line: bytes, path: str) -> Event:
     found = orjson.loads(line)
     kind, thing = found["type"], found["object"]
-    if not isinstance(thing.get("metadata") or {}, dict):
-        raise TypeError("an object's metadata is no object")
+    meta = thing.get("metadata", {})
+    if not isinstance(meta, dict) or not isinstance(labels := meta.get("labels") or {}, dict):
+        raise TypeError("an object's metadata or its labels are no object")
+    if not all(isinstance(one, str) for one in labels.values()):
+        raise TypeError("an object's label is no text")
     if kind == "ERROR":
-        raise translate(int(thing.get("code") or 500), json.dumps(thing).encode(), f"watch {path}")
+        raise translate(int(thing.get("code") or 500), as_json(thing), f"watch {path}")
     if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):
         raise UserError(f"kubernetes: the watch of {path} says {kind[:40]!r}")
     return Event(kind, thing)

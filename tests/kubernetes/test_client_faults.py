@@ -34,6 +34,8 @@ from nomad_watchdog.testing.conformance import record_of
 
 PODS = "/api/v1/namespaces/n/pods"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Device = tuple[KubernetesScheduler, list[str]]
+WITH_CREDENTIAL = AgentSpec("default", "1", "h", agent_config='{"v": 1, "credential": "hunter2"}')
 
 
 @asynccontextmanager
@@ -55,6 +57,21 @@ async def served(handler: Handler, **settings: Any) -> AsyncIterator[KubernetesC
 def status(code: int, reason: str = "", message: str = "said", **more: Any) -> web.Response:
     body = {"kind": "Status", "code": code, "reason": reason, "message": message, **more}
     return web.json_response(body, status=code)
+
+
+def one_event(line: bytes) -> Handler:
+    """Lists are empty, and each watch says this and then nothing."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if "watch" not in request.query:
+            return page([])
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(line)
+        await asyncio.sleep(30)
+        return answer
+
+    return handler
 
 
 def page(names: list[str], more: str = "", version: str = "7") -> web.Response:
@@ -120,18 +137,16 @@ async def test_a_watch_gives_events_and_bookmarks_and_says_when_its_version_is_f
 @pytest.mark.parametrize("line", [
     b"{\n", b'{"type": "WHAT", "object": {}}\n', b"[]\n", b"{}\n",
     b'{"type": "ADDED", "object": []}\n', b'{"type": "ADDED", "object": null}\n',
-    b'{"type": "ADDED", "object": {"metadata": "x"}}\n', b'{"type": "ERROR", "object": "x"}\n',
+    b'{"type": "ADDED", "object": {"metadata": "x"}}\n',
+    b'{"type": "ADDED", "object": {"metadata": null}}\n',
+    b'{"type": "ADDED", "object": {"metadata": {"labels": ["x"]}}}\n',
+    b'{"type": "ADDED", "object": {"metadata": {"labels": {"x": 1}}}}\n',
+    b'{"type": "ERROR", "object": "x"}\n',
 ])  # fmt: skip
 async def test_a_watch_that_talks_nonsense_is_our_error(line: bytes) -> None:
     """What is no event ends the watch with an error of ours, whatever it is."""
 
-    async def handler(request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse()
-        await answer.prepare(request)
-        await answer.write(line)
-        return answer
-
-    async with served(handler) as client:
+    async with served(one_event(line)) as client:
         with pytest.raises((TransientError, UserError)):
             async for _ in client.watch(PODS, "7"):
                 pytest.fail("that was no event")
@@ -289,27 +304,14 @@ async def test_a_watch_that_breaks_is_one_resync() -> None:
     assert resyncs == 1
 
 
-async def test_a_watch_that_is_gone_for_good_is_not_silent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_watch_that_is_gone_for_good_is_not_silent() -> None:
     """What is no error of ours and ends one watch comes out of the hints, and at once."""
 
-    async def handler(request: web.Request) -> web.StreamResponse:
-        if "watch" not in request.query:
-            return page([])
-        answer = web.StreamResponse()
-        await answer.prepare(request)
-        await answer.write(b'{"type": "ADDED", "object": {}}\n')
-        await asyncio.sleep(30)
-        return answer
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(_hints, "_say", broken)
-    async with served(handler) as client:
+    meta = {"name": "x", "labels": {names.SLUG: record_of("device-1").slug}}
+    pod = {"type": "ADDED", "object": {"metadata": meta, "status": "x"}}  # which we don't look for
+    async with served(one_event(json.dumps(pod).encode() + b"\n")) as client:
         hints = KubernetesScheduler(client=client, namespace="n").watch()
-        with pytest.raises(RuntimeError, match="a bug"):
+        with pytest.raises(AttributeError):
             async with asyncio.timeout(10):
                 async for _ in hints:
                     pass
@@ -352,3 +354,63 @@ async def test_a_start_outlasts_the_controllers_first_words() -> None:
         scheduler = KubernetesScheduler(client=client, namespace="n")
 
         assert await scheduler.ensure(record, Epoch(2), spec) == 1
+
+
+@asynccontextmanager
+async def one_device(epoch: int, answers: dict[str, web.Response]) -> AsyncIterator[Device]:
+    """A scheduler whose device is there at this epoch, and what is asked for it; `answers` to some of that
+    go before a server's."""
+    asked: list[str] = []
+    there: dict[str, Any] = {}
+
+    async def handler(request: web.Request) -> web.Response:
+        what = "secret" if "/secrets/" in request.path else "workload"
+        asked.append(f"{request.method} {what}")
+        if (refusal := answers.get(asked[-1])) is not None:
+            return web.Response(status=refusal.status, body=refusal.body)
+        if request.method != "PATCH" or what == "secret":
+            return web.json_response(there)
+        body = await request.json()
+        labels = {**body["metadata"]["labels"], names.EPOCH: str(epoch)}
+        there.update(body, metadata={**body["metadata"], "labels": labels, "uid": "u"})
+        if body["metadata"]["resourceVersion"] == "1" and asked.count("PATCH workload") == 1:
+            there["metadata"]["resourceVersion"] = "7"
+            return status(409, "Conflict")
+        return web.json_response(there)
+
+    async with served(handler) as client:
+        yield KubernetesScheduler(client=client, namespace="n"), asked
+
+
+async def test_a_roll_out_makes_the_credential_once() -> None:
+    """The conflict that shows the earlier epoch writes no second Secret: it is made, then given its owner, and
+    the earlier one deleted."""
+    async with one_device(1, {}) as (scheduler, asked):
+        await scheduler.ensure(record_of("device-1"), Epoch(2), WITH_CREDENTIAL)
+
+    assert asked == [
+        "PATCH secret", "PATCH workload", "GET workload", "PATCH workload", "PATCH secret",
+        "DELETE secret",
+    ]  # fmt: skip
+
+
+async def test_a_late_start_takes_its_credential_back_once() -> None:
+    """A start that is refused for its epoch deletes its Secret, and does not ask for that again."""
+    async with one_device(3, {}) as (scheduler, asked):
+        with pytest.raises(ConflictError, match="is at epoch 3"):
+            await scheduler.ensure(record_of("device-1"), Epoch(2), WITH_CREDENTIAL)
+
+    assert asked.count("DELETE secret") == 1
+
+
+async def test_a_failed_clean_up_does_not_hide_what_was_wrong() -> None:
+    """A workload that is refused is told so, also when its Secret can't be taken back."""
+    answers = {
+        "PATCH workload": status(422, "Invalid", "no such field"),
+        "DELETE secret": status(403, "Forbidden", "cannot delete"),
+    }
+    async with one_device(1, answers) as (scheduler, asked):
+        with pytest.raises(UserError, match="no such field"):
+            await scheduler.ensure(record_of("device-1"), Epoch(2), WITH_CREDENTIAL)
+
+    assert asked[-1] == "DELETE secret"

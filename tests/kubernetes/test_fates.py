@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,7 +24,6 @@ from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, T
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes import _objects as objects
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.kubernetes_rig import kubelet, processes_of, spec_of
 
@@ -450,22 +450,38 @@ async def test_the_credential_of_another_installation_is_left_alone(site: Site) 
     await site.retire(record)
 
 
-async def test_a_class_is_built_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spec that was not prepared, as one from before an update, is built for the first device only."""
-    built = 0
-    build = objects.build
+async def test_a_bare_pod_that_must_go_first_leaves_no_credential_behind(site: Site) -> None:
+    """The Secret of the next epoch is taken back with the answer that the pod has to go, and made again with
+    the next pod, which runs with it (S10)."""
+    spec = replace(
+        spec_of(variables={"workload": "pod"}), agent_config=with_credential().agent_config
+    )
+    record = await site.start(spec)
+    await site.until(record, lambda one: one.state is RUNNING)
+    await site.scheduler.ensure(record, Epoch(2), spec)
+    assert await site.client.find(secret_of(site, record, 2)) is None
 
-    def counted(spec: AgentSpec) -> objects.Built:
-        nonlocal built
-        built += 1
-        return build(spec)
+    async def followed() -> bool:
+        with suppress(TransientError):
+            await site.scheduler.ensure(record, Epoch(2), spec)
+        return [(one.epoch, one.state) for one in await site.of(record)] == [(2, RUNNING)]
 
-    monkeypatch.setattr(objects, "build", counted)
-    spec = replace(spec_of(), spec_hash="built-once")
-    for record in [await site.start(spec) for _ in range(3)]:
+    await gone(followed, "the next pod runs")
+    assert (await site.client.get(secret_of(site, record, 2)))["metadata"]["ownerReferences"]
+    await site.retire(record)
+
+
+async def test_a_class_is_built_once(site: Site, tmp_path: Path, repository: Path) -> None:
+    """A spec that was not prepared, as one from before an update, is built for the first device only: the
+    others start also when its template is gone."""
+    template = tmp_path / "template.yaml"
+    shutil.copy(repository / "jobs" / "kubernetes" / "device-watchdog.yaml", template)
+    spec = replace(spec_of(), spec_hash="built-once", template=str(template))
+    records = [await site.start(spec)]
+    template.unlink()
+    records += [await site.start(spec) for _ in range(2)]
+    for record in records:
         await site.retire(record)
-
-    assert built == 1
 
 
 async def test_the_log_of_an_agent_comes_from_its_kubelet(site: Site) -> None:

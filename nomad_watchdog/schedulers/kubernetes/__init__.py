@@ -11,6 +11,7 @@ import logging
 import math
 import random
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings, Listed
@@ -110,7 +111,8 @@ class KubernetesScheduler:
         except TransientError:
             raise  # the next try finds it
         except WatchdogError:
-            await secret.drop()
+            with suppress(WatchdogError):  # what was wrong at first counts
+                await secret.drop()
             raise
 
     async def _place(
@@ -118,6 +120,8 @@ class KubernetesScheduler:
     ) -> int:
         found: dict[str, Any] | None = None  # most are new: only a conflict makes us look
         for attempt in range(_TRIES):
+            if attempt > 1:  # a controller writes the status of a new object several times at once
+                await asyncio.sleep(random.uniform(0.5, 1.0) * _PAUSE_S * (attempt - 1))  # noqa: S311  # jitter
             if attempt:
                 found = await self._client.find(ref.path, metadata=True)
             if found is not None:
@@ -131,14 +135,13 @@ class KubernetesScheduler:
                     raise ConflictError(f"{who.slug} is at epoch {who.epoch}, not {ref.epoch}")
                 if ref.kind == "pod":
                     # Its spec can't be changed: when it is gone, ensure is called again.
+                    await secret.drop()
                     return await self._delete(found, ref, spec.kill_timeout_s)
             try:
                 # before the workload: a pod without it would not start
                 await secret.put(new=not attempt)
                 made = await self._client.apply(ref.path, _objects.expecting(body, found))
             except ConflictError:
-                if attempt:  # a controller writes the status of a new object several times at once
-                    await asyncio.sleep(random.uniform(0.5, 1.0) * _PAUSE_S * attempt)  # noqa: S311  # jitter
                 continue
             await secret.adopt(body, made)
             if found is not None:

@@ -32,11 +32,12 @@ class AgentSecret:
         self._put = False
 
     async def put(self, *, new: bool) -> None:
-        """Write it, yet without an owner. `new`: raises ConflictError when there is one of this name, which
+        """Write it, yet without an owner; once for all tries. `new`: raises ConflictError when there is one of this name, which
         may have its owner already, or belong to another installation."""
-        if self._body is not None:
-            await self._client.apply(self._path, expecting(self._body, None) if new else self._body)
-            self._put = True
+        if self._body is None or self._put:
+            return
+        await self._client.apply(self._path, expecting(self._body, None) if new else self._body)
+        self._put = True
 
     async def adopt(self, body: Mapping[str, Any], made: Mapping[str, Any]) -> None:
         """Give it to the workload with this body, which is there as `made`: the garbage collector takes the
@@ -57,6 +58,7 @@ class AgentSecret:
         """Delete it when it was made here and has no workload; `sure`: it is ours whoever made it."""
         if self._put or (sure and self._body is not None):
             await self._client.delete(self._path)
+            self._put = False
 
     async def replace(self, epoch: int) -> None:
         """Delete the one of this earlier epoch."""
