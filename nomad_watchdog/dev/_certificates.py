@@ -10,18 +10,19 @@ from typing import Final
 from nomad_watchdog.errors import TerminalError
 
 _EC: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-_OPENSSL_S: Final = 60.0
 
 
 class Authority:
-    """A certificate authority in a folder of its own; what it signs lies beside it."""
+    """A certificate authority in a folder of its own; what it signs lies beside it. `timeout_s`: seconds for
+    each run of openssl."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout_s: float = 60.0) -> None:
         self.folder = folder
+        self._timeout_s = timeout_s
         self.cert = folder / "ca.crt"
 
     async def make(self) -> None:
-        """Raises TerminalError when openssl is missing or fails."""
+        """Raises TerminalError when openssl is missing, fails or hangs."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self.cert.exists():
             await self._openssl(
@@ -60,11 +61,11 @@ class Authority:
         try:
             done = await asyncio.to_thread(
                 subprocess.run, ["openssl", *arguments], capture_output=True, check=False,
-                timeout=_OPENSSL_S,
+                timeout=self._timeout_s,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise TerminalError(
-                f"openssl {arguments[0]} gave nothing within {_OPENSSL_S:.0f} s"
+                f"openssl {arguments[0]} gave nothing within {self._timeout_s:g} s"
             ) from error
         except OSError as error:
             raise TerminalError(

@@ -12,6 +12,7 @@ import pytest
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.process import Process, clean_environment, free_port
 from nomad_watchdog.dev.replica import ControlPlane
+from tests import forwarding
 from tests.agent.receiver import Receiver
 from tests.agent.world import OK, Listener, says, until
 from tests.schedulers.conftest import directory
@@ -23,42 +24,6 @@ pytestmark = pytest.mark.servers
 MANY = 12
 SOON_S = 90.0
 GATEWAY = "127.0.1.100"
-FORWARDER = """
-import asyncio, sys
-
-async def pump(reader, writer):
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
-
-async def main(port, many):
-    def to(device):
-        async def serve(reader, writer):
-            try:
-                inner = await asyncio.open_connection(device, port)
-            except OSError:
-                writer.close()
-                return
-            await asyncio.gather(pump(reader, inner[1]), pump(inner[0], writer))
-        return serve
-
-    async def here(reader, writer):
-        writer.close()
-
-    for number in range(many):
-        await asyncio.start_server(to(f"127.0.2.{number + 1}"), f"127.0.1.{number + 1}", port)
-    await asyncio.start_server(here, "127.0.1.100", port)
-    await asyncio.Event().wait()
-
-asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
-"""
-"""A router in one process: a connection to 127.0.1.N goes on to the device at 127.0.2.N; it answers itself at
-127.0.1.100."""
 CONFIG = """\
 data_dir = "{root}"
 api { listen = "127.0.0.1:{port}" }
@@ -109,7 +74,7 @@ class Behind:
 
     async def open(self) -> None:
         """Have the gateway run, and wait until it lets through."""
-        argv = [sys.executable, "-c", FORWARDER, str(self.port), str(MANY)]
+        argv = [sys.executable, forwarding.__file__, str(self.port), str(MANY)]
         self.gateway = Process.start(argv, log=self.folder / "gateway.log", env=clean_environment())
 
         async def there() -> bool:

@@ -18,6 +18,7 @@ from nomad_watchdog.dev._kubelet_spec import Image
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.errors import WatchdogError
+from tests.forwarding import forward
 
 TOKEN = "operators-s3cret-token"
 CONFIG = """\
@@ -200,23 +201,7 @@ class ServiceProxy:
             await asyncio.sleep(0.2)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            if not self._pods:
-                return
-            there = await asyncio.open_connection(*random.choice(self._pods))
-            await asyncio.gather(_pipe(reader, there[1]), _pipe(there[0], writer))
-        except OSError:
-            pass
-        finally:
+        if self._pods:
+            await forward(reader, writer, *random.choice(self._pods))
+        else:
             writer.close()
-
-
-async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
