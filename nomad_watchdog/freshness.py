@@ -3,7 +3,7 @@
 The registry and the scheduler are watched apart from each other, so either view may be the older one. A
 record that has just got an epoch or an instance, by our hand or another replica's, tells of a placement
 that our last listing may be too old to show. Taking that for «gone» would start a second process beside
-a live one (S3); so the next epoch waits for a listing that was begun after the record was known.
+a live one (S3); so a start waits for a listing that was begun after the record was known.
 """
 
 from __future__ import annotations
@@ -66,16 +66,12 @@ class Freshness:
         self._unseen[slug] = self._listing
         return True
 
-    def premature(self, action: Action, record: DeviceRecord | None) -> bool:
+    def premature(self, action: Action) -> bool:
         """Whether the action takes an agent for gone that a younger listing may show.
 
-        A start at the record's own epoch is not: the scheduler makes one of both (S5). But for a device that
-        may just have been moved: its older agent may be ending on the other scheduler, unseen by us."""
-        return (
-            action.kind is ActionKind.START
-            and self.is_behind(action.slug)
-            and (record is None or action.epoch > record.epoch or bool(action.home))
-        )
+        A start at the record's own epoch may be, too: a replacement commits the next epoch before the old
+        agent is told to stop, and that may be live, unseen by us."""
+        return action.kind is ActionKind.START and self.is_behind(action.slug)
 
     def forget(self, kept: Collection[Slug]) -> None:
         """Drop what is known of devices that are not in `kept`."""

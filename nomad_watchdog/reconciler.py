@@ -212,7 +212,7 @@ class Reconciler:
         if self.migrations.unsure({record.slug: record}):
             return
         for action in planner.decide(record, found, self.hashes, self.migrations.homes()):
-            premature = self.informer.freshness.premature(action, record)
+            premature = self.informer.freshness.premature(action)
             full = action.home in self._full
             if action.kind is ActionKind.START and not premature and not full:
                 self.queue.put(record.slug, action, urgent=True)
@@ -327,9 +327,8 @@ class Reconciler:
         for action in actions:
             if action.kind is ActionKind.START and (self._no_room or action.home in self._full):
                 continue
-            if freshness.premature(action, self.fleet.records.get(action.slug)):
-                if action.home:
-                    self.informer.look_again({action.slug})
+            if freshness.premature(action):
+                self.informer.look_again({action.slug})
                 continue
             wanted.add(action.slug)
             self.queue.put(action.slug, action, urgent=urgent)

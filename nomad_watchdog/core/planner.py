@@ -189,11 +189,10 @@ def _elsewhere(record: DeviceRecord, keeper: Placement, homes: Homes | None) -> 
 
 
 def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: Homes | None) -> Action:
-    home = homes.for_start(record) if homes is not None else ""
-    moved = homes is not None and home != homes.of(record)
     highest = max((p.epoch for p in dead), default=Epoch(0))
-    # An epoch has one home for good, so that a late answer can't start it on two schedulers.
-    unused = record.epoch > highest and not record.instance and record.epoch > 0 and not moved
+    # Its start may still be on the way to the epoch's home: it is repeated there, whatever has moved since.
+    unused = record.epoch > highest and not record.instance and record.epoch > 0
+    home = "" if homes is None else homes.of(record) if unused else homes.for_start(record)
     epoch = record.epoch if unused else Epoch(max(record.epoch, highest) + 1)
     if unused:
         reason = f"nobody has been seen at epoch {epoch} yet"

@@ -218,7 +218,7 @@ class World:
             if device != d:
                 continue
             gone_for_sure = not unseen or not self.has(Guard.FRESHNESS)
-            if kind == START and epoch > rec[2] and not gone_for_sure:
+            if kind == START and not gone_for_sure:
                 continue
             if kind == STOP and len(set(going) - set(rep[4])) > model.LIMITS.breaker_min:
                 raise BrokenError(f"S7: r{r} stops {len(going)} agents in one pass")

@@ -11,11 +11,22 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.fleet import AgentReport, Fleet
 from nomad_watchdog.freshness import Freshness
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import Action, ActionKind, AgentState, DeviceRecord, Epoch, Limits
-from nomad_watchdog.testing.fakes import FakeRegistry, Store
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import (
+    Action,
+    ActionKind,
+    AgentSpec,
+    AgentState,
+    DeviceRecord,
+    Epoch,
+    Limits,
+)
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 from tests.core.world import placement, record
 
 BOUND = record("cam", epoch=3, instance="i-1")
@@ -31,10 +42,10 @@ def test_s8_a_listing_under_way_is_too_old() -> None:
     fresh.begins()
     assert fresh.learned([BOUND]) == {BOUND.slug}
     fresh.listed(None)
-    assert fresh.premature(start(BOUND, 4), BOUND)
+    assert fresh.premature(start(BOUND, 4))
     fresh.begins()
     fresh.listed(None)
-    assert not fresh.premature(start(BOUND, 4), BOUND)
+    assert not fresh.premature(start(BOUND, 4))
 
 
 def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
@@ -69,13 +80,13 @@ def test_s8_a_rival_makes_what_was_listed_old_once() -> None:
 
 
 def test_a_new_device_waits_for_no_listing() -> None:
-    """A device that was never placed starts at once, and so does a repetition of its own epoch."""
+    """A device that was never placed starts at once; a repetition of its own epoch does not."""
     fresh = Freshness()
     new = record("new")
     assert fresh.learned([new]) == set()
-    assert not fresh.premature(start(new, 1), new)
+    assert not fresh.premature(start(new, 1))
     fresh.learned([BOUND])
-    assert not fresh.premature(start(BOUND, 3), BOUND)
+    assert fresh.premature(start(BOUND, 3))
 
 
 @given(st.lists(st.sampled_from(["learn", "begin", "list", "forget"]), max_size=30))
@@ -98,6 +109,36 @@ def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
         else:
             fresh.forget({BOUND.slug})
         assert fresh.is_behind(BOUND.slug) is not came
+
+
+async def test_s3_an_epoch_that_another_replica_committed_is_not_started_beside_the_old_agent() -> (
+    None
+):
+    """The old agent runs, and the listing is older and shows none: the next epoch, which a replacement of
+    another replica has just committed, waits for a listing that was begun later."""
+    store, cluster = Store(), Cluster()
+    store.initialise("test")
+    registry = FakeRegistry(store)
+    fleet = Fleet(registry, Limits(), SystemClock())
+    spec = AgentSpec(BOUND.device.agent_class, "1", "h")
+    scheduler = FakeScheduler(cluster)
+    reconciler = Reconciler(fleet, scheduler, {spec.agent_class: spec}, Metrics())
+    await scheduler.prepare([spec])
+    await reconciler.informer.read()  # shows nobody yet
+    (old,) = await registry.commit([replace(BOUND, epoch=Epoch(5), instance="", index=0)])
+    assert old is not None
+    await scheduler.ensure(old, Epoch(5), spec)
+    await registry.commit([replace(old, epoch=Epoch(6))])
+    await reconciler.follower.read()
+
+    def queued() -> list[ActionKind]:
+        reconciler.reconcile()
+        return [action.kind for _, action in reconciler.queue.take_nowait(9)]
+
+    assert [a.epoch for a in reconciler.planning.make(NO_STOPS).actions] == [6]
+    assert queued() == []
+    await reconciler.informer.read()
+    assert queued() == [ActionKind.RETIRE]
 
 
 class Behind:

@@ -226,3 +226,16 @@ def test_a_device_of_an_unknown_scheduler_is_left_alone() -> None:
     homes = Homes("a", "a", (), frozenset({"a"}))
     there = replace(record("x", epoch=2), home="z")
     assert list(homes.strangers({there.slug: there})) == [slug_of(there.device.id)]
+
+
+def test_an_epoch_that_may_be_on_its_way_is_repeated_where_it_belongs() -> None:
+    """A start in the north whose answer is out when its device leaves: back after the move is over, the device
+    starts there at that epoch. A new one in the south could come up beside the late one."""
+    move = Move("m", "north", "south", WallTime(0.0), "", done=True)
+    homes = Homes("north", "north", (move,), frozenset({"north", "south"}))
+    back = record("x", epoch=5)
+    (action,) = planner.decide(back, (), HASHES, homes)
+    assert (action.kind, action.epoch, action.home) == (ActionKind.START, 5, "north")
+    # Of an agent that was seen to end no start is out, and the next one goes where the others are.
+    (action,) = planner.decide(back, (placement("x", 5, PlacementState.DEAD),), HASHES, homes)
+    assert (action.epoch, action.home) == (6, "south")
