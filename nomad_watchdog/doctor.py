@@ -97,8 +97,14 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
     if settings.registry_kind == "consul" or settings.agent_consul:
         checks += await _guarded("consul", lambda: _consul(settings, env))
-    registry, kept = await _registry(settings)
+    registry, document = await _registry(settings)
     checks.append(registry)
+    try:
+        kept = migrations.decode(document)
+    except UserError as error:
+        mend = "nothing is decided until it can be read"
+        checks.append(Check("migration", Status.FAIL, str(error), mend))
+        kept = Kept()
     if kept.base:
         checks.append(_migration(settings, kept))
     backends = {settings.backend, *kept.backends}
@@ -206,22 +212,24 @@ async def _consul_kv(server: _Server, prefix: str) -> Check:
     return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
 
 
-async def _registry(settings: Settings) -> tuple[Check, Kept]:
+async def _registry(settings: Settings) -> tuple[Check, bytes]:
+    """Whether it can be read, and its document of migrations."""
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
         where = f"{settings.registry_path} is not there yet"
-        return Check("registry", Status.OK, where, "the first run, or `init`, makes it"), Kept()
+        return Check("registry", Status.OK, where, "the first run, or `init`, makes it"), b""
     try:
         async with asyncio.timeout(TIMEOUT_S * 2), open_registry(settings) as registry:
             installation = await registry.installation()
             count = len((await registry.read()).records)
-            kept = migrations.decode((await registry.document(migrations.NAME)).body)
+            document = await registry.document(migrations.NAME)
     except UserError as error:
-        return Check("registry", Status.FAIL, str(error), "run `nomad-watchdog init` once"), Kept()
+        return Check("registry", Status.FAIL, str(error), "run `nomad-watchdog init` once"), b""
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
         mend = "make the store reachable; see registry"
-        return Check("registry", Status.FAIL, why, mend), Kept()
-    return Check("registry", Status.OK, f"installation {installation}, {count} records"), kept
+        return Check("registry", Status.FAIL, why, mend), b""
+    found = f"installation {installation}, {count} records"
+    return Check("registry", Status.OK, found), document.body
 
 
 def _migration(settings: Settings, kept: Kept) -> Check:

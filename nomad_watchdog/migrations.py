@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -23,7 +23,7 @@ from nomad_watchdog.graveyard import REST_S
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord, Epoch, Monotonic, Presence, WallTime
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import Document, read_document
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.moving import Moving
 from nomad_watchdog.territory import Territory
@@ -41,6 +41,8 @@ moves for so long after a change: so nobody decides who does not know of both sc
 EMPTY_S: Final = 90.0
 """A scheduler is looked at for so long after the last agent there has ended: longer than any request or
 action that is older travels (`graveyard.REST_S`)."""
+IDLE_S: Final = 10.0
+"""So often, with no move under way, all records are gone through for what is left of those that are over."""
 _TOMBS: Final = 64
 _JUDGE: Final = Shard(0)
 
@@ -79,6 +81,7 @@ class Migrations:
         self._unburied: dict[Slug, tuple[int, Monotonic]] = {}
         """Index of a record that is to be buried, and since when it is known to have that."""
         self._done_since: Monotonic | None = None
+        self._tidied_at = Monotonic(float("-inf"))
         self._progress: Progress | None = None
         self._seen: set[str] = set()
         self.problem = ""
@@ -102,7 +105,7 @@ class Migrations:
         """Devices for which nothing may be decided, as we may not know of the scheduler that has their agent."""
         if self._moving is None:
             return frozenset()
-        if self._now() - self._read_at > FRESH_S:
+        if self._is_blind:
             return frozenset(records)
         homes = self.homes()
         known = {""} if homes is None else homes.is_open | {""}
@@ -111,6 +114,17 @@ class Migrations:
         if self._seen <= known:
             return frozenset()
         return frozenset(slug for slug, record in records.items() if record.home not in known)
+
+    @property
+    def _is_blind(self) -> bool:
+        return self._now() - self._read_at > FRESH_S
+
+    def blind(self) -> str:
+        """Why nothing is decided for any device now, in words; "" = that is not so."""
+        if self._moving is None or not self._is_blind:
+            return ""
+        why = self.problem or "no answer yet"
+        return f"nothing is decided: the registry does not say what migrations there are: {why}"
 
     def seen(self, records: Iterable[DeviceRecord]) -> None:
         """Note where records say that they live."""
@@ -206,6 +220,9 @@ class Migrations:
             return
         move = homes.active
         if move is None:
+            if self._now() - self._tidied_at < IDLE_S:
+                return
+            self._tidied_at = self._now()
             await self._bury(homes)
             await self._leave(homes)
             return
@@ -237,7 +254,8 @@ class Migrations:
                 if now - since >= REST_S:
                     due.append(presence.advance(one, Epoch(one.epoch + 1), move.heads_for))
             for first in range(0, len(due), _TOMBS):
-                await self._fleet.commit(due[first : first + _TOMBS])
+                stored = await self._fleet.commit(due[first : first + _TOMBS])
+                self._fleet.learn([record for record in stored if record is not None])
 
     async def _leave(self, homes: Homes) -> None:
         """Note that schedulers need not be looked at any more, once that has been so for EMPTY_S."""
@@ -312,7 +330,7 @@ class Migrations:
         moving = self._needed()
         told = await self.preview(move)
         for name in (move.source, move.goal):
-            await moving.open(name)
+            await self._open(moving, name)
 
         def how(kept: Kept) -> Kept:
             moves = migration.begin(kept.moves, move)
@@ -348,11 +366,18 @@ class Migrations:
         await self.refresh()
         if what == "undo" and self._kept.moves:
             last = next((m for m in self._kept.moves if not m.done), self._kept.moves[-1])
-            await moving.open(last.source)
+            await self._open(moving, last.source)
         if await self._change(how):
             past = {"pause": "paused", "resume": "resumed", "undo": "undoing"}
             self._tell(past[what], chosen, "")
         return shown(chosen)
+
+    async def _open(self, moving: Moving, name: str) -> None:
+        """As `Moving.open`; what was listed without a scheduler that is new here says nothing of its agents."""
+        new = name not in moving.parts
+        await moving.open(name)
+        if new:
+            self._grown()
 
     def _needed(self) -> Moving:
         if self._moving is None:
@@ -409,14 +434,18 @@ class Migrations:
         return hint(self._kept, self._moving.name)
 
     def status(self) -> dict[str, object]:
-        """For the status: the move that is under way, or what is left to do after it."""
+        """For the status: the move that is under way, or what is left to do after it, and why the document
+        can't be read."""
         homes = self.homes()
         move = homes.active if homes is not None else None
-        if move is None or homes is None:
-            return {"migration": {"hint": self.hint()}} if self.hint() else {}
-        there, on_way, waiting = self._counts()
-        now = {"state": move.state, "from": move.source, "to": move.goal}
-        return {"migration": now | {"there": there, "on_way": on_way, "waiting": waiting}}
+        told: dict[str, object] = {"problem": self.problem} if self.problem else {}
+        if move is not None:
+            there, on_way, waiting = self._counts()
+            told |= {"state": move.state, "from": move.source, "to": move.goal}
+            told |= {"there": there, "on_way": on_way, "waiting": waiting}
+        elif hint := self.hint():
+            told["hint"] = hint
+        return {"migration": told} if told else {}
 
 
 def hint(kept: Kept, usual: str) -> str:
@@ -444,20 +473,16 @@ def _said(move: Move, what: str) -> Move:
 
 def shown(move: Move) -> dict[str, object]:
     """A move as the API shows it."""
-    target = move.target or Target()
     return {
         "id": move.id,
         "from": move.source,
         "to": move.goal,
         "state": move.state,
         "all": move.is_whole,
-        "target": {
-            "devices": sorted(target.devices),
-            "class": target.agent_class,
-            "labels": dict(target.labels),
-        },
+        "target": (move.target or Target()).shown(),
         "shards": sorted(move.shards),
         "at_once": move.at_once,
+        "back": move.back,
         "began": move.began,
         "by": move.by,
     }
@@ -466,9 +491,7 @@ def shown(move: Move) -> dict[str, object]:
 def encode(kept: Kept) -> bytes:
     """As the registry keeps it."""
     moves = [
-        shown(move)
-        | {"of_shards": move.of_shards, "back": move.back, "paused": move.paused}
-        | {"done": move.done}
+        shown(move) | {"of_shards": move.of_shards, "paused": move.paused, "done": move.done}
         for move in kept.moves
     ]
     body = {"v": VERSION, "base": kept.base, "backends": sorted(kept.backends), "moves": moves}
@@ -479,32 +502,17 @@ def decode(body: bytes) -> Kept:
     """What a document says; nothing, of an empty one.
 
     Raises UserError when it is not what `encode` writes: nothing may be decided then."""
-    if not body:
-        return Kept()
-    try:
-        said: Any = json.loads(body)
-        if said["v"] != VERSION:
-            raise UserError(
-                f"the migration is of version {said['v']!a}; this program reads {VERSION}"
-            )
-        moves: Sequence[Mapping[str, Any]] = said["moves"]
-        return Kept(
-            str(said["base"]), frozenset(map(str, said["backends"])), tuple(map(_move, moves))
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the registry's document {NAME} can't be used ({type(error).__name__}); "
-            "put back what nomad-watchdog wrote"
-        ) from error
+    mend = "put back what nomad-watchdog wrote"
+    return read_document(NAME, body, VERSION, _kept, mend) if body else Kept()
+
+
+def _kept(said: Any) -> Kept:
+    backends = frozenset(map(str, said["backends"]))
+    return Kept(str(said["base"]), backends, tuple(map(_move, said["moves"])))
 
 
 def _move(item: Mapping[str, Any]) -> Move:
-    target = item["target"]
-    wanted = Target(
-        frozenset(map(str, target["devices"])),
-        str(target["class"]),
-        {str(key): str(value) for key, value in target["labels"].items()},
-    )
+    wanted = Target.read(item["target"])
     return Move(
         id=str(item["id"]),
         source=str(item["from"]),

@@ -13,13 +13,16 @@ from nomad_watchdog.shown import shown_plan
 
 async def look(reconciler: Reconciler) -> None:
     """Read the registry and the scheduler once, in full. Raises as `Registry.read` and
-    `Scheduler.snapshot`."""
+    `Scheduler.snapshot`, and ConflictError when a migration was begun or changed meanwhile."""
     fleet = reconciler.fleet
     await reconciler.follower.read()
     # Who looks once knows nothing of when a device left: waiting is for those who stay.
     fleet.attendance.leaving.clear()
     await reconciler.informer.read()
     fleet.refresh_all()
+    # Reading may take longer than what moves there are is known for.
+    if await reconciler.migrations.refresh():
+        raise ConflictError("a migration has changed meanwhile; try again")
 
 
 async def apply(

@@ -36,6 +36,8 @@ class Outlook:
     no_room: Callable[[], str]
     """Why no start is made now, in words; "" when there is room."""
     homes: Callable[[], Homes | None] = lambda: None
+    blind: Callable[[], str] = lambda: ""
+    """Why nothing is decided for any device now, in words; "" when that is not so."""
 
     def obstacle(self, slug: Slug) -> str:
         """Why this device can't have an agent now, in words; "" = nothing is in the way."""
@@ -102,6 +104,8 @@ class Outlook:
             return "an action is under way"
         if self.fleet.is_resting(slug):
             return "nothing: it is paused, or its agent waits for it (see attendance)"
+        if blind := self.blind():
+            return blind
         record = self.fleet.records.get(slug)
         found = self.fleet.placements.get(slug, ())
         steps = list(

@@ -17,7 +17,7 @@ from nomad_watchdog.core import pauses as rules
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import ConflictError, UserError
 from nomad_watchdog.model import WallTime
-from nomad_watchdog.registry import Document, Registry
+from nomad_watchdog.registry import Document, Registry, read_document
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +136,7 @@ def encode(pauses: Iterable[Pause]) -> bytes:
     items = [
         {
             "id": p.id,
-            "devices": sorted(p.target.devices),
-            "class": p.target.agent_class,
-            "labels": dict(p.target.labels),
+            **p.target.shown(),
             "begins": p.begins,
             "ends": p.ends,
             "reason": p.reason,
@@ -154,31 +152,19 @@ def decode(body: bytes) -> tuple[Pause, ...]:
     """The pauses in a document; none in an empty one.
 
     Raises UserError when it is not what `encode` writes."""
-    if not body:
-        return ()
-    try:
-        found: Any = json.loads(body)
-        if found["v"] != VERSION:
-            raise UserError(
-                f"the pauses are of version {found['v']!a}; this program reads {VERSION}"
-            )
-        return tuple(_pause(item) for item in found["pauses"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the registry's document {NAME} can't be used ({type(error).__name__}); "
-            "put back what nomad-watchdog wrote, or delete it"
-        ) from error
+    mend = "put back what nomad-watchdog wrote, or delete it"
+    return read_document(NAME, body, VERSION, _pauses, mend) if body else ()
+
+
+def _pauses(said: Any) -> tuple[Pause, ...]:
+    return tuple(map(_pause, said["pauses"]))
 
 
 def _pause(item: Mapping[str, Any]) -> Pause:
     ends = item["ends"]
     return Pause(
         id=str(item["id"]),
-        target=Target(
-            frozenset(map(str, item["devices"])),
-            str(item["class"]),
-            {str(key): str(value) for key, value in item["labels"].items()},
-        ),
+        target=Target.read(item),
         begins=WallTime(float(item["begins"])),
         ends=None if ends is None else WallTime(float(ends)),
         reason=str(item["reason"]),

@@ -106,6 +106,7 @@ class Reconciler:
             last_plan=lambda: self.last_plan,
             no_room=lambda: self._no_room,
             homes=self.migrations.homes,
+            blind=self.migrations.blind,
         )
         self.fleet.obstacle = outlook.obstacle
         self.fleet.status_parts.append(outlook.status)

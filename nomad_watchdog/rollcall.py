@@ -260,9 +260,7 @@ def shown_pause(pause: Pause) -> dict[str, object]:
     """A pause as JSON."""
     return {
         "id": pause.id,
-        "devices": sorted(pause.target.devices),
-        "class": pause.target.agent_class,
-        "labels": dict(pause.target.labels),
+        **pause.target.shown(),
         "begins": pause.begins,
         "ends": pause.ends,
         "reason": pause.reason,

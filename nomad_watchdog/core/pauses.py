@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Device, DeviceRecord, WallTime
@@ -32,6 +33,24 @@ class Target:
             (not self.devices or device.id in self.devices)
             and (not self.agent_class or device.agent_class == self.agent_class)
             and all(device.labels.get(key) == value for key, value in self.labels.items())
+        )
+
+    def shown(self) -> dict[str, object]:
+        """As JSON, in the registry and in the API."""
+        return {
+            "devices": sorted(self.devices),
+            "class": self.agent_class,
+            "labels": dict(self.labels),
+        }
+
+    @classmethod
+    def read(cls, item: Mapping[str, Any]) -> Target:
+        """What `shown` gives; it may have more. Raises KeyError, TypeError or AttributeError for anything
+        else."""
+        return cls(
+            frozenset(map(str, item["devices"])),
+            str(item["class"]),
+            {str(key): str(value) for key, value in item["labels"].items()},
         )
 
 

@@ -6,14 +6,17 @@ store knows nothing of their meaning. Nothing that beats is written here.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,23 @@ def check_document(name: str, body: bytes = b"") -> None:
         raise UserError(
             f"document {name} would take {len(body)} bytes; at most {MAX_DOCUMENT} are allowed"
         )
+
+
+def read_document(name: str, body: bytes, version: int, read: Callable[[Any], _T], mend: str) -> _T:
+    """What `read` makes of the JSON in a document's body, which says its version as `v`.
+
+    Raises UserError when it is of another version, or not what we write; `mend`: what to do then."""
+    try:
+        said = json.loads(body)
+        if said["v"] != version:
+            raise UserError(
+                f"the registry's document {name} is of version {said['v']!a}; this program reads {version}"
+            )
+        return read(said)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"the registry's document {name} can't be used ({type(error).__name__}); {mend}"
+        ) from error
 
 
 class Registry(Protocol):

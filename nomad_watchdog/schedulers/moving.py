@@ -94,7 +94,6 @@ class Moving:
                     await part.close()
                     raise
                 self._parts = {**self._parts, name: part}
-                self._required |= {name}
                 self.capabilities = self._shared()
                 self._more.set()
                 log.info("scheduler opened", extra={"backend": name})

@@ -16,7 +16,10 @@ import pytest
 from aiohttp import web
 
 from nomad_watchdog.cli import VERBS, LazyGroup, _code, cli
+from nomad_watchdog.config_load import load
+from nomad_watchdog.registry import Document
 from nomad_watchdog.render import age, clean
+from nomad_watchdog.wiring import open_registry
 
 DOCS = Path(__file__).parents[2] / "docs"
 HOSTILE = "gate\x1b[31m\u202e[bold]way"
@@ -296,6 +299,26 @@ def test_doctor_tells_what_fails_and_exits_69(
     assert set(failed) == {"nomad reachable", "consul reachable"}
     assert all(failed.values())
     assert not list(tmp_path.iterdir()), "doctor only looks"
+
+
+def test_doctor_tells_an_unreadable_migration_from_an_unreadable_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A document of migrations that another version wrote fails by its own name, and the registry is well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    async def written() -> None:
+        async with open_registry(load(None, os.environ)) as registry:
+            await registry.initialise()
+            await registry.commit_document("migration", Document(b'{"v": 9}'))
+
+    asyncio.run(written())
+    assert _code(["doctor", "-o", "json"]) == 69
+    checks = {one["name"]: one for one in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["registry"]["status"] == "ok"
+    assert checks["migration"]["status"] == "fail"
+    assert "version 9" in checks["migration"]["found"]
 
 
 def test_clean_and_age() -> None:

@@ -1,0 +1,162 @@
+"""What a replica that changes, reads or can't read the document of moves does about it, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import pytest
+
+from nomad_watchdog import migrations, once
+from nomad_watchdog.core import migration
+from nomad_watchdog.core.migration import Move
+from nomad_watchdog.core.planner import NO_STOPS
+from nomad_watchdog.errors import ConflictError
+from nomad_watchdog.graveyard import REST_S
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Epoch, Presence, WallTime
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.registry import Document
+from nomad_watchdog.testing.conformance import record_of
+from nomad_watchdog.testing.virtual_time import VirtualLoop
+
+from .two_sites import TwoSites
+
+MOVE = Move("m", "north", "south", WallTime(0.0), "test")
+
+
+def replica_of(world: TwoSites) -> Reconciler:
+    """A replica of which nothing runs."""
+    replica = world.replicas[0]
+    replica.build()
+    return replica.reconciler
+
+
+def in_virtual_time(story: Callable[[TwoSites], Awaitable[None]]) -> None:
+    """Tell a story of two sites without any fault."""
+    world = TwoSites(0, Metrics())
+    world.weather.calm()
+
+    async def told() -> None:
+        await story(world)
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(told())
+
+
+async def slow_listing(reconciler: Reconciler, meanwhile: Callable[[], object]) -> None:
+    """The scheduler's listing takes longer than the document of moves is good for."""
+    read = reconciler.informer.read
+
+    async def late() -> None:
+        await read()
+        meanwhile()
+        await asyncio.sleep(2 * migrations.FRESH_S)
+
+    reconciler.informer.read = late  # type: ignore[method-assign,assignment]
+    await once.look(reconciler)
+
+
+def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
+    """Who looks once reads the document again at the end, and refuses when it has changed meanwhile."""
+
+    async def story(world: TwoSites) -> None:
+        reconciler = replica_of(world)
+        await reconciler.fleet.commit([replace(record_of("cam 1"), index=0)])
+        await slow_listing(reconciler, lambda: None)
+        assert [a.kind.value for a in reconciler.planning.make(NO_STOPS).actions] == ["start"]
+        kept = migrations.Kept("north", frozenset({"north", "south"}), (MOVE,))
+
+        def begun() -> None:
+            world.store.commit_document(migrations.NAME, Document(migrations.encode(kept)))
+
+        with pytest.raises(ConflictError, match="a migration has changed"):
+            await slow_listing(reconciler, begun)
+
+    in_virtual_time(story)
+
+
+def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> None:
+    """A listing that never had the other scheduler's agents is no licence for the replica that opens it."""
+
+    async def story(world: TwoSites) -> None:
+        await replica_of(world).fleet.commit([replace(record_of("cam 1"), index=0)])
+        for word in ("begin", "undo"):
+            reconciler = replica_of(world)
+            await once.look(reconciler)
+            assert reconciler.territory.shards()
+            if word == "begin":
+                await reconciler.migrations.begin(MOVE)
+            else:
+                await reconciler.migrations.say("undo")
+            assert not reconciler.territory.shards(), word
+            await reconciler.informer.read()
+            assert reconciler.territory.shards()
+            over = migrations.Kept("north", frozenset({"south"}), (replace(MOVE, done=True),))
+            world.usual = "south"
+            found = world.store.document(migrations.NAME)
+            stored = replace(found, body=migrations.encode(over))
+            assert world.store.commit_document(migrations.NAME, stored)
+
+    in_virtual_time(story)
+
+
+def test_a_tombstone_is_buried_once_and_records_are_gone_through_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With no watch that shows it, one commit is all; the judge goes through the records every IDLE_S only."""
+    tombs = migration.tombs
+    looks = 0
+
+    def counted(*of: object) -> object:
+        nonlocal looks
+        looks += 1
+        return tombs(*of)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(migration, "tombs", counted)
+
+    async def story(world: TwoSites) -> None:
+        gone = replace(record_of("cam 1"), presence=Presence.ABSENT, epoch=Epoch(3), index=0)
+        kept = migrations.Kept("north", frozenset({"north", "south"}), (replace(MOVE, done=True),))
+        world.store.commit_document(migrations.NAME, Document(migrations.encode(kept)))
+        reconciler = replica_of(world)
+        await reconciler.fleet.commit([gone])
+        await once.look(reconciler)
+        reconciler.fleet.ready_event.set()
+        for _ in range(int(REST_S) + 60):
+            await reconciler.migrations.look()
+            await asyncio.sleep(1.0)
+        assert not reconciler.migrations.problem
+        buried = world.store.record(gone.slug)
+        assert buried is not None
+        assert (buried.epoch, buried.home) == (4, "south")
+        assert reconciler.fleet.records[gone.slug] == buried
+        assert looks <= (REST_S + 60) / migrations.IDLE_S + 1
+
+    in_virtual_time(story)
+
+
+def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
+    """`status` and `explain` say why nothing is decided, with the words of what is wrong, until it is mended."""
+
+    async def story(world: TwoSites) -> None:
+        reconciler = replica_of(world)
+        one = record_of("cam 1")
+        await reconciler.fleet.commit([replace(one, index=0)])
+        await once.look(reconciler)
+        assert reconciler.migrations.status() == {}
+        world.store.documents[migrations.NAME] = Document(b'{"v": 9}', 98)
+        await asyncio.sleep(migrations.FRESH_S + 1.0)
+        await reconciler.migrations.look()
+        told = str(reconciler.migrations.status()["migration"])
+        assert "version 9" in told
+        (explain,) = reconciler.fleet.explain_parts[-1:]
+        assert "nothing is decided" in str(explain(one.slug)["next"])
+        assert "version 9" in str(explain(one.slug)["next"])
+        world.store.documents[migrations.NAME] = Document(b"", 99)
+        await reconciler.migrations.look()
+        assert reconciler.migrations.status() == {}
+        assert str(explain(one.slug)["next"]).startswith("start")
+
+    in_virtual_time(story)
