@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 
 from nomad_watchdog.commands._shared import api_of, caller, labels_of, no_color, output_option
-from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.render import clean, print_json, print_table
 
 POLL_S: Final = 1.0
@@ -44,8 +46,7 @@ def migrate(ctx: click.Context, /, source: str | None, goal: str | None, **how: 
     Without --device, --class, --selector or --shard the whole fleet moves, shard by shard. The new backend's
     block must be in the configuration of every replica."""
     if ctx.invoked_subcommand is not None:
-        if source or goal:
-            raise UserError(f"migrate {ctx.invoked_subcommand} takes no --from and --to")
+        _refuse_options(ctx)
         return
     if not source or not goal:
         raise UserError("name both, --from and --to; `migrate status` shows what is under way")
@@ -66,7 +67,22 @@ def migrate(ctx: click.Context, /, source: str | None, goal: str | None, **how: 
     else:
         _print_begun(answer, dry_run=how["dry_run"])
     if how["wait"] and not how["dry_run"]:
-        _wait(ctx)
+        _wait(ctx, answer["id"])
+
+
+def _refuse_options(ctx: click.Context) -> None:
+    """What is said of another verb would be done to the whole migration. Raises UserError."""
+    given = [
+        one.opts[-1]
+        for one in ctx.command.params
+        if one.name and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        verb = ctx.invoked_subcommand
+        raise UserError(
+            f"migrate {verb} is about the migration that is under way and takes no {' and no '.join(given)}; "
+            f"its own options come after {verb}"
+        )
 
 
 @migrate.command("status")
@@ -146,22 +162,42 @@ def _print_begun(answer: dict[str, Any], *, dry_run: bool) -> None:
                 click.echo(f"  {title} {clean(name)}: {clean(count)}")
 
 
-def _wait(ctx: click.Context) -> None:
-    """Until nothing is under way, saying what changes. An API that is away for a while is waited for."""
+def _wait(ctx: click.Context, begun: str = "") -> None:
+    """Until the move `begun` is done ("" = until nothing is under way), saying what changes. An API that is away
+    for a while is waited for.
+
+    Raises ConflictError when somebody undoes what is waited for, or puts another in its place."""
     said = ""
+    meant = {begun} if begun else None
+    """Those that head for their goal; None = not known yet."""
     while True:
         try:
             answer = api_of(ctx).get("/v1/migration")
         except TransientError:
             answer = None
-        active = [
-            one for one in (answer or {}).get("items", []) if one["state"] not in ("done", "undone")
-        ]
-        if answer is not None and not active:
-            return
+        items = {one["id"]: one for one in (answer or {}).get("items", [])}
+        active = [one for one in items.values() if one["state"] not in ("done", "undone")]
+        if answer is not None:
+            if meant is None:
+                meant = {one["id"] for one in active if not one["back"]}
+            _check_meant(meant, items)
+            if not active or items.get(begun, {}).get("state") == "done":
+                return
         for one in active:
             text = f"{one['state']}: {one['ready']} of {one['devices']} ready there"
             if text != said:
                 click.echo(clean(text), err=True)
                 said = text
         time.sleep(POLL_S)  # noqa: TID251  # a verb that waits
+
+
+def _check_meant(meant: Collection[str], items: Mapping[str, dict[str, Any]]) -> None:
+    for one in meant:
+        if one not in items:
+            raise ConflictError(
+                "another migration has taken the place of the one that was waited for"
+            )
+        if items[one]["state"] == "undone":
+            raise ConflictError(
+                f"the migration to {clean(items[one]['to'])} was undone by somebody meanwhile"
+            )

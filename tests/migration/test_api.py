@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,42 @@ async def test_the_command_line_says_the_same(
     assert "part=a" in (await verb("migrate", "status"))[1]
     assert (await verb("migrate", "resume", "-o", "json"))[0] == 0
     assert (await verb("migrate", "--from", "north", "undo"))[0] == 64
+    code, _, err = await verb("migrate", "--device", "d0", "--wait", "undo")
+    assert (code, "--device and no --wait" in err) == (64, True)
+    assert (await plane.newest())["back"] is False
     assert (await verb("migrate", "undo"))[0] == 0
+
+
+async def test_waiting_for_what_somebody_undoes_is_no_success(
+    plane: Plane, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--wait` ends as for a conflict when the move that it began, or found heading for its goal, ends undone;
+    who waits for an undoing gets what was waited for."""
+    monkeypatch.setattr("nomad_watchdog.commands.migrate.POLL_S", 0.05)
+    migrations = plane.reconciler.migrations
+
+    def waiting(*words: str) -> asyncio.Task[int]:
+        argv = ["--address", plane.door.base, "migrate", *words, "--wait"]
+        return asyncio.create_task(asyncio.to_thread(_code, argv))
+
+    async def end() -> None:
+        # No agent has reported here, so that the judge never says this.
+        over = [replace(one, done=True) for one in migrations._kept.moves]
+        await migrations._change(lambda kept: replace(kept, moves=tuple(over)))
+
+    begun = waiting("--from", "north", "--to", "south")
+    async with asyncio.timeout(20.0):
+        while not migrations._kept.moves:
+            await asyncio.sleep(0.02)
+        found = waiting("status")
+        await asyncio.sleep(1.0)
+        assert (await plane.post("/v1/migration:undo"))[0] == 200
+        undoing = waiting("status")
+        await asyncio.sleep(1.0)
+        assert not any(one.done() for one in (begun, found, undoing))
+        await end()
+        assert [await one for one in (begun, found, undoing)] == [75, 75, 0]
+    assert "was undone by somebody meanwhile" in capsys.readouterr().err
 
 
 def test_a_class_is_something_else_on_another_backend(tmp_path: Path) -> None:
