@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import cache
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -141,6 +142,7 @@ class Metrics:
                 metric.labels(str(value))
         self._routes: frozenset[str] = frozenset()
         self._answered: dict[tuple[str, int], Counter] = {}
+        self._acted: dict[tuple[str, str], Counter] = {}
         self._dropped_before = 0
         self.routes(())
 
@@ -183,8 +185,11 @@ class Metrics:
 
     def action(self, kind: str, outcome: str) -> None:
         """One start, retire or replace was done. A replace is counted as the retire that it begins with."""
-        metric = self._dispatches if kind == ActionKind.START else self._retires
-        metric.labels(_known(outcome, ActionOutcome)).inc()
+        series = self._acted.get((kind, outcome))
+        if series is None:
+            metric = self._dispatches if kind == ActionKind.START else self._retires
+            series = self._acted[kind, outcome] = metric.labels(_known(outcome, ActionOutcome))
+        series.inc()
 
     def passed(self, outcome: str, took_s: float) -> None:
         """A pass ended."""
@@ -307,5 +312,10 @@ class Metrics:
         self._refusals.labels(_known(reason, Refusal)).inc()
 
 
-def _known(value: str, allowed: Iterable[str]) -> str:
-    return value if value in {str(v) for v in allowed} else OTHER
+def _known(value: str, allowed: type[StrEnum] | tuple[str, ...]) -> str:
+    return value if value in _values(allowed) else OTHER
+
+
+@cache
+def _values(allowed: type[StrEnum] | tuple[str, ...]) -> frozenset[str]:
+    return frozenset(map(str, allowed))

@@ -228,8 +228,8 @@ class NomadClient:
             ask["next_token"] = following
         raise StaleError(f"nomad lists more than {_MAX_PAGES * PER_PAGE} entries of {path}")
 
-    async def events(self, params: list[tuple[str, str]]) -> AsyncIterator[Mapping[str, Any]]:
-        """Frames of the event stream; ``{}`` is its heartbeat. Raises TransientError when the
+    async def events(self, params: list[tuple[str, str]]) -> AsyncIterator[list[Mapping[str, Any]]]:
+        """Frames of the event stream, as many at a time as have come; ``{}`` is its heartbeat. Raises TransientError when the
         connection ends, is silent for 45 s, or sends what is no frame (an empty line, say)."""
         await self._read_token(again=False)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)
@@ -243,8 +243,8 @@ class NomadClient:
             ) as answer:
                 if answer.status != 200:
                     raise translate(answer.status, await answer.text(), "read-job")
-                async for frame in _frames(answer.content):
-                    yield frame
+                async for frames in _frames(answer.content):
+                    yield frames
         except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
             kind = type(error).__name__
             raise TransientError(f"the event stream of nomad broke: {kind}") from error
@@ -358,16 +358,16 @@ class NomadClient:
         return changed
 
 
-async def _frames(stream: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, Any]]:
+async def _frames(stream: aiohttp.StreamReader) -> AsyncIterator[list[Mapping[str, Any]]]:
     """Newline-delimited JSON. A single frame may exceed aiohttp's line limit, so lines are cut here."""
     rest = b""
     async for chunk in stream.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
         if len(rest) > _STREAM_LINE:
             raise ValueError("a frame is too long")
-        for line in lines:
-            frame = orjson.loads(line)  # an empty line, which Nomad sends on errors, is no JSON
-            if not isinstance(frame, dict):
-                raise ValueError("a frame is no object")  # noqa: TRY004  # one kind for the caller
-            yield frame
+        frames = [orjson.loads(line) for line in lines]  # an empty line, sent on errors, is no JSON
+        if not all(isinstance(frame, dict) for frame in frames):
+            raise ValueError("a frame is no object")
+        if frames:
+            yield frames
     raise TransientError("nomad closed the event stream")

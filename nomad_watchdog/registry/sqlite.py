@@ -40,6 +40,7 @@ _GAP_PER_OWN: Final = 100.0
 _GAP_OWN_S: Final = 2.0
 """And a hundredth while the last write was ours; then what another process wrote just before it is seen so
 much later at most. Below the period after which a watch that shows no news is doubted (`follower.py`)."""
+_NEVER: Final = -1, -1
 _GROUP: Final = 1000
 """Commits that may share a transaction."""
 _TABLES: Final = f"""
@@ -71,8 +72,11 @@ class SqliteRegistry:
         """Of the reader thread."""
         self._written = 0
         """Index of our own last commit."""
+        self._opened = 0
         self._store, self._seen = "", 0
         """Installation and index of the last read."""
+        self._read_last = -1, _NEVER
+        """Index and state of the file of the last read."""
         self._fresh: list[_Write] = []
         """Of this turn of the loop."""
         self._writes: queue.SimpleQueue[list[_Write] | None] = queue.SimpleQueue()
@@ -130,7 +134,9 @@ class SqliteRegistry:
         ]
 
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
-        version, read_at, cost_s = -1, 0.0, 0.0
+        # What was read for this index need not be read again to find that it has not changed.
+        version = self._read_last[1] if self._read_last[0] == index else _NEVER
+        read_at, cost_s = 0.0, 0.0
         wake = asyncio.Event()
         self._wakes.add(wake)
         try:
@@ -147,7 +153,7 @@ class SqliteRegistry:
                     read_at, cost_s = time.monotonic(), time.monotonic() - started
                     gap_s = max(_POLL_S, _GAP_PER_COST * cost_s)
                     # A hand that deletes rows moves no counter: every change of the file is shown.
-                    news, version = version != -1 or snapshot.index != index, now
+                    news, version = version != _NEVER or snapshot.index != index, now
                     if news:
                         yield snapshot
                 await asyncio.sleep(gap_s - _POLL_S)
@@ -217,6 +223,7 @@ class SqliteRegistry:
     def _connected(self) -> sqlite3.Connection:
         if self._connection is None:
             self._connection = _open(self._path)
+            self._opened += 1
         return self._connection
 
     def _disconnect(self) -> None:
@@ -224,12 +231,17 @@ class SqliteRegistry:
             self._connection.close()
             self._connection = None
 
-    def _state(self) -> tuple[int, int]:
+    def _state(self) -> tuple[tuple[int, int], int]:
         """What moves with every change of the file, and the index."""
         connection = self._connected()
-        (version,) = connection.execute("PRAGMA data_version").fetchone()
+        version = self._version_of(connection)
         _installation(connection, self._path)
-        return int(version), _counter(connection)
+        return version, _counter(connection)
+
+    def _version_of(self, connection: sqlite3.Connection) -> tuple[int, int]:
+        """Differs when another connection has changed the file. Each connection counts for itself."""
+        (version,) = connection.execute("PRAGMA data_version").fetchone()
+        return self._opened, int(version)
 
     def _read(self) -> RegistrySnapshot:
         connection = self._connected()
@@ -237,12 +249,13 @@ class SqliteRegistry:
         try:
             store = _installation(connection, self._path)
             index = _counter(connection)
+            self._read_last = index, self._version_of(connection)
             if (
                 store != self._store or index < self._seen
             ):  # a restored copy: equal indexes mean nothing
                 self._decoder.forget()
             self._store, self._seen = store, index
-            rows = connection.execute("SELECT slug, slug, idx, body FROM device").fetchall()
+            rows = _sqlite_rows.read(connection)
         finally:
             connection.execute("ROLLBACK")
         records = self._decoder.decode(rows)

@@ -53,7 +53,8 @@ class Moving:
         self.base = usual
         """Where a record without a home is placed."""
         self._make = make
-        self._adapt = adapt
+        self._adapt_anew = adapt
+        self._adapted_last: dict[tuple[str, str], tuple[AgentSpec, AgentSpec]] = {}
         self._parts: dict[str, Scheduler] = {usual: make(usual)}
         self._required = frozenset({usual})
         self._specs: list[AgentSpec] | None = None
@@ -195,6 +196,8 @@ class Moving:
         listening = asyncio.ensure_future(listen())
         try:
             while True:
+                while not hints.empty():  # in a storm there is always one: no task for each
+                    yield hints.get_nowait()
                 next_one = asyncio.ensure_future(hints.get())
                 try:
                     await asyncio.wait({next_one, listening}, return_when=asyncio.FIRST_COMPLETED)
@@ -241,6 +244,14 @@ class Moving:
 
     def _of(self, placement: Placement) -> Scheduler:
         return self._parts[placement.backend or self.name]
+
+    def _adapt(self, name: str, spec: AgentSpec) -> AgentSpec:
+        # Asked for at each start, and nearly always of the same spec.
+        last = self._adapted_last.get((name, spec.agent_class))
+        if last is None or last[0] is not spec:
+            last = spec, self._adapt_anew(name, spec)
+            self._adapted_last[name, spec.agent_class] = last
+        return last[1]
 
     def _adapted(self, name: str, specs: Iterable[AgentSpec]) -> list[AgentSpec]:
         return [self._adapt(name, spec) for spec in specs]

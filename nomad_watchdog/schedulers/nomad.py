@@ -85,6 +85,7 @@ class NomadScheduler:
         self._clock = clock or SystemClock()
         self._built: dict[tuple[str, str], dict[str, Any]] = {}
         self._parents: set[str] = set()
+        self._names: dict[tuple[str, int], str] = {}
         self._listed = False
         self._index = 0
         self._first_dead: dict[str, float] = {}
@@ -152,14 +153,16 @@ class NomadScheduler:
                 first = True
                 async with aclosing(
                     self._client.events([*topics, ("index", str(start))])  # type: ignore[type-var]
-                ) as frames:
-                    async for frame in frames:
+                ) as arrivals:
+                    async for frames in arrivals:
                         failures = 0
-                        index = int(frame.get("Index") or 0)
-                        if first and index > start + 1:
-                            yield Hint(None, index)  # the buffer may begin after our index
-                        first = first and not index
-                        for slugs, calm in self._slugs_of(frame):
+                        index = 0
+                        for frame in frames:
+                            index = int(frame.get("Index") or index)
+                            if first and index > start + 1:
+                                yield Hint(None, index)  # the buffer may begin after our index
+                            first = first and not index
+                        for slugs, calm in self._slugs_of(frames):
                             yield Hint(slugs, index, calm=calm)
             except (TransientError, TerminalError, UserError, ValueError) as error:
                 log.warning("event stream lost", extra={"reason": str(error)})
@@ -168,9 +171,8 @@ class NomadScheduler:
             await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
 
     async def capacity(self) -> Capacity:
-        found = await self._client.pages(
-            "/v1/evaluations", "read-job", {"filter": 'Status == "blocked"'}
-        )
+        # not by `filter`, an expression that Nomad evaluates for each of all evaluations
+        found = await self._client.pages("/v1/evaluations", "read-job", {"status": "blocked"})
         ours = {one["JobID"] for one in found.body if self._is_ours(one["JobID"])}
         return Capacity.beside(len(ours), self._blocked_limit)
 
@@ -201,12 +203,16 @@ class NomadScheduler:
         await self._client.close()
 
     def _parent(self, agent_class: str, shard: int) -> str:
+        if known := self._names.get((agent_class, shard)):
+            return known
         if not _NAME.fullmatch(agent_class) or re.fullmatch(r"(.*-)?s\d+", agent_class):
             raise UserError(
                 f"agent class {agent_class!r}: allowed are a-z, 0-9 and -, not ending like a shard (s1)"
             )
         name = self._prefix if agent_class == "default" else f"{self._prefix}-{agent_class}"
-        return name if self._shards == 1 else f"{name}-s{shard}"
+        name = name if self._shards == 1 else f"{name}-s{shard}"
+        self._names[agent_class, shard] = name
+        return name
 
     async def _register_parent(self, job: Mapping[str, Any], job_id: str) -> None:
         self._parents.add(job_id)
@@ -352,9 +358,9 @@ class NomadScheduler:
     def _is_ours(self, job_id: str) -> bool:
         return job_id == self._prefix or job_id.startswith((f"{self._prefix}-", f"{self._prefix}/"))
 
-    def _slugs_of(self, frame: Mapping[str, Any]) -> list[tuple[frozenset[Slug], bool]]:
+    def _slugs_of(self, frames: Iterable[Mapping[str, Any]]) -> list[tuple[frozenset[Slug], bool]]:
         found: dict[bool, set[Slug]] = {True: set(), False: set()}
-        for event in frame.get("Events") or []:
+        for event in (event for frame in frames for event in frame.get("Events") or ()):
             payload = event.get("Payload") or {}
             for key in ("Allocation", "Evaluation"):
                 said = payload.get(key) or {}

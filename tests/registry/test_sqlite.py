@@ -84,6 +84,24 @@ async def test_commits_are_synced_fully(sqlite: SqliteRegistry, path: Path) -> N
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
+async def test_a_watch_goes_on_from_what_was_read(sqlite: SqliteRegistry, path: Path) -> None:
+    """What another process writes after our last read and before our watch of that index is shown, and
+    is the first thing that is shown."""
+    await sqlite.commit([record("before")])
+    seen = await sqlite.read()
+    other = SqliteRegistry(path=path)
+    (stored,) = await other.commit([record("between")])
+    await other.close()
+    watch = sqlite.watch(seen.index)
+    first = await asyncio.wait_for(anext(watch), 10.0)
+    assert stored in first.records.values()
+    rest = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.6)
+    assert not rest.done()
+    rest.cancel()
+    await asyncio.gather(rest, return_exceptions=True)
+
+
 POISON = {
     "no json": b"{",
     "deep": b"[" * 16_000,
