@@ -18,7 +18,7 @@ BENCHES = {
     "agent": "30 s",
     "weight": "3 min",
     "event": "20 s",
-    "dispatch": "1 min",
+    "dispatch": "3 min",
     "restart": "2 min",
     "intake": "30 s",
     "storm": "4 min",

@@ -5,7 +5,7 @@ Nomad slows down with all that it has to keep, so ours in the middle sees what t
 dispatches say the same as ours: meta, payload, token, id prefix.
 
 Nomad's schedulers are off: placing the first loop's children costs it many times their dispatch, and would
-still be under way when ours begins. Three rounds, each on a Nomad of its own; the middle one counts, as the
+still be under way when ours begins. Five rounds, each on a Nomad of its own; the middle one counts, as the
 speed of a shared machine changes within one.
 """
 
@@ -19,7 +19,7 @@ from statistics import median_low
 from bench.plane import bare_client, bare_loop, nomad_server, plane, settings
 from bench.rows import Row
 
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
