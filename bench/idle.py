@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.plane import TEMPLATE
+from bench.plane import TEMPLATE, until_placed
 from bench.rows import Row
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.consul import ConsulServer
@@ -30,6 +30,8 @@ from nomad_watchdog.registry.consul import ConsulRegistry
 
 GATEWAY = 100
 BEAT_S = 30.0
+PLACED_S = 1800.0
+"""For Nomad to place all of them on one machine."""
 CONFIG = """\
 backend  = "nomad"
 data_dir = "{root}"
@@ -107,7 +109,11 @@ async def _while_beating(
 async def measure(count: int, seconds: float) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         root = Path(folder)
-        async with ConsulServer(root / "consul") as consul, NomadServer(root / "nomad") as nomad:
+        root.chmod(0o755)  # Nomad runs as another user in it
+        async with (
+            ConsulServer(root / "consul") as consul,
+            NomadServer(root / "nomad", unprivileged=True) as nomad,
+        ):
             client = ConsulClient(ConsulSettings(address=consul.http_addr))
             await ConsulRegistry(client=client).initialise()
             config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)
@@ -126,6 +132,8 @@ async def measure(count: int, seconds: float) -> list[Row]:
                     )
 
                 await plane.until("/v1/status", settled, 600.0)
+                # What Nomad still places is news to us, and no idling.
+                await until_placed(nomad, PLACED_S)
                 await asyncio.sleep(10.0)
                 records, _ = await client.kv_tree("nomad-watchdog/")
                 jobs: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")

@@ -53,6 +53,13 @@ async def nomad_server(*, schedulers: bool = True) -> AsyncIterator[tuple[NomadS
             yield server, Path(folder)
 
 
+async def until_placed(server: NomadServer, timeout_s: float) -> None:
+    """Wait until Nomad's schedulers have nothing left to do. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while await server.request("GET", "/v1/evaluations?status=pending&per_page=1"):
+            await asyncio.sleep(2.0)
+
+
 def settings(server: NomadServer, root: Path, prefix: str) -> tuple[Settings, Path]:
     """Settings as a user would write them, and their file."""
     root.mkdir(exist_ok=True)
