@@ -63,7 +63,7 @@ async def _take(scheduler: Scheduler, spec: object, word: str) -> float:
     return await _in_turn(SAMPLE, one)
 
 
-async def _in_turns(fleets: Mapping[int, tuple[NomadServer, Path]], shards: int) -> list[float]:
+async def _rates(fleets: Mapping[int, tuple[NomadServer, Path]], shards: int) -> list[float]:
     """Dispatches a second in each fleet, in the order of `fleets`."""
     prefix = f"flat{shards}"
     async with AsyncExitStack() as stack:
@@ -93,7 +93,7 @@ async def measure(small: int, large: int) -> list[Row]:
         nomad_server(schedulers=False) as second,
     ):
         for shards in (SHARDS, 1):
-            few, many = await _in_turns({small: first, large: second}, shards)
+            few, many = await _rates({small: first, large: second}, shards)
             sharded = shards > 1
             rows.append(
                 Row(

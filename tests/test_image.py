@@ -57,9 +57,8 @@ async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
     image: Image, tmp_path: Path
 ) -> None:
     """Started as its configuration says, by nobody on a root that can't be written, it serves, keeps who has
-    no token out, keeps its state where the image says, and its own agent watches a device, and the
-    program inside says so; it ends on SIGTERM with 0, and knows the device when it
-    comes again."""
+    no token out, keeps its state where the image says, and its own agent watches a device, and the program
+    inside says so; it ends on SIGTERM with 0, and knows the device when it comes again."""
     assert (image.config["User"], image.config["ExposedPorts"]) == ("65534:65534", {"9670/tcp": {}})
     assert image.config["Cmd"] == ["run"]
     assert not (image.root / "src").exists()
@@ -75,7 +74,8 @@ async def test_the_image_runs_a_control_plane_and_an_agent_without_root(
         "NOMAD_WATCHDOG_API_TOKEN_FILE": "/etc/nomad-watchdog/token",
     }
     mounts = {
-        "/dev": Path("/dev"), "/proc": Path("/proc"), STATE: image.root / STATE[1:], "/etc/nomad-watchdog/token": token,
+        "/dev": Path("/dev"), "/proc": Path("/proc"), STATE: image.root / STATE[1:],
+        "/etc/nomad-watchdog/token": token,
         "/etc/nomad-watchdog/nomad-watchdog.hcl": config,
     }  # fmt: skip
     said = tmp_path / "said"

@@ -1,4 +1,4 @@
-"""Many rows in few statements, read and compare-and-set; blocking, within a transaction of the caller's.
+"""Compare-and-set of many rows in few statements; blocking, within a transaction of the caller's.
 
 Each step of a statement gives the interpreter lock away and has to wait for it, for milliseconds when the
 event loop is busy: what is one statement for many rows costs a busy program one such wait, not one a row.
@@ -14,24 +14,6 @@ Row = tuple[str, int, bytes]
 """Slug, expected index (0 = it must not exist), body."""
 _SIZES: Final = (256, 64, 16, 4)
 """Rows of one statement: few sizes, so that each is compiled once."""
-
-
-_ALL: Final = (
-    "SELECT group_concat(hex(slug) || ' ' || CAST(idx AS INTEGER) || ' ' || hex(body), ';') FROM "
-    "(SELECT slug, idx, body, row_number() OVER () AS number FROM device) GROUP BY number / 512"
-)
-"""All rows, 512 in one; in digits, as a store that others write to may hold anything."""
-
-
-def read(db: sqlite3.Connection) -> list[tuple[str, str, int, bytes]]:
-    """Store key, slug (the same here), index and body of every row."""
-    found = []
-    for (rows,) in db.execute(_ALL):
-        for row in rows.split(";"):
-            slug, index, body = row.split(" ")
-            name = bytes.fromhex(slug).decode(errors="surrogateescape")
-            found.append((name, name, int(index), bytes.fromhex(body)))
-    return found
 
 
 def write(db: sqlite3.Connection, rows: Sequence[Row], index: int) -> list[int | None]:

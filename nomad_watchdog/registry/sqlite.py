@@ -255,7 +255,7 @@ class SqliteRegistry:
             ):  # a restored copy: equal indexes mean nothing
                 self._decoder.forget()
             self._store, self._seen = store, index
-            rows = _sqlite_rows.read(connection)
+            rows = connection.execute("SELECT slug, slug, idx, body FROM device").fetchall()
         finally:
             connection.execute("ROLLBACK")
         records = self._decoder.decode(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -161,11 +162,12 @@ async def test_the_command_line_says_the_same(
 
 
 async def test_waiting_for_what_somebody_undoes_is_no_success(
-    plane: Plane, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--wait` ends as for a conflict when the move that it began, or found heading for its goal, ends undone;
     who waits for an undoing gets what was waited for."""
-    monkeypatch.setattr("nomad_watchdog.commands.migrate.POLL_S", 0.05)
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
     migrations = plane.reconciler.migrations
 
     def waiting(*words: str) -> asyncio.Task[int]:
@@ -177,19 +179,23 @@ async def test_waiting_for_what_somebody_undoes_is_no_success(
         over = [replace(one, done=True) for one in migrations._kept.moves]
         await migrations._change(lambda kept: replace(kept, moves=tuple(over)))
 
-    begun = waiting("--from", "north", "--to", "south")
-    async with asyncio.timeout(20.0):
-        while not migrations._kept.moves:
+    async def told(state: str, by: int) -> None:
+        """So many of those who wait have said that it is in this state."""
+        while said.getvalue().count(f"{state}: ") < by:
             await asyncio.sleep(0.02)
+
+    async with asyncio.timeout(30.0):
+        begun = waiting("--from", "north", "--to", "south")
+        await told("running", 1)
         found = waiting("status")
-        await asyncio.sleep(1.0)
+        await told("running", 2)
         assert (await plane.post("/v1/migration:undo"))[0] == 200
         undoing = waiting("status")
-        await asyncio.sleep(1.0)
+        await told("undoing", 3)
         assert not any(one.done() for one in (begun, found, undoing))
         await end()
         assert [await one for one in (begun, found, undoing)] == [75, 75, 0]
-    assert "was undone by somebody meanwhile" in capsys.readouterr().err
+    assert said.getvalue().count("was undone by somebody meanwhile") == 2
 
 
 def test_a_class_is_something_else_on_another_backend(tmp_path: Path) -> None:

@@ -89,35 +89,3 @@ async def test_a_commit_that_nobody_waits_for_harms_no_other(tmp_path: Path) -> 
         assert last is not None
     finally:
         await registry.close()
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
-        st.tuples(st.integers(0, 2**63 - 1), st.binary(max_size=40)),
-        max_size=1100,
-    )
-)
-def test_many_rows_in_one_are_read_as_they_are(known: dict[str, tuple[int, bytes]]) -> None:
-    """Whatever a name or a body is made of, separators and quotes too, it comes out as it went in."""
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    db.execute(
-        "CREATE TABLE device (slug TEXT PRIMARY KEY, idx INTEGER NOT NULL, body BLOB NOT NULL)"
-    )
-    db.executemany("INSERT INTO device VALUES (?, ?, ?)", [(k, *v) for k, v in known.items()])
-    found = _sqlite_rows.read(db)
-    db.close()
-    assert {slug: (index, body) for key, slug, index, body in found if key == slug} == known
-
-
-def test_more_rows_than_fit_in_one_are_all_read() -> None:
-    """1,300 rows are read, each once."""
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    db.execute(
-        "CREATE TABLE device (slug TEXT PRIMARY KEY, idx INTEGER NOT NULL, body BLOB NOT NULL)"
-    )
-    rows = [(f"d {n}", n, b"; x") for n in range(1300)]
-    db.executemany("INSERT INTO device VALUES (?, ?, ?)", rows)
-    assert sorted(row[1:] for row in _sqlite_rows.read(db)) == sorted(rows)
-    db.close()

@@ -32,8 +32,10 @@ class AgentSecret:
         self._put = False
 
     async def put(self, *, new: bool) -> None:
-        """Write it, yet without an owner; once for all tries. `new`: raises ConflictError when there is one of this name, which
-        may have its owner already, or belong to another installation."""
+        """Write it, yet without an owner; once for all tries.
+
+        `new`: raises ConflictError when there is one of this name, which may have its owner already, or
+        belong to another installation."""
         if self._body is None or self._put:
             return
         await self._client.apply(self._path, expecting(self._body, None) if new else self._body)
