@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
@@ -22,6 +22,7 @@ from nomad_watchdog.config_classes import AgentClass, default_class
 from nomad_watchdog.config_hcl import show
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.config_types import (
+    Absolute,
     Block,
     Fraction,
     Inventories,
@@ -30,6 +31,7 @@ from nomad_watchdog.config_types import (
     Seconds,
     Text,
     Url,
+    certificates,
     checked_url_or_none,
 )
 from nomad_watchdog.errors import UserError
@@ -79,6 +81,8 @@ class Consul(Block):
     )
     service: Name = "device-watchdog-agent"
     agent_address: Annotated[str, AfterValidator(checked_url_or_none)] | None = None
+    agent_client_cert: Absolute | None = None
+    agent_client_key: Absolute | None = None
 
 
 class Kubernetes(Block):
@@ -277,7 +281,6 @@ class Settings(Block):
         gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
         telling = kind.telling()
         behaviour |= repairs | gateway | telling
-        trust = {"ca_cert": self.api.ca_text()} if self.api.ca_cert else {}
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
         return AgentSpec(
             agent_class=name,
@@ -306,9 +309,24 @@ class Settings(Block):
                 | gateway
                 | telling
                 | ({"prefix": self.consul.prefix} if telling else {})
-                | trust
+                | self._agent_trust()
             ),
         )
+
+    def _agent_trust(self) -> dict[str, Any]:
+        """Whom agents believe over https, and what they show to Consul. Raises UserError."""
+        api, consul = self.api, self.consul
+        trust: dict[str, Any] = {}
+        if api.ca_cert:
+            trust["ca_cert"] = certificates("api.ca_cert", api.ca_cert)
+        if self.agent_consul.startswith("https://"):
+            told = {
+                "ca_cert": certificates("consul.ca_cert", consul.ca_cert) if consul.ca_cert else "",
+                "client_cert": consul.agent_client_cert,
+                "client_key": consul.agent_client_key,
+            }
+            trust["consul_tls"] = {name: value for name, value in told.items() if value}
+        return trust
 
     def spec_on(self, backend: str, spec: AgentSpec) -> AgentSpec:
         """The spec as it is on one backend: with the class's `on` block for it, and with where agents find

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from nomad_watchdog.config_types import Block, Name, Size, Text, Url, checked_listen
-from nomad_watchdog.errors import UserError
 
 LabelText = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -65,17 +63,6 @@ class Api(Block):
         """The token that agents are given: none when each has a credential of its own, for theirs is
         the operator's."""
         return None if self.agent_key_file else self.token_file
-
-    def ca_text(self) -> str:
-        """The certificates in `ca_cert`, for agents. Raises UserError when there are none."""
-        where = f"api.ca_cert {self.ca_cert!r}"
-        try:
-            text = Path(self.ca_cert or "").read_text(encoding="ascii")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'not PEM'}") from error
-        if "BEGIN CERTIFICATE" not in text or "PRIVATE KEY" in text or len(text) > 8192:
-            raise UserError(f"{where} must hold certificates in PEM form and no key, 8 KiB at most")
-        return text
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong): what no single setting shows."""

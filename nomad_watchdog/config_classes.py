@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from nomad_watchdog import __version__, config_escalate
 from nomad_watchdog.config_escalate import Escalate, Loki
-from nomad_watchdog.config_probes import ON_HOST, Absolute, Gateway, Probe
-from nomad_watchdog.config_types import Block, Name, Positive, Seconds, Size, Text, Url
+from nomad_watchdog.config_probes import ON_HOST, Gateway, Probe
+from nomad_watchdog.config_types import Absolute, Block, Name, Positive, Seconds, Size, Text, Url
 
 REPAIRS: Final[Mapping[str, str]] = {
     "interface": "interface",

@@ -81,6 +81,8 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
         if (block.client_cert is None) != (block.client_key is None):
             paths = ((side, "client_cert"), (side, "client_key"))
             yield paths, "client_cert and client_key go together"
+    if settings.consul.agent_client_key and not settings.consul.agent_client_cert:
+        yield (("consul", "agent_client_key"),), "agent_client_key needs agent_client_cert"
 
 
 def _class_misfits(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from nomad_watchdog.config_types import Block, Positive, Text
+from nomad_watchdog.config_types import Absolute, Block, Positive, Text
 
 Kind = Literal[
     "tcp", "http", "https", "icmp", "tls", "dns", "command", "file", "mqtt", "snmp", "plugin"
@@ -16,7 +16,6 @@ Kind = Literal[
 Port = Annotated[int, Field(ge=1, le=65535)]
 Status = Annotated[int, Field(ge=100, le=599)]
 Host = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
-Absolute = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)]
 Words = Annotated[str, Field(min_length=1, max_length=1024)]
 
 _HTTP: Final = frozenset({"port", "path", "expect_status", "expect_body", "max_time"})

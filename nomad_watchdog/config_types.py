@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from nomad_watchdog.config_hcl import parse_duration, parse_size, show
+from nomad_watchdog.errors import UserError
 
 
 def checked_url(value: str) -> str:
@@ -38,6 +40,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Url = Annotated[str, AfterValidator(checked_url)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 Text = Annotated[str, Field(max_length=1024)]
+Absolute = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)]
 
 
 def checked_inventories(value: object) -> object:
@@ -53,6 +56,18 @@ def checked_inventories(value: object) -> object:
     if len(set(paths)) != len(paths):
         raise ValueError("names a file twice")
     return tuple(paths)
+
+
+def certificates(setting: str, path: str) -> str:
+    """The certificates in a file, for those who are told them. Raises UserError when there are none."""
+    where = f"{setting} {path!r}"
+    try:
+        text = Path(path).read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'not PEM'}") from error
+    if "BEGIN CERTIFICATE" not in text or "PRIVATE KEY" in text or len(text) > 8192:
+        raise UserError(f"{where} must hold certificates in PEM form and no key, 8 KiB at most")
+    return text
 
 
 Inventories = Annotated[

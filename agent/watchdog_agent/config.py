@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 
 ConfigError = checks.ConfigError
+CONSUL_TLS = (
+    ("CONSUL_CACERT", "ca_cert"),
+    ("CONSUL_CLIENT_CERT", "client_cert"),
+    ("CONSUL_CLIENT_KEY", "client_key"),
+)
 
 
 def load(environ: Mapping[str, str]) -> Config:
@@ -42,14 +47,16 @@ def load(environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"the configuration is not JSON: {error}") from None
     if isinstance(config, dict) and environ.get("CONSUL_HTTP_ADDR"):
         text = environ["CONSUL_HTTP_ADDR"]
-        config["consul"] = text if "://" in text else f"http://{text}"
+        secure = environ.get("CONSUL_HTTP_SSL", "").lower() in ("1", "true")
+        config["consul"] = text if "://" in text else f"http{'s' * secure}://{text}"
     if isinstance(config, dict) and environ.get("WATCHDOG_LOKI_URL"):
         config["loki"] = {"url": environ["WATCHDOG_LOKI_URL"]}
-    return check(config)
+    return check(config, environ)
 
 
-def check(config: Any) -> Config:
-    """The document with defaults filled in. Raises ConfigError."""
+def check(config: Any, environ: Mapping[str, str] | None = None) -> Config:
+    """The document with defaults filled in, and what the environment says of certificates for Consul.
+    Raises ConfigError."""
     if not isinstance(config, dict):
         raise ConfigError("the configuration must be an object")
     if config.get("v") != wire.VERSION:
@@ -60,7 +67,9 @@ def check(config: Any) -> Config:
     for url in check_list(config, "api"):
         check_url(url, "http:// or https:// address", tls=True)
     if config.get("consul"):
-        check_url(config["consul"], "http:// address", tls=False)
+        check_url(config["consul"], "http:// or https:// address", tls=True)
+        if config["consul"].startswith("https://"):
+            _consul_tls(config, environ or {})
     checks.number(config, "beat_s", 15.0, 0.1, 3600.0)
     checks.number(config, "register_every_s", 45.0, 0.1, 3600.0)
     config["probes"] = [config_probes.check(p, "probes") for p in check_list(config, "probes")]
@@ -81,6 +90,18 @@ def check(config: Any) -> Config:
 
         gateway.check(config)
     return config
+
+
+def _consul_tls(config: Config, environ: Mapping[str, str]) -> None:
+    from . import probe_tls
+
+    spec = config.setdefault("consul_tls", {})
+    if not isinstance(spec, dict):
+        raise ConfigError("consul_tls must be an object")
+    for variable, name in CONSUL_TLS:
+        if environ.get(variable):
+            spec[name] = environ[variable]
+    probe_tls.check_trust(spec, "consul_tls")
 
 
 def _other_kind(probe: Probe) -> Probe:

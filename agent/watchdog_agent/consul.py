@@ -38,7 +38,8 @@ class Registration:
         self.loop = loop
         self.said = said
         self.registered = registered
-        self.url = http.Url(config["consul"], 8500)
+        self.config = config
+        self.url = place(config)
         self.done = False
         self.last = ""
         self.every_s = config.get("register_every_s", 45.0)
@@ -63,8 +64,8 @@ class Registration:
     ) -> None:
         headers = [("X-Consul-Token", token)] if (token := read_token()) else []
         data = http.request(method, self.path + path, self.url.host_header, body, headers)
-        where = (self.url.host, self.url.port)
-        self.fetch = http.Fetch(self.loop, where, data, timeout_s, answered)
+        trusted = trusted_by(self.config)
+        self.fetch = http.ask(self.loop, self.url, data, timeout_s, answered, trusted)
 
     def _answered(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
         if self.closing is not None:
@@ -94,6 +95,17 @@ class Registration:
         if self.fetch is not None:
             self.fetch.cancel()
         self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then(), self.CLOSE_S)
+
+
+def place(config: Config) -> http.Url:
+    """Where Consul is; without a port on the one that our control plane takes."""
+    return http.Url(config["consul"], 8500, tls=True, tls_port=8500)
+
+
+def trusted_by(config: Config) -> Any:
+    """What `http.ask` needs for the next call of Consul; None over http."""
+    spec = config.get("consul_tls") or {}
+    return spec["trust"].now() if "trust" in spec else None
 
 
 def registration(config: Config, instance: str, listen: str) -> Document:

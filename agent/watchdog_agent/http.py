@@ -27,7 +27,9 @@ class Url:
     """http://host[:port][/path], or https:// where `tls` allows it; raises ValueError for anything
     else."""
 
-    def __init__(self, text: str, default_port: int = 80, *, tls: bool = False) -> None:
+    def __init__(
+        self, text: str, default_port: int = 80, *, tls: bool = False, tls_port: int = 443
+    ) -> None:
         scheme, separator, rest = text.partition("://")
         if not separator or scheme not in (("http", "https") if tls else ("http",)):
             raise ValueError(f"{text!r} is not an http:// address")
@@ -37,7 +39,7 @@ class Url:
             place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "")
         )
         self.host = (host or place).strip("[]")
-        self.port = int(port) if port else 443 if self.secure else default_port
+        self.port = int(port) if port else tls_port if self.secure else default_port
         self.base = ("/" + path).rstrip("/")
         self.host_header = place
         if not self.host or not 0 < self.port < 65536 or any(not "!" <= c <= "~" for c in text):

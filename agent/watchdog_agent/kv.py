@@ -24,7 +24,8 @@ class Kv:
     def __init__(self, loop: Loop, config: Config, folder: str) -> None:
         """`folder`: below the installation's prefix, as ``anomalies``."""
         self.loop = loop
-        self.url = http.Url(config["consul"], 8500)
+        self.config = config
+        self.url = consul.place(config)
         self.folder = f"{config.get('prefix') or 'nomad-watchdog'}/{folder}"
 
     def call(
@@ -43,8 +44,8 @@ class Kv:
         data = http.request(method, f"{self.url.base}/v1{path}", self.url.host_header, raw, headers)
         # 1.0: to 1.1 Consul sends what is longer than some KB in chunks, and `http` knows none.
         data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
-        where = (self.url.host, self.url.port)
-        return http.Fetch(self.loop, where, data, timeout_s, done, max_body=most)
+        trusted = consul.trusted_by(self.config)
+        return http.ask(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
 
     def put(
         self, key: str, query: str, body: Document, done: Callable[[bool | None, str], None]

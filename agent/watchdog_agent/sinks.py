@@ -47,9 +47,15 @@ class Sink:
         self.loop, self.spec, self.config = loop, spec, config
         self.instance = instance
         self.log = log
-        port = 8500 if spec["kind"] == "consul_event" else 80
-        self.url = http.Url(spec.get("url") or config["consul"], port, tls=True)
-        self.trusted = http.trust(self.url, config.get("ca_cert", ""))
+        self.own_consul = spec["kind"] == "consul_event" and not spec.get("url")
+        if self.own_consul:
+            from . import consul
+
+            self.url, self.trusted = consul.place(config), None
+        else:
+            port = 8500 if spec["kind"] == "consul_event" else 80
+            self.url = http.Url(spec["url"], port, tls=True)
+            self.trusted = http.trust(self.url, config.get("ca_cert", ""))
         rules = config["escalate"]
         self.retry_s: float = rules["retry_s"]
         self.give_up_s: float = rules["give_up_s"]
@@ -83,6 +89,8 @@ class Sink:
         if self.spec["kind"] == "consul_event":
             from . import consul
 
+            if self.own_consul:
+                self.trusted = consul.trusted_by(self.config)
             if token := token or consul.read_token():
                 headers.append(("X-Consul-Token", token))
         elif token:

@@ -12,7 +12,10 @@ environment variables go over the document, so that a scheduler can say what onl
 ``WATCHDOG_TOKEN_FILE`` file with the bearer token for the API, for a document without a credential
 ``WATCHDOG_CA_CERT``    file with the authorities that the API's certificate is verified with
 ``WATCHDOG_LOKI_URL``   ship log lines there, as ``loki`` in the document
-``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token
+``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token,
+                        ``CONSUL_HTTP_SSL`` = true: over https where it names no scheme
+``CONSUL_CACERT``       over https: the authorities that are trusted; ``CONSUL_CLIENT_CERT`` and
+                        ``CONSUL_CLIENT_KEY`` what is shown; paths
 ======================  ====================================================================
 
 Configuration document (version 1)::
@@ -21,6 +24,7 @@ Configuration document (version 1)::
      "version": "0.1.0", "spec_hash": "...", "address": "127.1.0.4", "labels": {},
      "api": ["http://127.0.0.1:9670"], "ca_cert": "PEM or path; for https://", "credential": "...",
      "consul": "http://127.0.0.1:8500" | "",
+     "consul_tls": {"ca_cert": "PEM or path", "client_cert": "path", "client_key": "path"}, (optional)
      "service": "device-watchdog-agent", "beat_s": 15.0,
      "probes": [{"kind": "tcp|http|icmp", "port": 8080, "path": "/", "expect_status": 200,
                  "interval_s": 5.0, "timeout_s": 2.0, "misses": 3}],

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,8 @@ class ConsulServer(Running):
     """``async with ConsulServer(folder) as consul: … consul.http_addr``.
 
     Ports are chosen once, so that `start` after `stop` or `kill` brings the same server back.
-    `max_connections`: Consul's ``limits.http_max_conns_per_client``. `join`: be a client agent of that
+    `max_connections`: Consul's ``limits.http_max_conns_per_client``. `tls`: Consul's ``tls.https`` block
+    (``ca_file``, ``cert_file``, ``key_file``, ``verify_incoming``); with it `https_addr` is served as well. `join`: be a client agent of that
     server, as every node of a cluster has one; then `node` must be a name of its own. Several servers are
     made by `dev.cluster`.
     """
@@ -44,6 +46,7 @@ class ConsulServer(Running):
         max_connections: int = 200,
         node: str = "watchdog-consul",
         join: ConsulServer | None = None,
+        tls: Mapping[str, object] | None = None,
     ) -> None:
         self.data_dir = data_dir
         self.node = node
@@ -51,6 +54,9 @@ class ConsulServer(Running):
         """Management token when ACLs are on; secret."""
         self.http_port = free_port()
         self.http_addr = f"http://127.0.0.1:{self.http_port}"
+        self._tls = tls
+        self._https_port = free_port() if tls else -1
+        self.https_addr = f"https://127.0.0.1:{self._https_port}" if tls else ""
         self.serf_port = free_port()
         self._server_port = free_port()
         self._max_connections = max_connections
@@ -127,6 +133,7 @@ class ConsulServer(Running):
             "client_addr": "127.0.0.1",
             "ports": {
                 "http": self.http_port,
+                "https": self._https_port,
                 "serf_lan": self.serf_port,
                 "server": self._server_port,
                 "dns": -1,
@@ -145,6 +152,8 @@ class ConsulServer(Running):
             config |= {"server": True, "bootstrap_expect": 1}
         else:
             config |= {"retry_join": [self._join.serf_address]}
+        if self._tls:
+            config["tls"] = {"https": dict(self._tls)}
         if self.token:
             config["acl"] = {
                 "enabled": True,
