@@ -12,12 +12,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.plane import nomad_server, plane, settings
 from bench.rows import Row
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.process import clean_environment
 
 RAW = """
@@ -34,6 +34,8 @@ for path in ("jobs?prefix=ours&meta=true", "allocations?task_states=true"):
 """
 RUNS = 3
 
+Versions = Callable[[], Awaitable[dict[str, Any]]]
+
 
 def _timed(*argv: str) -> tuple[float, str]:
     began = time.perf_counter()
@@ -43,14 +45,9 @@ def _timed(*argv: str) -> tuple[float, str]:
     return time.perf_counter() - began, done.stdout
 
 
-async def _indexes(server: NomadServer) -> dict[str, int]:
-    jobs: list[Any] = await server.request("GET", "/v1/jobs?prefix=ours")
-    return {job["ID"]: job["JobModifyIndex"] for job in jobs}
-
-
-async def _reconcile_for_a_while(server: NomadServer, file: Path, seconds: float) -> int:
-    """Changed, new and lost jobs while `nomad-watchdog run` was over the fleet."""
-    before = await _indexes(server)
+async def _touched(versions: Versions, file: Path, seconds: float) -> int:
+    """Changed, new and lost objects while `nomad-watchdog run` was over the fleet."""
+    before = await versions()
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "nomad_watchdog", "--config", str(file), "run",
         env=clean_environment() | {"NOMAD_WATCHDOG_API_LISTEN": "127.0.0.1:0"},
@@ -60,7 +57,40 @@ async def _reconcile_for_a_while(server: NomadServer, file: Path, seconds: float
     assert child.returncode is None
     child.terminate()
     await child.wait()
-    return len(before.items() ^ (await _indexes(server)).items())
+    return len(before.items() ^ (await versions()).items())
+
+
+async def rows_of(
+    what: str, file: Path, count: int, raw: Sequence[str], versions: Versions
+) -> list[Row]:
+    """Over a fleet that runs. `raw`: arguments of an interpreter that reads the same lists; `versions`: what
+    changes with an object that is touched, by its name."""
+    ratios, mine, planned = [], [], 0
+    for _ in range(RUNS):
+        raw_s, _ = await asyncio.to_thread(_timed, *raw)
+        ours_s, said = await asyncio.to_thread(
+            _timed, "-m", "nomad_watchdog", "--config", str(file), "plan", "-o", "json"
+        )
+        planned = max(planned, len(json.loads(said)["actions"]))
+        ratios.append(ours_s / raw_s)
+        mine.append(ours_s)
+    touched = await _touched(versions, file, 25.0)
+    return [
+        Row(
+            f"{what} over {count:,} agents, first decision ÷ raw list",
+            statistics.median(ratios),
+            "×",
+            note=f"{statistics.median(mine):.2f} s from the program's start",
+        ),
+        Row(
+            f"{what}, spurious actions",
+            planned + touched,
+            "",
+            floor="≤ 0",
+            aim="≤ 0",
+            note="planned by it, or jobs touched in 25 s of running",
+        ),
+    ]
 
 
 async def measure(count: int) -> list[Row]:
@@ -70,32 +100,12 @@ async def measure(count: int) -> list[Row]:
             await ours.register([f"device-{n}" for n in range(count)])
             async with ours.running():
                 await ours.until_started(count, 400.0)
-        ratios, mine, planned = [], [], 0
-        for _ in range(RUNS):
-            raw_s, _ = await asyncio.to_thread(_timed, "-c", RAW, server.http_addr)
-            ours_s, said = await asyncio.to_thread(
-                _timed, "-m", "nomad_watchdog", "--config", str(file), "plan", "-o", "json"
-            )
-            planned = max(planned, len(json.loads(said)["actions"]))
-            ratios.append(ours_s / raw_s)
-            mine.append(ours_s)
-        touched = await _reconcile_for_a_while(server, file, 25.0)
-    return [
-        Row(
-            f"restart over {count:,} agents, first decision ÷ raw list",
-            statistics.median(ratios),
-            "×",
-            note=f"{statistics.median(mine):.2f} s from the program's start",
-        ),
-        Row(
-            "restart, spurious actions",
-            planned + touched,
-            "",
-            floor="≤ 0",
-            aim="≤ 0",
-            note="planned by it, or jobs touched in 25 s of running",
-        ),
-    ]
+
+        async def versions() -> dict[str, Any]:
+            jobs: list[Any] = await server.request("GET", "/v1/jobs?prefix=ours")
+            return {job["ID"]: job["JobModifyIndex"] for job in jobs}
+
+        return await rows_of("restart", file, count, ["-c", RAW, server.http_addr], versions)
 
 
 def run(*, quick: bool = False) -> list[Row]:

@@ -1,0 +1,104 @@
+"""What the benchmarks on Kubernetes stand on: namespaces, settings and a bare loop of applies.
+
+A namespace takes 2,000 devices, here as in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.config import Settings
+from nomad_watchdog.config_load import load
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.model import Epoch
+from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _objects as objects
+from nomad_watchdog.testing.conformance import record_of
+
+TEMPLATE = Path(__file__).with_name("mock.kubernetes.yaml")
+CONFIG = """\
+backend  = "kubernetes"
+data_dir = "{root}/{namespace}"
+kubernetes {{
+  kubeconfig = "{kubeconfig}"
+  namespace  = "{namespace}"
+  namespaces = {spread}
+}}
+registry {{
+  kind = "sqlite"
+}}
+consul {{
+  agent_address = ""
+}}
+agent_class "default" {{
+  template = "{template}"
+  probe "icmp" {{}}
+}}
+"""
+PER_NAMESPACE = 2000
+
+
+def spaces(first: str, count: int) -> list[str]:
+    """The namespaces of so many devices."""
+    return [names.namespace_of(first, n) for n in range(-(-count // PER_NAMESPACE))]
+
+
+async def add_namespaces(cluster: KubernetesCluster, count: int) -> None:
+    for first in ("before", "ours", "after"):
+        for space in spaces(first, count):
+            await cluster.add_namespace(space)
+
+
+def settings(
+    cluster: KubernetesCluster, root: Path, namespace: str, count: int
+) -> tuple[Settings, Path]:
+    """Settings as a user would write them, and their file."""
+    (root / namespace).mkdir(parents=True, exist_ok=True)
+    file = root / f"{namespace}.hcl"
+    file.write_text(
+        CONFIG.format(
+            root=root,
+            namespace=namespace,
+            spread=len(spaces(namespace, count)),
+            kubeconfig=cluster.kubeconfig,
+            template=TEMPLATE,
+        )
+    )
+    return load(file, {}), file
+
+
+def bodies(chosen: Settings, count: int) -> list[dict[str, Any]]:
+    """What ours would apply, made before the clock runs."""
+    spec = chosen.specs()["default"]
+    built = objects.build(spec)
+    found = []
+    for number in range(count):
+        record = record_of(f"bare-{number}")
+        labels = objects.labels_of(
+            record, Epoch(1), spec, kind=built.kind, shard=0, installation="bare"
+        )
+        document, _ = objects.document_of(record, Epoch(1), spec)
+        found.append(
+            objects.workload(built, record, spec, labels=labels, document=document, secret="")
+        )
+    return found
+
+
+async def bare_loop(
+    client: KubernetesClient, first: str, things: list[dict[str, Any]], at_once: int
+) -> float:
+    """Seconds for these applies, `at_once` under way at a time, spread over the namespaces."""
+    paths = [names.collection(space, "deployment") for space in spaces(first, len(things))]
+    rest = iter(enumerate(things))
+
+    async def worker() -> None:
+        for number, thing in rest:
+            await client.apply(f"{paths[number % len(paths)]}/{thing['metadata']['name']}", thing)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(at_once)))
+    return time.perf_counter() - began
