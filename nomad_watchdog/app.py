@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_S: Final = 5.0
 """Open requests get so long to end after a signal."""
+_NEW_OBJECTS: Final = 10_000
+"""So many more make Python look for cycles among them; its own number, 700, is one webhook's or two."""
 
 
 async def initialise(settings: Settings) -> str:
@@ -70,12 +73,23 @@ async def import_registry(
         return await backup.restore(registry, installation, records, dry_run=dry_run)
 
 
+def collect_seldom() -> None:
+    """For a process that serves: what is loaded is never garbage, and a fleet's records seldom are.
+
+    Each look of the collector walks what came since the last ones, and now and then the whole fleet. With
+    fewer of them signed webhooks come in a fifth faster (bench/intake.py).
+    https://docs.python.org/3/library/gc.html#gc.set_threshold"""
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS, 10, 10)
+
+
 async def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code: 0 after a signal."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    collect_seldom()
     stop_logging = logs.setup(settings.log.level, settings.log.format)
     loop.set_exception_handler(logs.LoopTrouble())
     try:

@@ -16,7 +16,7 @@ from nomad_watchdog.errors import TerminalError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.keyring import SecretFile
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot
+from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, still
 from nomad_watchdog.schedulers.documents import class_part
 
 FIELD = "credential"
@@ -46,6 +46,9 @@ class Credentialed:
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         return await self.inner.snapshot(only)
+
+    async def still(self, snapshot: Snapshot) -> bool:
+        return await still(self.inner, snapshot)
 
     def watch(self) -> AsyncIterator[Hint]:
         return self.inner.watch()

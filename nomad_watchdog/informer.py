@@ -21,12 +21,15 @@ from nomad_watchdog.freshness import Freshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Monotonic
-from nomad_watchdog.schedulers import Scheduler, Snapshot
+from nomad_watchdog.schedulers import Scheduler, Snapshot, still
 
 log = logging.getLogger(__name__)
 
 _FOLLOWED_S: Final = 1.0
 """The first look waits so long for the watch to begin, seconds."""
+_MOST_STILL: Final = 9
+"""So many looks in a row may be the scheduler's word that nothing has changed; then all is read again, in
+case that what was read was wrong."""
 
 
 class Informer:
@@ -52,6 +55,8 @@ class Informer:
         self._wakes_at = math.inf
         """When the loop looks into the agenda, if nobody wakes it; inf while it is at work."""
         self._one_at_a_time = asyncio.Lock()
+        self._whole: Snapshot | None = None
+        self._stills = 0
         self.freshness = Freshness()
         self.began_at = Monotonic(0.0)
         """When the full snapshot that was last begun was begun."""
@@ -119,7 +124,7 @@ class Informer:
                 self._metrics.resync("timer")
             began = self._clock.monotonic()
             try:
-                await self.read(look.only)
+                await self.read(look.only, thrifty=look.reason == "timer")
             except WatchdogError as error:
                 kind = "stale" if isinstance(error, StaleError) else "transient"
                 self._metrics.scheduler_error(kind)
@@ -132,14 +137,28 @@ class Informer:
                 self._agenda.done(look, began, self._clock.monotonic())
                 delay_s = 0.0
 
-    async def read(self, only: AbstractSet[Slug] | None = None) -> None:
+    async def read(self, only: AbstractSet[Slug] | None = None, *, thrifty: bool = False) -> None:
         """Read a snapshot and give it to `take`. One at a time: of two under way at once the older could
-        come last, and would hide what the younger has shown (S8). Raises as `Scheduler.snapshot`."""
+        come last, and would hide what the younger has shown (S8). `thrifty`: the last one will do if the
+        scheduler says that it has not changed; never as a second read of what is doubted (S7). Raises as
+        `Scheduler.snapshot`."""
         async with self._one_at_a_time:
             self.freshness.begins()
             self.read_began_at = self._clock.monotonic()
             if only is None:
                 self.began_at = self.read_began_at
-            snapshot = await self._scheduler.snapshot(only)
+            snapshot = await self._unchanged() if thrifty and only is None else None
+            if snapshot is None:
+                snapshot = await self._scheduler.snapshot(only)
+                if only is None:
+                    self._whole, self._stills = snapshot, 0
             self.freshness.listed(snapshot.only)
             self._take(snapshot)
+
+    async def _unchanged(self) -> Snapshot | None:
+        """The last full snapshot, if the scheduler says that it would be the same now."""
+        whole = self._whole
+        if whole is None or self._stills >= _MOST_STILL or not await still(self._scheduler, whole):
+            return None
+        self._stills += 1
+        return whole

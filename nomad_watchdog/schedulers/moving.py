@@ -18,7 +18,7 @@ from typing import Final
 from nomad_watchdog.errors import StaleError, TransientError, WatchdogError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Scheduler, Snapshot
+from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Scheduler, Snapshot, still
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Moving:
         self._more = asyncio.Event()
         self._tickets: dict[Slug, _Ticket] = {}
         self._last = 0
+        self._read: tuple[Snapshot, Mapping[str, Snapshot]] | None = None
+        """The last full snapshot, and those of the parts that it was made of."""
         self.capabilities = self._shared()
 
     @property
@@ -146,7 +148,20 @@ class Moving:
             raise StaleError("another scheduler has come meanwhile")
         found = snapshots[self.name].placements if len(parts) == 1 else self._merged(snapshots)
         asked = None if only is None else frozenset(only)
-        return Snapshot(found, last, asked, self._behind(snapshots, last, asked))
+        made = Snapshot(found, last, asked, self._behind(snapshots, last, asked))
+        if only is None:
+            self._read = made, snapshots
+        return made
+
+    async def still(self, snapshot: Snapshot) -> bool:
+        parts, lacks = self._parts, self.lacks
+        if self._read is None or self._read[0] is not snapshot or snapshot.behind or lacks:
+            return False
+        read = self._read[1]
+        if parts.keys() != read.keys():
+            return False
+        said = await asyncio.gather(*(still(part, read[name]) for name, part in parts.items()))
+        return all(said) and self._parts is parts and not self.lacks
 
     def _merged(self, snapshots: Mapping[str, Snapshot]) -> dict[Slug, tuple[Placement, ...]]:
         merged: dict[Slug, list[Placement]] = defaultdict(list)

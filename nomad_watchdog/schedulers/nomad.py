@@ -89,6 +89,9 @@ class NomadScheduler:
         self._listed = False
         self._index = 0
         self._first_dead: dict[str, float] = {}
+        self._read: tuple[Snapshot, tuple[int, ...]] | None = None
+        """The last whole snapshot, and the indexes of the tables that it was read from; None while it shows
+        what a second look may show otherwise, with nothing new in Nomad."""
         self._memory = Memory()
         self.malformed = 0
         """Jobs in the last full snapshot that claim to be ours and make no sense."""
@@ -139,6 +142,21 @@ class NomadScheduler:
             part = {slug: found for slug, found in whole.placements.items() if slug in asked}
             return Snapshot(part, whole.index, asked)
         return await self._part(frozenset(only))
+
+    async def still(self, snapshot: Snapshot) -> bool:
+        """By the index of each table, which every write moves and an answer names, however short
+        (https://developer.hashicorp.com/nomad/api-docs#blocking-queries)."""
+        read = self._read
+        if read is None or read[0] is not snapshot:
+            return False
+        one = {"per_page": "1"}
+        asked = [
+            ("/v1/jobs", "list-jobs"),
+            ("/v1/allocations", "read-job"),
+            ("/v1/evaluations", "read-job"),
+        ]
+        answers = await asyncio.gather(*(self._client.get(*table, one) for table in asked))
+        return tuple(answer.index for answer in answers) == read[1] and all(read[1])
 
     async def watch(self) -> AsyncIterator[Hint]:
         failures = 0
@@ -285,7 +303,11 @@ class NomadScheduler:
         found, self.malformed = self._placements(jobs.body, allocs.body, evals.body)
         self._memory.take(found, None)
         self._first_dead = {k: v for k, v in self._first_dead.items() if k in known}
-        return Snapshot(found, jobs.index)
+        read = Snapshot(found, jobs.index)
+        settled_before = self._clock.monotonic() - SECOND_LOOK_S
+        settled = all(since < settled_before for since in self._first_dead.values())
+        self._read = (read, (jobs.index, allocs.index, evals.index)) if settled else None
+        return read
 
     async def _part(self, asked: frozenset[Slug]) -> Snapshot:
         limit = asyncio.Semaphore(_AT_ONCE)

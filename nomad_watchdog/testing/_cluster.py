@@ -131,7 +131,7 @@ class Cluster:
     jobs: dict[str, Job] = field(default_factory=dict)
     processes: dict[int, Process] = field(default_factory=dict)
     """Those that live."""
-    index: int = 0
+    index: int = 1
     broken: bool = False
     """No listing can be read."""
     blocked: str = ""
@@ -153,7 +153,7 @@ class Cluster:
             raise TerminalError(f"there is no parent job for class {spec.agent_class!r}")
         for job in self.jobs.values():
             if job.slug == record.slug and job.epoch == epoch:
-                return max(self.index, 1)
+                return self.index
         self._refs += 1
         ref = f"{record.slug}/{int(epoch)}/{self._refs}"
         now = asyncio.get_running_loop().time()
@@ -185,7 +185,7 @@ class Cluster:
         for job in self.jobs.values():
             if only is None or job.slug in only:
                 found[job.slug] = (*found.get(job.slug, ()), self.shown(job))
-        return max(self.index, 1), found
+        return self.index, found
 
     def shown(self, job: Job) -> Placement:
         """The job as a placement."""

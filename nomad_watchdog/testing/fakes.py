@@ -189,6 +189,7 @@ class FakeScheduler:
         self._line = line or Line()
         self._owner = owner
         self._index = 0
+        self._read: Snapshot | None = None
 
     async def prepare(self, specs: Collection[AgentSpec]) -> None:
         names = sorted(spec.agent_class for spec in specs)
@@ -213,7 +214,16 @@ class FakeScheduler:
             self._index = 0
             raise StaleError(f"the scheduler's index went back to {index}")
         self._index = max(self._index, index)
-        return Snapshot(found, index, asked)
+        seen = Snapshot(found, index, asked)
+        if only is None:
+            self._read = seen
+        return seen
+
+    async def still(self, snapshot: Snapshot) -> bool:
+        index, _ = await self._line.call(
+            "scheduler.snapshot", lambda: self._cluster.listing(frozenset())
+        )
+        return snapshot is self._read and snapshot.index == index
 
     async def watch(self) -> AsyncIterator[Hint]:
         with self._cluster.news.ear() as ear:

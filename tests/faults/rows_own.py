@@ -19,6 +19,8 @@ from tests.faults.site import BrokenRowError, Direct, until
 from tests.faults.world import World
 
 MANY = 10_000
+CLIENTS = 8
+"""Nomad's own cost of placing one more goes with all that its node has."""
 MOCK = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
 
 
@@ -74,7 +76,7 @@ async def mass(world: World) -> None:
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 << 30
     with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
         Path(folder).chmod(0o755)
-        async with NomadServer(Path(folder) / "nomad", unprivileged=True) as nomad:
+        async with NomadServer(Path(folder) / "nomad", clients=CLIENTS, unprivileged=True) as nomad:
             await come_and_go(world, nomad)
 
 

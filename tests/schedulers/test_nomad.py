@@ -320,3 +320,43 @@ async def test_explicit_beats_environment() -> None:
     found = NomadSettings.from_env(env, address="http://127.0.0.1:1")
     assert (found.address, found.token) == ("http://127.0.0.1:1", "secret-1")
     assert "secret-1" not in repr(found)
+
+
+async def test_a_quiet_nomad_is_known_without_its_lists(
+    scheduler: NomadScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing new the snapshot still holds, told by three answers of one row each; an agent that has
+    just ended keeps it from holding until it was looked at a second time."""
+    spec = mock_spec()
+    await scheduler.prepare([spec])
+    record = record_of("quiet")
+    await scheduler.ensure(record, Epoch(1), spec)
+
+    async def holds() -> bool:
+        seen = await scheduler.snapshot()
+        return seen.placements[record.slug][0].state is PlacementState.RUNNING and (
+            await scheduler.still(seen)
+        )
+
+    await until(holds)
+    seen = await scheduler.snapshot()
+    asked: list[object] = []
+    get = NomadClient.get
+
+    async def spy(client: NomadClient, *args: Any) -> Any:
+        asked.append(args[-1])
+        return await get(client, *args)
+
+    monkeypatch.setattr(NomadClient, "get", spy)
+    assert await scheduler.still(seen)
+    assert asked == [{"per_page": "1"}] * 3
+    await scheduler.retire(seen.placements[record.slug][0], 1.0)
+    assert not await scheduler.still(seen)
+
+    async def dead() -> bool:
+        last = await scheduler.snapshot()
+        return last.placements[record.slug][0].state is PlacementState.DEAD and (
+            await scheduler.still(last)
+        )
+
+    await until(dead)

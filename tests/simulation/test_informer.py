@@ -1,0 +1,121 @@
+"""When all placements are read, and when the scheduler's word that nothing has changed will do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+
+import pytest
+
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.errors import TransientError
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.informer import Informer
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import AgentSpec, Epoch
+from nomad_watchdog.schedulers import Snapshot
+from nomad_watchdog.testing._cluster import Cluster
+from nomad_watchdog.testing.fakes import FakeScheduler
+from tests.core.world import record
+
+SPEC = AgentSpec("default", "1", "h")
+
+
+class Counted(FakeScheduler):
+    """Counts how often all is read, and how often it says that it need not be."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
+        self.reads = self.asked = 0
+
+    async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
+        self.reads += only is None
+        return await super().snapshot(only)
+
+    async def still(self, snapshot: Snapshot) -> bool:
+        self.asked += 1
+        return await super().still(snapshot)
+
+
+def looking(scheduler: FakeScheduler) -> tuple[Informer, list[Snapshot]]:
+    taken: list[Snapshot] = []
+    informer = Informer(
+        scheduler, SystemClock(), 0.02, Metrics(), taken.append, lambda _reason: None
+    )
+    return informer, taken
+
+
+async def run_until(informer: Informer, test: Callable[[], bool]) -> None:
+    """Run it until `test` holds."""
+    task = asyncio.ensure_future(informer.run())
+    try:
+        async with asyncio.timeout(20):
+            while not test():
+                await asyncio.sleep(0.005)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_quiet_scheduler_is_read_now_and_then() -> None:
+    """On the timer the last snapshot is taken again while the scheduler says that it holds, and every tenth
+    look reads all the same."""
+    scheduler = Counted(Cluster())
+    informer, taken = looking(scheduler)
+    await run_until(informer, lambda: scheduler.reads >= 4)
+    assert len(taken) >= scheduler.reads + 18
+    assert scheduler.asked >= 18
+
+
+async def test_what_has_changed_is_read_on_the_timer() -> None:
+    """A change that no hint told of is in the next look."""
+    cluster = Cluster()
+    scheduler, other = Counted(cluster), FakeScheduler(cluster)
+    informer, taken = looking(scheduler)
+    await other.prepare([SPEC])
+    await informer.read()
+    device = record("quiet")
+    await other.ensure(device, Epoch(1), SPEC)
+    await informer.read(thrifty=True)
+    assert device.slug in taken[-1].placements
+    assert scheduler.reads == 2
+    await informer.read(thrifty=True)
+    assert (scheduler.reads, len(taken)) == (2, 3)
+    assert taken[-1] is taken[-2]
+
+
+async def test_a_second_read_is_one() -> None:
+    """What is read to confirm a doubt is read, and not believed to be as it was (S7)."""
+    scheduler = Counted(Cluster())
+    informer, _ = looking(scheduler)
+    for _ in range(3):
+        await informer.read()
+    assert (scheduler.reads, scheduler.asked) == (3, 0)
+
+
+async def test_a_scheduler_that_does_not_answer_is_no_quiet_one() -> None:
+    """When even the short question fails, the look has failed."""
+    cluster = Cluster()
+    informer, taken = looking(Counted(cluster))
+    await informer.read()
+    cluster.broken = True
+    with pytest.raises(TransientError):
+        await informer.read(thrifty=True)
+    assert len(taken) == 1
+
+
+async def test_a_backend_that_can_not_tell_is_read_each_time() -> None:
+    """`still` is no duty of a backend."""
+
+    class Plain:
+        """The duties alone."""
+
+        def __init__(self) -> None:
+            self.inner = Counted(Cluster())
+            self.snapshot, self.watch = self.inner.snapshot, self.inner.watch
+
+    plain = Plain()
+    informer, _ = looking(plain)  # type: ignore[arg-type]
+    for _ in range(3):
+        await informer.read(thrifty=True)
+    assert (plain.inner.reads, plain.inner.asked) == (3, 0)
