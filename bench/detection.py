@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
@@ -23,7 +23,8 @@ from watchdog_agent import probes
 from watchdog_agent.suspicion import Suspicion
 
 from bench.rows import Row, percentile
-from nomad_watchdog.config_classes import AgentClass, Probe
+from nomad_watchdog.config_classes import AgentClass
+from nomad_watchdog.config_probes import Probe
 from nomad_watchdog.core.grace import GraceLimits, StartTimes
 from nomad_watchdog.core.verdict import Evidence, judge
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -125,7 +126,7 @@ class Tally:
     took: list[float] = field(default_factory=list)
     missed: int = 0
 
-    def outages(self, known: Faults, told: list[float]) -> None:
+    def outages(self, known: Faults, told: Sequence[float]) -> None:
         """`told`: when the device was called offline, in order."""
         for begin, end in known.outages():
             place = bisect_right(told, begin)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from bench.rows import Row
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import shard_of
-from nomad_watchdog.model import Epoch
+from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing._bench import record_of
@@ -33,12 +33,12 @@ SAMPLE = 150
 TURNS = 6
 
 
-async def _in_turn(count: int, call: object) -> float:
+async def _in_turn(count: int, call: Callable[[int], Awaitable[object]]) -> float:
     numbers = iter(range(count))
 
     async def worker() -> None:
         for number in numbers:
-            await call(number)  # type: ignore[operator]
+            await call(number)
 
     began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
@@ -54,11 +54,11 @@ async def _grow(client: NomadClient, prefix: str, shards: int, count: int) -> No
     await _in_turn(count, one)
 
 
-async def _take(scheduler: Scheduler, spec: object, word: str) -> float:
+async def _take(scheduler: Scheduler, spec: AgentSpec, word: str) -> float:
     """Seconds for one sample."""
 
     async def one(number: int) -> None:
-        await scheduler.ensure(record_of(f"{word} {number}"), Epoch(1), spec)  # type: ignore[arg-type]
+        await scheduler.ensure(record_of(f"{word} {number}"), Epoch(1), spec)
 
     return await _in_turn(SAMPLE, one)
 
@@ -67,7 +67,7 @@ async def _rates(fleets: Mapping[int, tuple[NomadServer, Path]], shards: int) ->
     """Dispatches a second in each fleet, in the order of `fleets`."""
     prefix = f"flat{shards}"
     async with AsyncExitStack() as stack:
-        some: list[tuple[Scheduler, object]] = []
+        some: list[tuple[Scheduler, AgentSpec]] = []
         for size, (server, root) in fleets.items():
             client = await stack.enter_async_context(bare_client(server))
             chosen, _ = settings(server, root / prefix, prefix)
@@ -81,8 +81,8 @@ async def _rates(fleets: Mapping[int, tuple[NomadServer, Path]], shards: int) ->
             some.append((scheduler, spec))
         took_s = [0.0] * len(some)
         for turn in range(TURNS):
-            for number, (scheduler, spec) in enumerate(some):
-                took_s[number] += await _take(scheduler, spec, f"turn {turn}")
+            for number, (one, its) in enumerate(some):
+                took_s[number] += await _take(one, its, f"turn {turn}")
     return [TURNS * SAMPLE / one for one in took_s]
 
 

@@ -22,7 +22,7 @@ from bench import event, restart
 from bench.cluster import add_namespaces, bare_loop, bodies, settings, spaces
 from bench.plane import plane
 from bench.rows import Row
-from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.clients.kubernetes import MANAGER, KubernetesClient
 from nomad_watchdog.config import Settings
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.schedulers.kubernetes import _names as names
@@ -42,6 +42,8 @@ for path in paths:
             break
 """
 ROUNDS = 3
+LOST_AFTER_S = 50
+"""As Kubernetes has it. The test clusters' 6 s are less than a busy machine lets KWOK's nodes be silent."""
 WAIT_S = 1800.0
 
 
@@ -55,7 +57,10 @@ async def cluster_of(
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         root = Path(folder)
         async with KubernetesCluster(
-            root / "kubernetes", fake_nodes=nodes, controllers=controllers
+            root / "kubernetes",
+            fake_nodes=nodes,
+            controllers=controllers,
+            lost_after_s=LOST_AFTER_S,
         ) as cluster:
             await add_namespaces(cluster, count)
             client = cluster.client()
@@ -139,6 +144,12 @@ async def events(count: int) -> list[Row]:
     return event.rows_of("Kubernetes: event → apply", "one raw apply", ours_s, raw_s)
 
 
+def _ours_in(meta: dict[str, Any]) -> tuple[str, ...]:
+    """When we last wrote to an object: others write to its status."""
+    fields = meta.get("managedFields") or []
+    return tuple(one["time"] for one in fields if one["manager"] == MANAGER)
+
+
 async def cold_start(count: int) -> list[Row]:
     async with cluster_of(count, controllers=True) as (cluster, client, root):
         chosen, file = settings(cluster, root, "ours", count)
@@ -146,16 +157,16 @@ async def cold_start(count: int) -> list[Row]:
         ours_s = await ours(chosen, count, client)
         bare_s += await bare_start(client, "after", chosen, count)
         bare_s /= 2
-        lists = [
-            names.collection(space, kind)
-            for space in spaces("ours", count)
-            for kind in ("deployment", "pod")
-        ]
+        used = spaces("ours", count)
+        lists = [names.collection(space, kind) for space in used for kind in ("deployment", "pod")]
 
         async def versions() -> dict[str, Any]:
-            found = [await client.list(path, metadata=True) for path in lists]
+            found = [
+                await client.list(names.collection(space, "deployment"), metadata=True)
+                for space in used
+            ]
             metas = [item["metadata"] for one in found for item in one.items]
-            return {meta["uid"]: meta["resourceVersion"] for meta in metas}
+            return {meta["uid"]: _ours_in(meta) for meta in metas}
 
         pki = str(cluster.data_dir / "pki")
         again = await restart.rows_of(
@@ -169,7 +180,7 @@ async def cold_start(count: int) -> list[Row]:
             floor="≤ 1.25",
             aim="≤ 1.05",
             note=f"{ours_s:.1f} s against {bare_s:.1f} s, KWOK's nodes, "
-            f"{len(spaces('ours', count))} namespaces each",
+            f"{len(used)} of our namespaces",
         ),
         *again,
     ]

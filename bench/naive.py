@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-import nomad
+import nomad  # type: ignore[import-untyped]  # python-nomad ships no types
 
 from bench.plane import bare_body, bare_client, nomad_server, plane, settings
 from bench.rows import Row, percentile

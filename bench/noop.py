@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Mapping
 
 from bench.rows import Row
 from nomad_watchdog.core.planner import plan
-from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
     Device,
     DeviceRecord,
@@ -25,9 +26,11 @@ from nomad_watchdog.model import (
 )
 
 
-def world(count: int) -> tuple[dict, dict]:
+def world(
+    count: int,
+) -> tuple[dict[Slug, DeviceRecord], dict[Slug, tuple[Placement, ...]]]:
     records = {}
-    placements = {}
+    placements: dict[Slug, tuple[Placement, ...]] = {}
     for n in range(count):
         device = Device(DeviceId(f"device-{n}"), "default", "10.0.0.1")
         slug = slug_of(device.id)
@@ -42,7 +45,9 @@ def world(count: int) -> tuple[dict, dict]:
     return records, placements
 
 
-def bare(desired: dict, observed: dict) -> list:
+def bare(
+    desired: Mapping[Slug, tuple[int, str]], observed: Mapping[Slug, tuple[int, str]]
+) -> list[Slug]:
     return [key for key, value in desired.items() if observed.get(key) != value]
 
 
