@@ -7,6 +7,9 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
+# Without what Python has compiled before, each of the tests' many programs pays a second and more for its start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-fast lint bench faults image servers cluster-test vagrant-files vagrant-validate clean
 
 help:
