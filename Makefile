@@ -17,7 +17,7 @@ help:
 	@echo "make test         lint, then the whole suite (fast tests first)"
 	@echo "make test-fast    the tests that need no server"
 	@echo "make lint         format, lint, strict types, layers"
-	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 30 min)"
+	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 40 min)"
 	@echo "make image        build and start both images, the control plane's and the agent's (needs root and buildah)"
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
