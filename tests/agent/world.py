@@ -83,6 +83,9 @@ class Listener:
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
+            # What was accepted a moment ago gets its transport and its task in the next turns of the loop.
+            for _ in range(5):
+                await asyncio.sleep(0)
             for task in list(self._tasks):
                 task.cancel()
             if self._tasks:
