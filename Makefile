@@ -66,11 +66,11 @@ lint: $(VENV)/.dev
 	$(BIN)/interrogate -q --config pyproject.toml tests
 
 test-fast: $(VENV)/.dev
-	@echo "fast tests, without a server (about 9 min)" >&2
+	@echo "fast tests, without a server (about 16 min)" >&2
 	$(BIN)/pytest -m "not servers and not long"
 
 test: lint test-fast servers
-	@echo "tests on real servers, the long ones last (about 40 min)" >&2
+	@echo "tests on real servers, the long ones last (about 50 min)" >&2
 	$(BIN)/pytest -m "servers and not long"
 	$(BIN)/pytest -m "long and not image"
 

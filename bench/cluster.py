@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.plane import FLEET
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config import Settings
 from nomad_watchdog.config_load import load
@@ -27,16 +28,6 @@ kubernetes {{
   kubeconfig = "{kubeconfig}"
   namespace  = "{namespace}"
   namespaces = {spread}
-}}
-registry {{
-  kind = "sqlite"
-}}
-consul {{
-  agent_address = ""
-}}
-agent_class "default" {{
-  template = "{template}"
-  probe "icmp" {{}}
 }}
 """
 PER_NAMESPACE = 2000
@@ -60,7 +51,7 @@ def settings(
     (root / namespace).mkdir(parents=True, exist_ok=True)
     file = root / f"{namespace}.hcl"
     file.write_text(
-        CONFIG.format(
+        (CONFIG + FLEET).format(
             root=root,
             namespace=namespace,
             spread=len(spaces(namespace, count)),

@@ -25,13 +25,7 @@ from nomad_watchdog.wiring import open_registry, open_scheduler
 
 TEMPLATE = Path(__file__).with_name("mock.nomad.hcl")
 KEYS = ("device_id", "slug", "epoch", "spec_hash", "agent_class", "shard")
-CONFIG = """\
-backend  = "nomad"
-data_dir = "{root}"
-nomad {{
-  address    = "{nomad}"
-  job_prefix = "{prefix}"
-}}
+FLEET = """\
 registry {{
   kind = "sqlite"
 }}
@@ -41,6 +35,14 @@ consul {{
 agent_class "default" {{
   template = "{template}"
   probe "icmp" {{}}
+}}
+"""
+CONFIG = """\
+backend  = "nomad"
+data_dir = "{root}"
+nomad {{
+  address    = "{nomad}"
+  job_prefix = "{prefix}"
 }}
 """
 
@@ -65,7 +67,7 @@ def settings(server: NomadServer, root: Path, prefix: str) -> tuple[Settings, Pa
     root.mkdir(exist_ok=True)
     file = root / f"{prefix}.hcl"
     file.write_text(
-        CONFIG.format(root=root, nomad=server.http_addr, prefix=prefix, template=TEMPLATE)
+        (CONFIG + FLEET).format(root=root, nomad=server.http_addr, prefix=prefix, template=TEMPLATE)
     )
     return load(file), file
 

@@ -33,6 +33,18 @@ def checked_listen(value: str) -> str:
     return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  # ":9670" means every address, as in Go
 
 
+def certificates(setting: str, path: str) -> str:
+    """The certificates in a file, for those who are told them. Raises UserError when there are none."""
+    where = f"{setting} {path!r}"
+    try:
+        text = Path(path).read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'not PEM'}") from error
+    if "BEGIN CERTIFICATE" not in text or "PRIVATE KEY" in text or len(text) > 8192:
+        raise UserError(f"{where} must hold certificates in PEM form and no key, 8 KiB at most")
+    return text
+
+
 Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -56,18 +68,6 @@ def checked_inventories(value: object) -> object:
     if len(set(paths)) != len(paths):
         raise ValueError("names a file twice")
     return tuple(paths)
-
-
-def certificates(setting: str, path: str) -> str:
-    """The certificates in a file, for those who are told them. Raises UserError when there are none."""
-    where = f"{setting} {path!r}"
-    try:
-        text = Path(path).read_text(encoding="ascii")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'not PEM'}") from error
-    if "BEGIN CERTIFICATE" not in text or "PRIVATE KEY" in text or len(text) > 8192:
-        raise UserError(f"{where} must hold certificates in PEM form and no key, 8 KiB at most")
-    return text
 
 
 Inventories = Annotated[

@@ -45,18 +45,26 @@ def load(environ: Mapping[str, str]) -> Config:
         config = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the configuration is not JSON: {error}") from None
-    if isinstance(config, dict) and environ.get("CONSUL_HTTP_ADDR"):
-        text = environ["CONSUL_HTTP_ADDR"]
-        secure = environ.get("CONSUL_HTTP_SSL", "").lower() in ("1", "true")
-        config["consul"] = text if "://" in text else f"http{'s' * secure}://{text}"
+    if isinstance(config, dict):
+        _of_consul(config, environ)
     if isinstance(config, dict) and environ.get("WATCHDOG_LOKI_URL"):
         config["loki"] = {"url": environ["WATCHDOG_LOKI_URL"]}
-    return check(config, environ)
+    return check(config)
 
 
-def check(config: Any, environ: Mapping[str, str] | None = None) -> Config:
-    """The document with defaults filled in, and what the environment says of certificates for Consul.
-    Raises ConfigError."""
+def _of_consul(config: Config, environ: Mapping[str, str]) -> None:
+    """What the environment says of Consul goes over the document."""
+    if text := environ.get("CONSUL_HTTP_ADDR"):
+        secure = environ.get("CONSUL_HTTP_SSL", "").lower() in ("1", "true")
+        config["consul"] = text if "://" in text else f"http{'s' * secure}://{text}"
+    told = {name: environ[variable] for variable, name in CONSUL_TLS if environ.get(variable)}
+    known = config.get("consul_tls", {})
+    if told and isinstance(known, dict):  # else `check` refuses it
+        config["consul_tls"] = known | told
+
+
+def check(config: Any) -> Config:
+    """The document with defaults filled in. Raises ConfigError."""
     if not isinstance(config, dict):
         raise ConfigError("the configuration must be an object")
     if config.get("v") != wire.VERSION:
@@ -68,8 +76,7 @@ def check(config: Any, environ: Mapping[str, str] | None = None) -> Config:
         check_url(url, "http:// or https:// address", tls=True)
     if config.get("consul"):
         check_url(config["consul"], "http:// or https:// address", tls=True)
-        if config["consul"].startswith("https://"):
-            _consul_tls(config, environ or {})
+    _check_consul_tls(config)
     checks.number(config, "beat_s", 15.0, 0.1, 3600.0)
     checks.number(config, "register_every_s", 45.0, 0.1, 3600.0)
     config["probes"] = [config_probes.check(p, "probes") for p in check_list(config, "probes")]
@@ -92,16 +99,17 @@ def check(config: Any, environ: Mapping[str, str] | None = None) -> Config:
     return config
 
 
-def _consul_tls(config: Config, environ: Mapping[str, str]) -> None:
-    from . import probe_tls
-
-    spec = config.setdefault("consul_tls", {})
+def _check_consul_tls(config: Config) -> None:
+    """Fill it in for an https:// address, and drop it for any other, for which no TLS is loaded."""
+    spec = config.pop("consul_tls", {})
+    if not (config.get("consul") or "").startswith("https://"):
+        return
     if not isinstance(spec, dict):
         raise ConfigError("consul_tls must be an object")
-    for variable, name in CONSUL_TLS:
-        if environ.get(variable):
-            spec[name] = environ[variable]
+    from . import probe_tls
+
     probe_tls.check_trust(spec, "consul_tls")
+    config["consul_tls"] = spec
 
 
 def _other_kind(probe: Probe) -> Probe:

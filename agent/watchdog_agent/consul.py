@@ -104,8 +104,8 @@ def place(config: Config) -> http.Url:
 
 def trusted_by(config: Config) -> Any:
     """What `http.ask` needs for the next call of Consul; None over http."""
-    spec = config.get("consul_tls") or {}
-    return spec["trust"].now() if "trust" in spec else None
+    spec = config.get("consul_tls")
+    return None if spec is None else spec["trust"].now()
 
 
 def registration(config: Config, instance: str, listen: str) -> Document:

@@ -47,15 +47,16 @@ class Sink:
         self.loop, self.spec, self.config = loop, spec, config
         self.instance = instance
         self.log = log
-        self.own_consul = spec["kind"] == "consul_event" and not spec.get("url")
-        if self.own_consul:
-            from . import consul
-
-            self.url, self.trusted = consul.place(config), None
-        else:
+        if spec.get("url"):
             port = 8500 if spec["kind"] == "consul_event" else 80
             self.url = http.Url(spec["url"], port, tls=True)
-            self.trusted = http.trust(self.url, config.get("ca_cert", ""))
+            trust = http.trust(self.url, config.get("ca_cert", ""))
+            self.trusted: Callable[[], Any] = lambda: trust
+        else:
+            from . import consul
+
+            self.url = consul.place(config)
+            self.trusted = lambda: consul.trusted_by(config)
         rules = config["escalate"]
         self.retry_s: float = rules["retry_s"]
         self.give_up_s: float = rules["give_up_s"]
@@ -89,8 +90,6 @@ class Sink:
         if self.spec["kind"] == "consul_event":
             from . import consul
 
-            if self.own_consul:
-                self.trusted = consul.trusted_by(self.config)
             if token := token or consul.read_token():
                 headers.append(("X-Consul-Token", token))
         elif token:
@@ -99,7 +98,7 @@ class Sink:
             method, self.url.base + path or "/", self.url.host_header, body, headers
         )
         self.fetch = http.ask(
-            self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted
+            self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted()
         )
 
     def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:

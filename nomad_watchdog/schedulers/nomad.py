@@ -300,12 +300,12 @@ class NomadScheduler:
             parent for job in jobs.body if (parent := job.get("ParentID")) and self._is_ours(parent)
         }
         self._listed = True
+        settled_by = self._clock.monotonic() - SECOND_LOOK_S
         found, self.malformed = self._placements(jobs.body, allocs.body, evals.body)
         self._memory.take(found, None)
         self._first_dead = {k: v for k, v in self._first_dead.items() if k in known}
         read = Snapshot(found, jobs.index)
-        settled_before = self._clock.monotonic() - SECOND_LOOK_S
-        settled = all(since < settled_before for since in self._first_dead.values())
+        settled = all(since <= settled_by for since in self._first_dead.values())
         self._read = (read, (jobs.index, allocs.index, evals.index)) if settled else None
         return read
 

@@ -142,10 +142,11 @@ def test_what_can_not_be_used_is_refused_at_the_start(told: Any, message: str) -
     assert message in str(caught.value)
 
 
-def test_over_http_no_certificate_is_read() -> None:
-    """An http:// address loads no TLS, and what `consul_tls` says is left alone."""
-    checked = config.check(document(consul="http://c:1", consul_tls={"client_cert": "/nowhere"}))
-    assert trusted_by(checked) is None
+@pytest.mark.parametrize("told", [{"client_cert": "/nowhere"}, {"trust": 7}, ["trust"]])
+def test_over_http_no_certificate_is_read(told: Any) -> None:
+    """An http:// address loads no TLS, whatever `consul_tls` says."""
+    assert trusted_by(config.check(document(consul="http://c:1", consul_tls=told))) is None
+    assert trusted_by(config.check(document(consul_tls=told))) is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import pytest
 
@@ -27,9 +27,12 @@ class Counted(FakeScheduler):
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
         self.reads = self.asked = 0
+        self.fourth = asyncio.Event()
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         self.reads += only is None
+        if self.reads == 4:
+            self.fourth.set()
         return await super().snapshot(only)
 
     async def still(self, snapshot: Snapshot) -> bool:
@@ -45,25 +48,19 @@ def looking(scheduler: FakeScheduler) -> tuple[Informer, list[Snapshot]]:
     return informer, taken
 
 
-async def run_until(informer: Informer, test: Callable[[], bool]) -> None:
-    """Run it until `test` holds."""
-    task = asyncio.ensure_future(informer.run())
-    try:
-        async with asyncio.timeout(20):
-            while not test():
-                await asyncio.sleep(0.005)
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
 async def test_a_quiet_scheduler_is_read_now_and_then() -> None:
     """On the timer the last snapshot is taken again while the scheduler says that it holds, and every tenth
     look reads all the same."""
     scheduler = Counted(Cluster())
     informer, taken = looking(scheduler)
-    await run_until(informer, lambda: scheduler.reads >= 4)
-    assert len(taken) >= scheduler.reads + 18
+    task = asyncio.ensure_future(informer.run())
+    try:
+        async with asyncio.timeout(20):
+            await scheduler.fourth.wait()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    assert len(taken) >= 3 + 18
     assert scheduler.asked >= 18
 
 
