@@ -149,18 +149,19 @@ class KubernetesClient:
         labels: str = "",
         fields: str = "",
         metadata: bool = False,
+        length_s: float | None = None,
     ) -> AsyncIterator[Event]:
         """What happens after `version`, bookmarks included, until the server ends the watch, which it
-        does every few minutes: then watch again from the last event's version.
+        does after `length_s` or else every few minutes: then watch again from the last event's version.
 
         Raises ExpiredError when `version` is forgotten (list again), TransientError when the connection
         breaks or is silent for longer than bookmarks allow."""
-        length = random.uniform(*_WATCH_S)  # noqa: S311  # jitter
+        length_s = length_s or random.uniform(*_WATCH_S)  # noqa: S311  # jitter
         params = {
             "watch": "1",
             "allowWatchBookmarks": "true",
             "resourceVersion": version,
-            "timeoutSeconds": str(int(length)),
+            "timeoutSeconds": str(int(length_s)),
             **_selectors(labels, fields),
         }
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)

@@ -33,6 +33,7 @@ from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
 from nomad_watchdog.schedulers.kubernetes._namespaces import remember_namespaces
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
+from nomad_watchdog.schedulers.kubernetes._still import Stillness
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class KubernetesScheduler:
         self._blocked_limit = blocked_limit
         self._selector = f"{names.INSTALLATION}={self._installation},{names.MANAGED}={names.DOMAIN}"
         self._built: dict[tuple[str, str], _objects.Built] = {}
+        self._still = Stillness(self._client, self._selector)
         self._memory = Memory()
         self._index = 0
         self._listed = False
@@ -87,8 +89,15 @@ class KubernetesScheduler:
         built = {(spec.agent_class, spec.spec_hash): _objects.build(spec) for spec in specs}
         self._known = await remember_namespaces(self._client, self._first, self._spread)
         self._built = built
+        self._still.wrote()  # there may be another namespace
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
+        try:
+            return await self._ensure(record, epoch, spec)
+        finally:  # an error says nothing of what has arrived
+            self._still.wrote()
+
+    async def _ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         built = self._built.get((spec.agent_class, spec.spec_hash))
         if built is None:
             built = self._built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
@@ -150,6 +159,12 @@ class KubernetesScheduler:
         raise TransientError(f"{ref} is changed by others all the time")
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
+        try:
+            await self._retire(placement, grace_s)
+        finally:
+            self._still.wrote()
+
+    async def _retire(self, placement: Placement, grace_s: float) -> None:
         ref = Ref.parse(placement.ref)
         for _ in range(_TRIES):
             found = await self._client.find(ref.path, metadata=True)
@@ -173,6 +188,9 @@ class KubernetesScheduler:
         asked = frozenset(only)
         part = {slug: found for slug, found in whole.placements.items() if slug in asked}
         return Snapshot(part, whole.index, asked)
+
+    async def still(self, snapshot: Snapshot) -> bool:
+        return await self._still.holds(snapshot)
 
     def watch(self) -> AsyncIterator[Hint]:
         return _hints.hints(self._client, self._namespaces, self._selector)
@@ -269,22 +287,19 @@ class KubernetesScheduler:
             )
 
     async def _read(self, only: frozenset[Slug] | None) -> Snapshot:
-        before = self._index
+        before, began = self._index, self._still.begins()
         labels = self._selector
         if only is not None:
             labels += f",{names.SLUG} in ({','.join(sorted(only))})"
         spaces = self._namespaces()
+        kinds: tuple[Kind, ...] = ("deployment", "statefulset")
+        above = [names.collection(space, kind) for space in spaces for kind in kinds]
+        below = [names.collection(space, "pod") for space in spaces]
         # Pods after their objects: a pod that is seen has an object that was there before it.
         owners = await asyncio.gather(
-            *(
-                self._client.list(names.collection(space, kind), labels=labels, metadata=True)
-                for space in spaces
-                for kind in ("deployment", "statefulset")
-            )
+            *(self._client.list(path, labels=labels, metadata=True) for path in above)
         )
-        pods = await asyncio.gather(
-            *(self._client.list(names.collection(space, "pod"), labels=labels) for space in spaces)
-        )
+        pods = await asyncio.gather(*(self._client.list(path, labels=labels) for path in below))
         index = min(int(one.version) for one in (*owners, *pods))
         if index < before:
             self._index = 0
@@ -293,9 +308,14 @@ class KubernetesScheduler:
         found, malformed = _view.placements(objects, _flat(pods), self._clock.wall())
         await self._believe(found, only)
         self._memory.take(found, only)
+        snapshot = Snapshot(found, index, only)
         if only is None:
             self._index, self._listed, self.malformed = index, True, malformed
-        return Snapshot(found, index, only)
+            lists = zip((*above, *below), (*owners, *pods), strict=True)
+            versions = {path: one.version for path, one in lists}
+            settled = _view.is_settled(objects, _flat(pods))
+            self._still.read(began, snapshot if settled else None, versions)
+        return snapshot
 
     async def _believe(
         self, found: Mapping[Slug, Sequence[Placement]], only: frozenset[Slug] | None
@@ -317,12 +337,12 @@ class KubernetesScheduler:
     ) -> list[Mapping[str, Any]]:
         """The objects; those that have had no pod for a while with their status, which says why."""
         objects = _flat(owners)
-        placed = {_key(pod) for pod in _flat(pods)}
+        placed = {_view.key_of(pod) for pod in _flat(pods)}
         now = self._clock.wall()
         unmade = [
             one
             for one in objects
-            if _key(one) not in placed
+            if _view.key_of(one) not in placed
             and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _UNMADE_S
         ][:_MOST_UNMADE]
         paths = [path for one in unmade if (path := _path_of(one))]
@@ -333,11 +353,6 @@ class KubernetesScheduler:
 
 def _flat(lists: Sequence[Listed]) -> list[Mapping[str, Any]]:
     return [one for found in lists for one in found.items]
-
-
-def _key(thing: Mapping[str, Any]) -> tuple[str, str]:
-    meta = thing["metadata"]
-    return meta["namespace"], (meta.get("labels") or {}).get(names.SLUG, "")
 
 
 def _path_of(thing: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ while it is told to stop. So a state comes from the times, conditions and contai
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -240,6 +240,19 @@ def is_lost(pod: Object, now: WallTime) -> bool:
         return False
     overdue = time_of(pod["metadata"].get("deletionTimestamp"))
     return _cut_off(pod) or bool(overdue and now - overdue > OVERDUE_S)
+
+
+def key_of(thing: Object) -> tuple[str, str]:
+    """The namespace and the slug of an object or a pod."""
+    meta = thing["metadata"]
+    return meta["namespace"], (meta.get("labels") or {}).get(names.SLUG, "")
+
+
+def is_settled(objects: Iterable[Object], pods: Collection[Object]) -> bool:
+    """Whether nothing of this is told otherwise only because time passes: no pod is overdue some day, and no
+    object's status will be asked for because it has had no pod for a while."""
+    kept = {key_of(pod) for pod in pods}
+    return not any(_leaving(pod) for pod in pods) and all(key_of(one) in kept for one in objects)
 
 
 def is_unschedulable(pod: Object) -> bool:
