@@ -91,6 +91,16 @@ def test_nomad_autoscaler_reads_no_queue(tmp_path: Path) -> None:
         load(write(tmp_path, text))
 
 
+def test_another_scaler_makes_no_dry_run(tmp_path: Path) -> None:
+    """Whoever set it would take what is scaled for what would be."""
+    text = (
+        'backend = "nomad"\nagent_pool "a" {\n command = ["x"]\n max = 2\n scaler = "external"\n'
+        ' dry_run = true\n metric "cpu" { target = 70 }\n}'
+    )
+    with pytest.raises(UserError, match='only scaler = "builtin" heeds'):
+        load(write(tmp_path, text))
+
+
 def test_the_example_of_the_docs_is_valid(tmp_path: Path, repository: Path) -> None:
     """The HCL of docs/pools.md passes the check."""
     text = (repository / "docs" / "pools.md").read_text()
