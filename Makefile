@@ -22,7 +22,7 @@ help:
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
 	@echo "make bench        every benchmark, as a table and JSON"
-	@echo "make servers      find or build the pinned Nomad, Consul, NATS, Helm and Kubernetes control plane"
+	@echo "make servers      find or build the pinned Nomad, Consul, Kubernetes control plane, and what the tests need besides"
 
 # uv installs in a tenth of pip's time; where it can't be had, pip does.
 define install
@@ -48,6 +48,8 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 # What each backend's demo and tests stand on.
 SERVERS_nomad      := nomad consul
 SERVERS_kubernetes := consul etcd kube-apiserver kube-controller-manager kube-scheduler
+# What the tests need besides.
+SERVERS_tests      := nats-server helm metrics-server nomad-autoscaler prometheus
 
 demo: $(VENV)/.run
 ifneq ($(BACKEND),local)
@@ -56,7 +58,7 @@ endif
 	@$(BIN)/nomad-watchdog --backend $(BACKEND) demo --devices $(DEVICES) -o $(OUTPUT)
 
 servers: $(VENV)/.run
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) nats-server $(SERVERS_kubernetes) helm
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) $(SERVERS_tests)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

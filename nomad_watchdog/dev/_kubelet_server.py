@@ -1,11 +1,12 @@
-"""The one page of a kubelet that the API server asks for: a container's log."""
+"""The two pages of a kubelet that others ask for: a container's log, and what all containers use."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
@@ -15,10 +16,22 @@ from nomad_watchdog.dev._certificates import Authority
 FindLog = Callable[[str, str, str], Path | None]
 
 
-async def serve_logs(port: int, find: FindLog) -> None:
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Of one container: seconds of CPU since its start (seconds since 1970), and bytes resident."""
+
+    namespace: str
+    pod: str
+    container: str
+    started: float
+    cpu_s: float
+    memory: int
+
+
+async def serve_pages(port: int, find: FindLog, uses: Callable[[], Iterable[Use]]) -> None:
     """Serve on 127.0.0.1 until cancelled, over TLS with a certificate of its own making."""
 
-    async def answer(request: web.Request) -> web.Response:
+    async def log(request: web.Request) -> web.Response:
         parts = request.match_info
         path = find(parts["namespace"], parts["pod"], parts["container"])
         if path is None or not path.is_file():
@@ -32,8 +45,12 @@ async def serve_logs(port: int, find: FindLog) -> None:
             body = body.encode()[: int(most)].decode(errors="replace")
         return web.Response(text=body)
 
+    async def resource(_: web.Request) -> web.Response:
+        return web.Response(text=resource_metrics(list(uses())))
+
     app = web.Application()
-    app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", answer)
+    app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", log)
+    app.router.add_get("/metrics/resource", resource)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -42,6 +59,22 @@ async def serve_logs(port: int, find: FindLog) -> None:
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
+
+
+def resource_metrics(uses: list[Use]) -> str:
+    """The page `/metrics/resource` (kubernetes.io, "Node metrics data"); the node's part is that of its pods."""
+    lines = [
+        f"node_cpu_usage_seconds_total {sum(one.cpu_s for one in uses):.9f}",
+        f"node_memory_working_set_bytes {sum(one.memory for one in uses)}",
+    ]
+    for one in uses:
+        labels = f'{{container="{one.container}",namespace="{one.namespace}",pod="{one.pod}"}}'
+        lines += [
+            f"container_cpu_usage_seconds_total{labels} {one.cpu_s:.9f}",
+            f"container_memory_working_set_bytes{labels} {one.memory}",
+            f"container_start_time_seconds{labels} {one.started:.3f}",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 async def _context() -> ssl.SSLContext:

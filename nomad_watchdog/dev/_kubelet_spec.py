@@ -36,6 +36,9 @@ class Run:
     ready: bool = False
     started: bool = False
     restarts: int = 0
+    pid: int = 0
+    """0 while there is none: no process has that number in /proc."""
+    began: float = 0.0
     state: dict[str, Any] = field(
         default_factory=lambda: {"waiting": {"reason": "ContainerCreating"}}
     )

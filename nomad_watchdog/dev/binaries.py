@@ -45,6 +45,8 @@ class _Tool:
     """The argument with which it tells its version."""
     stamp: str = ""
     """Go variable that a release sets to its version; a build from modules leaves it empty."""
+    tags: str = ""
+    """Build tags that leave out what nobody here needs, and that takes minutes."""
 
 
 def _kube(name: str, minutes: int) -> _Tool:
@@ -72,6 +74,22 @@ _TOOLS: Final = {
     "kube-scheduler": _kube("kube-scheduler", 1),
     # renders and checks the chart of jobs/helm
     "helm": _Tool(minimum=(3, 17, 0), minutes=3),
+    # who scales pools where we do not
+    "metrics-server": _Tool(
+        minimum=(0, 8, 0),
+        minutes=3,
+        version="--version",
+        stamp="k8s.io/client-go/pkg/version.gitVersion",
+    ),
+    "nomad-autoscaler": _Tool(minimum=(0, 4, 7), minutes=2),
+    "prometheus": _Tool(
+        # as its Go module counts: that is 3.13
+        minimum=(0, 313, 0),
+        minutes=2,
+        version="--version",
+        stamp="github.com/prometheus/common/version.Version",
+        tags="remove_all_sd",
+    ),
     "kwok": _Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
 
@@ -135,7 +153,8 @@ def _build(name: str, tool: _Tool) -> Path:
         with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder) as fresh:
             # "auto": some distributions switch off that Go fetches the toolchain of go.mod
             env = {"GOTOOLCHAIN": "auto", **os.environ}
-            argv = [str(go), "build", "-o", f"{fresh}/{name}", *_stamp(tool, source), tool.package]
+            flags = [*_stamp(tool, source), *(["-tags", tool.tags] if tool.tags else [])]
+            argv = [str(go), "build", "-o", f"{fresh}/{name}", *flags, tool.package]
             _run(argv, name, log, cwd=source, env=env)
             (Path(fresh) / name).replace(program)
     if not _new_enough(program, tool):
@@ -147,8 +166,12 @@ def _stamp(tool: _Tool, source: Path) -> list[str]:
     """The linker's flags that make the program tell the version which go.mod pins."""
     if not tool.stamp:
         return []
-    module = tool.package.partition("/cmd/")[0]
-    pinned = re.search(rf"{re.escape(module)} (v\S+)", (source / "go.mod").read_text())
+    text = (source / "go.mod").read_text()
+    package = tool.package
+    if package == "tool":
+        package = text.partition("\ntool ")[2].partition("\n")[0]
+    module = package.partition("/cmd/")[0]
+    pinned = re.search(rf"{re.escape(module)} (v\S+)", text)
     if pinned is None:
         raise TerminalError(f"servers/{source.name}/go.mod does not pin {module}")
     return ["-ldflags", f"-X {tool.stamp}={pinned[1]}"]

@@ -31,7 +31,7 @@ import click
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
 from nomad_watchdog.dev._kubelet_pod import Pod, now_text
-from nomad_watchdog.dev._kubelet_server import serve_logs
+from nomad_watchdog.dev._kubelet_server import Use, serve_pages
 from nomad_watchdog.dev._kubelet_spec import MARK, Image
 from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import (
@@ -199,7 +199,7 @@ class _Node:
     async def run(self) -> None:
         await self.register()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(serve_logs(self.options["port"], self.find_log))
+            tasks.create_task(serve_pages(self.options["port"], self.find_log, self.uses))
             tasks.create_task(self.beat())
             tasks.create_task(self.retell())
             tasks.create_task(self.follow(tasks))
@@ -210,6 +210,10 @@ class _Node:
             if (meta["namespace"], meta["name"]) == (namespace, name):
                 return pod.log_file(container)
         return None
+
+    def uses(self) -> Iterator[Use]:
+        for pod in self.pods.values():
+            yield from pod.uses()
 
     async def register(self) -> None:
         """The node, and its lease by which the controllers tell that it lives."""

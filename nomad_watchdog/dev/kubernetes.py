@@ -1,7 +1,7 @@
 """A real Kubernetes control plane on this machine, without containers.
 
 etcd, kube-apiserver, kube-controller-manager and kube-scheduler, each a process of its own, with
-certificates and RBAC; and KWOK, whose nodes only pretend to run their pods. Pods that really run need
+certificates and RBAC; servers of further APIs behind it (`add_api`); and KWOK, whose nodes only pretend to run their pods. Pods that really run need
 `dev.kubelet`.
 """
 
@@ -31,10 +31,13 @@ log = logging.getLogger(__name__)
 PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 STAGES: Final = Path(__file__).with_name("_kwok_stages.yaml")
 FAKE: Final = "kwok.x-k8s.io/node"
+_API_SERVICES: Final = "/apis/apiregistration.k8s.io/v1/apiservices"
 _POLL_S: Final = 0.05
 _CALL_S: Final = 2.0
 _QPS: Final = ("--kube-api-qps=500", "--kube-api-burst=1000")
 _ADMIN: Final = "/O=system:masters/CN=admin"
+_FRONT: Final = "front-proxy"
+"""Whom the API server is to those that serve APIs behind it; what they may believe of the caller's name."""
 
 
 class KubernetesCluster(Running):
@@ -151,6 +154,55 @@ class KubernetesCluster(Running):
         finally:
             await client.close()
 
+    async def add_api(self, group: str, version: str, port: int) -> tuple[Path, Path]:
+        """Have the API server pass what it is asked of an API group on to https://localhost:`port`.
+
+        The certificate and key with which that port must answer. See `until_served`."""
+        name = group.replace(".", "-")
+        service = _named("Service", name)
+        service["spec"] = {"type": "ExternalName", "externalName": "localhost"}
+        host = f"{name}.kube-system.svc"
+        cert, key = await self._authority.issue(name, f"/CN={host}", san=f"DNS:{host}")
+        entry = _named("APIService", f"{version}.{group}")
+        entry["apiVersion"] = "apiregistration.k8s.io/v1"
+        entry["spec"] = {
+            "group": group,
+            "version": version,
+            "service": {"namespace": "kube-system", "name": name, "port": port},
+            "caBundle": _packed(self._authority.cert),
+            "groupPriorityMinimum": 100,
+            "versionPriority": 100,
+        }
+        client = self.client()
+        try:
+            await client.create("/api/v1/namespaces/kube-system/services", service)
+            await client.create(_API_SERVICES, entry)
+        finally:
+            await client.close()
+        return cert, key
+
+    async def until_served(
+        self, group: str, version: str, timeout_s: float = 60.0, server: Process | None = None
+    ) -> None:
+        """Wait until the API server can reach the server of an added API. Raises TerminalError with its reason,
+        and with the end of the server's log."""
+        client = self.client()
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                found = await client.get(f"{_API_SERVICES}/{version}.{group}")
+                states = (found.get("status") or {}).get("conditions") or []
+                if any((one["type"], one["status"]) == ("Available", "True") for one in states):
+                    return
+                ended = server is not None and server.returncode is not None
+                if ended or time.monotonic() > deadline:
+                    said = [one.get("message", "") for one in states]
+                    tail = server.log_tail() if server is not None else ""
+                    raise TerminalError(f"{version}.{group} is not served in time: {said}\n{tail}")
+                await asyncio.sleep(_POLL_S)
+        finally:
+            await client.close()
+
     async def add_fake_nodes(self, count: int, pods: int = 5_000) -> None:
         """KWOK's, each with room for so many pods."""
         client = self.client()
@@ -179,19 +231,17 @@ class KubernetesCluster(Running):
         await issue("server", "/CN=kube-apiserver", san=san)
         await self._authority.rsa_key("accounts")
         self._kubeconfig("admin", *await issue("admin", _ADMIN))
+        await issue(_FRONT, f"/CN={_FRONT}")
         for name in ("kube-controller-manager", "kube-scheduler"):
             self._kubeconfig(name, *await issue(name, f"/CN=system:{name}"))
 
     def _kubeconfig(self, name: str, cert: Path, key: Path, namespace: str = "") -> Path:
-        def packed(path: Path) -> str:
-            return base64.b64encode(path.read_bytes()).decode()
-
         context = {"cluster": "dev", "user": name} | ({"namespace": namespace} if namespace else {})
         cluster = {
             "server": self.server,
-            "certificate-authority-data": packed(self._authority.cert),
+            "certificate-authority-data": _packed(self._authority.cert),
         }
-        user = {"client-certificate-data": packed(cert), "client-key-data": packed(key)}
+        user = {"client-certificate-data": _packed(cert), "client-key-data": _packed(key)}
         document = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -228,6 +278,13 @@ class KubernetesCluster(Running):
                 f"--service-account-key-file={pki / 'accounts.key'}",
                 f"--service-account-signing-key-file={pki / 'accounts.key'}",
                 "--service-cluster-ip-range=10.96.0.0/16",
+                f"--proxy-client-cert-file={pki / _FRONT}.crt",
+                f"--proxy-client-key-file={pki / _FRONT}.key",
+                f"--requestheader-client-ca-file={self._authority.cert}",
+                f"--requestheader-allowed-names={_FRONT}",
+                "--requestheader-username-headers=X-Remote-User",
+                "--requestheader-group-headers=X-Remote-Group",
+                "--requestheader-extra-headers-prefix=X-Remote-Extra-",
             ]  # fmt: skip
         if name == "kube-controller-manager":
             return [
@@ -237,7 +294,10 @@ class KubernetesCluster(Running):
                 f"--node-monitor-grace-period={self._lost_after_s}s", "--node-monitor-period=1s",
                 "--use-service-account-credentials=true",
                 "--concurrent-deployment-syncs=20", "--concurrent-replicaset-syncs=20",
-                "--concurrent-statefulset-syncs=20",
+                "--concurrent-statefulset-syncs=20", "--horizontal-pod-autoscaler-sync-period=1s",
+                # what a pod burns in its first minutes counts, too: nothing here waits for five of them
+                "--horizontal-pod-autoscaler-initial-readiness-delay=1s",
+                "--horizontal-pod-autoscaler-cpu-initialization-period=1s",
             ]  # fmt: skip
         if name == "kube-scheduler":
             return [own, *alone, *_QPS, f"--secure-port={ports['scheduler']}"]
@@ -278,6 +338,10 @@ class KubernetesCluster(Running):
                 return answer.status == 200
         except (aiohttp.ClientError, OSError):
             return False
+
+
+def _packed(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _named(kind: str, name: str) -> dict[str, Any]:

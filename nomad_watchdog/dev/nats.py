@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
-from typing import Final
-
-import aiohttp
 
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
-from nomad_watchdog.errors import TerminalError
-
-_POLL_S: Final = 0.05
-_CALL_S: Final = 2.0
+from nomad_watchdog.dev.ready import until_ok
 
 
 class NatsServer(Running):
@@ -35,26 +28,10 @@ class NatsServer(Running):
         argv = [str(program), "-a", "127.0.0.1", "-p", str(self._port), "-m", str(self._page)]
         argv += ["-js", "-sd", str(self.data_dir / "store")]
         self._process = Process.start(argv, log=self.data_dir / "nats.log", env=clean_environment())
-        await self._ready(self._process, time.monotonic() + timeout_s)
+        await until_ok(self._process, f"{self.monitor}/healthz", timeout_s)
 
     async def stop(self) -> None:
         """Graceful, idempotent."""
         if self._process is not None:
             await self._process.terminate()
             self._process = None
-
-    async def _ready(self, process: Process, deadline: float) -> None:
-        timeout = aiohttp.ClientTimeout(total=_CALL_S)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
-            while True:
-                try:
-                    async with http.get(f"{self.monitor}/healthz") as answer:
-                        if answer.status == 200:
-                            return
-                except (aiohttp.ClientError, TimeoutError):
-                    pass
-                if process.returncode is not None or time.monotonic() > deadline:
-                    raise TerminalError(
-                        f"nats-server did not get ready; its log ends:\n{process.log_tail()}"
-                    )
-                await asyncio.sleep(_POLL_S)

@@ -1,0 +1,48 @@
+"""The metrics API of a cluster of this machine (metrics.k8s.io), by a real metrics-server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+from nomad_watchdog.dev.binaries import find
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+
+_GROUP: Final = ("metrics.k8s.io", "v1beta1")
+
+
+class MetricsServer(Running):
+    """``async with MetricsServer(cluster, folder): …``: it asks the kubelets every 10 s, the least it takes.
+
+    One for the life of a cluster: the API stays registered."""
+
+    def __init__(self, cluster: KubernetesCluster, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self._cluster = cluster
+        self._process: Process | None = None
+
+    async def start(self, timeout_s: float = 60.0) -> None:
+        """Start it, and wait until the API server reaches it. Raises TerminalError with the reason."""
+        program = await asyncio.to_thread(find, "metrics-server")
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        port = free_port()
+        cert, key = await self._cluster.add_api(*_GROUP, port)
+        who = str(self._cluster.kubeconfig)
+        argv = [
+            str(program), f"--kubeconfig={who}", f"--authentication-kubeconfig={who}",
+            f"--authorization-kubeconfig={who}", "--bind-address=127.0.0.1",
+            f"--secure-port={port}", f"--tls-cert-file={cert}", f"--tls-private-key-file={key}",
+            "--metric-resolution=10s", "--kubelet-request-timeout=5s", "--kubelet-insecure-tls", "--kubelet-use-node-status-port",
+            "--kubelet-preferred-address-types=InternalIP",
+        ]  # fmt: skip
+        log = self.data_dir / "metrics-server.log"
+        self._process = Process.start(argv, log=log, env=clean_environment())
+        await self._cluster.until_served(*_GROUP, timeout_s, self._process)
+
+    async def stop(self) -> None:
+        """Graceful, idempotent."""
+        if self._process is not None:
+            await self._process.terminate()
+            self._process = None
