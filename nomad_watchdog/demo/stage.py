@@ -101,8 +101,10 @@ kubernetes {{
 }}
 
 """
-ON_KUBERNETES: Final = """\
+ON_OTHERS: Final = """\
   on "kubernetes" {
+  }
+  on "local" {
   }
 """
 KUBERNETES_BLOCKS: Final = (
@@ -316,7 +318,7 @@ async def open_stage(
             blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
             if beside:
                 cluster, nodes = await _kubernetes(stack, root, clients)
-                blocks, extra = NOMAD_BLOCKS + KUBERNETES_BLOCK, extra + ON_KUBERNETES
+                blocks, extra = NOMAD_BLOCKS + KUBERNETES_BLOCK, extra + ON_OTHERS
                 kubeconfig = str(cluster.kubeconfig)
         elif backend == "kubernetes":
             consul = (await stack.enter_async_context(_consul(root))).http_addr
