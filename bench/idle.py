@@ -71,7 +71,8 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _share(pid: int, seconds: float) -> float:
+async def share(pid: int, seconds: float) -> float:
+    """Of one core, over so long."""
     before, began = cpu_s(pid), time.monotonic()
     await asyncio.sleep(seconds)
     return (cpu_s(pid) - before) / (time.monotonic() - began)
@@ -95,17 +96,29 @@ async def _beat(plane: ControlPlane, names: list[str], at_a_time: int) -> None:
                     assert answer.status in (200, 204), await answer.text()
 
 
-async def _while_beating(
+async def while_beating(
     plane: ControlPlane, names: list[str], at_a_time: int, seconds: float
 ) -> float:
+    """The control plane's share of a core while all devices beat, by so many in one call."""
     beating = asyncio.ensure_future(_beat(plane, names, at_a_time))
     await asyncio.sleep(5.0)
-    share = await _share(plane.process.pid, seconds)
+    used = await share(plane.process.pid, seconds)
     if beating.done():
         beating.result()
     beating.cancel()
     await asyncio.gather(beating, return_exceptions=True)
-    return share
+    return used
+
+
+async def until_settled(plane: ControlPlane, count: int) -> None:
+    """Wait until all agents are seen and nothing is left to do."""
+
+    def settled(status: Any) -> bool:
+        return bool(
+            status["placements"] == count and status["queue"] == 0 and status["in_work"] == 0
+        )
+
+    await plane.until("/v1/status", settled, 600.0)
 
 
 async def measure(count: int, seconds: float) -> list[Row]:
@@ -126,21 +139,14 @@ async def measure(count: int, seconds: float) -> list[Row]:
                     some = [{"id": n, "address": "127.0.0.1"} for n in names[first : first + 1000]]
                     await plane.call("POST", "/v1/devices:bulk", {"devices": some})
 
-                def settled(status: Any) -> bool:
-                    return bool(
-                        status["placements"] == count
-                        and status["queue"] == 0
-                        and status["in_work"] == 0
-                    )
-
-                await plane.until("/v1/status", settled, 600.0)
+                await until_settled(plane, count)
                 # What Nomad still places is news to us, and no idling.
                 await until_placed(nomad, PLACED_S)
                 await asyncio.sleep(10.0)
                 records, _ = await client.kv_tree("nomad-watchdog/")
                 jobs: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
-                gateways = await _while_beating(plane, names, GATEWAY, seconds)
-                singly = await _while_beating(plane, names, 1, seconds)
+                gateways = await while_beating(plane, names, GATEWAY, seconds)
+                singly = await while_beating(plane, names, 1, seconds)
                 rss_kb = int(Path(f"/proc/{plane.process.pid}/statm").read_text().split()[1]) * (
                     os.sysconf("SC_PAGE_SIZE") // 1024
                 )
@@ -154,7 +160,7 @@ async def measure(count: int, seconds: float) -> list[Row]:
             naive = Process.start(argv, log=naive_log, env=clean_environment())
             try:
                 await asyncio.sleep(5.0)
-                theirs = await _share(naive.pid, seconds / 2)
+                theirs = await share(naive.pid, seconds / 2)
             finally:
                 await naive.kill()
             await client.close()

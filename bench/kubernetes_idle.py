@@ -1,0 +1,83 @@
+"""What a fleet on Kubernetes costs its control plane while nothing happens but heartbeats: `idle.py`'s
+measurement, over agents that run already.
+
+The naive poller asks the API server for one device's Deployment after another, in one thread, over a
+connection that it keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from bench.cluster import spaces
+from bench.idle import GATEWAY, share, until_settled, while_beating
+from bench.restart import Versions
+from bench.rows import Row
+from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.dev.process import Process, clean_environment
+from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.schedulers.kubernetes import _names as names
+
+API = """
+api {
+  listen = "127.0.0.1:{port}"
+  rate   = 100000
+  burst  = 100000
+}
+"""
+NAIVE = """
+import http.client, json, ssl, sys
+server, pki, *collections = sys.argv[1:]
+context = ssl.create_default_context(cafile=f"{pki}/ca.crt")
+context.load_cert_chain(f"{pki}/admin.crt", f"{pki}/admin.key")
+line = http.client.HTTPSConnection(server.removeprefix("https://"), context=context, timeout=15)
+def ask(path):
+    line.request("GET", path)
+    return json.loads(line.getresponse().read())
+every = [(path, one["metadata"]["name"]) for path in collections for one in ask(path)["items"]]
+while True:
+    for path, name in every:
+        ask(f"{path}/{name}")
+"""
+
+
+async def rows_of(
+    cluster: KubernetesCluster, file: Path, count: int, seconds: float, versions: Versions
+) -> list[Row]:
+    """Of the fleet that the settings in `file` keep. `versions`: what changes with an object that is touched."""
+    devices = [f"device-{number}" for number in range(count)]
+    async with ControlPlane(file.parent, "idle", file.read_text() + API) as plane:
+        await until_settled(plane, count)
+        await asyncio.sleep(10.0)
+        before = await versions()
+        ours = await while_beating(plane, devices, GATEWAY, seconds)
+        touched = len(before.items() ^ (await versions()).items())
+    lists = [names.collection(space, "deployment") for space in spaces("ours", count)]
+    argv = [sys.executable, "-c", NAIVE, cluster.server, str(cluster.data_dir / "pki"), *lists]
+    naive = Process.start(argv, log=file.parent / "naive.log", env=clean_environment())
+    try:
+        await asyncio.sleep(5.0)
+        theirs = await share(naive.pid, seconds / 2)
+        assert naive.returncode is None, naive.log_tail()
+    finally:
+        await naive.kill()
+    return [
+        Row(
+            f"Kubernetes: idle, {count:,} devices beating by gateways, CPU ÷ naive poller",
+            ours / theirs,
+            "×",
+            floor="≤ 0.1",
+            aim="≤ 0.02",
+            note=f"{ours:.1%} of a core against {theirs:.1%}",
+        ),
+        Row(
+            "Kubernetes: idle, objects touched",
+            touched,
+            "",
+            floor="≤ 0",
+            aim="≤ 0",
+            note=f"in {seconds:.0f} s",
+        ),
+    ]
