@@ -161,7 +161,7 @@ class KubernetesClient:
             "watch": "1",
             "allowWatchBookmarks": "true",
             "resourceVersion": version,
-            "timeoutSeconds": str(int(length_s)),
+            "timeoutSeconds": str(max(1, int(length_s))),
             **_selectors(labels, fields),
         }
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=SILENCE_S)

@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,7 +18,9 @@ from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.model import Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
+from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _still as still
+from nomad_watchdog.schedulers.kubernetes import _view as view
 from nomad_watchdog.schedulers.kubernetes._names import Ref
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.kubernetes_rig import kubelet, spec_of
@@ -62,7 +65,10 @@ async def until_running(one: KubernetesScheduler) -> Snapshot:
     async with asyncio.timeout(60.0):
         while True:
             found = await one.snapshot()
-            if placement_of(found).state is PlacementState.RUNNING and await one.still(found):
+            there = placement_of(found)
+            # ready is said some time after running, and would be news
+            runs = there.state is PlacementState.RUNNING and there.ready
+            if runs and await one.still(found):
                 return found
             await asyncio.sleep(0.2)
 
@@ -131,6 +137,21 @@ async def test_after_a_write_of_ours_all_is_read_again(
         assert not await one.still(await reading)
 
 
+def thing(slug: str, *, leaving: bool = False) -> dict[str, Any]:
+    meta: dict[str, Any] = {"namespace": "n", "labels": {names.SLUG: slug}}
+    return {"metadata": meta | ({"deletionTimestamp": "2026-01-01T00:00:00Z"} if leaving else {})}
+
+
+def test_what_time_alone_would_change_is_not_settled() -> None:
+    """A pod that leaves is overdue some day, and an object that has had no pod for a while is asked why."""
+    both = [thing("a"), thing("b")]
+
+    assert view.is_settled(both, both)
+    assert view.is_settled([], both)  # bare pods
+    assert not view.is_settled(both, [thing("a")])
+    assert not view.is_settled(both, [thing("a"), thing("b", leaving=True)])
+
+
 async def holds(handler: Handler) -> bool:
     """What is said of a list of pods at version 7."""
     async with served(handler) as client:
@@ -173,8 +194,8 @@ async def test_any_other_word_is_a_no(kind: str) -> None:
 
 
 async def test_what_can_not_be_learnt_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version that is forgotten, a refusal, a watch that is ended at once, one that never ends, and an API
-    server that has lost its store: from memory it still says that nothing happens."""
+    """A version that is forgotten, a refusal, a watch that is ended early, one that never ends, and an API
+    server that has lost its store, or whose store is an older one: its watches say that nothing happens."""
     monkeypatch.setattr(still, "_MOST_S", 1.5)
 
     async def forgotten(_: web.Request) -> web.StreamResponse:
@@ -188,7 +209,11 @@ async def test_what_can_not_be_learnt_is_a_no(monkeypatch: pytest.MonkeyPatch) -
             return await watched(b"")(request)
         return status(500, "InternalError")
 
-    for handler in (forgotten, refused, watched(b"", 0.0), watched(b"", 20.0), lost):
+    async def put_back(request: web.Request) -> web.StreamResponse:
+        return await watched(b"")(request) if "watch" in request.query else page([], version="6")
+
+    cut = (watched(b"", 0.0), watched(b"", 0.7), watched(b"", 20.0))
+    for handler in (forgotten, refused, *cut, lost, put_back):
         assert not await holds(handler)
 
 

@@ -209,6 +209,12 @@ class KubernetesScheduler:
         return Capacity.beside(waiting, self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
+        try:
+            return await self._sweep(dead)
+        finally:
+            self._still.wrote()
+
+    async def _sweep(self, dead: Collection[Placement]) -> int:
         done = 0
         for one in dead:
             ref = Ref.parse(one.ref)

@@ -1,9 +1,10 @@
 """Whether all is as the last full list has it, told without another list: by short watches.
 
 A watch from a list's version begins with all that has happened since
-(https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes). One that has
-nothing to say in a second tells that nothing has. What this costs does not grow with the fleet. A bookmark
-would be a word, but the API server gives none of a kind of which it has seen no event since it was started.
+(https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes). It is told from
+the API server's memory; that this is as new as the store is what a list of one object asks for before. A watch
+that then has nothing to say in a second tells that nothing has happened. What this costs does not grow with the
+fleet. A bookmark would be a word, but none is given of a kind that had no event since the API server's start.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.schedulers import Snapshot
 
 _WATCH_S: Final = 1.0
-_LEAST_S: Final = 0.5
+_LEAST_S: Final = 0.95
 """A watch that is ended sooner was not ended because its time was over."""
+_FRESH_S: Final = 2.0
+"""After three seconds the API server asks its store instead of its memory, and nothing is known of that."""
 _MOST_S: Final = 5.0
 
 
@@ -53,26 +56,29 @@ class Stillness:
         """Never raises: what can't be learnt is a no."""
         if self._of is not snapshot:
             return False
-        if not all(await asyncio.gather(*(self._is_quiet(path) for path in self._versions))):
-            return False
-        try:
-            # Watches are told from memory, by an API server that may have lost its store.
-            await self._client.version_of(next(iter(self._versions)))
-        except WatchdogError:
-            return False
-        return self._of is snapshot
+        quiet = await asyncio.gather(*(self._is_quiet(path) for path in self._versions))
+        return all(quiet) and self._of is snapshot
 
     async def _is_quiet(self, path: str) -> bool:
         """Whether nothing has happened there since the list."""
-        began = time.monotonic()
+        since = self._versions[path]
         watch = self._client.watch(
-            path, self._versions[path], labels=self._labels, metadata=True, length_s=_WATCH_S
+            path, since, labels=self._labels, metadata=True, length_s=_WATCH_S
         )
         try:
+            async with asyncio.timeout(_FRESH_S):
+                version = await self._client.version_of(path)
+            if int(version) < int(since):
+                return False  # an older store was put back: its watches are silent
+            began = time.monotonic()
             async with asyncio.timeout(_MOST_S), aclosing(watch) as events:  # type: ignore[type-var]
                 async for event in events:
                     if event.kind != "BOOKMARK":
                         return False
-        except (WatchdogError, TimeoutError):  # forgotten, or a broken line: a list will tell
+        except (
+            WatchdogError,
+            TimeoutError,
+            ValueError,
+        ):  # forgotten, or a broken line: a list will tell
             return False
         return time.monotonic() - began > _LEAST_S
