@@ -153,12 +153,12 @@ class AgentPool(Block):
             yield "image", 'is missing; kubernetes runs  image = "REGISTRY/NAME:VERSION"'
         if backend == "nomad" and not (self.command or self.template or self.image):
             yield "command", "is empty; nomad needs command, image or template"
+        if self.scaler != "builtin" and self.dry_run:
+            yield "dry_run", 'is true, which only scaler = "builtin" heeds'
         if self.scaler == "external" and self.metric:
             kind = self.metric[0].kind
             if kind == "devices" or (kind == "queue" and backend == "nomad"):
                 yield "scaler", f'is "external", which can\'t read metric "{kind}"; "builtin" can'
-            if self.dry_run:
-                yield "dry_run", 'is true, which only scaler = "builtin" heeds'
             if backend == "kubernetes" and self.min < 1:
                 yield "min", 'is 0; with scaler = "external" kubernetes needs 1 or more'
             if backend == "kubernetes" and kind not in _PER_WORKER and not self.metric[0].name:

@@ -91,10 +91,11 @@ def test_nomad_autoscaler_reads_no_queue(tmp_path: Path) -> None:
         load(write(tmp_path, text))
 
 
-def test_another_scaler_makes_no_dry_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaler", ["external", "none"])
+def test_another_scaler_makes_no_dry_run(tmp_path: Path, scaler: str) -> None:
     """Whoever set it would take what is scaled for what would be."""
     text = (
-        'backend = "nomad"\nagent_pool "a" {\n command = ["x"]\n max = 2\n scaler = "external"\n'
+        f'backend = "nomad"\nagent_pool "a" {{\n command = ["x"]\n max = 2\n scaler = "{scaler}"\n'
         ' dry_run = true\n metric "cpu" { target = 70 }\n}'
     )
     with pytest.raises(UserError, match='only scaler = "builtin" heeds'):
