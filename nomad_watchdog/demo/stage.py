@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
 import aiohttp
@@ -133,6 +133,14 @@ class Pace:
 CALM: Final = Pace(interval="1s", timeout="500ms", beat="2s")
 BRISK: Final = Pace(interval="500ms", timeout="400ms", beat="1s")
 """For few agents: steps end sooner, nothing else differs."""
+
+
+class Agent(NamedTuple):
+    """A process that is an agent, and whose."""
+
+    slug: str
+    pid: int
+    backend: str
 
 
 @dataclass(slots=True)
@@ -258,8 +266,12 @@ class Stage:
         return pid
 
     def agent_pids(self) -> dict[str, int]:
-        """Slug → pid of the agent processes that run below our folder, from /proc."""
-        found: dict[str, int] = {}
+        """Slug → pid; the one that was found last of a device that has two."""
+        return {one.slug: one.pid for one in self.agents()}
+
+    def agents(self) -> list[Agent]:
+        """The agent processes that run below our folder, from /proc."""
+        found: list[Agent] = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -273,13 +285,14 @@ class Stage:
             values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
             if values.get(MARK.encode(), b"").decode(errors="replace").startswith(f"{self.root}/"):
                 device = parse_device_id(values.get(b"DEVICE_ID", b"").decode())
-                found[slug_of(device)] = int(entry.name)
+                found.append(Agent(slug_of(device), int(entry.name), "kubernetes"))
                 continue
             config = values.get(b"WATCHDOG_CONFIG", b"").decode(errors="replace") or _lock(entry)
             if not config.startswith(str(self.root)):
                 continue
-            slug = values.get(b"NOMAD_META_slug", b"").decode() or Path(config).parent.name
-            found[slug] = int(entry.name)
+            slug = values.get(b"NOMAD_META_slug", b"").decode()
+            backend = "nomad" if slug else "local"
+            found.append(Agent(slug or Path(config).parent.name, int(entry.name), backend))
         return found
 
 
@@ -355,7 +368,7 @@ async def open_stage(
         finally:
             if stage.reconciler is not None:
                 await stage.reconciler.terminate(10.0)
-            if backend == "local":
+            if backend == "local" or beside:  # the fleet may have been moved there
                 await stop_agents(stage)
 
 
@@ -435,13 +448,17 @@ async def _command(config: Path, *arguments: str) -> None:
 
 async def stop_agents(stage: Stage) -> None:
     """End local agents, which outlive their reconciler on purpose."""
+
+    def local() -> list[int]:
+        return [one.pid for one in stage.agents() if one.backend == "local"]
+
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in stage.agent_pids().values():
+        for pid in local():
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
         for _ in range(60):
-            if not stage.agent_pids():
+            if not local():
                 return
             await asyncio.sleep(0.1)
