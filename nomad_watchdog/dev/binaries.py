@@ -83,7 +83,7 @@ _TOOLS: Final = {
     ),
     "nomad-autoscaler": _Tool(minimum=(0, 4, 7), minutes=2),
     "prometheus": _Tool(
-        # as its Go module counts: that is 3.13
+        # as its Go module counts: that is 3.13, and any release by its own count will do
         minimum=(0, 313, 0),
         minutes=2,
         version="--version",

@@ -5,8 +5,8 @@ environment, runs their probes as written, restarts with back-off, kills what ta
 limit, reports status, and obeys deletion with SIGTERM and the grace period. What it does not do: an
 image is a command that the caller names; a mount is a folder whose path is put into arguments and
 environment in the place of the mount's, so that what a file says of paths leads nowhere; users and
-capabilities are not changed; and each pod has an address of the loopback network, where 0.0.0.0 is that of
-all pods.
+capabilities are not changed; each pod has an address of the loopback network, where 0.0.0.0 is that of
+all pods; and what a container uses is what its first process uses.
 
 It is a process of its own: stopped by SIGSTOP its node is lost while the agents on it go on.
 """

@@ -24,7 +24,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettin
 from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
-from nomad_watchdog.errors import ConflictError, TerminalError, WatchdogError
+from nomad_watchdog.errors import ConflictError, TerminalError, TransientError, WatchdogError
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-sc
 STAGES: Final = Path(__file__).with_name("_kwok_stages.yaml")
 FAKE: Final = "kwok.x-k8s.io/node"
 _API_SERVICES: Final = "/apis/apiregistration.k8s.io/v1/apiservices"
+_SERVICES: Final = "/api/v1/namespaces/kube-system/services"
 _POLL_S: Final = 0.05
 _CALL_S: Final = 2.0
 _QPS: Final = ("--kube-api-qps=500", "--kube-api-burst=1000")
@@ -175,11 +176,20 @@ class KubernetesCluster(Running):
         }
         client = self.client()
         try:
-            await client.create("/api/v1/namespaces/kube-system/services", service)
+            await client.create(_SERVICES, service)
             await client.create(_API_SERVICES, entry)
         finally:
             await client.close()
         return cert, key
+
+    async def remove_api(self, group: str, version: str) -> None:
+        """As `add_api` found it: an API whose server is gone keeps namespaces from being deleted. Idempotent."""
+        client = self.client()
+        try:
+            await client.delete(f"{_API_SERVICES}/{version}.{group}")
+            await client.delete(f"{_SERVICES}/{group.replace('.', '-')}")
+        finally:
+            await client.close()
 
     async def until_served(
         self, group: str, version: str, timeout_s: float = 60.0, server: Process | None = None
@@ -190,8 +200,10 @@ class KubernetesCluster(Running):
         deadline = time.monotonic() + timeout_s
         try:
             while True:
-                found = await client.get(f"{_API_SERVICES}/{version}.{group}")
-                states = (found.get("status") or {}).get("conditions") or []
+                states: list[dict[str, Any]] = []
+                with contextlib.suppress(TransientError):
+                    found = await client.get(f"{_API_SERVICES}/{version}.{group}")
+                    states = (found.get("status") or {}).get("conditions") or []
                 if any((one["type"], one["status"]) == ("Available", "True") for one in states):
                     return
                 ended = server is not None and server.returncode is not None

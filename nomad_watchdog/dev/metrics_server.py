@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Final
 
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.errors import WatchdogError
 
 _GROUP: Final = ("metrics.k8s.io", "v1beta1")
 
 
 class MetricsServer(Running):
-    """``async with MetricsServer(cluster, folder): …``: it asks the kubelets every 10 s, the least it takes.
-
-    One for the life of a cluster: the API stays registered."""
+    """``async with MetricsServer(cluster, folder): …``: it asks the kubelets every 10 s, the least it takes."""
 
     def __init__(self, cluster: KubernetesCluster, data_dir: Path) -> None:
         self.data_dir = data_dir
@@ -42,7 +42,9 @@ class MetricsServer(Running):
         await self._cluster.until_served(*_GROUP, timeout_s, self._process)
 
     async def stop(self) -> None:
-        """Graceful, idempotent."""
+        """Graceful, idempotent; the API is taken out."""
         if self._process is not None:
             await self._process.terminate()
             self._process = None
+            with contextlib.suppress(WatchdogError):  # the API server may have ended first
+                await self._cluster.remove_api(*_GROUP)
