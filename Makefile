@@ -76,12 +76,13 @@ test: lint test-fast servers
 	$(BIN)/pytest -m "servers and not long"
 	$(BIN)/pytest -m "long and not image"
 
-bench: $(VENV)/.dev servers
-	@$(BIN)/python -m nomad_watchdog.dev.binaries kwok >/dev/null
+bench: $(VENV)/.dev
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) kwok >/dev/null
 	$(BIN)/python -m bench
 
 # All rows go into the document; a choice of them is only printed.
-faults: $(VENV)/.dev servers
+faults: $(VENV)/.dev
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) >/dev/null
 	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
 
 # Apart from `make test`, as few machines have buildah.

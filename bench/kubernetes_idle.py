@@ -68,8 +68,6 @@ async def rows_of(
             f"Kubernetes: idle, {count:,} devices beating by gateways, CPU ÷ naive poller",
             ours / theirs,
             "×",
-            floor="≤ 0.1",
-            aim="≤ 0.02",
             note=f"{ours:.1%} of a core against {theirs:.1%}",
         ),
         Row(
