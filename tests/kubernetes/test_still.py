@@ -83,11 +83,12 @@ async def test_a_fleet_that_nobody_touches_is_still_again_and_again(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
     """Said thrice in a row, and each time of the time that has passed since: others' writes move the API
-    server's version, and are not ours."""
+    server's version, and are not ours. To prepare again what is prepared changes nothing."""
     async with scheduler_of(kube) as one:
         seen = await until_running(one)
         for number in range(3):
             await kube.add_namespace(f"{SPACE}-noise-{number}")
+            await one.prepare([spec_of()])  # as is done at every resync
             assert await one.still(seen)
 
 

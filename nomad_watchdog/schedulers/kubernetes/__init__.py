@@ -87,9 +87,10 @@ class KubernetesScheduler:
 
     async def prepare(self, specs: Collection[AgentSpec]) -> None:
         built = {(spec.agent_class, spec.spec_hash): _objects.build(spec) for spec in specs}
-        self._known = await remember_namespaces(self._client, self._first, self._spread)
-        self._built = built
-        self._still.wrote()  # there may be another namespace
+        known = await remember_namespaces(self._client, self._first, self._spread)
+        if known != self._known:
+            self._still.wrote()  # there is a namespace that was not listed
+        self._known, self._built = known, built
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         try:
