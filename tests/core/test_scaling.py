@@ -111,20 +111,21 @@ def test_two_changes_by_the_metric_are_a_cool_down_apart(
             last = now
 
 
+@example(replace(QUEUE, settle_s=0.0), 5, [(0.0, 0.0)])
 @given(rules_of(), st.integers(0, 60), looks)
 def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
     rules: Rules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
-    """No worker goes that some look within settle_s advised to keep."""
+    """No worker goes that this look, or some look within settle_s, advised to keep."""
     told = play(rules, count, steps)
     for number, (now, before, found) in enumerate(told):
         if found.why is Why.METRIC and found.verb is Verb.DOWN:
             lately = [
                 one.advised
-                for at, _, one in told[: number + 1]
+                for at, _, one in told[:number]
                 if now - at < rules.settle_s and one.why not in (Why.NO_METRIC, Why.BOUNDS)
             ]
-            assert found.count >= min(before, max(lately))
+            assert found.count >= min(before, max([found.advised, *lately]))
 
 
 @given(
