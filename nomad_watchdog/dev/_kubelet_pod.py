@@ -96,7 +96,7 @@ class Pod:
         meta = self.pod["metadata"]
         for container, run in zip(self._containers, self._runs, strict=True):
             try:
-                cpu_s, memory = _cpu_s(run.pid), _resident_pages(run.pid) * _PAGE
+                memory, cpu_s = _resident_pages(run.pid) * _PAGE, _cpu_s(run.pid)
             except (OSError, IndexError):  # it runs no more, or not yet
                 continue
             yield Use(meta["namespace"], meta["name"], container["name"], run.began, cpu_s, memory)

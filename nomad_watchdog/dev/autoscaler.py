@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.dev.process import Server, free_port
 from nomad_watchdog.dev.ready import until_ok
 
 _CONFIG: Final = """\
@@ -32,20 +32,15 @@ apm "prometheus" {
 """
 
 
-class NomadAutoscaler(Running):
+class NomadAutoscaler(Server):
     """``async with NomadAutoscaler(folder, nomad.http_addr, prometheus.url): …``.
 
     It scales each job of that Nomad whose `scaling` block has a policy that is enabled."""
 
     def __init__(self, data_dir: Path, nomad: str, prometheus: str) -> None:
-        self.data_dir = data_dir
+        super().__init__(data_dir)
         self._port = free_port()
         self._settings = {"nomad": nomad, "prometheus": prometheus, "port": self._port}
-        self._process: Process | None = None
-
-    @property
-    def log_file(self) -> Path:
-        return self.data_dir / "autoscaler.log"
 
     async def start(self, timeout_s: float = 30.0) -> None:
         """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
@@ -54,11 +49,5 @@ class NomadAutoscaler(Running):
         file = self.data_dir / "autoscaler.hcl"
         file.write_text(_CONFIG % {**self._settings, "folder": str(self.data_dir)})
         argv = [str(program), "agent", "-config", str(file)]
-        self._process = Process.start(argv, log=self.log_file, env=clean_environment())
-        await until_ok(self._process, f"http://127.0.0.1:{self._port}/v1/health", timeout_s)
-
-    async def stop(self) -> None:
-        """Graceful, idempotent."""
-        if self._process is not None:
-            await self._process.terminate()
-            self._process = None
+        process = self._launch(argv, "autoscaler.log")
+        await until_ok(process, f"http://127.0.0.1:{self._port}/v1/health", timeout_s)

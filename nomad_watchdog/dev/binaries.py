@@ -78,6 +78,7 @@ _TOOLS: Final = {
     "metrics-server": _Tool(
         minimum=(0, 8, 0),
         minutes=3,
+        package="sigs.k8s.io/metrics-server/cmd/metrics-server",
         version="--version",
         stamp="k8s.io/client-go/pkg/version.gitVersion",
     ),
@@ -86,6 +87,7 @@ _TOOLS: Final = {
         # as its Go module counts: that is 3.13, and any release by its own count will do
         minimum=(0, 313, 0),
         minutes=2,
+        package="github.com/prometheus/prometheus/cmd/prometheus",
         version="--version",
         stamp="github.com/prometheus/common/version.Version",
         tags="remove_all_sd",
@@ -166,12 +168,8 @@ def _stamp(tool: _Tool, source: Path) -> list[str]:
     """The linker's flags that make the program tell the version which go.mod pins."""
     if not tool.stamp:
         return []
-    text = (source / "go.mod").read_text()
-    package = tool.package
-    if package == "tool":
-        package = text.partition("\ntool ")[2].partition("\n")[0]
-    module = package.partition("/cmd/")[0]
-    pinned = re.search(rf"{re.escape(module)} (v\S+)", text)
+    module = tool.package.partition("/cmd/")[0]
+    pinned = re.search(rf"{re.escape(module)} (v\S+)", (source / "go.mod").read_text())
     if pinned is None:
         raise TerminalError(f"servers/{source.name}/go.mod does not pin {module}")
     return ["-ldflags", f"-X {tool.stamp}={pinned[1]}"]

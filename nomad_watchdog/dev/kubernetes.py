@@ -1,8 +1,8 @@
 """A real Kubernetes control plane on this machine, without containers.
 
 etcd, kube-apiserver, kube-controller-manager and kube-scheduler, each a process of its own, with
-certificates and RBAC; servers of further APIs behind it (`add_api`); and KWOK, whose nodes only pretend to run their pods. Pods that really run need
-`dev.kubelet`.
+certificates and RBAC; servers of further APIs behind it (`add_api`); and KWOK, whose nodes only pretend to
+run their pods. Pods that really run need `dev.kubelet`.
 """
 
 from __future__ import annotations

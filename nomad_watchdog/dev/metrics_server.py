@@ -9,19 +9,18 @@ from typing import Final
 
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.dev.process import Server, free_port
 from nomad_watchdog.errors import WatchdogError
 
 _GROUP: Final = ("metrics.k8s.io", "v1beta1")
 
 
-class MetricsServer(Running):
+class MetricsServer(Server):
     """``async with MetricsServer(cluster, folder): …``: it asks the kubelets every 10 s, the least it takes."""
 
     def __init__(self, cluster: KubernetesCluster, data_dir: Path) -> None:
-        self.data_dir = data_dir
+        super().__init__(data_dir)
         self._cluster = cluster
-        self._process: Process | None = None
 
     async def start(self, timeout_s: float = 60.0) -> None:
         """Start it, and wait until the API server reaches it. Raises TerminalError with the reason."""
@@ -34,17 +33,14 @@ class MetricsServer(Running):
             str(program), f"--kubeconfig={who}", f"--authentication-kubeconfig={who}",
             f"--authorization-kubeconfig={who}", "--bind-address=127.0.0.1",
             f"--secure-port={port}", f"--tls-cert-file={cert}", f"--tls-private-key-file={key}",
-            "--metric-resolution=10s", "--kubelet-request-timeout=5s", "--kubelet-insecure-tls", "--kubelet-use-node-status-port",
-            "--kubelet-preferred-address-types=InternalIP",
+            "--metric-resolution=10s", "--kubelet-request-timeout=5s", "--kubelet-insecure-tls",
+            "--kubelet-use-node-status-port", "--kubelet-preferred-address-types=InternalIP",
         ]  # fmt: skip
-        log = self.data_dir / "metrics-server.log"
-        self._process = Process.start(argv, log=log, env=clean_environment())
-        await self._cluster.until_served(*_GROUP, timeout_s, self._process)
+        process = self._launch(argv, "metrics-server.log")
+        await self._cluster.until_served(*_GROUP, timeout_s, process)
 
     async def stop(self) -> None:
         """Graceful, idempotent; the API is taken out."""
-        if self._process is not None:
-            await self._process.terminate()
-            self._process = None
-            with contextlib.suppress(WatchdogError):  # the API server may have ended first
-                await self._cluster.remove_api(*_GROUP)
+        await super().stop()
+        with contextlib.suppress(WatchdogError):  # the API server may have ended first
+            await self._cluster.remove_api(*_GROUP)

@@ -183,3 +183,22 @@ class Process:
         with self.log.open("rb") as stream:
             stream.seek(max(0, self.log.stat().st_size - 16_384))
             return "\n".join(stream.read().decode(errors="replace").splitlines()[-lines:])
+
+
+class Server(Running):
+    """A server that is one process, with a folder of its own."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self._process: Process | None = None
+
+    def _launch(self, argv: Sequence[str], log: str) -> Process:
+        """Start it with both outputs in the file `log` of the folder. Raises as `Process.start`."""
+        self._process = Process.start(argv, log=self.data_dir / log, env=clean_environment())
+        return self._process
+
+    async def stop(self) -> None:
+        """Graceful, idempotent."""
+        if self._process is not None:
+            await self._process.terminate()
+            self._process = None

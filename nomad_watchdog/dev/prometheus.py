@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.dev.process import Server, free_port
 from nomad_watchdog.dev.ready import until_ok
 
 
-class PrometheusServer(Running):
+class PrometheusServer(Server):
     """``async with PrometheusServer(folder, ["127.0.0.1:9000"]) as prometheus: … prometheus.url``.
 
     Each of `targets` (host:port) is asked for `/metrics` every second."""
 
     def __init__(self, data_dir: Path, targets: Sequence[str]) -> None:
-        self.data_dir = data_dir
+        super().__init__(data_dir)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._listen = f"127.0.0.1:{port}"
         self._targets = list(targets)
-        self._process: Process | None = None
 
     async def start(self, timeout_s: float = 30.0) -> None:
         """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
@@ -35,12 +34,5 @@ class PrometheusServer(Running):
         file.write_text(json.dumps({"global": every, "scrape_configs": [job]}))  # JSON is YAML
         argv = [str(program), f"--config.file={file}", f"--web.listen-address={self._listen}"]
         argv += [f"--storage.tsdb.path={self.data_dir / 'tsdb'}", "--log.level=warn"]
-        log = self.data_dir / "prometheus.log"
-        self._process = Process.start(argv, log=log, env=clean_environment())
-        await until_ok(self._process, f"{self.url}/-/ready", timeout_s)
-
-    async def stop(self) -> None:
-        """Graceful, idempotent."""
-        if self._process is not None:
-            await self._process.terminate()
-            self._process = None
+        process = self._launch(argv, "prometheus.log")
+        await until_ok(process, f"{self.url}/-/ready", timeout_s)

@@ -43,7 +43,7 @@ from .work import (
     process,
     publish,
     waiting,
-)  # fmt: skip
+)
 
 pytestmark = [
     pytest.mark.servers,
@@ -180,7 +180,7 @@ async def test_kubernetes_own_autoscaler_follows_the_queue(
     """Our HorizontalPodAutoscaler is enough for its controller, by an external metric."""
     await cluster.add_namespace("hpa")
     folder = tmp_path / "done"
-    named = f'{metric(queue)[:-1]}  name = "{NAME}"\n  }}'
+    named = metric(queue, f'name = "{NAME}"')
     text = config("kubernetes", pod(queue, folder), named, block(cluster, "hpa"), scaler="external")
     async with adapter(cluster, queue) as asked, ControlPlane(tmp_path, "a", text) as plane:
         await followed(plane, queue, folder)

@@ -25,15 +25,16 @@ from .work import (
     counts,
     process,
     publish,
-)  # fmt: skip
+)
 
 
-def metric(queue: NatsServer) -> str:
-    """How many messages wait, by NATS's own page: ten for each worker."""
+def metric(queue: NatsServer, more: str = "") -> str:
+    """How many messages wait, by NATS's own page: ten for each worker. `more`: another line."""
     return f"""metric "queue" {{
       url    = "{queue.monitor}/jsz?streams=true"
       value  = "{DEPTH}"
       target = 10
+      {more}
     }}"""
 
 

@@ -89,41 +89,41 @@ class KubernetesScheduler:
         built = {(spec.agent_class, spec.spec_hash): _objects.build(spec) for spec in specs}
         known = await remember_namespaces(self._client, self._first, self._spread)
         if known != self._known:
-            self._still.wrote()  # there is a namespace that was not listed
+            self._still.forget()  # there is a namespace that was not listed
         self._known, self._built = known, built
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
-        try:
-            return await self._ensure(record, epoch, spec)
-        finally:  # an error says nothing of what has arrived
-            self._still.wrote()
-
-    async def _ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
-        built = self._built.get((spec.agent_class, spec.spec_hash))
-        if built is None:
-            built = self._built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
-        ref = self._home(record.slug, built.kind, epoch)
-        if moved := await self._move(record.slug, ref):
-            return moved
-        labels = _objects.labels_of(
-            record, epoch, spec, kind=built.kind,
-            shard=shard_of(record.slug, self._shards), installation=self._installation,
-        )  # fmt: skip
-        document, credential = _objects.document_of(record, epoch, spec)
-        own = secret_name(ref, epoch) if credential else ""
-        held = _objects.token_secret(own, labels, credential) if own else None
-        secret = AgentSecret(self._client, ref, held)
-        body = _objects.workload(
-            built, record, spec, labels=labels, document=document, secret=own or built.token_secret
-        )
-        try:
-            return await self._place(ref, body, spec, secret)
-        except TransientError:
-            raise  # the next try finds it
-        except WatchdogError:
-            with suppress(WatchdogError):  # what was wrong at first counts
-                await secret.drop()
-            raise
+        with self._still.writing():
+            built = self._built.get((spec.agent_class, spec.spec_hash))
+            if built is None:
+                built = self._built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
+            ref = self._home(record.slug, built.kind, epoch)
+            if moved := await self._move(record.slug, ref):
+                return moved
+            labels = _objects.labels_of(
+                record, epoch, spec, kind=built.kind,
+                shard=shard_of(record.slug, self._shards), installation=self._installation,
+            )  # fmt: skip
+            document, credential = _objects.document_of(record, epoch, spec)
+            own = secret_name(ref, epoch) if credential else ""
+            held = _objects.token_secret(own, labels, credential) if own else None
+            secret = AgentSecret(self._client, ref, held)
+            body = _objects.workload(
+                built,
+                record,
+                spec,
+                labels=labels,
+                document=document,
+                secret=own or built.token_secret,
+            )
+            try:
+                return await self._place(ref, body, spec, secret)
+            except TransientError:
+                raise  # the next try finds it
+            except WatchdogError:
+                with suppress(WatchdogError):  # what was wrong at first counts
+                    await secret.drop()
+                raise
 
     async def _place(
         self, ref: Ref, body: dict[str, Any], spec: AgentSpec, secret: AgentSecret
@@ -160,25 +160,20 @@ class KubernetesScheduler:
         raise TransientError(f"{ref} is changed by others all the time")
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
-        try:
-            await self._retire(placement, grace_s)
-        finally:
-            self._still.wrote()
-
-    async def _retire(self, placement: Placement, grace_s: float) -> None:
-        ref = Ref.parse(placement.ref)
-        for _ in range(_TRIES):
-            found = await self._client.find(ref.path, metadata=True)
-            try:
-                if found is not None and _epoch(found) == ref.epoch:
-                    self._check_installation(found, ref)
-                    await self._delete(found, ref, grace_s)
-                elif ref.kind != "pod":
-                    await self._delete_pods(placement, ref, grace_s)
-            except ConflictError:
-                continue
-            return
-        raise TransientError(f"{ref} is changed by others all the time")
+        with self._still.writing():
+            ref = Ref.parse(placement.ref)
+            for _ in range(_TRIES):
+                found = await self._client.find(ref.path, metadata=True)
+                try:
+                    if found is not None and _epoch(found) == ref.epoch:
+                        self._check_installation(found, ref)
+                        await self._delete(found, ref, grace_s)
+                    elif ref.kind != "pod":
+                        await self._delete_pods(placement, ref, grace_s)
+                except ConflictError:
+                    continue
+                return
+            raise TransientError(f"{ref} is changed by others all the time")
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         if only is not None and len(only) <= _FEW and self._listed:
@@ -210,25 +205,20 @@ class KubernetesScheduler:
         return Capacity.beside(waiting, self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
-        try:
-            return await self._sweep(dead)
-        finally:
-            self._still.wrote()
-
-    async def _sweep(self, dead: Collection[Placement]) -> int:
-        done = 0
-        for one in dead:
-            ref = Ref.parse(one.ref)
-            found = await self._client.list(
-                names.collection(ref.namespace, "pod"),
-                labels=f"{self._selector},{names.SLUG}={one.slug},{names.EPOCH}={one.epoch}",
-            )
-            for pod in found.items:
-                meta = pod["metadata"]
-                if (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded"):
-                    path = f"{names.collection(ref.namespace, 'pod')}/{meta['name']}"
-                    done += await self._client.delete(path, uid=meta["uid"])
-        return done
+        with self._still.writing():
+            done = 0
+            for one in dead:
+                ref = Ref.parse(one.ref)
+                found = await self._client.list(
+                    names.collection(ref.namespace, "pod"),
+                    labels=f"{self._selector},{names.SLUG}={one.slug},{names.EPOCH}={one.epoch}",
+                )
+                for pod in found.items:
+                    meta = pod["metadata"]
+                    if (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded"):
+                        path = f"{names.collection(ref.namespace, 'pod')}/{meta['name']}"
+                        done += await self._client.delete(path, uid=meta["uid"])
+            return done
 
     async def close(self) -> None:
         await self._client.close()
@@ -312,7 +302,8 @@ class KubernetesScheduler:
             self._index = 0
             raise StaleError(f"kubernetes' version went back from {before} to {index}")
         objects = await self._with_status(owners, pods)
-        found, malformed = _view.placements(objects, _flat(pods), self._clock.wall())
+        things = _flat(pods)
+        found, malformed = _view.placements(objects, things, self._clock.wall())
         await self._believe(found, only)
         self._memory.take(found, only)
         snapshot = Snapshot(found, index, only)
@@ -320,7 +311,7 @@ class KubernetesScheduler:
             self._index, self._listed, self.malformed = index, True, malformed
             lists = zip((*above, *below), (*owners, *pods), strict=True)
             versions = {path: one.version for path, one in lists}
-            settled = _view.is_settled(objects, _flat(pods))
+            settled = _view.is_settled(objects, things)
             self._still.read(began, snapshot if settled else None, versions)
         return snapshot
 

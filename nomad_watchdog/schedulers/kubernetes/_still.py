@@ -5,14 +5,17 @@ A watch from a list's version begins with all that has happened since
 the API server's memory; that this is as new as the store is what a list of one object asks for before. A watch
 that then has nothing to say in a second tells that nothing has happened. What this costs does not grow with the
 fleet. A bookmark would be a word, but none is given of a kind that had no event since the API server's start.
+
+Of several API servers behind one address another than the list's may answer the watch, and be behind. So own
+writes count by themselves (S8); what else it could hide comes with its event, or at the next list.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import Final
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
@@ -28,7 +31,7 @@ _MOST_S: Final = 5.0
 
 
 class Stillness:
-    """`read` after a full snapshot, `wrote` after each write of ours; then `holds` may be asked."""
+    """`read` after a full snapshot, `writing` around each write of ours; then `holds` may be asked."""
 
     def __init__(self, client: KubernetesClient, labels: str) -> None:
         self._client = client
@@ -47,8 +50,17 @@ class Stillness:
         self._of = snapshot if began == self._writes else None
         self._versions = dict(versions)
 
-    def wrote(self) -> None:
-        """Its event may come late; a list begun from now on shows it."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a write, whose event may come late, and one that fails may have arrived: only a list that is
+        begun after it shows it."""
+        try:
+            yield
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Nothing is still before another list was begun."""
         self._of = None
         self._writes += 1
 
@@ -62,23 +74,22 @@ class Stillness:
     async def _is_quiet(self, path: str) -> bool:
         """Whether nothing has happened there since the list."""
         since = self._versions[path]
-        watch = self._client.watch(
-            path, since, labels=self._labels, metadata=True, length_s=_WATCH_S
-        )
         try:
             async with asyncio.timeout(_FRESH_S):
                 version = await self._client.version_of(path)
-            if int(version) < int(since):
-                return False  # an older store was put back: its watches are silent
-            began = time.monotonic()
-            async with asyncio.timeout(_MOST_S), aclosing(watch) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if event.kind != "BOOKMARK":
-                        return False
-        except (
-            WatchdogError,
-            TimeoutError,
-            ValueError,
-        ):  # forgotten, or a broken line: a list will tell
-            return False
+            # Less is an older store that was put back, whose watches are silent.
+            return int(version) >= int(since) and await self._is_silent(path, since)
+        except (WatchdogError, TimeoutError, ValueError):
+            return False  # forgotten, or a broken line: a list will tell
+
+    async def _is_silent(self, path: str, since: str) -> bool:
+        """Whether a watch had its time and nothing to say. Raises TimeoutError and as `KubernetesClient.watch`."""
+        began = time.monotonic()
+        watch = self._client.watch(
+            path, since, labels=self._labels, metadata=True, length_s=_WATCH_S
+        )
+        async with asyncio.timeout(_MOST_S), aclosing(watch) as events:  # type: ignore[type-var]
+            async for event in events:
+                if event.kind != "BOOKMARK":
+                    return False
         return time.monotonic() - began > _LEAST_S
