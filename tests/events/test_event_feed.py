@@ -287,7 +287,7 @@ async def test_a_teller_that_was_cut_off_forgets_what_nobody_copied(tmp_path: Pa
         await asyncio.sleep(0.3)
         assert [len(one.log()) for one in (a, b, c)] == [3, 1, 1]
         board.give("b")
-        await until(lambda: len(c.log()) == 2)
+        await until(lambda: len(c.log()) >= 2)  # a may have handed over the third by then
         board.there["a"] = a.api
         await until(lambda: a.ids() == b.ids() == c.ids() and len(c.ids()) == 3)
         assert b.ids() == ["a:1", "b:2", "a:3"]
