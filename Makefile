@@ -1,5 +1,7 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up what they need.
-BACKEND ?= nomad
+# Empty = Nomad if it is installed or built already, else local processes.
+BACKEND ?=
+KEEP    ?=
 DEVICES ?= 20
 OUTPUT  ?= table
 ROWS    ?=
@@ -10,14 +12,15 @@ BIN     := $(VENV)/bin
 # Without what Python has compiled before, each of the tests' many programs pays a second and more for its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast lint bench faults image servers cluster-test vagrant-files vagrant-validate clean
+.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults image servers cluster-test vagrant-files vagrant-validate clean
 
 help:
-	@echo "make demo [BACKEND=nomad|kubernetes|local] [DEVICES=20] [OUTPUT=table|json]   run the main job"
-	@echo "make test         lint, then the whole suite (fast tests first)"
+	@echo "make demo [BACKEND=local|nomad|kubernetes] [KEEP=1] [DEVICES=20] [OUTPUT=table|json]   run the main job"
+	@echo "make test         lint, and all tests but the long ones (about 10 min when the servers are built)"
+	@echo "make test-all     the long tests as well (about 45 min, needs root); test-long runs only those"
 	@echo "make test-fast    the tests that need no server"
-	@echo "make lint         format, lint, strict types, layers"
-	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 40 min)"
+	@echo "make lint         format, lint, strict types, layers, licences of the servers"
+	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 20 min)"
 	@echo "make image        build and start both images, the control plane's and the agent's (needs root and buildah)"
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
@@ -27,8 +30,8 @@ help:
 # uv installs in a tenth of pip's time; where it can't be had, pip does.
 define install
 	@echo "setting up: $(1) (about 10 s, up to a minute with pip)" >&2
-	@$(BIN)/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || true
-	@$(BIN)/uv pip install -q --python $(BIN)/python -e "$(2)" 2>/dev/null \
+	@command -v uv >/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || true
+	@PATH="$$PATH:$(BIN)" uv pip install -q --python $(BIN)/python -e "$(2)" 2>/dev/null \
 		|| $(BIN)/python -m pip install -q --disable-pip-version-check -e "$(2)"
 endef
 
@@ -45,36 +48,70 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(call install,packages for development,.[dev])
 	@touch $@ $(VENV)/.run
 
-# What each backend's demo and tests stand on.
+# What the tests of each backend stand on.
 SERVERS_nomad      := nomad consul
 SERVERS_kubernetes := consul etcd kube-apiserver kube-controller-manager kube-scheduler
-# What the tests need besides.
-SERVERS_tests      := nats-server helm metrics-server nomad-autoscaler prometheus
+# What the tests need besides, and what only the long ones need.
+SERVERS_tests      := nats-server helm
+SERVERS_long       := metrics-server nomad-autoscaler prometheus
 
 demo: $(VENV)/.run
-ifneq ($(BACKEND),local)
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_$(BACKEND))
-endif
-	@$(BIN)/nomad-watchdog --backend $(BACKEND) demo --devices $(DEVICES) -o $(OUTPUT)
+	@$(BIN)/nomad-watchdog $(if $(BACKEND),--backend $(BACKEND)) demo \
+		--devices $(DEVICES) -o $(OUTPUT) $(if $(filter-out 0,$(KEEP)),--keep)
 
 servers: $(VENV)/.run
 	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) $(SERVERS_tests)
 
 lint: $(VENV)/.dev
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lint-types lint-rest
+lint-types:
+	$(BIN)/mypy
+lint-rest: lint-style lint-code
+lint-style:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+lint-code:
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/interrogate -q --config pyproject.toml tests
+	$(BIN)/python -m servers.licences
+
+# One run with several workers: while some wait for servers, others compute. More workers than cores, as tests mostly wait.
+WORKERS      ?= 4
+LONG_WORKERS ?= 2
+pytest = $(BIN)/pytest --numprocesses=$(1) --dist=loadgroup --no-loadscope-reorder -m $(2)
 
 test-fast: $(VENV)/.dev
-	@echo "fast tests, without a server (about 16 min)" >&2
-	$(BIN)/pytest -m "not servers and not long"
+	@echo "tests that need no server (about 5 min)" >&2
+	$(call pytest,$(WORKERS),"not servers and not long")
 
-test: lint test-fast servers
-	@echo "tests on real servers, the long ones last (about 50 min)" >&2
-	$(BIN)/pytest -m "servers and not long"
-	$(BIN)/pytest -m "long and not image"
+# The tests often wait, so the lint that computes long runs beside them, at a low priority: it costs little time of
+# its own. What it prints comes at the end. The lint that takes a second comes first.
+LINT_LOG := $(VENV)/lint.log
+PASSED   := $(VENV)/.passed
+test: $(VENV)/.dev servers lint-style
+	@rm -f $(PASSED)
+	-@$(MAKE) --no-print-directory --jobs=2 --keep-going passed
+	@cat $(LINT_LOG) && test -e $(PASSED)
+passed: tests lint-beside
+	@touch $(PASSED)
+tests:
+	@echo "all tests but the long ones, on real servers, and lint beside them (about 10 min)" >&2
+	$(call pytest,$(WORKERS),"not long")
+lint-beside:
+	@nice $(MAKE) --no-print-directory lint-types lint-code >$(LINT_LOG) 2>&1
+
+# Few machines have buildah. What it would test is then left out, and the last line says so.
+test-long: $(VENV)/.dev servers
+	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_long)
+	@echo "the long tests (about 35 min), at last those that start hundreds of agents" >&2
+	$(call pytest,$(LONG_WORKERS),"long and not busy$(if $(shell command -v buildah),, and not image)")
+	$(call pytest,1,"busy") -k "not 31-mass"
+	@$(buildah) || echo "the images were NOT tested" >&2
+
+test-all: test
+	@$(MAKE) --no-print-directory test-long
+	@echo "10,000 devices at once (about 10 min)" >&2
+	$(call pytest,1,"busy") -k 31-mass
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) kwok >/dev/null
@@ -85,8 +122,10 @@ faults: $(VENV)/.dev
 	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) >/dev/null
 	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
 
-# Apart from `make test`, as few machines have buildah.
+buildah = command -v buildah >/dev/null || \
+	{ echo "buildah is not installed (Debian: apt-get install --no-install-recommends buildah)" >&2; false; }
 image: $(VENV)/.dev
+	@$(buildah)
 	$(BIN)/pytest -m image
 
 cluster-test: $(VENV)/.dev

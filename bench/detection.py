@@ -7,7 +7,9 @@ again when its agent is up.
 
 Both meet the same faults: each exchange is lost with 1 %, each interval is off by up to 10 %, a service stalls
 (it does not answer, its host does), a whole device stalls (at most 10 s; longer is an outage), devices fail for
-minutes, and starts are lognormal (p50 6 s, p99 60 s). Nothing here reads a clock: one seed, one result.
+minutes, the host of the watcher cannot ask for minutes (resolver, route, file descriptors), a service is dead for
+minutes while its host answers, and starts are lognormal (p50 6 s, p99 60 s). Nothing here reads a clock: one seed,
+one result.
 """
 
 from __future__ import annotations
@@ -55,13 +57,16 @@ STALLS_A_DAY = 2.0
 STALL_P50_S, STALL_P99_S = 4.0, 25.0
 FREEZES_A_DAY = 1.0
 FREEZE_P50_S, FREEZE_MOST_S = 1.0, 10.0
+BLIND_A_DAY = 0.2
+"""Times in which the host of the watcher can ask nothing; the naive one takes that for silence."""
+DEAD_SERVICES_A_DAY = 0.1
 OUTAGES_A_DAY = 0.2
 OUTAGE_S = (120.0, 600.0)
 JUDGED_EVERY_S = 2.0
 _Z99 = 2.3263
 
-SERVICE, DEVICE = 1, 2
-"""What does not answer: the service alone, or every path to the device."""
+SERVICE, DEVICE, BLIND = 1, 2, 3
+"""What does not answer: the service alone, every path to the device, or the watcher's own host."""
 
 
 def lognormal(chance: random.Random, p50: float, p99: float) -> float:
@@ -113,6 +118,10 @@ def faults(chance: random.Random) -> Faults:
     for begin in times(FREEZES_A_DAY):
         took = min(FREEZE_MOST_S, lognormal(chance, FREEZE_P50_S, FREEZE_MOST_S))
         spans.append((begin, begin + took, DEVICE, False))
+    for begin in times(BLIND_A_DAY):
+        spans.append((begin, begin + chance.uniform(*OUTAGE_S), BLIND, False))
+    for begin in times(DEAD_SERVICES_A_DAY):
+        spans.append((begin, begin + chance.uniform(*OUTAGE_S), SERVICE, False))
     for begin in times(OUTAGES_A_DAY):
         spans.append((begin, begin + chance.uniform(*OUTAGE_S), DEVICE, True))
     return Faults(spans)
@@ -125,6 +134,12 @@ class Tally:
     false: int = 0
     took: list[float] = field(default_factory=list)
     missed: int = 0
+    suspect_s: float = 0.0
+    """The longest time that a device was suspect."""
+    degraded: int = 0
+    """Dead services on a live host that were called degraded."""
+    unwatched: int = 0
+    """Times without a way to ask that were called unwatched: our problem."""
 
     def outages(self, known: Faults, told: Sequence[float]) -> None:
         """`told`: when the device was called offline, in order."""
@@ -213,7 +228,7 @@ def ours(world: World, known: Faults, tally: Tally) -> None:
     probe, chance = world.probe, world.chance
     interval_s = probe.interval
     belief = Suspicion(probe.misses, was_ready=True)
-    now, was, told = chance.uniform(0, interval_s), AgentState.OK, []
+    now, was, told, suspect_at = chance.uniform(0, interval_s), AgentState.OK, [], 0.0
     while now < DAY_S:
         lost = chance.random() < LOSS
         if belief.state == "ok" and not belief.misses:
@@ -221,24 +236,28 @@ def ours(world: World, known: Faults, tally: Tally) -> None:
             now, lost = world.skip(known, now, interval_s)
         now += world.gap(interval_s)
         what, _ = known.at(now)
-        ok = not what and not lost
-        done = now if ok else now + probe.timeout
+        ok = None if what == BLIND else not what and not lost
+        done = now + probe.timeout if ok is False else now
         belief.probed("0:tcp", ok, "no answer", probe.misses)
         is_outage = False
-        if not ok and belief.wants_confirmation():
+        if ok is False and belief.wants_confirmation():
             what, is_outage = known.at(done)
             alive = what != DEVICE and any(chance.random() >= LOSS for _ in range(ECHOES))
-            done += 0.0 if alive else world.confirm_timeout_s
-            belief.confirmation("icmp", alive, "no echo")
+            done += 0.0 if alive or what == BLIND else world.confirm_timeout_s
+            belief.confirmation("icmp", None if what == BLIND else alive, "no echo")
         if belief.state == was:
             continue
-        was = AgentState(belief.state)
+        if was is AgentState.SUSPECT:
+            tally.suspect_s = max(tally.suspect_s, done - suspect_at)
+        was, suspect_at = AgentState(belief.state), done
         at = Monotonic(arrives(world, done))
         report = replace(
             READY, state=was, was_ready=belief.was_ready, misses=belief.misses,
             confirmed=belief.confirmed, reason=belief.reason, received_at=at,
         )  # fmt: skip
         verdict = judge(RECORD, Evidence(PLACED, report, None, at), world.limits, at)
+        tally.degraded += verdict.state is VerdictState.DEGRADED
+        tally.unwatched += verdict.state is VerdictState.UNWATCHED
         if verdict.state is VerdictState.OFFLINE:
             told.append(at)
             tally.false += not is_outage
@@ -290,7 +309,7 @@ def starts(world: World, count: int) -> Starts:
             now += JUDGED_EVERY_S
         # The first report comes with the first round of probes, one of which may have been lost.
         lost = chance.random() < LOSS
-        state = AgentState.OK
+        state = AgentState.SUSPECT if lost else AgentState.OK
         report = replace(READY, state=state, was_ready=not lost, misses=int(lost))
         first = Evidence(
             PLACED, replace(report, received_at=Monotonic(now)), None, Monotonic(began)
@@ -321,7 +340,8 @@ def run(*, quick: bool = False) -> list[Row]:
             "",
             floor="≤ 0.001",
             aim="≤ 0.0001",
-            note=f"{false} against {naive_false} ({started.naive_false} of slow starts)",
+            note=f"{false} against {naive_false} ({started.naive_false} of slow starts); called degraded "
+            f"{mine.degraded} times, unwatched {mine.unwatched} times; longest suspicion {mine.suspect_s:.0f} s",
         ),
         Row(
             "false offline from slow starts",

@@ -55,6 +55,10 @@ agent_class "default" {
   probe "icmp" {}
 }
 """
+REPLICATED = """
+shards = 4
+resync = "5s"
+"""
 NAIVE = """
 import sys, nomad
 client = nomad.Nomad(address=sys.argv[1], timeout=15)
@@ -121,6 +125,65 @@ async def until_settled(plane: ControlPlane, count: int) -> None:
     await plane.until("/v1/status", settled, 600.0)
 
 
+async def stored(client: ConsulClient, nomad: NomadServer) -> dict[str, int]:
+    """By key and by job, when it was last written."""
+    _, rows = await client.kv_tree("nomad-watchdog/")
+    jobs: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
+    return {row.key: row.index for row in rows} | {job["ID"]: job["ModifyIndex"] for job in jobs}
+
+
+def _fetching(folder: Path) -> Path:
+    """A template whose agents fetch their program from the replica that registered the parent job."""
+    text, file = TEMPLATE.read_text(), folder / "fetching.nomad.hcl"
+    source = "env { SOURCE = var.agent_source }\n      resources {"
+    assert text.count("resources {") == 1
+    declared = 'variable "agent_source" { default = "" }\n'
+    file.write_text(declared + text.replace("resources {", source))
+    return file
+
+
+async def measure_replicas(count: int, seconds: float) -> list[Row]:
+    """As `measure`, of two replicas that share four shards, each with an address of its own, as the shipped job
+    runs them: only the writes."""
+    with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
+        root = Path(folder)
+        root.chmod(0o755)  # Nomad runs as another user in it
+        async with (
+            ConsulServer(root / "consul") as consul,
+            NomadServer(root / "nomad", unprivileged=True) as nomad,
+        ):
+            client = ConsulClient(ConsulSettings(address=consul.http_addr))
+            await ConsulRegistry(client=client).initialise()
+            config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)
+            config = config.replace("TEMPLATE", str(_fetching(root))) + REPLICATED
+            names = [f"device-{number}" for number in range(count)]
+            async with (
+                ControlPlane(root, "one", config) as one,
+                ControlPlane(root, "two", config) as two,
+            ):
+                for plane in (one, two):
+                    await plane.until("/v1/status", lambda said: said["holds"] == "2 of 4 shards")
+                some = [{"id": name, "address": "127.0.0.1"} for name in names]
+                await one.call("POST", "/v1/devices:bulk", {"devices": some})
+                await asyncio.gather(until_settled(one, count), until_settled(two, count))
+                await until_placed(nomad, PLACED_S)
+                await asyncio.sleep(10.0)
+                before = await stored(client, nomad)
+                await while_beating(one, names, GATEWAY, seconds)
+                writes = len((await stored(client, nomad)).items() ^ before.items())
+            await client.close()
+    return [
+        Row(
+            "idle, two replicas and four shards, writes to Consul's and Nomad's stores",
+            writes,
+            "",
+            floor="≤ 0",
+            aim="≤ 0",
+            note=f"in {seconds:.0f} s, {count:,} devices, below our keys and of our jobs",
+        )
+    ]
+
+
 async def measure(count: int, seconds: float) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         root = Path(folder)
@@ -143,18 +206,13 @@ async def measure(count: int, seconds: float) -> list[Row]:
                 # What Nomad still places is news to us, and no idling.
                 await until_placed(nomad, PLACED_S)
                 await asyncio.sleep(10.0)
-                records, _ = await client.kv_tree("nomad-watchdog/")
-                jobs: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
+                before = await stored(client, nomad)
                 gateways = await while_beating(plane, names, GATEWAY, seconds)
                 singly = await while_beating(plane, names, 1, seconds)
                 rss_kb = int(Path(f"/proc/{plane.process.pid}/statm").read_text().split()[1]) * (
                     os.sysconf("SC_PAGE_SIZE") // 1024
                 )
-                records_then, _ = await client.kv_tree("nomad-watchdog/")
-                jobs_then: list[Any] = await nomad.request("GET", "/v1/jobs?prefix=idle")
-                index = {job["ID"]: job["ModifyIndex"] for job in jobs}
-                index_then = {job["ID"]: job["ModifyIndex"] for job in jobs_then}
-                writes = (records != records_then) + len(index.items() ^ index_then.items())
+                writes = len((await stored(client, nomad)).items() ^ before.items())
             naive_log = root / "naive.log"
             argv = [sys.executable, "-c", NAIVE, nomad.http_addr]
             naive = Process.start(argv, log=naive_log, env=clean_environment())
@@ -191,4 +249,5 @@ async def measure(count: int, seconds: float) -> list[Row]:
 
 
 def run(*, quick: bool = False) -> list[Row]:
-    return asyncio.run(measure(300, 10.0) if quick else measure(10_000, 60.0))
+    rows = asyncio.run(measure(300, 10.0) if quick else measure(10_000, 60.0))
+    return rows + asyncio.run(measure_replicas(100, 40.0 if quick else 120.0))

@@ -23,10 +23,7 @@ job "mock" {
       delay          = "5s"
       delay_function = "constant"
     }
-    disconnect {
-      lost_after = "1h"
-      replace    = false
-    }
+    max_client_disconnect = "1h"
     ephemeral_disk { size = 10 }
     task "agent" {
       driver       = "mock_driver"

@@ -86,16 +86,16 @@ job "device-watchdog" {
       max_delay      = "5m"
     }
 
-    disconnect {
-      lost_after = var.lost_after
-      replace    = var.replace_lost
-      reconcile  = "keep_original"
+    # every Nomad parses these two; where it has the block `disconnect`, we make that of them
+    max_client_disconnect = var.lost_after
+    meta {
+      replace_lost = var.replace_lost
     }
 
+    # not `migrate`: see device-watchdog.nomad.hcl
     ephemeral_disk {
-      size    = 20
-      sticky  = true
-      migrate = true
+      size   = 20
+      sticky = true
     }
 
     network {

@@ -126,17 +126,17 @@ job "device-watchdog" {
       max_delay      = "5m"
     }
 
-    disconnect {
-      lost_after = var.lost_after
-      replace    = var.replace_lost
-      reconcile  = "keep_original"
+    # every Nomad parses these two; where it has the block `disconnect`, we make that of them
+    max_client_disconnect = var.lost_after
+    meta {
+      replace_lost = var.replace_lost
     }
 
-    # sticky and migrate also make a replacement wait until the old agent has ended
+    # A moved agent starts when the old one has ended, whatever is written here. Not `migrate`: of an allocation
+    # that is to fetch the disk from a purged node, Nomad tells its client nothing, and it is pending forever.
     ephemeral_disk {
-      size    = 20
-      sticky  = true
-      migrate = true
+      size   = 20
+      sticky = true
     }
 
     network {

@@ -6,15 +6,17 @@ import asyncio
 import gc
 import logging
 import os
+import secrets
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import artifact, backup, failpoints, logs, notify, once
+from nomad_watchdog import artifact, backup, failpoints, inventory_file, logs, notify, once
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
@@ -27,13 +29,17 @@ from nomad_watchdog.errors import UserError, WatchdogError
 from nomad_watchdog.event_feed import EventFeed
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.inventory import Inventory
+from nomad_watchdog.leases import Replica, Undivided
+from nomad_watchdog.leases.consul import read_replicas
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.peers import Peers
 from nomad_watchdog.pools.keeper import Keeper
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
+from nomad_watchdog.reloading import Reloader
 from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.schedulers.moving import Moving
 from nomad_watchdog.told import Told
 from nomad_watchdog.wiring import (
     consul_client,
@@ -49,6 +55,8 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_S: Final = 5.0
 """Open requests get so long to end after a signal."""
+COMMAND: Final = "apply"
+"""What a command is called where it acts as a replica."""
 _NEW_OBJECTS: Final = 10_000
 """So many more make Python look for cycles among them; its own number, 700, is one webhook's or two."""
 
@@ -83,41 +91,81 @@ def collect_seldom() -> None:
     gc.set_threshold(_NEW_OBJECTS, 10, 10)
 
 
-async def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; the exit code: 0 after a signal."""
-    stop = asyncio.Event()
+async def serve(settings: Settings, load: Callable[[], Settings] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; the exit code: 0 after a signal. `load`: reads the settings anew on
+    SIGHUP; None = they stay as they are."""
+    stop, asked = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    # From the first moment: by default this signal ends a process. What comes early is done when it can be.
+    loop.add_signal_handler(signal.SIGHUP, asked.set)
     collect_seldom()
     stop_logging = logs.setup(settings.log.level, settings.log.format)
     loop.set_exception_handler(logs.LoopTrouble())
     try:
         failpoints.arm(os.environ)
+        await asyncio.to_thread(_check_inventories, settings)
         async with open_registry(settings) as registry:
             installation = await _installation(settings, registry)
             clock = SystemClock()
             async with (
                 open_scheduler(settings, installation) as scheduler,
                 open_leases(settings, clock) as leases,
-                open_events(settings) as (history, store),
+                open_events(settings) as (history, store, verdicts),
                 open_told(settings, history.origin) as told,
                 open_pools(settings, installation) as driver,
             ):
                 metrics = Metrics()
                 fleet = Fleet(registry, settings.limits(), clock, history)
                 fleet.chronicle.follow(store.status, store.left_open)
+                fleet.resume(verdicts)
                 fleet.on_commit = metrics.committed
-                reconciler = Reconciler(fleet, scheduler, settings.specs(), metrics, leases)
+                specs, unreadable = settings.readable_specs()
+                reconciler = Reconciler(
+                    fleet,
+                    scheduler,
+                    specs,
+                    metrics,
+                    leases,
+                    read_specs=lambda: asyncio.to_thread(settings.readable_specs),
+                    unreadable=unreadable,
+                    place=settings.placer(),
+                )
                 pools = settings.agent_pool
                 keeper = Keeper(fleet, metrics, leases, driver, pools) if driver else None
-                await _run(settings, reconciler, metrics, keeper, told, stop)
+                reload = _Reload(asked, load or (lambda: settings), scheduler)
+                await _run(settings, reconciler, metrics, keeper, told, stop, reload)
     except* WatchdogError as group:
         # One task failed for good and took the others with it: its own words are what helps.
         raise _first(group) from None
     finally:
+        # A closed loop would leave the default, which ends a process that is about to exit with its own code.
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stop_logging()
     return 0
+
+
+def _check_inventories(settings: Settings) -> None:
+    """Raises UserError for one that is not there: while the service runs it keeps its last good content, and at
+    the start there is none."""
+    for path in settings.inventory:
+        try:
+            inventory_file.signature(path)
+        except UserError as error:
+            raise UserError(
+                f"inventory {error}; put the file there, or take it out of `inventory`"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Reload:
+    """What a reload of the configuration needs from the start of the process."""
+
+    asked: asyncio.Event
+    load: Callable[[], Settings]
+    scheduler: Moving
 
 
 def _first(group: BaseException) -> BaseException:
@@ -141,6 +189,7 @@ async def _run(
     keeper: Keeper | None,
     told: Told | None,
     stop: asyncio.Event,
+    reload: _Reload,
 ) -> None:
     fleet = reconciler.fleet
     pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
@@ -148,7 +197,9 @@ async def _run(
     artifact.build_agent(pyz)
     door = door_of(settings.api)
     departures = Departures(fleet, metrics, reconciler.territory)
-    inventory = Inventory(settings.inventory, fleet, departures, metrics)
+    inventory = Inventory(
+        settings.inventory, fleet, departures, metrics, frozenset(settings.agent_class)
+    )
     app = make_app(
         fleet,
         metrics=metrics,
@@ -176,16 +227,21 @@ async def _run(
         await runner.cleanup()
         raise
 
-    def look_again() -> None:
-        inventory.look_now()
-        if settings.api.secure:
-            listener.renew.set()
-
-    if settings.api.secure or settings.inventory:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_again)
+    reloader = Reloader(
+        settings,
+        reload.load,
+        reconciler,
+        reload.scheduler,
+        inventory,
+        door,
+        metrics,
+        reload.asked,
+        listener.renew.set,
+    )
+    app[CONTEXT].reloads = reloader
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
-        others = [peers.run, departures.run, inventory.run]
+        others = [peers.run, departures.run, inventory.run, reloader.run]
         others += [one.run for one in (feed, keeper) if one is not None]
         async with asyncio.TaskGroup() as group:
             renewing = group.create_task(listener.follow())
@@ -258,19 +314,57 @@ async def plan_once(settings: Settings) -> dict[str, Any]:
 
 
 async def apply_once(
-    settings: Settings, *, registry_index: int | None = None, allow_stops: bool = False
+    settings: Settings,
+    *,
+    registry_index: int | None = None,
+    allow_stops: bool = False,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> dict[str, Any]:
-    """Make a plan and carry it out. Refuses when the registry is no longer at `registry_index`."""
+    """Make a plan and carry it out, see `once.apply`, where no service runs that would."""
     async with open_registry(settings) as registry:
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
-            await scheduler.prepare(list(settings.specs().values()))
-            reconciler = await _look_once(settings, registry, scheduler)
-            return await once.apply(reconciler, registry_index, allow_stops=allow_stops)
+            reconciler = await _look_once(settings, registry, scheduler, bring=True)
+            specs = dict(reconciler.specs)
+            reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
+            await reconciler.spec_history.remember(reconciler.specs.values())
+            return await once.apply(reconciler, registry_index, allow_stops=allow_stops, tell=tell)
 
 
-async def _look_once(settings: Settings, registry: Registry, scheduler: Scheduler) -> Reconciler:
-    fleet = Fleet(registry, settings.limits(), SystemClock())
-    reconciler = Reconciler(fleet, scheduler, settings.specs(), Metrics())
-    await once.look(reconciler)
+async def replicas(settings: Settings) -> list[Replica]:
+    """The control planes of this installation that run now, as the leases tell."""
+    if settings.registry_kind == "sqlite":
+        async with open_leases(settings, SystemClock()) as leases:
+            holders = {lease.holder: lease for lease in leases.all() if lease.holder}
+        return [Replica(one.holder, one.api, one.since, 0, "") for one in holders.values()]
+    client = consul_client(settings)
+    try:
+        return await read_replicas(client, settings.consul.prefix)
+    finally:
+        await client.close()
+
+
+async def _configs(settings: Settings) -> list[str]:
+    """What the control planes that run now are configured with."""
+    if settings.registry_kind == "sqlite":
+        async with open_leases(settings, SystemClock()) as leases:
+            return list(leases.configs() or ())
+    return [one.config for one in await replicas(settings)]
+
+
+async def _look_once(
+    settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
+) -> Reconciler:
+    fleet = once.Unreported(registry, settings.limits(), SystemClock())
+    specs, unreadable = settings.readable_specs()
+    reconciler = Reconciler(
+        fleet,
+        scheduler,
+        specs,
+        Metrics(),
+        Undivided(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
+        unreadable=unreadable,
+        place=settings.placer(),
+    )
+    await once.look(reconciler, bring=bring)
     return reconciler

@@ -28,6 +28,12 @@ class Budget:
         wait = max(limits.backoff_initial_s / 2, random.uniform(0, ceiling))  # noqa: S311
         return Monotonic(now + wait)
 
+    def is_idle(self, now: Monotonic, after_s: float) -> bool:
+        """Whether nothing was counted for `after_s` seconds, so that nothing is lost with it."""
+        failed_at = self.last_failure_at if self.failures else float("-inf")
+        started_at = self.starts[-1] if self.starts else float("-inf")
+        return now - max(failed_at, started_at) > after_s
+
     def may_start(self, limits: Limits, now: Monotonic) -> Monotonic:
         """`now` if the hour's budget has room, else the time at which it will have."""
         while self.starts and now - self.starts[0] > 3600.0:

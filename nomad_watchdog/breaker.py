@@ -29,6 +29,8 @@ class Breaker:
     held: frozenset[Stop] = NO_STOPS
     reason: str = ""
     confirmed: frozenset[Stop] = NO_STOPS
+    unregistered: int = 0
+    """Held stops of devices that no record is of: records may have been lost."""
     read_twice: frozenset[Stop] = NO_STOPS
     """What has had its second read, and is still held: an operator's turn."""
 
@@ -45,13 +47,22 @@ class Breaker:
 
     @property
     def mend(self) -> str:
-        """What an operator types when the held stops are meant; "" = none are held."""
-        return f"if it is meant: nomad-watchdog stops confirm {self.held_id}" if self.held else ""
+        """What an operator types; "" = none are held."""
+        if not self.held:
+            return ""
+        meant = f"if it is meant: nomad-watchdog stops confirm {self.held_id}"
+        if not self.unregistered:
+            return meant
+        return (
+            f"{self.unregistered} of these agents are of devices that are not registered; if records were "
+            f"lost: nomad-watchdog registry import FILE; {meant}"
+        )
 
     def settle(self, plan: Plan, registered: Container[Slug] = ()) -> None:
         """Take a new plan. A stop that was held because nobody had registered its device is worth another
         read once somebody has."""
         self.held, self.reason = plan.held, plan.hold_reason
+        self.unregistered = sum(stop[0] not in registered for stop in plan.held)
         self.read_twice = frozenset(
             stop for stop in self.read_twice & plan.held if stop[0] not in registered
         )

@@ -5,6 +5,7 @@ Stands between `fleet`, which judges, and the pure parts that look at many devic
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from nomad_watchdog.core.verdict import Evidence
 from nomad_watchdog.history import History
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
+    AgentState,
     DeviceRecord,
     Limits,
     Monotonic,
@@ -42,6 +44,10 @@ from nomad_watchdog.shown import shown_repairs
 MOST_CLOSED: Final = 100
 """Closed incidents that are still shown."""
 SITE_LABEL: Final = "site"
+_OPENED: Final = re.compile(
+    rf"(\d{{1,9}}) of (\d{{1,9}}) devices of ({'|'.join(GroupKind)}) (.+)", re.DOTALL
+)
+"""The text of an event that opens an incident."""
 GATEWAY_LABEL: Final = "gateway"
 
 
@@ -56,6 +62,8 @@ class Change:
     """None: this is the first look at the device."""
     was_for_s: float
     """How long the former state lasted, seconds."""
+    told: bool = False
+    """An earlier run told this verdict, and it has lasted since: a restart of ours is no news."""
 
 
 @dataclass(slots=True)
@@ -91,16 +99,16 @@ class Chronicle:
     _known: dict[Slug, _Known] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        limits = self.limits
-        self.starts = StartTimes(
-            GraceLimits(
-                limits.startup_grace_s, limits.startup_grace_min_s, limits.startup_grace_max_s
-            )
-        )
+        self.starts = StartTimes(_grace_limits(self.limits))
         self.correlator = Correlator(
-            IncidentLimits(limits.incident_min, limits.incident_fraction, limits.incident_window_s),
-            f"{self.history.origin}:incident",
+            _incident_limits(self.limits), f"{self.history.origin}:incident"
         )
+
+    def go_by(self, limits: Limits) -> None:
+        """Judge starts and incidents by these limits from now on."""
+        self.limits = limits
+        self.starts.go_by(_grace_limits(limits))
+        self.correlator.limits = _incident_limits(limits)
 
     # -- starts ---------------------------------------------------------------------------------
 
@@ -166,8 +174,9 @@ class Chronicle:
             bad=judged.state in TROUBLE and not paused,
             now=now,
             ref=self.history.last_seq + 1,
+            only=_cause(change),
         )
-        if change.was is None and judged.state is State.STARTING:
+        if change.told or (change.was is None and judged.state is State.STARTING):
             return
         data = {
             "was": change.was.value if change.was is not None else None,
@@ -261,13 +270,26 @@ class Chronicle:
     # -- what is shown --------------------------------------------------------------------------
 
     def follow(
-        self, status_of_store: Callable[[], dict[str, object]], left_open: Mapping[str, str]
+        self,
+        status_of_store: Callable[[], dict[str, object]],
+        left_open: Mapping[str, tuple[str, float]],
     ) -> None:
-        """The history has a store. `left_open`: id → text of incidents that had no end when the last run
-        ended; they get one, because nobody knows any more who was part of them."""
+        """The history has a store. `left_open`: id → text and time (unix seconds) of the event that opened
+        an incident, of those that were open when the last run ended. They go on, with those of their devices that are still bad; one that can't be understood ends."""
         self.status_of_store = status_of_store
         self._stored = bool(status_of_store()["stored"]) or self._stored
-        for incident, text in left_open.items():
+        for incident, (text, at) in left_open.items():
+            if (said := _OPENED.fullmatch(text)) is not None:
+                count, size, kind, group = said.groups()
+                self.correlator.resume(
+                    (GroupKind(kind), group),
+                    incident,
+                    int(size),
+                    int(count),
+                    self.clock.monotonic(),
+                    age_s=max(0.0, self.clock.wall() - at),
+                )
+                continue
             self.history.add(
                 at=self.clock.wall(),
                 kind="incident.closed",
@@ -378,6 +400,20 @@ class Chronicle:
         }
 
 
+def _cause(change: Change) -> GroupKind | None:
+    """Whose trouble it is, whatever device it is about, if the agent can't ask: its gateway's if that is dead, else
+    its host's. None = that is not known."""
+    report = change.evidence.report
+    if (
+        report is None
+        or report.state is not AgentState.UNABLE
+        or change.judged.state is not State.UNWATCHED
+        or not change.judged.ready
+    ):
+        return None
+    return GroupKind.GATEWAY if report.gateway_dead else GroupKind.HOST
+
+
 def _groups(record: DeviceRecord, node: str, gateway: str) -> tuple[Group, ...]:
     if record.presence is not Presence.PRESENT:
         return ()
@@ -389,3 +425,13 @@ def _groups(record: DeviceRecord, node: str, gateway: str) -> tuple[Group, ...]:
         (GroupKind.CLASS, device.agent_class),
     )
     return tuple((kind, name) for kind, name in named if name)
+
+
+def _grace_limits(limits: Limits) -> GraceLimits:
+    return GraceLimits(
+        limits.startup_grace_s, limits.startup_grace_min_s, limits.startup_grace_max_s
+    )
+
+
+def _incident_limits(limits: Limits) -> IncidentLimits:
+    return IncidentLimits(limits.incident_min, limits.incident_fraction, limits.incident_window_s)

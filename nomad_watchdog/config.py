@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Final, Literal
@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
+from nomad_watchdog import texts
+from nomad_watchdog.clients.hashicorp import files_of
 from nomad_watchdog.config_api import Api
-from nomad_watchdog.config_classes import AgentClass, default_class
-from nomad_watchdog.config_hcl import show
+from nomad_watchdog.config_classes import AgentClass, Elsewhere, default_class
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.config_types import (
     Absolute,
@@ -32,50 +33,47 @@ from nomad_watchdog.config_types import (
     Text,
     Url,
     certificates,
+    checked_namespace,
     checked_url_or_none,
 )
+from nomad_watchdog.config_words import flat
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.model import AgentSpec, Limits, PresenceRules
+from nomad_watchdog.model import AgentSpec, Limits, PresenceRules, Variant
+from nomad_watchdog.schedulers.documents import check_class
 
 FILE_NAME: Final = "nomad-watchdog.hcl"
 PREFIX: Final = "NOMAD_WATCHDOG_"
-ENVIRONMENT: Final[Mapping[str, tuple[str, str]]] = {
-    "NOMAD_ADDR": ("nomad", "address"),
-    "NOMAD_NAMESPACE": ("nomad", "namespace"),
-    "NOMAD_REGION": ("nomad", "region"),
-    "NOMAD_TOKEN_FILE": ("nomad", "token_file"),
-    "NOMAD_CACERT": ("nomad", "ca_cert"),
-    "NOMAD_CLIENT_CERT": ("nomad", "client_cert"),
-    "NOMAD_CLIENT_KEY": ("nomad", "client_key"),
-    "NOMAD_SKIP_VERIFY": ("nomad", "tls_skip_verify"),
-    "CONSUL_HTTP_ADDR": ("consul", "address"),
-    "CONSUL_HTTP_TOKEN_FILE": ("consul", "token_file"),
-    "CONSUL_CACERT": ("consul", "ca_cert"),
-    "CONSUL_CLIENT_CERT": ("consul", "client_cert"),
-    "CONSUL_CLIENT_KEY": ("consul", "client_key"),
-}
-"""HashiCorp's own variables; ours (NOMAD_WATCHDOG_<BLOCK>_<SETTING>) go over them."""
+BUILT_IN: Final = "builtin:"
+"""Before the name of a built-in template, where the text of a file would be."""
+_REACHED: Final = ("api", "consul", "service", "prefix", "ca_cert", "consul_tls")
+"""What an agent is told that is no behaviour of its class."""
 
 
 class Nomad(Block):
     address: Url = "http://127.0.0.1:4646"
-    namespace: Text = "default"
+    namespace: Annotated[Text, AfterValidator(checked_namespace)] = "default"
     region: Text | None = None
     token_file: Text | None = None
     ca_cert: Text | None = None
+    ca_path: Text | None = None
     client_cert: Text | None = None
     client_key: Text | None = None
     tls_skip_verify: bool = False
+    tls_server_name: Text | None = None
     strategy: Literal["dispatch", "register"] = "dispatch"
     job_prefix: Name = "device-watchdog"
 
 
 class Consul(Block):
     address: Url = "http://127.0.0.1:8500"
+    namespace: Annotated[Text, AfterValidator(checked_namespace)] | None = None
     token_file: Text | None = None
     ca_cert: Text | None = None
+    ca_path: Text | None = None
     client_cert: Text | None = None
     client_key: Text | None = None
+    tls_skip_verify: bool = False
+    tls_server_name: Text | None = None
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*$")] = (
         "nomad-watchdog"
     )
@@ -112,6 +110,9 @@ class Presence(Block):
     startup_grace_max: Positive = 900.0
     report_stale: Positive = 45.0
     heartbeat_fresh: Seconds = 15.0
+    suspect_max: Positive = 120.0
+    repairing_max: Positive = 900.0
+    start_max: Seconds = 180.0
     ttl: Annotated[Positive, Field(ge=1)] | None = None
     grace: Seconds = 30.0
     flap_changes: Annotated[int, Field(ge=0, le=1000)] = 6
@@ -238,6 +239,11 @@ class Settings(Block):
             startup_grace_max_s=self.presence.startup_grace_max,
             report_stale_s=self.presence.report_stale,
             heartbeat_fresh_s=self.presence.heartbeat_fresh,
+            suspect_max_s=max(
+                [self.presence.suspect_max, *(one.suspect_s() for one in self.agent_class.values())]
+            ),
+            repairing_max_s=self.presence.repairing_max,
+            start_max_s=self.presence.start_max,
             incident_min=self.incident.min,
             incident_fraction=self.incident.fraction,
             incident_window_s=self.incident.window,
@@ -263,11 +269,26 @@ class Settings(Block):
         """One spec a class. Raises UserError when a template file can't be read."""
         return {name: self._spec(name, kind) for name, kind in self.agent_class.items()}
 
+    def readable_specs(self) -> tuple[dict[str, AgentSpec], dict[str, str]]:
+        """The spec of each class whose template can be read, and of the others why it can't.
+
+        Raises UserError for what concerns all classes: files with certificates."""
+        self._agent_trust()
+        specs: dict[str, AgentSpec] = {}
+        unreadable: dict[str, str] = {}
+        for name, kind in self.agent_class.items():
+            try:
+                specs[name] = self._spec(name, kind)
+            except UserError as error:
+                unreadable[name] = str(error)
+        return specs, unreadable
+
     def _spec(self, name: str, kind: AgentClass) -> AgentSpec:
         variables = kind.variables | ({"driver": kind.driver} if kind.driver else {})
         variables |= {"workload": kind.workload} if kind.workload else {}
+        text = template_text(kind.template)
         behaviour = {
-            "template": template_text(kind.template),
+            "template": text,
             "version": kind.version,
             "resources": [kind.cpu, kind.memory, kind.kill_timeout],
             "probes": [probe.wire() for probe in kind.probe],
@@ -282,24 +303,24 @@ class Settings(Block):
         telling = kind.telling()
         behaviour |= repairs | gateway | telling
         digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
-        return AgentSpec(
+        spec = AgentSpec(
             agent_class=name,
             version=kind.version,
             spec_hash=digest,
             template=kind.template,
+            text="" if text.startswith(BUILT_IN) else text,
             cpu_mhz=kind.cpu,
             memory_bytes=kind.memory,
             kill_timeout_s=kind.kill_timeout,
             variables=variables,
+            on={backend: _variant(here) for backend, here in kind.on.items()},
+            settings=_described(kind, behaviour["template"]),
             agent_config=_canonical(
                 {
                     "v": 1,
                     "agent_class": name,
                     "version": kind.version,
                     "spec_hash": digest,
-                    "api": [self.advertise],
-                    "consul": self.agent_consul,
-                    "service": self.consul.service,
                     "beat_s": kind.beat,
                     "probes": behaviour["probes"],
                     "confirm": behaviour["confirm"],
@@ -308,10 +329,37 @@ class Settings(Block):
                 | repairs
                 | gateway
                 | telling
-                | ({"prefix": self.consul.prefix} if telling else {})
-                | self._agent_trust()
+                | self._reached(prefix=bool(telling))
             ),
         )
+        check_class(spec)
+        return spec
+
+    def _reached(self, *, prefix: bool) -> dict[str, Any]:
+        """Where agents find what they report to, and whom they believe. Raises UserError.
+
+        No behaviour of a class: these are in no hash, and each replica's own. `prefix`: agents also keep
+        something in Consul."""
+        return {
+            "api": [self.advertise],
+            "consul": self.agent_consul,
+            "service": self.consul.service,
+            **({"prefix": self.consul.prefix} if prefix else {}),
+            **self._agent_trust(),
+        }
+
+    def placer(self) -> Callable[[AgentSpec], AgentSpec]:
+        """Puts what is this replica's own into the spec of another one: where agents report to, and whom they
+        believe. Raises UserError when a file with certificates can't be read."""
+        own = self._reached(prefix=True)
+
+        def place(spec: AgentSpec) -> AgentSpec:
+            told: dict[str, Any] = json.loads(spec.agent_config)
+            keys = own.keys() if "prefix" in told else own.keys() - {"prefix"}
+            kept = {name: value for name, value in told.items() if name not in _REACHED}
+            return replace(spec, agent_config=_canonical(kept | {key: own[key] for key in keys}))
+
+        return place
 
     def _agent_trust(self) -> dict[str, Any]:
         """Whom agents believe over https, and what they show to Consul. Raises UserError."""
@@ -320,40 +368,66 @@ class Settings(Block):
         if api.ca_cert:
             trust["ca_cert"] = certificates("api.ca_cert", api.ca_cert)
         if self.agent_consul.startswith("https://"):
-            told = {
-                "ca_cert": certificates("consul.ca_cert", consul.ca_cert) if consul.ca_cert else "",
+            told: dict[str, Any] = {
+                "ca_cert": self._authorities_of_consul(),
                 "client_cert": consul.agent_client_cert,
                 "client_key": consul.agent_client_key,
+                "server_name": consul.tls_server_name,
             }
             trust["consul_tls"] = {name: value for name, value in told.items() if value}
+            trust["consul_tls"] |= {"verify": False} if consul.tls_skip_verify else {}
         return trust
+
+    def _authorities_of_consul(self) -> str:
+        """As PEM text; "" = the system's. Raises UserError."""
+        if self.consul.ca_cert:
+            return certificates("consul.ca_cert", self.consul.ca_cert)
+        if not self.consul.ca_path:
+            return ""
+        files = files_of("consul.ca_path", self.consul.ca_path)
+        return "".join(certificates("consul.ca_path", str(file)) for file in files)
 
     def spec_on(self, backend: str, spec: AgentSpec) -> AgentSpec:
         """The spec as it is on one backend: with the class's `on` block for it, and with where agents find
         themselves and their token. Neither is behaviour: a moved API rolls no agent, nor does a moved fleet.
         """
-        kind = self.agent_class.get(spec.agent_class)
-        here = kind.on.get(backend) if kind is not None else None
-        template = spec.template if here is None else here.template
-        variables = spec.variables if here is None else here.filled()
+        here = spec.on.get(backend, Variant(spec.template, spec.text, spec.variables))
+        variables = here.variables
         if backend == "nomad":
             variables = {**self._places(), **variables}
-        return replace(spec, template=template, variables=variables)
+        return replace(spec, template=here.template, text=here.text, variables=variables)
 
     def _places(self) -> dict[str, str]:
         token = {"token_file": file} if (file := self.api.agent_token_file) else {}
         return {"agent_source": f"{self.advertise}/artifacts/watchdog-agent.pyz"} | token
 
 
+def _variant(here: Elsewhere) -> Variant:
+    try:
+        text = template_text(here.template)
+    except UserError:
+        text = ""  # it may be another machine's: who uses it finds out
+    return Variant(here.template, "" if text.startswith(BUILT_IN) else text, here.filled())
+
+
+def _described(kind: AgentClass, template: object) -> dict[str, str]:
+    """What the hash of a class is made of, in words; not what is the class's on one backend only."""
+    found = {
+        name: value
+        for name, value in flat(kind, hide_text=True).items()
+        if name != "ttl" and not name.startswith("on.")
+    }
+    text = str(template)
+    if not text.startswith(BUILT_IN):
+        found["text of the template"] = f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return found
+
+
 def template_text(template: str) -> str:
     """The text of a template file, or the name of a built-in one. Raises UserError."""
     if "/" not in template and not template.endswith((".hcl", ".yaml")):
-        return f"builtin:{template}"
-    try:
-        return FilePath(template).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"template file {show(template)}: {why}") from error
+        return f"{BUILT_IN}{template}"
+    return texts.read("template file", template)
 
 
 def _canonical(value: object) -> str:

@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
+from watchdog_agent.suspicion import Suspicion
 
 from nomad_watchdog import __version__, config_escalate
 from nomad_watchdog.config_escalate import Escalate, Loki
 from nomad_watchdog.config_probes import ON_HOST, Gateway, Probe
-from nomad_watchdog.config_types import Absolute, Block, Name, Positive, Seconds, Size, Text, Url
+from nomad_watchdog.config_types import (
+    Absolute,
+    Block,
+    Host,
+    Name,
+    Positive,
+    Seconds,
+    Size,
+    Text,
+    Url,
+)
 
 REPAIRS: Final[Mapping[str, str]] = {
     "interface": "interface",
@@ -60,7 +71,7 @@ class Repair(Block):
     user: Text | None = None
     password_file: Text | None = None
     tls: bool | None = None
-    server_name: Place | None = None
+    server_name: Host | None = None
     ca_cert: Absolute | None = None
     client_cert: Absolute | None = None
     client_key: Absolute | None = None
@@ -69,7 +80,7 @@ class Repair(Block):
     mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
     to: Place | None = None
     plugin: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
-    when: Literal["suspect", "offline"] = "suspect"
+    when: Literal["suspect", "degraded", "offline"] = "suspect"
     probe: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,5})?$")] | None = None
     tries: Annotated[int, Field(ge=1, le=100)] = 1
     verify: Positive = 30.0
@@ -180,6 +191,19 @@ class AgentClass(Block):
     repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
     repair_alone: Seconds = 86400.0
     on: dict[Name, Elsewhere] = Field(default_factory=dict)
+
+    def suspect_s(self) -> float:
+        """How long an agent of this class may suspect its device at most, seconds: each missed round of the slowest
+        probe asks the gateway and the confirmations once (agent/README.md)."""
+        asked_s = max((one.timeout for one in self.confirm), default=0.0)
+        asked_s += 0.0 if self.gateway is None else self.gateway.timeout
+        rounds = (
+            (1 + (0.05 if one.jitter is None else one.jitter)) * one.interval
+            + one.timeout
+            + asked_s
+            for one in self.probe
+        )
+        return Suspicion.MOST_ROUNDS * max(rounds, default=0.0)
 
     def repairs_wire(self) -> dict[str, Any]:
         """What the agent's document says of repairs; nothing when there are none."""

@@ -35,6 +35,7 @@ class Escalate(Block):
     """When the agents of a class escalate by themselves, and with whom they do it together."""
 
     sink: Annotated[tuple[Sink, ...], Field(min_length=1, max_length=8)]
+    degraded: bool = False
     by: Annotated[tuple[Literal["gateway", "site", "class", "host"], ...], Field(max_length=4)] = (
         "gateway",
         "site",
@@ -58,7 +59,9 @@ class Escalate(Block):
 
     def wire(self) -> dict[str, Any]:
         """As the agent's document says it, under `escalate`."""
-        return {
+        # Left out when it is not set, so that a class without it keeps its hash, and its agents.
+        more = {"degraded": True} if self.degraded else {}
+        return more | {
             "sinks": [sink.wire() for sink in self.sink],
             "by": list(self.by),
             "window_s": self.window,

@@ -7,7 +7,7 @@ problem with a line, never a string that looks like one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from hcl2 import SerializationOptions
 from hcl2.rules.base import AttributeRule, BlockRule
 from lark.exceptions import LarkError, UnexpectedInput
 
+from nomad_watchdog.config_syntax import trouble
 from nomad_watchdog.errors import UserError
 
 Path = tuple[str | int, ...]
@@ -42,6 +43,10 @@ _BYTES: Final = {
     "M": 1000**2,
     "G": 1000**3,
 }
+_MOST_SHOWN: Final = 80
+_MOST_BITS: Final = 256
+_NUMBER: Final = re.compile(r"\$\{(-?\d{1,400}(?:\.\d{1,400})?(?:[eE][+-]?\d{1,4})?)\}", re.ASCII)
+"""How python-hcl2 gives a number with an exponent."""
 _PLAIN: Final = frozenset(
     {"string", "string_part", "int_lit", "float_lit", "literal_value", "tuple", "object"}
     | {"object_elem", "object_elem_key", "identifier", "expr_term", "unary_op", "keyword"}
@@ -71,9 +76,24 @@ def parse_size(value: object) -> int:
 
 
 def show(value: object) -> str:
-    """A value as it may stand in a message: quoted, short, ASCII, no control characters (S11)."""
-    text = ascii(value) if not isinstance(value, str) else '"' + ascii(value)[1:-1] + '"'
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A value as it may stand in a message: as HCL writes it, short, ASCII, no control characters (S11)."""
+    text = _as_hcl(value)
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def _as_hcl(value: object) -> str:
+    if isinstance(value, str):
+        return '"' + ascii(value)[1:-1] + '"'
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return "a number of very many digits"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_hcl, value[:_MOST_SHOWN]))}]"
+    if isinstance(value, Mapping):
+        pairs = (f"{str(name)[:_MOST_SHOWN]!a} = {_as_hcl(one)}" for name, one in value.items())
+        return "{ " + ", ".join(pair.replace("'", "", 2) for pair in pairs) + " }"
+    return ascii(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +124,30 @@ def read(text: str, source: str) -> Document:
     """Raises UserError for text that isn't HCL; everything milder goes to `Document.problems`."""
     if len(text) > MAX_BYTES:
         raise UserError(f"{source}: {len(text)} characters; at most {MAX_BYTES} are allowed")
+    text = text.removeprefix("\ufeff")
     try:
-        tree = hcl2.parses(text.removeprefix("\ufeff"))
-    except UnexpectedInput as error:
-        line = max(error.line, 1)
-        lines = text.splitlines() or [""]
-        found = lines[min(line, len(lines)) - 1].strip()
-        raise UserError(
-            f"{source}:{line}: not HCL near {show(found)} (column {max(error.column, 1)}); a setting "
-            'is  name = "value"  on one line, a block is  name { ... }'
-        ) from error
+        tree = hcl2.parses(text)
     except (LarkError, RuntimeError, RecursionError, ValueError) as error:
-        raise UserError(f"{source}: not HCL: {show(str(error).splitlines()[-1])}") from error
+        raise UserError(_syntax_error(text, source, error)) from error
     document = Document()
     document.data = _body(tree.body, (), document)
     return document
+
+
+def _syntax_error(text: str, source: str, error: Exception) -> str:
+    if found := trouble(text):
+        return f"{source}:{found[0]}: syntax error: {found[1]}"
+    if not isinstance(error, UnexpectedInput):
+        return (
+            f"{source}: syntax error: blocks or lists are nested too deeply, or a value is too long"
+        )
+    lines = text.splitlines() or [""]
+    line = min(max(error.line, 1), len(lines))
+    return (
+        f"{source}:{line}: syntax error near {show(lines[line - 1].strip())} "
+        f'(column {max(error.column, 1)}); a setting is  name = "value"  on one line, a block is  '
+        "name { ... }"
+    )
 
 
 def _body(body: Any, path: Path, document: Document) -> dict[str, Any]:
@@ -184,7 +213,11 @@ def _value(expression: Any, path: Path, line: int, document: Document) -> Any:
         )
         document.problems.append(Problem(path, message, line))
         return None
-    value = expression.serialize(_options())
+    try:
+        value = _numbers(expression.serialize(_options()))
+    except (ValueError, OverflowError):  # Python converts at most 4,300 digits
+        document.problems.append(Problem(path, "is a number with too many digits", line))
+        return None
     if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
         # An identifier alone comes out of python-hcl2 in this form.
         message = f"{show(value[2:-1])} is not a plain value; put text between double quotes"
@@ -202,6 +235,16 @@ def _rules(tree: Any) -> Iterator[str]:
             if "identifier" in kinds:
                 yield "reference"
         yield name
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, str) and (found := _NUMBER.fullmatch(value)):
+        return float(found[1])
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return value
 
 
 def _unescaped(value: Any) -> Any:

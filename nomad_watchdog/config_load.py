@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path as FilePath
-from typing import Any, Final, get_args
+from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from nomad_watchdog import schedulers
-from nomad_watchdog.config import ENVIRONMENT, FILE_NAME, PREFIX, Settings, template_text
-from nomad_watchdog.config_hcl import KINDS, NAMED, Document, Path, Problem, read, show
+from nomad_watchdog.clients import hashicorp
+from nomad_watchdog.config import FILE_NAME, PREFIX, Consul, Settings
+from nomad_watchdog.config_hcl import NAMED, Document, Path, Problem, read, show
+from nomad_watchdog.config_problems import in_words, message, model_of, step_into
+from nomad_watchdog.config_types import from_text
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.texts import did_you_mean
 
-MAX_SHOWN: Final = 50
+Misfit = tuple[tuple[Path, ...], str]
+"""The settings concerned, first the one to change, and what is wrong."""
+Check = Callable[[Settings], Iterable[tuple[Path, str]]]
+OTHER_VARIABLES: Final = frozenset(
+    {"ADDR", "TOKEN", "TOKEN_FILE", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "SKIP_VERIFY"}
+    | {"CONFIG", "FAILPOINT", "CACHE"}
+)
+"""Variables of ours that are no settings."""
+_OF_OTHERS: Final = re.compile(
+    rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|DEV_\w+)"
+)
+"""What Kubernetes sets in a pod for each Service, which may be called as we are; and the tests' own."""
+
+
+def no_check(_settings: Settings) -> Iterable[tuple[Path, str]]:
+    """Nothing else is checked."""
+    return ()
 
 
 def load(
@@ -24,17 +44,19 @@ def load(
     env: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
-    templates: bool = False,
+    also: Check = no_check,
+    options: Callable[[], Collection[str]] = frozenset,
 ) -> Settings:
-    """Read, merge and check. `overrides`: dotted setting → value, from flags. None = empty.
-    `templates`: also that the files of the classes' templates can be read.
+    """Read, merge and check. `overrides`: dotted setting → value, from flags. None = empty. `also`: what else
+    must hold, as `preflight.misfits`; asked only when the rest is right. `options`: the environment
+    variables of command-line options.
 
-    Raises one UserError that names every problem of the file."""
+    Raises one UserError that names every problem, each with its place."""
     env, overrides = env or {}, overrides or {}
     file = find_file(path, env)
     source = str(file) if file else "built-in defaults"
     document = _read_file(file) if file else Document()
-    origins = _merge_env(document.data, env) | _merge_flags(document.data, overrides)
+    origins = _merge_env(document, env) | _merge_flags(document.data, overrides)
     if "data_dir" not in document.data:
         document.data["data_dir"] = _state_dir(env)
     problems = list(document.problems)
@@ -43,26 +65,46 @@ def load(
         settings = Settings.model_validate(document.data)
     except ValidationError as error:
         known = {(problem.path, problem.line) for problem in problems}
-        found = (_problem(dict(item), document) for item in error.errors(include_url=False))
+        found = (in_words(dict(item), document) for item in error.errors(include_url=False))
         problems += [problem for problem in found if (problem.path, problem.line) not in known]
     wrong = {problem.path for problem in problems}
     sound = settings or _sound_part(document.data)
-    for paths, text in _misfits(sound, templates=templates) if sound else ():
+    for paths, text in _misfits(sound) if sound else ():
         # What was left out has its default there, and would be compared in vain.
         if not any(_overlap(path, bad) for path in paths for bad in wrong):
             problems.append(Problem(paths[0], text, document.line_of(paths[0])))
-    if problems or settings is None:
-        raise UserError(_message(problems, source, origins, document))
+    if not problems and settings is not None:
+        problems += (Problem(at, text, document.line_of(at)) for at, text in also(settings))
+    unknown = _unknown_variables(env, options)
+    if problems or unknown or settings is None:
+        lines = [message(problems, source, origins, document)] if problems else []
+        raise UserError("\n".join(lines + unknown))
     return settings
 
 
-def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Path, ...], str]]:
+def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[str]]) -> list[str]:
+    """A line for each variable that begins as ours do and that nothing reads."""
+    ours = {name for name in env if name.startswith(PREFIX)}
+    known = variables().keys() | {f"{PREFIX}{name}" for name in OTHER_VARIABLES}
+    odd = sorted(one for one in ours - known if not _OF_OTHERS.fullmatch(one))
+    if not odd:
+        return []
+    known |= set(options())
+    return [
+        f"environment {show(name)[1:-1]}: no such variable; {did_you_mean(name, sorted(known))}"
+        "see docs/configuration.md"
+        for name in odd
+        if name not in known
+    ]
+
+
+def _misfits(settings: Settings) -> Iterator[Misfit]:
     """What no single setting shows: (the settings concerned, first the one to change; message)."""
     backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
     if settings.backend not in backends:
-        yield (("backend",),), f"{show(settings.backend)} is not installed; installed: {backends}"
-    yield from _class_misfits(settings, backends, templates=templates)
-    yield from _pool_misfits(settings, templates=templates)
+        yield (("backend",),), _not_installed(settings.backend, backends)
+    yield from _class_misfits(settings, backends)
+    yield from _pool_misfits(settings)
     least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
     if least > most:
         yield (
@@ -85,9 +127,12 @@ def _misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Pat
         yield (("consul", "agent_client_key"),), "agent_client_key needs agent_client_cert"
 
 
-def _class_misfits(
-    settings: Settings, backends: Sequence[str], *, templates: bool
-) -> Iterator[tuple[tuple[Path, ...], str]]:
+def _not_installed(backend: str, backends: Sequence[str]) -> str:
+    hint = did_you_mean(backend, backends)
+    return f"{show(backend)} is not installed; {hint}installed: {', '.join(backends)}"
+
+
+def _class_misfits(settings: Settings, backends: Sequence[str]) -> Iterator[Misfit]:
     for name, kind in settings.agent_class.items():
         where: Path = ("agent_class", name)
         if not kind.probe:
@@ -106,28 +151,14 @@ def _class_misfits(
         if not settings.agent_consul and (text := kind.needs_consul()):
             yield ((*where, "escalate"), ("consul", "agent_address")), text
         for backend in kind.on.keys() - set(backends):
-            text = f"{show(backend)} is not installed; installed: {backends}"
-            yield ((*where, "on"),), text
-        if templates:
-            at: dict[Path, str] = {(*where, "template"): kind.template}
-            at |= {(*where, "on", b, "template"): one.template for b, one in kind.on.items()}
-            for path, template in at.items():
-                try:
-                    template_text(template)
-                except UserError as error:
-                    yield (path,), str(error)
+            yield ((*where, "on"),), _not_installed(backend, backends)
 
 
-def _pool_misfits(settings: Settings, *, templates: bool) -> Iterator[tuple[tuple[Path, ...], str]]:
+def _pool_misfits(settings: Settings) -> Iterator[Misfit]:
     for name, pool in settings.agent_pool.items():
         where: Path = ("agent_pool", name)
         for setting, text in pool.misfits(settings.backend):
             yield ((*where, setting), ("backend",)), text
-        if templates and pool.template:
-            try:
-                template_text(pool.template)
-            except UserError as error:
-                yield ((*where, "template"),), str(error)
 
 
 def _overlap(one: Path, other: Path) -> bool:
@@ -153,7 +184,7 @@ def _drop(data: Any, place: Path) -> None:
     """Take out the setting at this place, or the block around it when it is what is missing."""
     holders = [data]
     for step in place[:-1]:
-        holders.append(_step(holders[-1], step))
+        holders.append(step_into(holders[-1], step))
     for holder, step in zip(reversed(holders), reversed(place), strict=True):
         if isinstance(holder, dict) and step in holder:
             del holder[str(step)]
@@ -173,10 +204,10 @@ def find_file(path: str | FilePath | None, env: Mapping[str, str]) -> FilePath |
 
 
 def variables() -> dict[str, tuple[str, ...]]:
-    """Environment variable → setting, later ones over earlier ones."""
+    """Our environment variables → settings."""
     ours: dict[str, tuple[str, ...]] = {}
     for name, field in Settings.model_fields.items():
-        block = _model_of(field.annotation)
+        block = model_of(field.annotation)
         if name in NAMED:
             continue
         if block is None:
@@ -184,7 +215,7 @@ def variables() -> dict[str, tuple[str, ...]]:
             continue
         for setting in block.model_fields.keys() - NAMED:
             ours[f"{PREFIX}{name.upper()}_{setting.upper()}"] = (name, setting)
-    return dict(ENVIRONMENT) | ours
+    return ours
 
 
 def _read_file(file: FilePath) -> Document:
@@ -197,17 +228,41 @@ def _read_file(file: FilePath) -> Document:
     return read(text, str(file))
 
 
-def _merge_env(data: dict[str, Any], env: Mapping[str, str]) -> dict[Path, str]:
-    origins: dict[Path, str] = {}
-    for variable, where in variables().items():
+def _merge_env(document: Document, env: Mapping[str, str]) -> dict[Path, str]:
+    """Put what the environment says into the document: first the vendors' variables, then ours. What can't
+    be taken goes to `document.problems`."""
+    data, origins = document.data, dict[Path, str]()
+    for variable, where in hashicorp.VARIABLES.items():
         if env.get(variable):
-            value = env[variable]
-            if variable == "CONSUL_HTTP_ADDR" and "://" not in value:
-                secure = env.get("CONSUL_HTTP_SSL", "").lower() in ("1", "true")
-                value = f"{'https' if secure else 'http'}://{value}"
-            _put(data, where, value)
             origins[where] = f"environment {variable}"
+            try:
+                _put(data, where, hashicorp.value_of(variable, env[variable]))
+            except ValueError as error:
+                document.problems.append(Problem(where, str(error)))
+    for variable, setting in variables().items():
+        if env.get(variable):
+            block = model_of(Settings.model_fields[setting[0]].annotation) or Settings
+            _put(data, setting, from_text(block, setting[-1], env[variable]))
+            origins[setting] = f"environment {variable}"
+    _secure_consul(document, env, origins)
     return origins
+
+
+def _secure_consul(document: Document, env: Mapping[str, str], origins: dict[Path, str]) -> None:
+    where: Path = ("consul", "address")
+    block = document.data.get("consul", {})
+    if not env.get(hashicorp.SSL) or not isinstance(block, dict):
+        return
+    address = block.get("address", Consul().address)
+    try:
+        secure = hashicorp.secured(hashicorp.checked_address(str(address)), env)
+    except ValueError as error:
+        if not any(problem.path == where for problem in document.problems):
+            origins.setdefault(where, f"environment {hashicorp.SSL}")
+            document.problems.append(Problem(where, str(error), document.line_of(where)))
+        return
+    if secure != address:
+        _put(document.data, ("consul", "address"), secure)
 
 
 def _merge_flags(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Path, str]:
@@ -238,85 +293,3 @@ def _state_dir(env: Mapping[str, str]) -> str:
             "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
         ) from None
     return str(FilePath(state) / "nomad-watchdog")
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_model_of(inner) for inner in get_args(annotation))
-    return next((model for model in found if model is not None), None)
-
-
-def _block_at(path: Path) -> type[BaseModel]:
-    """The block that holds the last step of path; Settings when that can't be told."""
-    model: type[BaseModel] = Settings
-    for step in path[:-1]:
-        field = model.model_fields.get(str(step))
-        inner = _model_of(field.annotation) if field else None
-        model = inner or model
-    return model
-
-
-def _problem(item: dict[str, Any], document: Document) -> Problem:
-    path: Path = tuple(step for step in item["loc"] if step != "[key]")
-    # A union adds the name of the branch that failed ("constrained-str"): no setting has such a name.
-    line, kind, message = document.line_of(path), item["type"], item["msg"]
-    if kind == "extra_forbidden":
-        allowed = [name for name in _block_at(path).model_fields if name != "kind"]
-        close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        message = f"no such setting; {hint}allowed here: {', '.join(allowed)}"
-    elif kind == "value_error":
-        message = str(item["ctx"]["error"])
-    elif kind == "missing":
-        message = "is missing"
-    else:
-        message = f"found {show(item.get('input'))}: {message[:1].lower()}{message[1:]}"
-        expected = str(item.get("ctx", {}).get("expected", ""))
-        close = difflib.get_close_matches(str(item.get("input")), expected.split("'"), n=1)
-        if close:
-            message += f"; did you mean {close[0]}?"
-    return Problem(path, message, line)
-
-
-def _where(path: Path, document: Document) -> str:
-    """``agent_class "default" > probe "tcp" > port``."""
-    words: list[str] = []
-    value: Any = document.data
-    for number, step in enumerate(path):
-        before = path[number - 1] if number else None
-        value = _step(value, step)
-        if isinstance(step, int):
-            kind = value.get("kind") if isinstance(value, dict) else step
-            words[-1] += f" {show(kind)}" if before in KINDS else f"[{step}]"
-        elif before in NAMED:
-            words[-1] += f" {show(step)}"
-        else:
-            words.append(show(step)[1:-1])
-    return " > ".join(words)
-
-
-def _step(value: Any, step: str | int) -> Any:
-    if isinstance(value, dict):
-        return value.get(str(step))
-    if isinstance(value, list) and isinstance(step, int) and step < len(value):
-        return value[step]
-    return None
-
-
-def _message(
-    problems: Iterable[Problem], source: str, origins: Mapping[Path, str], document: Document
-) -> str:
-    lines: dict[str, None] = {}
-    for problem in sorted(problems, key=lambda problem: problem.line):
-        place = origins.get(problem.path)
-        if place is None:
-            place = f"{source}:{problem.line}" if problem.line else source
-        where = _where(problem.path, document)
-        lines[
-            f"{place}: {where}: {problem.message}" if where else f"{place}: {problem.message}"
-        ] = None
-    shown = list(lines)[:MAX_SHOWN]
-    if len(lines) > MAX_SHOWN:
-        shown.append(f"... and {len(lines) - MAX_SHOWN} more")
-    return "\n".join(shown)

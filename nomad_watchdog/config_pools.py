@@ -6,12 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Final, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
 from nomad_watchdog.config_hcl import show
-from nomad_watchdog.config_types import Block, Fraction, Positive, Seconds, Size, Text
+from nomad_watchdog.config_types import Block, Fraction, Positive, Seconds, Size, Text, checked_url
 from nomad_watchdog.core.scaling import Measure, Rules
 from nomad_watchdog.model import VerdictState
 
@@ -38,12 +37,12 @@ _STEP: Final = r"[A-Za-z0-9_-]+(\[(\d{1,6}|[A-Za-z0-9_-]+=[^\[\]=]{1,128})\])*"
 
 def checked_page(value: str) -> str:
     """An address that may have a query. Raises ValueError."""
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{show(value)} is not an address; write http://HOST:PORT/PATH?QUERY")
-    if parts.username or parts.password or parts.fragment:
-        raise ValueError("an address holds no user, password or fragment")
-    _ = parts.port  # raises ValueError when it is no port
+    page, separator, query = value.partition("?")
+    checked_url(page)  # raises ValueError
+    if separator and any(not "!" <= character <= "~" for character in query):
+        raise ValueError(f"{show(value)}: a query holds no blanks; write %20")
+    if "#" in query:
+        raise ValueError("an address holds no fragment")
     return value
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from nomad_watchdog.config_types import Absolute, Block, Positive, Text
+from nomad_watchdog.config_types import Absolute, Block, Host, Positive, Text
 
 Kind = Literal[
     "tcp", "http", "https", "icmp", "tls", "dns", "command", "file", "mqtt", "snmp", "plugin"
 ]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Status = Annotated[int, Field(ge=100, le=599)]
-Host = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
+Domain = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
 Words = Annotated[str, Field(min_length=1, max_length=1024)]
 
 _HTTP: Final = frozenset({"port", "path", "expect_status", "expect_body", "max_time"})
@@ -25,7 +25,7 @@ KNOWS: Final[Mapping[str, frozenset[str]]] = {
     "http": _HTTP,
     "https": _HTTP | _TLS,
     "icmp": frozenset(),
-    "tls": _TLS | {"min_days"},
+    "tls": _TLS | {"warn_days", "min_days"},
     "dns": frozenset({"port", "server", "name", "type", "expect_address"}),
     "command": frozenset({"command"}),
     "file": frozenset({"file", "expect_text", "forbid_text", "max_age"}),
@@ -44,9 +44,11 @@ NEEDS: Final[Mapping[str, str]] = {
 }
 ON_HOST: Final = frozenset({"command", "file", "plugin"})
 """Kinds that need not look at the device itself: no independent word on it."""
-_SECONDS: Final = frozenset({"max_time", "max_age", "min_interval"})
-_OFTEN: Final = ("jitter", "min_interval")
+_SECONDS: Final = frozenset({"max_time", "max_age", "min_interval", "warn_time"})
+_OFTEN: Final = ("jitter", "min_interval", "warn_time", "warn_loss")
 """Settings of all kinds that are told to the agent only when they are set."""
+RENAMED: Final[Mapping[str, str]] = {"max_time": "warn_time", "min_days": "warn_days"}
+"""Old name of a warning threshold → its name."""
 
 
 class Probe(Block):
@@ -57,18 +59,21 @@ class Probe(Block):
         Status | Annotated[tuple[Status, ...], Field(min_length=1, max_length=32)] | None
     ) = None
     expect_body: Words | None = None
+    warn_time: Positive | None = None
     max_time: Positive | None = None
+    warn_loss: Annotated[float, Field(ge=0.001, le=1)] | None = None
     server_name: Host | None = None
     verify: bool | None = None
     ca_cert: Absolute | None = None
     client_cert: Absolute | None = None
     client_key: Absolute | None = None
     tls: bool | None = None
+    warn_days: Annotated[float, Field(ge=0, le=3650)] | None = None
     min_days: Annotated[float, Field(ge=0, le=3650)] | None = None
     server: Host | None = None
-    name: Host | None = None
+    name: Domain | None = None
     type: Literal["A", "AAAA"] | None = None
-    expect_address: Host | None = None
+    expect_address: Domain | None = None
     command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
     file: Absolute | None = None
     expect_text: Words | None = None
@@ -105,13 +110,25 @@ class Probe(Block):
             given = sorted(one for one in _TLS - {"port"} if getattr(self, one) is not None)
             if given:
                 raise ValueError(f"{given[0]} of mqtt needs tls = true")
-        if self.max_time and self.max_time >= self.timeout:
-            raise ValueError("max_time must be shorter than timeout, which ends the probe")
+        self._warns()
         if self.expect_address:
             wanted = 6 if self.type == "AAAA" else 4
-            if ipaddress.ip_address(self.expect_address).version != wanted:
+            try:
+                found = ipaddress.ip_address(self.expect_address).version
+            except ValueError:
+                raise ValueError("expect_address is not an IP address") from None
+            if found != wanted:
                 raise ValueError(f"expect_address is no address of an {self.type or 'A'} record")
         return self
+
+    def _warns(self) -> None:
+        for old, name in RENAMED.items():
+            if getattr(self, old) is not None and getattr(self, name) is not None:
+                raise ValueError(f"{old} is the old name of {name}; set {name} only")
+        for name in ("warn_time", "max_time"):
+            limit = getattr(self, name)
+            if limit and limit >= self.timeout:
+                raise ValueError(f"{name} must be shorter than timeout, which ends the probe")
 
     def _knows(self) -> None:
         others = frozenset().union(*KNOWS.values()) - KNOWS[self.kind]

@@ -7,13 +7,13 @@ or log can hold it. It must not change a spec's hash: it differs for each agent 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core.credential import Claim, issue
 from nomad_watchdog.errors import TerminalError
-from nomad_watchdog.ids import Slug
+from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.keyring import SecretFile
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, still
@@ -30,8 +30,10 @@ class Credentialed:
         self.inner, self.keys, self.clock = inner, keys, clock
         self.name, self.capabilities = inner.name, inner.capabilities
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
-        await self.inner.prepare(specs)
+    async def prepare(
+        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+    ) -> Mapping[str, str]:
+        return await self.inner.prepare(specs, shards=shards)
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         """As `Scheduler.ensure`; raises TerminalError when no key is left to sign with."""

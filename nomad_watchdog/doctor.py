@@ -10,7 +10,6 @@ import asyncio
 import os
 import re
 import resource
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,8 +20,12 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog import migrations
+from nomad_watchdog import doctor_api, doctor_classes, doctor_nodes, migrations, preflight
+from nomad_watchdog.clients.consul import ConsulSettings
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad_features import MINIMUM as NOMAD_MINIMUM
+from nomad_watchdog.clients.nomad_features import versions
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
 from nomad_watchdog.errors import (
@@ -33,12 +36,19 @@ from nomad_watchdog.errors import (
     WatchdogError,
 )
 from nomad_watchdog.migrations import Kept
+from nomad_watchdog.schedulers import _nomad_jobs
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces
-from nomad_watchdog.wiring import kubernetes_settings, open_registry
+from nomad_watchdog.texts import did_you_mean
+from nomad_watchdog.wiring import (
+    consul_settings,
+    kubernetes_settings,
+    nomad_settings,
+    open_registry,
+)
 
-NOMAD_MINIMUM: Final = (1, 11, 2)
-"""Before it, raced dispatches with one idempotency token could store two children."""
+CONSUL_MINIMUM: Final = (1, 14, 0)
+"""The oldest Consul that the tests run on."""
 KUBERNETES_MINIMUM: Final = (1, 34)
 _ALL: Final = ("get", "list", "watch", "create", "patch", "delete")
 KUBERNETES_RIGHTS: Final = (
@@ -70,17 +80,34 @@ class Check:
 
 
 class _Server:
-    """GET, PUT and POST of JSON with a token header; nothing is retried: doctor tells what is."""
+    """GET, PUT and POST of JSON as the control plane itself asks: the same address, token, namespace, region
+    and TLS. Nothing is retried: doctor reports what is."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, address: str, tls: ssl.SSLContext | bool
+        self,
+        session: aiohttp.ClientSession,
+        settings: NomadSettings | ConsulSettings,
+        params: Mapping[str, str],
     ) -> None:
-        self._session, self._address, self._tls = session, address, tls
+        self._session, self._settings, self._params = session, settings, params
+        self._tls = settings.ssl_context() or True
         self.date = ""
 
-    async def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        params: Mapping[str, str] | None = None,
+    ) -> tuple[int, Any]:
         async with self._session.request(
-            method, f"{self._address}{path}", json=body, ssl=self._tls, allow_redirects=False
+            method,
+            f"{self._settings.address}{path}",
+            json=body,
+            params=self._params if params is None else params,
+            ssl=self._tls,
+            server_hostname=self._settings.tls_server_name or None,
+            allow_redirects=False,
         ) as answer:
             self.date = answer.headers.get("Date", "")
             text = await answer.text()
@@ -95,10 +122,15 @@ class _Server:
 async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     """All checks that make sense for these settings, in the order in which to mend them."""
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
+    checks += _files(settings, env)
+    for name, status, found, mend in await doctor_api.checks(settings):
+        checks.append(Check(name, Status(status), found, mend))
     if settings.registry_kind == "consul" or settings.agent_consul:
         checks += await _guarded("consul", lambda: _consul(settings, env))
     registry, document = await _registry(settings)
     checks.append(registry)
+    for name, status, found, mend in await doctor_classes.checks(settings):
+        checks.append(Check(name, Status(status), found, mend))
     try:
         kept = migrations.decode(document)
     except UserError as error:
@@ -115,6 +147,17 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     if settings.backend == "local" or settings.registry_kind == "sqlite":
         checks += _machine(settings)
     return checks
+
+
+def _files(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+    """What `run` reads: a finding for each file, class or setting that it could not use."""
+    mend = "see docs/configuration.md; `nomad-watchdog config check` names the lines"
+    found = [
+        Check(".".join(map(str, path)), Status.FAIL, text, mend)
+        for path, text in preflight.misfits(settings, env)
+    ]
+    named = "tokens, keys, certificates, templates and inventories"
+    return found or [Check("files", Status.OK, f"{named} can be read")]
 
 
 def _api(settings: Settings) -> Check:
@@ -142,35 +185,21 @@ async def _guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> l
 
 
 @asynccontextmanager
-async def _server(block: Any, header: str, token: str) -> AsyncIterator[_Server]:
-    tls: ssl.SSLContext | bool = True
-    if block.address.startswith("https"):
-        try:
-            tls = ssl.create_default_context(cafile=block.ca_cert)
-            if getattr(block, "tls_skip_verify", False):
-                tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-            if block.client_cert:
-                tls.load_cert_chain(block.client_cert, block.client_key)
-        except OSError as error:
-            raise UserError(f"TLS files: {error}") from error
+async def _server(
+    settings: NomadSettings | ConsulSettings,
+    headers: Mapping[str, str],
+    params: Mapping[str, str] | None = None,
+) -> AsyncIterator[_Server]:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    headers = {header: token} if token else {}
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
-        yield _Server(session, block.address, tls)
-
-
-def _token(file: str | None, variable: str, env: Mapping[str, str]) -> str:
-    if not file:
-        return env.get(variable, "")
-    try:
-        return Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"token file {file} can't be read") from error
+    sent = {name: value for name, value in headers.items() if value}
+    async with aiohttp.ClientSession(timeout=timeout, headers=sent) as session:
+        yield _Server(session, settings, params or {})
 
 
 async def _consul(settings: Settings, env: Mapping[str, str]) -> list[Check]:
-    token = _token(settings.consul.token_file, "CONSUL_HTTP_TOKEN", env)
-    async with _server(settings.consul, "X-Consul-Token", token) as server:
+    reached = consul_settings(settings, env)
+    headers = {"X-Consul-Token": reached.read_token(), "X-Consul-Namespace": reached.namespace}
+    async with _server(reached, headers) as server:
         status, leader = await server.call("GET", "/v1/status/leader")
         if status != 200 or not leader:
             mend = "look at the Consul servers' logs: they need a majority"
@@ -180,15 +209,19 @@ async def _consul(settings: Settings, env: Mapping[str, str]) -> list[Check]:
             _skew("consul", server.date),
         ]
         status, self_ = await server.call("GET", "/v1/agent/self")
-        version = self_.get("Config", {}).get("Version", "?") if isinstance(self_, dict) else "?"
-        checks.append(
-            Check("consul version", Status.OK, version)
-            if status == 200
-            else Check("consul version", Status.WARN, f"HTTP {status}", "grant agent_prefix read")
-        )
+        checks.append(_consul_version(status, self_))
         checks.append(await _consul_session(server))
         checks.append(await _consul_kv(server, settings.consul.prefix))
         return checks
+
+
+def _consul_version(status: int, self_: Any) -> Check:
+    if status != 200 or not isinstance(self_, dict):
+        return Check("consul version", Status.WARN, f"HTTP {status}", "grant agent_prefix read")
+    version = str((self_.get("Config") or {}).get("Version", "?"))
+    if versions([version]) >= [CONSUL_MINIMUM]:
+        return Check("consul version", Status.OK, version)
+    return Check("consul version", Status.FAIL, version, "upgrade Consul to 1.14 or later")
 
 
 async def _consul_session(server: _Server) -> Check:
@@ -212,6 +245,12 @@ async def _consul_kv(server: _Server, prefix: str) -> Check:
     return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
 
 
+NO_REGISTRY: Final = (
+    "if there were records: `nomad-watchdog registry import FILE` brings them back; for a new installation: "
+    "`nomad-watchdog init`"
+)
+
+
 async def _registry(settings: Settings) -> tuple[Check, bytes]:
     """Whether it can be read, and its document of migrations."""
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
@@ -223,7 +262,7 @@ async def _registry(settings: Settings) -> tuple[Check, bytes]:
             count = len((await registry.read()).records)
             document = await registry.document(migrations.NAME)
     except UserError as error:
-        return Check("registry", Status.FAIL, str(error), "run `nomad-watchdog init` once"), b""
+        return Check("registry", Status.FAIL, str(error), NO_REGISTRY), b""
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
         mend = "make the store reachable; see registry"
@@ -243,31 +282,93 @@ def _migration(settings: Settings, kept: Kept) -> Check:
 
 
 async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
-    token = _token(settings.nomad.token_file, "NOMAD_TOKEN", env)
-    async with _server(settings.nomad, "X-Nomad-Token", token) as server:
+    reached = nomad_settings(settings, env)
+    place = {"namespace": reached.namespace}
+    place |= {"region": reached.region} if reached.region else {}
+    async with _server(reached, {"X-Nomad-Token": reached.read_token()}, place) as server:
+        if elsewhere := await _nomad_place(server, reached):
+            return [elsewhere]
         status, leader = await server.call("GET", "/v1/status/leader")
         if status != 200 or not leader:
             mend = "look at the Nomad servers' logs: they need a majority"
             return [Check("nomad leader", Status.FAIL, f"none (HTTP {status})", mend)]
         checks = [Check("nomad leader", Status.OK, str(leader)), _skew("nomad", server.date)]
+        checks += await _nomad_features(settings, env)
+        checks += await _nomad_classes(settings, env)
         status, self_ = await server.call("GET", "/v1/agent/self")
         if status == 200:
-            checks += _nomad_agent(self_)
+            checks += _nomad_limits(self_)
         else:
-            mend = 'grant  agent { policy = "read" }  to see version and limits'
-            checks.append(Check("nomad version", Status.WARN, f"HTTP {status}", mend))
-        checks.append(await _nomad_drivers(server))
+            mend = 'grant  agent { policy = "read" }  to the token to check the limits'
+            checks.append(Check("nomad limits", Status.WARN, f"HTTP {status}", mend))
+        for name, status_, found, mend in await doctor_nodes.checks(server.call):
+            checks.append(Check(name, Status(status_), found, mend))
         checks.append(await _nomad_rights(server, settings))
         return checks
 
 
-def _nomad_agent(self_: Mapping[str, Any]) -> list[Check]:
+async def _nomad_place(server: _Server, reached: NomadSettings) -> Check | None:
+    """What is wrong with the region or the namespace; None when both are there."""
+    status, regions = await server.call("GET", "/v1/regions", params={})
+    if reached.region and status == 200 and reached.region not in regions:
+        hint = did_you_mean(reached.region, regions)
+        found = f"there is no region {reached.region!r}; {hint}there are: {', '.join(regions)}"
+        return Check("nomad region", Status.FAIL, found, "set nomad.region or NOMAD_REGION")
+    status, _ = await server.call("GET", f"/v1/namespace/{reached.namespace}")
+    if status == 404:
+        found = f"there is no namespace {reached.namespace!r}"
+        mend = f"nomad namespace apply {reached.namespace}, or set nomad.namespace"
+        return Check("nomad namespace", Status.FAIL, found, mend)
+    return None
+
+
+async def _nomad_classes(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+    """Whether Nomad takes the job of each class: its template, its variables and its node pool."""
+    client = NomadClient(nomad_settings(settings, env))
+    specs, _ = settings.readable_specs()  # those that can't be read are findings already
+    checks = []
+    try:
+        for name, spec in specs.items():
+            adapted = settings.spec_on("nomad", spec)
+            try:
+                await _nomad_jobs.build(client, adapted, f"{settings.nomad.job_prefix}-doctor", "")
+            except UserError as error:
+                mend = f'fix agent_class "{name}"; until then its devices get no agent'
+                checks.append(Check(f"class {name}", Status.FAIL, str(error), mend))
+            except DeniedError as error:
+                mend = "grant parse-job and read-job in the namespace"
+                checks.append(Check(f"class {name}", Status.WARN, str(error), mend))
+    finally:
+        await client.close()
+    return checks or [Check("classes", Status.OK, f"Nomad takes {', '.join(sorted(specs))}")]
+
+
+async def _nomad_features(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+    """The version of the servers, and what each feature that they lack means."""
+    client = NomadClient(nomad_settings(settings, env))
+    try:
+        features = await client.features()
+    except DeniedError as error:
+        return [Check("nomad version", Status.WARN, str(error), "grant parse-job to the token")]
+    finally:
+        await client.close()
+    if features.version < NOMAD_MINIMUM:
+        mend = "upgrade Nomad to 1.6 or later: it has no node pools"
+        return [Check("nomad version", Status.FAIL, str(features), mend)]
+    exact = features.exact
+    mend = "" if exact else 'grant  node { policy = "read" }  to the token to see the exact version'
+    status = Status.OK if exact else Status.WARN
+    checks = [Check("nomad version", status, str(features), mend)]
+    for feature in features.missing():
+        since = ".".join(map(str, feature.since))
+        found = f"no {feature.title} (from Nomad {since}): {feature.without}"
+        checks.append(Check("nomad feature", Status.OK, found))
+    return checks
+
+
+def _nomad_limits(self_: Mapping[str, Any]) -> list[Check]:
     config = self_.get("config") or {}
-    version = (config.get("Version") or {}).get("Version", "?")
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    good = found >= NOMAD_MINIMUM
-    mend = "" if good else "upgrade to 1.11.2 or later: before it one start could become two agents"
-    checks = [Check("nomad version", Status.OK if good else Status.FAIL, version, mend)]
+    checks = []
     size = (config.get("Server") or {}).get("EventBufferSize")
     if isinstance(size, int) and size < 100:
         mend = "raise server.event_buffer_size to 100 or more: hints get lost, passes get slower"
@@ -281,33 +382,16 @@ def _nomad_agent(self_: Mapping[str, Any]) -> list[Check]:
     return checks
 
 
-async def _nomad_drivers(server: _Server) -> Check:
-    status, nodes = await server.call("GET", "/v1/nodes")
-    if status != 200 or not isinstance(nodes, list):
-        mend = 'grant  node { policy = "read" }  to the token'
-        return Check("nomad drivers", Status.WARN, f"HTTP {status}", mend)
-    ready = [node for node in nodes if node.get("Status") == "ready"]
-    wanted = ("raw_exec", "exec", "docker")
-    counts = {
-        name: sum(bool((n.get("Drivers") or {}).get(name, {}).get("Healthy")) for n in ready)
-        for name in wanted
-    }
-    text = ", ".join(f"{name} on {count}" for name, count in counts.items() if count)
-    found = f"{len(ready)} ready nodes; {text or 'none of ' + ', '.join(wanted)}"
-    mend = "" if text else "start a client with one of these drivers enabled and healthy"
-    return Check("nomad drivers", Status.OK if text else Status.FAIL, found, mend)
-
-
 async def _nomad_rights(server: _Server, settings: Settings) -> Check:
     prefix, namespace = settings.nomad.job_prefix, settings.nomad.namespace
-    status, jobs = await server.call("GET", f"/v1/jobs?prefix={prefix}&namespace={namespace}")
+    status, jobs = await server.call("GET", f"/v1/jobs?prefix={prefix}")
     if status != 200 or not isinstance(jobs, list):
         mend = "grant list-jobs, read-job, submit-job and dispatch-job in the namespace"
         return Check("nomad jobs", Status.FAIL, f"HTTP {status} in {namespace}", mend)
     missing = []
     for capability, path, body in _asked_for(prefix):
         # Nomad asks for the right before it looks at anything else, and none of these changes anything.
-        status, _ = await server.call("POST", f"{path}?namespace={namespace}", body)
+        status, _ = await server.call("POST", path, body)
         if status == 403:
             missing.append(capability)
     if missing:
@@ -462,7 +546,14 @@ def _ping() -> Check:
     except (OSError, ValueError):
         return Check("icmp", Status.WARN, "net.ipv4.ping_group_range is not readable")
     groups = {os.getegid(), *os.getgroups()}
-    if os.geteuid() == 0 or any(low <= group <= high for group in groups):
-        return Check("icmp", Status.OK, f"ping_group_range {low} {high}")
+    if os.geteuid() == 0:
+        return Check("icmp", Status.OK, "agents may ping: they run as root")
+    if any(low <= group <= high for group in groups):
+        return Check("icmp", Status.OK, f"agents may ping: ping_group_range {low} {high}")
     mend = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
-    return Check("icmp", Status.WARN, f"ping_group_range {low} {high} leaves us out", mend)
+    return Check(
+        "icmp",
+        Status.WARN,
+        f"agents may not ping: ping_group_range {low} {high} does not include their group",
+        mend,
+    )

@@ -10,7 +10,8 @@
     │  └─ StaleError    snapshot partial, or older than our own write: stop nothing (S7, S8)
     ├─ ConflictError    a compare-and-set lost: read again and decide again
     ├─ TerminalError    refused for good: ACL, missing parent, rejected job: counted, shown
-    │  └─ DeniedError   the credentials do not allow it
+    │  ├─ DeniedError   the credentials do not allow it
+    │  └─ UnpreparedError what a start needs is missing on the scheduler; `prepare` puts it back
     └─ FencedError      the lease or the epoch is no longer ours: stop acting now (S1, S2)
 
 ``exit_code`` follows sysexits(3); ``http_status`` is what the API answers when the error reaches it.
@@ -83,6 +84,11 @@ class DeniedError(TerminalError):
 
     exit_code = 77
     http_status = 502
+
+
+class UnpreparedError(TerminalError):
+    """What every start of a class needs is missing on the scheduler (a parent job that was stopped or
+    purged); `Scheduler.prepare` puts it back."""
 
 
 class FencedError(WatchdogError):

@@ -18,6 +18,7 @@ from nomad_watchdog.history import History
 from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import (
     AgentState,
+    Condition,
     DeviceRecord,
     Epoch,
     Health,
@@ -29,6 +30,7 @@ from nomad_watchdog.model import (
     Report,
     Verdict,
 )
+from nomad_watchdog.refusals import Refusal
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.shown import shown_desired, shown_health, shown_placement, shown_report
 from nomad_watchdog.verdicts import Verdicts
@@ -36,6 +38,9 @@ from nomad_watchdog.verdicts import Verdicts
 log = logging.getLogger(__name__)
 
 
+_ANSWERS: Final = (AgentState.OK, AgentState.DEGRADED)
+"""States in which something of the device answers: a sign of life."""
+_SETTLED: Final = (AgentState.OK, AgentState.DEGRADED, AgentState.OFFLINE)
 MOST_HEARSAY: Final = 10_000
 """Reports of other replicas that wait for our own record; what is lost is said again on the next beat."""
 
@@ -62,6 +67,7 @@ class AgentReport:
     repairs: Repairs | None = None
     gateway: str = ""
     gateway_dead: bool = False
+    state_age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,16 @@ class Fleet(Verdicts):
         self.ready_reason = "the registry and the scheduler have not been read yet"
         self.status_parts: list[Callable[[], dict[str, object]]] = [self.chronicle.status]
         self.explain_parts: list[Callable[[Slug], dict[str, object]]] = [self.explain_presence]
+        self.registry_gone = ""
+        """Why there is no registry any more, in words: it was wiped or replaced under the running service; ""
+        = it is there. What was known before stands, and running agents go on."""
+        self.registry_problem = ""
+        """Why the registry can't be read now, in words; "" = it can. What was known before stands, and running
+        agents go on."""
+        self.registry_unreadable = False
+        """It can't be read until somebody repairs something: the rights of the token, say."""
+        self.classes: frozenset[str] | None = None
+        """The agent classes that are configured here; None = not known, and every class may be asked for."""
         self.plan_view: Callable[[], dict[str, object]] = dict
         self._hearsay: dict[Slug, AgentReport] = {}
         self._observer: Observer | None = None
@@ -117,10 +133,22 @@ class Fleet(Verdicts):
         self._observer = observer
         self._on_report = on_report
 
+    def go_by(self, limits: Limits) -> None:
+        """Judge by these limits from now on."""
+        self.limits = limits
+        self.attendance.rules = limits.presence
+        self.chronicle.go_by(limits)
+
     @property
     def ready(self) -> bool:
-        """Both sides have been read: what is shown and decided stands on something."""
-        return self.ready_event.is_set()
+        """Both sides have been read, and the registry is there and can be read: what is shown and decided
+        stands on something."""
+        return self.ready_event.is_set() and not (self.registry_gone or self.registry_unreadable)
+
+    @property
+    def reason(self) -> str:
+        """Why this is not ready, or what is wrong with the registry, in words; "" = nothing."""
+        return self.registry_gone or self.registry_problem or self.ready_reason
 
     # -- the registry ---------------------------------------------------------------------------
 
@@ -157,10 +185,12 @@ class Fleet(Verdicts):
         result = await self._judge_report(report)
         self._on_report(result.kind.value)
         if result.kind is AcceptanceKind.ACCEPTED:
+            self.refusals.accepted(report.slug)
             self._remember(report)
             self.on_accepted(report)
         elif result.kind is AcceptanceKind.REFUSED:
             self.note(report.slug, "refused", f"instance {report.instance}: {result.reason}")
+            self.refuse(410, report.slug, report.epoch, why=result.reason)
         if result.kind is not AcceptanceKind.ACCEPTED and self._observer is not None:
             self._observer.look_again(report.slug)
         return result
@@ -176,6 +206,20 @@ class Fleet(Verdicts):
             return False
         self._remember(report)
         return True
+
+    def refuse(
+        self, status: int, slug: Slug | None, epoch: Epoch | None, *, peer: str = "", why: str = ""
+    ) -> None:
+        """The API refused a report (401, 403, 410). `slug` and `epoch`: what it claims to be of, unverified."""
+        self.refusals.note(slug, Refusal(status, epoch, peer, self.clock.monotonic(), why))
+
+    def handed_down(self, report: AgentReport) -> Condition | None:
+        """What the predecessors of an agent knew of its device, for an agent that has not found out for
+        itself yet; None = nothing was wrong, or the agent knows by now."""
+        record = self.records.get(report.slug)
+        if record is None or (report.ready and report.state in _SETTLED):
+            return None
+        return self.condition(record)
 
     async def _judge_report(self, report: AgentReport) -> Acceptance:
         record = self.records.get(report.slug)
@@ -198,21 +242,33 @@ class Fleet(Verdicts):
     def _accept(self, record: DeviceRecord | None, report: AgentReport) -> Acceptance:
         # Placements older than the record may still show the instance that it has just replaced.
         behind = self._observer is not None and self._observer.is_behind(report.slug)
-        live = {
-            instance
+        current = [
+            placement
             for placement in (() if behind else self.placements.get(report.slug, ()))
             if placement.epoch == report.epoch
+        ]
+        live = {instance for placement in current for instance in placement.instances}
+        stopping = {
+            instance
+            for placement in current
+            if placement.state is PlacementState.STOPPING
             for instance in placement.instances
         }
-        kept = bool(self.attendance.keeps(report.slug, self.clock.monotonic()))
-        result = acceptance.accept(record, report.epoch, report.instance, live, kept=kept)
+        result = acceptance.accept(
+            record,
+            report.epoch,
+            report.instance,
+            live,
+            stopping=stopping,
+            kept=bool(self.attendance.keeps(report.slug, self.clock.monotonic())),
+        )
         if result.rival and self._observer and self._observer.rivals(report.slug, report.instance):
             # The other may just have ended, and this one be what the scheduler started in its place (S8).
             return Acceptance(AcceptanceKind.UNSURE, f"{result.reason}, or was until now")
         return result
 
     def _remember(self, report: AgentReport) -> None:
-        if report.ready and report.state is AgentState.OK:
+        if report.ready and report.state in _ANSWERS:
             self.attendance.answers(report.slug, self.clock.monotonic())
         track = self._track(report.slug)
         last = track.report
@@ -241,6 +297,7 @@ class Fleet(Verdicts):
             repairs=report.repairs,
             gateway=report.gateway,
             gateway_dead=report.gateway_dead,
+            state_age_s=report.state_age_s,
         )
         if report.slug in self.records:
             before = last.repairs if last is not None else None
@@ -280,7 +337,7 @@ class Fleet(Verdicts):
         """Summary for the API, the page and the CLI."""
         status: dict[str, object] = {
             "ready": self.ready,
-            "reason": self.ready_reason,
+            "reason": self.reason,
             "devices": sum(r.presence is Presence.PRESENT for r in self.records.values()),
             "verdicts": {state.value: n for state, n in self.counts().items()},
             "placements": sum(
@@ -289,6 +346,8 @@ class Fleet(Verdicts):
                 for p in found
             ),
             "registry_index": self.index,
+            "unheard": {why.value: n for why, n in self.unheard().items()},
+            "unlisted": self.unlisted(),
             "paused": len(self.paused()),
             "pauses_problem": self.pauses.problem,
             "flapping": self.attendance.flapping(self.clock.monotonic()),
@@ -314,6 +373,7 @@ class Fleet(Verdicts):
             "desired": shown_desired(record),
             "observed": [shown_placement(p) for p in self.placements.get(slug, ())],
             "report": shown_report(track.report, self.clock.monotonic()),
+            "condition": self.shown_condition(record),
             "consul": shown_health(view.health),
             "heartbeat_age_s": None if beat is None else round(self.clock.monotonic() - beat, 1),
             "events": [event.shown() for event in self.told.of_device(slug)],
@@ -322,6 +382,20 @@ class Fleet(Verdicts):
         for part in self.explain_parts:
             explained.update(part(slug))
         return explained
+
+    def shown_condition(self, record: DeviceRecord) -> dict[str, object] | None:
+        """What is wrong with a device, and whether the registry has it already; None = nothing."""
+        found = self.condition(record)
+        if found is None:
+            return None
+        return {
+            "state": found.state.value,
+            "since": found.since,
+            "age_s": round(max(0.0, self.clock.wall() - found.since), 1),
+            "reason": found.reason,
+            "misses": found.misses,
+            "stored": found == record.condition,
+        }
 
     def plan(self) -> dict[str, object]:
         """What the next pass would do."""

@@ -55,7 +55,7 @@ def slug_of(device_id: DeviceId) -> Slug:
     """Readable part plus 100 bits of SHA-256, so that equal slugs mean equal ids.
 
     A request asks for it several times; those of the last 65,536 devices are remembered. The fixed-length
-    end keeps one slug from being a prefix of another: Nomad up to 1.11.2 read the
+    end keeps one slug from being a prefix of another: Nomad 1.11.0 to 1.11.2 read the
     status of jobs by prefix (GH-27516).
     """
     # 5 bytes make 8 characters: of the 32 only those are encoded that are kept.

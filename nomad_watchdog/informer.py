@@ -87,6 +87,10 @@ class Informer:
         """Age of the last full snapshot."""
         return self._clock.monotonic() - (self._agenda.full_at or 0.0)
 
+    def look_every(self, resync_s: float) -> None:
+        """Read everything at least once in so many seconds from now on."""
+        self._agenda.resync_s = resync_s
+
     @property
     def until_resync_s(self) -> float:
         """Time to the next full snapshot, if no hint asks for one before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,15 +54,32 @@ class Inventory:
     """The configured files, and the registry brought in line with them."""
 
     def __init__(
-        self, paths: Sequence[str], fleet: Fleet, departures: Departures, metrics: Metrics
+        self,
+        paths: Sequence[str],
+        fleet: Fleet,
+        departures: Departures,
+        metrics: Metrics,
+        classes: Collection[str] | None = None,
     ) -> None:
+        self.classes: Collection[str] | None = None
         self.fleet = fleet
         self.departures = departures
         self.metrics = metrics
-        self.files = [_File(path) for path in paths]
+        self.files: list[_File] = []
         self._now = asyncio.Event()
-        fleet.inventories = frozenset(map(source_of, paths))
+        self.configure(paths, classes)
         fleet.status_parts.append(self.status)
+
+    def configure(self, paths: Sequence[str], classes: Collection[str] | None) -> None:
+        """Follow these files from now on. The devices of a file that is no longer followed stay registered,
+        and may be changed by anybody. `classes`: those that a device may have; None = any."""
+        if classes != self.classes:
+            self.classes = classes
+            self.look_now()  # what was good may be bad now, and the other way round
+        known = {file.path: file for file in self.files}
+        self.files = [known.get(path) or _File(path) for path in paths]
+        self.fleet.inventories = frozenset(map(source_of, paths))
+        self._now.set()
 
     def look_now(self) -> None:
         """Read every file again, changed or not (SIGHUP)."""
@@ -72,8 +89,6 @@ class Inventory:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        if not self.files:
-            return
         await self.fleet.ready_event.wait()
         clock, due = self.fleet.clock, float("-inf")
         while True:
@@ -82,7 +97,7 @@ class Inventory:
                 await self._follow()
                 due = clock.monotonic() + COMPARE_EVERY_S
             try:
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(LOOK_EVERY_S if self.files else None):
                     await self._now.wait()
             except TimeoutError:
                 pass
@@ -100,7 +115,9 @@ class Inventory:
             before, file.seen = file.seen, found
             if found == file.tried or found != before:
                 return False
-            file.listed = await asyncio.to_thread(inventory_file.read, file.path, found)
+            file.listed = await asyncio.to_thread(
+                inventory_file.read, file.path, found, self.classes
+            )
         except ChangingError:
             return False
         except UserError as error:

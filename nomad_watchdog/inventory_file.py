@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from nomad_watchdog import config_hcl
+from nomad_watchdog import config_hcl, texts
 from nomad_watchdog.api.schemas import DeviceItem, problem
 from nomad_watchdog.config_hcl import show
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Device
+from nomad_watchdog.texts import did_you_mean
 
 MAX_BYTES: Final = 32 * 1024 * 1024
 MOST_DEVICES: Final = 100_000
 MOST_PROBLEMS: Final = 50
+_TWICE: Final = "a name occurs twice"
+_DEEP: Final = "it is nested too deeply"
 Signature = tuple[int, ...]
 """Equal = the same content: file system, inode, size, change times (nanoseconds)."""
 
@@ -38,9 +41,9 @@ def signature(path: str | Path) -> Signature:
     try:
         found = Path(path).stat()
     except OSError as error:
-        raise UserError(f"{show(str(path))}: {error.strerror}") from error
+        raise UserError(f"{texts.shown(str(path))}: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{show(str(path))}: not a regular file")
+        raise UserError(f"{texts.shown(str(path))}: not a regular file")
     return _signature(found)
 
 
@@ -48,12 +51,14 @@ def _signature(found: os.stat_result) -> Signature:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def read(path: str | Path, expected: Signature) -> dict[Slug, Device]:
-    """The devices that the file lists; at least one.
+def read(
+    path: str | Path, expected: Signature, classes: Collection[str] | None = None
+) -> dict[Slug, Device]:
+    """The devices that the file lists; at least one. `classes`: the agent classes that there are, None = any.
 
     Raises ChangingError when it is not, or no longer, the file of `expected`, and one UserError that
     names everything that is wrong with it. An empty file is wrong: it looks too much like a torn one."""
-    name = show(str(path))
+    name = texts.shown(str(path))
     try:
         with Path(path).open("rb") as file:
             body = file.read(MAX_BYTES + 1)
@@ -65,13 +70,10 @@ def read(path: str | Path, expected: Signature) -> dict[Slug, Device]:
         raise ChangingError(f"{name} is being changed")
     if len(body) > MAX_BYTES:
         raise UserError(f"{name}: more than {MAX_BYTES} bytes")
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 at byte {error.start}") from error
+    text = texts.decoded(name, body)
     problems: list[str] = []
     items = _hcl(text, str(path), problems) if str(path).endswith(".hcl") else _json(text, problems)
-    listed = _devices(items, problems)
+    listed = _devices(items, classes, problems)
     if problems:
         more = len(problems) - MOST_PROBLEMS
         shown = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
@@ -84,15 +86,23 @@ def read(path: str | Path, expected: Signature) -> dict[Slug, Device]:
     return listed
 
 
-def _devices(items: Iterator[tuple[str, Any]], problems: list[str]) -> dict[Slug, Device]:
+def _devices(
+    items: Iterator[tuple[str, Any]], classes: Collection[str] | None, problems: list[str]
+) -> dict[Slug, Device]:
     listed: dict[Slug, Device] = {}
     first: dict[Slug, str] = {}
     for where, item in items:
         try:
             wish = DeviceItem.model_validate(item)
         except ValidationError as error:
-            problems.append(f"{where}: {problem(error)}")
+            problems.append(f"{where}: {problem(error, DeviceItem)}")
             continue
+        if classes is not None and wish.agent_class not in classes:
+            hint = did_you_mean(wish.agent_class, classes)
+            problems.append(
+                f"{where}: device {show(wish.id)}: no agent class {show(wish.agent_class)}; "
+                f"{hint}configured: {', '.join(sorted(classes))}"
+            )
         slug = slug_of(DeviceId(wish.id))
         if slug in listed:
             problems.append(
@@ -137,14 +147,14 @@ def _json(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, _object(line)
             except ValueError as error:
-                problems.append(f"{where}: not a JSON object: {error}")
+                problems.append(f"{where}: not a JSON object: {_reason(error)}")
 
 
 def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     try:
         items = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        problems.append(f"not JSON: {error}")
+        problems.append(f"not JSON: {_reason(error)}")
         return
     for number, item in enumerate(items, 1):
         yield f"item {number}", item
@@ -154,11 +164,20 @@ def _object(line: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise ValueError("it is too deep") from error
+        raise ValueError(_DEEP) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a text is not JSON: the parser's own short words, or ours where they are Python's."""
+    if isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return _DEEP
+    return str(error) if error.args[0] in (_TWICE, _DEEP) else "a number has too many digits"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
+        raise ValueError(_TWICE)
     return found

@@ -72,7 +72,7 @@ class SecretFile:
         try:
             with self.path.open("rb") as stream:
                 raw = stream.read(MOST_BYTES + 1)
-            text = raw.decode()
+            text = raw.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{where}: {error.strerror or 'cannot be read'}") from error
         except UnicodeDecodeError:

@@ -12,7 +12,8 @@ from typing import Final
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.core import events, presence
+from nomad_watchdog.core import events, presence, setback
+from nomad_watchdog.core.setback import Setback
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, WallTime
@@ -28,6 +29,8 @@ class Registered:
 
     record: DeviceRecord
     changed: bool
+    written: bool = False
+    """It was stored, at least to remember when its last event was signed (`core.events`)."""
 
 
 def _anything(_device: Device) -> None:
@@ -48,9 +51,11 @@ class Ledger:
         now and answers with less comes from a store that was put back."""
         self.unreadable: frozenset[Slug] = frozenset()
         """Devices whose record could not be decoded in that snapshot."""
-        self.shrunk = False
-        """Whether that snapshot left out records which we knew. Nobody deletes records in the normal course
+        self.vanished: tuple[DeviceRecord, ...] = ()
+        """Records that we knew and that snapshot left out. Nobody deletes records in the normal course
         of things, and an answer that was cut short has an index as good as any: it is to be read again."""
+        self.setback: Setback | None = None
+        """What that snapshot took back, because the registry went back in time; None = nothing."""
         self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
 
     def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
@@ -126,7 +131,7 @@ class Ledger:
 
         def stamped(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
             wanted = change(stored, now) if stored is not None else None
-            return events.stamp(stored, wanted, None, now)
+            return None if wanted is None else events.stamp(stored, wanted, None, now)
 
         outcome = await self._change(slugs, stamped)
         return sum(done is not None and done.changed for done in outcome.values())
@@ -152,7 +157,8 @@ class Ledger:
             failpoints.reached("K2")
             done = [record for record in results if record is not None]
             for record in done:
-                outcome[record.slug] = Registered(record, changed=True)
+                changed = not events.is_mark_only(stored[record.slug], record)
+                outcome[record.slug] = Registered(record, changed=changed, written=True)
             self.learn(done)
             todo = [slug for slug in todo if slug not in outcome]
             if not todo:
@@ -227,11 +233,12 @@ class Ledger:
                 fresh[slug] = ours
         news = self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
         gone = [slug for slug in self.records if slug not in fresh]
+        self.setback = setback.of(self.records, fresh, self.index, index)
+        self.vanished = tuple(self.records[slug] for slug in gone)
         self.reached = index if index < self.index else max(self.reached, index)
         self.records = fresh
         self.index = index
         self.unreadable = unreadable
-        self.shrunk = bool(gone)
         if gone:
             self.forgotten(gone)
-        return news or bool(gone)
+        return news or bool(gone) or self.setback is not None

@@ -30,6 +30,8 @@ REDACTED: Final = "[redacted]"
 
 REPEAT_S: Final = 10.0
 """Trouble of one kind in the event loop is told at most so often."""
+LASTING_S: Final = 600.0
+"""A problem that goes on is logged again after so long."""
 MOST_KINDS: Final = 100
 codecs.lookup("unicode_escape")
 # Loaded now: a process that has run out of file descriptors must still be able to say so.
@@ -46,6 +48,36 @@ _SECRET_VALUE: Final = re.compile(
     r"|(://[^/\s:@]*:)[^/\s@]+(?=@)",
     re.IGNORECASE,
 )
+
+
+class Lasting:
+    """A problem that may last: logged when it begins, every LASTING_S while it goes on, and when it is over."""
+
+    def __init__(self, logger: logging.Logger, what: str) -> None:
+        self._logger = logger
+        self._what = what
+        self._over = f"over: {what}"
+        self._since: float | None = None
+        self._logged_at = 0.0
+
+    def goes_on(self, now: float, reason: str) -> None:
+        """It was seen again. `now`: seconds of a monotonic clock."""
+        if self._since is None:
+            self._since = now
+        elif now - self._logged_at < LASTING_S:
+            return
+        self._logged_at = now
+        self._logger.warning(
+            self._what, extra={"reason": reason, "lasted_s": round(now - self._since, 1)}
+        )
+
+    def over(self, now: float) -> float:
+        """It was not seen any more; how long it had lasted, seconds, 0 = there was none."""
+        if self._since is None:
+            return 0.0
+        lasted_s, self._since = round(now - self._since, 1), None
+        self._logger.warning(self._over, extra={"lasted_s": lasted_s})
+        return lasted_s
 
 
 def clean(value: object, depth: int = 0) -> object:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from nomad_watchdog import __version__
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.incidents import GroupKind
-from nomad_watchdog.model import ActionKind, PlacementState, VerdictState
+from nomad_watchdog.model import ActionKind, PlacementState, Unheard, VerdictState
 
 _FAST: Final = (0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -102,6 +102,17 @@ class Metrics:
         self._held = self._gauge("breaker_held", "1 while the breaker holds stops back.")
         self._consul_age = self._gauge("consul_view_age_seconds", "Age of the view of Consul.")
         self._snapshot_age = self._gauge("snapshot_age_seconds", "Age of the last full snapshot.")
+        self._unheard = self._gauge(
+            "unheard_agents", "Running agents whose reports do not arrive or are refused.", "reason"
+        )
+        self._unlisted = self._gauge(
+            "unlisted_agents", "Agents that report and that their scheduler does not know."
+        )
+        self._stalled = self._gauge(
+            "stalled_placements", "Placements without progress for longer than presence.start_max."
+        )
+        self._unreadable = self._gauge("registry_unreadable", "1: the registry can't be read.")
+        self._restores = self._counter("registry_restores", "Times that it went back in time.")
         self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
         self._stored = self._gauge("events_stored", "1 while events are written to disk.")
@@ -112,19 +123,25 @@ class Metrics:
         self._departures_held = self._gauge("departures_held", "Devices held from leaving at once.")
         self._bad_inventories = self._gauge("inventory_problems", "Inventories that can't be used.")
         self._conflicts = self._gauge("inventory_conflicts", "Listed devices that others own.")
-        self._pool_wanted = self._gauge("pool_workers_wanted", "Workers asked for.", "pool")
-        self._pool_running = self._gauge("pool_workers_running", "Workers that run.", "pool")
-        self._pool_advised = self._gauge("pool_workers_advised", "As the metric has it.", "pool")
-        self._pool_value = self._gauge("pool_metric", "The metric as last read.", "pool")
-        self._pool_problem = self._gauge("pool_problem", "1: it can't be kept or read.", "pool")
-        self._pool_scalings = self._counter("pool_scalings", "Changes.", "pool", "direction")
+        self._make_pools()
         self._given_up = self._gauge("rollouts_given_up", "Classes whose new version was given up.")
         self._migration = self._gauge("migration_devices", "Of the move under way.", "state")
+        self._config_problem = self._gauge("config_problem", "1: the last reload was rejected.")
+        self._restart = self._gauge("config_needs_restart", "Settings that need a restart.")
+        self._differs = self._gauge("config_differs", "1: other class specs are in force.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
+        self._routes: frozenset[str] = frozenset()
+        self._answered: dict[tuple[str, int], Counter] = {}
+        self._acted: dict[tuple[str, str], Counter] = {}
+        self._dropped_before = 0
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
         self.migration(0, 0, 0)
+        self.routes(())
         for metric, values in (
             (self._devices, VerdictState),
             (self._placements, PlacementState),
@@ -137,14 +154,18 @@ class Metrics:
             (self._resyncs, ResyncReason),
             (self._incidents, GroupKind),
             (self._refusals, Refusal),
+            (self._unheard, Unheard),
         ):
             for value in values:
                 metric.labels(str(value))
-        self._routes: frozenset[str] = frozenset()
-        self._answered: dict[tuple[str, int], Counter] = {}
-        self._acted: dict[tuple[str, str], Counter] = {}
-        self._dropped_before = 0
-        self.routes(())
+
+    def _make_pools(self) -> None:
+        self._pool_wanted = self._gauge("pool_workers_wanted", "Workers asked for.", "pool")
+        self._pool_running = self._gauge("pool_workers_running", "Workers that run.", "pool")
+        self._pool_advised = self._gauge("pool_workers_advised", "As the metric has it.", "pool")
+        self._pool_value = self._gauge("pool_metric", "The metric as last read.", "pool")
+        self._pool_problem = self._gauge("pool_problem", "1: it can't be kept or read.", "pool")
+        self._pool_scalings = self._counter("pool_scalings", "Changes.", "pool", "direction")
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"nomad_watchdog_{name}", text, labels, registry=self.registry)
@@ -233,6 +254,19 @@ class Metrics:
     def snapshot_age(self, age_s: float) -> None:
         self._snapshot_age.set(age_s)
 
+    def unheard(self, counts: Mapping[Unheard, int]) -> None:
+        """Running agents of which nothing is heard, by reason."""
+        for why in Unheard:
+            self._unheard.labels(why.value).set(counts.get(why, 0))
+
+    def unlisted(self, count: int) -> None:
+        """Agents that report and that their scheduler does not know."""
+        self._unlisted.set(count)
+
+    def stalled(self, count: int) -> None:
+        """Placements that wait for longer than they may."""
+        self._stalled.set(count)
+
     def incidents(self, opened: Mapping[str, int]) -> None:
         """Open incidents by kind of group."""
         for kind in GroupKind:
@@ -245,6 +279,13 @@ class Metrics:
         if isinstance(dropped, int) and dropped > self._dropped_before:
             self._dropped.inc(dropped - self._dropped_before)
             self._dropped_before = dropped
+
+    def registry_unreadable(self, unreadable: bool) -> None:
+        self._unreadable.set(unreadable)
+
+    def registry_restored(self) -> None:
+        """The registry went back in time."""
+        self._restores.inc()
 
     def poisoned(self, count: int) -> None:
         self._poisoned.set(count)
@@ -269,6 +310,15 @@ class Metrics:
 
     def departures_held(self, count: int) -> None:
         self._departures_held.set(count)
+
+    def config(self, *, problem: bool, restart: int) -> None:
+        """Whether the last reload was rejected, and how many settings of the file need a restart."""
+        self._config_problem.set(problem)
+        self._restart.set(restart)
+
+    def config_differs(self, *, differs: bool) -> None:
+        """Whether the class specs of this replica's configuration are not those that are in force."""
+        self._differs.set(differs)
 
     def inventories(self, *, problems: int, conflicts: int) -> None:
         """Inventories that can't be used now, and devices in them that others own."""

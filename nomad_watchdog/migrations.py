@@ -524,6 +524,6 @@ def _move(item: Mapping[str, Any]) -> Move:
         of_shards=int(item["of_shards"]),
         at_once=int(item["at_once"]),
         back=item["back"] is True,
-        paused=item["paused"] is True,
+        paused=item["paused"] is True and item["done"] is not True,  # what has ended is not paused
         done=item["done"] is True,
     )

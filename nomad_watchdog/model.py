@@ -26,6 +26,31 @@ Epoch = NewType("Epoch", int)
 NEVER: Final = Epoch(0)
 
 
+class ConditionState(StrEnum):
+    """What can be wrong with a device itself."""
+
+    OFFLINE = "offline"
+    DEGRADED = "degraded"
+
+
+MOST_REASON: Final = 300
+"""Characters of the reason of a condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What is wrong with a device, as an accepted agent reported it. It belongs to the device: it is kept in
+    the registry, and outlives the agent, the control plane and the holder of the shard."""
+
+    state: ConditionState
+    since: WallTime
+    """When the state began, unix seconds."""
+    reason: str
+    """The evidence in words, at most MOST_REASON characters."""
+    misses: int = 0
+    """Consecutive misses that the agent had counted."""
+
+
 class Presence(StrEnum):
     """What the registry asks for."""
 
@@ -72,10 +97,10 @@ class DeviceRecord:
     index: int = 0
     """The store's compare-and-set token of this record; 0 = not stored yet."""
     event_at: int = 0
-    """When the signed event that last changed the wish was signed, unix seconds of its sender's clock;
-    0 = it was last changed in another way (`core.events`)."""
+    """When the last signed event was signed, unix seconds of its sender's clock, whether it changed anything
+    or not; 0 = the record was last changed in another way (`core.events`)."""
     event_marks: tuple[str, ...] = ()
-    """Marks of the events that changed it at `event_at`."""
+    """Marks of the events that were signed at `event_at`."""
     source: str = ""
     """The static inventory that asks for it (`inventory:FILE`); "" = the API."""
     left: Departure = Departure.REMOVED
@@ -83,6 +108,8 @@ class DeviceRecord:
     home: str = ""
     """The scheduler that the placement of this epoch is made on (`core.migration`); "" = the one of the time
     before the fleet was first moved."""
+    condition: Condition | None = None
+    """What is wrong with the device; None = nothing is known to be wrong (`core.condition`)."""
 
 
 class PlacementState(StrEnum):
@@ -114,12 +141,33 @@ class Placement:
     node: str = ""
     restarts: int = 0
     reason: str = ""
-    """In words: why it is pending, restarting, lost or dead."""
+    """In words: why it is pending, restarting, lost or dead; of a running one, why it will not stay."""
     created_at: WallTime = WallTime(0.0)
     ready: bool | None = None
     """What the scheduler's own readiness probe says of the agent; None = it asks none."""
     backend: str = ""
     """The scheduler that has it; "" = the configured one."""
+    waits_since: WallTime = WallTime(0.0)
+    """When the scheduler last began anew with its start: the job was submitted, or its newest allocation or
+    pod was made, whichever is later, by the scheduler's clock. 0 = it does not say."""
+    queued: bool = False
+    """No node has it: the scheduler says that none takes it now, or has not decided yet. The next epoch would
+    wait in the same queue."""
+    source: str = ""
+    """URL below a replica's address that the agent is fetched from when it starts on a node; "" = it is not
+    fetched from a replica, or that is not known."""
+    api: tuple[str, ...] = ()
+    """Addresses that it was started with to report to; () = not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a class is on one scheduler, in place of its own template and variables."""
+
+    template: str = ""
+    text: str = field(default="", repr=False)
+    """As `AgentSpec.text`."""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +180,19 @@ class AgentSpec:
     """Over the template, version, resources, probes and repairs of the class."""
     template: str = ""
     """Backend template: a built-in name or a path; empty = the backend's default."""
+    text: str = field(default="", repr=False)
+    """The template's text where it is a file, so that a replica without the file can use it; "" = the
+    template is built in, or its file is read when it is used."""
     cpu_mhz: int = 50
     memory_bytes: int = 64 * 1024 * 1024
     kill_timeout_s: float = 10.0
     variables: Mapping[str, str] = field(default_factory=dict)
     """Operator's variables for the template (from config, never from a device)."""
+    on: Mapping[str, Variant] = field(default_factory=dict)
+    """By scheduler, what the class is there."""
+    settings: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """What the hash is made of, as text by dotted name (`config_words`), for people; "#..." stands for a
+    value that is not shown."""
     agent_config: str = field(default="{}", repr=False)
     """JSON object of the class part of the agent's configuration (probes, repairs, intervals, API
     and Consul addresses): merged with the device's part by `wire.agent_config`. As configured it holds
@@ -163,8 +219,12 @@ class Action:
     """Of the record that the decision was made on; another index means decide again. 0 = no record."""
     placement: Placement | None = None
     urgent: bool = False
+    stalled: bool = False
+    """REPLACE: the placement makes no progress (`core.waiting`)."""
     home: str = ""
     """START: the scheduler to place on, REPLACE: the one to move to; "" = as it is (`core.migration`)."""
+    at_once: bool = False
+    """REPLACE: it does not wait for its turn in a roll-out, as the device has no agent that is heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +243,11 @@ class AgentState(StrEnum):
 
     OK = "ok"
     SUSPECT = "suspect"
+    DEGRADED = "degraded"
     REPAIRING = "repairing"
     OFFLINE = "offline"
+    UNABLE = "unable"
+    """The agent can't ask: its resolver, its routes, its permissions or its file descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +298,9 @@ class Report:
     gateway: str = ""
     """Address of what stands before the device; empty when the agent knows of none."""
     gateway_dead: bool = False
+    state_age_s: float = 0.0
+    """How long the state had lasted when it was reported, seconds, by the agent's clock; 0 = it has just
+    begun, or an older agent that does not report it."""
 
 
 class VerdictState(StrEnum):
@@ -242,10 +308,20 @@ class VerdictState(StrEnum):
     STARTING = "starting"
     UNWATCHED = "unwatched"
     SUSPECT = "suspect"
+    DEGRADED = "degraded"
     REPAIRING = "repairing"
     OFFLINE = "offline"
     FAILING = "failing"
     DEPARTED = "departed"
+
+
+class Unheard(StrEnum):
+    """Why no report of a running agent counts."""
+
+    REFUSED = "refused"
+    """The API refuses its reports."""
+    SILENT = "silent"
+    """No report comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +330,19 @@ class Verdict:
 
     state: VerdictState
     reason: str
+    ready: bool = False
+    """The accepted agent is ready, whatever it reports about the device."""
+    decides: bool = False
+    """It rests on a fresh report of the accepted agent that says whether something is wrong with the
+    device. Anything else leaves the condition of the device as it is."""
+    suspected: bool = False
+    """The report is a suspicion, whatever became of it with time."""
+    unheard: Unheard | None = None
+    """Why nothing is heard of an agent that runs; None = it is heard, or is not expected to be yet."""
+    unlisted: bool = False
+    """It rests on an agent that its scheduler does not list: an old process that nobody would stop."""
+    agent: VerdictState | None = None
+    """Where `state` is the kept condition of the device: the verdict without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +394,13 @@ class Limits:
     """A device whose own sign of life is younger is not offline, whatever its agent says."""
     report_stale_s: float = 45.0
     """No report for so long: the last one is no evidence any more (3 beats of 15 s)."""
+    suspect_max_s: float = 120.0
+    """Maximum duration of a suspicion that its agent neither confirms nor refutes."""
+    repairing_max_s: float = 900.0
+    """Maximum time that one repair may hide the state of a device."""
+    start_max_s: float = 180.0
+    """Maximum time that a placement may make no progress towards a running agent (`core.waiting`); 0 = it is
+    left to the scheduler."""
     incident_min: int = 3
     """So many devices of a gateway, host, site or class that turn bad within the window are one incident …"""
     incident_fraction: float = 0.20

@@ -14,6 +14,11 @@ def ready() -> bool:
     return notify("READY=1")
 
 
+def reloading(now: float) -> bool:
+    """The configuration is being read again; `ready` ends it. now: seconds of the monotonic clock."""
+    return notify(f"RELOADING=1\nMONOTONIC_USEC={int(now * 1e6)}")
+
+
 def stopping() -> bool:
     """Shutdown has begun."""
     return notify("STOPPING=1")

@@ -39,6 +39,8 @@ class Pauses:
         """In the order of their making, those that are over included."""
         self.problem = ""
         """Why the stored document can't be used; the last good one stands."""
+        self.on_older: Callable[[], None] = lambda: None
+        """Called when the stored document is older than one that was known: the registry went back in time."""
         self._index = -1
         self._said: tuple[Pause, ...] = ()
         self._in_force: tuple[Pause, ...] = ()
@@ -65,7 +67,11 @@ class Pauses:
         """Read the document; whether other pauses are in force than the last time that this was asked.
 
         Raises what the registry raises."""
-        self._take(await self.registry.document(NAME))
+        known = self._index
+        document = await self.registry.document(NAME)
+        self._take(document)
+        if document.index < known:
+            self.on_older()
         found = self.in_force()
         changed, self._said = found != self._said, found
         return changed

@@ -17,7 +17,13 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.backoff import Budget
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.circuit import Circuit
-from nomad_watchdog.errors import FencedError, TerminalError, TransientError, WatchdogError
+from nomad_watchdog.errors import (
+    FencedError,
+    TerminalError,
+    TransientError,
+    UnpreparedError,
+    WatchdogError,
+)
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.leases import Leases, Undivided, check
@@ -81,11 +87,16 @@ class Performer:
     queue: WorkQueue[Slug, Action]
     done: Callable[[Action, str, float], None]
     leases: Leases = field(default_factory=Undivided)
+    told: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
+    """The spec with what its agents are told at the moment of their start."""
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     stops: dict[str, tuple[Action, Monotonic]] = field(default_factory=dict)
     """By the ref of the placement: stops that were answered, and when."""
     obstacles: dict[Slug, str] = field(default_factory=dict)
     budgets: dict[Slug, Budget] = field(default_factory=dict)
+    unprepared: set[Slug] = field(default_factory=set)
+    """Devices whose last start failed for want of what `Scheduler.prepare` makes."""
+    on_unprepared: Callable[[], None] = lambda: None
     circuit: Circuit = field(default_factory=Circuit)
     """Of the scheduler."""
     registry_circuit: Circuit = field(default_factory=Circuit)
@@ -238,6 +249,7 @@ class Performer:
             self._failed(action, TerminalError(f"internal error: {type(error).__name__}"))
         else:
             self.obstacles.pop(action.slug, None)
+            self.unprepared.discard(action.slug)
             took_s = self.fleet.clock.monotonic() - ready.fenced_at
             self.fleet.note(
                 action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(action.epoch)
@@ -281,7 +293,9 @@ class Performer:
 
     async def _start(self, record: DeviceRecord) -> None:
         now = self.fleet.clock.monotonic()
-        spec = self.specs[record.device.agent_class]
+        spec = self.specs.get(record.device.agent_class)
+        if spec is None:
+            raise TerminalError(f"agent class {record.device.agent_class!r} is not configured")
         budget = self.budgets.setdefault(record.slug, Budget())
         allowed = budget.may_start(self.fleet.limits, now)
         if allowed > now:
@@ -293,7 +307,8 @@ class Performer:
             )
         self.fleet.chronicle.placed(record.slug, record.epoch)
         failpoints.reached("K6")
-        index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, spec))
+        told = self.told(spec)
+        index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, told))
         failpoints.reached("K7")
         self.queue.delay(record.slug, budget.started(self.fleet.limits, now))
         self.expectations[record.slug] = Expectation(
@@ -322,6 +337,13 @@ class Performer:
             facts = {"server": who, "reason": str(error), "retry_in_s": wait_s}
             log.warning("server refuses", extra=facts)
 
+    def end_backoff(self) -> None:
+        """The scheduler has been prepared anew: what failed for want of it is tried again now."""
+        now = self.fleet.clock.monotonic()
+        for slug in self.unprepared:
+            self.queue.delay(slug, now)
+        self.unprepared.clear()
+
     def remember_stops(self, began: Monotonic) -> None:
         """After each snapshot: one that began before a stop was answered may show the agent as it was, and
         the next pass would stop it again (S5). Those begun later show the stop."""
@@ -349,6 +371,9 @@ class Performer:
         if isinstance(error, TransientError) and error.retry_after_s:
             again = Monotonic(max(again, now + error.retry_after_s))
         self.queue.delay(action.slug, again)
+        if isinstance(error, UnpreparedError):
+            self.unprepared.add(action.slug)
+            self.on_unprepared()
         self.obstacles[action.slug] = f"{action.kind.value} failed: {error}"
         log.warning(
             "action failed",

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
+from nomad_watchdog.conditions import Conditions
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.living import Reach
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.follower import DOUBT_EVERY_S, Follower
 from nomad_watchdog.ids import Slug
+from nomad_watchdog.in_force import ClassesInForce, Own, Place, as_it_is
 from nomad_watchdog.informer import Informer
 from nomad_watchdog.leases import Leases, Undivided
+from nomad_watchdog.living import Living
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.model import (
@@ -35,6 +41,7 @@ from nomad_watchdog.performer import Performer
 from nomad_watchdog.planning import Planning
 from nomad_watchdog.rollouts import LOOK_EVERY_S, Rollouts
 from nomad_watchdog.schedulers import Scheduler, Snapshot
+from nomad_watchdog.spec_history import SpecHistory
 from nomad_watchdog.territory import Territory
 from nomad_watchdog.upkeep import Upkeep, every
 from nomad_watchdog.workqueue import WorkQueue
@@ -48,35 +55,72 @@ QUICK: Final = 64
 """Up to so many changed records start at once without waiting for a pass: a start needs no breaker."""
 
 
+ReadSpecs = Callable[[], Awaitable[tuple[dict[str, AgentSpec], dict[str, str]]]]
+"""Reads the specs of the configured classes again: those that can be made, and why the others can't."""
+
+
 class Reconciler:
     """Keeps exactly one agent per present device, for one installation."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each but the first four has a default
         self,
         fleet: Fleet,
         scheduler: Scheduler,
         specs: Mapping[str, AgentSpec],
         metrics: Metrics,
         leases: Leases | None = None,
+        *,
+        read_specs: ReadSpecs | None = None,
+        unreadable: Mapping[str, str] | None = None,
+        place: Place = as_it_is,
     ) -> None:
+        """`unreadable`: agent class → why it has no spec; `read_specs` reads them again. `place`: see
+        `in_force.Own`."""
         self.fleet = fleet
         self.leases = leases or Undivided()
         self.territory = Territory(self.leases)
+        self.living = Living(self.leases)
+        self._prepared_with: tuple[str, ...] = ()
+        """The replicas' addresses that the scheduler was last prepared with."""
         self.scheduler = scheduler
+        own = Own(dict(specs), dict(unreadable or {}), place)
+        self.in_force = ClassesInForce(fleet, self.leases, metrics, own)
         self.rollouts = Rollouts(fleet, specs, self.leases, metrics)
         self.specs = dict(specs)
         """In force; the performer and the upkeep look into the same one."""
         self.metrics = metrics
+        self.unreadable = self.in_force.unreadable()
+        self.unprepared: dict[str, str] = dict(self.unreadable)
+        """Agent class → why it can't be prepared. Its devices keep the agents that they have and get none."""
+        self._refused: Mapping[str, str] = {}
+        """Of the specs that can be read, those that the scheduler refused last."""
+        self._read_specs = read_specs
+        self._preparing = asyncio.Lock()
+        self._has_prepared = False
+        """A shard of ours was prepared for once."""
         self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
         self.performer = Performer(
-            fleet, scheduler, self.specs, self.queue, self._done, leases=self.leases
+            fleet, scheduler, self.specs, self.queue, self._done, self.leases, self.living.told
         )
         self.migrations = Migrations(fleet, scheduler, self.territory, metrics, self._look_anew)
+        self.spec_history = SpecHistory(fleet.registry)
         self.planning = Planning(
-            fleet, self.territory, self.rollouts, self.hashes, metrics, self.migrations
+            fleet,
+            self.territory,
+            self.rollouts,
+            self.specs,
+            self.hashes,
+            self.unprepared,
+            metrics,
+            self.migrations,
+            self.changes,
+            no_room=lambda: self._no_room,
+            differs=self.in_force.differences,
+            reach=self.reach,
         )
         self.breaker = self.planning.breaker
+        self.conditions = Conditions(fleet, self.territory, self.leases)
         self.last_plan = Plan(())
         self.follower = Follower(fleet, self.territory, metrics, self._taken, self.migrations)
         self.informer = Informer(
@@ -84,9 +128,12 @@ class Reconciler:
         )
         self._wake = asyncio.Event()
         self._observed = False
+        self._judge: Callable[[], None] = lambda: None
+        """Judge every device, and set the metrics."""
         self._no_room = ""
         self._full: Mapping[str, str] = {}
         self._changed_at: dict[Slug, Monotonic] = {}
+        fleet.classes = frozenset(specs) | self.unreadable.keys()
         fleet.observe_with(self, self.metrics.report)
         fleet.plan_view = self.planning.view
         self._show()
@@ -106,7 +153,14 @@ class Reconciler:
             last_plan=lambda: self.last_plan,
             no_room=lambda: self._no_room,
             homes=self.migrations.homes,
+            unprepared=self.unprepared,
+            changes=self.changes,
+            full=lambda: self._full,
+            window=lambda action: self.planning.waits(action, self.last_plan),
+            reach=self.reach,
             blind=self.migrations.blind,
+            stalled=self.planning.stalled,
+            patience=self.planning.patience,
         )
         self.fleet.obstacle = outlook.obstacle
         self.fleet.status_parts.append(outlook.status)
@@ -116,12 +170,16 @@ class Reconciler:
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
+        self.territory.prepared = {}
+        await self.in_force.start()
+        self._follow_classes()
         await self._roll()
-        await self._patiently(lambda: self.scheduler.prepare(list(self.specs.values())), "prepare")
+        await self._patiently(self._prepare_in_turn, "prepare")
         upkeep = Upkeep(
             fleet=self.fleet,
             scheduler=self.scheduler,
             specs=self.specs,
+            prepare=self._prepare_again,
             metrics=self.metrics,
             queue=self.queue,
             performer=self.performer,
@@ -129,19 +187,26 @@ class Reconciler:
             leases=self.leases,
             territory=self.territory,
             wake=self._wake.set,
+            doubt=self.follower.doubt_at_once,
             waits_for_room=lambda: bool(
-                self._no_room or self._full or self.last_plan.waiting_rollout
+                self._no_room
+                or self._full
+                or self.last_plan.waiting_rollout
+                or self.planning.stalls()
             ),
+            stalls=self.planning.stalls,
         )
+        self._judge = upkeep.judge
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
             group.create_task(self._take_over())
+            group.create_task(self.conditions.run())
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
             for timer in upkeep.timers():
                 group.create_task(timer)
-            if self.rollouts.on:
-                group.create_task(every(LOOK_EVERY_S, self._roll))
+            group.create_task(self._remember_specs())
+            group.create_task(every(LOOK_EVERY_S, self._roll))
             if self.migrations.on:
                 group.create_task(every(LOOK_EVERY_S, self._follow_migration))
             group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
@@ -171,19 +236,166 @@ class Reconciler:
         self.informer.resync("migration", now=True)
 
     async def _roll(self) -> None:
-        """Go by the versions that are in force now: the scheduler is prepared for them first."""
+        """Go by the classes and versions that are in force now: the scheduler is prepared for them first."""
+        if await self.in_force.look():
+            self._follow_classes()
         if await self.rollouts.look():
             self._wake.set()
-        specs = self.rollouts.specs()
         if self.planning.behind_rollouts():
             try:
-                await self.scheduler.prepare(list(specs.values()))
+                await self._prepare_in_turn()
             except WatchdogError as error:
                 log.warning("prepare failed", extra={"reason": str(error)})
-                return
-            self.specs.update(specs)
-            self.hashes.update({name: spec.spec_hash for name, spec in specs.items()})
+
+    def _follow_classes(self, *, anew: bool = False) -> None:
+        """Go by the class specs that are in force. `anew`: the fleet's limits may have changed, too."""
+        specs = self.in_force.specs()
+        self.unreadable = self.in_force.unreadable()
+        self.fleet.classes = frozenset(specs) | self.unreadable.keys()
+        if anew or specs != self.rollouts.configured:
+            self.rollouts.want(specs)
+            self.performer.end_backoff()
             self._wake.set()
+
+    async def go_by_classes(self, *, bring: bool) -> None:
+        """For a command that looks once: go by the class specs that are in force, or would be once a control plane
+        started with ours; without preparing the scheduler. `bring`: bring ours into force where they would be.
+        Where versions are watched, raises TransientError when it can't be read which were given up."""
+        await self.in_force.once(bring=bring)
+        self._follow_classes()
+        self.prepared(self.rollouts.specs(), self._refused)
+        await self.spec_history.read(self.specs)
+        if self.rollouts.on:
+            await self.rollouts.look()
+            if self.rollouts.problem:
+                raise TransientError(self.rollouts.problem)
+            self.prepared(self.rollouts.specs(), self._refused)
+
+    async def configure(
+        self,
+        specs: Mapping[str, AgentSpec],
+        *,
+        read_specs: ReadSpecs | None = None,
+        unreadable: Mapping[str, str] | None = None,
+        place: Place = as_it_is,
+    ) -> None:
+        """Be configured with these specs from now on, without a restart; as in the constructor. What is in force
+        then is decided as at a start (`core.in_force`).
+
+        A class that the scheduler refuses waits with that reason, and a scheduler that does not answer now is
+        prepared later. Raises UserError or TerminalError when it refuses to be prepared at all, and then
+        nothing has changed."""
+        own = Own(dict(specs), dict(unreadable or {}), place)
+        async with self._preparing:
+            refused: Mapping[str, str] | None = None
+            wanted: Mapping[str, AgentSpec] | None = None
+            try:
+                wanted = await self.in_force.would_be(own)
+                if wanted is not None:
+                    refused = await self._have_prepared(wanted)
+            except TransientError as error:
+                log.warning("prepare failed", extra={"reason": str(error)})
+            except WatchdogError:
+                with suppress(WatchdogError):  # it is prepared again by and by
+                    await self._have_prepared(self.specs)
+                raise
+            self._read_specs = read_specs
+            await self.in_force.go_by(own)
+            self._follow_classes(anew=True)
+            await self.spec_history.read(self.in_force.specs().keys() - self.specs.keys())
+            await self.rollouts.look()
+            in_force = self.rollouts.specs()
+            if refused is not None and in_force == wanted:
+                self.prepared(in_force, refused)
+            else:  # it was prepared for more than is in force, or not at all
+                try:
+                    await self._prepare()
+                except WatchdogError as error:
+                    log.warning("prepare failed", extra={"reason": str(error)})
+        self.performer.end_backoff()
+        self._wake.set()
+
+    def reach(self) -> Reach:
+        """The replicas that are there, and the agents that are not heard."""
+        return Reach(self.living.vouched() or frozenset(), self.fleet.silent)
+
+    def changes(self, agent_class: str, spec_hash: str) -> str:
+        """What the spec of a class that is in force changes for an agent of this hash, in words."""
+        return self.spec_history.change(
+            agent_class, spec_hash, self.rollouts.specs().get(agent_class)
+        )
+
+    async def _remember_specs(self) -> None:
+        await self.spec_history.read(self.specs)
+        while True:
+            await self.spec_history.remember(list(self.specs.values()))
+            await asyncio.sleep(self.fleet.limits.resync_s)
+
+    async def _prepare(self) -> None:
+        """Have the scheduler prepared for the versions in force. One call at a time: the last counts."""
+        specs = dict(self.rollouts.specs())
+        self.prepared(specs, await self._have_prepared(specs))
+
+    async def _have_prepared(self, specs: Mapping[str, AgentSpec]) -> Mapping[str, str]:
+        """Have the scheduler prepared for these specs, with the replicas' addresses of this moment, on the
+        shards that are ours now. As `Scheduler.prepare`."""
+        terms, addresses = dict(self.leases.terms()), self.living.addresses()
+        told = [self.living.told(spec) for spec in specs.values()]
+        refused = await self.scheduler.prepare(told, shards=terms.keys()) or {}
+        self.territory.prepare(terms)
+        self._prepared_with = addresses
+        self._has_prepared = self._has_prepared or bool(terms)
+        return refused
+
+    async def _prepare_in_turn(self) -> None:
+        async with self._preparing:
+            await self._prepare()
+
+    async def _prepare_again(self) -> None:
+        """Also for the classes that could not be prepared before."""
+        async with self._preparing:
+            if self.unreadable and self._read_specs is not None:
+                found, still = await self._read_specs()
+                if await self.in_force.have_read(found, still):
+                    self._follow_classes()
+                    await self.spec_history.read(self.in_force.specs())
+                self.unreadable = self.in_force.unreadable()
+            await self._prepare()
+
+    def prepared(self, specs: Mapping[str, AgentSpec], refused: Mapping[str, str]) -> None:
+        """The scheduler was prepared for these specs but for the classes in `refused` (class → why): nothing is
+        started or replaced for those, and what runs is left alone."""
+        hashes = {name: spec.spec_hash for name, spec in specs.items() if name not in refused}
+        # In place: others look into the same dictionaries.
+        for known, now in ((self.specs, dict(specs)), (self.hashes, hashes)):
+            known.clear()
+            known.update(now)  # type: ignore[arg-type]  # each gets its own
+        self._refused = dict(refused)
+        self._wake.set()
+        before = dict(self.unprepared)
+        self.unprepared.clear()
+        self.unprepared.update({**self.unreadable, **refused})
+        for name in sorted(before.keys() | self.unprepared.keys()):
+            why = self.unprepared.get(name, "")
+            if why != before.get(name, ""):
+                self._say_prepared(name, why)
+
+    def _say_prepared(self, name: str, why: str) -> None:
+        if why:
+            log.warning("agent class not prepared", extra={"agent_class": name, "reason": why})
+        text = (
+            f"agent class {name} can't be prepared: {why}"
+            if why
+            else f"agent class {name} is prepared"
+        )
+        self.fleet.history.add(
+            at=self.fleet.clock.wall(),
+            kind="class.unprepared" if why else "class.prepared",
+            device_id="",
+            slug=Slug(""),
+            text=text[:1000],
+            data={"class": name},
+        )
 
     # -- observe --------------------------------------------------------------------------------
 
@@ -235,20 +447,42 @@ class Reconciler:
         return first
 
     async def _take_over(self) -> None:
-        """Look at both stores anew for each shard that becomes ours: its last holder may have acted after
-        what we know (S8)."""
+        """For each shard that becomes ours, have the scheduler prepared and look at both stores anew: its last
+        holder may have acted after what we know (S8), and what it prepared may name the replica that is gone.
+        So may what we prepared when another replica goes."""
         while True:
             await self.leases.changed.wait()
             self.leases.changed.clear()
+            living = self.living.vouched()
+            gone = living is not None and not living.issuperset(self._prepared_with)
+            if self.territory.unprepared() or (gone and self.leases.terms()):
+                await self._prepare_taken()
             if self.territory.unseen():
                 self.informer.resync("lease", now=True)
                 try:
                     await self.follower.read()
-                except WatchdogError as error:
-                    log.warning("registry read failed", extra={"reason": str(error)})
+                except WatchdogError:
+                    self.follower.doubt_at_once()
                     await asyncio.sleep(0.2)
                     self.leases.changed.set()
             self._wake.set()
+
+    async def _prepare_taken(self) -> None:
+        terms = dict(self.leases.terms())
+        try:
+            await self._prepare_in_turn()
+        except TransientError as error:
+            log.warning("prepare failed", extra={"reason": str(error)})
+            await asyncio.sleep(error.retry_after_s or random.uniform(0.2, 1.0))  # noqa: S311  # jitter
+            self.leases.changed.set()
+        except WatchdogError as error:
+            if not self._has_prepared:
+                raise
+            # Refused for good. Agents can still be stopped, and started from what is there.
+            log.warning("prepare failed", extra={"reason": str(error)})
+            self.territory.prepare(terms)
+        else:
+            self.performer.end_backoff()
 
     def _taken(self, news: bool) -> None:
         if news:
@@ -257,6 +491,9 @@ class Reconciler:
 
     def _say_if_ready(self) -> None:
         if self.follower.has_read and self._observed:
+            if not self.fleet.ready_event.is_set():
+                # A scrape right after a restart must not see 0 devices offline: alerts would resolve.
+                self._judge()
             self.fleet.ready_event.set()
             self.fleet.ready_reason = ""
 
@@ -277,6 +514,7 @@ class Reconciler:
                     fleet.placements[slug] = found
                 else:
                     fleet.placements.pop(slug, None)
+        self.planning.waiting.seen(snapshot.placements, snapshot.only, fleet.clock.monotonic())
         self.performer.remember_stops(self.informer.read_began_at)
         seen = snapshot.only if snapshot.only is not None else list(self.performer.expectations)
         for slug in seen:
@@ -313,7 +551,7 @@ class Reconciler:
             self.metrics.passed("ok" if not self.breaker.held else "held", took_s)
             if self.breaker.wants_second_read:
                 await self._read_again()
-            if any(a.kind is ActionKind.START for a in self.last_plan.actions):
+            if any(a.kind is ActionKind.START or a.stalled for a in self.last_plan.actions):
                 await self._ask_for_room()
             # A pass may cost about a twentieth of the time: while it thinks, no answer is read.
             await asyncio.sleep(min(19 * took_s, 2.0))
@@ -382,6 +620,8 @@ class Reconciler:
 
     def _done(self, action: Action, outcome: str, took_s: float) -> None:
         self.metrics.action(action.kind.value, outcome)
+        if outcome == "ok" and action.stalled:
+            self.planning.waiting.given_up(action.slug, self.fleet.clock.monotonic())
         began = self._changed_at.pop(action.slug, None)
         if outcome == "ok" and action.kind is ActionKind.START and began is not None:
             self.metrics.event_to_dispatch(self.fleet.clock.monotonic() - began)

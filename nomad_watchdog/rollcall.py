@@ -248,7 +248,7 @@ class RollCall(Ledger):
 def _said_of(record: DeviceRecord) -> tuple[str, str]:
     """Kind and text of the event that tells of a changed wish."""
     if record.presence is Presence.PRESENT:
-        return "present", f"the device is wanted at {record.device.address}"
+        return "present", f"device registered ({record.device.address})"
     if record.left is Departure.EXPIRED:
         return "expired", "the device has left: no sign of life for its whole ttl"
     if record.left is Departure.DISCONNECTED:

@@ -66,8 +66,7 @@ class Rollouts:
         """Until the documents have been read nobody knows which version was given up."""
         self.problem = ""
         """Why the documents can't be read now; what was read before stands."""
-        if self.on:
-            fleet.status_parts.append(self.status)
+        fleet.status_parts.append(self.status)
 
     @property
     def on(self) -> bool:
@@ -77,6 +76,29 @@ class Rollouts:
     def specs(self) -> dict[str, AgentSpec]:
         """Agent class → the spec in force."""
         return self._now
+
+    @property
+    def configured(self) -> Mapping[str, AgentSpec]:
+        """Agent class → its spec as it is configured."""
+        return self._wished
+
+    def wished(self) -> dict[str, str]:
+        """Agent class → the hash of its spec as it is configured."""
+        return {name: spec.spec_hash for name, spec in self._wished.items()}
+
+    def want(self, wished: Mapping[str, AgentSpec]) -> None:
+        """Go by these configured specs, and the fleet's limits of this moment, from now on. Where versions
+        are watched, a class that is new or changed waits until it is known which versions were given up."""
+        changed = {n for n, spec in wished.items() if self._wished.get(n) != spec}
+        self._wished = dict(wished)
+        self._limits = SoakLimits(self._fleet.limits.soak_s, self._fleet.limits.soak_deaths)
+        self._soaks = {n: s for n, s in self._soaks.items() if n in wished and n not in changed}
+        self._read_at = float("-inf")
+        if self.on:
+            self._now = {n: self._now.get(n, spec) for n, spec in wished.items()}
+            self._halted |= changed
+        else:
+            self._now, self._halted = dict(wished), frozenset()
 
     def halted(self) -> frozenset[str]:
         """Classes whose new version was given up and that have none to go back to."""
@@ -95,9 +117,14 @@ class Rollouts:
     async def _in_force(self, name: str, wished: AgentSpec) -> AgentSpec:
         kept = self._kept.get(name, Kept())
         back = kept.good if self._is_given_up(name) else None
-        if back is None or await asyncio.to_thread(_digest, back) != kept.template:
+        if back is None:
             return wished
-        return back
+        # Only what an older version of this program knows is kept: where the template is the same, its text is.
+        for text in (wished.text, ""):
+            one = replace(back, text=text if back.template == wished.template else "", on=wished.on)
+            if await asyncio.to_thread(_digest, one) == kept.template:
+                return one
+        return wished
 
     def _is_given_up(self, name: str) -> bool:
         return self._kept.get(name, Kept()).bad == self._wished[name].spec_hash
@@ -121,7 +148,9 @@ class Rollouts:
         )
 
     def status(self) -> dict[str, object]:
-        """For the status: what is on its way, and what was given up."""
+        """For the status: what is on its way, and what was given up; nothing where none are watched."""
+        if not self.on:
+            return {}
         shown: dict[str, object] = {}
         for name, spec in self._wished.items():
             kept, soak = self._kept.get(name, Kept()), self._soaks.get(name)
@@ -269,15 +298,20 @@ def _document(name: str) -> str:
 
 
 def _digest(spec: AgentSpec) -> str:
-    """Of the template's text as it is now; "" when it can't be read."""
+    """Of the template's text; "" when it can't be read."""
     try:
-        return hashlib.sha256(templates.load(spec.template).text.encode()).hexdigest()[:16]
+        text = templates.load(spec.template, spec.text).text
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
     except WatchdogError:
         return ""
 
 
 def _encoded(kept: Kept) -> bytes:
-    return json.dumps({"v": 1, **asdict(kept)}, sort_keys=True).encode()
+    said = asdict(kept)
+    if said["good"]:
+        for name in ("settings", "text", "on"):  # unknown to older versions
+            said["good"].pop(name)
+    return json.dumps({"v": 1, **said}, sort_keys=True).encode()
 
 
 def _decoded(body: bytes) -> Kept:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Final
 
 from nomad_watchdog.breaker import held_id
-from nomad_watchdog.core.planner import Plan
+from nomad_watchdog.core.planner import Changes, Plan, no_words
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
     ActionKind,
@@ -87,14 +87,48 @@ def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | N
     return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}
 
 
+def shown_rollouts(plan: Plan, window: int, changes: Changes = no_words) -> list[dict[str, object]]:
+    """Replacements by agent class and by what changes: how many there are, and how many of them wait."""
+    found: dict[tuple[str, str], list[bool]] = {}
+    waiting = {action.slug for action in plan.waiting}
+    for action in (*plan.actions, *plan.waiting):
+        if action.kind is not ActionKind.REPLACE or action.placement is None or action.home:
+            continue
+        of = action.placement
+        said = changes(of.agent_class, of.spec_hash)
+        found.setdefault((of.agent_class, said), []).append(action.slug in waiting)
+    return [
+        {
+            "class": name,
+            "devices": len(waits),
+            "waiting": sum(waits),
+            "at_a_time": window,
+            "changes": said or "settings before are not known",
+            "text": f"class {name}: {len(waits)} to replace ({window} at a time)"
+            + (f": {said}" if said else ""),
+        }
+        for (name, said), waits in sorted(found.items())
+    ]
+
+
 def shown_plan(
-    plan: Plan, registry_index: int, placements: Mapping[Slug, tuple[Placement, ...]]
+    plan: Plan,
+    registry_index: int,
+    placements: Mapping[Slug, tuple[Placement, ...]],
+    *,
+    window: int,
+    changes: Changes = no_words,
 ) -> dict[str, object]:
-    """A plan as JSON: the actions, a summary line, and the index that it was made at."""
+    """A plan as JSON: the actions, a summary line, and the index that it was made at.
+
+    `window`: the number of devices that may be between two versions at a time; `changes`: as of
+    `planner.plan`."""
     held = [(device_of(placements, slug), slug, e, ref) for slug, e, ref in sorted(plan.held)]
     counts = {kind: sum(a.kind is kind for a in plan.actions) for kind in ActionKind}
+    replaced = counts[ActionKind.REPLACE] + len(plan.waiting)
+    at_a_time = f" ({window} at a time)" if replaced > window or plan.waiting else ""
     summary = (
-        f"{counts[ActionKind.START]} to start, {counts[ActionKind.REPLACE]} to replace, "
+        f"{counts[ActionKind.START]} to start, {replaced} to replace{at_a_time}, "
         f"{counts[ActionKind.RETIRE]} to retire"
     )
     if plan.held:
@@ -122,5 +156,6 @@ def shown_plan(
             ],
         },
         "waiting_rollout": plan.waiting_rollout,
+        "rollouts": shown_rollouts(plan, window, changes),
         "registry_index": registry_index,
     }

@@ -7,12 +7,14 @@ operator's variables are quoted as HCL string literals, so that none can become 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from nomad_watchdog import texts
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.texts import did_you_mean
 
 META_KEYS: Final = ("device_id", "slug", "epoch", "spec_hash", "agent_class", "shard")
 """What a template must declare in ``parameterized.meta_required``."""
@@ -22,6 +24,9 @@ _HERE: Final = Path(__file__).resolve().parent
 _FOLDERS: Final = (_HERE / "_jobs", _HERE.parent / "jobs")
 """The wheel carries the templates inside the package; a checkout has them at its top."""
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_DECLARED: Final = re.compile(
+    r"""^[ \t]*variable[ \t]+(?:"([^"\n]+)"|([A-Za-z_]\w*))""", re.MULTILINE
+)
 _MAX_BYTES: Final = 256 * 1024
 _MAX_DISK_MB: Final = 50
 _MAX_ATTEMPTS: Final = 10
@@ -50,6 +55,27 @@ class Finding:
         return f"{self.where} is {self.found}; allowed: {self.allowed}"
 
 
+class UndeclaredError(UserError):
+    """A template has no such variable. `variable`: its name."""
+
+    def __init__(self, template: str, variable: str, declared: Iterable[str]) -> None:
+        known = sorted(declared)
+        super().__init__(
+            f"template {template!r} has no variable {variable!r}; {did_you_mean(variable, known)}"
+            f"it has {', '.join(known) or 'none'}"
+        )
+        self.variable = variable
+
+
+def check_variables(template: Template, given: Iterable[str]) -> None:
+    """Raises UndeclaredError for a variable that a Nomad template does not declare: Nomad itself ignores it
+    without a word (hashicorp/nomad#11149)."""
+    declared = {match[1] or match[2] for match in _DECLARED.finditer(template.text)}
+    for name in sorted(given):
+        if name not in declared:
+            raise UndeclaredError(template.name, name, declared)
+
+
 def builtin_names() -> list[str]:
     return sorted(
         {
@@ -61,12 +87,15 @@ def builtin_names() -> list[str]:
     )
 
 
-def load(name: str) -> Template:
-    """A built-in template by its name (empty = the default), or a file by its path.
+def load(name: str, text: str = "") -> Template:
+    """A built-in template by its name (empty = the default), or a file by its path. `text`: of the file, where it
+    is known already.
 
-    A text with a slash or the suffix ``.hcl`` is a path. Raises UserError when there is none.
+    A name with a slash or the suffix ``.hcl`` is a path. Raises UserError when there is none.
     """
     chosen = name or DEFAULT
+    if text:
+        return Template(chosen, text)
     if "/" in chosen or chosen.endswith(".hcl"):
         return Template(chosen, _read(Path(chosen)))
     for folder in _FOLDERS:
@@ -78,9 +107,11 @@ def load(name: str) -> Template:
     )
 
 
-def load_yaml(name: str) -> Template:
-    """As `load`, of a Kubernetes manifest: a text with a slash or the suffix ``.yaml`` is a path."""
+def load_yaml(name: str, text: str = "") -> Template:
+    """As `load`, of a Kubernetes manifest: a name with a slash or the suffix ``.yaml`` is a path."""
     chosen = name or DEFAULT
+    if text:
+        return Template(chosen, text)
     if "/" in chosen or chosen.endswith((".yaml", ".yml")):
         return Template(chosen, _read(Path(chosen)))
     for folder in _FOLDERS:
@@ -91,14 +122,7 @@ def load_yaml(name: str) -> Template:
 
 
 def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"template {path} is larger than {_MAX_BYTES // 1024} KiB")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"template {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"template {path} is not UTF-8 text") from error
+    return texts.read("template", path, _MAX_BYTES)
 
 
 def quote(value: str) -> str:
@@ -125,17 +149,42 @@ def variables_text(variables: Mapping[str, str]) -> str:
     return "\n".join(f"{name} = {quote(value)}" for name, value in sorted(variables.items()))
 
 
-def lint(job: Mapping[str, Any]) -> list[Finding]:
-    """What is wrong for an agent with a parsed job (the JSON form of Nomad's API), errors first."""
+def lint(job: Mapping[str, Any], *, disconnect: bool = True) -> list[Finding]:
+    """What is wrong for an agent with a parsed job (the JSON form of Nomad's API), errors first.
+
+    `disconnect`: whether the servers know the block of that name."""
     found = [*_lint_job(job)]
     groups = job.get("TaskGroups") or []
     if len(groups) != 1:
         found.append(Finding("error", "number of groups", str(len(groups)), "exactly 1"))
     for group in groups:
-        found.extend(_lint_group(group))
+        found.extend(_lint_group(group, disconnect=disconnect))
         for task in group.get("Tasks") or []:
             found.extend(_lint_task(group.get("Name", ""), task))
     return sorted(found, key=lambda one: one.level)
+
+
+def adapt(job: dict[str, Any], *, disconnect: bool) -> None:
+    """Express what happens on a lost node in the terms of the servers, in place.
+
+    A template says it with `max_client_disconnect`, which every parser accepts, and with `replace_lost` in
+    the group's meta. From 1.8 on Nomad ignores that word for batch jobs and has the block `disconnect`
+    instead. Before, it replaces what is on a lost node by rescheduling; without that the node keeps its
+    agent, and only the control plane starts another (tried on 1.6.3 and 1.11.3)."""
+    for group in job.get("TaskGroups") or []:
+        lost_after = group.get("MaxClientDisconnect")
+        if not lost_after:
+            continue
+        replace = (group.get("Meta") or {}).get("replace_lost") == "true"
+        if disconnect:
+            group["MaxClientDisconnect"] = None
+            group["Disconnect"] = {
+                "LostAfter": lost_after,
+                "Replace": replace,
+                "Reconcile": "keep_original",
+            }
+        elif not replace:
+            group["ReschedulePolicy"] = {"Attempts": 0, "Unlimited": False}
 
 
 def _lint_job(job: Mapping[str, Any]) -> Iterator[Finding]:
@@ -160,7 +209,7 @@ def _lint_job(job: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "block periodic", "present", "none")
 
 
-def _lint_group(group: Mapping[str, Any]) -> Iterator[Finding]:
+def _lint_group(group: Mapping[str, Any], *, disconnect: bool) -> Iterator[Finding]:
     where = f"group {group.get('Name', '')!r}"
     if group.get("Count") not in (None, 1):
         yield Finding("error", f"{where} count", str(group["Count"]), "1")
@@ -182,24 +231,34 @@ def _lint_group(group: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "warning", f"{where} ephemeral_disk.size", found, f"at most {_MAX_DISK_MB} MB"
         )
-    yield from _lint_disconnect(where, group)
-
-
-def _lint_disconnect(where: str, group: Mapping[str, Any]) -> Iterator[Finding]:
-    disconnect = group.get("Disconnect")
-    if not disconnect:
+    if (group.get("EphemeralDisk") or {}).get("Migrate"):
         yield Finding(
             "warning",
-            f"{where} disconnect",
-            "missing: a lost node gives two agents",
-            "lost_after and replace = false",
+            f"{where} ephemeral_disk.migrate",
+            "true: after its node was purged an agent that was moved stays pending",
+            "false; a moved agent waits for the end of the old one all the same",
         )
-    stop_after = (disconnect or {}).get("StopOnClientAfter") or group.get(
-        "StopAfterClientDisconnect"
-    )
+    yield from _lint_disconnect(where, group, disconnect=disconnect)
+
+
+def _lint_disconnect(
+    where: str, group: Mapping[str, Any], *, disconnect: bool
+) -> Iterator[Finding]:
+    block = group.get("Disconnect") or {}
+    lost_after = block.get("LostAfter") or group.get("MaxClientDisconnect")
+    if not lost_after:
+        yield Finding(
+            "warning",
+            f"{where} max_client_disconnect",
+            "missing: a lost node gives two agents",
+            'a duration, for example "1h"',
+        )
+    stop_after = block.get("StopOnClientAfter") or group.get("StopAfterClientDisconnect")
     if stop_after:
         seconds = stop_after / _SECOND_NS
-        level: Literal["error", "warning"] = "error" if seconds < _HEARTBEAT_S else "warning"
+        short = seconds < _HEARTBEAT_S
+        # without the block, Nomad 1.6 ends the job while its process may still run
+        level: Literal["error", "warning"] = "error" if short or not disconnect else "warning"
         yield Finding(
             level,
             f"{where} stop_on_client_after",

@@ -28,9 +28,11 @@ JUDGE_PER_COST: Final = 100.0
 """Times as long as a judgement of all took is waited before the next: time alone changes few verdicts."""
 PRESENCE_EVERY_S: Final = 1.0
 """So late at most is seen that a grace or a pause has ended, or that another replica made one."""
+PREPARE_FIRST_S: Final = 0.5
+"""From the first start that fails because the scheduler is not prepared to the next `prepare`."""
 SWEEP_EVERY_S: Final = 30.0
 BUDGET_KEPT_S: Final = 3600.0
-"""Of a device that has not been started for so long nothing is remembered."""
+"""Nothing is remembered of a device that has neither been started nor failed to start for so long."""
 
 
 async def every(period_s: float, call: Callable[[], Awaitable[object]]) -> None:
@@ -47,6 +49,8 @@ class Upkeep:
     fleet: Fleet
     scheduler: Scheduler
     specs: Mapping[str, AgentSpec]
+    prepare: Callable[[], Awaitable[None]]
+    """Has the scheduler prepared for the specs in force."""
     metrics: Metrics
     queue: WorkQueue[Slug, Action]
     performer: Performer
@@ -55,8 +59,12 @@ class Upkeep:
     territory: Territory
     wake: Callable[[], None]
     """Have a pass made soon."""
+    doubt: Callable[[], None]
+    """Have the registry read anew: it did not answer as it should."""
     waits_for_room: Callable[[], bool]
     """The last pass made fewer starts than it wanted."""
+    stalls: Callable[[], int] = lambda: 0
+    """Placements of ours that wait for longer than they may."""
     graveyard: Graveyard = field(default_factory=Graveyard)
 
     def timers(self) -> Iterable[Coroutine[None, None, None]]:
@@ -64,7 +72,8 @@ class Upkeep:
         yield self._judge_for_ever()
         yield every(PRESENCE_EVERY_S, self.settle_presence)
         yield every(SWEEP_EVERY_S, self.sweep)
-        yield every(self.fleet.limits.resync_s, self.prepare_again)
+        yield self._prepare_for_ever()
+        yield self._prepare_when_needed()
 
     async def _judge_for_ever(self) -> None:
         took_s = 0.0
@@ -93,6 +102,9 @@ class Upkeep:
         metrics.placements(states)
         metrics.snapshot_age(self.informer.age_s)
         metrics.queue(len(self.queue), self.queue.oldest_s())
+        metrics.unheard(fleet.unheard())
+        metrics.unlisted(fleet.unlisted())
+        metrics.stalled(self.stalls())
         metrics.incidents(fleet.chronicle.open_by_kind())
         metrics.events(fleet.chronicle.status_of_store())
 
@@ -100,20 +112,43 @@ class Upkeep:
         """See which graces and pauses have ended or begun, and have a pass made for it."""
         try:
             changed = await self.fleet.pauses.refresh()
-        except WatchdogError as error:
+        except WatchdogError:
             changed = False  # the last view stands
-            log.warning("pauses not read", extra={"reason": str(error)})
+            self.doubt()  # reports the reason, once
         if self.fleet.settle_presence() or changed:
             self.wake()
+
+    async def _prepare_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self.fleet.limits.resync_s)
+            await self.prepare_again()
 
     async def prepare_again(self) -> None:
         """Level-triggered too: what an operator purged or changed by hand is put right (L2)."""
         if not self.leases.terms():
             return
         try:
-            await self.scheduler.prepare(list(self.specs.values()))
+            await self.prepare()
         except WatchdogError as error:
             log.warning("prepare failed", extra={"reason": str(error)})
+        else:
+            self.performer.end_backoff()
+
+    async def _prepare_when_needed(self) -> None:
+        """Prepare soon after a start failed for want of it, and then less and less often while that goes on:
+        the devices' own back-off ends with the repair."""
+        performer, needed = self.performer, asyncio.Event()
+        performer.on_unprepared = needed.set
+        pause_s, ended = PREPARE_FIRST_S, float("-inf")
+        while True:
+            needed.clear()
+            await needed.wait()
+            now = self.fleet.clock.monotonic()
+            calm = now - ended > self.fleet.limits.resync_s
+            pause_s = PREPARE_FIRST_S if calm else min(2 * pause_s, self.fleet.limits.resync_s)
+            await asyncio.sleep(pause_s)
+            await self.prepare_again()
+            ended = self.fleet.clock.monotonic()
 
     async def sweep(self) -> None:
         """Have the scheduler forget some dead placements, and forget what nobody asks for any more."""
@@ -127,6 +162,8 @@ class Upkeep:
                 log.warning("sweep failed", extra={"reason": str(error)})
         self.informer.freshness.forget(self.fleet.records.keys())
         budgets = self.performer.budgets
+        # A back-off is forgotten by `Budget.failed` first: a device that never started keeps its own.
+        kept_s = max(BUDGET_KEPT_S, 2 * self.fleet.limits.backoff_max_s)
         for slug, budget in list(budgets.items()):
-            if not budget.starts or now - budget.starts[-1] > BUDGET_KEPT_S:
+            if budget.is_idle(now, kept_s):
                 del budgets[slug]

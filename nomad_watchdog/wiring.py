@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from nomad_watchdog import schedulers
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.config import Settings
+from nomad_watchdog.config import Consul, Nomad, Settings
 from nomad_watchdog.credentials import Credentialed
 from nomad_watchdog.event_store import EventStore
 from nomad_watchdog.history import History
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.keyring import SecretFile, read_keys
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.leases.consul import ConsulLeases
@@ -35,44 +35,36 @@ if TYPE_CHECKING:
     from nomad_watchdog.clients.kubernetes import KubernetesSettings
     from nomad_watchdog.clients.nomad import NomadSettings
 
+Verdicts = Sequence[tuple[Slug, str, float]]
+"""The last verdict event of each device: slug, kind and unix seconds."""
+
 
 def consul_client(settings: Settings) -> ConsulClient:
-    """A client of the Consul that the settings, else Consul's own variables, name."""
-    chosen = settings.consul
-    environment = {
-        **os.environ,
-        **{
-            name: value
-            for name, value in (
-                ("CONSUL_CACERT", chosen.ca_cert),
-                ("CONSUL_CLIENT_CERT", chosen.client_cert),
-                ("CONSUL_CLIENT_KEY", chosen.client_key),
-            )
-            if value
-        },
-    }
-    return ConsulClient(
-        ConsulSettings.from_env(
-            environment, address=chosen.address, token_file=chosen.token_file or ""
-        )
-    )
+    """A client of the Consul that the settings name."""
+    return ConsulClient(consul_settings(settings))
 
 
-def nomad_settings(settings: Settings) -> NomadSettings:
-    """How Nomad is reached: the block `nomad`, then Nomad's own variables."""
+def consul_settings(settings: Settings, env: Mapping[str, str] | None = None) -> ConsulSettings:
+    """How Consul is reached: the block `consul`, which holds Consul's own variables already, and the token of
+    `env` (None = this process's) where no file of one is named."""
+    return ConsulSettings.from_env(env, **_reached(settings.consul))
+
+
+def nomad_settings(settings: Settings, env: Mapping[str, str] | None = None) -> NomadSettings:
+    """As `consul_settings`, of Nomad."""
     from nomad_watchdog.clients.nomad import NomadSettings  # noqa: PLC0415  # only when used
 
-    chosen = settings.nomad
     return NomadSettings.from_env(
-        address=chosen.address,
-        namespace=chosen.namespace,
-        region=chosen.region or "",
-        token_file=chosen.token_file or "",
-        ca_cert=chosen.ca_cert or "",
-        client_cert=chosen.client_cert or "",
-        client_key=chosen.client_key or "",
-        skip_verify=chosen.tls_skip_verify,
+        env, region=settings.nomad.region or "", **_reached(settings.nomad)
     )
+
+
+def _reached(block: Nomad | Consul) -> dict[str, Any]:
+    """What both blocks say; what is not set must not come from the environment a second time."""
+    names = ("address", "namespace", "ca_cert", "ca_path", "client_cert", "client_key")
+    told = {name: getattr(block, name) or "" for name in (*names, "tls_server_name")}
+    token = {"token_file": block.token_file} if block.token_file else {}
+    return told | token | {"tls_skip_verify": block.tls_skip_verify}
 
 
 def kubernetes_settings(settings: Settings) -> KubernetesSettings:
@@ -118,6 +110,7 @@ async def open_leases(settings: Settings, clock: Clock) -> AsyncIterator[Leases]
             replica=replica,
             api=settings.own_address,
             clock=clock,
+            advertise=settings.advertise,
         )
         try:
             yield file
@@ -133,6 +126,7 @@ async def open_leases(settings: Settings, clock: Clock) -> AsyncIterator[Leases]
         api=settings.own_address,
         clock=clock,
         ttl_s=settings.lease_ttl,
+        advertise=settings.advertise,
     )
     try:
         yield leases
@@ -148,9 +142,9 @@ def _host() -> str:
 
 
 @asynccontextmanager
-async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventStore]]:
-    """The history of this control plane, going on where the last run ended, and its file. A file that
-    can't be used stops nothing: the store says what is wrong."""
+async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventStore, Verdicts]]:
+    """The history of this control plane, going on where the last run ended, its file, and the last verdict
+    of each device in it. A file that can't be used stops nothing: the store says what is wrong."""
     kept = settings.events
     store = EventStore(
         settings.events_path,
@@ -162,7 +156,7 @@ async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventS
     history = History(found.origin, store)
     history.resume(found.seq, found.events)
     try:
-        yield history, store
+        yield history, store, found.verdicts
     finally:
         await store.close()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_asyncio
 
@@ -14,17 +14,41 @@ from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from nomad_watchdog.dev.nomad import NomadServer
+from tests.suite import interrupts, leftovers
+from tests.suite.groups import assign_groups
+from tests.suite.summary import Summary
 
 SERVERS = {"consul", "acl_consul", "nomad", "kube", "helm"}
 """Fixtures that start a server, or a program that is built as they are: whoever uses one, also through another, needs the servers built."""
 
 
+# A busy machine is no failure: no time limit of an example, nor of making one. pytest-timeout ends what hangs.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(interrupts)
+    config.pluginmanager.register(leftovers)  # for its fixtures
+    config.pluginmanager.register(leftovers.Leftovers())
+    config.pluginmanager.register(Summary(config))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's worker reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tell the tests that need a server from those that do not, by what they ask for."""
     for item in items:
         consul_store = getattr(item, "callspec", None) and "consul" in item.callspec.params.values()
         if SERVERS & set(getattr(item, "fixturenames", ())) or consul_store:
             item.add_marker("servers")
+        if item.get_closest_marker("busy"):
+            item.add_marker("long")
+            item.add_marker(pytest.mark.xdist_group("busy"))  # one after another
+        leftovers.check_tasks(item)
+    assign_groups(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,14 +59,6 @@ def clean_environment() -> None:
         if name.startswith(ours) and not name.startswith("NOMAD_WATCHDOG_CACHE"):
             del os.environ[name]
     os.environ.pop("AWS_CA_BUNDLE", None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def heeded_interrupts() -> None:
-    """A shell starts what goes to the background with SIGINT ignored, and all that it starts inherits that:
-    there no test of Ctrl-C could pass."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -57,6 +73,14 @@ async def consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cons
 async def acl_consul(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConsulServer]:
     """One Consul server with ACLs that deny by default; its `token` may do everything."""
     async with ConsulServer(tmp_path_factory.mktemp("acl-consul"), acl=True) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
+    """One Nomad, with one client, for the whole session: use your own job prefix, stop your jobs, and leave
+    it ready, whatever you do to it meanwhile."""
+    async with NomadServer(tmp_path_factory.mktemp("nomad")) as server:
         yield server
 
 

@@ -16,15 +16,23 @@ RULES = ROOT / "jobs" / "prometheus" / "nomad-watchdog.rules.yml"
 RUNBOOKS = ROOT / "docs" / "runbooks.md"
 WANTED = {
     "DeviceOffline",
+    "DeviceDegraded",
     "DeviceUnwatched",
+    "AgentsUnheard",
+    "AgentsUnlisted",
+    "PlacementsStalled",
     "IncidentOpen",
     "FleetShrinkBlocked",
     "DeparturesHeld",
     "InventoryBad",
+    "ConfigRejected",
+    "ConfigurationsDiffer",
     "DispatchErrors",
     "BacklogAge",
     "AgentFenced",
     "SnapshotStale",
+    "RegistryUnreadable",
+    "RegistryRestored",
     "EventsDropped",
     "RolloutGivenUp",
 }
@@ -59,10 +67,15 @@ def test_an_alert_asks_for_series_that_exist(rule: dict[str, Any]) -> None:
                 assert any(f'{label}="{value}"' in one for one in series), (metric, label, value)
 
 
+OUTAGES = {"DeviceOffline", "DeviceDegraded", "DeviceUnwatched", "AgentsUnheard", "IncidentOpen"}
+
+
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
 def test_an_alert_says_how_bad_it_is_and_where_to_read_on(rule: dict[str, Any]) -> None:
-    """Severity, a summary in one line, and a link to its own section; nothing else."""
-    assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+    """Severity, a summary in one line, and a link to its own section; nothing else. What tells of an outage goes on
+    firing while a control plane restarts."""
+    assert set(rule) <= {"alert", "expr", "for", "keep_firing_for", "labels", "annotations"}
+    assert ("keep_firing_for" in rule) is (rule["alert"] in OUTAGES)
     assert rule["labels"]["severity"] in {"warning", "critical"}
     assert set(rule["annotations"]) == {"summary", "runbook"}
     assert "\n" not in rule["annotations"]["summary"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from . import address
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .shapes import Config
@@ -42,8 +44,9 @@ def port(config: Config, where: str, default: int | None = None) -> None:
     config["port"] = value
 
 
-def address(value: object, name: str) -> str:
-    """An address or host name. Raises ConfigError."""
-    if not isinstance(value, str) or not value or any(not "!" <= c <= "~" for c in value):
-        raise ConfigError(f"{name} must be printable ASCII without blanks (a name as xn--…)")
-    return value
+def host(value: object, name: str) -> str:
+    """A host name or an IP address, by the rule of `address`. Raises ConfigError."""
+    try:
+        return address.checked(value)
+    except address.AddressError as error:
+        raise ConfigError(f"{name}: {error}") from None

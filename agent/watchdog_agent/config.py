@@ -21,6 +21,7 @@ CONSUL_TLS = (
     ("CONSUL_CACERT", "ca_cert"),
     ("CONSUL_CLIENT_CERT", "client_cert"),
     ("CONSUL_CLIENT_KEY", "client_key"),
+    ("CONSUL_TLS_SERVER_NAME", "server_name"),
 )
 
 
@@ -53,14 +54,32 @@ def load(environ: Mapping[str, str]) -> Config:
 
 
 def _of_consul(config: Config, environ: Mapping[str, str]) -> None:
-    """What the environment says of Consul goes over the document."""
-    if text := environ.get("CONSUL_HTTP_ADDR"):
-        secure = environ.get("CONSUL_HTTP_SSL", "").lower() in ("1", "true")
-        config["consul"] = text if "://" in text else f"http{'s' * secure}://{text}"
-    told = {name: environ[variable] for variable, name in CONSUL_TLS if environ.get(variable)}
+    """What the environment says of Consul goes over the document, by the rules of Consul's own CLI. Raises
+    ConfigError."""
+    place = environ.get("CONSUL_HTTP_ADDR") or config.get("consul")
+    if isinstance(place, str) and place:
+        place = place if ":/" in place else f"http://{place}"
+        if _flag(environ, "CONSUL_HTTP_SSL", False) and place.startswith("http://"):
+            place = f"https://{place[7:]}"
+        config["consul"] = place
+    told: dict[str, Any] = {
+        name: environ[variable] for variable, name in CONSUL_TLS if environ.get(variable)
+    }
+    if not _flag(environ, "CONSUL_HTTP_SSL_VERIFY", True):
+        told["verify"] = False
     known = config.get("consul_tls", {})
     if told and isinstance(known, dict):  # else `check` refuses it
         config["consul_tls"] = known | told
+
+
+def _flag(environ: Mapping[str, str], variable: str, usual: bool) -> bool:
+    """A boolean as Go reads it. Raises ConfigError."""
+    text = environ.get(variable) or str(usual)
+    if text in ("1", "t", "T", "TRUE", "true", "True"):
+        return True
+    if text in ("0", "f", "F", "FALSE", "false", "False"):
+        return False
+    raise ConfigError(f"{variable} is {text!r}; write true or false")
 
 
 def check(config: Any) -> Config:
@@ -128,13 +147,12 @@ def check_url(url: Any, what: str, *, tls: bool) -> None:
 
 
 def _texts(config: Config) -> None:
-    for name in ("device_id", "slug", "address"):
+    for name in ("device_id", "slug"):
         if not isinstance(config.get(name), str) or not config[name]:
             raise ConfigError(f"{name} must be text and not empty")
     if not set(config["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
         raise ConfigError("slug may hold a-z, 0-9 and - only")
-    if any(not "!" <= c <= "~" for c in config["address"]):
-        raise ConfigError("address must be printable ASCII without blanks (a name as xn--…)")
+    config["address"] = checks.host(config.get("address"), "address")
     credential = config.get("credential", "")
     if not isinstance(credential, str) or any(not "!" <= c <= "~" for c in credential):
         raise ConfigError("credential must be printable ASCII without blanks")  # and is not shown
@@ -165,7 +183,8 @@ def listen_of(environ: Mapping[str, str]) -> tuple[str, int]:
     if not text and environ.get("NOMAD_PORT_http"):
         text = f"{environ.get('NOMAD_IP_http') or '127.0.0.1'}:{environ['NOMAD_PORT_http']}"
     host, separator, port = (text or "127.0.0.1:0").rpartition(":")
-    if not separator or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    digits = port if port.isascii() and port.isdigit() and len(port) < 6 else "65536"
+    if not separator or int(digits) > 65535:
         raise ConfigError(f"WATCHDOG_LISTEN is {text!r}; it must be host:port")
     return host.strip("[]"), int(port)
 

@@ -43,6 +43,7 @@ def _escalate(rules: Any, config: Config) -> None:
     for kind in check_list(rules, "by"):
         if kind not in GROUPS:
             raise ConfigError(f"escalate.by holds {kind!r}; allowed are {', '.join(GROUPS)}")
+    checks.flag(rules, "degraded", False)
     checks.number(rules, "window_s", 30.0, 1.0, 3600.0)
     checks.number(rules, "gather_s", 2.0, 0.1, 600.0)
     checks.number(rules, "retry_s", 1.0, 0.1, 600.0)

@@ -48,6 +48,7 @@ def check(probe: Any, where: str) -> Probe:
     checks.number(probe, "misses", 3, 1, 1000)
     checks.number(probe, "jitter", 0.05, 0.0, 0.5)
     checks.number(probe, "min_interval_s", 0.5, 0.05, 86400.0)
+    _check_warnings(probe, where)
     if kind in ("http", "https"):
         check_http(probe, where)
     if kind in MODULES:
@@ -56,6 +57,21 @@ def check(probe: Any, where: str) -> Probe:
         except ImportError as error:
             raise ConfigError(f"{where}: {kind} can't be had here: {error}") from None
     return probe
+
+
+OLD_NAMES = (("max_time_s", "warn_time_s"), ("min_days", "warn_days"))
+
+
+def _check_warnings(probe: Probe, where: str) -> None:
+    """The thresholds beyond which a success is a warning. Raises ConfigError."""
+    for old, name in OLD_NAMES:
+        value = probe.pop(old, None)
+        if value is not None and probe.setdefault(name, value) != value:
+            raise ConfigError(f"{where}: {old} is the old name of {name}; set {name} only")
+    if probe.get("warn_time_s") is not None:
+        checks.number(probe, "warn_time_s", 0.0, 0.001, 600.0)
+    if probe.get("warn_loss") is not None:
+        checks.number(probe, "warn_loss", 0.0, 0.001, 1.0)
 
 
 def check_http(probe: Probe, where: str) -> None:
@@ -74,5 +90,3 @@ def check_http(probe: Probe, where: str) -> None:
             f"{where}: expect_status is {wanted!r}; it must be a number, or a list of 1 to {MOST_STATUSES}"
         )
     checks.text(probe, "expect_body", None)
-    if probe.get("max_time_s") is not None:
-        checks.number(probe, "max_time_s", 0.0, 0.001, 600.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import binascii
 
-from . import checks
+from . import address, checks
 from .checks import ConfigError
 from .http import Url
 from .light import json
@@ -26,6 +26,7 @@ TARGETS: Final = {
     "plugin": "plugin",
 }
 """Kind of step → the one setting that says on what it is done."""
+WHEN: Final = ("suspect", "degraded", "offline")
 MOST_TRIES: Final = 64
 """Attempts of one episode, so that the record of it is bounded."""
 
@@ -61,8 +62,8 @@ def _step(step: Any, config: Config) -> Step:
     checks.number(step, "tries", 1, 1, 100)
     checks.flag(step, "dry_run", False)
     checks.flag(step, "even_behind_gateway", False)
-    if step.setdefault("when", "suspect") not in ("suspect", "offline"):
-        raise ConfigError(f"repairs: when is {step['when']!r}; allowed are suspect, offline")
+    if step.setdefault("when", "suspect") not in WHEN:
+        raise ConfigError(f"repairs: when is {step['when']!r}; allowed are {', '.join(WHEN)}")
     known = [name_of(probe) for probe in config["probes"]]
     if step.setdefault("probe", "") and step["probe"] not in known:
         raise ConfigError(f"repairs: probe is {step['probe']!r}; there are {', '.join(known)}")
@@ -128,13 +129,12 @@ def _place(step: Step, name: str, default_port: int) -> None:
     """HOST or HOST:PORT → (host, port)."""
     value = step.get(name)
     host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if isinstance(value, str) and ":" not in value:
+    if isinstance(value, str) and (":" not in value or address.literal(value)):
         host, port = value, str(default_port)
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    digits = port if port.isascii() and port.isdigit() and len(port) < 6 else "0"
+    if not host or not 0 < int(digits) < 65536:
         raise ConfigError(f"repairs: {name} is {value!r}; it must be HOST or HOST:PORT")
-    if any(not "!" <= c <= "~" for c in host):
-        raise ConfigError(f"repairs: {name} must be printable ASCII without blanks")
-    step[f"{name}_at"] = (host.strip("[]"), int(port))
+    step[f"{name}_at"] = (checks.host(host, f"repairs: {name}"), int(digits))
 
 
 def _name_of(step: Step) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .loop import Loop
-    from .shapes import Config, Document, Fetched, Said
+    from .shapes import Config, Document, Fetched, Said, Timer
 
 
 class Registration:
@@ -45,10 +45,13 @@ class Registration:
         self.every_s = config.get("register_every_s", 45.0)
         self.path = f"{self.url.base}/v1/agent/service"
         self.slug = config["slug"]
+        self.instance = instance
         self.body = json.dumps(registration(config, instance, listen)).encode()
         self.failures = 0
         self.closing: Callable[[], None] | None = None
         self.fetch: http.Fetch | None = None
+        self.timer: Timer | None = None
+        self.put_off = True
 
     def start(self) -> None:
         """Register now, and again for ever."""
@@ -82,24 +85,55 @@ class Registration:
         if text != self.last:
             self.last = text
             self.said(f"consul: {text}")
-        self.loop.later(wait * between(0.8, 1.2), self._again)
+        self.timer = self.loop.later(wait * between(0.8, 1.2), self._again)
 
     def _again(self) -> None:
+        self.timer = None
         if self.closing is None:
             self.start()
 
+    def answered(self, status: int | None) -> None:
+        """A report had this answer; None = it had none. Whoever is put off (409) is not the accepted agent,
+        and must not take another instance's place in Consul: it registers once it is accepted."""
+        if status == 409:
+            self.put_off = True
+        elif self.put_off and status != 410 and self.closing is None:
+            self.put_off = False
+            if self.fetch is not None:
+                self.fetch.cancel()
+            if self.timer is not None:
+                self.timer[2] = None
+            self._again()
+
     def close(self, then: Callable[[], None]) -> None:
-        """Deregister, then call back, at the latest after CLOSE_S. Also when no registration was
-        confirmed: one that was on its way may have been taken."""
+        """Deregister, then call back, at the latest after two CLOSE_S. Also when no registration was
+        confirmed: one that was on its way may have been taken. What another instance of this device has
+        registered under the same id stays: Consul would not know that instance until it registers again."""
         self.closing = then
         if self.fetch is not None:
             self.fetch.cancel()
-        self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then(), self.CLOSE_S)
+        self._call("GET", f"/{self.slug}", b"", self._found, self.CLOSE_S)
+
+    def _found(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+        then = self.closing
+        assert then is not None
+        if status == 200 and self._is_anothers(body):
+            then()
+        else:
+            self._call("PUT", f"/deregister/{self.slug}", b"", lambda *_: then(), self.CLOSE_S)
+
+    def _is_anothers(self, body: bytes) -> bool:
+        try:
+            return bool(json.loads(body)["Meta"]["instance"] != self.instance)
+        except (ValueError, LookupError, TypeError):
+            return False
 
 
 def place(config: Config) -> http.Url:
-    """Where Consul is; without a port on the one that our control plane takes."""
-    return http.Url(config["consul"], 8500, tls=True, tls_port=8500)
+    """Where Consul is; without a port on that of the scheme, as Consul's own CLI takes it."""
+    url = http.Url(config["consul"], tls=True)
+    url.server_name = config.get("consul_tls", {}).get("server_name") or ""
+    return url
 
 
 def trusted_by(config: Config) -> Any:

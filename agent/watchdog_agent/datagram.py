@@ -1,14 +1,16 @@
-"""A question in one UDP packet, asked up to three times within the time-out."""
+"""A question in one UDP packet, asked up to three times within the timeout, of each address of a name."""
 
 from __future__ import annotations
 
 from . import http
+from .dial import Turns
 from .light import socket
 from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from .loop import Loop
     from .shapes import Address, Ended
@@ -33,37 +35,44 @@ class Ask:
     ) -> None:
         self.loop, self.packet, self.judge = loop, packet, judge
         self.ended: Ended | None = ended
-        self.sock: socket.socket | None = None
+        self.socks: list[socket.socket] = []
+        """One per address that was asked."""
+        self.turns = Turns(loop, address, timeout_s, self._begin, self._failed)
         self.timer = loop.later(
             timeout_s, lambda: self._end(False, f"no answer within {timeout_s:g} s")
         )
-        try:
-            family, _, _, _, where = http.resolve(address)
-            self.sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            # Connected: the kernel passes over packets from anybody else, and says when it is refused.
-            self.sock.connect(where)
-            self.sock.send(packet)
-        except (OSError, UnicodeError) as error:
-            text = http.reason_of(error)
-            loop.later(0, lambda: self._end(False, text))
-            return
-        loop.watch(self.sock, READ, self._ready)
         for number in range(1, TIMES):
             loop.later(number * timeout_s / TIMES, self._again)
 
+    def _begin(self, family: Any, where: Any) -> None:
+        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            # Connected: the kernel passes over packets from anybody else, and says when it is refused.
+            sock.connect(where)
+            sock.send(self.packet)
+        except OSError:
+            sock.close()
+            raise
+        self.socks.append(sock)
+        self.loop.watch(sock, READ, lambda _mask: self._ready(sock))
+
+    def _failed(self, error: Exception, sent: bool) -> None:
+        self._end(False, http.reason_of(error, sent=sent))
+
     def _again(self) -> None:
-        if self.sock is not None:
+        for sock in self.socks:
             try:
-                self.sock.send(self.packet)
+                sock.send(self.packet)
             except OSError:
                 pass
 
-    def _ready(self, _mask: int) -> None:
-        assert self.sock is not None
+    def _ready(self, sock: socket.socket) -> None:
         try:
-            data = self.sock.recv(MOST)
+            data = sock.recv(MOST)
         except OSError as error:
-            self._end(False, http.reason_of(error))
+            self.socks.remove(sock)
+            self.loop.forget(sock)
+            self.turns.failed(error)
             return
         judged = self.judge(data)
         if judged is not None:
@@ -71,9 +80,10 @@ class Ask:
 
     def _end(self, ok: bool, reason: str) -> None:  # as Ended
         self.timer[2] = None
-        if self.sock is not None:
-            self.loop.forget(self.sock)
-            self.sock = None
+        self.turns.stop()
+        for sock in self.socks:
+            self.loop.forget(sock)
+        self.socks = []
         ended, self.ended = self.ended, None
         if ended is not None:
             ended(ok, reason)

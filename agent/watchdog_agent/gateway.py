@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 from . import checks, config_probes, probes
-from .light import socket
+from .address import literal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .loop import Loop
-    from .shapes import Config, Document
+    from .shapes import Config, Document, Outcome
 
 LABEL = "gateway"
 """A device's label with the address of its gateway; it goes before the class's."""
@@ -32,26 +32,18 @@ def check(config: Config) -> None:
         raise checks.ConfigError("gateway must be an object")
     labels = config.get("labels")
     named = labels.get(LABEL) if isinstance(labels, dict) else None
-    address = named if is_digits(named) else given.get("address")
+    # A label is data from outside: any other name, as "gw-north", may mean a place, and looking it up
+    # could block.
+    address = literal(named) or given.get("address")
     config.pop("gateway", None)
     # The gateway may be watched as a device too, with the same class: then nothing stands before it.
-    if not address or address == config["address"]:
+    if not address:
         return
-    address = checks.address(address, "gateway: address")
+    address = checks.host(address, "gateway: address")
+    if address == config["address"]:
+        return
     spec = {"timeout_s": TIMEOUT_S, **given, "kind": given.get("kind", "icmp")}
     config["gateway"] = {**config_probes.check(spec, "gateway"), "address": address}
-
-
-def is_digits(text: object) -> bool:
-    """Whether it is an address of digits. A label is data from outside: any other name, as «gw-north», may
-    mean a place, and looking it up could block."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, text)  # type: ignore[arg-type]
-        except (OSError, TypeError, ValueError):
-            continue
-        return True
-    return False
 
 
 class Gateway:
@@ -61,18 +53,20 @@ class Gateway:
         self.loop, self.spec = loop, spec
         self.address: str = spec["address"]
         self.answers: bool | None = None
-        """What it did last; None = not asked, or the device has answered since."""
+        """What it did last; None = not asked or unable to ask, or the device has answered since."""
         self.reason = ""
         self.asked_at = float("-inf")
-        self._waiting: list[Callable[[bool], None]] = []
+        self._waiting: list[Callable[[Outcome], None]] = []
 
-    def ask(self, then: Callable[[bool], None]) -> None:
-        """Probe it, and say whether it answered; who asks meanwhile gets the same answer."""
+    def ask(self, then: Callable[[Outcome], None]) -> None:
+        """Probe it, and call back with the outcome; who asks meanwhile gets the same answer."""
         self._waiting.append(then)
         if len(self._waiting) == 1:
             probes.start(self.loop, self.spec, self.address, self._asked)
 
-    def _asked(self, ok: bool, reason: str, _took_s: float) -> None:  # as Probed
+    def _asked(self, ok: Outcome, reason: str, _took_s: float, _warning: str) -> None:  # as Probed
+        if not ok and self.spec.get("instead"):
+            ok = None  # a port that nobody chose: its silence says nothing
         self.answers, self.reason = ok, reason
         self.asked_at = time.monotonic()
         waiting, self._waiting = self._waiting, []
@@ -84,7 +78,9 @@ class Gateway:
         return time.monotonic() - self.asked_at < FRESH_S
 
     def words(self) -> str:
-        """The device's reason while it is dead."""
+        """The device's reason while it is dead, or cannot be asked."""
+        if self.answers is None:
+            return f"gateway {self.address}: {self.reason}"
         return f"gateway {self.address} does not answer"
 
     def evidence(self) -> Document:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import outcome
+from .answer import MAX_BODY, HttpError, Reader
+from .dial import Dial
 from .light import socket
 from .loop import READ, WRITE, between
 
@@ -13,14 +16,9 @@ if TYPE_CHECKING:
     from .loop import Loop
     from .shapes import Address, Answer, Fetched
 
-MAX_HEAD = 8192
-MAX_BODY = 65536
-CONNECTING = (0, 11, 115)
-"""connect() is done, would block or is in progress."""
-
-
-class HttpError(Exception):
-    """The other side does not speak HTTP as we need it, or did not answer; the text says how."""
+MAX_REQUEST = 8192
+AGENT = "watchdog-agent"
+"""User-Agent. Some devices refuse requests without one."""
 
 
 class Url:
@@ -38,12 +36,17 @@ class Url:
         host, _, port = (
             place.rpartition(":") if ":" in place.rpartition("]")[2] else (place, "", "")
         )
-        self.host = (host or place).strip("[]")
-        self.port = int(port) if port else tls_port if self.secure else default_port
+        # a zone is written as %25 in a URL (RFC 6874)
+        self.host = (host or place).strip("[]").replace("%25", "%", 1)
+        self.port = tls_port if self.secure else default_port
+        if port:
+            self.port = int(port) if port.isdigit() and len(port) < 6 else 0
         self.base = ("/" + path).rstrip("/")
-        self.host_header = place
+        self.server_name = ""
+        """The name in the server's certificate, where it is not the host's."""
         if not self.host or not 0 < self.port < 65536 or any(not "!" <= c <= "~" for c in text):
             raise ValueError(f"{text!r} is not an http:// address")
+        self.host_header = host_header(self.host, self.port, secure=self.secure)
 
 
 class Fetch:
@@ -59,27 +62,24 @@ class Fetch:
         done: Fetched,
         max_body: int = MAX_BODY,
     ) -> None:
-        """`address`: (host, port), resolved already or a name. `request`: all bytes to send."""
+        """`address`: (host, port); of a name all addresses are tried. `request`: all bytes to send."""
         self.loop = loop
         self.done: Fetched | None = done
-        self.max_body = max_body
         self.out = request
-        self.got = bytearray()
+        self.reader = Reader(max_body)
         self.sock: socket.socket | None = None
+        self.dial = Dial(loop, address, timeout_s, self._dialled)
         self.timer = loop.later(
             timeout_s, lambda: self._end(None, f"no answer within {timeout_s:g} s")
         )
-        try:
-            family, kind, proto, _, where = resolve(address)
-            self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
-            code = self.sock.connect_ex(where)
-            text = "" if code in CONNECTING else reason_of(OSError(code, ""))
-        except (OSError, UnicodeError) as error:
-            text = reason_of(error)
-        if self.sock is not None and not text:
-            loop.watch(self.sock, WRITE, self._ready)
-        else:
-            loop.later(0, lambda: self._end(None, text))
+
+    def _dialled(self, sock: socket.socket | None, error: Exception | None, sent: bool) -> None:
+        if sock is None:
+            assert error is not None
+            self._end(None, reason_of(error, sent=sent))
+            return
+        self.sock = sock
+        self.loop.watch(sock, WRITE, self._ready)
 
     def _ready(self, mask: int) -> None:
         try:
@@ -92,9 +92,6 @@ class Fetch:
 
     def _send(self) -> None:
         assert self.sock is not None
-        code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, "")
         sent = self.sock.send(self.out)
         self.out = self.out[sent:]
         if not self.out:
@@ -103,9 +100,8 @@ class Fetch:
     def _receive(self) -> None:
         assert self.sock is not None
         data = self.sock.recv(16384)
-        self.got += data
         try:
-            answer = parse_answer(self.got, closed=not data, max_body=self.max_body)
+            answer = self.reader.feed(data)
         except HttpError as error:
             self._end(None, str(error))
             return
@@ -122,6 +118,7 @@ class Fetch:
         """Give up; nothing is called any more."""
         self.done = None
         self.timer[2] = None
+        self.dial.cancel()
         if self.sock is not None:
             self.loop.forget(self.sock)
             self.sock = None
@@ -153,7 +150,10 @@ def ask(  # one place for all that goes to an address of the configuration
         return Fetch(loop, where, request, timeout_s, done, max_body)
     from . import tls
 
-    return tls.SecureFetch(loop, where, request, timeout_s, done, trusted, max_body)
+    fetch = tls.SecureFetch(loop, where, request, timeout_s, done, trusted, max_body)
+    if url.server_name:
+        fetch.name = url.server_name.encode("ascii")
+    return fetch
 
 
 def retry_after(headers: dict[str, str], most_s: float) -> float:
@@ -164,67 +164,44 @@ def retry_after(headers: dict[str, str], most_s: float) -> float:
     return min(float(after[:6]), most_s) * between(1.0, 1.2)
 
 
-def resolve(address: Address) -> tuple[Any, ...]:
-    """The first address of (host, port). A name goes to the resolver and may block for its time-out;
-    addresses of digits do not."""
-    host, port = address
-    # Bytes: for text Python would load its IDNA tables, at a cost of more than the agent's own code.
-    return socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)[0]
-
-
-def reason_of(error: OSError | UnicodeError) -> str:
-    """An OSError in words without numbers of its own."""
+def reason_of(error: Exception, *, sent: bool = True) -> str:
+    """An error in words without numbers of its own; an `outcome.Unable` if it is this host's own error.
+    `sent`: whether a packet may have left this host."""
     import os
 
     # of TLS; errno would be a number of the library's own
     if type(error).__module__ == "ssl":
         text = getattr(error, "verify_message", "") or getattr(error, "reason", None)
-        return f"TLS: {(text or str(error.args[-1])).replace('_', ' ').lower()}"
-    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror):
-        return os.strerror(error.errno).lower()
-    return str(error) or type(error).__name__
+        text = f"TLS: {(text or str(error.args[-1])).replace('_', ' ').lower()}"
+    elif isinstance(error, socket.gaierror):
+        text = f"can't resolve its name: {str(error.args[-1]).lower()}"
+    elif isinstance(error, OSError) and error.errno:
+        text = os.strerror(error.errno).lower()
+    else:
+        text = str(error) or type(error).__name__
+    return outcome.rated(error, text, sent=sent)
 
 
-def parse_answer(
-    got: bytearray, *, closed: bool, max_body: int
-) -> tuple[int, dict[str, str], bytes] | None:
-    """(status, headers, body), None while more is to come. The body is cut at max_body: whoever asks
-    wants the status and a look at the beginning, not 10 GB."""
-    end = got.find(b"\r\n\r\n")
-    if end < 0:
-        if len(got) > MAX_HEAD:
-            raise HttpError("its answer has a head of more than 8 KiB")
-        if len(got) >= 5 and not got.startswith(b"HTTP/"):
-            raise HttpError("its answer is not HTTP")
-        if closed:
-            raise HttpError("it closed the connection without a whole answer")
-        return None
-    lines = bytes(got[:end]).split(b"\r\n")
-    parts = lines[0].split(None, 2)
-    if len(parts) < 2 or not parts[0].startswith(b"HTTP/1") or not parts[1].isdigit():
-        raise HttpError("its answer is not HTTP")
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
-        name, _, value = line.partition(b":")
-        headers[name.strip().lower().decode("latin-1")] = value.strip().decode("latin-1")
-    # sizes alone: what has come so far is not copied each time that more of it comes
-    size = len(got) - end - 4
-    length = headers.get("content-length", "")
-    whole = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
-    if whole is not None and size < min(whole, max_body) and not closed:
-        return None
-    if whole is None and not closed and size < max_body and int(parts[1]) not in (204, 304):
-        return None
-    if whole is not None and closed and size < min(whole, max_body):
-        raise HttpError("it closed the connection in the middle of its answer")
-    return int(parts[1]), headers, bytes(memoryview(got)[end + 4 : end + 4 + max_body])
+def host_header(host: str, port: int, *, secure: bool) -> str:
+    """Host as browsers send it: without the zone, the dot at the end and the scheme's default port."""
+    name = bare_host(host)
+    if ":" in name:
+        name = f"[{name}]"
+    return name if port == (443 if secure else 80) else f"{name}:{port}"
+
+
+def bare_host(host: str) -> str:
+    """A name or address as the other side knows it: a zone is our host's own, and a certificate has no dot
+    at the end."""
+    return host.partition("%")[0].removesuffix(".")
 
 
 def request(
     method: str, path: str, host: str, body: bytes = b"", headers: Sequence[tuple[str, str]] = ()
 ) -> bytes:
-    """The bytes of a request that asks for the connection to be closed."""
-    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
+    """The bytes of a request that asks for the connection to be closed. `host`: as from `host_header`."""
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", f"User-Agent: {AGENT}", "Accept: */*"]
+    lines.append("Connection: close")
     lines += [f"{name}: {value}" for name, value in headers]
     if body or method in ("POST", "PUT"):
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
@@ -282,7 +259,7 @@ class Server:
             self._close(sock)
             return
         state[1] += data
-        if not data or len(state[1]) > MAX_HEAD:
+        if not data or len(state[1]) > MAX_REQUEST:
             self._close(sock)
         elif b"\r\n\r\n" in state[1]:
             state[2] = self._reply(bytes(state[1]).split(b"\r\n\r\n", 1)[0].split(b"\r\n"))

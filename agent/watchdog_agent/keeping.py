@@ -111,10 +111,11 @@ class ConsulState:
         self.kv.delete(self.slug, deleted, entry["index"])
 
     def _changed(self) -> bool:
-        """A reason that counts misses is no news: it goes along with the next."""
+        """A reason or a number that counts misses is no news: it goes along with the next."""
         if self.wanted is None:
             return False
-        return {**self.wanted, "reason": ""} != {**self.written, "reason": ""}
+        passing = {"reason": "", "misses": 0, "since": 0}
+        return self.wanted | passing != self.written | passing
 
     def _write(self) -> None:
         self.timer = None
@@ -173,6 +174,8 @@ def small(state: Document) -> Document:
         "was_ready": state["was_ready"],
         "state": state["state"],
         "reason": state["reason"][:200],
+        "misses": state["misses"],
+        "since": state["since"],
         "sequence": (state["sequence"] // 1000 + 1) * 1000,
         "escalations": escalations,
     }

@@ -4,7 +4,9 @@ one clock that the caller reads.
 Steps stand in order. The first one that fits is taken: its precondition holds, it has tries left in this
 episode, and budget left in its window. One that still cools down is waited for, so that a harsh step is
 never taken because a mild one rests. A step has helped only when a probe answers after it, within its
-`verify_s`. While what stands before the device is dead, only steps that are for that are taken. When a device is offline and nothing is left to try, the ladder is exhausted.
+`verify_s`; if all probes were unable to ask in that time, that is not known. While what stands before the device is dead, only steps that are for that are taken. When a device is offline or degraded and nothing is left to try, the ladder is exhausted. What is degraded is
+left to the steps that are for that. While this host has no route to the device, only steps for its own interface
+are taken.
 
 An episode is the time from the first doubt until the device answers again.
 """
@@ -33,10 +35,12 @@ RUNNING: Final = "running"
 VERIFYING: Final = "verifying"
 RECOVERED: Final = "recovered"
 NO_HELP: Final = "no help"
+UNABLE: Final = "unable"
+"""No probe could be asked whether it has helped."""
 FAILED: Final = "failed"
 INTERRUPTED: Final = "interrupted"
 DRY_RUN: Final = "dry run"
-OUTCOMES: Final = (RUNNING, VERIFYING, RECOVERED, NO_HELP, FAILED, INTERRUPTED, DRY_RUN)
+OUTCOMES: Final = (RUNNING, VERIFYING, RECOVERED, NO_HELP, UNABLE, FAILED, INTERRUPTED, DRY_RUN)
 
 
 class Ladder:
@@ -61,10 +65,12 @@ class Ladder:
     ) -> Decision:
         """(what, step or None, when to look again or None, why).
 
-        `state` is what is believed of the device; `failing` are the names of the probes that miss; `behind`:
+        `state` is what is believed of the device, "no route" if the agent is unable to ask for want of one; `failing` are the names of the probes that miss; `behind`:
         its gateway does not answer."""
-        if state == "ok":
-            return REST, None, None, "the device answers"
+        if state == "no route" and not any(step["kind"] == "interface" for step in self.steps):
+            state = "unable"
+        if state == "ok" or (state == "unable" and not self.open):
+            return REST, None, None, "the device answers" if state == "ok" else "nothing is known"
         if not self.open:
             self.open, self.escalated = True, False
             self.episode += 1
@@ -75,8 +81,12 @@ class Ladder:
             until = current["ended"] + current["verify_s"]
             if now < until:
                 return WAIT, None, until, f"whether {current['name']} has helped"
-            current["outcome"] = NO_HELP
-            current["reason"] = f"no probe answered within {current['verify_s']:g} s"
+            blind = current.pop("asked", None) is False
+            current["outcome"] = UNABLE if blind else NO_HELP
+            verb = "could be asked" if blind else "answered"
+            current["reason"] = f"no probe {verb} within {current['verify_s']:g} s"
+        if state == "unable":
+            return WAIT, None, None, "the agent is unable to ask the device"
         return self._choose(state, failing, now, behind)
 
     def _choose(
@@ -101,7 +111,7 @@ class Ladder:
             if now < ready:
                 return WAIT, None, ready, f"{step['name']} cools down"
             return TAKE, step, None, ""
-        if state == "offline":
+        if state in ("offline", "degraded"):
             why = "its gateway does not answer" if held else "nothing is left to try"
             return EXHAUSTED, None, None, why
         if held:
@@ -171,6 +181,12 @@ class Ladder:
         current = self.current
         if current is not None and current["outcome"] == RUNNING:
             current.update(ended=now, outcome=INTERRUPTED, reason=reason[:200])
+
+    def missed(self, *, asked: bool) -> None:
+        """A probe has missed, or was not even asked, while a step is verified."""
+        current = self.current
+        if current is not None and current["outcome"] == VERIFYING:
+            current["asked"] = asked or current.get("asked", False)
 
     def answered(self, now: float) -> bool:
         """The device is well, and a probe has answered now; true when that ends the episode. A step that
@@ -258,7 +274,12 @@ class Ladder:
 
 
 def _fits(step: Step, state: str, failing: Container[str]) -> bool:
-    if step["when"] == "offline" and state != "offline":
+    if state == "no route":
+        return bool(step["kind"] == "interface" and step["when"] == "suspect")
+    if state == "degraded" or step["when"] == "degraded":
+        if step["when"] != state:
+            return False
+    elif step["when"] == "offline" and state != "offline":
         return False
     return not step["probe"] or step["probe"] in failing
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .keeping import ConsulState
     from .ondemand import OnDemand
     from .repairs import Repairs
-    from .shapes import Answer, Config, Document
+    from .shapes import Answer, Config, Document, Outcome
     from .shipping import Shipper
 
 
@@ -49,6 +49,7 @@ class Agent:
         self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
         self.asked: OnDemand | None = None
         self.exit_code: int | None = None
+        self.was_signalled = False
         self.departed = False
         """Whether the device has left the registry."""
         kept, remark = state.load(self.folder, config["device_id"]) if self.folder else ({}, "")
@@ -61,6 +62,7 @@ class Agent:
         self.reporter.confirmed_since = lambda since: self.diagnosis.confirmed_at > since
         self.reporter.doubt = self._doubt
         self.reporter.parted = self._save
+        self.reporter.condition = self._adopt
         self.shipper: Shipper | None = None
         self.keeper: ConsulState | None = None
         self.escalations: Escalations | None = None
@@ -74,6 +76,7 @@ class Agent:
             self.registration = consul.Registration(
                 self.loop, config, self.instance, self.server.address, log, self.watch_ready
             )
+            self.reporter.answered = self.registration.answered
         self._mend(kept)
 
     def _mend(self, kept: Document) -> None:
@@ -105,11 +108,7 @@ class Agent:
             self.keeper = keeping.ConsulState(self.loop, self.config, log)
 
     def _restore(self, kept: Document) -> None:
-        self.diagnosis.suspicion.was_ready = kept.get("was_ready") is True
-        self.diagnosis.suspicion.restore(kept.get("state"), kept.get("reason"))
-        if self.diagnosis.suspicion.confirmed:
-            # when is not kept: if nobody hears us now, nobody may have heard us then
-            self.diagnosis.confirmed_at = time.monotonic()
+        self.diagnosis.restore(kept)
         sequence = kept.get("sequence")
         self.reporter.sequence = sequence if type(sequence) is int and sequence > 0 else 0
         if self.escalations is not None:
@@ -136,8 +135,8 @@ class Agent:
 
     def live(self) -> None:
         """Register, probe and report until the loop is stopped."""
-        if self.registration is not None:
-            self.registration.start()
+        if self.registration is not None and not self.reporter.urls:
+            self.registration.start()  # nobody accepts us
         if self.keeper is not None:
             self.keeper.load(self._begin)
         else:
@@ -184,17 +183,31 @@ class Agent:
             # never offline, as nothing behind it can be confirmed: it is the gateway that is missed
             evidence = {"probes": self.diagnosis.results, "gateway": self.diagnosis.gateway.address}
             self.escalations.raise_("gateway", self.diagnosis.suspicion.behind, evidence)
-        elif self.diagnosis.suspicion.state == "ok":
+        elif self.diagnosis.suspicion.well:
             self.escalations.clear("gateway")
         if self.config.get("repairs"):
             return
         if self.diagnosis.suspicion.state == "offline":
             evidence = {"probes": self.diagnosis.results, "reason": self.diagnosis.suspicion.reason}
             self.escalations.raise_("offline", self.diagnosis.suspicion.reason, evidence)
-        elif self.diagnosis.suspicion.state == "ok":
+        elif self.diagnosis.suspicion.state == "degraded":
+            self.escalate_degraded({})
+        elif self.diagnosis.suspicion.well:
             self.escalations.clear("offline")
+            self.escalations.clear("degraded")
 
-    def probed(self, ok: bool) -> None:  # as a probe's callback says it
+    def escalate_degraded(self, more: Document) -> bool:
+        """Escalate that the device is degraded, where the class says so; whether it does. The escalation that
+        it is offline ends then, and only then: without the other, no one would know that it is not well."""
+        if self.escalations is None or not self.config["escalate"]["degraded"]:
+            return False
+        reason = self.diagnosis.suspicion.reason
+        evidence = {"probes": self.diagnosis.results, "reason": reason, **more}
+        self.escalations.raise_("degraded", reason, evidence)
+        self.escalations.clear("offline")
+        return True
+
+    def probed(self, ok: Outcome) -> None:
         """A probe has ended, and its result is taken."""
         if self.repairs is not None:
             self.repairs.probed(ok)
@@ -211,6 +224,14 @@ class Agent:
         self.diagnosis.episode += 1  # what was asked while nobody was heard is dropped
         if self.diagnosis.suspicion.doubt(confirmed_too=alone):
             self.changed()
+
+    def _adopt(self, condition: object) -> None:
+        """The answer to a report has the device's condition, which began before this agent."""
+        if self.exit_code is None and self.diagnosis.adopt(condition):
+            log("condition taken over", state=self.diagnosis.suspicion.state)
+            self.changed()
+            if self.repairs is not None:
+                self.repairs.look()
 
     def gateway_answers(self) -> None:
         """What stands before the device is alive."""
@@ -247,6 +268,13 @@ class Agent:
         doing = self.repairs.active() if self.repairs is not None and state != "ok" else ""
         return ("repairing", f"{doing}; {reason}") if doing else (state, reason)
 
+    def state_age_s(self) -> float:
+        """Seconds since the state that `believed` gives began."""
+        since, current = self.diagnosis.since, None
+        if self.repairs is not None and self.diagnosis.suspicion.state != "ok":
+            current = self.repairs.ladder.current
+        return max(0.0, time.monotonic() - (since if current is None else current["at"]))
+
     def report(self, sequence: int, dropped: int, stopping: bool) -> Document:
         """The report as of now."""
         believed = self.diagnosis.suspicion
@@ -257,6 +285,7 @@ class Agent:
             sequence=sequence,
             ready=self.ready() and not stopping,
             state=state,
+            state_age_s=self.state_age_s(),
             was_ready=believed.was_ready,
             misses=believed.misses,
             confirmed=believed.confirmed,
@@ -276,8 +305,9 @@ class Agent:
         if method != "GET":
             return None
         if path == "/healthz":
-            # Constant on purpose: Consul stores the text of a check.
-            return 200, "text/plain", b"ok\n"
+            # Consul stores the text of a check: it changes only when what it reports does.
+            text = self.reporter.trouble and f"{self.reporter.trouble}\n"
+            return 200, "text/plain", (text or "ok\n").encode()
         if path == "/ready":
             return (200, "text/plain", b"ready\n") if self.ready() else (503, "text/plain", b"no\n")
         if path == "/metrics":
@@ -326,6 +356,7 @@ class Agent:
             "ready": self.ready(),
             "state": state,
             "reason": reason,
+            "state_age_s": round(self.state_age_s(), 3),
             "was_ready": believed.was_ready,
             "misses": believed.misses,
             "confirmed": believed.confirmed,
@@ -336,18 +367,26 @@ class Agent:
             },
             "evidence": self.diagnosis.evidence(),
             "history": list(self.history),
-            "reports": {"sent": told.sent, "failed": told.failed, "dropped": told.dropped},
+            "reports": {
+                "sent": told.sent,
+                "failed": told.failed,
+                "dropped": told.dropped,
+                "trouble": told.trouble,
+            },
         }
 
     # -- ending
 
     def signalled(self, number: int) -> None:
-        """Shut down with 128 + number; a second signal does not wait."""
-        if self.exit_code is not None:
+        """Shut down with 128 + number; a second signal does not wait. The first one that comes after a 410, as
+        a scheduler sends it for the same reason, cuts nothing short."""
+        if self.was_signalled:
             self.loop.stop()
             return
+        self.was_signalled = True
         log("signal", number=number)
-        self._shut_down(128 + number)
+        if self.exit_code is None:
+            self._shut_down(128 + number)
 
     def retire(self, reason: str, departed: bool = False) -> None:  # as the answer says it
         """The control plane says that we are not the accepted agent (any more); `departed`: nobody is, for
@@ -424,6 +463,7 @@ class Agent:
             "state": "suspect" if self.reporter.alone and believed.confirmed else believed.state,
             "reason": believed.reason[:400],
             "misses": believed.misses,
+            "since": int(time.time() - (time.monotonic() - self.diagnosis.since)),
             "sequence": self.reporter.sequence,
         }
         if self.escalations is not None:
@@ -457,7 +497,10 @@ _ships: list[Callable[[str], None]] = []
 def log(message: str, **facts: object) -> None:
     """One JSON object a line on stderr; bounded; a full or closed stderr harms nobody."""
     cut = {k: v[:300] if isinstance(v, str) else v for k, v in facts.items()}
-    facts = {"ts": round(time.time(), 3), "msg": message[:300], **cut}
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    # RFC 3339, UTC, as in the control plane's log
+    facts = {"ts": f"{stamp}.{int(now % 1 * 1000):03d}Z", "msg": message[:300], **cut}
     try:
         for ship in _ships:
             ship(json.dumps(facts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from . import wire
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .main import Agent
@@ -9,7 +11,6 @@ if TYPE_CHECKING:
 
 def render(agent: Agent) -> bytes:
     """The metrics of this agent. The device is the scrape's target; no label repeats it."""
-    states = ("ok", "suspect", "repairing", "offline")
     lines: list[str] = []
 
     def metric(name: str, kind: str, text: str, *values: tuple[str, object]) -> None:
@@ -22,7 +23,7 @@ def render(agent: Agent) -> bytes:
         "state",
         "gauge",
         "1 for the state that the device is believed to be in.",
-        *((f'{{state="{s}"}}', int(s == agent.believed()[0])) for s in states),
+        *((f'{{state="{s}"}}', int(s == agent.believed()[0])) for s in wire.STATES),
     )
     metric("epoch", "gauge", "The epoch that this agent carries.", ("", agent.config["epoch"]))
     probes = agent.diagnosis.results.items()
@@ -31,6 +32,18 @@ def render(agent: Agent) -> bytes:
         "gauge",
         "1 when the last result of a probe was good.",
         *((f'{{probe="{n}"}}', int(r["ok"])) for n, r in probes),
+    )
+    metric(
+        "probe_unable",
+        "gauge",
+        "1 when the agent was unable to ask in the last run of a probe.",
+        *((f'{{probe="{n}"}}', int(r["outcome"] == "unable")) for n, r in probes),
+    )
+    metric(
+        "probe_warning",
+        "gauge",
+        "1 when a probe exceeds a warning threshold.",
+        *((f'{{probe="{n}"}}', int("warning" in r)) for n, r in probes),
     )
     metric(
         "probe_seconds",
@@ -60,9 +73,21 @@ def render(agent: Agent) -> bytes:
     metric(
         "probe_failures_total", "counter", "Probe runs that failed.", ("", agent.diagnosis.failures)
     )
+    metric(
+        "probes_unable_total",
+        "counter",
+        "Probe runs that could not be asked; not counted as failed.",
+        ("", agent.diagnosis.unable),
+    )
     reporter = agent.reporter
     metric("reports_total", "counter", "Reports accepted.", ("", reporter.sent))
     metric("report_failures_total", "counter", "Reports that failed.", ("", reporter.failed))
+    metric(
+        "reports_in_trouble",
+        "gauge",
+        "1 while reports are refused or not answered.",
+        ("", int(bool(reporter.trouble))),
+    )
     metric("reports_dropped_total", "counter", "Reports dropped unsent.", ("", reporter.dropped))
     if agent.repairs is not None:
         metric(

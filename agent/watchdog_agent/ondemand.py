@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from . import probes
+from . import outcome, probes
 from .light import json
 
 TYPE_CHECKING = False
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .main import Agent
-    from .shapes import Answer, Probe
+    from .shapes import Answer, Outcome, Probe
 
 EVERY_S = 1.0
 
@@ -51,9 +51,9 @@ class OnDemand:
     def _one(self, number: int, place: int, spec: Probe) -> None:
         said = {"probe": probes.name_of(spec), "kind": spec["kind"]}
 
-        def done(ok: bool, reason: str, took_s: float) -> None:
+        def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
             if number == self.number:
-                self.results[place] = {**said, "ok": ok, "reason": reason, "took_s": took_s}
+                self.results[place] = {**said, **outcome.shown(ok, reason, took_s, warning)}
 
         if "follower" in spec:
             # A log's new lines are judged once: that is left to the usual round.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 import time
 
+from .outcome import Unable, rated
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +74,9 @@ class Guard:
         try:
             callback(*given)
         except (Exception, SystemExit) as error:
-            self.answered(False, f"the plugin failed: {type(error).__name__}: {error}")
+            text = f"the plugin failed: {type(error).__name__}: {error}"
+            # Only an error that the device or the network causes is evidence about the device.
+            self.answered(None if isinstance(rated(error, text), Unable) else False, text)
 
     def later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """As Loop.later."""
@@ -91,9 +95,12 @@ class Guard:
         self.loop.forget(sock)
 
     def answered(self, ok: object, reason: object = "") -> None:
-        """What the plugin calls, also before its `start` has returned; once counts."""
+        """What the plugin calls, also before its `start` has returned; once counts. `ok`: True = success,
+        None = unable to ask, anything else = failure."""
         text = "".join(c if c.isprintable() else "?" for c in str(reason)[:200])
-        self.loop.later(0, lambda: self.end(ok is True, text or "the plugin gave no reason"))
+        text = text or "the plugin gave no reason"
+        said = Unable(text) if ok is None else text
+        self.loop.later(0, lambda: self.end(ok is True, said))
 
     def end(self, ok: bool, reason: str) -> None:
         """Say so, unless it has ended already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 
-from . import checks, guard, http
+from . import checks, guard, http, outcome
 from .loop import READ
 
 TYPE_CHECKING = False
@@ -41,14 +41,16 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environ["WATCHDOG_ADDRESS"] = address
     if any(one.argv is spec["command"] and one.ended is None for one in _running):
-        # One corpse a probe, not one a run: a file system that hangs may do so for days.
-        loop.later(0, lambda: ended(False, "its last run was killed and hangs in the kernel"))
+        # One corpse per probe, not one per run: a file system that hangs may do so for days.
+        hangs = outcome.Unable("its last run was killed and hangs in the kernel")
+        loop.later(0, lambda: ended(False, hangs))
         return
     try:
         _Command(loop, spec["command"], environ, spec["timeout_s"], ended)
     except (OSError, ValueError) as error:
         text = http.reason_of(error) if isinstance(error, OSError) else str(error)
-        loop.later(0, lambda: ended(False, f"{spec['command'][0]}: {text}"))
+        why = outcome.Unable(f"{spec['command'][0]}: {text}")
+        loop.later(0, lambda: ended(False, why))
 
 
 def close() -> None:

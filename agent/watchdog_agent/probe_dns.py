@@ -30,9 +30,14 @@ def check(probe: Probe, where: str) -> None:
     if kind not in TYPES:
         raise checks.ConfigError(f"{where}: type is {kind!r}; allowed are A and AAAA")
     if probe.get("server") is not None:
-        checks.address(probe["server"], f"{where}: server")
+        probe["server"] = checks.host(probe["server"], f"{where}: server")
+    name = probe.get("name")
+    if not isinstance(name, str) or not name or any(not "!" <= c <= "~" for c in name):
+        raise checks.ConfigError(
+            f"{where}: name of dns must be printable ASCII without blanks (a name as xn--…)"
+        )
     try:
-        encode_name(checks.address(probe.get("name"), f"{where}: name of dns"))
+        encode_name(name)
     except DnsError as error:
         raise checks.ConfigError(f"{where}: name is {probe['name']!r}: {error}") from None
     if probe.get("expect_address") is not None:

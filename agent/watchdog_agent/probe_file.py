@@ -8,7 +8,7 @@ import stat
 import time
 from io import FileIO
 
-from . import checks, http
+from . import checks, http, outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,11 +36,14 @@ def check(probe: Probe, where: str) -> None:
 
 
 def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
-    """Look now; the answer comes from the loop, as of any other probe."""
+    """Read it now; the answer comes from the loop, as of any other probe. A file that is not there is a miss;
+    one that cannot be read is not."""
     try:
         answer = look(spec, spec["follower"], time.time())
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         answer = (False, f"{spec['file']}: {http.reason_of(error)}")
+    except OSError as error:
+        answer = (False, outcome.Unable(f"{spec['file']}: {http.reason_of(error)}"))
     loop.later(0, lambda: ended(*answer))
 
 

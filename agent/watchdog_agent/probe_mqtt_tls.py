@@ -15,8 +15,10 @@ class SecureDialogue(Dialogue, tls.SecureFetch):
     """Its words are MQTT's, its wire is TLS."""
 
 
-def begin(loop: Loop, place: Address, packet: bytes, spec: Probe, answered: Fetched) -> None:
+def begin(
+    loop: Loop, place: Address, packet: bytes, spec: Probe, timeout_s: float, answered: Fetched
+) -> SecureDialogue:
     """CONNECT over TLS; `answered` gets the code of CONNACK as its status."""
-    trusted = spec["trust"].now()
-    dialogue = SecureDialogue(loop, place, packet, spec["timeout_s"], answered, trusted)
+    dialogue = SecureDialogue(loop, place, packet, timeout_s, answered, spec["trust"].now())
     probe_tls.named(dialogue, spec)
+    return dialogue

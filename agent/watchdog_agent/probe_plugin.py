@@ -1,8 +1,10 @@
 """Probes of others: an entry point of the group `watchdog_agent.probes`.
 
 It names a callable `start(loop, settings, address, timeout_s, ended)` that returns at once and calls
-`ended(ok, reason)` later, from a callback of the loop. What it raises, then or in any of its callbacks, makes
-a failed probe, and so does silence beyond the time-out. Only what blocks the thread can't be fended off.
+`ended(ok, reason)` later, from a callback of the loop; `ok` is True, False, or None where it was unable to ask.
+What it raises, then or in any of its callbacks, ends the probe as unable to ask, unless it is an error that the
+device or the network causes, as ConnectionRefusedError or TimeoutError. Silence beyond the timeout is a miss.
+Only a plugin that blocks the thread cannot be contained.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ GROUP: Final = "watchdog_agent.probes"
 
 
 def check(probe: Probe, where: str) -> None:
-    """Raises ConfigError. That it is installed is seen when it runs: a missing plugin is a failed probe."""
+    """Raises ConfigError. That it is installed is seen when it runs: without it the probe is unable to ask."""
     checks.text(probe, "plugin", "", 128)
     if not probe["plugin"]:
         raise checks.ConfigError(f"{where}: plugin needs plugin, the name of an entry point")
@@ -33,7 +35,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     """Start it behind a guard."""
     timeout_s = spec["timeout_s"]
 
-    def done(ok: bool, reason: str) -> None:
+    def done(ok: bool, reason: str, _warning: str = "") -> None:
         timer[2] = None
         ended(ok, reason)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import checks, datagram, http
+from . import checks, datagram, http, outcome
 from .probe_mqtt import secret
 
 TYPE_CHECKING = False
@@ -33,7 +33,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     try:
         community = secret(spec["community_file"]) if spec.get("community_file") else b"public"
     except OSError as error:
-        text = f"community_file: {http.reason_of(error)}"
+        text = outcome.Unable(f"community_file: {http.reason_of(error)}")
         loop.later(0, lambda: ended(False, text))
         return
     ident = int.from_bytes(os.urandom(4), "big") >> 1

@@ -9,7 +9,7 @@ import time
 
 from . import checks, probes, tls
 from .config_probes import check_http
-from .http import reason_of
+from .http import bare_host, reason_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,14 +31,15 @@ def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
     checks.port(probe, where, 443)
     if probe["kind"] == "tls":
-        checks.number(probe, "min_days", 14, 0, 3650)
+        checks.number(probe, "warn_days", 14, 0, 3650)
     else:
         check_http(probe, where)
-    check_trust(probe, where)
+    check_trust(probe, where, later=True)
 
 
-def check_trust(probe: Probe, where: str) -> None:
-    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError."""
+def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
+    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
+    cannot be used now does not raise; `Trust.now` does, each time until it can."""
     checks.flag(probe, "verify", True)
     for name in ("ca_cert", "client_cert", "client_key"):
         if not isinstance(probe.setdefault(name, ""), str):
@@ -47,22 +48,29 @@ def check_trust(probe: Probe, where: str) -> None:
     if probe["client_key"] and not probe["client_cert"]:
         raise checks.ConfigError(f"{where}: client_key needs client_cert")
     if probe.get("server_name") is not None:
-        checks.address(probe["server_name"], f"{where}: server_name")
-    probe["trust"] = Trust(probe)
+        probe["server_name"] = checks.host(probe["server_name"], f"{where}: server_name")
+    probe["trust"] = Trust(probe, later=later)
 
 
 class Trust:
     """The context of one probe, made anew when one of its files has changed: certificates of devices are
-    short-lived. Raises ConfigError when it can't be made at first; later the old one is kept."""
+    short-lived. Raises ConfigError when it can't be made at first, unless `later`; then the old one is kept."""
 
-    def __init__(self, spec: Probe) -> None:
+    def __init__(self, spec: Probe, *, later: bool = False) -> None:
         self.spec = spec
         # before they are read, so that a change meanwhile is one
         self.stamp = self._stamp()
-        self.context = context_of(spec)
+        self.context: ssl.SSLContext | None = None
+        try:
+            self.context = context_of(spec)
+        except checks.ConfigError:
+            if not later or not self.stamp:
+                raise
 
     def now(self) -> ssl.SSLContext:
-        """The context for the next connection."""
+        """The context for the next connection. Raises ConfigError while none could be made."""
+        if self.context is None:
+            self.context = context_of(self.spec)
         stamp = self._stamp()
         if stamp != self.stamp:
             try:
@@ -111,7 +119,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         probes.http_probe(loop, spec, address, ended, _Https)
     else:
         place = (address, spec["port"])
-        days = spec["min_days"]
+        days = spec["warn_days"]
 
         def shaken(status: int | None, _headers: dict[str, str], body: Any) -> None:
             ended(*((False, body) if status is None else judge(body, time.time(), days)))
@@ -121,24 +129,26 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         named(fetch, spec)
 
 
-def judge(der: bytes, now: float, min_days: float) -> tuple[bool, str]:
-    """Whether a certificate is good for min_days from `now` (seconds since 1970)."""
+def judge(der: bytes, now: float, warn_days: float) -> tuple[bool, str, str]:
+    """Whether a certificate is still good at `now` (seconds since 1970), and the warning when it is for fewer than
+    warn_days more: (ok, reason, warning)."""
     try:
-        left = (expiry(der) - now) / DAY_S
+        end = expiry(der)
     except CertificateError as error:
-        return False, f"its certificate can't be read: {error}"
+        return False, f"its certificate can't be read: {error}", ""
+    left = (end - now) / DAY_S
+    date = time.strftime("%Y-%m-%d", time.gmtime(end))
     if left < 0:
-        return False, f"its certificate expired {-left:.0f} days ago"
-    if left < min_days:
-        return False, f"its certificate expires in {left:.0f} days; {min_days:g} are wanted"
-    return True, f"certificate good for {left:.0f} days"
+        return False, f"its certificate expired on {date}, {-left:.0f} days ago", ""
+    reason = f"its certificate expires on {date}, in {left:.0f} days"
+    return True, reason, f"{reason} (warn_days is {warn_days:g})" if left < warn_days else ""
 
 
 def named(fetch: tls.SecureFetch, spec: Probe) -> None:
     """Ask for the name of the configuration instead of the address."""
     # Nothing has been sent yet: the loop has not run since.
     if spec.get("server_name"):
-        fetch.name = spec["server_name"].encode("ascii")
+        fetch.name = bare_host(spec["server_name"]).encode("ascii")
 
 
 class _Handshake(tls.SecureFetch):

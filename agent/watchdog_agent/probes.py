@@ -1,8 +1,8 @@
 """Probes of the device, none of which ever blocks: TCP, HTTP and ICMP here, the others in modules of
 their own that are loaded only where they are configured.
 
-Each is started with a callback `done(ok, reason, took_s)` that is called exactly once, at the latest
-after its time-out.
+Each is started with a callback `done(outcome, reason, took_s, warning)` that is called exactly once, at the
+latest after its timeout.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import os
 import sys
 import time
 
-from . import config_probes, http
+from . import answer, checks, config_probes, http, outcome
+from .dial import Dial, Turns
 from .light import socket, struct
-from .loop import READ, WRITE
+from .loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,15 +25,27 @@ if TYPE_CHECKING:
     from .shapes import Address, Ended, Fetched, Probe, Probed
 
 _REFUSED = 111
+_FORBIDDEN = (1, 13, 93, 94)
+"""EPERM, EACCES, EPROTONOSUPPORT, ESOCKTNOSUPPORT: this kind of socket is not to be had."""
 
 
 def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
     """Start the probe that `spec` (a checked probe of the configuration) describes."""
     began = time.monotonic()
 
-    def ended(ok: bool, reason: str) -> None:
-        done(ok, reason, time.monotonic() - began)
+    def ended(ok: bool, reason: str, warning: str = "") -> None:
+        done(outcome.of(ok, reason), reason, time.monotonic() - began, warning)
 
+    try:
+        _start(loop, spec, address, ended)
+        began = time.monotonic()  # a slow resolver is no slow device
+    except (OSError, checks.ConfigError) as error:
+        # As EMFILE, or a file of certificates that cannot be read.
+        text = str(error) if isinstance(error, checks.ConfigError) else http.reason_of(error)
+        loop.later(0, lambda: ended(False, outcome.Unable(text)))
+
+
+def _start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     kind = spec["kind"]
     if kind == "http":
         _http(loop, spec, address, ended)
@@ -41,11 +54,14 @@ def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
     elif kind in config_probes.MODULES:
         config_probes.module_of(kind).start(loop, spec, address, ended)
     else:
-        _icmp(loop, spec, address, ended)
+        _Ping(loop, spec, address, ended)
 
 
 def name_of(spec: Probe) -> str:
-    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus."""
+    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus. An ICMP probe that had to ask
+    TCP is called what it was."""
+    if spec.get("instead"):
+        return f"tcp:{spec['instead']}"
     if spec["kind"] == "plugin":
         return f"plugin:{spec['plugin']}"
     return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
@@ -72,35 +88,30 @@ def http_probe(
     loop: Loop, spec: Probe, address: str, ended: Ended, fetch: Callable[..., None]
 ) -> None:
     """GET, and judge the answer. A redirect is not followed: it is a status like any other."""
-    host = f"[{address}]" if ":" in address else address
-    began = time.monotonic()
 
     def answered(status: int | None, _headers: dict[str, str], body: Any) -> None:
         if status is None:
             ended(False, body)
         else:
-            ended(*judge_http(spec, status, body, time.monotonic() - began))
+            ended(*judge_http(spec, status, body))
 
-    data = http.request("GET", spec.get("path", "/"), f"{host}:{spec['port']}")
+    host = http.host_header(address, spec["port"], secure=spec["kind"] == "https")
+    data = http.request("GET", spec.get("path", "/"), host)
     most = 0
     if spec.get("expect_body"):
-        # To HTTP/1.0 nobody answers in chunks, which could cut the text that is looked for.
-        data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
-        most = http.MAX_BODY
+        most = answer.MAX_BODY
     fetch(loop, (address, spec["port"]), data, spec, answered, most)
 
 
-def judge_http(spec: Probe, status: int, body: bytes, took_s: float) -> tuple[bool, str]:
-    """Status, body and time against what is expected; (ok, reason)."""
+def judge_http(spec: Probe, status: int, body: bytes) -> tuple[bool, str]:
+    """Status and body against what is expected; (ok, reason)."""
     wanted = spec.get("expect_status", 200)
     if status not in (wanted if isinstance(wanted, list) else [wanted]):
         shown = " or ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
         return False, f"status {status}, not {shown}"
-    text, most_s = spec.get("expect_body"), spec.get("max_time_s")
+    text = spec.get("expect_body")
     if text and text.encode() not in body:
         return False, f"status {status}, but {text[:60]!r} is not in its first 64 KiB"
-    if most_s and took_s > most_s:
-        return False, f"status {status}, but only after {took_s:.3f} s; {most_s:g} s are allowed"
     return True, f"status {status}"
 
 
@@ -119,40 +130,33 @@ class _Tcp:
         self.loop = loop
         self.ended: Ended | None = ended
         self.refused_is_alive = refused_is_alive
-        self.timer = loop.later(
-            timeout_s, lambda: self._end(False, f"no answer within {timeout_s:g} s")
-        )
-        self.sock: socket.socket | None = None
-        try:
-            family, kind, proto, _, where = http.resolve(address)
-            self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
-            code = self.sock.connect_ex(where)
-        except (OSError, UnicodeError) as error:
-            text = http.reason_of(error)
-            loop.later(0, lambda: self._end(False, text))
-            return
-        if code in http.CONNECTING:
-            loop.watch(self.sock, WRITE, self._ready)
-        else:
-            loop.later(0, lambda: self._judge(code))
+        self.timeout_s = timeout_s
+        self.dial = Dial(loop, address, timeout_s, self._dialled)
+        self.timer = loop.later(timeout_s, self._late)
 
-    def _ready(self, _mask: int) -> None:
-        assert self.sock is not None
-        self._judge(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-
-    def _judge(self, code: int) -> None:
-        if code == 0:
+    def _dialled(self, sock: socket.socket | None, error: Exception | None, sent: bool) -> None:
+        if sock is not None:
+            self.loop.forget(sock)
             self._end(True, "connected")
-        elif code == _REFUSED and self.refused_is_alive:
+        elif self._is_refusal(error):
             self._end(True, "the host refuses, so it is there")
         else:
-            self._end(False, os.strerror(code).lower())
+            assert error is not None
+            self._end(False, http.reason_of(error, sent=sent))
+
+    def _late(self) -> None:
+        # another address of the same name may have been silent
+        if self._is_refusal(self.dial.turns.error):
+            self._end(True, "the host refuses, so it is there")
+        else:
+            self._end(False, f"no answer within {self.timeout_s:g} s")
+
+    def _is_refusal(self, error: Exception | None) -> bool:
+        return self.refused_is_alive and getattr(error, "errno", None) == _REFUSED
 
     def _end(self, ok: bool, reason: str) -> None:
         self.timer[2] = None
-        if self.sock is not None:
-            self.loop.forget(self.sock)
-            self.sock = None
+        self.dial.cancel()
         ended, self.ended = self.ended, None
         if ended is not None:
             ended(ok, reason)
@@ -181,7 +185,7 @@ class _Echo:
         self.ident = os.getpid() & 0xFFFF
         self.token = os.urandom(16)
         self.timer = loop.later(
-            timeout_s, lambda: self._end(False, f"no echo within {timeout_s:g} s")
+            timeout_s, lambda: self._end(False, f"no echo within {timeout_s:.3g} s")
         )
         kind = 128 if v6 else 8
         head = struct.pack("!BBHHH", kind, 0, 0, self.ident, 1)
@@ -189,13 +193,12 @@ class _Echo:
         self.packet, self.where = head + self.token, where
         try:
             sock.sendto(self.packet, where)
-        except OSError as error:
-            text = http.reason_of(error)
-            loop.later(0, lambda: self._end(False, text))
-        else:
-            loop.watch(sock, READ, self._ready)
-            for number in range(1, self.TIMES):
-                loop.later(number * timeout_s / self.TIMES, self._again)
+        except OSError:
+            self.cancel()
+            raise
+        loop.watch(sock, READ, self._ready)
+        for number in range(1, self.TIMES):
+            loop.later(number * timeout_s / self.TIMES, self._again)
 
     def _again(self) -> None:
         if self.ended is not None:
@@ -217,33 +220,74 @@ class _Echo:
             self._end(True, "echo")
 
     def _end(self, ok: bool, reason: str) -> None:
-        self.timer[2] = None
-        self.loop.forget(self.sock)
-        ended, self.ended = self.ended, None
+        ended = self.ended
+        self.cancel()
         if ended is not None:
             ended(ok, reason)
 
+    def cancel(self) -> None:
+        """Give up; nothing is called any more."""
+        self.ended = None
+        self.timer[2] = None
+        self.loop.forget(self.sock)
 
-def _icmp(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """Datagram socket, else raw socket, else TCP where neither is allowed."""
-    try:
-        family, _, _, _, where = http.resolve((address, spec.get("port") or 80))
-    except (OSError, UnicodeError) as error:
-        text = http.reason_of(error)
-        loop.later(0, lambda: ended(False, text))
-        return
-    v6 = family == socket.AF_INET6
-    proto = socket.IPPROTO_ICMPV6 if v6 else socket.IPPROTO_ICMP
-    for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
+
+class _Ping:
+    """An echo from any address of the device. Where this process may open no socket for one, TCP is asked, which is
+    then the probe's name (`spec["instead"]`)."""
+
+    def __init__(self, loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+        self.loop, self.spec, self.address, self.ended = loop, spec, address, ended
+        self.asked: list[_Echo] = []
+        self.denied = False
+        # Port 0: a raw IPv6 socket takes no other (raw(7)).
+        self.turns = Turns(loop, (address, 0), spec["timeout_s"], self._begin, self._over)
+
+    def _begin(self, family: Any, where: Any) -> None:
         try:
-            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, proto)
-        except OSError:
-            continue
-        raw = kind == socket.SOCK_RAW
-        _Echo(loop, sock, where, spec["timeout_s"], ended, raw=raw, v6=v6)
-        return
-    port = spec.get("port") or 7
-    _Tcp(loop, (address, port), spec["timeout_s"], ended, refused_is_alive=True)
+            sock, raw = echo_socket(family)
+        except OSError as error:
+            self.denied = self.denied or error.errno in _FORBIDDEN
+            raise
+        self.spec.pop("instead", None)
+        v6 = family == socket.AF_INET6
+        left_s = max(0.0, self.turns.remaining_s())
+        self.asked.append(_Echo(self.loop, sock, where, left_s, self._answered, raw=raw, v6=v6))
+
+    def _answered(self, ok: bool, reason: str, _warning: str = "") -> None:  # as Ended
+        if not ok:
+            unable = isinstance(reason, outcome.Unable)
+            self.turns.failed((OSError if unable else TimeoutError)(reason))
+            return
+        self.turns.stop()
+        for echo in self.asked:
+            echo.cancel()
+        self.ended(ok, reason)
+
+    def _over(self, error: Exception, sent: bool) -> None:
+        self.turns.stop()
+        if not self.denied or self.asked:
+            self.ended(False, http.reason_of(error, sent=sent))
+            return
+        port = self.spec["instead"] = self.spec.get("port") or 7
+        place, timeout_s = (self.address, port), self.spec["timeout_s"]
+        _Tcp(self.loop, place, timeout_s, self._asked_tcp, refused_is_alive=True)
+
+    def _asked_tcp(self, ok: bool, reason: str, _warning: str = "") -> None:  # as Ended
+        text = f"{reason} (the agent has no right to ping)"
+        self.ended(ok, type(reason)(text))
+
+
+def echo_socket(family: int) -> tuple[socket.socket, bool]:
+    """A socket for ICMP echoes, and whether it is a raw one: a datagram socket where the kernel allows them
+    (net.ipv4.ping_group_range, for both versions of IP). Raises OSError."""
+    proto = socket.IPPROTO_ICMPV6 if family == socket.AF_INET6 else socket.IPPROTO_ICMP
+    try:
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        return socket.socket(family, kind, proto), False
+    except OSError:
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+        return socket.socket(family, kind, proto), True
 
 
 def checksum(data: bytes) -> int:

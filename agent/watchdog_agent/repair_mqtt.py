@@ -1,8 +1,9 @@
-"""Publish one message to an MQTT 3.1.1 broker, at least once (QoS 1), so that its taking is known.
+"""Publish one message to an MQTT broker, at least once (QoS 1), so that its taking is known.
 
 CONNECT, and after CONNACK a PUBLISH, and after PUBACK a DISCONNECT
-(docs.oasis-open.org/mqtt/mqtt/v3.1.1). Nothing is read beyond those two answers. With `tls` the handshake
-comes before it: `repair_mqtt_tls`, which is loaded only then.
+(docs.oasis-open.org/mqtt/mqtt/v3.1.1). Nothing is read beyond those two answers. A broker that refuses
+MQTT 3.1.1 is asked in MQTT 5 (`probe_mqtt.Talk`). With `tls` the handshake comes before it:
+`repair_mqtt_tls`, which is loaded only then.
 """
 
 from __future__ import annotations
@@ -10,17 +11,16 @@ from __future__ import annotations
 import os
 
 from . import http, probe_mqtt
+from .answer import HttpError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Final
+    from typing import Final
 
     from .loop import Loop
-    from .shapes import Document, Ended, Step
+    from .shapes import Document, Ended, Fetched, Step
 
 _PUBACK: Final = b"\x40\x02\x00\x01"
-PUBLISHED: Final = -1
-"""The status of a message that the broker has taken; others are codes of CONNACK."""
 
 
 def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Run:
@@ -29,32 +29,38 @@ def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Run:
 
 
 class Run:
-    """One message over one connection."""
+    """One message over one connection, or over a second one in MQTT 5."""
 
     def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
         self.ended: Ended | None = ended
+        self.loop, self.step = loop, step
         # The time-out is the caller's; this one is only never shorter.
-        place, packet, wait_s = step["broker_at"], connect(step), step["timeout_s"] + 1.0
+        self.talk = probe_mqtt.Talk(step, step["timeout_s"] + 1.0, self._begin, self._answered)
+
+    def _begin(self, level: int, wait_s: float, done: Fetched) -> http.Fetch:
+        step, packet = self.step, connect(self.step, level)
+        place = step["broker_at"]
         if step.get("tls"):
             from . import repair_mqtt_tls
 
-            self.fetch: http.Fetch = repair_mqtt_tls.begin(
-                loop, place, packet, step, wait_s, self._answered
-            )
+            fetch: Publish = repair_mqtt_tls.begin(self.loop, place, packet, step, wait_s, done)
         else:
-            self.fetch = Publish(loop, place, packet, wait_s, self._answered)
-            self.fetch.message = publish(step["topic"], step["payload"])
+            fetch = Publish(self.loop, place, packet, wait_s, done)
+        fetch.message = publish(step["topic"], step["payload"], level)
+        if level == 5:
+            from . import mqtt5
 
-    def _answered(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+            fetch.puback = mqtt5.puback
+        return probe_mqtt.speaking(fetch, level)
+
+    def _answered(self, status: int | None, text: str) -> None:
         if self.ended is None:
             return
-        if status == PUBLISHED:
+        if status == 0:
             self.ended(True, "published")
-        elif status is None:
-            self.ended(False, f"the broker: {body}")
         else:
-            why = probe_mqtt.REFUSED.get(status, f"code {status}")
-            self.ended(False, f"the broker refuses: {why}")
+            who = "the broker" if status is None else "the broker refuses"
+            self.ended(False, f"{who}: {text}")
 
     def hurry(self) -> None:
         """It is as fast as it can be."""
@@ -62,48 +68,47 @@ class Run:
     def cancel(self) -> None:
         """Give up; nobody is told."""
         self.ended = None
-        self.fetch.cancel()
+        self.talk.fetch.cancel()
+
+
+def puback(got: bytes, *, closed: bool) -> int | None:
+    """0 = the message is taken, None while more is to come. Raises HttpError for anything else."""
+    if len(got) >= 4:
+        if got[:4] == _PUBACK:
+            return 0
+        raise HttpError("it did not take the message")
+    if closed:
+        raise HttpError("it closed the connection without an answer")
+    return None
 
 
 class Publish(probe_mqtt.Dialogue):
-    """Goes on after CONNACK: its answer is PUBACK."""
+    """Goes on after CONNACK: its answer is PUBACK, whose code becomes the status."""
 
     message = b""
+    puback = staticmethod(puback)
 
     def _connected(self) -> None:
+        if not self.message:
+            super()._connected()  # the message is taken
+            return
         assert self.sock is not None
-        message, self.message, self.got = self.message, b"", bytearray()
+        message, self.message, self.got = self.message, b"", b""
+        self.connack = self.puback
         # A fresh connection takes so little in one piece.
         if self.sock.send(message) < len(message):
             self._end(None, "it does not take what we send")
 
-    def _receive(self) -> None:
-        if self.message:
-            super()._receive()
-            return
-        assert self.sock is not None
-        data = self.sock.recv(64)
-        self.got += data
-        if len(self.got) >= 4 and self.got[:4] == _PUBACK:
-            try:
-                self.sock.send(probe_mqtt.DISCONNECT)
-            except OSError:
-                pass  # the message is taken all the same
-            self._end(PUBLISHED, {})
-        elif len(self.got) >= 4:
-            self._end(None, "it did not take the message")
-        elif not data:
-            self._end(None, "it closed the connection without an answer")
 
-
-def connect(step: Step) -> bytes:
+def connect(step: Step, level: int) -> bytes:
     """CONNECT with a clean session, and a user and password where there are any. Raises OSError."""
     user, file = step.get("user") or None, step.get("password_file", "")
     password = probe_mqtt.secret(file) if user and file else None
-    return probe_mqtt.connect(f"wd{os.urandom(8).hex()}", user, password)
+    return probe_mqtt.connect(f"wd{os.urandom(8).hex()}", user, password, level)
 
 
-def publish(topic: str, payload: str) -> bytes:
-    """PUBLISH number 1 with QoS 1."""
-    body = probe_mqtt.field(topic.encode()) + b"\x00\x01" + payload.encode()
+def publish(topic: str, payload: str, level: int) -> bytes:
+    """PUBLISH number 1 with QoS 1; at `level` 5 without properties."""
+    body = probe_mqtt.field(topic.encode()) + b"\x00\x01" + b"\x00" * (level == 5)
+    body += payload.encode()
     return b"\x32" + probe_mqtt.length(len(body)) + body

@@ -17,8 +17,7 @@ class SecurePublish(repair_mqtt.Publish, tls.SecureFetch):
 def begin(
     loop: Loop, place: Address, packet: bytes, step: Step, timeout_s: float, answered: Fetched
 ) -> SecurePublish:
-    """Connect over TLS and publish."""
+    """Connect over TLS, for a message."""
     fetch = SecurePublish(loop, place, packet, timeout_s, answered, step["trust"].now())
-    fetch.message = repair_mqtt.publish(step["topic"], step["payload"])
     probe_tls.named(fetch, step)
     return fetch

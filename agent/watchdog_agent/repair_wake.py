@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from .dial import resolve
 from .http import reason_of
 from .light import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .loop import Loop
     from .shapes import Document, Ended, Step
 
@@ -17,24 +20,23 @@ def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Packet:
 
 
 class Packet:
-    """One packet. That it was sent is all that can be known of it."""
+    """One packet to each address of the name. That it was sent is all that can be known of it."""
 
     def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
         host, port = step["to_at"]
-        ok, reason = True, "sent"
+        reason = ""
         try:
-            family, _, _, _, where = socket.getaddrinfo(
-                host.encode("ascii"), port, type=socket.SOCK_DGRAM
-            )[0]
-            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            try:
-                if family == socket.AF_INET:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-                sock.sendto(magic(step["mac"]), where)
-            finally:
-                sock.close()
+            places = resolve((host, port))
         except (OSError, UnicodeError) as error:
-            ok, reason = False, reason_of(error)
+            places, reason = [], reason_of(error)
+        ok = False
+        for family, where in places:
+            try:
+                send(magic(step["mac"]), family, where)
+            except OSError as error:
+                reason = reason if ok else reason_of(error)
+            else:
+                ok, reason = True, "sent"
         self.timer = loop.later(0, lambda: ended(ok, reason))
 
     def hurry(self) -> None:
@@ -43,6 +45,17 @@ class Packet:
     def cancel(self) -> None:
         """Nobody is told."""
         self.timer[2] = None
+
+
+def send(packet: bytes, family: int, where: Any) -> None:
+    """One datagram, which may be a broadcast. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        if family == socket.AF_INET:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.sendto(packet, where)
+    finally:
+        sock.close()
 
 
 def magic(mac: str) -> bytes:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
     from .main import Agent
-    from .shapes import Decision, Document, Step, Timer
+    from .shapes import Decision, Document, Outcome, Step, Timer
 
 STOP_S: Final = 0.8
 """A step that is under way at a signal has so long to end by itself."""
@@ -27,7 +27,8 @@ AGAIN_S: Final = 5.0
 """When what could not be kept, or undone, is tried again."""
 UNDO_TRIES: Final = 12
 KEY: Final = "offline"
-"""What kind of anomaly is escalated."""
+DEGRADED: Final = "degraded"
+"""What kinds of anomaly are escalated."""
 MOST_TOLD: Final = 5
 """Attempts in a report."""
 
@@ -113,8 +114,10 @@ class Repairs:
         if self.blocked:
             self.look()
 
-    def probed(self, ok: bool) -> None:
+    def probed(self, ok: Outcome) -> None:
         """A probe has ended, and the belief follows it already."""
+        if not ok:
+            self.ladder.missed(asked=ok is False)
         if ok and self.agent.diagnosis.suspicion.state == "ok":
             current = self.ladder.current
             if self.ladder.answered(time.monotonic()):
@@ -124,8 +127,10 @@ class Repairs:
     def _recovered(self, attempt: Document | None) -> None:
         if attempt is not None:
             self._count(attempt)
-        if self.ladder.escalated and self.agent.escalations is not None:
-            self.agent.escalations.clear(KEY)
+        if self.agent.escalations is not None:
+            if self.ladder.escalated:
+                self.agent.escalations.clear(KEY)
+            self.agent.escalations.clear(DEGRADED)
         self.ladder.escalated = False
         self.agent.save()
         self.agent.tell()
@@ -143,7 +148,7 @@ class Repairs:
             return
         before = self.ladder.current
         what, step, at, why = self._next()
-        if before is not None and before["outcome"] == ladder.NO_HELP:
+        if before is not None and before["outcome"] in (ladder.NO_HELP, ladder.UNABLE):
             self._count(before)
             agent.save()
             agent.tell()
@@ -154,6 +159,8 @@ class Repairs:
             self._ask_gateway()
         elif step is not None:
             self._may_take(step)
+        elif what == ladder.EXHAUSTED and agent.diagnosis.suspicion.state == "degraded":
+            self._escalate_degraded()
         elif what == ladder.EXHAUSTED and not self.ladder.escalated:
             self._escalate(why)
         elif at is not None:
@@ -164,12 +171,16 @@ class Repairs:
         failing = {
             name.partition(":")[2]
             for name, last in self.agent.diagnosis.results.items()
-            if not last["ok"]
+            if last["outcome"] == "miss" or "warning" in last
         }
         # A device that never answered may not be there yet: there is nothing to repair (S6).
-        state = believed.state if believed.was_ready else "ok"
+        state: str = believed.state if believed.was_ready else "ok"
+        if state == "unable" and believed.behind:
+            state = "suspect"  # a dead gateway is what there are steps for
+        elif state == "unable" and self.agent.diagnosis.no_route:
+            state = "no route"
         gateway = self.agent.diagnosis.gateway
-        behind = gateway is not None and gateway.answers is False and gateway.fresh()
+        behind = gateway is not None and not gateway.answers and gateway.fresh()
         return self.ladder.next(state, failing, time.monotonic(), behind=behind)
 
     def _doubtful(self, step: Step) -> bool:
@@ -184,7 +195,7 @@ class Repairs:
             return
         self.asking = True
 
-        def asked(alive: bool) -> None:  # as the gateway's callback says it
+        def asked(alive: Outcome) -> None:
             self.asking = False
             self.agent.diagnosis.behind(alive)
             self.look()
@@ -205,8 +216,11 @@ class Repairs:
             if why == standing.ASK:
                 agent.tell()
         self.blocked = why
-        if self._hopeless(why) and agent.diagnosis.suspicion.state == "offline":
-            self._escalate(why)
+        if self._hopeless(why):
+            if agent.diagnosis.suspicion.state == "offline":
+                self._escalate(why)
+            elif agent.diagnosis.suspicion.state == "degraded":
+                self._escalate_degraded()
 
     def _hopeless(self, why: str) -> bool:
         """Nobody is there to say whether a step may be taken, or none ever may: then to be told twice is
@@ -249,7 +263,7 @@ class Repairs:
             device = self.undo
         attempt = self.ladder.current
 
-        def ended(ok: bool, reason: str) -> None:
+        def ended(ok: bool, reason: str, _warning: str = "", /) -> None:
             if self.running is not None and self.ladder.current is attempt:
                 self._ended(ok, reason)
 
@@ -329,6 +343,14 @@ class Repairs:
             agent.escalations.raise_(KEY, agent.diagnosis.suspicion.reason[:400], evidence)
         agent.save()
         agent.tell()
+
+    def _escalate_degraded(self) -> None:
+        """If the class says so. A device that was offline before is escalated anew when it is again."""
+        if self.standing.doubt or self.agent.escalations is None:
+            return
+        evidence = {"repairs": self.ladder.shown(time.monotonic(), MOST_TOLD)}
+        if self.agent.escalate_degraded(evidence):
+            self.ladder.escalated = False
 
     # -- ending
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .shapes import Config, Document, Said, Timer
 
 
+_LATER = (408, 409, 425, 429)
+"""Answers of the 4xx kind after which the same report is sent again."""
+
+
 class Reporter:
     """Sends one report at a time. `retire(reason, departed)` is called when the answer is 410."""
 
@@ -30,6 +34,10 @@ class Reporter:
     BUFFER = 64
     MOST_WAIT_S = 30.0
     MOST_KNOWN = 8
+    TROUBLE_AFTER = 3
+    """Failures in a row after which missing answers are trouble; a refusal is at once."""
+    REMIND_S = 3600.0
+    """How often the same failure is logged."""
 
     def __init__(
         self,
@@ -57,10 +65,16 @@ class Reporter:
         self.sequence = 0
         self.sent = self.failed = self.dropped = 0
         self.waiting: deque[Document] = deque()
+        self._aged_at = 0.0
+        """When `state_age_s` of what waits was last brought up to date."""
         self.fetch: http.Fetch | None = None
         self.failures = 0
         self.chosen = 0
         self.last_error = ""
+        self.trouble = ""
+        """Why no report arrives, in words for people, while none does. Changes only when the reason does."""
+        self._trouble_is: int | str | None = ""
+        self._logged_at = float("-inf")
         self.timer: Timer | None = None
         self.closing: Callable[[], None] | None = None
         self.heard: Callable[[int | None], None] | None = None
@@ -72,8 +86,12 @@ class Reporter:
         """Whether the device was confirmed to be offline since then."""
         self.doubt: Callable[[bool], None] = lambda _alone: None
         """Called when we are heard again; with `alone` as it was until now."""
+        self.answered: Callable[[int | None], None] = lambda _status: None
+        """Called with the status of each answer, as `heard`."""
         self.parted: Callable[[], object] = lambda: None
         """Called when a call without an answer has made us `alone`."""
+        self.condition: Callable[[Any], None] = lambda _condition: None
+        """Called with the device's condition, of an answer that has one."""
 
     @property
     def alone(self) -> bool:
@@ -95,6 +113,7 @@ class Reporter:
         if not self.urls:
             return
         self.sequence += 1
+        self._age()
         if len(self.waiting) >= self.BUFFER:
             # the first may be on its way: it stays until its answer is here
             del self.waiting[1 if self.fetch is not None else 0]
@@ -108,12 +127,21 @@ class Reporter:
         if not self.waiting or self.fetch is not None:
             return
         self._unclaim()
+        self._age()
         url = self.urls[self.chosen % len(self.urls)]
         body = json.dumps(self.waiting[0]).encode()
         token = self.credential or read_token()
         headers = [("Authorization", f"Bearer {token}")] if token else []
         data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
         self.fetch = http.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
+
+    def _age(self) -> None:
+        """Age the states in the reports that wait: each says how long ago its state began when it is sent."""
+        now = time.monotonic()
+        for one in self.waiting:
+            if "state_age_s" in one:
+                one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)
+        self._aged_at = now
 
     def _unclaim(self) -> bool:
         """`alone`; if so, what waits claims nothing any more."""
@@ -131,6 +159,7 @@ class Reporter:
         if status is not None:
             self.answered_at = time.monotonic()
         self._take(status, headers, body)
+        self.answered(status)
         if again:
             self.doubt(alone)
         elif self.alone and not alone:
@@ -141,6 +170,7 @@ class Reporter:
             self.sent += 1
             self.failures = 0
             self.waiting.popleft()
+            self.trouble = self._trouble_is = ""
             if self.last_error:
                 self.last_error = ""
                 self.said("reports are accepted again")
@@ -152,20 +182,26 @@ class Reporter:
             return
         if status == 410:
             self.waiting.clear()
+            self._troubled(status, body)
             self.retire(reason_of(body), code_of(body) == wire.DEPARTED)
             if self.closing is not None:
                 self._closed()
             return
         self.failed += 1
         self.failures += 1
-        if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
-            # Our bug: the same report would be refused for ever.
-            self.said(f"report refused with {status}: {reason_of(body)}")
-            self.waiting.popleft()
-        error = body if status is None else f"status {status}"
-        if error != self.last_error:
-            self.last_error = error
-            self.said(f"report failed: {error}")
+        refused = status is not None and 400 <= status < 500 and status not in _LATER
+        if refused:
+            self.waiting.popleft()  # the same report would be refused for ever
+        if refused or self.failures >= self.TROUBLE_AFTER:
+            self._troubled(status, body)
+        error = str(body) if status is None else f"status {status}"
+        now = time.monotonic()
+        if error != self.last_error or now - self._logged_at >= self.REMIND_S:
+            self.last_error, self._logged_at = error, now
+            if refused:
+                self.said(f"report refused with {status}: {reason_of(body)}")
+            else:
+                self.said(f"report failed: {error}")
         if self.closing is not None:
             self._closed()
             return
@@ -175,16 +211,39 @@ class Reporter:
             max(wait, http.retry_after(headers, self.MOST_WAIT_S)), self._send
         )
 
+    def _troubled(self, status: int | None, body: Any) -> None:
+        if self.trouble and status == self._trouble_is:
+            return
+        self._trouble_is = status
+        where = self.known[self.chosen % len(self.known)]
+        if status is None:
+            self.trouble = f"no answer from {where} to its reports: {body}"
+        elif 400 <= status < 500 and status not in _LATER:
+            self.trouble = f"its reports are refused by {where} with {status}: {reason_of(body)}"
+        else:
+            self.trouble = f"{where} answers its reports with {status}: {reason_of(body)}"
+
     def _learn(self, body: bytes) -> None:
+        """The device's condition, and other replicas, as far as the answer has them."""
+        try:
+            told = json.loads(body)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(told, dict):
+            self._replicas(told)
+            if "condition" in told:
+                self.condition(told["condition"])
+
+    def _replicas(self, answer: Document) -> None:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
         in use does not answer. They are as secure as those, or not taken."""
         try:
-            told = json.loads(body)["api"][: self.MOST_KNOWN]
+            told = answer["api"][: self.MOST_KNOWN]
             found = self.given + [one for one in told if one not in self.given]
             if found == self.known:
                 return
             urls = [http.Url(url, tls=True) for url in found]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return
         if all(url.secure == self.urls[0].secure for url in urls):
             using = self.known[self.chosen % len(self.known)]

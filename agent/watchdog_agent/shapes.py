@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import socket
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 Config: TypeAlias = dict[str, Any]
 """The configuration document, checked (see `wire`)."""
@@ -21,10 +21,19 @@ Timer: TypeAlias = list[Any]
 Watched: TypeAlias = socket.socket | io.FileIO
 """What the loop can wait for: a socket, or a pipe or pidfd with a `close` of its own."""
 Address: TypeAlias = tuple[str, int]
-Ended: TypeAlias = Callable[[bool, str], None]
-"""ok, reason"""
-Probed: TypeAlias = Callable[[bool, str, float], None]
-"""ok, reason, seconds taken"""
+Outcome: TypeAlias = bool | None
+"""Of a probe: True success, False miss, None unable to ask (see `outcome`)."""
+
+
+class Ended(Protocol):
+    """What a probe or a repair step calls at its end: ok, reason. `warning`: the threshold that a success
+    exceeds, in words. A reason that is `outcome.Unable` makes a failure of a probe one to ask."""
+
+    def __call__(self, ok: bool, reason: str, warning: str = "", /) -> None: ...
+
+
+Probed: TypeAlias = Callable[[Outcome, str, float, str], None]
+"""outcome, reason, seconds taken, warning"""
 Fetched: TypeAlias = Callable[[int | None, dict[str, str], Any], None]
 """status, headers, body bytes; or None, {}, the reason as text"""
 Answer: TypeAlias = tuple[int, str, bytes]

@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 import ssl
 
-from . import http
+from . import answer, http
 from .config import ConfigError
-from .light import socket
 from .loop import READ, WRITE
 
 TYPE_CHECKING = False
@@ -51,11 +50,11 @@ class SecureFetch(http.Fetch):
         timeout_s: float,
         done: Fetched,
         context: ssl.SSLContext,
-        max_body: int = http.MAX_BODY,
+        max_body: int = answer.MAX_BODY,
     ) -> None:
         self.context = context
         # Bytes: for text Python would load its IDNA tables, as in `resolve`.
-        self.name = address[0].encode("ascii")
+        self.name = http.bare_host(address[0]).encode("ascii")
         self.shaken = False
         super().__init__(loop, address, request, timeout_s, done, max_body)
 
@@ -77,9 +76,6 @@ class SecureFetch(http.Fetch):
         """Connect and shake hands; raises ssl.SSLWantReadError or SSLWantWriteError until it is done."""
         assert self.sock is not None
         if not isinstance(self.sock, ssl.SSLSocket):
-            code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, "")
             self.sock = self.context.wrap_socket(
                 self.sock, server_hostname=self.name, do_handshake_on_connect=False
             )

@@ -13,7 +13,7 @@ environment variables go over the document, so that a scheduler can say what onl
 ``WATCHDOG_CA_CERT``    file with the authorities that the API's certificate is verified with
 ``WATCHDOG_LOKI_URL``   ship log lines there, as ``loki`` in the document
 ``CONSUL_HTTP_ADDR``    the local Consul agent; ``CONSUL_HTTP_TOKEN``/``_FILE`` its token,
-                        ``CONSUL_HTTP_SSL`` = true: over https where it names no scheme
+                        ``CONSUL_HTTP_SSL`` = true: over https, whatever scheme it names
 ``CONSUL_CACERT``       over https: the authorities that are trusted; ``CONSUL_CLIENT_CERT`` and
                         ``CONSUL_CLIENT_KEY`` what is shown; paths
 ======================  ====================================================================
@@ -31,19 +31,19 @@ Configuration document (version 1)::
      "confirm": [{...a probe of another kind...}],
      "repairs": [{"kind": "interface|http|mqtt|unit|command|wake|plugin", "interface": "eth1",
                   "budget": 3, "window_s": 3600.0, "cooldown_s": 30.0, "timeout_s": 10.0,
-                  "verify_s": 30.0, "when": "suspect|offline", "probe": "icmp", "tries": 1,
+                  "verify_s": 30.0, "when": "suspect|degraded|offline", "probe": "icmp", "tries": 1,
                   "dry_run": false, "even_behind_gateway": false}],
      "repair_policy": {"dry_run": false, "accepted_beats": 4, "alone_s": 86400.0},
      "escalate": {"sinks": [{"kind": "webhook", "url": "http://127.0.0.1:8080/hook"}]},
      "gateway": {"address": "10.0.0.1", ...a probe...}}      (optional)
 
-The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device goes
-before the address in ``gateway``.
+The other kinds of probe and their keys stand in ``agent/README.md``. The label ``gateway`` of a device, if it is
+an IP address, takes precedence over the address in ``gateway``. Addresses follow the rule of `address`.
 
 Keys that only some documents have; an agent that does not know one leaves it alone::
 
     {"escalate": {"sinks": [{"kind": "webhook|alertmanager|consul_event", "url": "...",
-                             "token_file": "path", "name": "of the event"}],
+                             "token_file": "path", "name": "of the event"}], "degraded": false,
                   "by": ["gateway", "site", "class", "host"], "window_s": 30.0, "gather_s": 2.0,
                   "retry_s": 1.0, "give_up_s": 900.0, "consul_wait_s": 10.0, "session_ttl_s": 10.0,
                   "note_s": 900.0},
@@ -56,14 +56,16 @@ The credential is the bearer token of this one agent: good for reports of this d
 is a secret: the document is read by nobody else, and no page, log or report of the agent shows it.
 
 Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Answers: 200 accepted, with
-``{"api": [...]}`` where there are several replicas: their addresses, for when this one does not answer;
+``{"api": [...]}`` where there are several replicas: their addresses, for when this one does not answer, and with
+``{"condition": {"state": "offline|degraded", "age_s": 123.4, "reason": "...", "misses": 3}}`` where the device has
+one that began before this agent: the agent believes it until a probe of its own has succeeded;
 410 not, or no longer, the accepted agent: stop and exit 0, and when the error's code is ``departed`` the
 device itself has left: end its alerts before; 409 not decidable yet: say it again after
 ``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
 
 Of a class with repairs a report holds ``"repairs": {"active": "what is done now, or empty", "exhausted":
 false, "dry_run": false, "attempts": [{"number": 1, "step": "interface eth1", "outcome": "running|verifying|recovered|
-no help|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and while a step is taken or its
+no help|unable|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and while a step is taken or its
 effect is awaited its ``state`` is ``repairing``.
 
 Exit contract: 0 only when told to retire by a 410; 128+n on signal n; 64 for a bad configuration;
@@ -80,7 +82,7 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 REPORT_PATH: Final = "/v1/agents/report"
 SERVICE: Final = "device-watchdog-agent"
-STATES: Final = ("ok", "suspect", "repairing", "offline")
+STATES: Final = ("ok", "suspect", "degraded", "repairing", "offline", "unable")
 DEPARTED: Final = "departed"
 """The code of a 410 whose device has left the registry: what is told of it is over."""
 EXIT_RETIRED: Final = 0
@@ -122,15 +124,18 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
     reason: str,
     listen: str,
     dropped: int,
+    state_age_s: float = 0.0,
     stopping: bool = False,
     gateway: str = "",
     gateway_dead: bool = False,
     repairs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One report. `sequence` goes up by one for each report of an instance; `dropped` counts reports
-    that were lost to the bounded buffer; `stopping` is true in the last one before an exit; `gateway` is the address of
-    what stands before the device, `gateway_dead` that it did not answer: both only where there is one. `repairs` is
-    there only for a class with repairs: what is done now, and the last attempts."""
+    that were lost to the bounded buffer; `state_age_s`: seconds since the state began, by the agent's
+    monotonic clock, over its restarts and over its predecessor's time where it has taken that over;
+    `stopping` is true in the last one before an exit; `gateway` is the address of what stands before the
+    device, `gateway_dead` that it did not answer: both only where there is one. `repairs` is there only for
+    a class with repairs: what is done now, and the last attempts."""
     behind = {"gateway": gateway, "gateway_dead": gateway_dead} if gateway else {}
     told = {} if repairs is None else {"repairs": repairs}
     return told | {
@@ -143,6 +148,7 @@ def report(  # noqa: PLR0913  # the report is flat on the wire; keyword-only arg
         "version": config.get("version", ""),
         "ready": ready,
         "state": state,
+        "state_age_s": round(state_age_s, 3),
         "was_ready": was_ready,
         "misses": misses,
         "confirmed": confirmed,

@@ -55,8 +55,8 @@ bootstrap_nomad() {
   "$nomad" acl token self >/dev/null 2>&1 || "$nomad" acl bootstrap "$SECRETS/nomad-management"
 }
 wait_for "nomad has a leader and ACLs" 120 bootstrap_nomad
-"$nomad" acl policy apply -namespace default nomad-watchdog "$jobs/policies/nomad-reconciler.hcl" >/dev/null
-"$nomad" acl policy apply -namespace default nomad-watchdog-pools "$jobs/policies/nomad-pools.hcl" >/dev/null
+"$nomad" acl policy apply nomad-watchdog "$jobs/policies/nomad-reconciler.hcl" >/dev/null
+"$nomad" acl policy apply nomad-watchdog-pools "$jobs/policies/nomad-pools.hcl" >/dev/null
 if [ ! -s "$SECRETS/nomad-reconciler" ]; then
   # by way of another name, so that a failure leaves no empty token behind
   "$nomad" acl token create -name nomad-watchdog -policy nomad-watchdog -policy nomad-watchdog-pools \

@@ -12,13 +12,12 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import page_of
 from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError, error_response
-from nomad_watchdog.api.schemas import ReportIn, read
+from nomad_watchdog.api.schemas import MOST_AGE_S, ReportIn, read
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.credential import Claim
-from nomad_watchdog.fleet import DeviceView, Fleet
+from nomad_watchdog.fleet import AgentReport, DeviceView, Fleet
+from nomad_watchdog.living import Living
 
-MOST_TOLD: Final = 8
-"""Replicas' addresses in an answer."""
 RETRY_S: Final = 2
 """When an agent whose report could not be judged says it again, seconds."""
 
@@ -28,21 +27,40 @@ async def report(request: web.Request) -> web.StreamResponse:
     said = (await read(request, ReportIn)).report()
     claim = request[ACTOR].claim
     if claim is not None and claim != Claim(said.slug, said.epoch):
-        raise RequestError(403, "forbidden", "this credential is for another device or epoch")
-    result = await request.app[CONTEXT].fleet.report(said)
+        error = RequestError(403, "forbidden", "this credential is for another device or epoch")
+        error.claim = Claim(said.slug, said.epoch)
+        raise error
+    fleet = request.app[CONTEXT].fleet
+    result = await fleet.report(said)
     if result.kind is AcceptanceKind.ACCEPTED:
-        return json_response({"accepted": True, **_replicas(request)})
+        return json_response({"accepted": True, **_replicas(request), **_handed_down(fleet, said)})
     if result.kind is AcceptanceKind.REFUSED:
         code = wire.DEPARTED if result.departed else "refused"
         return error_response(410, code, result.reason)
     return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
 
 
+def _handed_down(fleet: Fleet, said: AgentReport) -> dict[str, object]:
+    """What the agent's predecessor knew of the device, for one that has not found out for itself yet."""
+    found = fleet.handed_down(said)
+    if found is None:
+        return {}
+    age_s = min(max(0.0, fleet.clock.wall() - found.since), MOST_AGE_S)
+    return {
+        "condition": {
+            "state": found.state.value,
+            "age_s": round(age_s, 3),
+            "reason": found.reason,
+            "misses": found.misses,
+        }
+    }
+
+
 def _replicas(request: web.Request) -> dict[str, list[str]]:
-    """Where else an agent may report, if there is anywhere: it was told our address alone when it began."""
+    """Where else an agent may report, if there is anywhere: replicas come and go after it began."""
     leases = request.app[CONTEXT].leases
-    found = [one.api for one in leases.replicas() if one.api] if leases is not None else []
-    return {"api": found[:MOST_TOLD]} if len(found) > 1 else {}
+    found = Living(leases).addresses() if leases is not None else ()
+    return {"api": list(found)} if len(found) > 1 else {}
 
 
 async def list_agents(request: web.Request) -> web.StreamResponse:

@@ -12,6 +12,7 @@ from nomad_watchdog import __version__
 from nomad_watchdog.api import (
     agents,
     attendance,
+    configuration,
     devices,
     migration,
     openapi,
@@ -108,8 +109,10 @@ async def healthz(_request: web.Request) -> web.StreamResponse:
 
 async def ready(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
-    answer = {"ready": fleet.ready, "reason": "" if fleet.ready else fleet.ready_reason}
-    return json_response(answer, status=200 if fleet.ready else 503)
+    # While the registry is gone or can't be read the status is not ready, but who reports here or looks must reach us.
+    known = fleet.ready_event.is_set()
+    answer = {"ready": known, "reason": "" if fleet.ready else fleet.reason}
+    return json_response(answer, status=200 if known else 503)
 
 
 async def metrics_text(request: web.Request) -> web.StreamResponse:
@@ -325,6 +328,13 @@ ROUTES: Final = (
         "Let the stops go that the mass-change breaker holds; the next pass does them",
         {202: AnyOut, 409: "nothing is held, or other stops than `id` names"},
         body=ConfirmIn,
+    ),
+    Route(
+        "POST",
+        "/v1/config:reload",
+        configuration.reload,
+        "Read the configuration again, and apply what can be applied at run time",
+        {200: AnyOut, 400: "the configuration is not valid; nothing has changed"},
     ),
     Route("GET", "/v1/pools", pools.list_pools, "Pools and their workers", {200: AnyOut}),
     Route(

@@ -9,8 +9,9 @@ from aiohttp import web
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.devices import device_id_of, unknown
+from nomad_watchdog.api.devices import device_id_of
 from nomad_watchdog.api.door import ACTOR, check_prefix, permit_of
+from nomad_watchdog.api.known import unknown
 from nomad_watchdog.api.schemas import ConfirmIn, HeartbeatsIn, read
 from nomad_watchdog.departures import Departures
 from nomad_watchdog.errors import ConflictError, NotFoundError

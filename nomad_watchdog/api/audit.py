@@ -39,6 +39,6 @@ def audit(
         text=f"{outcome} by {actor.name} from {actor.peer}",
         data=who | facts,
     )
-    log.info(
-        "changed through the API", extra={"verb": verb, "device": device_id or "", **who, **facts}
-    )
+    # "token:NAME" would be taken for a token and its value, and be hidden.
+    told = who | facts | {"actor": actor.name.replace("token:", "token ", 1)}
+    log.info("changed through the API", extra={"verb": verb, "device": device_id or "", **told})

@@ -21,6 +21,7 @@ from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.pools.keeper import Keeper
 
 if TYPE_CHECKING:
+    from nomad_watchdog.api.configuration import Reloads
     from nomad_watchdog.api.door import Door
     from nomad_watchdog.api.stops import Operator
 
@@ -79,6 +80,8 @@ class Context:
     """Who tells what other replicas saw; None where there are none."""
     pools: Keeper | None = None
     """Who keeps pools; None where the backend has none."""
+    reloads: Reloads | None = None
+    """Who reads the configuration again; None where there is none."""
     migrations: Migrations | None = None
     """Who moves the fleet between schedulers; None where nobody reconciles."""
     page: tuple[float, str] = (float("-inf"), "")

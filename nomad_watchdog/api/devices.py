@@ -18,6 +18,7 @@ from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import check_prefix, permit_of
 from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.known import check_class, unknown
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
     BulkEnvelope,
@@ -28,7 +29,7 @@ from nomad_watchdog.api.schemas import (
     read,
 )
 from nomad_watchdog.core.events import Event, is_replay
-from nomad_watchdog.errors import ConflictError, NotFoundError, UserError, WatchdogError
+from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
 from nomad_watchdog.ledger import Registered
@@ -219,10 +220,6 @@ def shown_change(record: DeviceRecord, *, changed: bool) -> dict[str, object]:
     }
 
 
-def unknown(device_id: str) -> NotFoundError:
-    return NotFoundError(f"no device {ascii(device_id)[:200]} is registered")
-
-
 async def list_devices(request: web.Request) -> web.StreamResponse:
     return await page_of(request, shown_device)
 
@@ -232,7 +229,7 @@ async def get_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     view = fleet.view(slug_of(device_id))
     if view is None:
-        raise unknown(device_id)
+        raise unknown(device_id, fleet)
     return json_response(shown_device(fleet, view))
 
 
@@ -241,7 +238,7 @@ async def explain_device(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     explained = fleet.explain(slug_of(device_id)) or _explain_stray(fleet, device_id)
     if not explained:
-        raise unknown(device_id)
+        raise unknown(device_id, fleet)
     return json_response(explained)
 
 
@@ -266,7 +263,9 @@ def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
 async def put_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     body = await read(request, DeviceIn)
-    return await store(request, body.device(device_id), "register")
+    device = body.device(device_id)
+    check_class(request.app[CONTEXT].fleet, device, given=body.names_class)
+    return await store(request, device, "register")
 
 
 async def store(
@@ -317,7 +316,7 @@ async def remove(
 def _changed(done: Registered, event: Event | None, status: int) -> web.Response:
     shown = shown_change(done.record, changed=done.changed)
     # Known from the record alone: after a restart, or on another replica than the first time.
-    shown["duplicate"] = bool(event and not done.changed and is_replay(done.record, event))
+    shown["duplicate"] = bool(event and not done.written and is_replay(done.record, event))
     return json_response(shown, status=status)
 
 
@@ -333,25 +332,26 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     deletes: dict[int, DeviceId] = {}
     seen: set[str] = set()
     fleet, permit = request.app[CONTEXT].fleet, permit_of(request)
-    for item in body.devices:
+    for index, item in enumerate(body.devices):
         try:
             wish = DeviceItem.model_validate(item)
             device = wish.device(_once(wish.id, seen))
+            check_class(fleet, device, given=wish.names_class)
             _check_put(fleet, device, permit)
             puts[len(results)] = device
-            results.append(BulkResult(id=wish.id, action="put", status=200))
+            results.append(BulkResult(id=wish.id, action="put", index=index, status=200))
         except (ValidationError, UserError, ConflictError, RequestError) as error:
             found = item.get("id") if isinstance(item, dict) else None
-            results.append(_refused("put", found, error))
-    for gone in body.delete:
+            results.append(_refused("put", index, found, error))
+    for index, gone in enumerate(body.delete):
         try:
             device_id = _once(parse_device_id(gone), seen)
             check_prefix(request, device_id)
             _check_delete(fleet, device_id, permit)
             deletes[len(results)] = device_id
-            results.append(BulkResult(id=gone, action="delete", status=200))
+            results.append(BulkResult(id=gone, action="delete", index=index, status=200))
         except (UserError, ConflictError, RequestError) as error:
-            results.append(_refused("delete", gone, error))
+            results.append(_refused("delete", index, gone, error))
     stored = await fleet.register(list(puts.values()), permit=permit) if puts else []
     fleet.sign([device.id for device in puts.values()])
     for at, done in zip(puts, stored, strict=True):
@@ -391,12 +391,13 @@ def _once(device_id: str, seen: set[str]) -> DeviceId:
 
 
 def _refused(
-    action: str, found: object, error: ValidationError | WatchdogError | RequestError
+    action: str, index: int, found: object, error: ValidationError | WatchdogError | RequestError
 ) -> BulkResult:
     status = error.status if isinstance(error, RequestError) else 400
     return BulkResult(
         id=found[:MOST_ITEMS] if isinstance(found, str) else None,
         action="put" if action == "put" else "delete",
+        index=index,
         status=409 if isinstance(error, ConflictError) else status,
-        error=problem(error) if isinstance(error, ValidationError) else str(error),
+        error=problem(error, DeviceItem) if isinstance(error, ValidationError) else str(error),
     )

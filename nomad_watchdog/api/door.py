@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
@@ -23,7 +23,7 @@ from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.core.bucket import Buckets
-from nomad_watchdog.core.credential import PREFIX, Claim, claim_of
+from nomad_watchdog.core.credential import PREFIX, Claim, claim_of, claimed
 from nomad_watchdog.core.roles import Role, may, roles_with
 from nomad_watchdog.core.webhooks import Window
 from nomad_watchdog.ids import DeviceId
@@ -85,6 +85,13 @@ class Door:
     window: Window = field(default_factory=Window)
     _logged_at: float = float("-inf")
     _unlogged: int = 0
+
+    def take_over(self, new: Door) -> None:
+        """Go by the tokens, secrets and rates of another one from now on."""
+        self.keyring, self.webhook_secrets = new.keyring, new.webhook_secrets
+        old, fresh = self.buckets, new.buckets
+        if old is None or fresh is None or (old.rate, old.burst) != (fresh.rate, fresh.burst):
+            self.buckets = fresh
 
     @property
     def guarded(self) -> bool:
@@ -151,7 +158,7 @@ class Door:
         raise RequestError(
             401,
             "unauthorized",
-            "send a token that is known here as «Authorization: Bearer …»",
+            "missing or unknown token; send `Authorization: Bearer <token>`",
             {"WWW-Authenticate": "Bearer"},
         )
 
@@ -176,6 +183,12 @@ class Door:
                 "a client certificate is asked for here, and none was sent",
             )
 
+    @staticmethod
+    def claimed(request: web.Request) -> tuple[Claim | None, str]:
+        """Whom a caller that was refused claims to speak for, unverified, and its address: for messages."""
+        given = request.headers.get("Authorization", "").partition(" ")[2].strip()
+        return claimed(given), peer_of(request)
+
     def refused(self, request: web.Request, status: int, code: str, route: str) -> None:
         """Say in the log that somebody was not let in; a flood of them is one line."""
         now = self.clock.monotonic()
@@ -189,32 +202,42 @@ class Door:
         self._logged_at, self._unlogged = now, 0
 
 
+def secret_files(api: Api) -> dict[tuple[str, ...], SecretFile]:
+    """The files with secrets that the settings name, by the setting below `api`; none is read."""
+    found: dict[tuple[str, ...], SecretFile] = {}
+    for name, path, reader in (
+        ("token_file", api.token_file, read_token),
+        ("agent_key_file", api.agent_key_file, read_keys),
+        ("webhook_secrets_file", api.webhook_secrets_file, read_webhook_secrets),
+    ):
+        if path:
+            found[(name,)] = SecretFile(f"api.{name}", Path(path), reader)
+    for name, token in api.token.items():
+        setting = f"the file of api.token {name}"
+        found["token", name, "file"] = SecretFile(setting, Path(token.file), read_token)
+    return found
+
+
 def door_of(api: Api) -> Door:
     """The door that the settings describe. Raises UserError for a file that holds no good secret."""
+    files = {setting: file.required() for setting, file in secret_files(api).items()}
     tokens: dict[Holder, SecretFile] = {}
-    if api.token_file:
-        file = SecretFile("api.token_file", Path(api.token_file), read_token)
-        tokens[Holder("token_file", Role.OPERATOR)] = file.required()
+    if ("token_file",) in files:
+        tokens[Holder("token_file", Role.OPERATOR)] = files[("token_file",)]
     for name, token in api.token.items():
-        file = SecretFile(f"the file of api.token {name}", Path(token.file), read_token)
         labels = tuple(sorted(token.labels.items()))
-        tokens[Holder(name, Role(token.role), token.id_prefix, labels)] = file.required()
+        holder = Holder(name, Role(token.role), token.id_prefix, labels)
+        tokens[holder] = files["token", name, "file"]
     keyring = Keyring(tokens) if tokens else None
     if keyring is not None:
         keyring.check_distinct()
     return Door(
         keyring=keyring,
-        agent_keys=_needed("api.agent_key_file", api.agent_key_file, read_keys),
-        webhook_secrets=_needed(
-            "api.webhook_secrets_file", api.webhook_secrets_file, read_webhook_secrets
-        ),
+        agent_keys=files.get(("agent_key_file",)),
+        webhook_secrets=files.get(("webhook_secrets_file",)),
         wants_certificate=api.client_ca is not None,
         buckets=Buckets(api.rate, api.burst),
     )
-
-
-def _needed(setting: str, path: str | None, reader: Any) -> SecretFile | None:
-    return SecretFile(setting, Path(path), reader).required() if path else None
 
 
 def check_prefix(request: web.Request, device_id: DeviceId) -> None:

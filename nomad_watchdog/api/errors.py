@@ -10,10 +10,12 @@ from http import HTTPStatus
 from typing import Final
 
 from aiohttp import web
+from watchdog_agent import wire
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT, Handler
+from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.metrics import OTHER
 
@@ -34,6 +36,8 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
         self.headers = dict(headers or {})
+        self.claim: Claim | None = None
+        """Of a report that was refused: what it is of, where its body says so."""
 
 
 def error_response(
@@ -82,6 +86,7 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
         if error.status in REFUSALS:
             request.app[CONTEXT].metrics.refused(REFUSALS[error.status])
             request.app[CONTEXT].door.refused(request, error.status, error.code, _route(request))
+            _remember(request, error)
     except WatchdogError as error:
         response = _from_watchdog(error)
     except web.HTTPException as error:
@@ -98,6 +103,18 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
     if failpoints.armed() == "K3" and request.method not in _SAFE and response.status < 300:
         await _acknowledge(request, response)
     return response
+
+
+def _remember(request: web.Request, error: RequestError) -> None:
+    """A report that was refused explains why nothing is heard of its agent. Its body is not read for that."""
+    if error.status not in (401, 403) or _route(request) != wire.REPORT_PATH:
+        return
+    context = request.app[CONTEXT]
+    claim, peer = context.door.claimed(request)
+    claim = error.claim or claim
+    slug, epoch = (claim.slug, claim.epoch) if claim is not None else (None, None)
+    why = error.message if error.status == 403 else ""
+    context.fleet.refuse(error.status, slug, epoch, peer=peer, why=why)
 
 
 async def _acknowledge(request: web.Request, response: web.StreamResponse) -> None:

@@ -7,6 +7,7 @@ from aiohttp import web
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import ACTOR
+from nomad_watchdog.api.known import check_class_name, check_devices
 from nomad_watchdog.api.schemas import MigrateIn, read
 from nomad_watchdog.core.migration import Move
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError
@@ -41,6 +42,9 @@ async def begin(request: web.Request) -> web.StreamResponse:
     shards = context.leases.shards if context.leases is not None else 1
     if wrong := [one for one in body.shards if one >= shards]:
         raise UserError(f"there is no shard {min(wrong)}; there are {shards}, counted from 0")
+    await check_devices(context.fleet, body.devices)
+    if body.agent_class:
+        check_class_name(context.fleet, body.agent_class)
     by = request[ACTOR].name
     move = Move(
         id=new_id(),

@@ -23,9 +23,10 @@ _URGENCY: Final = {
     state: rank
     for rank, state in enumerate(
         (
+            VerdictState.OFFLINE,
             VerdictState.FAILING,
             VerdictState.UNWATCHED,
-            VerdictState.OFFLINE,
+            VerdictState.DEGRADED,
             VerdictState.REPAIRING,
             VerdictState.SUSPECT,
             VerdictState.STARTING,
@@ -76,7 +77,7 @@ def _made(fleet: Fleet) -> str:
     rest = len(views) - MOST_ROWS
     more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
     empty = "" if views else "<p>No devices are registered.</p>"
-    ready = "ready" if fleet.ready else f"not ready: {escape(fleet.ready_reason)}"
+    ready = "ready" if fleet.ready else f"not ready: {escape(fleet.reason)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'

@@ -10,6 +10,7 @@ from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import ACTOR
+from nomad_watchdog.api.known import check_class_name, check_devices
 from nomad_watchdog.api.schemas import PauseIn, TargetIn, read
 from nomad_watchdog.config_hcl import parse_duration
 from nomad_watchdog.core.pauses import Pause
@@ -39,7 +40,10 @@ async def list_pauses(request: web.Request) -> web.StreamResponse:
 
 
 async def add_pause(request: web.Request) -> web.StreamResponse:
-    """Durable when answered. The same target again moves the end of the pause that there is."""
+    """Durable when answered. The same target again moves the end of the pause that there is.
+
+    Raises NotFoundError (404) for devices that were never registered, UserError (400) for a class that is
+    not configured and that no device has."""
     body = await read(request, PauseIn)
     fleet = request.app[CONTEXT].fleet
     now = fleet.clock.wall()
@@ -51,6 +55,9 @@ async def add_pause(request: web.Request) -> web.StreamResponse:
         raise UserError("the pause would be over before it begins; choose a later end")
     if max(begins, ends or 0.0) > now + MOST_AHEAD_S:
         raise UserError("a pause may lie at most 366 days ahead")
+    await check_devices(fleet, body.devices)
+    if body.agent_class:
+        check_class_name(fleet, body.agent_class)
     pause = Pause(
         id=new_id(),
         target=body.target(),

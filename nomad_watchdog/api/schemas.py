@@ -10,16 +10,19 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
+from nomad_watchdog.addresses import device_address
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.config_hcl import parse_duration
 from nomad_watchdog.config_pools import MOST_WORKERS
+from nomad_watchdog.config_problems import in_body
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet import AgentReport
@@ -28,8 +31,8 @@ from nomad_watchdog.model import AgentState, Device, Epoch, RepairAttempt, Repai
 
 MOST_LABELS: Final = 32
 LABEL_BYTES: Final = 128
-ADDRESS_CHARS: Final = 253
-"""Longest host name (RFC 1035)."""
+ADDRESS_CHARS: Final = 255
+"""Longest host name (RFC 1035), with a dot at the end, or in brackets."""
 MOST_HEARD: Final = 500
 """Reports that one replica tells another at once."""
 MOST_BULK: Final = 5_000
@@ -58,12 +61,10 @@ def _printable(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    if not text.isprintable() or any(c.isspace() for c in text):
-        raise ValueError(
-            f"address {ascii(text)[:80]} holds a blank or control character; "
-            "a host name or IP address is allowed"
-        )
-    return text
+    try:
+        return device_address(text)
+    except UserError as error:
+        raise ValueError(str(error)) from error
 
 
 def _labels(labels: dict[str, str]) -> dict[str, str]:
@@ -100,7 +101,15 @@ def _tame(text: str) -> str:
 
 Id = Annotated[str, Field(description=f"1 to {MAX_ID_BYTES} bytes"), AfterValidator(_id)]
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)]
-Address = Annotated[str, Field(min_length=1, max_length=ADDRESS_CHARS), AfterValidator(_address)]
+Address = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=ADDRESS_CHARS,
+        description="host name, IPv4 or IPv6 address, without scheme, port or path",
+    ),
+    AfterValidator(_address),
+]
 Labels = Annotated[dict[str, str], Field(max_length=MOST_LABELS), AfterValidator(_labels)]
 Ttl = Annotated[str, Field(max_length=32), AfterValidator(_ttl)]
 Duration = Annotated[str, Field(max_length=32), AfterValidator(_duration)]
@@ -118,6 +127,11 @@ class DeviceIn(_In):
     address: Address
     labels: Labels = Field(default_factory=dict)
     ttl: Ttl | None = Field(None, description="a duration; 0s = for ever, null = as configured")
+
+    @property
+    def names_class(self) -> bool:
+        """Whether the class was given, and is not the default for want of one."""
+        return "agent_class" in self.model_fields_set
 
     def device(self, device_id: DeviceId) -> Device:
         """As the value that goes inside."""
@@ -150,7 +164,8 @@ class WebhookDevice(_In):
 
     id: Id
     agent_class: Name = Field("default", alias="class")
-    address: Address | None = None
+    address: Annotated[str, Field(max_length=ADDRESS_CHARS)] | None = None
+    """Checked when it connects: a device must be able to leave whatever is wrong with its address."""
     labels: Labels = Field(default_factory=dict)
     ttl: Ttl | None = None
 
@@ -278,6 +293,20 @@ class RepairsIn(BaseModel):
         return Repairs(self.active, self.exhausted, self.dry_run, attempts)
 
 
+MOST_AGE_S: Final = 10 * 365 * 86_400.0
+"""Of the state of an agent, seconds."""
+MOST_STATE: Final = 32
+"""Characters of a state that only a newer agent knows."""
+_STATES: Final = frozenset(AgentState)
+
+
+def _known_state(state: object) -> object:
+    """An agent that is newer than we are may know more kinds of trouble."""
+    if not isinstance(state, str) or len(state) > MOST_STATE:
+        return state
+    return AgentState(state) if state in _STATES else AgentState.SUSPECT
+
+
 class ReportIn(BaseModel):
     """A report of an agent (watchdog_agent.wire, version 1). Unknown fields are let through: during
     an upgrade agents may be newer than we are."""
@@ -292,7 +321,7 @@ class ReportIn(BaseModel):
     agent_class: Annotated[str, Field(max_length=64)] = ""
     version: Annotated[str, Field(max_length=64), AfterValidator(_printable)] = ""
     ready: bool
-    state: AgentState
+    state: Annotated[AgentState, BeforeValidator(_known_state)]
     was_ready: bool
     misses: Count
     confirmed: bool
@@ -303,6 +332,7 @@ class ReportIn(BaseModel):
     repairs: RepairsIn | None = None
     gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(_printable)] = ""
     gateway_dead: bool = False
+    state_age_s: Annotated[float, Field(ge=0, le=MOST_AGE_S, allow_inf_nan=False)] = 0.0
 
     def report(self) -> AgentReport:
         """As the value that goes inside."""
@@ -388,6 +418,7 @@ class BulkResult(BaseModel):
 
     id: str | None
     action: Literal["put", "delete"]
+    index: int = Field(description="place in the list `devices` or `delete` of the request, from 0")
     status: int
     changed: bool = False
     error: str | None = None
@@ -418,15 +449,23 @@ class AnyOut(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def problem(error: ValidationError) -> str:
-    """What is wrong, in words, without repeating what was sent at length."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
+_AS_JSON: Final = {
+    "a block { ... }": "an object { ... }",
+    'a map such as { name = "value" }': 'an object such as {"name": "value"}',
+}
+"""What a configuration file calls otherwise."""
+
+
+def problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """What is wrong with a body that should be this model, in words, without repeating what was sent at
+    length."""
+    found = error.errors(include_url=False)
     parts: list[str] = []
     for item in found[:5]:
-        where = ".".join(_printed(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown field"
+        path, message = in_body(dict(item), model)
+        for words, instead in _AS_JSON.items():
+            message = message.replace(words, instead)
+        where = ".".join(_printed(part) for part in path)
         parts.append(f"{where}: {message}" if where else message)
     more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
     return "; ".join(parts) + more
@@ -450,7 +489,7 @@ def parsed(body: bytes, model: type[Model]) -> Model:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise RequestError(400, "invalid_body", problem(error)) from None
+        raise RequestError(400, "invalid_body", problem(error, model)) from None
 
 
 async def read_body(request: web.Request) -> bytes:

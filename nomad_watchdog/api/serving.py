@@ -15,6 +15,7 @@ from typing import Final
 
 from aiohttp import web
 
+from nomad_watchdog.clients.hashicorp import load_authorities, load_chain, trust
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.errors import UserError
 
@@ -101,17 +102,13 @@ def tls_context(api: Api) -> ssl.SSLContext | None:
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     try:
-        # An empty password: a key with one must not make the service ask for it on a terminal.
-        context.load_cert_chain(api.tls_cert, api.tls_key, password="")
+        load_chain(context, api.tls_cert, api.tls_key)
     except OSError as error:  # ssl.SSLError too
         raise UserError(
             f"api.tls_cert {api.tls_cert!r}, api.tls_key {api.tls_key!r}: {_said(error)}"
         ) from error
     if api.client_ca is not None:
-        try:
-            context.load_verify_locations(api.client_ca)
-        except OSError as error:
-            raise UserError(f"api.client_ca {api.client_ca!r}: {_said(error)}") from error
+        load_authorities("api.client_ca", Path(api.client_ca), context)
         context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
@@ -122,8 +119,8 @@ def outgoing_context(api: Api) -> ssl.SSLContext | None:
     if api.tls_cert is None or api.tls_key is None:
         return None
     try:
-        context = ssl.create_default_context(cafile=api.ca_cert)
-        context.load_cert_chain(api.tls_cert, api.tls_key, password="")
+        context = trust("api", ca_cert=api.ca_cert or "")
+        load_chain(context, api.tls_cert, api.tls_key)
     except OSError as error:
         raise UserError(f"api.ca_cert {api.ca_cert!r}, api.tls_cert: {_said(error)}") from error
     return context

@@ -32,6 +32,7 @@ async def list_leases(request: web.Request) -> web.StreamResponse:
             "api": one.api,
             "since": one.since,
             "version": one.version,
+            "config": one.config,
             "shards": sum(lease.holder == one.id for lease in held),
         }
         for one in leases.replicas()

@@ -13,9 +13,10 @@ from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import check_query, whole_number
 from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.known import check_events_of
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.history import EventFilter, History
-from nomad_watchdog.ids import Slug
+from nomad_watchdog.ids import Slug, parse_device_id
 from nomad_watchdog.model import VerdictState
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,16 @@ INCIDENTS_QUERY: Final = {"open": "true, false or any (default)"}
 
 
 async def list_events(request: web.Request) -> web.StreamResponse:
-    """Oldest first. A gap in `seq` means that older events were dropped, or a crash."""
+    """Oldest first. A gap in `seq` means that older events were dropped, or a crash.
+
+    Raises NotFoundError (404) for a device that was never registered and about which no event is kept."""
     check_query(request, set(QUERY))
     since = whole_number(request, "since", 0, 0, 2**53)
     limit = whole_number(request, "limit", 100, 1, MOST_EVENTS)
     follow, marks = _flag(request, "follow"), _flag(request, "marks")
     history = _history(request)
+    if device := request.query.get("device", ""):
+        await check_events_of(request.app[CONTEXT].fleet, parse_device_id(device))
     if follow and request.method == "HEAD":
         return web.Response(content_type=NDJSON)
     if follow:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from nomad_watchdog.addresses import device_address
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import remove, shown_change, store
 from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.known import check_class
 from nomad_watchdog.api.schemas import WebhookIn, parsed, read_body
 from nomad_watchdog.config_hcl import parse_duration
 from nomad_watchdog.core import events
 from nomad_watchdog.core.webhooks import Seen, SignatureError, Signed, verify
-from nomad_watchdog.errors import ConflictError
+from nomad_watchdog.errors import ConflictError, UserError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device
@@ -72,8 +74,14 @@ async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -
         return await remove(request, device_id, "webhook", Departure.DISCONNECTED, event)
     if device.address is None:
         raise RequestError(400, "invalid_body", "device.address: needed when a device connects")
+    try:
+        address = device_address(device.address)
+    except UserError as error:
+        raise RequestError(400, "invalid_body", f"device.address: {error}") from None
     ttl_s = None if device.ttl is None else parse_duration(device.ttl)
-    wish = Device(device_id, device.agent_class, device.address, dict(device.labels), ttl_s)
+    wish = Device(device_id, device.agent_class, address, dict(device.labels), ttl_s)
+    given = "agent_class" in device.model_fields_set
+    check_class(request.app[CONTEXT].fleet, wish, given=given)
     return await store(request, wish, "webhook", event)
 
 

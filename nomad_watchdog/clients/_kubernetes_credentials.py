@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from nomad_watchdog import texts
 from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
@@ -77,10 +78,7 @@ class Credentials:
             await self._run(plugin)
             return
         path = self._settings.token_file
-        try:
-            token = (await asyncio.to_thread(Path(path).read_text, "utf-8")).strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"kubernetes token file {path}: {type(error).__name__}") from error
+        token = await asyncio.to_thread(texts.token, "kubernetes token file", path)
         self._known = Credential(token=token)
         self._good_until = self._clock.wall() + REREAD_S
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from nomad_watchdog import texts
 from nomad_watchdog.errors import UserError
 
 READ_S: Final = 30.0
@@ -122,7 +123,7 @@ def in_cluster(env: Mapping[str, str], folder: Path = IN_CLUSTER) -> KubernetesS
     namespace = folder / "namespace"
     return KubernetesSettings(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
-        namespace=namespace.read_text().strip() if namespace.is_file() else "",
+        namespace=texts.read("kubernetes:", namespace).strip() if namespace.is_file() else "",
         ca=_pem(folder / "ca.crt"),
         token_file=str(folder / "token"),
         source="service account",
@@ -167,6 +168,11 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
         user, user_base = _entry(users, str(chosen["user"]), where, "user")
     if "auth-provider" in user:
         raise UserError(f"{where}: auth-provider is no longer supported; use exec credentials")
+    if cluster.get("proxy-url"):
+        raise UserError(
+            f"{where}: proxy-url of the cluster is not supported; name a server that can be reached "
+            "directly, or take it out where the proxy is not needed"
+        )
     server = str(cluster.get("server") or "").rstrip("/")
     if not _is_url(server):
         raise UserError(f"{where}: the server of the cluster must be https://host:port")
@@ -186,12 +192,11 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
 
 
 def _document(file: Path) -> Mapping[str, Any]:
+    text = texts.read("kubeconfig", file, _MOST_BYTES)
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise UserError(f"kubeconfig {file} is larger than {_MOST_BYTES} bytes")
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"kubeconfig {file}: {type(error).__name__}") from error
+        document = yaml.safe_load(text)
+    except ValueError:  # a number of more than 4,300 digits, or a date that does not exist
+        raise UserError(f"kubeconfig {file} holds a number or a date that can't be read") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)  # not its text: that quotes the file (S10)
         at = f", line {mark.line + 1}" if mark is not None else ""
@@ -249,14 +254,22 @@ def _exec(block: Any, base: Path, where: str) -> ExecPlugin | None:
 def _pem_of(block: Mapping[str, Any], key: str, base: Path) -> str:
     if block.get(f"{key}-data"):
         try:
-            return base64.b64decode(block[f"{key}-data"], validate=True).decode("ascii")
-        except (ValueError, TypeError):
-            raise UserError(f"kubeconfig: {key}-data is no base64 of a PEM text") from None
+            # Line breaks are no part of base64, and other readers pass over them (kr8s#484).
+            packed = "".join(str(block[f"{key}-data"]).split())
+            raw = base64.b64decode(packed, validate=True)
+        except ValueError:
+            raise UserError(f"kubeconfig: {key}-data is not base64") from None
+        return _only_pem(f"kubeconfig: {key}-data", texts.decoded(f"kubeconfig: {key}-data", raw))
     return _pem(base / str(block[key])) if block.get(key) else ""
 
 
 def _pem(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except (OSError, ValueError) as error:
-        raise UserError(f"kubernetes: {path}: {type(error).__name__}") from error
+    return _only_pem(f"kubernetes: {path}", texts.read("kubernetes:", path))
+
+
+def _only_pem(where: str, text: str) -> str:
+    """Without comments, which may be in any language (sslyze#670)."""
+    found = texts.only_pem(text)
+    if not found and not text.isascii():
+        raise UserError(f"{where} holds no certificate or key in PEM form")
+    return found or text  # what is no PEM is refused where it is used

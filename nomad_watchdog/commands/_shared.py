@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from nomad_watchdog import texts
 from nomad_watchdog.commands._api import Api
 from nomad_watchdog.errors import UserError
 
@@ -33,11 +34,37 @@ def output_option(*formats: str) -> Callable[[F], F]:
     )
 
 
-def settings_of(ctx: click.Context, file: str | None = None) -> Settings:
-    """Flags over environment over file over defaults."""
-    from nomad_watchdog.config_load import load
+def settings_of(ctx: click.Context, file: str | None = None, *, whole: bool = False) -> Settings:
+    """Flags over environment over file over defaults. `whole`: also with the files that it names."""
+    from nomad_watchdog.config_load import Check, load, no_check
 
-    return load(file or ctx.obj["config"], os.environ, {"backend": ctx.obj["backend"]})
+    also: Check = no_check
+    if whole:
+        from nomad_watchdog import preflight
+
+        also = lambda settings: preflight.misfits(settings, os.environ)  # noqa: E731  # one line
+
+    return load(
+        file or ctx.obj["config"],
+        os.environ,
+        {"backend": ctx.obj["backend"]},
+        also=also,
+        options=lambda: set(_option_variables(ctx.find_root())),
+    )
+
+
+def _option_variables(ctx: click.Context) -> Iterator[str]:
+    """The environment variables that click reads for options of verbs."""
+    verbs: list[tuple[str, click.Command]] = [(str(ctx.auto_envvar_prefix), ctx.command)]
+    while verbs:
+        prefix, verb = verbs.pop()
+        for option in verb.params:
+            yield f"{prefix}_{(option.name or '').upper()}"
+        if isinstance(verb, click.Group):
+            found = ((name, verb.get_command(ctx, name)) for name in verb.list_commands(ctx))
+            verbs += [
+                (f"{prefix}_{name.upper().replace('-', '_')}", one) for name, one in found if one
+            ]
 
 
 def api_of(ctx: click.Context) -> Api:
@@ -46,16 +73,18 @@ def api_of(ctx: click.Context) -> Api:
     authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
     here = Path("nomad-watchdog.hcl").is_file()
     if not address and (ctx.obj["config"] or here):
-        settings = settings_of(ctx)
+        try:
+            settings = settings_of(ctx)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nthe address of the API could not be read from the configuration; with --address URL "
+                "(or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE this command does without the file"
+            ) from error
         address, token_file = settings.advertise, token_file or settings.api.token_file
         authority = authority or settings.api.ca_cert or ""
     token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
     if token_file:
-        try:
-            token = Path(token_file).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "not text"
-            raise UserError(f"token file {token_file!a}: {why}") from error
+        token = texts.token("token file", token_file)
     if token and not (token.isascii() and token.isprintable()):
         raise UserError("the API token holds characters that can't be sent")
     return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
@@ -65,14 +94,16 @@ def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
     """How the API's certificate is verified, and which one we show. Raises UserError."""
     import ssl
 
+    from nomad_watchdog.clients import hashicorp
+
     certificate = env.get("NOMAD_WATCHDOG_CLIENT_CERT", "")
     key = env.get("NOMAD_WATCHDOG_CLIENT_KEY", "")
     if bool(certificate) != bool(key):
         raise UserError("NOMAD_WATCHDOG_CLIENT_CERT and NOMAD_WATCHDOG_CLIENT_KEY go together")
     try:
-        context = ssl.create_default_context(cafile=authority or None)
+        context = hashicorp.trust("api", ca_cert=authority)
         if certificate:
-            context.load_cert_chain(certificate, key, password="")
+            hashicorp.load_chain(context, certificate, key)
     except OSError as error:  # ssl.SSLError too
         why = getattr(error, "reason", None) or error.strerror or "not PEM"
         raise UserError(f"TLS files of NOMAD_WATCHDOG_*: {why}") from error

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nomad_watchdog.commands._agent_logs import kubernetes_log, local_log, nomad_log
-from nomad_watchdog.commands._api import Api
+from nomad_watchdog.commands._api import Api, device_path
 from nomad_watchdog.commands._shared import api_of, no_color, output_option, settings_of
-from nomad_watchdog.errors import NotFoundError, TransientError, UserError
+from nomad_watchdog.errors import NotFoundError, TransientError, UserError, WatchdogError
 from nomad_watchdog.ids import parse_device_id, slug_of
 from nomad_watchdog.render import age, cell, clean, print_json, print_table
+
+if TYPE_CHECKING:
+    from nomad_watchdog.config import Settings
 
 EXIT_FAILED = 69
 PROBE_S = 60.0
@@ -34,7 +37,7 @@ def list_agents(ctx: click.Context, output: str) -> None:
     if output == "json":
         print_json({"items": items})
         return
-    preferred = ["device", "device_id", "epoch", "state", "node", "version", "age_s", "reason"]
+    preferred = ["id", "class", "epoch", "state", "node", "version", "age_s", "reason"]
     known = list(dict.fromkeys(key for item in items for key in item))
     columns = [key for key in preferred if key in known]
     if output == "wide" or not columns:
@@ -56,28 +59,44 @@ def logs(ctx: click.Context, device: str, lines: int, output: str) -> None:
 
     With the local backend they are read from its file, so this must run where the agents do; with Nomad they
     are asked for from Nomad, which has them if the job's template collects logs; with Kubernetes from the API
-    server."""
-    slug = slug_of(parse_device_id(device))
-    settings = settings_of(ctx)
-    if settings.backend == "local":
-        text = local_log(settings.local_directory / slug)
-    elif settings.backend == "nomad":
-        instance = str(_agent(api_of(ctx), device)["instance"])
-        if not instance:
-            raise TransientError(f"no agent of {device!a} has reported yet")
-        text = asyncio.run(nomad_log(settings, instance))
-    elif settings.backend == "kubernetes":
-        text = asyncio.run(kubernetes_log(settings, slug))
-    else:
-        raise UserError(
-            f"backend {settings.backend!a} has no logs here; local, nomad and kubernetes do"
-        )
+    server. Exits 66 if the device is not registered, or its agent has no log."""
+    try:
+        text = _log(ctx, settings_of(ctx), device)
+    except NotFoundError:
+        _check_registered(ctx, device)
+        raise
     last = text.splitlines()[-lines:]
     if output == "json":
         print_json({"device": device, "lines": last})
         return
     for line in last:
         click.echo(clean(line))
+
+
+def _log(ctx: click.Context, settings: Settings, device: str) -> str:
+    slug = slug_of(parse_device_id(device))
+    if settings.backend == "local":
+        return local_log(settings.local_directory / slug)
+    if settings.backend == "nomad":
+        instance = str(_agent(api_of(ctx), device)["instance"])
+        if not instance:
+            raise TransientError(f"no agent of {device!a} has reported yet")
+        return asyncio.run(nomad_log(settings, instance))
+    if settings.backend == "kubernetes":
+        return asyncio.run(kubernetes_log(settings, slug))
+    raise UserError(
+        f"backend {settings.backend!a} has no logs here; local, nomad and kubernetes do"
+    )
+
+
+def _check_registered(ctx: click.Context, device: str) -> None:
+    """Raises NotFoundError, with a hint, when the API answers that the device is not registered."""
+    try:
+        api_of(ctx).get(device_path(device))
+    except NotFoundError:
+        raise
+    except WatchdogError:
+        return  # without the API it can't be told
 
 
 @agents.command("exec-probe")
@@ -88,7 +107,7 @@ def exec_probe(ctx: click.Context, device: str, output: str) -> None:
     """Have the agent of a device run all its probes now, and show each result.
 
     The agent is asked directly, so its address must be reachable from here. What it finds is shown and
-    changes no verdict. Exits 69 if a probe fails."""
+    changes no verdict. Exits 69 if a probe fails or could not be asked."""
     listen = _agent(api_of(ctx), device)["listen"]
     if not listen:
         raise TransientError(f"no agent of {device!a} has reported yet")
@@ -100,11 +119,18 @@ def exec_probe(ctx: click.Context, device: str, output: str) -> None:
         print_json({"device": device, "ok": not failed, "results": results})
     else:
         rows = [
-            (r["probe"], "ok" if r["ok"] else "failed", age(r["took_s"]), cell(r["reason"]))
+            (r["probe"], _result(r), age(r["took_s"]), cell(r.get("warning") or r["reason"]))
             for r in results
         ]
         print_table(("PROBE", "RESULT", "TOOK", "REASON"), rows, no_color=no_color(ctx))
     ctx.exit(EXIT_FAILED if failed else 0)
+
+
+def _result(one: dict[str, Any]) -> str:
+    """The outcome of one probe; an older agent reports no third one."""
+    if one["ok"]:
+        return "warning" if one.get("warning") else "ok"
+    return "unable" if one.get("outcome") == "unable" else "failed"
 
 
 def _probed(agent: Api) -> Any:
@@ -126,4 +152,5 @@ def _agent(api: Api, device: str) -> dict[str, Any]:
     for one in api.pages("/v1/agents", q=device):
         if one["id"] == device:
             return one
-    raise NotFoundError(f"no agent of {device!a} is known; `devices get` says why")
+    api.get(device_path(device))  # an unknown device is another error than one without an agent
+    raise NotFoundError(f"no agent of {device!a} is known; `nomad-watchdog explain` says why")

@@ -20,11 +20,12 @@ def config() -> None:
 @click.argument("file", required=False)
 @click.pass_context
 def check(ctx: click.Context, file: str | None) -> None:
-    """Check FILE, or the one that would be used; every mistake is shown at once (exit 64)."""
+    """Check FILE, or the one that would be used, and the files that it names.
+
+    Reports all errors at once (exit 64)."""
     from nomad_watchdog.config_load import find_file
 
-    settings = settings_of(ctx, file)
-    settings.specs()
+    settings_of(ctx, file, whole=True)
     found = find_file(file or ctx.obj["config"], os.environ)
     click.echo(f"{clean(found or 'built-in defaults')}: valid")
 

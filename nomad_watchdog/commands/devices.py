@@ -8,6 +8,7 @@ from typing import Any, Final, TextIO
 
 import click
 
+from nomad_watchdog.addresses import device_address
 from nomad_watchdog.commands._api import device_path
 from nomad_watchdog.commands._shared import api_of, labels_of, no_color, output_option
 from nomad_watchdog.errors import NotFoundError, UserError
@@ -21,6 +22,8 @@ WIDE: Final = (
 )  # fmt: skip
 BATCH: Final = 500
 MAX_LINE: Final = 64 * 1024
+MOST_REFUSED: Final = 20
+"""Rejected lines that are printed one by one."""
 
 
 @click.group()
@@ -31,7 +34,7 @@ def devices() -> None:
 @devices.command()
 @click.argument("device_id", metavar="ID")
 @click.option("--address", required=True, help="Host name or IP address that is probed.")
-@click.option("--class", "agent_class", default="default", show_default=True, help="Agent class.")
+@click.option("--class", "agent_class", help='Agent class [default: "default"].')
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option(
     "--ttl",
@@ -44,14 +47,18 @@ def add(  # click hands over one argument an option
     ctx: click.Context,
     device_id: str,
     address: str,
-    agent_class: str,
+    agent_class: str | None,
     labels: tuple[str, ...],
     ttl: str | None,
     output: str,
 ) -> None:
-    """Have a device watched, or change how. Doing it again changes nothing."""
+    """Register or update a device. Idempotent.
+
+    Exits 64 if the agent class is not configured."""
     parse_device_id(device_id)
-    body: dict[str, Any] = {"class": agent_class, "address": address, "labels": labels_of(labels)}
+    address = device_address(address)
+    body: dict[str, Any] = {"address": address, "labels": labels_of(labels)}
+    body |= {"class": agent_class} if agent_class is not None else {}
     body |= {"ttl": ttl} if ttl else {}
     answer = api_of(ctx).put(device_path(device_id), body)
     if output == "json":
@@ -130,18 +137,26 @@ def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
 @click.argument("file", type=click.File("r", encoding="utf-8"))
 @click.pass_context
 def import_devices(ctx: click.Context, file: TextIO) -> None:
-    """Register the devices of FILE ("-" = standard input): one JSON object a line, with id, address,
-    class and labels, as `devices export` prints them. All lines are checked before one is sent."""
+    """Register the devices of FILE ("-" = standard input): one JSON object per line, with id, address,
+    class and labels, as `devices export` prints them. All lines are checked before the first is sent.
+
+    Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
     wanted = list(_lines(file))
     api = api_of(ctx)
     refused: list[str] = []
-    for batch in _batches(wanted):
-        answer = api.post("/v1/devices:bulk", {"devices": batch, "delete": []})
+    for start in range(0, len(wanted), BATCH):
+        batch = wanted[start : start + BATCH]
+        devices = [item for _, item in batch]
+        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []})
         results = answer.get("results") if isinstance(answer, dict) else None
-        refused += [json.dumps(r) for r in results or [] if r.get("status", 200) >= 400]
-    click.echo(f"{len(wanted) - len(refused)} devices registered", err=True)
+        for (number, item), one in zip(batch, results or [], strict=False):
+            if one.get("status", 200) >= 400:
+                refused.append(f"line {number}: {ascii(item['id'])[:80]}: {one.get('error')}")
+    stored = len(wanted) - len(refused)
+    click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
     if refused:
-        raise UserError("\n".join(["refused:", *refused[:20]]))
+        more = [f"and {len(refused) - MOST_REFUSED} more"] if len(refused) > MOST_REFUSED else []
+        raise UserError("\n".join(["rejected:", *refused[:MOST_REFUSED], *more]))
 
 
 @devices.command("export")
@@ -169,7 +184,8 @@ def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -
     print_table(heads, rows, no_color=no_color)
 
 
-def _lines(file: TextIO) -> Iterator[dict[str, Any]]:
+def _lines(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, item) of each line that is not blank. Raises UserError that names the line."""
     number = 0
     try:
         while line := file.readline(MAX_LINE):
@@ -183,14 +199,10 @@ def _lines(file: TextIO) -> Iterator[dict[str, Any]]:
             if unknown:
                 raise UserError(f"line {number}: unknown field {min(unknown)!a}")  # noqa: TRY301
             parse_device_id(item.get("id"))
-            yield {"class": "default", "labels": {}, **item}
+            item["address"] = device_address(item["address"])
+            yield number, {"labels": {}, **item}
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith("line") else f"line {number}: {text}") from error
     except ValueError as error:
         raise UserError(f"line {number or 1}: not JSON, or not UTF-8: {error}") from error
-
-
-def _batches(items: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]

@@ -24,9 +24,9 @@ def doctor(ctx: click.Context, output: str) -> None:
 
     try:
         settings = settings_of(ctx)
-        settings.specs()
     except UserError as error:
-        checks = [Check("config", Status.FAIL, str(error), "see docs/configuration.md")]
+        mend = "see docs/configuration.md"
+        checks = [Check("config", Status.FAIL, line, mend) for line in str(error).splitlines()]
     else:
         checks = asyncio.run(examine(settings, os.environ))
     failed = any(check.status is Status.FAIL for check in checks)
@@ -34,5 +34,5 @@ def doctor(ctx: click.Context, output: str) -> None:
         print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
     else:
         rows = [(check.name, check.status, check.found, check.mend) for check in checks]
-        print_table(("CHECK", "STATUS", "FOUND", "MEND"), rows, no_color=no_color(ctx))
+        print_table(("CHECK", "STATUS", "FOUND", "FIX"), rows, no_color=no_color(ctx))
     ctx.exit(EXIT_UNAVAILABLE if failed else 0)

@@ -189,6 +189,6 @@ def _print_made(answer: dict[str, Any], output: str) -> None:
         return
     end = _shown_time(answer["ends"]) if answer["ends"] is not None else "it is resumed"
     click.echo(
-        f"{clean(answer['id'])}: {clean(answer['covers'])} devices, from "
+        f"{clean(answer['id'])}: {clean(answer['covers'])} device{'s' * (answer['covers'] != 1)}, from "
         f"{_shown_time(answer['begins'])} until {end}"
     )

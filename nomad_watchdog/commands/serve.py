@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import click
 
@@ -12,10 +13,13 @@ from nomad_watchdog.commands._shared import output_option, settings_of
 @click.command()
 @click.pass_context
 def run(ctx: click.Context) -> None:
-    """Run the control plane until SIGTERM or SIGINT: API, planner, reconciler."""
+    """Run the control plane until SIGTERM or SIGINT: API, planner, reconciler.
+
+    SIGHUP reads the configuration again, and applies what can be applied at run time."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the service has its own handler
     from nomad_watchdog import app
 
-    ctx.exit(asyncio.run(app.serve(settings_of(ctx))))
+    ctx.exit(asyncio.run(app.serve(settings_of(ctx), lambda: settings_of(ctx))))
 
 
 @click.command()
@@ -32,10 +36,16 @@ def init(ctx: click.Context) -> None:
 
 @click.command()
 @click.option("--devices", type=click.IntRange(10, 200), default=20, show_default=True)
+@click.option("--keep", is_flag=True, help="Keep everything running until Ctrl-C.")
 @output_option("table", "json")
 @click.pass_context
-def demo(ctx: click.Context, devices: int, output: str) -> None:
-    """Try it on this machine: made-up devices, an outage, a repair. Leaves nothing behind."""
+def demo(ctx: click.Context, devices: int, keep: bool, output: str) -> None:
+    """Run a demo on this machine with simulated devices and faults.
+
+    It runs on Nomad and Consul if both are on PATH or were built before, else on local processes; --backend
+    takes precedence. Exits 0 only if every step converged. Leaves nothing behind."""
     from nomad_watchdog import demo as show
 
-    ctx.exit(show.main(backend=ctx.obj["backend"] or "local", devices=devices, output=output))
+    ctx.exit(
+        show.main(ctx.obj["backend"], devices, output, keep=keep, no_color=ctx.obj["no_color"])
+    )

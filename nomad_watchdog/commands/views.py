@@ -6,7 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -14,7 +14,7 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.commands._api import PAGE, Api, device_path
 from nomad_watchdog.commands._shared import api_of, no_color, output_option
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
-from nomad_watchdog.render import age, cell, clean, print_json, print_table
+from nomad_watchdog.render import age, cell, clean, print_json, print_table, utc
 
 
 @click.command()
@@ -33,7 +33,14 @@ def status(ctx: click.Context, output: str) -> None:
 def explain(ctx: click.Context, device_id: str, output: str) -> None:
     """Say why a device is in its state: the verdict, what it was made from, the last decisions."""
     answer = api_of(ctx).get(device_path(device_id, "explain"))
-    print_json(answer) if output == "json" else _print_tree(answer)
+    if output == "json":
+        print_json(answer)
+        return
+    last = answer.pop("events", [])
+    _print_tree(answer)
+    click.echo("events:")
+    for event in last:
+        click.echo(f"  {_event_line(event)}")
 
 
 @click.command()
@@ -51,10 +58,21 @@ def leader(ctx: click.Context, output: str) -> None:
         for one in answer["shards"]
     ]
     print_table(["SHARD", "HOLDER", "API", "SINCE", "TERM"], rows, no_color=no_color(ctx))
+    for line in _differing(answer["replicas"]):
+        click.echo(line, err=True)
     if answer["problem"]:
         click.echo(
             f"{clean(answer['replica'])} holds nothing: {clean(answer['problem'])}", err=True
         )
+
+
+def _differing(replicas: list[dict[str, Any]]) -> list[str]:
+    """A line per replica, where they are not all configured equally."""
+    known = [one for one in replicas if one.get("config")]
+    if len({one["config"] for one in known}) < 2:
+        return []
+    told = [f"{clean(one['id'])} is configured with {clean(one['config'])}" for one in known]
+    return ["replicas are configured differently; see `status` for the classes:", *told]
 
 
 def _held(lease: dict[str, Any], now: float) -> str:
@@ -128,7 +146,31 @@ def _print_event(event: dict[str, Any], output: str) -> None:
     if output == "json":
         click.echo(json.dumps(event, ensure_ascii=True))
     else:
-        click.echo("  ".join(f"{clean(key)}={cell(value)}" for key, value in event.items()))
+        click.echo(_event_line(event))
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    """One event for people: when (UTC), kind, device, text, and the state before. `-o json` has the rest."""
+    data = event.get("data") or {}
+    was, lasted = data.get("was"), age(data.get("was_for_s"))
+    before = f" (was {clean(was)} for {lasted})" if was and lasted else ""
+    parts = [utc(event.get("at")), event.get("kind"), event.get("device"), event.get("text")]
+    return "  ".join(clean(part) for part in parts if part) + before
+
+
+_MOMENTS: Final = frozenset({"at", "since", "created_at", "begins", "ends"})
+"""Keys whose values are unix seconds."""
+
+
+def _leaf(key: str, value: object) -> tuple[str, str]:
+    """A key and its value for people: moments as UTC, durations with a unit."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and key in _MOMENTS:
+        return key, utc(value)
+    for suffix, ago in (("_s_ago", " ago"), ("since_s", " ago"), ("_s", "")):
+        if key.endswith(suffix) and (value is None or isinstance(value, int | float)):
+            name = "since" if suffix == "since_s" else key.removesuffix(suffix)
+            return name, "" if value is None else f"{age(value)}{ago}"
+    return key, cell(value)
 
 
 def _print_tree(value: object, depth: int = 0) -> None:
@@ -140,12 +182,13 @@ def _print_tree(value: object, depth: int = 0) -> None:
                 click.echo(f"{pad}{clean(key)}:")
                 _print_tree(item, depth + 1)
             else:
-                click.echo(f"{pad}{clean(key)}: {cell(item) or '-'}")
+                name, text = _leaf(key, item)
+                click.echo(f"{pad}{clean(name)}: {text or '-'}")
     elif isinstance(value, list):
         for item in value:
             if isinstance(item, dict):
-                text = "  ".join(f"{clean(key)}={cell(inner)}" for key, inner in item.items())
-                click.echo(f"{pad}{text}")
+                leaves = (_leaf(key, inner) for key, inner in item.items())
+                click.echo(f"{pad}" + "  ".join(f"{clean(k)}={v}" for k, v in leaves if v))
             else:
                 click.echo(f"{pad}{cell(item)}")
     else:

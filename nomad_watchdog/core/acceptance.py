@@ -39,12 +39,14 @@ def accept(
     instance: str,
     live: Collection[str],
     *,
+    stopping: Collection[str] = (),
     kept: bool = False,
 ) -> Acceptance:
     """Judge a report of (device, epoch, instance).
 
     `live`: instances that may hold a process now at this epoch, as the scheduler last said; empty
-    when it said nothing. `kept`: the device has left, and its agent waits for it to come back.
+    when it said nothing. `stopping`: those of them that the scheduler has been told to stop. `kept`:
+    the device has left, and its agent waits for it to come back.
     """
     if record is None:
         # A departure leaves a record behind; where there is none, the store may have lost it, and then a
@@ -64,6 +66,11 @@ def accept(
         return Acceptance(AcceptanceKind.ACCEPTED)
     if not record.instance:
         return Acceptance(AcceptanceKind.BIND, "first report at this epoch")
+    if record.instance in stopping and instance in live and instance not in stopping:
+        # A raced start made two, and the one that reported first is the one that was removed.
+        return Acceptance(
+            AcceptanceKind.UNSURE, f"the accepted instance {record.instance} is stopping"
+        )
     if record.instance in live:
         reason = f"instance {record.instance} is the accepted one at this epoch"
         return Acceptance(AcceptanceKind.REFUSED, reason, rival=True)

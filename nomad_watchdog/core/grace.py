@@ -97,6 +97,11 @@ class StartTimes:
     _classes: dict[str, _Times] = field(default_factory=dict)
     _known: dict[str, Grace] = field(default_factory=dict)
 
+    def go_by(self, limits: GraceLimits) -> None:
+        """Keep within these limits from now on."""
+        self.limits = limits
+        self._known.clear()
+
     def add(self, agent_class: str, took_s: float, now: Monotonic) -> None:
         """An agent of this class was ready so long after it was dispatched."""
         if not math.isfinite(took_s) or took_s < 0:

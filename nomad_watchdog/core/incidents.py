@@ -21,6 +21,7 @@ MOST_MEMBERS: Final = 50
 TROUBLE: Final = frozenset(
     {
         VerdictState.SUSPECT,
+        VerdictState.DEGRADED,
         VerdictState.REPAIRING,
         VerdictState.OFFLINE,
         VerdictState.UNWATCHED,
@@ -69,7 +70,7 @@ class Incident:
     kind: GroupKind
     group: str
     size: int
-    """Devices of the group when it was opened."""
+    """Most devices of the group since it was opened."""
     first_at: Monotonic
     """When the first of its devices turned bad."""
     last_at: Monotonic
@@ -79,6 +80,8 @@ class Incident:
     bad: int = 0
     """Devices of it that are bad now."""
     members: list[Slug] = field(default_factory=list)
+    seen: set[Slug] = field(default_factory=set)
+    """All devices that are counted, while it is open: one that turns bad again counts once."""
     subsumes: list[int] = field(default_factory=list)
     """References of the single events that came before it was opened; the first MOST_MEMBERS."""
     closed_at: Monotonic | None = None
@@ -86,6 +89,8 @@ class Incident:
     """`count` when it was last told."""
     closes_below: float = 1.0
     """With fewer devices bad it is over."""
+    stays_until: Monotonic = field(default=Monotonic(0.0))
+    """Of one that an earlier run opened: its devices are judged anew until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +104,12 @@ class News:
 
 @dataclass(slots=True)
 class _Turn:
-    """When a device turned bad, and the reference of its event."""
+    """When a device turned bad, the reference of its event, and the groups that may explain it."""
 
     slug: Slug
     at: Monotonic
     ref: int
+    groups: tuple[Group, ...]
 
 
 @dataclass(slots=True)
@@ -132,27 +138,78 @@ class Correlator:
     _recent: dict[Group, dict[Slug, _Turn]] = field(default_factory=dict)
     _turns: deque[_Turn] = field(default_factory=deque)
 
-    def observe(
-        self, slug: Slug, groups: tuple[Group, ...], *, bad: bool, now: Monotonic, ref: int = 0
+    def observe(  # all but two by name
+        self,
+        slug: Slug,
+        groups: tuple[Group, ...],
+        *,
+        bad: bool,
+        now: Monotonic,
+        ref: int = 0,
+        only: GroupKind | None = None,
     ) -> str:
         """Take the state of one device; the id of the open incident that explains it, or "".
 
-        `ref` names its event. Groups of a device that is bad stay those that it turned bad in: its
-        placement may be gone with its host."""
+        `ref` names its event. `only`: nothing but a group of this kind can explain it, if the device has one:
+        an agent that can't ask is the trouble of its host, or of its gateway. Groups of a device that is bad stay
+        those that it turned bad in: its placement may be gone with its host."""
         member = self._members.get(slug)
         if member is None:
             # Nothing is known of what it was before, so that it has not turned.
             member = self._members[slug] = _Member((), bad=bad)
+            if bad:
+                self._resumed(member, groups, slug, now, ref)
         if member.bad and not bad:
             # Before its groups change: its turn is taken back from those that it turned bad in.
             member.bad = False
             self._recovered(member)
         if member.groups != groups and not (bad and member.bad and member.groups):
             self._regroup(member, groups)
+        explaining = tuple(one for one in member.groups if one[0] is only) or member.groups
         if bad and not member.bad:
             member.bad = True
-            self._turned_bad(member, _Turn(slug, now, ref))
+            self._turned_bad(member, _Turn(slug, now, ref, explaining))
+        elif bad and only is not None and (turn := member.turn) is not None:
+            # It was bad already, and now it is known better why.
+            self._take_back(member)
+            turn.groups = explaining
+            self._turned_bad(member, turn, again=True)
         return self.incident_of(slug)
+
+    def resume(
+        self,
+        group: Group,
+        incident: str,
+        size: int,
+        count: int,
+        now: Monotonic,
+        *,
+        age_s: float = 0.0,
+    ) -> None:
+        """Go on with an incident that an earlier run opened `age_s` seconds ago and left open: devices of the
+        group that are bad when they are first seen belong to it. It closes like any other, not before they
+        have all been seen."""
+        least = max(self.limits.least, self.limits.fraction * size)
+        self.opened[group] = Incident(
+            id=incident,
+            kind=group[0],
+            group=group[1],
+            size=size,
+            first_at=Monotonic(now - age_s),
+            last_at=now,
+            told=count,
+            closes_below=max(1.0, least / 2),
+            stays_until=Monotonic(now + self.limits.window_s),
+        )
+
+    def _resumed(
+        self, member: _Member, groups: tuple[Group, ...], slug: Slug, now: Monotonic, ref: int
+    ) -> None:
+        for group in groups:
+            incident = self.opened.get(group)
+            if incident is not None and now <= incident.stays_until:
+                self._join(member, incident, _Turn(slug, now, ref, groups))
+                return
 
     def incident_of(self, slug: Slug) -> str:
         """The id of the open incident that explains the device's state; "" = none does."""
@@ -201,15 +258,16 @@ class Correlator:
             self._sizes[group] = self._sizes.get(group, 0) + 1
         member.groups = groups
 
-    def _turned_bad(self, member: _Member, turn: _Turn) -> None:
-        for group in member.groups:
+    def _turned_bad(self, member: _Member, turn: _Turn, *, again: bool = False) -> None:
+        for group in turn.groups:
             incident = self.opened.get(group)
             if incident is not None:
                 self._join(member, incident, turn)
                 return
         member.turn = turn
-        self._turns.append(turn)
-        for group in member.groups:
+        if not again:
+            self._turns.append(turn)
+        for group in turn.groups:
             self._recent.setdefault(group, {})[turn.slug] = turn
 
     def _recovered(self, member: _Member) -> None:
@@ -221,7 +279,7 @@ class Correlator:
 
     def _take_back(self, member: _Member) -> None:
         turn, member.turn = member.turn, None
-        for group in member.groups if turn is not None else ():
+        for group in turn.groups if turn is not None else ():
             recent = self._recent.get(group, {})
             if turn is not None and recent.get(turn.slug) is turn:
                 del recent[turn.slug]
@@ -235,9 +293,14 @@ class Correlator:
 
     def _join(self, member: _Member, incident: Incident, turn: _Turn) -> None:
         member.incident = incident
-        incident.count += 1
         incident.bad += 1
         incident.last_at = turn.at
+        if turn.slug in incident.seen:
+            return
+        incident.seen.add(turn.slug)
+        incident.count += 1
+        group = (incident.kind, incident.group)
+        incident.size = max(incident.size, self._sizes.get(group, 0), incident.count)
         if len(incident.members) < MOST_MEMBERS:
             incident.members.append(turn.slug)
 
@@ -288,7 +351,8 @@ class Correlator:
 
     def _closed(self, now: Monotonic) -> Iterable[News]:
         for group, incident in list(self.opened.items()):
-            if incident.bad < incident.closes_below:
+            if incident.bad < incident.closes_below and now >= incident.stays_until:
                 del self.opened[group]
                 incident.closed_at = now
+                incident.seen.clear()
                 yield News(Step.CLOSED, incident)

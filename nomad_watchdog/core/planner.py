@@ -8,7 +8,9 @@ carried out by device. Rules, in the order in which they are asked of a device:
    dead: the scheduler, not we, says when no process is left (S3).
 3. A live placement at the registry's epoch is left alone, unless its spec is no longer the class's;
    then it is replaced, as many at a time as `rollout.admit` allows.
-   So is one on a scheduler that its device is to leave (`migration`).
+   So is one on a scheduler that its device is to leave (`migration`), and one that makes no progress
+   towards a running agent (`waiting`), at most as many as `stalled_room`.
+   So is one that depends on a replica that is gone (`living.stranded`), at once.
 4. Without a live placement the agent is started. The epoch is used again only if nobody was ever
    seen at it (the answer to the first try was lost); otherwise the next number is taken (S2).
 
@@ -17,12 +19,13 @@ A device for which none of this says anything costs one comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import rollout
+from nomad_watchdog.core.living import UNKNOWN, Reach, stranded
 from nomad_watchdog.core.migration import Homes
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
@@ -41,6 +44,23 @@ Placements = Mapping[Slug, tuple[Placement, ...]]
 Stop = tuple[Slug, Epoch, str]
 """What the breaker counts and remembers: device, epoch and the scheduler's handle."""
 
+Changes = Callable[[str, str], str]
+
+
+def no_words(_agent_class: str, _spec_hash: str) -> str:
+    """Nothing is known of the specs that agents were started with."""
+    return ""
+
+
+Stalled = Callable[[Placement], str]
+"""Why a placement that waits is given up, in words; "" = it is not."""
+
+
+def none_stalled(_placement: Placement) -> str:
+    """Every placement that waits is left to its scheduler."""
+    return ""
+
+
 NO_STOPS: Final[frozenset[Stop]] = frozenset()
 NO_SLUGS: Final[frozenset[Slug]] = frozenset()
 _RUNNING: Final = PlacementState.RUNNING
@@ -55,8 +75,13 @@ class Plan:
     actions: tuple[Action, ...]
     held: frozenset[Stop] = NO_STOPS
     hold_reason: str = ""
-    waiting_rollout: int = 0
-    """Devices with an old spec that wait for their turn."""
+    waiting: tuple[Action, ...] = ()
+    """Replacements that wait for their turn in a roll-out or migration."""
+
+    @property
+    def waiting_rollout(self) -> int:
+        """Devices with an old spec that wait for their turn."""
+        return len(self.waiting)
 
 
 def plan(  # noqa: PLR0913  # all that a decision stands on, by name
@@ -69,6 +94,10 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     confirmed: frozenset[Stop] = NO_STOPS,
     resting: AbstractSet[Slug] = NO_SLUGS,
     homes: Homes | None = None,
+    changes: Changes = no_words,
+    stalled: Stalled = none_stalled,
+    stalled_room: int = 0,
+    reach: Reach = UNKNOWN,
 ) -> Plan:
     """Decide for every device.
 
@@ -77,10 +106,14 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     held and that these, independently read, inputs still ask for. `resting`: devices for which
     nothing is done now: paused, gone for so short that they may come back, or with a record that can't
     be read, so that nobody knows what is wished of them. `homes`: None while the fleet has one scheduler.
+    `changes`: (agent class, hash of a spec) → what the class's spec changes in it, in words.
+    `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`.
+    `reach`: see `living.stranded`.
     """
     starts: list[Action] = []
     stops: list[Action] = []
     replacements: list[Action] = []
+    at_once: list[Action] = []
     present = 0
     for slug, record in records.items():
         found = placements.get(slug, ())
@@ -93,30 +126,46 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
                     and only.epoch == record.epoch
                     and only.spec_hash == spec_hashes.get(record.device.agent_class)
                     and (homes is None or homes.at(only) == homes.goal(record))
+                    and slug not in reach.silent
                 ):
                     continue
         elif not found:
             continue
         if slug in resting:
             continue
-        for action in decide(record, found, spec_hashes, homes):
+        for action in decide(record, found, spec_hashes, homes, changes, stalled, reach):
             if action.kind is ActionKind.START:
                 starts.append(action)
             elif action.kind is ActionKind.RETIRE:
                 stops.append(action)
+            elif action.at_once:
+                at_once.append(action)
             else:
                 replacements.append(action)
     stops.extend(_strays(records, placements, resting))
-    admitted = rollout.admit(replacements, readiness, fleet=present, limits=limits)
+    admitted = rollout.admit(
+        [action for action in replacements if not action.stalled],
+        readiness,
+        fleet=present,
+        limits=limits,
+    )
+    admitted += rollout.give_up(
+        [action for action in replacements if action.stalled],
+        readiness,
+        room=rollout.window(present, limits) - len(admitted),
+        most=stalled_room,
+    )
+    admitted = (*at_once, *admitted)
     stops, held, reason = _breaker(stops, placements, limits, confirmed)
     if held:
         admitted = ()
     actions = sorted([*starts, *stops, *admitted], key=lambda a: (a.slug, a.kind, a.epoch))
+    begun = {action.slug for action in admitted}
     return Plan(
         actions=tuple(actions),
         held=held,
         hold_reason=reason,
-        waiting_rollout=len(replacements) - len(admitted),
+        waiting=tuple(a for a in (*at_once, *replacements) if a.slug not in begun),
     )
 
 
@@ -125,6 +174,9 @@ def decide(
     found: tuple[Placement, ...],
     spec_hashes: Mapping[str, str],
     homes: Homes | None = None,
+    changes: Changes = no_words,
+    stalled: Stalled = none_stalled,
+    reach: Reach = UNKNOWN,
 ) -> Iterator[Action]:
     """The next steps for one device (rules 1 to 4)."""
     live = [p for p in found if p.state is not _DEAD]
@@ -142,7 +194,7 @@ def decide(
                 f"epoch {placement.epoch} is {older} than the registry's {record.epoch}",
             )
     if current:
-        yield from _keep(record, current, spec_hashes, homes)
+        yield from _keep(record, current, spec_hashes, homes, changes, stalled, reach)
     elif not live and record.device.agent_class in spec_hashes:
         yield _start(record, found, homes)
 
@@ -152,31 +204,47 @@ def _keep(
     current: list[Placement],
     spec_hashes: Mapping[str, str],
     homes: Homes | None,
+    changes: Changes,
+    stalled: Stalled,
+    reach: Reach,
 ) -> Iterator[Action]:
-    # Two placements at one epoch should not exist; if a scheduler made them, both racers must
-    # choose the same survivor: the accepted instance's, else the oldest.
-    current.sort(key=lambda p: (record.instance not in p.instances, p.created_at, p.ref))
+    # Two placements at one epoch should not exist; if a scheduler made them, all racers must choose the
+    # same survivor, and so must the backend that removes the others: the oldest. Which one is accepted
+    # does not count, as replicas may learn of it at different times. A stop cannot be taken back, so a
+    # stopping placement is kept only when there is no other.
+    current.sort(key=lambda p: (p.state is PlacementState.STOPPING, p.created_at, p.ref))
     for placement in current[1:]:
         yield from _retire(record, placement, "another placement has the same epoch")
     keeper = current[0]
     wanted = spec_hashes.get(record.device.agent_class)
-    home = _elsewhere(record, keeper, homes)
+    why = stranded(keeper, reach)
+    home = "" if why else _elsewhere(record, keeper, homes)
     if wanted is None or keeper.state is PlacementState.STOPPING:
         return
-    if keeper.spec_hash == wanted and not home:
+    stands_still = "" if home or why else stalled(keeper)
+    if keeper.spec_hash == wanted and not home and not why and not stands_still:
         return
+    moves = f"it moves to {home}" if home else ""
     yield Action(
         kind=ActionKind.REPLACE,
         slug=record.slug,
         device_id=record.device.id,
-        reason=f"it moves to {home}"
-        if home
-        else f"spec {keeper.spec_hash} is not the class's {wanted}",
+        reason=why or moves or stands_still or _outdated(record, keeper, changes),
         epoch=keeper.epoch,
         index=record.index,
         placement=keeper,
+        stalled=bool(stands_still),
         home=home,
+        at_once=bool(why),
     )
+
+
+def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:
+    name = record.device.agent_class
+    if keeper.agent_class and keeper.agent_class != name:
+        return f"agent is of class `{keeper.agent_class}`, the device of class `{name}`"
+    said = changes(name, keeper.spec_hash)
+    return f"agent runs an old version of class `{name}`" + (f" ({said})" if said else "")
 
 
 def _elsewhere(record: DeviceRecord, keeper: Placement, homes: Homes | None) -> str:
@@ -195,7 +263,7 @@ def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: Homes | Non
     home = "" if homes is None else homes.of(record) if unused else homes.for_start(record)
     epoch = record.epoch if unused else Epoch(max(record.epoch, highest) + 1)
     if unused:
-        reason = f"nobody has been seen at epoch {epoch} yet"
+        reason = f"no agent has reported at epoch {epoch} yet"
     elif record.epoch == 0:
         reason = "the device is new"
     else:

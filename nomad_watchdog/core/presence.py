@@ -72,6 +72,7 @@ def deregister(
         generation=stored.generation + 1,
         changed_at=now,
         left=left,
+        condition=None,
     )
 
 
@@ -92,12 +93,21 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
     """The record that a backup makes of the stored one; None when that needs no change.
 
     The newer wish stands, by its generation. An epoch never goes back (S1): the higher one stays, with its
-    own accepted instance.
+    own accepted instance. The condition of the device comes from whichever of the two has the newer wish, or
+    else the higher epoch.
     """
     if stored is None:
         return replace(saved, index=0)
     if saved.epoch > stored.epoch:
-        stored_new = replace(stored, epoch=saved.epoch, instance=saved.instance, home=saved.home)
+        stored_new = replace(
+            stored,
+            epoch=saved.epoch,
+            instance=saved.instance,
+            home=saved.home,
+            condition=saved.condition
+            if saved.generation >= stored.generation
+            else stored.condition,
+        )
     else:
         stored_new = stored
     if saved.generation > stored.generation:
@@ -111,7 +121,11 @@ def restore(stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord | 
             event_marks=saved.event_marks,
             source=saved.source,
             left=saved.left,
+            condition=saved.condition,
         )
+    elif saved.generation == stored.generation and saved.event_at > stored.event_at > 0:
+        # The same request, confirmed by a later event: what is older than that stays late.
+        stored_new = replace(stored_new, event_at=saved.event_at, event_marks=saved.event_marks)
     return None if stored_new == stored else stored_new
 
 

@@ -25,6 +25,9 @@ class Readiness:
     """Agents of new versions that are ready and have not lasted yet (`core.soak`): they take room too."""
     halted: frozenset[str] = frozenset()
     """Agent classes in which nothing is replaced."""
+    ready: Callable[[Slug], bool] = lambda _slug: False
+    """Whether a device has a ready agent, though its placement may not be running: one that its scheduler does
+    not know."""
     turn: Callable[[Slug], bool] = lambda _slug: True
     """Whether a device that is to move to another scheduler may do so now (`core.migration.frontier`)."""
     moving: int = 0
@@ -60,6 +63,23 @@ def admit(
         if stuck or room > 0:
             room -= not stuck
             ways -= bool(action.home)
+            admitted.append(action)
+    return tuple(admitted)
+
+
+def give_up(
+    candidates: Sequence[Action], readiness: Readiness, *, room: int, most: int
+) -> tuple[Action, ...]:
+    """Of replacements for placements that make no progress those that may begin now, at most `most`.
+
+    One that leaves its device without a ready agent needs room in the window, as a roll-out does. The others
+    cost nobody an agent."""
+    room -= readiness.unready + readiness.soaking
+    admitted: list[Action] = []
+    for action in sorted(candidates, key=lambda one: one.slug):
+        ready = readiness.ready(action.slug)
+        if len(admitted) < most and (room > 0 or not ready):
+            room -= ready
             admitted.append(action)
     return tuple(admitted)
 

@@ -43,7 +43,7 @@ E = TypeVar("E", bound=Said)
 def is_shared(event: Said) -> bool:
     """Whether every replica sees for itself what this event tells."""
     head = event.kind.partition(".")[0]
-    return head in ("verdict", "repair", "incident") or event.kind in _PLAIN
+    return head in ("verdict", "repair", "incident", "agent") or event.kind in _PLAIN
 
 
 def subject(event: Said) -> Subject | None:

@@ -1,18 +1,22 @@
 """(record, placement, report, health, now) → Verdict: the state of a device as a person should read it.
 
-`unwatched` (no accepted agent is ready: our problem) is never reported as `offline` (confirmed: the
-device's problem). The false «device offline» that was only a slow agent start is what this project
-exists to end (S6).
+`unwatched` (nothing is known of the device: our problem) is never reported as `offline` (confirmed: the
+device's problem). The false "device offline" that was only a slow agent start is what this project exists
+to end (S6). The opposite is as bad: a device that no accepted agent reports on is never `watched`.
+
+`of_agent` is what the agent, its scheduler and Consul say now. `judge` adds what was known of the device
+before (`core.condition`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from nomad_watchdog.core import repairs
+from nomad_watchdog.core import condition, repairs
 from nomad_watchdog.model import (
     AgentState,
+    Condition,
     DeviceRecord,
     Health,
     Limits,
@@ -21,6 +25,7 @@ from nomad_watchdog.model import (
     PlacementState,
     Presence,
     Report,
+    Unheard,
     Verdict,
     VerdictState,
 )
@@ -52,15 +57,49 @@ class Evidence:
     """How long this start may take, seconds, as measured; None = the setting."""
     kept: str = ""
     """Why the agent of a device that has left stays, in words; empty when it does not."""
+    condition: Condition | None = None
+    """What the registry says is wrong with the device."""
+    quiet_since: Monotonic = field(default=Monotonic(0.0))
+    """The latest of: the last accepted report of the device, the moment that its present epoch was first
+    seen here, and the start of this control plane."""
+    suspect_since: Monotonic | None = None
+    """Since when the reports have been a suspicion; None = the last one was none."""
+    unlisted_since: Monotonic | None = None
+    """Since when the scheduler lists the placement without the instance that reports; None = with it, or no
+    placement at all."""
+    refusal: str = ""
+    """Why the API refused the last report of this agent, in words; "" = it refused none lately."""
+    before: VerdictState | None = None
+    """The verdict that stood when this control plane started, of an agent that ran then; one of `CARRIED`, else
+    None. It counts until the first report."""
 
 
+CARRIED: Final = (VerdictState.SUSPECT, VerdictState.REPAIRING, VerdictState.UNWATCHED)
+"""Verdicts that a restart of the control plane carries over until the first report, for at most
+`report_stale_s`. Not `watched`: silence is never healthy. Not `offline` and `degraded`, which the registry has."""
+
+
+UNLISTED_AFTER_S: Final = 15.0
+"""A report that is received this long after its scheduler last listed another instance comes from an agent
+that the scheduler does not know. Before that, it may have been under way when its agent ended."""
 STARTS_IN_A_ROW: Final = 3
-"""An agent that is placed again and again is not «starting» for ever: after so many graces without a
+"""An agent that is placed again and again is not `starting` for ever: after so many graces without a
 ready one the device is unwatched, whatever is under way."""
 
 
 def judge(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
-    """The verdict and its reason in words.
+    """The verdict and its reason in words: what the agent says, or else the kept condition."""
+    found = of_agent(record, evidence, limits, now)
+    return condition.shown(found, evidence.condition, replaced=is_replaced(record, evidence))
+
+
+def is_replaced(record: DeviceRecord, evidence: Evidence) -> bool:
+    """Whether no agent at the record's epoch has reported yet."""
+    return evidence.placement is None or not record.instance
+
+
+def of_agent(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
+    """The verdict without the kept condition.
 
     Consul's word is used in one direction: a passing agent is up. A critical one says nothing against
     the device."""
@@ -86,7 +125,8 @@ def judge(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Monoton
         return Verdict(VerdictState.STARTING, "the old agent is being shut down first")
     report = evidence.report
     if report is not None and now - report.received_at <= limits.report_stale_s:
-        return _reported(report, evidence, limits, now)
+        found = _reported(report, evidence, limits, now)
+        return _unlisted(found, placement, report, evidence)
     return _silent(placement, evidence, limits, now)
 
 
@@ -111,17 +151,77 @@ def _reported(report: Report, evidence: Evidence, limits: Limits, now: Monotonic
         return _not_ready("the agent is shutting down", evidence, limits, now)
     if not report.ready:
         return _not_ready("the agent is not ready yet", evidence, limits, now)
-    if report.state is AgentState.OK:
-        return Verdict(VerdictState.WATCHED, report.reason or "the device answers")
-    if report.state is AgentState.REPAIRING:
-        return Verdict(VerdictState.REPAIRING, report.reason)
-    if report.state is AgentState.OFFLINE:
-        # S6: the claim counts only with its whole evidence.
-        if report.was_ready and report.misses > 0 and report.confirmed:
+    match report.state:
+        case AgentState.OK if report.was_ready:
+            return _decided(VerdictState.WATCHED, report.reason or "the device answers")
+        case AgentState.DEGRADED:
+            return _decided(VerdictState.DEGRADED, report.reason or "the device answers in part")
+        case AgentState.UNABLE:
+            why = report.reason or "no reason given"
+            return Verdict(VerdictState.UNWATCHED, f"the agent can't ask: {why}", ready=True)
+        case AgentState.REPAIRING:
+            return _repairing(report, evidence, limits, now)
+        case AgentState.OFFLINE if _is_proved(report):
             return _offline(report, evidence, limits, now)
-        missing = "it never answered" if not report.was_ready else "not confirmed"
-        return Verdict(VerdictState.SUSPECT, f"{report.reason} ({missing})")
-    return Verdict(VerdictState.SUSPECT, report.reason)
+        case AgentState.OFFLINE:
+            missing = "it never answered" if not report.was_ready else "not confirmed"
+            return _suspect(f"{report.reason} ({missing})", report, evidence, limits, now)
+        case AgentState.OK:
+            # Misses are still being counted: no answer so far is no sign of health.
+            why = report.reason or "no probe has answered yet"
+            return _suspect(why, report, evidence, limits, now)
+        case _:
+            return _suspect(report.reason, report, evidence, limits, now)
+
+
+def _unlisted(found: Verdict, placement: Placement, report: Report, evidence: Evidence) -> Verdict:
+    """What is reported of the device stands; that nobody but us knows the agent is said with it."""
+    since = evidence.unlisted_since
+    if since is None or report.received_at - since < UNLISTED_AFTER_S:
+        return found
+    said = (
+        f"the scheduler does not know the agent that reports (instance {report.instance}); the one that it "
+        f"knows is {placement.state.value}"
+    )
+    return replace(found, reason=f"{found.reason}; {said}", unlisted=True)
+
+
+def _decided(state: VerdictState, reason: str) -> Verdict:
+    return Verdict(state, reason, ready=True, decides=True)
+
+
+def _is_proved(report: Report) -> bool:
+    # S6: the claim counts only with its whole evidence.
+    return report.was_ready and report.misses > 0 and report.confirmed
+
+
+def _repairing(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
+    lasted_s = report.state_age_s + (now - report.received_at)
+    if lasted_s <= limits.repairing_max_s:
+        return Verdict(VerdictState.REPAIRING, report.reason, ready=True)
+    # A repair hides what is wrong for a while, never for ever.
+    why = f"{report.reason}; for {lasted_s:.0f} s"
+    if _is_proved(report):
+        return _offline(report, evidence, limits, now)
+    return Verdict(VerdictState.UNWATCHED, f"a repair does not end: {why}", ready=True)
+
+
+def _suspect(
+    reason: str, report: Report, evidence: Evidence, limits: Limits, now: Monotonic
+) -> Verdict:
+    since = evidence.suspect_since
+    lasted_s = 0.0 if since is None else now - since
+    if report.state is AgentState.SUSPECT:
+        lasted_s = max(lasted_s, report.state_age_s + (now - report.received_at))
+    if lasted_s <= limits.suspect_max_s:
+        return Verdict(VerdictState.SUSPECT, reason, ready=True, suspected=True)
+    why = (
+        "this is neither confirmed nor refuted"
+        if report.was_ready
+        else "the device has never answered an agent: check its address and its class's probes"
+    )
+    said = f"{reason}; {why}; for {lasted_s:.0f} s"
+    return Verdict(VerdictState.UNWATCHED, said, ready=True, suspected=True)
 
 
 def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
@@ -129,23 +229,82 @@ def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic)
     beat_at = evidence.beat_at
     if beat_at is not None and now - beat_at <= limits.heartbeat_fresh_s:
         beat = f"but the device sent a sign of life {now - beat_at:.0f} s ago"
-        return Verdict(VerdictState.SUSPECT, f"{report.reason}; {beat}")
-    return Verdict(VerdictState.OFFLINE, report.reason + repairs.in_words(report.repairs))
+        since = evidence.suspect_since
+        lasts = since is not None and now - since > limits.suspect_max_s
+        return Verdict(
+            VerdictState.DEGRADED if lasts else VerdictState.SUSPECT,
+            f"{report.reason}; {beat}",
+            ready=True,
+            decides=True,
+            suspected=True,
+        )
+    return _decided(VerdictState.OFFLINE, report.reason + repairs.in_words(report.repairs))
 
 
 def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
-    health = evidence.health
-    if health is not None and health.epoch == placement.epoch and health.status == "passing":
-        return Verdict(
-            VerdictState.WATCHED, "the agent passes its check in Consul; no report of it here yet"
-        )
-    if placement.state is PlacementState.RUNNING and placement.ready:
-        return Verdict(
-            VerdictState.WATCHED, "the scheduler finds the agent ready; no report of it here yet"
-        )
+    quiet_s = now - evidence.quiet_since
+    passes = _passes(placement, evidence)
+    before = evidence.before if evidence.report is None else None
+    overdue = quiet_s > limits.report_stale_s
+    if before is not None and placement.state is PlacementState.RUNNING and not overdue:
+        # No start: the agent has reported at this epoch, to the process before this one.
+        return _carried(before, quiet_s, evidence, limits, now, ready=bool(passes))
+    if passes and not overdue:
+        # Bridges the time until the first report, and no more: silence is never healthy.
+        return Verdict(VerdictState.WATCHED, f"{passes}; no report of it here yet", ready=True)
+    if placement.state is PlacementState.RUNNING and overdue:
+        was_heard = bool(evidence.refusal or passes or evidence.report or before)
+        if was_heard or not _is_in_grace(evidence, limits, now):
+            return _unheard(passes, evidence, now)
     if placement.state not in _UP and placement.reason:
         return _not_ready(f"agent {placement.state}: {placement.reason}", evidence, limits, now)
     return _not_ready(f"agent {placement.state}, no report of it", evidence, limits, now)
+
+
+def _carried(
+    before: VerdictState,
+    quiet_s: float,
+    evidence: Evidence,
+    limits: Limits,
+    now: Monotonic,
+    *,
+    ready: bool,
+) -> Verdict:
+    """The verdict of before this control plane started. Suspicions and repairs end in time here, too."""
+    why = f"{before.value} before this control plane started; its agent has not reported here yet"
+    since, lasted_s = evidence.suspect_since, quiet_s
+    most_s = limits.repairing_max_s if before is VerdictState.REPAIRING else limits.suspect_max_s
+    if before is VerdictState.SUSPECT and since is not None:
+        lasted_s = max(lasted_s, now - since)
+    suspected = before is VerdictState.SUSPECT
+    if before is not VerdictState.UNWATCHED and lasted_s > most_s:
+        before, why = VerdictState.UNWATCHED, f"{why}; for {lasted_s:.0f} s"
+    return Verdict(before, why, ready=ready, suspected=suspected)
+
+
+def _passes(placement: Placement, evidence: Evidence) -> str:
+    """Who but the agent itself says that it is up, in words; "" = nobody."""
+    health = evidence.health
+    if health is not None and health.epoch == placement.epoch and health.status == "passing":
+        return "the agent passes its check in Consul"
+    if placement.state is PlacementState.RUNNING and placement.ready:
+        return "the scheduler finds the agent ready"
+    return ""
+
+
+def _unheard(passes: str, evidence: Evidence, now: Monotonic) -> Verdict:
+    """An agent runs, and nothing is heard of it."""
+    if evidence.refusal:
+        refused = f"the agent's reports are refused: {evidence.refusal}"
+        return Verdict(VerdictState.UNWATCHED, refused, unheard=Unheard.REFUSED)
+    heard_at = evidence.quiet_since if evidence.report is None else evidence.report.received_at
+    although = f"although {passes}" if passes else "although the agent runs"
+    return Verdict(
+        VerdictState.UNWATCHED,
+        f"no report has reached this control plane for {now - heard_at:.0f} s {although}; check "
+        "api.advertise and the API port",
+        unheard=Unheard.SILENT,
+    )
 
 
 def _not_ready(why: str, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:

@@ -1,30 +1,51 @@
-"""`nomad-watchdog demo`: a fleet comes up, things happen to it, and each is seen to be handled."""
+"""`nomad-watchdog demo`: a simulated fleet on this machine, and seven steps that must converge."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from nomad_watchdog.demo.fleet import SimulatedFleet
 from nomad_watchdog.demo.show import Show
 from nomad_watchdog.demo.stage import BRISK, CALM, Stage, open_stage
+from nomad_watchdog.dev.binaries import build_minutes, find
 from nomad_watchdog.dev.process import free_port
-from nomad_watchdog.errors import TransientError
+from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.ids import DeviceId, slug_of
 
 STEP_TIMEOUT_S: Final = 90.0
 POLL_S: Final = 0.1
 FEW: Final = 50
-"""Up to so many devices are probed twice a second; more would load a small machine for nothing."""
+"""Up to this number of devices, each is probed twice per second. More would overload a small machine."""
+EXIT_INTERRUPTED: Final = 130
+NOMAD: Final = ("nomad", "consul")
+BACKENDS: Final = {
+    "local": ("local processes", ()),
+    "nomad": ("Nomad and Consul", NOMAD),
+    "kubernetes": (
+        "Kubernetes and Consul",
+        ("consul", "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"),
+    ),
+}
+"""Backend -> what it is called in the output, and the servers that it needs."""
+TRY: Final = (
+    "status",
+    "devices ls",
+    "explain device-07",
+    "events --device device-07",
+    "agents exec-probe device-03",
+)
+"""Commands to try while the demo keeps running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,41 +69,42 @@ class Demo:
     results: list[StepResult] = field(default_factory=list)
 
     async def run(self) -> None:
-        """All steps; a step that does not converge is reported, and the next one is tried."""
+        """Run all steps. If one does not converge, the following ones are run as well."""
         steps: list[tuple[str, Callable[[], Awaitable[str]]]] = [
             (f"{self.count} devices appear", self.come_up),
             ("an agent is killed with kill -9", self.kill_agent),
-            ("a device goes offline and leaves", self.device_leaves),
-            ("a device vanishes without a word", self.device_vanishes),
+            ("a device is switched off and deregistered", self.device_leaves),
+            ("a device stops responding", self.device_stops_responding),
             ("a device reboots", self.device_reboots),
-            ("a new device appears", self.device_appears),
-            ("the reconciler is killed and started again", self.kill_reconciler),
+            ("a new device is registered", self.device_appears),
+            ("the reconciler is killed and restarted", self.kill_reconciler),
         ]
         for name, step in steps:
             began = time.monotonic()
-            self.show.step(name)
+            self.show.running(name)
             try:
                 async with asyncio.timeout(STEP_TIMEOUT_S):
                     detail = await step()
                 converged = True
             except (TimeoutError, TransientError) as error:
-                detail, converged = str(error) or f"not within {STEP_TIMEOUT_S:.0f} s", False
+                converged = False
+                detail = str(error) or f"did not converge within {STEP_TIMEOUT_S:.0f} s"
             result = StepResult(name, converged, round(time.monotonic() - began, 1), detail)
             self.results.append(result)
             self.show.done(result.name, result.detail, result.took_s, converged=converged)
 
     async def item(self, name: str) -> dict[str, Any]:
-        """One device as the API shows it."""
+        """Return one device as the API returns it, or an empty object."""
         items = await self.look()
         return next((i for i in items if i["id"] == name), {})
 
     async def look(self) -> list[dict[str, Any]]:
-        """All devices; the table is drawn anew."""
+        """Read all devices and update the live view. Returns nothing while the API is unavailable."""
         try:
             items = await self.stage.items()
         except TransientError:
             return []
-        self.show.table(items)
+        self.show.devices(items)
         return items
 
     async def until(self, name: str, *verdicts: str) -> dict[str, Any]:
@@ -97,21 +119,18 @@ class Demo:
         names = [f"device-{n:02}" for n in range(1, self.count + 1)]
         devices = {name: (await self.fleet.add(name)).address for name in names}
         await self.stage.register(devices)
-        with self.show.progress(len(names)) as advance:
-            while True:
-                items = await self.look()
-                ready = sum(i["verdict"] == "watched" for i in items)
-                advance(ready)
-                if ready == len(names):
-                    break
-                await asyncio.sleep(POLL_S)
+        while True:
+            items = await self.look()
+            if sum(i["verdict"] == "watched" for i in items) == len(names):
+                break
+            await asyncio.sleep(POLL_S)
         if not self.stage.consul:
-            return f"{len(names)} agents ready, one for each"
-        # Consul asks each agent every 10 s, beginning at a random moment.
+            return "one agent ready per device"
+        # Consul checks each agent every 10 s, starting at a random moment.
         while await self.stage.passing() < len(names):
             await self.look()
             await asyncio.sleep(0.5)
-        return f"{len(names)} agents ready, one for each, all passing in Consul"
+        return "one agent ready per device, passing in Consul"
 
     async def kill_agent(self) -> str:
         name = "device-03"
@@ -126,30 +145,30 @@ class Demo:
                 break
             await asyncio.sleep(POLL_S)
         if item["epoch"] != before["epoch"]:
-            raise TransientError("a restart in place changed the epoch")
-        return f"pid {pid} → {again}, restarted by the scheduler in the same placement"
+            raise TransientError("the agent was replaced instead of restarted: its epoch changed")
+        return f"restarted by the scheduler in the same placement, pid {again} (was {pid})"
 
     async def device_leaves(self) -> str:
         name = "device-05"
         slug = slug_of(DeviceId(name))
         pid = self.stage.agent_pid(slug)
-        with self.stage.farewell(slug) as said_goodbye:
+        with self.stage.shutdown_of(slug) as was_graceful:
             await self.fleet.devices[name].power_off()
             await self.stage.deregister(name)
             while True:
                 item = await self.item(name)
                 gone = slug not in self.stage.agent_pids()
-                if item.get("verdict") == "departed" and gone and await said_goodbye():
+                if item.get("verdict") == "departed" and gone and await was_graceful():
                     break
                 await asyncio.sleep(POLL_S)
-        evidence = "left Consul by itself" if self.stage.consul else "logged its shutdown"
-        return f"agent {pid} was shut down gracefully: it {evidence}"
+        evidence = "deregistered from Consul" if self.stage.consul else "logged it"
+        return f"its agent (pid {pid}) shut down gracefully and {evidence}"
 
-    async def device_vanishes(self) -> str:
+    async def device_stops_responding(self) -> str:
         name = "device-07"
         await self.fleet.devices[name].power_off()
         item = await self.until(name, "offline")
-        return f"offline, confirmed by a second probe: {item['reason']}"
+        return f"offline, two probes agree: {item['reason']}"
 
     async def device_reboots(self) -> str:
         name = "device-09"
@@ -159,8 +178,8 @@ class Demo:
         await self.fleet.devices[name].power_on()
         item = await self.until(name, "watched")
         if item["epoch"] != before["epoch"]:
-            raise TransientError("the agent was replaced for a reboot of its device")
-        return "noticed, and watched again by the same agent"
+            raise TransientError("the agent was replaced although only its device rebooted")
+        return "detected; the same agent watches it again"
 
     async def device_appears(self) -> str:
         name = f"device-{self.count + 1:02}"
@@ -168,7 +187,7 @@ class Demo:
         began = time.monotonic()
         await self.stage.register({name: device.address})
         await self.until(name, "watched")
-        return f"watched {time.monotonic() - began:.1f} s after it was registered"
+        return f"watched after {time.monotonic() - began:.1f} s"
 
     async def kill_reconciler(self) -> str:
         before = self.stage.agent_pids()
@@ -179,7 +198,7 @@ class Demo:
         await self.stage.start_reconciler()
         while True:
             same = {i["id"]: i["verdict"] for i in await self.look()} == verdicts
-            # Level-triggered means that a second look changes nothing either.
+            # A level-triggered reconciler changes nothing in its second pass either.
             if same and await self.stage.metric('passes_total{outcome="ok"}') >= 2:
                 break
             await asyncio.sleep(POLL_S)
@@ -189,75 +208,146 @@ class Demo:
         after = self.stage.agent_pids()
         if done or after != before:
             differ = len(before.items() ^ after.items())
-            raise TransientError(f"{done:.0f} actions; {differ} processes differ")
-        return f"every verdict as before, 0 actions, all {len(after)} agents kept their process"
+            raise TransientError(
+                f"expected no action, got {done:.0f}; {differ} agent processes started or ended"
+            )
+        return f"same verdicts, 0 actions, all {len(after)} agents kept running"
 
 
-async def _run(backend: str, devices: int, output: str, strategy: str) -> int:
-    show = Show(live=output == "table" and sys.stderr.isatty())
+async def _run(backend: str, devices: int, output: str, show: Show, *, keep: bool) -> int:
     main_task = asyncio.current_task()
     assert main_task is not None
-    interrupted = tidying = False
+    interrupted = tidying = keeping = False
+    ended = asyncio.Event()
 
     def interrupt() -> None:
-        # Only the first signal cancels, and none does later: that would cut short the tidying up.
+        # Only the first signal cancels, and only during the steps: later it would cut the clean-up short.
         nonlocal interrupted
+        ended.set()
+        if keeping:
+            return
         if not interrupted and not tidying:
-            show.say("interrupted; stopping everything that was started")
             main_task.cancel()
+            show.line("interrupted: stopping everything that was started")
         interrupted = True
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, interrupt)
     began = time.monotonic()
     port = free_port()
+    converged = False
     with tempfile.TemporaryDirectory(
         prefix="nomad-watchdog-demo-", ignore_cleanup_errors=True
     ) as at:
         fleet = SimulatedFleet(port=port)
         try:
-            show.say(f"starting the {backend} backend below {at}")
+            show.line(f"{devices} simulated devices on {BACKENDS[backend][0]}, in {at}", "bold")
             pace = BRISK if devices <= FEW else CALM
-            async with open_stage(backend, Path(at), port, strategy=strategy, pace=pace) as stage:
-                demo = Demo(stage, fleet, show, devices)
-                try:
-                    with show:
+            with show:
+                show.running("starting the control plane")
+                async with open_stage(backend, Path(at), port, pace=pace) as stage:
+                    demo = Demo(stage, fleet, show, devices)
+                    try:
                         await demo.run()
-                finally:
-                    tidying = True
-                show.say("stopping everything that was started")
+                    finally:
+                        tidying = True
+                        show.stop()
+                    converged = _report(demo, backend, time.monotonic() - began, output)
+                    if keep:
+                        keeping = True
+                        _print_commands(show, stage)
+                        await ended.wait()
+                    show.line("stopping everything that was started")
         except asyncio.CancelledError:
             if not interrupted:
                 raise
         finally:
             await fleet.close()
+    # Another Ctrl-C while the interpreter exits must not change the exit code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     if interrupted:
-        # A second Ctrl-C while the interpreter goes down would end it by signal, not with 130.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-        show.say("stopped")
-        return 130
-    summary = {
-        "backend": backend,
-        "devices": devices,
-        "converged": bool(demo.results) and all(r.converged for r in demo.results),
-        "took_s": round(time.monotonic() - began, 1),
-        "steps": [
-            {"name": r.name, "converged": r.converged, "took_s": r.took_s, "detail": r.detail}
-            for r in demo.results
-        ],
-    }
+        show.line("stopped")
+        return EXIT_INTERRUPTED
+    _print_next(show, backend, keep=keep)
+    return 0 if converged else 1
+
+
+def _report(demo: Demo, backend: str, took_s: float, output: str) -> bool:
+    """Print the result; True if every step converged."""
+    failed = sum(not step.converged for step in demo.results)
     if output == "json":
-        print(json.dumps(summary, indent=2))
+        summary = {
+            "backend": backend,
+            "devices": demo.count,
+            "converged": not failed,
+            "took_s": round(took_s, 1),
+            "steps": [asdict(step) for step in demo.results],
+        }
+        print(json.dumps(summary, indent=2), flush=True)
+    elif failed:
+        demo.show.line(
+            f"{failed} of {len(demo.results)} steps did not converge ({took_s:.1f} s).", "bold red"
+        )
     else:
-        show.summary(summary)
-    return 0 if summary["converged"] else 1
+        demo.show.line(f"Every step converged in {took_s:.1f} s.", "bold green")
+    return not failed
+
+
+def _program() -> str:
+    """How the user called this program, for commands to paste."""
+    called = sys.argv[0]
+    if Path(called).name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m nomad_watchdog"
+    return shlex.quote(called)
+
+
+def _print_commands(show: Show, stage: Stage) -> None:
+    """Print how to reach the running demo."""
+    address = stage.api.removeprefix("http://")
+    show.line(f"Status page: {stage.api}/")
+    show.line(f"Commands to try in another terminal, from {Path.cwd()}:")
+    for command in TRY:
+        show.command(f"{_program()} --address {address} {command}")
+    show.line("Press Ctrl-C to stop the demo.")
+
+
+def _print_next(show: Show, backend: str, *, keep: bool) -> None:
+    """Print how to run the demo in other ways."""
+    by_make = "MAKELEVEL" in os.environ
+    if not keep:
+        show.line("To keep it running and try commands yourself:")
+        chosen = f"make demo BACKEND={backend} KEEP=1"
+        show.command(chosen if by_make else f"{_program()} --backend {backend} demo --keep")
+    if backend != "nomad":
+        minutes = build_minutes(*NOMAD)
+        if minutes is None:
+            show.line("To run it on real Nomad and Consul, with a recent enough version on PATH:")
+        elif minutes:
+            show.line(f"To run it on real Nomad and Consul, built once in about {minutes} minutes:")
+        else:
+            show.line("To run it on real Nomad and Consul, which are installed here:")
+        show.command("make demo BACKEND=nomad" if by_make else f"{_program()} --backend nomad demo")
 
 
 def main(
-    backend: str = "nomad", devices: int = 20, output: str = "table", strategy: str = "dispatch"
+    backend: str | None = None,
+    devices: int = 20,
+    output: str = "table",
+    *,
+    keep: bool = False,
+    no_color: bool = False,
 ) -> int:
-    """Run the demo; 0 only if every step converged, 130 after Ctrl-C.
+    """Run the demo; return 0 only if every step converged, and 130 after Ctrl-C during the steps.
 
-    `devices`: 10 to 200. Raises nothing of its own; what it started is stopped in every case.
-    """
-    return asyncio.run(_run(backend, devices, output, strategy))
+    `backend`: a key of `BACKENDS`; None = `nomad` if Nomad and Consul are here already, else `local`.
+    `devices`: 10 to 200. `keep`: when the steps have ended, keep everything running until Ctrl-C, which then
+    does not change the exit code.
+    Raises UserError for an unknown backend, and as `find` when a server of the backend can't be built.
+    Everything that was started is stopped in every case."""
+    chosen = backend or ("nomad" if build_minutes(*NOMAD) == 0 else "local")
+    if chosen not in BACKENDS:
+        raise UserError(f'unknown backend "{chosen}": expected one of {", ".join(BACKENDS)}')
+    for name in BACKENDS[chosen][1]:
+        find(name)
+    show = Show(stderr=output == "json", no_color=no_color)
+    return asyncio.run(_run(chosen, devices, output, show, keep=keep))

@@ -1,4 +1,4 @@
-"""A simulated fleet: real TCP and HTTP endpoints on addresses of 127.0.0.0/8, one for each device."""
+"""A simulated fleet: one HTTP endpoint per device, each on its own address of 127.0.0.0/8."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\
 
 @dataclass(slots=True)
 class SimulatedDevice:
-    """One device: it answers HTTP on its own loopback address while it is on."""
+    """One device: it answers HTTP on its own loopback address while it is switched on."""
 
     name: str
     address: str
@@ -19,12 +19,12 @@ class SimulatedDevice:
     _server: asyncio.Server | None = field(default=None)
 
     async def power_on(self) -> None:
-        """Begin to answer. Linux needs no set-up for any address of 127.0.0.0/8."""
+        """Start answering. Linux needs no set-up for the addresses of 127.0.0.0/8."""
         if self._server is None:
             self._server = await asyncio.start_server(self._answer, self.address, self.port)
 
     async def power_off(self) -> None:
-        """Stop answering without a word: connections are refused."""
+        """Stop answering: connections are refused."""
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()

@@ -1,121 +1,110 @@
-"""What the demo shows: a live table on a terminal, plain lines elsewhere. All of it on stderr."""
+"""The output of the demo: a small live view on a terminal, one line per finished step everywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-COLORS = {
-    "watched": "green",
-    "starting": "yellow",
-    "suspect": "yellow",
-    "repairing": "yellow",
-    "offline": "red",
-    "unwatched": "magenta",
-    "failing": "red",
-    "departed": "dim",
-}
+from nomad_watchdog.render import COLOURS
+
+USED_LINES: Final = 18
+"""Maximum number of lines of the terminal for all but the devices in the live view."""
+VERDICT_WIDTH: Final = 10
 
 
 class Show:
-    """Draws; knows nothing of what happens."""
+    """Prints to standard output, or to standard error if another result goes to standard output."""
 
-    def __init__(self, *, live: bool) -> None:
-        self.console = Console(stderr=True)
-        self._live = Live(console=self.console, refresh_per_second=4) if live else None
-        self._bar: Progress | None = None
-        self._last = -1
+    def __init__(self, *, stderr: bool = False, no_color: bool = False) -> None:
+        self.console = Console(stderr=stderr, no_color=no_color or None, highlight=False)
+        self._running = ""
+        self._began = 0.0
+        self._devices: Sequence[dict[str, Any]] = ()
+        self._live = Live(
+            console=self.console, get_renderable=self._view, refresh_per_second=4, transient=True
+        )
 
     def __enter__(self) -> Self:
-        if self._live is not None:
+        """Start the live view, if the output is a terminal."""
+        if self.console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self.stop()
 
-    def say(self, text: str) -> None:
-        """One line."""
-        self._line(escape(text))
+    def stop(self) -> None:
+        """Remove the live view. Idempotent."""
+        self._live.stop()
 
-    def step(self, name: str) -> None:
-        """A step begins."""
-        self._line(f"[bold]▶[/bold] {escape(name)}")
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line; on a terminal it is wrapped between words."""
+        # Elsewhere a line stays whole, however long: a program may search it.
+        self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
+
+    def command(self, text: str) -> None:
+        """Print a shell command. It is never wrapped, so that it can be pasted."""
+        self.console.print(Text(f"  {text}", "bold"), soft_wrap=True)
+
+    def running(self, name: str) -> None:
+        """Name the step in progress in the live view."""
+        self._running, self._began = name, time.monotonic()
 
     def done(self, name: str, detail: str, took_s: float, *, converged: bool) -> None:
-        """A step has ended."""
-        mark = "[green]ok[/green]" if converged else "[red]NOT CONVERGED[/red]"
-        self._line(f"  {mark} {escape(name)}: {escape(detail)} ({took_s:.1f} s)")
+        """Print a finished step."""
+        self._running = ""
+        mark = Text("ok", "green") if converged else Text("FAIL", "bold red")
+        text = f"{name}: {' '.join(detail.split())}"
+        if self.console.is_terminal:
+            self.console.print(_step(mark, took_s, text))
+        else:
+            self.line(f"{mark.plain:<4}  {took_s:4.1f} s  {text}")
 
-    def _line(self, markup: str) -> None:
-        # Where there is no terminal a line stays one line, however long: somebody may grep for it.
-        plain = not self.console.is_terminal
-        self.console.print(markup, highlight=False, soft_wrap=plain)
+    def devices(self, items: Sequence[dict[str, Any]]) -> None:
+        """Take over the devices, as returned by the API, for the live view."""
+        self._devices = items
 
-    @contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar while the fleet comes up; lines where there is no terminal."""
-        bar = Progress(
-            TextColumn("agents ready"), BarColumn(), MofNCompleteColumn(), console=self.console
-        )
-        task = bar.add_task("agents", total=total)
-        self._bar = bar
-
-        def advance(done: int) -> None:
-            bar.update(task, completed=done)
-            if self._live is None and done != self._last:
-                self._last = done
-                self._line(f"  agents ready {done}/{total}")
-
-        try:
-            yield advance
-        finally:
-            self._bar = None
-
-    def table(self, items: list[dict[str, Any]]) -> None:
-        """Draw the devices anew."""
-        if self._live is None:
-            return
-        table = Table("device", "verdict", "node", "version", "age", "reason", box=None)
-        for item in items:
-            verdict = str(item["verdict"])
-            age = item.get("agent_age_s")
-            table.add_row(
-                escape(str(item["id"])),
-                f"[{COLORS.get(verdict, 'white')}]{escape(verdict)}[/]",
-                escape(str(item.get("node") or "")),
-                escape(str(item.get("version") or "")),
-                "" if age is None else f"{age:.0f} s",
-                escape(str(item.get("reason") or "")[:60]),
+    def _view(self) -> RenderableType:
+        """The step in progress, the number of devices per verdict, and the devices to look at."""
+        lines: list[RenderableType] = []
+        if self._running:
+            took_s = time.monotonic() - self._began
+            lines.append(_step(Text("..", "yellow"), took_s, self._running))
+        if counts := Counter(str(item["verdict"]) for item in self._devices):
+            found = (
+                Text(f"{count} {verdict}", COLOURS.get(verdict, ""))
+                for verdict, count in counts.most_common()
             )
-        self._live.update(Group(*(p for p in (self._bar, table) if p is not None)))
+            lines.append(Text("\ndevices: ").append_text(Text(", ").join(found)))
+        room = max(0, self.console.height - USED_LINES)
+        unwatched = [item for item in self._devices if item["verdict"] != "watched"]
+        lines += [self._device(item) for item in unwatched[:room]]
+        if more := unwatched[room:]:
+            lines.append(Text(f"  and {len(more)} more"))
+        return Group(*lines)
 
-    def summary(self, summary: dict[str, Any]) -> None:
-        """The end, on stdout."""
-        out = Console()
-        verdict = "every step converged" if summary["converged"] else "not every step converged"
-        last = f"{summary['backend']}: {verdict} in {summary['took_s']:.1f} s"
-        if not out.is_terminal:
-            for step in summary["steps"]:
-                result = "converged" if step["converged"] else "NOT CONVERGED"
-                print(f"{result}\t{step['took_s']:.1f} s\t{step['name']}: {step['detail']}")
-            print(last)
-            return
-        table = Table("step", "result", "took", "detail")
-        for step in summary["steps"]:
-            table.add_row(
-                escape(step["name"]),
-                "[green]converged[/green]" if step["converged"] else "[red]no[/red]",
-                f"{step['took_s']:.1f} s",
-                escape(step["detail"]),
-            )
-        out.print(table)
-        out.print(last)
+    def _device(self, item: dict[str, Any]) -> Text:
+        """A device in one line: its reason is shortened between words."""
+        verdict = str(item["verdict"])
+        start = f"  {item['id']}  {verdict:<{VERDICT_WIDTH}}  "
+        room = max(10, self.console.width - len(start))
+        reason = textwrap.shorten(str(item.get("reason") or ""), room, placeholder=" ...")
+        return Text(start + reason, COLOURS.get(verdict, ""), no_wrap=True, overflow="crop")
+
+
+def _step(mark: Text, took_s: float, text: str) -> Table:
+    """A step: its result, its duration and its text, which is wrapped in a column of its own."""
+    row = Table.grid(padding=(0, 2))
+    row.add_column(min_width=4)
+    row.add_column(justify="right", min_width=6)
+    row.add_column(overflow="fold")
+    row.add_row(mark, Text(f"{took_s:.1f} s"), Text(text))
+    return row

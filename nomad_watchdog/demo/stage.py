@@ -1,4 +1,4 @@
-"""What the demo stands on: servers for the backend, a config file, and `nomad-watchdog run` beside us."""
+"""The environment of the demo: servers for the backend, a configuration, and `nomad-watchdog run`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
 CONFIG: Final = """\
 backend  = "{backend}"
 data_dir = "{root}/data"
-resync   = "5s"
+resync   = "{pace.resync}"
 
 api {{
   listen = "127.0.0.1:{api_port}"
@@ -48,7 +48,7 @@ agent_class "default" {{
     timeout  = "{pace.timeout}"
     misses   = 2
   }}
-  # Loopback always echoes, so that ICMP could never confirm that a device is gone.
+  # Loopback addresses always answer ICMP, so only TCP can confirm that a device is offline.
   confirm "tcp" {{
     port    = {device_port}
     timeout = "{pace.timeout}"
@@ -123,20 +123,21 @@ registry {{
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often an agent looks at its device and speaks up; durations as the configuration has them."""
+    """Probe interval and timeout, report interval, and full comparison interval, as in the configuration."""
 
     interval: str
     timeout: str
     beat: str
+    resync: str
 
 
-CALM: Final = Pace(interval="1s", timeout="500ms", beat="2s")
-BRISK: Final = Pace(interval="500ms", timeout="400ms", beat="1s")
-"""For few agents: steps end sooner, nothing else differs."""
+CALM: Final = Pace(interval="1s", timeout="500ms", beat="2s", resync="5s")
+BRISK: Final = Pace(interval="500ms", timeout="400ms", beat="1s", resync="1s")
+"""For few agents: steps converge sooner, nothing else differs."""
 
 
 class Agent(NamedTuple):
-    """A process that is an agent, and whose."""
+    """A running agent process: the slug of its device, its pid and its backend."""
 
     slug: str
     pid: int
@@ -145,7 +146,7 @@ class Agent(NamedTuple):
 
 @dataclass(slots=True)
 class Stage:
-    """A running control plane, its servers and how to reach it."""
+    """A running control plane, its servers and their addresses."""
 
     backend: str
     root: Path
@@ -159,7 +160,7 @@ class Stage:
     nodes: Sequence[Kubelet] = ()
 
     async def call(self, method: str, path: str, body: object = None) -> Any:
-        """One call of the API; raises TransientError for anything but a 2xx."""
+        """Call the API. Raises TransientError unless the status is 2xx."""
         try:
             async with self.session.request(method, self.api + path, json=body) as answer:
                 if answer.status >= 300:
@@ -178,11 +179,11 @@ class Stage:
         await self.call("POST", "/v1/devices:bulk", {"devices": items})
 
     async def deregister(self, name: str) -> None:
-        """Say that a device has left."""
+        """Deregister a device."""
         await self.call("DELETE", f"/v1/devices/{quote(name, safe='')}")
 
     async def items(self, *, presence: str = "any") -> list[dict[str, Any]]:
-        """Every device as the API shows it."""
+        """Return all devices, from all pages of the API."""
         found: list[dict[str, Any]] = []
         cursor = ""
         while True:
@@ -194,7 +195,9 @@ class Stage:
                 return found
 
     async def start_reconciler(self, patience_s: float = 30.0) -> None:
-        """Start `nomad-watchdog run` as a user would, and wait until it is ready."""
+        """Start `nomad-watchdog run` as a user would, and wait until it is ready.
+
+        `patience_s`: timeout in seconds. Raises TransientError if it exits, TimeoutError if it is not ready."""
         process = self.reconciler = Process.start(
             [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), "run"],
             log=self.root / "reconciler.log",
@@ -203,7 +206,9 @@ class Stage:
         async with asyncio.timeout(patience_s):
             while True:
                 if process.returncode is not None:
-                    raise TransientError(f"the reconciler ended at once:\n{process.log_tail()}")
+                    raise TransientError(
+                        f"the reconciler exited during start:\n{process.log_tail()}"
+                    )
                 try:
                     await self.call("GET", "/ready")
                 except TransientError:
@@ -212,7 +217,9 @@ class Stage:
                     return
 
     async def metric(self, name: str) -> float:
-        """Sum of the control plane's series whose names begin so, without their common prefix."""
+        """Sum of the series of the control plane whose names start with `name`, without `nomad_watchdog_`.
+
+        Raises TransientError if there is none."""
         try:
             async with self.session.get(f"{self.api}/metrics") as answer:
                 lines = (await answer.text()).splitlines()
@@ -224,7 +231,7 @@ class Stage:
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
     async def passing(self) -> int:
-        """How many agents pass their check in Consul."""
+        """Number of agents that pass their check in Consul."""
         return len(await self._in_consul("?passing&near=_agent"))
 
     async def _in_consul(self, query: str = "") -> list[Any]:
@@ -238,39 +245,39 @@ class Stage:
             raise TransientError(f"Consul: {error}") from error
 
     @contextmanager
-    def farewell(self, slug: str) -> Iterator[Callable[[], Awaitable[bool]]]:
-        """Enter before an agent is stopped; the value then says whether it shut itself down.
+    def shutdown_of(self, slug: str) -> Iterator[Callable[[], Awaitable[bool]]]:
+        """Enter before an agent is stopped; the value then returns whether it shut down gracefully.
 
-        Only the agent takes itself out of Consul (a killed one stays there for minutes). Without Consul
-        its log tells, which is held open because its folder goes with it."""
+        Only the agent itself deregisters from Consul at once (a killed one stays there for minutes). Without
+        Consul its log is read, which is opened now because its folder is removed with the agent."""
         with ExitStack() as stack:
             log = None
             if not self.consul:
                 log = stack.enter_context((self.root / "agents" / slug / "agent.log").open())
 
-            async def shut_itself_down() -> bool:
+            async def was_graceful() -> bool:
                 if log is None:
                     entries = await self._in_consul()
                     return all(entry["Service"]["ID"] != slug for entry in entries)
                 log.seek(0)
-                said = log.read()
-                return '"msg": "signal"' in said or '"msg": "told to retire"' in said
+                text = log.read()
+                return '"msg": "signal"' in text or '"msg": "told to retire"' in text
 
-            yield shut_itself_down
+            yield was_graceful
 
     def agent_pid(self, slug: str) -> int:
-        """Of one agent. Raises TransientError when it does not run."""
+        """Pid of an agent. Raises TransientError when it is not running."""
         pid = self.agent_pids().get(slug)
         if pid is None:
-            raise TransientError(f"no agent of {slug} runs")
+            raise TransientError(f"the agent of {slug} is not running")
         return pid
 
     def agent_pids(self) -> dict[str, int]:
-        """Slug → pid; the one that was found last of a device that has two."""
+        """Slug -> pid. If a device has two agents, the one that was found last."""
         return {one.slug: one.pid for one in self.agents()}
 
     def agents(self) -> list[Agent]:
-        """The agent processes that run below our folder, from /proc."""
+        """The agent processes that belong to our folder, from /proc."""
         found: list[Agent] = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -297,7 +304,7 @@ class Stage:
 
 
 def _lock(process: Path) -> str:
-    """The lock that a forked agent holds; /proc shows its nursery's environment, not its own."""
+    """Path of the lock file of a forked agent: /proc shows the environment of its parent, not its own."""
     try:
         held = str((process / "fd" / "3").readlink())
     except OSError:
@@ -316,11 +323,11 @@ async def open_stage(
     pace: Pace = CALM,
     beside: bool = False,
 ) -> AsyncIterator[Stage]:
-    """Start everything; on the way out stop it in order and leave nothing running.
+    """Start everything; on exit stop it in reverse order and leave nothing running.
 
-    `clients`: Nomad clients, each with a Consul agent beside it if there are several; or nodes of
-    Kubernetes. `strategy`: Nomad's, or the workload on Kubernetes. `beside`: with Nomad, a Kubernetes as well,
-    which the fleet can be moved to."""
+    `clients`: number of Nomad clients (each with its own Consul agent if there are several), or of Kubernetes
+    nodes. `strategy`: the strategy on Nomad, or the workload on Kubernetes. `beside`: with Nomad, start
+    Kubernetes as well, so that the fleet can be moved to it."""
     async with AsyncExitStack() as stack:
         consul = nomad = kubeconfig = ""
         cluster: KubernetesCluster | None = None
@@ -355,7 +362,8 @@ async def open_stage(
                 pace=pace,
             )
         )
-        await _command(config, "init")
+        if consul:  # a SQLite registry is prepared by `run`
+            await _command(config, "init")
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=CALL_TIMEOUT))
         api = f"http://127.0.0.1:{api_port}"
         stage = Stage(
@@ -396,8 +404,8 @@ def _consul(root: Path) -> ConsulServer:
 async def _kubernetes(
     stack: AsyncExitStack, root: Path, clients: int
 ) -> tuple[KubernetesCluster, list[Kubelet]]:
-    """The cluster and its nodes. The agents' pods are run by stand-ins for a kubelet, for
-    which the image is the agent of this checkout."""
+    """Start the cluster and its nodes. A simulated kubelet runs the pods of the agents as processes; their
+    image is the agent of this checkout."""
     import watchdog_agent
 
     from nomad_watchdog.dev._kubelet_spec import Image
@@ -437,17 +445,17 @@ async def _command(config: Path, *arguments: str) -> None:
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        said, _ = await child.communicate()
+        output, _ = await child.communicate()
     finally:
-        if child.returncode is None:  # interrupted: it must not write into a folder that goes away
+        if child.returncode is None:  # interrupted: it must not write into a folder that is removed
             child.kill()
             await child.wait()
     if child.returncode != 0:
-        raise TransientError(f"nomad-watchdog {' '.join(arguments)}: {said.decode()[-2000:]}")
+        raise TransientError(f"nomad-watchdog {' '.join(arguments)}: {output.decode()[-2000:]}")
 
 
 async def stop_agents(stage: Stage) -> None:
-    """End local agents, which outlive their reconciler on purpose."""
+    """Stop local agents, which outlive their reconciler by design."""
 
     def local() -> list[int]:
         return [one.pid for one in stage.agents() if one.backend == "local"]

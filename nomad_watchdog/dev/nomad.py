@@ -23,7 +23,14 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.dev.process import (
+    Process,
+    Running,
+    clean_environment,
+    free_port,
+    give_back,
+    take_block,
+)
 from nomad_watchdog.errors import TerminalError
 
 log = logging.getLogger(__name__)
@@ -31,8 +38,9 @@ log = logging.getLogger(__name__)
 _POLL_S: Final = 0.05
 _CALL_S: Final = 5.0
 _PORTS_EACH: Final = 900
-_FIRST_PORT: Final = 14_000
-"""Dynamic ports of client n start at 14,000 + 900 n: below those of `free_port`, and apart."""
+_BLOCKS: Final = range(14_000, 20_000 - _PORTS_EACH, _PORTS_EACH)
+"""Each client has a block of dynamic ports: below those of `free_port`. Nomad does not see whether a port of its
+own choice is another's."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _ALLOC_ID: Final = 36
 """Length of an allocation's id, with which the names of its control groups begin."""
@@ -74,6 +82,7 @@ class NomadServer(Running):
         self._consul = addresses
         self._client_enabled = True
         self._ports = [[free_port() for _ in range(3)] for _ in range(clients)]
+        self._blocks: list[int] = []
         self._processes: list[Process | None] = [None] * clients
         self.http_addr = f"http://127.0.0.1:{self._ports[0][0]}"
 
@@ -88,6 +97,8 @@ class NomadServer(Running):
 
         Raises TerminalError with the end of a log when it does not come up."""
         deadline = time.monotonic() + timeout_s
+        while len(self._blocks) < self.clients:
+            self._blocks.append(take_block(_BLOCKS))
         if not (self.data_dir / "data-0").exists():
             await self._make_keyring(deadline)
         for index in range(self.clients):
@@ -166,6 +177,8 @@ class NomadServer(Running):
         for process in reversed(alive):
             await process.terminate(15.0)
         await asyncio.to_thread(clean_up, self.data_dir)
+        while self._blocks:
+            give_back(self._blocks.pop())
 
     async def request(self, method: str, path: str, body: Any = None) -> Any:
         """One plain call for a test or a benchmark: the parsed answer.
@@ -228,7 +241,6 @@ class NomadServer(Running):
             await asyncio.sleep(_POLL_S)
 
     def _config(self, index: int) -> dict[str, Any]:
-        first = _FIRST_PORT + (self._ports[index][0] + _PORTS_EACH * index) % 6000
         config = _agent_config(
             f"watchdog-nomad-{index}",
             self.data_dir / f"data-{index}",
@@ -237,7 +249,9 @@ class NomadServer(Running):
         )
         config["acl"] = {"enabled": self._acl}
         rpc = f"127.0.0.1:{self._ports[0][1]}"
-        config["client"] = _client_config([rpc], first, consul=self._consul_address(index))
+        config["client"] = _client_config(
+            [rpc], self._blocks[index], consul=self._consul_address(index)
+        )
         config["client"]["enabled"] = self._client_enabled
         if index == 0:
             config["server"] = _server_config()

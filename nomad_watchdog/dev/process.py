@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import functools
 import os
 import random
 import signal
@@ -20,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
+from nomad_watchdog.dev.binaries import cache_folder
 from nomad_watchdog.errors import TerminalError, TransientError
 
 _POLL_S: Final = 0.02
@@ -31,7 +34,8 @@ _ports_lock: Final = threading.Lock()
 
 
 def free_port() -> int:
-    """A port that is free on 127.0.0.1 for TCP and UDP, and that this process never got before.
+    """A port that is free on 127.0.0.1 for TCP and UDP, that this process never got before, and that no other
+    process of this user gets by this function while this one runs.
 
     Raises TransientError when none is found in 1,000 tries.
     """
@@ -39,10 +43,54 @@ def free_port() -> int:
     with _ports_lock:
         for _ in range(1000):
             port = chooser.choice(_PORTS)
-            if port not in _handed_out and _is_free(port):
+            if port not in _handed_out and _claimed(port) and _is_free(port):
                 _handed_out.add(port)
                 return port
     raise TransientError(f"no free port between {_PORTS.start} and {_PORTS.stop} on 127.0.0.1")
+
+
+def take_block(blocks: Sequence[int]) -> int:
+    """The first of these numbers that no process of this user has, until `give_back` or our end; when all are
+    taken, any of them. Each stands for a block of ports that another program chooses from."""
+    with _ports_lock:
+        for block in blocks:
+            if block not in _handed_out and _claimed(block):
+                _handed_out.add(block)
+                return block
+    return random.SystemRandom().choice(blocks)
+
+
+def give_back(block: int) -> None:
+    """What `take_block` gave."""
+    with _ports_lock:
+        _handed_out.discard(block)
+        claims = _claims()
+        if claims is not None:
+            fcntl.lockf(claims, fcntl.LOCK_UN, 1, block)
+
+
+def _claimed(port: int) -> bool:
+    """Lock one byte of a file that all processes of this user share; the kernel unlocks it when we end."""
+    claims = _claims()
+    if claims is None:
+        return True
+    try:
+        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _claims() -> int | None:
+    """Open as long as we run: closing any descriptor of the file would give up all of its locks. None where the
+    cache can't be written."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / "ports.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
 
 
 def _is_free(port: int) -> bool:

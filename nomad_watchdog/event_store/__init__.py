@@ -72,7 +72,7 @@ class EventStore:
         """Why events are in memory only; "" = they are stored."""
         self.dropped = 0
         """Events that found no room while the disk failed."""
-        self.left_open: dict[str, str] = {}
+        self.left_open: dict[str, tuple[str, float]] = {}
         """Id → text of incidents that the last run left open; after `open`."""
         self._found: Future[Found] = Future()
         self._lock = threading.Condition()
@@ -96,7 +96,7 @@ class EventStore:
                 found = await asyncio.shield(asyncio.wrap_future(self._found))
         except TimeoutError:
             return Found(self.origin, _from_clock())
-        self.left_open = dict(found.left_open)
+        self.left_open = {incident: (text, at) for incident, text, at in found.left_open}
         return found
 
     def put(self, event: Event) -> None:

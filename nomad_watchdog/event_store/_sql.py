@@ -43,7 +43,7 @@ class Found:
     """That of the file, so that it stays the same from run to run; else the one that was proposed."""
     seq: int = 0
     events: tuple[Event, ...] = ()
-    left_open: tuple[tuple[str, str], ...] = ()
+    left_open: tuple[tuple[str, str, float], ...] = ()
     """Id and text of incidents that were opened and not closed; the last MOST_LEFT_OPEN."""
     verdicts: tuple[tuple[Slug, str, float], ...] = ()
     """Of each device the last event of its verdict: slug, kind and wall time."""
@@ -108,17 +108,17 @@ def _origins(db: sqlite3.Connection) -> tuple[tuple[str, int], ...]:
     return tuple(db.execute(f"SELECT origin, {number} FROM event GROUP BY origin"))  # noqa: S608  # ours
 
 
-def _left_open(db: sqlite3.Connection) -> tuple[tuple[str, str], ...]:
-    opened: dict[str, str] = {}
-    for kind, incident, text in db.execute(
-        "SELECT kind, incident, text FROM event WHERE kind IN ('incident.opened', 'incident.closed')"
-        " ORDER BY seq"
+def _left_open(db: sqlite3.Connection) -> tuple[tuple[str, str, float], ...]:
+    opened: dict[str, tuple[str, float]] = {}
+    for kind, incident, text, at in db.execute(
+        "SELECT kind, incident, text, at FROM event"
+        " WHERE kind IN ('incident.opened', 'incident.closed') ORDER BY seq"
     ):
         if kind == "incident.opened":
-            opened[incident] = text
+            opened[incident] = (text, at)
         else:
             opened.pop(incident, None)
-    return tuple(opened.items())[-MOST_LEFT_OPEN:]
+    return tuple((incident, *told) for incident, told in opened.items())[-MOST_LEFT_OPEN:]
 
 
 def _make_tables(db: sqlite3.Connection, path: Path, origin: str) -> None:

@@ -53,6 +53,15 @@ class Replica:
     """Wall time of its start, by its own clock."""
     shards: int
     version: str
+    config: str = ""
+    """Digest of the class specs that it is configured with (`class_set.digest`); "" = an older version."""
+    advertise: str = ""
+    """The address that it tells agents; "" = its version does not say."""
+
+    @property
+    def address(self) -> str:
+        """Where agents reach it, as far as is known."""
+        return self.advertise or self.api
 
 
 class Leases(Protocol):
@@ -61,10 +70,12 @@ class Leases(Protocol):
     shards: int
     replica: str
     """Our own id."""
+    advertise: str
+    """The address that we tell agents; "" = it is not known."""
     problem: str
     """Why nothing can be held at the moment, in words; "" when there is no reason."""
     changed: asyncio.Event
-    """Set whenever `terms` may have changed."""
+    """Set whenever `terms` or the addresses of `replicas` may have changed."""
 
     def terms(self) -> Mapping[Shard, Term]:
         """The shards that are ours now; empty as soon as our own clock can't vouch for it."""
@@ -80,6 +91,20 @@ class Leases(Protocol):
 
     def replicas(self) -> Sequence[Replica]:
         """Every control plane that is there, ours included, as last seen."""
+        ...
+
+    def configs(self) -> Sequence[str] | None:
+        """The digests that the other replicas are configured with, as far as they say; None = it is not known who is
+        there now, or the others don't know of ours yet."""
+        ...
+
+    async def announce(self, config: str) -> None:
+        """Let the others know the digest of our own class specs. Never raises: it is repeated until it is known."""
+        ...
+
+    def vouches(self) -> bool:
+        """Whether a control plane that is not among `replicas` is gone. Where there is one at a time that
+        does not appear in `replicas`, whether it is this one."""
         ...
 
     async def run(self) -> None:
@@ -108,8 +133,11 @@ class Undivided:
 
     shards: int = 1
     replica: str = "this"
+    advertise: str = ""
     problem: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    others: Sequence[str] = ()
+    """What replicas that are there are configured with."""
 
     def terms(self) -> Mapping[Shard, Term]:
         return dict.fromkeys(map(Shard, range(self.shards)), FIRST)
@@ -122,6 +150,15 @@ class Undivided:
 
     def replicas(self) -> Sequence[Replica]:
         return []
+
+    def configs(self) -> Sequence[str] | None:
+        return self.others
+
+    async def announce(self, config: str) -> None:
+        """Nobody asks."""
+
+    def vouches(self) -> bool:
+        return False
 
     async def run(self) -> None:
         await asyncio.Event().wait()

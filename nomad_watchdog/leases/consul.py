@@ -27,6 +27,7 @@ from nomad_watchdog.core import sharing
 from nomad_watchdog.errors import FencedError, WatchdogError
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.leases import Lease, Replica, Term
+from nomad_watchdog.logs import Lasting
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry import Guard
 
@@ -62,9 +63,10 @@ class _View:
 
 
 class ConsulLeases:
-    """One replica's part. `api`: our address, for peers and for whoever asks who leads."""
+    """One replica's part. `api`: our address, for peers and for whoever asks who leads; `advertise`: the one
+    that agents are told, "" = the same."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # settings by name
         self,
         client: ConsulClient,
         *,
@@ -74,9 +76,11 @@ class ConsulLeases:
         api: str,
         clock: Clock,
         ttl_s: float = TTL_S,
+        advertise: str = "",
     ) -> None:
         self.shards = shards
         self.replica = replica
+        self.advertise = advertise or api
         self.problem = "not in touch with Consul yet"
         self.changed = asyncio.Event()
         self._client = client
@@ -86,12 +90,16 @@ class ConsulLeases:
         self._clock = clock
         self._ttl_s = ttl_s
         self._check = f"{SERVICE}-{replica}-alive"
+        self._config = ""
+        self._since = clock.wall()
         self._session = ""
         self._valid_until = Monotonic(0.0)
         self._terms: dict[Shard, Term] = {}
         self._view = _View()
         self._free_since: dict[Shard, Monotonic] = {}
         self._leaving = False
+        self._lost = Lasting(log, "leases lost")
+        self._unseen = Lasting(log, "leases can't be read")
 
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms if self._clock.monotonic() < self._valid_until else {}
@@ -110,6 +118,32 @@ class ConsulLeases:
     def replicas(self) -> Sequence[Replica]:
         return sorted(self._view.replicas.values(), key=lambda one: one.id)
 
+    def configs(self) -> Sequence[str] | None:
+        there = self._view.replicas
+        own = there.get(self._session)
+        if own is None or own.config != self._config:
+            return None
+        if self._clock.monotonic() >= self._valid_until:
+            return None
+        return [one.config for one in there.values() if one is not own and not self._is_past(one)]
+
+    def _is_past(self, one: Replica) -> bool:
+        """Whether this is ourselves before a crash, whose session has not ended yet: of the same machine, and at the
+        same address, where two can't listen."""
+        return one.api == self._api and _machine(one.id) == _machine(self.replica)
+
+    async def announce(self, config: str) -> None:
+        self._config = config
+        if self._session:
+            try:
+                await self._say(self._session)
+            except WatchdogError as error:
+                log.debug("configuration not announced", extra={"reason": str(error)})
+
+    def vouches(self) -> bool:
+        alive = self._clock.monotonic() < self._valid_until
+        return alive and self._session in self._view.replicas
+
     # -- life -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -125,7 +159,7 @@ class ConsulLeases:
             except* WatchdogError as group:
                 failures = 0 if self._clock.monotonic() - began > self._ttl_s else failures + 1
                 self.problem = str(_first(group))
-                log.warning("leases lost", extra={"reason": self.problem})
+                self._lost.goes_on(self._clock.monotonic(), self.problem)
             await asyncio.sleep(random.uniform(0.05, min(_BACKOFF_MAX_S, 0.2 * 2**failures)))  # noqa: S311
         await asyncio.Event().wait()
 
@@ -150,16 +184,22 @@ class ConsulLeases:
             place=(place.hostname or "", place.port or 80),
         )
         session = await self._sessions.create(self.replica, self._check)
+        await self._say(session)
+        return session
+
+    async def _say(self, session: str) -> None:
+        """Have our own key say what we are. Raises as `ConsulSessions.lock`."""
         said = {
             "v": 1,
             "id": self.replica,
             "api": self._api,
-            "since": self._clock.wall(),
+            "since": self._since,
             "shards": self.shards,
             "version": __version__,
+            "config": self._config,
+            "advertise": self.advertise,
         }
         await self._sessions.lock(self._member, json.dumps(said).encode(), session)
-        return session
 
     async def _beat(self, session: str) -> None:
         while True:
@@ -174,6 +214,7 @@ class ConsulLeases:
                 await asyncio.sleep(self._ttl_s / 10)
                 continue
             self.problem = ""
+            self._lost.over(began)
             late = self._clock.monotonic() >= self._valid_until
             self._valid_until = Monotonic(began + self._ttl_s * (1 - _MARGIN))
             if late:
@@ -189,11 +230,15 @@ class ConsulLeases:
                 raise
             except WatchdogError as error:
                 # Whether we still hold anything is the beat's word, not this one's.
-                log.warning("leases can't be read", extra={"reason": str(error)})
+                self._unseen.goes_on(self._clock.monotonic(), str(error))
                 index = 0
                 await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # jitter
                 continue
+            self._unseen.over(self._clock.monotonic())
             self._see(_read(self._folder, rows), session)
+            own = self._view.replicas.get(session)
+            if own is not None and own.config != self._config:
+                await self._say(session)
             await self._balance(session)
 
     def _patience_s(self) -> float:
@@ -203,6 +248,8 @@ class ConsulLeases:
     # -- what is seen ---------------------------------------------------------------------------
 
     def _see(self, view: _View, session: str) -> None:
+        if _addresses(view) != _addresses(self._view):
+            self.changed.set()
         self._view = view
         now = self._clock.monotonic()
         mine = {shard for shard, holder in view.sessions.items() if holder == session}
@@ -297,6 +344,18 @@ class ConsulLeases:
         return f"{self._folder}shards/{shard}"
 
 
+async def read_replicas(client: ConsulClient, prefix: str) -> list[Replica]:
+    """The control planes that are there, for a command that takes no part. Raises as `ConsulClient`."""
+    folder = f"{prefix}/leadership/"
+    _, rows = await client.kv_tree(folder)
+    return sorted(_read(folder, rows).replicas.values(), key=lambda one: one.id)
+
+
+def _machine(replica: str) -> str:
+    """Of a replica's id; a random part comes last."""
+    return replica.rpartition("-")[0]
+
+
 def _first(group: BaseException) -> BaseException:
     while isinstance(group, BaseExceptionGroup):
         group = group.exceptions[0]
@@ -315,6 +374,8 @@ def _read(folder: str, rows: Iterable[KvRow]) -> _View:
                 since=_number(said.get("since")),
                 shards=int(_number(said.get("shards"))),
                 version=str(said.get("version", "")),
+                config=str(said.get("config", "")),
+                advertise=str(said.get("advertise", "")),
             )
         elif kind == "replicas":
             stale.append(row.key)
@@ -332,6 +393,10 @@ def _read(folder: str, rows: Iterable[KvRow]) -> _View:
             term=row.lock_index,
         )
     return _View(there, leases, {s: row.session for s, (row, _) in locks.items()}, tuple(stale))
+
+
+def _addresses(view: _View) -> set[str]:
+    return {one.address for one in view.replicas.values()}
 
 
 def _document(row: KvRow) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import UserError
@@ -25,18 +25,31 @@ _POLL_S: Final = 0.2
 
 
 class FileLeases:
-    """Holds all shards or none. `api`: our address, for whoever asks who leads."""
+    """Holds all shards or none. `api`: our address, for whoever asks who leads; `advertise`: the one that
+    agents are told, "" = the same."""
 
-    def __init__(self, path: Path, *, shards: int, replica: str, api: str, clock: Clock) -> None:
+    def __init__(  # settings by name
+        self,
+        path: Path,
+        *,
+        shards: int,
+        replica: str,
+        api: str,
+        clock: Clock,
+        advertise: str = "",
+    ) -> None:
         self.shards = shards
         self.replica = replica
+        self.advertise = advertise or api
         self.problem = ""
         self.changed = asyncio.Event()
         self._path = path
         self._api = api
         self._clock = clock
+        self._config = ""
         self._file: IO[str] | None = None
         self._terms: dict[Shard, Term] = {}
+        self._since = clock.wall()
 
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms
@@ -57,6 +70,21 @@ class FileLeases:
 
     def replicas(self) -> Sequence[Replica]:
         return []
+
+    def configs(self) -> Sequence[str] | None:
+        """Of the holder of the lease, where that is another process."""
+        said = self._said()
+        if self._terms or said is None or not self._is_held():
+            return []
+        return [str(said.get("config", ""))]
+
+    async def announce(self, config: str) -> None:
+        self._config = config
+        if self._terms and self._file is not None:
+            self._write(self._file, next(iter(self._terms.values())).number)
+
+    def vouches(self) -> bool:
+        return bool(self._terms)
 
     async def run(self) -> None:
         file = self._open()
@@ -86,28 +114,41 @@ class FileLeases:
         number = 1
         with suppress(ValueError, KeyError, TypeError):
             number = int(json.loads(file.read())["term"]) + 1
+        self._since = self._clock.wall()
+        self._write(file, number)
+        return number
+
+    def _write(self, file: IO[str], number: int) -> None:
         said = {
             "v": 1,
             "replica": self.replica,
             "api": self._api,
-            "since": self._clock.wall(),
+            "since": self._since,
             "term": number,
+            "config": self._config,
         }
         # In place: a new file under the same name would be another lock.
         file.seek(0)
         file.write(json.dumps(said))
         file.truncate()
         file.flush()
-        return number
 
     def _holder(self) -> tuple[str, str, float]:
         """Who wrote the file last, if its lock is held."""
         try:
-            said = json.loads(self._path.read_text())
+            said = self._said() or {}
             known = str(said["replica"]), str(said["api"]), float(said["since"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return "", "", 0.0
         return known if self._terms or self._is_held() else ("", "", 0.0)
+
+    def _said(self) -> Mapping[str, Any] | None:
+        """The file's content; None = there is none that can be read."""
+        try:
+            said = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+        return said if isinstance(said, dict) else None
 
     def _is_held(self) -> bool:
         try:

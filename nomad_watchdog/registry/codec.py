@@ -17,7 +17,17 @@ import orjson
 
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug, is_slug, parse_device_id, slug_of
-from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
+from nomad_watchdog.model import (
+    MOST_REASON,
+    Condition,
+    ConditionState,
+    Departure,
+    Device,
+    DeviceRecord,
+    Epoch,
+    Presence,
+    WallTime,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +38,11 @@ _FIELDS: Final = frozenset(
     {"v", "slug", "id", "agent_class", "address", "labels", "presence", "generation", "epoch"}
     | {"instance", "changed_at"}
 )
-_OPTIONAL: Final = frozenset({"event_at", "event_marks", "ttl_s", "source", "left", "home"})
+_OPTIONAL: Final = frozenset(
+    {"event_at", "event_marks", "ttl_s", "source", "left", "home", "condition"}
+)
 """Written only when they say something, so that records without them stay as they were."""
+_CONDITION: Final = frozenset({"state", "since", "reason", "misses"})
 _MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 
 
@@ -63,7 +76,17 @@ def encode(record: DeviceRecord) -> bytes:
         document["left"] = record.left.value
     if record.home:
         document["home"] = record.home
-    if not all(map(math.isfinite, (record.changed_at, record.event_at, device.ttl_s or 0.0))):
+    condition = record.condition
+    if condition is not None:
+        document["condition"] = {
+            "state": condition.state.value,
+            "since": condition.since,
+            "reason": condition.reason[:MOST_REASON],
+            "misses": condition.misses,
+        }
+    since = condition.since if condition is not None else 0.0
+    times = (record.changed_at, record.event_at, device.ttl_s or 0.0, since)
+    if not all(map(math.isfinite, times)):
         raise UserError(f"record of device {device.id!a} can't be stored: a time is not finite")
     try:
         body = orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
@@ -153,6 +176,24 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
         source=_text(document, "source") if "source" in document else "",
         left=left,
         home=_text(document, "home") if "home" in document else "",
+        condition=_condition(document["condition"]) if "condition" in document else None,
+    )
+
+
+def _condition(document: object) -> Condition:
+    if not isinstance(document, dict) or document.keys() != _CONDITION:
+        raise PoisonError(f"condition is no object of {', '.join(sorted(_CONDITION))}")
+    try:
+        state = ConditionState(_text(document, "state"))
+    except ValueError as error:
+        raise PoisonError(
+            f"state of the condition is none of {', '.join(ConditionState)}"
+        ) from error
+    reason = _text(document, "reason")
+    if len(reason) > MOST_REASON:
+        raise PoisonError(f"reason of the condition has more than {MOST_REASON} characters")
+    return Condition(
+        state, WallTime(_seconds(document, "since")), reason, _whole(document, "misses")
     )
 
 

@@ -28,7 +28,9 @@ _TXN_MOST: Final = 128
 _TXN_BYTES: Final = 380_000
 """Consul takes 524,288 bytes of JSON; this counts values as base64 and leaves room for the keys."""
 _BUCKETS: Final = 256
-_WAIT_S: Final = 30.0
+_WAIT_S: Final = 5.0
+"""Of one blocking query, which transfers only the names of the buckets. A snapshot that is restored between
+two queries is noticed when the second ends."""
 _MIN_GAP_S: Final = 0.25
 _GAP_PER_COST: Final = 5.0
 """A watch returns the whole prefix each time: at most a sixth of the time goes into reading it."""
@@ -73,7 +75,8 @@ class ConsulRegistry:
         if row is None:
             raise UserError(
                 f"Consul has no key {self._sentinel}: this is another cluster, or its store was "
-                "wiped; for a new installation run `nomad-watchdog init`"
+                "wiped; bring lost records back with `nomad-watchdog registry import FILE`; only for a new "
+                "installation run `nomad-watchdog init`"
             )
         return _installation(row)
 
@@ -108,22 +111,27 @@ class ConsulRegistry:
         return stored
 
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
-        known, sent = index, 0  # first a plain read: Consul would sleep on an index from the future
-        while True:
+        known, rested_at = index, 0.0
+        while True:  # first a plain read: Consul would sleep on an index from the future
+            await asyncio.sleep(max(0.0, rested_at - time.monotonic()))
+            found, rows = await self._client.kv_tree(self._folder)
             started = time.monotonic()
-            found, rows = await self._client.kv_tree(self._folder, sent, _WAIT_S)
-            woke = time.monotonic()
             if found < known:
                 self._decoder.forget()  # another history: equal indexes mean nothing
             snapshot = await self._snapshot(found, rows)
             if found != known:
                 known = found
                 yield snapshot
-            sent = found
-            cost_s = time.monotonic() - woke
-            gap_s = max(_MIN_GAP_S, _GAP_PER_COST * cost_s) - (woke - started)
-            if gap_s > 0:
-                await asyncio.sleep(gap_s)
+            done = time.monotonic()
+            rested_at = done + max(_MIN_GAP_S, _GAP_PER_COST * (done - started))
+            await self._changed(known)
+
+    async def _changed(self, index: int) -> None:
+        """Wait until the records have another index than this one."""
+        sentinel, found = self._inner_sentinel, index
+        while found == index:
+            found = await self._client.kv_change(self._folder, index, _WAIT_S, beacon=sentinel)
+            await asyncio.sleep(_MIN_GAP_S if found == index else 0.0)
 
     async def document(self, name: str) -> Document:
         check_document(name)

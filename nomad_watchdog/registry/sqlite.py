@@ -54,6 +54,13 @@ _FOR_NOW: Final = frozenset(
 )
 
 
+class _Connection(sqlite3.Connection):
+    """Knows which file it has open."""
+
+    file: tuple[int, int] = (0, 0)
+    """Device and inode."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Write:
     rows: list[Row]
@@ -68,7 +75,7 @@ class SqliteRegistry:
         self._path = Path(path)
         self._decoder = Decoder()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="registry-read")
-        self._connection: sqlite3.Connection | None = None
+        self._connection: _Connection | None = None
         """Of the reader thread."""
         self._written = 0
         """Index of our own last commit."""
@@ -220,7 +227,7 @@ class SqliteRegistry:
             connection.execute("COMMIT")
             return _installation(connection, self._path)
 
-    def _connected(self) -> sqlite3.Connection:
+    def _connected(self) -> _Connection:
         if self._connection is None:
             self._connection = _open(self._path)
             self._opened += 1
@@ -291,7 +298,7 @@ class SqliteRegistry:
 
     def _write_all(self) -> None:
         """The writer thread: until it takes the None that `close` puts last."""
-        connection: sqlite3.Connection | None = None
+        connection: _Connection | None = None
         try:
             while (first := self._writes.get()) is not None:
                 group, last = self._gather(first)
@@ -347,18 +354,25 @@ def _settle(told: Sequence[tuple[_Write, list[int | None] | Exception]]) -> None
             write.done.set_result(said)
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path) -> _Connection:
     """A connection in autocommit; never makes the file."""
     if not path.exists():
         raise UserError(
-            f"there is no registry at {path}: check the path; for a new installation run "
+            f"there is no registry at {path}: check the path; bring lost records back with "
+            "`nomad-watchdog registry import FILE`; only for a new installation run "
             "`nomad-watchdog init`"
         )
     uri = f"{path.absolute().as_uri()}?mode=rw"
     connection = sqlite3.connect(
-        uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        uri,
+        uri=True,
+        timeout=_BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
     )
     try:
+        connection.file = _file_at(path)
         _to_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
     except sqlite3.Error:
@@ -391,27 +405,41 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
     return int(version)
 
 
-def _installation(connection: sqlite3.Connection, path: Path) -> str:
+def _file_at(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _installation(connection: _Connection, path: Path) -> str:
+    if connection.file != _file_at(path):
+        # SQLite goes on with the old file, and what is acknowledged would be lost at the next start (S4).
+        raise UserError(
+            f"the registry {path} was replaced or removed while this service had it open, so nothing is "
+            "written any more: stop the service, put the right file there, delete the files with its name "
+            "and -wal or -shm at the end unless they were restored with it, and start the service"
+        )
     row = None
     if _version(connection, path) == _SCHEMA:
         found = connection.execute("SELECT value FROM meta WHERE name = 'installation'")
         row = found.fetchone()
     if row is None:
         raise UserError(
-            f"the registry {path} was never initialised, or was wiped; for a new installation run "
+            f"the registry {path} was never initialised, or was wiped; bring lost records back with "
+            "`nomad-watchdog registry import FILE`; only for a new installation run "
             "`nomad-watchdog init`"
         )
     return str(row[0])
 
 
-def _counter(connection: sqlite3.Connection) -> int:
+def _counter(connection: _Connection) -> int:
     (index,) = connection.execute("SELECT value FROM meta WHERE name = 'idx'").fetchone()
     return int(index)
 
 
-def _apply(
-    connection: sqlite3.Connection, path: Path, group: Sequence[_Write]
-) -> list[list[int | None]]:
+def _apply(connection: _Connection, path: Path, group: Sequence[_Write]) -> list[list[int | None]]:
     """All writes of the group in one transaction; new indexes, None where a compare-and-set lost."""
     connection.execute("BEGIN IMMEDIATE")
     try:

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.ids import Slug
+from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 
 GROUP: Final = "nomad_watchdog.schedulers"
@@ -88,9 +88,15 @@ class Scheduler(Protocol):
     name: str
     capabilities: Capabilities
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
+    async def prepare(
+        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+    ) -> Mapping[str, str]:
         """Make ready to place these specs (register parent jobs, check templates). Idempotent; the
-        last call's specs are those that exist. Raises UserError for a template that won't do."""
+        last call's specs are those that exist. Returns agent class → why it can't be prepared, for a
+        template that won't do, say; the other classes are ready.
+
+        `shards`: what is shared by all replicas is written only where it is of one of these shards, so that
+        the holders of different shards never write the same; None = of all."""
         ...
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
@@ -140,6 +146,14 @@ async def still(scheduler: Scheduler, snapshot: Snapshot) -> bool:
     """As `Thrifty.still`; False of a backend that can't tell."""
     ask = getattr(scheduler, "still", None)
     return ask is not None and bool(await ask(snapshot))
+
+
+def check_spec(backend: str, spec: AgentSpec) -> None:
+    """What a backend can tell of a spec without its servers: its method `check_spec`, where it has one.
+    Raises UserError."""
+    check = getattr(load(backend), "check_spec", None)
+    if check is not None:
+        check(spec)
 
 
 def load(name: str) -> Any:

@@ -96,6 +96,15 @@ def read_entry(home: Path) -> Entry | None:
     return found
 
 
+def read_api(home: Path) -> tuple[str, ...]:
+    """The addresses that the agent was told to report to; () = they can't be read."""
+    try:
+        told = json.loads((home / "config.json").read_text())["api"]
+        return tuple(str(one) for one in told)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
 @contextmanager
 def exclusive(home: Path) -> Iterator[None]:
     """Hold the right to decide about one device, among all threads and processes; blocks."""

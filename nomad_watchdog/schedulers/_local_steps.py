@@ -17,6 +17,7 @@ from pathlib import Path
 import watchdog_agent
 from watchdog_agent import wire
 
+from nomad_watchdog import templates
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.ids import Slug, is_slug
@@ -37,6 +38,8 @@ from nomad_watchdog.schedulers._local_parents import Parents
 
 log = logging.getLogger(__name__)
 
+VARIABLES = frozenset({"command", "driver", "workload"})
+"""`driver` and `workload` are of classes that also run elsewhere."""
 _SITES = {"site-packages", "dist-packages"}
 
 
@@ -66,9 +69,18 @@ def _ours(settings: Settings) -> list[str]:
 
 def argv_of(settings: Settings, spec: AgentSpec) -> list[str]:
     """The agent's command line: ours, or the operator's variable `command` (a JSON list of texts)."""
+    return command_of(spec) or _ours(settings)
+
+
+def command_of(spec: AgentSpec) -> list[str]:
+    """The operator's variable `command`; empty = there is none. Raises UserError for one that won't do, and for
+    a variable that no local agent knows."""
+    for name in spec.variables:
+        if name not in VARIABLES:
+            raise templates.UndeclaredError("local", name, VARIABLES - {"driver", "workload"})
     text = spec.variables.get("command", "")
     if not text:
-        return _ours(settings)
+        return []
     try:
         found = json.loads(text)
     except ValueError as error:

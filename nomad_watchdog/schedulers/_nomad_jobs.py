@@ -12,15 +12,31 @@ from typing import Any, Final
 
 from nomad_watchdog import templates
 from nomad_watchdog.clients.nomad import NomadClient
+from nomad_watchdog.clients.nomad_features import Feature
+from nomad_watchdog.core.living import is_at
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
 from nomad_watchdog.schedulers import documents
+from nomad_watchdog.schedulers._nomad_view import API, SOURCE
 
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD: Final = 16 * 1024
 """Nomad's limit on a dispatch payload, bytes before base64."""
 _MIB: Final = 1024 * 1024
+PARENT_SPEC: Final = "parent_spec"
+"""In a parent's meta, which its children inherit: the spec that their template and resources come from."""
+
+
+OURS: Final = frozenset({"agent_source", "token_file", "workload"})
+"""Variables that every class gets, or that are for another scheduler: a template need not declare them."""
+
+
+def template_of(spec: AgentSpec) -> templates.Template:
+    """The template of a class, with the variables that it is given compared. Raises UserError."""
+    template = templates.load(spec.template, spec.text)
+    templates.check_variables(template, spec.variables.keys() - OURS)
+    return template
 
 
 async def build(
@@ -28,26 +44,47 @@ async def build(
 ) -> dict[str, Any]:
     """The parent job of a class: template parsed, linted and validated by Nomad.
 
-    Its meta holds a hash of the rest, so that an unchanged one is not registered again. Raises
-    UserError with all that is wrong."""
-    template = templates.load(spec.template)
+    Its meta holds a hash of the rest, so that an unchanged one is not registered again, and the URL of the
+    replica that agents are fetched from, which the hash does not cover. Raises UserError with all that is
+    wrong."""
+    template = template_of(spec)
     variables = {
         "cpu": str(spec.cpu_mhz),
         "memory": str(max(10, spec.memory_bytes // _MIB)),
         "kill_timeout": f"{max(1, round(spec.kill_timeout_s * 1000))}ms",
         **spec.variables,
     }
-    job = await client.parse(template.text, templates.variables_text(variables))
-    findings = templates.lint(job)
+    features = await client.features()
+    disconnect = features.has(Feature.DISCONNECT)
+    try:
+        job = await client.parse(template.text, templates.variables_text(variables))
+    except UserError as error:
+        if disconnect or "disconnect" not in str(error):
+            raise
+        raise UserError(
+            f"template {template.name!r}: Nomad {features} has no block `disconnect`: write"
+            f" `max_client_disconnect`, and `replace_lost` in the group's meta ({error})"
+        ) from error
+    findings = templates.lint(job, disconnect=disconnect)
     if errors := [str(one) for one in findings if one.level == "error"]:
         raise UserError(f"template {template.name!r}: {'; '.join(errors)}")
     for finding in findings:
         log.warning("template warning", extra={"template": template.name, "reason": str(finding)})
+    templates.adapt(job, disconnect=disconnect)
     job |= {"ID": job_id, "Name": job_id}
-    job["Meta"] = {**(job.get("Meta") or {}), "installation": installation}
+    told = {"installation": installation, PARENT_SPEC: spec.spec_hash}
+    job["Meta"] = {**(job.get("Meta") or {}), **told}
+    parameterized = job["ParameterizedJob"]
+    optional = parameterized.get("MetaOptional") or []
+    parameterized["MetaOptional"] = [*optional, *({API} - set(optional))]
     await client.validate(job)
     text = json.dumps(job, sort_keys=True)
-    job["Meta"]["parent_hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    source = variables.get("agent_source", "")
+    if not (source in text and is_at(source, documents.api_of(spec))):
+        source = ""
+    text = text.replace(source, SOURCE) if source else text
+    parent_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
+    job["Meta"] |= {"parent_hash": parent_hash, SOURCE: source}
     return job
 
 
@@ -58,6 +95,7 @@ def payload(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> bytes:
 
 
 def meta(record: DeviceRecord, epoch: Epoch, spec: AgentSpec, shard: int) -> dict[str, str]:
+    api = documents.api_of(spec)
     return {
         "device_id": record.device.id,
         "slug": record.slug,
@@ -65,6 +103,7 @@ def meta(record: DeviceRecord, epoch: Epoch, spec: AgentSpec, shard: int) -> dic
         "spec_hash": spec.spec_hash,
         "agent_class": spec.agent_class,
         "shard": str(shard),
+        **({API: " ".join(api)} if api else {}),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Epoch, Placement, PlacementState, WallTime
+from nomad_watchdog.schedulers._nomad_nodes import Nodes
 
 _ENDED: Final = frozenset({"complete", "failed", "lost"})
 _EXPECTED: Final = frozenset({"job-register", "queued-allocs", "max-plan-attempts"})
@@ -20,6 +21,11 @@ agent that fails shows as an allocation."""
 _NS: Final = 1_000_000_000
 SECOND_LOOK_S: Final = 2.0
 """A dead job with a failed allocation counts as dead when it still is so after this long."""
+
+SOURCE: Final = "agent_source"
+"""In the meta of a job: the replica's address that its agent is fetched from; "" = not from a replica."""
+API: Final = "agent_api"
+"""In the meta of an agent's job: the addresses that it reports to, separated by spaces."""
 
 Row = Mapping[str, Any]
 
@@ -48,10 +54,14 @@ def placement(
     evals: Sequence[Row],
     *,
     settled: bool,
+    nodes: Nodes | None = None,
 ) -> Placement:
-    """One job as a placement. `settled`: it was seen dead before, at least SECOND_LOOK_S ago."""
+    """One job as a placement. `settled`: it was seen dead before, at least SECOND_LOOK_S ago. `nodes`: what is
+    known of the cluster's."""
     state, reason = _state(job, allocs, evals, settled=settled)
     newest = max(allocs, key=lambda one: one.get("CreateIndex", 0), default=None)
+    if nodes is not None:
+        reason = nodes.reason(newest, state, reason)
     holding = [
         one
         for one in allocs
@@ -64,15 +74,53 @@ def placement(
         device_id=parse_device_id(who[1]),
         epoch=who[2],
         agent_class=meta.get("agent_class", ""),
-        spec_hash=meta.get("spec_hash", ""),
+        spec_hash=_spec_hash(meta),
         state=state,
         ref=job["ID"],
         instances=tuple(sorted(one["ID"] for one in holding)),
         node=newest.get("NodeName", "") if newest else "",
-        restarts=len(allocs) - 1 + _restarts(newest) if newest else 0,
+        restarts=0 if newest is None else _restarts(newest) + _replaced(allocs, newest),
         reason=reason,
-        created_at=WallTime((job.get("SubmitTime") or 0) / _NS),
+        created_at=age(job)[0],
+        waits_since=_began(job, newest),
+        queued=bool(evals) and (newest is None or newest["ClientStatus"] in _ENDED),
+        source=meta.get(SOURCE, ""),
+        api=tuple(meta.get(API, "").split()),
     )
+
+
+def _began(job: Row, newest: Row | None) -> WallTime:
+    """When the job was submitted, or its newest allocation made, whichever is later."""
+    made = 0 if newest is None else newest.get("CreateTime") or 0
+    return WallTime(max(job.get("SubmitTime") or 0, made) / _NS)
+
+
+def _spec_hash(meta: Row) -> str:
+    """Of what the agent really runs with: its document comes from the dispatch, its template and resources from
+    the parent job of that moment. Where these are of two specs it is neither of them. A parent of an older version
+    does not say."""
+    told = str(meta.get("spec_hash", ""))
+    parent = str(meta.get("parent_spec", "")) or told
+    return told if parent == told else f"{told}/{parent}"
+
+
+def age(job: Row) -> tuple[WallTime, str]:
+    """Orders the jobs of one epoch as the planner orders placements: of several the least is kept."""
+    return WallTime((job.get("SubmitTime") or 0) / _NS), job["ID"]
+
+
+def unevaluated(job: Row, allocs: Sequence[Row], evals: Sequence[Row]) -> bool:
+    """Whether no scheduler has looked at a job or is about to. `evals`: those pending or blocked.
+
+    True for a moment after each dispatch; for longer only when the server crashed between the job and
+    its evaluation, which are two writes before Nomad 1.10.5."""
+    return job.get("Status") == "pending" and not job.get("Stop") and not allocs and not evals
+
+
+def _replaced(allocs: Sequence[Row], newest: Row) -> int:
+    """Earlier allocations that failed. One that a drain has moved to another node did not."""
+    earlier = (one for one in allocs if one is not newest)
+    return sum(not (one.get("DesiredTransition") or {}).get("Migrate") for one in earlier)
 
 
 def _restarts(alloc: Row) -> int:

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, Collection, Coroutine
+from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TransientError, UserError
-from nomad_watchdog.ids import DeviceId, Slug
+from nomad_watchdog.ids import DeviceId, Shard, Slug
 from nomad_watchdog.model import (
     AgentSpec,
     DeviceRecord,
@@ -35,7 +35,13 @@ from nomad_watchdog.model import (
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
 from nomad_watchdog.schedulers import _local_process as process
 from nomad_watchdog.schedulers import _local_steps as steps
-from nomad_watchdog.schedulers._local_files import CorruptError, Entry, read_entry, translated
+from nomad_watchdog.schedulers._local_files import (
+    CorruptError,
+    Entry,
+    read_api,
+    read_entry,
+    translated,
+)
 from nomad_watchdog.schedulers._local_parents import Parents
 
 log = logging.getLogger(__name__)
@@ -87,6 +93,8 @@ class LocalScheduler:
         self._poll_s = poll_s
         self._minded: dict[Slug, _Minded] = {}
         self._seen: dict[Slug, int] = {}
+        self._told: dict[Slug, tuple[int, tuple[str, ...]]] = {}
+        """Of each device: an epoch, and where the agent of that epoch was told to report."""
         self._watchers: set[asyncio.Queue[Hint]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy: dict[Slug, bool] = {}
@@ -94,10 +102,25 @@ class LocalScheduler:
         self._open = False
         self._closed = False
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
+    @staticmethod
+    def check_spec(spec: AgentSpec) -> None:
+        """Raises UserError for a command that won't do."""
+        steps.command_of(spec)
+
+    async def prepare(
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,  # noqa: ARG002  # nothing is shared
+    ) -> Mapping[str, str]:
+        refused: dict[str, str] = {}
         for spec in specs:
-            steps.argv_of(self._settings, spec)
+            try:
+                self.check_spec(spec)
+            except UserError as error:
+                refused[spec.agent_class] = str(error)
         await self._ready()
+        return refused
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         await self._ready()
@@ -210,6 +233,8 @@ class LocalScheduler:
         names = found.keys() | self._seen.keys()
         changed = [slug for slug in names if found.get(slug) != self._seen.get(slug)]
         self._seen = found
+        for slug in self._told.keys() - found.keys():
+            self._told.pop(slug, None)
         return [*changed, *(slug for slug in big if slug not in changed)]
 
     def _step_soon(self, slug: Slug) -> None:
@@ -314,10 +339,17 @@ class LocalScheduler:
                     continue
                 entry = self._read_one(slug)
                 if entry is not None:
-                    found[slug] = (placement_of(entry),)
+                    found[slug] = (placement_of(entry, self._api(entry)),)
         except OSError as error:
             raise TransientError(f"cannot read all placements: {error.strerror}") from error
         return found
+
+    def _api(self, entry: Entry) -> tuple[str, ...]:
+        known = self._told.get(entry.slug)
+        if known is None or known[0] != entry.epoch:
+            told = read_api(self._settings.home(entry.slug))
+            known = self._told[entry.slug] = entry.epoch, told
+        return known[1]
 
     def _read_one(self, slug: Slug) -> Entry | None:
         home = self._settings.home(slug)
@@ -327,7 +359,7 @@ class LocalScheduler:
             return steps.step(self._settings, slug)
 
 
-def placement_of(entry: Entry) -> Placement:
+def placement_of(entry: Entry, api: tuple[str, ...] = ()) -> Placement:
     """As the planner sees it. A process that ended a moment ago is not shown as running."""
     state = PlacementState(entry.state)
     reason = entry.reason
@@ -346,4 +378,5 @@ def placement_of(entry: Entry) -> Placement:
         restarts=entry.restarts,
         reason=reason,
         created_at=WallTime(entry.created_at),
+        api=api,
     )

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nomad_watchdog.errors import StaleError, TransientError, WatchdogError
-from nomad_watchdog.ids import Slug
+from nomad_watchdog.errors import StaleError, TransientError, UserError, WatchdogError
+from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Scheduler, Snapshot, still
 
@@ -39,6 +39,11 @@ def _as_it_is(_backend: str, spec: AgentSpec) -> AgentSpec:
     return spec
 
 
+def _check_all(refused: Mapping[str, str] | None) -> None:
+    if refused:
+        raise UserError("; ".join(refused.values()))
+
+
 class Moving:
     """`usual`: the configured backend, `make`: constructs one by name and raises UserError when it can't,
     `adapt`: what a spec is on one of them."""
@@ -58,6 +63,8 @@ class Moving:
         self._parts: dict[str, Scheduler] = {usual: make(usual)}
         self._required = frozenset({usual})
         self._specs: list[AgentSpec] | None = None
+        self._shards: Collection[Shard] | None = None
+        """As in the last call of `prepare`."""
         self._opening = asyncio.Lock()
         self._more = asyncio.Event()
         self._tickets: dict[Slug, _Ticket] = {}
@@ -65,6 +72,11 @@ class Moving:
         self._read: tuple[Snapshot, Mapping[str, Snapshot]] | None = None
         """The last full snapshot, and those of the parts that it was made of."""
         self.capabilities = self._shared()
+
+    def adapt_by(self, adapt: Callable[[str, AgentSpec], AgentSpec]) -> None:
+        """What a spec is on one of them, from now on."""
+        self._adapt_anew = adapt
+        self._adapted_last.clear()
 
     @property
     def parts(self) -> Mapping[str, Scheduler]:
@@ -86,13 +98,19 @@ class Moving:
     async def open(self, name: str) -> Scheduler:
         """The backend of this name, prepared, and looked at from now on.
 
-        Raises as `Scheduler.prepare`, and UserError when it can't be made; then nothing has changed."""
+        Raises as `Scheduler.prepare`, and UserError when it can't be made or when an agent class can't be
+        prepared on it; then nothing has changed."""
+        return await self._open(name, whole=True)
+
+    async def _open(self, name: str, *, whole: bool) -> Scheduler:
         async with self._opening:
             if name not in self._parts:
                 part = self._make(name)
                 try:
                     if self._specs is not None:
-                        await part.prepare(self._adapted(name, self._specs))
+                        adapted = self._adapted(name, self._specs)
+                        refused = await part.prepare(adapted, shards=self._shards)
+                        _check_all(refused if whole else {})
                 except BaseException:
                     await part.close()
                     raise
@@ -114,11 +132,18 @@ class Moving:
         finally:
             await part.close()
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
-        self._specs = list(specs)
+    async def prepare(
+        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+    ) -> Mapping[str, str]:
+        self._specs, self._shards = list(specs), shards
         await self._open_all()
+        refused: dict[str, str] = {}
         for name, part in self._parts.items():
-            await part.prepare(self._adapted(name, specs))
+            answer = await part.prepare(self._adapted(name, specs), shards=shards)
+            for agent_class, why in (answer or {}).items():
+                place = f"on {name}: " if len(self._parts) > 1 else ""
+                refused.setdefault(agent_class, f"{place}{why}")
+        return refused
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         home = record.home or self.base
@@ -274,7 +299,7 @@ class Moving:
     async def _open_all(self) -> None:
         for name in sorted(self.lacks):
             try:
-                await self.open(name)
+                await self._open(name, whole=False)
             except WatchdogError as error:
                 raise TransientError(
                     f"{name}, where a part of the fleet lives, can't be opened: {error}"

@@ -11,33 +11,49 @@ import logging
 import random
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import Answer, NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad_features import Feature
 from nomad_watchdog.clock import Clock, SystemClock
+from nomad_watchdog.core.living import is_at
 from nomad_watchdog.errors import (
     ConflictError,
+    DeniedError,
     NotFoundError,
     StaleError,
     TerminalError,
     TransientError,
+    UnpreparedError,
     UserError,
+    WatchdogError,
 )
-from nomad_watchdog.ids import Slug, is_slug, shard_of
+from nomad_watchdog.ids import Shard, Slug, is_slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, _nomad_jobs
+from nomad_watchdog.schedulers import (
+    Capabilities,
+    Capacity,
+    Hint,
+    Snapshot,
+    _nomad_jobs,
+    documents,
+)
 from nomad_watchdog.schedulers._memory import Memory
 from nomad_watchdog.schedulers._nomad_doubt import unlisted
+from nomad_watchdog.schedulers._nomad_nodes import NodeList
 from nomad_watchdog.schedulers._nomad_view import (
     SECOND_LOOK_S,
+    SOURCE,
     Row,
+    age,
     identity,
     is_calm,
     looks_dead,
     placement,
+    unevaluated,
 )
 
 log = logging.getLogger(__name__)
@@ -89,24 +105,53 @@ class NomadScheduler:
         self._listed = False
         self._index = 0
         self._first_dead: dict[str, float] = {}
+        self._unevaluated: dict[str, float] = {}
+        """Jobs that no scheduler of Nomad's has looked at, and since when."""
         self._read: tuple[Snapshot, tuple[int, ...]] | None = None
         """The last whole snapshot, and the indexes of the tables that it was read from; None while it shows
         what a second look may show otherwise, with nothing new in Nomad."""
         self._memory = Memory()
+        self._nodes = NodeList(self._client)
         self.malformed = 0
         """Jobs in the last full snapshot that claim to be ours and make no sense."""
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
+    @staticmethod
+    def check_spec(spec: AgentSpec) -> None:
+        """Raises UserError for a template, or variables, that won't do."""
+        _nomad_jobs.template_of(spec)
+
+    async def prepare(
+        self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
+    ) -> Mapping[str, str]:
+        await self._client.features(again=True)  # the servers may have been upgraded
+        self._nodes.ask_again()
+        await self._evaluate_forgotten()
         built: dict[tuple[str, str], dict[str, Any]] = {}
+        refused: dict[str, str] = {}
         for spec in specs:
-            job = await _nomad_jobs.build(
-                self._client, spec, self._parent(spec.agent_class, 0), self._installation
-            )
-            built[spec.agent_class, spec.spec_hash] = job
-            if self._strategy == "dispatch":
-                for shard in range(self._shards):
-                    await self._register_parent(job, self._parent(spec.agent_class, shard))
+            try:
+                built[spec.agent_class, spec.spec_hash] = await self._prepare_one(spec, shards)
+            except DeniedError:
+                raise  # the token lacks a right, and no class could be prepared with it
+            except (UserError, TerminalError) as error:
+                refused[spec.agent_class] = str(error)
         self._built = built
+        return refused
+
+    async def _prepare_one(
+        self, spec: AgentSpec, shards: Collection[Shard] | None
+    ) -> dict[str, Any]:
+        job = await _nomad_jobs.build(
+            self._client, spec, self._parent(spec.agent_class, 0), self._installation
+        )
+        if self._strategy == "dispatch":
+            living = documents.api_of(spec)
+            for shard in map(Shard, range(self._shards)):
+                parent = self._parent(spec.agent_class, shard)
+                self._parents.add(parent)
+                if shards is None or shard in shards:
+                    await self._register_parent(job, parent, living)
+        return job
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         if self._strategy == "register":
@@ -115,19 +160,71 @@ class NomadScheduler:
         parent = self._parent(spec.agent_class, shard)
         told = _nomad_jobs.meta(record, epoch, spec, shard)
         body = _nomad_jobs.dispatch_body(_nomad_jobs.payload(record, epoch, spec), told)
+        answer: Answer | None = None
+        failure: TransientError | None = None
         try:
             answer = await self._client.dispatch(parent, body)
         except TransientError as error:
-            # it may have happened all the same; the token makes a second try safe, a look is cheaper
-            found = await self._client.pages(
-                "/v1/jobs",
-                "list-jobs",
-                {"prefix": f"{parent}/dispatch-{record.slug}-", "meta": "true"},
-            )
-            if any((job.get("Meta") or {}).get("epoch") == str(epoch) for job in found.body):
-                return found.index
-            raise error from None
-        return answer.index
+            failure = error  # it may have happened all the same
+        except (NotFoundError, TerminalError) as error:
+            if _is_parent_missing(error):
+                raise UnpreparedError(f"{error}; it is registered again soon") from error
+            raise
+        features = await self._client.features()
+        protected = features.has(Feature.RACE_SAFE_TOKENS) and features.has(Feature.ATOMIC_DISPATCH)
+        if answer is not None and protected:
+            return answer.index
+        index, children = await self._children(parent, record.slug, epoch)
+        if not children:
+            raise failure or StaleError(f"nomad lists no job of {record.slug} at epoch {epoch}")
+        if protected:
+            return index
+        if await self._only_the_oldest(parent, children, {} if answer is None else answer.body):
+            # whoever plans by this index must not see the jobs that were stopped as running
+            index, _ = await self._children(parent, record.slug, epoch)
+        return index
+
+    async def _children(self, parent: str, slug: Slug, epoch: Epoch) -> tuple[int, list[Row]]:
+        """The jobs of one epoch, the oldest first, and the index of the list."""
+        ask = {"prefix": f"{parent}/dispatch-{slug}-", "meta": "true"}
+        found = await self._client.pages("/v1/jobs", "list-jobs", ask)
+        ours = [job for job in found.body if (job.get("Meta") or {}).get("epoch") == str(epoch)]
+        return found.index, sorted(ours, key=age)
+
+    async def _only_the_oldest(
+        self, parent: str, children: list[Row], answer: Mapping[str, Any]
+    ) -> bool:
+        """Leave one job of an epoch, evaluated, where Nomad's token does not protect against races (S2).
+        Returns whether others were there.
+
+        The planner keeps the oldest too, and no racer ever stops it. The last racer to list the jobs sees
+        all of them, so that none is left over. A racer stops its own job before it looks for others: of
+        many racers each then stops one, instead of all of them stopping all."""
+        oldest = children[0]
+        if not answer.get("EvalID") and oldest.get("Status") == "pending":
+            await self._client.evaluate(oldest["ID"])
+        surplus = _unstopped(children[1:])
+        if not surplus:
+            return False
+        if (own := answer.get("DispatchedJobID")) in surplus:
+            await self._client.deregister(own)
+            who = oldest["Meta"]
+            _, children = await self._children(parent, who["slug"], Epoch(int(who["epoch"])))
+            surplus = _unstopped(children[1:])
+        log.warning("agent started more than once", extra={"slug": oldest["Meta"]["slug"]})
+        await asyncio.gather(*(self._client.deregister(ref) for ref in surplus))
+        return True
+
+    async def _evaluate_forgotten(self) -> None:
+        """Have Nomad evaluate the jobs that a crashed server has left without an evaluation (L2)."""
+        due_by = self._clock.monotonic() - SECOND_LOOK_S
+        forgotten = [ref for ref, since in self._unevaluated.items() if since <= due_by]
+        for ref in forgotten:
+            with suppress(NotFoundError):
+                await self._client.evaluate(ref)
+            self._unevaluated.pop(ref, None)
+        if forgotten:
+            log.warning("jobs without an evaluation", extra={"count": len(forgotten)})
 
     async def retire(self, placement: Placement, grace_s: float) -> None:  # noqa: ARG002  # Nomad takes kill_timeout from the job
         # no purge: a purged job's process may be left running (GH-28242)
@@ -155,8 +252,12 @@ class NomadScheduler:
             ("/v1/allocations", "read-job"),
             ("/v1/evaluations", "read-job"),
         ]
-        answers = await asyncio.gather(*(self._client.get(*table, one) for table in asked))
-        return tuple(answer.index for answer in answers) == read[1] and all(read[1])
+        answers, changed = await asyncio.gather(
+            asyncio.gather(*(self._client.get(*table, one) for table in asked)),
+            self._nodes.changed(),
+        )
+        indexes = tuple(answer.index for answer in answers)
+        return indexes == read[1] and all(read[1]) and not changed
 
     async def watch(self) -> AsyncIterator[Hint]:
         failures = 0
@@ -232,18 +333,24 @@ class NomadScheduler:
         self._names[agent_class, shard] = name
         return name
 
-    async def _register_parent(self, job: Mapping[str, Any], job_id: str) -> None:
-        self._parents.add(job_id)
+    async def _register_parent(
+        self, job: Mapping[str, Any], job_id: str, living: Sequence[str]
+    ) -> None:
+        """Register a parent unless there is one that differs in nothing but the living replica that agents
+        are fetched from: replicas would write each other's parents for ever."""
         found = await self._client.job(job_id)
         if found is not None and not found.get("Stop"):
             if found.get("ParameterizedJob") is None:
                 raise TerminalError(f"nomad job {job_id!r} exists and is no parameterized job")
-            owner = (found.get("Meta") or {}).get("installation", "")
+            said = found.get("Meta") or {}
+            owner = said.get("installation", "")
             if owner != self._installation:
                 raise TerminalError(
                     f"nomad job {job_id!r} belongs to installation {owner!r}: choose another prefix"
                 )
-            if (found.get("Meta") or {}).get("parent_hash") == job["Meta"]["parent_hash"]:
+            own, source = job["Meta"][SOURCE], said.get(SOURCE, "")
+            fetched = source == own or bool(own and is_at(source, living))
+            if said.get("parent_hash") == job["Meta"]["parent_hash"] and fetched:
                 return
         await self._client.register({**job, "ID": job_id, "Name": job_id})
         log.info("parent job registered", extra={"job": job_id})
@@ -284,9 +391,10 @@ class NomadScheduler:
         # read after the jobs and from the leader too, so at least as new: the jobs' index is good
         mine = {"filter": f'JobID matches "^{self._prefix}"'}
         waiting = {"filter": 'Status == "blocked" or Status == "pending"'}
-        allocs, evals = await asyncio.gather(
+        allocs, evals, _ = await asyncio.gather(
             self._client.pages("/v1/allocations", "read-job", mine),
             self._client.pages("/v1/evaluations", "read-job", waiting),
+            self._nodes.refresh(),
         )
         if jobs.index < before:
             self._index = 0
@@ -304,6 +412,7 @@ class NomadScheduler:
         found, self.malformed = self._placements(jobs.body, allocs.body, evals.body)
         self._memory.take(found, None)
         self._first_dead = {k: v for k, v in self._first_dead.items() if k in known}
+        self._unevaluated = {k: v for k, v in self._unevaluated.items() if k in known}
         read = Snapshot(found, jobs.index)
         settled = all(since <= settled_by for since in self._first_dead.values())
         self._read = (read, (jobs.index, allocs.index, evals.index)) if settled else None
@@ -371,7 +480,12 @@ class NomadScheduler:
             else:
                 settled = False
                 self._first_dead.pop(job["ID"], None)
-            found[who[0]].append(placement(job, who, mine, waiting, settled=settled))
+            if unevaluated(job, mine, waiting):
+                self._unevaluated.setdefault(job["ID"], now)
+            else:
+                self._unevaluated.pop(job["ID"], None)
+            one = placement(job, who, mine, waiting, settled=settled, nodes=self._nodes.now)
+            found[who[0]].append(one)
         return {
             slug: tuple(sorted(some, key=lambda one: (one.epoch, one.created_at, one.ref)))
             for slug, some in found.items()
@@ -400,6 +514,18 @@ class NomadScheduler:
 
 def _flat(lists: Iterable[list[Row]]) -> list[Row]:
     return [row for rows in lists for row in rows]
+
+
+def _is_parent_missing(error: WatchdogError) -> bool:
+    """Whether a dispatch failed because its parent job is stopped or gone (Nomad answers 500 with these
+    texts, and 404 from 1.8 on), or is one that an older version has written."""
+    said = str(error)
+    causes = ("job not found", "is stopped", "unpermitted metadata")
+    return isinstance(error, NotFoundError) or any(cause in said for cause in causes)
+
+
+def _unstopped(jobs: Iterable[Row]) -> list[str]:
+    return [job["ID"] for job in jobs if not job.get("Stop")]
 
 
 def _by_job(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -167,16 +167,19 @@ class Auditor:
 
     # -- what replicas decide -------------------------------------------------------------------
 
-    def planned(self, who: str, plan: Plan, confirmed: frozenset[tuple[Slug, Epoch, str]]) -> None:
-        """One pass's plan: not more stops than the breaker allows, but for the confirmed ones."""
+    def planned(
+        self, who: str, plan: Plan, confirmed: frozenset[tuple[Slug, Epoch, str]], seen: int
+    ) -> None:
+        """One pass's plan: not more stops than the breaker allows, but for the confirmed ones. `seen`: the live
+        agents in the replica's view."""
         fresh = [
             action
             for action in plan.actions
             if action.kind is ActionKind.RETIRE and stop_key(action) not in confirmed
         ]
         live = sum(not job.dead for job in self.cluster.jobs.values())
-        # The replica counts what it sees; the cluster may have fewer by now.
-        most = max(self.limits.breaker_min, int((live + len(fresh)) * self.limits.breaker_fraction))
+        # The replica counts what it sees; the cluster may have fewer by now: a whole node may be lost.
+        most = max(self.limits.breaker_min, int(seen * self.limits.breaker_fraction))
         if len(fresh) > most:
             self.broken("S7", f"{who} stops {len(fresh)} of {live} in one pass")
 

@@ -51,6 +51,8 @@ Maker = Callable[[], AbstractAsyncContextManager[Rig]]
 Check = Callable[[Rig], Awaitable[None]]
 
 _PERIOD_S: Final = 0.05
+_PAUSE: Final = 4
+"""Between two looks, in times of what the last one took."""
 LIVE: Final = frozenset(PlacementState) - {PlacementState.DEAD}
 
 
@@ -89,16 +91,19 @@ class Bench:
         return [one for one in await self.of(slug) if one.state in LIVE]
 
     async def until(self, what: str, test: Callable[[], Awaitable[bool]]) -> None:
-        """Poll until the test is true. A TransientError means: not yet."""
+        """Poll until the test is true. A TransientError means: not yet.
+
+        After a test that took long comes a longer pause: a look at a thousand placements, again and again, keeps
+        the backend from what is waited for."""
         clock = SystemClock()
         deadline = clock.monotonic() + self.rig.timeout_s
-        while clock.monotonic() < deadline:
+        while (began := clock.monotonic()) < deadline:
             try:
                 if await test():
                     return
             except TransientError:
                 pass
-            await asyncio.sleep(_PERIOD_S)
+            await asyncio.sleep(max(_PERIOD_S, _PAUSE * (clock.monotonic() - began)))
         seen = {slug: await self.of(slug) for slug in sorted(self.made)[:3]}
         raise AssertionError(f"not within {self.rig.timeout_s} s: {what}; last seen: {seen}")
 

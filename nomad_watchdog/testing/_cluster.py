@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from nomad_watchdog.errors import TerminalError, TransientError
+from nomad_watchdog.errors import TransientError, UnpreparedError
 from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState, WallTime
 from nomad_watchdog.schedulers import Capacity
@@ -150,7 +150,7 @@ class Cluster:
 
     def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec, owner: str) -> int:
         if spec.agent_class not in self.parents:
-            raise TerminalError(f"there is no parent job for class {spec.agent_class!r}")
+            raise UnpreparedError(f"there is no parent job for class {spec.agent_class!r}")
         for job in self.jobs.values():
             if job.slug == record.slug and job.epoch == epoch:
                 return self.index
@@ -203,6 +203,7 @@ class Cluster:
             restarts=job.restarts,
             reason=job.reason,
             created_at=WallTime(job.created_at),
+            queued=job.run is None,
         )
 
     def state(self, job: Job) -> PlacementState:

@@ -31,6 +31,7 @@ class Board:
         self.holders: dict[Shard, str] = {Shard(n): sharing.NOBODY for n in range(shards)}
         self.until: dict[Shard, float] = {}
         self.members: dict[str, float] = {}
+        self.configs: dict[str, str] = {}
         self.taken = 0
 
     def expire(self, now: float) -> None:
@@ -47,6 +48,7 @@ class BoardLeases:
     def __init__(self, board: Board, replica: str, clock: Clock, weather: Weather) -> None:
         self.shards = len(board.holders)
         self.replica = replica
+        self.advertise = ""
         self.problem = ""
         self.changed = asyncio.Event()
         self._board = board
@@ -66,6 +68,19 @@ class BoardLeases:
 
     def replicas(self) -> Sequence[Replica]:
         return []
+
+    def configs(self) -> Sequence[str] | None:
+        now = self._clock.monotonic()
+        if self.replica not in self._board.members:
+            return None
+        others = self._board.members.items() - {(self.replica, self._board.members[self.replica])}
+        return [self._board.configs.get(name, "") for name, until in others if until > now]
+
+    async def announce(self, config: str) -> None:
+        self._board.configs[self.replica] = config
+
+    def vouches(self) -> bool:
+        return False
 
     async def run(self) -> None:
         while True:

@@ -154,12 +154,13 @@ def judged(device: int, rec: Rec, epoch: int, number: int, jobs: Jobs) -> Accept
 
 @cache
 def planned(
-    seen: tuple[tuple[Rec, Jobs], ...], confirmed: Keys, limits: Limits = LIMITS
+    seen: tuple[tuple[Rec, Jobs], ...], confirmed: Keys, breaker: bool = True
 ) -> tuple[tuple[tuple[int, int, int], ...], Keys, Keys]:
     """`core.planner` on a replica's views: (kind, device, epoch) of each action, the held stops, and
-    the stops that go."""
+    the stops that go. `breaker`: whether it limits them."""
     records = {SLUGS[i]: record_of(i, rec) for i, (rec, _) in enumerate(seen) if rec}
     placements = {SLUGS[i]: placements_of(i, jobs) for i, (_, jobs) in enumerate(seen) if jobs}
+    limits = LIMITS if breaker else NO_BREAKER  # no argument: its hash would be computed each time
     made = planner.plan(records, placements, HASHES, limits, confirmed=_stops(confirmed))
     actions = tuple(
         (
@@ -173,12 +174,12 @@ def planned(
     return actions, _keys(made.held), going
 
 
-def settled(rep: Rep, limits: Limits) -> Rep:
+def settled(rep: Rep, breaker: bool) -> Rep:
     """The replica after the pass that follows news: `Breaker.settle` on the new plan."""
     read, looked, views, listing, confirmed, twice = rep
     if not (read and looked and (confirmed or twice)):
         return rep
-    _, held, going = planned(tuple((v[0], v[1]) for v in views), confirmed, limits)
+    _, held, going = planned(tuple([(v[0], v[1]) for v in views]), confirmed, breaker)
     kept = tuple(key for key in confirmed if key in going)
     return (read, looked, views, listing, kept, tuple(key for key in twice if key in held))
 
@@ -210,6 +211,7 @@ def canonical(state: State) -> State:
     return (*best, wishes, faults)
 
 
+@cache  # the replicas of a hundred thousand states are a few thousand
 def _renamed(rep: Rep, order: tuple[int, ...]) -> Rep:
     read, looked, views, listing, confirmed, twice = rep
 

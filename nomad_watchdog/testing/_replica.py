@@ -13,7 +13,7 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases, Undivided
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import AgentSpec, Limits, Placement
+from nomad_watchdog.model import AgentSpec, Limits, Placement, PlacementState
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.testing._audit import Auditor
 from nomad_watchdog.testing._cluster import Cluster
@@ -51,7 +51,12 @@ class WatchedReconciler(Reconciler):
     def reconcile(self) -> Plan:
         confirmed = self.breaker.confirmed
         plan = super().reconcile()
-        self.audit.planned(self.who, plan, confirmed)
+        seen = sum(
+            one.state is not PlacementState.DEAD
+            for found in self.fleet.placements.values()
+            for one in found
+        )
+        self.audit.planned(self.who, plan, confirmed, seen)
         return plan
 
 

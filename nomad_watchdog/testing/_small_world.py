@@ -64,7 +64,7 @@ class World:
 
     def __init__(self, without: frozenset[Guard] = frozenset()) -> None:
         self.without = without
-        self.limits = model.NO_BREAKER if Guard.BREAKER in without else model.LIMITS
+        self.breaker = Guard.BREAKER not in without
 
     def has(self, guard: Guard) -> bool:
         """Whether the guard is in place."""
@@ -203,7 +203,7 @@ class World:
     # -- what a replica does --------------------------------------------------------------------
 
     def _plan(self, rep: Rep) -> tuple[tuple[tuple[int, int, int], ...], model.Keys, model.Keys]:
-        return model.planned(tuple((v[0], v[1]) for v in rep[2]), rep[4], self.limits)
+        return model.planned(tuple([(v[0], v[1]) for v in rep[2]]), rep[4], self.breaker)
 
     def _acts(self, state: State, r: int, d: int, *, calm: bool) -> Iterator[Step]:
         rep = state[1][r]
@@ -343,4 +343,4 @@ class World:
         return self._rep(after, r, after[1][r])
 
     def _rep(self, state: State, r: int, rep: Rep) -> State:
-        return with_replica(state, r, model.settled(rep, self.limits))
+        return with_replica(state, r, model.settled(rep, self.breaker))

@@ -41,6 +41,7 @@ async def prepare_is_idempotent(rig: Rig) -> None:
         other = rig.scheduler()
         try:
             await other.prepare([bench.spec])
+            await bench.scheduler.prepare([bench.spec], shards=())
             await bench.scheduler.prepare([bench.spec])
         finally:
             await other.close()

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from typing import TypeVar
 
 from nomad_watchdog.errors import StaleError, TransientError, UserError
-from nomad_watchdog.ids import Slug
+from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, decode, encode
@@ -22,6 +22,8 @@ from nomad_watchdog.testing._cluster import Cluster, News
 
 __all__ = ["Cluster", "FakeRegistry", "FakeScheduler", "Line", "Store"]
 
+REFUSED = "refused"
+"""Variable of a class that can't be prepared; its text is the reason."""
 T = TypeVar("T")
 Written = Callable[[DeviceRecord | None, DeviceRecord], None]
 
@@ -191,9 +193,18 @@ class FakeScheduler:
         self._index = 0
         self._read: Snapshot | None = None
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
-        names = sorted(spec.agent_class for spec in specs)
+    async def prepare(
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,  # noqa: ARG002  # a class is prepared as a whole
+    ) -> Mapping[str, str]:
+        refused = {
+            one.agent_class: one.variables[REFUSED] for one in specs if REFUSED in one.variables
+        }
+        names = sorted(one.agent_class for one in specs if one.agent_class not in refused)
         await self._line.call("scheduler.prepare", lambda: self._cluster.prepare(names))
+        return refused
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         return await self._line.call(

@@ -327,7 +327,11 @@ def play(seed: int, make: Callable[[], W]) -> W:
 
 def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
     """One simulated history. The same seed gives the same digest."""
-    world = play(seed, lambda: World(seed, metrics or Metrics()))
+    return outcome_of(seed, play(seed, lambda: World(seed, metrics or Metrics())))
+
+
+def outcome_of(seed: int, world: World) -> Outcome:
+    """What came of a world that was played."""
     audit = world.audit
     return Outcome(
         seed, audit.trace.digest, audit.wrong, audit.trace.count, list(audit.trace.lines),

@@ -13,13 +13,17 @@ from watchdog_agent.loop import Loop
 Answer = Callable[[bytes], bytes | None]
 
 
-def run(spec: dict[str, Any], address: str = "127.0.0.1") -> tuple[bool, str]:
-    """(ok, reason) of one run of a checked probe, on a loop of its own."""
+def run(
+    spec: dict[str, Any], address: str = "127.0.0.1", warnings: list[str] | None = None
+) -> tuple[bool | None, str]:
+    """(outcome, reason) of one run of a checked probe, on a loop of its own; what it warns of goes to `warnings`."""
     loop = Loop()
-    answers: list[tuple[bool, str]] = []
+    answers: list[tuple[bool | None, str]] = []
 
-    def done(ok: bool, reason: str, _took_s: float) -> None:
+    def done(ok: bool | None, reason: str, _took_s: float, warning: str) -> None:
         answers.append((ok, reason))
+        if warnings is not None:
+            warnings.append(warning)
         finish()
 
     def finish() -> None:
@@ -39,10 +43,12 @@ def run(spec: dict[str, Any], address: str = "127.0.0.1") -> tuple[bool, str]:
     return answer
 
 
-async def asked(address: str = "127.0.0.1", **spec: Any) -> tuple[bool, str]:
-    """(ok, reason) of one run of this probe; gives up after two seconds unless it says otherwise."""
+async def asked(
+    address: str = "127.0.0.1", warnings: list[str] | None = None, **spec: Any
+) -> tuple[bool | None, str]:
+    """(outcome, reason) of one run of this probe; gives up after ten seconds unless it says otherwise."""
     return await asyncio.to_thread(
-        run, config_probes.check({"timeout_s": 2.0, **spec}, "probe"), address
+        run, config_probes.check({"timeout_s": 10.0, **spec}, "probe"), address, warnings
     )
 
 

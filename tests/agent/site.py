@@ -114,7 +114,7 @@ class SiteAgent(Agent):
             ":"
         )
         sock = self.host.open_socket(2, 1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
             reader, writer = await asyncio.open_connection(sock=sock)
             writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent import config, wire
+from watchdog_agent.consul import place
 
 from nomad_watchdog.ids import slug_of
 from tests.agent.world import AGENT, document, probe
@@ -40,6 +42,10 @@ def refused(raw: bytes, **environment: str) -> str:
     (line,) = done.stderr.splitlines()
     said = json.loads(line)
     assert said["msg"] == "bad configuration"
+    # RFC 3339, as in the control plane's log
+    at = datetime.fromisoformat(said["ts"].removesuffix("Z") + "+00:00")
+    assert said["ts"].endswith("Z")
+    assert abs((datetime.now(UTC) - at).total_seconds()) < 600.0
     return said["reason"]
 
 
@@ -126,7 +132,9 @@ def test_no_document(environment: dict[str, str], words: str) -> None:
     assert words in json.loads(done.stderr)["reason"]
 
 
-@pytest.mark.parametrize("listen", ["8080", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:²", "h:70000"])
+@pytest.mark.parametrize(
+    "listen", ["8080", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:²", "h:70000", "h:" + "9" * 5000]
+)
 def test_bad_listen(listen: str) -> None:
     """A listen address that is not host:port is refused with 64."""
     raw = json.dumps(document(probes=[probe(80)])).encode()
@@ -138,6 +146,47 @@ def test_consul_of_the_environment_wins() -> None:
     for text in ("http://10.0.0.1:8500", "10.0.0.1:8500"):
         environment = {**_environment(document(probes=[probe(80)])), "CONSUL_HTTP_ADDR": text}
         assert config.load(environment)["consul"] == "http://10.0.0.1:8500"
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "tls"),
+    [
+        ({"CONSUL_HTTP_SSL": "true"}, "https://10.0.0.2:8500", {}),
+        ({"CONSUL_HTTP_ADDR": "http://c:1", "CONSUL_HTTP_SSL": "1"}, "https://c:1", {}),
+        ({"CONSUL_HTTP_ADDR": "c:1", "CONSUL_HTTP_SSL": "F"}, "http://c:1", None),
+        (
+            {
+                "CONSUL_HTTP_ADDR": "https://c/below",
+                "CONSUL_HTTP_SSL_VERIFY": "false",
+                "CONSUL_TLS_SERVER_NAME": "consul.dc1",
+            },
+            "https://c/below",
+            {"verify": False, "server_name": "consul.dc1"},
+        ),
+    ],
+)
+def test_consuls_variables_mean_what_they_mean_to_its_own_command(
+    environment: dict[str, str], address: str, tls: dict[str, object] | None
+) -> None:
+    """TLS that is asked for is never dropped, and the certificate's name is that of the variable."""
+    made = {**_environment(document(probes=[probe(80)], consul="http://10.0.0.2:8500"))}
+    read = config.load(made | environment)
+    assert read["consul"] == address
+    assert (read.get("consul_tls") is None) == (tls is None)
+    assert (tls or {}).items() <= read.get("consul_tls", {}).items()
+
+
+def test_consul_without_a_port_is_asked_on_that_of_the_scheme() -> None:
+    """80 and 443, with the path of a reverse proxy, as Consul's own command asks."""
+    for text, port in (("http://c/below", 80), ("https://c", 443), ("http://c:8500", 8500)):
+        url = place(config.check(document(probes=[probe(80)], consul=text)))
+        assert (url.host, url.port, url.base) == ("c", port, "/below" if "below" in text else "")
+
+
+def test_a_consul_variable_that_is_no_boolean_is_refused() -> None:
+    """A wrong word is not taken for false: the token would go out in clear."""
+    raw = json.dumps(document(probes=[probe(80)], consul="http://c:1")).encode()
+    assert "write true or false" in refused(raw, CONSUL_HTTP_SSL="yes")
 
 
 @given(PRINTABLE, st.dictionaries(PRINTABLE, PRINTABLE, max_size=3), st.integers(1, 2**53))

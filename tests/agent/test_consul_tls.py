@@ -89,7 +89,7 @@ async def test_all_that_it_says_to_consul_goes_over_https(
     slug = agent.config["slug"]
     await world.peer.saw("ready", ready=True)
     assert registered(guarded.server, slug) is not None
-    await until(lambda: kept(guarded.server, agent), "kept", 20.0)
+    await until(lambda: kept(guarded.server, agent), "kept", 60.0)
     await world.device.stop()
     (event,) = await until(
         lambda: call(guarded.server, "GET", "/event/list?name=bell"), "an event", 40.0
@@ -151,8 +151,8 @@ def test_over_http_no_certificate_is_read(told: Any) -> None:
 
 @pytest.mark.parametrize(
     ("address", "port"),
-    [("http://c", 8500), ("https://c", 8500), ("https://c:8501", 8501)],
+    [("http://c", 80), ("https://c", 443), ("https://c:8501", 8501)],
 )
 def test_the_port_is_the_one_that_the_control_plane_takes(address: str, port: int) -> None:
-    """Without a port both go to Consul's 8500."""
+    """Without a port both go to that of the scheme, as Consul's own command does."""
     assert place(config.check(document(consul=address))).port == port

@@ -71,7 +71,7 @@ async def test_a_sink_that_fails_is_tried_again_under_the_same_key(
     await world.device.stop()
     await until(lambda: len(receiver.attempts) >= 3, "three tries")
     receiver.status = 200
-    await until(lambda: receiver.told("firing"), "an escalation", 20.0)
+    await until(lambda: receiver.told("firing"), "an escalation", 60.0)
     assert len({one["headers"]["idempotency-key"] for one in receiver.attempts}) == 1
 
     async def counted() -> bool:
@@ -112,7 +112,7 @@ async def test_a_return_while_the_agent_was_away_is_told(world: World, receiver:
     agent = await world.started(escalate=rules(receiver), probes=[probe(world.device.port), slow])
     await agent.is_in("ok", was_ready=True)
     await world.device.stop()
-    await until(lambda: receiver.told("firing"), "an escalation", 20.0)
+    await until(lambda: receiver.told("firing"), "an escalation", 60.0)
     await until(lambda: '"told": true' in (agent.folder / "state.json").read_text(), "kept")
     assert agent.process is not None
     await agent.process.kill()
@@ -144,7 +144,7 @@ async def test_an_alert_ends_with_the_departure_of_its_device(
     else:
         world.peer.status = 410
         assert agent.process is not None
-        code = await agent.process.wait(5.0)
+        code = await agent.process.wait(60.0)
     assert code in ((0, 143) if signalled else (0,))
     assert len(receiver.delivered) == 2
     firing, ended = receiver.delivered
@@ -179,11 +179,11 @@ async def test_a_slow_receiver_hears_the_end_of_a_device_that_has_left(
         answer = world.peer.speak
 
         async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(0.8)  # the answer is still on its way when the signal comes
             await answer(reader, writer)
 
         world.peer.speak, world.peer.body, world.peer.status = slowly, DEPARTED, 410
-        assert await agent.signal(signal.SIGTERM, 5.0) in (0, 143)
+        assert await agent.signal(signal.SIGTERM) in (0, 143)
         assert len(receiver.told("resolved")) == 1
     finally:
         await slow.stop()
@@ -199,7 +199,7 @@ async def test_an_agent_that_is_replaced_leaves_its_alert_open(
     await until(lambda: receiver.told("firing"), "an escalation")
     world.peer.body, world.peer.status = DEPARTED.replace(b"departed", b"refused"), 410
     assert agent.process is not None
-    assert await agent.process.wait(5.0) == 0
+    assert await agent.process.wait(60.0) == 0
     assert len(receiver.attempts) == 1
 
 
@@ -232,7 +232,7 @@ async def test_nobody_is_called_while_the_ladder_is_climbed(
         seen = len(world.peer.reports)
         await until(lambda: len(world.peer.reports) > seen + 3, "more beats")
         assert receiver.attempts == []
-        await until(lambda: receiver.told("firing"), "an escalation", 30.0)
+        await until(lambda: receiver.told("firing"), "an escalation", 60.0)
     (tried,) = receiver.told("firing")[0]["evidence"]["repairs"]
     assert (tried["outcome"], tried["reason"]) == ("failed", "took longer than 4 s")
 

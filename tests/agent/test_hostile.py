@@ -84,7 +84,7 @@ async def test_a_device_that_redirects_for_ever_is_asked_once_a_probe(world: Wor
     world.device.speak = speak
     agent = await world.started()
     await world.peer.saw("suspect", state="suspect")
-    await until(lambda: len(paths) > 30, "thirty probes", 30.0)
+    await until(lambda: len(paths) > 30, "thirty probes", 60.0)
     assert set(paths) == {"/"}
     assert (await agent.status())["probes"][f"0:http:{world.device.port}"]["reason"] == (
         "status 307, not 200"
@@ -113,7 +113,7 @@ async def test_ten_gigabytes_are_not_taken(world: World, expected: dict[str, str
 
     world.device.speak = speak
     agent = await world.started(probes=[probe(world.device.port, **expected)])
-    await until(lambda: len(sent) > 20, "twenty answers", 30.0)
+    await until(lambda: len(sent) > 20, "twenty answers", 60.0)
     # what the kernel and asyncio have buffered of it is not the agent's
     assert max(sent[:-1]) < 16_000_000
     assert agent.kilobytes("VmHWM") < MOST_KB
@@ -230,7 +230,7 @@ async def test_a_consul_that_is_ill_harms_nobody(world: World, way: str) -> None
         # an answer of 200 is a registration, whatever it says beside that
         await world.peer.saw("a report", state="ok", ready=way == "garbage")
         await world.device.stop()
-        (alert,) = await until(lambda: receiver.told("firing"), "an alert", 30.0)
+        (alert,) = await until(lambda: receiver.told("firing"), "an alert", 60.0)
         assert alert["uncoordinated"] is True
         if way != "garbage":
             words = {"500": "status 500", "flood": "8 KiB", "silence": "no answer within"}
@@ -268,7 +268,7 @@ async def test_receivers_that_are_ill_harm_nobody(world: World, speak: Speaker) 
         assert status["escalations"]["sent"] == status["logs"]["shipped"] == 0
         await agent.is_in("offline", state="offline")
         assert agent.kilobytes("VmHWM") < MOST_KB
-        assert await agent.signal(signal.SIGTERM, 4.0) == 143
+        assert await agent.signal(signal.SIGTERM) == 143
     finally:
         await bad.stop()
 
@@ -293,8 +293,8 @@ async def test_a_full_disk_is_said_and_no_step_is_taken_on_it(world: World, tmp_
     await starting
     await world.peer.saw("ready", state="ok", ready=True)
     await world.device.stop()
-    await world.peer.saw("offline", state="offline", timeout_s=20.0)
-    await asyncio.sleep(1.0)
+    await world.peer.saw("offline", state="offline", timeout_s=60.0)
+    await asyncio.sleep(1.0)  # time in which a step could be taken
     assert not done.exists()
     said = {one["msg"]: one.get("reason") for one in agent.log}
     assert said["state can't be saved"] == "no space left on device"
@@ -302,7 +302,7 @@ async def test_a_full_disk_is_said_and_no_step_is_taken_on_it(world: World, tmp_
     assert agent.kilobytes("VmHWM") < MOST_KB
     # as the agent sees it: the disk is mounted for it alone
     Path(f"/proc/{agent.pid}/root{disk}/rubbish").unlink()
-    await until(done.exists, "the repair", 30.0)
+    await until(done.exists, "the repair", 60.0)
 
 
 CLOCK = """
@@ -349,17 +349,17 @@ async def test_a_clock_that_jumps_accuses_nobody_and_repeats_nothing(
             jump(seconds)
             seen, runs = len(world.peer.reports), len(world.peer.reports) + 8
             began = asyncio.get_running_loop().time()
-            await until(lambda runs=runs: len(world.peer.reports) >= runs, "eight beats", 20.0)
+            await until(lambda runs=runs: len(world.peer.reports) >= runs, "eight beats", 60.0)
             assert asyncio.get_running_loop().time() - began > 8 * 0.2 * 0.5
             assert {one["state"] for one in world.peer.reports[seen:]} == {"ok"}
         await world.device.stop()
-        await until(lambda: receiver.told("firing"), "an alert", 20.0)
+        await until(lambda: receiver.told("firing"), "an alert", 60.0)
         jump(-YEARS_S)
         assert agent.process is not None
         await agent.process.kill()
         await agent.start()
         await agent.is_in("offline", state="offline")
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(2.0)  # time in which the step could be taken again
         assert count.read_text() == "x\n"
         # a kill between delivery and note makes it come twice, under one key
         assert len({one["key"] for one in receiver.told("firing")}) == 1
@@ -378,7 +378,7 @@ async def test_a_tls_server_that_floods_costs_no_memory(world: World) -> None:
     inside = Listener(flood)
     inside.tls = context
     world.device.speak = flood
-    quick = {"interval_s": 0.05, "timeout_s": 1.0, "misses": 3, "verify": False}
+    quick = {"interval_s": 0.05, "timeout_s": 4.0, "misses": 3, "verify": False}
     await inside.start()
     try:
         agent = await world.started(
@@ -389,7 +389,7 @@ async def test_a_tls_server_that_floods_costs_no_memory(world: World) -> None:
                 {"kind": "mqtt", "tls": True, "port": inside.port, **quick},
             ]
         )
-        await world.peer.saw("suspect", state="suspect", timeout_s=20.0)
+        await world.peer.saw("suspect", state="suspect", timeout_s=60.0)
 
         async def often() -> bool:
             probes = (await agent.status())["probes"].values()
@@ -400,5 +400,6 @@ async def test_a_tls_server_that_floods_costs_no_memory(world: World) -> None:
         assert all("TLS" in one for one in reasons[:2]), reasons
         assert ("8 KiB" in reasons[2], reasons[3]) == (True, "its answer is not MQTT")
         assert agent.kilobytes("VmHWM") < 30_000
+        await agent.stop()  # it would connect on: a handshake under way outlives its listener
     finally:
         await inside.stop()

@@ -59,7 +59,7 @@ async def test_the_image_serves_with_a_read_only_root_and_without_root(
         writer.close()
         assert_confined(process.pid)
         process.send_signal(signal.SIGTERM)
-        await until(lambda: process.returncode is not None, "its end", 5.0)
+        await until(lambda: process.returncode is not None, "its end", 60.0)
         assert process.returncode == 128 + signal.SIGTERM
     finally:
         if process.returncode is None:

@@ -53,6 +53,57 @@ def test_exhausted_only_when_offline() -> None:
     assert ladder.next("offline", (), 2.0)[0] == words.EXHAUSTED
 
 
+def test_without_a_route_only_the_interface_is_cycled() -> None:
+    """An agent whose host has no route takes the steps for its own interface that are for a suspicion, and no other;
+    with nothing left to try it waits, and it escalates nothing as offline. Without such a step it rests."""
+    others = [step("web", kind="http"), step("later", when="offline")]
+    ladder = Ladder([*others, step("a"), step("b")])
+    for name in ("a", "b"):
+        what, taken, _, _ = ladder.next("no route", (), 0.0)
+        assert (what, taken["id"]) == (words.TAKE, name)
+        ladder.took(taken, 0.0)
+        ladder.ended(False, "no", 0.0)
+    assert ladder.next("no route", (), 0.0)[:2] == (words.WAIT, None)
+    assert Ladder(others[:1]).next("no route", (), 0.0)[0] == words.REST
+
+
+def test_a_step_whose_effect_could_not_be_asked_has_neither_helped_nor_failed() -> None:
+    """With no probe that could be asked within its time the outcome is unable; one miss among them is no help."""
+    for asked, outcome in (
+        ([False, False], words.UNABLE),
+        ([False, True, False], words.NO_HELP),
+        ([], words.NO_HELP),
+    ):
+        ladder = Ladder([step("a"), step("b")])
+        ladder.took(ladder.next("suspect", (), 0.0)[1], 0.0)
+        ladder.missed(asked=False)  # the step is still under way: that is no verification
+        ladder.ended(True, "done", 1.0)
+        for one in asked:
+            ladder.missed(asked=one)
+        assert ladder.next("unable", (), 3.0)[0] == words.WAIT
+        # Nothing more is done to a device that cannot be asked; when it can be, the ladder goes on.
+        assert ladder.next("unable", (), 5.0)[:2] == (words.WAIT, None)
+        assert ladder.attempts[0]["outcome"] == outcome
+        assert ladder.next("suspect", (), 6.0)[1]["id"] == "b"
+        assert json.loads(json.dumps(ladder.kept(6.0)))["attempts"][0]["outcome"] == outcome
+
+
+def test_a_degraded_device_is_left_to_the_steps_that_are_for_that() -> None:
+    """`when = "degraded"` is for degraded alone, the other steps are not; with none left it is exhausted. A device
+    that cannot be asked begins no episode."""
+    ladder = Ladder(
+        [step("a"), step("b", when="offline"), step("c", when="degraded", cooldown_s=0.0)]
+    )
+    assert ladder.next("unable", (), 0.0)[0] == words.REST
+    assert not ladder.open
+    what, found, _, _ = ladder.next("degraded", (), 0.0)
+    assert (what, found["id"]) == (words.TAKE, "c")
+    ladder.took(found, 0.0)
+    ladder.ended(True, "done", 1.0)
+    assert ladder.next("degraded", (), 4.0)[0] == words.EXHAUSTED
+    assert ladder.next("offline", (), 5.0)[1]["id"] == "a"
+
+
 def test_a_harsh_step_is_not_taken_because_a_mild_one_rests() -> None:
     """In a new episode a step that still cools down is waited for, and not passed over."""
     ladder = Ladder([step("a"), step("b")])
@@ -127,7 +178,7 @@ steps = st.lists(
         st.integers(1, 4),
         st.sampled_from([0.0, 2.0, 20.0]),
         st.sampled_from([5.0, 50.0, 5000.0]),
-        st.sampled_from(["suspect", "offline"]),
+        st.sampled_from(["suspect", "degraded", "offline"]),
         st.booleans(),
     ),
     min_size=1,
@@ -135,8 +186,8 @@ steps = st.lists(
 ).map(lambda found: [step(str(n), **one) for n, one in enumerate(found)])
 moves = st.lists(
     st.tuples(
-        st.sampled_from(["good", "bad", "answer", "kill", "look", "look"]),
-        st.sampled_from(["suspect", "offline", "ok"]),
+        st.sampled_from(["good", "bad", "answer", "kill", "miss", "blind", "look", "look"]),
+        st.sampled_from(["suspect", "offline", "degraded", "unable", "ok"]),
         st.floats(0.0, 30.0),
         st.booleans(),
     ),
@@ -168,16 +219,18 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
             ladder.ended(what == "good", what, now)
         elif what == "answer":
             ladder.answered(now)
+        elif what in ("miss", "blind"):
+            ladder.missed(asked=what == "miss")
         decision, found, at, _why = ladder.next(state, (), now, behind=behind)
         assert at is None or at > now
         if decision == words.EXHAUSTED:
-            assert state == "offline"
+            assert state in ("offline", "degraded")
             assert ladder.current is None
         if found is None:
             continue
         assert decision == words.TAKE
-        assert state != "ok"
-        assert state == "offline" or found["when"] == "suspect"
+        assert state not in ("ok", "unable")
+        assert state == found["when"] or (state == "offline" and found["when"] == "suspect")
         assert found["even_behind_gateway"] or not behind
         assert ladder.current is None
         times = taken[found["id"]]

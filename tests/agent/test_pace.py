@@ -82,31 +82,35 @@ def test_a_run_of_misses_is_no_evidence_of_a_lossy_path(history: list[tuple[bool
         assert stats.earlier()[1] == before
 
 
-gateways = st.lists(st.sampled_from(["miss", "dead", "alive", "confirm-", "ok"]), max_size=60)
+gateways = st.lists(
+    st.sampled_from(["miss", "dead", "alive", "unable", "confirm-", "ok"]), max_size=60
+)
 
 
 @given(gateways)
 def test_nothing_is_confirmed_behind_a_dead_gateway(history: list[str]) -> None:
-    """Offline follows only two failed confirmations since the gateway was last dead (S6), and while it is
-    dead the reason names it."""
+    """Offline follows only two failed confirmations since the gateway was last dead or could not be asked (S6),
+    and while it is dead the reason names it; asked twice in vain, the device is no longer suspect but unable."""
     it = Suspicion(2, was_ready=True)
-    failed = 0
+    failed = dead = 0
     for event in history:
         before = it.state
         if event == "ok":
             it.probed("p", True, "well")
-            failed = 0
+            failed = dead = 0
         elif event == "miss":
             it.probed("p", False, "p: no answer")
         elif event == "confirm-":
             failed += it.wants_confirmation()
             it.confirmation("icmp", False, "no echo")
         else:
-            it.gateway(event == "alive", "gateway g does not answer")
-            if event == "dead" and before == "suspect":
+            it.gateway({"alive": True, "dead": False}.get(event), "gateway g does not answer")
+            if event in ("dead", "unable") and it.misses >= 2 and before != "offline":
                 failed = 0
-                assert it.reason == "gateway g does not answer"
+                dead += 1
+                assert "gateway g does not answer" in it.reason
+                assert it.state == ("unable" if dead > 1 else it.state)
         if it.state == "offline" and before != "offline":
             assert failed >= 2
-        if it.behind and it.state == "suspect":
-            assert "gateway g" in it.reason or event == "confirm-"
+        if it.behind and it.state in ("suspect", "unable"):
+            assert it.reason == "gateway g does not answer"

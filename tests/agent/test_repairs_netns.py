@@ -41,7 +41,7 @@ async def has(agent: SiteAgent, *outcomes: str) -> None:
     async def check() -> bool:
         return await agent.outcomes() == list(outcomes)
 
-    await until(check, f"attempts {outcomes}", 20.0)
+    await until(check, f"attempts {outcomes}", 60.0)
 
 
 async def test_a_cut_cable_is_repaired_and_a_dead_device_is_escalated_once(site: Site) -> None:
@@ -66,7 +66,7 @@ async def test_a_cut_cable_is_repaired_and_a_dead_device_is_escalated_once(site:
     assert during["reason"].startswith(f"repairing: interface {cut.link}")
     assert during["repairs"]["active"]
 
-    (call,) = await until(lambda: site.hook.raised, "an escalation", 20.0)
+    (call,) = await until(lambda: site.hook.raised, "an escalation", 60.0)
     assert call["kind"] == "offline"
     assert call["devices"][0][0] == watching.config["device_id"]
     assert call["evidence"]["state"] == "offline"
@@ -80,7 +80,7 @@ async def test_a_cut_cable_is_repaired_and_a_dead_device_is_escalated_once(site:
     assert await watching.outcomes() == ["no help"]
 
     dead.live()
-    await until(lambda: [c for c in site.hook.calls if c["status"] == "resolved"], "cleared", 20.0)
+    await until(lambda: [c for c in site.hook.calls if c["status"] == "resolved"], "cleared", 60.0)
     assert len(site.hook.raised) == 1
 
 
@@ -142,8 +142,9 @@ async def test_routes_over_a_link_without_carrier_are_put_back_too(site: Site) -
     assert routes().count(device.beyond) == 1
 
 
-async def test_a_flapping_device_spends_the_budget_and_is_then_told(site: Site) -> None:
-    """With a budget of two the third cut is not repaired but escalated."""
+async def test_a_flapping_cable_spends_the_budget(site: Site) -> None:
+    """With a budget of two the third cut is not repaired but reported: the agent is unable to ask, which is nothing
+    that is known of the device, so that it is not escalated as offline."""
     device = await site.device()
     agent = site.agent(device, {"budget": 2})
     await ready(agent)
@@ -152,14 +153,26 @@ async def test_a_flapping_device_spends_the_budget_and_is_then_told(site: Site) 
         await has(agent, *["recovered"] * number)
         await agent.is_in("back", state="ok")
     device.cut()
-    await until(lambda: site.hook.raised, "an escalation", 20.0)
+    report = await site.peer.saw("unable", state="unable")
+    assert "network is unreachable" in report["reason"]
+
+    async def probed_at() -> float:
+        return (await agent.status())["probes"]["0:icmp"]["at"]
+
+    began = await probed_at()
+
+    async def probed_on() -> bool:
+        return await probed_at() > began + 1.0
+
+    await until(probed_on, "ten more rounds")
     assert await agent.outcomes() == ["recovered"] * 2
     assert not device.is_up
+    assert site.hook.calls == []
 
 
 @pytest.mark.parametrize("where", ["class", "step"])
 async def test_dry_run_changes_nothing(site: Site, where: str) -> None:
-    """In a dry run the interface stays as it is; what would have been done is recorded and told."""
+    """In a dry run the interface stays as it is; what would have been done is recorded and reported."""
     device = await site.device()
     if where == "class":
         agent = site.agent(device, repair_policy={"dry_run": True})
@@ -167,9 +180,9 @@ async def test_dry_run_changes_nothing(site: Site, where: str) -> None:
         agent = site.agent(device, {"dry_run": True})
     await ready(agent)
     device.cut()
-    (call,) = await until(lambda: site.hook.raised, "an escalation", 20.0)
+    await has(agent, "dry run")
+    await agent.is_in("unable", state="unable")
     assert not device.is_up
-    assert [a["outcome"] for a in call["evidence"]["repairs"]] == ["dry run"]
     assert "repairing" not in [r["state"] for r in site.peer.reports]
     assert [line for line in agent.log if line["msg"] == "would repair"]
 
@@ -187,7 +200,7 @@ async def test_s3_an_agent_that_is_not_accepted_does_not_repair(site: Site) -> N
     async def blocked() -> bool:
         return "409" in (await agent.status())["repairs"]["blocked"]
 
-    await agent.is_in("offline", state="offline")
+    await agent.is_in("unable", state="unable")
     await until(blocked, "blocked")
     assert await agent.outcomes() == []
     assert site.hook.calls == []
@@ -221,7 +234,7 @@ async def test_l3_an_accepted_agent_repairs_with_the_control_plane_away(site: Si
 
 
 async def test_l3_but_not_for_ever(site: Site) -> None:
-    """When nobody has answered for longer than `alone_s`, no step is taken, and the device is told."""
+    """When nobody has answered for longer than `alone_s`, no step is taken, and the outage is escalated."""
     device = await site.device()
     agent = site.agent(device, repair_policy={"accepted_beats": 1, "alone_s": 0.5})
     await ready(agent)
@@ -231,10 +244,10 @@ async def test_l3_but_not_for_ever(site: Site) -> None:
         return "no answer of the control plane" in (await agent.status())["repairs"]["blocked"]
 
     await until(blocked, "alone for too long")
-    device.cut()
+    device.die()
     await until(lambda: site.hook.raised, "an escalation")
     assert await agent.outcomes() == []
-    assert not device.is_up
+    assert device.is_up
 
 
 async def after_a_kill(site: Site, agent: SiteAgent, device: Device, allowed: set[str]) -> None:
@@ -242,7 +255,7 @@ async def after_a_kill(site: Site, agent: SiteAgent, device: Device, allowed: se
     agent.extra.pop("WATCHDOG_FAILPOINT", None)
     await agent.start()
     await until(lambda: device.is_up, "the interface is up")
-    await until(lambda: site.hook.raised, "an escalation", 20.0)
+    await until(lambda: site.hook.raised, "an escalation", 60.0)
     (outcome,) = await agent.outcomes()
     assert outcome in allowed
     assert device.is_up
@@ -332,7 +345,7 @@ async def test_a_second_signal_does_not_leave_it_down_either(site: Site) -> None
     await until(lambda: not device.is_up, "the cycle has begun")
     assert agent.process is not None
     agent.process.send(signal.SIGTERM)
-    assert await agent.signal(signal.SIGTERM, 3.0) == 143
+    assert await agent.signal(signal.SIGTERM) == 143
     assert device.is_up
 
 
@@ -342,7 +355,7 @@ async def test_an_interface_that_is_not_there_is_a_failed_step(site: Site) -> No
     agent = site.agent(device, {"interface": "nothing0"})
     await ready(agent)
     device.die()
-    (call,) = await until(lambda: site.hook.raised, "an escalation", 20.0)
+    (call,) = await until(lambda: site.hook.raised, "an escalation", 60.0)
     (attempt,) = call["evidence"]["repairs"]
     assert attempt["outcome"] == "failed"
     assert "no interface with this name" in attempt["reason"]

@@ -80,7 +80,7 @@ async def test_loki_that_is_busy_is_asked_again_and_told_nothing_twice(
     await until(lambda: loki.attempts, "a first push")
     refused_at = time.monotonic()
     loki.status = 204
-    await until(lambda: lines_of(loki), "a second push", 20.0)
+    await until(lambda: lines_of(loki), "a second push", 60.0)
     assert time.monotonic() - refused_at >= 1.9
     assert lines_of(loki) == agent.log[: len(lines_of(loki))]
     assert (await agent.status())["logs"]["dropped"] == 0
@@ -106,7 +106,7 @@ async def test_loki_away_harms_nobody(world: World) -> None:
     """With nobody at Loki's address the agent watches, reports, and ends in time."""
     agent = await world.started(loki={"url": f"http://127.0.0.1:{free_port()}"})
     await world.peer.saw("ready", ready=True)
-    assert await agent.signal(signal.SIGTERM, 3.0) == 143
+    assert await agent.signal(signal.SIGTERM) == 143
 
 
 def test_a_full_buffer_drops_the_oldest_and_counts() -> None:

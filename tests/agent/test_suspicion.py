@@ -2,73 +2,290 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent.suspicion import Suspicion
 
 NAMES = ("0:http:80", "1:tcp:22")
+STATES = ("ok", "suspect", "degraded", "offline", "unable")
+outcomes = st.sampled_from([True, False, False, None])
 events = st.lists(
     st.one_of(
-        st.tuples(st.just("probe"), st.sampled_from(NAMES), st.booleans()),
-        st.tuples(st.just("confirm"), st.just("icmp"), st.booleans()),
+        st.tuples(st.just("probe"), st.sampled_from(NAMES), outcomes),
+        st.tuples(st.just("confirm"), st.just("icmp"), outcomes),
     ),
     max_size=60,
 )
+History = list[tuple[str, str, Any]]
+
+
+def play(history: History, need: int, *, was_ready: bool) -> Suspicion:
+    """The belief after these events."""
+    it = Suspicion(need, was_ready=was_ready)
+    for kind, name, outcome in history:
+        if kind == "probe":
+            it.probed(name, outcome, "r")
+        else:
+            it.confirmation(name, outcome, "r")
+    return it
+
+
+def dead(need: int = 1) -> Suspicion:
+    """A device that is offline."""
+    it = Suspicion(need, was_ready=True)
+    while it.state != "offline":
+        it.probed("0:p", False, "no answer")
+        it.confirmation("icmp", False, "no echo")
+    return it
 
 
 @given(events, st.integers(1, 5), st.booleans())
-def test_offline_has_all_three_reasons(history: list, need: int, known: bool) -> None:
+def test_offline_has_all_three_reasons(history: History, need: int, known: bool) -> None:
     """Offline follows only an answer some time, `need` misses in a row while no probe answers, and two
-    failed confirmations with a miss between them (S6)."""
+    failed confirmations with a miss between them and no answer since (S6)."""
     it = Suspicion(need, was_ready=known)
     answered, failed_at = known, set()
     row: dict[str, int] = {}
     for kind, name, ok in history:
-        before = it.state
+        before, wanted = it.state, it.wants_confirmation()
         if kind == "probe":
-            row[name] = 0 if ok else row.get(name, 0) + 1
-            answered = answered or ok
+            if ok is not None:
+                row[name] = 0 if ok else row.get(name, 0) + 1
+            answered = answered or ok is True
             changed = it.probed(name, ok, "r")
             if ok:
                 failed_at = set()
         else:
-            if before == "suspect":
-                failed_at = set() if ok and it.wants_confirmation() else failed_at
-                failed_at |= set() if ok else {it.misses}
+            if wanted:
+                failed_at = set() if ok else failed_at
+                failed_at |= {it.misses} if ok is False else set()
             changed = it.confirmation(name, ok, "r")
         assert changed == (it.state != before)
-        assert it.state in ("ok", "suspect", "offline")
+        assert it.state in STATES
         assert it.misses == max(row.values(), default=0)
         assert it.was_ready == answered
+        assert it.confirmed == (it.state == "offline")
         if it.state == "offline":
             assert answered
             assert len(failed_at) >= 2
-            assert it.confirmed
             assert all(row.values())
-            assert before == "offline" or max(row.values(), default=0) >= need
+            assert max(row.values()) >= need
         if max(row.values(), default=0) >= need:
             assert it.state != "ok"
+
+
+@given(events, st.integers(1, 5), st.booleans())
+def test_what_could_not_be_asked_never_makes_offline(
+    history: History, need: int, known: bool
+) -> None:
+    """Without what could not be asked, every history that ends offline ends offline too, and every one that
+    ends otherwise does not: unable is no miss, no answer and no confirmation."""
+    it = play(history, need, was_ready=known)
+    asked = [event for event in history if event[2] is not None]
+    without = play(asked, need, was_ready=known)
+    assert it.misses == without.misses
+    if it.state == "offline":
+        assert without.state == "offline"
+    if without.state != "offline":
+        assert it.state != "offline"
+
+
+@given(st.lists(st.sampled_from(NAMES)), st.integers(1, 5), st.booleans())
+def test_a_probe_that_is_never_asked_becomes_unable_after_as_many_rounds(
+    names: list[str], need: int, known: bool
+) -> None:
+    """A resolver that fails, and nothing else: the state is unable when one probe failed to ask `need` times in a
+    row, never ok before for a device that has not answered this agent, and nothing is counted as missed."""
+    it = Suspicion(need, was_ready=known)
+    for number, name in enumerate(names, 1):
+        it.probed(name, None, "can't resolve its name")
+        persisted = any(names[:number].count(one) >= need for one in NAMES)
+        assert it.state == ("unable" if persisted else "suspect")
+        assert it.misses == 0
+        assert not it.wants_confirmation()
+        assert "can't resolve its name" in it.reason
+
+
+rounds = st.lists(
+    st.tuples(
+        st.sampled_from(["alive", "dead", "unable"]),
+        st.sampled_from(["none", "alive", "dead", "unable"]),
+    ),
+    min_size=Suspicion.MOST_ROUNDS,
+    max_size=40,
+)
+
+
+@given(rounds, st.integers(1, 5))
+def test_suspect_is_left_within_the_bound(history: list[tuple[str, str]], need: int) -> None:
+    """Of a device that has answered, no run of MOST_ROUNDS missed rounds, whatever its confirmation and its
+    gateway do in each, leaves it suspect all the time."""
+    it = Suspicion(need, was_ready=True)
+    for _ in range(need - 1):
+        it.probed("0:p", False, "r")
+    in_a_row = 0
+    value = {"alive": True, "dead": False, "unable": None}
+    for confirmation, gateway in history:
+        it.probed("0:p", False, "r")
+        if gateway == "none":
+            it.confirmation("icmp", value[confirmation], "r")
         else:
-            assert it.state == "ok"
+            it.gateway(value[gateway], "gateway g does not answer")
+            if gateway == "alive":
+                it.confirmation("icmp", value[confirmation], "r")
+        in_a_row = in_a_row + 1 if it.state == "suspect" else 0
+        assert in_a_row < Suspicion.MOST_ROUNDS, it.reason
+        assert it.state != "ok"
 
 
 def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
     """The first failed confirmation leaves the device suspect, a second one without a miss between is
-    not asked for, and a confirmation that succeeds begins the count anew."""
+    not asked for, and a confirmation that succeeds makes it degraded and begins the count anew."""
     it = Suspicion(2, was_ready=True)
     it.probed("p", False, "r")
     it.probed("p", False, "r")
     assert it.wants_confirmation()
     assert not it.confirmation("icmp", False, "no echo")
+    assert it.state == "suspect"
     assert not it.wants_confirmation()
     it.probed("p", False, "r")
-    it.confirmation("icmp", True, "echo")
+    assert it.confirmation("icmp", True, "echo")
+    assert it.state == "degraded"
     it.probed("p", False, "r")
     assert not it.confirmation("icmp", False, "no echo")
-    assert it.state == "suspect"
+    assert it.state == "degraded"
     it.probed("p", False, "r")
     assert it.confirmation("icmp", False, "no echo")
     assert (it.state, it.confirmed) == ("offline", True)
+
+
+def test_a_dead_service_on_a_live_host_is_degraded_at_the_first_confirmation() -> None:
+    """The web service dies and the host answers pings: degraded with both in the reason, ok when it answers."""
+    it = Suspicion(3, was_ready=True)
+    for _ in range(3):
+        it.probed("0:http:80", False, "http:80: connection refused")
+    assert it.state == "suspect"
+    assert it.confirmation("icmp", True, "echo")
+    assert it.state == "degraded"
+    assert it.reason == "http:80: connection refused, 3 times; but icmp answers"
+    assert it.probed("0:http:80", True, "status 200")
+    assert (it.state, it.reason) == ("ok", "status 200")
+
+
+def test_another_probe_that_answers_makes_degraded_too() -> None:
+    """Of two probes one misses and the other answers: degraded without a confirmation, and never offline."""
+    it = Suspicion(2, was_ready=True)
+    for _ in range(2):
+        it.probed("0:http:80", False, "r")
+        it.probed("1:tcp:22", True, "connected")
+    assert (it.state, it.reason) == ("degraded", "r, 2 times; but tcp:22 answers")
+    assert not it.wants_confirmation()
+
+
+def test_an_offline_device_whose_confirmation_answers_again_is_degraded() -> None:
+    """The host comes back and its service does not: no longer offline."""
+    it = dead()
+    it.probed("0:p", False, "no answer")
+    assert it.confirmation("icmp", True, "echo")
+    assert it.state == "degraded"
+
+
+def test_a_confirmation_that_cannot_be_asked_leads_to_unable_and_a_failed_one_on() -> None:
+    """Two that could not be asked: unable with the reason. What was counted before is neither lost nor added to."""
+    it = Suspicion(1, was_ready=True)
+    for _ in range(2):
+        it.probed("0:p", False, "no answer")
+        it.confirmation("icmp", None, "network is unreachable")
+    assert it.state == "unable"
+    assert it.reason.endswith("unable to confirm: icmp: network is unreachable")
+    for _ in range(2):
+        assert it.state == "unable"
+        it.probed("0:p", False, "no answer")
+        it.confirmation("icmp", False, "no echo")
+    assert it.state == "offline"
+
+
+def test_an_offline_device_that_cannot_be_asked_is_unable_and_is_confirmed_anew() -> None:
+    """The name of a dead device goes from the resolver: unable to probe it. It may come back meanwhile, and one
+    missed probe is no evidence: two more confirmations are needed."""
+    it = dead(2)
+    it.probed("0:p", None, "can't resolve its name")
+    assert it.state == "offline"
+    assert it.probed("0:p", None, "can't resolve its name")
+    assert (it.state, it.confirmed) == ("unable", False)
+    assert it.probed("0:p", False, "no answer")
+    assert it.state == "suspect"
+    assert not it.confirmation("icmp", False, "no echo")
+    it.probed("0:p", False, "no answer")
+    assert it.confirmation("icmp", False, "no echo")
+    assert it.state == "offline"
+    it.probed("0:p", None, "can't resolve its name")
+    it.probed("0:p", True, "connected")
+    assert it.state == "ok"
+
+
+def test_misses_and_failures_to_ask_mixed_count_the_misses_alone() -> None:
+    """Every second round cannot be asked: suspect after `need` misses, and never unable before."""
+    it = Suspicion(3, was_ready=True)
+    it.probed("0:p", True, "connected")
+    for number in range(1, 4):
+        it.probed("0:p", None, "too many open files")
+        it.probed("0:p", False, "no answer")
+        assert it.misses == number
+        assert it.state == ("suspect" if number == 3 else "ok")
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_one_of_two_probes_that_cannot_be_asked_does_not_count(answered: bool) -> None:
+    """One probe answers and the other cannot be asked: unable, as half of it is not watched. When the first misses,
+    the other's last answer stands: unable, and never offline; one that never could be asked has no say."""
+    it = Suspicion(2, was_ready=True)
+    if answered:
+        it.probed(NAMES[1], True, "connected")
+    for _ in range(2):
+        it.probed(NAMES[0], True, "status 200")
+        it.probed(NAMES[1], None, "password_file: permission denied")
+    assert it.state == "unable"
+    assert "password_file" in it.reason
+    for _ in range(4):
+        it.probed(NAMES[0], False, "no answer")
+        it.probed(NAMES[1], None, "password_file: permission denied")
+        it.confirmation("icmp", False, "no echo")
+    assert it.state == ("unable" if answered else "offline")
+
+
+def test_a_device_that_never_answered_is_degraded_or_suspect_and_never_offline() -> None:
+    """Its confirmation is asked like any other's: what answers makes it degraded, what fails leaves it suspect."""
+    it = Suspicion(2)
+    it.probed("0:p", False, "no answer")
+    assert it.state == "suspect"
+    for _ in range(5):
+        it.probed("0:p", False, "no answer")
+        it.confirmation("icmp", False, "no echo")
+    assert (it.state, it.was_ready) == ("suspect", False)
+    assert it.reason.endswith("it has never answered")
+    it.probed("0:p", False, "no answer")
+    it.confirmation("icmp", True, "echo")
+    assert it.state == "degraded"
+
+
+@given(st.lists(st.tuples(outcomes, st.booleans()), max_size=40), st.integers(1, 5))
+def test_a_warning_is_degraded_and_never_a_miss(history: list, need: int) -> None:
+    """A success that exceeds a threshold counts as a success in everything; it is degraded with the words, and
+    a single miss afterwards does not end that."""
+    it, plain = Suspicion(need, was_ready=True), Suspicion(need, was_ready=True)
+    for outcome, warned in history:
+        it.probed("0:p", outcome, "r", warning="expires soon" if warned else "")
+        plain.probed("0:p", outcome, "r")
+        assert it.misses == plain.misses
+        assert it.wants_confirmation() == plain.wants_confirmation()
+        if it.state != plain.state:
+            assert (plain.state, it.state, it.reason) == ("ok", "degraded", "expires soon")
+        if outcome:
+            assert it.state == ("degraded" if warned else "ok")
 
 
 def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations() -> None:
@@ -107,7 +324,7 @@ def test_a_doubt_takes_back_the_rounds_and_not_what_was_confirmed_before() -> No
 
 
 @given(events, st.integers(1, 5))
-def test_a_success_changes_nothing_of_a_clean_belief(history: list, need: int) -> None:
+def test_a_success_changes_nothing_of_a_clean_belief(history: History, need: int) -> None:
     """With no misses and in state ok, one more answer leaves everything as it is (the benchmark of
     detection steps over those)."""
     it = Suspicion(need, was_ready=True)
@@ -125,25 +342,68 @@ def test_a_success_changes_nothing_of_a_clean_belief(history: list, need: int) -
 
 
 @given(events, st.integers(1, 5))
-def test_one_good_round_is_enough(history: list, need: int) -> None:
+def test_one_good_round_is_enough(history: History, need: int) -> None:
     """From any past, one success of every probe leads to ok with no misses."""
-    it = Suspicion(need)
-    for kind, name, ok in history:
-        if kind == "probe":
-            it.probed(name, ok, "r")
-        else:
-            it.confirmation(name, ok, "r")
+    it = play(history, need, was_ready=False)
     for name in NAMES:
         it.probed(name, True, "r")
     assert (it.state, it.misses, it.confirmed, it.was_ready) == ("ok", 0, False, True)
 
 
-@given(st.sampled_from(["ok", "suspect", "offline", "repairing", "", None, 5, []]), st.booleans())
-def test_restored_state_is_never_worse_than_known(state: object, known: bool) -> None:
+@given(
+    st.sampled_from(["ok", "suspect", "degraded", "offline", "unable", "", None, 5, []]),
+    st.sampled_from([None, 1, 7, -1, "3", True, 10**30]),
+    st.booleans(),
+)
+def test_restored_state_is_never_worse_than_known(state: Any, misses: Any, known: bool) -> None:
     """What a file says is believed only as far as the device had answered, and only known words."""
     it = Suspicion(3, was_ready=known)
-    it.restore(state, None)
-    assert it.state == (state if known and state in ("suspect", "offline") else "ok")
+    it.restore(state, None, misses)
+    assert it.state == (state if known and state in ("suspect", "degraded", "offline") else "ok")
     assert it.confirmed == (it.state == "offline")
     it.probed("p", True, "r")
     assert it.state == "ok"
+
+
+@pytest.mark.parametrize("misses", [0, 4])
+@pytest.mark.parametrize("state", ["degraded", "offline"])
+def test_a_condition_is_adopted_and_ends_with_the_first_success(state: str, misses: int) -> None:
+    """The word of a predecessor holds while this agent's probes miss, also below `need`, and a second word changes
+    nothing; the first success ends it."""
+    it = Suspicion(3)
+    it.probed("0:p", False, "no answer")
+    assert it.adopt(state, "icmp: no echo, 4 times; tcp:80: no answer", misses)
+    assert (it.state, it.was_ready) == (state, True)
+    it.probed("0:p", False, "no answer")
+    assert it.state == state
+    it.probed("0:p", True, "connected")
+    assert it.state == "ok"
+    assert not it.adopt(state, "r", misses)
+    assert it.state == "ok"
+
+
+def test_an_adopted_outage_is_confirmed_or_refuted_by_this_agent() -> None:
+    """Two failed confirmations of its own replace the evidence; one that succeeds makes it degraded, and after that
+    nothing is adopted."""
+    it = Suspicion(3)
+    it.probed("0:p", False, "no answer")
+    it.adopt("offline", "tcp:80: refused, 9 times; icmp: old", 9)
+    for _ in range(2):
+        it.probed("0:p", False, "tcp:80: no answer")
+        assert it.wants_confirmation()
+        assert not it.confirmation("icmp", False, "no echo")
+    assert (it.state, it.reason) == ("offline", "tcp:80: no answer, 3 times; icmp: no echo")
+    it.probed("0:p", False, "tcp:80: no answer")
+    assert it.confirmation("icmp", True, "echo")
+    assert it.state == "degraded"
+    assert not it.adopt("offline", "r", 9)
+
+
+def test_what_was_before_ends_with_the_first_answer_of_any_probe() -> None:
+    """Of two probes one answers after a restart and the other has missed once: the outage of before is over."""
+    it = Suspicion(3, was_ready=True)
+    it.restore("offline", "r; icmp: no echo", 5)
+    it.probed(NAMES[0], False, "no answer")
+    assert (it.state, it.misses) == ("offline", 6)
+    assert it.probed(NAMES[1], True, "connected")
+    assert (it.state, it.misses) == ("ok", 1)

@@ -24,7 +24,7 @@ async def ask(agent: Agent, method: str, path: str, *headers: str) -> tuple[int,
     """(status, head, body) of one request."""
     listen = json.loads((agent.folder / "agent.json").read_text())["listen"]
     host, _, port = listen.rpartition(":")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
             lines = [f"{method} {path} HTTP/1.1", "Host: x", *headers, "", ""]

@@ -113,7 +113,7 @@ async def test_wedged_handshakes_hold_up_nothing(secure: Any) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
 
     world.peer.speak = rude
-    await until(lambda: any("TLS: " in line["msg"] for line in agent.log), "no TLS", 20.0)
+    await until(lambda: any("TLS: " in line["msg"] for line in agent.log), "no TLS", 60.0)
     assert await agent.signal(signal.SIGTERM) == 143
 
 
@@ -136,7 +136,7 @@ async def test_what_can_not_be_used_is_said_at_start(
     with pytest.raises(AssertionError):
         await agent.start()
     assert agent.process is not None
-    assert await agent.process.wait(10.0) == 64
+    assert await agent.process.wait(60.0) == 64
     assert words in str(agent.log)
     assert "c0ffee" not in str(agent.log)
 

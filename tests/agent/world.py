@@ -23,7 +23,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 Speaker = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-async def until(check: Callable[[], Any], what: str, timeout_s: float = 10.0) -> Any:
+async def until(check: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """The first true value of check; AssertionError with `what` after timeout_s."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -74,8 +74,14 @@ class Listener:
         try:
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
                 await self.speak(reader, writer)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
         except asyncio.CancelledError:
-            pass  # stop() ends what is still open; asyncio would log it as an error
+            # stop() ends what is still open; asyncio would log it as an error
+            writer.transport.abort()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
         finally:
             self._tasks.discard(task)
             writer.close()
@@ -131,7 +137,7 @@ class Peer(Listener):
     def last(self) -> dict[str, Any]:
         return self.reports[-1] if self.reports else {}
 
-    async def saw(self, what: str, timeout_s: float = 10.0, **wanted: Any) -> dict[str, Any]:
+    async def saw(self, what: str, timeout_s: float = 60.0, **wanted: Any) -> dict[str, Any]:
         """Wait until the newest report has these values."""
         return await until(
             lambda: (r := self.last) and wanted.items() <= r.items() and r,
@@ -223,7 +229,7 @@ class Agent:
         """(status, body) of a GET."""
         listen = json.loads((self.folder / "agent.json").read_text())["listen"]
         host, _, port = listen.rpartition(":")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             reader, writer = await asyncio.open_connection(host, int(port))
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -235,7 +241,7 @@ class Agent:
     async def status(self) -> dict[str, Any]:
         return json.loads((await self.get("/status"))[1])
 
-    async def is_in(self, what: str, timeout_s: float = 10.0, **wanted: Any) -> dict[str, Any]:
+    async def is_in(self, what: str, timeout_s: float = 60.0, **wanted: Any) -> dict[str, Any]:
         """Wait until /status has these values."""
         seen: dict[str, Any] = {}
 
@@ -253,7 +259,7 @@ class Agent:
                 return int(line.split()[1])
         raise AssertionError(field)
 
-    async def signal(self, number: signal.Signals, within_s: float = 3.0) -> int:
+    async def signal(self, number: signal.Signals, within_s: float = 30.0) -> int:
         """Signal it; its exit code, which must be there within_s."""
         assert self.process is not None
         self.process.send(number)
@@ -273,6 +279,8 @@ class World:
         self.peer = Peer()
         self.dead_port = free_port()
         self.agents: list[Agent] = []
+        self.others: list[Listener] = []
+        """More servers that are stopped at the end."""
 
     def agent(self, *, argv: list[str] | None = None, **changes: Any) -> Agent:
         """An agent, not started, that probes the device, confirms on a dead port, reports to the peer."""
@@ -305,5 +313,5 @@ async def a_world(folder: Path) -> AsyncIterator[World]:
     finally:
         for agent in world.agents:
             await agent.stop()
-        await world.device.stop()
-        await world.peer.stop()
+        for one in (world.device, world.peer, *world.others):
+            await one.stop()

@@ -21,6 +21,7 @@ from nomad_watchdog.core.roles import Right, Role
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.ledger import Ledger
+from nomad_watchdog.logs import clean
 from nomad_watchdog.model import Device, Epoch, Monotonic
 from tests.api.conftest import served
 from tests.api.test_api import WISH, _report
@@ -363,6 +364,8 @@ async def test_each_change_is_audited_once_with_who_and_what(
     assert {a["data"]["peer"] for a in audits} == {"127.0.0.1"}
     lines = [r for r in caplog.records if r.message == "changed through the API"]
     assert len(lines) == len(audits)
+    written = [clean(vars(line)["actor"]) for line in lines]
+    assert written == [a["data"]["actor"].replace(":", " ") for a in audits]
     said = json.dumps(page) + "".join(str(vars(record)) for record in caplog.records)
     assert not any(secret in said for secret in SECRETS.values())
 

@@ -87,7 +87,7 @@ async def loaded(door: Door) -> tuple[dict[Slug, DeviceRecord], int]:
 async def test_a_signed_event_needs_no_token(door: Door) -> None:
     """An event signed with either secret is applied and audited as signed."""
     assert (await send(door, CONNECTED))[0] == 201
-    assert (await send(door, GONE, message="msg_2", secret=SECRETS[1]))[0] == 200
+    assert (await send(door, GONE, message="msg_2", secret=SECRETS[1], later=1))[0] == 200
     assert presence(door) is Presence.ABSENT
     kinds = [(e.kind, e.data.get("role")) for e in door.fleet.history.after(0, 99)[0]]
     assert kinds.count(("audit.webhook", "signed")) == 2
@@ -178,6 +178,49 @@ async def test_s5_a_replay_has_no_effect_after_a_restart(tmp_path: Path, door: D
         assert (status, again["changed"], again["duplicate"]) == (200, False, True)
         assert presence(other) is Presence.ABSENT
         assert (await send(other, CONNECTED, message="msg_3", later=6))[0] == 201
+
+
+async def test_w1_a_late_event_changes_nothing(tmp_path: Path, door: Door) -> None:
+    """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays, also on a
+    replica that has just started; the event that changed nothing is known as a duplicate there."""
+    assert (await send(door, CONNECTED, message="a", later=-10))[0] == 201
+    status, second = await send(door, CONNECTED, message="b", later=-2)
+    assert (status, second["changed"], second["duplicate"]) == (200, False, False)
+    async with served(tmp_path, door=gate(tmp_path)) as other:
+        other.fleet.clock = Wall()
+        other.fleet.reset(*await loaded(other))
+        for replica in (door, other):
+            status, body = await send(replica, GONE, message="c", later=-3)
+            assert status == 409
+            assert "1 s before" in body["error"]["message"]
+            assert presence(replica) is Presence.PRESENT
+        _, again = await send(other, CONNECTED, message="b", later=-2)
+        assert (again["changed"], again["duplicate"]) == (False, True)
+        generation = other.fleet.records[slug_of(DeviceId("gw/1"))].generation
+        assert generation == 1
+
+
+async def test_w1_two_events_of_one_second_leave_the_device_watched(door: Door) -> None:
+    """A disconnect that was signed in the second of a connect is refused and says why; a connect signed in
+    the second of a disconnect brings the device back."""
+    assert (await send(door, CONNECTED, message="a"))[0] == 201
+    status, body = await send(door, GONE, message="b")
+    assert status == 409
+    assert "the device stays watched" in body["error"]["message"]
+    assert (await send(door, GONE, message="c", later=5))[0] == 200
+    assert (await send(door, CONNECTED, message="d", later=5))[0] == 201
+    assert presence(door) is Presence.PRESENT
+
+
+async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(door: Door) -> None:
+    """After a PUT that changed nothing, an event that was signed before it is refused."""
+    assert (await send(door, CONNECTED, message="a", later=-10))[0] == 201
+    token = {"Authorization": "Bearer operators-token"}
+    wish = {"address": "10.0.0.1"}
+    status, same = await door.ask("PUT", "/v1/devices/gw%2F1", json=wish, headers=token)
+    assert (status, same["changed"]) == (200, False)
+    assert (await send(door, GONE, message="b", later=-3))[0] == 409
+    assert presence(door) is Presence.PRESENT
 
 
 async def test_the_window_is_bounded_and_the_record_still_guards(door: Door) -> None:

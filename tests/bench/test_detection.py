@@ -59,3 +59,38 @@ def test_skipping_loses_as_much_as_going_step_by_step() -> None:
             now = then + 5.0
 
     assert 0.009 < lost / steps < 0.011
+
+
+def test_a_watcher_that_cannot_ask_is_our_problem_and_no_outage() -> None:
+    """For six minutes nothing can be asked: unwatched once and never offline; the naive one is fooled."""
+    found = {}
+    for judge in (detection.naive, detection.ours):
+        tally = detection.Tally()
+        judge(world(), detection.Faults([(1_000.0, 1_360.0, detection.BLIND, False)]), tally)
+        found[judge] = (tally.false, tally.unwatched)
+
+    assert found == {detection.naive: (1, 0), detection.ours: (0, 1)}
+
+
+def test_an_outage_whose_end_could_not_be_seen_is_not_claimed_again() -> None:
+    """The device comes back while nothing can be asked: a lost probe after that is no evidence, in 50 worlds."""
+    spans = [(1_000.0, 1_200.0, detection.DEVICE, True), (1_100.0, 1_400.0, detection.BLIND, False)]
+    for seed in range(50):
+        tally = detection.Tally()
+        detection.ours(world(seed), detection.Faults(list(spans)), tally)
+        assert (tally.false, len(tally.took)) == (0, 1)
+
+
+def test_a_dead_service_is_degraded_and_no_suspicion_lasts() -> None:
+    """A service that is dead for ten minutes while its host answers is degraded and never offline; no suspicion of
+    a day with all kinds of faults lasts longer than the documented 44 s."""
+    tally = detection.Tally()
+    dead = detection.Faults([(1_000.0, 1_600.0, detection.SERVICE, False)])
+    detection.ours(world(), dead, tally)
+    assert tally.degraded >= 1
+    assert tally.false == 0
+    it = world(7)
+    for _ in range(40):
+        detection.ours(it, detection.faults(it.chance), tally)
+    assert tally.false == 0
+    assert 0.0 < tally.suspect_s <= 44.0

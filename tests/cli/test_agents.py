@@ -58,6 +58,7 @@ async def watched(plane: ControlPlane, world: World, directory: Path) -> None:
     await plane.until("/v1/devices/pump-7", lambda it: it["verdict"] == "watched", 60.0)
 
 
+@pytest.mark.slow_because("starts the command some ten times")
 async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path) -> None:
     """`logs` prints the agent's lines, `exec-probe` its results: 0 while the device answers, then 69, with
     no verdict changed; an unknown device is 66."""
@@ -87,7 +88,7 @@ async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path)
                 code, _, err = await shell("agents", verb, "nobody")
                 assert (code, err.startswith("error: ")) == (66, True)
             await plane.call("DELETE", "/v1/devices/pump-7")
-            await until(lambda: not pids_of(directory), "its end", 30.0)
+            await until(lambda: not pids_of(directory), "its end", 60.0)
 
 
 async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: Path) -> None:
@@ -114,12 +115,12 @@ def job(name: str, *, disabled: bool) -> dict[str, Any]:
 
 
 @pytest.mark.servers
-async def test_logs_of_a_nomad_agent_or_what_to_set(tmp_path: Path) -> None:
+async def test_logs_of_a_nomad_agent_or_what_to_set(nomad: NomadServer) -> None:
     """What the task said comes from Nomad's client; where the job disables logs the error says so."""
-    async with NomadServer(tmp_path / "nomad") as nomad:
-        settings = Settings(backend="nomad", nomad=Nomad(address=nomad.http_addr))
-        found: dict[str, str] = {}
-        for name, disabled in (("with", False), ("without", True)):
+    settings = Settings(backend="nomad", nomad=Nomad(address=nomad.http_addr))
+    found: dict[str, str] = {}
+    try:
+        for name, disabled in (("logs-with", False), ("logs-without", True)):
             await nomad.request("PUT", "/v1/jobs", job(name, disabled=disabled))
 
             async def running(name: str = name) -> str:
@@ -129,10 +130,11 @@ async def test_logs_of_a_nomad_agent_or_what_to_set(tmp_path: Path) -> None:
             found[name] = await until(running, "a running task", 60.0)
 
         async def said() -> bool:
-            return await nomad_log(settings, found["with"]) == "a-line\n"
+            return await nomad_log(settings, found["logs-with"]) == "a-line\n"
 
-        await until(said, "the line", 30.0)
+        await until(said, "the line", 60.0)
         with pytest.raises(TerminalError, match="disabled = true"):
-            await nomad_log(settings, found["without"])
+            await nomad_log(settings, found["logs-without"])
+    finally:
         for name in found:
-            await nomad.request("DELETE", f"/v1/job/{name}")
+            await nomad.request("DELETE", f"/v1/job/{name}?purge=true")

@@ -282,6 +282,21 @@ def test_config_check_exits_64_with_every_mistake(tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["shards"] == 2
 
 
+def test_run_refuses_an_inventory_that_is_not_there(tmp_path: Path) -> None:
+    """The service does not start, and says which file is missing and what to do; no registry is made."""
+    file = tmp_path / "w.hcl"
+    missing = tmp_path / "devices.hcl"
+    file.write_text(
+        f'backend = "local"\ndata_dir = "{tmp_path / "data"}"\ninventory = "{missing}"\n'
+        'agent_class "default" {\n  probe "icmp" {}\n}\n'
+    )
+    done = command("--config", str(file), "run")
+    assert done.returncode == 64
+    assert f'inventory "{missing}": No such file' in done.stderr
+    assert "put the file there, or take it out of `inventory`" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_doctor_tells_what_fails_and_exits_69(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,9 +14,10 @@ from nomad_watchdog.config_api import Token
 from nomad_watchdog.config_classes import AgentClass, Elsewhere, Repair
 from nomad_watchdog.config_escalate import Escalate, Loki, Sink
 from nomad_watchdog.config_hcl import parse_duration, parse_size, read
-from nomad_watchdog.config_load import _model_of, load
+from nomad_watchdog.config_load import load
 from nomad_watchdog.config_pools import Metric
 from nomad_watchdog.config_probes import Gateway, Probe
+from nomad_watchdog.config_problems import model_of
 from nomad_watchdog.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -86,7 +87,9 @@ def test_all_mistakes_are_named_at_once_with_lines(tmp_path: Path) -> None:
 
 def test_unknown_backend_names_those_installed(tmp_path: Path) -> None:
     """A backend that is not installed is refused with the names of those that are."""
-    assert "installed: ['kubernetes', 'local', 'nomad']" in message(tmp_path, 'backend = "nomd"\n')
+    assert "did you mean nomad? installed: kubernetes, local, nomad" in message(
+        tmp_path, 'backend = "nomd"\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_docs_name_every_setting_and_no_other() -> None:
     """docs/configuration.md has a row for each setting of the schema, and none more."""
     wanted: set[str] = set()
     for name, field in Settings.model_fields.items():
-        block = _model_of(field.annotation)
+        block = model_of(field.annotation)
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
     assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
     wanted |= {f"on.{name}" for name in Elsewhere.model_fields}

@@ -23,8 +23,9 @@ agent_class "default" {
 ALL = """\
   state = "consul"
   escalate {
-    window = "1m"
-    by     = ["site"]
+    window   = "1m"
+    by       = ["site"]
+    degraded = true
     sink "webhook" {
       url        = "http://127.0.0.1:9000/hook"
       token_file = "/etc/hook.token"
@@ -52,6 +53,7 @@ def test_what_the_class_says_is_what_the_agent_takes(tmp_path: Path) -> None:
     taken = check(document(**made | {"device_id": "pump", "slug": "pump", "epoch": 1}))
     assert taken["escalate"]["window_s"] == 60.0
     assert taken["escalate"]["by"] == ["site"]
+    assert taken["escalate"]["degraded"] is True
     assert [sink["kind"] for sink in taken["escalate"]["sinks"]] == ["webhook", "consul_event"]
     assert taken["escalate"]["sinks"][0]["token_file"] == "/etc/hook.token"
     assert (taken["loki"]["url"], taken["state"]) == ("http://127.0.0.1:3100", "consul")

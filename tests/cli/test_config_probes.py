@@ -25,12 +25,16 @@ agent_class "a" {
     max_time      = "1s"
     jitter        = 0.2
     min_interval  = "1s"
+    warn_loss     = 0.05
   }
   probe "https" {
     server_name = "pump.example"
     verify      = false
   }
-  probe "tls" { min_days = 7 }
+  probe "tls" {
+    warn_days = 7
+    warn_time = "500ms"
+  }
   probe "dns" {
     name           = "pump.example"
     server         = "10.0.0.53"
@@ -74,7 +78,10 @@ def test_every_kind_reaches_the_agent_as_it_takes_it(tmp_path: Path) -> None:
     by_kind = {probe["kind"]: probe for probe in got["probes"]}
     assert len(by_kind) == 9
     assert by_kind["http"]["expect_status"] == [200, 204]
-    assert (by_kind["http"]["max_time_s"], by_kind["http"]["min_interval_s"]) == (1.0, 1.0)
+    # `max_time` is the old name of `warn_time`.
+    assert (by_kind["http"]["warn_time_s"], by_kind["http"]["min_interval_s"]) == (1.0, 1.0)
+    assert by_kind["http"]["warn_loss"] == 0.05
+    assert (by_kind["tls"]["warn_days"], by_kind["tls"]["warn_time_s"]) == (7, 0.5)
     assert (by_kind["https"]["port"], by_kind["https"]["verify"]) == (443, False)
     assert (by_kind["mqtt"]["port"], by_kind["mqtt"]["tls"]) == (8883, True)
     assert by_kind["file"]["max_age_s"] == 3600.0
@@ -105,8 +112,19 @@ agent_class "a" {
         ('probe "dns" {}', "dns needs a name"),
         ('probe "file" { file = "/x" }', "needs one of"),
         ('probe "dns" {\n name = "a"\n expect_address = "fd00::1"\n}', "no address of an A record"),
-        ('probe "icmp" { jitter = 0.9 }', "less than or equal to 0.5"),
+        ('probe "icmp" { jitter = 0.9 }', "expected a number from 0 to 0.5"),
         ('probe "http" {\n port = 1\n max_time = "9s"\n}', "max_time must be shorter than timeout"),
+        ('probe "icmp" { warn_time = "2s" }', "warn_time must be shorter than timeout"),
+        ('probe "icmp" { warn_loss = 5 }', "expected a number from 0.001 to 1"),
+        ('probe "icmp" { warn_days = 5 }', "icmp knows no warn_days; known to: tls"),
+        (
+            'probe "tls" {\n min_days = 5\n warn_days = 7\n}',
+            "min_days is the old name of warn_days",
+        ),
+        (
+            'probe "http" {\n port = 1\n max_time = "1s"\n warn_time = "1s"\n}',
+            "max_time is the old name of warn_time",
+        ),
         ('probe "tcp" { port = 1 }\n gateway { kind = "tcp" }', "tcp needs a port"),
         (
             'probe "tcp" { port = 1 }\n confirm "command" { command = ["x"] }',
@@ -114,7 +132,7 @@ agent_class "a" {
         ),
         ('probe "mqtt" { verify = false }', "verify of mqtt needs tls = true"),
         ('probe "tls" { client_key = "/k" }', "client_key needs client_cert"),
-        ('probe "pigeon" {}', "'snmp' or 'plugin'"),
+        ('probe "pigeon" {}', '"snmp", "plugin"'),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(tmp_path: Path, block: str, words: str) -> None:
@@ -122,3 +140,23 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path, block: str, words
     with pytest.raises(UserError) as caught:
         load(written(tmp_path, f'agent_class "a" {{\n {block}\n}}\n'))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("interval", "confirm", "wanted"),
+    [
+        ("5s", "2s", 120.0),
+        ("60s", "2s", 4 * (60 * 1.05 + 2 + 2)),
+        ("30s", "29s", 4 * (31.5 + 2 + 29)),
+    ],
+)
+def test_a_suspicion_may_last_as_long_as_the_slowest_probe_needs(
+    tmp_path: Path, interval: str, confirm: str, wanted: float
+) -> None:
+    """`presence.suspect_max` is never shorter than four rounds of a class's probe and its confirmation."""
+    file = tmp_path / "x.hcl"
+    file.write_text(
+        f'agent_class "slow" {{\n  probe "http" {{\n    port = 80\n    interval = "{interval}"\n  }}\n'
+        f'  confirm "icmp" {{\n    timeout = "{confirm}"\n    interval = "60s"\n  }}\n}}\n'
+    )
+    assert load(file, {}).limits().suspect_max_s == pytest.approx(wanted)

@@ -67,7 +67,7 @@ def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
       }
       repair "unit" {
         unit    = "modem.service"
-        when    = "offline"
+        when    = "degraded"
         probe   = "tcp:22"
         tries   = 2
         verify  = "1m"
@@ -88,7 +88,7 @@ def test_every_kind_of_step_is_taken_by_the_agent(tmp_path: Path) -> None:
     assert len(checked["repairs"]) == 7
     unit = checked["repairs"][3]
     assert (unit["when"], unit["probe"], unit["tries"], unit["verify_s"], unit["dry_run"]) == (
-        "offline",
+        "degraded",
         "tcp:22",
         2,
         60.0,

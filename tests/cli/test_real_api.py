@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         await registry.initialise()
         fleet = Fleet(registry, Limits(), SystemClock())
         fleet.reset({}, 0)
+        fleet.classes = frozenset({"default", "gateway"})
         (tmp_path / "asked").write_text("secret-token")
         door = door_of(Api(token_file=str(tmp_path / "asked")))
         app = make_app(fleet, metrics=Metrics(), artifact=None, door=door)
@@ -85,6 +87,57 @@ def test_every_looking_verb_understands_the_real_api(
     assert _code(["devices", "get", "nobody"]) == 66
 
 
+def test_people_read_times_and_durations(
+    served: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`events` and `explain` print UTC times, ages with a unit and sentences; `agents ls` names the device."""
+    assert _code(["devices", "add", "cam", "--address", "127.0.0.9"]) == 0
+    capsys.readouterr()
+    assert _code(["events"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ  \S+  cam  ", line) for line in lines)
+    assert _code(["explain", "cam"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^since: \d+s ago$", told, re.MULTILINE)
+    assert not re.search(r"\d{10}|None|[{}]", lines[0] + told)
+
+    class Answers:
+        def pages(self, _path: str) -> list[dict[str, object]]:
+            return [{"id": "cam", "slug": "cam-x", "class": "gate", "epoch": 1, "state": "ok"}]
+
+    monkeypatch.setattr("nomad_watchdog.commands.agents.api_of", lambda _ctx: Answers())
+    assert _code(["agents", "ls"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "ID",
+        "CLASS",
+        "EPOCH",
+        "STATE",
+        "cam",
+        "gate",
+        "1",
+        "ok",
+    ]
+
+
+def test_an_invalid_file_does_not_hide_the_running_service(
+    served: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a rejected reload the file is still invalid: `status` names --address, and works with it."""
+    file = tmp_path / "bad.hcl"
+    file.write_text('backend = "nomed"\n')
+    monkeypatch.setenv("NOMAD_WATCHDOG_CONFIG", str(file))
+    monkeypatch.delenv("NOMAD_WATCHDOG_ADDR")
+    assert _code(["status"]) == 64
+    told = capsys.readouterr().err
+    assert "did you mean nomad?" in told
+    assert "error: the address of the API" in told
+    assert _code(["--address", served, "status"]) == 0
+
+
 def test_events_and_incidents_take_their_options(
     served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,3 +177,38 @@ def test_a_wrong_token_exits_77_and_is_not_shown(
     assert _code(["status"]) == 77
     found = capsys.readouterr()
     assert "wrong-token" not in found.out + found.err
+
+
+def test_w2_impossible_requests_exit_64_and_66(
+    served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unknown class exits 64 with a hint; pause, events and agents logs of an unknown device exit 66 with
+    a hint; an import names the line of each item that the API rejects."""
+    assert _code(["devices", "add", "cam-1", "--address", "127.0.0.9"]) == 0
+    capsys.readouterr()
+    (tmp_path / "nomad-watchdog.hcl").write_text(
+        f'data_dir = "{tmp_path}"\napi {{ advertise = "{served}" }}\n'
+    )
+    for argv, code, word in (
+        (["devices", "add", "x", "--address", "127.0.0.9", "--class", "gatway"], 64, "gateway?"),
+        (["devices", "add", "x", "--address", "127.0.0.9", "--class", ""], 64, "class"),
+        (["pause", "cam-2"], 66, "did you mean 'cam-1'?"),
+        (["pause", "--class", "gatway"], 64, "did you mean gateway?"),
+        (["maintenance", "add", "cam-2", "--for", "1h"], 66, "did you mean 'cam-1'?"),
+        (["events", "--device", "cam-2"], 66, "did you mean 'cam-1'?"),
+        (["events", "-f", "--device", "cam-2"], 66, "did you mean 'cam-1'?"),
+        (["agents", "logs", "cam-2"], 66, "did you mean 'cam-1'?"),
+        (["agents", "exec-probe", "cam-2"], 66, "did you mean 'cam-1'?"),
+        (["agents", "logs", "cam-1"], 66, "is this the machine"),
+        (["explain", "cam-2"], 66, "did you mean 'cam-1'?"),
+    ):
+        assert _code(argv) == code, argv
+        assert word in capsys.readouterr().err, argv
+    file = tmp_path / "fleet.ndjson"
+    lines = [{"id": f"d{n}", "address": "127.0.0.9"} for n in range(3)]
+    lines[1]["class"] = "gatway"
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    assert _code(["devices", "import", str(file)]) == 64
+    told = capsys.readouterr().err
+    assert "2 devices registered" in told
+    assert "line 3: 'd1': class: unknown agent class 'gatway'; did you mean gateway?" in told

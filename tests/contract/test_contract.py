@@ -183,8 +183,8 @@ async def test_a_removed_device_ends_its_alert(
             await world.device.stop()
             await until(lambda: receiver.told("firing"), "an alert", 60.0)
             await plane.call("DELETE", "/v1/devices/pump-7")
-            await until(lambda: receiver.told("resolved"), "its end", 30.0)
-            await until(lambda: not pids_of(directory), "the agent's end", 30.0)
+            await until(lambda: receiver.told("resolved"), "its end", 60.0)
+            await until(lambda: not pids_of(directory), "the agent's end", 60.0)
         (firing,), (resolved,) = receiver.told("firing"), receiver.told("resolved")
         assert resolved["episode"] == firing["episode"]
         assert resolved["devices"] == [["pump-7", "departed"]]
@@ -198,7 +198,7 @@ async def test_a_refusal_says_whether_the_device_has_left(tmp_path: Path, direct
     config = CONFIG.replace("COMMAND", '[\\"/bin/false\\"]').replace("AGENTS", str(directory))
     async with ControlPlane(tmp_path, "plane", config.replace("DEVICE", "9")) as plane:
         await plane.register("pump-7")
-        shown = await plane.until("/v1/devices/pump-7", lambda it: it["epoch"] >= 1, 30.0)
+        shown = await plane.until("/v1/devices/pump-7", lambda it: it["epoch"] >= 1, 60.0)
 
         async def told(epoch: int) -> tuple[int, str]:
             report = {**golden("report-least"), "device_id": "pump-7", "epoch": epoch}
@@ -214,7 +214,7 @@ async def test_a_refusal_says_whether_the_device_has_left(tmp_path: Path, direct
         async def departed() -> bool:
             return await told(shown["epoch"]) == (410, wire.DEPARTED)
 
-        await until(departed, "the word that the device has left", 30.0)
+        await until(departed, "the word that the device has left", 60.0)
 
 
 async def test_minimal_agent_obeys_a_410(world: World, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ async def test_minimal_agent_serves_in_a_real_control_plane(
         async def again() -> bool:
             return len(found := pids_of(directory)) == 1 and found != {pid}
 
-        await until(again, "a new process after a kill", 30.0)
+        await until(again, "a new process after a kill", 60.0)
         await plane.until("/v1/devices/pump-7", lambda it: it["verdict"] == "watched", 60.0)
         await plane.call("DELETE", "/v1/devices/pump-7")
-        await until(lambda: not pids_of(directory), "its end", 30.0)
+        await until(lambda: not pids_of(directory), "its end", 60.0)

@@ -57,3 +57,24 @@ def test_a_newer_epoch_is_not_refused_by_an_old_view() -> None:
 def test_without_a_record_an_agent_is_neither_accepted_nor_told_to_stop() -> None:
     """A store that lost its records must not stop the fleet through the agents' own reports (S7)."""
     assert accept(None, Epoch(1), "i", ()).kind is AcceptanceKind.UNSURE
+
+
+def test_the_one_that_stays_waits_for_the_accepted_one_that_stops() -> None:
+    """Of two instances that a raced start made, the one that reported first and is being stopped keeps its
+    acceptance until the scheduler lists it no more; the other one is asked to wait, and is bound then."""
+    rec = presence.bind(record("a", epoch=1), "surplus")
+
+    meanwhile = accept(rec, Epoch(1), "oldest", {"surplus", "oldest"}, stopping={"surplus"})
+    afterwards = accept(rec, Epoch(1), "oldest", {"oldest"})
+
+    assert meanwhile.kind is AcceptanceKind.UNSURE
+    assert afterwards.kind is AcceptanceKind.BIND
+
+
+def test_an_instance_that_is_stopping_itself_is_refused_beside_the_accepted_one() -> None:
+    """Only an instance that stays waits for the accepted one to end."""
+    rec = presence.bind(record("a", epoch=1), "i1")
+
+    answer = accept(rec, Epoch(1), "i2", {"i1", "i2"}, stopping={"i1", "i2"})
+
+    assert answer.kind is AcceptanceKind.REFUSED

@@ -124,6 +124,22 @@ def test_two_devices_or_slow_ones_are_no_incident() -> None:
     assert fleet.told == []
 
 
+def test_a_device_that_turns_bad_again_counts_once() -> None:
+    """The count never exceeds the size of the group, however often its devices come and go, and a group that
+    grows is counted as it has grown."""
+    fleet = Fleet()
+    names = fleet.add(4, "h")
+    fleet.turn(names, bad=True, at=1.0)
+    ((incident),) = (news.incident for news in fleet.settle(2.0))
+    for at in (3.0, 4.0, 5.0):
+        fleet.turn(names[:2], bad=False, at=at)
+        fleet.turn(names[:2], bad=True, at=at + 0.5)
+    assert (incident.count, incident.bad, incident.size, len(incident.members)) == (4, 4, 4, 4)
+    later = fleet.add(5, "h", site="s")
+    fleet.turn(later, bad=True, at=6.0)
+    assert (incident.count, incident.bad, incident.size) == (9, 9, 9)
+
+
 def test_those_that_follow_join_and_are_told_by_doubling() -> None:
     """Devices that turn bad later get the id at once, and a thousand of them make few updates."""
     fleet = Fleet()
@@ -248,3 +264,36 @@ def test_a_device_that_leaves_while_bad_is_no_part_of_a_later_incident() -> None
         correlator.forget(name)
 
     assert correlator.settle(Monotonic(4.0)) == []
+
+
+def test_agents_that_can_not_ask_are_an_incident_of_their_host() -> None:
+    """Ten agents of one host that can't ask are one incident of the host, though all their devices are behind
+    one gateway and of one class; that some were suspect before changes nothing."""
+    correlator = Correlator(LIMITS)
+    where = ((GroupKind.GATEWAY, "g"), (GroupKind.HOST, "h"), (GroupKind.CLASS, "c"))
+    for name in NAMES[:10]:
+        correlator.observe(name, where, bad=False, now=Monotonic(0.0))
+    for name in NAMES[:5]:
+        correlator.observe(name, where, bad=True, now=Monotonic(1.0))
+    for name in NAMES[:10]:
+        correlator.observe(name, where, bad=True, now=Monotonic(2.0), only=GroupKind.HOST)
+
+    (opened,) = correlator.settle(Monotonic(3.0))
+    assert (opened.incident.kind, opened.incident.group) == (GroupKind.HOST, "h")
+    assert opened.incident.count == 10
+    for name in NAMES[:10]:
+        correlator.observe(name, where, bad=False, now=Monotonic(4.0))
+    (closed,) = correlator.settle(Monotonic(5.0))
+    assert closed.step is Step.CLOSED
+    assert not correlator._recent
+
+
+def test_where_no_host_is_known_other_groups_explain_it() -> None:
+    """Without a node the site is what devices have in common."""
+    correlator = Correlator(LIMITS)
+    where = ((GroupKind.SITE, "s"),)
+    for name in NAMES[:5]:
+        correlator.observe(name, where, bad=False, now=Monotonic(0.0))
+        correlator.observe(name, where, bad=True, now=Monotonic(1.0), only=GroupKind.HOST)
+    (opened,) = correlator.settle(Monotonic(2.0))
+    assert opened.incident.kind is GroupKind.SITE

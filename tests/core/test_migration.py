@@ -33,7 +33,8 @@ SHARDS = 4
 
 @st.composite
 def moves(draw: st.DrawFn) -> Move:
-    """Any move between two of three schedulers."""
+    """Any move between two of three schedulers. One that is done is not paused: ending it ends the pause."""
+    done = draw(st.booleans())
     source, goal = draw(st.permutations(BACKENDS))[:2]
     some = draw(st.frozensets(st.sampled_from(NAMES), min_size=1))
     return Move(
@@ -47,8 +48,8 @@ def moves(draw: st.DrawFn) -> Move:
         of_shards=SHARDS,
         at_once=draw(st.integers(0, 3)),
         back=draw(st.booleans()),
-        paused=draw(st.booleans()),
-        done=draw(st.booleans()),
+        paused=not done and draw(st.booleans()),
+        done=done,
     )
 
 
@@ -164,6 +165,14 @@ def test_what_is_kept_is_read_back(some: list[Move], backends: frozenset[str]) -
     """The document of the registry loses nothing."""
     kept = Kept("a", backends, tuple(some))
     assert decode(encode(kept)) == kept
+
+
+@given(moves())
+def test_a_move_that_is_done_is_not_read_as_paused(move: Move) -> None:
+    """A document that says both, edited by a person, say, does not send new devices to the old scheduler."""
+    edited = Kept("a", frozenset(BACKENDS), (replace(move, done=True, paused=True),))
+    (read,) = decode(encode(edited)).moves
+    assert (read.done, read.paused) == (True, False)
 
 
 @given(moves(), moves())

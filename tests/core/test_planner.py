@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import Plan, plan, stop_key
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import ActionKind, Limits, PlacementState, Presence
+from nomad_watchdog.model import ActionKind, Limits, PlacementState, Presence, WallTime
 from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
 
 WIDE = Limits(breaker_min=10_000, replace_at_once=10_000)
@@ -255,3 +256,25 @@ def test_agents_that_never_got_ready_make_way_for_the_next_version(fleet: int, b
     assert stuck <= replaced
     assert len(replaced - stuck) == min(fleet - bad, room)
     assert made.waiting_rollout == fleet - len(replaced)
+
+
+def test_of_two_placements_of_one_epoch_the_oldest_is_kept() -> None:
+    """Whichever of them is accepted: the backend and the other replicas, which may not know of it yet, choose
+    the oldest too."""
+    oldest = replace(placement("a", 1), ref="z", created_at=WallTime(1.0))
+    surplus = replace(placement("a", 1), ref="b", created_at=WallTime(2.0), instances=("first",))
+    rec = record("a", epoch=1, instance="first")
+
+    (action,) = decide(World([rec], [surplus, oldest])).actions
+
+    assert (action.kind, action.placement) == (ActionKind.RETIRE, surplus)
+
+
+def test_a_placement_that_stops_does_not_cost_the_one_that_stays() -> None:
+    """Of two placements of one epoch the one that is not stopping is left alone, however old it is: otherwise
+    both would go, and the epoch with them."""
+    stopping = replace(placement("a", 1, PlacementState.STOPPING), created_at=WallTime(1.0))
+    stays = replace(placement("a", 1), ref="stays", created_at=WallTime(2.0))
+    rec = record("a", epoch=1, instance=stopping.instances[0])
+
+    assert decide(World([rec], [stopping, stays])).actions == ()

@@ -198,7 +198,9 @@ async def settled(stage: Stage, churn: Churn, timeout_s: float) -> list[str]:
             verdicts = {item["id"]: item["verdict"] for item in await stage.items()}
             late = []
             for name in churn.known:
-                allowed = {"watched"} if name in churn.watch.on_since else {"offline", "suspect"}
+                # one that has never answered an agent is not called offline
+                off = {"offline", "suspect", "unwatched"}
+                allowed = {"watched"} if name in churn.watch.on_since else off
                 if name not in churn.present:
                     allowed = {"departed"}
                 if verdicts.get(name) not in allowed:

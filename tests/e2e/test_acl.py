@@ -90,6 +90,7 @@ async def program(file: Path, *argv: str) -> tuple[int, str]:
     return child.returncode, said.decode()
 
 
+@pytest.mark.slow_because("starts servers with ACLs, and waits for Consul's checks of two agents")
 async def test_s10_the_main_job_with_every_door_shut(tmp_path: Path, repository: Path) -> None:
     """Agents start, register in Consul, report, are replaced and leave, with no more rights than the
     policies in jobs/ grant; doctor finds nothing broken; no token is told to Nomad or to a log."""
@@ -139,7 +140,7 @@ async def test_s10_the_main_job_with_every_door_shut(tmp_path: Path, repository:
                 await plane.register(name)
                 path = f"/v1/devices/{name}"
                 await plane.until(path, lambda shown: shown["verdict"] == "watched", 60.0)
-                await eventually(lambda name=name: in_consul(name), 30.0)
+                await eventually(lambda name=name: in_consul(name), 60.0)
 
             (victim,) = [p for p in audit.processes(root) if p.slug.startswith("pump-1")]
             os.kill(victim.pid, signal.SIGKILL)
@@ -148,7 +149,7 @@ async def test_s10_the_main_job_with_every_door_shut(tmp_path: Path, repository:
                 now = [p.pid for p in audit.processes(root) if p.slug.startswith("pump-1")]
                 return len(now) == 1 and now != [victim.pid]
 
-            await eventually(replaced, 30.0)
+            await eventually(replaced, 60.0)
             await plane.call("DELETE", "/v1/devices/pump-2")
             await eventually(
                 lambda: not [p for p in audit.processes(root) if p.slug.startswith("pump-2")], 30.0
@@ -157,7 +158,7 @@ async def test_s10_the_main_job_with_every_door_shut(tmp_path: Path, repository:
             async def left_consul() -> bool:
                 return not await in_consul("pump-2")
 
-            await eventually(left_consul, 30.0)
+            await eventually(left_consul, 60.0)
             code, said = await program(plane.file, "doctor")
             assert code == 0, said
             jobs = await nomad.request("GET", "/v1/jobs?meta=true&prefix=device-watchdog")

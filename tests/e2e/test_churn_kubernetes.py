@@ -30,7 +30,7 @@ from nomad_watchdog.schedulers.kubernetes import _names as names
 from . import audit
 from .churn import SEED, Churn, Watch, play
 
-pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(900)]
 
 GIVEN_UP_S = 60.0
 """Far longer than a node may be silent (6 s) and than its pods tolerate that (10 s)."""

@@ -20,7 +20,7 @@ from nomad_watchdog.dev.process import free_port
 from . import audit
 from .churn import SEED, Churn, Watch, play
 
-pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(900)]
 
 
 @pytest_asyncio.fixture

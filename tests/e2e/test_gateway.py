@@ -88,6 +88,9 @@ class Behind:
         await until(there, "the gateway", SOON_S)
 
 
+@pytest.mark.slow_because(
+    "twelve agents find their gateway dead, then alive, then a device dead; and a wait for what must not happen"
+)
 async def test_twelve_agents_behind_a_killed_gateway(
     tmp_path: Path, directory: Path, consul: ConsulServer
 ) -> None:
@@ -135,9 +138,9 @@ async def test_twelve_agents_behind_a_killed_gateway(
             assert (alert["status"], alert["kind"], alert["count"]) == ("firing", "gateway", MANY)
             assert alert["group"] == ["gateway", GATEWAY]
             assert {one for one, _ in alert["devices"]} == set(names)
-            await until(lambda: all_are("suspect"), "all are suspect", SOON_S)
+            await until(lambda: all_are("unwatched"), "all are unwatched", SOON_S)
             shown = await plane.call("GET", "/v1/devices/pump-7")
-            assert shown["reason"] == f"gateway {GATEWAY} does not answer"
+            assert f"gateway {GATEWAY} does not answer" in shown["reason"]
 
             async def incidents() -> list[dict[str, Any]]:
                 return (await plane.call("GET", "/v1/incidents"))["items"]

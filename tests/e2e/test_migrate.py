@@ -26,7 +26,7 @@ from nomad_watchdog.errors import TransientError
 
 from . import audit
 
-pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(900)]
 
 DEVICES = 200
 PART = 40

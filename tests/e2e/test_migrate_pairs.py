@@ -17,7 +17,7 @@ from nomad_watchdog.dev.process import free_port
 
 from .test_migrate import START_S, STOP_S, Watch, move_of, until, verb
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(600)]
 NAMES = [f"device-{n}" for n in range(8)]
 TOUR = ("nomad", "local", "kubernetes", "nomad", "kubernetes", "local", "nomad")
 

@@ -68,14 +68,17 @@ async def test_the_shipped_policy_is_enough(
         hints = scheduler.watch()
         assert (await anext(hints)).slugs is None
         await scheduler.ensure(record, record.epoch, spec)
-        assert record.slug in ((await anext(hints)).slugs or ())
+        # a dispatch of Nomad 1.6 is two writes, so that the stream may seem to begin too late: a resync
+        hint = await anext(hints)
+        hint = hint if hint.slugs else await anext(hints)
+        assert record.slug in (hint.slugs or ())
         await hints.aclose()  # type: ignore[attr-defined]
 
         async def running() -> bool:
             placed = (await scheduler.snapshot()).placements.get(record.slug, ())
             return [one.state for one in placed] == [PlacementState.RUNNING]
 
-        await eventually(running, 20.0)
+        await eventually(running, 60.0)
         assert (await scheduler.capacity()).room
         (placed,) = (await scheduler.snapshot([record.slug])).placements[record.slug]
         await scheduler.retire(placed, 1.0)
@@ -93,7 +96,8 @@ async def test_doctor_is_content_with_it(
     checks = await checks_with(guarded, token, tmp_path)
     assert [c for c in checks.values() if c.status is Status.FAIL] == []
     assert checks["nomad jobs"].status is Status.OK
-    assert "node" in checks["nomad drivers"].mend
+    assert checks["nomad nodes"].found == "1 of 1 take agents"
+    assert "agent" in checks["nomad limits"].mend
 
 
 async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: Path) -> None:

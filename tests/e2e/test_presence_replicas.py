@@ -8,14 +8,13 @@ import pytest
 
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.nomad import NomadServer
-from tests.e2e.test_replicas import nomad, replicas
+from tests.e2e.test_replicas import replicas
 from tests.schedulers.conftest import eventually
-
-__all__ = ["nomad"]
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
 
 
+@pytest.mark.slow_because("three leases pass in real time")
 async def test_a_device_may_beat_to_any_replica_and_expires_once(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:
@@ -44,6 +43,7 @@ async def test_a_device_may_beat_to_any_replica_and_expires_once(
         assert (item["presence"], item["generation"]) == ("present", 1)
 
 
+@pytest.mark.slow_because("a replica takes over when the other's lease has ended")
 async def test_a_pause_made_at_one_replica_holds_at_the_other(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer
 ) -> None:

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from nomad_watchdog.dev.process import free_port
@@ -73,16 +74,30 @@ class Program:
         process = await self.start("run", **env)
         log = asyncio.create_task(process.stderr.read() if process.stderr else asyncio.sleep(0))
         try:
-            await eventually(self.is_ready, 20.0)
+            await eventually(self.is_ready, 60.0)
             yield process
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(process.wait(), 20.0)
+            await asyncio.wait_for(process.wait(), 60.0)
             await log
 
+    async def get(self, path: str) -> Any:
+        """What the API answers. For what is asked again and again: starting a program takes far longer."""
+        return await self.ask("GET", path)
+
     async def is_ready(self) -> bool:
-        return (await self("status"))[0] == 0 and (await self.json("status"))["ready"]
+        try:
+            return bool((await self.get("/v1/status"))["ready"])
+        except aiohttp.ClientError:
+            return False
+
+    async def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """One call of the API; the parsed answer, None where there is none."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        async with aiohttp.ClientSession() as http, http.request(method, url, json=body) as answer:
+            assert answer.status < 300, await answer.text()
+            return await answer.json() if answer.status != 204 else None
 
     async def import_devices(self, *names: str) -> None:
         lines = (json.dumps({"id": name, "address": "127.0.0.1"}) for name in names)
@@ -97,6 +112,7 @@ def program(tmp_path: Path, directory: Path) -> Program:
     return Program(tmp_path)
 
 
+@pytest.mark.slow_because("each command is a process of its own")
 async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
     program: Program, directory: Path
 ) -> None:
@@ -104,6 +120,7 @@ async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
     finds the same agents."""
     assert (await program("status"))[0] == 69
     async with program.running() as service:
+        assert (await program("status"))[0] == 0
         await program.import_devices("a", "b", "c")
         pids = await eventually(lambda: len(found := pids_of(directory)) == 3 and found)
         service.send_signal(signal.SIGTERM)
@@ -116,6 +133,7 @@ async def test_run_keeps_agents_and_leaves_them_when_it_is_told_to_stop(
     assert pids_of(directory) == pids
 
 
+@pytest.mark.slow_because("each command is a process of its own")
 async def test_plan_and_apply_without_a_service(program: Program, directory: Path) -> None:
     """A kept plan is carried out once; when the registry has moved it is refused with 75."""
     assert (await program("init"))[0] == 0
@@ -160,6 +178,7 @@ async def _register(path: Path, *names: str) -> None:
     await registry.close()
 
 
+@pytest.mark.slow_because("each command is a process of its own")
 async def test_held_stops_wait_for_the_operators_word(program: Program, directory: Path) -> None:
     """A wiped registry stops nothing; status, explain and `stops ls` say what to type, and the word
     holds only for the stops that were shown."""
@@ -176,10 +195,10 @@ async def test_held_stops_wait_for_the_operators_word(program: Program, director
         db.close()
 
         async def held() -> Any:
-            found = await program.json("stops", "ls")
-            return found["count"] == 12 and found
+            return (await program.get("/v1/plan"))["held"]["count"] == 12
 
-        found = await eventually(held, 20.0)
+        await eventually(held, 60.0)
+        found = await program.json("stops", "ls")
         assert sorted(stop["device"] for stop in found["stops"]) == sorted(names)
         code, out, _ = await program("explain", "d3")
         assert (code, f"stops confirm {found['id']}" in out) == (0, True)
@@ -194,7 +213,7 @@ async def test_held_stops_wait_for_the_operators_word(program: Program, director
         assert (code, out) == (0, "12 stops confirmed\n")
         code, out, _ = await program("events", "-o", "json")
         assert '"audit.confirm"' in out
-        await eventually(lambda: not pids_of(directory), 30.0)
+        await eventually(lambda: not pids_of(directory), 60.0)
 
 
 async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
@@ -210,6 +229,7 @@ async def test_events_are_followed_until_ctrl_c(program: Program) -> None:
         await follower.communicate()
 
 
+@pytest.mark.slow_because("each command is a process of its own")
 async def test_events_survive_kill_9_and_a_follower_goes_on(program: Program) -> None:
     """A service that is killed leaves its events; the next one adds to them under greater numbers, and
     a follower that was there all the time has each of them once."""
@@ -226,7 +246,7 @@ async def test_events_survive_kill_9_and_a_follower_goes_on(program: Program) ->
         lines = [await asyncio.wait_for(follower.stdout.readline(), 20.0)]
         first = await seen("before")
         file = program.root / "events.db-wal"
-        await eventually(lambda: b"before" in file.read_bytes(), 20.0)
+        await eventually(lambda: b"before" in file.read_bytes(), 60.0)
         service.send_signal(signal.SIGKILL)
         await service.wait()
     async with program.running():

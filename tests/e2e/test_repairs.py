@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.agent.world import OK, Listener, says
 from tests.e2e.test_program import Program, directory
 from tests.schedulers.conftest import eventually
@@ -35,6 +37,7 @@ agent_class "default" {{
 """
 
 
+@pytest.mark.slow_because("an agent finds its device dead, and repairs it")
 async def test_a_repair_is_a_verdict_an_event_and_a_part_of_explain(
     tmp_path: Path, directory: Path
 ) -> None:
@@ -58,23 +61,20 @@ async def test_a_repair_is_a_verdict_an_event_and_a_part_of_explain(
     await device.start()
     await helper.start()
 
-    async def explained() -> dict[str, Any]:
-        return await program.json("explain", "a")
-
-    async def is_in(verdict: str) -> bool:
-        return (await explained())["verdict"] == verdict
+    async def is_in(verdict: str) -> Any:
+        found = await program.ask("GET", "/v1/devices/a/explain")
+        return found["verdict"] == verdict and found
 
     try:
         async with program.running():
             await program.import_devices("a")
-            await eventually(lambda: is_in("watched"), 30.0)
+            await eventually(lambda: is_in("watched"), 60.0)
             await device.stop()
-            await eventually(lambda: is_in("repairing"), 30.0)
-            seen = await explained()
+            seen = await eventually(lambda: is_in("repairing"), 60.0)
             assert f"repairing: http 127.0.0.1:{helper.port}; " in seen["reason"]
             go.set()
-            await eventually(lambda: is_in("watched"), 30.0)
-            seen = await explained()
+            await eventually(lambda: is_in("watched"), 60.0)
+            seen = await program.json("explain", "a")
     finally:
         await device.stop()
         await helper.stop()

@@ -43,9 +43,12 @@ agent_class "default" {
 NAMES = [f"pump {number}" for number in range(6)]
 
 
+@pytest.mark.slow_because(
+    "starts a Consul and a Nomad of its own, and agents are placed three times"
+)
 async def test_s1_epochs_do_not_go_back_with_the_store(tmp_path: Path) -> None:
     """Agents placed after the snapshot are newer than the registry: they are replaced under epochs that
-    nobody has had, never accepted again under old ones; the rest stays."""
+    nobody has had, never accepted again under old ones; the rest stays. The restored snapshot is reported."""
     async with (
         ConsulServer(tmp_path / "consul") as consul,
         NomadServer(tmp_path / "nomad") as nomad,
@@ -87,6 +90,13 @@ async def test_s1_epochs_do_not_go_back_with_the_store(tmp_path: Path) -> None:
             await eventually(lambda: at(2, 1), 60.0)
             async with http.put(f"{consul.http_addr}/v1/snapshot", data=snapshot) as answer:
                 assert answer.status == 200, await answer.text()
+            status = await plane.until("/v1/status", lambda status: status["registry_restored"])
+            assert (
+                "3 devices have an older record than before (pump 0, "
+                in status["registry_restored"]
+            )
+            events = (await plane.call("GET", "/v1/events?kind=registry.restored"))["items"]
+            assert [event["data"]["older"] for event in events] == [3]
             await eventually(lambda: at(3, 1), 60.0)
             stored = {r.device.id: r.epoch for r in (await registry.read()).records.values()}
             assert stored == {name: 3 if name in NAMES[:3] else 1 for name in NAMES}

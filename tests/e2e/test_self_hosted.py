@@ -60,6 +60,9 @@ async def command(*arguments: str) -> str:
     return said.decode()
 
 
+@pytest.mark.slow_because(
+    "starts servers of its own, and waits for Consul's first check of the control plane"
+)
 async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
     tmp_path: Path, repository: Path
 ) -> None:
@@ -121,7 +124,17 @@ async def test_the_shipped_job_runs_the_control_plane_which_runs_the_agents(
             assert answer.status == 401
         async with session.get(f"{api}/v1/agents") as answer:
             agent = (await answer.json())["items"][-1]
-        await command(nomad_program, "job", "stop", at, "-purge", "nomad-watchdog")
+        # -detach: without, it fails when the job's deployment is still under way
+        await command(nomad_program, "job", "stop", at, "-detach", "-purge", "nomad-watchdog")
+
+        async def ended() -> bool:
+            try:
+                async with session.get(f"{api}/v1/agents"):
+                    return False
+            except aiohttp.ClientError:
+                return True
+
+        await until(ended)
 
         async def runs() -> Any:
             # Nomad's client tells of a start some tenths of a second after the agent itself has.

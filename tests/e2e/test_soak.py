@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.agent.world import OK, Listener, says
 from tests.e2e.test_program import Program, directory
 from tests.schedulers.conftest import eventually, pids_of
@@ -34,6 +36,7 @@ agent_class "default" {{
 NAMES = tuple(f"d{number}" for number in range(6))
 
 
+@pytest.mark.slow_because("four runs of the program, and two waits for what must not happen")
 async def test_a_version_that_dies_late_is_given_up_by_itself(
     tmp_path: Path, directory: Path
 ) -> None:
@@ -49,53 +52,53 @@ async def test_a_version_that_dies_late_is_given_up_by_itself(
         )
         program.file.write_text(text)
 
-    async def devices() -> list[dict[str, Any]]:
-        return list((await program.json("devices", "ls"))["items"])
-
     async def versions() -> list[str]:
-        found = await devices()
+        found = (await program.get("/v1/devices"))["items"]
         good = all(one["verdict"] == "watched" for one in found)
         return sorted(one["version"] for one in found) if good and len(found) == 6 else []
 
     async def kinds() -> list[str]:
-        _, out, _ = await program("events", "--kind", "rollout", "-o", "json")
-        return [kind for kind in ("rolled_back", "halted", "done") if f"rollout.{kind}" in out]
+        found = (await program.get("/v1/events?kind=rollout"))["items"]
+        names = {event["kind"] for event in found}
+        return [kind for kind in ("rolled_back", "halted", "done") if f"rollout.{kind}" in names]
 
     async def rollouts() -> Any:
-        return (await program.json("status"))["rollouts"]
+        return (await program.get("/v1/status"))["rollouts"]
 
     await device.start()
     try:
         configure("1", "1s")
         async with program.running():
+            # it is empty before version 1 is watched, and again when that has proved itself
+            await eventually(rollouts, 90.0)
             await program.import_devices(*NAMES)
-            await eventually(lambda: _is(versions(), ["1"] * 6), 30.0)
-            await eventually(lambda: _is(rollouts(), {}), 30.0)
+            await eventually(lambda: _is(versions(), ["1"] * 6), 90.0)
+            await eventually(lambda: _is(rollouts(), {}), 90.0)
         first = set(pids_of(directory))
         configure("2", "120s")
         async with program.running():
-            await eventually(lambda: _is(versions(), ["1", "1", "2", "2", "2", "2"]), 60.0)
-            await asyncio.sleep(2.0)
+            await eventually(lambda: _is(versions(), ["1", "1", "2", "2", "2", "2"]), 90.0)
+            await asyncio.sleep(2.0)  # time in which one more could be replaced
             assert (await rollouts())["default"]["soaking"] == 4
             kept = first & set(pids_of(directory))
             assert len(kept) == 2
             for pid in sorted(set(pids_of(directory)) - first)[:3]:
                 os.kill(pid, signal.SIGKILL)
-            await eventually(lambda: _is(kinds(), ["rolled_back"]), 30.0)
+            await eventually(lambda: _is(kinds(), ["rolled_back"]), 90.0)
             await eventually(lambda: _is(versions(), ["1"] * 6), 90.0)
             assert kept <= set(pids_of(directory))
-            shown = (await rollouts())["default"]
+            shown = (await program.json("status"))["rollouts"]["default"]
             assert (shown["wished"], shown["in_force"]) == ("2", "1")
             assert "agents of 3 devices ended" in shown["given_up"]
         back = set(pids_of(directory))
         async with program.running():
-            await eventually(lambda: _is(versions(), ["1"] * 6), 30.0)
-            await asyncio.sleep(3.0)
+            await eventually(lambda: _is(versions(), ["1"] * 6), 90.0)
+            await asyncio.sleep(3.0)  # time in which version 2 could be tried again
             assert set(pids_of(directory)) == back
         configure("3", "1s")
         async with program.running():
             await eventually(lambda: _is(versions(), ["3"] * 6), 90.0)
-            await eventually(lambda: _is(kinds(), ["rolled_back", "done"]), 30.0)
+            await eventually(lambda: _is(kinds(), ["rolled_back", "done"]), 90.0)
     finally:
         await device.stop()
 

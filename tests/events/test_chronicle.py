@@ -251,11 +251,11 @@ async def test_a_start_within_the_measured_grace_is_never_more_than_starting(sit
     assert site.fleet.refresh(late).state is VerdictState.UNWATCHED
 
 
-async def test_what_was_open_when_we_died_is_closed_by_the_next_run(
+async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
     site: Site, tmp_path: Path
 ) -> None:
-    """After a restart an incident without an end gets one, once, however many events came after it, and
-    the next has an id of its own."""
+    """After a restart an incident without an end goes on under its id, with the devices that are still bad, however
+    many events came after it; it ends when they are well again, once."""
     store = EventStore(tmp_path / "events.db")
     await store.open()
     site.fleet.history.store = store
@@ -270,23 +270,31 @@ async def test_what_was_open_when_we_died_is_closed_by_the_next_run(
         site.fleet.note(dead[0], "filler", "")
     await store.close()
 
-    for closed in (1, 0):
+    for goes_on in (True, False):
         store = EventStore(tmp_path / "events.db")
         found = await store.open()
         again = Site(site.fleet.registry, History(found.origin, store))  # type: ignore[arg-type]
-        again.clock.now = site.clock.now
+        again.clock.now = site.clock.now + 500.0
         again.fleet.history.resume(found.seq, found.events)
         again.fleet.chronicle.follow(store.status, store.left_open)
-        told, _ = again.fleet.events(found.seq, 10)
-        assert [(e.kind, e.incident) for e in told] == closed * [("incident.closed", incident.id)]
+        dead = again.add(10, "n1")
+        for left in again.fleet.chronicle.incidents():
+            age_s = again.fleet.chronicle.shown_incident(left, str)["first_age_s"]
+            assert age_s == pytest.approx(500.0, abs=1.0)
+        for wait_s in (30.0, 31.0):
+            for slug in dead:
+                await again.say(slug, AgentState.OFFLINE if goes_on else AgentState.OK)
+            again.clock.now += wait_s
+            again.fleet.refresh_all()
+        open_now = [one.id for one in again.fleet.chronicle.incidents() if one.closed_at is None]
+        assert open_now == goes_on * [incident.id]
+        for slug in dead:
+            await again.say(slug)
+        again.fleet.refresh_all()
+        told = [e for e in again.fleet.events(found.seq, 100)[0] if e.kind.startswith("incident.")]
+        ends = [(e.kind, e.incident) for e in told]
+        assert ends == goes_on * [("incident.closed", incident.id)]
         await store.close()
-    fresh = again.add(10, "n1")
-    for state in (AgentState.OK, AgentState.OFFLINE):
-        for slug in fresh:
-            await again.say(slug, state)
-    again.fleet.refresh_all()
-    (other,) = again.fleet.chronicle.incidents()
-    assert other.id != incident.id
 
 
 async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:

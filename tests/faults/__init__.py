@@ -9,8 +9,10 @@ def collect() -> None:
         rows_hosts,
         rows_inputs,
         rows_limits,
+        rows_nodes,
         rows_own,
         rows_replicas,
         rows_servers,
+        rows_verdicts,
         rows_webhooks,
     )

@@ -1,4 +1,4 @@
-"""``python -m tests.faults [--rows 1-K5 20…] [--quick] [--write FILE]``: play the fault matrix."""
+"""``python -m tests.faults [--rows 1-K5 20…] [--write FILE]``: play the fault matrix."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tests.faults import collect, table
-from tests.faults.matrix import ROWS, Result, Row, play_all
+from tests.faults.matrix import ROWS, Result, Row, play_all, sites_of
 
 
-def chosen(words: Collection[str], *, quick: bool) -> list[Row]:
+def chosen(words: Collection[str]) -> list[Row]:
     """Rows by name, or by their number for all that begin so."""
     for word in words:
         if not any(_matches(name, word) for name in ROWS):
             sys.exit(f"there is no row {word!r}; there are: {', '.join(ROWS)}")
     found = [
-        one
-        for name, one in ROWS.items()
-        if (one.quick or not quick) and (not words or any(_matches(name, w) for w in words))
+        one for name, one in ROWS.items() if not words or any(_matches(name, w) for w in words)
     ]
     return sorted(found, key=lambda one: table.ordered().index(one.name))
 
@@ -32,15 +30,21 @@ def _matches(name: str, word: str) -> bool:
     return name == word or name.startswith(f"{word}-")
 
 
-async def run(rows: list[Row]) -> list[Result]:
-    """Play them in a folder of their own, and say what came of each."""
+async def run(rows: list[Row], document: Path | None) -> list[Result]:
+    """Play them in a folder of their own, and print and write what came of each."""
+
+    def told(one: Result) -> None:
+        print(table.line(one), flush=True)
+        if document is not None:  # a run that is ended leaves what it has
+            table.write(document, [one])
+
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-faults-") as folder:
-        return await play_all(rows, Path(folder), lambda one: print(table.line(one), flush=True))
+        return await play_all(sites_of(rows), Path(folder), told)
 
 
-async def until_told(rows: list[Row]) -> list[Result]:
+async def until_told(rows: list[Row], document: Path | None) -> list[Result]:
     """As `run`; SIGTERM takes everything down in order, as Ctrl-C does."""
-    task = asyncio.ensure_future(run(rows))
+    task = asyncio.ensure_future(run(rows, document))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task
 
@@ -48,20 +52,17 @@ async def until_told(rows: list[Row]) -> list[Result]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW")
-    parser.add_argument("--quick", action="store_true", help="only those of `make test`")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to this file")
     parser.add_argument("--list", action="store_true", help="print the rows and play none")
     options = parser.parse_args()
     collect()
-    rows = chosen(options.rows, quick=options.quick)
+    rows = chosen(options.rows)
     if options.list:
         for one in rows:
-            print(f"{one.name:<12} {'quick' if one.quick else 'full '} {one.fault}")
+            print(f"{one.name:<16} {one.lane:<8} {one.fault}")
         return
     logging.disable(logging.INFO)
-    results = asyncio.run(until_told(rows))
-    if options.write:
-        table.write(options.write, results)
+    results = asyncio.run(until_told(rows, options.write))
     failed = [result.row.name for result in results if not result.held]
     print(f"{len(results) - len(failed)} of {len(results)} rows held", *failed)
     sys.exit(1 if failed else 0)

@@ -41,6 +41,8 @@ async def search(world: World, found: audit.Findings) -> None:
 
 def _tokens(world: World) -> Iterator[tuple[str, str]]:
     yield "the API's token", world.token
+    if (key_file := world.api.get("agent_key_file")) is not None:
+        yield "the key of agents' credentials", Path(key_file).read_text().strip()
     for name in ("nomad-reconciler", "consul-reconciler", "consul-watchdog"):
         if (file := world.site.secret_file(name)) is not None:
             yield f"the token {name}", file.read_text().strip()

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from nomad_watchdog.errors import WatchdogError
 from tests.e2e import audit
 from tests.faults.site import BrokenRowError, Site, open_cluster, open_site
 from tests.faults.world import CONVERGED_S, World, open_world
 
 Play = Callable[[World], Awaitable[None]]
-AT_ONCE = 3
-"""Rows under way at a time: most of a row is waiting, for Consul's checks above all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Rows that are played on the same site. All sites are up at the same time: most of a row is waiting, for
+    Consul's checks above all."""
+
+    opened: Callable[[Path], AbstractAsyncContextManager[Site]]
+    at_once: int = 1
+    """Rows under way on a site at a time. A row that is alone may harm its servers, which run again after it."""
+    sites: int = 1
+    """Sites that share the rows of the lane."""
+
+
+LANES: Final[Mapping[str, Lane]] = {
+    "shared": Lane(open_site, at_once=6),
+    "mass": Lane(open_site),
+    "alone": Lane(open_site),
+    "cluster": Lane(open_cluster, sites=2),
+}
+"""What takes longest comes first. `mass`: keeps a core busy. `cluster`: many hosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +49,8 @@ class Row:
     stake: str
     """Promises that the fault endangers."""
     play: Play
-    quick: bool
-    """Belongs to `make test`."""
+    lane: str
     deadline_s: float
-    cluster: bool
-    """Is played on many hosts."""
-    alone: bool
-    """Harms servers that other rows would need meanwhile."""
     settings: Mapping[str, Any]
 
 
@@ -62,49 +78,60 @@ def row(
     fault: str,
     *,
     stake: str,
-    quick: bool = True,
+    lane: str = "shared",
     deadline_s: float = 240.0,
-    cluster: bool = False,
-    alone: bool = False,
     **settings: Any,
 ) -> Callable[[Play], Play]:
     """Put a function into the matrix. `settings` go to the World."""
 
     def add(play: Play) -> Play:
         assert name not in ROWS, name
-        ROWS[name] = Row(
-            name, fault, stake, play, quick, deadline_s, cluster, alone or cluster, settings
-        )
+        ROWS[name] = Row(name, fault, stake, play, lane, deadline_s, settings)
         return play
 
     return add
 
 
+def sites_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the site that they are played on. Each site of a lane gets about the same number."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for lane, about in LANES.items():
+        for number, one in enumerate(one for one in rows if one.lane == lane):
+            found[f"{lane}-{number % about.sites + 1}"].append(one)
+    return found
+
+
 async def play_all(
-    rows: Sequence[Row], root: Path, told: Callable[[Result], None] = lambda _result: None
+    sites: Mapping[str, Sequence[Row]],
+    root: Path,
+    told: Callable[[Result], None] = lambda _result: None,
 ) -> list[Result]:
-    """Play rows, a few at a time where they leave the servers alone; results in the order of the rows."""
+    """Play the rows of each site (see `sites_of`) on all sites at the same time."""
     results: dict[str, Result] = {}
-    room = asyncio.Semaphore(AT_ONCE)
 
-    async def one_row(one: Row, site: Site) -> None:
-        async with room:
-            result = results[one.name] = await play(one, site, root / "rows")
-        told(result)
+    async def on_site(name: str, some: Sequence[Row]) -> None:
+        lane = LANES[some[0].lane]
+        room = asyncio.Semaphore(lane.at_once)
 
-    for cluster, opened in ((False, open_site), (True, open_cluster)):
-        chosen = [one for one in rows if one.cluster is cluster]
-        if not chosen:
-            continue
-        async with opened(root / ("many" if cluster else "one")) as site:
-            async with asyncio.TaskGroup() as group:
-                for one in chosen:
-                    if not one.alone:
-                        group.create_task(one_row(one, site))
-            for one in chosen:
-                if one.alone:
-                    await one_row(one, site)
-    return [results[one.name] for one in rows]
+        async def one_row(one: Row, site: Site) -> None:
+            async with room:
+                result = results[one.name] = await play(one, site, root / "rows")
+            told(result)
+
+        try:
+            async with lane.opened(root / name) as site, asyncio.TaskGroup() as group:
+                for one in some:
+                    group.create_task(one_row(one, site))
+        except WatchdogError as error:  # rows on other sites are played all the same
+            for one in some:
+                if one.name not in results:
+                    result = results[one.name] = Result(one, [f"site {name} failed: {error}"])
+                    told(result)
+
+    async with asyncio.TaskGroup() as group:
+        for name, some in sites.items():
+            group.create_task(on_site(name, some))
+    return [results[one.name] for some in sites.values() for one in some]
 
 
 async def play(one: Row, site: Site, root: Path) -> Result:
@@ -115,7 +142,9 @@ async def play(one: Row, site: Site, root: Path) -> Result:
     try:
         async with (
             limit,
-            open_world(one.name, root / one.name, site, one.settings, alone=one.alone) as world,
+            open_world(
+                one.name, root / one.name, site, one.settings, alone=LANES[one.lane].at_once == 1
+            ) as world,
         ):
             await _play(world, result)
     except Exception as error:  # noqa: BLE001  # a row that breaks is a result; the next one is played all the same

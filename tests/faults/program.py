@@ -24,6 +24,7 @@ api {{
   listen     = "{listen}"
   token_file = "{token_file}"
   webhook_secrets_file = "{secrets_file}"
+  {api}
 }}
 nomad {{
   address    = "{nomad}"
@@ -46,6 +47,7 @@ retry {{
 presence {{
   startup_grace = "60s"
   report_stale  = "10s"
+  {presence}
 }}
 log {{
   level = "debug"
@@ -61,13 +63,16 @@ agent_class "{name}" {{
     python      = "{python}"
     {agents_consul}
   }}
-  probe "tcp" {{
+  {probes}
+}}
+"""
+PROBES = """\
+probe "tcp" {{
     port     = {port}
     interval = "1s"
     timeout  = "500ms"
     misses   = 2
   }}
-}}
 """
 
 

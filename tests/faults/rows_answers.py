@@ -41,7 +41,6 @@ async def gaps(world: World) -> None:
     "18-twice",
     "every line of the event stream comes twice, and in the wrong order",
     stake="L1 S5",
-    quick=False,
 )
 async def doubled_lines(world: World) -> None:
     kept: list[bytes] = []
@@ -76,7 +75,6 @@ async def broken_lines(world: World) -> None:
     "the event stream is open and says nothing, and a full look is due in 10 min only",
     stake="L1",
     resync="10m",
-    quick=False,
 )
 async def silent_stream(world: World) -> None:
     await watched(world, 4)
@@ -120,9 +118,7 @@ async def no_jobs(world: World) -> None:
     await _lie(world, world.nomad.when("GET", JOBS, proxy.edited(_empty)))
 
 
-@row(
-    "20-half", "half of Nomad's jobs are missing from its list for 12 s", stake="S7 S3", quick=False
-)
+@row("20-half", "half of Nomad's jobs are missing from its list for 12 s", stake="S7 S3")
 async def half_the_jobs(world: World) -> None:
     await watched(world, 8)
 
@@ -132,9 +128,7 @@ async def half_the_jobs(world: World) -> None:
     await _lie(world, world.nomad.when("GET", JOBS, proxy.edited(half)))
 
 
-@row(
-    "20-no-allocations", "Nomad's list of allocations is empty for 12 s", stake="S7 S3", quick=False
-)
+@row("20-no-allocations", "Nomad's list of allocations is empty for 12 s", stake="S7 S3")
 async def no_allocations(world: World) -> None:
     await watched(world, 8)
     await _lie(world, world.nomad.when("GET", ALLOCATIONS, proxy.edited(_empty)))
@@ -181,7 +175,6 @@ async def no_records(world: World) -> None:
     "20-no-health",
     "Consul says that no agent is registered (200, `[]`)",
     stake="S6 S7",
-    quick=False,
 )
 async def no_health(world: World) -> None:
     await watched(world, 8)
@@ -192,7 +185,7 @@ async def no_health(world: World) -> None:
     )
 
 
-@row("21-slow", "Nomad answers each call 6 s late", stake="S9 L4", quick=False)
+@row("21-slow", "Nomad answers each call 6 s late", stake="S9 L4")
 async def slow(world: World) -> None:
     names = await watched(world, 4)
     world.nomad.when("*", r"^/v1/(?!event)", proxy.late(6.0))
@@ -224,7 +217,6 @@ def _storm(name: str, status: int, words: str, most: float, **headers: str) -> N
         f"22-{name}",
         f"Nomad answers everything with {words} for 15 s",
         stake="S9",
-        quick=name != "503",
     )
     async def play(world: World) -> None:
         names = await watched(world, 4)

@@ -37,8 +37,7 @@ async def through(world: World, seconds: float, *, gone: str = "") -> None:
         await world.cluster.mend()
 
 
-@row("8-nomad", "the control plane is cut off from Nomad for 20 s", stake="L1 S9", cluster=True,
-     quick=False)  # fmt: skip
+@row("8-nomad", "the control plane is cut off from Nomad for 20 s", stake="L1 S9", lane="cluster")
 async def cut_from_nomad(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.partition("p1", "c2")
@@ -48,7 +47,7 @@ async def cut_from_nomad(world: World) -> None:
 
 
 @row("8-one-way", "Nomad hears the control plane, and none of its answers comes back for 20 s",
-     stake="S1 S2 S3", cluster=True, quick=False)  # fmt: skip
+     stake="S1 S2 S3", lane="cluster")  # fmt: skip
 async def deaf_to_nomad(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.cut("c2", "p1")
@@ -57,8 +56,12 @@ async def deaf_to_nomad(world: World) -> None:
     await world.settle()
 
 
-@row("8-consul", "the control plane is cut off from Consul for 20 s", stake="S2 S4 L3", cluster=True,
-     quick=False)  # fmt: skip
+@row(
+    "8-consul",
+    "the control plane is cut off from Consul for 20 s",
+    stake="S2 S4 L3",
+    lane="cluster",
+)
 async def cut_from_consul(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.partition("p1", "c1")
@@ -68,7 +71,7 @@ async def cut_from_consul(world: World) -> None:
 
 
 @row("8-consul-one-way", "Consul hears the control plane, and none of its answers comes back for 20 s",
-     stake="S2 S4 S5", cluster=True, quick=False)  # fmt: skip
+     stake="S2 S4 S5", lane="cluster")  # fmt: skip
 async def deaf_to_consul(world: World) -> None:
     names = await watched(world, 6)
     await world.cluster.net.cut("c1", "p1")
@@ -78,7 +81,7 @@ async def deaf_to_consul(world: World) -> None:
 
 
 @row("10-agents", "agents of one node can't reach the control plane for 40 s", stake="S6 L3",
-     cluster=True, quick=False)  # fmt: skip
+     lane="cluster")  # fmt: skip
 async def agents_cut_off(world: World) -> None:
     await watched(world, 6)
     before = world.pids()
@@ -92,7 +95,7 @@ async def agents_cut_off(world: World) -> None:
 
 
 @row("10-one-way", "reports of one node's agents arrive, and no answer does, for 30 s", stake="S1 S6",
-     cluster=True, quick=False)  # fmt: skip
+     lane="cluster")  # fmt: skip
 async def agents_unheard(world: World) -> None:
     await watched(world, 6)
     before = world.pids()
@@ -106,7 +109,7 @@ async def agents_unheard(world: World) -> None:
 
 
 @row("11-leader", "Consul's leader is killed twice, 20 s apart, of three servers", stake="S4 S8",
-     cluster=True, quick=False)  # fmt: skip
+     lane="cluster")  # fmt: skip
 async def consul_leader_lost(world: World) -> None:
     names = await watched(world, 6)
     for number in range(2):
@@ -121,8 +124,7 @@ async def consul_leader_lost(world: World) -> None:
     await world.settle()
 
 
-@row("12-quorum", "two of three Consul servers are frozen for 30 s", stake="L3 S7", cluster=True,
-     quick=False)  # fmt: skip
+@row("12-quorum", "two of three Consul servers are frozen for 30 s", stake="L3 S7", lane="cluster")
 async def quorum_lost(world: World) -> None:
     names = await watched(world, 6)
     leader = await world.cluster.consul_leader()
@@ -133,8 +135,7 @@ async def quorum_lost(world: World) -> None:
     await world.settle()
 
 
-@row("14-leader", "Nomad's leader is killed, of three servers", stake="L1 S8", cluster=True,
-     quick=False)  # fmt: skip
+@row("14-leader", "Nomad's leader is killed, of three servers", stake="L1 S8", lane="cluster")
 async def nomad_leader_lost(world: World) -> None:
     names = await watched(world, 6)
     leader = await world.cluster.nomad_leader()
@@ -144,7 +145,7 @@ async def nomad_leader_lost(world: World) -> None:
 
 
 @row("14-split", "Nomad's leader is cut off from the other two servers for 25 s", stake="L1 S2 S8",
-     cluster=True, quick=False)  # fmt: skip
+     lane="cluster")  # fmt: skip
 async def nomad_split(world: World) -> None:
     names = await watched(world, 6)
     leader = await world.cluster.nomad_leader()
@@ -156,7 +157,7 @@ async def nomad_split(world: World) -> None:
 
 
 @row("15-cable", "a node loses its network until Nomad takes it for lost, and gets it back",
-     stake="S1 S3 S6", cluster=True, quick=False)  # fmt: skip
+     stake="S1 S3 S6", lane="cluster")  # fmt: skip
 async def node_cut_off(world: World) -> None:
     names = await watched(world, 9)
     before = world.pids()

@@ -24,7 +24,7 @@ HOUR = 3600.0
 Y2038 = 2**31
 
 
-@row("23-wall", "our wall clock jumps by +1 h, -1 h, and past 2038", stake="S1 S6", quick=False)
+@row("23-wall", "our wall clock jumps by +1 h, -1 h, and past 2038", stake="S1 S6")
 async def wall_jumps(world: World) -> None:
     await _jumps(world, (HOUR, 0.0), (-HOUR, 0.0), (Y2038 + 10.0 - time.time(), 0.0))
 
@@ -59,7 +59,6 @@ async def _jumps(world: World, *jumps: tuple[float, float]) -> None:
     "the disk of the SQLite registry is full",
     stake="S4",
     registry="sqlite",
-    quick=False,
 )
 async def full_registry(world: World) -> None:
     with limited_folder(world.root / "small", "400k") as folder:

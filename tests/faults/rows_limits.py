@@ -69,7 +69,7 @@ async def _crowded(world: World, url: str) -> None:
 
 
 @row("22-nomad-full", "all connections that Nomad allows a host are taken for 15 s (real 429)",
-     stake="S9 L1 L3", alone=True, quick=False)  # fmt: skip
+     stake="S9 L1 L3", lane="alone")  # fmt: skip
 async def nomad_full(world: World) -> None:
     world.nomad = Direct(world.site.nomad)  # type: ignore[assignment]  # the limit counts real connections
     world.configure()
@@ -78,7 +78,7 @@ async def nomad_full(world: World) -> None:
 
 
 @row("22-consul-full", "all connections that Consul allows a host are taken for 15 s (real 429)",
-     stake="S4 S9 L3", alone=True, quick=False)  # fmt: skip
+     stake="S4 S9 L3", lane="alone")  # fmt: skip
 async def consul_full(world: World) -> None:
     world.consul = Direct(world.site.consul)  # type: ignore[assignment]
     world.configure()
@@ -87,7 +87,7 @@ async def consul_full(world: World) -> None:
 
 
 @row("22-fleet", "Nomad answers everything with 500 for 20 s to 300 devices that want something",
-     stake="S9", registry="sqlite", template=MOCK, alone=True, quick=False)  # fmt: skip
+     stake="S9", registry="sqlite", template=MOCK)  # fmt: skip
 async def fleet_in_storm(world: World) -> None:
     async with NomadServer(world.root / "nomad") as nomad:
         world.where = replace(world.where, root=nomad.data_dir, nomad=nomad.http_addr)
@@ -158,8 +158,7 @@ async def _with_full_disk(world: World, folder: Path, mend: Callable[[], Awaitab
     await world.settle()
 
 
-@row("24-consul", "the disk of Consul's own data is full for 15 s", stake="S4 L3", alone=True,
-     quick=False)  # fmt: skip
+@row("24-consul", "the disk of Consul's own data is full for 15 s", stake="S4 L3")
 async def consul_disk(world: World) -> None:
     folder = world.root / "small"
     with limited_folder(folder, "256m"):
@@ -179,8 +178,7 @@ async def consul_disk(world: World) -> None:
             await world.program.running.terminate()
 
 
-@row("24-nomad", "the disk of Nomad's own data, its client's too, is full for 15 s", stake="L1 L3",
-     alone=True, quick=False)  # fmt: skip
+@row("24-nomad", "the disk of Nomad's own data, its client's too, is full for 15 s", stake="L1 L3")
 async def nomad_disk(world: World) -> None:
     folder = world.root / "small"
     with limited_folder(folder, "256m"):
@@ -243,11 +241,11 @@ def _program(world: World, text: str) -> Path:
     return path
 
 
-@row("33-never", "a version is rolled out whose agents never get ready", stake="S7 L1", quick=False)
+@row("33-never", "a version is rolled out whose agents never get ready", stake="S7 L1")
 async def never_ready(world: World) -> None:
     await _roll_out_bad(world, _program(world, "exec sleep 3600"))
 
 
-@row("33-dies", "a version is rolled out whose agents die at once", stake="S7 S9 L1", quick=False)
+@row("33-dies", "a version is rolled out whose agents die at once", stake="S7 S9 L1")
 async def dies_at_once(world: World) -> None:
     await _roll_out_bad(world, _program(world, "exit 1"))

@@ -7,10 +7,13 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+import aiohttp
 
 from nomad_watchdog.dev.nomad import NomadServer
 from tests.faults.matrix import row
@@ -19,8 +22,9 @@ from tests.faults.site import BrokenRowError, Direct, until
 from tests.faults.world import World
 
 MANY = 10_000
-CLIENTS = 8
-"""Nomad's own cost of placing one more goes with all that its node has."""
+CLIENTS = 24
+"""Nomad's own cost of placing one more goes with all that its node has: with 8 nodes, the last of 10,000 take
+Nomad 1.6.3 140 ms each, with 24 nodes 40 ms (`nomad.worker.invoke_scheduler.batch`)."""
 MOCK = Path(__file__).parents[1] / "schedulers" / "mock.nomad.hcl"
 
 
@@ -51,9 +55,18 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
         part = names[first : first + 1000]
         wishes = [{"id": n, "class": "default", "address": "127.0.0.1"} for n in part]
         body = {"devices": wishes} if present else {"delete": part}
-        status, said = await world.call("POST", "/v1/devices:bulk", body)
-        if status >= 300:
-            raise BrokenRowError(f"a bulk of wishes is answered with {status}: {str(said)[:200]}")
+
+        async def acknowledged(body: object = body) -> bool:
+            with suppress(aiohttp.ClientError, TimeoutError):  # said again, as by any gateway
+                status, said = await world.call("POST", "/v1/devices:bulk", body)
+                if status >= 300:
+                    raise BrokenRowError(
+                        f"a bulk of wishes is answered with {status}: {str(said)[:200]}"
+                    )
+                return True
+            return False
+
+        await until(acknowledged, 60.0, "a bulk of wishes is answered")
     wanted = MANY if present else 0
     cost_s = 0.1
 
@@ -61,7 +74,9 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
         nonlocal cost_s
         await asyncio.sleep(max(2.0, 20.0 * cost_s))  # a look at ten thousand is dear to the server
         asked = time.monotonic()
-        found = len(await live(world))
+        found = -1
+        with suppress(aiohttp.ClientError, TimeoutError):  # no answer in time: the next look tells
+            found = len(await live(world))
         cost_s = time.monotonic() - asked
         return found == wanted
 
@@ -69,8 +84,15 @@ async def all_at_once(world: World, names: list[str], *, present: bool) -> float
     return time.monotonic() - began
 
 
-@row("31-mass", "10,000 devices come, vanish at once, and return at once", stake="S2 S7 L4",
-     quick=False, alone=True, deadline_s=1800.0, registry="sqlite", template=MOCK)  # fmt: skip
+@row(
+    "31-mass",
+    "10,000 devices come, vanish at once, and return at once",
+    stake="S2 S7 L4",
+    lane="mass",
+    deadline_s=1800.0,
+    registry="sqlite",
+    template=MOCK,
+)
 async def mass(world: World) -> None:
     memory = Path("/dev/shm")  # the disk is not what is tried, and a client writes much
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 << 30
@@ -101,7 +123,7 @@ async def come_and_go(world: World, nomad: NomadServer) -> None:
 
 
 @row("35-token", "Nomad's token is revoked while devices come, and another is put in its file 15 s later",
-     stake="S9 L1 L3", quick=False, alone=True)  # fmt: skip
+     stake="S9 L1 L3")  # fmt: skip
 async def token_revoked(world: World) -> None:
     consul = world.servers.consul.http_addr
     async with NomadServer(world.root / "nomad", consul, acl=True) as nomad:

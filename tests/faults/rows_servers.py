@@ -22,8 +22,7 @@ async def node_status(world: World, name: str) -> str:
     "11-frozen",
     "Consul is frozen for 15 s while devices come and go",
     stake="S4 L3",
-    alone=True,
-    quick=False,
+    lane="alone",
 )
 async def consul_frozen(world: World) -> None:
     names = await watched(world, 4)
@@ -45,7 +44,7 @@ async def consul_frozen(world: World) -> None:
     "11-killed",
     "Consul is killed, is away for 10 s, and is started again",
     stake="S4 S8 L3",
-    alone=True,
+    lane="alone",
 )
 async def consul_killed(world: World) -> None:
     names = await watched(world, 4)
@@ -112,7 +111,7 @@ async def held(world: World) -> bool:
     "14-restart",
     "Nomad's server is killed and started again; its stream forgets all",
     stake="L1 S8",
-    alone=True,
+    lane="alone",
 )
 async def nomad_restarted(world: World) -> None:
     names = await watched(world, 4)
@@ -129,7 +128,7 @@ async def nomad_restarted(world: World) -> None:
     await world.settle()
 
 
-@row("14-frozen", "Nomad's server is frozen for 12 s", stake="L1 L3", alone=True, quick=False)
+@row("14-frozen", "Nomad's server is frozen for 12 s", stake="L1 L3", lane="alone")
 async def nomad_frozen(world: World) -> None:
     names = await watched(world, 4)
     before = world.pids()
@@ -152,8 +151,7 @@ async def nomad_frozen(world: World) -> None:
     "15-frozen",
     "a Nomad client is frozen until its node is lost, and comes back",
     stake="S1 S3",
-    alone=True,
-    quick=False,
+    lane="alone",
 )
 async def client_frozen(world: World) -> None:
     names = await watched(world, 8)
@@ -193,7 +191,7 @@ async def lost(world: World) -> bool:
     "15-killed",
     "a Nomad client is killed; its agents run on; it comes back",
     stake="S1 S3",
-    alone=True,
+    lane="alone",
 )
 async def client_killed(world: World) -> None:
     await watched(world, 8)
@@ -216,7 +214,7 @@ async def client_killed(world: World) -> None:
     "34-purged",
     "an operator purges two running agents' jobs and the parent job",
     stake="L1 S1",
-    alone=True,
+    lane="alone",
 )
 async def purged(world: World) -> None:
     await watched(world, 4)
@@ -236,8 +234,7 @@ async def purged(world: World) -> None:
     "34-stopped",
     "an operator stops two agents' jobs, and Nomad collects its garbage",
     stake="L1 S2",
-    alone=True,
-    quick=False,
+    lane="alone",
 )
 async def stopped(world: World) -> None:
     names = await watched(world, 4)

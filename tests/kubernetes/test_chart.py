@@ -277,6 +277,9 @@ def test_a_changed_configuration_makes_new_pods(chart: Chart) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.slow_because(
+    "installs and upgrades a release: the replicas are rolled one after the other"
+)
 async def test_a_release_keeps_a_fleet_in_namespaces_of_its_own_and_leaves_it_behind(
     kube: KubernetesCluster,
     admin: KubernetesClient,

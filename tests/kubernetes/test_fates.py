@@ -25,7 +25,7 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, Plac
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.testing.conformance import record_of
-from tests.schedulers.kubernetes_rig import kubelet, processes_of, spec_of
+from tests.schedulers.kubernetes_rig import kubelet, processes_of, soon_ready, spec_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
 RUNNING = PlacementState.RUNNING
@@ -72,26 +72,36 @@ class Site:
         return f"{names.collection(self.namespace, 'pod')}/{pod['metadata']['name']}"
 
 
+NAMESPACE = "fates"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def site(
+async def nodes(
     kube: KubernetesCluster, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Site]:
-    namespace = "fates"
-    await kube.add_namespace(namespace)
-    client = kube.client()
-    scheduler = KubernetesScheduler(
-        settings=kube.settings(), namespace=namespace, installation="fates"
-    )
-    await scheduler.prepare([spec_of()])
+) -> AsyncIterator[dict[str, Kubelet]]:
+    """Two of them, and the namespace of this file."""
+    await kube.add_namespace(NAMESPACE)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(scheduler.close)
-        stack.push_async_callback(client.close)
-        nodes = {}
+        started = {}
         for number, name in ((31, "fate-a"), (32, "fate-b")):
             folder = tmp_path_factory.mktemp(name)
             running = kubelet(kube, folder, node=name, subnet=number)
-            nodes[name] = await stack.enter_async_context(running)
-        yield Site(kube, nodes, client, scheduler, namespace)
+            started[name] = await stack.enter_async_context(running)
+        yield started
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def site(kube: KubernetesCluster, nodes: dict[str, Kubelet]) -> AsyncIterator[Site]:
+    client = kube.client()
+    scheduler = KubernetesScheduler(
+        settings=kube.settings(), namespace=NAMESPACE, installation="fates"
+    )
+    try:
+        await scheduler.prepare([spec_of()])
+        yield Site(kube, nodes, client, scheduler, NAMESPACE)
+    finally:
+        await scheduler.close()
+        await client.close()
 
 
 async def test_a_pod_that_no_node_takes_is_pending(site: Site) -> None:
@@ -147,6 +157,7 @@ async def test_a_crash_loop_counts(site: Site) -> None:
     await site.retire(record)
 
 
+@pytest.mark.slow_because("an agent crashes for some seconds while no API server runs")
 async def test_a_dead_api_server_takes_no_node_with_it(site: Site) -> None:
     """While nobody hears it, a node goes on restarting its agents, and tells of it afterwards."""
     record = await site.start(spec_of("test/failing"))
@@ -162,6 +173,9 @@ async def test_a_dead_api_server_takes_no_node_with_it(site: Site) -> None:
     await site.retire(record)
 
 
+@pytest.mark.slow_because(
+    "the controllers may still look for the API server that was killed before"
+)
 async def test_an_evicted_agent_is_started_again_elsewhere_in_the_same_epoch(site: Site) -> None:
     """A pod that its node has evicted is replaced by its Deployment: another instance, the same epoch."""
     record = await site.start(spec_of())
@@ -223,40 +237,44 @@ async def lose(site: Site, record: DeviceRecord, before: Placement) -> Kubelet:
     return node
 
 
-async def test_a_lost_node_is_handled_in_seconds(site: Site) -> None:
-    """A node that falls silent is seen as LOST; a Deployment's agent is then started elsewhere within the
-    tolerated time, and only the new one is an instance that may be accepted (S3)."""
-    record = await site.start(spec_of(variables={"lost_after": "3"}))
+@pytest.mark.slow_because("Kubernetes takes a node for lost some seconds after its last heartbeat")
+async def test_a_lost_node_is_handled_in_seconds(site: Site, tmp_path: Path) -> None:
+    """A node that falls silent is seen as LOST; a Deployment's agent is then started elsewhere after the
+    tolerated seconds, and only the new one is an instance that may be accepted (S3)."""
+    record = await site.start(soon_ready(spec_of(variables={"lost_after": "3"}), tmp_path))
     before = await site.until(record, lambda one: one.state is RUNNING)
+    (pod,) = await site.pods(record)
+    tolerated = {one["key"]: one["tolerationSeconds"] for one in pod["spec"]["tolerations"]}
+    lost = {"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"}
+    assert tolerated == dict.fromkeys(lost, 3)
     await ready(site, record)
     node = await lose(site, record, before)
     try:
-        began = time.monotonic()
         await site.until(record, lambda one: one.state is PlacementState.LOST)
         after = await site.until(
             record, lambda one: one.state is RUNNING and one.instances != before.instances
         )
-        took_s = time.monotonic() - began
 
         assert after.node != before.node
         assert len(after.instances) == 1
         assert len(processes_of(record.slug)) == 2, "the window of S3: the old process goes on"
-        assert took_s < 60, f"{took_s:.0f} s until the agent ran elsewhere"
     finally:
         node.resume()
     await gone(lambda: _one(record), "the old process is stopped when its node is back")
     await site.retire(record)
 
 
-async def test_a_lost_node_leaves_a_statefulset_as_it_is(site: Site) -> None:
+@pytest.mark.slow_because("waits for a lost node, and then for what must not happen")
+async def test_a_lost_node_leaves_a_statefulset_as_it_is(site: Site, tmp_path: Path) -> None:
     """Of a StatefulSet nothing is started elsewhere while a process may be left: LOST, and one process."""
-    record = await site.start(spec_of(variables={"lost_after": "1", "workload": "statefulset"}))
+    variables = {"lost_after": "1", "workload": "statefulset"}
+    record = await site.start(soon_ready(spec_of(variables=variables), tmp_path))
     before = await site.until(record, lambda one: one.state is RUNNING)
     await ready(site, record)
     node = await lose(site, record, before)
     try:
         await site.until(record, lambda one: one.state is PlacementState.LOST)
-        await asyncio.sleep(10)
+        await asyncio.sleep(10)  # what must not happen, long after the tolerated second
         (still,) = await site.of(record)
 
         assert (still.state, still.instances) == (PlacementState.LOST, before.instances)
@@ -268,8 +286,8 @@ async def test_a_lost_node_leaves_a_statefulset_as_it_is(site: Site) -> None:
 
 
 async def ready(site: Site, record: DeviceRecord) -> None:
-    """Wait for the readiness probe, which begins after 10 s."""
-    deadline = time.monotonic() + 60
+    """Wait for the readiness probe."""
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         for pod in await site.pods(record):
             told = {one["type"]: one["status"] for one in pod["status"].get("conditions") or []}
@@ -284,7 +302,7 @@ async def _one(record: DeviceRecord) -> bool:
 
 
 async def gone(test: Callable[[], Awaitable[bool]], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while not await test():
         assert time.monotonic() < deadline, what
         await asyncio.sleep(0.2)

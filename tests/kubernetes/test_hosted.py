@@ -51,6 +51,7 @@ def shipped(repository: Path, config: str, env: dict[str, str]) -> list[dict[str
 
 
 @pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.slow_because("waits until the shipped readiness probes of replicas and agents pass")
 async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_be_killed(
     kube: KubernetesCluster,
     admin: KubernetesClient,
@@ -129,7 +130,7 @@ async def test_two_replicas_of_the_shipped_deployment_keep_a_fleet_and_one_may_b
         async def moved() -> bool:
             return not {dead, ""} & await holders(at[survivor])
 
-        await until(moved, "the shards of the killed one are held by others", 15.0)
+        await until(moved, "the shards of the killed one are held by others", 60.0)
         await add("pump-6", "pump-7")
         await until(
             lambda: watched(first | {"pump-6", "pump-7"}, at[survivor]), "the new ones watched"

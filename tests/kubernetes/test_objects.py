@@ -187,7 +187,9 @@ def test_what_has_no_name_is_passed_on(tmp_path: Path, repository: Path) -> None
 
 def test_a_variable_that_the_template_has_not_is_refused() -> None:
     """A misspelt variable is told, with those that there are."""
-    with pytest.raises(UserError, match=r"has no variable 'imgae'; it knows .*image"):
+    with pytest.raises(
+        UserError, match=r"has no variable 'imgae'; did you mean image\? it has .*image"
+    ):
         objects.build(replace(SPEC, variables={"imgae": "x"}))
 
 

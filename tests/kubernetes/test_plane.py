@@ -16,7 +16,7 @@ from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.dev.replica import ControlPlane
 from tests.kubernetes.test_manifests import USER, install
-from tests.schedulers.kubernetes_rig import images
+from tests.schedulers.kubernetes_rig import images, soon_ready_template
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
 CONFIG = """\
@@ -95,6 +95,7 @@ def config(kubeconfig: Path, device: int, advertise: str, **classes: tuple[str, 
     return text
 
 
+@pytest.mark.slow_because("an agent counts as failing after some restarts with back-off")
 async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path: Path) -> None:
     """An agent that runs is `watched`; that crashes, `failing` with its exit code; whose image is missing, or
     that no node takes, `unwatched` with that reason: each our problem, none the device's."""
@@ -127,17 +128,23 @@ async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path
         await plane.until("/v1/agents", lambda it: not it["items"], 60.0)
 
 
-async def test_readiness_stands_in_for_reports(
-    kubeconfig: Path, device: int, tmp_path: Path
-) -> None:
-    """With neither Consul nor a report that arrives, a device whose pod is ready is watched."""
+@pytest.mark.slow_because("a device is unwatched when the reports that do not come are overdue")
+async def test_readiness_is_no_health(kubeconfig: Path, device: int, tmp_path: Path) -> None:
+    """With no report that arrives, a device whose pod is ready is unwatched, and the reason says what to check:
+    readiness bridges `report_stale`, and no more."""
     text = config(
         kubeconfig, device, 'advertise = "http://127.0.0.1:9"',
         quiet=("agntup/watchdog-agent", "10m"),
     )  # fmt: skip
+    template = f'template = "{soon_ready_template(tmp_path)}"'
+    text = text.replace('beat         = "1s"', f'beat = "1s"\n  {template}')
     async with ControlPlane(tmp_path, "plane", text) as plane:
         await plane.register("quiet", **{"class": "quiet"})
-        found = await plane.until("/v1/devices/quiet", lambda it: it["verdict"] == "watched", 90.0)
-        assert "the scheduler finds the agent ready" in found["reason"]
+        words = "although the scheduler finds the agent ready; check api.advertise and the API port"
+        await plane.until(
+            "/v1/devices/quiet",
+            lambda it: it["verdict"] == "unwatched" and words in it["reason"],
+            90.0,
+        )
         await plane.call("DELETE", "/v1/devices/quiet")
         await plane.until("/v1/agents", lambda it: not it["items"], 60.0)

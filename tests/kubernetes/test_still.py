@@ -20,7 +20,7 @@ from nomad_watchdog.clients.kubernetes import ExpiredError, KubernetesClient, Ku
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import DeniedError, TransientError
-from nomad_watchdog.model import Epoch, Placement, PlacementState
+from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
@@ -28,7 +28,7 @@ from nomad_watchdog.schedulers.kubernetes import _still as still
 from nomad_watchdog.schedulers.kubernetes import _view as view
 from nomad_watchdog.schedulers.kubernetes._names import Ref
 from nomad_watchdog.testing.conformance import record_of
-from tests.schedulers.kubernetes_rig import kubelet, spec_of
+from tests.schedulers.kubernetes_rig import kubelet, soon_ready, spec_of
 
 from .test_client_faults import PODS, Handler, page, served
 
@@ -46,13 +46,19 @@ async def node(
         yield running
 
 
+def agent(node: Kubelet) -> AgentSpec:
+    return soon_ready(spec_of(), node.folder)
+
+
 @asynccontextmanager
-async def scheduler_of(kube: KubernetesCluster) -> AsyncIterator[KubernetesScheduler]:
+async def scheduler_of(
+    kube: KubernetesCluster, node: Kubelet
+) -> AsyncIterator[KubernetesScheduler]:
     """With one agent that runs; it is gone at the end."""
     one = KubernetesScheduler(settings=kube.settings(), namespace=SPACE, installation="still")
     try:
-        await one.prepare([spec_of()])
-        await one.ensure(record_of("device"), Epoch(1), spec_of())
+        await one.prepare([agent(node)])
+        await one.ensure(record_of("device"), Epoch(1), agent(node))
         await until_running(one)
         yield one
         for some in (await one.snapshot()).placements.values():
@@ -83,26 +89,30 @@ def placement_of(found: Snapshot) -> Placement:
 
 
 @pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.slow_because("three times a watch has to stay silent for a while")
 async def test_a_fleet_that_nobody_touches_is_still_again_and_again(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
     """Said thrice in a row, and each time of the time that has passed since: others' writes move the API
     server's version, and are not ours. To prepare again what is prepared changes nothing."""
-    async with scheduler_of(kube) as one:
+    async with scheduler_of(kube, node) as one:
         seen = await until_running(one)
         for number in range(3):
             await kube.add_namespace(f"{SPACE}-noise-{number}")
-            await one.prepare([spec_of()])  # as is done at every resync
+            await one.prepare([agent(node)])  # as is done at every resync
             assert await one.still(seen)
 
 
 @pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.slow_because(
+    "reads until nothing moves, three times, and each time a watch has to stay silent"
+)
 async def test_whatever_happens_to_an_object_or_a_pod_is_no_stillness(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
     """Another's label on the Deployment, its own on the pod, and a pod that is killed: each ends it, until all
     was read again. While a pod leaves nothing is called still, for when it is overdue no event says so."""
-    async with scheduler_of(kube) as one:
+    async with scheduler_of(kube, node) as one:
         client = kube.client()
         try:
             seen = await until_running(one)
@@ -132,12 +142,12 @@ async def test_after_a_write_of_ours_all_is_read_again(
     kube: KubernetesCluster, node: Kubelet
 ) -> None:
     """Also after one that changed nothing, and when it ends while the list is being read."""
-    async with scheduler_of(kube) as one:
+    async with scheduler_of(kube, node) as one:
         seen = await until_running(one)
-        await one.ensure(record_of("device"), Epoch(1), spec_of())
+        await one.ensure(record_of("device"), Epoch(1), agent(node))
         assert not await one.still(seen)
         reading = asyncio.ensure_future(one.snapshot())
-        await one.ensure(record_of("device"), Epoch(1), spec_of())
+        await one.ensure(record_of("device"), Epoch(1), agent(node))
         assert not await one.still(await reading)
 
 
@@ -191,6 +201,7 @@ async def moved_on(client: KubernetesClient, prefix: str) -> None:
 
 
 @pytest.mark.servers
+@pytest.mark.slow_because("stops and starts an API server and its store, twice")
 async def test_what_has_become_of_the_store_is_no_stillness(tmp_path: Path) -> None:
     """An API server that was started again has forgotten what was before (410). From its memory one without
     its store says that nothing happens, and so does one whose store was put back to before the list (S8)."""
@@ -292,7 +303,8 @@ async def test_any_other_word_is_a_no(kind: str) -> None:
     assert not await holds(watched(event("BOOKMARK") + event(kind) + event("BOOKMARK")))
 
 
-async def test_a_watch_that_has_not_its_time_is_a_no() -> None:
+async def test_a_watch_that_has_not_its_time_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off early, by a server that ends, say; or never ended."""
+    monkeypatch.setattr(still, "_MOST_S", 2.0)
     for length_s in (0.0, 0.7, 20.0):
         assert not await holds(watched(b"", length_s))

@@ -129,6 +129,17 @@ def test_a_pod_means(case: str) -> None:
     assert (found.state, found.reason) == (state, reason)
 
 
+def test_a_pod_waits_since_it_was_made_and_is_queued_without_a_node() -> None:
+    """Only a pod that has a node may be one that its node does not start."""
+    (there,) = seen([owner()], [pod(state={"waiting": {"reason": "ContainerCreating"}})])
+    (queued,) = seen([owner()], [pod(node="", state={"waiting": {}})])
+    (unmade,) = seen([owner()], [])
+    assert (there.state, there.queued) == (PlacementState.STARTING, False)
+    assert there.waits_since == view.time_of(BORN)
+    assert queued.queued
+    assert unmade.queued
+
+
 def test_a_deployment_without_a_pod_is_pending_and_says_why() -> None:
     """A quota that refuses the pod stands in the object's conditions, and becomes the reason."""
     broken = owner() | {

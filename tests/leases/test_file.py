@@ -50,12 +50,18 @@ async def test_a_killed_holder_is_followed_by_who_waits(tmp_path: Path) -> None:
         assert "other" in mine.problem
         assert mine.terms() == {}
         assert [one.holder for one in mine.all()] == ["other", "other"]
+        assert mine.configs() == [""], (
+            "the holder is there, and did not say what it is configured with"
+        )
         holder.send_signal(signal.SIGKILL)
         async with asyncio.timeout(10):
             await mine.changed.wait()
         assert set(mine.terms()) == {Shard(0), Shard(1)}
         assert mine.terms()[Shard(0)].number == 2
         assert [one.holder for one in mine.all()] == ["me", "me"]
+        assert mine.configs() == []
+        await mine.announce("c1")
+        assert leases(path).configs() == ["c1"]
         await mine.release()
         assert mine.terms() == {}
         assert [one.holder for one in mine.all()] == ["", ""]

@@ -74,8 +74,8 @@ async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
 
 
 async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: Plane) -> None:
-    """Equal ends, a scheduler that is not there or does not answer, a shard too many, nobody who lives there and
-    words without a move: each has its status, and nothing is stored."""
+    """Equal ends, a scheduler that is not there or does not answer, a shard too many, a class that is not configured,
+    nobody who lives there and words without a move: each has its status, and nothing is stored."""
     begin = "/v1/migration"
     way = {"from": "north", "to": "south"}
     plane.sites["south"].broken = True
@@ -86,7 +86,8 @@ async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: 
         ({"from": "north", "to": "west"}, "no scheduler backend"),
         ({"from": "north", "to": "../x"}, "to"),
         (way | {"shards": [1]}, "there is no shard 1"),
-        (way | {"class": "camera"}, "no device that is meant"),
+        (way | {"class": "camera"}, "unknown agent class 'camera'"),
+        (way | {"devices": ["d0"], "labels": {"part": "b"}}, "no device that is meant"),
     ):
         status, answer = await plane.post(begin, **body)
         assert status in (400, 422), (body, answer)

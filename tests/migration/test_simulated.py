@@ -22,10 +22,20 @@ from nomad_watchdog.testing.virtual_time import VirtualLoop
 
 from .two_sites import TwoSites, run_seed
 
-CHUNK = 40
+SEEDS = 120
+CHUNK = 20
+OFTEN = 60
+"""Seeds below this are played by each run, the rest with the long tests."""
 
 
-@pytest.mark.parametrize("first", [0, CHUNK, 2 * CHUNK])
+@pytest.mark.slow_because("computes 20 histories of a fleet")
+@pytest.mark.parametrize(
+    "first",
+    [
+        *range(0, OFTEN, CHUNK),
+        *(pytest.param(n, marks=pytest.mark.long) for n in range(OFTEN, SEEDS, CHUNK)),
+    ],
+)
 def test_promises_hold_while_a_fleet_moves_under_faults(first: int) -> None:
     """In each of 120 histories of moves, pauses, undoings, crashes, lost answers, late requests, sites that
     can't be listed and changes of `backend`: never an epoch on two schedulers, two agents at once or an old

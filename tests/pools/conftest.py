@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
 import pytest_asyncio
 
 from nomad_watchdog.dev.nats import NatsServer
-from nomad_watchdog.dev.nomad import NomadServer
 
 from . import work
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
-    async with NomadServer(tmp_path_factory.mktemp("nomad-pools")) as server:
-        yield server
 
 
 @pytest_asyncio.fixture

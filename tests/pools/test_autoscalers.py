@@ -47,6 +47,7 @@ from .work import (
 
 pytestmark = [
     pytest.mark.servers,
+    pytest.mark.long,
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(600),
 ]

@@ -45,14 +45,14 @@ async def pools(tmp_path: Path) -> AsyncIterator[LocalPools]:
         task.cancel()
 
 
-async def until(test: Callable[[], bool], timeout_s: float = 15.0) -> None:
+async def until(test: Callable[[], bool], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not test():
             await asyncio.sleep(0.02)
 
 
 async def running(driver: LocalPools, name: str, count: int) -> None:
-    async with asyncio.timeout(15.0):
+    async with asyncio.timeout(60.0):
         while (found := (await driver.look()).get(name)) is None or found.running != count:
             await asyncio.sleep(0.02)
 

@@ -143,6 +143,7 @@ async def test_a_removed_pool_is_gone(pools: NomadPools) -> None:
         await pools.scale("p", 2, "")
 
 
+@pytest.mark.slow_because("Nomad measures once in a second, and some measurements are needed")
 async def test_what_workers_use_is_measured_or_not_known_and_never_0(
     pools: NomadPools, nomad: NomadServer
 ) -> None:

@@ -72,7 +72,7 @@ async def by_hand(plane: ControlPlane) -> None:
     # 75, try again: Nomad scales no job while a deployment of it is under way
     while (await run(plane, "pools", "scale", "encoder", "2")).returncode == 75:
         await asyncio.sleep(0.5)
-    await plane.until("/v1/pools", lambda answer: counts(answer["items"][0]) == (2, 2), 30.0)
+    await plane.until("/v1/pools", lambda answer: counts(answer["items"][0]) == (2, 2), 60.0)
     refused = await cli(plane, "pools", "scale", "encoder", "6", code=64)
     assert "1 to 5" in refused
     assert "take its block out first" in await cli(plane, "pools", "rm", "encoder", code=75)
@@ -92,6 +92,9 @@ async def run(plane: ControlPlane, *words: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.servers
+@pytest.mark.slow_because(
+    "workers go through 120 messages, and the pool shrinks after its cool-downs"
+)
 async def test_local_workers_follow_a_real_queue(queue: NatsServer, tmp_path: Path) -> None:
     """120 messages raise the pool from 1 to 5 processes; all are done once, and it falls to 1 again."""
     folder = tmp_path / "done"
@@ -111,6 +114,9 @@ async def test_local_workers_follow_a_real_queue(queue: NatsServer, tmp_path: Pa
                 await asyncio.sleep(0.1)
 
 
+@pytest.mark.slow_because(
+    "workers go through 120 messages, and the pool shrinks after its cool-downs"
+)
 async def test_nomad_workers_follow_a_real_queue(
     queue: NatsServer, nomad: NomadServer, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nomad_watchdog.model import MOST_REASON, Condition, ConditionState, WallTime
 from nomad_watchdog.registry.codec import PoisonError, decode, encode
 from tests.registry.records import record
 
@@ -30,6 +31,20 @@ def test_an_events_mark_survives(at: int, marks: tuple[str, ...]) -> None:
     assert decode(encode(marked)) == marked
 
 
+@given(
+    st.sampled_from(ConditionState),
+    st.floats(allow_nan=False, allow_infinity=False).map(WallTime),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=MOST_REASON),
+    st.integers(0, 2**62),
+)
+def test_a_condition_survives(
+    state: ConditionState, since: WallTime, reason: str, misses: int
+) -> None:
+    """What is wrong with a device is read as it was written."""
+    sick = replace(record("cam"), condition=Condition(state, since, reason, misses))
+    assert decode(encode(sick)) == sick
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -39,6 +54,13 @@ def test_an_events_mark_survives(at: int, marks: tuple[str, ...]) -> None:
         b'"event_at":1,"event_marks":["x"]',
         b'"event_at":1,"event_marks":[5]',
         b'"event_on":1',
+        b'"condition":null',
+        b'"condition":{"misses":1,"reason":"","since":1.5}',
+        b'"condition":{"misses":1,"reason":"","since":1.5,"state":"suspect"}',
+        b'"condition":{"misses":-1,"reason":"","since":1.5,"state":"offline"}',
+        b'"condition":{"misses":1,"reason":"","since":"x","state":"offline"}',
+        b'"condition":{"misses":1,"reason":"","since":1.5,"state":"offline","more":1}',
+        b'"condition":{"misses":1,"reason":"%s","since":1.5,"state":"offline"}' % (b"x" * 301),
     ],
 )
 def test_marks_that_we_would_not_write_are_poison(more: bytes) -> None:

@@ -6,6 +6,8 @@ A stub stands for the Go compiler, whose work takes minutes; `make` runs the rea
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev import binaries
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.dev import binaries, process
+from nomad_watchdog.dev.process import Process, free_port, give_back, take_block
 from nomad_watchdog.errors import TerminalError, UserError
 
 GO = """#!/bin/sh
@@ -30,6 +32,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own, and a PATH without servers and with a stub for Go."""
     monkeypatch.setenv("NOMAD_WATCHDOG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(binaries, "found", {})
     go = tmp_path / "go"
     go.write_text(GO.format(folder=tmp_path, build=BUILD))
     go.chmod(0o755)
@@ -56,9 +59,9 @@ def test_failed_build_names_its_log(stub: Path) -> None:
 
 
 def test_old_program_on_path_is_passed_over(stub: Path) -> None:
-    """A Nomad older than 1.11.2 on PATH is not used."""
+    """A Nomad older than 1.6.0 on PATH is not used, any later one is."""
     old = stub.parent / "nomad"
-    old.write_text("#!/bin/sh\necho Nomad v1.11.1\n")
+    old.write_text("#!/bin/sh\necho Nomad v1.5.17\n")
     old.chmod(0o755)
     assert binaries.find("nomad") != old
     old.write_text("#!/bin/sh\necho Nomad v1.12.0\n")
@@ -76,6 +79,27 @@ def test_free_ports_are_distinct() -> None:
     ports = {free_port() for _ in range(100)}
     assert len(ports) == 100
     assert not ports & {4646, 4647, 4648, 8500, 8300, 8301}
+
+
+def test_no_port_is_given_to_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of forty ports one process takes twenty; as long as it runs another gets only others, later also those."""
+    few = range(32_000, 32_040)  # no other test has ports there
+    code = (
+        "from nomad_watchdog.dev import process\n"
+        f"process._PORTS = {few}\n"
+        "print([process.free_port() for _ in range(20)], flush=True)\n"
+        "input()"
+    )
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(argv, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None
+        theirs = set(json.loads(other.stdout.readline()))
+        monkeypatch.setattr(process, "_PORTS", few)
+        monkeypatch.setattr(process, "_handed_out", set())
+        ours = {free_port() for _ in range(15)}
+        assert not ours & theirs
+        other.communicate("\n")
+    assert {free_port() for _ in range(20)} & theirs
 
 
 async def test_terminate_takes_the_whole_group(tmp_path: Path) -> None:
@@ -103,3 +127,20 @@ def test_missing_program_is_a_terminal_error(tmp_path: Path) -> None:
     """A program that is not there is refused by name."""
     with pytest.raises(TerminalError, match="nowhere"):
         Process.start([tmp_path / "nowhere"], log=tmp_path / "log")
+
+
+def test_blocks_of_ports_are_apart_also_between_processes() -> None:
+    """No two servers choose dynamic ports from one block, and a block that is given back is taken again."""
+    blocks = [1_000_000 + 3 * os.getpid() + n for n in range(3)]  # that nobody else is given
+    first, second = take_block(blocks), take_block(blocks)
+    try:
+        code = f"from nomad_watchdog.dev.process import take_block; print(take_block({blocks}))"
+        third = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        assert [first, second, int(third)] == blocks
+        give_back(first)
+        assert take_block(blocks) == first
+    finally:
+        give_back(first)
+        give_back(second)

@@ -141,7 +141,7 @@ class Watcher:
         async for view in self.health.watch():
             self.views.append(view)
 
-    async def until(self, holds: Callable[[View], bool], timeout_s: float = 15) -> View:
+    async def until(self, holds: Callable[[View], bool], timeout_s: float = 60.0) -> View:
         """The last view, as soon as holds is true of it."""
         async with asyncio.timeout(timeout_s):
             while not self.views or not holds(self.views[-1]):
@@ -174,10 +174,12 @@ async def test_health_follows_the_agents(
         assert (view[slug].epoch, view[slug].node) == (4, "watchdog-consul")
         assert view[slug].address == "127.0.0.1:4711"
         for answer, status in ((503, "critical"), (429, "warning"), (200, "passing")):
+            changed = time.monotonic()
             targets.status[slug] = answer
             view = await watcher.until(lambda v: v[slug].status == status)  # noqa: B023  # used at once
             assert view[other].status == "passing"
-        assert watcher.health.age_s < 31
+            age_s = watcher.health.age_s
+            assert age_s <= time.monotonic() - changed
 
 
 async def test_newer_epoch_is_seen_by_the_next_full_read(
@@ -244,6 +246,7 @@ async def test_s11_hostile_entries_are_data(
 
 
 @pytest.mark.servers
+@pytest.mark.slow_because("a Consul of its own stands still for four seconds")
 async def test_s7_a_frozen_consul_never_empties_the_view(tmp_path: Path, targets: Targets) -> None:
     """While the server is stopped no view comes and its age grows; afterwards changes are seen."""
     async with (

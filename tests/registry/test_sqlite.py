@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -228,6 +229,16 @@ async def test_own_commits_are_read_seldom_and_those_of_others_soon(
     """In a storm of ours a watch waits until the rest is over before it reads the file again; what another
     process has written last does not wait."""
     monkeypatch.setattr("nomad_watchdog.registry.sqlite._GAP_PER_OWN", 1e9)
+    monkeypatch.setattr("nomad_watchdog.registry.sqlite._GAP_OWN_S", 1e9)
+    looks = 0
+    state = sqlite._state
+
+    def counted() -> Any:
+        nonlocal looks
+        looks += 1
+        return state()
+
+    monkeypatch.setattr(sqlite, "_state", counted)
     other = SqliteRegistry(path=path)
     shown: asyncio.Queue[RegistrySnapshot] = asyncio.Queue()
 
@@ -238,20 +249,48 @@ async def test_own_commits_are_read_seldom_and_those_of_others_soon(
     task = asyncio.ensure_future(follow())
     try:
         await shown.get()
-        began = time.monotonic()
-        while time.monotonic() - began < 1.5:
-            await sqlite.commit([record(f"own {time.monotonic()}")])
-            await asyncio.sleep(0.1)
+        for number in range(5):
+            await sqlite.commit([record(f"own {number}")])
+            before = looks
+            while looks < before + 2:  # the second one began after the commit
+                await asyncio.sleep(0.01)
         assert shown.empty()
         await other.commit([record("theirs")])
-        said = time.monotonic()
-        assert record("theirs").slug in (await shown.get()).records
-        assert time.monotonic() - said < 1.0
+        async with asyncio.timeout(60.0):
+            assert record("theirs").slug in (await shown.get()).records
         await sqlite.commit([record("last")])
-        async with asyncio.timeout(10.0):
+        monkeypatch.setattr("nomad_watchdog.registry.sqlite._GAP_OWN_S", 0.1)
+        async with asyncio.timeout(60.0):
             while record("last").slug not in (await shown.get()).records:
                 pass
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await other.close()
+
+
+@pytest.mark.parametrize("backup", ["another file", "no file"])
+async def test_s4_nothing_is_acknowledged_into_a_file_that_was_replaced(
+    sqlite: SqliteRegistry, path: Path, tmp_path: Path, backup: str
+) -> None:
+    """Once the file is another one, or gone, reads, writes and the watch raise UserError with what to do; with the first
+    file back they go on."""
+    (stored,) = await sqlite.commit([record("kept")])
+    assert stored is not None
+    watch = sqlite.watch(0)
+    assert len((await anext(watch)).records) == 1
+    aside = tmp_path / "aside.sqlite"
+    path.rename(aside)
+    if backup == "another file":
+        shutil.copy(aside, path)
+    for call in (
+        sqlite.read,
+        lambda: sqlite.commit([record("lost")]),
+        lambda: sqlite.document("pauses"),
+        lambda: anext(watch),
+    ):
+        with pytest.raises(UserError, match=r"was replaced or removed .* stop the service"):
+            await call()
+    aside.rename(path)
+    assert await sqlite.get(stored.slug) == stored
+    assert await sqlite.commit([record("new")]) != [None]

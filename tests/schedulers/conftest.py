@@ -19,7 +19,15 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement, PlacementState
 from nomad_watchdog.schedulers import _local_process as process
 from nomad_watchdog.schedulers.local import LocalScheduler
-from nomad_watchdog.testing.conformance import Rig
+from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
+
+FEW = 100
+"""Hostile ids that a run of the suite without the long tests places: each kind of them three times."""
+CHECKS_BY_LENGTH = [
+    pytest.param(name, marks=pytest.mark.long) if check is hostile_ids_map_back else name
+    for name, check in CHECKS.items()
+]
+"""For `parametrize`: all names, of which the one that places a thousand devices is long."""
 
 
 def local_spec(*command: str, **overrides: Any) -> AgentSpec:
@@ -63,7 +71,7 @@ def agent_spec(**overrides: Any) -> AgentSpec:
     return replace(spec, **overrides)
 
 
-async def eventually(test: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+async def eventually(test: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll until true, and give that back."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s

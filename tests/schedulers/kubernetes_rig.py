@@ -21,6 +21,7 @@ from nomad_watchdog.model import AgentSpec, Placement
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.testing.conformance import Rig
 
+SHIPPED = Path(__file__).parents[2] / "jobs" / "kubernetes" / "device-watchdog.yaml"
 MOCK = str(Path(__file__).with_name("mock.kubernetes.yaml"))
 AGENT = """
 import http.server, os, signal, sys
@@ -57,6 +58,21 @@ def spec_of(image: str = "test/agent", **changes: Any) -> AgentSpec:
     told = f"{sorted(variables.items())} {sorted(changes.items())}"  # equal hash = equal behaviour
     base = AgentSpec("default", "1", told, kill_timeout_s=3.0, variables=variables)
     return replace(base, **changes)
+
+
+def soon_ready_template(folder: Path) -> str:
+    """The path of the shipped template, but for the readiness probe: it begins after 1 s instead of 10."""
+    text = SHIPPED.read_text()
+    assert text.count("initialDelaySeconds: 10") == 1
+    template = folder / "soon-ready.yaml"
+    template.write_text(text.replace("initialDelaySeconds: 10", "initialDelaySeconds: 1"))
+    return str(template)
+
+
+def soon_ready(spec: AgentSpec, folder: Path) -> AgentSpec:
+    """The spec with that template."""
+    template = soon_ready_template(folder)
+    return replace(spec, template=template, spec_hash=f"{spec.spec_hash} soon ready")
 
 
 def processes_of(slug: str) -> set[int]:

@@ -9,10 +9,16 @@ import pytest_asyncio
 
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.testing.conformance import CHECKS
+from nomad_watchdog.testing.conformance import CHECKS, hostile_ids_map_back
+from tests.schedulers.conftest import CHECKS_BY_LENGTH, FEW
 from tests.schedulers.kubernetes_rig import kubelet, make_rig
 
 WORKLOADS = ["deployment", "statefulset", "pod"]
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.parametrize("workload", WORKLOADS),
+]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -25,12 +31,16 @@ async def node(
         yield running
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("workload", WORKLOADS)
-@pytest.mark.parametrize("name", list(CHECKS))
-@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("name", CHECKS_BY_LENGTH)
 async def test_kubernetes_keeps_the_contract(
     kube: KubernetesCluster, node: Kubelet, workload: str, name: str
 ) -> None:
     """Each check of the suite holds on a real API server, scheduler and controllers."""
     await CHECKS[name](make_rig(kube, f"conformance-{workload}", workload))
+
+
+async def test_some_hostile_ids_map_back(
+    kube: KubernetesCluster, node: Kubelet, workload: str
+) -> None:
+    """The check of the suite that takes longest, with fewer devices."""
+    await hostile_ids_map_back(make_rig(kube, f"conformance-{workload}", workload), FEW)

@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,21 +29,21 @@ from nomad_watchdog.errors import (
     NotFoundError,
     TerminalError,
     TransientError,
+    UnpreparedError,
     UserError,
 )
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.ids import DeviceId, Shard, slug_of
 from nomad_watchdog.keyring import SecretFile, read_keys
-from nomad_watchdog.model import AgentSpec, Epoch, PlacementState
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import AgentSpec, Device, Epoch, Limits, PlacementState
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing.conformance import record_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 MOCK = str(Path(__file__).with_name("mock.nomad.hcl"))
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
-    async with NomadServer(tmp_path_factory.mktemp("nomad")) as server:
-        yield server
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -61,7 +62,7 @@ def mock_spec(**variables: str) -> AgentSpec:
     return AgentSpec("default", "1", "h", template=MOCK, variables=variables)
 
 
-async def until(test: Callable[[], Awaitable[Any]], timeout_s: float = 30.0) -> Any:
+async def until(test: Callable[[], Awaitable[Any]], timeout_s: float = 60.0) -> Any:
     async with asyncio.timeout(timeout_s):
         while not (found := await test()):
             await asyncio.sleep(0.05)
@@ -80,6 +81,40 @@ async def test_token_reaches_nomad(nomad: NomadServer, scheduler: NomadScheduler
         await scheduler.ensure(record, Epoch(1), mock_spec())
     jobs = await nomad.request("GET", f"/v1/jobs?prefix={scheduler._prefix}/dispatch-")
     assert len(jobs) == 1
+
+
+async def test_a_parent_is_written_by_its_holder_and_only_when_it_names_no_living_replica(
+    nomad: NomadServer, scheduler: NomadScheduler
+) -> None:
+    """Another replica's address in a parent is left while that replica lives, and replaced by our own when it
+    is gone; who does not hold the shard writes nothing; an address of no replica belongs to the spec."""
+    ours, theirs = "http://10.0.0.1:9670", "http://10.0.0.2:9670"
+    path = f"/v1/job/{scheduler._prefix}"
+
+    async def parent_after(source: str, *living: str, shards: tuple[Shard, ...]) -> tuple[int, str]:
+        spec = AgentSpec(
+            "default",
+            "1",
+            "h",
+            variables={"agent_source": f"{source}/artifacts/watchdog-agent.pyz"},
+            agent_config=json.dumps({"v": 1, "api": living}),
+        )
+        assert await scheduler.prepare([spec], shards=shards) == {}
+        job = await nomad.request("GET", path)
+        return job["JobModifyIndex"], job["Meta"]["agent_source"]
+
+    mine, nothing = (Shard(0),), ()
+    first, source = await parent_after(theirs, theirs, ours, shards=mine)
+    assert source.startswith(theirs)
+    assert (first, source) == await parent_after(ours, ours, theirs, shards=mine)
+    assert (first, source) == await parent_after(ours, ours, shards=nothing)
+    second, source = await parent_after(ours, ours, shards=mine)
+    assert second > first
+    assert source.startswith(ours)
+    third, source = await parent_after("https://files.example", ours, shards=mine)
+    assert third > second
+    assert source == ""
+    assert (third, source) == await parent_after("https://files.example", theirs, shards=mine)
 
 
 @pytest.mark.parametrize("strategy", ["dispatch", "register"])
@@ -120,25 +155,59 @@ def _environment(job: dict[str, Any]) -> str:
     return str(text)
 
 
-async def test_drained_agent_is_dead_and_placed_again(
-    nomad: NomadServer, scheduler: NomadScheduler
-) -> None:
-    """A drain ends the placement DEAD, and the next epoch runs."""
+async def test_drained_agent_is_placed_again(nomad: NomadServer, scheduler: NomadScheduler) -> None:
+    """A drained agent runs again. Nomad 1.6 moves it at its epoch, which is no restart; newer ones end the
+    job, and the next epoch runs."""
     await scheduler.prepare([mock_spec()])
     record = record_of("drained")
     await scheduler.ensure(record, Epoch(1), mock_spec())
 
-    async def are(wanted: list[PlacementState]) -> bool:
-        return await states(scheduler, record.slug) == wanted
+    async def are(*allowed: list[PlacementState]) -> bool:
+        return await states(scheduler, record.slug) in allowed
 
     await until(lambda: are([PlacementState.RUNNING]))
     node = (await nomad.request("GET", "/v1/nodes"))[0]["ID"]
     spec = {"Deadline": -1, "IgnoreSystemJobs": False}
     await nomad.request("POST", f"/v1/node/{node}/drain", {"DrainSpec": spec})
-    await until(lambda: are([PlacementState.DEAD]))
-    await nomad.request("POST", f"/v1/node/{node}/drain", {"DrainSpec": None, "MarkEligible": True})
-    await scheduler.ensure(record, Epoch(2), mock_spec())
-    await until(lambda: are([PlacementState.DEAD, PlacementState.RUNNING]))
+    try:
+        await until(lambda: are([PlacementState.DEAD], [PlacementState.RESTARTING]))
+        (ended,) = (await scheduler.snapshot()).placements[record.slug]
+    finally:
+        eligible = {"DrainSpec": None, "MarkEligible": True}
+        await nomad.request("POST", f"/v1/node/{node}/drain", eligible)
+    if ended.state is PlacementState.DEAD:
+        await scheduler.ensure(record, Epoch(2), mock_spec())
+        await until(lambda: are([PlacementState.DEAD, PlacementState.RUNNING]))
+        return
+    assert "no node takes it" in ended.reason
+    await until(lambda: are([PlacementState.RUNNING]))
+    (moved,) = (await scheduler.snapshot()).placements[record.slug]
+    assert (moved.ref, moved.epoch, moved.restarts) == (ended.ref, Epoch(1), 0)
+    assert moved.instances != ended.instances
+
+
+@pytest.mark.parametrize("strategy", ["dispatch", "register"])
+async def test_what_an_agent_really_got_counts_as_its_spec(
+    nomad: NomadServer, strategy: Any
+) -> None:
+    """A child that is dispatched for one version from the parent job of another has neither: it is no agent of the
+    class, whichever of the two is in force. With its own parent job it is."""
+    settings, prefix = NomadSettings(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
+    scheduler = NomadScheduler(settings=settings, prefix=prefix, strategy=strategy)
+    old, new = mock_spec(), replace(mock_spec(), spec_hash="new")
+    record = record_of("mixed")
+    try:
+        await scheduler.prepare([old])
+        for epoch in (1, 2):
+            await scheduler.ensure(record, Epoch(epoch), new)
+            placements = (await scheduler.snapshot()).placements[record.slug]
+            (found,) = [one for one in placements if one.epoch == epoch]
+            mixed = epoch == 1 and strategy == "dispatch"
+            assert found.spec_hash == ("new/h" if mixed else "new")
+            await scheduler.retire(found, 1.0)
+            await scheduler.prepare([new])
+    finally:
+        await scheduler.close()
 
 
 async def test_exit_zero_is_dead(scheduler: NomadScheduler, tmp_path: Path) -> None:
@@ -161,13 +230,43 @@ async def test_exit_zero_is_dead(scheduler: NomadScheduler, tmp_path: Path) -> N
 async def test_purged_parent_is_terminal_and_prepare_mends(
     nomad: NomadServer, scheduler: NomadScheduler
 ) -> None:
-    """Without its parent a dispatch is a TerminalError, until prepare registers it again."""
-    await scheduler.prepare([mock_spec()])
-    await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}?purge=true")
-    with pytest.raises(TerminalError):
-        await scheduler.ensure(record_of("orphan"), Epoch(1), mock_spec())
-    await scheduler.prepare([mock_spec()])
-    assert await scheduler.ensure(record_of("orphan"), Epoch(1), mock_spec()) > 0
+    """Without its parent, be it stopped or purged, a dispatch is an UnpreparedError, until prepare registers
+    it again."""
+    for number, purge in enumerate(("true", "false")):
+        record = record_of(f"orphan {number}")
+        await scheduler.prepare([mock_spec()])
+        await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}?purge={purge}")
+        with pytest.raises(UnpreparedError):
+            await scheduler.ensure(record, Epoch(1), mock_spec())
+        await scheduler.prepare([mock_spec()])
+        assert await scheduler.ensure(record, Epoch(1), mock_spec()) > 0
+
+
+async def test_w6_a_device_added_while_the_parent_is_stopped_is_started_with_the_repair(
+    nomad: NomadServer, scheduler: NomadScheduler, tmp_path: Path
+) -> None:
+    """Its own back-off, of minutes here, and the next resync, of an hour, are not waited for."""
+    registry = SqliteRegistry(path=tmp_path / "registry.db")
+    await registry.initialise("test")
+    limits = Limits(backoff_initial_s=300.0, resync_s=3600.0)
+    fleet = Fleet(registry, limits, SystemClock())
+    reconciler = Reconciler(fleet, scheduler, {"default": mock_spec()}, Metrics())
+    task = asyncio.ensure_future(reconciler.run())
+    try:
+        await asyncio.wait_for(fleet.ready_event.wait(), 20.0)
+        await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}")
+        device = Device(DeviceId("late"), "default", "127.0.0.1")
+        await fleet.register([device])
+
+        async def runs() -> bool:
+            return PlacementState.RUNNING in await states(scheduler, slug_of(device.id))
+
+        await until(runs)
+        assert [event.kind for event in fleet.history.of_device(slug_of(device.id))].count("error")
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await registry.close()
 
 
 async def test_purged_child_is_absent(nomad: NomadServer, scheduler: NomadScheduler) -> None:
@@ -294,6 +393,14 @@ async def test_lint_names_what_is_missing() -> None:
     found = templates.lint({"Type": "service", "TaskGroups": [{"Name": "a", "Tasks": []}]})
     errors = " ".join(str(one) for one in found if one.level == "error")
     assert all(word in errors for word in ("type", "parameterized", "reschedule"))
+
+
+async def test_lint_warns_of_disks_that_are_migrated() -> None:
+    """Of `migrate` alone: an agent that was moved from a purged node would stay pending."""
+    for disk, expected in (({"Sticky": True}, []), ({"Migrate": True}, ["warning"])):
+        group = {"Name": "a", "Tasks": [], "EphemeralDisk": {"SizeMB": 20, **disk}}
+        found = templates.lint({"Type": "batch", "TaskGroups": [group]})
+        assert [one.level for one in found if "migrate" in str(one)] == expected
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from nomad_watchdog.clients.nomad import NomadSettings
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement
 from nomad_watchdog.schedulers.nomad import NomadScheduler
-from nomad_watchdog.testing.conformance import CHECKS, Rig
+from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
+from tests.schedulers.conftest import CHECKS_BY_LENGTH, FEW
 
 AGENT = """
 import signal, sys, time
@@ -28,12 +28,6 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 while True:
     time.sleep(60)
 """
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def nomad(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NomadServer]:
-    async with NomadServer(tmp_path_factory.mktemp("nomad")) as server:
-        yield server
 
 
 def processes_of(slug: str) -> dict[int, dict[str, str]]:
@@ -102,12 +96,21 @@ def make_rig(nomad: NomadServer, folder: Path, strategy: str) -> Rig:
     )
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("strategy", ["dispatch", "register"])
-@pytest.mark.parametrize("name", list(CHECKS))
-@pytest.mark.asyncio(loop_scope="session")
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.parametrize("strategy", ["dispatch", "register"]),
+]
+
+
+@pytest.mark.parametrize("name", CHECKS_BY_LENGTH)
 async def test_nomad_keeps_the_contract(
     nomad: NomadServer, tmp_path: Path, strategy: str, name: str
 ) -> None:
     """Each check of the suite holds on a real Nomad."""
     await CHECKS[name](make_rig(nomad, tmp_path, strategy))
+
+
+async def test_some_hostile_ids_map_back(nomad: NomadServer, tmp_path: Path, strategy: str) -> None:
+    """The check of the suite that takes longest, with fewer devices."""
+    await hostile_ids_map_back(make_rig(nomad, tmp_path, strategy), FEW)

@@ -19,10 +19,19 @@ from nomad_watchdog.testing.simulation import check_seeds, main, run_seed
 from nomad_watchdog.testing.virtual_time import StuckError, VirtualLoop
 
 SEEDS = 300
-CHUNK = 50
+CHUNK = 25
+OFTEN = 150
+"""Seeds below this are played by each run, the rest with the long tests."""
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+@pytest.mark.slow_because("computes 25 histories of a fleet")
+@pytest.mark.parametrize(
+    "first",
+    [
+        *range(0, OFTEN, CHUNK),
+        *(pytest.param(n, marks=pytest.mark.long) for n in range(OFTEN, SEEDS, CHUNK)),
+    ],
+)
 def test_every_seed_holds(first: int) -> None:
     """In each of 300 histories S1 to S5, S7 and S8 hold at every step, and L1 and L2 at its end."""
     outcomes = check_seeds(first, CHUNK)
@@ -31,6 +40,7 @@ def test_every_seed_holds(first: int) -> None:
     assert min(outcome.events for outcome in outcomes) > 20
 
 
+@pytest.mark.slow_because("plays the same histories in more than one process")
 def test_the_same_seed_is_the_same_history() -> None:
     """Two processes with different hash seeds get equal digests from equal seeds, and others from others."""
     code = (
@@ -81,6 +91,7 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_because("plays histories until one is broken")
 @pytest.mark.parametrize("planted", list(PLANTED))
 def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one guard of the real code taken out, a seed below 300 shows a promise that it kept."""
@@ -93,6 +104,7 @@ def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -
     raise AssertionError(f"{planted}, and no seed below {SEEDS} shows it")
 
 
+@pytest.mark.slow_because("plays histories until one is broken")
 def test_a_failing_seed_says_how_to_replay_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from nomad_watchdog.errors import (
     UserError,
     WatchdogError,
 )
-from nomad_watchdog.ids import Slug, shard_of
+from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
 from nomad_watchdog.schedulers._memory import Memory
@@ -85,12 +85,29 @@ class KubernetesScheduler:
         self.malformed = 0
         """Objects in the last full snapshot that claim to be ours and make no sense."""
 
-    async def prepare(self, specs: Collection[AgentSpec]) -> None:
-        built = {(spec.agent_class, spec.spec_hash): _objects.build(spec) for spec in specs}
+    @staticmethod
+    def check_spec(spec: AgentSpec) -> None:
+        """Raises UserError for a template, or variables, that won't do."""
+        _objects.build(spec)
+
+    async def prepare(
+        self,
+        specs: Collection[AgentSpec],
+        *,
+        shards: Collection[Shard] | None = None,  # noqa: ARG002  # no class has an object of its own
+    ) -> Mapping[str, str]:
+        built: dict[tuple[str, str], _objects.Built] = {}
+        refused: dict[str, str] = {}
+        for spec in specs:
+            try:
+                built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
+            except UserError as error:
+                refused[spec.agent_class] = str(error)
         known = await remember_namespaces(self._client, self._first, self._spread)
         if known != self._known:
             self._still.forget()  # there is a namespace that was not listed
         self._known, self._built = known, built
+        return refused
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         with self._still.writing():

@@ -63,7 +63,7 @@ class Built:
 
 def build(spec: AgentSpec) -> Built:
     """The template of a class, parsed, filled and looked through. Raises UserError with all that is wrong."""
-    template = templates.load_yaml(spec.template)
+    template = templates.load_yaml(spec.template, spec.text)
     kind = next((one for one in KINDS if one == spec.variables.get("workload", KINDS[0])), None)
     if kind is None:
         raise UserError(f"workload {spec.variables['workload']!r}: allowed are {', '.join(KINDS)}")
@@ -74,10 +74,7 @@ def build(spec: AgentSpec) -> Built:
     filled, used = _fill(document, _variables(spec))
     unused = spec.variables.keys() - used - set(RESERVED)
     if unused:
-        raise UserError(
-            f"template {template.name!r} has no variable {min(unused)!r}; it knows "
-            f"{', '.join(sorted(used))}"
-        )
+        raise templates.UndeclaredError(template.name, min(unused), used)
     if wrong := list(_lint(filled)):
         raise UserError(f"template {template.name!r}: {'; '.join(wrong)}")
     return Built(kind, filled["spec"]["template"], spec.variables.get("token_secret", ""))
@@ -210,6 +207,8 @@ def workload(
     """The object of one device, for server-side apply. `secret`: the one with the agent's token, or empty."""
     name = names.name_of(record.slug)
     annotations = {names.DEVICE_ID: record.device.id, names.SPEC_HASH: spec.spec_hash}
+    if api := documents.api_of(spec):
+        annotations[names.API] = " ".join(api)
     pod = copy.deepcopy(dict(built.pod))
     own = pod.get("metadata") or {}
     pod["metadata"] = {

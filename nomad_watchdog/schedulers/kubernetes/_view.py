@@ -50,6 +50,7 @@ class Identity:
     kind: Kind
     agent_class: str
     spec_hash: str
+    api: tuple[str, ...] = ()
 
 
 def identity(thing: Object) -> Identity:
@@ -70,6 +71,7 @@ def identity(thing: Object) -> Identity:
         kind,
         labels.get(names.CLASS, ""),
         notes.get(names.SPEC_HASH, ""),
+        tuple(notes.get(names.API, "").split()),
     )
 
 
@@ -150,6 +152,9 @@ def _placement(  # one call, one place
         reason=reason,
         created_at=WallTime(min(born)),
         ready=_ready(max(active, key=_created)) if active else None,
+        waits_since=WallTime(max(born)),
+        queued=not any((pod.get("spec") or {}).get("nodeName") for pod in active),
+        api=who.api,
     )
 
 

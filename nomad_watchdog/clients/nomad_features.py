@@ -1,0 +1,100 @@
+"""What the Nomad servers can do: one version, one table, asked by name.
+
+This is the only place that knows which version brought what. Everybody else asks
+`NomadFeatures.has`, as a caller asks a backend for its capabilities.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+Version = tuple[int, ...]
+
+MINIMUM: Final[Version] = (1, 6, 0)
+"""The oldest Nomad that is supported. Earlier ones have no node pools."""
+_NUMBER: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+
+PROBE: Final = 'job "probe" {\n group "g" {\n  task "t" { driver = "raw_exec" }\n }\n}'
+"""A job that is only parsed: the fields of the result tell how old the parser can be. HCL allows no block
+within a block of one line."""
+
+
+class Feature(Enum):
+    """A feature: the first version that has it, and what its absence means for an operator."""
+
+    DISCONNECT = (
+        (1, 8, 0),
+        "block `disconnect`",
+        "a lost node keeps its agent because rescheduling is off, so only we restart one that failed",
+    )
+    NUMERIC_PAGES = (
+        # fixed upstream before (GH-25792); 1.11 is the first that was tried
+        (1, 11, 0),
+        "paged lists of allocations and evaluations",
+        "they are read in one response, about 2.4 KB per agent",
+    )
+    ATOMIC_DISPATCH = (
+        (1, 10, 5),  # GH-26710
+        "dispatch as one write",
+        "a server crash can leave a job that no scheduler evaluates; the control plane evaluates it",
+    )
+    RACE_SAFE_TOKENS = (
+        (1, 11, 2),  # GH-27353
+        "idempotency tokens that are safe against races",
+        "racing requests can start an agent twice; we stop all but the oldest, and accept only one",
+    )
+
+    def __init__(self, since: Version, title: str, without: str) -> None:
+        self.since = since
+        self.title = title
+        self.without = without
+
+
+@dataclass(frozen=True, slots=True)
+class NomadFeatures:
+    """`version`: of the oldest server. `exact` is False when only a lower bound is known."""
+
+    version: Version = MINIMUM
+    exact: bool = False
+
+    def has(self, feature: Feature) -> bool:
+        """Whether every server has it for sure."""
+        return self.version >= feature.since
+
+    def missing(self) -> list[Feature]:
+        """What the servers lack or may lack, in the order of `Feature`."""
+        return [feature for feature in Feature if not self.has(feature)]
+
+    def __str__(self) -> str:
+        text = ".".join(map(str, self.version))
+        return text if self.exact else f"{text} or later"
+
+
+def of_members(answer: object) -> NomadFeatures | None:
+    """From Nomad's ``/v1/agent/members``; None when it names no server with a version.
+
+    During an upgrade of the servers the oldest one counts: any of them may lead next."""
+    members = answer.get("Members") if isinstance(answer, Mapping) else None
+    rows = members if isinstance(members, list) else []
+    tags = [row.get("Tags") for row in rows if isinstance(row, Mapping)]
+    found = versions(str(tag.get("build", "")) for tag in tags if isinstance(tag, Mapping))
+    return NomadFeatures(min(found), exact=True) if found else None
+
+
+def of_parsed(job: Mapping[str, Any]) -> NomadFeatures:
+    """From the result of parsing `PROBE`, for a token that may not read the members."""
+    group = (job.get("TaskGroups") or [{}])[0]
+    task = (group.get("Tasks") or [{}])[0]
+    if "Secrets" in task:
+        return NomadFeatures((1, 11, 0))
+    return NomadFeatures((1, 8, 0) if "Disconnect" in group else MINIMUM)
+
+
+def versions(texts: Iterable[str]) -> list[Version]:
+    """Version numbers in texts such as ``1.6.3`` or ``v1.11.3+ent``; texts without one are left out."""
+    matches = (_NUMBER.search(text) for text in texts)
+    return [tuple(int(part or 0) for part in match.groups()) for match in matches if match]

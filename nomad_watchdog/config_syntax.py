@@ -1,0 +1,139 @@
+"""What is wrong with a text that is not HCL: the block that is not closed, with the line where it opens.
+
+A parser notices a missing brace at the end of the file. Here the braces, brackets and quotes are followed, and
+indentation tells which block lacks its brace: one whose successor stands no further to the right.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+_CLOSES: Final = {"}": "{", "]": "[", ")": "("}
+_HEREDOC: Final = re.compile(r"<<[-~]?([A-Za-z_][A-Za-z0-9_]*)\s*$")
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_MOST_NAME: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    bracket: str
+    line: int
+    indent: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A bracket outside of texts and comments."""
+
+    bracket: str
+    line: int
+    indent: int
+    is_first: bool
+    """Nothing stands before it on its line."""
+    before: str
+
+
+def trouble(text: str) -> tuple[int, str] | None:
+    """The line and what is wrong, in words; None when brackets and quotes fit together."""
+    marks: list[_Mark] = []
+    if (quote := _marks(text, marks)) is not None:
+        return quote, 'a text on this line has no closing "'
+    stack: list[_Open] = []
+    for mark in marks:
+        if mark.bracket in "{[(":
+            stack.append(_opened(mark))
+        elif not stack:
+            return mark.line, f'"{mark.bracket}" closes nothing: no block is open here'
+        elif stack[-1].bracket != _CLOSES[mark.bracket]:
+            return _unclosed(stack[-1])
+        else:
+            stack.pop()
+    if not stack:
+        return None
+    return _unclosed(_by_indent(marks) or stack[-1])
+
+
+def _unclosed(opened: _Open) -> tuple[int, str]:
+    return opened.line, f"{opened.what} (line {opened.line}) is not closed"
+
+
+def _by_indent(marks: list[_Mark]) -> _Open | None:
+    """The first block that, going by the indentation, should have ended before what follows it."""
+    stack: list[_Open] = []
+    indented = any(mark.indent for mark in marks)
+    for mark in marks:
+        top = stack[-1] if stack else None
+        if mark.bracket in "{[(":
+            if indented and top and mark.line > top.line and mark.indent <= top.indent:
+                return top
+            stack.append(_opened(mark))
+        elif top is not None:
+            if mark.is_first and mark.line > top.line and mark.indent < top.indent:
+                return top
+            stack.pop()
+    return None
+
+
+def _opened(mark: _Mark) -> _Open:
+    before = " ".join(mark.before.split())
+    name = _NAME.match(before)
+    shown = ascii(before[:_MOST_NAME])[1:-1]
+    if name is None:
+        what = f'"{mark.bracket}"'
+    elif before.endswith(("=", ":")):
+        what = f"the value of `{name[0]}`"
+    elif mark.bracket == "{":
+        what = f"block `{shown}`"
+    else:
+        what = f'"{mark.bracket}" after `{shown}`'
+    return _Open(mark.bracket, mark.line, mark.indent, what)
+
+
+def _marks(text: str, marks: list[_Mark]) -> int | None:
+    """Collect the brackets; the line of a text that is not closed, None when all are."""
+    is_comment, heredoc = False, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if heredoc:
+            heredoc = "" if line.strip() == heredoc else heredoc
+            continue
+        indent = len(line) - len(line.lstrip())
+        place, start = 0, 0
+        while place < len(line):
+            if is_comment:
+                end = line.find("*/", place)
+                is_comment, place = end < 0, (len(line) if end < 0 else end + 2)
+                continue
+            character = line[place]
+            if character == "#" or line.startswith("//", place):
+                break
+            if line.startswith("/*", place):
+                is_comment, place = True, place + 2
+                continue
+            if character == '"':
+                end = _end_of_text(line, place + 1)
+                if end < 0:
+                    return number
+                place = end
+                continue
+            if character in "{[(}])":
+                is_first = not line[:place].strip()
+                marks.append(_Mark(character, number, indent, is_first, line[start:place]))
+                start = place + 1
+            place += 1
+        if found := _HEREDOC.search(line):
+            heredoc = found[1]
+    return None
+
+
+def _end_of_text(line: str, place: int) -> int:
+    """Behind the closing quote; -1 when there is none on the line."""
+    while place < len(line):
+        if line[place] == "\\":
+            place += 1
+        elif line[place] == '"':
+            return place + 1
+        place += 1
+    return -1

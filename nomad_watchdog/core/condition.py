@@ -1,0 +1,89 @@
+"""The condition of a device: what is wrong with it belongs to the device, not to the agent that reported it.
+
+An outage outlives its agent. While an agent is replaced, silent or not ready, the verdict stays what it was,
+with the same beginning, until an accepted agent has probed the device and reports something else. Only a
+verdict that `decides` changes the condition, so that the registry is written once when a condition begins,
+once when it ends and once for each new agent that confirms it for another reason, and never for a report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from nomad_watchdog.model import (
+    MOST_REASON,
+    Condition,
+    ConditionState,
+    Verdict,
+    VerdictState,
+    WallTime,
+)
+
+_OF: Final = {
+    VerdictState.OFFLINE: ConditionState.OFFLINE,
+    VerdictState.DEGRADED: ConditionState.DEGRADED,
+}
+_SHOWN: Final = {condition: verdict for verdict, condition in _OF.items()}
+
+
+def after(
+    found: Verdict, kept: Condition | None, began_at: WallTime, misses: int, *, renew: bool = False
+) -> Condition | None:
+    """The condition that the device has after a verdict on its agent (`verdict.of_agent`).
+
+    `kept`: the condition so far. `began_at`: when the state of this verdict began, unix seconds. `renew`: the
+    agent confirms it for the first time: its evidence takes the place of its predecessor's.
+    """
+    if found.state is VerdictState.DEPARTED:
+        return None
+    if not found.decides or found.state is VerdictState.SUSPECT:
+        return kept
+    state = _OF.get(found.state)
+    if state is None:
+        return None
+    reason = _bounded(found.reason)
+    if kept is not None and kept.state is state:
+        return (
+            replace(kept, reason=reason, misses=misses) if renew and reason != kept.reason else kept
+        )
+    return Condition(state, began_at, reason, misses)
+
+
+def shown(found: Verdict, kept: Condition | None, *, replaced: bool) -> Verdict:
+    """The verdict as people read it: the kept condition, unless the accepted agent has just decided.
+
+    `replaced`: no accepted agent has reported at the record's epoch yet."""
+    if kept is None or found.decides or found.state is VerdictState.DEPARTED:
+        return found
+    return replace(
+        found,
+        state=_SHOWN[kept.state],
+        reason=f"{kept.reason}; {_meanwhile(found, replaced=replaced)}",
+        agent=found.state,
+    )
+
+
+def same(one: Condition | None, other: Condition | None) -> bool:
+    """Whether two conditions need no write between them: replicas differ in clocks and words."""
+    return (one and one.state) == (other and other.state)
+
+
+def _meanwhile(found: Verdict, *, replaced: bool) -> str:
+    match found.state:
+        case VerdictState.WATCHED:
+            return "its agent has not reported here yet"
+        case VerdictState.SUSPECT:
+            return "its agent is checking this"
+        case VerdictState.REPAIRING:
+            return found.reason
+        case VerdictState.STARTING if replaced:
+            return f"its agent is being replaced ({found.reason})"
+        case VerdictState.STARTING:
+            return f"its agent has not confirmed this yet ({found.reason})"
+        case _:
+            return f"its agent can't check this now ({found.reason})"
+
+
+def _bounded(reason: str) -> str:
+    return reason if len(reason) <= MOST_REASON else f"{reason[: MOST_REASON - 1]}…"

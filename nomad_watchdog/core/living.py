@@ -1,0 +1,66 @@
+"""Addresses at which agents reach the control plane now: those of the replicas that are there. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Placement, PlacementState
+
+MOST: Final = 8
+"""Maximum number of addresses that an agent is given."""
+
+
+def living(own: str, others: Iterable[str]) -> tuple[str, ...]:
+    """Base URLs, our own first, then the others in alphabetical order, each once, at most MOST.
+
+    Those that are less or more secure than our own are left out: an agent that was given `https://` must not
+    send its credential over `http://`. `own` "" = not known."""
+    scheme = urlsplit(own).scheme
+    found = sorted(
+        {one for one in others if one and (not own or urlsplit(one).scheme == scheme)} - {own}
+    )
+    return tuple([own, *found] if own else found)[:MOST]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What is known of the ways between agents and the control plane."""
+
+    addresses: frozenset[str] = frozenset()
+    """Base URLs of all replicas that are there; empty = not all are known."""
+    silent: AbstractSet[Slug] = frozenset()
+    """Devices whose agent runs, has had its time, and of which no report arrives."""
+
+
+UNKNOWN: Final = Reach()
+_NOT_STARTED: Final = (
+    PlacementState.PENDING,
+    PlacementState.STARTING,
+    PlacementState.RESTARTING,
+)
+
+
+def stranded(placement: Placement, reach: Reach) -> str:
+    """Why an agent depends on a replica that is gone, in words; "" = it does not, or that is not known.
+
+    One that does not run can't be fetched. One that runs and is not heard knows no address of a replica. What
+    is on a lost node may run, and is heard again when the node is back (S3)."""
+    if not reach.addresses:
+        return ""
+    source, api = placement.source, placement.api
+    if placement.state in _NOT_STARTED and source and not is_at(source, reach.addresses):
+        return f"agent can't be fetched: no replica is at {source} any more"
+    unheard = placement.state is PlacementState.RUNNING and placement.slug in reach.silent
+    if unheard and api and reach.addresses.isdisjoint(api):
+        return f"agent is not heard: no replica is at {', '.join(api)} any more"
+    return ""
+
+
+def is_at(url: str, addresses: Collection[str]) -> bool:
+    """Whether a URL is below one of the base URLs."""
+    return any(url.startswith(f"{one.rstrip('/')}/") for one in addresses)

@@ -1,0 +1,187 @@
+"""What Nomad's list of nodes says about the hosts of agents: drains, and two nodes of one name.
+
+`Nodes` is pure; `NodeList` reads it. The right `node { policy = "read" }` is needed; without it nothing
+is known of nodes, and nothing is reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from nomad_watchdog.clients.nomad import NomadClient
+from nomad_watchdog.errors import DeniedError, WatchdogError
+from nomad_watchdog.model import PlacementState
+
+log = logging.getLogger(__name__)
+
+RIGHT: Final = "node:read"
+_SHORT: Final = 8
+"""Nomad's own CLI shows as many characters of an id."""
+_NO_TIME: Final = "0001-"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node as Nomad lists it."""
+
+    id: str
+    name: str
+    status: str
+    """ready, down, disconnected or initializing."""
+    draining: bool = False
+    eligible: bool = True
+    deadline: str = ""
+    """When its drain ends, RFC 3339; "" = it has no deadline, or it is not known."""
+
+    @property
+    def takes_agents(self) -> bool:
+        """Whether Nomad places new allocations on it."""
+        return self.status == "ready" and self.eligible and not self.draining
+
+    @property
+    def state(self) -> str:
+        """In one word or two, for people."""
+        if self.status != "ready":
+            return self.status
+        if self.draining:
+            return f"draining until {self.deadline}" if self.deadline else "draining"
+        return "ready" if self.eligible else "ineligible"
+
+    @property
+    def short_id(self) -> str:
+        return self.id[:_SHORT]
+
+
+def node_of(row: Row, deadline: str = "") -> Node:
+    """A row of /v1/nodes."""
+    return Node(
+        id=row["ID"],
+        name=row.get("Name", ""),
+        status=row.get("Status", ""),
+        draining=bool(row.get("Drain")),
+        eligible=row.get("SchedulingEligibility", "eligible") == "eligible",
+        deadline=deadline,
+    )
+
+
+def deadline_of(detail: Row) -> str:
+    """When the drain of a node ends (/v1/node/ID), RFC 3339 in whole seconds; "" = without a deadline."""
+    until = (detail.get("DrainStrategy") or {}).get("ForceDeadline") or ""
+    if not until or until.startswith(_NO_TIME):
+        return ""
+    return f"{until[:19]}Z" if until.endswith("Z") else str(until)
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The nodes of a cluster, by id."""
+
+    by_id: Mapping[str, Node] = field(default_factory=dict)
+    by_name: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node]) -> Nodes:
+        """From the nodes in any order."""
+        by_id = {one.id: one for one in nodes}
+        names: dict[str, list[Node]] = defaultdict(list)
+        for one in sorted(by_id.values(), key=lambda node: node.id):
+            names[one.name].append(one)
+        return cls(by_id, {name: tuple(some) for name, some in names.items()})
+
+    def twins(self) -> list[str]:
+        """Names that several nodes have, in words; each is one sentence."""
+        return [
+            f"{len(some)} nodes are named {name}: "
+            + ", ".join(f"{one.short_id} ({one.state})" for one in some)
+            for name, some in sorted(self.by_name.items())
+            if len(some) > 1
+        ]
+
+    def reason(self, alloc: Row | None, state: PlacementState, reason: str) -> str:
+        """The reason of a placement, with what is known of the node of its newest allocation."""
+        node = self.by_id.get((alloc or {}).get("NodeID", ""))
+        if node is None:
+            return reason
+        if state is PlacementState.RUNNING and node.draining:
+            return _drained(node)
+        if state is not PlacementState.LOST:
+            return reason
+        others = [one for one in self.by_name[node.name] if one.id != node.id]
+        if not others:
+            return reason
+        new = next((one for one in others if one.status == "ready"), others[0])
+        return (
+            f"{reason}; it is the node with id {node.short_id}. Another node of the same name "
+            f"({new.short_id}, {new.state}) has registered: a Nomad client that has lost its data directory "
+            "gets a new id"
+        )
+
+
+def _drained(node: Node) -> str:
+    if node.deadline:
+        return (
+            f"node {node.name} is being drained: at {node.deadline} at the latest Nomad stops the agent, "
+            "and it is started again on another node with room"
+        )
+    return (
+        f"node {node.name} is being drained without a deadline: the agent stays there until it is stopped; "
+        "a deadline (`nomad node drain -enable -deadline 5m`) moves it to another node"
+    )
+
+
+class NodeList:
+    """The nodes as they were read last. They are read again when Nomad's table of nodes has changed, which no
+    heartbeat of a node does."""
+
+    def __init__(self, client: NomadClient) -> None:
+        self._client = client
+        self._index = 0
+        self._denied = False
+        self.now = Nodes()
+
+    def ask_again(self) -> None:
+        """The token may have got the right to see nodes."""
+        self._denied = False
+
+    async def changed(self) -> bool:
+        """Whether the nodes are no longer as they were read; False while they can't be seen."""
+        if self._denied:
+            return False
+        try:
+            return (
+                await self._client.get("/v1/nodes", RIGHT, {"per_page": "1"})
+            ).index != self._index
+        except DeniedError:
+            self._denied = True
+        except WatchdogError as error:
+            log.debug("nodes not read", extra={"reason": str(error)})
+        return False
+
+    async def refresh(self) -> None:
+        """Read the nodes, if they have changed. Never raises for Nomad: the last view stays."""
+        if not await self.changed():
+            return
+        try:
+            found = await self._client.pages("/v1/nodes", RIGHT, {})
+            self.now = Nodes.of(await self._with_deadlines(found.body))
+            self._index = found.index
+        except WatchdogError as error:
+            log.debug("nodes not read", extra={"reason": str(error)})
+
+    async def _with_deadlines(self, rows: Iterable[Row]) -> list[Node]:
+        rows = list(rows)
+        drained = [row["ID"] for row in rows if row.get("Drain")]
+        details = await asyncio.gather(
+            *(self._client.get(f"/v1/node/{one}", RIGHT) for one in drained)
+        )
+        until = {
+            one: deadline_of(detail.body) for one, detail in zip(drained, details, strict=True)
+        }
+        return [node_of(row, until.get(row["ID"], "")) for row in rows]

@@ -1,0 +1,65 @@
+"""What doctor says of the way from agents to the control plane."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nomad_watchdog import doctor_api
+from nomad_watchdog.config import Settings
+from nomad_watchdog.dev.process import free_port
+from tests.agent.world import Listener, says
+
+
+def settings(**api: Any) -> Settings:
+    return Settings.model_validate({"api": api})
+
+
+def answer(status: str, body: str) -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+async def test_a_control_plane_that_does_not_run_is_no_mistake_of_the_settings() -> None:
+    """Nothing answers at all: a warning; it runs and agents can't reach it: a failure that names the setting."""
+    port, nowhere = free_port(), free_port()
+    chosen = settings(listen=f"127.0.0.1:{port}", advertise=f"http://127.0.0.1:{nowhere}")
+    ((name, status, found, _),) = await doctor_api.checks(chosen)
+    assert (name, status) == ("api.advertise", "warn")
+    assert "does not run (connection refused)" in found
+
+    listener = Listener(says(b""))
+    await listener.start()
+    try:
+        chosen = settings(
+            listen=f"127.0.0.1:{listener.port}", advertise=f"http://127.0.0.1:{nowhere}"
+        )
+        ((_, status, _, mend),) = await doctor_api.checks(chosen)
+        assert status == "fail"
+        assert "set api.advertise" in mend
+    finally:
+        await listener.stop()
+
+
+async def test_a_key_that_is_not_believed_is_a_failure(tmp_path: Path) -> None:
+    """Something else at the address, and a control plane with another key, are told apart."""
+    key = tmp_path / "keys"
+    key.write_text("k" * 64)
+    other = Listener(says(answer("200 OK", "{}")))
+    refusing = Listener(says(answer("401 Unauthorized", '{"ready": true}')))
+    await other.start()
+    await refusing.start()
+    try:
+        at = f"127.0.0.1:{other.port}"
+        ((_, status, found, _),) = await doctor_api.checks(settings(listen=at))
+        assert (status, "is no control plane" in found) == ("fail", True)
+        at = f"127.0.0.1:{refusing.port}"
+        checks = await doctor_api.checks(settings(listen=at, agent_key_file=str(key)))
+        assert [(name, status) for name, status, _, _ in checks] == [
+            ("api.advertise", "ok"),
+            ("agents' credentials", "fail"),
+            ("agents heard", "warn"),
+        ]
+    finally:
+        await other.stop()
+        await refusing.stop()

@@ -1,0 +1,137 @@
+"""W2: requests for what can't be are rejected when they come in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Departure, Device, Presence
+from tests.api.conftest import Door
+
+WISH: dict[str, Any] = {"address": "127.0.0.1"}
+
+
+@pytest.fixture
+def two(door: Door) -> Door:
+    """The API where the classes camera and gateway are configured, and no default."""
+    door.fleet.classes = frozenset({"camera", "gateway"})
+    return door
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"class": "gatway"}, ["class", "'gatway'", "did you mean gateway?", "camera, gateway"]),
+        ({"class": "zzz"}, ["'zzz'", "camera, gateway"]),
+        ({"class": "default"}, ["unknown agent class 'default'"]),
+        ({}, ["no class is given", "'default'", "camera, gateway", "--class"]),
+    ],
+)
+async def test_a_class_that_is_not_configured_is_400(
+    two: Door, more: dict[str, str], words: list[str]
+) -> None:
+    """By PUT, webhook and bulk alike: the answer names the classes, and the one that was meant."""
+    webhook = {"event": "connected", "device": WISH | more | {"id": "cam"}}
+    asked = (
+        await two.ask("PUT", "/v1/devices/cam", json=WISH | more),
+        await two.ask("POST", "/v1/webhook", json=webhook),
+    )
+    messages = [answer["error"]["message"] for status, answer in asked if status == 400]
+    bulk = {"devices": [WISH | more | {"id": "cam"}]}
+    status, answer = await two.ask("POST", "/v1/devices:bulk", json=bulk)
+    (result,) = answer["results"]
+    assert (status, result["status"]) == (200, 400)
+    messages.append(result["error"])
+    assert len(messages) == 3
+    for message in messages:
+        assert all(word in message for word in words), message
+    assert not two.fleet.records
+
+
+async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: Door) -> None:
+    """The valid ones are stored; the index counts within `devices` and within `delete`."""
+    body = {
+        "devices": [
+            {"id": "a", "class": "camera", "address": "127.0.0.1"},
+            {"id": "b", "class": "camra", "address": "127.0.0.1"},
+            "no object",
+            {"id": "d", "address": "127.0.0.1"},
+        ],
+        "delete": ["a b c", "\u0007"],
+    }
+    _, answer = await two.ask("POST", "/v1/devices:bulk", json=body)
+    found = [(r["action"], r["index"], r["status"]) for r in answer["results"]]
+    assert found == [
+        ("put", 0, 200),
+        ("put", 1, 400),
+        ("put", 2, 400),
+        ("put", 3, 400),
+        ("delete", 0, 404),
+        ("delete", 1, 400),
+    ]
+    assert "did you mean camera?" in answer["results"][1]["error"]
+    assert [record.device.id for record in two.fleet.records.values()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("left", "status"), [(None, 200), (Departure.EXPIRED, 201), (Departure.REMOVED, 400)]
+)
+async def test_a_device_of_a_class_that_vanished_stays_usable(
+    two: Door, left: Departure | None, status: int
+) -> None:
+    """One that is registered, or blinked, may be registered again with the class that it had; one that was
+    removed may not, and none may be moved to such a class."""
+    device = Device(DeviceId("cam"), "old", "127.0.0.1")
+    await two.fleet.register([device, replace(device, id=DeviceId("other"), agent_class="camera")])
+    if left is not None:
+        await two.fleet.deregister([device.id], left)
+    answer = await two.ask("PUT", "/v1/devices/cam", json=WISH | {"class": "old"})
+    assert answer[0] == status
+    present = two.fleet.records[slug_of(device.id)].presence is Presence.PRESENT
+    assert present is (left is not Departure.REMOVED)
+    moved = await two.ask("PUT", "/v1/devices/other", json=WISH | {"class": "old"})
+    assert moved[0] == 400
+    assert (await two.ask("POST", "/v1/pauses", json={"class": "old"}))[0] == 201
+    assert (await two.ask("DELETE", "/v1/devices/cam"))[0] == 200
+
+
+async def test_a_pause_of_what_is_not_there_is_refused(two: Door) -> None:
+    """Devices that were never registered are 404 with a similar id, an unknown class 400; a device that
+    another replica has just registered is known; nothing is kept of a refused pause."""
+    await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
+    for body, status, word in (
+        ({"devices": ["cam-2"]}, 404, "did you mean 'cam-1'?"),
+        ({"devices": ["cam-1", "x", "y"]}, 404, "'x', 'y'"),
+        ({"devices": ["cam-2"], "window": True, "for": "1h"}, 404, "cam-2"),
+        ({"class": "camra"}, 400, "did you mean camera?"),
+    ):
+        found, answer = await two.ask("POST", "/v1/pauses", json=body)
+        assert (found, word in answer["error"]["message"]) == (status, True), answer
+    assert not two.fleet.pauses.all
+    two.fleet.reset({}, two.fleet.index + 1)  # our view is behind the registry
+    assert (await two.ask("POST", "/v1/pauses", json={"devices": ["cam-1"]}))[0] == 201
+
+
+async def test_events_of_a_device_that_was_never_there_are_404(two: Door) -> None:
+    """As a page and as a stream; a device that was removed still has its events."""
+    await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
+    for query in ("device=cam-2", "device=cam-2&follow=true", "device=cam-2&own=true"):
+        status, answer = await two.ask("GET", f"/v1/events?{query}")
+        assert (status, "did you mean 'cam-1'?" in answer["error"]["message"]) == (404, True)
+    assert (await two.ask("GET", "/v1/events?device=%07"))[0] == 400
+    await two.ask("DELETE", "/v1/devices/cam-1")
+    two.fleet.reset({}, two.fleet.index + 1)
+    status, page = await two.ask("GET", "/v1/events?device=cam-1")
+    assert (status, bool(page["items"])) == (200, True)
+
+
+async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Door) -> None:
+    """The hint stands where every id may be read: a heartbeat for an unknown device has none."""
+    await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
+    status, answer = await two.ask("POST", "/v1/devices/cam-2/heartbeat")
+    assert (status, "cam-1" in answer["error"]["message"]) == (404, False)
+    status, answer = await two.ask("GET", "/v1/devices/cam-2")
+    assert (status, "cam-1" in answer["error"]["message"]) == (404, True)

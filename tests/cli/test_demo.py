@@ -1,0 +1,62 @@
+"""Which servers `demo` finds on PATH or built, and how long it takes to build the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog.cli import _code
+from nomad_watchdog.dev import binaries
+
+
+def program(at: Path, text: str) -> None:
+    """A program that prints its version, as servers do."""
+    at.parent.mkdir(parents=True, exist_ok=True)
+    at.write_text(f"#!/bin/sh\necho {text}\n")
+    at.chmod(0o755)
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without servers: only the shell is on PATH, and the cache is empty."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sh").symlink_to("/bin/sh")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("NOMAD_WATCHDOG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(binaries, "found", {})
+    return tmp_path
+
+
+def test_build_minutes_counts_what_is_not_here(bare: Path) -> None:
+    """A recent enough program on PATH or in the cache needs no build, an older one does; asking builds
+    nothing."""
+    both = binaries.build_minutes("nomad", "consul")
+    nomad = binaries.build_minutes("nomad")
+    assert both is not None
+    assert nomad is not None
+    assert both > nomad > 0
+
+    program(bare / "bin/consul", "Consul v99.0.0")
+    assert binaries.build_minutes("nomad", "consul") == nomad
+    program(bare / "bin/nomad", "Nomad v0.1.0")
+    assert binaries.build_minutes("nomad", "consul") == nomad
+    assert not (bare / "cache").exists()
+
+    program(bare / "cache/build/nomad", "Nomad v99.0.0")
+    assert binaries.build_minutes("nomad", "consul") == 0
+
+
+def test_build_minutes_without_a_checkout(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the sources to build from nothing can be built, but what is on PATH is still found."""
+    monkeypatch.setattr(binaries, "SERVERS", bare / "nowhere")
+    assert binaries.build_minutes("nomad", "consul") is None
+
+    program(bare / "bin/consul", "Consul v99.0.0")
+    assert binaries.build_minutes("consul") == 0
+
+
+def test_unknown_backend_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend that the demo can't run is refused with those that it can."""
+    assert _code(["--backend", "swarm", "demo"]) == 64
+    assert "expected one of local, nomad, kubernetes" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Devices with an address of their own on 127.0.0.0/8, whose services and names a row takes away and gives back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, Final
+
+from nomad_watchdog.dev.process import free_port
+
+DNS_PORT: Final = 53
+_A: Final = 1
+_NO_SUCH_NAME: Final = 3
+
+
+def own_address() -> str:
+    """One of 127.0.0.0/8 that nobody else has, as far as chance goes."""
+    return f"127.{random.randint(16, 254)}.{random.randint(1, 254)}.{random.randint(1, 254)}"
+
+
+class Device:
+    """Answers HTTP with 200 on its ports, and pings always: this machine answers those.
+
+    What was posted to it is in `posted`."""
+
+    def __init__(self, ports: Iterable[int]) -> None:
+        self.address = own_address()
+        self.ports = tuple(ports)
+        self.posted: list[Any] = []
+        self._servers: dict[int, asyncio.Server] = {}
+
+    async def up(self) -> None:
+        """Answer on every port."""
+        for port in self.ports:
+            if port not in self._servers:
+                self._servers[port] = await asyncio.start_server(self._answer, self.address, port)
+
+    async def down(self, *ports: int) -> None:
+        """Refuse connections on these ports; none given = on all."""
+        for port in ports or self.ports:
+            if (server := self._servers.pop(port, None)) is not None:
+                server.close()
+                await server.wait_closed()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(5.0):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = 0
+                for line in head.decode("latin-1").split("\r\n"):
+                    name, _, value = line.partition(":")
+                    if name.lower() == "content-length":
+                        length = int(value)
+                if length:
+                    self.posted.append(json.loads(await reader.readexactly(length)))
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+                await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def open_devices(count: int, ports: int = 1) -> AsyncIterator[list[Device]]:
+    """So many devices that answer, each on the same ports."""
+    numbers = [free_port() for _ in range(ports)]
+    devices = [Device(numbers) for _ in range(count)]
+    async with AsyncExitStack() as stack:
+        for device in devices:
+            stack.push_async_callback(device.down)
+            await device.up()
+        yield devices
+
+
+class NameServer(asyncio.DatagramProtocol):
+    """Answers queries for A records over UDP. ``async with open_name_server(names) as server``."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.address = own_address()
+        self.names = names
+        self.asked = 0
+        self.late_s = 0.0
+        """It answers so much later, seconds."""
+        self._transport: asyncio.DatagramTransport | None = None
+
+    async def up(self) -> None:
+        """Answer. Port 53 needs root."""
+        if self._transport is None:
+            loop = asyncio.get_running_loop()
+            where = (self.address, DNS_PORT)
+            await loop.create_datagram_endpoint(
+                lambda: self, local_addr=where, family=socket.AF_INET
+            )
+
+    def down(self) -> None:
+        """Close the port: whoever asks is told so at once, and gets no answer."""
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
+        self.asked += 1
+        answer = self.answered(data)
+        if self.late_s:
+            asyncio.get_running_loop().call_later(self.late_s, self._send, answer, addr)
+        else:
+            self._send(answer, addr)
+
+    def _send(self, answer: bytes, addr: tuple[str | Any, int]) -> None:
+        if self._transport is not None:
+            self._transport.sendto(answer, addr)
+
+    def answered(self, query: bytes) -> bytes:
+        """The answer to one question: an address, nothing for other kinds of record, or that there is no
+        such name."""
+        labels, at = [], 12
+        while (length := query[at]) != 0:
+            labels.append(query[at + 1 : at + 1 + length].decode("ascii"))
+            at += 1 + length
+        question = query[12 : at + 5]
+        (kind,) = struct.unpack("!H", query[at + 1 : at + 3])
+        found = self.names.get(".".join(labels).lower())
+        record = b""
+        if found is not None and kind == _A:
+            record = b"\xc0\x0c" + struct.pack("!HHIH", _A, 1, 0, 4) + socket.inet_aton(found)
+        flags = 0x8580 | (_NO_SUCH_NAME if found is None else 0)
+        head = query[:2] + struct.pack("!HHHHH", flags, 1, bool(record), 0, 0)
+        return head + question + record
+
+
+@asynccontextmanager
+async def open_name_server(names: dict[str, str]) -> AsyncIterator[NameServer]:
+    """A name server that answers, on an address of its own."""
+    server = NameServer(names)
+    await server.up()
+    try:
+        yield server
+    finally:
+        server.down()

@@ -1,0 +1,134 @@
+"""Rows 45: a node is lost for good or drained, and its agents go to another one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from typing import Any
+from urllib.parse import quote
+
+from tests.faults.matrix import row
+from tests.faults.program import PROBES
+from tests.faults.rows_crash import watched
+from tests.faults.rows_servers import known_to_run, lost
+from tests.faults.rows_verdicts import all_are, events, metric
+from tests.faults.site import JOBS, BrokenRowError, until
+from tests.faults.world import World
+
+MIGRATES = "sticky = true\n      migrate = true"
+"""As the template was until the disks of agents were not migrated any more. Agents that were started with it are
+still there after an upgrade."""
+
+
+async def nodes(world: World) -> dict[str, Any]:
+    """The Nomad clients that are up or not, by the end of their names."""
+    found = await world.servers.nomad.request("GET", "/v1/nodes")
+    return {node["Name"][-2:]: node for node in found}
+
+
+async def eligible(world: World, name: str, *, is_eligible: bool) -> None:
+    """Whether anything is placed on a Nomad client from now on."""
+    node = (await nodes(world))[name]["ID"]
+    body = {"Eligibility": "eligible" if is_eligible else "ineligible"}
+    await world.servers.nomad.request("POST", f"/v1/node/{node}/eligibility", body)
+
+
+async def on_the_second(world: World, count: int) -> list[str]:
+    """A running program with so many watched devices, all of whose agents are on the second Nomad client."""
+    await eligible(world, "-0", is_eligible=False)
+    try:
+        names = await watched(world, count)
+        await known_to_run(world)
+    finally:
+        await eligible(world, "-0", is_eligible=True)
+    return names
+
+
+@row(
+    "45-purged-node",
+    "a Nomad client loses its data directory and its node is purged, its agents live on, and Nomad never starts "
+    "what it has placed instead",
+    stake="S1 S3 L1",
+    lane="alone",
+    deadline_s=300.0,
+    presence='start_max = "30s"',
+    variables='lost_after = "8s"',
+)
+async def node_purged(world: World) -> None:
+    template = world.root / "migrates.nomad.hcl"
+    text = (JOBS / "device-watchdog.nomad.hcl").read_text()
+    template.write_text(text.replace("sticky = true", MIGRATES))
+    world.probes = f'template = "{template}"\n  {PROBES.format(port=world.device_port)}'
+    world.configure()
+    nomad = world.servers.nomad
+    names = await on_the_second(world, 4)
+    before = world.pids()
+    old = (await nodes(world))["-1"]["ID"]
+    await nomad.kill(1)
+    # What it knows of its allocations and of itself; the agents go on with the files that they have.
+    await asyncio.to_thread(shutil.rmtree, nomad.data_dir / "data-1" / "client")
+    await until(lambda: lost(world), 60.0, "the node is lost")
+    await nomad.request("POST", f"/v1/node/{old}/purge")
+    await all_are(world, names, "watched", "does not know the agent", timeout_s=60.0)
+    await _are_pending(world, len(names))
+    world.undisturbed(before, "L3")
+    await events(world, "agent.unlisted", names)
+    await metric(world, "nomad_watchdog_unlisted_agents", len(names))
+    # S3: Nomad has given the node up. The old agent ends when its next report is refused (HTTP 410).
+    world.overlap_s = 15.0
+    world.notes.append("an agent of a purged node may overlap its successor until its next report")
+    await nomad.restart(1)
+    await until(lambda: not before & world.pids(), 90.0, "the old agents have ended")
+    await world.settle()
+    await _said_why(world, names)
+
+
+async def _are_pending(world: World, count: int) -> None:
+    """The fault has happened: Nomad has placed the agents anew, and no client starts them."""
+    found = [
+        one
+        for job in await world.jobs()
+        for one in await world.servers.nomad.request(
+            "GET", f"/v1/job/{quote(job['ID'], safe='')}/allocations"
+        )
+        if one["ClientStatus"] == "pending" and not one["TaskStates"]
+    ]
+    if len(found) != count:
+        raise BrokenRowError(f"{len(found)} of {count} agents are pending")
+
+
+async def _said_why(world: World, names: list[str]) -> None:
+    """Whatever was given up for the next epoch was so for this reason. The first one that is stopped makes the
+    client see its allocations, so that others may start at their own epoch before it is their turn."""
+    _, page = await world.call("GET", "/v1/events?limit=1000")
+    said = {e["device"]: e["text"] for e in page["items"] if e["kind"] == "plan.replace"}
+    world.notes.append(f"{len(said)} of {len(names)} agents were given up")
+    words = "without progress, longer than 30 s (presence.start_max)"
+    if not said or not all(words in text for text in said.values()):
+        raise BrokenRowError(f"the reasons of the replacements are {said}")
+
+
+@row(
+    "45-drain",
+    "a Nomad client is drained while its agents are frozen, so that each takes seconds to end",
+    stake="S1 S3 L1",
+    lane="alone",
+)
+async def drained(world: World) -> None:
+    await on_the_second(world, 4)
+    nomad, before = world.servers.nomad, world.pids()
+    for pid in before:
+        os.kill(pid, signal.SIGSTOP)
+    path = f"/v1/node/{(await nodes(world))['-1']['ID']}/drain"
+    await nomad.request("POST", path, {"DrainSpec": {"Deadline": -1}})
+    try:
+        # of `kill_timeout`, 5 s: the witness sees every successor that does not wait
+        await asyncio.sleep(3.5)
+        for pid in before & world.pids():
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: not before & world.pids(), 60.0, "the old agents have ended")
+        await world.settle()
+    finally:
+        await nomad.request("POST", path, {"DrainSpec": None, "MarkEligible": True})

@@ -1,0 +1,99 @@
+"""The set of class specs in force, as the registry keeps it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nomad_watchdog import class_set
+from nomad_watchdog.class_set import InForce, Reading
+from nomad_watchdog.core.in_force import Standing
+from nomad_watchdog.errors import StaleError
+from nomad_watchdog.model import AgentSpec, Variant
+from nomad_watchdog.registry import Document
+from nomad_watchdog.testing.fakes import FakeRegistry, Store
+
+WORDS = st.text(max_size=20)
+MAPS = st.dictionaries(WORDS, WORDS, max_size=3)
+VARIANTS = st.builds(Variant, WORDS, WORDS, MAPS)
+SPECS = st.builds(
+    AgentSpec, WORDS, WORDS, WORDS, WORDS, WORDS, st.integers(1, 999), variables=MAPS, settings=MAPS,
+    on=st.dictionaries(WORDS, VARIANTS, max_size=2), agent_config=WORDS,
+)  # fmt: skip
+
+
+async def registry() -> FakeRegistry:
+    made = FakeRegistry(Store())
+    await made.initialise()
+    return made
+
+
+def in_force(specs: dict[str, AgentSpec], number: int = 1) -> InForce:
+    digest = class_set.digest(specs)
+    return InForce(Standing(number, digest, ("a", "b")), specs, "replica", 12.5)
+
+
+@given(st.dictionaries(WORDS, SPECS, max_size=4))
+async def test_what_is_written_is_read(specs: dict[str, AgentSpec]) -> None:
+    """All of a spec comes back, its settings too, and what was read is not decoded again while it is the same."""
+    store = await registry()
+    wanted = in_force(specs)
+    assert await class_set.write(store, Reading(), wanted) is not None
+    read = await class_set.read(store, Document(), None)
+    assert read.kept == wanted
+    settings = {name: spec.settings for name, spec in specs.items()}
+    assert {name: spec.settings for name, spec in read.kept.specs.items()} == settings
+    assert (await class_set.read(store, read.document, read.kept)).kept is read.kept
+
+
+def large(seed: int) -> dict[str, AgentSpec]:
+    text = random.Random(seed).randbytes(100_000).hex()  # does not get smaller
+    return {"a": AgentSpec("a", "1", f"h{seed}", text=text)}
+
+
+async def test_a_large_set_has_documents_of_its_own() -> None:
+    """They are written before what names them, and emptied when they are superseded; who reads in between is told
+    to read again."""
+    store = await registry()
+    first = await class_set.write(store, Reading(), in_force(large(1)))
+    assert first is not None
+    assert first.kept is not None
+    assert len(first.kept.parts) > 1
+    assert (await class_set.read(store, Document(), None)).kept == in_force(large(1))
+    second = await class_set.write(store, first, in_force(large(2), 2))
+    assert second is not None
+    for name in first.kept.parts:
+        assert (await store.document(name)).body == b""
+    assert (await class_set.read(store, Document(), None)).kept == in_force(large(2), 2)
+    assert second.kept is not None
+    part = second.kept.parts[0]
+    await store.commit_document(part, replace(await store.document(part), body=b""))
+    try:
+        await class_set.read(store, Document(), None)
+    except StaleError:
+        return
+    raise AssertionError("half a set was read")
+
+
+async def test_of_two_writers_one_wins() -> None:
+    """Who was slower writes nothing."""
+    store = await registry()
+    assert await class_set.write(store, Reading(), in_force({})) is not None
+    assert await class_set.write(store, Reading(), in_force(large(1), 2)) is None
+    assert (await class_set.read(store, Document(), None)).kept == in_force({})
+
+
+@given(SPECS)
+def test_equal_behaviour_has_an_equal_digest(spec: AgentSpec) -> None:
+    """Paths of files and what is each replica's own make no difference; behaviour and variants do."""
+    moved = replace(spec, template="/elsewhere", agent_config="{}")
+    assert class_set.digest({"a": spec}) == class_set.digest({"a": moved})
+    assert class_set.differences({"a": spec}, {"a": moved}) == []
+    other = replace(spec, spec_hash=spec.spec_hash + "x")
+    varied = replace(spec, on={**spec.on, "mars": Variant("x")})
+    for one in (other, varied):
+        assert class_set.digest({"a": spec}) != class_set.digest({"a": one})
+        assert len(class_set.differences({"a": spec}, {"a": one})) == 1

@@ -1,0 +1,87 @@
+"""Which tests one worker of pytest-xdist runs one after another.
+
+Each group is one worker's: its tests share a server, or a fixture of the file. All other tests go to whichever
+worker is idle. Without xdist this only orders the tests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+import pytest
+
+_SHARES: Final = {"kube": 2, "nomad": 3, "acl_consul": 1, "consul": 2}
+"""A session server → the most workers that start one. The first that a test uses decides."""
+_GROUP: Final = "xdist_group"
+_SLOW_S: Final = 10
+"""What a test that states why it is slow counts, where another counts 1: about what they take in seconds."""
+
+
+def assign_groups(items: list[pytest.Item]) -> None:
+    """Mark each test with its group, and put first what takes longest: shared servers, then shared files,
+    then single slow tests; of each kind the longest group first. A long group that began late would run alone at
+    the end, while the other workers have nothing left to do."""
+    servers = {item: _server(item) for item in items}
+    shares = _share_out(items, servers)
+    rank = {}
+    for item in items:
+        file = item.path.as_posix()
+        server = servers[item]
+        if item.get_closest_marker(_GROUP):
+            rank[item] = 0
+        elif server:
+            item.add_marker(pytest.mark.xdist_group(f"{server}-{shares[server, file]}"))
+            rank[item] = 0
+        elif _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+            rank[item] = 1
+        else:
+            rank[item] = 2 if item.get_closest_marker("slow_because") else 3
+    groups = {item: _group(item) for item in items}
+    lengths: Counter[str] = Counter()
+    for item in items:
+        lengths[groups[item]] += _length(item)
+    items.sort(key=lambda item: (rank[item], -lengths[groups[item]]))
+
+
+def _group(item: pytest.Item) -> str:
+    """Its group's name; the test's own if it has none."""
+    mark = item.get_closest_marker(_GROUP)
+    return str((*mark.args, *mark.kwargs.values())[0]) if mark else item.nodeid
+
+
+def _length(item: pytest.Item) -> int:
+    return _SLOW_S if item.get_closest_marker("slow_because") else 1
+
+
+def _share_out(
+    items: list[pytest.Item], servers: dict[pytest.Item, str | None]
+) -> dict[tuple[str, str], int]:
+    """(Server, file) → the group of that server which runs the file. They take about the same time."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        if server := servers[item]:
+            sizes[server, item.path.as_posix()] += _length(item)
+    loads: dict[str, Counter[int]] = {
+        server: Counter(dict.fromkeys(range(most), 0)) for server, most in _SHARES.items()
+    }
+    found = {}
+    for (server, file), size in sorted(sizes.items(), key=lambda one: (-one[1], one[0])):
+        load = loads[server]
+        group = min(load, key=lambda number: (load[number], number))
+        load[group] += size
+        found[server, file] = group + 1
+    return found
+
+
+def _server(item: pytest.Item) -> str | None:
+    names = set(getattr(item, "fixturenames", ()))
+    if "consul" in getattr(getattr(item, "callspec", None), "params", {}).values():
+        names.add("consul")  # asked for by a fixture that is told by its parameter
+    return next((server for server in _SHARES if server in names), None)
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    definitions: dict[str, Any] = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    return any(found[-1].scope in {"module", "class", "package"} for found in definitions.values())
