@@ -12,7 +12,7 @@ BIN     := $(VENV)/bin
 # Without what Python has compiled before, each of the tests' many programs pays a second and more for its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults image servers cluster-test vagrant-files vagrant-validate clean
+.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults attacks image servers cluster-test vagrant-files vagrant-validate clean
 
 help:
 	@echo "make demo [BACKEND=local|nomad|kubernetes] [KEEP=1] [DEVICES=20] [OUTPUT=table|json]   run the main job"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-fast    the tests that need no server"
 	@echo "make lint         format, lint, strict types, layers, licences of the servers"
 	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 20 min)"
+	@echo "make attacks      every attack of docs/security.md, performed (about 5 min)"
 	@echo "make image        build and start both images, the control plane's and the agent's (needs root and buildah)"
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
@@ -121,6 +122,10 @@ bench: $(VENV)/.dev
 faults: $(VENV)/.dev
 	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) >/dev/null
 	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
+
+# The table goes into docs/security.md.
+attacks: $(VENV)/.dev
+	$(BIN)/python -m tests.attacks --write docs/security.md
 
 buildah = command -v buildah >/dev/null || \
 	{ echo "buildah is not installed (Debian: apt-get install --no-install-recommends buildah)" >&2; false; }

@@ -15,6 +15,7 @@ from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.dev.nomad import NomadServer
+from tests.attacks import table
 from tests.suite import interrupts, leftovers
 from tests.suite.groups import assign_groups
 from tests.suite.summary import Summary
@@ -31,6 +32,7 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(table)  # for its fixture
     config.pluginmanager.register(interrupts)
     config.pluginmanager.register(leftovers)  # for its fixtures
     config.pluginmanager.register(leftovers.Leftovers())

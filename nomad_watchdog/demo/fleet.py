@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Final
 
+from nomad_watchdog.dev.listener import Listener
+
 ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
 
 
@@ -16,30 +18,24 @@ class SimulatedDevice:
     name: str
     address: str
     port: int
-    _server: asyncio.Server | None = field(default=None)
+    _listener: Listener = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._listener = Listener(self._answer, self.address, self.port)
 
     async def power_on(self) -> None:
         """Start answering. Linux needs no set-up for the addresses of 127.0.0.0/8."""
-        if self._server is None:
-            self._server = await asyncio.start_server(self._answer, self.address, self.port)
+        await self._listener.start()
 
     async def power_off(self) -> None:
         """Stop answering: connections are refused."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-            self._server = None
+        await self._listener.stop()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(5.0):
-                await reader.read(4096)
-                writer.write(ANSWER)
-                await writer.drain()
-        except (TimeoutError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        async with asyncio.timeout(5.0):
+            await reader.read(4096)
+            writer.write(ANSWER)
+            await writer.drain()
 
 
 class SimulatedFleet:

@@ -31,8 +31,8 @@ class SitePeer(Peer):
         super().__init__()
         self.host = host
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(
+    async def _open(self) -> asyncio.Server:
+        return await asyncio.start_server(
             self._serve, sock=self.host.listener(self.port), ssl=self.tls
         )
 
@@ -50,8 +50,8 @@ class Hook(Listener):
         """The different ones: what is said again under its key is the same."""
         return list({c["key"]: c for c in self.calls if c["status"] == "firing"}.values())
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, sock=self.host.listener(self.port))
+    async def _open(self) -> asyncio.Server:
+        return await asyncio.start_server(self._serve, sock=self.host.listener(self.port))
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -7,20 +7,19 @@ import contextlib
 import json
 import os
 import signal
-import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from nomad_watchdog.dev import listener as dev
+from nomad_watchdog.dev.listener import Speaker
 from nomad_watchdog.dev.process import Process, free_port
 from nomad_watchdog.ids import parse_device_id, slug_of
 
 AGENT = Path(__file__).resolve().parents[2] / "agent"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-Speaker = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def until(check: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
@@ -53,50 +52,11 @@ def says(data: bytes) -> Speaker:
     return speak
 
 
-class Listener:
-    """A TCP server on 127.0.0.1 whose behaviour can be changed, and which can go and come back."""
+class Listener(dev.Listener):
+    """One on a free port of 127.0.0.1."""
 
     def __init__(self, speak: Speaker) -> None:
-        self.speak = speak
-        self.host = "127.0.0.1"
-        self.port = free_port()
-        self.tls: ssl.SSLContext | None = None
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=self.tls)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                await self.speak(reader, writer)
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-        except asyncio.CancelledError:
-            # stop() ends what is still open; asyncio would log it as an error
-            writer.transport.abort()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            # What was accepted a moment ago gets its transport and its task in the next turns of the loop.
-            for _ in range(5):
-                await asyncio.sleep(0)
-            for task in list(self._tasks):
-                task.cancel()
-            if self._tasks:
-                await asyncio.wait(list(self._tasks), timeout=5)
-            self._server = None
+        super().__init__(speak, "127.0.0.1", free_port())
 
 
 class Peer(Listener):

@@ -8,9 +8,10 @@ import random
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
+from nomad_watchdog.dev.listener import Listener
 from nomad_watchdog.dev.process import free_port
 
 DNS_PORT: Final = 53
@@ -32,35 +33,30 @@ class Device:
         self.address = own_address()
         self.ports = tuple(ports)
         self.posted: list[Any] = []
-        self._servers: dict[int, asyncio.Server] = {}
+        self._listeners = {port: Listener(self._answer, self.address, port) for port in self.ports}
 
     async def up(self) -> None:
         """Answer on every port."""
-        for port in self.ports:
-            if port not in self._servers:
-                self._servers[port] = await asyncio.start_server(self._answer, self.address, port)
+        for listener in self._listeners.values():
+            await listener.start()
 
     async def down(self, *ports: int) -> None:
         """Refuse connections on these ports; none given = on all."""
         for port in ports or self.ports:
-            if (server := self._servers.pop(port, None)) is not None:
-                server.close()
-                await server.wait_closed()
+            await self._listeners[port].stop()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
-            async with asyncio.timeout(5.0):
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = 0
-                for line in head.decode("latin-1").split("\r\n"):
-                    name, _, value = line.partition(":")
-                    if name.lower() == "content-length":
-                        length = int(value)
-                if length:
-                    self.posted.append(json.loads(await reader.readexactly(length)))
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
-                await writer.drain()
-        writer.close()
+        async with asyncio.timeout(5.0):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = 0
+            for line in head.decode("latin-1").split("\r\n"):
+                name, _, value = line.partition(":")
+                if name.lower() == "content-length":
+                    length = int(value)
+            if length:
+                self.posted.append(json.loads(await reader.readexactly(length)))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+            await writer.drain()
 
 
 @asynccontextmanager

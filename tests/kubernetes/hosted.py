@@ -16,6 +16,7 @@ import watchdog_agent
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.dev._kubelet_spec import Image
 from nomad_watchdog.dev.kubelet import Kubelet
+from nomad_watchdog.dev.listener import Listener
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.errors import WatchdogError
 from tests.forwarding import forward
@@ -164,19 +165,19 @@ class ServiceProxy:
     def __init__(
         self, client: KubernetesClient, namespace: str, service: str, *, scheme: str = "http"
     ) -> None:
-        self.port = free_port()
-        self.address = f"{scheme}://127.0.0.1:{self.port}"
+        self._listener = Listener(self._answer, "127.0.0.1", free_port())
+        self.address = f"{scheme}://127.0.0.1:{self._listener.port}"
         self._client, self._namespace, self._service = client, namespace, service
         self._pods: list[tuple[str, int]] = []
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[None]:
         following = asyncio.ensure_future(self._follow())
-        server = await asyncio.start_server(self._answer, "127.0.0.1", self.port)
+        await self._listener.start()
         try:
             yield
         finally:
-            server.close()
+            await self._listener.stop()
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
 
@@ -203,5 +204,3 @@ class ServiceProxy:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._pods:
             await forward(reader, writer, *random.choice(self._pods))
-        else:
-            writer.close()
