@@ -12,7 +12,7 @@ BIN     := $(VENV)/bin
 # Without what Python has compiled before, each of the tests' many programs pays a second and more for its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults attacks image servers cluster-test vagrant-files vagrant-validate clean
+.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults attacks image lock sbom servers cluster-test vagrant-files vagrant-validate clean
 
 help:
 	@echo "make demo [BACKEND=local|nomad|kubernetes] [KEEP=1] [DEVICES=20] [OUTPUT=table|json]   run the main job"
@@ -23,30 +23,30 @@ help:
 	@echo "make faults [ROWS='1-K5 20']   the fault matrix on real servers (all rows need root, about 20 min)"
 	@echo "make attacks      every attack of docs/security.md, performed (about 5 min)"
 	@echo "make image        build and start both images, the control plane's and the agent's (needs root and buildah)"
+	@echo "make sbom         what is shipped, as CycloneDX, into dist/"
+	@echo "make lock [UPGRADE=1]   the exact versions in .ci/lock/, resolved anew from pyproject.toml (needs uv)"
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
 	@echo "make bench        every benchmark, as a table and JSON"
 	@echo "make servers      find or build the pinned Nomad, Consul, Kubernetes control plane, and what the tests need besides"
 
-# uv installs in a tenth of pip's time; where it can't be had, pip does.
 define install
 	@echo "setting up: $(1) (about 10 s, up to a minute with pip)" >&2
-	@command -v uv >/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || true
-	@PATH="$$PATH:$(BIN)" uv pip install -q --python $(BIN)/python -e "$(2)" 2>/dev/null \
-		|| $(BIN)/python -m pip install -q --disable-pip-version-check -e "$(2)"
+	@.ci/setup $(2)
 endef
+LOCKS := $(wildcard .ci/lock/*.txt)
 
 $(BIN)/python:
 	@echo "setting up: virtual environment (about 5 s)" >&2
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: pyproject.toml | $(BIN)/python
-	$(call install,packages,.)
+$(VENV)/.run: pyproject.toml $(LOCKS) | $(BIN)/python
+	$(call install,packages,run)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(call install,packages for development,.[dev])
+$(VENV)/.dev: pyproject.toml $(LOCKS) | $(BIN)/python
+	$(call install,packages for development,dev)
 	@touch $@ $(VENV)/.run
 
 # What the tests of each backend stand on.
@@ -59,6 +59,20 @@ SERVERS_long       := metrics-server nomad-autoscaler prometheus
 demo: $(VENV)/.run
 	@$(BIN)/nomad-watchdog $(if $(BACKEND),--backend $(BACKEND)) demo \
 		--devices $(DEVICES) -o $(OUTPUT) $(if $(filter-out 0,$(KEEP)),--keep)
+
+# Adds what is new and takes out what is gone; UPGRADE=1 also takes the newest versions that pyproject.toml allows.
+compile = PATH="$$PATH:$(BIN)" uv pip compile -q $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 \
+	--generate-hashes --no-header --no-emit-index-url
+lock: $(VENV)/.dev
+	$(compile) -o .ci/lock/run.txt pyproject.toml
+	$(compile) -o .ci/lock/dev.txt --no-annotate --extra dev -c .ci/lock/run.txt pyproject.toml
+	printf 'hatchling>=1.27\neditables\n' | $(compile) -o .ci/lock/build.txt --no-annotate -
+	echo uv | $(compile) -o .ci/lock/uv.txt --no-annotate -
+
+sbom:
+	@mkdir -p dist
+	@$(PYTHON) .ci/sbom.py >dist/nomad-watchdog.cdx.json
+	@echo "dist/nomad-watchdog.cdx.json" >&2
 
 servers: $(VENV)/.run
 	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) $(SERVERS_tests)
@@ -143,7 +157,8 @@ vagrant-files: $(VENV)/.dev
 	@for name in nomad consul; do \
 		cp "$$($(BIN)/python -m nomad_watchdog.dev.binaries $$name)" .vagrant-cluster/bin/$$name || exit 1; done
 	@rm -f .vagrant-cluster/*.whl
-	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w .vagrant-cluster .
+	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .vagrant-cluster .
+	@cp .ci/lock/run.txt .vagrant-cluster/
 	@bash jobs/cluster/secrets.sh .vagrant-cluster/secrets \
 		$(foreach n,1 2 3,server:s$(n)=$(NETWORK).1$(n)) $(foreach n,1 2,client:c$(n)=$(NETWORK).2$(n))
 	@echo "ready for: vagrant up" >&2

@@ -36,12 +36,12 @@ agent_class "default" {
 def image(tmp_path: Path, repository: Path) -> Iterator[Image]:
     """The image that jobs/Dockerfile makes, with the packages from a folder of wheels."""
     wheels = tmp_path / "wheels"
+    locks = repository / ".ci" / "lock"
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check",
-         "-w", wheels, repository, "hatchling>=1.27"],
+        [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--require-hashes",
+         "--only-binary=:all:", "-d", wheels, "-r", locks / "build.txt", "-r", locks / "run.txt"],
         check=True,
     )  # fmt: skip
-    next(wheels.glob("nomad_watchdog-*.whl")).unlink()  # that one is for the image to build
     buildah = Buildah(tmp_path)
     packages = Path(sys.prefix) / "lib"
     a_root(tmp_path / "base", packages=["pip"], libraries=packages.glob("*/site-packages/**/*.so"))

@@ -5,7 +5,7 @@
 # On s1, which comes last, also Prometheus, and the cluster is made ready. Run as root. Again does no harm,
 # but on all hosts but s1 the secrets are deleted at the end: bring them anew first (`vagrant rsync`).
 #
-#   FILES     bin/nomad, bin/consul, nomad_watchdog-….whl, secrets/: `make vagrant-files`  [/cluster/files]
+#   FILES     bin/nomad, bin/consul, run.txt, nomad_watchdog-….whl, secrets/: `make vagrant-files`  [/cluster/files]
 #   JOBS      the folder jobs/ of the repository                                           [/cluster/jobs]
 #   SERVERS CLIENTS   addresses, with blanks between
 set -euo pipefail
@@ -30,7 +30,8 @@ if [ -n "$missing" ]; then
 fi
 install -m 755 "$files/bin/nomad" "$files/bin/consul" /usr/local/bin/
 [ -x "$PYTHON" ] || python3 -m venv /opt/nomad-watchdog
-/opt/nomad-watchdog/bin/pip install -q "$files"/nomad_watchdog-*.whl
+/opt/nomad-watchdog/bin/pip install -q --require-hashes -r "$files/run.txt"
+/opt/nomad-watchdog/bin/pip install -q --no-index --no-deps "$files"/nomad_watchdog-*.whl
 ln -sf /opt/nomad-watchdog/bin/nomad-watchdog /usr/local/bin/nomad-watchdog
 
 bash "$JOBS/cluster/node.sh" "$role" "$name" "$address"
