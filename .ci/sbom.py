@@ -90,7 +90,7 @@ def bill() -> dict[str, Any]:
             if name in by_name:
                 needs.setdefault(by_name[name], []).append(one.purl)
     components = [image, *(_component(one) for one in packages)]
-    metadata = {"component": {
+    metadata: dict[str, Any] = {"component": {
         "type": "application", "bom-ref": us, "name": project["name"], "version": project["version"],
         "purl": us, "licenses": [{"license": {"id": project["license"]}}],
     }}  # fmt: skip

@@ -57,6 +57,58 @@ def test_the_guide_names_all_that_is_made_and_all_that_is_not(repository: Path) 
         assert word in told
 
 
+def allowed(policy: dict[str, Any], namespace: dict[str, str], pod: dict[str, str]) -> bool:
+    """Whether the rules of a NetworkPolicy let this pod connect, as Kubernetes documents it."""
+
+    def selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
+        selector = selector or {}
+        pairs = selector.get("matchLabels", {}).items()
+        rules = selector.get("matchExpressions", [])
+        assert all(rule["operator"] == "In" for rule in rules)
+        return all(labels.get(key) == value for key, value in pairs) and all(
+            labels.get(rule["key"]) in rule["values"] for rule in rules
+        )
+
+    home = {"kubernetes.io/metadata.name": policy["metadata"]["namespace"]}
+    for rule in policy["spec"]["ingress"]:
+        if not rule.get("from"):
+            return True
+        for peer in rule["from"]:
+            assert peer.keys() <= {"namespaceSelector", "podSelector"}
+            assert peer
+            where = peer.get("namespaceSelector", {"matchLabels": home})
+            if selects(where, namespace) and selects(peer.get("podSelector"), pod):
+                return True
+    return False
+
+
+def test_only_named_peers_may_connect(repository: Path) -> None:
+    """The API takes connections of replicas, agents and namespaces with its label; agents those of the control
+    plane and of namespaces with theirs; a pod elsewhere that wears our labels reaches neither."""
+    policies = {
+        one["metadata"]["name"]: one
+        for one in documents(repository / "jobs" / "kubernetes")
+        if one["kind"] == "NetworkPolicy"
+    }
+    name, app = "kubernetes.io/metadata.name", "app.kubernetes.io/name"
+    home, other = {name: "nomad-watchdog"}, {name: "other"}
+    plane, agent = {app: "nomad-watchdog"}, {app: "watchdog-agent"}
+    cases = (
+        (home, plane, True, True),
+        (home, agent, True, False),
+        (home, {}, False, False),
+        (home, {app: "nomad-watchdog-pool"}, False, False),
+        (other, plane, False, False),
+        (other, agent, False, False),
+        (other | {"nomad-watchdog/api-client": "true"}, {}, True, False),
+        (other | {"nomad-watchdog/agent-client": "true"}, {}, False, True),
+        (other | {"nomad-watchdog/api-client": "false"}, {}, False, False),
+    )
+    for namespace, pod, api, agents in cases:
+        assert allowed(policies["nomad-watchdog"], namespace, pod) is api, (namespace, pod)
+        assert allowed(policies["watchdog-agents"], namespace, pod) is agents, (namespace, pod)
+
+
 def test_the_configuration_in_the_manifest_is_accepted(repository: Path, tmp_path: Path) -> None:
     """The HCL in the ConfigMap passes our own check."""
     (config,) = [
