@@ -224,14 +224,17 @@ def _consul_version(status: int, self_: Any) -> Check:
     return Check("consul version", Status.FAIL, version, "upgrade Consul to 1.14 or later")
 
 
+_SESSION: Final = 'grant session "NODE" { policy = "write" }, for the node of this Consul agent'
+
+
 async def _consul_session(server: _Server) -> Check:
     body = {"Name": "nomad-watchdog-doctor", "TTL": "10s", "Behavior": "delete"}
     status, made = await server.call("PUT", "/v1/session/create", body)
     if status != 200:
-        return Check("consul session", Status.FAIL, f"HTTP {status}", "grant session_prefix write")
+        return Check("consul session", Status.FAIL, f"HTTP {status}", _SESSION)
     status, _ = await server.call("PUT", f"/v1/session/destroy/{made['ID']}")
     ok = status == 200
-    mend = "" if ok else "grant session_prefix write"
+    mend = "" if ok else _SESSION
     return Check("consul session", Status.OK if ok else Status.FAIL, "made and destroyed", mend)
 
 

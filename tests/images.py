@@ -40,7 +40,7 @@ class Buildah:
 
     def __call__(self, *arguments: str | Path) -> str:
         done = subprocess.run(
-            [*self.base, *arguments], capture_output=True, text=True, check=False, timeout=300
+            [*self.base, *arguments], capture_output=True, text=True, check=False, timeout=600
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout.strip()

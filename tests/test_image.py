@@ -15,7 +15,7 @@ import pytest
 from nomad_watchdog.dev.process import free_port
 from tests.images import BASE, Buildah, Image, a_base, a_root, assert_confined, opened
 
-pytestmark = [pytest.mark.image, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.image, pytest.mark.long, pytest.mark.timeout(1200)]
 NAME = "agntup/nomad-watchdog"
 STATE = "/var/lib/nomad-watchdog"
 TOKEN = "operators-s3cret-token"

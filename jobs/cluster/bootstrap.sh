@@ -34,9 +34,17 @@ wait_for() { # WHAT SECONDS COMMAND…
 
 # Consul: a policy for each kind of caller, and the token that its hosts have already
 wait_for "consul has a leader" 120 "$consul" acl policy list
-policy() { # NAME FILE
+# sessions only on the clients, where control planes and agents run: each has its certificate here
+sessions() {
+  for key in "$SECRETS"/*-key.pem; do
+    cert=${key%-key.pem}.pem
+    openssl x509 -in "$cert" -noout -ext subjectAltName 2>/dev/null | grep -q DNS:client. || continue
+    printf 'session "%s" { policy = "write" }\n' "$(basename "$cert" .pem)"
+  done
+}
+policy() { # NAME FILE [MORE RULES]
   "$consul" acl policy read -name "$1" >/dev/null 2>&1 ||
-    "$consul" acl policy create -name "$1" -rules "@$2" >/dev/null
+    { cat "$2"; echo "${3:-}"; } | "$consul" acl policy create -name "$1" -rules - >/dev/null
   # in the body of a request and not in an argument, where every process could read it
   CONSUL_HTTP_TOKEN=$(cat "$SECRETS/$1") "$consul" acl token read -self >/dev/null 2>&1 ||
     printf '{"SecretID": "%s", "Description": "%s", "Policies": [{"Name": "%s"}]}' \
@@ -46,8 +54,8 @@ policy() { # NAME FILE
 }
 policy consul-node "$jobs/cluster/consul-node.hcl"
 policy consul-nomad "$jobs/cluster/consul-nomad.hcl"
-policy consul-reconciler "$jobs/policies/consul-reconciler.hcl"
-policy consul-watchdog "$jobs/policies/consul-agent.hcl"
+policy consul-reconciler "$jobs/policies/consul-reconciler.hcl" "$(sessions)"
+policy consul-watchdog "$jobs/policies/consul-agent.hcl" "$(sessions)"
 say "consul's policies and tokens are there"
 
 # Nomad

@@ -1,5 +1,11 @@
-# What the control plane needs of Consul. Give the key_prefix your own registry prefix.
-# `consul acl policy create -name watchdog-reconciler -rules @consul-reconciler.hcl`
+# What the control plane needs of Consul, but for sessions. Give the key_prefix your own registry prefix.
+#
+# Leases are sessions. Consul's rules for sessions go by the node that a session is made on: that of the Consul
+# agent that a replica talks to. Write access to a node's sessions is enough to end every session of that node, those
+# of other programs too. So name the nodes where replicas run, and no others:
+#
+#   printf 'session "%s" { policy = "write" }\n' client-1 client-2 | cat consul-reconciler.hcl - |
+#     consul acl policy create -name watchdog-reconciler -rules -
 
 # The registry of devices and its sentinel.
 key_prefix "nomad-watchdog/" {
@@ -17,10 +23,5 @@ node_prefix "" {
 
 # The control planes announce themselves, with the check that their leases hang on.
 service "nomad-watchdog-replica" {
-  policy = "write"
-}
-
-# Leases are sessions; their rules go by the name of the node that they are made on.
-session_prefix "" {
   policy = "write"
 }

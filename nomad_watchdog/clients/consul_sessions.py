@@ -20,7 +20,7 @@ from nomad_watchdog.errors import FencedError
 SESSION_TTL_S: Final = 15
 """The least that Consul takes is 10. It is the second net: it ends a session whose Consul agent is gone
 and can't fail the check."""
-_NEEDS: Final = 'session_prefix "" { policy = "write" }'
+_NEEDS: Final = 'session "NODE" { policy = "write" }, for the node of this Consul agent'
 
 
 class ConsulSessions:

@@ -111,6 +111,10 @@ class ConsulServer(Running):
         """SIGKILL, as a crash would do it."""
         await self._running().kill()
 
+    def sessions(self, rules: str) -> str:
+        """The rules of a policy, and the right to sessions of this node, which the policies in jobs/ leave out."""
+        return f'{rules}\nsession "{self.node}" {{ policy = "write" }}\n'
+
     def pause(self) -> None:
         """SIGSTOP: connections stay open, and nothing is answered."""
         self._running().send(signal.SIGSTOP)

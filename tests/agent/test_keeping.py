@@ -204,7 +204,7 @@ async def test_the_shipped_rights_are_enough(
     await receiver.start()
     headers = {"X-Consul-Token": acl_consul.token}
     async with aiohttp.ClientSession(acl_consul.http_addr, headers=headers) as http:
-        policy = {"Name": "watchdog-agent", "Rules": rules}
+        policy = {"Name": "watchdog-agent", "Rules": acl_consul.sessions(rules)}
         async with http.put("/v1/acl/policy", json=policy) as answer:
             assert answer.status == 200, await answer.text()
         made = {"Policies": [{"Name": "watchdog-agent"}]}

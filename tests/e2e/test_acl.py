@@ -108,7 +108,9 @@ async def test_s10_the_main_job_with_every_door_shut(tmp_path: Path, repository:
             "api": API_TOKEN,
             "nomad": await nomad_token(nomad, (policies / "nomad-reconciler.hcl").read_text()),
             "consul": await consul_token(
-                consul, "reconciler", (policies / "consul-reconciler.hcl").read_text()
+                consul,
+                "reconciler",
+                consul.sessions((policies / "consul-reconciler.hcl").read_text()),
             ),
             "agent": await consul_token(
                 consul, "agent", (policies / "consul-agent.hcl").read_text()

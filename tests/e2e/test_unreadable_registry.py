@@ -45,7 +45,7 @@ async def test_lost_rights_are_reported_at_once_and_stop_nothing(
 ) -> None:
     """When the policy of the token is emptied the status is not ready and names the policy that is needed, the log has
     one line about it, and the agent goes on; when the rights are back everything goes on as before."""
-    rights = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
+    rules = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
     async with (
         ConsulServer(tmp_path / "consul", acl=True) as consul,
         aiohttp.ClientSession(consul.http_addr, headers={"X-Consul-Token": consul.token}) as http,
@@ -60,7 +60,7 @@ async def test_lost_rights_are_reported_at_once_and_stop_nothing(
         owner = ConsulClient(ConsulSettings(address=consul.http_addr, token=consul.token))
         await ConsulRegistry(client=owner).initialise()
         await owner.close()
-        name = f"p-{uuid.uuid4()}"
+        name, rights = f"p-{uuid.uuid4()}", consul.sessions(rules)
         policy = await put("/v1/acl/policy", Name=name, Rules=rights)
         token = (await put("/v1/acl/token", Policies=[{"Name": name}]))["SecretID"]
         config, env = CONFIG.replace("CONSUL", consul.http_addr), {"CONSUL_HTTP_TOKEN": token}

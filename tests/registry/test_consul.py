@@ -14,9 +14,11 @@ import aiohttp
 import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings, cas
+from nomad_watchdog.clients.consul_sessions import ConsulSessions
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.errors import DeniedError, TerminalError, TransientError, UserError
 from nomad_watchdog.registry.consul import ConsulRegistry
+from tests.attacks.table import Attack
 from tests.registry.records import record
 
 
@@ -326,3 +328,69 @@ async def test_too_large_transaction_is_terminal(consul_client: ConsulClient) ->
     """What Consul refuses for its size is a TerminalError: trying again does not help."""
     with pytest.raises(TerminalError, match="413"):
         await consul_client.txn([cas(f"large/{i}", b"", 0) for i in range(129)])
+
+
+@pytest.mark.attack(
+    "D2", "a stolen Consul token of the control plane or of an agent, used on other sessions"
+)
+async def test_a_token_of_ours_ends_no_session_of_another_node(
+    acl_consul: ConsulServer, repository: Path, attack: Attack
+) -> None:
+    """With the shipped policies and the right to sessions of one node, a lease is taken, kept and given back
+    there; a session of another node can't be made, renewed or ended, and its lock stays; without that right
+    there is no session at all, and the error names what is missing."""
+    headers = {"X-Consul-Token": acl_consul.token}
+    other = f"other-{uuid.uuid4()}"
+    refused = 0
+    async with aiohttp.ClientSession(acl_consul.http_addr, headers=headers) as http:
+        node = {"Node": other, "Address": "127.0.0.9"}
+        async with http.put("/v1/catalog/register", json=node) as answer:
+            assert answer.status == 200, await answer.text()
+        theirs = {"Node": other, "NodeChecks": [], "TTL": "600s"}
+        async with http.put("/v1/session/create", json=theirs) as answer:
+            victim = (await answer.json())["ID"]
+        lock = f"/v1/kv/{other}/leader"
+        async with http.put(lock, params={"acquire": victim}, data=b"x") as answer:
+            assert await answer.json() is True
+        for policy in ("consul-reconciler", "consul-agent"):
+            rules = (repository / f"jobs/policies/{policy}.hcl").read_text()
+            token = await acl_token(acl_consul, acl_consul.sessions(rules))
+            for path, body in (
+                (f"/v1/session/destroy/{victim}", None),
+                (f"/v1/session/renew/{victim}", None),
+                ("/v1/session/create", theirs),
+            ):
+                stolen = {"X-Consul-Token": token}
+                async with http.put(path, json=body, headers=stolen) as answer:
+                    assert answer.status == 403, (path, await answer.text())
+                refused += 1
+        async with http.get(lock) as answer:
+            assert (await answer.json())[0]["Session"] == victim
+        async with http.put(f"/v1/session/destroy/{victim}") as answer:
+            assert answer.status == 200
+        async with http.put("/v1/catalog/deregister", json={"Node": other}) as answer:
+            assert answer.status == 200
+
+    rules = (repository / "jobs/policies/consul-reconciler.hcl").read_text()
+    name, key = f"replica-{uuid.uuid4()}", f"nomad-watchdog/leases/{uuid.uuid4()}"
+    for granted in (acl_consul.sessions(rules), rules):
+        token = await acl_token(acl_consul, granted)
+        async with client_of(acl_consul, token) as client:
+            sessions = ConsulSessions(client)
+            await sessions.announce(
+                "nomad-watchdog-replica", name, name, 60.0, place=("127.0.0.1", 1)
+            )
+            if granted is rules:
+                with pytest.raises(DeniedError, match='session "NODE"'):
+                    await sessions.create("lease", name)
+            else:
+                session = await sessions.create("lease", name)
+                assert await sessions.lock(key, b"{}", session)
+                await sessions.beat(name, session)
+                await sessions.unlock([key], session, forget=[key])
+                await sessions.destroy(session)
+            await sessions.retract(name)
+    attack.tried, attack.result = (
+        refused,
+        f"{refused} of {refused} refused with 403, the other program kept its lock",
+    )
