@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -99,6 +100,7 @@ class Confined(ControlPlane):
     not (shutil.which("systemd-analyze") and ctypes.util.find_library("seccomp")),
     reason="systemd-analyze or libseccomp is not installed",
 )
+@pytest.mark.slow_because("starts a control plane, then an agent, and waits until it is gone again")
 async def test_local_agents_run_under_it(unit: Path, tmp_path: Path) -> None:
     """With the unit's capabilities, system calls, address families and memory rules a control plane starts an
     agent as its child, whose TCP and command probes answer, and stops it; both are confined."""
@@ -121,7 +123,8 @@ async def test_local_agents_run_under_it(unit: Path, tmp_path: Path) -> None:
         for pid in (plane.process.pid, agent):
             found = facts(pid)
             assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
-            assert int(found["CapBnd"], 16) == int(found["CapEff"], 16) == 0
+            assert int(found["CapEff"], 16) == 0
+            assert int(found["CapBnd"], 16) == 0 or os.geteuid() != 0  # only root can give it up
         await plane.call("DELETE", "/v1/devices/pump-1")
         async with asyncio.timeout(60.0):
             while Path(f"/proc/{agent}").exists():
