@@ -37,6 +37,16 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class ClosedHost:
+    """A host on which the scheduler places no new agents, because an operator asked for that."""
+
+    draining: bool
+    """Its agents are to move to other hosts. False: it is only ineligible, and they stay."""
+    state: str
+    """In a few words, for people: "draining until 2026-11-30T05:00:00Z", for example."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Placements of this installation as of one index; dead ones that the backend still lists too.
 
@@ -49,6 +59,8 @@ class Snapshot:
     only: frozenset[Slug] | None = None
     behind: frozenset[Slug] = frozenset()
     """Devices of which it does not show what `index` promises: look again."""
+    closed_hosts: Mapping[str, ClosedHost] = field(default_factory=dict)
+    """By name, in a full snapshot of a backend that knows of its hosts."""
 
 
 @dataclass(frozen=True, slots=True)
