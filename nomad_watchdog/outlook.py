@@ -25,6 +25,7 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 from nomad_watchdog.performer import Performer
+from nomad_watchdog.schedulers import waiting
 from nomad_watchdog.territory import Territory
 from nomad_watchdog.workqueue import WorkQueue
 
@@ -92,11 +93,18 @@ class Outlook:
             },
             "unprepared_classes": dict(self.unprepared),
             "waiting_rollout": self.last_plan().waiting_rollout,
-            "starts_held": self.no_room(),
+            "starts_held": self.no_room() or self._waiting(),
             "replica": self.leases.replica,
             "holds": f"{len(self.leases.terms())} of {self.leases.shards} shards",
             "leases": self.leases.problem,
         }
+
+    def _waiting(self) -> str:
+        """How many agents wait for a node, and why, in words; "" = none."""
+        found = (one for some in self.fleet.placements.values() for one in some)
+        return waiting(
+            [one.reason for one in found if one.queued and one.state is not PlacementState.DEAD]
+        )
 
     def explain(self, slug: Slug) -> dict[str, object]:
         """What comes next for one device, and when."""

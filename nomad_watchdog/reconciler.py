@@ -554,7 +554,8 @@ class Reconciler:
             self.metrics.passed("ok" if not self.breaker.held else "held", took_s)
             if self.breaker.wants_second_read:
                 await self._read_again()
-            if any(a.kind is ActionKind.START or a.stalled for a in self.last_plan.actions):
+            starts = any(a.kind is ActionKind.START or a.stalled for a in self.last_plan.actions)
+            if starts or self._no_room or self._full:
                 await self._ask_for_room()
             # A pass may cost about a twentieth of the time: while it thinks, no answer is read.
             await asyncio.sleep(min(19 * took_s, 2.0))

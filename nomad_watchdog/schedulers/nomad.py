@@ -54,6 +54,7 @@ from nomad_watchdog.schedulers._nomad_view import (
     looks_dead,
     placement,
     unevaluated,
+    unplaced,
 )
 
 log = logging.getLogger(__name__)
@@ -296,8 +297,8 @@ class NomadScheduler:
     async def capacity(self) -> Capacity:
         # not by `filter`, an expression that Nomad evaluates for each of all evaluations
         found = await self._client.pages("/v1/evaluations", "read-job", {"status": "blocked"})
-        ours = {one["JobID"] for one in found.body if self._is_ours(one["JobID"])}
-        return Capacity.beside(len(ours), self._blocked_limit)
+        ours = {one["JobID"]: unplaced([one]) for one in found.body if self._is_ours(one["JobID"])}
+        return Capacity.beside(ours.values(), self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
         done = 0

@@ -40,7 +40,8 @@ agent_class "default" {
 @pytest.mark.slow_because("starts a Nomad of its own, as no node of a shared one may be drained")
 async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Path) -> None:
     """With a resync of ten minutes: `status` and `explain` show the drain from the scheduler's event on, an event
-    is published once per change, and a restart of the control plane publishes nothing again."""
+    is published once per change, and a restart of the control plane publishes nothing again. An agent that no node
+    takes has that reason in `status` and in its device's verdict, without a start being held."""
     async with NomadServer(tmp_path / "nomad") as nomad:
         config = CONFIG.replace("NOMAD", nomad.http_addr).replace("TEMPLATE", str(TEMPLATE))
         async with ControlPlane(tmp_path, "plane", config) as plane:
@@ -95,6 +96,14 @@ async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Pat
             eligibility = f"{path}/eligibility"
             await nomad.request("POST", eligibility, {"Eligibility": "ineligible"})
             assert (await closed("ineligible"))["agents"] == 1
+
+            await plane.register("valve")
+            why = "no node takes it: no eligible node in its datacenters and pool"
+            held = f"1 agent waits for a node: {why}"
+            await plane.until("/v1/status", lambda status: status["starts_held"] == held)
+            waits = await plane.call("GET", "/v1/devices/valve")
+            assert waits["reason"] == f"agent pending: {why}"
+
             await plane.process.terminate(15.0)
             await nomad.request("POST", eligibility, {"Eligibility": "eligible"})
             await plane.start()
