@@ -24,7 +24,8 @@ _PLAIN: Final[Mapping[str, str]] = {
 }
 
 
-_OTHERS: Final = ("node",)
+_RESTORED: Final = "registry.restored"
+_OTHERS: Final = ("node", "replica")
 """Heads of kinds that are about something other than a device: it is named in the data, under the same word."""
 
 
@@ -48,7 +49,7 @@ def is_shared(event: Said) -> bool:
     """Whether every replica sees for itself what this event tells."""
     head = event.kind.partition(".")[0]
     heads = ("verdict", "repair", "incident", "agent", *_OTHERS)
-    return head in heads or event.kind in _PLAIN
+    return head in heads or event.kind in _PLAIN or event.kind == _RESTORED
 
 
 def subject(event: Said) -> Subject | None:
@@ -57,6 +58,8 @@ def subject(event: Said) -> Subject | None:
     if head == "incident":
         kind, group = event.data.get("kind"), event.data.get("group")
         return (Slug(""), f"incident {kind} {group}") if kind else None
+    if event.kind == _RESTORED:
+        return Slug(""), event.kind
     if head in _OTHERS:
         return Slug(""), f"{head} {event.data.get(head)}"
     return event.slug, _PLAIN.get(event.kind, head)
@@ -69,6 +72,8 @@ def state(event: Said) -> str:
         return f"{event.kind} {event.data.get('number')}"
     if event.kind == "incident.updated":
         return f"{event.kind} {event.data.get('count')}"
+    if event.kind == _RESTORED:
+        return f"{event.kind} {event.data.get('index')}"
     if _PLAIN.get(event.kind) == "presence":
         return f"{event.kind} {event.data.get('generation')}"
     return event.kind
