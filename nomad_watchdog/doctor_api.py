@@ -50,7 +50,7 @@ async def checks(settings: Settings) -> list[Found]:
         found: list[Found] = [("api.advertise", "ok", f"{where} answers", "")]
         if settings.api.agent_key_file or settings.api.agent_token_file:
             found.append(await _believed(session, settings, tls))
-        found += await _unheard(session, settings, tls)
+        found += await _status(session, settings, tls)
     return found
 
 
@@ -136,10 +136,11 @@ async def _believed(
     return name, "ok", f"the control plane believes what comes from {setting}", ""
 
 
-async def _unheard(
+async def _status(
     session: aiohttp.ClientSession, settings: Settings, tls: ssl.SSLContext | bool
 ) -> list[Found]:
-    """How many running agents are refused or silent, as the control plane says."""
+    """What the control plane says of itself: how many running agents are refused or silent, and whether its
+    registry went back in time."""
     token, name = "", "agents heard"
     if settings.api.token_file:
         try:
@@ -155,14 +156,24 @@ async def _unheard(
         status, said = await _call(session, "GET", f"{settings.advertise}/v1/status", tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         return [(name, "warn", _why(error), "run doctor again")]
-    counts = said.get("unheard")
-    if status != 200 or not isinstance(counts, dict):
+    if status != 200 or not isinstance(said.get("unheard"), dict):
         return [(name, "warn", f"the status can't be read (HTTP {status})", "set api.token_file")]
+    found = [_unheard(said["unheard"])]
+    if restored := said.get("registry_restored"):
+        mend = (
+            "see docs/runbooks.md, RegistryRestored; a restart of the control plane ends this line"
+        )
+        found.append(("registry restored", "warn", str(restored), mend))
+    return found
+
+
+def _unheard(counts: dict[str, Any]) -> Found:
+    name = "agents heard"
     refused, silent = counts.get("refused", 0), counts.get("silent", 0)
     if not refused and not silent:
-        return [(name, "ok", "every running agent is heard", "")]
+        return name, "ok", "every running agent is heard", ""
     what = f"the reports of {refused} running agents are refused, and {silent} are silent"
     mend = (
         "see `devices ls --verdict unwatched` for the reason, and docs/runbooks.md, AgentsUnheard"
     )
-    return [(name, "fail", what, mend)]
+    return name, "fail", what, mend
