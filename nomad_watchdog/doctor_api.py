@@ -54,6 +54,31 @@ async def checks(settings: Settings) -> list[Found]:
     return found
 
 
+async def agents(settings: Settings) -> dict[str, str]:
+    """Where the control plane says that agents are (`host:port` → device), those first that it has not heard for
+    longest; none if it does not say."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        token, tls = _operator_token(settings), _trust(settings)
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
+            url = f"{settings.advertise}/v1/agents?limit=1000"
+            _, said = await _call(session, "GET", url, tls, token)
+        found = [(one["report_age_s"], one["listen"], one["id"]) for one in said.get("items", ())]
+        found = sorted((one for one in found if one[1]), reverse=True)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError, UserError):
+        return {}
+    return {str(listen): str(device) for _, listen, device in found}
+
+
+def _operator_token(settings: Settings) -> str:
+    """The operator's token, "" if none is set. Raises UserError."""
+    if not settings.api.token_file:
+        return ""
+    file = SecretFile("api.token_file", Path(settings.api.token_file), read_token)
+    (secret,) = file.required().now(Monotonic(0.0))
+    return secret.decode()
+
+
 def _why(error: Exception) -> str:
     """Why a call failed, in words: a system error by its name, without addresses and library names."""
     cause = getattr(error, "os_error", error)
@@ -141,17 +166,11 @@ async def _status(
 ) -> list[Found]:
     """What the control plane says of itself: how many running agents are refused or silent, and whether its
     registry went back in time."""
-    token, name = "", "agents heard"
-    if settings.api.token_file:
-        try:
-            (secret,) = (
-                SecretFile("api.token_file", Path(settings.api.token_file), read_token)
-                .required()
-                .now(Monotonic(0.0))
-            )
-        except UserError as error:
-            return [(name, "warn", str(error), "run doctor where api.token_file is")]
-        token = secret.decode()
+    name = "agents heard"
+    try:
+        token = _operator_token(settings)
+    except UserError as error:
+        return [(name, "warn", str(error), "run doctor where api.token_file is")]
     try:
         status, said = await _call(session, "GET", f"{settings.advertise}/v1/status", tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -131,14 +131,14 @@ class Outlook:
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         """What happens next for a device, and what it waits for; never empty."""
+        if self.fleet.registry_gone:  # and the leases with it, if they are in the same store
+            return "nothing until the registry is back; its agent goes on (see `status`)"
         if lease.shard not in self.leases.terms():
             return (
                 f"decided by {lease.holder}, who holds its shard"
                 if lease.holder
                 else "nothing until a replica takes its shard; no replica holds it now"
             )
-        if self.fleet.registry_gone:
-            return "nothing until the registry is back; its agent goes on (see `status`)"
         if slug in self.fleet.unreadable:
             return "nothing until its registry record can be read; its agent is left as it is"
         expected = self.performer.expectations.get(slug)
