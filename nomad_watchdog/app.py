@@ -38,6 +38,7 @@ from nomad_watchdog.pools.keeper import Keeper
 from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.reloading import Reloader
+from nomad_watchdog.replicas import Replicas
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.moving import Moving
 from nomad_watchdog.told import Told
@@ -241,7 +242,8 @@ async def _run(
     app[CONTEXT].reloads = reloader
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
-        others = [peers.run, departures.run, inventory.run, reloader.run]
+        replicas_seen = Replicas(fleet, reconciler.leases)
+        others = [replicas_seen.run, peers.run, departures.run, inventory.run, reloader.run]
         others += [one.run for one in (feed, keeper) if one is not None]
         async with asyncio.TaskGroup() as group:
             renewing = group.create_task(listener.follow())

@@ -33,7 +33,7 @@ from nomad_watchdog.model import (
     DeviceRecord,
     Limits,
     Monotonic,
-    Placement,
+    PlacementState,
     Presence,
     Repairs,
     Verdict,
@@ -45,7 +45,8 @@ MOST_CLOSED: Final = 100
 """Closed incidents that are still shown."""
 SITE_LABEL: Final = "site"
 _OPENED: Final = re.compile(
-    rf"(\d{{1,9}}) of (\d{{1,9}}) devices of ({'|'.join(GroupKind)}) (.+)", re.DOTALL
+    rf"(\d{{1,9}}) of (\d{{1,9}}) devices of ({'|'.join(GroupKind)}) (.+?)(?:; no agent runs: .+)?",
+    re.DOTALL,
 )
 """The text of an event that opens an incident."""
 GATEWAY_LABEL: Final = "gateway"
@@ -74,6 +75,8 @@ class _Known:
     inputs: tuple[object, ...] = ()
     node: str = ""
     gateway: str = ""
+    cause: str = ""
+    """Why no agent of it runs, in the scheduler's words; "" = one does, or that is not known."""
     placed_epoch: int = -1
     placed_at: Monotonic | None = None
     is_measured: bool = True
@@ -139,12 +142,14 @@ class Chronicle:
 
     # -- verdicts -------------------------------------------------------------------------------
 
-    def look(
-        self, record: DeviceRecord, placement: Placement | None, state: State, gateway: str = ""
-    ) -> None:
-        """Keep the groups of a device current. Cheap when nothing moved. `gateway`: its agent's word."""
-        known = self._of(record.slug)
-        node = placement.node if placement is not None else ""
+    def look(self, record: DeviceRecord, evidence: Evidence, state: State) -> None:
+        """Keep the groups of a device current. Cheap when nothing moved."""
+        known, placement = self._of(record.slug), evidence.placement
+        gateway = evidence.report.gateway if evidence.report is not None else ""
+        node, known.cause = "", evidence.obstacle
+        if placement is not None:
+            runs = placement.state is PlacementState.RUNNING
+            node, known.cause = placement.node, "" if runs else placement.reason
         gateway = gateway or known.gateway
         inputs = (record.device, record.presence, node, gateway)
         if known.inputs == inputs:
@@ -231,6 +236,15 @@ class Chronicle:
                 data={},
             )
 
+    def reason(self, incident: Incident) -> str:
+        """Why no agent runs for most of the devices of an incident, in the scheduler's words; "" = agents run,
+        or the reasons differ."""
+        causes = Counter(self._of(slug).cause for slug in incident.members)
+        if not causes:
+            return ""
+        ((most, count),) = causes.most_common(1)
+        return most if 2 * count > len(incident.members) else ""
+
     def _tell(self, news: News) -> None:
         incident = news.incident
         if news.step is Step.CLOSED:
@@ -251,6 +265,9 @@ class Chronicle:
             data["subsumed"] = len(news.marks)
         if news.step is Step.CLOSED:
             text += f"; {incident.bad} are still not well"
+        elif reason := self.reason(incident):
+            text += f"; no agent runs: {reason}"
+            data["reason"] = reason
         self.history.add(
             at=self.clock.wall(),
             kind=f"incident.{news.step.value}",
@@ -343,6 +360,7 @@ class Chronicle:
             "size": incident.size,
             "count": incident.count,
             "bad": incident.bad,
+            "reason": self.reason(incident) if closed is None else "",
             "first_age_s": round(now - incident.first_at, 1),
             "last_age_s": round(now - incident.last_at, 1),
             "closed_age_s": None if closed is None else round(now - closed, 1),

@@ -20,7 +20,14 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog import doctor_api, doctor_classes, doctor_nodes, migrations, preflight
+from nomad_watchdog import (
+    doctor_agents,
+    doctor_api,
+    doctor_classes,
+    doctor_nodes,
+    migrations,
+    preflight,
+)
 from nomad_watchdog.clients.consul import ConsulSettings
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
@@ -30,6 +37,7 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
 from nomad_watchdog.errors import (
     DeniedError,
+    NoRegistryError,
     NotFoundError,
     TransientError,
     UserError,
@@ -123,11 +131,17 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     """All checks that make sense for these settings, in the order in which to mend them."""
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
     checks += _files(settings, env)
-    for name, status, found, mend in await doctor_api.checks(settings):
-        checks.append(Check(name, Status(status), found, mend))
+    api = await doctor_api.checks(settings)
+    checks += [Check(name, Status(status), found, mend) for name, status, found, mend in api]
+    runs = ("api.advertise", "ok") in [one[:2] for one in api]
+    heard, registered = (await doctor_api.agents(settings) if runs else {}), dict[str, str]()
     if settings.registry_kind == "consul" or settings.agent_consul:
-        checks += await _guarded("consul", lambda: _consul(settings, env))
-    registry, document = await _registry(settings)
+        checks += await _guarded("consul", lambda: _consul(settings, env, registered))
+    # First those that only Consul knows: no report of them has been accepted here.
+    agents = {k: v for k, v in registered.items() if k not in heard} | heard
+    for name, status, found, mend in await doctor_agents.checks(agents, runs=runs):
+        checks.append(Check(name, Status(status), found, mend))
+    registry, document = await _registry(settings, runs=runs)
     checks.append(registry)
     for name, status, found, mend in await doctor_classes.checks(settings):
         checks.append(Check(name, Status(status), found, mend))
@@ -196,7 +210,10 @@ async def _server(
         yield _Server(session, settings, params or {})
 
 
-async def _consul(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+async def _consul(
+    settings: Settings, env: Mapping[str, str], agents: dict[str, str]
+) -> list[Check]:
+    """Adds the agents that are registered to `agents`: `host:port` → device."""
     reached = consul_settings(settings, env)
     headers = {"X-Consul-Token": reached.read_token(), "X-Consul-Namespace": reached.namespace}
     async with _server(reached, headers) as server:
@@ -212,6 +229,11 @@ async def _consul(settings: Settings, env: Mapping[str, str]) -> list[Check]:
         checks.append(_consul_version(status, self_))
         checks.append(await _consul_session(server))
         checks.append(await _consul_kv(server, settings.consul.prefix))
+        _, rows = await server.call("GET", f"/v1/catalog/service/{settings.consul.service}")
+        for row in rows if isinstance(rows, list) else ():
+            host = row.get("ServiceAddress") or row.get("Address", "")
+            device = (row.get("ServiceMeta") or {}).get("device_id", row.get("ServiceID", ""))
+            agents[f"{host}:{row.get('ServicePort', 0)}"] = str(device)
         return checks
 
 
@@ -248,14 +270,19 @@ async def _consul_kv(server: _Server, prefix: str) -> Check:
     return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
 
 
-NO_REGISTRY: Final = (
-    "if there were records: `nomad-watchdog registry import FILE` brings them back; for a new installation: "
-    "`nomad-watchdog init`"
+_NO_REGISTRY: Final = (
+    "for a new installation run `nomad-watchdog init`; if there were records here, bring them back with "
+    "`nomad-watchdog registry import FILE`"
+)
+_LOST_REGISTRY: Final = (
+    "bring the records back with `nomad-watchdog registry import FILE`; without a backup, save what the control "
+    "plane still knows with `nomad-watchdog devices export` before you restart it"
 )
 
 
-async def _registry(settings: Settings) -> tuple[Check, bytes]:
-    """Whether it can be read, and its document of migrations."""
+async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
+    """Whether it can be read, and its document of migrations. `runs`: a control plane answers, which it does only
+    if there was a registry when it started."""
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
         where = f"{settings.registry_path} is not there yet"
         return Check("registry", Status.OK, where, "the first run, or `init`, makes it"), b""
@@ -264,8 +291,13 @@ async def _registry(settings: Settings) -> tuple[Check, bytes]:
             installation = await registry.installation()
             count = len((await registry.read()).records)
             document = await registry.document(migrations.NAME)
+    except NoRegistryError:
+        if runs:
+            what = "the registry was wiped or replaced while the control plane runs"
+            return Check("registry", Status.FAIL, what, _LOST_REGISTRY), b""
+        return Check("registry", Status.WARN, "not initialised yet", _NO_REGISTRY), b""
     except UserError as error:
-        return Check("registry", Status.FAIL, str(error), NO_REGISTRY), b""
+        return Check("registry", Status.FAIL, str(error), "see registry"), b""
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
         mend = "make the store reachable; see registry"

@@ -50,8 +50,33 @@ async def checks(settings: Settings) -> list[Found]:
         found: list[Found] = [("api.advertise", "ok", f"{where} answers", "")]
         if settings.api.agent_key_file or settings.api.agent_token_file:
             found.append(await _believed(session, settings, tls))
-        found += await _unheard(session, settings, tls)
+        found += await _status(session, settings, tls)
     return found
+
+
+async def agents(settings: Settings) -> dict[str, str]:
+    """Where the control plane says that agents are (`host:port` → device), those first that it has not heard for
+    longest; none if it does not say."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        token, tls = _operator_token(settings), _trust(settings)
+        async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
+            url = f"{settings.advertise}/v1/agents?limit=1000"
+            _, said = await _call(session, "GET", url, tls, token)
+        found = [(one["report_age_s"], one["listen"], one["id"]) for one in said.get("items", ())]
+        found = sorted((one for one in found if one[1]), reverse=True)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError, UserError):
+        return {}
+    return {str(listen): str(device) for _, listen, device in found}
+
+
+def _operator_token(settings: Settings) -> str:
+    """The operator's token, "" if none is set. Raises UserError."""
+    if not settings.api.token_file:
+        return ""
+    file = SecretFile("api.token_file", Path(settings.api.token_file), read_token)
+    (secret,) = file.required().now(Monotonic(0.0))
+    return secret.decode()
 
 
 def _why(error: Exception) -> str:
@@ -136,33 +161,38 @@ async def _believed(
     return name, "ok", f"the control plane believes what comes from {setting}", ""
 
 
-async def _unheard(
+async def _status(
     session: aiohttp.ClientSession, settings: Settings, tls: ssl.SSLContext | bool
 ) -> list[Found]:
-    """How many running agents are refused or silent, as the control plane says."""
-    token, name = "", "agents heard"
-    if settings.api.token_file:
-        try:
-            (secret,) = (
-                SecretFile("api.token_file", Path(settings.api.token_file), read_token)
-                .required()
-                .now(Monotonic(0.0))
-            )
-        except UserError as error:
-            return [(name, "warn", str(error), "run doctor where api.token_file is")]
-        token = secret.decode()
+    """What the control plane says of itself: how many running agents are refused or silent, and whether its
+    registry went back in time."""
+    name = "agents heard"
+    try:
+        token = _operator_token(settings)
+    except UserError as error:
+        return [(name, "warn", str(error), "run doctor where api.token_file is")]
     try:
         status, said = await _call(session, "GET", f"{settings.advertise}/v1/status", tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         return [(name, "warn", _why(error), "run doctor again")]
-    counts = said.get("unheard")
-    if status != 200 or not isinstance(counts, dict):
+    if status != 200 or not isinstance(said.get("unheard"), dict):
         return [(name, "warn", f"the status can't be read (HTTP {status})", "set api.token_file")]
+    found = [_unheard(said["unheard"])]
+    if restored := said.get("registry_restored"):
+        mend = (
+            "see docs/runbooks.md, RegistryRestored; a restart of the control plane ends this line"
+        )
+        found.append(("registry restored", "warn", str(restored), mend))
+    return found
+
+
+def _unheard(counts: dict[str, Any]) -> Found:
+    name = "agents heard"
     refused, silent = counts.get("refused", 0), counts.get("silent", 0)
     if not refused and not silent:
-        return [(name, "ok", "every running agent is heard", "")]
+        return name, "ok", "every running agent is heard", ""
     what = f"the reports of {refused} running agents are refused, and {silent} are silent"
     mend = (
         "see `devices ls --verdict unwatched` for the reason, and docs/runbooks.md, AgentsUnheard"
     )
-    return [(name, "fail", what, mend)]
+    return name, "fail", what, mend

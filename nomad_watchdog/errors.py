@@ -5,6 +5,7 @@
     WatchdogError
     ├─ UserError        bad input, config or template: says what to change; never retried
     │  ├─ NotFoundError no such device, class or placement
+    │  ├─ NoRegistryError it was never initialised, or it was wiped
     │  └─ OutOfDateError an event that is older than what it would change
     ├─ TransientError   429, 5xx, time-out, lost connection: try again, carries retry_after_s
     │  └─ StaleError    snapshot partial, or older than our own write: stop nothing (S7, S8)
@@ -42,6 +43,10 @@ class NotFoundError(UserError):
 
     exit_code = 66
     http_status = 404
+
+
+class NoRegistryError(UserError):
+    """There is no registry here: it was never initialised, or it was wiped, or this is another store."""
 
 
 class OutOfDateError(UserError):

@@ -197,13 +197,15 @@ class Follower:
         self.metrics.registry_restored()
         log.error("registry went back in time", extra={"reason": found.text})
         self._restored = f"{utc(fleet.clock.wall())}: {found.text}"
-        ids = sorted(record.device.id for record in (*found.older, *found.missing))
+        before = (*found.older, *found.missing)
+        ids = sorted(record.device.id for record in before)
         self._note(
             "registry.restored",
             found.text,
             older=len(found.older),
             missing=len(found.missing),
             pauses=found.pauses,
+            index=max((record.index for record in before), default=fleet.index),
             devices=ids[:MOST_IDS],
         )
 

@@ -25,6 +25,7 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 from nomad_watchdog.performer import Performer
+from nomad_watchdog.schedulers import waiting
 from nomad_watchdog.territory import Territory
 from nomad_watchdog.workqueue import WorkQueue
 
@@ -92,11 +93,18 @@ class Outlook:
             },
             "unprepared_classes": dict(self.unprepared),
             "waiting_rollout": self.last_plan().waiting_rollout,
-            "starts_held": self.no_room(),
+            "starts_held": self.no_room() or self._waiting(),
             "replica": self.leases.replica,
             "holds": f"{len(self.leases.terms())} of {self.leases.shards} shards",
             "leases": self.leases.problem,
         }
+
+    def _waiting(self) -> str:
+        """How many agents wait for a node, and why, in words; "" = none."""
+        found = (one for some in self.fleet.placements.values() for one in some)
+        return waiting(
+            [one.reason for one in found if one.queued and one.state is not PlacementState.DEAD]
+        )
 
     def explain(self, slug: Slug) -> dict[str, object]:
         """What comes next for one device, and when."""
@@ -123,14 +131,14 @@ class Outlook:
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         """What happens next for a device, and what it waits for; never empty."""
+        if self.fleet.registry_gone:  # and the leases with it, if they are in the same store
+            return "nothing until the registry is back; its agent goes on (see `status`)"
         if lease.shard not in self.leases.terms():
             return (
                 f"decided by {lease.holder}, who holds its shard"
                 if lease.holder
                 else "nothing until a replica takes its shard; no replica holds it now"
             )
-        if self.fleet.registry_gone:
-            return "nothing until the registry is back; its agent goes on (see `status`)"
         if slug in self.fleet.unreadable:
             return "nothing until its registry record can be read; its agent is left as it is"
         expected = self.performer.expectations.get(slug)

@@ -21,6 +21,7 @@ from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.follower import DOUBT_EVERY_S, Follower
+from nomad_watchdog.hosts import Hosts
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.in_force import ClassesInForce, Own, Place, as_it_is
 from nomad_watchdog.informer import Informer
@@ -120,6 +121,7 @@ class Reconciler:
             reach=self.reach,
         )
         self.breaker = self.planning.breaker
+        self.hosts = Hosts(fleet)
         self.conditions = Conditions(fleet, self.territory, self.leases)
         self.last_plan = Plan(())
         self.follower = Follower(fleet, self.territory, metrics, self._taken, self.migrations)
@@ -507,6 +509,7 @@ class Reconciler:
             fleet.placements = dict(snapshot.placements)
             self._observed = True
             self.territory.looked_at = self.informer.began_at
+            self.hosts.seen(snapshot.closed_hosts)
         else:
             for slug in snapshot.only:
                 found = snapshot.placements.get(slug)
@@ -551,7 +554,8 @@ class Reconciler:
             self.metrics.passed("ok" if not self.breaker.held else "held", took_s)
             if self.breaker.wants_second_read:
                 await self._read_again()
-            if any(a.kind is ActionKind.START or a.stalled for a in self.last_plan.actions):
+            starts = any(a.kind is ActionKind.START or a.stalled for a in self.last_plan.actions)
+            if starts or self._no_room or self._full:
                 await self._ask_for_room()
             # A pass may cost about a twentieth of the time: while it thinks, no answer is read.
             await asyncio.sleep(min(19 * took_s, 2.0))

@@ -27,6 +27,7 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.pauses import Pauses
 from nomad_watchdog.registry import Registry
+from nomad_watchdog.shown import device_of
 
 _NOTHING: Final[Mapping[Slug, Pause]] = {}
 
@@ -230,9 +231,9 @@ class RollCall(Ledger):
     # -- events ---------------------------------------------------------------------------------
 
     def note(self, slug: Slug, kind: str, text: str, **data: object) -> None:
-        """Add an event about a device."""
+        """Add an event about a device, which may be known from its agents only."""
         record = self.records.get(slug)
-        device_id = record.device.id if record is not None else ""
+        device_id = record.device.id if record is not None else device_of(self.placements, slug)
         self.history.add(
             at=self.clock.wall(), kind=kind, device_id=device_id, slug=slug, text=text, data=data
         )

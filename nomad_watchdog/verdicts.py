@@ -185,8 +185,7 @@ class Verdicts(RollCall):
             track.suspect_since = None
         elif track.suspect_since is None:
             track.suspect_since = now
-        gateway = evidence.report.gateway if evidence.report is not None else ""
-        self.chronicle.look(record, evidence.placement, track.state or judged.state, gateway)
+        self.chronicle.look(record, evidence, track.state or judged.state)
         was_settled = track.settled
         track.agent, track.ready = found.state, judged.ready
         if judged.state is not track.state:

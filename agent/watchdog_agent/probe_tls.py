@@ -106,8 +106,13 @@ def context_of(spec: Probe) -> ssl.SSLContext:
     if spec["client_cert"]:
         try:
             # Without a password of ours OpenSSL would ask for one at a terminal, and wait.
-            key = spec["client_key"] or None
-            context.load_cert_chain(spec["client_cert"], key, password=lambda: "none")
+            def chain(cert: str, key: str | None = None) -> None:
+                context.load_cert_chain(cert, key, password=lambda: "none")
+
+            def with_key(cert: str) -> None:
+                tls.from_file(spec["client_key"], lambda key: chain(cert, key))
+
+            tls.from_file(spec["client_cert"], with_key if spec["client_key"] else chain)
         except OSError as error:
             raise checks.ConfigError(f"client_cert: {reason_of(error)}") from None
     return context

@@ -10,8 +10,13 @@ from . import answer, http
 from .config import ConfigError
 from .loop import READ, WRITE
 
+_MARK = b"\xef\xbb\xbf"
+"""A byte order mark, in UTF-8."""
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .loop import Loop
     from .shapes import Address, Fetched
 
@@ -29,14 +34,31 @@ def trusting(ca: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         if "BEGIN CERTIFICATE" in ca:
-            context.load_verify_locations(cadata=ca)
+            # Python takes ASCII only: a byte order mark and comments are no part of the certificates.
+            context.load_verify_locations(cadata=ca.encode("ascii", "ignore").decode())
         elif ca:
-            context.load_verify_locations(cafile=ca)
+            from_file(ca, context.load_verify_locations)
         else:
             context.set_default_verify_paths()
     except OSError as error:
         raise ConfigError(f"ca_cert: {http.reason_of(error)}") from None
     return context
+
+
+def from_file(path: str, load: Callable[[str], None]) -> None:
+    """Call `load` with the path of a PEM file, or of a copy in memory without its byte order mark, which OpenSSL
+    does not skip. Raises OSError, and what `load` raises."""
+    with open(path, "rb") as file:
+        raw = file.read()
+    if not raw.startswith(_MARK):
+        load(path)
+        return
+    copy = os.memfd_create("pem")
+    try:
+        os.write(copy, raw[len(_MARK) :])
+        load(f"/proc/self/fd/{copy}")
+    finally:
+        os.close(copy)
 
 
 class SecureFetch(http.Fetch):

@@ -18,7 +18,7 @@ from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import check_prefix, permit_of
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.api.known import check_class, unknown
+from nomad_watchdog.api.known import check_class, known_before, missing, unknown
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
     BulkEnvelope,
@@ -229,31 +229,34 @@ async def get_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     view = fleet.view(slug_of(device_id))
     if view is None:
-        raise unknown(device_id, fleet)
+        raise await missing(fleet, device_id)
     return json_response(shown_device(fleet, view))
 
 
 async def explain_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     fleet = request.app[CONTEXT].fleet
-    explained = fleet.explain(slug_of(device_id)) or _explain_stray(fleet, device_id)
+    explained = fleet.explain(slug_of(device_id)) or await _explain_stray(fleet, device_id)
     if not explained:
-        raise unknown(device_id, fleet)
+        raise await missing(fleet, device_id)
     return json_response(explained)
 
 
-def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
+async def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
     """Of a device that nobody has registered although agents of it are there; else nothing."""
     slug = slug_of(device_id)
     found = fleet.placements.get(slug, ())
     live = sum(placement.state is not PlacementState.DEAD for placement in found)
     if not live:
         return {}
+    before = await known_before(fleet, device_id)
+    agents = "1 agent of it is" if live == 1 else f"{live} agents of it are"
     return {
         "id": device_id,
         "slug": slug,
         "verdict": None,
-        "reason": f"no such device is registered, and {live} of its agents are there",
+        "reason": f"the device is not registered, and {agents} there"
+        + (f"; {before}" if before else ""),
         "desired": None,
         "observed": [shown_placement(placement) for placement in found],
         "events": [event.shown() for event in fleet.told.of_device(slug)],

@@ -14,6 +14,7 @@ from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.history import EventFilter
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
+from nomad_watchdog.render import utc
 
 MOST_COMPARED: Final = 2_000
 """Ids that are compared with a misspelt one: a hint must not hold up a large fleet."""
@@ -88,6 +89,28 @@ async def check_events_of(fleet: Fleet, device_id: str) -> None:
         return  # what is kept can be shown while the registry can't be read
     if not found:
         raise unknown(device_id, fleet)
+
+
+async def missing(fleet: Fleet, device_id: str) -> NotFoundError:
+    """As `unknown`, and says so if the device was registered before: an old record may be lost."""
+    if not (before := await known_before(fleet, device_id)):
+        return unknown(device_id, fleet)
+    return NotFoundError(
+        f"no device {ascii(device_id)[:200]} is registered; {before}. Register it again if it is still there"
+    )
+
+
+async def known_before(fleet: Fleet, device_id: str) -> str:
+    """When a device that is not registered was seen last, in words; "" = no event is kept about it."""
+    found = fleet.told.of_device(slug_of(DeviceId(device_id)))
+    try:
+        found = found or (await fleet.told.page(0, 1, EventFilter(device=device_id)))[0]
+    except WatchdogError:
+        return ""
+    if not found:
+        return ""
+    event = found[-1]
+    return f"it was registered before (event `{event.kind}` at {utc(event.at)})"
 
 
 def unknown(device_id: str, fleet: Fleet | None = None) -> NotFoundError:

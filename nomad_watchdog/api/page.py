@@ -94,12 +94,17 @@ def _incidents(fleet: Fleet) -> str:
     opened = fleet.chronicle.correlator.opened.values()
     lines = "".join(
         f"<li><b>{incident.kind.value} <bdi>{escape(incident.group)}</bdi></b>: {incident.count} of "
-        f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})</li>"
+        f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})"
+        f"{_no_agent(fleet.chronicle.reason(incident))}</li>"
         for incident in list(opened)[:MOST_INCIDENTS]
     )
     rest = len(opened) - MOST_INCIDENTS
     more = f"<p>{rest} more incidents are not shown here.</p>" if rest > 0 else ""
     return f"<h2>Incidents</h2><ul>{lines}</ul>{more}" if lines else ""
+
+
+def _no_agent(reason: str) -> str:
+    return f"; no agent runs: <bdi>{escape(reason)}</bdi>" if reason else ""
 
 
 def _row(view: DeviceView) -> str:

@@ -21,11 +21,12 @@ def incidents(ctx: click.Context, only_open: bool, output: str) -> None:
     if not answer["items"]:
         click.echo("no incidents")
         return
-    heads = ["ID", "GROUP", "NAME", "OPEN", "DEVICES", "NOT WELL", "OF", "SINCE"]
+    heads = ["ID", "GROUP", "NAME", "OPEN", "DEVICES", "NOT WELL", "OF", "SINCE", "REASON"]
     columns = ("id", "kind", "group", "open", "count", "bad", "size")
     rows = []
     for item in answer["items"]:
         row = [*(item.get(name) for name in columns), age(item.get("first_age_s"))]
+        row.append(item.get("reason", ""))
         rows.append([*row, item.get("members")] if output == "wide" else row)
     heads += ["MEMBERS"] if output == "wide" else []
     print_table(heads, rows, no_color=no_color(ctx))

@@ -24,6 +24,11 @@ _PLAIN: Final[Mapping[str, str]] = {
 }
 
 
+_RESTORED: Final = "registry.restored"
+_OTHERS: Final = ("node", "replica")
+"""Heads of kinds that are about something other than a device: it is named in the data, under the same word."""
+
+
 class Said(Protocol):
     """What is asked of an event."""
 
@@ -43,7 +48,8 @@ E = TypeVar("E", bound=Said)
 def is_shared(event: Said) -> bool:
     """Whether every replica sees for itself what this event tells."""
     head = event.kind.partition(".")[0]
-    return head in ("verdict", "repair", "incident", "agent") or event.kind in _PLAIN
+    heads = ("verdict", "repair", "incident", "agent", *_OTHERS)
+    return head in heads or event.kind in _PLAIN or event.kind == _RESTORED
 
 
 def subject(event: Said) -> Subject | None:
@@ -52,6 +58,10 @@ def subject(event: Said) -> Subject | None:
     if head == "incident":
         kind, group = event.data.get("kind"), event.data.get("group")
         return (Slug(""), f"incident {kind} {group}") if kind else None
+    if event.kind == _RESTORED:
+        return Slug(""), event.kind
+    if head in _OTHERS:
+        return Slug(""), f"{head} {event.data.get(head)}"
     return event.slug, _PLAIN.get(event.kind, head)
 
 
@@ -62,6 +72,8 @@ def state(event: Said) -> str:
         return f"{event.kind} {event.data.get('number')}"
     if event.kind == "incident.updated":
         return f"{event.kind} {event.data.get('count')}"
+    if event.kind == _RESTORED:
+        return f"{event.kind} {event.data.get('index')}"
     if _PLAIN.get(event.kind) == "presence":
         return f"{event.kind} {event.data.get('generation')}"
     return event.kind

@@ -30,7 +30,11 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 
-_UP: Final = (PlacementState.RUNNING, PlacementState.RESTARTING)
+_NOT_PLACED: Final = (
+    PlacementState.PENDING,
+    PlacementState.STARTING,
+    PlacementState.RESTARTING,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,9 @@ def of_agent(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Mono
     if placement.state is PlacementState.STOPPING:
         return Verdict(VerdictState.STARTING, "the old agent is being shut down first")
     report = evidence.report
+    if report is not None and report.stopping and placement.state in _NOT_PLACED:
+        # The last word of an agent that has ended since: what counts is why no other runs yet.
+        return _not_started(placement, evidence, limits, now)
     if report is not None and now - report.received_at <= limits.report_stale_s:
         found = _reported(report, evidence, limits, now)
         return _unlisted(found, placement, report, evidence)
@@ -256,7 +263,14 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
         was_heard = bool(evidence.refusal or passes or evidence.report or before)
         if was_heard or not _is_in_grace(evidence, limits, now):
             return _unheard(passes, evidence, now)
-    if placement.state not in _UP and placement.reason:
+    return _not_started(placement, evidence, limits, now)
+
+
+def _not_started(
+    placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic
+) -> Verdict:
+    """The scheduler's reason, if it has one."""
+    if placement.reason:
         return _not_ready(f"agent {placement.state}: {placement.reason}", evidence, limits, now)
     return _not_ready(f"agent {placement.state}, no report of it", evidence, limits, now)
 

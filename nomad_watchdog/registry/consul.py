@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from nomad_watchdog.clients.consul import ConsulClient, KvRow, TxnConflictError, cas, check_session
-from nomad_watchdog.errors import DeniedError, TerminalError, UserError
+from nomad_watchdog.errors import DeniedError, NoRegistryError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
@@ -73,7 +73,7 @@ class ConsulRegistry:
     async def installation(self) -> str:
         row = await self._client.kv_get(self._sentinel)
         if row is None:
-            raise UserError(
+            raise NoRegistryError(
                 f"Consul has no key {self._sentinel}: this is another cluster, or its store was "
                 "wiped; bring lost records back with `nomad-watchdog registry import FILE`; only for a new "
                 "installation run `nomad-watchdog init`"

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar
 
-from nomad_watchdog.errors import TerminalError, TransientError, UserError
+from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, _sqlite_rows, check_document
@@ -357,7 +357,7 @@ def _settle(told: Sequence[tuple[_Write, list[int | None] | Exception]]) -> None
 def _open(path: Path) -> _Connection:
     """A connection in autocommit; never makes the file."""
     if not path.exists():
-        raise UserError(
+        raise NoRegistryError(
             f"there is no registry at {path}: check the path; bring lost records back with "
             "`nomad-watchdog registry import FILE`; only for a new installation run "
             "`nomad-watchdog init`"
@@ -426,7 +426,7 @@ def _installation(connection: _Connection, path: Path) -> str:
         found = connection.execute("SELECT value FROM meta WHERE name = 'installation'")
         row = found.fetchone()
     if row is None:
-        raise UserError(
+        raise NoRegistryError(
             f"the registry {path} was never initialised, or was wiped; bring lost records back with "
             "`nomad-watchdog registry import FILE`; only for a new installation run "
             "`nomad-watchdog init`"

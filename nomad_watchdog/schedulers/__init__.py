@@ -7,6 +7,7 @@ as a suite; a third party runs it unchanged.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -37,6 +38,16 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class ClosedHost:
+    """A host on which the scheduler places no new agents, because an operator asked for that."""
+
+    draining: bool
+    """Its agents are to move to other hosts. False: it is only ineligible, and they stay."""
+    state: str
+    """In a few words, for people: "draining until 2026-11-30T05:00:00Z", for example."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Placements of this installation as of one index; dead ones that the backend still lists too.
 
@@ -49,6 +60,8 @@ class Snapshot:
     only: frozenset[Slug] | None = None
     behind: frozenset[Slug] = frozenset()
     """Devices of which it does not show what `index` promises: look again."""
+    closed_hosts: Mapping[str, ClosedHost] = field(default_factory=dict)
+    """By name, in a full snapshot of a backend that knows of its hosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +85,20 @@ class Capacity:
     """Where a fleet has several schedulers: those without room, and why; there is room in the others."""
 
     @classmethod
-    def beside(cls, waiting: int, limit: int) -> Capacity:
-        """No room while `limit` agents or more wait for a node that takes them."""
-        if waiting < limit:
+    def beside(cls, reasons: Collection[str], limit: int) -> Capacity:
+        """No room while `limit` agents or more wait for a node. `reasons`: why each of them waits."""
+        if len(reasons) < limit:
             return cls(room=True)
-        told = f"{waiting} agents wait for a node that takes them; starts go on below {limit}"
-        return cls(room=False, reason=told)
+        return cls(room=False, reason=f"{waiting(reasons)}; starts go on below {limit}")
+
+
+def waiting(reasons: Collection[str]) -> str:
+    """How many agents wait for a node, and the most common reason, in the scheduler's words; "" = none waits."""
+    if not reasons:
+        return ""
+    count = "1 agent waits" if len(reasons) == 1 else f"{len(reasons)} agents wait"
+    ((most, _),) = Counter(reasons).most_common(1)
+    return f"{count} for a node: {most}"
 
 
 class Scheduler(Protocol):

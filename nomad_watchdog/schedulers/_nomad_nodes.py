@@ -16,6 +16,7 @@ from typing import Any, Final
 from nomad_watchdog.clients.nomad import NomadClient
 from nomad_watchdog.errors import DeniedError, WatchdogError
 from nomad_watchdog.model import PlacementState
+from nomad_watchdog.schedulers import ClosedHost
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +56,22 @@ class Node:
         return "ready" if self.eligible else "ineligible"
 
     @property
+    def outlook(self) -> tuple[str, bool, bool]:
+        """What an operator or a lost connection changes, and a heartbeat does not."""
+        return self.status, self.draining, self.eligible
+
+    @property
     def short_id(self) -> str:
         return self.id[:_SHORT]
 
 
 def node_of(row: Row, deadline: str = "") -> Node:
-    """A row of /v1/nodes."""
+    """A row of /v1/nodes, or the node of an event, which has the drain itself instead of a mark."""
     return Node(
         id=row["ID"],
         name=row.get("Name", ""),
         status=row.get("Status", ""),
-        draining=bool(row.get("Drain")),
+        draining=bool(row.get("Drain") or row.get("DrainStrategy")),
         eligible=row.get("SchedulingEligibility", "eligible") == "eligible",
         deadline=deadline,
     )
@@ -103,6 +109,19 @@ class Nodes:
             for name, some in sorted(self.by_name.items())
             if len(some) > 1
         ]
+
+    def closed(self) -> dict[str, ClosedHost]:
+        """The nodes that are draining or ineligible, by name; of several with one name, one of them."""
+        found = {}
+        for name, some in self.by_name.items():
+            shut = [one for one in some if one.draining or not one.eligible]
+            if not shut:
+                continue
+            one = max(shut, key=lambda node: node.draining)
+            state = one.state if one.status == "ready" else f"ineligible and {one.status}"
+            among = f" (id {one.short_id}, one of {len(some)} nodes of this name)"
+            found[name] = ClosedHost(one.draining, state + (among if len(some) > 1 else ""))
+        return found
 
     def reason(self, alloc: Row | None, state: PlacementState, reason: str) -> str:
         """The reason of a placement, with what is known of the node of its newest allocation."""
@@ -149,6 +168,21 @@ class NodeList:
     def ask_again(self) -> None:
         """The token may have got the right to see nodes."""
         self._denied = False
+
+    async def visible(self) -> bool:
+        """Whether the token may see nodes. True when in doubt."""
+        await self.changed()
+        return not self._denied
+
+    def is_news(self, event: Row) -> bool:
+        """Whether an event of the topic Node shows a node otherwise than it was read last."""
+        found = (event.get("Payload") or {}).get("Node")
+        if event.get("Topic") != "Node" or not found:
+            return False
+        known = self.now.by_id.get(found["ID"])
+        if event.get("Type") == "NodeDeregistration":
+            return known is not None
+        return known is None or known.outlook != node_of(found).outlook
 
     async def changed(self) -> bool:
         """Whether the nodes are no longer as they were read; False while they can't be seen."""

@@ -151,10 +151,10 @@ def _state(
     if stopped:
         return PlacementState.STOPPING, "told to stop"
     if newest is None:
-        return PlacementState.PENDING, _unplaced(evals)
+        return PlacementState.PENDING, unplaced(evals)
     if newest["ClientStatus"] == "lost":
         return PlacementState.LOST, _ending(newest)
-    return PlacementState.RESTARTING, f"{_ending(newest)}; {_unplaced(evals)}"
+    return PlacementState.RESTARTING, f"{_ending(newest)}; {unplaced(evals)}"
 
 
 def _of_live(alloc: Row, *, stopped: bool) -> tuple[PlacementState, str]:
@@ -210,7 +210,8 @@ def _ending(alloc: Row | None) -> str:
     return (words[-1] if words else alloc.get("ClientDescription") or "the task failed")[:300]
 
 
-def _unplaced(evals: Sequence[Row]) -> str:
+def unplaced(evals: Sequence[Row]) -> str:
+    """Why no node has an agent yet, in words. `evals`: those of its job that are pending or blocked."""
     for one in evals:
         for metric in (one.get("FailedTGAllocs") or {}).values():
             causes = {
@@ -218,7 +219,9 @@ def _unplaced(evals: Sequence[Row]) -> str:
                 **(metric.get("DimensionExhausted") or {}),
             }
             words = ", ".join(f"{key} ({count} nodes)" for key, count in sorted(causes.items()))
-            return f"no node takes it: {words or 'no node in its datacenters and pool'}"[:300]
+            return f"no node takes it: {words or 'no eligible node in its datacenters and pool'}"[
+                :300
+            ]
         if one.get("Status") == "blocked":
             return "no node takes it: evaluation is blocked"
     return "waits for the scheduler"

@@ -173,7 +173,8 @@ class Moving:
             raise StaleError("another scheduler has come meanwhile")
         found = snapshots[self.name].placements if len(parts) == 1 else self._merged(snapshots)
         asked = None if only is None else frozenset(only)
-        made = Snapshot(found, last, asked, self._behind(snapshots, last, asked))
+        closed = {k: v for one in snapshots.values() for k, v in one.closed_hosts.items()}
+        made = Snapshot(found, last, asked, self._behind(snapshots, last, asked), closed)
         if only is None:
             self._read = made, snapshots
         return made

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Final, Literal
 from urllib.parse import quote
@@ -54,6 +54,7 @@ from nomad_watchdog.schedulers._nomad_view import (
     looks_dead,
     placement,
     unevaluated,
+    unplaced,
 )
 
 log = logging.getLogger(__name__)
@@ -269,6 +270,8 @@ class NomadScheduler:
                 # Whatever is done to a job makes an evaluation: the topic Job would say it again, with
                 # the whole job in it.
                 topics = [("topic", "Allocation"), ("topic", "Evaluation")]
+                if await self._nodes.visible():
+                    topics.append(("topic", "Node"))
                 first = True
                 async with aclosing(
                     self._client.events([*topics, ("index", str(start))])  # type: ignore[type-var]
@@ -281,6 +284,8 @@ class NomadScheduler:
                             if first and index > start + 1:
                                 yield Hint(None, index)  # the buffer may begin after our index
                             first = first and not index
+                        if any(map(self._nodes.is_news, _events(frames))):
+                            yield Hint(None, index)  # which agents it concerns, a full look shows
                         for slugs, calm in self._slugs_of(frames):
                             yield Hint(slugs, index, calm=calm)
             except (TransientError, TerminalError, UserError, ValueError) as error:
@@ -292,8 +297,8 @@ class NomadScheduler:
     async def capacity(self) -> Capacity:
         # not by `filter`, an expression that Nomad evaluates for each of all evaluations
         found = await self._client.pages("/v1/evaluations", "read-job", {"status": "blocked"})
-        ours = {one["JobID"] for one in found.body if self._is_ours(one["JobID"])}
-        return Capacity.beside(len(ours), self._blocked_limit)
+        ours = {one["JobID"]: unplaced([one]) for one in found.body if self._is_ours(one["JobID"])}
+        return Capacity.beside(ours.values(), self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
         done = 0
@@ -413,7 +418,7 @@ class NomadScheduler:
         self._memory.take(found, None)
         self._first_dead = {k: v for k, v in self._first_dead.items() if k in known}
         self._unevaluated = {k: v for k, v in self._unevaluated.items() if k in known}
-        read = Snapshot(found, jobs.index)
+        read = Snapshot(found, jobs.index, closed_hosts=self._nodes.now.closed())
         settled = all(since <= settled_by for since in self._first_dead.values())
         self._read = (read, (jobs.index, allocs.index, evals.index)) if settled else None
         return read
@@ -496,7 +501,7 @@ class NomadScheduler:
 
     def _slugs_of(self, frames: Iterable[Mapping[str, Any]]) -> list[tuple[frozenset[Slug], bool]]:
         found: dict[bool, set[Slug]] = {True: set(), False: set()}
-        for event in (event for frame in frames for event in frame.get("Events") or ()):
+        for event in _events(frames):
             payload = event.get("Payload") or {}
             for key in ("Allocation", "Evaluation"):
                 said = payload.get(key) or {}
@@ -510,6 +515,10 @@ class NomadScheduler:
         # <slug>-<unix seconds>-<8 hex>, or <prefix>-<slug>
         slug = rest.rsplit("-", 2)[0] if dispatched else job_id.removeprefix(f"{self._prefix}-")
         return Slug(slug) if len(slug) <= _SLUG_LENGTH and is_slug(slug) else None
+
+
+def _events(frames: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    return (event for frame in frames for event in frame.get("Events") or ())
 
 
 def _flat(lists: Iterable[list[Row]]) -> list[Row]:

@@ -6,11 +6,13 @@ import asyncio
 import signal
 import ssl
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from watchdog_agent import probe_tls, tls
 from watchdog_agent.http import reason_of
 
 from nomad_watchdog.artifact import build_agent
@@ -156,6 +158,36 @@ async def test_tls_costs_only_who_uses_it(secure: Any, tmp_path: Path) -> None:
     assert "_ssl" not in Path(f"/proc/{plain.pid}/maps").read_text()
     assert "_ssl" in Path(f"/proc/{secured.pid}/maps").read_text()
     assert secured.kilobytes("VmRSS") < 22_000, secured.kilobytes("VmRSS")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_pem_files_with_a_byte_order_mark_are_taken(tmp_path: Path, mark: str) -> None:
+    """What the control plane takes, its agents take as well: an authority as a file and as text, and a client
+    certificate with its key in one file or in two, with a comment that is not ASCII."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("agent.test")
+    chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems).decode()
+    key = leaf.private_key_pem.bytes().decode()
+    texts = {
+        "ca": authority.cert_pem.bytes().decode(),
+        "cert": chain,
+        "key": key,
+        "both": key + chain,
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(f"{mark}{text}# Gerät\n", encoding="utf-8")
+    ca = tmp_path / "ca"
+    for trusted in (str(ca), ca.read_text(encoding="utf-8")):
+        (found,) = tls.trusting(trusted).get_ca_certs()
+        assert found["subject"] == found["issuer"]
+    spec: Any = {"verify": True, "ca_cert": str(ca)}
+    for cert, private in (("cert", str(tmp_path / "key")), ("both", "")):
+        probe_tls.context_of(spec | {"client_cert": str(tmp_path / cert), "client_key": private})
+    left = []
+    for one in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            left.append(str(one.readlink()))
+    assert not [target for target in left if "memfd:pem" in target]
 
 
 def test_a_number_of_the_tls_library_is_not_taken_for_one_of_the_kernel() -> None:

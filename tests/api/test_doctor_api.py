@@ -63,3 +63,19 @@ async def test_a_key_that_is_not_believed_is_a_failure(tmp_path: Path) -> None:
     finally:
         await other.stop()
         await refusing.stop()
+
+
+async def test_a_restored_registry_is_named() -> None:
+    """What the running control plane has noticed is a warning of its own; without it there is no such line."""
+    text = "2026-11-30 05:00 UTC: the registry went back in time"
+    for restored, expected in ((text, [("registry restored", "warn", text)]), ("", [])):
+        body = f'{{"ready": true, "unheard": {{}}, "registry_restored": "{restored}"}}'
+        plane = Listener(says(answer("200 OK", body)))
+        await plane.start()
+        try:
+            checks = await doctor_api.checks(settings(listen=f"127.0.0.1:{plane.port}"))
+        finally:
+            await plane.stop()
+        heard, *rest = [one[:3] for one in checks if one[0] != "api.advertise"]
+        assert heard == ("agents heard", "ok", "every running agent is heard")
+        assert rest == expected

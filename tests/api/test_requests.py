@@ -10,6 +10,7 @@ import pytest
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, Presence
 from tests.api.conftest import Door
+from tests.core.world import placement
 
 WISH: dict[str, Any] = {"address": "127.0.0.1"}
 
@@ -126,6 +127,29 @@ async def test_events_of_a_device_that_was_never_there_are_404(two: Door) -> Non
     two.fleet.reset({}, two.fleet.index + 1)
     status, page = await two.ask("GET", "/v1/events?device=cam-1")
     assert (status, bool(page["items"])) == (200, True)
+
+
+async def test_a_device_that_the_registry_has_lost_was_registered_before(two: Door) -> None:
+    """`devices get` and `explain` say so, as long as an event about it is kept; also while its agent still runs,
+    whose events have the device's id. Of a device that was never there they say nothing of the kind."""
+    await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
+    two.fleet.reset({}, two.fleet.reached + 1)
+    for path in ("/v1/devices/cam-1", "/v1/devices/cam-1/explain"):
+        status, answer = await two.ask("GET", path)
+        said = answer["error"]["message"]
+        assert (status, "it was registered before (event `" in said) == (404, True)
+    status, answer = await two.ask("GET", "/v1/devices/zzz/explain")
+    assert (status, "before" in answer["error"]["message"]) == (404, False)
+
+    slug = slug_of(DeviceId("cam-1"))
+    two.fleet.placements[slug] = (placement("cam-1", 1),)
+    status, answer = await two.ask("GET", "/v1/devices/cam-1/explain")
+    assert (status, answer["verdict"]) == (200, None)
+    start = "the device is not registered, and 1 agent of it is there; it was registered before (event `"
+    assert answer["reason"].startswith(start)
+    two.fleet.note(slug, "plan.retire", "no such device is registered")
+    status, page = await two.ask("GET", "/v1/events?device=cam-1&kind=plan.retire")
+    assert [event["device"] for event in page["items"]] == ["cam-1"]
 
 
 async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Door) -> None:

@@ -101,3 +101,19 @@ def test_what_only_one_replica_knows_is_not_shared() -> None:
     for kind in ("audit.pause", "refused", "breaker.held", "departures.held", "events.stored"):
         assert not is_shared(Said(kind, 1.0))
     assert subject(Said("incident.closed", 1.0)) is None
+
+
+def test_a_restored_registry_that_all_replicas_notice_is_one_change() -> None:
+    """The same restore, noticed at different moments, is told once; the next restore is another change. Nodes and
+    replicas are told apart by their names."""
+    first, late = (Said("registry.restored", at, Slug(""), {"index": 70}) for at in (1.0, 4.0))
+    again = Said("registry.restored", 9.0, Slug(""), {"index": 95})
+    assert all(map(is_shared, (first, late, again)))
+    assert subject(first) == subject(late) == subject(again)
+    assert state(first) == state(late) != state(again)
+    assert not is_shared(Said("registry.unreadable", 1.0, Slug("")))
+    nodes = [Said("node.draining", 1.0, Slug(""), {"node": name}) for name in ("n1", "n2")]
+    replicas = [Said("replica.gone", 1.0, Slug(""), {"replica": name}) for name in ("n1", "n2")]
+    assert len({subject(one) for one in (*nodes, *replicas)}) == 4
+    assert all(map(is_shared, (*nodes, *replicas)))
+    assert not is_shared(Said("shards.taken", 1.0, Slug(""), {"replica": "n1"}))

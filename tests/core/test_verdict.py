@@ -372,3 +372,20 @@ def test_an_agent_that_its_scheduler_does_not_list_is_named() -> None:
     named = judge(rec, early, LIMITS, now)
     assert (named.state, named.unlisted, named.ready) == (VerdictState.WATCHED, True, True)
     assert "does not know the agent that reports (instance i)" in named.reason
+
+
+def test_the_last_word_of_an_agent_that_has_ended_is_no_reason() -> None:
+    """An agent that said that it is shutting down, and that no node takes again: the scheduler's reason is the
+    verdict's, at once and after the grace; while it still runs, its own word is."""
+    said = report(ready=False, stopping=True)
+    why = "no node takes it: memory (2 nodes)"
+    rec = record("a", epoch=1, instance="i")
+    for state in (PlacementState.PENDING, PlacementState.RESTARTING, PlacementState.STARTING):
+        waits = replace(placement("a", 1, state), reason=why, queued=True)
+        seen = Evidence(waits, said, None, Monotonic(100.0))
+        soon, late = (judge(rec, seen, LIMITS, Monotonic(at)) for at in (101.0, 190.0))
+        assert soon.reason == f"agent {state.value}: {why}"
+        assert late.reason == f"agent {state.value}: {why}; for 90 s"
+        assert (soon.state, late.state) == (VerdictState.STARTING, VerdictState.UNWATCHED)
+    runs = Evidence(placement("a", 1), said, None, Monotonic(100.0))
+    assert judge(rec, runs, LIMITS, Monotonic(101.0)).reason == "the agent is shutting down"

@@ -140,7 +140,8 @@ async def test_every_replica_takes_wishes_and_one_dispatches(
 async def test_l2_who_is_left_goes_on(
     tmp_path: Path, nomad: NomadServer, consul: ConsulServer, end: signal.Signals
 ) -> None:
-    """However the holder ends, the other one dispatches what comes next, and touches nothing else."""
+    """However the holder ends, the other one dispatches what comes next, and touches nothing else. Its events say
+    which replica went, and who took over its shard; when the other comes back, that it joined."""
     async with replicas(tmp_path, nomad, consul, "a", "b") as world:
         holder = await world.holder()
         heir = world.other(holder)
@@ -151,6 +152,8 @@ async def test_l2_who_is_left_goes_on(
             return len(await world.devices()) == 5
 
         await eventually(all_up, 60.0)
+        gone = (await holder.call("GET", "/v1/leases"))["replica"]
+        left = (await heir.call("GET", "/v1/leases"))["replica"]
         holder.process.send(end)
         await heir.register("after")
 
@@ -161,6 +164,28 @@ async def test_l2_who_is_left_goes_on(
         assert await heir.held() == {0}
         assert set((await world.placed()).values()) == {1}
         assert not any(job["Stop"] for job in await world.jobs())
+
+        async def told(kind: str) -> list[str]:
+            found = (await heir.call("GET", f"/v1/events?kind={kind}"))["items"]
+            return [event["text"] for event in found]
+
+        async def all_told() -> bool:
+            return bool(await told("replica.gone") and await told("shards.taken"))
+
+        await eventually(all_told, 60.0)
+        assert await told("replica.gone") == [
+            f"replica {gone} ({holder.api}) is gone; it held shard 0"
+        ]
+        assert await told("shards.taken") == [f"replica {left} took over shard 0 from {gone}"]
+        await holder.process.wait()
+        await holder.start()
+
+        async def joined() -> bool:
+            return any(
+                f"({holder.api}) has joined" in text for text in await told("replica.joined")
+            )
+
+        await eventually(joined, 60.0)
 
 
 async def test_s2_a_frozen_holder_wakes_up_to_nothing(
@@ -260,7 +285,7 @@ async def cli(plane: ControlPlane, *argv: str) -> tuple[int, str]:
         sys.executable, "-m", "nomad_watchdog", "--config", str(plane.file), *argv,
         env=clean_environment(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(30.0):
+    async with asyncio.timeout(120.0):
         out, err = await child.communicate()
     assert child.returncode is not None
     return child.returncode, (out + err).decode()

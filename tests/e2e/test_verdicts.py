@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -201,6 +202,10 @@ async def test_v2_refused_reports_leave_a_device_unwatched(case: Case) -> None:
         code, out, _ = await case("doctor")
         assert code == 69
         assert "the reports of 1 running agents are refused" in out
+        _, out, _ = await case("doctor", "-o", "json")
+        (asked,) = [one for one in json.loads(out)["checks"] if one["name"] == "agents asked"]
+        assert asked["status"] == "fail"
+        assert "do not arrive: a: its reports are refused by http" in asked["found"]
         (event,) = (await case.get("/v1/events?kind=agent.unheard"))["items"]
         assert (event["device"], event["data"]) == ("a", {"why": "refused"})
         url = f"http://127.0.0.1:{case.port}/metrics"

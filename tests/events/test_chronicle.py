@@ -297,6 +297,47 @@ async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
         await store.close()
 
 
+async def test_an_incident_of_agents_that_no_node_takes_has_the_reason_of_the_scheduler(
+    site: Site,
+) -> None:
+    """Agents of a class that find no node: event and API carry the scheduler's words, and the next run goes on
+    with the incident all the same. Where reasons differ, or agents run, there is none."""
+    fleet, why = site.fleet, "no node takes it: memory (2 nodes)"
+    slugs = site.add(10, "n1")
+
+    def place(state: PlacementState, reason: str) -> None:
+        for slug in slugs:
+            (one,) = fleet.placements[slug]
+            fleet.placements[slug] = (replace(one, state=state, reason=reason, node=""),)
+
+    place(PlacementState.PENDING, why)
+    fleet.refresh_all()
+    site.clock.now += fleet.limits.startup_grace_s + 1.0
+    fleet.refresh_all()
+    assert fleet.refresh(slugs[0]).reason.startswith(f"agent pending: {why}; for ")
+    (incident,) = fleet.chronicle.incidents()
+    assert fleet.chronicle.shown_incident(incident, str)["reason"] == why
+    (opened,) = [event for event in fleet.history.recent() if event.kind == "incident.opened"]
+    assert opened.text == f"10 of 10 devices of class default; no agent runs: {why}"
+
+    again = Site(fleet.registry)  # type: ignore[arg-type]
+    left = {incident.id: (opened.text, float(opened.at))}
+    again.fleet.chronicle.follow(lambda: {"stored": True, "reason": ""}, left)
+    (goes_on,) = again.fleet.chronicle.incidents()
+    assert (goes_on.id, goes_on.kind, goes_on.group) == (incident.id, "class", "default")
+
+    place(PlacementState.RUNNING, "")
+    fleet.refresh_all()
+    assert fleet.chronicle.shown_incident(incident, str)["reason"] == ""
+    for number, slug in enumerate(slugs):
+        (one,) = fleet.placements[slug]
+        fleet.placements[slug] = (
+            replace(one, state=PlacementState.PENDING, reason=f"reason {number}"),
+        )
+    fleet.refresh_all()
+    assert fleet.chronicle.shown_incident(incident, str)["reason"] == ""
+
+
 async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
     """When the disk fails and when it works again there is one event each, and the metrics follow."""
     state: dict[str, object] = {"stored": True, "reason": "", "dropped": 0, "waiting": 0}

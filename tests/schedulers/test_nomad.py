@@ -295,6 +295,8 @@ async def test_unplaceable_is_pending_with_a_reason(scheduler: NomadScheduler) -
     (one,) = seen.placements[records[0].slug]
     assert one.state is PlacementState.PENDING
     assert "no node takes it" in one.reason
+    full = await scheduler.capacity()
+    assert full.reason == f"2 agents wait for a node: {one.reason}; starts go on below 2"
     for record in records:
         await scheduler.retire(seen.placements[record.slug][0], 1.0)
 

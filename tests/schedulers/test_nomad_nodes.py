@@ -13,6 +13,7 @@ from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import slug_of
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
+from nomad_watchdog.schedulers import ClosedHost
 from nomad_watchdog.schedulers._nomad_nodes import Node, NodeList, Nodes, deadline_of, node_of
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing.conformance import record_of
@@ -94,6 +95,42 @@ def test_the_reason_of_an_agent_tells_of_its_node() -> None:
     assert "without a deadline" in Nodes.of([node_of(DRAINED)]).reason(
         {"NodeID": "d" * 36}, running, ""
     )
+
+
+def test_closed_nodes_are_those_that_an_operator_has_closed() -> None:
+    """Drained and ineligible nodes, also one that is down; of two nodes of one name the draining one."""
+    down = row(OLD, "n1", Status="down", SchedulingEligibility="ineligible")
+    nodes = [node_of(DRAINED, deadline_of(STRATEGY)), node_of(down), node_of(row("a" * 36, "n3"))]
+    assert Nodes.of(nodes).closed() == {
+        "n1": ClosedHost(False, "ineligible and down"),
+        "n2": ClosedHost(True, "draining until 2026-11-30T05:00:00Z"),
+    }
+    twin = node_of(row(NEW, "n1", Drain=True, SchedulingEligibility="ineligible"))
+    closed = Nodes.of([node_of(down), twin]).closed()
+    said = "draining (id 8bc19d00, one of 2 nodes of this name)"
+    assert closed == {"n1": ClosedHost(True, said)}
+
+
+def test_an_event_of_a_node_is_news_only_if_it_shows_another_state() -> None:
+    """A drain, an eligibility, a new and a removed node; not a node that registers again as it was."""
+    seen = NodeList(NomadClient(NomadSettings(address="http://127.0.0.1:1")))
+    seen.now = Nodes.of([node_of(row("a" * 36, "n1")), node_of(DRAINED)])
+
+    def is_news(node: dict[str, Any], kind: str = "NodeEvent", topic: str = "Node") -> bool:
+        return seen.is_news({"Topic": topic, "Type": kind, "Payload": {"Node": node}})
+
+    same = row("a" * 36, "n1")
+    assert not is_news(same)
+    assert not is_news(same | {"DrainStrategy": None, "Drivers": {}})
+    assert not is_news(DRAINED | {"Drain": None} | STRATEGY)
+    assert is_news(same | {"SchedulingEligibility": "ineligible"})
+    assert is_news(same | STRATEGY)
+    assert is_news(same | {"Status": "down"})
+    assert is_news(row("b" * 36, "n3"))
+    assert is_news(same, "NodeDeregistration")
+    assert not is_news(row("b" * 36, "n3"), "NodeDeregistration")
+    assert not is_news(same | STRATEGY, topic="Allocation")
+    assert not seen.is_news({"Topic": "Node", "Payload": None})
 
 
 @pytest.mark.servers

@@ -218,8 +218,9 @@ class KubernetesScheduler:
                 for space in self._namespaces()
             )
         )
-        waiting = sum(_view.is_unschedulable(pod) for found in lists for pod in found.items)
-        return Capacity.beside(waiting, self._blocked_limit)
+        pods = (pod for found in lists for pod in found.items)
+        reasons = [_view.pod_state(pod)[1] for pod in pods if _view.is_unschedulable(pod)]
+        return Capacity.beside(reasons, self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
         with self._still.writing():

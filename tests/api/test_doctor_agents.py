@@ -1,0 +1,71 @@
+"""What doctor makes of the answers of running agents."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AsyncExitStack
+
+import pytest
+
+from nomad_watchdog import doctor_agents
+from nomad_watchdog.dev.process import free_port
+from tests.agent.world import Listener, says
+
+REFUSED = "its reports are refused by http://10.0.0.5:9670 with 401: unknown credential"
+
+
+def status(trouble: object) -> bytes:
+    body = json.dumps({"reports": {"trouble": trouble}})
+    head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+@pytest.mark.parametrize("runs", [True, False])
+async def test_agents_that_say_that_their_reports_are_refused_are_named(runs: bool) -> None:
+    """Several answer, one of them with trouble; another does not answer, one sends what is no status. That is a
+    failure, or a warning while no control plane runs that they could reach."""
+    said = {"well": status(""), "refused": status(REFUSED), "odd": b"HTTP/1.1 200 OK\r\n\r\n[]"}
+    async with AsyncExitStack() as stack:
+        agents = {f"127.0.0.1:{free_port()}": "away"}
+        for name, answer in said.items():
+            listener = Listener(says(answer))
+            await listener.start()
+            stack.push_async_callback(listener.stop)
+            agents[f"127.0.0.1:{listener.port}"] = name
+        ((name, found, text, mend),) = await doctor_agents.checks(agents, runs=runs)
+        assert (name, found) == ("agents asked", "fail" if runs else "warn")
+        assert text == (
+            f"2 of 4 agents answer here; the reports of 1 of them do not arrive: refused: {REFUSED}"
+        )
+        assert mend
+        well = {listen: name for listen, name in agents.items() if name == "well"}
+        assert await doctor_agents.checks(well, runs=runs) == [
+            ("agents asked", "ok", "1 of 1 agents answer here; their reports arrive", "")
+        ]
+    assert await doctor_agents.checks({}, runs=runs) == []
+
+
+async def test_only_so_many_are_asked_and_only_at_an_address() -> None:
+    """A bounded number; an address with a path, a name or a port that can't be is asked nothing."""
+    many = {f"127.0.0.1:{free_port()}": str(number) for number in range(3)}
+    listener = Listener(says(status("bad")))
+    await listener.start()
+    try:
+        at = f"127.0.0.1:{listener.port}"
+        claimed = (
+            f"{at}/x?y=1#",
+            f"{at}#:80",
+            "a b:80",
+            "127.0.0.1:99999",
+            "127.0.0.1",
+            ":",
+            "x:y",
+        )
+        odd = dict.fromkeys(claimed, "odd")
+        ((_, found, text, _),) = await doctor_agents.checks(many | odd, runs=True)
+        assert (found, text) == ("ok", f"0 of {len(many) + len(odd)} agents answer here")
+        first = {f"127.0.0.{n}:1": str(n) for n in range(1, doctor_agents.MOST_ASKED + 1)}
+        ((_, _, text, _),) = await doctor_agents.checks(first | {at: "last"}, runs=True)
+        assert text == f"0 of {doctor_agents.MOST_ASKED} agents answer here"
+    finally:
+        await listener.stop()
