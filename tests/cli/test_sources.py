@@ -161,12 +161,10 @@ def test_a_named_file_is_the_callers_word(bait: Path, thief: Thief, token: str) 
     assert thief.knows(token)
 
 
-@pytest.mark.parametrize("kind", ["TOKEN", "TOKEN_FILE"])
 @pytest.mark.attack(
     "H10", "a token of the environment, and an address in the folder's nomad-watchdog.hcl"
 )
 def test_h10_a_token_of_the_environment_goes_to_no_address_of_a_file(
-    kind: str,
     bait: Path,
     thief: Thief,
     tmp_path: Path,
@@ -178,16 +176,18 @@ def test_h10_a_token_of_the_environment_goes_to_no_address_of_a_file(
     other = secrets.token_hex(20)
     (tmp_path / "other").write_text(other)
     bait.write_text(bait.read_text().replace(f'token_file = "{tmp_path}/mine"', ""))
-    value = other if kind == "TOKEN" else str(tmp_path / "other")
-    monkeypatch.setenv(f"NOMAD_WATCHDOG_{kind}", value)
-    for argv in (["status"], ["devices", "ls"], ["explain", "x"]):
-        assert _code(argv) == 64
-        attack.tried += 1
-    assert "from its own source" in capsys.readouterr().err
-    assert not thief.heads
-    monkeypatch.setenv("NOMAD_WATCHDOG_ADDR", thief.url)
-    _code(["status"])
-    assert thief.knows(other)
+    for kind, value in (("TOKEN", other), ("TOKEN_FILE", str(tmp_path / "other"))):
+        with monkeypatch.context() as patched:
+            patched.setenv(f"NOMAD_WATCHDOG_{kind}", value)
+            for argv in (["status"], ["devices", "ls"], ["explain", "x"]):
+                assert _code(argv) == 64
+                attack.tried += 1
+            assert "from its own source" in capsys.readouterr().err
+            assert not thief.heads
+            patched.setenv("NOMAD_WATCHDOG_ADDR", thief.url)
+            _code(["status"])
+            assert thief.knows(other)
+            thief.heads.clear()
     attack.result = f"refused {attack.tried} of {attack.tried} times; 0 bytes sent to its address"
 
 
