@@ -11,7 +11,7 @@ from aiohttp import web
 
 from bench.plane import bare_body, bare_client, nomad_server, plane, settings
 from bench.rows import Row, percentile
-from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.config import Settings
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -26,7 +26,7 @@ async def latencies(
     raw_s: list[float] = []
     async with plane(chosen) as ours, aiohttp.ClientSession() as session:
         app = make_app(ours.fleet, metrics=Metrics(), artifact=None, max_body_bytes=1 << 20)
-        runner = web.AppRunner(app, **RUNNER_OPTIONS)
+        runner = Runner(app)
         await runner.setup()
         port = free_port()
         await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -14,10 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aiohttp import web
-
-from nomad_watchdog import artifact, backup, failpoints, inventory_file, logs, notify, once
-from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog import (
+    artifact,
+    backup,
+    failpoints,
+    inventory_file,
+    logs,
+    notify,
+    once,
+    preflight,
+    private,
+)
+from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
 from nomad_watchdog.api.serving import Listener
@@ -107,6 +115,8 @@ async def serve(settings: Settings, load: Callable[[], Settings] | None = None) 
     try:
         failpoints.arm(os.environ)
         await asyncio.to_thread(_check_inventories, settings)
+        for setting, found, fix in preflight.exposed(settings):
+            log.warning("not private", extra={"setting": setting, "reason": found, "fix": fix})
         async with open_registry(settings) as registry:
             installation = await _installation(settings, registry)
             clock = SystemClock()
@@ -194,8 +204,8 @@ async def _run(
 ) -> None:
     fleet = reconciler.fleet
     pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
-    pyz.parent.mkdir(parents=True, exist_ok=True)
-    artifact.build_agent(pyz)
+    private.folder(pyz.parent)
+    artifact.build_agent(pyz, private.FILE)
     door = door_of(settings.api)
     departures = Departures(fleet, metrics, reconciler.territory)
     inventory = Inventory(
@@ -213,7 +223,7 @@ async def _run(
     app[CONTEXT].departures = departures
     app[CONTEXT].pools = keeper
     app[CONTEXT].migrations = reconciler.migrations
-    runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
+    runner = Runner(app, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     listener = Listener(runner, settings.api)
     outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)

@@ -18,7 +18,7 @@ _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 _MAIN: Final = b"from watchdog_agent.main import main\nmain()\n"
 
 
-def build_agent(path: Path) -> str:
+def build_agent(path: Path, mode: int = 0o755) -> str:
     """Write the agent as one executable file; its SHA-256. Same sources and Python, same bytes.
 
     Whoever reads path meanwhile sees the old file or the new one, never a part. Raises OSError when it
@@ -28,7 +28,7 @@ def build_agent(path: Path) -> str:
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             temporary.write_bytes(body)
-            temporary.chmod(0o755)
+            temporary.chmod(mode)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from nomad_watchdog import __version__
 from nomad_watchdog.errors import WatchdogError
 
 EXIT_USAGE: Final = 64
+EXIT_INTERNAL: Final = 70
 EXIT_INTERRUPTED: Final = 130
 
 VERBS: Final[dict[str, tuple[str, str]]] = {
@@ -104,6 +105,7 @@ def cli(
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    os.umask(0o077)  # what we write is ours alone, whatever the caller's umask is
     sys.exit(_code(argv))
 
 
@@ -129,4 +131,11 @@ def _code(argv: Sequence[str] | None) -> int:
         # `| head` has seen enough; keep the interpreter from complaining at its last flush.
         sys.stdout = None
         return 0
+    except Exception:  # noqa: BLE001  # the program's boundary: a traceback may quote a secret
+        import traceback
+
+        from nomad_watchdog.secret_values import hide
+
+        click.echo(hide(traceback.format_exc()), err=True)
+        return EXIT_INTERNAL
     return result if isinstance(result, int) else 0

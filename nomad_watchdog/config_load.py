@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from nomad_watchdog import schedulers
+from nomad_watchdog import schedulers, secret_files
 from nomad_watchdog.clients import hashicorp
 from nomad_watchdog.config import FILE_NAME, PREFIX, Consul, Settings
 from nomad_watchdog.config_hcl import NAMED, Document, Path, Problem, read, show
@@ -55,11 +56,14 @@ def load(
     env, overrides = env or {}, overrides or {}
     file = find_file(path, env)
     source = str(file) if file else "built-in defaults"
-    document = _read_file(file) if file else Document()
+    document = (
+        _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else Document()
+    )
+    mixed = [] if file is None or path or env.get(f"{PREFIX}CONFIG") else _mixed(document, env)
     origins = _merge_env(document, env) | _merge_flags(document.data, overrides)
     if "data_dir" not in document.data:
         document.data["data_dir"] = _state_dir(env)
-    problems = list(document.problems)
+    problems = [*document.problems, *mixed]
     settings = None
     try:
         settings = Settings.model_validate(document.data)
@@ -218,14 +222,46 @@ def variables() -> dict[str, tuple[str, ...]]:
     return ours
 
 
-def _read_file(file: FilePath) -> Document:
+def _read_file(file: FilePath, *, named: bool) -> Document:
+    """`named`: the user named this file. One that only lies in the working folder must be the user's or root's,
+    and writable by nobody else: it says where tokens are and where they are sent."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as stream:
+            if not named and (why := secret_files.foreign(os.fstat(stream.fileno()), file)):
+                raise UserError(
+                    f"./{file}: {why}; it is not read. If you trust it, name it with --config {file}"
+                )
+            text = stream.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or 'cannot be read'}") from error
     return read(text, str(file))
+
+
+def _mixed(document: Document, env: Mapping[str, str]) -> Iterator[Problem]:
+    """A token is sent only to an address from its own source: both from the file that lies in the working
+    folder, or both from the environment."""
+    for block, token in (("nomad", "NOMAD_TOKEN"), ("consul", "CONSUL_HTTP_TOKEN")):
+        given = document.data.get(block)
+        file = given if isinstance(given, dict) else {}
+
+        def source(setting: str, block: str = block, file: Mapping[str, Any] = file) -> str:
+            vendors = (name for name, at in hashicorp.VARIABLES.items() if at == (block, setting))
+            for name in (*vendors, f"{PREFIX}{block}_{setting}".upper()):
+                if env.get(name):
+                    return name
+            return FILE_NAME if file.get(setting) else ""
+
+        where = source("address")
+        sent = source("token_file") or (token if env.get(token) else "")
+        if where and sent and (where == FILE_NAME) != (sent == FILE_NAME):
+            yield Problem(
+                (block, "address"),
+                f"the address comes from {where} and the token from {sent}; a token is sent only to an address "
+                f"from its own source: set both in one place, or name the file with --config {FILE_NAME}",
+                document.line_of((block, "address")),
+            )
 
 
 def _merge_env(document: Document, env: Mapping[str, str]) -> dict[Path, str]:

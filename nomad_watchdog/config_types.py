@@ -25,6 +25,7 @@ from nomad_watchdog.addresses import device_address
 from nomad_watchdog.clients.hashicorp import checked_address
 from nomad_watchdog.config_hcl import parse_duration, parse_size, show
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know_url
 
 _NAMESPACE: Final = re.compile(r"[a-zA-Z0-9-]{1,128}")
 MOST_CERTIFICATES: Final = 8192
@@ -33,6 +34,7 @@ MOST_CERTIFICATES: Final = 8192
 
 def checked_url(value: str) -> str:
     """An address with its scheme, without a slash at its end. Raises ValueError."""
+    know_url(value)
     return checked_address(value)
 
 

@@ -18,6 +18,7 @@ from nomad_watchdog.keyring import SecretFile
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, still
 from nomad_watchdog.schedulers.documents import class_part
+from nomad_watchdog.secret_values import present
 
 FIELD = "credential"
 """In the agent's document (watchdog_agent.wire)."""
@@ -41,6 +42,7 @@ class Credentialed:
         if not keys:
             raise TerminalError("api.agent_key_file holds no key: the agent would not be believed")
         signed = issue(keys[0], Claim(record.slug, epoch))
+        present(signed)  # a scheduler may quote it in an error
         return await self.inner.ensure(record, epoch, with_credential(spec, signed))
 
     async def retire(self, placement: Placement, grace_s: float) -> None:

@@ -12,7 +12,7 @@ import re
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +47,7 @@ from nomad_watchdog.migrations import Kept
 from nomad_watchdog.schedulers import _nomad_jobs
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces
+from nomad_watchdog.secret_values import hide
 from nomad_watchdog.texts import did_you_mean
 from nomad_watchdog.wiring import (
     consul_settings,
@@ -127,10 +128,22 @@ class _Server:
             return answer.status, text
 
 
-async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
-    """All checks that make sense for these settings, in the order in which to mend them."""
+async def examine(
+    settings: Settings, env: Mapping[str, str], config: Path | None = None
+) -> list[Check]:
+    """All checks that make sense for these settings, in the order in which to fix them. `config`: the file that
+    was read."""
+    return [
+        replace(check, found=hide(check.found), mend=hide(check.mend))
+        for check in await _examine(settings, env, config)
+    ]
+
+
+async def _examine(settings: Settings, env: Mapping[str, str], config: Path | None) -> list[Check]:
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
     checks += _files(settings, env)
+    for name, found, mend in preflight.exposed(settings, config):
+        checks.append(Check(name, Status.WARN, found, mend))
     api = await doctor_api.checks(settings)
     checks += [Check(name, Status(status), found, mend) for name, status, found, mend in api]
     runs = ("api.advertise", "ok") in [one[:2] for one in api]
@@ -166,10 +179,12 @@ async def examine(settings: Settings, env: Mapping[str, str]) -> list[Check]:
 def _files(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     """What `run` reads: a finding for each file, class or setting that it could not use."""
     mend = "see docs/configuration.md; `nomad-watchdog config check` names the lines"
-    found = [
-        Check(".".join(map(str, path)), Status.FAIL, text, mend)
-        for path, text in preflight.misfits(settings, env)
-    ]
+    found = []
+    for path, text in preflight.misfits(settings, env):
+        what, separator, fix = text.rpartition("; ")
+        if not (separator and fix.startswith(("chmod ", "chown "))):
+            what, fix = text, mend
+        found.append(Check(".".join(map(str, path)), Status.FAIL, what, fix))
     named = "tokens, keys, certificates, templates and inventories"
     return found or [Check("files", Status.OK, f"{named} can be read")]
 

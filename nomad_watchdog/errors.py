@@ -23,12 +23,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from nomad_watchdog.secret_values import hide
+
 
 class WatchdogError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose. Its message never holds a known secret: what
+    a server or a library said is part of many."""
 
     exit_code: ClassVar[int] = 70
     http_status: ClassVar[int] = 500
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(hide(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UserError(WatchdogError):

@@ -8,10 +8,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
+from nomad_watchdog.secret_values import hide, hide_in
 
 MOST_EVENTS: Final = 10_000
 MOST_DEVICES: Final = 2_000
@@ -149,6 +150,7 @@ class History:
         incident: str = "",
     ) -> Event:
         """Append one; the oldest falls out."""
+        text, data = hide(text), cast("Mapping[str, object]", hide_in(data))
         text = text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
         event = Event(self._seq + 1, at, kind, device_id, slug, text, data, self.origin, incident)
         self.take(event)

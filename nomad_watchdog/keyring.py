@@ -15,15 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nomad_watchdog import secret_files
 from nomad_watchdog.core.roles import Role
 from nomad_watchdog.core.webhooks import secret_of
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import Monotonic
+from nomad_watchdog.secret_values import know
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S: Final = 1.0
 MOST_BYTES: Final = 64 * 1024
+LEAST_TOKEN: Final = 16
+"""Characters of a token: 16 of `openssl rand -base64` are 96 random bits."""
 LEAST_KEY: Final = 32
 """Characters of an agent key: 16 random bytes as hexadecimal digits."""
 
@@ -38,28 +42,32 @@ class SecretFile:
     path: Path
     reader: Reader
     _secrets: tuple[bytes, ...] = ()
-    _state: tuple[int, int, int] | None = None
+    _raw: bytes | None = None
+    """What was read last; None = the file could not be read."""
     _looked: float = float("-inf")
     _problem: str = ""
 
     def required(self) -> SecretFile:
         """Itself, once it has been read. Raises UserError that says what is wrong with the file."""
-        self._secrets, self._state = self._read(), _state_of(self.path)
+        self._raw = self._content()
+        self._secrets = self._parse(self._raw)
         return self
 
     def now(self, now: Monotonic) -> tuple[bytes, ...]:
-        """The secrets that the file holds; it is looked at once a second at most."""
+        """The secrets that the file holds. It is read at most once per second, whatever its size and times say:
+        they can stay as they were while a secret is replaced."""
         if now - self._looked < LOOK_EVERY_S:
             return self._secrets
         self._looked = now
-        state = _state_of(self.path)
-        if state == self._state and state is not None:
-            return self._secrets
+        raw = None
         try:
-            self._secrets, problem = self._read(), ""
+            raw = self._content()
+            if raw == self._raw:
+                return self._secrets
+            self._secrets, problem = self._parse(raw), ""
         except UserError as error:
             self._secrets, problem = (), str(error)
-        self._state = state
+        self._raw = raw
         if problem and problem != self._problem:
             log.warning("no secret is left in a file", extra={"reason": problem})
         elif not problem:
@@ -67,16 +75,23 @@ class SecretFile:
         self._problem = problem
         return self._secrets
 
-    def _read(self) -> tuple[bytes, ...]:
-        where = f"{self.setting} {str(self.path)!r}"
+    @property
+    def _where(self) -> str:
+        return f"{self.setting} {str(self.path)!r}"
+
+    def _content(self) -> bytes:
         try:
-            with self.path.open("rb") as stream:
-                raw = stream.read(MOST_BYTES + 1)
-            text = raw.decode("utf-8-sig")
+            return secret_files.read(self.path, MOST_BYTES + 1)
         except OSError as error:
-            raise UserError(f"{where}: {error.strerror or 'cannot be read'}") from error
+            raise UserError(f"{self._where}: {error.strerror or 'cannot be read'}") from error
+
+    def _parse(self, raw: bytes) -> tuple[bytes, ...]:
+        where = self._where
+        try:
+            text = raw.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise UserError(f"{where} is not text") from None
+        know(*text.split())
         if len(raw) > MOST_BYTES:
             raise UserError(f"{where} is larger than {MOST_BYTES} bytes")
         if not text.strip():
@@ -87,17 +102,15 @@ class SecretFile:
             raise UserError(f"{where}: {error}") from None
 
 
-def _state_of(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
 def read_token(text: str) -> tuple[bytes, ...]:
-    """One token: the whole file but for the blanks around it."""
-    return (text.strip().encode(),)
+    """One token: the whole file but for the blanks around it. Raises ValueError for one that can be guessed."""
+    token = text.strip()
+    if len(token) < LEAST_TOKEN:
+        raise ValueError(
+            f"a token of {len(token)} characters can be guessed; it needs at least {LEAST_TOKEN} "
+            "(openssl rand -hex 32)"
+        )
+    return (token.encode(),)
 
 
 def read_keys(text: str) -> tuple[bytes, ...]:

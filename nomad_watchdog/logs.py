@@ -1,4 +1,8 @@
-"""Logs: one JSON object a line, or text for a terminal; never a secret, never a raw control character."""
+"""Logs: one JSON object per line, or text for a terminal; never a secret, never a raw control character.
+
+Every secret that this process has read is replaced wherever it stands (`secret_values`). Patterns hide what
+looks like a secret of somebody else besides.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ import logging.handlers
 import queue
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
+
+from nomad_watchdog.secret_values import REDACTED, hide, longest
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +33,6 @@ MOST_ITEMS: Final = 50
 DEEPEST: Final = 4
 QUEUE: Final = 10_000
 """Lines that may wait for a slow output; later ones are dropped."""
-REDACTED: Final = "[redacted]"
 
 REPEAT_S: Final = 10.0
 """Trouble of one kind in the event loop is told at most so often."""
@@ -98,14 +104,18 @@ def clean(value: object, depth: int = 0) -> object:
     return clean_text(str(value))
 
 
-def clean_text(text: str, longest: int = LONGEST) -> str:
+def clean_text(text: str, most: int = LONGEST) -> str:
     """Without secrets, cut, and with every unprintable character escaped."""
-    # Cut first with a margin, so that a huge value is not searched as a whole.
-    cut = text[: longest * 2]
+    # Cut first with a margin, so that a huge value is not searched as a whole. What may be the beginning of
+    # a secret at the end of the margin goes: where others were hidden before it, it would move forward.
+    margin, edge = most * 2, longest()
+    cut = hide(text[: margin + edge])
+    if len(text) > margin + edge:
+        cut = cut[: len(cut) - edge]
     cut = _SECRET_VALUE.sub(lambda m: (m[1] or m[2] or m[3]) + REDACTED, cut)
-    more = len(text) - longest
+    more = len(text) - most
     if more > 0:
-        cut = f"{cut[:longest]}… ({more} more characters)"
+        cut = f"{cut[:most]}… ({more} more characters)"
     if cut.isprintable():
         return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
@@ -116,6 +126,8 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
     for key, value in vars(record).items():
         if key not in _OWN and key not in _KEYS:
             facts[clean_text(key)] = REDACTED if _SECRET_KEY.search(key) else clean(value)
+    if record.exc_info and not record.exc_text:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
     if record.exc_text:
         facts["exc"] = clean_text(record.exc_text, LONGEST_TRACE)
     return facts
@@ -164,10 +176,11 @@ class _Queue(logging.handlers.QueueHandler):
         self.dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # Rendered here, in the caller's thread: an argument may change before the listener looks.
+        # Rendered here, in the caller's thread: an argument may change before the listener looks, and only here
+        # is it known what the caller presented as its token.
         if record.exc_info and not record.exc_text:
-            record.exc_text = logging.Formatter().formatException(record.exc_info)
-        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+            record.exc_text = hide(logging.Formatter().formatException(record.exc_info))
+        record.msg, record.args, record.exc_info = hide(record.getMessage()), None, None
         for key, value in list(vars(record).items()):
             if key not in _OWN:
                 setattr(record, key, clean(value))
@@ -207,6 +220,12 @@ class LoopTrouble:
         )
 
 
+def for_commands() -> None:
+    """What a command logs that sets up nothing: warnings on standard error, as clean as the service's."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(TextFormatter())
+
+
 def setup(
     level: str = "info",
     format: Format = "json",  # noqa: A002 # its name in the settings
@@ -226,8 +245,11 @@ def setup(
     _replace(root, before, [handler])
     root.setLevel(level.upper())
     listener.start()
+    hooks = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook, threading.excepthook = _unraisable, _ended_thread
 
     def stop() -> None:
+        sys.unraisablehook, threading.excepthook = hooks
         _replace(root, [handler], before)
         root.setLevel(before_level)
         listener.stop()
@@ -244,6 +266,14 @@ def setup(
             output.handle(lost)
 
     return stop
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    log.error("exception that nothing handles", exc_info=found.exc_value)
+
+
+def _ended_thread(found: threading.ExceptHookArgs) -> None:
+    log.error("a thread crashed", exc_info=found.exc_value)
 
 
 def _replace(

@@ -131,6 +131,7 @@ class Metrics:
         self._differs = self._gauge("config_differs", "1: other class specs are in force.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
+        self._malformed = self._counter("api_malformed", "Requests that are not valid HTTP.")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         self._routes: frozenset[str] = frozenset()
@@ -360,6 +361,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """A request was not let in."""
         self._refusals.labels(_known(reason, Refusal)).inc()
+
+    def malformed(self) -> None:
+        """A request was not valid HTTP."""
+        self._malformed.inc()
 
 
 def _known(value: str, allowed: type[StrEnum] | tuple[str, ...]) -> str:

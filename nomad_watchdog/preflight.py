@@ -4,9 +4,11 @@ templates and devices. Read by the code that `run` reads them with; nothing is c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path as FilePath
 
-from nomad_watchdog import inventory_file, schedulers, texts
-from nomad_watchdog.api.door import door_of, secret_files
+from nomad_watchdog import inventory_file, private, schedulers, secret_files, texts
+from nomad_watchdog.api.door import door_of
+from nomad_watchdog.api.door import secret_files as secret_files_of
 from nomad_watchdog.api.serving import outgoing_context, tls_context
 from nomad_watchdog.config import Settings, template_text
 from nomad_watchdog.config_hcl import Path
@@ -27,9 +29,33 @@ def misfits(settings: Settings, env: Mapping[str, str]) -> Iterator[tuple[Path, 
             yield ("inventory",), line
 
 
+def exposed(settings: Settings, config: FilePath | None = None) -> Iterator[tuple[str, str, str]]:
+    """What works and is not as private as it should be: the setting, what is wrong, and its fix. `config`: the
+    configuration that was read."""
+    api = settings.api
+    secret = {".".join(("api", *at)): str(one.path) for at, one in secret_files_of(api).items()}
+    for block in ("api", "nomad", "consul"):
+        for name in ("token_file", "tls_key", "client_key"):
+            if path := getattr(getattr(settings, block), name, None):
+                secret[f"{block}.{name}"] = path
+    for name, pool in settings.agent_pool.items():
+        for metric in pool.metric:
+            if metric.token_file:
+                secret[f"agent_pool.{name}.metric.token_file"] = metric.token_file
+    for setting, path in secret.items():
+        if why := secret_files.exposed(path):
+            yield setting, f"{texts.shown(path)} {why}", f"chmod 600 {path}, or 640 with a group"
+    if config is not None and (why := secret_files.foreign_path(config)):
+        yield "config", f"{texts.shown(str(config))} {why}", f"chown it, and chmod go-w {config}"
+    stores = (settings.registry_path, settings.events_path, settings.told_path)
+    for kept, mode in ((FilePath(settings.data_dir), "700"), *((one, "600") for one in stores)):
+        if why := private.open_to(kept):
+            yield "data_dir", f"{texts.shown(str(kept))} {why}", f"chmod {mode} {kept}"
+
+
 def _api(settings: Settings) -> Iterator[tuple[Path, str]]:
     api, wrong = settings.api, False
-    for setting, file in secret_files(api).items():
+    for setting, file in secret_files_of(api).items():
         for line in _lines(file.required):
             wrong = True
             # the place of the finding names the setting

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from nomad_watchdog import secret_files
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know
 
 _PEM: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\s.*?-----END \1-----", re.DOTALL | re.ASCII)
 
@@ -38,11 +40,19 @@ def decoded(where: str, raw: bytes) -> str:
 
 
 def token(what: str, path: str | Path) -> str:
-    """The token of a file, without the blanks around it. Raises UserError as `read`, and for one that no HTTP
-    header can hold."""
-    found = read(what, path, 64 * 1024).strip()
+    """The token of a file, or of a pipe, without the blanks around it. Raises UserError as `read`, for a file
+    that is not safe (`secret_files`), and for a token that no HTTP header can hold."""
+    where, most = f"{what} {shown(str(path))}", 64 * 1024
+    try:
+        raw = secret_files.read(path, most + 1, pipe=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'no path'}") from error
+    if len(raw) > most:
+        raise UserError(f"{where} is larger than {most} bytes")
+    found = decoded(where, raw).strip()
     if not (found.isascii() and found.isprintable()):
-        raise UserError(f"{what} {shown(str(path))} holds characters that no token has")
+        raise UserError(f"{where} holds characters that no token has")
+    know(found)
     return found
 
 

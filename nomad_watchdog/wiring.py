@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nomad_watchdog import schedulers
+from nomad_watchdog import private, schedulers
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config import Consul, Nomad, Settings
@@ -83,7 +83,7 @@ def kubernetes_settings(settings: Settings) -> KubernetesSettings:
 async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
     """The registry that the settings name, closed at the end."""
     if settings.registry_kind == "sqlite":
-        settings.registry_path.parent.mkdir(parents=True, exist_ok=True)
+        private.folder(settings.registry_path.parent)
         sqlite = SqliteRegistry(path=settings.registry_path)
         try:
             yield sqlite

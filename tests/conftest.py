@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import pytest_asyncio
 
+from nomad_watchdog import secret_values
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.dev.binaries import find
 from nomad_watchdog.dev.consul import ConsulServer
@@ -51,6 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("busy"))  # one after another
         leftovers.check_tasks(item)
     assign_groups(items)
+
+
+@pytest.fixture(autouse=True)
+def no_secret_of_another_test() -> Iterator[None]:
+    """What a test made this process know is hidden until its end only."""
+    yield
+    secret_values.forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import http, wire
+from . import http, secret, wire
 from .light import json
 from .loop import between
 
@@ -178,9 +178,5 @@ def read_token() -> str:
     """The token, read anew each time: a mounted file rotates."""
     path = os.environ.get("CONSUL_HTTP_TOKEN_FILE")
     if path:
-        try:
-            with open(path, encoding="ascii") as file:
-                return file.read(4096).strip()
-        except (OSError, ValueError):
-            return ""
+        return secret.token(path)
     return os.environ.get("CONSUL_HTTP_TOKEN", "")

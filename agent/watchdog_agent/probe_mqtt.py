@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from . import checks, http, outcome
+from . import checks, http, outcome, secret
 from .answer import HttpError
 from .light import struct
 
@@ -40,7 +40,6 @@ REFUSED = {
 _OTHER_VERSION = (VERSION, MQTT5_ONLY, HUNG_UP)
 """After these MQTT 5 is tried."""
 DISCONNECT = b"\xe0\x00"
-MOST_PASSWORD = 4096
 
 
 def check(probe: Probe, where: str) -> None:
@@ -60,7 +59,7 @@ def check(probe: Probe, where: str) -> None:
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     """Connect with a clean session; a broker that takes us is told that we leave."""
     try:
-        password = secret(spec["password_file"]) if spec.get("password_file") else None
+        password = secret.read(spec["password_file"]) if spec.get("password_file") else None
     except OSError as error:
         text = outcome.Unable(f"password_file: {http.reason_of(error)}")
         loop.later(0, lambda: ended(False, text))
@@ -143,12 +142,6 @@ def speaking(dialogue: Dialogue, level: int) -> Dialogue:
         # Nothing has been sent yet: the loop has not run since.
         dialogue.connack = mqtt5.connack
     return dialogue
-
-
-def secret(path: str) -> bytes:
-    """What a file holds, but for blanks around it; read anew each time. Raises OSError."""
-    with open(path, "rb") as file:
-        return file.read(MOST_PASSWORD).strip()
 
 
 def connack(got: bytes, *, closed: bool) -> int | None:

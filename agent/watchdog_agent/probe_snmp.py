@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import checks, datagram, http, outcome
-from .probe_mqtt import secret
+from . import checks, datagram, http, outcome, secret
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def check(probe: Probe, where: str) -> None:
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     """The community is a secret: it comes from a file; without one it is «public»."""
     try:
-        community = secret(spec["community_file"]) if spec.get("community_file") else b"public"
+        community = secret.read(spec["community_file"]) if spec.get("community_file") else b"public"
     except OSError as error:
         text = outcome.Unable(f"community_file: {http.reason_of(error)}")
         loop.later(0, lambda: ended(False, text))

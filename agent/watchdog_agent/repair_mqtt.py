@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from . import http, probe_mqtt
+from . import http, probe_mqtt, secret
 from .answer import HttpError
 
 TYPE_CHECKING = False
@@ -103,7 +103,7 @@ class Publish(probe_mqtt.Dialogue):
 def connect(step: Step, level: int) -> bytes:
     """CONNECT with a clean session, and a user and password where there are any. Raises OSError."""
     user, file = step.get("user") or None, step.get("password_file", "")
-    password = probe_mqtt.secret(file) if user and file else None
+    password = secret.read(file) if user and file else None
     return probe_mqtt.connect(f"wd{os.urandom(8).hex()}", user, password, level)
 
 

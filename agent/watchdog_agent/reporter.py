@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from . import http, wire
+from . import http, secret, wire
 from .light import deque, json
 from .loop import between
 
@@ -294,11 +294,4 @@ def code_of(body: bytes) -> str:
 
 def read_token() -> str:
     """The bearer token, read anew each time: a mounted file rotates."""
-    path = os.environ.get("WATCHDOG_TOKEN_FILE")
-    if not path:
-        return ""
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read(4096).strip()
-    except (OSError, ValueError):
-        return ""
+    return secret.token(os.environ.get("WATCHDOG_TOKEN_FILE", ""))

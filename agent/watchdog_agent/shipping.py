@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import time
 
-from . import http
+from . import http, secret
 from .light import deque, json
 from .loop import between
-from .sinks import read_secret
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Shipper:
         self.on_the_way = len(batch)
         body: Document = {"streams": [{"stream": self.labels, "values": batch}]}
         headers = [("X-Scope-OrgID", self.tenant)] if self.tenant else []
-        if token := read_secret(self.token_file):
+        if token := secret.token(self.token_file):
             headers.append(("Authorization", f"Bearer {token}"))
         path = f"{self.url.base}/loki/api/v1/push"
         raw = json.dumps(body).encode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from . import http
+from . import http, secret
 from .light import deque, json
 from .loop import between
 
@@ -86,7 +86,7 @@ class Sink:
         method, path, body, headers = request_of(
             self.spec, self.waiting[0][0], self.config, self.instance
         )
-        token = read_secret(self.spec.get("token_file", ""))
+        token = secret.token(self.spec.get("token_file", ""))
         if self.spec["kind"] == "consul_event":
             from . import consul
 
@@ -129,17 +129,6 @@ class Sink:
         done(taken)
         if self.fetch is None and self.timer is None:
             self._send()
-
-
-def read_secret(path: str) -> str:
-    """The token in this file, read anew each time: a mounted file rotates. "" when there is none."""
-    if not path:
-        return ""
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read(4096).strip()
-    except (OSError, ValueError):
-        return ""
 
 
 def request_of(

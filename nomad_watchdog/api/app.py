@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
@@ -28,6 +27,7 @@ from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
+from nomad_watchdog.api.malformed import Malformed
 from nomad_watchdog.api.schemas import (
     AnyOut,
     BulkIn,
@@ -53,17 +53,6 @@ from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
 
-RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
-    "access_log": None,
-    "keepalive_timeout": 60.0,
-    "lingering_time": 2.0,
-    "max_line_size": 8190,
-    "max_field_size": 8190,
-    "max_headers": 64,
-}
-"""For `web.AppRunner`. aiohttp closes a connection whose headers are not complete after
-keepalive_timeout seconds; its default of 3,630 would let slow senders hold sockets for an hour."""
-
 
 def make_app(
     fleet: Fleet,
@@ -86,6 +75,7 @@ def make_app(
         max_body_bytes=max_body_bytes,
         door=door or Door(),
         routes=ROUTES,
+        malformed=Malformed(metrics),
         operator=operator,
         leases=leases,
     )
@@ -96,7 +86,12 @@ def make_app(
             app[CONTEXT].routed[routed] = route
     metrics.routes(route.path for route in ROUTES)
     app.on_shutdown.append(stream.stop_following)
+    app.on_cleanup.append(_close)
     return app
+
+
+async def _close(app: web.Application) -> None:
+    app[CONTEXT].malformed.close()
 
 
 async def status(request: web.Request) -> web.StreamResponse:

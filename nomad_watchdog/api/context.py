@@ -23,6 +23,7 @@ from nomad_watchdog.pools.keeper import Keeper
 if TYPE_CHECKING:
     from nomad_watchdog.api.configuration import Reloads
     from nomad_watchdog.api.door import Door
+    from nomad_watchdog.api.malformed import Malformed
     from nomad_watchdog.api.stops import Operator
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -69,6 +70,8 @@ class Context:
     max_body_bytes: int
     door: Door
     routes: tuple[Route, ...]
+    malformed: Malformed
+    """Who counts requests that are not HTTP."""
     routed: dict[web.AbstractRoute, Route] = field(default_factory=dict)
     """What the router found → the route of the table."""
     departures: Departures | None = None

@@ -41,6 +41,7 @@ from nomad_watchdog.model import (
     Presence,
     VerdictState,
 )
+from nomad_watchdog.secret_values import hide_in
 from nomad_watchdog.shown import shown_placement
 
 MOST_ITEMS: Final = 1_000
@@ -239,7 +240,7 @@ async def explain_device(request: web.Request) -> web.StreamResponse:
     explained = fleet.explain(slug_of(device_id)) or await _explain_stray(fleet, device_id)
     if not explained:
         raise await missing(fleet, device_id)
-    return json_response(explained)
+    return json_response(hide_in(explained))
 
 
 async def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:

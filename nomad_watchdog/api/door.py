@@ -36,6 +36,7 @@ from nomad_watchdog.keyring import (
     read_webhook_secrets,
 )
 from nomad_watchdog.model import Device
+from nomad_watchdog.secret_values import present
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class Door:
             return Actor("webhook", None, peer, certificate=certificate)
         scheme, _, text = (header or "").partition(" ")
         given = text.strip() if scheme.lower() == "bearer" else ""
+        present(given or text or header or "")
         now = self.clock.monotonic()
         if self.agent_keys is not None and given.startswith(f"{PREFIX}."):
             claim = claim_of(self.agent_keys.now(now), given)

@@ -18,6 +18,7 @@ from nomad_watchdog.api.context import CONTEXT, Handler
 from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.metrics import OTHER
+from nomad_watchdog.secret_values import hide
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def error_response(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> web.Response:
     """The one form of all error bodies."""
-    body = {"error": {"code": code, "message": message}}
+    body = {"error": {"code": code, "message": hide(message)}}
     return json_response(body, status=status, headers=headers)
 
 

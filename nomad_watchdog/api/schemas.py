@@ -513,3 +513,6 @@ async def read_body(request: web.Request) -> bytes:
             f"the body was not complete after {BODY_TIMEOUT_S:g} s",
             {"Connection": "close"},
         ) from None
+    except web.RequestPayloadError:  # it quotes the body
+        request.app[CONTEXT].malformed.add(request.remote or "unknown")
+        raise RequestError(400, "malformed", "the body is not valid HTTP/1.1") from None

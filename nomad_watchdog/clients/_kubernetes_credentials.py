@@ -15,6 +15,7 @@ from nomad_watchdog import texts
 from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
+from nomad_watchdog.secret_values import know
 
 REREAD_S: Final = 60.0
 """A token file is read again after so long; the kubelet rotates it well before it expires."""
@@ -41,6 +42,7 @@ class Credentials:
     def __init__(self, settings: KubernetesSettings, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
+        know(settings.token)
         self._known = Credential(token=settings.token)
         self._good_until: float | None = None
         self._failure: WatchdogError | None = None
@@ -87,6 +89,7 @@ class Credentials:
             raise type(self._failure)(*self._failure.args)
         try:
             self._known, self._good_until = await _ask(plugin, self._settings)
+            know(self._known.token)
         except WatchdogError as error:
             self._failure, self._failed_at = error, self._clock.monotonic()
             raise

@@ -16,6 +16,7 @@ from consul.callback import CB  # type: ignore[import-untyped]
 
 from nomad_watchdog.clients.consul import ConsulClient
 from nomad_watchdog.errors import FencedError
+from nomad_watchdog.secret_values import know
 
 SESSION_TTL_S: Final = 15
 """The least that Consul takes is 10. It is the second net: it ends a session whose Consul agent is gone
@@ -93,6 +94,7 @@ class ConsulSessions:
             what="creation of a session",
             needs=_NEEDS,
         )
+        know(str(session))
         return str(session)
 
     async def destroy(self, session: str) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from nomad_watchdog import texts
+from nomad_watchdog import secret_files, texts
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know
 
 NOMAD: Final[Mapping[str, str]] = {
     "NOMAD_ADDR": "address",
@@ -164,6 +165,7 @@ def settings_with(
         values.pop("token_file", None)
     elif env.get(token):
         values["token"] = env[token]
+        know(env[token])
     return {**values, **explicit}
 
 
@@ -229,6 +231,7 @@ def files_of(setting: str, folder: str) -> list[Path]:
 def load_chain(context: ssl.SSLContext, cert: str, key: str = "") -> None:
     """The certificate that is shown, and its key, which may be in the same file. Either file may begin with a byte
     order mark, which OpenSSL does not skip. Raises OSError, and never asks for a password."""
+    secret_files.check(key or cert)
     raw = [Path(path).read_bytes() for path in (cert, key) if path]
     if not any(one.startswith(codecs.BOM_UTF8) for one in raw):
         context.load_cert_chain(cert, key or None, password="")

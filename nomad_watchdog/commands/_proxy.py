@@ -9,6 +9,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know_url
 
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 
@@ -48,6 +49,7 @@ def _variable(name: str, env: Mapping[str, str]) -> tuple[str, str]:
 
 def _checked(name: str, url: str) -> Proxy:
     whole = url if "://" in url else f"http://{url}"
+    know_url(whole)
     try:
         parts = urlsplit(whole)
         place = f"{parts.hostname or ''}:{parts.port or 80}"

@@ -12,12 +12,15 @@ import click
 from nomad_watchdog import texts
 from nomad_watchdog.commands._api import Api
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
     from nomad_watchdog.config import Settings
+    from nomad_watchdog.config_api import Api as ApiBlock
 
+FILE_NAME: Final = "nomad-watchdog.hcl"
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:9670"
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,8 +39,10 @@ def output_option(*formats: str) -> Callable[[F], F]:
 
 def settings_of(ctx: click.Context, file: str | None = None, *, whole: bool = False) -> Settings:
     """Flags over environment over file over defaults. `whole`: also with the files that it names."""
+    from nomad_watchdog import logs
     from nomad_watchdog.config_load import Check, load, no_check
 
+    logs.for_commands()
     also: Check = no_check
     if whole:
         from nomad_watchdog import preflight
@@ -71,8 +76,8 @@ def api_of(ctx: click.Context) -> Api:
     """The API at --address, else where the configuration file says that it listens."""
     address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
     authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
-    here = Path("nomad-watchdog.hcl").is_file()
-    if not address and (ctx.obj["config"] or here):
+    named = ctx.obj["config"]
+    if not address and (named or Path(FILE_NAME).is_file()):
         try:
             settings = settings_of(ctx)
         except UserError as error:
@@ -80,6 +85,8 @@ def api_of(ctx: click.Context) -> Api:
                 f"{error}\nthe address of the API could not be read from the configuration; with --address URL "
                 "(or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE this command does without the file"
             ) from error
+        if not named:
+            _check_sources(settings.api, os.environ)
         address, token_file = settings.advertise, token_file or settings.api.token_file
         authority = authority or settings.api.ca_cert or ""
     token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
@@ -87,7 +94,31 @@ def api_of(ctx: click.Context) -> Api:
         token = texts.token("token file", token_file)
     if token and not (token.isascii() and token.isprintable()):
         raise UserError("the API token holds characters that can't be sent")
+    know(token)
     return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+
+
+def _check_sources(api: ApiBlock, env: Mapping[str, str]) -> None:
+    """Raises UserError where a token would be sent to an address from another source: the file that lies in the
+    working folder, which nobody named, or the environment."""
+
+    def source(setting: str) -> str:
+        variable = f"NOMAD_WATCHDOG_API_{setting.upper()}"
+        if env.get(variable):
+            return variable
+        return FILE_NAME if setting in api.model_fields_set else ""
+
+    ours = [name for name in ("NOMAD_WATCHDOG_TOKEN_FILE", "NOMAD_WATCHDOG_TOKEN") if env.get(name)]
+    if ours and ours[0].endswith("TOKEN") and api.token_file:
+        ours = []  # a file takes precedence
+    sent = ours[0] if ours else source("token_file")
+    where = source("advertise") or source("listen")
+    if sent and where and (sent == FILE_NAME) != (where == FILE_NAME):
+        raise UserError(
+            f"the API's address comes from {where} and the token from {sent}; a token is sent only to an address "
+            f"from its own source: give --address URL (or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE, or "
+            f"name the file with --config {FILE_NAME}"
+        )
 
 
 def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:

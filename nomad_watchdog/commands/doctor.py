@@ -20,6 +20,7 @@ EXIT_UNAVAILABLE = 69
 @click.pass_context
 def doctor(ctx: click.Context, output: str) -> None:
     """Check the environment and say what to mend. Exits 69 if a check fails."""
+    from nomad_watchdog.config_load import find_file
     from nomad_watchdog.doctor import Check, Status, examine
 
     try:
@@ -28,7 +29,8 @@ def doctor(ctx: click.Context, output: str) -> None:
         mend = "see docs/configuration.md"
         checks = [Check("config", Status.FAIL, line, mend) for line in str(error).splitlines()]
     else:
-        checks = asyncio.run(examine(settings, os.environ))
+        file = find_file(ctx.obj["config"], os.environ)
+        checks = asyncio.run(examine(settings, os.environ, file))
     failed = any(check.status is Status.FAIL for check in checks)
     if output == "json":
         print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nomad_watchdog import private
 from nomad_watchdog.history import Event, EventFilter, Page
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
@@ -69,7 +70,8 @@ class Drop:
 def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
     """Open or make the file. Raises sqlite3.Error, also for what the system says of the folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private.folder(path.parent)
+        private.file(path)
     except OSError as error:
         raise sqlite3.OperationalError(str(error)) from error
     db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
+from nomad_watchdog import private
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Shard, Slug
@@ -105,7 +106,8 @@ class FileLeases:
 
     def _open(self) -> IO[str]:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            private.folder(self._path.parent)
+            private.file(self._path)
             return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
         except OSError as error:
             raise UserError(f"the lease file {self._path} can't be used: {error}") from error

@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 import orjson
 
+from nomad_watchdog import texts
 from nomad_watchdog.config_pools import AgentPool, Metric
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.pools import Driver
@@ -78,8 +78,8 @@ class Gauge:
             address = f"{address.rstrip('/')}/api/v1/query"
         headers = {}
         if metric.token_file:
-            token = await asyncio.to_thread(Path(metric.token_file).read_text, "utf-8")
-            headers["Authorization"] = f"Bearer {token.strip()}"
+            token = await asyncio.to_thread(texts.token, "token_file", metric.token_file)
+            headers["Authorization"] = f"Bearer {token}"
         if self._http is None:
             self._http = aiohttp.ClientSession()
         timeout = aiohttp.ClientTimeout(total=metric.timeout)

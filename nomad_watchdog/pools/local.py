@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from nomad_watchdog import private
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config_pools import AgentPool
 from nomad_watchdog.errors import NotFoundError, TerminalError, WatchdogError
@@ -131,7 +132,7 @@ class LocalPools:
     def _ensure(self, name: str, pool: AgentPool) -> None:
         home = self._directory / name
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            private.folder(home)
             with exclusive(home):
                 before = _read(home / "pool.json", _Wanted)
                 count = before.count if before is not None and not before.removed else pool.min
@@ -217,7 +218,7 @@ class LocalPools:
         workers = {slot: _worker(home, slot) for slot in slots}
         replacing = self._is_replacing(workers[slot] for slot in range(wanted.count))
         for slot, found in workers.items():
-            (home / str(slot)).mkdir(exist_ok=True)
+            private.folder(home / str(slot))
             before = one = self._buried(home, slot, found)
             extra, stale = slot >= wanted.count, one.worker_hash != wanted.worker_hash
             # Of those that are to be replaced, one at a time.

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar
 
+from nomad_watchdog import private
 from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
@@ -212,8 +213,8 @@ class SqliteRegistry:
     def _initialise(self, installation: str) -> str:
         if not self._path.exists():
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch(mode=0o600)
+                private.folder(self._path.parent)
+                private.file(self._path)
             except OSError as error:
                 raise UserError(f"the registry {self._path} can't be made: {error}") from error
         with closing(_open(self._path)) as connection:
@@ -362,6 +363,7 @@ def _open(path: Path) -> _Connection:
             "`nomad-watchdog registry import FILE`; only for a new installation run "
             "`nomad-watchdog init`"
         )
+    private.close_to_others(path)
     uri = f"{path.absolute().as_uri()}?mode=rw"
     connection = sqlite3.connect(
         uri,

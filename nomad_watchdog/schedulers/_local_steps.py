@@ -17,7 +17,7 @@ from pathlib import Path
 import watchdog_agent
 from watchdog_agent import wire
 
-from nomad_watchdog import templates
+from nomad_watchdog import private, templates
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.ids import Slug, is_slug
@@ -111,7 +111,7 @@ def ensure(settings: Settings, record: DeviceRecord, epoch: Epoch, spec: AgentSp
     config = config_of(record, epoch, spec)
     home = settings.home(record.slug)
     try:
-        (home / "state").mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.folder(home / "state")
         with exclusive(home):
             old = _read(home)
             if old is not None and old.epoch == epoch:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nomad_watchdog import private
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.ids import DeviceId, Shard, Slug
@@ -192,7 +193,7 @@ class LocalScheduler:
         if self._open:
             return
         try:
-            self._settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private.folder(self._settings.directory)
             if not os.access(self._settings.directory, os.R_OK | os.W_OK | os.X_OK):
                 raise UserError(f"{self._settings.directory} must be readable and writable for us")
         except OSError as error:

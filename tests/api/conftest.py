@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import Door as Gate
 from nomad_watchdog.api.door import door_of
@@ -61,7 +61,7 @@ async def served(folder: Path, **options: Any) -> AsyncIterator[Door]:
     artifact = folder / "agent.pyz"
     artifact.write_bytes(b"PK-agent")
     app = make_app(fleet, metrics=metrics, artifact=artifact, max_body_bytes=65_536, **options)
-    runner = web.AppRunner(app, shutdown_timeout=2.0, **RUNNER_OPTIONS)
+    runner = Runner(app, shutdown_timeout=2.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -12,7 +12,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.api import RUNNER_OPTIONS, make_app, schemas
+from nomad_watchdog.api import Runner, make_app, schemas
 from nomad_watchdog.api.stream import MOST_FOLLOWERS
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.errors import ConflictError, TransientError
@@ -446,7 +446,7 @@ async def test_small_endpoints(door: Door) -> None:
     assert 'api_requests_total{route="/ready",status="5xx"} 1.0' in text
 
 
-@pytest.mark.parametrize("token", ["s3cret-token"])
+@pytest.mark.parametrize("token", ["s3cret-token-of-the-api"])
 async def test_token_is_asked_for(door: Door, token: str) -> None:
     """Without the right token all but the two health paths answer 401, and the token is never told."""
     assert (await door.ask("GET", "/healthz"))[0] == 200
@@ -463,7 +463,7 @@ async def test_slow_senders_are_let_go(door: Door, monkeypatch: pytest.MonkeyPat
     """A body that trickles is answered 408, and headers that never end get the connection closed."""
     monkeypatch.setattr(schemas, "BODY_TIMEOUT_S", 0.3)
     app = make_app(door.fleet, metrics=door.metrics, artifact=None)
-    runner = web.AppRunner(app, **{**RUNNER_OPTIONS, "keepalive_timeout": 0.5})
+    runner = Runner(app, keepalive_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]

@@ -74,7 +74,7 @@ class Service:
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    (tmp_path / "token").write_text("first-token")
+    (tmp_path / "token").write_text("first-token-of-the-api")
     (tmp_path / "keys").write_text("k" * 32)
     text = FILE.format(folder=tmp_path, api="", more="", rest="")
     (tmp_path / "watchdog.hcl").write_text(text)
@@ -101,9 +101,9 @@ async def test_tokens_limits_and_the_log_level_are_applied(service: Service) -> 
     """The new token counts and the old one does not, windows and graces are the new ones, and the answer
     names each change; without one the next reload changes nothing."""
     fleet = service.door.fleet
-    assert await service.asked_with("first-token") == 200
-    (service.folder / "other").write_text("second-token")
-    (service.folder / "watcher").write_text("third-token")
+    assert await service.asked_with("first-token-of-the-api") == 200
+    (service.folder / "other").write_text("second-token-of-the-api")
+    (service.folder / "watcher").write_text("third-token-of-the-api")
     service.write(
         api=f"""  rate = 500
   token "wall" {{
@@ -121,7 +121,7 @@ log { level = "warning" }""",
     )
     text = (service.folder / "watchdog.hcl").read_text()
     (service.folder / "watchdog.hcl").write_text(text.replace('/token"', '/other"'))
-    headers = {"Authorization": "Bearer first-token"}
+    headers = {"Authorization": "Bearer first-token-of-the-api"}
     status, answer = await service.door.ask("POST", "/v1/config:reload", headers=headers)
     assert (status, answer["needs_restart"]) == (200, [])
     assert answer["changed"] == [
@@ -135,9 +135,9 @@ log { level = "warning" }""",
         "resync 30s → 17s",
         "rollout.at_once 5 → 7",
     ]
-    assert await service.asked_with("first-token") == 401
-    assert await service.asked_with("second-token") == 200
-    assert await service.asked_with("third-token") == 200
+    assert await service.asked_with("first-token-of-the-api") == 401
+    assert await service.asked_with("second-token-of-the-api") == 200
+    assert await service.asked_with("third-token-of-the-api") == 200
     assert fleet.limits.replace_at_once == 7
     assert fleet.attendance.rules.grace_s == 120.0
     assert fleet.chronicle.starts.grace("default").seconds == 90.0
@@ -210,7 +210,7 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
     reconciler, fleet = service.reloader.reconciler, service.door.fleet
     file = service.folder / "agent.hcl"
     service.write(rest=class_two(f' template = "{file}"'))
-    headers = {"Authorization": "Bearer first-token"}
+    headers = {"Authorization": "Bearer first-token-of-the-api"}
     status, answer = await service.door.ask("POST", "/v1/config:reload", headers=headers)
     assert status == 200
     assert "rollout.at_once 5 → 7" in answer["changed"]

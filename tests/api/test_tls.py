@@ -339,7 +339,7 @@ class OnePeer(Undivided):
 async def test_replicas_speak_tls_to_each_other(tmp_path: Path, authority: trustme.CA) -> None:
     """What one replica heard of an agent reaches another that asks for TLS, a certificate and a token."""
     (tmp_path / "keys").write_text(KEY)
-    (tmp_path / "token").write_text("operators-token")
+    (tmp_path / "token").write_text("operators-s3cret-token")
     authority.cert_pem.write_to_path(tmp_path / "clients.pem")
     changes = {
         "client_ca": str(tmp_path / "clients.pem"),

@@ -34,7 +34,7 @@ class Wall(SystemClock):
 
 
 def gate(folder: Path) -> Gate:
-    (folder / "token").write_text("operators-token")
+    (folder / "token").write_text("operators-s3cret-token")
     lines = ["whsec_" + base64.b64encode(secret).decode() for secret in SECRETS]
     (folder / "secrets").write_text("\n".join(lines))
     return door_of(
@@ -131,11 +131,11 @@ async def test_the_signature_is_checked_before_the_body_is_read(door: Door) -> N
 
 async def test_a_token_may_stand_for_the_signature(door: Door) -> None:
     """With an operator's token an unsigned call is applied; a signature that is sent beside it counts."""
-    token = {"Authorization": "Bearer operators-token"}
+    token = {"Authorization": "Bearer operators-s3cret-token"}
     asked = await door.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
     assert asked[0] == 201
-    assert (await send(door, GONE, Authorization="Bearer operators-token"))[0] == 409
-    wrong = {"Authorization": "Bearer operators-token", "webhook_signature": "v1,AAAA"}
+    assert (await send(door, GONE, Authorization="Bearer operators-s3cret-token"))[0] == 409
+    wrong = {"Authorization": "Bearer operators-s3cret-token", "webhook_signature": "v1,AAAA"}
     assert (await send(door, GONE, **wrong))[0] == 401
     assert (await send(door, GONE, Authorization="Bearer nope"))[0] == 401
 
@@ -215,7 +215,7 @@ async def test_w1_two_events_of_one_second_leave_the_device_watched(door: Door) 
 async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(door: Door) -> None:
     """After a PUT that changed nothing, an event that was signed before it is refused."""
     assert (await send(door, CONNECTED, message="a", later=-10))[0] == 201
-    token = {"Authorization": "Bearer operators-token"}
+    token = {"Authorization": "Bearer operators-s3cret-token"}
     wish = {"address": "10.0.0.1"}
     status, same = await door.ask("PUT", "/v1/devices/gw%2F1", json=wish, headers=token)
     assert (status, same["changed"]) == (200, False)

@@ -135,7 +135,7 @@ def test_what_is_there_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "i.json").write_bytes(
         b"\xef\xbb\xbf" + json.dumps({"id": "a", "address": "10.0.0.1", "class": "camera"}).encode()
     )
-    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfa-long-token\n")
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfa-long-token-of-16\n")
     text = f'inventory = "{tmp_path}/i.json"\napi {{\n  token_file = "{tmp_path}/token"\n}}\n{GOOD}'
     assert checked(tmp_path, text, capsys) == (0, "")
 

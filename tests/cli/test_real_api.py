@@ -32,7 +32,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         fleet = Fleet(registry, Limits(), SystemClock())
         fleet.reset({}, 0)
         fleet.classes = frozenset({"default", "gateway"})
-        (tmp_path / "asked").write_text("secret-token")
+        (tmp_path / "asked").write_text("secret-token-of-the-api")
         door = door_of(Api(token_file=str(tmp_path / "asked")))
         app = make_app(fleet, metrics=Metrics(), artifact=None, door=door)
         runner = web.AppRunner(app, shutdown_timeout=2.0)
@@ -51,7 +51,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert started.wait(20)
     monkeypatch.chdir(tmp_path)
     token = tmp_path / "token"
-    token.write_text("secret-token\n")
+    token.write_text("secret-token-of-the-api\n")
     monkeypatch.setenv("NOMAD_WATCHDOG_ADDR", addresses[0])
     monkeypatch.setenv("NOMAD_WATCHDOG_TOKEN_FILE", str(token))
     yield addresses[0]

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from nomad_watchdog.api import RUNNER_OPTIONS, make_app
+from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
 from nomad_watchdog.clock import SystemClock
@@ -141,7 +141,7 @@ async def plane(folder: Path, board: Board, name: str, token: str = "") -> Async
     feed = EventFeed(fleet, told, leases, lambda: token)
     app = make_app(fleet, metrics=Metrics(), artifact=None, leases=leases, door=door)
     app[CONTEXT].feed = feed
-    runner = web.AppRunner(app, shutdown_timeout=1.0, **RUNNER_OPTIONS)
+    runner = Runner(app, shutdown_timeout=1.0)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]

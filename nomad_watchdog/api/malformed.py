@@ -1,0 +1,118 @@
+"""Requests that are not HTTP: counted, answered in one form, and never quoted.
+
+aiohttp logs each with the bytes that it could not parse, which may hold a token, and sends those bytes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.errors import error_response
+from nomad_watchdog.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_S: Final = 60.0
+RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
+    "access_log": None,
+    "keepalive_timeout": 60.0,
+    "lingering_time": 2.0,
+    "max_line_size": 8190,
+    "max_field_size": 8190,
+    "max_headers": 64,
+}
+"""aiohttp closes a connection whose headers are not complete after keepalive_timeout seconds; its default of
+3,630 would let slow senders hold sockets for an hour."""
+
+
+class Malformed:
+    """Counts malformed requests. The first is logged at once, the others as one line per LOG_EVERY_S."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._unlogged = 0
+        self._last_peer = ""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, peer: str) -> None:
+        """One more, from this address."""
+        self._metrics.malformed()
+        self._unlogged += 1
+        self._last_peer = peer
+        if self._timer is None:
+            self._report()
+
+    def _report(self) -> None:
+        self._timer = None
+        if self._unlogged:
+            facts = {"requests": self._unlogged, "last_peer": self._last_peer}
+            log.warning("malformed requests", extra=facts)
+            self._unlogged = 0
+            self._timer = asyncio.get_running_loop().call_later(LOG_EVERY_S, self._report)
+
+    def close(self) -> None:
+        """Log what is left."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._report()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Handler(web.RequestHandler):
+    """One connection."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002  # quotes the request
+    ) -> web.StreamResponse:
+        if status >= 500:
+            return super().handle_error(request, status, exc)
+        if isinstance(self._manager, Server):
+            self._manager.malformed.add(request.remote or "unknown")
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer was begun")
+        answer = error_response(status, "malformed", "the request is not valid HTTP/1.1")
+        answer.force_close()
+        return answer
+
+
+class Server(web.Server):
+    """Makes a `Handler` per connection."""
+
+    malformed: Malformed
+
+    def __call__(self) -> web.RequestHandler:
+        return Handler(self, loop=self._loop, **self._kwargs)
+
+
+class Runner(web.AppRunner):
+    """Serves an application of `make_app`, with RUNNER_OPTIONS unless others are given."""
+
+    __slots__ = ()
+
+    def __init__(self, app: web.Application, **options: Any) -> None:
+        super().__init__(app, **{**RUNNER_OPTIONS, **options})
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        server = Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            loop=made._loop,  # noqa: SLF001  # what it was made with
+            **made._kwargs,  # noqa: SLF001  # as above
+        )
+        server.malformed = self.app[CONTEXT].malformed
+        return server
