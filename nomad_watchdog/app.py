@@ -214,7 +214,7 @@ async def _run(
     app[CONTEXT].migrations = reconciler.migrations
     runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_S, **RUNNER_OPTIONS)
     await runner.setup()
-    listener = Listener(runner, settings.api)
+    listener = Listener(runner, settings.api, metrics)
     outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)
     peers = Peers(fleet, reconciler.leases, *outgoing)
     feed = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from functools import cache
 from typing import Final
@@ -66,11 +66,28 @@ class ResyncReason(StrEnum):
 
 
 class Refusal(StrEnum):
-    """Why a request was not let in: 401, 403, 429."""
+    """Why a request was not let in: 401, 403, 415, 421, 429, 503."""
 
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
+    ENCODING = "encoding"
+    MISDIRECTED = "misdirected"
     LIMITED = "limited"
+    BUSY = "busy"
+    OTHER = OTHER
+
+
+class Closing(StrEnum):
+    """Why we closed a connection."""
+
+    ROOM = "room"
+    """It was idle or slow, and another needed its place."""
+    FULL = "full"
+    """No other connection could make room for it."""
+    RATE = "rate"
+    """Its address sends more unauthenticated requests than it may."""
+    SLOW = "slow"
+    """It took nothing of its response within the timeout."""
     OTHER = OTHER
 
 
@@ -131,6 +148,10 @@ class Metrics:
         self._differs = self._gauge("config_differs", "1: other class specs are in force.")
         self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
         self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
+        self._closings = self._counter(
+            "api_connections_closed", "Connections that the API closed for want of room.", "reason"
+        )
+        self._open = self._gauge("api_connections", "Open connections of the API.", "state")
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         self._routes: frozenset[str] = frozenset()
@@ -154,6 +175,7 @@ class Metrics:
             (self._resyncs, ResyncReason),
             (self._incidents, GroupKind),
             (self._refusals, Refusal),
+            (self._closings, Closing),
             (self._unheard, Unheard),
         ):
             for value in values:
@@ -360,6 +382,15 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """A request was not let in."""
         self._refusals.labels(_known(reason, Refusal)).inc()
+
+    def connection_closed(self, reason: str) -> None:
+        """A connection was closed to make room, or because there was none."""
+        self._closings.labels(_known(reason, Closing)).inc()
+
+    def connections(self, count: Callable[[], tuple[int, int]]) -> None:
+        """`count`: called for each reading; connections that are not authenticated, and that are."""
+        self._open.labels("unauthenticated").set_function(lambda: count()[0])
+        self._open.labels("authenticated").set_function(lambda: count()[1])
 
 
 def _known(value: str, allowed: type[StrEnum] | tuple[str, ...]) -> str:

@@ -25,6 +25,7 @@ from nomad_watchdog.api import (
     webhook,
 )
 from nomad_watchdog.api.answers import json_response
+from nomad_watchdog.api.bodies import Bodies
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
@@ -57,12 +58,18 @@ RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
     "access_log": None,
     "keepalive_timeout": 60.0,
     "lingering_time": 2.0,
+    "auto_decompress": False,
+    "read_bufsize": 16 * 1024,
     "max_line_size": 8190,
     "max_field_size": 8190,
     "max_headers": 64,
 }
-"""For `web.AppRunner`. aiohttp closes a connection whose headers are not complete after
+"""For `web.AppRunner`. Bodies are never decompressed: a few kilobytes
+would become megabytes before anybody has asked who sends them. aiohttp closes a connection whose headers are not complete after
 keepalive_timeout seconds; its default of 3,630 would let slow senders hold sockets for an hour."""
+
+BODY_MEMORY: Final = 32 * 1024 * 1024
+"""Bytes that all request bodies may take together; more if the largest one is larger than a quarter of it."""
 
 
 def make_app(
@@ -84,6 +91,7 @@ def make_app(
         metrics=metrics,
         artifact=artifact,
         max_body_bytes=max_body_bytes,
+        bodies=Bodies(max(BODY_MEMORY, 4 * max_body_bytes), fleet.clock.monotonic),
         door=door or Door(),
         routes=ROUTES,
         operator=operator,
