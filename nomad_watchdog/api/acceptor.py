@@ -98,10 +98,6 @@ class Connection(web.RequestHandler):
             self._stuck_since = now  # less than UNSENT is left, so that writing was not paused
         return 0.0 if self._stuck_since is None else now - self._stuck_since
 
-    def abort(self) -> None:
-        if self._wire is not None:
-            self._wire.abort()
-
 
 def place_of(request: web.Request) -> Place:
     """The place of its connection; one without limits where the application is served without `Site`."""
@@ -206,8 +202,7 @@ class Site(web.BaseSite):
         now = loop.time()
         for one in self._runner.server.connections if self._runner.server else ():
             if isinstance(one, Connection) and one.stuck_s(now) > WRITE_TIMEOUT_S:
-                self._places.closed(Closing.SLOW)
-                one.abort()
+                one.place.give_up()
         self._sweeping = loop.call_later(SWEEP_S, self._sweep)
 
 

@@ -37,7 +37,7 @@ LAST: Final = web.RequestKey("last", bool)
 """The connection has no place beyond this request."""
 LINGER: Final = 16 * 1024
 """Bytes of a body that are read to their end after its request was refused, so that the connection can be used again."""
-_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 class RequestError(Exception):
@@ -116,7 +116,7 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
         place.rest()
     if not response.prepared:
         _end(request, response, place)
-        for name, value in _HEADERS.items():
+        for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
     request.app[CONTEXT].metrics.request(_route(request), response.status)
     if failpoints.armed() == "K3" and request.method not in SAFE and response.status < 300:

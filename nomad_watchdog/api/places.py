@@ -75,6 +75,12 @@ class Place:
         """One more unauthenticated request. False: its address must wait before it may send another."""
         return self.places is None or self.places.pace.spend(self.address, self.places.now()) == 0.0
 
+    def give_up(self) -> None:
+        """Close it: its other side takes nothing."""
+        if self.places is not None:
+            self.places.closed(Closing.SLOW)
+        self.close()
+
     def leave(self) -> None:
         """The connection is gone."""
         if self.places is not None:

@@ -177,17 +177,22 @@ async def test_silent_connections_make_room(
 async def test_a_client_that_does_not_read_is_closed(
     tmp_path: Path, attack: Attack, wires: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever takes nothing of the responses for the write timeout is closed, and counted."""
+    """Whoever takes nothing of a file or of other responses for the write timeout is closed, and counted."""
     monkeypatch.setattr(acceptor, "WRITE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(acceptor, "SWEEP_S", 0.05)
+    token = f"Authorization: Bearer {TOKEN}"
+    page = f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n{token}\r\n\r\n".encode()
     async with front(tmp_path) as it:
         (tmp_path / "agent.pyz").write_bytes(bytes(10_000_000))
-        await connect(it.port, wires, 10, attackers.deaf())
+        await connect(it.port, wires, 5, attackers.deaf()[:400])
+        it.door.app[CONTEXT].page = (float("inf"), "x" * 10_000_000)
+        await connect(it.port, wires, 5, page)
         async with asyncio.timeout(120):
             while it.counted('nomad_watchdog_api_connections_closed_total{reason="slow"}') < 10:
-                await asyncio.sleep(0.02)
-            while it.counted('nomad_watchdog_api_connections{state="unauthenticated"}'):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)
+            for state in ("unauthenticated", "authenticated"):
+                while it.counted(f'nomad_watchdog_api_connections{{state="{state}"}}'):
+                    await asyncio.sleep(0.1)
     attack.tried = 10
     attack.result = "closed after the write timeout"
 
