@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import resource
 import socket
 import ssl
+import termios
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +35,8 @@ WRITE_TIMEOUT_S: Final = 10.0
 SWEEP_S: Final = 2.0
 EXHAUSTED_S: Final = 1.0
 """Pause after the process or the system ran out of file descriptors or memory, as in asyncio."""
+CROWDED_S: Final = 0.005
+"""Pause while every unauthenticated connection has sent something that is about to be read."""
 LOG_EVERY_S: Final = 10.0
 RECEIVED_AT_ONCE: Final = 16 * 1024
 """Bytes. Of a connection that is not authenticated yet; asyncio's own number is 16 times this."""
@@ -69,8 +74,10 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self._hushed:
             self._pause()
-        else:
-            super().data_received(data)
+            return
+        super().data_received(data)
+        if self._messages:  # a request is complete, and will be handled
+            self.place.work()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -107,6 +114,16 @@ def place_of(request: web.Request) -> Place:
     if _PLACE not in request:
         request[_PLACE] = Place(None, "")
     return request[_PLACE]
+
+
+def _unread(wire: socket.socket) -> bool:
+    """Whether the kernel holds bytes of it that we have not read."""
+    count = array("i", [0])
+    try:
+        fcntl.ioctl(wire.fileno(), termios.FIONREAD, count)
+    except (OSError, ValueError):  # it was closed
+        return False
+    return count[0] > 0
 
 
 class Site(web.BaseSite):
@@ -153,6 +170,9 @@ class Site(web.BaseSite):
     def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         for _ in range(BATCH):
+            if not self._places.room():
+                self._pause(CROWDED_S)
+                return
             try:
                 accepted, peer = self._socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -162,8 +182,7 @@ class Site(web.BaseSite):
                     raise
                 what = "socket.accept() out of system resource"
                 loop.call_exception_handler({"message": what, "exception": error})
-                loop.remove_reader(self._socket)
-                loop.call_later(EXHAUSTED_S, self._listen)
+                self._pause(EXHAUSTED_S)
                 return
             place = self._places.admit(network_of(peer[0]))
             if place is None:
@@ -172,8 +191,14 @@ class Site(web.BaseSite):
             accepted.setblocking(False)
             task = loop.create_task(self._open(accepted, place))
             place.close = task.cancel
+            place.unread = partial(_unread, accepted)
             self._tasks.add(task)
             task.add_done_callback(partial(self._opened, accepted, place))
+
+    def _pause(self, for_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._socket)
+        loop.call_later(for_s, self._listen)
 
     async def _open(self, accepted: socket.socket, place: Place) -> None:
         server = self._runner.server

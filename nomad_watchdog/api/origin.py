@@ -7,6 +7,7 @@ names that are ours are answered. A numeric address can't be rebound: agents, pr
 from __future__ import annotations
 
 import socket
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ def names_of(api: Api) -> frozenset[str]:
 def check_origin(request: web.Request, hosts: frozenset[str]) -> None:
     """Raises RequestError: 421 for a Host that is not ours, 403 for a change that another site's page asks for."""
     host = request.headers.get("Host", "")
-    if not _ours(_name_in(host), hosts):
+    if not _ours(host, hosts):
         raise RequestError(
             421,
             "misdirected_request",
@@ -68,7 +69,9 @@ def _plain(name: str) -> str:
     return name.strip("[]").removesuffix(".").lower()
 
 
-def _ours(name: str, hosts: frozenset[str]) -> bool:
+@lru_cache(maxsize=1024)
+def _ours(host: str, hosts: frozenset[str]) -> bool:
+    name = _name_in(host)
     if name in hosts or name == "localhost" or name.endswith(".localhost"):
         return True
     try:

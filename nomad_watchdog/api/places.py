@@ -48,11 +48,19 @@ class Place:
     address: str
     close: Callable[[], object] = lambda: None
     """Closes it at once. Set by whoever admits it."""
+    unread: Callable[[], bool] = lambda: False
+    """Whether it has sent something that was not read yet. Set by whoever admits it."""
     rank: Rank = Rank.UNAUTHENTICATED
     busy: bool = False
     """A request is being handled, and waits for nothing of the other side."""
     wait_s: float = 0.0
     """Before it may be served."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may be closed for another. One that has sent a request that we have not read yet may not: that
+        it waits is our fault, unless it waits for its address's rate."""
+        return not self.busy and (self.wait_s > 0.0 or not self.unread())
 
     def work(self) -> None:
         """A request is being handled."""
@@ -165,9 +173,16 @@ class Places:
             return self._evict(max(self._strangers.values(), key=len))
         return self._unauthenticated + self.authenticated < self.most or self._evict_known()
 
+    def room(self) -> bool:
+        """Whether there is a place for a new connection. If not, it is to wait unaccepted: those that have places will
+        be served soon."""
+        if self._unauthenticated < self._most_unauthenticated:
+            return True
+        return any(place.idle for place in max(self._strangers.values(), key=len))
+
     def _evict(self, group: OrderedDict[Place, None] | None, address: str | None = None) -> bool:
         for place in group or ():
-            if not place.busy and address in (None, place.address):
+            if place.idle and address in (None, place.address):
                 self._leave(place)
                 self.closed(Closing.ROOM)
                 place.close()
