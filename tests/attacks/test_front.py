@@ -170,16 +170,13 @@ async def test_an_operator_works_beside_all_attackers(
         f"operator p50 {p50:.1f} ms, p99 {p99:.0f} ms over {len(operator.took_ms):,} requests, memory +{grown:.0f} MB, "
         f"{passed:.0f} passes in {lasted:.0f} s, no expiry, {computed / lasted:.0%} of one core"
     )
-    words = [(log.name, log.read_text()[-300:]) for _, log in running]
-    closed = await counted(plane, "nomad_watchdog_api_connections_closed_total")
-    print(attack.result, closed, operator.failed, words)
     assert not operator.failed
     assert (await plane.call("GET", "/v1/status"))["placements"] == len(names)
     assert await counted(plane, "nomad_watchdog_expired_devices_total") == 0
     assert passed >= lasted - 2
-    assert p50 <= 20
-    assert p99 <= 250
-    assert grown <= 40
+    assert p50 <= 20, attack.result
+    assert p99 <= 250, attack.result
+    assert grown <= 40, attack.result
 
 
 @pytest.mark.busy
