@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from aiohttp import web
 from nomad_watchdog import __version__
 from nomad_watchdog.api import (
     agents,
+    artifact,
     attendance,
     configuration,
     devices,
@@ -25,12 +25,11 @@ from nomad_watchdog.api import (
     stream,
     webhook,
 )
-from nomad_watchdog.api.acceptor import UNSENT, place_of
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.bodies import Bodies
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.door import Door
-from nomad_watchdog.api.errors import HEADERS, boundary
+from nomad_watchdog.api.errors import boundary
 from nomad_watchdog.api.schemas import (
     AnyOut,
     BulkIn,
@@ -51,7 +50,6 @@ from nomad_watchdog.api.schemas import (
     WebhookIn,
 )
 from nomad_watchdog.core.roles import Right
-from nomad_watchdog.errors import NotFoundError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
@@ -129,25 +127,6 @@ async def metrics_text(request: web.Request) -> web.StreamResponse:
     body = request.app[CONTEXT].metrics.render()
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return web.Response(body=body, headers={"Content-Type": kind})
-
-
-async def agent_artifact(request: web.Request) -> web.StreamResponse:
-    path = request.app[CONTEXT].artifact
-    if path is None or not path.is_file():
-        raise NotFoundError("this server offers no agent file")
-    headers = {"Content-Type": "application/zip", **HEADERS}
-    size = path.stat().st_size
-    if request.method == "HEAD":
-        return web.Response(headers={**headers, "Content-Length": str(size)})
-    response = web.StreamResponse(headers=headers)
-    response.content_length = size
-    # Not web.FileResponse: the kernel sends a file for it, and nobody notices that the other side takes none of it.
-    with suppress(ConnectionError), path.open("rb") as file:
-        await response.prepare(request)
-        place_of(request).rest()
-        while chunk := file.read(UNSENT):
-            await response.write(chunk)
-    return response
 
 
 async def describe(request: web.Request) -> web.StreamResponse:
@@ -405,7 +384,7 @@ ROUTES: Final = (
     Route(
         "GET",
         "/artifacts/watchdog-agent.pyz",
-        agent_artifact,
+        artifact.agent_artifact,
         "The agent as one file",
         {200: "a zip application"},
         public=True,  # a Nomad client fetches it and has no token; it holds no secret

@@ -173,7 +173,9 @@ async def test_an_operator_works_beside_all_attackers(
     assert not operator.failed
     assert (await plane.call("GET", "/v1/status"))["placements"] == len(names)
     assert await counted(plane, "nomad_watchdog_expired_devices_total") == 0
-    assert passed >= lasted - 2
+    assert passed >= lasted / 1.5, (
+        attack.result
+    )  # the next begins a second after the last has ended
     assert p50 <= 20, attack.result
     assert p99 <= 250, attack.result
     assert grown <= 40, attack.result
