@@ -225,7 +225,7 @@ async def _run(
     app[CONTEXT].migrations = reconciler.migrations
     runner = Runner(app, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
-    listener = Listener(runner, settings.api)
+    listener = Listener(runner, settings.api, metrics)
     outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)
     peers = Peers(fleet, reconciler.leases, *outgoing)
     feed = None

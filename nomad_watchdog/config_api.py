@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from nomad_watchdog.config_types import Block, Name, Size, Text, Url, checked_listen
+from nomad_watchdog.config_types import Block, Host, Name, Size, Text, Url, checked_listen
 
 LabelText = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -38,6 +38,10 @@ class Api(Block):
     rate: Annotated[float, Field(gt=0, le=1_000_000)] = 1_000.0
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     max_body: Size = 1024 * 1024
+    hosts: Annotated[tuple[Host, ...], Field(max_length=64)] = ()
+    max_connections: Annotated[int, Field(ge=16, le=1_000_000)] = 4096
+    max_connections_per_address: Annotated[int, Field(ge=8, le=1_000_000)] = 3072
+    unauthenticated_rate: Annotated[float, Field(gt=0, le=1_000_000)] = 500.0
 
     @property
     def secure(self) -> bool:

@@ -580,10 +580,15 @@ def _machine(settings: Settings) -> list[Check]:
         good = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         mend = "" if good else f"make {there} a directory that uid {os.getuid()} can write to"
         checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), mend))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = soft == resource.RLIM_INFINITY or soft >= WANTED_FILES
-    mend = "" if enough else f"ulimit -n {WANTED_FILES} (systemd: LimitNOFILE=)"
-    checks.append(Check("open files", Status.OK if enough else Status.WARN, str(soft), mend))
+    # The service raises its soft limit as far as the hard one allows.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(WANTED_FILES, 2 * settings.api.max_connections)
+    enough = most == resource.RLIM_INFINITY or most >= wanted
+    found = "unlimited" if most == resource.RLIM_INFINITY else str(most)
+    mend = (
+        "" if enough else f"ulimit -Hn {wanted} (systemd: LimitNOFILE=), twice api.max_connections"
+    )
+    checks.append(Check("open files", Status.OK if enough else Status.WARN, found, mend))
     if any(p.kind == "icmp" for c in settings.agent_class.values() for p in (*c.probe, *c.confirm)):
         checks.append(_ping())
     return checks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from functools import cache
 from typing import Final
@@ -66,11 +66,28 @@ class ResyncReason(StrEnum):
 
 
 class Refusal(StrEnum):
-    """Why a request was not let in: 401, 403, 429."""
+    """Why a request was not let in: 401, 403, 415, 421, 429, 503."""
 
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
+    ENCODING = "encoding"
+    MISDIRECTED = "misdirected"
     LIMITED = "limited"
+    BUSY = "busy"
+    OTHER = OTHER
+
+
+class Closing(StrEnum):
+    """Why we closed a connection."""
+
+    ROOM = "room"
+    """It was idle or slow, and another needed its place."""
+    FULL = "full"
+    """No other connection could make room for it."""
+    RATE = "rate"
+    """Its address sends more unauthenticated requests than it may."""
+    SLOW = "slow"
+    """It took nothing of its response within the timeout."""
     OTHER = OTHER
 
 
@@ -129,9 +146,7 @@ class Metrics:
         self._config_problem = self._gauge("config_problem", "1: the last reload was rejected.")
         self._restart = self._gauge("config_needs_restart", "Settings that need a restart.")
         self._differs = self._gauge("config_differs", "1: other class specs are in force.")
-        self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
-        self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
-        self._malformed = self._counter("api_malformed", "Requests that are not valid HTTP.")
+        self._make_api()
         self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         self._routes: frozenset[str] = frozenset()
@@ -139,6 +154,15 @@ class Metrics:
         self._acted: dict[tuple[str, str], Counter] = {}
         self._dropped_before = 0
         self._start_at_zero()
+
+    def _make_api(self) -> None:
+        self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
+        self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
+        self._malformed = self._counter("api_malformed", "Requests that are not valid HTTP.")
+        self._closings = self._counter(
+            "api_connections_closed", "Connections that the API closed for want of room.", "reason"
+        )
+        self._open = self._gauge("api_connections", "Open connections of the API.", "state")
 
     def _start_at_zero(self) -> None:
         self.migration(0, 0, 0)
@@ -155,6 +179,7 @@ class Metrics:
             (self._resyncs, ResyncReason),
             (self._incidents, GroupKind),
             (self._refusals, Refusal),
+            (self._closings, Closing),
             (self._unheard, Unheard),
         ):
             for value in values:
@@ -365,6 +390,15 @@ class Metrics:
     def malformed(self) -> None:
         """A request was not valid HTTP."""
         self._malformed.inc()
+
+    def connection_closed(self, reason: str) -> None:
+        """A connection was closed to make room, or because there was none."""
+        self._closings.labels(_known(reason, Closing)).inc()
+
+    def connections(self, count: Callable[[], tuple[int, int]]) -> None:
+        """`count`: called for each reading; connections that are not authenticated, and that are."""
+        self._open.labels("unauthenticated").set_function(lambda: count()[0])
+        self._open.labels("authenticated").set_function(lambda: count()[1])
 
 
 def _known(value: str, allowed: type[StrEnum] | tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ from aiohttp import web
 from nomad_watchdog import __version__
 from nomad_watchdog.api import (
     agents,
+    artifact,
     attendance,
     configuration,
     devices,
@@ -24,6 +25,7 @@ from nomad_watchdog.api import (
     webhook,
 )
 from nomad_watchdog.api.answers import json_response
+from nomad_watchdog.api.bodies import Bodies
 from nomad_watchdog.api.context import CONTEXT, Context, Route
 from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
@@ -48,10 +50,12 @@ from nomad_watchdog.api.schemas import (
     WebhookIn,
 )
 from nomad_watchdog.core.roles import Right
-from nomad_watchdog.errors import NotFoundError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.leases import Leases
 from nomad_watchdog.metrics import Metrics
+
+BODY_MEMORY: Final = 32 * 1024 * 1024
+"""Bytes that all request bodies may take together; more if the largest one is larger than a quarter of it."""
 
 
 def make_app(
@@ -73,6 +77,7 @@ def make_app(
         metrics=metrics,
         artifact=artifact,
         max_body_bytes=max_body_bytes,
+        bodies=Bodies(max(BODY_MEMORY, 4 * max_body_bytes), fleet.clock.monotonic),
         door=door or Door(),
         routes=ROUTES,
         malformed=Malformed(metrics),
@@ -114,13 +119,6 @@ async def metrics_text(request: web.Request) -> web.StreamResponse:
     body = request.app[CONTEXT].metrics.render()
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return web.Response(body=body, headers={"Content-Type": kind})
-
-
-async def agent_artifact(request: web.Request) -> web.StreamResponse:
-    path = request.app[CONTEXT].artifact
-    if path is None or not path.is_file():
-        raise NotFoundError("this server offers no agent file")
-    return web.FileResponse(path, headers={"Content-Type": "application/zip"})
 
 
 async def describe(request: web.Request) -> web.StreamResponse:
@@ -378,7 +376,7 @@ ROUTES: Final = (
     Route(
         "GET",
         "/artifacts/watchdog-agent.pyz",
-        agent_artifact,
+        artifact.agent_artifact,
         "The agent as one file",
         {200: "a zip application"},
         public=True,  # a Nomad client fetches it and has no token; it holds no secret

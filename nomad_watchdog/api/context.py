@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 from pydantic import BaseModel
 
+from nomad_watchdog.api.bodies import Bodies
 from nomad_watchdog.core.roles import Right
 from nomad_watchdog.departures import Departures
 from nomad_watchdog.event_feed import EventFeed
@@ -68,6 +69,7 @@ class Context:
     metrics: Metrics
     artifact: Path | None
     max_body_bytes: int
+    bodies: Bodies
     door: Door
     routes: tuple[Route, ...]
     malformed: Malformed

@@ -11,15 +11,16 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
+from nomad_watchdog.api.acceptor import place_of
 from nomad_watchdog.api.context import Route
-from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.errors import LAST, RequestError
+from nomad_watchdog.api.origin import check_origin, names_of
+from nomad_watchdog.api.places import Rank, network_of
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.core.bucket import Buckets
@@ -64,6 +65,13 @@ class Actor:
         return self.role is not None and self.name != _NOBODY
 
     @property
+    def rank(self) -> Rank:
+        """Whose share of connections and memory this request takes."""
+        if self.role is None:
+            return Rank.UNAUTHENTICATED
+        return Rank.OPERATOR if self.known and self.role is Role.OPERATOR else Rank.KNOWN
+
+    @property
     def client(self) -> str:
         """Whose share of the API this request takes."""
         return self.name if self.known else self.peer
@@ -83,6 +91,8 @@ class Door:
     webhook_secrets: SecretFile | None = None
     wants_certificate: bool = False
     buckets: Buckets | None = None
+    hosts: frozenset[str] = frozenset()
+    """Names that requests may call us by, besides loopback names and numeric addresses."""
     window: Window = field(default_factory=Window)
     _logged_at: float = float("-inf")
     _unlogged: int = 0
@@ -107,8 +117,9 @@ class Door:
     def let_in(self, request: web.Request, route: Route | None) -> None:
         """Note in the request who this is, if they may come in. route: None = there is no such route.
 
-        Raises RequestError: 401 who are you, 403 you may not, 429 not so fast."""
+        Raises RequestError: 401 who are you, 403 you may not, 421 not our name, 429 not so fast."""
         peer = peer_of(request)
+        check_origin(request, self.hosts)
         if route is not None and route.public:
             request[ACTOR] = Actor(_NOBODY, None, peer)
             return
@@ -117,6 +128,7 @@ class Door:
         except RequestError:
             self._take(peer)  # whoever guesses tokens guesses at the rate of one client
             raise
+        rise(request, actor.rank)
         self._take(actor.client)
         self._check_certificate(actor)
         if route is not None and actor.role is not None and not may(actor.role, route.right):
@@ -239,7 +251,14 @@ def door_of(api: Api) -> Door:
         webhook_secrets=files.get(("webhook_secrets_file",)),
         wants_certificate=api.client_ca is not None,
         buckets=Buckets(api.rate, api.burst),
+        hosts=names_of(api),
     )
+
+
+def rise(request: web.Request, rank: Rank) -> None:
+    """Its connection is at least of this rank from now on, as far as there are places."""
+    if not place_of(request).rise(rank):
+        request[LAST] = True
 
 
 def check_prefix(request: web.Request, device_id: DeviceId) -> None:
@@ -272,18 +291,7 @@ def permit_of(request: web.Request) -> Callable[[Device], None]:
 
 def peer_of(request: web.Request) -> str:
     """The other side's address; of IPv6 the network, for one host has 2^64 addresses in it."""
-    return _network_of(request.remote or "unknown")
-
-
-@lru_cache(maxsize=4096)
-def _network_of(text: str) -> str:
-    try:
-        address = ip_address(text.partition("%")[0])
-    except ValueError:
-        return text
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is None and not address.is_loopback:
-        return f"{IPv6Address(int(address) >> 64 << 64)}/64"
-    return str(address)
+    return network_of(request.remote or "unknown")
 
 
 def _common_name(request: web.Request) -> str:

@@ -13,8 +13,10 @@ from aiohttp import web
 from watchdog_agent import wire
 
 from nomad_watchdog import failpoints
+from nomad_watchdog.api.acceptor import Connection, place_of
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT, Handler
+from nomad_watchdog.api.places import Place, Rank
 from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.metrics import OTHER
@@ -22,10 +24,21 @@ from nomad_watchdog.secret_values import hide
 
 log = logging.getLogger(__name__)
 
-_SAFE: Final = frozenset({"GET", "HEAD"})
-REFUSALS: Final = {401: "unauthorized", 403: "forbidden", 429: "limited"}
+SAFE: Final = frozenset({"GET", "HEAD"})
+REFUSALS: Final = {
+    401: "unauthorized",
+    403: "forbidden",
+    415: "encoding",
+    421: "misdirected",
+    429: "limited",
+    503: "busy",
+}
 """Status → how the metric calls it."""
-_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+LAST: Final = web.RequestKey("last", bool)
+"""The connection has no place beyond this request."""
+LINGER: Final = 16 * 1024
+"""Bytes of a body that are read to their end after its request was refused, so that the connection can be used again."""
+HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 class RequestError(Exception):
@@ -79,6 +92,8 @@ def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
 async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Translate every failure, count every answer."""
     response: web.StreamResponse
+    place = place_of(request)
+    place.work()
     try:
         _check(request)
         response = await handler(request)
@@ -97,13 +112,32 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
     except Exception:  # the request's boundary: logged once, counted, told without details
         log.exception("request failed", extra={"route": _route(request)})
         response = error_response(500, "internal", "this is our fault; the log says more")
+    finally:
+        request.app[CONTEXT].bodies.give(place)
+        place.rest()
     if not response.prepared:
-        for name, value in _HEADERS.items():
+        _end(request, response, place)
+        for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
     request.app[CONTEXT].metrics.request(_route(request), response.status)
-    if failpoints.armed() == "K3" and request.method not in _SAFE and response.status < 300:
+    if failpoints.armed() == "K3" and request.method not in SAFE and response.status < 300:
         await _acknowledge(request, response)
     return response
+
+
+def _end(request: web.Request, response: web.StreamResponse, place: Place) -> None:
+    """Let go of a connection that has no place, or that was refused and goes on sending."""
+    if place.rank is not Rank.UNAUTHENTICATED:
+        if request.get(LAST):
+            response.force_close()
+        return
+    if not place.spend():
+        response.force_close()
+    length = request.content_length
+    if not request.content.is_eof() and (length is None or length > LINGER):
+        response.force_close()
+        if isinstance(request.protocol, Connection):
+            request.protocol.hush()
 
 
 def _remember(request: web.Request, error: RequestError) -> None:
@@ -134,12 +168,6 @@ def _route(request: web.Request) -> str:
 def _check(request: web.Request) -> None:
     context = request.app[CONTEXT]
     context.door.let_in(request, context.routed.get(request.match_info.route))
-    # A page of another site must not change anything through somebody's browser.
-    if request.method not in _SAFE and request.headers.get("Sec-Fetch-Site", "none") not in {
-        "none",
-        "same-origin",
-    }:
-        raise RequestError(403, "cross_site", "requests from other sites' pages are refused")
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding != "identity":
         raise RequestError(

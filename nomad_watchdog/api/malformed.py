@@ -23,12 +23,15 @@ RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
     "access_log": None,
     "keepalive_timeout": 60.0,
     "lingering_time": 2.0,
+    "auto_decompress": False,
+    "read_bufsize": 16 * 1024,
     "max_line_size": 8190,
     "max_field_size": 8190,
     "max_headers": 64,
 }
-"""aiohttp closes a connection whose headers are not complete after keepalive_timeout seconds; its default of
-3,630 would let slow senders hold sockets for an hour."""
+"""Bodies are never decompressed: a few kilobytes would become megabytes before anybody has asked who sends them.
+aiohttp closes a connection whose headers are not complete after keepalive_timeout seconds; its default of 3,630
+would let slow senders hold sockets for an hour."""
 
 
 class Malformed:

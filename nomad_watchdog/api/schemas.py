@@ -18,8 +18,12 @@ from pydantic import (
 )
 
 from nomad_watchdog.addresses import device_address
+from nomad_watchdog.api.acceptor import place_of
+from nomad_watchdog.api.bodies import MOST_UNSIGNED
 from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.places import Rank
 from nomad_watchdog.config_hcl import parse_duration
 from nomad_watchdog.config_pools import MOST_WORKERS
 from nomad_watchdog.config_problems import in_body
@@ -493,17 +497,25 @@ def parsed(body: bytes, model: type[Model]) -> Model:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The bytes that were sent. Raises RequestError (408, 413, 415)."""
+    """The bytes that were sent. Raises RequestError (408, 413, 415, 503)."""
     if request.content_type != "application/json":
         raise RequestError(
             415, "unsupported_media_type", "the body must be JSON (Content-Type: application/json)"
         )
-    limit = request.app[CONTEXT].max_body_bytes
-    if request.content_length is not None and request.content_length > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
+    context, place = request.app[CONTEXT], place_of(request)
+    limit, length, rank = context.max_body_bytes, request.content_length, request[ACTOR].rank
+    if rank is Rank.UNAUTHENTICATED:
+        limit = min(limit, MOST_UNSIGNED)
+    if length is not None and length > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, length)
+    if not context.bodies.take(place, rank, limit if length is None else length):
+        raise RequestError(
+            503, "busy", "too many request bodies are being read; try again", {"Retry-After": "1"}
+        )
+    if request.content.is_eof():  # it came with the headers: there is nothing to wait for
+        return await request.read()
+    place.rest()
     try:
-        if request.content.is_eof():  # it came with the headers: there is nothing to wait for
-            return await request.read()
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except TimeoutError:
@@ -516,3 +528,5 @@ async def read_body(request: web.Request) -> bytes:
     except web.RequestPayloadError:  # it quotes the body
         request.app[CONTEXT].malformed.add(request.remote or "unknown")
         raise RequestError(400, "malformed", "the body is not valid HTTP/1.1") from None
+    finally:
+        place.work()

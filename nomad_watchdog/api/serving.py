@@ -13,11 +13,14 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from aiohttp import web
-
+from nomad_watchdog.api.acceptor import Closings, Site, most_connections
+from nomad_watchdog.api.malformed import RUNNER_OPTIONS, Runner
+from nomad_watchdog.api.places import Pace, Places
 from nomad_watchdog.clients.hashicorp import load_authorities, load_chain, trust
+from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +32,8 @@ BACKLOG: Final = 512
 class Listener:
     """Serves a runner's application where the settings say."""
 
-    def __init__(self, runner: web.AppRunner, api: Api) -> None:
-        self.runner, self.api = runner, api
+    def __init__(self, runner: Runner, api: Api, metrics: Metrics) -> None:
+        self.runner, self.api, self.metrics = runner, api, metrics
         self.renew = asyncio.Event()
         """Set it to have the certificates read again now."""
         self.outgoing: ssl.SSLContext | None = None
@@ -61,7 +64,20 @@ class Listener:
             self._today = context
             # Called in every handshake, also when the client names no server.
             context.sni_callback = self._take_today
-        await web.SockSite(self.runner, self._socket, ssl_context=context).start()
+        await Site(self.runner, self._socket, self._places(), RUNNER_OPTIONS, context).start()
+
+    def _places(self) -> Places:
+        clock, api = SystemClock(), self.api
+        most = most_connections(api.max_connections)
+        places = Places(
+            most,
+            min(api.max_connections_per_address, most),
+            Pace(api.unauthenticated_rate),
+            clock.monotonic,
+            Closings(self.metrics, clock),
+        )
+        self.metrics.connections(lambda: (places.unauthenticated, places.authenticated))
+        return places
 
     def _take_today(self, connection: ssl.SSLObject, _name: object, _first: ssl.SSLContext) -> None:
         assert self._today is not None

@@ -8,13 +8,14 @@ from nomad_watchdog.addresses import device_address
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import remove, shown_change, store
-from nomad_watchdog.api.door import ACTOR
+from nomad_watchdog.api.door import ACTOR, rise
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.known import check_class
-from nomad_watchdog.api.schemas import WebhookIn, parsed, read_body
+from nomad_watchdog.api.places import Rank
+from nomad_watchdog.api.schemas import WebhookIn, parsed, read, read_body
 from nomad_watchdog.config_hcl import parse_duration
 from nomad_watchdog.core import events
-from nomad_watchdog.core.webhooks import Seen, SignatureError, Signed, verify
+from nomad_watchdog.core.webhooks import Seen, SignatureError, Signed, check_form, verify
 from nomad_watchdog.errors import ConflictError, UserError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -27,12 +28,20 @@ async def webhook(request: web.Request) -> web.StreamResponse:
 
     Where secrets are configured, a call without a token must be signed; 401 if it is not. A repeated id
     has no effect: 200 with `duplicate`, or 409 when it comes with another body."""
-    body = await read_body(request)
-    signed = _signature(request, body)
-    if signed is None:
-        return await _apply(request, parsed(body, WebhookIn), None)
     context = request.app[CONTEXT]
-    window, now = context.door.window, context.fleet.clock.wall()
+    secrets, told, clock = context.door.webhook_secrets, _told(request), context.fleet.clock
+    if secrets is None or told is None:
+        return await _apply(request, await read(request, WebhookIn), None)
+    try:
+        check_form(told, clock.wall())
+        body = await read_body(request)
+        signed = verify(secrets.now(clock.monotonic()), told, body, clock.wall())
+    except SignatureError as error:
+        raise RequestError(
+            401, "unauthorized", str(error), {"WWW-Authenticate": "Bearer"}
+        ) from None
+    rise(request, Rank.KNOWN)
+    window, now = context.door.window, clock.wall()
     match window.claim(signed, body, now):
         case Seen.DONE:
             return _duplicate(context.fleet, parsed(body, WebhookIn))
@@ -49,21 +58,14 @@ async def webhook(request: web.Request) -> web.StreamResponse:
     return answer
 
 
-def _signature(request: web.Request, body: bytes) -> Signed | None:
-    """Who signed it; None where a token stands for it. Raises RequestError (401)."""
-    context = request.app[CONTEXT]
-    headers = request.headers
-    secrets, signature = context.door.webhook_secrets, headers.get("webhook-signature", "")
-    if secrets is None or (request[ACTOR].known and not signature):
+def _told(request: web.Request) -> tuple[str, str, str] | None:
+    """The headers that sign it; None where a token stands for it."""
+    headers, signature = request.headers, request.headers.get("webhook-signature", "")
+    if request.app[CONTEXT].door.webhook_secrets is None or (
+        request[ACTOR].known and not signature
+    ):
         return None
-    told = (headers.get("webhook-id", ""), headers.get("webhook-timestamp", ""), signature)
-    clock = context.fleet.clock
-    try:
-        return verify(secrets.now(clock.monotonic()), told, body, clock.wall())
-    except SignatureError as error:
-        raise RequestError(
-            401, "unauthorized", str(error), {"WWW-Authenticate": "Bearer"}
-        ) from None
+    return headers.get("webhook-id", ""), headers.get("webhook-timestamp", ""), signature
 
 
 async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -> web.Response:

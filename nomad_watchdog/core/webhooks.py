@@ -74,6 +74,16 @@ def _keyed(secret: bytes) -> hmac.HMAC:
     return hmac.new(secret, digestmod="sha256")
 
 
+def check_form(headers: tuple[str, str, str], now: float) -> None:
+    """Whether these headers can be those of a signed call, before its body is read. now: unix seconds.
+
+    Raises SignatureError."""
+    signed, given = _form(headers)
+    if not any(len(one) == hashlib.sha256().digest_size for one in given):
+        raise SignatureError("webhook-signature must hold v1, and the base64 of 32 bytes")
+    _check_time(signed, now)
+
+
 def verify(
     secrets: Sequence[bytes], headers: tuple[str, str, str], body: bytes, now: float
 ) -> Signed:
@@ -82,6 +92,19 @@ def verify(
     Raises SignatureError. The signature is checked before the time, and over every secret, so that the
     answer does not tell a guesser which part was right.
     """
+    signed, given = _form(headers)
+    good = False
+    for secret in secrets:
+        wanted = _mac(secret, signed, body)
+        for one in given:
+            good |= hmac.compare_digest(wanted, one)
+    if not good:
+        raise SignatureError("no signature of webhook-signature fits the body and our secrets")
+    _check_time(signed, now)
+    return signed
+
+
+def _form(headers: tuple[str, str, str]) -> tuple[Signed, list[bytes]]:
     message_id, timestamp, signatures = headers
     if not message_id or not timestamp or not signatures:
         raise SignatureError(
@@ -91,21 +114,16 @@ def verify(
         raise SignatureError(f"webhook-id must be at most {MOST_ID} printable ASCII characters")
     if not _SECONDS.fullmatch(timestamp):
         raise SignatureError("webhook-timestamp must be whole seconds since 1970")
-    signed = Signed(message_id, int(timestamp))
     given = [_bytes_of(one) for one in signatures.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]]
-    good = False
-    for secret in secrets:
-        wanted = _mac(secret, signed, body)
-        for one in given:
-            good |= hmac.compare_digest(wanted, one)
-    if not good:
-        raise SignatureError("no signature of webhook-signature fits the body and our secrets")
+    return Signed(message_id, int(timestamp)), given
+
+
+def _check_time(signed: Signed, now: float) -> None:
     if abs(now - signed.at) > TOLERANCE_S:
         raise SignatureError(
             f"webhook-timestamp is {abs(now - signed.at):.0f} s from our clock; "
             f"at most {TOLERANCE_S} are allowed"
         )
-    return signed
 
 
 def _bytes_of(signature: str) -> bytes:

@@ -467,7 +467,7 @@ async def test_slow_senders_are_let_go(door: Door, monkeypatch: pytest.MonkeyPat
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
-    head = b"PUT /v1/devices/x HTTP/1.1\r\nHost: x\r\n"
+    head = b"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     slow = head + b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
     try:
         for sent, got in ((head, b""), (slow, b"HTTP/1.1 408")):

@@ -15,9 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 import trustme
-from aiohttp import web
 
-from nomad_watchdog.api import serving
+from nomad_watchdog.api import Runner, serving
 from nomad_watchdog.api.door import door_of
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.api.serving import Listener
@@ -92,9 +91,9 @@ async def secure(folder: Path, authority: trustme.CA, **changes: Any) -> AsyncIt
         **changes,
     )
     async with served(folder, door=door_of(api)) as door:
-        runner = web.AppRunner(door.app, shutdown_timeout=2.0)
+        runner = Runner(door.app, shutdown_timeout=2.0)
         await runner.setup()
-        listener = Listener(runner, api)
+        listener = Listener(runner, api, door.metrics)
         await listener.start()
         async with asyncio.TaskGroup() as group:
             following = group.create_task(listener.follow())
@@ -126,7 +125,7 @@ async def test_only_tls_is_spoken(tmp_path: Path, authority: trustme.CA) -> None
             await api.get("/v1/status", api.trust(trustme.CA()))
         host, port = "127.0.0.1", api.listener.port
         reader, writer = await asyncio.open_connection(host, port)
-        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         async with asyncio.timeout(10):
             assert not (await reader.read()).startswith(b"HTTP/1.1 200")
         writer.close()

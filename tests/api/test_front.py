@@ -1,0 +1,305 @@
+"""Callers without a token on a real socket: what they cost, and which of them make room for others."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+
+from nomad_watchdog.api import Runner, acceptor
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.door import door_of
+from nomad_watchdog.api.serving import Listener
+from nomad_watchdog.config_api import Api
+from tests.api.conftest import Door, served
+from tests.api.test_api import WISH
+from tests.api.test_tls import write_pair
+from tests.attacks import attackers
+from tests.attacks.table import Attack
+
+TOKEN = "operators-token-operators-token"
+SECRET = "whsec_" + "QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE="
+OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@dataclass
+class Front:
+    """The API with a token on a listener of ours."""
+
+    door: Door
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def status(self, path: str, method: str = "GET", **options: Any) -> int:
+        """The status over a new connection."""
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.request(method, self.url + path, **options) as answer,
+        ):
+            await answer.read()
+            return answer.status
+
+    def counted(self, text: str) -> float:
+        """A series of the metrics."""
+        lines = self.door.metrics.render().decode().splitlines()
+        (value,) = (line.split()[-1] for line in lines if line.startswith(text))
+        return float(value)
+
+
+@asynccontextmanager
+async def front(folder: Path, **changes: Any) -> AsyncIterator[Front]:
+    (folder / "token").write_text(TOKEN)
+    (folder / "webhooks").write_text(SECRET)
+    for name in ("token", "webhooks"):
+        (folder / name).chmod(0o600)
+    guarded = {"token_file": str(folder / "token")} if changes.pop("guarded", True) else {}
+    api = Api(
+        listen="127.0.0.1:0",
+        webhook_secrets_file=str(folder / "webhooks"),
+        unauthenticated_rate=100_000.0,
+        **guarded,
+    ).model_copy(update=changes)
+    async with served(folder, door=door_of(api)) as door:
+        runner = Runner(door.app, shutdown_timeout=2.0)
+        await runner.setup()
+        listener = Listener(runner, api, door.metrics)
+        await listener.start()
+        try:
+            yield Front(door, listener.port)
+        finally:
+            await runner.cleanup()
+
+
+async def answers(port: int, sent: bytes, count: int) -> Counter[str]:
+    """How `count` connections that send these bytes at once are answered: a status, or "" if closed without one."""
+
+    async def one() -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(sent)
+            return (await reader.read(12))[9:].decode()
+        except ConnectionError:
+            return ""
+        finally:
+            writer.close()
+
+    async with asyncio.timeout(120):
+        return Counter(await asyncio.gather(*(one() for _ in range(count))))
+
+
+def peak_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.attack("H1", "a body of 40 MB as 40 kB of gzip, without a token and with one")
+async def test_a_compressed_body_is_never_unpacked(tmp_path: Path, attack: Attack) -> None:
+    """Eight bodies of 40 MB as 40 kB of gzip are refused with 401, with a token 415, and no memory is taken for what is
+    in them."""
+    bomb = attackers.compressed()
+    known = bomb.replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode(), 1)
+    async with front(tmp_path) as it:
+        before = peak_kb()
+        assert await answers(it.port, bomb, 8) == {"401": 8}
+        assert await answers(it.port, known, 8) == {"415": 8}
+        grown = (peak_kb() - before) / 1000
+        assert it.counted('nomad_watchdog_api_refusals_total{reason="encoding"}') == 8
+    assert grown < 20
+    attack.tried = 16
+    attack.result = f"refused with 401 and 415 before a byte is unpacked; memory +{grown:.0f} MB"
+
+
+@pytest.fixture
+def wires() -> Iterable[list[socket.socket]]:
+    """Sockets that are closed in the end."""
+    found: list[socket.socket] = []
+    yield found
+    for wire in found:
+        wire.close()
+
+
+async def connect(port: int, wires: list[socket.socket], count: int, sent: bytes = b"") -> None:
+    """So many more connections, which send this and read nothing."""
+    loop = asyncio.get_running_loop()
+    for _ in range(count):
+        wire = socket.socket()
+        wires.append(wire)
+        wire.setblocking(False)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await loop.sock_connect(wire, ("127.0.0.1", port))
+        if sent:
+            await loop.sock_sendall(wire, sent)
+
+
+@pytest.mark.attack(
+    "H2", "silent connections, and headers that never end, at 64 allowed connections"
+)
+async def test_silent_connections_make_room(
+    tmp_path: Path, attack: Attack, wires: list[socket.socket]
+) -> None:
+    """With 300 silent or half-sent connections at a limit of 64, health checks and the operator are answered over new
+    connections, an open connection of the operator stays, and the process never has more than 64."""
+    async with (
+        front(tmp_path, max_connections=64, max_connections_per_address=64) as it,
+        aiohttp.ClientSession(headers=OPERATOR) as kept,
+    ):
+        async with kept.get(it.url + "/v1/status") as answer:
+            assert answer.status == 200
+        opened = it.counted('nomad_watchdog_api_connections{state="authenticated"}')
+        for sent in (b"", b"GET /v1/status HTTP/1.1\r\nHost: 127.0.0.1\r\nX-"):
+            await connect(it.port, wires, 150, sent)
+        for path, headers in (("/healthz", {}), ("/ready", {}), ("/v1/status", OPERATOR)):
+            assert await it.status(path, headers=headers) in {200, 503}
+        assert it.counted('nomad_watchdog_api_connections{state="unauthenticated"}') <= 8
+        assert it.counted('nomad_watchdog_api_connections_closed_total{reason="room"}') >= 290
+        async with kept.get(it.url + "/v1/status") as answer:
+            assert answer.status == 200
+        assert it.counted('nomad_watchdog_api_connections{state="authenticated"}') >= opened == 1
+        closed = it.counted('nomad_watchdog_api_connections_closed_total{reason="room"}')
+    attack.tried = 300
+    attack.result = f"{closed:.0f} closed for new ones; health checks and the operator are answered"
+
+
+@pytest.mark.attack("H2", "clients that ask for the agent's file again and again and never read")
+async def test_a_client_that_does_not_read_is_closed(
+    tmp_path: Path, attack: Attack, wires: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever takes nothing of a file or of other responses for the write timeout is closed, and counted."""
+    monkeypatch.setattr(acceptor, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(acceptor, "SWEEP_S", 0.05)
+    token = f"Authorization: Bearer {TOKEN}"
+    page = f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n{token}\r\n\r\n".encode()
+    async with front(tmp_path) as it:
+        (tmp_path / "agent.pyz").write_bytes(bytes(10_000_000))
+        await connect(it.port, wires, 5, attackers.deaf()[:400])
+        it.door.app[CONTEXT].page = (float("inf"), "x" * 10_000_000)
+        await connect(it.port, wires, 5, page)
+        async with asyncio.timeout(120):
+            while it.counted('nomad_watchdog_api_connections_closed_total{reason="slow"}') < 10:
+                await asyncio.sleep(0.1)
+            for state in ("unauthenticated", "authenticated"):
+                while it.counted(f'nomad_watchdog_api_connections{{state="{state}"}}'):
+                    await asyncio.sleep(0.1)
+    attack.tried = 10
+    attack.result = "closed after the write timeout"
+
+
+@pytest.mark.attack("H4", "webhooks of 1 MiB with a wrong signature, on 120 connections")
+async def test_a_body_is_not_read_before_its_headers_are_plausible(
+    tmp_path: Path, attack: Attack
+) -> None:
+    """A webhook of 1 MiB with a wrong signature is refused unread (413), one without signature, with half of one or
+    with an old time stamp is 401 unread, one of 64 KiB is read and 401; memory stays."""
+    large, small = attackers.unsigned(), attackers.unsigned(64 * 1024)
+    bare = attackers.unsigned().replace(b"webhook-signature", b"x-signature")
+    half = attackers.unsigned().replace(b"v1,", b"v1,A")
+    old = attackers.unsigned().replace(b"webhook-timestamp: 1", b"webhook-timestamp: 0")
+    async with front(tmp_path) as it:
+        before = peak_kb()
+        assert await answers(it.port, large, 120) == {"413": 120}
+        for sent in (bare, half, old):
+            assert await answers(it.port, sent, 3) == {"401": 3}
+        assert await answers(it.port, small, 20) == {"401": 20}
+        grown = (peak_kb() - before) / 1000
+        assert it.door.app[CONTEXT].bodies.used == 0
+    assert grown < 40  # ours and that of the attackers, who are in this process too
+    attack.tried = 149
+    attack.result = f"refused before the body is read; memory +{grown:.0f} MB with the attackers'"
+
+
+async def test_memory_for_bodies_is_bounded(tmp_path: Path) -> None:
+    """Where it is used up a request is 503 and comes again later; nothing is lost of a token's request."""
+    async with front(tmp_path) as it:
+        bodies = it.door.app[CONTEXT].bodies
+        bodies.most = 10
+        wish: dict[str, Any] = {"json": WISH, "headers": OPERATOR}
+        assert await it.status("/v1/devices/cam", "PUT", **wish) == 503
+        assert it.counted('nomad_watchdog_api_refusals_total{reason="busy"}') == 1
+        bodies.most = 1_000_000
+        assert await it.status("/v1/devices/cam", "PUT", **wish) == 201
+        assert bodies.used == 0
+
+
+async def test_silent_handshakes_make_room(tmp_path: Path, wires: list[socket.socket]) -> None:
+    """With TLS, connections that never shake hands are counted from the start, and make room."""
+    authority = trustme.CA()
+    write_pair(tmp_path, authority)
+    tls = {name: str(tmp_path / f"server.{name[4:]}") for name in ("tls_cert", "tls_key")}
+    async with front(tmp_path, max_connections=32, max_connections_per_address=32, **tls) as it:
+        await connect(it.port, wires, 100)
+        context = acceptor.ssl.create_default_context()
+        authority.configure_trust(context)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"https://127.0.0.1:{it.port}/healthz", ssl=context) as answer,
+        ):
+            assert answer.status == 200
+        assert it.counted('nomad_watchdog_api_connections{state="unauthenticated"}') <= 4
+
+
+async def test_an_address_over_its_rate_waits_and_others_do_not(tmp_path: Path) -> None:
+    """Unauthenticated requests over the rate are closed unanswered; with a token the same address is served, and its
+    requests do not count."""
+    async with front(tmp_path, unauthenticated_rate=1.0) as it:
+        found = await answers(it.port, b"GET /v1/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 40)
+        assert 1 <= found["401"] <= 10
+        assert found[""] >= 25
+        assert it.counted('nomad_watchdog_api_connections_closed_total{reason="rate"}') >= 25
+
+
+FOREIGN = ("evil.example", "127.0.0.1.evil.example", "evil.example:9670", "", "[::1", "a@127.0.0.1")
+OURS = (
+    "127.0.0.1",
+    "10.1.2.3:9670",
+    "[2001:db8::1]:9670",
+    "localhost",
+    "LOCALHOST.:80",
+    "a.localhost",
+)
+
+
+@pytest.mark.attack("H9", "DNS rebinding (a foreign Host) and changes for another site's page")
+@pytest.mark.parametrize("guarded", [False, True])
+async def test_a_browser_changes_nothing_for_another_page(
+    tmp_path: Path, attack: Attack, guarded: bool
+) -> None:
+    """A foreign Host is 421 for every method, a foreign Origin or Sec-Fetch-Site is 403 for every change; ours, those of
+    the settings and requests without Origin are served. With a token and without one."""
+    changes = {"hosts": ("dogs.example",), "advertise": "http://Watch.example:9670"}
+    cases = [
+        *((421, "GET", {"Host": host}) for host in FOREIGN),
+        *((421, "PUT", {"Host": host, "Origin": f"http://{host}"}) for host in FOREIGN),
+        *((200, "GET", {"Host": host}) for host in (*OURS, "dogs.example:1", "watch.example")),
+        *(
+            (403, "PUT", {"Origin": origin})
+            for origin in ("http://evil.example", "evil.example", "null", "")
+        ),
+        *((403, "PUT", {"Origin": f"http://127.0.0.1:{port}"}) for port in (1, 80)),
+        *((403, "PUT", {"Sec-Fetch-Site": site}) for site in ("cross-site", "same-site")),
+        (200, "PUT", {"Sec-Fetch-Site": "same-origin"}),
+        (200, "PUT", {"Host": "dogs.example", "Origin": "https://dogs.example:443"}),
+        (200, "GET", {"Origin": "http://evil.example"}),
+        (200, "PUT", {}),
+    ]
+    known = OPERATOR if guarded else {}
+    async with front(tmp_path, guarded=guarded, **changes) as it:
+        assert await it.status("/v1/devices/cam", "PUT", json=WISH, headers=known) == 201
+        for status, method, headers in cases:
+            path, body = ("/v1/devices/cam", WISH) if method == "PUT" else ("/v1/status", None)
+            found = await it.status(path, method, json=body, headers=known | headers)
+            assert found == status, (method, headers)
+    refused = sum(status > 400 for status, _, _ in cases)
+    attack.tried, attack.result = refused, "refused with 421 or 403"
