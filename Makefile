@@ -28,18 +28,18 @@ help:
 	@echo "make bench        every benchmark, as a table and JSON"
 	@echo "make servers      find or build the pinned Nomad, Consul, Kubernetes control plane, and what the tests need besides"
 
-# uv installs in a tenth of pip's time; where it can't be had, pip does.
+# uv installs in a tenth of pip's time, pip itself as well; where it can't be had, pip does.
+pip_install := -m pip --disable-pip-version-check --python $(BIN)/python install -q
 define install
 	@echo "setting up: $(1) (about 10 s, up to a minute with pip)" >&2
-	@command -v uv >/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 || true
-	@PATH="$$PATH:$(BIN)" uv pip install -q --python $(BIN)/python -e "$(2)" 2>/dev/null \
-		|| $(BIN)/python -m pip install -q --disable-pip-version-check -e "$(2)"
+	@command -v uv >/dev/null || $(PYTHON) $(pip_install) uv >/dev/null 2>&1 || true
+	@PATH="$$PATH:$(BIN)" uv pip install -q --python $(BIN)/python pip -e "$(2)" 2>/dev/null \
+		|| { $(BIN)/python -m ensurepip >/dev/null && $(BIN)/python $(pip_install) -e "$(2)"; }
 endef
 
 $(BIN)/python:
-	@echo "setting up: virtual environment (about 5 s)" >&2
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --without-pip $(VENV)
 
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	$(call install,packages,.)
