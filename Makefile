@@ -32,14 +32,13 @@ help:
 
 define install
 	@echo "setting up: $(1) (about 10 s, up to a minute with pip)" >&2
-	@.ci/setup $(2)
+	@PYTHON=$(PYTHON) .ci/setup $(2)
 endef
 LOCKS := $(wildcard .ci/lock/*.txt)
 
 $(BIN)/python:
-	@echo "setting up: virtual environment (about 5 s)" >&2
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --without-pip $(VENV)
 
 $(VENV)/.run: pyproject.toml $(LOCKS) | $(BIN)/python
 	$(call install,packages,run)

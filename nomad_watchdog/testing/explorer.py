@@ -51,14 +51,17 @@ class Scope:
 QUICK: Final = (
     Scope(wishes=2, faults=0),
     Scope(wishes=1, faults=1),
-    Scope(wishes=3, faults=0, placed=True),
-    Scope(wishes=1, faults=1, placed=True),
+    Scope(wishes=2, faults=0, placed=True),
+    Scope(wishes=0, faults=1, placed=True),
     Scope(devices=1, wishes=2, faults=1),
-    Scope(devices=1, wishes=2, faults=1, placed=True),
+    Scope(devices=1, wishes=1, faults=1, placed=True),
 )
-"""What every test run explores, within a minute: two devices for what couples them (a crash, a listing,
+"""What every test run explores, within half a minute: two devices for what couples them (a crash, a listing,
 the breaker), one device for longer histories."""
 DEEP: Final = (
+    Scope(wishes=3, faults=0, placed=True),
+    Scope(wishes=1, faults=1, placed=True),
+    Scope(devices=1, wishes=2, faults=1, placed=True),
     Scope(devices=1, wishes=3, faults=1),
     Scope(devices=1, wishes=1, faults=2),
     Scope(wishes=2, faults=1),

@@ -48,7 +48,7 @@ def yielding() -> Iterator[None]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("scope", DEEP, ids=str)
 def test_every_promise_holds_in_a_larger_world(scope: Scope, yielding: None) -> None:
-    """The same in worlds of half a million states and more."""
+    """The same in worlds of a hundred thousand states and more."""
     found = explore(scope)
     assert not found.broken, str(found)
 
@@ -61,7 +61,7 @@ def test_a_missing_guard_is_found(guard: Guard) -> None:
     found = explore(scope, frozenset({guard}))
     assert found.broken.startswith(promise), f"{guard}: {found}"
     assert found.trace, "a violation without a way to it"
-    if scope not in QUICK:  # those are explored with all guards above
+    if scope not in QUICK + DEEP:  # those are explored with all guards above
         assert not explore(scope).broken
 
 

@@ -24,7 +24,7 @@ from .two_sites import TwoSites, run_seed
 
 SEEDS = 120
 CHUNK = 20
-OFTEN = 60
+OFTEN = 40
 """Seeds below this are played by each run, the rest with the long tests."""
 
 

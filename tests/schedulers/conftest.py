@@ -21,8 +21,8 @@ from nomad_watchdog.schedulers import _local_process as process
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
 
-FEW = 100
-"""Hostile ids that a run of the suite without the long tests places: each kind of them three times."""
+FEW = 60
+"""Hostile ids that a run of the suite without the long tests places: each kind of them twice."""
 CHECKS_BY_LENGTH = [
     pytest.param(name, marks=pytest.mark.long) if check is hostile_ids_map_back else name
     for name, check in CHECKS.items()

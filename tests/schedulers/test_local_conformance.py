@@ -27,4 +27,4 @@ async def test_some_hostile_ids_map_back(fork: bool | None, directory: Path) -> 
     """The check of the suite that takes longest, with fewer devices: fewest where each is an interpreter of its
     own, which take the processor from all other tests."""
     async with local_rig(directory, fork=fork) as rig:
-        await hostile_ids_map_back(rig, FEW // 4 if fork is False else FEW)
+        await hostile_ids_map_back(rig, FEW // 2 if fork is False else FEW)
