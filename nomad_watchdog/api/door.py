@@ -18,7 +18,8 @@ from typing import Final
 
 from aiohttp import web
 
-from nomad_watchdog.api.context import Route
+from nomad_watchdog.api.context import Handler, Route
+from nomad_watchdog.api.costs import Costs
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config_api import Api
@@ -54,6 +55,8 @@ class Actor:
     labels: tuple[tuple[str, str], ...] = ()
     claim: Claim | None = None
     """Of an agent's credential: the one device and epoch that it may speak for."""
+    most_devices: int = 0
+    """Of a device token: the maximum number of devices that it may register."""
     certificate: str = ""
     """Common name in the client's certificate."""
 
@@ -82,6 +85,8 @@ class Door:
     webhook_secrets: SecretFile | None = None
     wants_certificate: bool = False
     buckets: Buckets | None = None
+    costs: Costs | None = None
+    streams_per_token: int = 8
     window: Window = field(default_factory=Window)
     _logged_at: float = float("-inf")
     _unlogged: int = 0
@@ -92,6 +97,9 @@ class Door:
         old, fresh = self.buckets, new.buckets
         if old is None or fresh is None or (old.rate, old.burst) != (fresh.rate, fresh.burst):
             self.buckets = fresh
+        if old_costs := self.costs:
+            self.costs = old_costs.changed(new.costs)
+        self.streams_per_token = new.streams_per_token
 
     @property
     def guarded(self) -> bool:
@@ -124,6 +132,13 @@ class Door:
                 403, "forbidden", f"this needs a token of the role {needed}; yours is {actor.role}"
             )
 
+    async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have a request answered. A read of a caller that is known by a token is charged to that token."""
+        actor = request.get(ACTOR)
+        if self.costs is None or actor is None or not actor.known or actor.role is None:
+            return await handler(request)
+        return await self.costs.answer(request, handler, actor.client, actor.role, self.clock)
+
     def _who(self, request: web.Request, route: Route | None, peer: str) -> Actor:
         certificate = _common_name(request) if self.wants_certificate else ""
         header = request.headers.get("Authorization")
@@ -153,6 +168,7 @@ class Door:
                     peer,
                     id_prefix=holder.id_prefix,
                     labels=holder.labels,
+                    most_devices=holder.most_devices,
                     certificate=certificate,
                 )
         raise RequestError(
@@ -226,7 +242,7 @@ def door_of(api: Api) -> Door:
         tokens[Holder("token_file", Role.OPERATOR)] = files[("token_file",)]
     for name, token in api.token.items():
         labels = tuple(sorted(token.labels.items()))
-        holder = Holder(name, Role(token.role), token.id_prefix, labels)
+        holder = Holder(name, Role(token.role), token.id_prefix, labels, token.max_devices)
         tokens[holder] = files["token", name, "file"]
     keyring = Keyring(tokens) if tokens else None
     if keyring is not None:
@@ -237,6 +253,8 @@ def door_of(api: Api) -> Door:
         webhook_secrets=files.get(("webhook_secrets_file",)),
         wants_certificate=api.client_ca is not None,
         buckets=Buckets(api.rate, api.burst),
+        costs=Costs(api.read_share, api.read_burst),
+        streams_per_token=api.streams_per_token,
     )
 
 

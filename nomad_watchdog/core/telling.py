@@ -24,6 +24,13 @@ _PLAIN: Final[Mapping[str, str]] = {
 }
 
 
+def about(kind: str) -> str | None:
+    """What a kind of event gives the state of (verdict, presence, flap, agent); None = a kind that gives none,
+    so that a later event does not make an earlier one superfluous."""
+    head = kind.partition(".")[0]
+    return _PLAIN.get(kind, head if head in ("verdict", "agent") else None)
+
+
 class Said(Protocol):
     """What is asked of an event."""
 
