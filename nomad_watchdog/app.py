@@ -31,6 +31,7 @@ from nomad_watchdog.api.door import door_of
 from nomad_watchdog.api.serving import Listener
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import Settings
+from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.departures import Departures
 from nomad_watchdog.discovery import ConsulHealth
 from nomad_watchdog.errors import UserError, WatchdogError
@@ -83,11 +84,16 @@ async def export_registry(settings: Settings) -> list[str]:
 
 
 async def import_registry(
-    settings: Settings, installation: str, records: Sequence[DeviceRecord], *, dry_run: bool
+    settings: Settings,
+    installation: str,
+    records: Sequence[DeviceRecord],
+    floor: Floor,
+    *,
+    dry_run: bool,
 ) -> backup.Restored:
     """See `backup.restore`."""
     async with open_registry(settings) as registry:
-        return await backup.restore(registry, installation, records, dry_run=dry_run)
+        return await backup.restore(registry, installation, records, floor, dry_run=dry_run)
 
 
 def collect_seldom() -> None:

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
 from nomad_watchdog.core import presence
+from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import DeviceRecord
+from nomad_watchdog.ledger import FLOOR, floor_of, raise_floor
+from nomad_watchdog.model import DeviceRecord, Epoch
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.codec import MAX_BYTES, PoisonError, decode, encode
 
 FORMAT: Final = "nomad-watchdog registry"
 VERSION: Final = 1
+NO_FLOOR: Final = Floor()
 TRIES: Final = 5
 """Rounds of compare-and-set that a restore lets other writers win."""
 
@@ -38,6 +41,8 @@ async def lines(registry: Registry) -> list[str]:
     """The whole registry, a line a record, in the order of the slugs."""
     installation = await registry.installation()
     snapshot = await registry.read()
+    # After the records: what was deleted meanwhile is below it (`core.tombstones`).
+    floor = floor_of(await registry.document(FLOOR))
     if registry.poisoned:
         key, why = next(iter(registry.poisoned.items()))
         raise UserError(
@@ -50,16 +55,17 @@ async def lines(registry: Registry) -> list[str]:
         "installation": installation,
         "index": snapshot.index,
         "records": len(snapshot.records),
+        **({"floor": [floor.epoch, floor.generation]} if floor != NO_FLOOR else {}),
     }
     records = (snapshot.records[slug] for slug in sorted(snapshot.records))
     return [json.dumps(head), *(encode(record).decode() for record in records)]
 
 
-def parse(file: TextIO) -> tuple[str, list[DeviceRecord]]:
-    """Installation and records of a backup. Raises UserError that names the line and what is wrong."""
+def parse(file: TextIO) -> tuple[str, list[DeviceRecord], Floor]:
+    """Installation, records and floor of a backup. Raises UserError that names the line and what is wrong."""
     numbered = _numbered(file)
     _, first = next(numbered, (1, ""))
-    installation, count = _head(first)
+    installation, count, floor = _head(first)
     found: dict[Slug, DeviceRecord] = {}
     for number, line in numbered:
         try:
@@ -71,7 +77,7 @@ def parse(file: TextIO) -> tuple[str, list[DeviceRecord]]:
         found[record.slug] = record
     if len(found) != count:
         raise UserError(f"the backup is not whole: {len(found)} records of {count}")
-    return installation, list(found.values())
+    return installation, list(found.values()), floor
 
 
 def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
@@ -82,12 +88,14 @@ def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
         raise UserError(f"the backup is not UTF-8: {error}") from error
 
 
-def _head(line: str) -> tuple[str, int]:
+def _head(line: str) -> tuple[str, int, Floor]:
     try:
         head: Any = json.loads(line)
         if head["format"] != FORMAT or head["v"] != VERSION:
             raise ValueError  # noqa: TRY301  # the same sentence for all that is wrong with it
-        return str(uuid.UUID(head["installation"])), int(head["records"])
+        epoch, generation = head.get("floor", [0, 0])
+        floor = Floor(Epoch(int(epoch)), int(generation))
+        return str(uuid.UUID(head["installation"])), int(head["records"]), floor
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             "line 1: this is no backup of a registry; one is made by `nomad-watchdog registry export`"
@@ -95,9 +103,15 @@ def _head(line: str) -> tuple[str, int]:
 
 
 async def restore(
-    registry: Registry, installation: str, saved: Iterable[DeviceRecord], *, dry_run: bool = False
+    registry: Registry,
+    installation: str,
+    saved: Iterable[DeviceRecord],
+    floor: Floor = NO_FLOOR,
+    *,
+    dry_run: bool = False,
 ) -> Restored:
     """Bring a backup into a registry, which is initialised with the backup's installation if it is new.
+    `floor`: of its deleted tombstones; the registry's own is raised to it first.
 
     Raises UserError when it belongs to another installation, TransientError when other writers win all
     the time; then it may be done again."""
@@ -113,6 +127,8 @@ async def restore(
             f"the backup is of installation {installation}, this registry is {own}'s; for wishes alone "
             "use `devices export` and `devices import`"
         )
+    if not dry_run and not await raise_floor(registry, floor):
+        raise TransientError("the floor of the epochs is being changed by others; do it again")
     todo = {record.slug: record for record in backup}
     changed = 0
     for _ in range(TRIES):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from nomad_watchdog.allowance import Allowance
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import repairs
 from nomad_watchdog.core.grace import Grace, GraceLimits, StartTimes
@@ -43,6 +44,8 @@ from nomad_watchdog.shown import shown_repairs
 
 MOST_CLOSED: Final = 100
 """Closed incidents that are still shown."""
+MOST_ATTEMPTS: Final = 4
+"""Attempts of a repair that an event has as evidence: an event is kept for long, and the agent chooses its size."""
 SITE_LABEL: Final = "site"
 _OPENED: Final = re.compile(
     rf"(\d{{1,9}}) of (\d{{1,9}}) devices of ({'|'.join(GroupKind)}) (.+?)(?:; no agent runs: .+)?",
@@ -90,6 +93,7 @@ class Chronicle:
     limits: Limits
     clock: Clock
     correlator: Correlator = field(init=False)
+    allowance: Allowance = field(init=False)
     starts: StartTimes = field(init=False)
     closed: deque[Incident] = field(default_factory=lambda: deque(maxlen=MOST_CLOSED))
     status_of_store: Callable[[], dict[str, object]] = lambda: {
@@ -103,6 +107,7 @@ class Chronicle:
 
     def __post_init__(self) -> None:
         self.starts = StartTimes(_grace_limits(self.limits))
+        self.allowance = Allowance(self.history, self.clock)
         self.correlator = Correlator(
             _incident_limits(self.limits), f"{self.history.origin}:incident"
         )
@@ -178,7 +183,7 @@ class Chronicle:
             known.groups,
             bad=judged.state in TROUBLE and not paused,
             now=now,
-            ref=self.history.last_seq + 1,
+            ref=self.history.last_seq + 1 if self.allowance.has_room(record.slug) else 0,
             only=_cause(change),
         )
         if change.told or (change.was is None and judged.state is State.STARTING):
@@ -190,7 +195,7 @@ class Chronicle:
         }
         if paused:
             data["paused"] = paused
-        self.history.add(
+        self.allowance.add(
             at=self.clock.wall(),
             kind=f"verdict.{judged.state.value}",
             device_id=record.device.id,
@@ -203,7 +208,7 @@ class Chronicle:
     def repaired(self, record: DeviceRecord, before: Repairs | None, after: Repairs | None) -> None:
         """A report has come: each repair that has ended since the one before is an event."""
         for attempt in repairs.news(before, after):
-            self.history.add(
+            self.allowance.add(
                 at=self.clock.wall(),
                 kind=f"repair.{attempt.outcome.replace(' ', '_')}",
                 device_id=record.device.id,
@@ -220,6 +225,7 @@ class Chronicle:
 
     def settle(self) -> None:
         """Open and close incidents; to be called every few seconds."""
+        self.allowance.settle()
         # Numbered as events are, so that no id comes twice: each incident has at least one event.
         self.correlator.number = max(self.correlator.number, self.history.last_seq)
         for news in self.correlator.settle(self.clock.monotonic()):
@@ -261,7 +267,7 @@ class Chronicle:
         }
         if news.step is Step.OPENED:
             data["members"] = list(incident.members[:20])
-            data["subsumes"] = [f"{origin}:{ref}" for ref in incident.subsumes[:20]]
+            data["subsumes"] = [f"{origin}:{ref}" for ref in incident.subsumes[:20] if ref]
             data["subsumed"] = len(news.marks)
         if news.step is Step.CLOSED:
             text += f"; {incident.bad} are still not well"
@@ -365,7 +371,7 @@ class Chronicle:
             "last_age_s": round(now - incident.last_at, 1),
             "closed_age_s": None if closed is None else round(now - closed, 1),
             "members": [device_of(slug) for slug in incident.members],
-            "subsumes": [f"{origin}:{ref}" for ref in incident.subsumes],
+            "subsumes": [f"{origin}:{ref}" for ref in incident.subsumes if ref],
         }
 
     def explain(self, record: DeviceRecord) -> dict[str, object]:
@@ -406,7 +412,7 @@ class Chronicle:
                 "was_ready": report.was_ready,
                 "misses": report.misses,
                 "confirmed": report.confirmed,
-                **shown_repairs(report.repairs),
+                **shown_repairs(report.repairs, MOST_ATTEMPTS),
                 **({"gateway_dead": report.gateway} if report.gateway_dead else {}),
             },
             "consul": health.status if health is not None else None,

@@ -115,6 +115,7 @@ class Presence(Block):
     start_max: Seconds = 180.0
     ttl: Annotated[Positive, Field(ge=1)] | None = None
     grace: Seconds = 30.0
+    tombstone_ttl: Annotated[Positive, Field(ge=3_600)] = 7 * 86_400.0
     flap_changes: Annotated[int, Field(ge=0, le=1000)] = 6
     flap_half_life: Annotated[Positive, Field(ge=1)] = 300.0
 
@@ -147,6 +148,8 @@ class Incident(Block):
 class Events(Block):
     keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
     max_age: Positive = 30 * 86_400.0
+    audit_keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
+    audit_max_age: Positive = 365 * 86_400.0
 
 
 class Log(Block):
@@ -212,6 +215,14 @@ class Settings(Block):
         return FilePath(self.data_dir) / "events-told.db"
 
     @property
+    def audit_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "audit.db"
+
+    @property
+    def audit_told_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "audit-told.db"
+
+    @property
     def local_directory(self) -> FilePath:
         return FilePath(self.local.directory or FilePath(self.data_dir) / "agents")
 
@@ -252,6 +263,7 @@ class Settings(Block):
             starts_per_hour=self.retry.starts_per_hour,
             concurrency=self.retry.concurrency,
             resync_s=self.resync,
+            tombstone_ttl_s=self.presence.tombstone_ttl,
             presence=PresenceRules(
                 ttl_s=self.presence.ttl or 0.0,
                 class_ttl_s={

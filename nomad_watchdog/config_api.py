@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from nomad_watchdog.config_types import Block, Host, Name, Size, Text, Url, checked_listen
+from nomad_watchdog.config_types import (
+    Block,
+    Host,
+    Name,
+    Positive,
+    Size,
+    Text,
+    Url,
+    checked_listen,
+)
 
 LabelText = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -20,6 +29,7 @@ class Token(Block):
     file: Text
     id_prefix: Annotated[str, Field(max_length=128)] = ""
     labels: dict[LabelText, LabelText] = Field(default_factory=dict, max_length=32)
+    max_devices: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
 
 
 class Api(Block):
@@ -37,6 +47,9 @@ class Api(Block):
     ca_cert: Text | None = None
     rate: Annotated[float, Field(gt=0, le=1_000_000)] = 1_000.0
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    read_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    read_burst: Positive = 2.0
+    streams_per_token: Annotated[int, Field(ge=1, le=64)] = 8
     max_body: Size = 1024 * 1024
     hosts: Annotated[tuple[Host, ...], Field(max_length=64)] = ()
     max_connections: Annotated[int, Field(ge=16, le=1_000_000)] = 4096
@@ -86,6 +99,6 @@ class Api(Block):
                 "agents have no client certificate, so they need credentials: set agent_key_file",
             )
         for name, token in self.token.items():
-            for limit in ("id_prefix", "labels"):
-                if getattr(token, limit) and token.role != "device":
+            for limit in ("id_prefix", "labels", "max_devices"):
+                if limit in token.model_fields_set and token.role != "device":
                     yield "token", f"{limit} of token {name} is for the role device only"

@@ -22,7 +22,7 @@ import aiohttp
 from nomad_watchdog.core import telling
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.history import Event
+from nomad_watchdog.history import Event, is_audit
 from nomad_watchdog.ids import Shard
 from nomad_watchdog.leases import Leases, Replica
 from nomad_watchdog.told import Told, event_of
@@ -94,6 +94,10 @@ class EventFeed:
         if self._term is not None:
             self._told.tell(event, self._term)
         elif not telling.is_shared(event):
+            if len(self._pending) == MOST_PENDING:
+                # Others make room first: what was changed is told whatever else happens.
+                least = (n for n, one in enumerate(self._pending) if not is_audit(one.kind))
+                del self._pending[next(least, 0)]
             self._pending.append(event)
             self._news.set()
 
@@ -108,6 +112,8 @@ class EventFeed:
         term = self._term
         if term is None:
             raise ConflictError("another replica tells the events")
+        if any(event.origin == self._own.origin for event in events):
+            raise ValueError("an event of this replica can't come from another one")
         return sum(self._told.tell(event, term) for event in events)
 
     def stop(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -325,13 +325,6 @@ class Fleet(Verdicts):
             report=evidence.report,
             health=evidence.health,
         )
-
-    def views(self) -> Iterator[DeviceView]:
-        """Every device, tombstones included, in the order of the ids."""
-        for record in sorted(self.records.values(), key=lambda r: r.device.id):
-            view = self.view(record.slug)
-            if view is not None:
-                yield view
 
     def status(self) -> dict[str, object]:
         """Summary for the API, the page and the CLI."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -149,6 +149,8 @@ class Follower:
         began = self.fleet.clock.monotonic()
         await self.fleet.pauses.refresh()  # before anything is decided about a paused device
         await self._migrations.refresh()  # or about one whose agent lives elsewhere
+        with suppress(UserError):  # only first starts need it, and those read it again
+            await self.fleet.read_floor()
         snapshot = await self.fleet.reread()
         if snapshot is not None:
             self._take(snapshot)

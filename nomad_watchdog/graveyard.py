@@ -7,7 +7,7 @@ listed for longer than any request can travel (S2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from nomad_watchdog.ids import Slug
@@ -15,6 +15,9 @@ from nomad_watchdog.model import DeviceRecord, Monotonic, Placement, PlacementSt
 
 REST_S: Final = 90.0
 """A client gives up after 20 s at most (`clients.nomad`); proxies and queues on the way may add to it."""
+TOMBSTONE_REST_S: Final = 600.0
+"""A tombstone that is due is kept for so long by our own clock: a wall clock that was set deletes none while a
+request for its device may be on its way."""
 MOST: Final = 50
 """At most so many are forgotten at a time: purging costs the scheduler."""
 
@@ -24,6 +27,8 @@ class Graveyard:
 
     def __init__(self) -> None:
         self._since: dict[str, Monotonic] = {}
+        self._tombstones: dict[tuple[Slug, int], Monotonic] = {}
+        """Slug and index of those that are due → since when."""
 
     def due(
         self,
@@ -40,6 +45,16 @@ class Graveyard:
         ]
         self._since = {one.ref: self._since.get(one.ref, now) for one in dead}
         return [one for one in dead if now - self._since[one.ref] >= REST_S][:MOST]
+
+    def rested(self, due: Sequence[DeviceRecord], now: Monotonic) -> list[DeviceRecord]:
+        """Of the tombstones that are due, those that have been for TOMBSTONE_REST_S."""
+        since = {key: self._tombstones.get(key, now) for key in map(_key, due)}
+        self._tombstones = since
+        return [one for one in due if now - since[_key(one)] >= TOMBSTONE_REST_S]
+
+
+def _key(record: DeviceRecord) -> tuple[Slug, int]:
+    return record.slug, record.index
 
 
 def _is_over(placement: Placement, record: DeviceRecord | None) -> bool:

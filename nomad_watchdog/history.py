@@ -7,7 +7,8 @@ from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from heapq import merge
+from itertools import islice, takewhile
 from typing import Final, Protocol, cast
 
 from nomad_watchdog.ids import Slug
@@ -18,6 +19,16 @@ MOST_EVENTS: Final = 10_000
 MOST_DEVICES: Final = 2_000
 PER_DEVICE: Final = 12
 MOST_TEXT: Final = 1_024
+AUDIT: Final = "audit."
+"""Start of the kinds of events that are kept apart: who changed what."""
+MOST_PER_ACTOR: Final = 2_000
+MOST_ACTORS: Final = 64
+"""Tokens of all control planes whose audit events are in memory."""
+
+
+def is_audit(kind: str) -> bool:
+    """Whether events of this kind are kept apart from all others."""
+    return kind.startswith(AUDIT)
 
 
 @dataclass(slots=True)
@@ -92,6 +103,40 @@ class EventFilter:
         )
 
 
+@dataclass(slots=True)
+class _Audit:
+    """The last audit events of each actor: neither other events nor other actors displace them."""
+
+    events: dict[int, Event] = field(default_factory=dict)
+    """By number, in ascending order."""
+    lost: int = 0
+    """The highest number of one that fell out."""
+    _actors: OrderedDict[tuple[str, str], deque[int]] = field(default_factory=OrderedDict)
+
+    def add(self, event: Event, own: str) -> None:
+        """Keep one. `own`: the origin whose actors are displaced last."""
+        actor = event.origin, str(event.data.get("actor", ""))
+        mine = self._actors.setdefault(actor, deque())
+        self._actors.move_to_end(actor)
+        mine.append(event.seq)
+        self.events[event.seq] = event
+        if len(mine) > MOST_PER_ACTOR:
+            self._lose(mine.popleft())
+        if len(self._actors) > MOST_ACTORS:
+            others = (one for one in self._actors if one[0] != own)
+            for seq in self._actors.pop(next(others, next(iter(self._actors)))):
+                self._lose(seq)
+
+    def _lose(self, seq: int) -> None:
+        if self.events.pop(seq, None) is not None:
+            self.lost = max(self.lost, seq)
+
+    def after(self, since: int) -> list[Event]:
+        """Those with a number above `since`, oldest first."""
+        newer = takewhile(lambda event: event.seq > since, reversed(self.events.values()))
+        return list(newer)[::-1]
+
+
 EVERYTHING: Final = EventFilter()
 Page = tuple[list[Event], int]
 """Events, oldest first, and the number to ask with next."""
@@ -116,7 +161,7 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class History:
-    """A ring of events, and the last few of each device that had any lately."""
+    """A ring of events, one of audit events, and the last few of each device that had any lately."""
 
     origin: str = "local"
     store: Store | None = None
@@ -127,15 +172,20 @@ class History:
     on_mark: Callable[[Sequence[int], str], None] | None = None
     """Told of each `mark`, before the event of the incident itself."""
     _ring: deque[Event] = field(default_factory=lambda: deque(maxlen=MOST_EVENTS))
+    _audit: _Audit = field(default_factory=_Audit)
     _devices: OrderedDict[Slug, deque[Event]] = field(default_factory=OrderedDict)
     _seq: int = 0
+    _lost: int = 0
+    """The highest number that is not in memory any more, or never was; the store may have it."""
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def resume(self, seq: int, events: Iterable[Event]) -> None:
         """Go on after `seq`, with the last events of an earlier run. Numbers that are in use stay."""
-        for event in events:
-            if event.seq > self._seq:
-                self._keep(event)
+        known = [event for event in events if event.seq > self._seq]
+        firsts = {is_audit(event.kind): event.seq - 1 for event in reversed(known)}
+        self._lost = max(self._lost, *firsts.values(), seq if not known else 0)
+        for event in known:
+            self._keep(event)
         self._seq = max(self._seq, seq)
 
     def add(
@@ -171,8 +221,10 @@ class History:
         if not gone:
             return
         self._ring = deque((e for e in self._ring if e.seq not in gone), maxlen=MOST_EVENTS)
+        for seq in gone:
+            self._audit.events.pop(seq, None)
         if self.is_copied and self._seq in gone:
-            self._seq = self._ring[-1].seq if self._ring else 0
+            self._seq = max((event.seq for event in self.recent()), default=0)
         for mine in self._devices.values():
             for event in [e for e in mine if e.seq in gone]:
                 mine.remove(event)
@@ -181,7 +233,12 @@ class History:
 
     def _keep(self, event: Event) -> None:
         self._seq = event.seq
-        self._ring.append(event)
+        if is_audit(event.kind):
+            self._audit.add(event, self.origin)
+        else:
+            if len(self._ring) == MOST_EVENTS:
+                self._lost = max(self._lost, self._ring[0].seq)
+            self._ring.append(event)
         mine = self._devices.setdefault(event.slug, deque(maxlen=PER_DEVICE))
         mine.append(event)
         self._devices.move_to_end(event.slug)
@@ -196,7 +253,7 @@ class History:
     def mark(self, seqs: Sequence[int], incident: str) -> None:
         """Say that these events are part of an incident."""
         for seq in seqs:
-            place = bisect_left(self._ring, seq, key=lambda event: event.seq)
+            place = bisect_left(self._ring, seq, key=_number)
             if place < len(self._ring) and self._ring[place].seq == seq:
                 self._ring[place].incident = incident
         if self.store is not None:
@@ -206,28 +263,34 @@ class History:
 
     def recent(self) -> Iterable[Event]:
         """What is in memory, oldest first."""
-        return iter(self._ring)
+        return merge(self._ring, self._audit.after(0), key=_number)
 
     def after(self, since: int, limit: int, wanted: EventFilter = EVERYTHING) -> Page:
         """Of what is in memory: events with seq > since, oldest first, at most `limit`."""
-        first = bisect_left(self._ring, since + 1, key=lambda event: event.seq)
-        rest = islice(self._ring, first, None)
+        first = bisect_left(self._ring, since + 1, key=_number)
+        rest: Iterable[Event] = islice(self._ring, first, None)
+        audits = self._audit.after(since)
+        if is_audit(wanted.kind):
+            rest = audits
+        elif audits:
+            rest = merge(rest, audits, key=_number)
         found = list(islice((event for event in rest if wanted.admits(event)), limit))
         # Fewer than asked for: the rest was looked at, so that nobody has to look at it again.
         return found, found[-1].seq if len(found) == limit else max(since, self._seq)
 
     async def page(self, since: int, limit: int, wanted: EventFilter = EVERYTHING) -> Page:
         """As `after`, the store included. Raises WatchdogError when the store can't be read."""
-        oldest = self._ring[0].seq if self._ring else self._seq + 1
-        found: list[Event] = []
         if not self.is_copied:
             since = min(since, self._seq)
-        if self.store is not None and since + 1 < oldest:
-            found, since = await self.store.select(since, oldest, limit, wanted)
-        if len(found) < limit:
-            more, since = self.after(since, limit - len(found), wanted)
-            found += more
-        return found, since
+        lost = max(self._lost, self._audit.lost)
+        if self.store is None or since >= lost:
+            return self.after(since, limit, wanted)
+        stored, _ = await self.store.select(since, lost + 1, limit, wanted)
+        here, following = self.after(since, limit, wanted)
+        # In memory is what is newest, and what could not be stored.
+        known = {event.seq: event for event in (*stored, *here)}
+        found = [known[seq] for seq in sorted(known)[:limit]]
+        return found, found[-1].seq if len(found) == limit else following
 
     async def wait(self, since: int, timeout_s: float) -> None:
         """Return when there is an event after `since`, or after timeout_s."""
@@ -243,3 +306,7 @@ class History:
     def of_device(self, slug: Slug) -> list[Event]:
         """The last few events of one device, oldest first."""
         return list(self._devices.get(slug, ()))
+
+
+def _number(event: Event) -> int:
+    return event.seq

@@ -153,6 +153,8 @@ class Holder:
     """The device ids that it may change begin so."""
     labels: tuple[tuple[str, str], ...] = ()
     """The devices that it may change have all of these, before the change and after it."""
+    most_devices: int = 0
+    """Maximum number of devices that a device token may register."""
 
 
 @dataclass(slots=True)

@@ -6,6 +6,8 @@ be behind, never wrong: a guess from it loses its compare-and-set and is read ag
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,11 +16,14 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import events, presence, setback
 from nomad_watchdog.core.setback import Setback
+from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
-from nomad_watchdog.model import Departure, Device, DeviceRecord, WallTime
-from nomad_watchdog.registry import Guard, Registry, RegistrySnapshot
+from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
+from nomad_watchdog.registry import Document, Guard, Registry, RegistrySnapshot, read_document
 
+FLOOR: Final = "epoch-floor"
+"""The registry's document that holds the floor (`core.tombstones`)."""
 COMMIT_TRIES: Final = 5
 """Compare-and-set losses in a row after which the caller is told to try again."""
 
@@ -52,10 +57,13 @@ class Ledger:
         self.unreadable: frozenset[Slug] = frozenset()
         """Devices whose record could not be decoded in that snapshot."""
         self.vanished: tuple[DeviceRecord, ...] = ()
-        """Records that we knew and that snapshot left out. Nobody deletes records in the normal course
-        of things, and an answer that was cut short has an index as good as any: it is to be read again."""
+        """Records of present devices that we knew and that snapshot left out. No replica deletes those, and an answer that was cut short has an index as good as any: it is to be read again."""
         self.setback: Setback | None = None
         """What that snapshot took back, because the registry went back in time; None = nothing."""
+        self.floor = Floor()
+        """As it was last read. Good for generations; an epoch needs a fresh read (`read_floor`)."""
+        self.owned: Counter[str] = Counter()
+        """Source → its records, tombstones included."""
         self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
 
     def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
@@ -71,9 +79,10 @@ class Ledger:
         *,
         event: events.Event | None = None,
         permit: Callable[[Device], None] = _anything,
+        token: str = "",
     ) -> list[Registered]:
         """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
-        `source`: the inventory that asks, None = the API.
+        `source`: the inventory that asks, None = the API. `token`: the device token that asks, if it is one.
 
         `event`: the signed event that says so. Raises OutOfDateError for one that is over, UserError for a device id whose slug belongs to another id, ConflictError when other
         writers won COMMIT_TRIES times in a row, and what the registry raises.
@@ -92,7 +101,9 @@ class Ledger:
             permit(wish)
             if stored is not None:
                 permit(stored.device)
-            wanted = presence.register(stored, wish, now, source)
+            wanted = presence.register(
+                stored, wish, now, source, token=token, generation=self.floor.generation
+            )
             return events.stamp(stored, wanted, event, now)
 
         outcome = await self._change(list(wishes), change)
@@ -189,6 +200,32 @@ class Ledger:
             self.learn([fresh])
         raise ConflictError("the record has just been changed by another writer; try again")
 
+    async def read_floor(self) -> Floor:
+        """The floor below which no first epoch may be, as the registry has it now."""
+        self.floor = floor_of(await self.registry.document(FLOOR))
+        return self.floor
+
+    async def forget(self, tombstones: Sequence[DeviceRecord]) -> int:
+        """Delete these tombstones; how many it did. Their epochs do not come again: the floor is raised
+        first (`core.tombstones`). Raises as `Registry.forget`."""
+        if not tombstones or not await raise_floor(self.registry, Floor().over(tombstones)):
+            return 0
+        await self.read_floor()
+        gone = await self.registry.forget(tombstones)
+        # One that was registered again meanwhile is known by a higher index.
+        slugs = [
+            record.slug
+            for record, won in zip(tombstones, gone, strict=True)
+            if won and self.records.get(record.slug, record).index == record.index
+        ]
+        for slug in slugs:
+            record = self.records.pop(slug, None)
+            if record is not None:
+                self.owned[record.source] -= 1
+        if slugs:
+            self.forgotten(slugs)
+        return len(slugs)
+
     async def reread(self) -> RegistrySnapshot | None:
         """Everything, read anew; None when the answer was overtaken on its way: what we know is newer.
 
@@ -210,6 +247,9 @@ class Ledger:
             before = self.records.get(record.slug)
             if before is None or before.index < record.index:
                 self.records[record.slug] = record
+                self.owned[record.source] += 1
+                if before is not None:
+                    self.owned[before.source] -= 1
                 self.reached = max(self.reached, record.index)
                 news.append((before, record))
         if news:
@@ -234,11 +274,44 @@ class Ledger:
         news = self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
         gone = [slug for slug in self.records if slug not in fresh]
         self.setback = setback.of(self.records, fresh, self.index, index)
-        self.vanished = tuple(self.records[slug] for slug in gone)
+        # A tombstone that is gone was deleted by another replica.
+        left = (self.records[slug] for slug in gone)
+        self.vanished = tuple(one for one in left if one.presence is Presence.PRESENT)
         self.reached = index if index < self.index else max(self.reached, index)
         self.records = fresh
+        if gone or self.setback is not None:
+            self.owned = Counter(record.source for record in fresh.values())
         self.index = index
         self.unreadable = unreadable
         if gone:
             self.forgotten(gone)
         return news or bool(gone) or self.setback is not None
+
+
+def floor_of(document: Document) -> Floor:
+    """The floor in the registry's document. Raises UserError for one that can't be read."""
+    if not document.body:
+        return Floor()
+    help_text = "restore the registry from a backup (`nomad-watchdog registry import FILE`)"
+    return read_document(
+        FLOOR,
+        document.body,
+        1,
+        lambda said: Floor(Epoch(int(said["epoch"])), int(said["generation"])),
+        help_text,
+    )
+
+
+async def raise_floor(registry: Registry, least: Floor) -> bool:
+    """Have the stored floor at `least` or above; False when other writers won COMMIT_TRIES times in a row.
+    Raises as `Registry.commit_document`."""
+    for _ in range(COMMIT_TRIES):
+        stored = await registry.document(FLOOR)
+        floor = floor_of(stored)
+        epoch, generation = max(floor.epoch, least.epoch), max(floor.generation, least.generation)
+        if Floor(epoch, generation) == floor:
+            return True
+        body = json.dumps({"v": 1, "epoch": epoch, "generation": generation}).encode()
+        if await registry.commit_document(FLOOR, Document(body, stored.index)) is not None:
+            return True
+    return False

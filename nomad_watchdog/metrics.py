@@ -134,6 +134,9 @@ class Metrics:
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
         self._stored = self._gauge("events_stored", "1 while events are written to disk.")
         self._dropped = self._counter("events_dropped", "Events that were never written.")
+        self._left_out = self._counter(
+            "events_left_out", "Events beyond the rate of one sender (device or token).", "sender"
+        )
         self._flapping = self._gauge("flapping_devices", "Devices that come and go too often.")
         self._paused = self._gauge("paused_devices", "Devices for which nothing is done now.")
         self._expired = self._counter("expired_devices", "Devices that left by silence.")
@@ -152,7 +155,7 @@ class Metrics:
         self._routes: frozenset[str] = frozenset()
         self._answered: dict[tuple[str, int], Counter] = {}
         self._acted: dict[tuple[str, str], Counter] = {}
-        self._dropped_before = 0
+        self._dropped_before = self._left_out_before = 0
         self._start_at_zero()
 
     def _make_api(self) -> None:
@@ -305,6 +308,16 @@ class Metrics:
         if isinstance(dropped, int) and dropped > self._dropped_before:
             self._dropped.inc(dropped - self._dropped_before)
             self._dropped_before = dropped
+
+    def events_left_out(self, total: int) -> None:
+        """Events that were left out since the start (`Allowance.total`)."""
+        self._left_out.labels("token")
+        self._left_out.labels("device").inc(max(0, total - self._left_out_before))
+        self._left_out_before = total
+
+    def audit_left_out(self) -> None:
+        """A change has no audit event."""
+        self._left_out.labels("token").inc()
 
     def registry_unreadable(self, unreadable: bool) -> None:
         self._unreadable.set(unreadable)

@@ -415,4 +415,6 @@ class Limits:
     """Calls to the scheduler under way at once (Nomad allows 100 connections a client)."""
     resync_s: float = 30.0
     """Full snapshot at least so often; hints only shorten the wait."""
+    tombstone_ttl_s: float = 604_800.0
+    """How long the record of a device that has left is kept (`core.tombstones`)."""
     presence: PresenceRules = PresenceRules()

@@ -17,6 +17,7 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.backoff import Budget
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.circuit import Circuit
+from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import (
     FencedError,
     TerminalError,
@@ -28,6 +29,7 @@ from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.leases import Leases, Undivided, check
 from nomad_watchdog.model import (
+    NEVER,
     Action,
     ActionKind,
     AgentSpec,
@@ -199,6 +201,8 @@ class Performer:
         """
         results: list[DeviceRecord | FencedError | None] = [None] * len(batch)
         commits: list[tuple[int, DeviceRecord]] = []
+        # After their records are known, and not from memory (`core.tombstones`).
+        floor = await self.fleet.read_floor() if any(map(self._is_first, batch)) else Floor()
         for position, action in enumerate(batch):
             try:
                 check(self.leases, action.slug)
@@ -211,6 +215,7 @@ class Performer:
                 continue
             target = _epoch_after(action)
             if known is not None and target > known.epoch:
+                target = floor.first(known, target)
                 commits.append((position, presence.advance(known, target, action.home)))
             else:
                 results[position] = await self._reread(action)
@@ -228,6 +233,10 @@ class Performer:
                 self.fleet.learn([record])
                 results[position] = record
         return results
+
+    def _is_first(self, action: Action) -> bool:
+        known = self.fleet.records.get(action.slug)
+        return known is not None and known.epoch == NEVER
 
     async def _reread(self, action: Action) -> DeviceRecord | FencedError | None:
         fresh = await self.fleet.registry.get(action.slug)

@@ -38,7 +38,16 @@ _WHOLE: Final = (
 )
 """Blocks and settings that are applied at run time."""
 _PARTS: Final = {
-    "api": ("token", "token_file", "webhook_secrets_file", "rate", "burst"),
+    "api": (
+        "token",
+        "token_file",
+        "webhook_secrets_file",
+        "rate",
+        "burst",
+        "read_share",
+        "read_burst",
+        "streams_per_token",
+    ),
     "retry": ("initial", "max", "starts_per_hour"),
     "log": ("level",),
 }

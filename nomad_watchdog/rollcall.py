@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
+from nomad_watchdog.allowance import Allowance
 from nomad_watchdog.attendance import Attendance
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import pauses as rules
@@ -40,6 +41,8 @@ class RollCall(Ledger):
     ) -> None:
         super().__init__(registry, clock)
         self.history = history
+        self.allowance = Allowance(history, clock)
+        """How many events a device may cause."""
         self.told = history
         """The events of all replicas; with one replica its own."""
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
@@ -87,6 +90,7 @@ class RollCall(Ledger):
         """Drop what was known of devices whose record is gone."""
         for slug in slugs:
             self.attendance.forgotten(slug)
+            self.allowance.forget(slug)
         self._changes += 1
         gone = set(slugs)
         self.slug_by_id = {name: slug for name, slug in self.slug_by_id.items() if slug not in gone}
@@ -231,10 +235,10 @@ class RollCall(Ledger):
     # -- events ---------------------------------------------------------------------------------
 
     def note(self, slug: Slug, kind: str, text: str, **data: object) -> None:
-        """Add an event about a device, which may be known from its agents only."""
+        """Add an event about a device, which may be known from its agents only, as far as it has room for it."""
         record = self.records.get(slug)
         device_id = record.device.id if record is not None else device_of(self.placements, slug)
-        self.history.add(
+        self.allowance.add(
             at=self.clock.wall(), kind=kind, device_id=device_id, slug=slug, text=text, data=data
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 from nomad_watchdog.breaker import held_id
@@ -70,9 +70,11 @@ def device_of(placements: Mapping[Slug, tuple[Placement, ...]], slug: Slug) -> s
     return next((placement.device_id for placement in placements.get(slug, ())), "")
 
 
-def shown_repairs(repairs: Repairs | None) -> dict[str, object]:
-    """What an agent says of its repairs; nothing for a class without."""
-    return {} if repairs is None else {"repairs": asdict(repairs)}
+def shown_repairs(repairs: Repairs | None, most: int = 32) -> dict[str, object]:
+    """What an agent says of its repairs, and of the last `most` attempts; nothing for a class without."""
+    if repairs is None:
+        return {}
+    return {"repairs": asdict(replace(repairs, attempts=repairs.attempts[-most:]))}
 
 
 def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from nomad_watchdog.core import tombstones
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.graveyard import Graveyard
@@ -31,6 +32,8 @@ PRESENCE_EVERY_S: Final = 1.0
 PREPARE_FIRST_S: Final = 0.5
 """From the first start that fails because the scheduler is not prepared to the next `prepare`."""
 SWEEP_EVERY_S: Final = 30.0
+MOST_FORGOTTEN: Final = 2_000
+"""Tombstones that are deleted at a time."""
 BUDGET_KEPT_S: Final = 3600.0
 """Nothing is remembered of a device that has neither been started nor failed to start for so long."""
 
@@ -107,6 +110,7 @@ class Upkeep:
         metrics.stalled(self.stalls())
         metrics.incidents(fleet.chronicle.open_by_kind())
         metrics.events(fleet.chronicle.status_of_store())
+        metrics.events_left_out(fleet.allowance.total)
 
     async def settle_presence(self) -> None:
         """See which graces and pauses have ended or begun, and have a pass made for it."""
@@ -150,6 +154,26 @@ class Upkeep:
             await self.prepare_again()
             ended = self.fleet.clock.monotonic()
 
+    async def _forget_tombstones(self) -> None:
+        """Delete the records of devices that left long ago."""
+        fleet = self.fleet
+        if not fleet.ready:
+            return
+        ours = self.territory.of(fleet.records)
+        ttl_s, now = fleet.limits.tombstone_ttl_s, fleet.clock.wall()
+        dead = PlacementState.DEAD
+        placed = fleet.placements.items()
+        listed = {slug for slug, found in placed if any(one.state is not dead for one in found)}
+        due = tombstones.expired(ours.values(), listed, now, ttl_s, MOST_FORGOTTEN)
+        old = self.graveyard.rested(due, fleet.clock.monotonic())
+        try:
+            count = await fleet.forget(old)
+        except WatchdogError as error:
+            log.warning("tombstones not deleted", extra={"reason": str(error)})
+            return
+        if count:
+            log.info("tombstones deleted", extra={"count": count})
+
     async def sweep(self) -> None:
         """Have the scheduler forget some dead placements, and forget what nobody asks for any more."""
         now = self.fleet.clock.monotonic()
@@ -160,6 +184,7 @@ class Upkeep:
                 await self.scheduler.sweep(dead)
             except WatchdogError as error:
                 log.warning("sweep failed", extra={"reason": str(error)})
+        await self._forget_tombstones()
         self.informer.freshness.forget(self.fleet.records.keys())
         budgets = self.performer.budgets
         # A back-off is forgotten by `Budget.failed` first: a device that never started keeps its own.

@@ -82,6 +82,7 @@ class Verdicts(RollCall):
         self.limits = limits
         self.chronicle = Chronicle(self.history, limits, clock)
         self.chronicle.paused = self.paused_by
+        self.chronicle.allowance = self.allowance
         self.health: Mapping[Slug, Health] = {}
         """Consul's word on each agent; empty when Consul is not asked."""
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""

@@ -16,6 +16,7 @@ from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config import Consul, Nomad, Settings
 from nomad_watchdog.credentials import Credentialed
 from nomad_watchdog.event_store import EventStore
+from nomad_watchdog.event_store.split import SplitStore
 from nomad_watchdog.history import History
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.keyring import SecretFile, read_keys
@@ -142,16 +143,11 @@ def _host() -> str:
 
 
 @asynccontextmanager
-async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventStore, Verdicts]]:
+async def open_events(settings: Settings) -> AsyncIterator[tuple[History, SplitStore, Verdicts]]:
     """The history of this control plane, going on where the last run ended, its file, and the last verdict
     of each device in it. A file that can't be used stops nothing: the store says what is wrong."""
-    kept = settings.events
-    store = EventStore(
-        settings.events_path,
-        origin=f"{_host()}-{secrets.token_hex(4)}",
-        most=kept.keep,
-        max_age_s=kept.max_age,
-    )
+    origin = f"{_host()}-{secrets.token_hex(4)}"
+    store = _store(settings, settings.events_path, settings.audit_path, origin)
     found = await store.open()
     history = History(found.origin, store)
     history.resume(found.seq, found.events)
@@ -161,6 +157,20 @@ async def open_events(settings: Settings) -> AsyncIterator[tuple[History, EventS
         await store.close()
 
 
+def _store(settings: Settings, events: Path, audit: Path, origin: str) -> SplitStore:
+    kept = settings.events
+    return SplitStore(
+        EventStore(events, origin=origin, most=kept.keep, max_age_s=kept.max_age),
+        EventStore(
+            audit,
+            origin=origin,
+            most=kept.audit_keep,
+            max_age_s=kept.audit_max_age,
+            per_actor=True,
+        ),
+    )
+
+
 @asynccontextmanager
 async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | None]:
     """The events of all replicas, and their file; None where there is one replica at a time. `origin`:
@@ -168,8 +178,7 @@ async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | Non
     if settings.registry_kind == "sqlite":
         yield None
         return
-    kept = settings.events
-    store = EventStore(settings.told_path, origin=origin, most=kept.keep, max_age_s=kept.max_age)
+    store = _store(settings, settings.told_path, settings.audit_told_path, origin)
     found = await store.open()
     told = Told(History(origin, store, is_copied=True))
     told.resume(found.events, found.verdicts, found.origins)

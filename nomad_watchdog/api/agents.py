@@ -9,9 +9,9 @@ from watchdog_agent import wire
 
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.devices import page_of
 from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError, error_response
+from nomad_watchdog.api.lists import page_of
 from nomad_watchdog.api.schemas import MOST_AGE_S, ReportIn, read
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.credential import Claim

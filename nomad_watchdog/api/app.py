@@ -14,6 +14,7 @@ from nomad_watchdog.api import (
     attendance,
     configuration,
     devices,
+    lists,
     migration,
     openapi,
     page,
@@ -134,7 +135,7 @@ ROUTES: Final = (
         devices.list_devices,
         "Devices in the order of their ids",
         {200: DevicePage},
-        query=devices.LIST_QUERY,
+        query=lists.LIST_QUERY,
     ),
     Route("GET", "/v1/devices/{id}", devices.get_device, "One device", {200: DeviceOut}),
     Route(
@@ -295,7 +296,7 @@ ROUTES: Final = (
         agents.list_agents,
         "Agents in the order of their devices' ids",
         {200: AnyOut},
-        query=devices.LIST_QUERY,
+        query=lists.LIST_QUERY,
     ),
     Route(
         "GET",

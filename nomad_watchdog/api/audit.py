@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from aiohttp import web
 
-from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.audits import AT_ONCE, PER_S, SAY_EVERY_S
+from nomad_watchdog.api.context import CONTEXT, Context
 from nomad_watchdog.api.door import ACTOR
+from nomad_watchdog.history import AUDIT
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 
 log = logging.getLogger(__name__)
@@ -22,7 +25,8 @@ def audit(
 ) -> None:
     """Note a change that is done, and durable. What changed nothing is no change."""
     actor = request[ACTOR]
-    fleet = request.app[CONTEXT].fleet
+    context = request.app[CONTEXT]
+    fleet = context.fleet
     who: dict[str, object] = {
         "actor": actor.name,
         "role": actor.role.value if actor.role is not None else "signed",
@@ -31,14 +35,34 @@ def audit(
     }
     if actor.certificate:
         who["certificate"] = actor.certificate
-    fleet.history.add(
-        at=fleet.clock.wall(),
-        kind=f"audit.{verb}",
-        device_id=device_id or "",
-        slug=slug_of(device_id) if device_id is not None else Slug(""),
-        text=f"{outcome} by {actor.name} from {actor.peer}",
-        data=who | facts,
-    )
+    if context.audits.admits(actor.name, fleet.clock.monotonic()):
+        fleet.history.add(
+            at=fleet.clock.wall(),
+            kind=f"{AUDIT}{verb}",
+            device_id=device_id or "",
+            slug=slug_of(device_id) if device_id is not None else Slug(""),
+            text=f"{outcome} by {actor.name} from {actor.peer}",
+            data=who | facts,
+        )
+    else:
+        context.metrics.audit_left_out()
+        if context.audits.left_out[actor.name] == 1:
+            later = asyncio.get_running_loop().call_later
+            later(SAY_EVERY_S, _say_left_out, context, actor.name)
     # "token:NAME" would be taken for a token and its value, and be hidden.
     told = who | facts | {"actor": actor.name.replace("token:", "token ", 1)}
     log.info("changed through the API", extra={"verb": verb, "device": device_id or "", **told})
+
+
+def _say_left_out(context: Context, actor: str) -> None:
+    """One event for the changes of a token that have none, so that an audit shows where it has a gap."""
+    count = context.audits.left_out.pop(actor, 0)
+    context.fleet.history.add(
+        at=context.fleet.clock.wall(),
+        kind=f"{AUDIT}left_out",
+        device_id="",
+        slug=Slug(""),
+        text=f"{count} changes by {actor} have no event: at most {AT_ONCE} at once and {PER_S:g} per "
+        "second are stored per token; the log has them all",
+        data={"actor": actor, "count": count},
+    )

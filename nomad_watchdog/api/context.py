@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 from pydantic import BaseModel
 
+from nomad_watchdog.api.audits import Audits
 from nomad_watchdog.api.bodies import Bodies
 from nomad_watchdog.core.roles import Right
 from nomad_watchdog.departures import Departures
@@ -91,7 +93,11 @@ class Context:
     """Who moves the fleet between schedulers; None where nobody reconciles."""
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last made (monotonic seconds), and its text."""
-    followers: set[asyncio.Task[object]] = field(default_factory=set)
+    claims: Counter[str] = field(default_factory=Counter)
+    """Source → devices that requests in progress add to it."""
+    audits: Audits = field(default_factory=Audits)
+    followers: dict[asyncio.Task[object], tuple[str, str]] = field(default_factory=dict)
+    """Event streams: the task of each, its client, and whose share it takes."""
 
 
 CONTEXT: Final = web.AppKey("context", Context)

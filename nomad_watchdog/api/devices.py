@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import binascii
-from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -19,6 +15,8 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import check_prefix, permit_of
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.known import check_class, known_before, missing, unknown
+from nomad_watchdog.api.lists import MOST_ITEMS, check_query, page_of
+from nomad_watchdog.api.quota import Claim
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
     BulkEnvelope,
@@ -39,27 +37,12 @@ from nomad_watchdog.model import (
     DeviceRecord,
     PlacementState,
     Presence,
-    VerdictState,
 )
 from nomad_watchdog.secret_values import hide_in
 from nomad_watchdog.shown import shown_placement
 
-MOST_ITEMS: Final = 1_000
-DEFAULT_ITEMS: Final = 100
-_BREATH: Final = 200
-"""Devices looked at before others get their turn on the event loop."""
-
 DELETE_QUERY: Final = {
     "now": "true (default): its agent goes at once; false: it stays for `presence.grace`",
-}
-LIST_QUERY: Final = {
-    "class": "only devices of this agent class",
-    "verdict": f"only this verdict: {', '.join(VerdictState)}",
-    "presence": "present (default), absent or any",
-    "label": "key=value; may be given several times, all must match",
-    "q": "text that the id or address holds",
-    "limit": f"1 to {MOST_ITEMS}, default {DEFAULT_ITEMS}",
-    "cursor": "`next` of the page before",
 }
 
 
@@ -71,114 +54,6 @@ def device_id_of(request: web.Request) -> DeviceId:
     except UnicodeDecodeError:
         raise UserError("the device id in the path is not percent-encoded UTF-8") from None
     return parse_device_id(text)
-
-
-def check_query(
-    request: web.Request, allowed: Collection[str], repeatable: Collection[str] = ()
-) -> None:
-    """Refuse parameters that we do not know, or that are given twice: silence would mislead."""
-    for name in request.query:
-        if name not in allowed:
-            raise UserError(
-                f"unknown query parameter {ascii(name)[:60]}; allowed are: {', '.join(sorted(allowed)) or 'none'}"
-            )
-        if name not in repeatable and len(request.query.getall(name)) > 1:
-            raise UserError(f"query parameter {name} is given more than once")
-
-
-def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
-    """A query parameter that is a number from low to high."""
-    text = request.query.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and low <= int(text) <= high):
-        raise UserError(f"{name} is {ascii(text)[:40]}; a number from {low} to {high} is allowed")
-    return int(text)
-
-
-@dataclass(frozen=True, slots=True)
-class _Filter:
-    agent_class: str | None
-    verdict: VerdictState | None
-    presence: Presence | None
-    labels: tuple[tuple[str, str], ...]
-    text: str
-    after: str
-
-    def admits(self, view: DeviceView) -> bool:
-        device = view.record.device
-        return (
-            device.id > self.after
-            and (self.presence is None or view.record.presence is self.presence)
-            and (self.agent_class is None or device.agent_class == self.agent_class)
-            and (self.verdict is None or view.verdict.state is self.verdict)
-            and all(device.labels.get(key) == value for key, value in self.labels)
-            and (self.text in device.id.casefold() or self.text in device.address.casefold())
-        )
-
-
-def _filter(request: web.Request) -> _Filter:
-    query = request.query
-    labels = [label.partition("=") for label in query.getall("label", [])]
-    if not all(equals for _, equals, _ in labels):
-        raise UserError("label must be key=value")
-    presence = query.get("presence", "present")
-    if presence not in {*Presence, "any"}:
-        raise UserError(f"presence is {ascii(presence)[:40]}; allowed are: present, absent, any")
-    verdict = query.get("verdict")
-    if verdict is not None and verdict not in set(VerdictState):
-        raise UserError(f"verdict is {ascii(verdict)[:40]}; allowed are: {', '.join(VerdictState)}")
-    return _Filter(
-        agent_class=query.get("class"),
-        verdict=None if verdict is None else VerdictState(verdict),
-        presence=None if presence == "any" else Presence(presence),
-        labels=tuple((key, value) for key, _, value in labels),
-        text=query.get("q", "").casefold(),
-        after=_uncursor(query.get("cursor", "")),
-    )
-
-
-def _cursor(device_id: str) -> str:
-    return base64.urlsafe_b64encode(device_id.encode()).decode().rstrip("=")
-
-
-def _uncursor(text: str) -> str:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
-    except (binascii.Error, ValueError):
-        raise UserError("cursor is not one that was given as `next`") from None
-
-
-async def _breathing(fleet: Fleet) -> AsyncIterator[DeviceView]:
-    for number, view in enumerate(fleet.views()):
-        if number % _BREATH == _BREATH - 1:
-            await asyncio.sleep(0)
-        yield view
-
-
-async def page_of(
-    request: web.Request, shown: Callable[[Fleet, DeviceView], dict[str, object] | None]
-) -> web.Response:
-    """A page of what `shown` makes of the devices that the query admits (None = leave out)."""
-    check_query(request, set(LIST_QUERY), {"label"})
-    limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MOST_ITEMS)
-    wanted = _filter(request)
-    fleet = request.app[CONTEXT].fleet
-    items: list[dict[str, object]] = []
-    following: str | None = None
-    last = ""
-    async for view in _breathing(fleet):
-        if not wanted.admits(view):
-            continue
-        item = shown(fleet, view)
-        if item is None:
-            continue
-        if len(items) == limit:
-            following = _cursor(last)
-            break
-        items.append(item)
-        last = view.record.device.id
-    return json_response({"items": items, "next": following, "index": fleet.index})
 
 
 def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
@@ -281,7 +156,11 @@ async def store(
     before = fleet.view(slug_of(device.id))
     if before is None or before.record.device != device:
         fleet.own(device.id)
-    (done,) = await fleet.register([device], event=event, permit=permit_of(request))
+    with Claim(request) as claim:
+        claim.check(device.id)
+        (done,) = await fleet.register(
+            [device], event=event, permit=permit_of(request), token=claim.token
+        )
     fleet.sign([device.id])
     new = done.changed and (before is None or before.record.presence is Presence.ABSENT)
     if done.changed:
@@ -336,17 +215,24 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     deletes: dict[int, DeviceId] = {}
     seen: set[str] = set()
     fleet, permit = request.app[CONTEXT].fleet, permit_of(request)
-    for index, item in enumerate(body.devices):
-        try:
-            wish = DeviceItem.model_validate(item)
-            device = wish.device(_once(wish.id, seen))
-            check_class(fleet, device, given=wish.names_class)
-            _check_put(fleet, device, permit)
-            puts[len(results)] = device
-            results.append(BulkResult(id=wish.id, action="put", index=index, status=200))
-        except (ValidationError, UserError, ConflictError, RequestError) as error:
-            found = item.get("id") if isinstance(item, dict) else None
-            results.append(_refused("put", index, found, error))
+    with Claim(request) as claim:
+        for index, item in enumerate(body.devices):
+            try:
+                wish = DeviceItem.model_validate(item)
+                device = wish.device(_once(wish.id, seen))
+                check_class(fleet, device, given=wish.names_class)
+                _check_put(fleet, device, permit)
+                claim.check(device.id)
+                puts[len(results)] = device
+                results.append(BulkResult(id=wish.id, action="put", index=index, status=200))
+            except (ValidationError, UserError, ConflictError, RequestError) as error:
+                found = item.get("id") if isinstance(item, dict) else None
+                results.append(_refused("put", index, found, error))
+        stored = (
+            await fleet.register(list(puts.values()), permit=permit, token=claim.token)
+            if puts
+            else []
+        )
     for index, gone in enumerate(body.delete):
         try:
             device_id = _once(parse_device_id(gone), seen)
@@ -356,7 +242,6 @@ async def bulk(request: web.Request) -> web.StreamResponse:
             results.append(BulkResult(id=gone, action="delete", index=index, status=200))
         except (UserError, ConflictError, RequestError) as error:
             results.append(_refused("delete", index, gone, error))
-    stored = await fleet.register(list(puts.values()), permit=permit) if puts else []
     fleet.sign([device.id for device in puts.values()])
     for at, done in zip(puts, stored, strict=True):
         results[at].changed = done.changed

@@ -17,7 +17,8 @@ from typing import Final
 from aiohttp import web
 
 from nomad_watchdog.api.acceptor import place_of
-from nomad_watchdog.api.context import Route
+from nomad_watchdog.api.context import Handler, Route
+from nomad_watchdog.api.costs import Costs
 from nomad_watchdog.api.errors import LAST, RequestError
 from nomad_watchdog.api.origin import check_origin, names_of
 from nomad_watchdog.api.places import Rank, network_of
@@ -56,6 +57,8 @@ class Actor:
     labels: tuple[tuple[str, str], ...] = ()
     claim: Claim | None = None
     """Of an agent's credential: the one device and epoch that it may speak for."""
+    most_devices: int = 0
+    """Of a device token: the maximum number of devices that it may register."""
     certificate: str = ""
     """Common name in the client's certificate."""
 
@@ -93,6 +96,8 @@ class Door:
     buckets: Buckets | None = None
     hosts: frozenset[str] = frozenset()
     """Names that requests may call us by, besides loopback names and numeric addresses."""
+    costs: Costs | None = None
+    streams_per_token: int = 8
     window: Window = field(default_factory=Window)
     _logged_at: float = float("-inf")
     _unlogged: int = 0
@@ -103,6 +108,9 @@ class Door:
         old, fresh = self.buckets, new.buckets
         if old is None or fresh is None or (old.rate, old.burst) != (fresh.rate, fresh.burst):
             self.buckets = fresh
+        if old_costs := self.costs:
+            self.costs = old_costs.changed(new.costs)
+        self.streams_per_token = new.streams_per_token
 
     @property
     def guarded(self) -> bool:
@@ -137,6 +145,13 @@ class Door:
                 403, "forbidden", f"this needs a token of the role {needed}; yours is {actor.role}"
             )
 
+    async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have a request answered. A read of a caller that is known by a token is charged to that token."""
+        actor = request.get(ACTOR)
+        if self.costs is None or actor is None or not actor.known or actor.role is None:
+            return await handler(request)
+        return await self.costs.answer(request, handler, actor.client, actor.role, self.clock)
+
     def _who(self, request: web.Request, route: Route | None, peer: str) -> Actor:
         certificate = _common_name(request) if self.wants_certificate else ""
         header = request.headers.get("Authorization")
@@ -167,6 +182,7 @@ class Door:
                     peer,
                     id_prefix=holder.id_prefix,
                     labels=holder.labels,
+                    most_devices=holder.most_devices,
                     certificate=certificate,
                 )
         raise RequestError(
@@ -240,7 +256,7 @@ def door_of(api: Api) -> Door:
         tokens[Holder("token_file", Role.OPERATOR)] = files[("token_file",)]
     for name, token in api.token.items():
         labels = tuple(sorted(token.labels.items()))
-        holder = Holder(name, Role(token.role), token.id_prefix, labels)
+        holder = Holder(name, Role(token.role), token.id_prefix, labels, token.max_devices)
         tokens[holder] = files["token", name, "file"]
     keyring = Keyring(tokens) if tokens else None
     if keyring is not None:
@@ -252,6 +268,8 @@ def door_of(api: Api) -> Door:
         wants_certificate=api.client_ca is not None,
         buckets=Buckets(api.rate, api.burst),
         hosts=names_of(api),
+        costs=Costs(api.read_share, api.read_burst),
+        streams_per_token=api.streams_per_token,
     )
 
 

@@ -96,7 +96,7 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
     place.work()
     try:
         _check(request)
-        response = await handler(request)
+        response = await request.app[CONTEXT].door.answer(request, handler)
     except RequestError as error:
         response = error_response(error.status, error.code, error.message, error.headers)
         if error.status in REFUSALS:

@@ -16,7 +16,7 @@ from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
 from nomad_watchdog.render import utc
 
-MOST_COMPARED: Final = 2_000
+MOST_COMPARED: Final = 500
 """Ids that are compared with a misspelt one: a hint must not hold up a large fleet."""
 _DEFAULT: Final = "default"
 

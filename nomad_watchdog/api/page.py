@@ -10,7 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.devices import check_query
+from nomad_watchdog.api.lists import check_query, scan
 from nomad_watchdog.fleet import DeviceView, Fleet
 from nomad_watchdog.model import Presence, VerdictState
 
@@ -55,7 +55,7 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     now = context.fleet.clock.monotonic()
     if now - context.page[0] > MADE_EVERY_S:
-        context.page = (now, _made(context.fleet))
+        context.page = (now, await _made(context.fleet))
     return web.Response(
         text=context.page[1],
         content_type="text/html",
@@ -63,8 +63,8 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     )
 
 
-def _made(fleet: Fleet) -> str:
-    views = [v for v in fleet.views() if v.record.presence is Presence.PRESENT]
+async def _made(fleet: Fleet) -> str:
+    views = [view async for view in scan(fleet, lambda r: r.presence is Presence.PRESENT)]
     views.sort(key=lambda v: (_URGENCY[v.verdict.state], v.record.device.id))
     counts = dict.fromkeys(VerdictState, 0)
     for view in views:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from typing import Final
 
@@ -11,9 +10,12 @@ from aiohttp import web
 
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.devices import check_query, whole_number
+from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.known import check_events_of
+from nomad_watchdog.api.lists import check_query, whole_number
+from nomad_watchdog.compact import as_json
+from nomad_watchdog.core.roles import Role
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.history import EventFilter, History
 from nomad_watchdog.ids import Slug, parse_device_id
@@ -22,6 +24,8 @@ from nomad_watchdog.model import VerdictState
 log = logging.getLogger(__name__)
 
 MOST_FOLLOWERS: Final = 64
+"""Event streams of all callers of one role. Replicas have as many of their own."""
+REPLICA: Final = "replica"
 BEAT_S: Final = 15.0
 """An empty line so often, so that both sides notice a dead connection."""
 WRITE_TIMEOUT_S: Final = 10.0
@@ -59,6 +63,8 @@ async def list_events(request: web.Request) -> web.StreamResponse:
     history = _history(request)
     if device := request.query.get("device", ""):
         await check_events_of(request.app[CONTEXT].fleet, parse_device_id(device))
+    if marks and request[ACTOR].role is not Role.OPERATOR:
+        raise RequestError(403, "forbidden", "marks=true is for replicas, which are operators")
     if follow and request.method == "HEAD":
         return web.Response(content_type=NDJSON)
     if follow:
@@ -112,21 +118,36 @@ async def list_incidents(request: web.Request) -> web.StreamResponse:
 
 
 async def _follow(request: web.Request, since: int, limit: int) -> web.StreamResponse:
-    followers = request.app[CONTEXT].followers
-    if len(followers) >= MOST_FOLLOWERS:
+    context, actor = request.app[CONTEXT], request[ACTOR]
+    followers, most = context.followers, context.door.streams_per_token
+    share = REPLICA if _flag(request, "marks") else str(actor.role)
+    if (
+        share != REPLICA
+        and actor.known
+        and sum(f == (actor.client, share) for f in followers.values()) >= most
+    ):
+        raise RequestError(
+            429,
+            "too_many_followers",
+            f"this token has {most} event streams already (api.streams_per_token); end one, or ask "
+            "without follow",
+            {"Retry-After": "30"},
+        )
+    if sum(of == share for _, of in followers.values()) >= MOST_FOLLOWERS:
         raise RequestError(
             503,
             "too_many_followers",
-            f"{MOST_FOLLOWERS} followers are the most; ask without follow",
+            f"callers of the role {share} have {MOST_FOLLOWERS} event streams already; ask without "
+            "follow, or try again later",
             {"Retry-After": "30"},
         )
     task = asyncio.current_task()
     assert task is not None
-    followers.add(task)
+    followers[task] = (actor.client, share)
     try:
         return await _stream(request, since, limit)
     finally:
-        followers.discard(task)
+        followers.pop(task, None)
 
 
 async def _stream(request: web.Request, since: int, limit: int) -> web.StreamResponse:
@@ -142,9 +163,9 @@ async def _stream(request: web.Request, since: int, limit: int) -> web.StreamRes
                 # Half of an answer has been sent: what is left is to end it, and be asked again.
                 log.warning("event stream ends", extra={"reason": str(error)})
                 return response
-            lines = "".join(json.dumps(event.shown(marks=marks)) + "\n" for event in events)
+            lines = b"".join(as_json(event.shown(marks=marks)) + b"\n" for event in events)
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write((lines or "\n").encode())
+                await response.write(lines or b"\n")
             if len(events) < limit:
                 await history.wait(since, BEAT_S)
     except (ConnectionError, TimeoutError):

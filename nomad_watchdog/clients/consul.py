@@ -424,6 +424,11 @@ def cas(key: str, value: bytes, index: int) -> dict[str, Any]:
     return {"Verb": "cas", "Key": key, "Value": base64.b64encode(value).decode(), "Index": index}
 
 
+def delete_cas(key: str, index: int) -> dict[str, Any]:
+    """The transaction's operation that deletes key if its index is still so."""
+    return {"Verb": "delete-cas", "Key": key, "Index": index}
+
+
 def check_session(key: str, session: str) -> dict[str, Any]:
     """The transaction's operation that lets the others happen only if the session holds key's lock."""
     return {"Verb": "check-session", "Key": key, "Session": session}

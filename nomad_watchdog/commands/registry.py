@@ -38,9 +38,9 @@ def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> Non
     from nomad_watchdog import app, backup
     from nomad_watchdog.render import print_json
 
-    installation, records = backup.parse(file)
+    installation, records, floor = backup.parse(file)
     done = asyncio.run(
-        app.import_registry(settings_of(ctx), installation, records, dry_run=dry_run)
+        app.import_registry(settings_of(ctx), installation, records, floor, dry_run=dry_run)
     )
     if output == "json":
         print_json(

@@ -15,7 +15,7 @@ MOST_CLIENTS: Final = 16_384
 
 @dataclass(slots=True)
 class Buckets:
-    """`rate` requests a second for long, `burst` at once."""
+    """`rate` units per second over time, `burst` at once. A unit is a request, an event, or a second of work."""
 
     rate: float
     burst: float
@@ -25,13 +25,30 @@ class Buckets:
 
     def take(self, client: str, now: float) -> float:
         """0 when the request may pass, else the seconds until one may. A refused one costs nothing."""
-        left, then = self._levels.pop(client, (self.burst, now))
-        left = min(self.burst, left + max(0.0, now - then) * self.rate)
+        left = self.left(client, now)
         allowed = left >= 1.0
-        self._levels[client] = (left - 1.0 if allowed else left, now)
+        self._keep(client, left - 1.0 if allowed else left, now)
+        return 0.0 if allowed else (1.0 - left) / self.rate
+
+    def spend(self, client: str, cost: float, now: float) -> None:
+        """Charge for what was done already; the bucket may owe then."""
+        self._keep(client, self.left(client, now) - cost, now)
+
+    def owes(self, client: str, now: float) -> float:
+        """0 while anything is left, else the seconds until something is."""
+        left = self.left(client, now)
+        return 0.0 if left > 0.0 else max(-left / self.rate, 0.001)
+
+    def left(self, client: str, now: float) -> float:
+        """What is in the bucket; less than 0 = it owes."""
+        left, then = self._levels.get(client, (self.burst, now))
+        return min(self.burst, left + max(0.0, now - then) * self.rate)
+
+    def _keep(self, client: str, left: float, now: float) -> None:
+        self._levels.pop(client, None)
+        self._levels[client] = (left, now)
         if len(self._levels) > self.most:
             self._levels.popitem(last=False)
-        return 0.0 if allowed else (1.0 - left) / self.rate
 
     def __len__(self) -> int:
         return len(self._levels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from nomad_watchdog.core.presence import BY_TOKEN
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
 
@@ -42,7 +43,7 @@ def compare(
         elif record.source == source:
             if record.device != device:
                 register.append(device)
-        elif not record.source or record.source in sources:
+        elif not record.source or record.source.startswith(BY_TOKEN) or record.source in sources:
             conflicts.append(device.id)
         else:
             register.append(device)

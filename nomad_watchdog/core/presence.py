@@ -20,34 +20,49 @@ from nomad_watchdog.model import (
     WallTime,
 )
 
+BY_TOKEN: Final = "token:"  # noqa: S105  # no secret: the start of a source
+"""Start of the source of a device that a device token registered."""
 
-def register(
-    stored: DeviceRecord | None, wish: Device, now: WallTime, source: str | None = None
+
+def register(  # by name
+    stored: DeviceRecord | None,
+    wish: Device,
+    now: WallTime,
+    source: str | None = None,
+    *,
+    token: str = "",
+    generation: int = 0,
 ) -> DeviceRecord | None:
     """The record that asks for `wish` to be watched; None when the stored one already does.
 
-    `source`: the inventory that asks, None = the API, which leaves an unchanged wish its source."""
+    `source`: the inventory that asks, None = the API, which leaves an unchanged wish its source. `token`: the
+    device token that brings in a device which is not there; "" = another caller. `generation`: the highest one
+    of any record that was deleted."""
     if stored is None:
         return DeviceRecord(
             slug=slug_of(wish.id),
             device=wish,
             presence=Presence.PRESENT,
-            generation=1,
+            generation=generation + 1,
             epoch=NEVER,
             instance="",
             changed_at=now,
-            source=source or "",
+            source=source or (token and BY_TOKEN + token),
         )
     same = stored.device == wish and source in (None, stored.source)
     if stored.presence is Presence.PRESENT and same:
         return None
+    by_token = token and BY_TOKEN + token
+    if stored.presence is Presence.PRESENT:
+        # It counts against the token that brought it in, whoever changes it.
+        by_token = stored.source if stored.source.startswith(BY_TOKEN) else ""
     return replace(
         stored,
         device=wish,
         presence=Presence.PRESENT,
         generation=stored.generation + 1,
         changed_at=now,
-        source=source or "",
+        source=source or by_token,
         left=Departure.REMOVED,
     )
 

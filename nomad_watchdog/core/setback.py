@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import DeviceRecord
+from nomad_watchdog.model import DeviceRecord, Presence
 
 MOST_NAMED: Final = 20
 """Devices named in the text."""
@@ -65,7 +65,12 @@ def of(
     )
     if not older and index >= index_before:
         return None
-    missing = tuple(record for slug, record in known.items() if slug not in shown)
+    # A tombstone that is gone was deleted by another replica.
+    missing = tuple(
+        record
+        for slug, record in known.items()
+        if slug not in shown and record.presence is Presence.PRESENT
+    )
     return Setback(older, missing) if older or missing else None
 
 

@@ -29,6 +29,13 @@ _OTHERS: Final = ("node", "replica")
 """Heads of kinds that are about something other than a device: it is named in the data, under the same word."""
 
 
+def about(kind: str) -> str | None:
+    """What a kind of event gives the state of (verdict, presence, flap, agent); None = a kind that gives none,
+    so that a later event does not make an earlier one superfluous."""
+    head = kind.partition(".")[0]
+    return _PLAIN.get(kind, head if head in ("verdict", "agent") else None)
+
+
 class Said(Protocol):
     """What is asked of an event."""
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nomad_watchdog.core import meter
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.event_store import _sql as sql
 from nomad_watchdog.event_store._sql import Drop, Found, Mark
@@ -54,7 +55,7 @@ class _Query:
 
 class EventStore:
     """The events of one control plane in a file: at most `most` of them, none older than `max_age_s`.
-    A new file is given `origin`, which must be unlike that of any other control plane."""
+    `per_actor`: `most` is for each actor, and none takes another's room. A new file is given `origin`, which must be unlike that of any other control plane."""
 
     def __init__(
         self,
@@ -63,11 +64,13 @@ class EventStore:
         origin: str = "local",
         most: int = 100_000,
         max_age_s: float = 2_592_000.0,
+        per_actor: bool = False,
     ) -> None:
         self.path = path
         self.origin = origin
         self.most = most
         self.max_age_s = max_age_s
+        self.per_actor = per_actor
         self.problem = "not open yet"
         """Why events are in memory only; "" = they are stored."""
         self.dropped = 0
@@ -135,7 +138,10 @@ class EventStore:
     async def select(self, since: int, before: int, limit: int, wanted: EventFilter) -> Page:
         """Events with since < seq < before, oldest first. Raises TransientError when they can't be
         read now; while nothing is stored there are none."""
-        query = _Query(lambda db: sql.select(db, (since, before, limit), wanted), Future())
+        took_s = [0.0]
+        query = _Query(
+            _timed(lambda db: sql.select(db, (since, before, limit), wanted), took_s), Future()
+        )
         with self._lock:
             if self.problem or self._closing:
                 return [], before - 1
@@ -148,6 +154,8 @@ class EventStore:
             raise TransientError(
                 f"stored events can't be read: {str(error) or 'time-out'}"
             ) from error
+        finally:
+            meter.charge(took_s[0])
 
     async def close(self) -> None:
         """Write what was handed in, if the disk lets us, and let go of the file. Idempotent."""
@@ -236,7 +244,11 @@ class EventStore:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('seq', ?)", (self._seq + reserve,))
             self._since_rotation += len(batch) or ROTATE_EVERY
             if self._since_rotation >= ROTATE_EVERY:
-                sql.rotate(db, self.most, time.time() - self.max_age_s)  # noqa: TID251  # ages on disk
+                most = self.most
+                if self.per_actor:
+                    sql.rotate_actors(db, most)
+                    most *= sql.MOST_ACTORS
+                sql.rotate(db, most, time.time() - self.max_age_s)  # noqa: TID251  # ages on disk
                 self._since_rotation = 0
 
     def _open(self) -> sqlite3.Connection:
@@ -298,6 +310,21 @@ def _answer(db: sqlite3.Connection, query: _Query) -> None:
     except sqlite3.Error as error:
         query.done.set_exception(error)
         raise
+
+
+def _timed(
+    run: Callable[[sqlite3.Connection], Page], took_s: list[float]
+) -> Callable[[sqlite3.Connection], Page]:
+    """The same query, which notes the seconds that it took."""
+
+    def timed(db: sqlite3.Connection) -> Page:
+        began = time.thread_time()
+        try:
+            return run(db)
+        finally:
+            took_s[0] = time.thread_time() - began
+
+    return timed
 
 
 def _from_clock() -> int:

@@ -18,6 +18,8 @@ TAIL: Final = 2_000
 """Events of an earlier run that are read into memory at the start."""
 MOST_DATA: Final = 4_096
 MOST_LEFT_OPEN: Final = 100
+MOST_ACTORS: Final = 20
+"""A file of audit events is at most so many times as large as the part of one actor."""
 _SCHEMA: Final = 2
 _TABLES: Final = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
@@ -180,6 +182,16 @@ def rotate(db: sqlite3.Connection, most: int, oldest: float) -> None:
         "DELETE FROM event WHERE seq < coalesce("
         "(SELECT seq FROM event WHERE at >= ? ORDER BY seq LIMIT 1), 9223372036854775807)",
         (oldest,),
+    )
+
+
+def rotate_actors(db: sqlite3.Connection, most: int) -> None:
+    """Delete all but the newest `most` audit events of each actor of each control plane."""
+    db.execute(
+        "DELETE FROM event WHERE seq IN (SELECT seq FROM (SELECT seq, row_number() OVER ("
+        "PARTITION BY origin, json_extract(data, '$.actor') ORDER BY seq DESC) AS place FROM event) "
+        "WHERE place > ?)",
+        (most,),
     )
 
 

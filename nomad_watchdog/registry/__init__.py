@@ -117,6 +117,12 @@ class Registry(Protocol):
         """
         ...
 
+    async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:
+        """Delete each record if the stored index is still `record.index`; in order, whether it is gone, which one
+        that was not there is.
+        Only for tombstones below the floor (`core.tombstones`). Durable, and fails, as `commit`."""
+        ...
+
     def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
         """A snapshot each time that something changed past `index`, coalesced; unchanged records are
         the same objects from one snapshot to the next. An index that went backwards gives a full

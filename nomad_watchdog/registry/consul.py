@@ -15,7 +15,14 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from nomad_watchdog.clients.consul import ConsulClient, KvRow, TxnConflictError, cas, check_session
+from nomad_watchdog.clients.consul import (
+    ConsulClient,
+    KvRow,
+    TxnConflictError,
+    cas,
+    check_session,
+    delete_cas,
+)
 from nomad_watchdog.errors import DeniedError, NoRegistryError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import DeviceRecord
@@ -109,6 +116,24 @@ class ConsulRegistry:
             for position, index in done.items():
                 stored[position] = replace(records[position], index=index)
         return stored
+
+    async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:
+        gone = [False] * len(records)
+        for first in range(0, len(records), _TXN_OPS):
+            left = list(range(first, min(first + _TXN_OPS, len(records))))
+            while left:
+                keys = [(self._key(records[i].slug), records[i].index) for i in left]
+                try:
+                    await self._client.txn([delete_cas(key, index) for key, index in keys])
+                except TxnConflictError as error:
+                    if not error.lost:
+                        raise
+                    left = [i for at, i in enumerate(left) if at not in error.lost]
+                    continue
+                for i in left:
+                    gone[i] = True
+                break
+        return gone
 
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
         known, rested_at = index, 0.0

@@ -141,6 +141,10 @@ class SqliteRegistry:
             for record, index in zip(records, indexes, strict=True)
         ]
 
+    async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:
+        rows = [(str(record.slug), record.index) for record in records]
+        return await self._in_reader(lambda: self._forget(rows)) if rows else ()
+
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
         # What was read for this index need not be read again to find that it has not changed.
         version = self._read_last[1] if self._read_last[0] == index else _NEVER
@@ -296,6 +300,25 @@ class SqliteRegistry:
                 connection.execute("ROLLBACK")
             raise
         return index if won else None
+
+    def _forget(self, rows: Sequence[tuple[str, int]]) -> list[bool]:
+        connection = self._connected()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            _installation(connection, self._path)
+            index = _counter(connection)
+            for row in rows:
+                delete = "DELETE FROM device WHERE slug = ? AND idx = ?"
+                index += connection.execute(delete, row).rowcount
+            left = "SELECT 1 FROM device WHERE slug = ?"
+            gone = [connection.execute(left, row[:1]).fetchone() is None for row in rows]
+            connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return gone
 
     def _write_all(self) -> None:
         """The writer thread: until it takes the None that `close` puts last."""

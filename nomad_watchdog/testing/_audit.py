@@ -210,7 +210,8 @@ class Auditor:
             record = self.store.record(slug)
             alive = self.cluster.alive(slug)
             name = record.device.id if record is not None else slug
-            if record is None or (record.presence is Presence.PRESENT) is not present:
+            # The record of a device that has left may be deleted.
+            if (record is not None and record.presence is Presence.PRESENT) is not present:
                 missing.append(f"S4: {name} should be {'present' if present else 'absent'}")
             elif len(alive) != int(present):
                 states = [
@@ -219,8 +220,10 @@ class Auditor:
                     if job.slug == slug
                 ]
                 missing.append(f"L1: {name} has {len(alive)} agents; placements: {states}")
-            elif present and (alive[0].epoch, alive[0].instance) != (record.epoch, record.instance):
+            elif record is None or not present:
+                continue
+            elif (alive[0].epoch, alive[0].instance) != (record.epoch, record.instance):
                 missing.append(f"L1: the agent of {name} is not the accepted one")
-            elif present and not self._runs(slug, record.epoch, spec_hash):
+            elif not self._runs(slug, record.epoch, spec_hash):
                 missing.append(f"L1: the agent of {name} has the old version")
         return missing

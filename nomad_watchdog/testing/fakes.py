@@ -55,6 +55,7 @@ class Store:
         self.documents: dict[str, Document] = {}
         self.news = News()
         self.on_write: Written = lambda _before, _after: None
+        self.on_forget: Callable[[DeviceRecord], None] = lambda _record: None
 
     def check(self) -> str:
         """The installation's id; UserError when there is none."""
@@ -109,6 +110,21 @@ class Store:
             self.news.tell(frozenset(slug for slug, _, _ in rows))
         return result
 
+    def forget(self, rows: Sequence[tuple[Slug, int]]) -> list[bool]:
+        """Delete each row whose index is still so."""
+        self.check()
+        gone = [(row := self.rows.get(slug)) is None or row[0] == at for slug, at in rows]
+        for (slug, _), won in zip(rows, gone, strict=True):
+            if won and slug in self.rows:
+                record = self.record(slug)
+                assert record is not None
+                self.on_forget(record)
+                del self.rows[slug]
+                self.index += 1
+        if any(gone):
+            self.news.tell(frozenset(slug for slug, _ in rows))
+        return gone
+
 
 class FakeRegistry:
     """A registry over a store in memory."""
@@ -150,6 +166,12 @@ class FakeRegistry:
             None if index is None else decode(body, slug=slug, index=index)
             for (slug, _, body), index in zip(rows, indexes, strict=True)
         ]
+
+    async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:
+        rows = [(record.slug, record.index) for record in records]
+        if not rows:
+            return ()
+        return await self._line.call("registry.forget", lambda: self._store.forget(rows))
 
     async def watch(self, index: int) -> AsyncIterator[RegistrySnapshot]:
         self._store.check()

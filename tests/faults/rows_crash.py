@@ -146,7 +146,7 @@ async def _allow_raced_starts(world: World) -> None:
     """A Nomad that does not check tokens of concurrent requests starts each of them; those beside the oldest run
     until their stop arrives (docs/limits.md)."""
     if not await audit.protected(world.session, world.where):
-        world.overlap_s = 5.0
+        world.overlap_s = 15.0
 
 
 @row("3-start", "every start arrives twice", stake="S1 S5")

@@ -45,7 +45,7 @@ async def test_a_new_store_takes_over_the_whole_backup(registry: Registry, store
     """Records, tombstones, epochs, accepted instances and the installation come back as they were."""
     kept = plain(await fill(registry))
     text = "\n".join(await backup.lines(registry)) + "\n"
-    installation, records = backup.parse(io.StringIO(text))
+    installation, records, _ = backup.parse(io.StringIO(text))
     fresh = Store(store.path.parent / "other", store.address)
     fresh.path.parent.mkdir()
     try:
@@ -91,7 +91,7 @@ async def test_a_dry_run_writes_nothing(registry: Registry, store: Store) -> Non
 async def test_two_installations_are_not_mixed(registry: Registry) -> None:
     """A backup of another installation is refused, with both ids."""
     await fill(registry)
-    _, records = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
+    _, records, _ = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     other = "00000000-0000-4000-8000-000000000000"
     with pytest.raises(UserError, match=other):
         await backup.restore(registry, other, records)

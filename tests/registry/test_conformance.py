@@ -202,3 +202,21 @@ async def test_many_commits_at_once(registry: Registry) -> None:
     records = (await registry.read()).records
     assert len(records) == 200
     assert all(one is not None and records[one.slug] == one for (one,) in answers)
+
+
+async def test_forget_deletes_only_what_has_not_changed(registry: Registry) -> None:
+    """A record is deleted if its index is still so; the index of the store goes up, and the same id may be
+    registered again."""
+    first = await put(registry, record("cam 1"))
+    other = await put(registry, record("cam 2"))
+    before = (await registry.read()).index
+    assert await registry.forget([replace(first, index=first.index + 99), other]) == [False, True]
+    snapshot = await registry.read()
+    assert snapshot.records == {first.slug: first}
+    assert snapshot.index > before
+    assert await registry.get(other.slug) is None
+    assert await registry.forget([other]) == [True]
+    assert await registry.commit([other]) == [None]
+    again = await put(registry, record("cam 2"))
+    assert again.index > other.index
+    assert await registry.forget([]) in ((), [])

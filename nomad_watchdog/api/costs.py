@@ -1,0 +1,109 @@
+"""What reads cost: the processor time of each token's reads, measured, and limited by a budget per token.
+
+A request costs the time that its steps take on the event loop, and what others do for it and report by
+`core.meter.charge`. It is charged as it runs, so that the next request of the same token finds the budget as
+it is. The reads of one viewer token run one after another: a burst of them takes one turn of the loop at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import types
+from asyncio import Lock
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import Handler
+from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.core import meter
+from nomad_watchdog.core.bucket import Buckets
+from nomad_watchdog.core.roles import Role
+
+OPERATOR_TIMES: Final = 5.0
+"""An operator's token has so many times the budget of a viewer's."""
+MOST_TURNS: Final = 1_024
+"""Tokens whose reads are kept in order."""
+_READS: Final = frozenset({"GET", "HEAD"})
+_T = TypeVar("_T")
+
+
+class Costs:
+    """Budgets for reads: `share` of one processor core over time, `burst` seconds at once."""
+
+    def __init__(self, share: float, burst: float) -> None:
+        self.share, self.burst = share, burst
+        self.spent_s = 0.0
+        """By all tokens since the start."""
+        self._viewers = Buckets(share, burst)
+        self._operators = Buckets(OPERATOR_TIMES * share, OPERATOR_TIMES * burst)
+        self._turns: OrderedDict[str, Lock] = OrderedDict()
+
+    def changed(self, new: Costs | None) -> Costs | None:
+        """The budgets after a reload: these if their settings are the same, else the new ones."""
+        same = new is not None and (new.share, new.burst) == (self.share, self.burst)
+        return self if same else new
+
+    async def answer(
+        self, request: web.Request, handler: Handler, client: str, role: Role, clock: Clock
+    ) -> web.StreamResponse:
+        """Have a request answered and charged. Raises RequestError (429) when the budget is used up."""
+        budgets = {Role.VIEWER: self._viewers, Role.OPERATOR: self._operators}.get(role)
+        replicates = role is Role.OPERATOR and request.query.get("marks") in ("true", "1")
+        if budgets is None or request.method not in _READS or replicates:
+            return await handler(request)
+
+        def spend(seconds: float) -> None:
+            self.spent_s += seconds
+            budgets.spend(client, seconds, clock.monotonic())
+
+        if role is Role.OPERATOR or request.query.get("follow") in ("true", "1"):
+            self._check(budgets, client, clock)
+            return await _metered(handler(request), spend)
+        async with self._turn(client):
+            self._check(budgets, client, clock)
+            return await _metered(handler(request), spend)
+
+    def _check(self, budgets: Buckets, client: str, clock: Clock) -> None:
+        wait_s = budgets.owes(client, clock.monotonic())
+        if wait_s:
+            raise RequestError(
+                429,
+                "reads_cost_too_much",
+                f"the reads of this token took more than {budgets.rate:.0%} of a processor core "
+                f"(api.read_share); ask again in {wait_s:.0f} s, or read less at a time",
+                {"Retry-After": str(max(1, math.ceil(wait_s)))},
+            )
+
+    def _turn(self, client: str) -> Lock:
+        turn = self._turns.setdefault(client, Lock())
+        self._turns.move_to_end(client)
+        if len(self._turns) > MOST_TURNS:
+            self._turns.popitem(last=False)
+        return turn
+
+
+@types.coroutine
+def _metered(work: Awaitable[_T], spend: Callable[[float], None]) -> Generator[Any, Any, _T]:
+    """Await `work`, and charge each of its steps as it ends."""
+    steps = work.__await__()
+    go: Callable[[Any], Any] = steps.send
+    given: Any = None
+    while True:
+        began, token = time.thread_time(), meter.SPEND.set(spend)
+        try:
+            waits_for = go(given)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # of the coroutine
+        finally:
+            meter.SPEND.reset(token)
+            spend(time.thread_time() - began)
+        try:
+            given = yield waits_for
+            go = steps.send
+        except BaseException as error:  # noqa: BLE001  # the coroutine decides what becomes of it
+            given, go = error, steps.throw

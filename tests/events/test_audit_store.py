@@ -1,0 +1,124 @@
+"""Audit events have a ring and a file of their own, and each sender its own room."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog import history as history_module
+from nomad_watchdog.allowance import AT_ONCE, LEFT_OUT, PER_S, Allowance
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.event_store import EventStore
+from nomad_watchdog.event_store import _sql as sql
+from nomad_watchdog.event_store.split import SplitStore
+from nomad_watchdog.history import Event, EventFilter, History
+from nomad_watchdog.ids import DeviceId, slug_of
+from nomad_watchdog.model import Monotonic, WallTime
+
+AUDITS = EventFilter(kind="audit.")
+
+
+class Clock(SystemClock):
+    """Time that the test sets."""
+
+    at = 0.0
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(self.at)
+
+
+def see(history: History, kind: str, actor: str = "token:a", device: str = "pump") -> Event:
+    """One event of now."""
+    name = DeviceId(device)
+    data = {"actor": actor}
+    return history.add(
+        at=WallTime(time.time()), kind=kind, device_id=name, slug=slug_of(name), text="t", data=data
+    )
+
+
+def store_in(folder: Path) -> SplitStore:
+    """Two files, small enough to be filled."""
+    return SplitStore(
+        EventStore(folder / "events.db", origin="o", most=1_000),
+        EventStore(folder / "audit.db", origin="o", most=1_000, per_actor=True),
+    )
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["on disk", "in memory only"])
+async def test_no_other_event_displaces_an_audit_event(tmp_path: Path, stored: bool) -> None:
+    """More other events than ring and file hold leave each audit event where it was, in order, also when none
+    of them can be stored, and also in the next run."""
+    store = store_in(tmp_path)
+    history = History("o", store if stored else None)
+    if stored:
+        await store.open()
+    first = see(history, "audit.register")
+    for _ in range(history_module.MOST_EVENTS + 5):
+        see(history, "repair.failed")
+    last = see(history, "audit.pause")
+    assert [e.seq for e in (await history.page(0, 10, AUDITS))[0]] == [first.seq, last.seq]
+    page, following = await history.page(0, 3)
+    assert page[0].seq == first.seq
+    assert following == page[-1].seq
+    seqs = [event.seq for event in history.recent()]
+    assert seqs == sorted(seqs)
+    assert seqs[0] == first.seq
+    if not stored:
+        return
+    await store.close()
+    again = store_in(tmp_path)
+    found = await again.open()
+    later = History("o", again)
+    later.resume(found.seq, found.events)
+    assert found.seq >= last.seq
+    assert [e.seq for e in (await later.page(0, 10, AUDITS))[0]] == [first.seq, last.seq]
+    await again.close()
+
+
+async def test_no_actor_displaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that changes a lot pushes out its own audit events only, in memory and on disk."""
+    monkeypatch.setattr(history_module, "MOST_PER_ACTOR", 50)
+    store = store_in(tmp_path)
+    await store.open()
+    history = History("o", store)
+    mine = see(history, "audit.pause", "token:operator")
+    for _ in range(2_500):
+        see(history, "audit.register", "token:device")
+    await store.close()
+    again = store_in(tmp_path)
+    await again.open()
+    assert len(history._audit.events) == 51
+    found, _ = await again.select(0, 10**9, 10_000, AUDITS)
+    await again.close()
+    assert found[0].seq == mine.seq
+    assert len(found) <= 1_001 + sql.TAIL
+
+
+def test_a_device_has_a_bound_and_its_last_state_is_published() -> None:
+    """Beyond its bound events are counted; the latest verdict waits for room, then one event states how many were
+    left out. Other devices are not affected."""
+    history, clock = History(), Clock()
+    allowance = Allowance(history, clock)
+
+    def add(kind: str, device: str = "pump") -> Event | None:
+        name = DeviceId(device)
+        return allowance.add(
+            at=WallTime(0.0), kind=kind, device_id=name, slug=slug_of(name), text="t", data={}
+        )
+
+    assert all(add("repair.failed") for _ in range(AT_ONCE))
+    assert not any(add("repair.failed") for _ in range(5))
+    assert not add("verdict.offline")
+    assert not add("verdict.watched")
+    assert add("verdict.offline", "other")
+    assert allowance.total == 6
+    allowance.settle()
+    assert len(history.of_device(slug_of(DeviceId("pump")))) > 0
+    clock.at += 3 / PER_S
+    allowance.settle()
+    last = history.of_device(slug_of(DeviceId("pump")))[-2:]
+    assert [one.kind for one in last] == ["verdict.watched", LEFT_OUT]
+    assert last[1].data["count"] == 6
+    assert add("verdict.offline") is not None

@@ -1,0 +1,81 @@
+"""A device that left long ago is forgotten, and comes back above all of its epochs; in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.graveyard import TOMBSTONE_REST_S
+from nomad_watchdog.ids import DeviceId, Shard, slug_of
+from nomad_watchdog.leases import Term, Undivided
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Device, Limits, PlacementState
+from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
+from nomad_watchdog.testing.simulation import SPEC
+from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+
+PUMP = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")
+OTHER = Device(DeviceId("other"), SPEC.agent_class, "127.0.0.1")
+SLUG = slug_of(PUMP.id)
+TTL_S = 300.0
+
+
+@dataclass
+class Idle(Undivided):
+    """Holds no shard."""
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return {}
+
+
+async def lives() -> None:
+    store, cluster = Store(), Cluster()
+    store.initialise("test")
+    clock = VirtualClock(asyncio.get_running_loop())
+    limits, specs = Limits(tombstone_ttl_s=TTL_S), {SPEC.agent_class: SPEC}
+    fleets = [Fleet(FakeRegistry(store), limits, clock) for _ in range(2)]
+    leases = (Undivided(), Idle())
+    tasks = [
+        asyncio.ensure_future(
+            Reconciler(fleet, FakeScheduler(cluster), specs, Metrics(), one).run()
+        )
+        for fleet, one in zip(fleets, leases, strict=True)
+    ]
+    try:
+        await fleets[0].register([PUMP, OTHER])
+        highest = 0
+        for _ in range(3):
+            await asyncio.sleep(60.0)
+            (placement,) = fleets[0].placements[SLUG]
+            assert placement.state is PlacementState.RUNNING
+            assert placement.epoch == fleets[0].records[SLUG].epoch > highest
+            highest = placement.epoch
+            await fleets[0].deregister([PUMP.id])
+            await asyncio.sleep(TTL_S - 10.0)
+            assert all(SLUG in fleet.records for fleet in fleets)
+            await asyncio.sleep(TOMBSTONE_REST_S + 200.0)
+            assert store.record(SLUG) is None, fleets[0].placements.get(SLUG)
+            assert not any(SLUG in fleet.records for fleet in fleets)
+            assert slug_of(OTHER.id) in fleets[1].records
+            # On the replica that has not deleted it.
+            await fleets[1].register([PUMP])
+        for fleet in fleets:
+            assert not [e for e in fleet.history.recent() if e.kind.startswith("registry.")]
+        assert fleets[0].floor.epoch == highest
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+def test_l1_a_forgotten_device_comes_back_above_its_epochs() -> None:
+    """Its record is kept for its time and then deleted on all replicas, without a word of a lost registry; each time
+    that it is registered again one agent runs, at a higher epoch."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(lives())
