@@ -192,9 +192,8 @@ async def _run(
     reload: _Reload,
 ) -> None:
     fleet = reconciler.fleet
-    pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
-    pyz.parent.mkdir(parents=True, exist_ok=True)
-    artifact.build_agent(pyz)
+    data_dir = Path(settings.data_dir)
+    artifact.publish(data_dir)
     door = door_of(settings.api)
     departures = Departures(fleet, metrics, reconciler.territory)
     inventory = Inventory(
@@ -203,7 +202,7 @@ async def _run(
     app = make_app(
         fleet,
         metrics=metrics,
-        artifact=pyz,
+        artifact=data_dir / "watchdog-agent.pyz",
         max_body_bytes=settings.api.max_body,
         operator=reconciler,
         leases=reconciler.leases,

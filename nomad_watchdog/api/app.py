@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog import __version__
+from nomad_watchdog import __version__, artifact
 from nomad_watchdog.api import (
     agents,
     attendance,
@@ -122,9 +122,20 @@ async def metrics_text(request: web.Request) -> web.StreamResponse:
 
 
 async def agent_artifact(request: web.Request) -> web.StreamResponse:
+    return _file(request.app[CONTEXT].artifact)
+
+
+async def agent_file(request: web.Request) -> web.StreamResponse:
     path = request.app[CONTEXT].artifact
+    sha256 = request.match_info["id"]
+    if path is None or not artifact.is_checksum(sha256):
+        return _file(None)
+    return _file(artifact.published(path.parent, sha256))
+
+
+def _file(path: Path | None) -> web.StreamResponse:
     if path is None or not path.is_file():
-        raise NotFoundError("this server offers no agent file")
+        raise NotFoundError("this server does not have this agent file")
     return web.FileResponse(path, headers={"Content-Type": "application/zip"})
 
 
@@ -387,6 +398,14 @@ ROUTES: Final = (
         "The agent as one file",
         {200: "a zip application"},
         public=True,  # a Nomad client fetches it and has no token; it holds no secret
+    ),
+    Route(
+        "GET",
+        "/artifacts/{id}/watchdog-agent.pyz",
+        agent_file,
+        "The agent file with this SHA-256, of this version or an earlier one",
+        {200: "a zip application"},
+        public=True,
     ),
     Route("GET", "/", page.status_page, "Status page", {200: "HTML"}),
 )

@@ -180,7 +180,9 @@ class Site:
                 **changes,
             },
         )
-        argv = [str(word) for word in self.host.argv([sys.executable, "-m", "watchdog_agent"])]
+        argv = [
+            str(word) for word in self.host.argv([sys.executable, "-P", "-m", "watchdog_agent"])
+        ]
         agent = SiteAgent(self.folder / f"agent-{len(self.agents)}", config, argv)
         agent.host = self.host
         self.agents.append(agent)

@@ -27,7 +27,7 @@ PRINTABLE = st.text(min_size=1, max_size=30).filter(
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": os.defpath, "PYTHONPATH": str(AGENT), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "watchdog_agent"],
+        [sys.executable, "-P", "-m", "watchdog_agent"],
         env=env,
         capture_output=True,
         text=True,

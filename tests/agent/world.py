@@ -149,7 +149,7 @@ class Agent:
     def __init__(self, folder: Path, config: dict[str, Any], argv: list[str] | None = None) -> None:
         self.folder = folder
         self.config = config
-        self.argv = argv or [sys.executable, "-m", "watchdog_agent"]
+        self.argv = argv or [sys.executable, "-P", "-m", "watchdog_agent"]
         self.extra: dict[str, str] = {}
         self.process: Process | None = None
 
