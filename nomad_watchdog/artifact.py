@@ -8,6 +8,7 @@ import io
 import marshal
 import os
 import re
+import subprocess
 import sys
 import zipfile
 from functools import cache
@@ -21,6 +22,13 @@ MOST_KEPT: Final = 4
 fetches the file of the version that it was first started with."""
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_COMPILE: Final = """\
+import marshal, sys
+found = marshal.loads(sys.stdin.buffer.read())
+codes = [(n, compile(s, n, "exec", dont_inherit=True, optimize=0)) for n, s in found]
+sys.stdout.buffer.write(marshal.dumps([(name, marshal.dumps(code)) for name, code in codes]))
+"""
+_COMPILE_S: Final = 120.0
 _MAIN: Final = b"from watchdog_agent.main import main\nmain()\n"
 
 
@@ -124,7 +132,16 @@ def _archive(folder: Path) -> bytes:
     0.7 MB (bench/agent.py). Another version of Python passes it over and takes the source."""
     entries = {f"watchdog_agent/{file.name}": file.read_bytes() for file in folder.glob("*.py")}
     entries["__main__.py"] = _MAIN
-    entries |= {f"{name}c": _compiled(name, source) for name, source in entries.items()}
+    # In a process of its own: the bytes of compiled code depend on what else a process has imported.
+    compiled = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _COMPILE],
+        input=marshal.dumps(sorted(entries.items())),
+        check=True,
+        capture_output=True,
+        timeout=_COMPILE_S,
+    )
+    for name, code in marshal.loads(compiled.stdout):  # noqa: S302  # of our own child
+        entries[f"{name}c"] = _head(entries[name]) + code
     buffer = io.BytesIO()
     # Stored, not deflated: the agent need not load zlib, and no version of zlib changes the bytes.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -136,12 +153,10 @@ def _archive(folder: Path) -> bytes:
     return b"#!/usr/bin/env python3\n" + buffer.getvalue()
 
 
-def _compiled(name: str, source: bytes) -> bytes:
-    """The content of a .pyc file that is never checked against its source (PEP 552)."""
-    code = compile(source, name, "exec", dont_inherit=True, optimize=0)
+def _head(source: bytes) -> bytes:
+    """Of a .pyc file that is never checked against its source (PEP 552)."""
     unchecked = (1).to_bytes(4, "little")
-    head = importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source)
-    return head + marshal.dumps(code)
+    return importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source)
 
 
 if __name__ == "__main__":
