@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
 from pydantic import ValidationError
+from watchdog_agent.digits import whole
 
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
@@ -90,9 +91,10 @@ def whole_number(request: web.Request, name: str, default: int, low: int, high: 
     text = request.query.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and low <= int(text) <= high):
-        raise UserError(f"{name} is {ascii(text)[:40]}; a number from {low} to {high} is allowed")
-    return int(text)
+    try:
+        return whole(text, low, high)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

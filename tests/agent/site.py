@@ -117,7 +117,7 @@ class SiteAgent(Agent):
         async with asyncio.timeout(30):
             await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
             reader, writer = await asyncio.open_connection(sock=sock)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             writer.close()
         return int(head.split()[1]), body.decode()

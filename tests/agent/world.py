@@ -192,7 +192,7 @@ class Agent:
         async with asyncio.timeout(30):
             reader, writer = await asyncio.open_connection(host, int(port))
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()

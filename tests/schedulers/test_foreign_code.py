@@ -8,20 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
 import watchdog_agent
 
 from nomad_watchdog import artifact
-from nomad_watchdog.clients.nomad import NomadSettings
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
-from nomad_watchdog.model import AgentSpec, Epoch, PlacementState
+from nomad_watchdog.model import Epoch, PlacementState
 from nomad_watchdog.schedulers._local_parents import Parents
 from nomad_watchdog.schedulers.local import LocalScheduler
-from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing.conformance import record_of
 from tests.attacks.table import Attack
 from tests.schedulers.conftest import agent_spec, eventually
