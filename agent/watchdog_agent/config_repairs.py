@@ -51,7 +51,7 @@ def check(config: Config) -> None:
 
 
 def _step(step: Any, config: Config) -> Step:
-    if not isinstance(step, dict) or step.get("kind") not in TARGETS:
+    if not isinstance(step, dict) or step.get("kind") not in tuple(TARGETS):
         kind = step.get("kind") if isinstance(step, dict) else step
         raise ConfigError(f"repairs: kind is {kind!r}; allowed are {', '.join(TARGETS)}")
     checks.number(step, "budget", 3, 1, 1000)

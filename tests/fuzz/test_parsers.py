@@ -162,21 +162,24 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def mangled(value: Any, path: tuple[Any, ...], token: str, at: tuple[Any, ...] = ()) -> str:
+    """The JSON of a document with this token at one place."""
+    if at == path:
+        return token
+    if isinstance(value, dict):
+        inner = ((k, mangled(v, path, token, (*at, k))) for k, v in value.items())
+        return "{" + ",".join(f"{json.dumps(k)}:{v}" for k, v in inner) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(mangled(v, path, token, (*at, n)) for n, v in enumerate(value)) + "]"
+    return json.dumps(value)
+
+
 def with_token(document: Any) -> st.SearchStrategy[str]:
     """The JSON of a document, one place of which holds a hostile token."""
-
-    def text(value: Any, path: tuple[Any, ...], token: str, at: tuple[Any, ...] = ()) -> str:
-        if at == path:
-            return token
-        if isinstance(value, dict):
-            inner = ((k, text(v, path, token, (*at, k))) for k, v in value.items())
-            return "{" + ",".join(f"{json.dumps(k)}:{v}" for k, v in inner) + "}"
-        if isinstance(value, list):
-            return "[" + ",".join(text(v, path, token, (*at, n)) for n, v in enumerate(value)) + "]"
-        return json.dumps(value)
-
     return st.builds(
-        lambda path, token: text(document, path, token), st.sampled_from(places(document)), tokens
+        lambda path, token: mangled(document, path, token),
+        st.sampled_from(places(document)),
+        tokens,
     )
 
 
@@ -325,6 +328,17 @@ def test_the_documents_that_are_mangled_are_themselves_taken(name: str, tmp_path
     """Each document is right as it stands, so that what is put into it gets as far as it can."""
     (parser,) = (one for one in PARSERS if one.name == name)
     parser.make(tmp_path)(SOUND[name])
+
+
+@pytest.mark.parametrize("name", [name for name, text in SOUND.items() if text[:1] in "[{"])
+def test_every_value_may_be_of_any_type(name: str, tmp_path: Path) -> None:
+    """Each place of each document may hold a value of every type, and numbers of every size."""
+    (parser,) = (one for one in PARSERS if one.name == name)
+    parse, document = parser.make(tmp_path), json.loads(SOUND[name])
+    for path in places(document):
+        for token in ("{}", "[]", '{"a": {}}', "null", "true", "1e999"):
+            with contextlib.suppress(*parser.errors):
+                parse(mangled(document, path, token))
 
 
 def fuzz(parser: Parser, folder: Path, examples: int) -> None:
