@@ -63,9 +63,9 @@ def checked_namespace(value: str) -> str:
 
 
 def checked_listen(value: str) -> str:
-    host, _, port = value.rpartition(":")
+    host, separator, port = value.rpartition(":")
     try:
-        whole(port, 0, 65535)
+        whole(port if separator else "", 0, 65535)
     except ValueError:
         raise ValueError(f"{show(value)} is not HOST:PORT") from None
     return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  # ":9670" means every address, as in Go

@@ -232,7 +232,7 @@ def length_of(text: str) -> int:
     """Content-Length, which may be repeated (RFC 9110, 8.6). Raises HttpError."""
     value, *others = [one.strip() for one in text.split(",")]
     try:
-        length = whole(value.lstrip("0") or value[:1], 0, 2**64 - 1)
+        length = whole(value.lstrip("0") or value[:1], 0, 10**20 - 1)
     except ValueError:
         length = -1
     if length < 0 or any(one != value for one in others):

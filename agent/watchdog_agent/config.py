@@ -181,9 +181,9 @@ def listen_of(environ: Mapping[str, str]) -> tuple[str, int]:
     text = environ.get("WATCHDOG_LISTEN", "")
     if not text and environ.get("NOMAD_PORT_http"):
         text = f"{environ.get('NOMAD_IP_http') or '127.0.0.1'}:{environ['NOMAD_PORT_http']}"
-    host, _, port = (text or "127.0.0.1:0").rpartition(":")
+    host, separator, port = (text or "127.0.0.1:0").rpartition(":")
     try:
-        return host.strip("[]"), digits.whole(port, 0, 65535)
+        return host.strip("[]"), digits.whole(port if separator else "", 0, 65535)
     except ValueError:
         raise ConfigError(f"WATCHDOG_LISTEN is {text!r}; it must be host:port") from None
 
