@@ -93,8 +93,9 @@ def whole_number(request: web.Request, name: str, default: int, low: int, high: 
         return default
     try:
         return whole(text, low, high)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
+    except ValueError:
+        shown = ascii(text)[:40]
+        raise UserError(f"{name} is {shown}; a number from {low} to {high} is allowed") from None
 
 
 @dataclass(frozen=True, slots=True)

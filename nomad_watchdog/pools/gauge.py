@@ -147,4 +147,4 @@ def _finite(text: Any) -> float:
     try:
         return finite(text)
     except (ValueError, TypeError):
-        raise ValueError(f"the query gives {str(text)[:40]!a}") from None
+        raise ValueError(f"the query gives {ascii(text)[:40].lower()}") from None
