@@ -24,7 +24,8 @@ SAID = {
     "a request that never ends": b"GET /status HTTP/1.1\r\nX-",
     "a full buffer": b"GET /" + b"x" * 4000,
 }
-MOST_GROWTH_KB = 1_500
+MOST_GROWTH_KB = 4_000
+"""256 requests of 4 KiB that are not complete, and what Python adds to them."""
 
 
 class Crowd:
