@@ -33,7 +33,7 @@ variable "agent_source" {
 variable "agent_checksum" {
   type        = string
   default     = ""
-  description = "For example sha256:…; checked when agent_source is given."
+  description = "sha256:… of the file at agent_source (by default the API's file's). Nomad runs no other file."
 }
 
 variable "agent_path" {
@@ -45,7 +45,7 @@ variable "agent_path" {
 variable "isolated" {
   type        = bool
   default     = true
-  description = "Run the file without the client's packages and Python variables, at less memory; false where plugins come by PYTHONPATH."
+  description = "Ignore the client's Python variables and, of a file, its packages, which also takes less memory; false where plugins come by PYTHONPATH."
 }
 
 variable "token_file" {
@@ -149,10 +149,11 @@ job "device-watchdog" {
 
       config {
         command = var.python
-        args = (
-          var.agent_path == "" && var.agent_source == "" ? ["-m", "watchdog_agent"] :
-          concat(
-            var.isolated ? ["-I", "-S"] : [],
+        # either way nothing in the working folder is run
+        args = concat(
+          [var.isolated ? "-I" : "-P"],
+          var.agent_path == "" && var.agent_source == "" ? ["-m", "watchdog_agent"] : concat(
+            var.isolated ? ["-S"] : [],
             [var.agent_path != "" ? var.agent_path : "$${NOMAD_TASK_DIR}/watchdog-agent.pyz"]
           )
         )

@@ -62,6 +62,11 @@ variable "door" {
   description = "Who may use the API: variable (the token in the Nomad variable), config (as the configuration says), open (everybody)."
 }
 
+locals {
+  # a process inherits the client's environment: no code comes from there
+  unset = { for name in var.driver == "docker" ? [] : ["PYTHONPATH", "PYTHONHOME"] : name => "" }
+}
+
 job "nomad-watchdog" {
   type        = "service"
   datacenters = split(",", var.datacenters)
@@ -135,7 +140,8 @@ job "nomad-watchdog" {
         }
       }
 
-      env {
+      env = merge(local.unset, {
+        PYTHONSAFEPATH               = "1"
         NOMAD_WATCHDOG_BACKEND       = "nomad"
         NOMAD_WATCHDOG_DATA_DIR      = "$${NOMAD_ALLOC_DIR}/data"
         NOMAD_WATCHDOG_API_LISTEN    = "0.0.0.0:${var.port}"
@@ -144,7 +150,7 @@ job "nomad-watchdog" {
 
         NOMAD_WATCHDOG_API_TOKEN_FILE     = var.door == "variable" ? "$${NOMAD_SECRETS_DIR}/api.token" : ""
         NOMAD_WATCHDOG_API_AGENT_KEY_FILE = var.door == "variable" ? "$${NOMAD_SECRETS_DIR}/agent.keys" : ""
-      }
+      })
 
       # the tokens, from a Nomad variable of this job's own path, never in the job
       template {

@@ -21,6 +21,15 @@ def device_address(text: str) -> str:
         raise UserError(str(error)) from None
 
 
+def endpoint(text: str) -> str:
+    """HOST:PORT as an agent listens there, checked to be that alone. Raises UserError."""
+    try:
+        address.endpoint(text)
+    except address.AddressError as error:
+        raise UserError(str(error)) from None
+    return text
+
+
 def _ascii(text: str) -> str:
     """A name with its labels as xn--…; raises UserError when it has no such form."""
     import idna  # noqa: PLC0415  # costs a command 10 ms, and few addresses need it

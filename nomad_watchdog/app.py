@@ -23,7 +23,6 @@ from nomad_watchdog import (
     notify,
     once,
     preflight,
-    private,
 )
 from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.context import CONTEXT
@@ -209,9 +208,8 @@ async def _run(
     reload: _Reload,
 ) -> None:
     fleet = reconciler.fleet
-    pyz = Path(settings.data_dir) / "watchdog-agent.pyz"
-    private.folder(pyz.parent)
-    artifact.build_agent(pyz, private.FILE)
+    data_dir = Path(settings.data_dir)
+    artifact.publish(data_dir)
     door = door_of(settings.api)
     departures = Departures(fleet, metrics, reconciler.territory)
     inventory = Inventory(
@@ -220,7 +218,7 @@ async def _run(
     app = make_app(
         fleet,
         metrics=metrics,
-        artifact=pyz,
+        artifact=data_dir / "watchdog-agent.pyz",
         max_body_bytes=settings.api.max_body,
         operator=reconciler,
         leases=reconciler.leases,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TextIO
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import TransientError, UserError
@@ -90,7 +92,7 @@ def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
 
 def _head(line: str) -> tuple[str, int, Floor]:
     try:
-        head: Any = json.loads(line)
+        head: Any = loads(line)
         if head["format"] != FORMAT or head["v"] != VERSION:
             raise ValueError  # noqa: TRY301  # the same sentence for all that is wrong with it
         epoch, generation = head.get("floor", [0, 0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Final, Literal
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from nomad_watchdog import texts
+from nomad_watchdog import artifact, texts
 from nomad_watchdog.clients.hashicorp import files_of
 from nomad_watchdog.config_api import Api
 from nomad_watchdog.config_classes import AgentClass, Elsewhere, default_class
@@ -406,12 +406,19 @@ class Settings(Block):
         here = spec.on.get(backend, Variant(spec.template, spec.text, spec.variables))
         variables = here.variables
         if backend == "nomad":
-            variables = {**self._places(), **variables}
+            variables = {**self._places(variables), **variables}
         return replace(spec, template=here.template, text=here.text, variables=variables)
 
-    def _places(self) -> dict[str, str]:
+    def _places(self, given: Mapping[str, str]) -> dict[str, str]:
         token = {"token_file": file} if (file := self.api.agent_token_file) else {}
-        return {"agent_source": f"{self.advertise}/artifacts/watchdog-agent.pyz"} | token
+        if given.get("agent_source") or given.get("agent_path"):
+            return token  # and a checksum of its own, or none
+        sha256 = artifact.checksum()
+        return {
+            "agent_source": f"{self.advertise}/artifacts/{sha256}/watchdog-agent.pyz",
+            "agent_checksum": f"sha256:{sha256}",
+            **token,
+        }
 
 
 def _variant(here: Elsewhere) -> Variant:

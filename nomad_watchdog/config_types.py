@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import PydanticKnownError
+from watchdog_agent.digits import whole
 
 from nomad_watchdog import texts
 from nomad_watchdog.addresses import device_address
@@ -65,9 +66,10 @@ def checked_namespace(value: str) -> str:
 
 def checked_listen(value: str) -> str:
     host, separator, port = value.rpartition(":")
-    good = port.isascii() and port.isdigit() and len(port) <= 5
-    if not separator or not good or int(port) > 65535:
-        raise ValueError(f"{show(value)} is not HOST:PORT")
+    try:
+        whole(port if separator else "", 0, 65535)
+    except ValueError:
+        raise ValueError(f"{show(value)} is not HOST:PORT") from None
     return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  # ":9670" means every address, as in Go
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
+from watchdog_agent.digits import whole
 from watchdog_agent.wire import SERVICE
 
 from nomad_watchdog.clients.consul import ConsulClient
@@ -230,9 +231,10 @@ def _worst(checks: object, slug: str) -> tuple[str, str]:
 
 def _epoch(value: object) -> Epoch:
     """The epoch in a service's meta; anything odd loses against every real one."""
-    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19:
-        return Epoch(int(value))
-    return NEVER
+    try:
+        return Epoch(whole(value)) if isinstance(value, str) else NEVER
+    except ValueError:
+        return NEVER
 
 
 def _part(row: object, name: str) -> dict[str, Any]:

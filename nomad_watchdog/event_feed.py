@@ -9,7 +9,6 @@ telling twice does less harm than silence.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from ssl import SSLContext
 from typing import Any, Final
 
 import aiohttp
+from watchdog_agent.digits import loads
 
 from nomad_watchdog.core import telling
 from nomad_watchdog.errors import ConflictError
@@ -235,7 +235,7 @@ class EventFeed:
                 async for line in answer.content:
                     self._heard_at = self._clock.monotonic()
                     if line.strip():
-                        self._copy(event_of(json.loads(line)))
+                        self._copy(event_of(loads(line)))
             self.problem = f"{peer.id} has ended its stream"
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
             self.problem = f"{peer.id} does not tell: {str(error) or 'no answer in time'}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
+from watchdog_agent.digits import bounded
 
 from nomad_watchdog import config_hcl, texts
 from nomad_watchdog.api.schemas import DeviceItem, problem
@@ -152,7 +153,7 @@ def _json(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
 
 def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     try:
-        items = json.loads(text, object_pairs_hook=_unique)
+        items = bounded(json.loads(text, object_pairs_hook=_unique))
     except (ValueError, RecursionError) as error:
         problems.append(f"not JSON: {_reason(error)}")
         return
@@ -162,7 +163,7 @@ def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
 
 def _object(line: str) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_unique)
+        return bounded(json.loads(line, object_pairs_hook=_unique))
     except RecursionError as error:
         raise ValueError(_DEEP) from error
 
@@ -173,7 +174,8 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, RecursionError):
         return _DEEP
-    return str(error) if error.args[0] in (_TWICE, _DEEP) else "a number has too many digits"
+    known = error.args[0] in (_TWICE, _DEEP) or not str(error).startswith("Exceeds")
+    return str(error) if known else "a number has too many digits"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 
+from watchdog_agent.digits import whole
+
 log = logging.getLogger(__name__)
 
 
@@ -34,10 +36,10 @@ def watchdog_interval_s() -> float | None:
     None when systemd does not ask this process for it."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
-    text = os.environ.get("WATCHDOG_USEC", "")
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+    try:
+        return whole(os.environ.get("WATCHDOG_USEC", ""), 1) / 2_000_000
+    except ValueError:
         return None
-    return int(text) / 2_000_000
 
 
 def notify(state: str) -> bool:

@@ -279,5 +279,13 @@ def _lint_task(group: str, task: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if task.get("KillTimeout") is None:
         yield Finding("warning", f"{where} kill_timeout", "not set (5 s)", "a duration")
+    for artifact in task.get("Artifacts") or []:
+        if "checksum" not in (artifact.get("GetterOptions") or {}):
+            yield Finding(
+                "warning",
+                f"{where} artifact",
+                "without a checksum: whoever can change the file runs code on every client",
+                "options { checksum = var.agent_checksum }",
+            )
     if not task.get("DispatchPayload"):
         yield Finding("error", f"{where} dispatch_payload", "missing", 'file = "device.json"')

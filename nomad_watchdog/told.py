@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Final
+
+from watchdog_agent.digits import finite, whole
 
 from nomad_watchdog.core import telling
 from nomad_watchdog.core.telling import Subject
@@ -172,17 +173,11 @@ def event_of(said: Mapping[str, object]) -> Event:
 
 def _number(said: object, least: int = 0) -> int:
     """One that a store takes, and that programs in other languages read exactly."""
-    number = int(str(said))
-    if not least <= number < MOST_NUMBER:
-        raise ValueError(f"a number of an event is {least} to {MOST_NUMBER - 1}")
-    return number
+    return whole(str(said), least, MOST_NUMBER - 1)
 
 
 def _time(said: object) -> WallTime:
-    seconds = float(str(said))
-    if not isfinite(seconds):
-        raise ValueError("a time is a number")
-    return WallTime(seconds)
+    return WallTime(finite(str(said)))
 
 
 def _data_of(said: Mapping[str, object]) -> dict[str, object]:

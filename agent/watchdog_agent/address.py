@@ -6,6 +6,7 @@ international names are converted by the control plane (`nomad_watchdog.addresse
 
 from __future__ import annotations
 
+from .digits import whole
 from .light import socket
 
 NAME_CHARS = 253
@@ -48,6 +49,23 @@ def checked(text: object) -> str:
         raise AddressError(f"{core} is the address of no device; {_EXAMPLES}")
     found = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
     return f"{found}%{zone}" if zone else found
+
+
+def endpoint(text: object) -> tuple[str, int]:
+    """(host, port) of HOST:PORT, with IPv6 in brackets, and nothing else beside them. The host may be an address
+    that only a listener has, as 0.0.0.0. Raises AddressError."""
+    wrong = AddressError(f"{str(text)[:80]!a} is not HOST:PORT, as 10.0.0.7:9000 or [fd00::7]:9000")
+    host, _, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
+    if (":" in bare) is (bare is host):
+        raise wrong
+    core, _, zone = bare.partition("%")
+    try:
+        if packed(core) is None or not _ZONE.issuperset(zone):
+            checked(bare)
+        return bare, whole(port, 0, 65535)
+    except ValueError:
+        raise wrong from None
 
 
 def literal(text: object) -> str:

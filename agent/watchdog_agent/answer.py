@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .digits import whole
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,8 +15,6 @@ MAX_BODY = 65536
 MOST_FIELDS = 256
 MOST_INTERIM = 16
 """Maximum number of 1xx responses before the final one."""
-LENGTH_DIGITS = 20
-"""Content-Length and chunk sizes: as many digits as 64 bits have."""
 _ZLIB = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content coding → `wbits` of zlib."""
 
@@ -71,14 +71,12 @@ class Reader:
         line = self._line("a head")
         if line:
             version, _, rest = line.strip().partition(b" ")
-            code = rest.lstrip()[:4].rstrip()
-            if (
-                not version.startswith(b"HTTP/1.")
-                or not code.isdigit()
-                or not 99 < int(code) < 1000
-            ):
+            if not version.startswith(b"HTTP/1."):
                 raise HttpError("its answer is not HTTP")
-            self.status = int(code)
+            try:
+                self.status = whole(rest.lstrip()[:4].rstrip().decode("latin-1"), 100, 999)
+            except ValueError:
+                raise HttpError("its answer is not HTTP") from None
             self._step = Reader._field
         return line is not None
 
@@ -233,8 +231,10 @@ def words(text: str) -> list[str]:
 def length_of(text: str) -> int:
     """Content-Length, which may be repeated (RFC 9110, 8.6). Raises HttpError."""
     value, *others = [one.strip() for one in text.split(",")]
-    digits = value.lstrip("0") or value[:1]
-    fits = digits.isascii() and digits.isdigit() and len(digits) <= LENGTH_DIGITS
-    if not fits or any(one != value for one in others):
+    try:
+        length = whole(value.lstrip("0") or value[:1], 0, 10**20 - 1)
+    except ValueError:
+        length = -1
+    if length < 0 or any(one != value for one in others):
         raise HttpError(f"its Content-Length is {text[:24]!a}; a number was expected")
-    return int(digits)
+    return length

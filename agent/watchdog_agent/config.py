@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from . import checks, config_probes, wire
+from . import checks, config_probes, digits, wire
 from .http import Url, reason_of
-from .light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def load(environ: Mapping[str, str]) -> Config:
     else:
         raise ConfigError("set WATCHDOG_CONFIG (a file) or WATCHDOG_CONFIG_B64")
     try:
-        config = json.loads(raw)
+        config = digits.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the configuration is not JSON: {error}") from None
     if isinstance(config, dict):
@@ -183,10 +182,10 @@ def listen_of(environ: Mapping[str, str]) -> tuple[str, int]:
     if not text and environ.get("NOMAD_PORT_http"):
         text = f"{environ.get('NOMAD_IP_http') or '127.0.0.1'}:{environ['NOMAD_PORT_http']}"
     host, separator, port = (text or "127.0.0.1:0").rpartition(":")
-    digits = port if port.isascii() and port.isdigit() and len(port) < 6 else "65536"
-    if not separator or int(digits) > 65535:
-        raise ConfigError(f"WATCHDOG_LISTEN is {text!r}; it must be host:port")
-    return host.strip("[]"), int(port)
+    try:
+        return host.strip("[]"), digits.whole(port if separator else "", 0, 65535)
+    except ValueError:
+        raise ConfigError(f"WATCHDOG_LISTEN is {text!r}; it must be host:port") from None
 
 
 def state_dir_of(environ: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import binascii
 
-from . import address, checks
+from . import address, checks, digits
 from .checks import ConfigError
 from .http import Url
 from .light import json
@@ -51,7 +51,7 @@ def check(config: Config) -> None:
 
 
 def _step(step: Any, config: Config) -> Step:
-    if not isinstance(step, dict) or step.get("kind") not in TARGETS:
+    if not isinstance(step, dict) or step.get("kind") not in tuple(TARGETS):
         kind = step.get("kind") if isinstance(step, dict) else step
         raise ConfigError(f"repairs: kind is {kind!r}; allowed are {', '.join(TARGETS)}")
     checks.number(step, "budget", 3, 1, 1000)
@@ -131,10 +131,11 @@ def _place(step: Step, name: str, default_port: int) -> None:
     host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if isinstance(value, str) and (":" not in value or address.literal(value)):
         host, port = value, str(default_port)
-    digits = port if port.isascii() and port.isdigit() and len(port) < 6 else "0"
-    if not host or not 0 < int(digits) < 65536:
-        raise ConfigError(f"repairs: {name} is {value!r}; it must be HOST or HOST:PORT")
-    step[f"{name}_at"] = (checks.host(host, f"repairs: {name}"), int(digits))
+    try:
+        number = digits.whole(port, 1, 65535)
+    except ValueError:
+        raise ConfigError(f"repairs: {name} is {value!r}; it must be HOST or HOST:PORT") from None
+    step[f"{name}_at"] = (checks.host(host, f"repairs: {name}"), number)
 
 
 def _name_of(step: Step) -> str:

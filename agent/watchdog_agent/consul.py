@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import http, secret, wire
+from . import digits, http, secret, wire
 from .light import json
 from .loop import between
 
@@ -124,7 +124,7 @@ class Registration:
 
     def _is_anothers(self, body: bytes) -> bool:
         try:
-            return bool(json.loads(body)["Meta"]["instance"] != self.instance)
+            return bool(digits.loads(body)["Meta"]["instance"] != self.instance)
         except (ValueError, LookupError, TypeError):
             return False
 

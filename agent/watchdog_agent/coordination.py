@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 
-from . import electing
+from . import digits, electing
 from .candidacy import Round
 from .kv import Kv
 
@@ -90,10 +90,8 @@ class Coordination:
             self.kv.call("PUT", "/session/create", body, self._made)
 
     def _made(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
-        from .light import json
-
         try:
-            self.session = str(json.loads(body)["ID"]) if status == 200 else ""
+            self.session = str(digits.loads(body)["ID"]) if status == 200 else ""
         except (ValueError, KeyError, TypeError):
             self.session = ""
         waiting, self.waiting = self.waiting, []

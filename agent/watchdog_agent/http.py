@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 from . import outcome
+from .address import packed
 from .answer import MAX_BODY, HttpError, Reader
 from .dial import Dial
+from .digits import whole
 from .light import socket
-from .loop import READ, WRITE, between
+from .loop import NOTHING, READ, WRITE, between
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +21,7 @@ if TYPE_CHECKING:
     from .loop import Loop
     from .shapes import Address, Answer, Fetched
 
-MAX_REQUEST = 8192
+MAX_REQUEST = 4096
 AGENT = "watchdog-agent"
 """User-Agent. Some devices refuse requests without one."""
 
@@ -40,7 +45,10 @@ class Url:
         self.host = (host or place).strip("[]").replace("%25", "%", 1)
         self.port = tls_port if self.secure else default_port
         if port:
-            self.port = int(port) if port.isdigit() and len(port) < 6 else 0
+            try:
+                self.port = whole(port, 1, 65535)
+            except ValueError:
+                raise ValueError(f"{text!r} is not an http:// address") from None
         self.base = ("/" + path).rstrip("/")
         self.server_name = ""
         """The name in the server's certificate, where it is not the host's."""
@@ -158,17 +166,16 @@ def ask(  # one place for all that goes to an address of the configuration
 
 def retry_after(headers: dict[str, str], most_s: float) -> float:
     """The seconds that an answer asks to wait, at most about `most_s`, with jitter; 0 when it asks for none."""
-    after = headers.get("retry-after", "")
-    if not (after.isascii() and after.isdigit()):
+    try:
+        after = whole(headers.get("retry-after", ""))
+    except ValueError:
         return 0.0
-    return min(float(after[:6]), most_s) * between(1.0, 1.2)
+    return min(after, most_s) * between(1.0, 1.2)
 
 
 def reason_of(error: Exception, *, sent: bool = True) -> str:
     """An error in words without numbers of its own; an `outcome.Unable` if it is this host's own error.
     `sent`: whether a packet may have left this host."""
-    import os
-
     # of TLS; errno would be a number of the library's own
     if type(error).__module__ == "ssl":
         text = getattr(error, "verify_message", "") or getattr(error, "reason", None)
@@ -208,11 +215,24 @@ def request(
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
-class Server:
-    """Answers GET and POST without a body; each connection once, within 5 s, at most 64 at a time."""
+def fields(lines: list[bytes], name: bytes) -> list[bytes]:
+    """The values of a header field in the lines of a request."""
+    size = len(name) + 1
+    return [one[size:] for one in lines if one[:size].lower() == name + b":"]
 
-    MOST = 64
+
+class Server:
+    """Answers GET and POST without a body; each connection once, within 5 s, at most 256 at a time: the oldest
+    one makes room for the next once it has had a second, and until then the next ones wait.
+
+    What a browser can be made to ask (DNS rebinding, forms of other sites) is refused: a Host that is a name and
+    not this host's, but for health checks, which say nothing, and a POST that a web page sends."""
+
+    MOST = 256
+    BACKLOG = 256
     TIMEOUT_S = 5.0
+    LEAST_S = 1.0
+    PUBLIC = ("/healthz", "/ready")
 
     def __init__(
         self, loop: Loop, host: str, port: int, answer: Callable[[str, str, str], Answer | None]
@@ -222,29 +242,57 @@ class Server:
         self.loop = loop
         self.answer = answer
         self.open: dict[socket.socket, list[Any]] = {}
+        files = os.sysconf(
+            "SC_OPEN_MAX"
+        )  # the soft limit of this process; most of it is for probes
+        self.most = min(self.MOST, max(8, files // 4)) if files > 0 else self.MOST
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.sock.bind((host, port))
-        self.sock.listen(64)
+        self.sock.listen(self.BACKLOG)
+        own = os.uname().nodename.lower()
+        self.names = ("localhost", host.lower(), own, own.partition(".")[0])
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self.sock.getsockname()[1]}"
-        loop.watch(self.sock, READ, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self.sock.fileno() >= 0:
+            self.loop.watch(self.sock, READ, self._accept)
+
+    def _pause(self, seconds: float) -> None:
+        """Leave those who come in the kernel's queue for so long."""
+        self.loop.watch(self.sock, NOTHING, self._accept)
+        self.loop.later(seconds, self._listen)
 
     def _accept(self, _mask: int) -> None:
+        if len(self.open) >= self.most and not self._made_room():
+            return
         try:
             # as socket.accept does it, which the C module has not
             number, _ = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001
             sock = socket.socket(fileno=number)
-        except OSError:
+        except OSError:  # it is gone again, or there are no descriptors
+            if not self.open:
+                self._pause(0.1)
+            else:
+                self._made_room()
             return
         sock.setblocking(False)
-        if len(self.open) >= self.MOST:
-            sock.close()
-            return
         timer = self.loop.later(self.TIMEOUT_S, lambda: self._close(sock))
         self.open[sock] = [timer, bytearray(), b""]
         self.loop.watch(sock, READ, lambda mask: self._ready(sock, mask))
+
+    def _made_room(self) -> bool:
+        """Close the oldest connection, if it has had its time; else take no other one before it has."""
+        oldest = next(iter(self.open))
+        left_s: float = self.open[oldest][0][0] - time.monotonic() - self.TIMEOUT_S + self.LEAST_S
+        if left_s <= 0:
+            self._close(oldest)
+            return True
+        self._pause(left_s)
+        return False
 
     def _ready(self, sock: socket.socket, mask: int) -> None:
         state = self.open[sock]
@@ -266,11 +314,16 @@ class Server:
             self.loop.watch(sock, WRITE, lambda again: self._ready(sock, again))
 
     def _reply(self, lines: list[bytes]) -> bytes:
-        parts = lines[0].decode("latin-1").split(" ")
+        method, _, rest = lines[0].decode("latin-1").partition(" ")
+        path, _, version = rest.partition(" ")
+        path = path.partition("?")[0]
         answer = None
-        if len(parts) == 3 and parts[0] in ("GET", "POST"):
-            accept = b",".join(one[7:] for one in lines if one[:7].lower() == b"accept:")
-            answer = self.answer(parts[1].split("?")[0], accept.decode("latin-1"), parts[0])
+        if version[:5] == "HTTP/" and method in ("GET", "POST"):
+            answer = self._foreign(method, path, lines)
+            if answer is None:
+                answer = self.answer(
+                    path, b",".join(fields(lines, b"accept")).decode("latin-1"), method
+                )
         status, kind, body = answer or (404, "text/plain", b"not found\n")
         words = {200: "OK", 404: "Not Found", 503: "Service Unavailable"}.get(status, "As Said")
         head = (
@@ -278,6 +331,17 @@ class Server:
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         return head.encode() + body
+
+    def _foreign(self, method: str, path: str, lines: list[bytes]) -> Answer | None:
+        """What to answer to a request that somebody else's web page has made; None for any other one."""
+        if method == "POST" and fields(lines, b"origin"):
+            return 403, "text/plain", b"requests of web pages are refused\n"
+        for one in fields(lines, b"host") if path not in self.PUBLIC else ():
+            host = one.strip().decode("latin-1").lower()
+            name = host[1:-1] if host[-1:] == "]" else host.rpartition(":")[0].strip("[]") or host
+            if packed(name.partition("%")[0]) is None and name not in self.names:
+                return 421, "text/plain", b"Host must be an address or a name of this host\n"
+        return None
 
     def _close(self, sock: socket.socket) -> None:
         state = self.open.pop(sock, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import consul, http
+from . import consul, digits, http
 from .light import json
 
 TYPE_CHECKING = False
@@ -101,7 +101,7 @@ def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] 
     if len(body) >= most:
         body = body[: body.rfind(b"},{")] + b"}]"
     try:
-        found = json.loads(body)
+        found = digits.loads(body)
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, list):
@@ -109,7 +109,7 @@ def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] 
     out: list[Document] = []
     for entry in found:
         try:
-            value = json.loads(base64.b64decode(entry["Value"] or ""))
+            value = digits.loads(base64.b64decode(entry["Value"] or ""))
             name = str(entry["Key"]).removeprefix(folder)
             index = int(entry["ModifyIndex"])
         except (ValueError, KeyError, TypeError, RecursionError):

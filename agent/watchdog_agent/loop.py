@@ -21,10 +21,15 @@ def between(low: float, high: float) -> float:
     return low + (high - low) * int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
 
 
-READ, WRITE = 1, 2
+NOTHING, READ, WRITE = 0, 1, 2
 FEW = 64
 """So many timers are not worth a look at which are cancelled."""
-_EVENTS = {READ: select.POLLIN, WRITE: select.POLLOUT, READ | WRITE: select.POLLIN | select.POLLOUT}
+_EVENTS = {
+    NOTHING: 0,
+    READ: select.POLLIN,
+    WRITE: select.POLLOUT,
+    3: select.POLLIN | select.POLLOUT,
+}
 
 
 class Loop:

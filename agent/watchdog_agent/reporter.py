@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from . import http, secret, wire
+from . import digits, http, secret, wire
 from .light import deque, json
 from .loop import between
 
@@ -226,7 +226,7 @@ class Reporter:
     def _learn(self, body: bytes) -> None:
         """The device's condition, and other replicas, as far as the answer has them."""
         try:
-            told = json.loads(body)
+            told = digits.loads(body)
         except (ValueError, RecursionError):
             return
         if isinstance(told, dict):
@@ -279,7 +279,7 @@ class Reporter:
 def reason_of(body: bytes) -> str:
     """The message of an answer of our API, else its beginning."""
     try:
-        return str(json.loads(body)["error"]["message"])[:200]
+        return str(digits.loads(body)["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ascii(bytes(body[:80]))
 
@@ -287,7 +287,7 @@ def reason_of(body: bytes) -> str:
 def code_of(body: bytes) -> str:
     """The code of an error of our API; "" when there is none."""
     try:
-        return str(json.loads(body)["error"]["code"])[:80]
+        return str(digits.loads(body)["error"]["code"])[:80]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 

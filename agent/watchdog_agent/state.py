@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import os
 
+from . import digits
 from .light import json
 
 TYPE_CHECKING = False
@@ -19,7 +20,7 @@ def load(folder: str, device_id: str) -> tuple[Document, str]:
     try:
         with open(os.path.join(folder, NAME), "rb") as file:
             raw = file.read(1 << 20)
-        kept = json.loads(raw)
+        kept = digits.loads(raw)
         state: Document = kept["state"]
         if binascii.crc32(encode(state)) != kept["crc32"]:
             return {}, "state file: wrong checksum; starting clean"

@@ -21,7 +21,7 @@ job "simulator" {
 
       config {
         command = var.python
-        args    = ["$${NOMAD_TASK_DIR}/simulator.py", var.devices]
+        args    = ["-I", "$${NOMAD_TASK_DIR}/simulator.py", var.devices]
       }
 
       template {

@@ -382,5 +382,13 @@ ROUTES: Final = (
         {200: "a zip application"},
         public=True,  # a Nomad client fetches it and has no token; it holds no secret
     ),
+    Route(
+        "GET",
+        "/artifacts/{id}/watchdog-agent.pyz",
+        artifact.agent_file,
+        "The agent file with this SHA-256, of this version or an earlier one",
+        {200: "a zip application"},
+        public=True,
+    ),
     Route("GET", "/", page.status_page, "Status page", {200: "HTML"}),
 )

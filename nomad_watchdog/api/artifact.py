@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
 
 from aiohttp import web
 
+from nomad_watchdog import artifact
 from nomad_watchdog.api.acceptor import UNSENT, place_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import HEADERS
@@ -13,19 +17,36 @@ from nomad_watchdog.errors import NotFoundError
 
 
 async def agent_artifact(request: web.Request) -> web.StreamResponse:
+    return await _sent(request, request.app[CONTEXT].artifact)
+
+
+async def agent_file(request: web.Request) -> web.StreamResponse:
     path = request.app[CONTEXT].artifact
-    if path is None or not path.is_file():
-        raise NotFoundError("this server offers no agent file")
-    headers = {"Content-Type": "application/zip", **HEADERS}
-    size = path.stat().st_size
-    if request.method == "HEAD":
-        return web.Response(headers={**headers, "Content-Length": str(size)})
-    response = web.StreamResponse(headers=headers)
-    response.content_length = size
-    # Not web.FileResponse: the kernel sends a file for it, and nobody notices that the other side takes none of it.
-    with suppress(ConnectionError), path.open("rb") as file:
-        await response.prepare(request)
-        place_of(request).rest()
-        while chunk := file.read(UNSENT):
-            await response.write(chunk)
-    return response
+    sha256 = request.match_info["id"]
+    if path is None or not artifact.is_checksum(sha256):
+        return await _sent(request, None)
+    return await _sent(request, artifact.published(path.parent, sha256))
+
+
+async def _sent(request: web.Request, path: Path | None) -> web.StreamResponse:
+    with _opened(path) as file:
+        headers = {"Content-Type": "application/zip", **HEADERS}
+        size = os.fstat(file.fileno()).st_size
+        if request.method == "HEAD":
+            return web.Response(headers={**headers, "Content-Length": str(size)})
+        response = web.StreamResponse(headers=headers)
+        response.content_length = size
+        # Not web.FileResponse: the kernel sends a file for it, and nobody notices that the other side takes none.
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            place_of(request).rest()
+            while chunk := file.read(UNSENT):
+                await response.write(chunk)
+        return response
+
+
+def _opened(path: Path | None) -> BinaryIO:
+    if path is not None:
+        with suppress(FileNotFoundError):
+            return path.open("rb")
+    raise NotFoundError("this server does not have this agent file")

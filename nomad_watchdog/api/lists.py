@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import web
+from watchdog_agent.digits import whole
 
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
@@ -53,9 +54,11 @@ def whole_number(request: web.Request, name: str, default: int, low: int, high: 
     text = request.query.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and low <= int(text) <= high):
-        raise UserError(f"{name} is {ascii(text)[:40]}; a number from {low} to {high} is allowed")
-    return int(text)
+    try:
+        return whole(text, low, high)
+    except ValueError:
+        shown = ascii(text)[:40]
+        raise UserError(f"{name} is {shown}; a number from {low} to {high} is allowed") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from nomad_watchdog.addresses import device_address
+from nomad_watchdog.addresses import device_address, endpoint
 from nomad_watchdog.api.acceptor import place_of
 from nomad_watchdog.api.bodies import MOST_UNSIGNED
 from nomad_watchdog.api.context import CONTEXT
@@ -67,6 +67,13 @@ def _printable(text: str) -> str:
 def _address(text: str) -> str:
     try:
         return device_address(text)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+def _listen(text: str) -> str:
+    try:
+        return endpoint(text) if text else text
     except UserError as error:
         raise ValueError(str(error)) from error
 
@@ -330,7 +337,7 @@ class ReportIn(BaseModel):
     misses: Count
     confirmed: bool
     reason: Annotated[str, AfterValidator(_tame)] = ""
-    listen: Annotated[str, Field(max_length=300), AfterValidator(_printable)] = ""
+    listen: Annotated[str, Field(max_length=300), AfterValidator(_listen)] = ""
     dropped: Count = 0
     stopping: bool = False
     repairs: RepairsIn | None = None

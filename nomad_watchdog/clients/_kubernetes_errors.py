@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from watchdog_agent.digits import whole
+
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -33,13 +35,21 @@ def status_of(raw: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def seconds_of(retry_after: str) -> float | None:
+    """Of a Retry-After header; None for one that is no number of seconds below a day."""
+    try:
+        return float(whole(retry_after, 0, 86_400))
+    except ValueError:
+        return None
+
+
 def translate(status: int, raw: bytes, what: str, retry_after: str = "") -> Exception:
     """`what`: verb and path, for a message that says which right is missing."""
     told = status_of(raw)
     text = str(told.get("message") or raw[:300].decode(errors="replace"))
     said = " ".join(text.split())[:400] or f"HTTP {status}"
     reason = told.get("reason") or ""
-    after = float(retry_after) if retry_after.isdigit() else None
+    after = seconds_of(retry_after)
     if status == 401:
         return DeniedError(f"kubernetes refuses the credentials ({what})")
     if status == 403:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from watchdog_agent.digits import whole
+
 from nomad_watchdog import texts
 from nomad_watchdog.clients import hashicorp
 from nomad_watchdog.errors import (
@@ -109,7 +111,10 @@ def translate(status: int, text: str, capability: str, retry_after: str = "") ->
     if status == 404:
         return NotFoundError(f"nomad: {said}")
     if status == 429:
-        after = float(retry_after) if retry_after.isdigit() else 1.0
+        try:
+            after = float(whole(retry_after, 0, 86_400))
+        except ValueError:
+            after = 1.0
         return TransientError(
             f"nomad has too many connections from here: {said}", retry_after_s=after
         )

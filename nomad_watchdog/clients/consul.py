@@ -20,6 +20,7 @@ import aiohttp
 import consul.aio  # type: ignore[import-untyped]  # py-consul ships no types
 import consul.base  # type: ignore[import-untyped]
 import consul.exceptions  # type: ignore[import-untyped]
+from watchdog_agent.digits import whole
 
 from nomad_watchdog import texts
 from nomad_watchdog.clients import hashicorp
@@ -370,7 +371,7 @@ def _folder(operations: Sequence[Mapping[str, Any]]) -> str:
 
 def _index(text: str) -> int:
     try:
-        return int(text)
+        return whole(text, 0, 2**64 - 1)
     except ValueError as error:
         raise TransientError(f"Consul sent the index {text[:40]!r}, which is no number") from error
 

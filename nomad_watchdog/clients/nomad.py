@@ -22,6 +22,7 @@ import nomad.api.exceptions  # type: ignore[import-untyped]
 import orjson
 import requests
 import requests.adapters
+from watchdog_agent.digits import whole
 
 from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
 from nomad_watchdog.clients.nomad_features import (
@@ -321,7 +322,7 @@ class NomadClient:
         if next_token is not None and headers.get("X-Nomad-NextToken"):
             next_token.append(headers["X-Nomad-NextToken"])
         try:
-            return Answer(orjson.loads(raw), int(headers.get("X-Nomad-Index", "0")))
+            return Answer(orjson.loads(raw), whole(headers.get("X-Nomad-Index", "0")))
         except ValueError as error:
             raise TransientError(f"nomad's answer to {path} is cut off or no JSON") from error
 

@@ -12,6 +12,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog.commands._proxy import proxy_for
 from nomad_watchdog.errors import (
     ConflictError,
@@ -120,7 +122,7 @@ class Api:
             with self._open("GET", path, query=query, timeout_s=SILENCE_S) as answer:
                 while line := answer.readline(MAX_LINE):
                     if line.strip():
-                        yield json.loads(line)
+                        yield loads(line)
         except (OSError, HTTPException, ValueError) as error:
             raise TransientError(f"event stream of {self.address} broke: {error}") from error
 
@@ -140,7 +142,7 @@ class Api:
         if len(data) > MAX_BODY:
             raise TerminalError(f"{self.address} answered more than {MAX_BODY} bytes")
         try:
-            return json.loads(data) if data.strip() else {}
+            return loads(data) if data.strip() else {}
         except ValueError as error:
             raise TerminalError(f"{self.address} did not answer JSON; is it the API?") from error
 
@@ -200,7 +202,7 @@ def quoted(text: str) -> str:
 
 def _refusal(status: int, body: bytes, address: str) -> WatchdogError:
     try:
-        text = str(json.loads(body)["error"]["message"])
+        text = str(loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         text = f"{address} answered HTTP {status}"
     if status == 404:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nomad_watchdog.addresses import endpoint
 from nomad_watchdog.commands._agent_logs import kubernetes_log, local_log, nomad_log
 from nomad_watchdog.commands._api import Api, device_path
 from nomad_watchdog.commands._shared import api_of, no_color, output_option, settings_of
@@ -111,7 +112,8 @@ def exec_probe(ctx: click.Context, device: str, output: str) -> None:
     listen = _agent(api_of(ctx), device)["listen"]
     if not listen:
         raise TransientError(f"no agent of {device!a} has reported yet")
-    agent = Api(f"http://{listen}", timeout_s=5.0)  # without our token: it is not for agents
+    # What the agent said of itself: a host and a port, or nothing is sent. Without our token: it is not for agents.
+    agent = Api(f"http://{endpoint(listen)}", timeout_s=5.0)
     told = _probed(agent)
     results: list[dict[str, Any]] = told["results"]
     failed = not all(one["ok"] for one in results)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 import click
+from watchdog_agent.digits import loads
 
 from nomad_watchdog.addresses import device_address
 from nomad_watchdog.commands._api import device_path
@@ -72,7 +73,7 @@ def add(  # click hands over one argument an option
 @click.option("--verdict", help="Only this verdict.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option("-q", "--query", help="Only ids that hold this text.")
-@click.option("--limit", type=click.IntRange(1), help="At most so many.")
+@click.option("--limit", type=click.IntRange(1, 2**31), help="At most so many.")
 @output_option()
 @click.pass_context
 def list_devices(  # click hands over one argument an option
@@ -192,7 +193,7 @@ def _lines(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
             number += 1
             if not line.strip():
                 continue
-            item = json.loads(line)
+            item = loads(line)
             if not isinstance(item, dict) or not isinstance(item.get("address"), str):
                 raise UserError(f"line {number}: must be an object with id and address")  # noqa: TRY301
             unknown = set(item) - {"id", "class", "address", "labels", "ttl"}

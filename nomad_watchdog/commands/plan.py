@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 import click
+from watchdog_agent.digits import loads
 
 from nomad_watchdog.commands._apply import apply_by_service
 from nomad_watchdog.commands._shared import api_of, no_color, output_option, settings_of
@@ -116,7 +116,7 @@ def _view(ctx: click.Context) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     name = ascii(str(file))
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"plan file {name}: {error.strerror}") from error
     except ValueError as error:

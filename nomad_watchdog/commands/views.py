@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import click
+from watchdog_agent.digits import whole
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.commands._api import PAGE, Api, device_path
@@ -111,8 +112,11 @@ def events(
 
 def _since(text: str) -> tuple[int, int | None]:
     """A sequence number and no age, or 0 and an age in seconds. Raises UserError."""
-    if text.isascii() and text.isdigit() and len(text) <= 16:
-        return int(text), None
+    if text.isascii() and text.isdigit():
+        try:
+            return whole(text), None
+        except ValueError as error:
+            raise UserError(f"--since: {error}") from None
     from nomad_watchdog.config_hcl import parse_duration
 
     try:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from watchdog_agent.digits import whole
+
 from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.model import Epoch
 
@@ -57,14 +59,12 @@ def claimed(given: str) -> Claim | None:
     if prefix != PREFIX or len(parts) != 3:
         return None
     slug, number, _ = parts
-    if not is_slug(slug) or not _is_epoch(number):
+    try:
+        epoch = whole(number)
+    except ValueError:
         return None
-    return Claim(Slug(slug), Epoch(int(number)))
-
-
-def _is_epoch(text: str) -> bool:
     # One way to write a number: "01" would be another text with the same mac.
-    return text.isdigit() and len(text) <= 19 and str(int(text)) == text
+    return Claim(Slug(slug), Epoch(epoch)) if is_slug(slug) and str(epoch) == number else None
 
 
 def _mac(key: bytes, claim: Claim) -> str:

@@ -297,7 +297,7 @@ def _program() -> str:
     """How the user called this program, for commands to paste."""
     called = sys.argv[0]
     if Path(called).name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m nomad_watchdog"
+        return f"{shlex.quote(sys.executable)} -P -m nomad_watchdog"
     return shlex.quote(called)
 
 

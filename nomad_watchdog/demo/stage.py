@@ -199,7 +199,7 @@ class Stage:
 
         `patience_s`: timeout in seconds. Raises TransientError if it exits, TimeoutError if it is not ready."""
         process = self.reconciler = Process.start(
-            [sys.executable, "-m", "nomad_watchdog", "--config", str(self.config), "run"],
+            [sys.executable, "-P", "-m", "nomad_watchdog", "--config", str(self.config), "run"],
             log=self.root / "reconciler.log",
             env=clean_environment(),
         )
@@ -416,7 +416,7 @@ async def _kubernetes(
     await cluster.add_namespace("nomad-watchdog")
     sources = str(Path(watchdog_agent.__file__).parents[1])
     image = Image(
-        (sys.executable, "-S", "-m", "watchdog_agent"),
+        (sys.executable, "-P", "-S", "-m", "watchdog_agent"),
         {"PYTHONPATH": sources, "PYTHONDONTWRITEBYTECODE": "1"},
     )
     nodes = []
@@ -435,6 +435,7 @@ async def _kubernetes(
 async def _command(config: Path, *arguments: str) -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "nomad_watchdog",
         "--config",

@@ -107,7 +107,15 @@ class Kubelet(Running):
         options = self.folder / "kubelet.json"
         options.write_text(json.dumps(self._options))
         process = Process.start(
-            [sys.executable, "-m", __name__, "--kubeconfig", str(self._kubeconfig), str(options)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                __name__,
+                "--kubeconfig",
+                str(self._kubeconfig),
+                str(options),
+            ],
             log=self.log_file,
             env=clean_environment(),
         )

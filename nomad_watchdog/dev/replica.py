@@ -82,7 +82,7 @@ class ControlPlane:
 
     async def start(self) -> None:
         """`nomad-watchdog run`; again after it has ended, on the same port."""
-        argv = [sys.executable, "-m", "nomad_watchdog", "--config", str(self.file), "run"]
+        argv = [sys.executable, "-P", "-m", "nomad_watchdog", "--config", str(self.file), "run"]
         self._process = Process.start(argv, log=self.log, env=self._env)
 
     async def ready(self, timeout_s: float = 60.0) -> None:

@@ -15,9 +15,12 @@ import json
 import logging
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
+
+from watchdog_agent.digits import loads, whole
 
 from nomad_watchdog import __version__
 from nomad_watchdog.clients.consul import ConsulClient, KvRow
@@ -379,8 +382,9 @@ def _read(folder: str, rows: Iterable[KvRow]) -> _View:
             )
         elif kind == "replicas":
             stale.append(row.key)
-        elif kind == "shards" and row.session and name.isascii() and name.isdigit():
-            locks[Shard(int(name))] = (row, said)
+        elif kind == "shards" and row.session:
+            with suppress(ValueError):
+                locks[Shard(whole(name, 0, 2**31))] = (row, said)
     leases = {}
     for shard, (row, said) in locks.items():
         holder = there.get(row.session)
@@ -401,7 +405,7 @@ def _addresses(view: _View) -> set[str]:
 
 def _document(row: KvRow) -> Mapping[str, Any]:
     try:
-        said = json.loads(row.value)
+        said = loads(row.value)
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}

@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from watchdog_agent.digits import finite
+
 from nomad_watchdog.config_pools import AgentPool, Metric
 from nomad_watchdog.core.scaling import Measure
 from nomad_watchdog.errors import UserError
@@ -185,4 +187,4 @@ def number(quantity: str) -> float:
     suffix = quantity[len(text) :]
     if suffix not in _SUFFIX:
         raise ValueError(f"quantity {quantity!r}")
-    return float(text) * _SUFFIX[suffix]
+    return finite(text) * _SUFFIX[suffix]

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import aiohttp
 import orjson
+from watchdog_agent.digits import finite, whole
 
 from nomad_watchdog import texts
 from nomad_watchdog.config_pools import AgentPool, Metric
@@ -122,7 +123,7 @@ def _picked(found: Any, key: str, pick: str) -> Any:
     if equals:
         named = (one for one in found if isinstance(one, dict) and str(one.get(name)) == wanted)
         return next(named, None)
-    return found[int(pick)] if int(pick) < len(found) else None
+    return found[at] if (at := whole(pick)) < len(found) else None
 
 
 def _sample(answer: Any) -> float:
@@ -143,7 +144,7 @@ def _sample(answer: Any) -> float:
 
 
 def _finite(text: Any) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the query gives {value}")
-    return value
+    try:
+        return finite(text)
+    except (ValueError, TypeError):
+        raise ValueError(f"the query gives {ascii(text)[:40].lower()}") from None

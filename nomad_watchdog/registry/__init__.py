@@ -6,11 +6,12 @@ store knows nothing of their meaning. Nothing that beats is written here.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
+
+from watchdog_agent.digits import loads
 
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug
@@ -65,7 +66,7 @@ def read_document(name: str, body: bytes, version: int, read: Callable[[Any], _T
 
     Raises UserError when it is of another version, or not what we write; `mend`: what to do then."""
     try:
-        said = json.loads(body)
+        said = loads(body)
         if said["v"] != version:
             raise UserError(
                 f"the registry's document {name} is of version {said['v']!a}; this program reads {version}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nomad_watchdog.artifact import Installed
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.schedulers import _local_process as process
 
@@ -42,6 +43,10 @@ _RETRY_S: Final = 60.0
 """How long no other nursery is tried after one could not be started."""
 
 
+class ChangedError(Exception):
+    """The agent's files are not those that the control plane started with; the text says so."""
+
+
 class NurseryError(Exception):
     """The nursery does not do what it is there for; the text says what."""
 
@@ -60,6 +65,7 @@ class Parents:
         self._python = python
         self._directory = directory
         self._fork = fork
+        self._installed = Installed()
         self._lock = threading.Lock()
         self._nursery: _Nursery | None = None
         self._not_before = 0.0
@@ -70,7 +76,9 @@ class Parents:
     ) -> Born:
         """Start an agent that holds the device's lock. `ours`: argv is our agent, so it may be forked.
 
-        Raises BlockingIOError when a process of this device still holds the lock."""
+        Raises BlockingIOError when a process of this device still holds the lock, and ChangedError."""
+        if ours and (problem := self._installed.problem()):
+            raise ChangedError(problem)
         if ours and self._fork:
             try:
                 with self._lock:
@@ -141,7 +149,7 @@ class _Nursery:
         )
         try:
             self._process = subprocess.Popen(
-                [python, "-S", "-c", _BOOT, str(theirs.fileno())],
+                [python, "-P", "-S", "-c", _BOOT, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,

@@ -34,7 +34,7 @@ from nomad_watchdog.schedulers._local_files import (
     write_entry,
     write_whole,
 )
-from nomad_watchdog.schedulers._local_parents import Parents
+from nomad_watchdog.schedulers._local_parents import ChangedError, Parents
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,13 @@ def _now() -> float:
 
 
 def _ours(settings: Settings) -> list[str]:
-    return [settings.python, "-m", "watchdog_agent"]
+    """Without the working folder, whose files are not ours (-P)."""
+    return [settings.python, "-P", "-m", "watchdog_agent"]
+
+
+def _isolated(argv: list[str]) -> list[str]:
+    """The command line of our agent as it is now, where an earlier version has written another one."""
+    return [argv[0], "-P", *argv[1:]] if argv[1:] == ["-m", "watchdog_agent"] else argv
 
 
 def argv_of(settings: Settings, spec: AgentSpec) -> list[str]:
@@ -327,12 +333,15 @@ def _started(settings: Settings, home: Path, entry: Entry) -> Entry:
         environment["PYTHONPATH"] = str(above)
     restarts = entry.restarts + (entry.state == PlacementState.RESTARTING)
     now = _now()
-    entry = replace(entry, restarts=restarts, started_at=now)
+    argv = _isolated(entry.argv)
+    entry = replace(entry, argv=argv, restarts=restarts, started_at=now)
     try:
         ours = entry.argv == _ours(settings)
         born = settings.parents.spawn(home, entry.argv, environment, ours=ours)
     except BlockingIOError:
         return _later(settings, home, entry, "an earlier process of this device is still there")
+    except ChangedError as error:
+        return _later(settings, home, entry, str(error))
     except OSError as error:
         return _later(settings, home, entry, f"cannot run {entry.argv[0]!r}: {error.strerror}")
     done = replace(

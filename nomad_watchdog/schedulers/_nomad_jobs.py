@@ -28,7 +28,7 @@ PARENT_SPEC: Final = "parent_spec"
 """In a parent's meta, which its children inherit: the spec that their template and resources come from."""
 
 
-OURS: Final = frozenset({"agent_source", "token_file", "workload"})
+OURS: Final = frozenset({"agent_source", "agent_checksum", "token_file", "workload"})
 """Variables that every class gets, or that are for another scheduler: a template need not declare them."""
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from watchdog_agent.digits import whole
+
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Epoch, Placement, PlacementState, WallTime
@@ -42,9 +44,13 @@ def identity(job: Row, installation: str) -> tuple[Slug, str, Epoch] | None:
     device_id = parse_device_id(meta["device_id"])
     slug = slug_of(device_id)
     number = meta.get("epoch", "")
-    if meta.get("slug") != slug or not (number.isascii() and number.isdigit() and len(number) < 19):
+    try:
+        epoch = whole(number) if meta.get("slug") == slug else -1
+    except ValueError:
+        epoch = -1
+    if epoch < 0:
         raise UserError("meta of a job does not hold together: slug or epoch")
-    return slug, device_id, Epoch(int(number))
+    return slug, device_id, Epoch(epoch)
 
 
 def placement(

@@ -117,7 +117,7 @@ class SiteAgent(Agent):
         async with asyncio.timeout(30):
             await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
             reader, writer = await asyncio.open_connection(sock=sock)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             writer.close()
         return int(head.split()[1]), body.decode()
@@ -180,7 +180,9 @@ class Site:
                 **changes,
             },
         )
-        argv = [str(word) for word in self.host.argv([sys.executable, "-m", "watchdog_agent"])]
+        argv = [
+            str(word) for word in self.host.argv([sys.executable, "-P", "-m", "watchdog_agent"])
+        ]
         agent = SiteAgent(self.folder / f"agent-{len(self.agents)}", config, argv)
         agent.host = self.host
         self.agents.append(agent)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from nomad_watchdog.artifact import build_agent
+import pytest
+
+from nomad_watchdog.artifact import (
+    MOST_KEPT,
+    Installed,
+    build_agent,
+    is_checksum,
+    publish,
+    published,
+)
+
+_SUM = "import asyncio, hypothesis, watchdog_agent.main\nfrom nomad_watchdog import artifact\nprint(artifact.checksum())"
 
 
 def test_same_sources_same_bytes(tmp_path: Path) -> None:
@@ -18,6 +30,59 @@ def test_same_sources_same_bytes(tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
     assert one.stat().st_mode & 0o777 == 0o755
     assert one.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+
+
+def test_the_sum_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """The checksum depends neither on the modules that a process has loaded nor on its hash seed: replicas, and a
+    restarted one, name the same file."""
+    other = subprocess.run(
+        [sys.executable, "-c", _SUM],
+        env={"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert other.stdout.strip() == build_agent(tmp_path / "a.pyz")
+
+
+def test_files_of_earlier_versions_are_kept_some_versions_long(tmp_path: Path) -> None:
+    """A restarted control plane still has the file that agents of the last versions name, and drops older ones."""
+    sha256 = publish(tmp_path)
+    shelf = published(tmp_path, sha256).parent
+    for number in range(6):
+        old = shelf / f"{number:064}.pyz"
+        old.write_bytes(b"old")
+        os.utime(old, (number, number))
+    publish(tmp_path)
+    names = sorted(one.stem for one in shelf.iterdir())
+    assert names == sorted([sha256, *(f"{number:064}" for number in (3, 4, 5))])
+    assert len(names) == MOST_KEPT
+    assert (
+        published(tmp_path, sha256).read_bytes() == (tmp_path / "watchdog-agent.pyz").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("text", ["", "x", "a" * 63, "A" * 64, "a" * 64 + "\n", "../" + "a" * 61])
+def test_what_is_not_a_checksum_is_not_one(text: str) -> None:
+    """Nothing but 64 hexadecimal digits can become a path."""
+    assert not is_checksum(text)
+
+
+def test_changed_installed_files_are_noticed(tmp_path: Path) -> None:
+    """A changed, an added and a removed file are noticed, whatever size and time they have; the same content is
+    not a change."""
+    file = tmp_path / "one.py"
+    file.write_text("a = 1\n")
+    installed = Installed(tmp_path)
+    times = file.stat()
+    assert installed.problem() == ""
+    for text, said in (("a = 2\n", True), ("a = 1\n", False)):
+        file.write_text(text)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert ("have changed" in installed.problem()) is said
+    (tmp_path / "two.py").write_text("")
+    assert "restart the control plane" in installed.problem()
 
 
 def test_an_equal_file_is_left_alone(tmp_path: Path) -> None:

@@ -155,7 +155,16 @@ def test_no_corpse_stays_where_the_agent_is_process_1(tmp_path: Path) -> None:
         "PYTHONPATH": str(AGENT),
         "WATCHDOG_CONFIG": str(tmp_path / "config.json"),
     }
-    argv = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "watchdog_agent"]
+    argv = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        sys.executable,
+        "-P",
+        "-m",
+        "watchdog_agent",
+    ]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(argv, env=env, stderr=log)
     try:

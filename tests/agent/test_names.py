@@ -341,7 +341,7 @@ async def test_an_agent_reaches_servers_at_the_second_address(
         world.others.append(other)
         urls[key] = f"http://{name}:{other.port}"
     agent = world.agent(
-        argv=elsewhere(tmp_path, sys.executable, "-m", "watchdog_agent"),
+        argv=elsewhere(tmp_path, sys.executable, "-P", "-m", "watchdog_agent"),
         address=name,
         api=[f"http://{name}:{world.peer.port}"],
         consul=urls["consul"],

@@ -27,7 +27,7 @@ async def ask(agent: Agent, method: str, path: str, *headers: str) -> tuple[int,
     async with asyncio.timeout(30):
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
-            lines = [f"{method} {path} HTTP/1.1", "Host: x", *headers, "", ""]
+            lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers, "", ""]
             writer.write("\r\n".join(lines).encode())
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         finally:

@@ -149,7 +149,7 @@ class Agent:
     def __init__(self, folder: Path, config: dict[str, Any], argv: list[str] | None = None) -> None:
         self.folder = folder
         self.config = config
-        self.argv = argv or [sys.executable, "-m", "watchdog_agent"]
+        self.argv = argv or [sys.executable, "-P", "-m", "watchdog_agent"]
         self.extra: dict[str, str] = {}
         self.process: Process | None = None
 
@@ -192,7 +192,7 @@ class Agent:
         async with asyncio.timeout(30):
             reader, writer = await asyncio.open_connection(host, int(port))
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.schemas import ReportIn, parsed
+from nomad_watchdog.cli import _code
 from nomad_watchdog.commands._agent_logs import nomad_log
 from nomad_watchdog.config import Nomad, Settings
 from nomad_watchdog.dev.nomad import NomadServer
@@ -17,10 +20,23 @@ from nomad_watchdog.dev.process import clean_environment, free_port
 from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.errors import TerminalError
 from tests.agent.world import World, a_world, until
+from tests.attacks.table import Attack
 from tests.schedulers.conftest import directory, pids_of
 
 __all__ = ["directory"]
 
+REPORT: dict[str, Any] = {
+    "v": 1,
+    "device_id": "pump-7",
+    "epoch": 1,
+    "instance": "i",
+    "sequence": 1,
+    "state": "ok",
+    "ready": True,
+    "was_ready": True,
+    "misses": 0,
+    "confirmed": False,
+}
 CONFIG = """\
 data_dir = "{root}"
 api { listen = "127.0.0.1:{port}" }
@@ -138,3 +154,60 @@ async def test_logs_of_a_nomad_agent_or_what_to_set(nomad: NomadServer) -> None:
     finally:
         for name in found:
             await nomad.request("DELETE", f"/v1/job/{name}?purge=true")
+
+
+HOSTILE = (
+    "127.0.0.1:{port}/path?x=1#",
+    "127.0.0.1:{port}/v1/devices",
+    "user@127.0.0.1:{port}",
+    "127.0.0.1:{port}#",
+    "127.0.0.1:{port}?a=b",
+    "evil.example/@127.0.0.1:{port}",
+    "127.0.0.1:{port}\\x",
+    "127.0.0.1:{port} ",
+    "127.0.0.1:٣",
+    "127.0.0.1:" + "9" * 5000,
+    "http://127.0.0.1:{port}",
+    "127.0.0.1",
+)
+
+
+@pytest.mark.attack(
+    "H13", "an agent reports an address with a path, a user, a fragment or a scheme; `exec-probe`"
+)
+async def test_h13_exec_probe_posts_to_a_host_and_a_port_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], attack: Attack
+) -> None:
+    """What is more than HOST:PORT is refused by the API in a report (400), and by the command before it connects,
+    whatever the API lists; a host and a port are asked."""
+    visits: list[bytes] = []
+
+    async def visited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        visits.append(await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(visited, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    def tried(listen: str) -> int:
+        class Answers:
+            def pages(self, _path: str, **_query: object) -> list[dict[str, object]]:
+                return [{"id": "pump-7", "listen": listen}]
+
+        monkeypatch.setattr("nomad_watchdog.commands.agents.api_of", lambda _ctx: Answers())
+        return _code(["agents", "exec-probe", "pump-7"])
+
+    async with server:
+        for one in HOSTILE:
+            listen = one.format(port=port)
+            assert await asyncio.to_thread(tried, listen) == 64, listen
+            assert "is not HOST:PORT" in capsys.readouterr().err
+            with pytest.raises(RequestError, match=r"HOST:PORT|at most 300"):
+                parsed(json.dumps(REPORT | {"listen": listen}).encode(), ReportIn)
+        assert visits == []
+        assert await asyncio.to_thread(tried, f"127.0.0.1:{port}") == 69
+        assert visits == [b"POST /probe HTTP/1.1\r\n"]
+    for good in ("", "10.0.0.7:1", "[fd00::7]:9000", "pump.example:80", "0.0.0.0:8080"):
+        assert parsed(json.dumps(REPORT | {"listen": good}).encode(), ReportIn).listen == good
+    attack.tried = len(HOSTILE)
+    attack.result = "the API refuses the report with 400, the command connects nowhere"

@@ -44,7 +44,7 @@ IMAGES = {
         (sys.executable, "-m", "nomad_watchdog"), {"PYTHONDONTWRITEBYTECODE": "1"}
     ),
     "agntup/watchdog-agent": Image(
-        (sys.executable, "-S", "-m", "watchdog_agent"),
+        (sys.executable, "-P", "-S", "-m", "watchdog_agent"),
         {"PYTHONPATH": SOURCES, "PYTHONDONTWRITEBYTECODE": "1"},
     ),
 }

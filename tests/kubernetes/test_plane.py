@@ -70,7 +70,7 @@ async def kubeconfig(
     await kube.add_namespace("nomad-watchdog")
     folder = tmp_path_factory.mktemp("plane")
     agent = Image(
-        (sys.executable, "-S", "-m", "watchdog_agent"),
+        (sys.executable, "-P", "-S", "-m", "watchdog_agent"),
         {"PYTHONPATH": str(Path(watchdog_agent.__file__).parents[1])},
     )
     known = images(folder / "images") | {"agntup/watchdog-agent": agent}

@@ -214,7 +214,8 @@ def test_a_class_is_something_else_on_another_backend(tmp_path: Path) -> None:
     assert settings.spec_on("kubernetes", spec).variables == {"image": "x", "workload": "pod"}
     there = settings.spec_on("nomad", spec).variables
     assert there["driver"] == "docker"
-    assert there["agent_source"].endswith("/artifacts/watchdog-agent.pyz")
+    sha256 = there["agent_checksum"].removeprefix("sha256:")
+    assert there["agent_source"].endswith(f"/artifacts/{sha256}/watchdog-agent.pyz")
     assert settings.spec_on("local", spec).variables == {"driver": "docker"}
     wrong = plain.replace(" probe", ' on "mars" {\n  template = "./none.yaml"\n }\n probe')
     file.write_text(wrong)

@@ -382,7 +382,7 @@ async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
     finally:
         await client.close()
     assert args_of(job) == ["-I", "-S", value]
-    assert args_of(open_job) == [value]
+    assert args_of(open_job) == ["-P", value]
 
 
 def args_of(job: dict[str, Any]) -> list[str]:

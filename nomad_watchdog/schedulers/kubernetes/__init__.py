@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from watchdog_agent.digits import whole
+
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings, Listed
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import (
@@ -382,9 +384,12 @@ def _path_of(thing: Mapping[str, Any]) -> str:
 
 
 def _version(thing: Mapping[str, Any]) -> int:
-    return int(thing["metadata"]["resourceVersion"])
+    return whole(thing["metadata"]["resourceVersion"])
 
 
 def _epoch(thing: Mapping[str, Any]) -> int:
     text = (thing["metadata"].get("labels") or {}).get(names.EPOCH, "")
-    return int(text) if text.isascii() and text.isdigit() else -1
+    try:
+        return whole(text)
+    except ValueError:
+        return -1

@@ -1,0 +1,108 @@
+"""An agent file that somebody has changed on its way to a Nomad client (H15)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nomad_watchdog import artifact
+from nomad_watchdog.dev.nomad import NomadServer
+from nomad_watchdog.dev.process import clean_environment
+from nomad_watchdog.dev.replica import ControlPlane
+from tests.attacks.table import Attack
+
+pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="session")]
+
+CONFIG = """\
+backend = "nomad"
+data_dir = "{root}"
+registry {
+  kind = "sqlite"
+}
+resync = "2s"
+api {
+  listen = "127.0.0.1:{port}"
+}
+nomad {
+  address    = "NOMAD"
+  job_prefix = "changed"
+}
+agent_class "default" {
+  beat      = "1s"
+  variables = { python = "PYTHON" }
+  probe "tcp" {
+    port     = 9
+    interval = "1s"
+    timeout  = "500ms"
+  }
+}
+"""
+
+
+async def explained(plane: ControlPlane) -> str:
+    """What `explain` prints of the device."""
+    child = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "nomad_watchdog",
+            "--config",
+            str(plane.file),
+            "explain",
+            "pump-7",
+        ),
+        env=clean_environment(),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    said, _ = await asyncio.wait_for(child.communicate(), 60.0)
+    return " ".join(said.decode().split())
+
+
+@pytest.mark.attack("H15", "a changed file at the address that Nomad clients fetch the agent from")
+@pytest.mark.slow_because("Nomad tries to fetch the file several times before it gives up")
+async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
+    nomad: NomadServer, tmp_path: Path, attack: Attack
+) -> None:
+    """Nomad fetches a file that is not the one whose SHA-256 the job carries, runs nothing of it, and `explain` says
+    why; once the right file is back, the agent starts."""
+    ran = tmp_path / "ran"
+    config = CONFIG.replace("NOMAD", nomad.http_addr).replace("PYTHON", sys.executable)
+    async with ControlPlane(tmp_path, "plane", config) as plane:
+        file = artifact.published(plane.root, artifact.checksum())
+        original = file.read_bytes()
+        with zipfile.ZipFile(file, "w") as hostile:
+            hostile.writestr("__main__.py", f"open({str(ran)!r}, 'w').close()\n")
+        await plane.call("PUT", "/v1/devices/pump-7", {"address": "127.0.0.1"})
+
+        async def reason() -> str:
+            async with asyncio.timeout(120.0):
+                while "checksum" not in (said := await explained(plane)).lower():
+                    await asyncio.sleep(0.5)
+                return said
+
+        try:
+            said = await reason()
+            jobs: Any = await nomad.request("GET", "/v1/jobs?prefix=changed/")
+            assert jobs, "no child was dispatched"
+            assert not ran.exists()
+            file.write_bytes(original)
+            started = lambda it: it["verdict"] not in ("unwatched", "failing")  # noqa: E731  # short
+            await plane.until("/v1/devices/pump-7", started, 180.0)
+            assert not ran.exists()
+            parent: Any = await nomad.request("GET", "/v1/job/changed")
+            (fetched,) = parent["TaskGroups"][0]["Tasks"][0]["Artifacts"]
+            assert fetched["GetterOptions"] == {"checksum": f"sha256:{artifact.checksum()}"}
+        finally:
+            await plane.call("DELETE", "/v1/devices/pump-7")
+    attack.tried = 1
+    attack.result = (
+        "0 lines of it run; `explain` names the checksum; the right file back, the agent starts"
+    )
+    assert "checksum" in said.lower(), json.dumps(said)

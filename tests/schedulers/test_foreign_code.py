@@ -1,0 +1,141 @@
+"""Code that is not ours: in the working folder, in PYTHONPATH, and in a changed file of the agent (H7, H15)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import watchdog_agent
+
+from nomad_watchdog import artifact
+from nomad_watchdog.model import Epoch, PlacementState
+from nomad_watchdog.schedulers._local_parents import Parents
+from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.testing.conformance import record_of
+from tests.attacks.table import Attack
+from tests.schedulers.conftest import agent_spec, eventually
+
+NAMES = ("watchdog_agent", "nomad_watchdog", "json", "socket", "sitecustomize", "usercustomize")
+OWNER = """
+import asyncio, json, os, sys
+from nomad_watchdog.model import AgentSpec, Epoch
+from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.testing.conformance import record_of
+async def main():
+    config = json.dumps({"v": 1, "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}]})
+    spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", agent_config=config)
+    os.environ["PYTHONPATH"] = os.getcwd()
+    scheduler = LocalScheduler(directory=sys.argv[1], fork=sys.argv[2] == "fork")
+    record = record_of("crane-7")
+    await scheduler.ensure(record, Epoch(1), spec)
+    print("placed", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    for one in (await scheduler.snapshot()).placements[record.slug]:
+        await scheduler.retire(one, 5.0)
+    await scheduler.close()
+asyncio.run(main())
+"""
+
+
+def foreign(folder: Path) -> Path:
+    """A folder of modules that say that they were run; the file in which they do."""
+    folder.mkdir()
+    ran = folder / "ran"
+    for name in NAMES:
+        (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    return ran
+
+
+@pytest.mark.attack(
+    "H7", "modules named as ours and Python's in the working folder and PYTHONPATH, local agents"
+)
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+async def test_h7_local_agents_run_nothing_from_the_working_folder(
+    tmp_path: Path, directory: Path, attack: Attack, how: str
+) -> None:
+    """An agent that is forked or spawned by a control plane with a hostile working folder and PYTHONPATH starts,
+    and none of the foreign modules is run."""
+    ran = foreign(tmp_path / "foreign")
+    owner = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-c", OWNER, str(directory), how),
+        cwd=tmp_path / "foreign",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        log = directory / record_of("crane-7").slug / "agent.log"
+        await eventually(lambda: log.exists() and "agent started" in log.read_text())
+    finally:
+        await asyncio.wait_for(owner.communicate(b""), 60.0)
+    assert not ran.exists()
+    attack.tried, attack.result = len(NAMES), f"agents by {how}: started, 0 foreign modules run"
+
+
+@pytest.mark.attack("H7", "the same, with the command lines of the images")
+@pytest.mark.parametrize("image", ["agent", "jobs"])
+def test_h7_the_images_run_nothing_from_the_working_folder(
+    repository: Path, tmp_path: Path, attack: Attack, image: str
+) -> None:
+    """The entry point of each image, run in a hostile working folder, starts our program and no foreign module."""
+    ran = foreign(tmp_path / "foreign")
+    text = (repository / image / "Dockerfile").read_text()
+    (line,) = (one for one in text.splitlines() if one.startswith("ENTRYPOINT"))
+    words = json.loads(line.removeprefix("ENTRYPOINT "))
+    packages = [
+        str(repository),
+        str(repository / "agent"),
+        *(one for one in sys.path if "site-" in one),
+    ]
+    run = subprocess.run(
+        [sys.executable, *words[1:], "--version"],
+        cwd=ran.parent,
+        env={"PYTHONPATH": os.pathsep.join(packages)},  # as the image sets it
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, "WATCHDOG_CONFIG" in run.stderr) in ((64, True), (0, False)), run.stderr
+    assert not ran.exists()
+    attack.tried, attack.result = len(NAMES), "0 foreign modules run"
+
+
+@pytest.mark.attack("H15", "files of the agent changed under a running control plane, local agents")
+async def test_h15_a_changed_agent_is_not_started_locally(
+    directory: Path, tmp_path: Path, attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a file of the installed agent has changed, no local agent is started, and the reason says which files;
+    the original back, it is."""
+    folder = tmp_path / "watchdog_agent"
+    shutil.copytree(Path(watchdog_agent.__file__).parent, folder)
+    scheduler = LocalScheduler(directory=directory, backoff_initial_s=0.1, poll_s=0.1)
+    monkeypatch.setattr(scheduler._parents, "_installed", artifact.Installed(folder))
+    assert isinstance(scheduler._parents, Parents)
+    file = folder / "main.py"
+    original = file.read_text()
+    record = record_of("crane-7")
+    try:
+        file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{original}")
+        await scheduler.ensure(record, Epoch(1), agent_spec())
+        (one,) = (await scheduler.snapshot()).placements[record.slug]
+        assert one.state is PlacementState.RESTARTING
+        assert f"its files in {folder} have changed" in one.reason
+        assert not (tmp_path / "ran").exists()
+        file.write_text(original)
+
+        async def runs() -> bool:
+            (now,) = (await scheduler.snapshot()).placements[record.slug]
+            return now.state is PlacementState.RUNNING
+
+        await eventually(runs)
+        (one,) = (await scheduler.snapshot()).placements[record.slug]
+        await scheduler.retire(one, 5.0)
+    finally:
+        await scheduler.close()
+    attack.tried, attack.result = 1, "not started, with the reason; started once they were restored"
