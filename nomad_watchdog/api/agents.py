@@ -7,10 +7,10 @@ from typing import Final
 from aiohttp import web
 from watchdog_agent import wire
 
-from nomad_watchdog.api.answers import json_response
+from nomad_watchdog.api.answers import error_response, json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import ACTOR
-from nomad_watchdog.api.errors import RequestError, error_response
+from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.lists import page_of
 from nomad_watchdog.api.schemas import MOST_AGE_S, ReportIn, read
 from nomad_watchdog.core.acceptance import AcceptanceKind

@@ -14,13 +14,12 @@ from watchdog_agent import wire
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.api.acceptor import Connection, place_of
-from nomad_watchdog.api.answers import json_response
+from nomad_watchdog.api.answers import error_response
 from nomad_watchdog.api.context import CONTEXT, Handler
 from nomad_watchdog.api.places import Place, Rank
 from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.metrics import OTHER
-from nomad_watchdog.secret_values import hide
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +51,6 @@ class RequestError(Exception):
         self.headers = dict(headers or {})
         self.claim: Claim | None = None
         """Of a report that was refused: what it is of, where its body says so."""
-
-
-def error_response(
-    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    """The one form of all error bodies."""
-    body = {"error": {"code": code, "message": hide(message)}}
-    return json_response(body, status=status, headers=headers)
 
 
 def _from_watchdog(error: WatchdogError) -> web.Response:
