@@ -99,8 +99,10 @@ job "nomad-watchdog" {
       }
     }
 
+    # The events, and the agent files of the versions before: an update on the same node keeps them.
     ephemeral_disk {
-      size = 50
+      size   = 300
+      sticky = true
     }
 
     service {

@@ -129,6 +129,8 @@ async def restore(
             f"the backup is of installation {installation}, this registry is {own}'s; for wishes alone "
             "use `devices export` and `devices import`"
         )
+    # Epochs up to the registry's own floor were given since, to devices that it has forgotten.
+    known = floor_of(await registry.document(FLOOR))
     if not dry_run and not await raise_floor(registry, floor):
         raise TransientError("the floor of the epochs is being changed by others; do it again")
     todo = {record.slug: record for record in backup}
@@ -138,7 +140,8 @@ async def restore(
         wanted = [
             fresh
             for slug, record in todo.items()
-            if (fresh := presence.restore(stored.get(slug), record)) is not None
+            if (fresh := presence.restore(stored.get(slug), known.freed(stored.get(slug), record)))
+            is not None
         ]
         if dry_run or not wanted:
             return Restored(own, len(backup), changed + len(wanted))

@@ -11,7 +11,7 @@ import os
 import re
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -244,7 +244,11 @@ async def _consul(
         checks.append(_consul_version(status, self_))
         checks.append(await _consul_session(server))
         checks.append(await _consul_kv(server, settings.consul.prefix))
-        _, rows = await server.call("GET", f"/v1/catalog/service/{settings.consul.service}")
+        rows: object = None
+        with suppress(
+            aiohttp.ClientError, TimeoutError
+        ):  # a large catalogue; the checks above stand
+            _, rows = await server.call("GET", f"/v1/catalog/service/{settings.consul.service}")
         for row in rows if isinstance(rows, list) else ():
             host = row.get("ServiceAddress") or row.get("Address", "")
             device = (row.get("ServiceMeta") or {}).get("device_id", row.get("ServiceID", ""))

@@ -57,7 +57,9 @@ async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
         number = int(port) if len(port) <= 5 else 0
         url = URL.build(scheme="http", host=host.strip("[]"), port=number, path="/status")
         async with session.get(url, allow_redirects=False) as answer:
-            body = await answer.content.read(_MOST_BYTES)
+            body = b""
+            while len(body) < _MOST_BYTES and (chunk := await answer.content.read(_MOST_BYTES)):
+                body += chunk
             said = json.loads(body)["reports"]["trouble"]
     except (
         aiohttp.ClientError,

@@ -63,6 +63,7 @@ class SecretFile:
         try:
             raw = self._content()
             if raw == self._raw:
+                _know(raw.decode("utf-8", "replace"))
                 return self._secrets
             self._secrets, problem = self._parse(raw), ""
         except UserError as error:
@@ -91,7 +92,7 @@ class SecretFile:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise UserError(f"{where} is not text") from None
-        know(*text.split())
+        _know(text)
         if len(raw) > MOST_BYTES:
             raise UserError(f"{where} is larger than {MOST_BYTES} bytes")
         if not text.strip():
@@ -100,6 +101,11 @@ class SecretFile:
             return self.reader(text)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def _know(text: str) -> None:
+    """Hide what may be a secret of this file; what is shorter is none, and may be an ordinary word."""
+    know(*(word for word in text.split() if len(word) >= LEAST_TOKEN), rotates=True)
 
 
 def read_token(text: str) -> tuple[bytes, ...]:

@@ -210,6 +210,9 @@ class Performer:
                 results[position] = error
                 continue
             known = self.fleet.records.get(action.slug)
+            if known is None and action.kind is not ActionKind.RETIRE:
+                results[position] = FencedError("the record is not known any more")
+                continue
             if known is not None and known.index != action.index:
                 results[position] = FencedError("the record has changed since the decision")
                 continue
@@ -260,8 +263,11 @@ class Performer:
             self.obstacles.pop(action.slug, None)
             self.unprepared.discard(action.slug)
             took_s = self.fleet.clock.monotonic() - ready.fenced_at
+            epoch = action.epoch
+            if action.kind is not ActionKind.RETIRE and isinstance(ready.record, DeviceRecord):
+                epoch = ready.record.epoch  # a first one is above the floor
             self.fleet.note(
-                action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(action.epoch)
+                action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(epoch)
             )
             self.done(action, "ok", took_s)
         finally:

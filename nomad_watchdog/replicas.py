@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from typing import Final
 
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.leases import Leases
+
+log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S: Final = 0.25
 
@@ -43,6 +46,8 @@ class Replicas:
             self._note("replica.gone", name, f"replica {name} ({before[name]}) is gone{what}")
         for name in sorted(there.keys() - before.keys() - {own}):
             self._note("replica.joined", name, f"replica {name} ({there[name]}) has joined")
+        if self._there is None:
+            log.info("replicas are known", extra={"replicas": sorted(there)})
         self._there = there
         taken = defaultdict(list)
         for lease in self._leases.all():

@@ -15,34 +15,42 @@ from urllib.parse import quote, unquote, urlsplit
 REDACTED: Final = "[redacted]"
 SHORTEST: Final = 6
 """A shorter value is not hidden: it would be found inside ordinary words."""
-MOST: Final = 2_000
-"""Values that are kept; the one that was read longest ago is forgotten first."""
+MOST: Final = 256
+"""Values that rotate and are kept; the one that was read longest ago is forgotten first."""
+LEAST_HEAD: Final = 16
+"""A part of a value that is shorter may be an ordinary word."""
 DEEPEST: Final = 32
 
 _known: dict[str, None] = {}
+"""Read once, and used as long as the process runs."""
+_rotating: dict[str, None] = {}
+"""The one that was read last is the last."""
 _by_length: tuple[tuple[str, str], ...] = ()
 """Each value with the part of it that must not be shown either, longest first."""
 _presented: ContextVar[str] = ContextVar("presented", default="")
 
 
-def know(*secrets: str | bytes) -> None:
-    """Hide these values from now on, also where JSON or a URL has them escaped."""
+def know(*secrets: str | bytes, rotates: bool = False) -> None:
+    """Hide these values from now on, also where JSON or a URL has them escaped. `rotates`: others will take their
+    place; call this again and again while they are used."""
     global _by_length  # noqa: PLW0603  # one process, one set of secrets
     values = {form for secret in secrets for form in _forms(secret)}
-    fresh = not values <= _known.keys()
+    fresh = not values <= _known.keys() | _rotating.keys()
+    kept = _rotating if rotates else _known
     for value in values:
-        _known.pop(value, None)
-        _known[value] = None
+        kept.pop(value, None)
+        kept[value] = None
     if fresh:
-        for oldest in list(_known)[: max(0, len(_known) - MOST)]:
-            del _known[oldest]
-        _by_length = _with_heads(_known)
+        for oldest in list(_rotating)[: max(0, len(_rotating) - MOST)]:
+            del _rotating[oldest]
+        _by_length = _with_heads(_known.keys() | _rotating.keys())
 
 
 def forget() -> None:
     """Hide nothing any more; for tests, which share a process."""
     global _by_length  # noqa: PLW0603  # as above
     _known.clear()
+    _rotating.clear()
     _by_length = ()
 
 
@@ -106,9 +114,9 @@ def _forms(secret: str | bytes) -> set[str]:
     }
 
 
-def _with_heads(values: dict[str, None] | set[str]) -> tuple[tuple[str, str], ...]:
+def _with_heads(values: set[str]) -> tuple[tuple[str, str], ...]:
     ordered = sorted(values, key=len, reverse=True)
-    return tuple((value, value[: max(SHORTEST, (len(value) + 1) // 2)]) for value in ordered)
+    return tuple((value, value[: max(LEAST_HEAD, (len(value) + 1) // 2)]) for value in ordered)
 
 
 def _without_start(text: str, value: str, head: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from watchdog_agent.digits import finite, whole
+from watchdog_agent.digits import bounded, finite, whole
 
 from nomad_watchdog.core import telling
 from nomad_watchdog.core.telling import Subject
@@ -182,7 +182,7 @@ def _time(said: object) -> WallTime:
 
 def _data_of(said: Mapping[str, object]) -> dict[str, object]:
     data = said.get("data", {})
-    return data if isinstance(data, dict) else {}
+    return bounded(data) if isinstance(data, dict) else {}
 
 
 def _list_of(said: Mapping[str, object]) -> list[object]:

@@ -13,6 +13,7 @@ import termios
 from array import array
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -80,6 +81,15 @@ class Connection(Handler):
         if self._messages:  # a request is complete, and will be handled
             self.place.work()
 
+    async def finish_response(
+        self, request: web.BaseRequest, response: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        # Also for a response that no handler of ours has made.
+        try:
+            return await super().finish_response(request, response, start_time)
+        finally:
+            self.place.rest()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stuck_since = self._loop.time()
@@ -93,6 +103,7 @@ class Connection(Handler):
         """Read nothing more. The response still goes out, and aiohttp closes after `lingering_time`: closing at
         once would reset the connection, and the response with it."""
         self._hushed = True
+        self.place.unread = _nothing  # what it still sends is not waited for
         self._pause()
 
     def _pause(self) -> None:
@@ -115,6 +126,10 @@ def place_of(request: web.Request) -> Place:
     if _PLACE not in request:
         request[_PLACE] = Place(None, "")
     return request[_PLACE]
+
+
+def _nothing() -> bool:
+    return False
 
 
 def _unread(wire: socket.socket) -> bool:
@@ -259,8 +274,9 @@ def most_connections(wanted: int) -> int:
     enough = 2 * wanted
     if soft != resource.RLIM_INFINITY and soft < enough:
         raised = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-        soft = raised
+        with suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
     if soft == resource.RLIM_INFINITY or soft >= enough:
         return wanted
     most = max(LEAST, soft // 2)

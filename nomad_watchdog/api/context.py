@@ -91,6 +91,7 @@ class Context:
     """Who reads the configuration again; None where there is none."""
     migrations: Migrations | None = None
     """Who moves the fleet between schedulers; None where nobody reconciles."""
+    page_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     page: tuple[float, str] = (float("-inf"), "")
     """When the status page was last made (monotonic seconds), and its text."""
     claims: Counter[str] = field(default_factory=Counter)

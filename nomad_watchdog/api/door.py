@@ -127,12 +127,17 @@ class Door:
 
         Raises RequestError: 401 who are you, 403 you may not, 421 not our name, 429 not so fast."""
         peer = peer_of(request)
-        check_origin(request, self.hosts)
         if route is not None and route.public:
             request[ACTOR] = Actor(_NOBODY, None, peer)
             return
+        # A page of a foreign name has no token of ours. Who shows one may call us by a name that we had before.
+        shows = "Authorization" in request.headers
+        if not shows:
+            check_origin(request, self.hosts)
         try:
             actor = request[ACTOR] = self._who(request, route, peer)
+            if shows and not actor.known:
+                check_origin(request, self.hosts)
         except RequestError:
             self._take(peer)  # whoever guesses tokens guesses at the rate of one client
             raise

@@ -110,8 +110,17 @@ class Runner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            # Else aiohttp refuses it before our middlewares see it, and sends the header back.
+            if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+                answer = error_response(417, "expectation_failed", "Expect may be 100-continue")
+                answer.force_close()
+                return answer
+            return await made.request_handler(request)
+
         server = Server(
-            made.request_handler,
+            handle,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
             loop=made._loop,  # noqa: SLF001  # what it was made with

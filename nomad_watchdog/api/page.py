@@ -53,9 +53,11 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     """Those that want attention first; at most 200 rows, the rest is counted."""
     check_query(request, set())
     context = request.app[CONTEXT]
-    now = context.fleet.clock.monotonic()
-    if now - context.page[0] > MADE_EVERY_S:
-        context.page = (now, await _made(context.fleet))
+    clock = context.fleet.clock
+    async with context.page_lock:  # one makes it for all who ask meanwhile
+        if clock.monotonic() - context.page[0] > MADE_EVERY_S:
+            text = await _made(context.fleet)
+            context.page = (clock.monotonic(), text)
     return web.Response(
         text=context.page[1],
         content_type="text/html",

@@ -10,7 +10,7 @@ one that sends or reads slowly is idle too. Nothing here does I/O: whoever admit
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
@@ -170,7 +170,7 @@ class Places:
         ):
             return False
         if self._unauthenticated >= self._most_unauthenticated:
-            return self._evict(max(self._strangers.values(), key=len))
+            return any(self._evict(group) for group in self._largest())
         return self._unauthenticated + self.authenticated < self.most or self._evict_known()
 
     def room(self) -> bool:
@@ -178,7 +178,18 @@ class Places:
         be served soon."""
         if self._unauthenticated < self._most_unauthenticated:
             return True
-        return any(place.idle for place in max(self._strangers.values(), key=len))
+        return any(place.idle for group in self._largest() for place in group)
+
+    def _largest(self) -> Iterable[OrderedDict[Place, None]]:
+        """The unauthenticated connections of each address, the address with the most of them first. The others are
+        sorted only if that one has none that may be closed."""
+        most = max(self._strangers.values(), key=len)
+        yield most
+        yield from sorted(
+            (group for group in self._strangers.values() if group is not most),
+            key=len,
+            reverse=True,
+        )
 
     def _evict(self, group: OrderedDict[Place, None] | None, address: str | None = None) -> bool:
         for place in group or ():

@@ -73,6 +73,9 @@ def _address(text: str) -> str:
 
 def _listen(text: str) -> str:
     try:
+        if text.startswith(":"):  # every address of its machine
+            endpoint(f"0.0.0.0{text}")  # noqa: S104  # not listened on
+            return text
         return endpoint(text) if text else text
     except UserError as error:
         raise ValueError(str(error)) from error

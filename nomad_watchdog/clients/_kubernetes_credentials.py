@@ -89,7 +89,7 @@ class Credentials:
             raise type(self._failure)(*self._failure.args)
         try:
             self._known, self._good_until = await _ask(plugin, self._settings)
-            know(self._known.token)
+            know(self._known.token, rotates=True)
         except WatchdogError as error:
             self._failure, self._failed_at = error, self._clock.monotonic()
             raise

@@ -430,6 +430,11 @@ def delete_cas(key: str, index: int) -> dict[str, Any]:
     return {"Verb": "delete-cas", "Key": key, "Index": index}
 
 
+def put(key: str, value: bytes) -> dict[str, Any]:
+    """The transaction's operation that writes key, whatever it holds."""
+    return {"Verb": "set", "Key": key, "Value": base64.b64encode(value).decode()}
+
+
 def check_session(key: str, session: str) -> dict[str, Any]:
     """The transaction's operation that lets the others happen only if the session holds key's lock."""
     return {"Verb": "check-session", "Key": key, "Session": session}

@@ -94,7 +94,7 @@ class ConsulSessions:
             what="creation of a session",
             needs=_NEEDS,
         )
-        know(str(session))
+        know(str(session), rotates=True)
         return str(session)
 
     async def destroy(self, session: str) -> None:

@@ -12,7 +12,7 @@ is known. The record could only be created after the deletion, so that this read
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence, WallTime
@@ -36,6 +36,12 @@ class Floor:
     def first(self, record: DeviceRecord, wanted: Epoch) -> Epoch:
         """The epoch to take for a record instead of `wanted`: its first one is above the floor."""
         return wanted if record.epoch != NEVER else max(wanted, Epoch(self.epoch + 1))
+
+    def freed(self, stored: DeviceRecord | None, saved: DeviceRecord) -> DeviceRecord:
+        """What a backup may bring back: without an epoch if one above it may have been given and forgotten since."""
+        if (stored is None or stored.epoch == NEVER) and NEVER < saved.epoch <= self.epoch:
+            return replace(saved, epoch=NEVER, instance="")
+        return saved
 
 
 def expired(

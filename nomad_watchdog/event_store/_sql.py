@@ -189,7 +189,8 @@ def rotate_actors(db: sqlite3.Connection, most: int) -> None:
     """Delete all but the newest `most` audit events of each actor of each control plane."""
     db.execute(
         "DELETE FROM event WHERE seq IN (SELECT seq FROM (SELECT seq, row_number() OVER ("
-        "PARTITION BY origin, json_extract(data, '$.actor') ORDER BY seq DESC) AS place FROM event) "
+        "PARTITION BY origin, CASE WHEN json_valid(data) THEN json_extract(data, '$.actor') END "
+        "ORDER BY seq DESC) AS place FROM event) "
         "WHERE place > ?)",
         (most,),
     )
@@ -210,7 +211,7 @@ def insert(db: sqlite3.Connection, event: Event) -> None:
     """Write one event, if it is not there yet. Nothing that an event holds makes it fail: one that
     can't be written would keep all others back (S9)."""
     try:
-        data = json.dumps(dict(event.data), default=str)
+        data = json.dumps(dict(event.data), default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         data = json.dumps({"cut": ascii(event.data)[: MOST_DATA // 2]})
     if len(data) > MOST_DATA:

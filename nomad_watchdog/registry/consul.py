@@ -22,6 +22,7 @@ from nomad_watchdog.clients.consul import (
     cas,
     check_session,
     delete_cas,
+    put,
 )
 from nomad_watchdog.errors import DeniedError, NoRegistryError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
@@ -119,12 +120,17 @@ class ConsulRegistry:
 
     async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:
         gone = [False] * len(records)
-        for first in range(0, len(records), _TXN_OPS):
-            left = list(range(first, min(first + _TXN_OPS, len(records))))
+        most = _TXN_OPS - 1
+        for first in range(0, len(records), most):
+            left = list(range(first, min(first + most, len(records))))
             while left:
                 keys = [(self._key(records[i].slug), records[i].index) for i in left]
+                # A quarter of an hour after a deletion Consul forgets its index, and that of the folder would go
+                # back. A key that stays takes it over; Consul skips a write that changes nothing.
+                mark = json.dumps({"v": 1, "forgot": str(uuid.uuid4())}).encode()
+                deletions = [delete_cas(key, index) for key, index in keys]
                 try:
-                    await self._client.txn([delete_cas(key, index) for key, index in keys])
+                    await self._client.txn([*deletions, put(self._inner_sentinel, mark)])
                 except TxnConflictError as error:
                     if not error.lost:
                         raise

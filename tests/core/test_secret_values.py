@@ -26,7 +26,7 @@ def test_a_known_secret_is_hidden_in_every_form(
     for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")):
         assert form not in hide(f"{before}{form}{after}") or form in before + REDACTED + after
     half = (len(secret) + 1) // 2
-    piece = secret[: max(half, cut)]
+    piece = secret[: max(secret_values.LEAST_HEAD, half, cut)]
     assert piece not in hide(f"~{piece}") or piece in REDACTED
 
 
@@ -83,9 +83,25 @@ def test_a_presented_token_of_any_bytes() -> None:
 
 
 def test_only_so_many_are_kept() -> None:
-    """The values that were read longest ago are forgotten."""
-    know("the-first-of-all", "still-in-use-today")
+    """Of values that rotate, those that were read longest ago are forgotten; one that is read once is not."""
+    know("read-at-the-start")
+    know("the-first-of-all", "still-in-use-today", rotates=True)
     for number in range(secret_values.MOST):
-        know(f"secret-number-{number:06d}")
-        know("still-in-use-today")
-    assert hide("the-first-of-all still-in-use-today") == f"the-first-of-all {REDACTED}"
+        know(f"secret-number-{number:06d}", rotates=True)
+        know("still-in-use-today", rotates=True)
+    shown = hide("the-first-of-all still-in-use-today read-at-the-start")
+    assert shown == f"the-first-of-all {REDACTED} {REDACTED}"
+
+
+@pytest.mark.parametrize(
+    ("secret", "text"),
+    [
+        ("nomad-watchdog-operator-2026", "nomad-watchdog is ready"),
+        ("site-a-gateway-0", "device site-a-gw-7"),
+        ("password1", "the passwords of the site"),
+    ],
+)
+def test_ordinary_words_that_begin_a_secret_are_shown(secret: str, text: str) -> None:
+    """Only a long part of a value is taken for the value itself."""
+    know(secret)
+    assert hide(text) == text

@@ -153,6 +153,10 @@ async def test_l2_who_is_left_goes_on(
 
         await eventually(all_up, 60.0)
         gone = (await holder.call("GET", "/v1/leases"))["replica"]
+        # The heir reads who is there every quarter of a second: what it has never seen can't be gone.
+        await eventually(
+            lambda: gone in heir.process.log.read_text().partition("replicas are known")[2], 60.0
+        )
         left = (await heir.call("GET", "/v1/leases"))["replica"]
         holder.process.send(end)
         await heir.register("after")
