@@ -48,6 +48,10 @@ def loads(text: str | bytes | bytearray) -> Any:
         return bounded(json.loads(text))
     except RecursionError:
         raise ValueError("lists and objects are nested too deeply") from None
+    except ValueError as error:
+        if str(error).startswith("Exceeds"):  # Python's limit of digits, in Python's words
+            raise ValueError("a number has too many digits") from None
+        raise
 
 
 def bounded(value: Any) -> Any:

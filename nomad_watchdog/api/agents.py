@@ -12,7 +12,7 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.lists import page_of
-from nomad_watchdog.api.schemas import MOST_AGE_S, ReportIn, read
+from nomad_watchdog.api.schemas import MOST_AGE_S, MOST_REPORT, ReportIn, read
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.credential import Claim
 from nomad_watchdog.fleet import AgentReport, DeviceView, Fleet
@@ -24,7 +24,7 @@ RETRY_S: Final = 2
 
 async def report(request: web.Request) -> web.StreamResponse:
     """S1 at the door: 200 accepted, 410 stop, 409 say it again; 403 with another's credential."""
-    said = (await read(request, ReportIn)).report()
+    said = (await read(request, ReportIn, MOST_REPORT)).report()
     claim = request[ACTOR].claim
     if claim is not None and claim != Claim(said.slug, said.epoch):
         error = RequestError(403, "forbidden", "this credential is for another device or epoch")

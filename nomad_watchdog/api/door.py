@@ -151,11 +151,14 @@ class Door:
             )
 
     async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Have a request answered. A read of a caller that is known by a token is charged to that token."""
+        """Have a request answered. What a caller that is known by a token asks for is charged to that token."""
         actor = request.get(ACTOR)
         if self.costs is None or actor is None or not actor.known or actor.role is None:
             return await handler(request)
-        return await self.costs.answer(request, handler, actor.client, actor.role, self.clock)
+        alone = actor.claim is not None
+        return await self.costs.answer(
+            request, handler, actor.client, actor.role, self.clock, of_one_agent=alone
+        )
 
     def _who(self, request: web.Request, route: Route | None, peer: str) -> Actor:
         certificate = _common_name(request) if self.wants_certificate else ""

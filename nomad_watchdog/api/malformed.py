@@ -80,6 +80,9 @@ class Handler(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002  # quotes the request
     ) -> web.StreamResponse:
+        # The other side has gone: aiohttp closes, and writes no traceback.
+        if isinstance(exc, ConnectionError):
+            raise exc
         if status >= 500:
             return super().handle_error(request, status, exc)
         if isinstance(self._manager, Server):

@@ -307,6 +307,8 @@ class RepairsIn(BaseModel):
         return Repairs(self.active, self.exhausted, self.dry_run, attempts)
 
 
+MOST_REPORT: Final = 64 * 1024
+"""Bytes of an agent's report; those of our agent have at most a few thousand."""
 MOST_AGE_S: Final = 10 * 365 * 86_400.0
 """Of the state of an agent, seconds."""
 MOST_STATE: Final = 32
@@ -490,12 +492,12 @@ def _printed(part: object) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-async def read(request: web.Request, model: type[Model]) -> Model:
-    """The body as this model.
+async def read(request: web.Request, model: type[Model], most: int | None = None) -> Model:
+    """The body, of at most `most` bytes, as this model.
 
     Raises RequestError (400, 408, 413, 415) that says what is wrong.
     """
-    return parsed(await read_body(request), model)
+    return parsed(await read_body(request, most), model)
 
 
 def parsed(body: bytes, model: type[Model]) -> Model:
@@ -506,8 +508,8 @@ def parsed(body: bytes, model: type[Model]) -> Model:
         raise RequestError(400, "invalid_body", problem(error, model)) from None
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The bytes that were sent. Raises RequestError (408, 413, 415, 503)."""
+async def read_body(request: web.Request, most: int | None = None) -> bytes:
+    """The bytes that were sent, at most `most` of them. Raises RequestError (408, 413, 415, 503)."""
     if request.content_type != "application/json":
         raise RequestError(
             415, "unsupported_media_type", "the body must be JSON (Content-Type: application/json)"
@@ -516,18 +518,28 @@ async def read_body(request: web.Request) -> bytes:
     limit, length, rank = context.max_body_bytes, request.content_length, request[ACTOR].rank
     if rank is Rank.UNAUTHENTICATED:
         limit = min(limit, MOST_UNSIGNED)
+    if most is not None:
+        limit = min(limit, most)
+    too_large = RequestError(
+        413,
+        "request_entity_too_large",
+        f"the body is larger than the {limit} bytes that are allowed",
+    )
     if length is not None and length > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, length)
+        raise too_large
     if not context.bodies.take(place, rank, limit if length is None else length):
         raise RequestError(
             503, "busy", "too many request bodies are being read; try again", {"Retry-After": "1"}
         )
     if request.content.is_eof():  # it came with the headers: there is nothing to wait for
-        return await request.read()
+        body = await request.read()
+        if len(body) > limit:
+            raise too_large
+        return body
     place.rest()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
+            body = await request.read()
     except TimeoutError:
         raise RequestError(
             408,
@@ -540,3 +552,6 @@ async def read_body(request: web.Request) -> bytes:
         raise RequestError(400, "malformed", "the body is not valid HTTP/1.1") from None
     finally:
         place.work()
+    if len(body) > limit:
+        raise too_large
+    return body

@@ -56,9 +56,14 @@ class Api:
         """`tls`: makes what an https address needs; it is not asked for another. `env`: names proxies;
         None = this process's environment."""
         address = address if "//" in address else f"http://{address}"
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"API address {address!a} must be http://HOST:PORT or https://...")
+        try:
+            parts = urlsplit(address)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # the port, or the brackets of an IPv6 address
+            valid = False
+        if not valid:
+            shown = ascii(address[:100])
+            raise UserError(f"API address {shown} must be http://HOST:PORT or https://HOST:PORT")
         if parts.username or parts.password:
             raise UserError("API address must not hold a user or password; use a token file")
         self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
@@ -110,6 +115,8 @@ class Api:
         cursor: str | None = None
         while True:
             page = self.get(path, **{"limit": PAGE} | query, cursor=cursor)
+            if "items" not in page:
+                raise TerminalError(f"{self.address} answered something else than the API does")
             yield from page["items"]
             following = page.get("next")
             if not following or following == cursor:
@@ -142,9 +149,12 @@ class Api:
         if len(data) > MAX_BODY:
             raise TerminalError(f"{self.address} answered more than {MAX_BODY} bytes")
         try:
-            return loads(data) if data.strip() else {}
+            said = loads(data) if data.strip() else {}
         except ValueError as error:
             raise TerminalError(f"{self.address} did not answer JSON; is it the API?") from error
+        if not isinstance(said, dict) or not _is_list(said.get("items", [])):
+            raise TerminalError(f"{self.address} answered something else than the API does")
+        return said
 
     def _open(
         self,
@@ -182,6 +192,10 @@ class Api:
                 f"no answer from the API at {self.address}: {why}; is `nomad-watchdog run` running "
                 "there? --address or NOMAD_WATCHDOG_ADDR names another"
             ) from error
+
+
+def _is_list(items: object) -> bool:
+    return isinstance(items, list) and all(isinstance(one, dict) for one in items)
 
 
 def device_path(device_id: str, *more: str) -> str:

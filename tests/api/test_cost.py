@@ -182,7 +182,7 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
                 ).status != 429:
                     assert answer.status == 200
             assert int(answer.headers["Retry-After"]) >= 1
-            assert "read less at a time" in (await answer.json())["error"]["message"]
+            assert "or for less at a time" in (await answer.json())["error"]["message"]
         status, _ = await asked(door, "operator", "/v1/devices/camera%2000001")
         assert status == 200
         status, _ = await asked(door, "device", "/v1/heartbeats", "POST", json={"ids": []})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import logging
 import resource
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -309,3 +312,39 @@ async def test_a_browser_changes_nothing_for_another_page(
                 assert await it.status(path, method, json=body, headers=wrong | headers) == 401
     refused = sum(status > 400 for status, _, _ in cases)
     attack.tried, attack.result = refused, "refused with 421 or 403"
+
+
+@pytest.mark.attack("H3", "bodies that end in the middle, with a signature that is wrong")
+async def test_a_body_that_breaks_off_is_no_error_of_ours(
+    tmp_path: Path, attack: Attack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is logged of it, and the next request is served."""
+    caplog.set_level(logging.DEBUG, "aiohttp.server")
+    signature = base64.b64encode(b"0" * 32).decode()
+    sent = (
+        "POST /v1/webhook HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: 1000\r\nwebhook-id: a\r\nwebhook-timestamp: {int(time.time())}\r\n"
+        f"webhook-signature: v1,{signature}\r\n\r\n{{"
+    ).encode()
+    opened = 'nomad_watchdog_api_connections{state="unauthenticated"}'
+    async with front(tmp_path) as it:
+        for _ in range(50):
+            _, writer = await asyncio.open_connection("127.0.0.1", it.port)
+            writer.write(sent)
+            while not it.door.app[CONTEXT].bodies.used:
+                await asyncio.sleep(0.001)
+            writer.close()
+            while it.counted(opened):
+                await asyncio.sleep(0.001)
+        assert await it.status("/v1/status", headers=OPERATOR) == 200
+    assert not [one for one in caplog.records if one.levelname in ("ERROR", "WARNING")]
+    attack.tried, attack.result = 50, "nothing in the log, the API goes on"
+
+
+async def test_a_health_check_without_a_host_is_answered(tmp_path: Path) -> None:
+    """Load balancers check with HTTP/1.0, which needs no Host; no browser sends such requests."""
+    async with front(tmp_path) as it:
+        reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
+        writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert b" 200 OK\r\n" in await reader.read()
+        writer.close()

@@ -145,7 +145,25 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["nonsense"], ["devices", "add"], ["status", "-o", "yaml"], ["demo", "--devices", "x"], []],
+    [
+        *(
+            ["nonsense"],
+            ["devices", "add"],
+            ["status", "-o", "yaml"],
+            ["demo", "--devices", "x"],
+            [],
+        ),
+        *(
+            ["--address", f"http://{place}", "status"]
+            for place in (
+                "127.0.0.1:99999",
+                "127.0.0.1:abc",
+                "127.0.0.1:-1",
+                "[::1",
+                f"h:{'9' * 5000}",
+            )
+        ),
+    ],
 )
 def test_wrong_usage_exits_64(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong usage exits 64, never click's 2, and says so on stderr only."""
