@@ -213,7 +213,7 @@ def insert(db: sqlite3.Connection, event: Event) -> None:
     try:
         data = json.dumps(dict(event.data), default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        data = json.dumps({"cut": ascii(event.data)[: MOST_DATA // 2]})
+        data = json.dumps({"cut": _shown(event.data)[: MOST_DATA // 2]})
     if len(data) > MOST_DATA:
         data = json.dumps({"cut": data[: MOST_DATA // 2]})
     text = (event.kind, event.device_id, event.slug, event.text, data, event.origin, event.incident)
@@ -221,6 +221,13 @@ def insert(db: sqlite3.Connection, event: Event) -> None:
     safe = (t.encode("utf-8", "backslashreplace").decode() for t in text)
     row = (event.seq, event.at, *safe, event.own)
     db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _shown(data: object) -> str:
+    try:
+        return ascii(data)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return ""
 
 
 def _event(row: tuple[Any, ...]) -> Event:

@@ -12,7 +12,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.api import Runner, make_app, schemas
+from nomad_watchdog.api import Runner, make_app, page, schemas
 from nomad_watchdog.api.stream import MOST_FOLLOWERS
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.errors import ConflictError, TransientError
@@ -248,6 +248,17 @@ async def test_s1_reports_at_the_door(door: Door) -> None:
     assert (await door.ask("POST", path, json=_report()))[0] == 410
 
 
+@pytest.mark.parametrize(
+    ("listen", "status"),
+    [("", 200), (":8080", 200), ("[::1]:8080", 200), (":x", 400), (":0/path", 400), (":", 400)],
+)
+async def test_an_agent_may_listen_on_all_addresses(door: Door, listen: str, status: int) -> None:
+    """A report names a port alone where the agent listens on every address of its machine, and nothing after it."""
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+    report = _report(listen=listen)
+    assert (await door.ask("POST", "/v1/agents/report", json=report))[0] == status
+
+
 async def test_repairs_of_a_report_are_shown_and_told_once(door: Door) -> None:
     """What an agent says of its repairs stands in explain; each that ended is one event; control
     characters and endless texts in it are made harmless, and another shape is refused."""
@@ -417,6 +428,39 @@ async def test_the_page_begins_with_what_is_worst(door: Door) -> None:
     assert rows == [
         ("c-offline", "offline"), ("b-unwatched", "unwatched"), ("a-new", "starting")
     ]  # fmt: skip
+
+
+async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 requests that are there before the first page is ready, one makes it."""
+    come, all_there, made = 0, asyncio.Event(), 0
+    real = page._made
+
+    def count(*_: object) -> None:
+        nonlocal come
+        come += 1
+        if come == 20:
+            all_there.set()
+
+    async def make(fleet: Any) -> str:
+        nonlocal made
+        made += 1
+        await all_there.wait()
+        return await real(fleet)
+
+    monkeypatch.setattr(page, "check_query", count)
+    monkeypatch.setattr(page, "_made", make)
+    monkeypatch.setattr(page, "MADE_EVERY_S", 3600.0)
+
+    async def ask() -> str:
+        async with door.client.get(door.base + "/") as response:
+            return await response.text()
+
+    async with asyncio.timeout(60):
+        texts = await asyncio.gather(*(ask() for _ in range(20)))
+    assert made == 1
+    assert len(set(texts)) == 1
 
 
 async def test_page_escapes_what_devices_say(door: Door) -> None:

@@ -189,6 +189,28 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
         assert status == 200
 
 
+async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
+    """/metrics costs a token nothing, and is answered when the budget of that token is used up."""
+    tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
+    async with served(tmp_path, door=door_of(tiny)) as door:
+        fill(door, 1_000)
+        costs = door.app_door.costs
+        assert costs is not None
+
+        async def scrape(role: str) -> int:
+            url = door.base + "/metrics"
+            async with door.client.get(url, headers=HEADERS[role]) as answer:
+                return answer.status
+
+        for role in ("viewer", "operator"):
+            async with asyncio.timeout(30):
+                while (await asked(door, role, "/v1/devices?limit=1000"))[0] != 429:
+                    pass
+            before = costs.spent_s
+            assert [await scrape(role) for _ in range(5)] == [200] * 5
+            assert costs.spent_s == before
+
+
 @pytest.mark.slow_because("sends some hundred requests one after another")
 @pytest.mark.attack("H8", "register and remove device after device with a device token")
 async def test_a_device_token_registers_no_more_than_its_quota(

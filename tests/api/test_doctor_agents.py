@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import AsyncExitStack
 
@@ -69,3 +70,26 @@ async def test_only_so_many_are_asked_and_only_at_an_address() -> None:
         assert text == f"0 of {doctor_agents.MOST_ASKED} agents answer here"
     finally:
         await listener.stop()
+
+
+async def test_an_answer_in_two_segments_is_read_whole() -> None:
+    """What comes after the first segment belongs to the answer too."""
+    answer = status(REFUSED)
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer[:-20])
+        await writer.drain()
+        for _ in range(100):  # the other side, on this loop, reads that
+            await asyncio.sleep(0)
+        writer.write(answer[-20:])
+        await writer.drain()
+
+    listener = Listener(speak)
+    await listener.start()
+    try:
+        agents = {f"127.0.0.1:{listener.port}": "pump"}
+        ((_, found, text, _),) = await doctor_agents.checks(agents, runs=True)
+    finally:
+        await listener.stop()
+    assert (found, text.endswith(f"pump: {REFUSED}")) == ("fail", True)

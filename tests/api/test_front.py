@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import resource
 import socket
@@ -19,13 +20,14 @@ import aiohttp
 import pytest
 import trustme
 
-from nomad_watchdog.api import Runner, acceptor
+from nomad_watchdog.api import Runner, acceptor, serving
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import door_of
 from nomad_watchdog.api.serving import Listener
 from nomad_watchdog.config_api import Api
 from tests.api.conftest import Door, served
 from tests.api.test_api import WISH
+from tests.api.test_malformed import asked
 from tests.api.test_tls import write_pair
 from tests.attacks import attackers
 from tests.attacks.table import Attack
@@ -251,6 +253,55 @@ async def test_silent_handshakes_make_room(tmp_path: Path, wires: list[socket.so
         ):
             assert answer.status == 200
         assert it.counted('nomad_watchdog_api_connections{state="unauthenticated"}') <= 4
+
+
+@pytest.fixture
+def lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is to be closed while its other side has not sent all is kept for an hour."""
+    monkeypatch.setattr(
+        serving, "RUNNER_OPTIONS", {**serving.RUNNER_OPTIONS, "lingering_time": 3600.0}
+    )
+
+
+def end_requests() -> None:
+    """Those that linger."""
+    for task in asyncio.all_tasks():
+        coroutine = task.get_coro()
+        if getattr(coroutine, "__qualname__", "") == "RequestHandler.start":
+            task.cancel()
+
+
+@pytest.mark.parametrize("body", ["", "Content-Length: 100000\r\n"], ids=["no body", "a body"])
+@pytest.mark.usefixtures("lingering")
+async def test_an_unknown_expectation_keeps_no_place(
+    tmp_path: Path, wires: list[socket.socket], body: str
+) -> None:
+    """It is refused with 417 in our form before anybody asks for a token, and 40 of them on open connections leave the
+    16 places of those without a token to health checks and the operator."""
+    sent = f"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: foo\r\n{body}\r\n".encode()
+    async with front(tmp_path, max_connections=128) as it:
+        head, _, told = (await asyncio.to_thread(asked, it.port, [sent])).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 417 ")
+        assert b"\r\nconnection: close" in head.lower()
+        assert json.loads(told)["error"]["code"] == "expectation_failed"
+        await connect(it.port, wires, 40, sent)
+        assert await it.status("/healthz") == 200
+        assert await it.status("/v1/status", headers=OPERATOR) == 200
+        end_requests()
+
+
+@pytest.mark.usefixtures("lingering")
+async def test_a_refused_sender_that_goes_on_keeps_no_place(
+    tmp_path: Path, wires: list[socket.socket]
+) -> None:
+    """40 connections whose large bodies were refused and that send on all the same, more than is read of them, leave
+    the places of those without a token to health checks and the operator."""
+    head = b"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10000000\r\n\r\n"
+    async with front(tmp_path, max_connections=128) as it:
+        await connect(it.port, wires, 40, head + bytes(120_000))
+        assert await it.status("/healthz") == 200
+        assert await it.status("/v1/status", headers=OPERATOR) == 200
+        end_requests()
 
 
 async def test_an_address_over_its_rate_waits_and_others_do_not(tmp_path: Path) -> None:

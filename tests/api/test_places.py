@@ -130,6 +130,24 @@ def test_a_busy_connection_is_not_closed() -> None:
     assert world.closed == []
 
 
+def test_an_idle_connection_of_another_address_makes_room() -> None:
+    """Where all of the address with the most connections are being served, the oldest idle one of another address is
+    closed; where none is idle there is no room."""
+    world = World(most=64, per_address=64)
+    places = [world.admit(f"10.0.0.{host}") for host in (1, 1, 1, 1, 2, 3, 3, 3)]
+    for host, place in enumerate(places):
+        assert place is not None
+        if host != 4:
+            place.work()
+    assert world.places.room()
+    new = world.admit("10.0.0.4")
+    assert new is not None
+    assert world.closed == [places[4]]
+    new.work()
+    assert not world.places.room()
+    assert world.admit("10.0.0.5") is None
+
+
 def test_ten_thousand_agents_behind_one_nat_are_not_paced() -> None:
     """With the default settings 10,000 reports that come at once, 320 of them at a time, are all taken without a wait."""
     world = World(most=4096, per_address=3072, rate=500.0)

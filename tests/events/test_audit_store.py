@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,38 @@ async def test_no_actor_displaces_another(tmp_path: Path, monkeypatch: pytest.Mo
     await again.close()
     assert found[0].seq == mine.seq
     assert len(found) <= 1_001 + sql.TAIL
+
+
+async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None:
+    """Numbers that are no JSON, or of any size, are stored in some form, and what comes after them too; a row that an
+    earlier version wrote of them, or that is damaged, does not keep others from being stored and deleted."""
+    path = tmp_path / "audit.db"
+    name = DeviceId("pump")
+    for data in ({"x": float("nan")}, {"x": [float("inf")]}, {"x": 2**70}, {"x": 10**5_000}):
+        store = EventStore(path, origin="o", most=100, per_actor=True)
+        found = await store.open()  # its first events also delete old ones
+        history = History("o", store)
+        history.resume(found.seq, found.events)
+        history.add(
+            at=WallTime(time.time()),
+            kind="audit.pause",
+            device_id=name,
+            slug=slug_of(name),
+            text="t",
+            data=data,
+        )
+        for _ in range(5):
+            see(history, "audit.pause")
+        await store.close()
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            rows = [row for (row,) in db.execute("SELECT data FROM event ORDER BY seq")][-6:]
+            first, *others = [json.loads(row, parse_constant=pytest.fail) for row in rows]
+            assert first.keys() <= {"x", "cut"}
+            assert others == [{"actor": "token:a"}] * 5
+            db.execute("UPDATE event SET data = '{\"x\": NaN}' WHERE seq % 2")
+            db.execute("UPDATE event SET data = '{' WHERE seq % 3 = 0")
+            sql.rotate_actors(db, 2)
+            assert db.execute("SELECT count(*) FROM event").fetchone()[0] <= 4
 
 
 def test_a_device_has_a_bound_and_its_last_state_is_published() -> None:

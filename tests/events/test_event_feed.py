@@ -388,6 +388,9 @@ EVENT: Final = {
                 {"seq": 2**53},
                 {"at": "nan"},
                 {"marks": [-1]},
+                {"data": {"x": float("nan")}},
+                {"data": {"x": [float("-inf")]}},
+                {"data": {"x": {"y": 2**64}}},
             )
         ),
     ],

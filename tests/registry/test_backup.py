@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from nomad_watchdog import backup
 from nomad_watchdog.core import presence
+from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.model import DeviceRecord, Epoch, Presence
+from nomad_watchdog.ledger import FLOOR, floor_of, raise_floor
+from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence
 from nomad_watchdog.registry import Registry
 
 from .conftest import Store
@@ -71,6 +73,47 @@ async def test_s1_an_old_backup_lowers_no_epoch_and_undoes_no_newer_wish(
     done = await backup.restore(registry, *backup.parse(io.StringIO("\n".join(lines))))
     assert done.changed == 0
     assert await whole(registry) == now
+
+
+async def test_s1_no_epoch_of_a_record_that_was_deleted_since_comes_back(
+    registry: Registry,
+) -> None:
+    """An epoch up to the floor may have been given again since: a device whose record was deleted comes back without
+    one, and so does one that was registered again and has none yet. What is above the floor, or never went, stays."""
+    saved = await fill(registry)
+    parsed = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
+    gone, again, kept, above = saved[6], saved[7], saved[8], saved[16]
+    assert await raise_floor(registry, Floor(Epoch(10), 1))
+    assert await registry.forget([gone, again, above]) == [True] * 3
+    assert await registry.commit([record(again.device.id)]) != [None]
+    assert (await backup.restore(registry, *parsed, dry_run=True)).changed == 2
+    assert (await backup.restore(registry, *parsed)).changed == 2
+    found = {one.slug: one for one in await whole(registry)}
+    assert found[gone.slug] == replace(gone, epoch=NEVER, instance="", index=0)
+    assert (found[again.slug].epoch, found[again.slug].instance) == (NEVER, "")
+    for one in (kept, above):
+        assert found[one.slug] == replace(one, index=0)
+    assert (await backup.restore(registry, *parsed)).changed == 0
+
+
+async def test_a_wiped_registry_takes_epochs_below_the_floor_of_the_backup(
+    registry: Registry, store: Store
+) -> None:
+    """Records that were there beside a higher floor come back with their epochs, and the floor with them."""
+    await fill(registry)
+    assert await raise_floor(registry, Floor(Epoch(50), 3))
+    kept = await whole(registry)
+    lines = await backup.lines(registry)
+    fresh = Store(store.path.parent / "other", store.address)
+    fresh.path.parent.mkdir()
+    try:
+        new = fresh.open()
+        done = await backup.restore(new, *backup.parse(io.StringIO("\n".join(lines))))
+        assert done.changed == len(kept)
+        assert await whole(new) == kept
+        assert floor_of(await new.document(FLOOR)) == Floor(Epoch(50), 3)
+    finally:
+        await fresh.close()
 
 
 async def test_a_dry_run_writes_nothing(registry: Registry, store: Store) -> None:

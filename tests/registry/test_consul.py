@@ -262,6 +262,25 @@ async def test_s9_poison_hides_nobody(consul_client: ConsulClient) -> None:
         await registry.get(bad.slug)
 
 
+async def test_the_index_of_deletions_outlives_consuls_memory_of_them(
+    consul_client: ConsulClient,
+) -> None:
+    """A key that stays has the index of the last deletion, each time: Consul forgets that of the deletion itself, and
+    the folder's index would go back."""
+    prefix = f"forget-{uuid.uuid4()}"
+    registry = ConsulRegistry(client=consul_client, prefix=prefix)
+    identity = await registry.initialise()
+    stored = [one for one in await registry.commit([record(f"d {i}") for i in range(150)]) if one]
+    for some in (stored[:1], stored[1:]):
+        before = (await registry.read()).index
+        assert all(await registry.forget(some))
+        index, rows = await consul_client.kv_tree(f"{prefix}/devices/")
+        (sentinel,) = [row for row in rows if row.key == f"{prefix}/devices/meta"]
+        assert sentinel.index == index > before
+    assert (await registry.read()).records == {}
+    assert await registry.installation() == identity
+
+
 async def test_wiped_store_is_a_user_error(consul_client: ConsulClient) -> None:
     """When all keys vanish under a running watch it raises instead of showing an empty fleet."""
     prefix = f"wiped-{uuid.uuid4()}"

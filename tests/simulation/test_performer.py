@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -13,7 +14,7 @@ from nomad_watchdog.core import planner
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug
-from nomad_watchdog.model import Action, Device, DeviceRecord, Limits
+from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, Limits
 from nomad_watchdog.performer import FENCE_S, Performer
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
@@ -172,3 +173,33 @@ def test_l4_an_urgent_start_passes_what_was_fenced_before_it() -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(starts_before(urgent=True)) <= 16
         assert runner.run(starts_before(urgent=False)) > 100
+
+
+async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
+    """The outcomes of an action whose record the registry has and our memory lost, and the jobs after it."""
+    store, cluster = Store(), Cluster()
+    store.initialise("test")
+    cluster.prepare([SPEC.agent_class])
+    clock = VirtualClock(asyncio.get_running_loop())
+    fleet = Fleet(FakeRegistry(store), Limits(), clock)
+    done: list[str] = []
+    performer = Performer(
+        fleet,
+        FakeScheduler(cluster),
+        {SPEC.agent_class: SPEC},
+        WorkQueue(clock),
+        lambda _action, outcome, _took_s: done.append(outcome),
+    )
+    await fleet.register([Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")])
+    (record,) = fleet.records.values()
+    (action,) = planner.decide(record, (), {SPEC.agent_class: SPEC.spec_hash})
+    fleet.records.clear()
+    await performer.perform([replace(action, kind=kind)])
+    return done, len(cluster.jobs)
+
+
+@pytest.mark.parametrize("kind", [ActionKind.START, ActionKind.REPLACE])
+def test_s1_nothing_is_started_without_its_record(kind: ActionKind) -> None:
+    """Without the record nobody knows whether its first epoch is above the floor: the action is dropped."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(started_without_record(kind)) == (["fenced"], 0)
