@@ -7,6 +7,7 @@ by `SecretFile.required`. No message of this module holds anything that stands i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import logging
@@ -30,6 +31,8 @@ LEAST_TOKEN: Final = 16
 """Characters of a token: 16 of `openssl rand -base64` are 96 random bits."""
 LEAST_KEY: Final = 32
 """Characters of an agent key: 16 random bytes as hexadecimal digits."""
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 Reader = Callable[[str], tuple[bytes, ...]]
 
@@ -84,6 +87,8 @@ class SecretFile:
         try:
             return secret_files.read(self.path, MOST_BYTES + 1)
         except OSError as error:
+            if error.errno in _EXHAUSTED and self._raw is not None:
+                return self._raw  # that we can't look takes nobody's token away
             raise UserError(f"{self._where}: {error.strerror or 'cannot be read'}") from error
 
     def _parse(self, raw: bytes) -> tuple[bytes, ...]:

@@ -95,13 +95,17 @@ class RollCall(Ledger):
         gone = set(slugs)
         self.slug_by_id = {name: slug for name, slug in self.slug_by_id.items() if slug not in gone}
 
+    def check_loaded(self) -> None:
+        """Raises TransientError before the registry has been read: until then no device is known, and none unknown."""
+        if not self.loaded:
+            raise TransientError("the registry has not been read yet", retry_after_s=1.0)
+
     async def beat(self, ids: Sequence[str]) -> list[bool]:
         """Signs of life, in memory only; False for a device that is unknown or was told to leave.
 
         One that had expired is registered again with the wish that it had. Raises as `register`, and
         TransientError before the registry has been read: nobody is unknown then."""
-        if not self.loaded:
-            raise TransientError("the registry has not been read yet", retry_after_s=1.0)
+        self.check_loaded()
         found, expired = self.hear(ids)
         self.on_beat([name for name, known in zip(ids, found, strict=True) if known])
         if expired:

@@ -92,7 +92,10 @@ async def check_events_of(fleet: Fleet, device_id: str) -> None:
 
 
 async def missing(fleet: Fleet, device_id: str) -> NotFoundError:
-    """As `unknown`, and says so if the device was registered before: an old record may be lost."""
+    """As `unknown`, and says so if the device was registered before: an old record may be lost.
+
+    Raises TransientError before the registry has been read."""
+    fleet.check_loaded()
     if not (before := await known_before(fleet, device_id)):
         return unknown(device_id, fleet)
     return NotFoundError(

@@ -138,6 +138,7 @@ async def page_of(
     limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MOST_ITEMS)
     wanted = _filter(request)
     fleet = request.app[CONTEXT].fleet
+    fleet.check_loaded()
     items: list[dict[str, object]] = []
     following: str | None = None
     last = ""

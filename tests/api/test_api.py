@@ -556,3 +556,15 @@ async def test_errors_of_the_stores_become_statuses(door: Door) -> None:
             assert response.status == status
             assert response.headers["Retry-After"] in {"1", "3"}
             assert (await response.json())["error"]["message"] == str(error)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/devices", "/v1/agents", "/v1/devices/a", "/v1/devices/a/explain"]
+)
+async def test_before_the_registry_is_read_nothing_is_called_unknown(door: Door, path: str) -> None:
+    """A control plane that has just started does not know yet whether there are devices."""
+    door.fleet.loaded = False
+    async with door.client.get(door.base + path) as answer:
+        assert answer.status == 503
+        assert "has not been read yet" in (await answer.json())["error"]["message"]
+        assert answer.headers["Retry-After"] == "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import os
 import secrets
 import stat
@@ -229,3 +230,22 @@ def test_files_and_folders_are_private_whatever_the_umask(tmp_path: Path, umask:
 
 def modes(paths: Iterable[Path]) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("code", "kept"), [(errno.EMFILE, 1), (errno.ENFILE, 1), (errno.EACCES, 0)]
+)
+def test_a_process_without_descriptors_keeps_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kept: int
+) -> None:
+    """That a file can't be opened for want of descriptors takes nobody's token away; that it may not be read does."""
+    path = tmp_path / "token"
+    path.write_text("a-token-of-twenty-4")
+    path.chmod(0o600)
+    file = SecretFile("api.token_file", path, read_token).required()
+
+    def refused(*_: object, **__: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(secret_files, "read", refused)
+    assert len(file.now(Monotonic(10.0))) == kept
