@@ -36,8 +36,7 @@ def check_origin(request: web.Request, hosts: frozenset[str]) -> None:
         raise RequestError(
             421,
             "misdirected_request",
-            f"the Host header names {ascii(host)[:100]}, which is not a name of this server; "
-            "call it by an IP address, or add the name to api.hosts",
+            "the Host header is not a name of this server; call it by an IP address, or add the name to api.hosts",
         )
     if request.method in SAFE:
         return

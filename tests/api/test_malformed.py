@@ -97,7 +97,9 @@ async def test_h3_no_malformed_request_gets_into_the_log(tmp_path: Path, attack:
             )
             said = await everything(door)
     lines = [line for line in out.getvalue().splitlines() if "malformed requests" in line]
-    assert all(b" 400 " in answer[:20] for answer in answers)
+    answered = [answer for answer in answers if answer]  # a reset may overtake the answer
+    assert answered
+    assert all(b" 400 " in answer[:20] for answer in answered)
     for text in (out.getvalue(), said, *(answer.decode("latin-1") for answer in answers)):
         assert not any(piece in text for piece in PIECES)
     assert len(lines) <= 3  # the first at once, one per minute, the rest at the end
