@@ -101,17 +101,19 @@ test-fast: $(VENV)/.dev
 
 # The tests often wait, so the lint that computes long runs beside them, at a low priority: it costs little time of
 # its own. What it prints comes at the end. The lint that takes a second comes first.
+systemd  := command -v systemd-analyze >/dev/null
 LINT_LOG := $(VENV)/lint.log
 PASSED   := $(VENV)/.passed
 test: $(VENV)/.dev servers lint-style
 	@rm -f $(PASSED)
 	-@$(MAKE) --no-print-directory --jobs=2 --keep-going passed
 	@cat $(LINT_LOG) && test -e $(PASSED)
+	@$(systemd) || echo "systemd is not installed: its unit was NOT tested" >&2
 passed: tests lint-beside
 	@touch $(PASSED)
 tests:
 	@echo "all tests but the long ones, on real servers, and lint beside them (about 10 min)" >&2
-	$(call pytest,$(WORKERS),"not long")
+	$(call pytest,$(WORKERS),"not long$(if $(shell $(systemd) && echo 1),, and not systemd)")
 lint-beside:
 	@nice $(MAKE) --no-print-directory lint-types lint-code >$(LINT_LOG) 2>&1
 

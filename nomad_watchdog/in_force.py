@@ -282,7 +282,7 @@ class ClassesInForce:
             kind=kind,
             device_id="",
             slug=Slug(""),
-            text=text[:1000],
+            text=text,
             data=dict(data),
         )
 

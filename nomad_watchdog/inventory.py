@@ -134,7 +134,7 @@ class Inventory:
         file.problem = problem
         text = problem or f"{file.path} is good again"
         log.warning("inventory", extra={"file": file.path, "reason": text})
-        self._note("inventory.bad" if problem else "inventory.good", text[:1000], {})
+        self._note("inventory.bad" if problem else "inventory.good", text, {})
 
     def _note(self, kind: str, text: str, data: dict[str, object]) -> None:
         fleet = self.fleet

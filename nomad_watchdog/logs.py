@@ -42,7 +42,12 @@ MOST_KINDS: Final = 100
 codecs.lookup("unicode_escape")
 # Loaded now: a process that has run out of file descriptors must still be able to say so.
 
-_OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+    "cleaned",
+}
 _KEYS: Final = frozenset({"ts", "level", "logger", "msg", "exc"})
 _SECRET_KEY: Final = re.compile(
     r"token|secret|authorization|password|passwd|credential|api[-_]?key|private[-_]?key|cookie",
@@ -125,7 +130,8 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
     facts: dict[str, object] = {}
     for key, value in vars(record).items():
         if key not in _OWN and key not in _KEYS:
-            facts[clean_text(key)] = REDACTED if _SECRET_KEY.search(key) else clean(value)
+            shown = value if hasattr(record, "cleaned") else clean(value)
+            facts[clean_text(key)] = REDACTED if _SECRET_KEY.search(key) else shown
     if record.exc_info and not record.exc_text:
         record.exc_text = logging.Formatter().formatException(record.exc_info)
     if record.exc_text:
@@ -184,6 +190,7 @@ class _Queue(logging.handlers.QueueHandler):
         for key, value in list(vars(record).items()):
             if key not in _OWN:
                 setattr(record, key, clean(value))
+        record.cleaned = True  # cutting a text again would count what was cut wrong
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:

@@ -99,10 +99,13 @@ class Peers:
                     del self._beats[name]
                 if not self._fresh and not self._beats:
                     self._news.clear()
+                peers = self.others()
+                if not peers:
+                    continue
                 reports = [document(report) for report in batch.values()]
                 body = {"reports": reports, "beats": beats}
                 async with asyncio.TaskGroup() as group:
-                    for peer in self.others():
+                    for peer in peers:
                         group.create_task(self._tell(session, peer, body))
 
     async def _tell(

@@ -395,7 +395,7 @@ class Reconciler:
             kind="class.unprepared" if why else "class.prepared",
             device_id="",
             slug=Slug(""),
-            text=text[:1000],
+            text=text,
             data={"class": name},
         )
 

@@ -207,7 +207,7 @@ class Reloader:
             kind=kind,
             device_id="",
             slug=Slug(""),
-            text=text[:1000],
+            text=text,
             data=data,
         )
 

@@ -24,6 +24,7 @@ class Replicas:
         self._leases = leases
         self._there: dict[str, str] | None = None
         """Replica → where its API is, as last seen; None: not read yet."""
+        self._seen: object = None
         self._holders: dict[Shard, str] = {}
         """Shard → the last replica that was seen to hold it."""
 
@@ -35,6 +36,10 @@ class Replicas:
 
     def look(self) -> None:
         """Publish what has changed since the last call; the first one only remembers."""
+        seen = (tuple(self._leases.replicas()), tuple(self._leases.all()))
+        if seen == self._seen:
+            return
+        self._seen = seen
         own = self._leases.replica
         there = {one.id: one.api for one in self._leases.replicas()}
         if own not in there:

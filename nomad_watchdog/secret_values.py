@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -51,6 +52,7 @@ def forget() -> None:
     global _by_length  # noqa: PLW0603  # as above
     _known.clear()
     _rotating.clear()
+    _own.cache_clear()
     _by_length = ()
 
 
@@ -77,7 +79,7 @@ def longest() -> int:
 def hide(text: str) -> str:
     """The text without any known value. A value that was cut off is hidden too, if at least half of it is left."""
     presented = _presented.get()
-    own = _with_heads(_forms(presented)) if presented else ()
+    own = _own(presented) if presented else ()
     found = [pair for pair in (*own, *_by_length) if pair[1] in text]
     for value, _ in found:
         text = text.replace(value, REDACTED)
@@ -85,6 +87,11 @@ def hide(text: str) -> str:
         if head in text:
             text = _without_start(text, value, head)
     return text
+
+
+@lru_cache(maxsize=256)
+def _own(presented: str) -> tuple[tuple[str, str], ...]:
+    return _with_heads(_forms(presented))
 
 
 def hide_in(value: object, depth: int = 0) -> object:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +41,7 @@ def test_the_unit_is_confined(unit: Path) -> None:
     assert calls == ["@system-service", "~@privileged @resources"]
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+@pytest.mark.systemd
 def test_systemd_rates_the_unit_at_most_2_5(unit: Path) -> None:
     """`systemd-analyze security` gives it at most 2.5 of 10."""
     done = subprocess.run(
@@ -96,10 +94,7 @@ class Confined(ControlPlane):
         self._process = Process.start(argv, log=self.log, env=self._env)
 
 
-@pytest.mark.skipif(
-    not (shutil.which("systemd-analyze") and ctypes.util.find_library("seccomp")),
-    reason="systemd-analyze or libseccomp is not installed",
-)
+@pytest.mark.systemd
 @pytest.mark.slow_because("starts a control plane, then an agent, and waits until it is gone again")
 async def test_local_agents_run_under_it(unit: Path, tmp_path: Path) -> None:
     """With the unit's capabilities, system calls, address families and memory rules a control plane starts an

@@ -53,7 +53,7 @@ def load(environ: Mapping[str, str]) -> Config:
 
 
 def _of_consul(config: Config, environ: Mapping[str, str]) -> None:
-    """What the environment says of Consul goes over the document, by the rules of Consul's own CLI. Raises
+    """What the environment says of Consul takes precedence over the document, by the rules of Consul's own CLI. Raises
     ConfigError."""
     place = environ.get("CONSUL_HTTP_ADDR") or config.get("consul")
     if isinstance(place, str) and place:

@@ -37,7 +37,7 @@ def group_of(
     by: list[str], labels: Mapping[str, str], values: Mapping[str, str]
 ) -> tuple[str, str] | None:
     """(kind, value) of the one group of an anomaly: the first kind of `by` that has a value. `values`
-    (what is known now) goes over `labels` (what the device was registered with)."""
+    (what is known now) takes precedence over `labels` (what the device was registered with)."""
     for kind in by:
         value = values.get(kind) or labels.get(kind)
         if value:

@@ -107,7 +107,8 @@ class Loop:
         """Until `stop`."""
         while not self._stopped:
             now = time.monotonic()
-            while self._timers and self._timers[0][0] <= now:
+            # A cancelled one must not wake us either.
+            while self._timers and (self._timers[0][0] <= now or self._timers[0][2] is None):
                 callback = heapq.heappop(self._timers)[2]
                 if callback is not None:
                     callback()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .loop import Loop
-    from .shapes import Address, Ended, Fetched, Probe, Probed
+    from .shapes import Address, Ended, Fetched, Probe, Probed, Timer
 
 _REFUSED = 111
 _FORBIDDEN = (1, 13, 93, 94)
@@ -191,6 +191,7 @@ class _Echo:
         head = struct.pack("!BBHHH", kind, 0, 0, self.ident, 1)
         head = struct.pack("!BBHHH", kind, 0, checksum(head + self.token), self.ident, 1)
         self.packet, self.where = head + self.token, where
+        self.again: list[Timer] = []
         try:
             sock.sendto(self.packet, where)
         except OSError:
@@ -198,7 +199,7 @@ class _Echo:
             raise
         loop.watch(sock, READ, self._ready)
         for number in range(1, self.TIMES):
-            loop.later(number * timeout_s / self.TIMES, self._again)
+            self.again.append(loop.later(number * timeout_s / self.TIMES, self._again))
 
     def _again(self) -> None:
         if self.ended is not None:
@@ -228,7 +229,8 @@ class _Echo:
     def cancel(self) -> None:
         """Give up; nothing is called any more."""
         self.ended = None
-        self.timer[2] = None
+        for timer in (self.timer, *self.again):
+            timer[2] = None
         self.loop.forget(self.sock)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ async def agent_file(request: web.Request) -> web.StreamResponse:
 
 
 async def _sent(request: web.Request, path: Path | None) -> web.StreamResponse:
-    with _opened(path) as file:
+    with await asyncio.to_thread(_opened, path) as file:
         headers = {"Content-Type": "application/zip", **HEADERS}
         size = os.fstat(file.fileno()).st_size
         if request.method == "HEAD":
@@ -40,7 +41,7 @@ async def _sent(request: web.Request, path: Path | None) -> web.StreamResponse:
         with suppress(ConnectionError):
             await response.prepare(request)
             place_of(request).rest()
-            while chunk := file.read(UNSENT):
+            while chunk := await asyncio.to_thread(file.read, 4 * UNSENT):
                 await response.write(chunk)
         return response
 

@@ -15,7 +15,7 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import check_prefix, permit_of
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.known import check_class, known_before, missing, unknown
-from nomad_watchdog.api.lists import MOST_ITEMS, check_query, page_of
+from nomad_watchdog.api.lists import check_query, page_of
 from nomad_watchdog.api.quota import Claim
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
@@ -29,7 +29,7 @@ from nomad_watchdog.api.schemas import (
 from nomad_watchdog.core.events import Event, is_replay
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.fleet import DeviceView, Fleet
-from nomad_watchdog.ids import DeviceId, parse_device_id, slug_of
+from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
 from nomad_watchdog.ledger import Registered
 from nomad_watchdog.model import (
     Departure,
@@ -284,7 +284,7 @@ def _refused(
 ) -> BulkResult:
     status = error.status if isinstance(error, RequestError) else 400
     return BulkResult(
-        id=found[:MOST_ITEMS] if isinstance(found, str) else None,
+        id=found[:MAX_ID_BYTES] if isinstance(found, str) else None,
         action="put" if action == "put" else "delete",
         index=index,
         status=409 if isinstance(error, ConflictError) else status,

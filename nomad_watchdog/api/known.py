@@ -15,6 +15,7 @@ from nomad_watchdog.history import EventFilter
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
 from nomad_watchdog.render import utc
+from nomad_watchdog.texts import did_you_mean
 
 MOST_COMPARED: Final = 500
 """Ids that are compared with a misspelt one: a hint must not hold up a large fleet."""
@@ -53,8 +54,7 @@ def _unknown_class(name: str, classes: Collection[str], *, given: bool) -> UserE
             f"no class is given, and no agent class {_DEFAULT!r} is configured: name one of {names} "
             "(`class`, or --class)"
         )
-    close = difflib.get_close_matches(name, classes, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = did_you_mean(name, classes)
     return UserError(
         f"class: unknown agent class {ascii(name)[:80]}; {hint}Configured classes: {names}"
     )

@@ -193,7 +193,7 @@ class Places:
 
     def _evict(self, group: OrderedDict[Place, None] | None, address: str | None = None) -> bool:
         for place in group or ():
-            if place.idle and address in (None, place.address):
+            if address in (None, place.address) and place.idle:
                 self._leave(place)
                 self.closed(Closing.ROOM)
                 place.close()

@@ -97,7 +97,8 @@ class Listener:
             if state == self._state and not asked:
                 continue
             try:
-                self._today, self.outgoing = tls_context(self.api), outgoing_context(self.api)
+                self._today = await asyncio.to_thread(tls_context, self.api)
+                self.outgoing = await asyncio.to_thread(outgoing_context, self.api)
             except UserError as error:
                 log.warning("certificates were not taken over", extra={"reason": str(error)})
             else:

@@ -11,7 +11,7 @@ from aiohttp import web
 from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.door import ACTOR
-from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.errors import HEADERS, RequestError
 from nomad_watchdog.api.known import check_events_of
 from nomad_watchdog.api.lists import check_query, whole_number
 from nomad_watchdog.compact import as_json
@@ -152,7 +152,7 @@ async def _follow(request: web.Request, since: int, limit: int) -> web.StreamRes
 
 async def _stream(request: web.Request, since: int, limit: int) -> web.StreamResponse:
     history, wanted, marks = _history(request), _filter(request), _flag(request, "marks")
-    response = web.StreamResponse(headers={"Cache-Control": "no-store"})
+    response = web.StreamResponse(headers=HEADERS)
     response.content_type = NDJSON
     await response.prepare(request)
     try:

@@ -154,17 +154,9 @@ class Scheduler(Protocol):
         ...
 
 
-class Thrifty(Protocol):
-    """What a backend may have besides, where it can tell cheaply that there is nothing new."""
-
-    async def still(self, snapshot: Snapshot) -> bool:
-        """Whether a full snapshot that is begun now would say what this one says. False when in doubt.
-        Raises as `Scheduler.snapshot`."""
-        ...
-
-
 async def still(scheduler: Scheduler, snapshot: Snapshot) -> bool:
-    """As `Thrifty.still`; False of a backend that can't tell."""
+    """Whether a full snapshot that is begun now would say what this one says. False in doubt, and of a backend that
+    has no method `still`. Raises as `Scheduler.snapshot`."""
     ask = getattr(scheduler, "still", None)
     return ask is not None and bool(await ask(snapshot))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import sys
 import zipfile
 from pathlib import Path
@@ -13,9 +11,10 @@ import pytest
 
 from nomad_watchdog import artifact
 from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import clean_environment
 from nomad_watchdog.dev.replica import ControlPlane
 from tests.attacks.table import Attack
+from tests.e2e.test_replicas import cli
+from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="session")]
 
@@ -45,26 +44,6 @@ agent_class "default" {
 """
 
 
-async def explained(plane: ControlPlane) -> str:
-    """What `explain` prints of the device."""
-    child = await asyncio.create_subprocess_exec(
-        *(
-            sys.executable,
-            "-P",
-            "-m",
-            "nomad_watchdog",
-            "--config",
-            str(plane.file),
-            "explain",
-            "pump-7",
-        ),
-        env=clean_environment(),
-        stdout=asyncio.subprocess.PIPE,
-    )
-    said, _ = await asyncio.wait_for(child.communicate(), 60.0)
-    return " ".join(said.decode().split())
-
-
 @pytest.mark.attack("H15", "a changed file at the address that Nomad clients fetch the agent from")
 @pytest.mark.slow_because("Nomad tries to fetch the file several times before it gives up")
 async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
@@ -81,14 +60,11 @@ async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
             hostile.writestr("__main__.py", f"open({str(ran)!r}, 'w').close()\n")
         await plane.call("PUT", "/v1/devices/pump-7", {"address": "127.0.0.1"})
 
-        async def reason() -> str:
-            async with asyncio.timeout(120.0):
-                while "checksum" not in (said := await explained(plane)).lower():
-                    await asyncio.sleep(0.5)
-                return said
+        async def has_reason() -> bool:
+            return "checksum" in (await cli(plane, "explain", "pump-7"))[1].lower()
 
         try:
-            said = await reason()
+            await eventually(has_reason, 120.0)
             jobs: Any = await nomad.request("GET", "/v1/jobs?prefix=changed/")
             assert jobs, "no child was dispatched"
             assert not ran.exists()
@@ -105,4 +81,3 @@ async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
     attack.result = (
         "0 lines of it run; `explain` names the checksum; the right file back, the agent starts"
     )
-    assert "checksum" in said.lower(), json.dumps(said)

@@ -249,6 +249,7 @@ def test_live_view_fits_the_terminal() -> None:
     assert len(lines) + 13 <= ROWS, lines  # what is above it during the last step
     assert "devices: 200 starting" in lines
     named = [line for line in lines if line.startswith("  d-")]
+    assert named, lines
     assert f"  and {200 - len(named)} more" in lines
     assert max(map(len, lines)) <= COLUMNS
     assert all(line.removesuffix(" ...").endswith(tuple(reason.split())) for line in named)

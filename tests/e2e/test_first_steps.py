@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from pathlib import Path
@@ -100,6 +99,4 @@ async def test_readme_works_as_written_and_a_wiped_consul_is_not_a_new_one(
         after = await plane.call("GET", "/v1/devices/pump")
         assert (after["epoch"], after["instance"]) == (before["epoch"], before["instance"])
         await plane.call("DELETE", "/v1/devices/pump")
-        async with asyncio.timeout(30.0):
-            while (await plane.call("GET", "/v1/devices/pump"))["placement_state"] == "running":
-                await asyncio.sleep(0.05)
+        await plane.until("/v1/devices/pump", lambda one: one["placement_state"] != "running")

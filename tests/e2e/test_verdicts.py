@@ -119,7 +119,8 @@ class Case(Program):
             yield
         finally:
             reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            (end,) = await asyncio.gather(reading, return_exceptions=True)
+            assert isinstance(end, asyncio.CancelledError), end
 
 
 @pytest.fixture

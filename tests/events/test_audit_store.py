@@ -123,6 +123,7 @@ async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None
         with closing(sqlite3.connect(path, isolation_level=None)) as db:
             rows = [row for (row,) in db.execute("SELECT data FROM event ORDER BY seq")][-6:]
             first, *others = [json.loads(row, parse_constant=pytest.fail) for row in rows]
+            assert first
             assert first.keys() <= {"x", "cut"}
             assert others == [{"actor": "token:a"}] * 5
             db.execute("UPDATE event SET data = '{\"x\": NaN}' WHERE seq % 2")

@@ -417,6 +417,8 @@ async def outage_in_roll_out(world: World) -> None:
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
+        if not outage.looks:
+            raise BrokenRowError("no look at the outage succeeded")
         world.notes.append(f"{outage.looks} looks found two dead devices in {len(names)}")
         for device in devices[:2]:
             await device.up()

@@ -17,6 +17,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.testing.fakes import Store
 from nomad_watchdog.testing.simulation import check_seeds, main, run_seed
 from nomad_watchdog.testing.virtual_time import StuckError, VirtualLoop
+from tests.simulation.planted import assert_found
 
 SEEDS = 300
 CHUNK = 25
@@ -93,13 +94,7 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
 @pytest.mark.parametrize("planted", list(PLANTED))
 def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one guard of the real code taken out, a seed below 300 shows a promise that it kept."""
-    where, name, instead, promises = PLANTED[planted]
-    monkeypatch.setattr(where, name, instead)
-    for seed in range(SEEDS):
-        broken = {one.partition(":")[0] for one in run_seed(seed).wrong}
-        if broken & promises:
-            return
-    raise AssertionError(f"{planted}, and no seed below {SEEDS} shows it")
+    assert_found(PLANTED[planted], lambda seed: run_seed(seed).wrong, SEEDS, monkeypatch)
 
 
 @pytest.mark.slow_because("plays histories until one is broken")
