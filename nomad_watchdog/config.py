@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
+from watchdog_agent.digits import loads
 
 from nomad_watchdog import artifact, texts
 from nomad_watchdog.clients.hashicorp import files_of
@@ -366,7 +367,7 @@ class Settings(Block):
         own = self._reached(prefix=True)
 
         def place(spec: AgentSpec) -> AgentSpec:
-            told: dict[str, Any] = json.loads(spec.agent_config)
+            told: dict[str, Any] = loads(spec.agent_config)
             keys = own.keys() if "prefix" in told else own.keys() - {"prefix"}
             kept = {name: value for name, value in told.items() if name not in _REACHED}
             return replace(spec, agent_config=_canonical(kept | {key: own[key] for key in keys}))

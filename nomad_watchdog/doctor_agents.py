@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from itertools import islice
 from typing import Final
 
 import aiohttp
+from watchdog_agent.digits import loads
 from yarl import URL
 
 Found = tuple[str, str, str, str]
@@ -60,7 +60,7 @@ async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
             body = b""
             while len(body) < _MOST_BYTES and (chunk := await answer.content.read(_MOST_BYTES)):
                 body += chunk
-            said = json.loads(body)["reports"]["trouble"]
+            said = loads(body)["reports"]["trouble"]
     except (
         aiohttp.ClientError,
         TimeoutError,
@@ -68,7 +68,6 @@ async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
         ValueError,
         KeyError,
         TypeError,
-        RecursionError,
     ):
         return None
     return str(said)[:300]

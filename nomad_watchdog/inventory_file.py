@@ -6,18 +6,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
-from watchdog_agent.digits import bounded
 
 from nomad_watchdog import config_hcl, texts
 from nomad_watchdog.api.schemas import DeviceItem, problem
+from nomad_watchdog.compact import strict
 from nomad_watchdog.config_hcl import show
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
@@ -27,8 +26,6 @@ from nomad_watchdog.texts import did_you_mean
 MAX_BYTES: Final = 32 * 1024 * 1024
 MOST_DEVICES: Final = 100_000
 MOST_PROBLEMS: Final = 50
-_TWICE: Final = "a name occurs twice"
-_DEEP: Final = "it is nested too deeply"
 Signature = tuple[int, ...]
 """Equal = the same content: file system, inode, size, change times (nanoseconds)."""
 
@@ -146,40 +143,16 @@ def _json(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"line {number}"
             try:
-                yield where, _object(line)
+                yield where, strict(line)
             except ValueError as error:
-                problems.append(f"{where}: not a JSON object: {_reason(error)}")
+                problems.append(f"{where}: not a JSON object: {error}")
 
 
 def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     try:
-        items = bounded(json.loads(text, object_pairs_hook=_unique))
-    except (ValueError, RecursionError) as error:
-        problems.append(f"not JSON: {_reason(error)}")
+        items = strict(text)
+    except ValueError as error:
+        problems.append(f"not JSON: {error}")
         return
     for number, item in enumerate(items, 1):
         yield f"item {number}", item
-
-
-def _object(line: str) -> Any:
-    try:
-        return bounded(json.loads(line, object_pairs_hook=_unique))
-    except RecursionError as error:
-        raise ValueError(_DEEP) from error
-
-
-def _reason(error: Exception) -> str:
-    """Why a text is not JSON: the parser's own short words, or ours where they are Python's."""
-    if isinstance(error, json.JSONDecodeError):
-        return str(error)
-    if isinstance(error, RecursionError):
-        return _DEEP
-    known = error.args[0] in (_TWICE, _DEEP) or not str(error).startswith("Exceeds")
-    return str(error) if known else "a number has too many digits"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(_TWICE)
-    return found

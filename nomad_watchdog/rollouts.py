@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog import templates
 from nomad_watchdog.core.soak import Run, Soak, SoakLimits
 from nomad_watchdog.errors import WatchdogError
@@ -317,11 +319,11 @@ def _encoded(kept: Kept) -> bytes:
 def _decoded(body: bytes) -> Kept:
     """What was kept; nothing, of a document that is not ours or of a later version."""
     try:
-        said: dict[str, Any] = json.loads(body) if body else {}
+        said: dict[str, Any] = loads(body) if body else {}
         if not said or said.pop("v") != 1:
             return Kept()
         good = said.pop("good")
         return Kept(good=AgentSpec(**good) if good else None, **said)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("a roll-out's document can't be read", extra={"reason": str(error)})
         return Kept()

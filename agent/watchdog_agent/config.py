@@ -43,7 +43,7 @@ def load(environ: Mapping[str, str]) -> Config:
         raise ConfigError("set WATCHDOG_CONFIG (a file) or WATCHDOG_CONFIG_B64")
     try:
         config = digits.loads(raw)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"the configuration is not JSON: {error}") from None
     if isinstance(config, dict):
         _of_consul(config, environ)

@@ -102,7 +102,7 @@ def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] 
         body = body[: body.rfind(b"},{")] + b"}]"
     try:
         found = digits.loads(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     if not isinstance(found, list):
         return None
@@ -112,7 +112,7 @@ def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] 
             value = digits.loads(base64.b64decode(entry["Value"] or ""))
             name = str(entry["Key"]).removeprefix(folder)
             index = int(entry["ModifyIndex"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
         session = entry.get("Session") or ""
         out.append({"name": name, "value": value, "session": session, "index": index})

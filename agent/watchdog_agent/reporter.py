@@ -227,7 +227,7 @@ class Reporter:
         """The device's condition, and other replicas, as far as the answer has them."""
         try:
             told = digits.loads(body)
-        except (ValueError, RecursionError):
+        except ValueError:
             return
         if isinstance(told, dict):
             self._replicas(told)
@@ -280,7 +280,7 @@ def reason_of(body: bytes) -> str:
     """The message of an answer of our API, else its beginning."""
     try:
         return str(digits.loads(body)["error"]["message"])[:200]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return ascii(bytes(body[:80]))
 
 
@@ -288,7 +288,7 @@ def code_of(body: bytes) -> str:
     """The code of an error of our API; "" when there is none."""
     try:
         return str(digits.loads(body)["error"]["code"])[:80]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return ""
 
 

@@ -34,7 +34,6 @@ def load(folder: str, device_id: str) -> tuple[Document, str]:
         KeyError,
         TypeError,
         AttributeError,
-        RecursionError,
     ) as error:
         return {}, f"state file can't be used ({type(error).__name__}); starting clean"
     return state, ""

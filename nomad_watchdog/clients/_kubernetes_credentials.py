@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog import texts
 from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
 from nomad_watchdog.clock import Clock
@@ -136,7 +138,7 @@ async def _ask(plugin: ExecPlugin, settings: KubernetesSettings) -> tuple[Creden
 def _parse(out: bytes, name: str) -> tuple[Credential, float]:
     wrong = f"kubernetes: the credential plugin {name} printed no ExecCredential"
     try:
-        status = json.loads(out)["status"]
+        status = loads(out)["status"]
         expires = status.get("expirationTimestamp")
         # without an expiry it is good until the server refuses it
         until = datetime.fromisoformat(expires).timestamp() - EARLY_S if expires else float("inf")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from watchdog_agent.digits import whole
+from watchdog_agent.digits import loads, whole
 
 from nomad_watchdog.errors import (
     ConflictError,
@@ -29,7 +28,7 @@ class FieldConflictError(TerminalError):
 def status_of(raw: bytes) -> dict[str, Any]:
     """The Status object of an answer; empty when it is none."""
     try:
-        found = json.loads(raw)
+        found = loads(raw)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import os
 import ssl
 import time
@@ -20,7 +19,7 @@ import aiohttp
 import consul.aio  # type: ignore[import-untyped]  # py-consul ships no types
 import consul.base  # type: ignore[import-untyped]
 import consul.exceptions  # type: ignore[import-untyped]
-from watchdog_agent.digits import whole
+from watchdog_agent.digits import loads, whole
 
 from nomad_watchdog import texts
 from nomad_watchdog.clients import hashicorp
@@ -405,7 +404,7 @@ def _refusal(what: str, text: str) -> WatchdogError:
 
 def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError | FencedError:
     try:
-        errors = [(int(e["OpIndex"]), str(e["What"])) for e in json.loads(body)["Errors"]]
+        errors = [(int(e["OpIndex"]), str(e["What"])) for e in loads(body)["Errors"]]
     except (ValueError, TypeError, KeyError):
         return TerminalError(f"Consul: {what}: 409 without reasons")
     for _, reason in errors:

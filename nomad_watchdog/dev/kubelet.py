@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import aiohttp
 import click
+from watchdog_agent.digits import loads
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
 from nomad_watchdog.dev._kubelet_pod import Pod, now_text
@@ -373,7 +374,7 @@ async def _main(kubeconfig: str, options: Mapping[str, Any]) -> None:
 @click.argument("options", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(kubeconfig: str, options: Path) -> None:
     """Be the node that the file OPTIONS describes, until SIGTERM."""
-    asyncio.run(_main(kubeconfig, json.loads(options.read_text())))
+    asyncio.run(_main(kubeconfig, loads(options.read_text())))
 
 
 if __name__ == "__main__":

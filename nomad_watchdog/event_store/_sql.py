@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog import private
 from nomad_watchdog.history import Event, EventFilter, Page
 from nomad_watchdog.ids import Slug
@@ -233,7 +235,7 @@ def _shown(data: object) -> str:
 def _event(row: tuple[Any, ...]) -> Event:
     seq, at, kind, device, slug, text, data, origin, incident, own = row
     try:
-        known = json.loads(data)
+        known = loads(data)
     except ValueError:
         known = {"cut": str(data)[:MOST_DATA]}
     return Event(seq, WallTime(at), kind, device, Slug(slug), text, known, origin, incident, own)

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog import private
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import UserError
@@ -115,7 +117,7 @@ class FileLeases:
     def _next_number(self, file: IO[str]) -> int:
         number = 1
         with suppress(ValueError, KeyError, TypeError):
-            number = int(json.loads(file.read())["term"]) + 1
+            number = int(loads(file.read())["term"]) + 1
         self._since = self._clock.wall()
         self._write(file, number)
         return number
@@ -147,7 +149,7 @@ class FileLeases:
     def _said(self) -> Mapping[str, Any] | None:
         """The file's content; None = there is none that can be read."""
         try:
-            said = json.loads(self._path.read_text())
+            said = loads(self._path.read_text())
         except (OSError, ValueError):
             return None
         return said if isinstance(said, dict) else None

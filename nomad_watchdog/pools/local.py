@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog import private
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config_pools import AgentPool
@@ -332,7 +334,7 @@ def _worker(home: Path, slot: int) -> _Worker:
 def _read(path: Path, kind: type[Any]) -> Any:
     """None = there is none. Raises TerminalError for what this program did not write."""
     try:
-        return kind(**json.loads(path.read_text()))
+        return kind(**loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:

@@ -72,7 +72,7 @@ def read_document(name: str, body: bytes, version: int, read: Callable[[Any], _T
                 f"the registry's document {name} is of version {said['v']!a}; this program reads {version}"
             )
         return read(said)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the registry's document {name} can't be used ({type(error).__name__}); {mend}"
         ) from error

@@ -6,15 +6,15 @@ itself is poison: named, left out and never guessed at (S9, S11).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import orjson
 
+from nomad_watchdog.compact import strict
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug, is_slug, parse_device_id, slug_of
 from nomad_watchdog.model import (
@@ -129,8 +129,8 @@ def _parsed(body: bytes) -> Any:
     except (ValueError, TypeError):
         pass  # the other parser says it in its words
     try:
-        return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
+        return strict(body.decode())
+    except ValueError as error:  # UnicodeDecodeError too
         raise PoisonError(f"it is no JSON: {str(error)[:100]}") from error
 
 
@@ -195,17 +195,6 @@ def _condition(document: object) -> Condition:
     return Condition(
         state, WallTime(_seconds(document, "since")), reason, _whole(document, "misses")
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
 
 
 def _text(document: dict[str, Any], name: str) -> str:

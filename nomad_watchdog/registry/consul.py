@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog.clients.consul import (
     ConsulClient,
     KvRow,
@@ -253,7 +255,7 @@ def _chunks(bodies: Sequence[bytes], most: int) -> Iterator[range]:
 
 def _installation(row: KvRow) -> str:
     try:
-        document: Any = json.loads(row.value)
+        document: Any = loads(row.value)
         return str(uuid.UUID(document["installation"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import PlacementState
@@ -84,7 +86,7 @@ def read_entry(home: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     try:
-        found = Entry(**json.loads(text))
+        found = Entry(**loads(text))
         PlacementState(found.state)
         if found.slug != home.name:
             raise CorruptError(f"it is for another device than {home.name}")
@@ -99,7 +101,7 @@ def read_entry(home: Path) -> Entry | None:
 def read_api(home: Path) -> tuple[str, ...]:
     """The addresses that the agent was told to report to; () = they can't be read."""
     try:
-        told = json.loads((home / "config.json").read_text())["api"]
+        told = loads((home / "config.json").read_text())["api"]
         return tuple(str(one) for one in told)
     except (OSError, ValueError, KeyError, TypeError):
         return ()

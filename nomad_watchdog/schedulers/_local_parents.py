@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from watchdog_agent.digits import loads
+
 from nomad_watchdog.artifact import Installed
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.schedulers import _local_process as process
@@ -204,7 +206,7 @@ class _Nursery:
             self._channel.settimeout(within_s)
             data = self._channel.recv(4096)
             if data:
-                return json.loads(data)
+                return loads(data)
         except (OSError, ValueError) as error:
             self.broken = True
             raise NurseryError(f"the nursery does not answer: {error}") from error

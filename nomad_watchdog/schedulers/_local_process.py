@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from watchdog_agent.digits import loads
 
 _ZOMBIE = {"Z", "X"}
 
@@ -147,7 +148,7 @@ def _holds(process: Path, lock: Path) -> bool:
 def _instance_said(home: Path, pid: int) -> str:
     """What the agent itself wrote when it began to serve; "" = nothing, or another run did."""
     try:
-        said = json.loads((home / "state" / "agent.json").read_text())
+        said = loads((home / "state" / "agent.json").read_text())
         return str(said["instance"]) if said["pid"] == pid else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""

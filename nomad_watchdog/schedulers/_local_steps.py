@@ -16,6 +16,7 @@ from pathlib import Path
 
 import watchdog_agent
 from watchdog_agent import wire
+from watchdog_agent.digits import loads
 
 from nomad_watchdog import private, templates
 from nomad_watchdog.clock import SystemClock
@@ -88,7 +89,7 @@ def command_of(spec: AgentSpec) -> list[str]:
     if not text:
         return []
     try:
-        found = json.loads(text)
+        found = loads(text)
     except ValueError as error:
         raise UserError(
             f"variable command of class {spec.agent_class} is no JSON: {error}"
@@ -213,7 +214,7 @@ def _read(home: Path) -> Entry | None:
     (home / "placement.json").replace(home / "placement.json.damaged")
     pid, instance = process.find(home)
     try:
-        facts = json.loads((home / "config.json").read_text())
+        facts = loads((home / "config.json").read_text())
         entry = Entry(
             device_id=facts["device_id"],
             epoch=int(facts["epoch"]),

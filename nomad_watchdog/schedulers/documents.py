@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from watchdog_agent import config
+from watchdog_agent.digits import loads
 from watchdog_agent.wire import agent_config
 
 from nomad_watchdog.addresses import device_address
@@ -34,7 +35,7 @@ def class_part(spec: AgentSpec) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _read(text: str) -> object:
     # One class's text is asked for at each start of its agents. Shared: to be copied before it is changed.
-    return json.loads(text)
+    return loads(text)
 
 
 def addressed(spec: AgentSpec, addresses: Sequence[str]) -> AgentSpec:
