@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from bench.rows import Row, save, table
-from nomad_watchdog.app import collect_seldom
+from nomad_watchdog.daemon.serve import collect_seldom
 
 BENCHES = {
     "cli": "5 s",

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.rows import Row
-from nomad_watchdog.artifact import build_agent
 from nomad_watchdog.ids import parse_device_id, slug_of
+from nomad_watchdog.schedulers.agent_zipapp import build_agent
 
 RUNS = 7
 AGENTS = 50

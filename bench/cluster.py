@@ -12,8 +12,8 @@ from typing import Any
 
 from bench.plane import FLEET
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.model import Epoch
 from nomad_watchdog.schedulers.kubernetes import _names as names

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
-from watchdog_agent import probes
-from watchdog_agent.suspicion import Suspicion
+from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.probes import builtin
 
 from bench.rows import Row, percentile
-from nomad_watchdog.config_classes import AgentClass
-from nomad_watchdog.config_probes import Probe
-from nomad_watchdog.core.grace import GraceLimits, StartTimes
+from nomad_watchdog.config.agent_classes import AgentClass
+from nomad_watchdog.config.probes import Probe
+from nomad_watchdog.core.startup_grace import GraceLimits, StartTimes
 from nomad_watchdog.core.verdict import Evidence, judge
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import (
@@ -48,7 +48,7 @@ from nomad_watchdog.model import (
 DAY_S = 86_400.0
 LOSS = 0.01
 JITTER = 0.10
-ECHOES = probes._Echo.TIMES
+ECHOES = builtin._Echo.TIMES
 """Packets of one ICMP confirmation."""
 UNSEEN_S = 30.0
 POLL_S = 10.0

@@ -25,7 +25,7 @@ from bench.cluster import add_namespaces, bare_loop, bodies, settings, spaces
 from bench.plane import plane
 from bench.rows import Row
 from nomad_watchdog.clients.kubernetes import MANAGER, KubernetesClient
-from nomad_watchdog.config import Settings
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.schedulers.kubernetes import _names as names
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.daemon.factory import open_registry, open_scheduler
 from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, ActionKind, Device
-from nomad_watchdog.reconciler import Reconciler
-from nomad_watchdog.wiring import open_registry, open_scheduler
 
 TEMPLATE = Path(__file__).with_name("mock.nomad.hcl")
 KEYS = ("device_id", "slug", "epoch", "spec_hash", "agent_class", "shard")

@@ -1,6 +1,6 @@
 """``python -m nomad_watchdog``."""
 
-from nomad_watchdog.cli import main
+from nomad_watchdog.cli.main import main
 
 if __name__ == "__main__":
     main()

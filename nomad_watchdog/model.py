@@ -98,7 +98,7 @@ class DeviceRecord:
     """The store's compare-and-set token of this record; 0 = not stored yet."""
     event_at: int = 0
     """When the last signed event was signed, unix seconds of its sender's clock, whether it changed anything
-    or not; 0 = the record was last changed in another way (`core.events`)."""
+    or not; 0 = the record was last changed in another way (`core.event_order`)."""
     event_marks: tuple[str, ...] = ()
     """Marks of the events that were signed at `event_at`."""
     source: str = ""
@@ -109,7 +109,7 @@ class DeviceRecord:
     """The scheduler that the placement of this epoch is made on (`core.migration`); "" = the one of the time
     before the fleet was first moved."""
     condition: Condition | None = None
-    """What is wrong with the device; None = nothing is known to be wrong (`core.condition`)."""
+    """What is wrong with the device; None = nothing is known to be wrong (`core.device_condition`)."""
 
 
 class PlacementState(StrEnum):
@@ -191,7 +191,7 @@ class AgentSpec:
     on: Mapping[str, Variant] = field(default_factory=dict)
     """By scheduler, what the class is there."""
     settings: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """What the hash is made of, as text by dotted name (`config_words`), for people; "#..." stands for a
+    """What the hash is made of, as text by dotted name (`config.settings_text`), for people; "#..." stands for a
     value that is not shown."""
     agent_config: str = field(default="{}", repr=False)
     """JSON object of the class part of the agent's configuration (probes, repairs, intervals, API
@@ -220,7 +220,7 @@ class Action:
     placement: Placement | None = None
     urgent: bool = False
     stalled: bool = False
-    """REPLACE: the placement makes no progress (`core.waiting`)."""
+    """REPLACE: the placement makes no progress (`core.stuck_placements`)."""
     home: str = ""
     """START: the scheduler to place on, REPLACE: the one to move to; "" = as it is (`core.migration`)."""
     at_once: bool = False
@@ -399,7 +399,7 @@ class Limits:
     repairing_max_s: float = 900.0
     """Maximum time that one repair may hide the state of a device."""
     start_max_s: float = 180.0
-    """Maximum time that a placement may make no progress towards a running agent (`core.waiting`); 0 = it is
+    """Maximum time that a placement may make no progress towards a running agent (`core.stuck_placements`); 0 = it is
     left to the scheduler."""
     incident_min: int = 3
     """So many devices of a gateway, host, site or class that turn bad within the window are one incident …"""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.compact import as_json
+from nomad_watchdog.fast_json import as_json
 
 VALUES = st.recursive(
     st.none()

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import pytest
 
-from nomad_watchdog.cli import cli
-from nomad_watchdog.config_load import load
+from nomad_watchdog.cli.main import cli
+from nomad_watchdog.config.load import load
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("agent/*.md")])

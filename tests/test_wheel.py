@@ -11,8 +11,8 @@ from pathlib import Path
 PROGRAM = """
 import nomad_watchdog, watchdog_agent
 from pathlib import Path
-from nomad_watchdog import templates
-from nomad_watchdog.artifact import build_agent
+from nomad_watchdog.schedulers import job_templates as templates
+from nomad_watchdog.schedulers.agent_zipapp import build_agent
 assert nomad_watchdog.__file__.startswith({root!r}), nomad_watchdog.__file__
 assert watchdog_agent.__file__.startswith({root!r}), watchdog_agent.__file__
 for name in ("device-watchdog", "device-watchdog-docker"):

@@ -1,5 +1,5 @@
 """`python -m watchdog_agent`."""
 
-from .main import main
+from watchdog_agent.main import main
 
 main()

@@ -7,24 +7,28 @@ import select
 import sys
 import time
 
-from . import config as configuration
-from . import http, metrics, probes, reporter, state, wire
-from .diagnosis import Diagnosis
-from .light import deque, json, signal
-from .loop import Loop, between
+from watchdog_agent import wire
+from watchdog_agent.config import document as configuration
+from watchdog_agent.detection.prober import Diagnosis
+from watchdog_agent.probes import builtin
+from watchdog_agent.reporting import prometheus, reporter
+from watchdog_agent.runtime import http
+from watchdog_agent.runtime import state_file as state
+from watchdog_agent.runtime.loop import Loop, between
+from watchdog_agent.runtime.stdlib_light import deque, json, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from . import consul
-    from .escalation import Escalations
-    from .keeping import ConsulState
-    from .ondemand import OnDemand
-    from .repairs import Repairs
-    from .shapes import Answer, Config, Document, Outcome
-    from .shipping import Shipper
+    from watchdog_agent.consul import registration
+    from watchdog_agent.consul.kept_state import ConsulState
+    from watchdog_agent.detection.on_demand import OnDemand
+    from watchdog_agent.escalation.escalations import Escalations
+    from watchdog_agent.repairs.runner import Repairs
+    from watchdog_agent.reporting.loki import Shipper
+    from watchdog_agent.runtime.types import Answer, Config, Document, Outcome
 
 
 class Agent:
@@ -69,11 +73,11 @@ class Agent:
         self.repairs: Repairs | None = None
         self._optional()
         self._restore(kept)
-        self.registration: consul.Registration | None = None
+        self.registration: registration.Registration | None = None
         if config.get("consul"):
-            from . import consul
+            from watchdog_agent.consul import registration
 
-            self.registration = consul.Registration(
+            self.registration = registration.Registration(
                 self.loop, config, self.instance, self.server.address, log, self.watch_ready
             )
             self.reporter.answered = self.registration.answered
@@ -82,30 +86,30 @@ class Agent:
     def _mend(self, kept: Document) -> None:
         """Take up the ladder of repairs, or at least undo what an earlier run has left behind."""
         if self.config.get("repairs"):
-            from . import repairs
+            from watchdog_agent.repairs import runner
 
-            self.repairs = repairs.Repairs(self, kept.get("repairs"))
+            self.repairs = runner.Repairs(self, kept.get("repairs"))
             self.reporter.heard = self.repairs.heard
         elif kept.get("repairs"):
-            from . import repair_steps
+            from watchdog_agent.repairs import kinds
 
-            repair_steps.recover(kept["repairs"], log)
+            kinds.recover(kept["repairs"], log)
 
     def _optional(self) -> None:
         """What only some are configured for: nobody else pays for its import."""
         if "loki" in self.config:
-            from . import shipping
+            from watchdog_agent.reporting import loki
 
-            self.shipper = shipping.Shipper(self.loop, self.config)
+            self.shipper = loki.Shipper(self.loop, self.config)
             _ships.append(self.shipper.put)
         if "escalate" in self.config:
-            from . import escalation
+            from watchdog_agent.escalation import escalations
 
-            self.escalations = escalation.Escalations(self.loop, self.config, self.instance, log)
+            self.escalations = escalations.Escalations(self.loop, self.config, self.instance, log)
         if self.config.get("state") == "consul" and self.config.get("consul") and not self.folder:
-            from . import keeping
+            from watchdog_agent.consul import kept_state
 
-            self.keeper = keeping.ConsulState(self.loop, self.config, log)
+            self.keeper = kept_state.ConsulState(self.loop, self.config, log)
 
     def _restore(self, kept: Document) -> None:
         self.diagnosis.restore(kept)
@@ -148,7 +152,7 @@ class Agent:
         finally:
             if self.repairs is not None:
                 self.repairs.abandon()
-            probes.close()
+            builtin.close()
 
     def _begin(self, kept: Document) -> None:
         """Probe; what an earlier run has left in Consul comes first, so that we don't forget it."""
@@ -312,11 +316,11 @@ class Agent:
             return (200, "text/plain", b"ready\n") if self.ready() else (503, "text/plain", b"no\n")
         if path == "/metrics":
             if "openmetrics" in accept.lower():
-                from . import openmetrics
+                from watchdog_agent.reporting import openmetrics
 
                 if openmetrics.wanted(accept):
-                    return 200, openmetrics.KIND, openmetrics.converted(metrics.render(self))
-            return 200, "text/plain; version=0.0.4", metrics.render(self)
+                    return 200, openmetrics.KIND, openmetrics.converted(prometheus.render(self))
+            return 200, "text/plain; version=0.0.4", prometheus.render(self)
         if path == "/status":
             return 200, "application/json", json.dumps(self.status()).encode()
         return None
@@ -325,9 +329,9 @@ class Agent:
         if self.asked is None:
             if method != "POST":
                 return None
-            from . import ondemand
+            from watchdog_agent.detection import on_demand
 
-            self.asked = ondemand.OnDemand(self)
+            self.asked = on_demand.OnDemand(self)
         return self.asked.start() if method == "POST" else self.asked.look()
 
     def status(self) -> Document:

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from nomad_watchdog.api.connection_limits import LEAST, Place, Places, network_of
 from nomad_watchdog.api.malformed import Handler
-from nomad_watchdog.api.places import LEAST, Place, Places, network_of
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.metrics import Closing, Metrics
 

@@ -7,16 +7,16 @@ from typing import Final
 from aiohttp import web
 from watchdog_agent import wire
 
-from nomad_watchdog.api.answers import error_response, json_response
+from nomad_watchdog.api.auth import ACTOR
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.api.lists import page_of
+from nomad_watchdog.api.pagination import page_of
+from nomad_watchdog.api.responses import error_response, json_response
 from nomad_watchdog.api.schemas import MOST_AGE_S, MOST_REPORT, ReportIn, read
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.core.credential import Claim
-from nomad_watchdog.fleet import AgentReport, DeviceView, Fleet
-from nomad_watchdog.living import Living
+from nomad_watchdog.core.agent_token import Claim
+from nomad_watchdog.fleet.fleet import AgentReport, DeviceView, Fleet
+from nomad_watchdog.replicas.report_addresses import Living
 
 RETRY_S: Final = 2
 """When an agent whose report could not be judged says it again, seconds."""

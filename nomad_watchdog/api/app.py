@@ -9,28 +9,32 @@ from aiohttp import web
 
 from nomad_watchdog import __version__
 from nomad_watchdog.api import (
+    agent_artifact as artifact,
+)
+from nomad_watchdog.api import (
     agents,
-    artifact,
-    attendance,
-    configuration,
     devices,
-    lists,
-    migration,
+    events,
+    heartbeats,
+    migrations,
     openapi,
-    page,
+    pagination,
     pauses,
+    plan,
     pools,
-    sharing,
-    stops,
-    stream,
+    reload,
+    status_page,
     webhook,
 )
-from nomad_watchdog.api.answers import json_response
-from nomad_watchdog.api.bodies import Bodies
+from nomad_watchdog.api import (
+    leases as sharing,
+)
+from nomad_watchdog.api.auth import Door
+from nomad_watchdog.api.body_memory import Bodies
 from nomad_watchdog.api.context import CONTEXT, Context, Route
-from nomad_watchdog.api.door import Door
 from nomad_watchdog.api.errors import boundary
 from nomad_watchdog.api.malformed import Malformed
+from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import (
     AnyOut,
     BulkIn,
@@ -51,9 +55,9 @@ from nomad_watchdog.api.schemas import (
     WebhookIn,
 )
 from nomad_watchdog.core.roles import Right
-from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.leases import Leases
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.replicas.leases import Leases
 
 BODY_MEMORY: Final = 32 * 1024 * 1024
 """Bytes that all request bodies may take together; more if the largest one is larger than a quarter of it."""
@@ -65,7 +69,7 @@ def make_app(
     metrics: Metrics,
     artifact: Path | None,
     max_body_bytes: int = 1024 * 1024,
-    operator: stops.Operator | None = None,
+    operator: plan.Operator | None = None,
     leases: Leases | None = None,
     door: Door | None = None,
 ) -> web.Application:
@@ -91,7 +95,7 @@ def make_app(
             routed = app.router.add_route(method, route.resource, route.handler)
             app[CONTEXT].routed[routed] = route
     metrics.routes(route.path for route in ROUTES)
-    app.on_shutdown.append(stream.stop_following)
+    app.on_shutdown.append(events.stop_following)
     app.on_cleanup.append(_close)
     return app
 
@@ -135,7 +139,7 @@ ROUTES: Final = (
         devices.list_devices,
         "Devices in the order of their ids",
         {200: DevicePage},
-        query=lists.LIST_QUERY,
+        query=pagination.LIST_QUERY,
     ),
     Route("GET", "/v1/devices/{id}", devices.get_device, "One device", {200: DeviceOut}),
     Route(
@@ -168,7 +172,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/devices/{id}/heartbeat",
-        attendance.heartbeat,
+        heartbeats.heartbeat,
         "A sign of life; kept in memory only",
         {204: "noted"},
         asks=Right.CHANGE,
@@ -176,7 +180,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/heartbeats",
-        attendance.heartbeats,
+        heartbeats.heartbeats,
         "Signs of life of up to 10,000 devices; names those that are unknown",
         {200: AnyOut},
         body=HeartbeatsIn,
@@ -212,14 +216,14 @@ ROUTES: Final = (
     Route(
         "GET",
         "/v1/migration",
-        migration.show,
+        migrations.show,
         "What was moved from one scheduler to another, and how far it has come",
         {200: AnyOut},
     ),
     Route(
         "POST",
         "/v1/migration",
-        migration.begin,
+        migrations.begin,
         "Move devices' agents to another scheduler; durable when answered",
         {200: "what would move, of a dry run", 201: AnyOut, 409: "another one is under way"},
         body=MigrateIn,
@@ -235,22 +239,22 @@ ROUTES: Final = (
             asks=Right.OPERATE,
         )
         for what, handler, summary in (
-            ("pause", migration.pause, "Move no further device; those on their way arrive"),
-            ("resume", migration.resume, "Go on where a pause began"),
-            ("undo", migration.undo, "Move back what has been moved"),
+            ("pause", migrations.pause, "Move no further device; those on their way arrive"),
+            ("resume", migrations.resume, "Go on where a pause began"),
+            ("undo", migrations.undo, "Move back what has been moved"),
         )
     ),
     Route(
         "GET",
         "/v1/departures",
-        attendance.held,
+        heartbeats.held,
         "Devices that are held from leaving because they are too many at once",
         {200: AnyOut},
     ),
     Route(
         "POST",
         "/v1/departures:confirm",
-        attendance.confirm,
+        heartbeats.confirm,
         "Let those leave who are held",
         {202: AnyOut, 409: "nobody is held, or others than `id` names"},
         body=ConfirmIn,
@@ -296,29 +300,29 @@ ROUTES: Final = (
         agents.list_agents,
         "Agents in the order of their devices' ids",
         {200: AnyOut},
-        query=lists.LIST_QUERY,
+        query=pagination.LIST_QUERY,
     ),
     Route(
         "GET",
         "/v1/events",
-        stream.list_events,
+        events.list_events,
         "What happened, oldest first",
         {200: AnyOut},
-        query=stream.QUERY,
+        query=events.QUERY,
     ),
     Route(
         "GET",
         "/v1/incidents",
-        stream.list_incidents,
+        events.list_incidents,
         "Changes of many devices with one cause: the open ones, then the last closed ones",
         {200: AnyOut},
-        query=stream.INCIDENTS_QUERY,
+        query=events.INCIDENTS_QUERY,
     ),
-    Route("GET", "/v1/plan", stops.plan, "What the next pass would do", {200: AnyOut}),
+    Route("GET", "/v1/plan", plan.plan, "What the next pass would do", {200: AnyOut}),
     Route(
         "POST",
         "/v1/plan:confirm",
-        stops.confirm,
+        plan.confirm,
         "Let the stops go that the mass-change breaker holds; the next pass does them",
         {202: AnyOut, 409: "nothing is held, or other stops than `id` names"},
         body=ConfirmIn,
@@ -326,7 +330,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/config:reload",
-        configuration.reload,
+        reload.reload,
         "Read the configuration again, and apply what can be applied at run time",
         {200: AnyOut, 400: "the configuration is not valid; nothing has changed"},
     ),
@@ -390,5 +394,5 @@ ROUTES: Final = (
         {200: "a zip application"},
         public=True,
     ),
-    Route("GET", "/", page.status_page, "Status page", {200: "HTML"}),
+    Route("GET", "/", status_page.status_page, "Status page", {200: "HTML"}),
 )

@@ -7,10 +7,10 @@ import logging
 
 from aiohttp import web
 
-from nomad_watchdog.api.audits import AT_ONCE, PER_S, SAY_EVERY_S
+from nomad_watchdog.api.audit_limits import AT_ONCE, PER_S, SAY_EVERY_S
+from nomad_watchdog.api.auth import ACTOR
 from nomad_watchdog.api.context import CONTEXT, Context
-from nomad_watchdog.api.door import ACTOR
-from nomad_watchdog.history import AUDIT
+from nomad_watchdog.events.log import AUDIT
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 
 log = logging.getLogger(__name__)

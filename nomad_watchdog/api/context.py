@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 from pydantic import BaseModel
 
-from nomad_watchdog.api.audits import Audits
-from nomad_watchdog.api.bodies import Bodies
+from nomad_watchdog.api.audit_limits import Audits
+from nomad_watchdog.api.body_memory import Bodies
+from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.controllers.migration import Migrations
 from nomad_watchdog.core.roles import Right
-from nomad_watchdog.departures import Departures
-from nomad_watchdog.event_feed import EventFeed
-from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.leases import Leases
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.migrations import Migrations
-from nomad_watchdog.pools.keeper import Keeper
+from nomad_watchdog.pools.controller import Keeper
+from nomad_watchdog.replicas.event_replication import EventFeed
+from nomad_watchdog.replicas.leases import Leases
 
 if TYPE_CHECKING:
-    from nomad_watchdog.api.configuration import Reloads
-    from nomad_watchdog.api.door import Door
+    from nomad_watchdog.api.auth import Door
     from nomad_watchdog.api.malformed import Malformed
-    from nomad_watchdog.api.stops import Operator
+    from nomad_watchdog.api.plan import Operator
+    from nomad_watchdog.api.reload import Reloads
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

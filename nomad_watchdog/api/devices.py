@@ -9,14 +9,14 @@ from urllib.parse import unquote_to_bytes
 from aiohttp import web
 from pydantic import ValidationError
 
-from nomad_watchdog.api.answers import json_response
 from nomad_watchdog.api.audit import audit
+from nomad_watchdog.api.auth import check_prefix, permit_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import check_prefix, permit_of
+from nomad_watchdog.api.device_quota import Claim
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.api.known import check_class, known_before, missing, unknown
-from nomad_watchdog.api.lists import check_query, page_of
-from nomad_watchdog.api.quota import Claim
+from nomad_watchdog.api.name_checks import check_class, known_before, missing, unknown
+from nomad_watchdog.api.pagination import check_query, page_of
+from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import (
     MOST_BULK,
     BulkEnvelope,
@@ -26,11 +26,12 @@ from nomad_watchdog.api.schemas import (
     problem,
     read,
 )
-from nomad_watchdog.core.events import Event, is_replay
+from nomad_watchdog.core.event_order import Event, is_replay
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
-from nomad_watchdog.fleet import DeviceView, Fleet
+from nomad_watchdog.fleet.fleet import DeviceView, Fleet
+from nomad_watchdog.fleet.records import Registered
+from nomad_watchdog.fleet.serializers import shown_placement
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
-from nomad_watchdog.ledger import Registered
 from nomad_watchdog.model import (
     Departure,
     Device,
@@ -39,7 +40,6 @@ from nomad_watchdog.model import (
     Presence,
 )
 from nomad_watchdog.secret_values import hide_in
-from nomad_watchdog.shown import shown_placement
 
 DELETE_QUERY: Final = {
     "now": "true (default): its agent goes at once; false: it stays for `presence.grace`",

@@ -14,10 +14,10 @@ from watchdog_agent import wire
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.api.acceptor import Connection, place_of
-from nomad_watchdog.api.answers import error_response
+from nomad_watchdog.api.connection_limits import Place, Rank
 from nomad_watchdog.api.context import CONTEXT, Handler
-from nomad_watchdog.api.places import Place, Rank
-from nomad_watchdog.core.credential import Claim
+from nomad_watchdog.api.responses import error_response
+from nomad_watchdog.core.agent_token import Claim
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
 from nomad_watchdog.metrics import OTHER
 

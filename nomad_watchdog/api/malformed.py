@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog.api.answers import error_response
 from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.responses import error_response
 from nomad_watchdog.metrics import Metrics
 
 log = logging.getLogger(__name__)

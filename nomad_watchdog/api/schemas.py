@@ -17,19 +17,19 @@ from pydantic import (
     model_validator,
 )
 
-from nomad_watchdog.addresses import device_address, endpoint
 from nomad_watchdog.api.acceptor import place_of
-from nomad_watchdog.api.bodies import MOST_UNSIGNED
+from nomad_watchdog.api.auth import ACTOR
+from nomad_watchdog.api.body_memory import MOST_UNSIGNED
+from nomad_watchdog.api.connection_limits import Rank
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import ACTOR
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.api.places import Rank
-from nomad_watchdog.config_hcl import parse_duration
-from nomad_watchdog.config_pools import MOST_WORKERS
-from nomad_watchdog.config_problems import in_body
+from nomad_watchdog.config.hcl import parse_duration
+from nomad_watchdog.config.pools import MOST_WORKERS
+from nomad_watchdog.config.problems import in_body
 from nomad_watchdog.core.pauses import Target
+from nomad_watchdog.device_address import device_address, endpoint
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet import AgentReport
+from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
 from nomad_watchdog.model import AgentState, Device, Epoch, RepairAttempt, Repairs
 

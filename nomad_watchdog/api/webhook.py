@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from nomad_watchdog.addresses import device_address
-from nomad_watchdog.api.answers import json_response
+from nomad_watchdog.api.auth import ACTOR, rise
+from nomad_watchdog.api.connection_limits import Rank
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import remove, shown_change, store
-from nomad_watchdog.api.door import ACTOR, rise
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.api.known import check_class
-from nomad_watchdog.api.places import Rank
+from nomad_watchdog.api.name_checks import check_class
+from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import WebhookIn, parsed, read, read_body
-from nomad_watchdog.config_hcl import parse_duration
-from nomad_watchdog.core import events
-from nomad_watchdog.core.webhooks import Seen, SignatureError, Signed, check_form, verify
+from nomad_watchdog.config.hcl import parse_duration
+from nomad_watchdog.core import event_order
+from nomad_watchdog.core.webhook_signature import Seen, SignatureError, Signed, check_form, verify
+from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import ConflictError, UserError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device
 
@@ -69,7 +69,7 @@ def _told(request: web.Request) -> tuple[str, str, str] | None:
 
 
 async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -> web.Response:
-    event = events.Event(signed.id, signed.at) if signed is not None else None
+    event = event_order.Event(signed.id, signed.at) if signed is not None else None
     device = said.device
     device_id = DeviceId(device.id)
     if said.event == "disconnected":

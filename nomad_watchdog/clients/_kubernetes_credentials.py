@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from watchdog_agent.digits import loads
+from watchdog_agent.runtime.parsing import loads
 
-from nomad_watchdog import texts
+from nomad_watchdog import text_files
 from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
@@ -82,7 +82,7 @@ class Credentials:
             await self._run(plugin)
             return
         path = self._settings.token_file
-        token = await asyncio.to_thread(texts.token, "kubernetes token file", path)
+        token = await asyncio.to_thread(text_files.token, "kubernetes token file", path)
         self._known = Credential(token=token)
         self._good_until = self._clock.wall() + REREAD_S
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from watchdog_agent.digits import loads, whole
+from watchdog_agent.runtime.parsing import loads, whole
 
 from nomad_watchdog.errors import (
     ConflictError,

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from nomad_watchdog import texts
+from nomad_watchdog import text_files
 from nomad_watchdog.errors import UserError
 
 READ_S: Final = 30.0
@@ -123,7 +123,7 @@ def in_cluster(env: Mapping[str, str], folder: Path = IN_CLUSTER) -> KubernetesS
     namespace = folder / "namespace"
     return KubernetesSettings(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
-        namespace=texts.read("kubernetes:", namespace).strip() if namespace.is_file() else "",
+        namespace=text_files.read("kubernetes:", namespace).strip() if namespace.is_file() else "",
         ca=_pem(folder / "ca.crt"),
         token_file=str(folder / "token"),
         source="service account",
@@ -192,7 +192,7 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
 
 
 def _document(file: Path) -> Mapping[str, Any]:
-    text = texts.read("kubeconfig", file, _MOST_BYTES)
+    text = text_files.read("kubeconfig", file, _MOST_BYTES)
     try:
         document = yaml.safe_load(text)
     except ValueError:  # a number of more than 4,300 digits, or a date that does not exist
@@ -259,17 +259,19 @@ def _pem_of(block: Mapping[str, Any], key: str, base: Path) -> str:
             raw = base64.b64decode(packed, validate=True)
         except ValueError:
             raise UserError(f"kubeconfig: {key}-data is not base64") from None
-        return _only_pem(f"kubeconfig: {key}-data", texts.decoded(f"kubeconfig: {key}-data", raw))
+        return _only_pem(
+            f"kubeconfig: {key}-data", text_files.decoded(f"kubeconfig: {key}-data", raw)
+        )
     return _pem(base / str(block[key])) if block.get(key) else ""
 
 
 def _pem(path: Path) -> str:
-    return _only_pem(f"kubernetes: {path}", texts.read("kubernetes:", path))
+    return _only_pem(f"kubernetes: {path}", text_files.read("kubernetes:", path))
 
 
 def _only_pem(where: str, text: str) -> str:
     """Without comments, which may be in any language (sslyze#670)."""
-    found = texts.only_pem(text)
+    found = text_files.only_pem(text)
     if not found and not text.isascii():
         raise UserError(f"{where} holds no certificate or key in PEM form")
     return found or text  # what is no PEM is refused where it is used

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from watchdog_agent.digits import whole
+from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog import texts
-from nomad_watchdog.clients import hashicorp
+from nomad_watchdog import text_files
+from nomad_watchdog.clients import hashicorp_environment
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -68,14 +68,14 @@ class NomadSettings:
 
         Raises UserError for a value that won't do."""
         env = os.environ if env is None else env
-        settings = cls(**hashicorp.settings_with("nomad", "NOMAD_TOKEN", env, explicit))
+        settings = cls(**hashicorp_environment.settings_with("nomad", "NOMAD_TOKEN", env, explicit))
         settings.check()
         return settings
 
     def check(self) -> None:
         """Raises UserError for an address or a combination that won't do."""
         try:
-            hashicorp.checked_address(self.address)
+            hashicorp_environment.checked_address(self.address)
         except ValueError as error:
             raise UserError(f"nomad address: {error}") from None
         if bool(self.client_cert) != bool(self.client_key):
@@ -83,13 +83,15 @@ class NomadSettings:
 
     def read_token(self) -> str:
         """The token now. Raises UserError when its file can't be read."""
-        return texts.token("nomad.token_file", self.token_file) if self.token_file else self.token
+        return (
+            text_files.token("nomad.token_file", self.token_file) if self.token_file else self.token
+        )
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """None over http. Raises UserError when a certificate can't be read."""
         if not self.address.startswith("https://"):
             return None
-        return hashicorp.trust(
+        return hashicorp_environment.trust(
             "nomad",
             ca_cert=self.ca_cert,
             ca_path=self.ca_path,

@@ -19,10 +19,10 @@ import aiohttp
 import consul.aio  # type: ignore[import-untyped]  # py-consul ships no types
 import consul.base  # type: ignore[import-untyped]
 import consul.exceptions  # type: ignore[import-untyped]
-from watchdog_agent.digits import loads, whole
+from watchdog_agent.runtime.parsing import loads, whole
 
-from nomad_watchdog import texts
-from nomad_watchdog.clients import hashicorp
+from nomad_watchdog import text_files
+from nomad_watchdog.clients import hashicorp_environment
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -63,26 +63,28 @@ class ConsulSettings:
         """Consul's own variables (`hashicorp.CONSUL`, CONSUL_HTTP_SSL, CONSUL_HTTP_TOKEN); what is given
         explicitly beats them. Raises UserError for a value that won't do."""
         env = os.environ if env is None else env
-        settings = cls(**hashicorp.settings_with("consul", "CONSUL_HTTP_TOKEN", env, explicit))
+        settings = cls(
+            **hashicorp_environment.settings_with("consul", "CONSUL_HTTP_TOKEN", env, explicit)
+        )
         try:
-            checked = hashicorp.checked_address(settings.address)
+            checked = hashicorp_environment.checked_address(settings.address)
         except ValueError as error:
             raise UserError(f"consul address: {error}") from None
         try:
-            return replace(settings, address=hashicorp.secured(checked, env))
+            return replace(settings, address=hashicorp_environment.secured(checked, env))
         except ValueError as error:
-            raise UserError(f"{hashicorp.SSL}: {error}") from None
+            raise UserError(f"{hashicorp_environment.SSL}: {error}") from None
 
     def endpoint(self) -> tuple[str, str, int]:
         """Scheme, host and port; the port is the scheme's own when the address names none."""
-        host, port = hashicorp.host_and_port(self.address)
+        host, port = hashicorp_environment.host_and_port(self.address)
         return self.address.partition("://")[0], host, port
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """None over http. Raises UserError when a certificate can't be read."""
         if not self.address.startswith("https://"):
             return None
-        return hashicorp.trust(
+        return hashicorp_environment.trust(
             "consul",
             ca_cert=self.ca_cert,
             ca_path=self.ca_path,
@@ -96,7 +98,7 @@ class ConsulSettings:
         if not self.token_file:
             return self.token
         # As in Consul's CLI the file takes precedence, unless it is empty.
-        return texts.token("consul.token_file", self.token_file) or self.token
+        return text_files.token("consul.token_file", self.token_file) or self.token
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from nomad_watchdog.clients._kubernetes_errors import (
 )
 from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.compact import as_json
 from nomad_watchdog.errors import NotFoundError, StaleError, TransientError, UserError
+from nomad_watchdog.fast_json import as_json
 
 __all__ = [
     "MANAGER",

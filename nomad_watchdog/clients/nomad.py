@@ -22,7 +22,7 @@ import nomad.api.exceptions  # type: ignore[import-untyped]
 import orjson
 import requests
 import requests.adapters
-from watchdog_agent.digits import whole
+from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
 from nomad_watchdog.clients.nomad_features import (
@@ -32,7 +32,6 @@ from nomad_watchdog.clients.nomad_features import (
     of_members,
     of_parsed,
 )
-from nomad_watchdog.compact import as_json
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -41,6 +40,7 @@ from nomad_watchdog.errors import (
     TransientError,
     UserError,
 )
+from nomad_watchdog.fast_json import as_json
 
 __all__ = ["Answer", "NomadClient", "NomadSettings", "translate"]
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import rollout
-from nomad_watchdog.core.living import UNKNOWN, Reach, stranded
 from nomad_watchdog.core.migration import Homes
+from nomad_watchdog.core.report_addresses import UNKNOWN, Reach, stranded
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (

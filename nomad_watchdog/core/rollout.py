@@ -22,7 +22,7 @@ class Readiness:
     and without that the version that mends it would wait for ever for room in the window."""
 
     soaking: int = 0
-    """Agents of new versions that are ready and have not lasted yet (`core.soak`): they take room too."""
+    """Agents of new versions that are ready and have not lasted yet (`core.rollout_soak`): they take room too."""
     halted: frozenset[str] = frozenset()
     """Agent classes in which nothing is replaced."""
     ready: Callable[[Slug], bool] = lambda _slug: False

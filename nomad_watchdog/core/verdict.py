@@ -5,7 +5,7 @@ device's problem). The false "device offline" that was only a slow agent start i
 to end (S6). The opposite is as bad: a device that no accepted agent reports on is never `watched`.
 
 `of_agent` is what the agent, its scheduler and Consul say now. `judge` adds what was known of the device
-before (`core.condition`).
+before (`core.device_condition`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from nomad_watchdog.core import condition, repairs
+from nomad_watchdog.core import device_condition as condition
+from nomad_watchdog.core import repair_events
 from nomad_watchdog.model import (
     AgentState,
     Condition,
@@ -245,7 +246,7 @@ def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic)
             decides=True,
             suspected=True,
         )
-    return _decided(VerdictState.OFFLINE, report.reason + repairs.in_words(report.repairs))
+    return _decided(VerdictState.OFFLINE, report.reason + repair_events.in_words(report.repairs))
 
 
 def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from nomad_watchdog.demo.fleet import SimulatedFleet
-from nomad_watchdog.demo.show import Show
+from nomad_watchdog.demo.devices import SimulatedFleet
+from nomad_watchdog.demo.display import Show
 from nomad_watchdog.demo.stage import BRISK, CALM, Stage, open_stage
 from nomad_watchdog.dev.binaries import build_minutes, find
 from nomad_watchdog.dev.process import free_port

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import aiohttp
 import click
-from watchdog_agent.digits import loads
+from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
 from nomad_watchdog.dev._kubelet_pod import Pod, now_text

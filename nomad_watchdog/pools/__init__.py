@@ -1,6 +1,6 @@
 """Agent pools: workers that are not one a device, but as many as a metric asks for.
 
-A driver says how a scheduler keeps a pool; `keeper` joins it with the decider (`core.scaling`). How many
+A driver says how a scheduler keeps a pool; `keeper` joins it with the decider (`core.pool_scaling`). How many
 workers there should be is kept by the scheduler itself, so that it outlives us and is no copy of anything.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 
 
 @dataclass(frozen=True, slots=True)

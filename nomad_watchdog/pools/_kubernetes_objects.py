@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from watchdog_agent.digits import finite
+from watchdog_agent.runtime.parsing import finite
 
-from nomad_watchdog.config_pools import AgentPool, Metric
-from nomad_watchdog.core.scaling import Measure
+from nomad_watchdog.config.pools import AgentPool, Metric
+from nomad_watchdog.core.pool_scaling import Measure
 from nomad_watchdog.errors import UserError
 
 LABEL: Final = "nomad-watchdog/pool"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError
 from nomad_watchdog.pools import Usage, View, average
 from nomad_watchdog.pools import _kubernetes_objects as objects

@@ -19,15 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from watchdog_agent.digits import loads
+from watchdog_agent.runtime.parsing import loads
 
-from nomad_watchdog import private
+from nomad_watchdog import private_files
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.errors import NotFoundError, TerminalError, WatchdogError
 from nomad_watchdog.pools import Usage, View, average
-from nomad_watchdog.schedulers import _local_process as process
-from nomad_watchdog.schedulers._local_files import bound_log, exclusive, translated, write_whole
+from nomad_watchdog.schedulers.local import process
+from nomad_watchdog.schedulers.local.files import bound_log, exclusive, translated, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class LocalPools:
     def _ensure(self, name: str, pool: AgentPool) -> None:
         home = self._directory / name
         try:
-            private.folder(home)
+            private_files.folder(home)
             with exclusive(home):
                 before = _read(home / "pool.json", _Wanted)
                 count = before.count if before is not None and not before.removed else pool.min
@@ -220,7 +220,7 @@ class LocalPools:
         workers = {slot: _worker(home, slot) for slot in slots}
         replacing = self._is_replacing(workers[slot] for slot in range(wanted.count))
         for slot, found in workers.items():
-            private.folder(home / str(slot))
+            private_files.folder(home / str(slot))
             before = one = self._buried(home, slot, found)
             extra, stale = slot >= wanted.count, one.worker_hash != wanted.worker_hash
             # Of those that are to be replaced, one at a time.

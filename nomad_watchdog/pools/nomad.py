@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
-from nomad_watchdog import templates
 from nomad_watchdog.clients.nomad import NomadClient
-from nomad_watchdog.config_pools import AgentPool, Metric
+from nomad_watchdog.config.pools import AgentPool, Metric
 from nomad_watchdog.errors import (
     ConflictError,
     NotFoundError,
@@ -25,6 +24,7 @@ from nomad_watchdog.errors import (
     UserError,
 )
 from nomad_watchdog.pools import Usage, View, average
+from nomad_watchdog.schedulers import job_templates
 
 TEMPLATE: Final = "pool-worker"
 _MIB: Final = 1024 * 1024
@@ -168,13 +168,13 @@ class NomadPools:
 
     async def _job(self, name: str, pool: AgentPool) -> dict[str, Any]:
         """The job as it should be; parsed and validated by Nomad once a change. Raises UserError."""
-        template = await asyncio.to_thread(templates.load, pool.template or TEMPLATE)
+        template = await asyncio.to_thread(job_templates.load, pool.template or TEMPLATE)
         key = hashlib.sha256(f"{template.text}\0{pool.model_dump_json()}".encode()).hexdigest()
         before = self._built.get(name)
         if before is not None and before[0] == key:
             return before[1]
         job = await self._client.parse(
-            template.text, templates.variables_text(variables(name, pool))
+            template.text, job_templates.variables_text(variables(name, pool))
         )
         job = finished(
             job, name, pool, job_id=self._id(name), installation=self._installation, key=key

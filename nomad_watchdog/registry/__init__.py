@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
-from watchdog_agent.digits import loads
+from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug

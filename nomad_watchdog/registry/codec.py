@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import orjson
 
-from nomad_watchdog.compact import strict
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.fast_json import strict
 from nomad_watchdog.ids import Slug, is_slug, parse_device_id, slug_of
 from nomad_watchdog.model import (
     MOST_REASON,

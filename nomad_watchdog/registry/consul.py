@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from watchdog_agent.digits import loads
+from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.clients.consul import (
     ConsulClient,

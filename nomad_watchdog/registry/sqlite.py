@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar
 
-from nomad_watchdog import private
+from nomad_watchdog import private_files
 from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
@@ -40,7 +40,7 @@ _GAP_PER_COST: Final = 20.0
 _GAP_PER_OWN: Final = 100.0
 _GAP_OWN_S: Final = 2.0
 """And a hundredth while the last write was ours; then what another process wrote just before it is seen so
-much later at most. Below the period after which a watch that shows no news is doubted (`follower.py`)."""
+much later at most. Below the period after which a watch that shows no news is doubted (`controllers/agents/record_informer.py`)."""
 _NEVER: Final = -1, -1
 _GROUP: Final = 1000
 """Commits that may share a transaction."""
@@ -217,8 +217,8 @@ class SqliteRegistry:
     def _initialise(self, installation: str) -> str:
         if not self._path.exists():
             try:
-                private.folder(self._path.parent)
-                private.file(self._path)
+                private_files.folder(self._path.parent)
+                private_files.file(self._path)
             except OSError as error:
                 raise UserError(f"the registry {self._path} can't be made: {error}") from error
         with closing(_open(self._path)) as connection:
@@ -386,7 +386,7 @@ def _open(path: Path) -> _Connection:
             "`nomad-watchdog registry import FILE`; only for a new installation run "
             "`nomad-watchdog init`"
         )
-    private.close_to_others(path)
+    private_files.close_to_others(path)
     uri = f"{path.absolute().as_uri()}?mode=rw"
     connection = sqlite3.connect(
         uri,

@@ -1,6 +1,6 @@
 """Leases in memory for the simulation: advice that may be wrong.
 
-Shards are spread by the real `core.sharing`. A holder of a `blurred` board goes on believing for a while
+Shards are spread by the real `core.shard_assignment`. A holder of a `blurred` board goes on believing for a while
 after its lease has run out, as one does that slept: then two hold one shard, and no guard stops a commit.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.core import sharing
+from nomad_watchdog.core import shard_assignment
 from nomad_watchdog.ids import Shard, Slug
-from nomad_watchdog.leases import Lease, Replica, Term
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry import Guard
+from nomad_watchdog.replicas.leases import Lease, Replica, Term
 from nomad_watchdog.testing._weather import Weather
 
 TTL_S: Final = 4.0
@@ -28,7 +28,7 @@ class Board:
 
     def __init__(self, shards: int, *, blurred: bool) -> None:
         self.blur_s = BLUR_S if blurred else 0.0
-        self.holders: dict[Shard, str] = {Shard(n): sharing.NOBODY for n in range(shards)}
+        self.holders: dict[Shard, str] = {Shard(n): shard_assignment.NOBODY for n in range(shards)}
         self.until: dict[Shard, float] = {}
         self.members: dict[str, float] = {}
         self.configs: dict[str, str] = {}
@@ -38,8 +38,8 @@ class Board:
         """Free what was not renewed in time, and forget who was not heard of."""
         self.members = {name: until for name, until in self.members.items() if until > now}
         for shard, holder in self.holders.items():
-            if holder != sharing.NOBODY and self.until[shard] <= now:
-                self.holders[shard] = sharing.NOBODY
+            if holder != shard_assignment.NOBODY and self.until[shard] <= now:
+                self.holders[shard] = shard_assignment.NOBODY
 
 
 class BoardLeases:
@@ -95,9 +95,9 @@ class BoardLeases:
         board, now = self._board, self._clock.monotonic()
         board.expire(now)
         board.members[self.replica] = now + TTL_S
-        moves = sharing.moves(board.holders, list(board.members), self.replica)
+        moves = shard_assignment.moves(board.holders, list(board.members), self.replica)
         for shard in moves.give:
-            board.holders[shard] = sharing.NOBODY
+            board.holders[shard] = shard_assignment.NOBODY
         for shard in moves.take:
             board.taken += 1
             board.holders[shard] = self.replica

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final
 
-from nomad_watchdog.breaker import Breaker
 from nomad_watchdog.core import acceptance, planner, presence
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.mass_stop_breaker import Breaker
 from nomad_watchdog.core.planner import Stop
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (

@@ -8,13 +8,13 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.errors import WatchdogError
-from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.leases import Leases, Undivided
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits, Placement, PlacementState
-from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.replicas.leases import Leases, Undivided
 from nomad_watchdog.testing._audit import Auditor
 from nomad_watchdog.testing._cluster import Cluster
 from nomad_watchdog.testing._lease_board import Board, BoardLeases

@@ -1,6 +1,6 @@
 """The steps of the explorer's small world: what may happen next in a state.
 
-The performer is a model that keeps the order of `performer.py`: fence, then ensure or retire, then the
+The performer is a model that keeps the order of `controllers/agents/executor.py`: fence, then ensure or retire, then the
 expectation. Everything that decides is asked of the real code (`_model`).
 """
 

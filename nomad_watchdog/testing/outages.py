@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.fleet import AgentReport
+from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -60,7 +60,7 @@ _OF: Final = {HALF: ConditionState.DEGRADED, DEAD: ConditionState.OFFLINE}
 
 @dataclass(slots=True)
 class Mind:
-    """What an agent knows of its device (`watchdog_agent.suspicion`, in short)."""
+    """What an agent knows of its device (`watchdog_agent.detection.failure_detector`, in short)."""
 
     misses: int = 0
     answered: bool = False

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.fleet import AgentReport
+from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from watchdog_agent import config_probes, probe_command, probes
-from watchdog_agent.loop import Loop
+from watchdog_agent.config import probes as config_probes
+from watchdog_agent.probes import builtin, command
+from watchdog_agent.runtime.loop import Loop
 
 Answer = Callable[[bytes], bytes | None]
 
@@ -28,13 +29,13 @@ def run(
 
     def finish() -> None:
         # what was killed is reaped from the loop
-        if probe_command._running:
+        if command._running:
             loop.later(0.01, finish)
         else:
             loop.stop()
 
     try:
-        probes.start(loop, spec, address, done)
+        builtin.start(loop, spec, address, done)
         loop.later(30.0, loop.stop)
         loop.run()
     finally:

@@ -7,11 +7,13 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import address, config, gateway
-from watchdog_agent.address import AddressError, checked
-from watchdog_agent.checks import ConfigError
+from watchdog_agent.config import document as config
+from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.probes import gateway
+from watchdog_agent.runtime import address
+from watchdog_agent.runtime.address import AddressError, checked
 
-from nomad_watchdog.addresses import device_address
+from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import UserError
 from tests.agent.world import document, probe
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from watchdog_agent.answer import MAX_BODY, MAX_HEAD, MOST_INTERIM, HttpError, Reader
+from watchdog_agent.runtime.http_response import MAX_BODY, MAX_HEAD, MOST_INTERIM, HttpError, Reader
 
 from tests.agent.probing import asked, tcp
 from tests.agent.world import Listener, Speaker, World, says, until

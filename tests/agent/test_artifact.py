@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.artifact import (
+from nomad_watchdog.schedulers.agent_zipapp import (
     MOST_KEPT,
     Installed,
     build_agent,
@@ -20,7 +20,7 @@ from nomad_watchdog.artifact import (
     published,
 )
 
-_SUM = "import asyncio, hypothesis, watchdog_agent.main\nfrom nomad_watchdog import artifact\nprint(artifact.checksum())"
+_SUM = "import asyncio, hypothesis, watchdog_agent.main\nfrom nomad_watchdog.schedulers import agent_zipapp as artifact\nprint(artifact.checksum())"
 
 
 def test_same_sources_same_bytes(tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_another_python_runs_it_from_source(tmp_path: Path) -> None:
 
 
 def test_command_and_run(tmp_path: Path) -> None:
-    """`python -m nomad_watchdog.artifact` builds it, and run without a configuration it ends with 64."""
+    """`python -m nomad_watchdog.schedulers.agent_zipapp` builds it, and run without a configuration it ends with 64."""
     path = tmp_path / "a.pyz"
     done = subprocess.run(
-        [sys.executable, "-m", "nomad_watchdog.artifact", str(path)],
+        [sys.executable, "-m", "nomad_watchdog.schedulers.agent_zipapp", str(path)],
         capture_output=True,
         text=True,
         check=True,

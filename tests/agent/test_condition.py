@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from watchdog_agent import reporter
-from watchdog_agent.stats import KEPT
-from watchdog_agent.thresholds import Thresholds
+from watchdog_agent.detection.probe_stats import KEPT
+from watchdog_agent.detection.thresholds import Thresholds
+from watchdog_agent.reporting import reporter
 
 from tests.agent.receiver import Receiver
 from tests.agent.world import OK, World, probe, says, tcp, until

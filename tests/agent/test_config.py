@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import config, wire
-from watchdog_agent.consul import place
+from watchdog_agent import wire
+from watchdog_agent.config import document as config
+from watchdog_agent.consul.registration import place
 
 from nomad_watchdog.ids import slug_of
 from tests.agent.world import AGENT, document, probe

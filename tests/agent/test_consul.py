@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watchdog_agent.consul import Registration
-from watchdog_agent.loop import Loop
+from watchdog_agent.consul.registration import Registration
+from watchdog_agent.runtime.loop import Loop
 
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.process import free_port

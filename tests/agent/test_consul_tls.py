@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import trustme
-from watchdog_agent import config
-from watchdog_agent.consul import place, trusted_by
+from watchdog_agent.config import document as config
+from watchdog_agent.consul.registration import place, trusted_by
 
 from nomad_watchdog.dev.consul import ConsulServer
 from tests.agent.test_consul import SERVICE, call, registered

@@ -6,8 +6,8 @@ import socket
 import threading
 
 import pytest
-from watchdog_agent.loop import Loop
-from watchdog_agent.probes import _Echo
+from watchdog_agent.probes.builtin import _Echo
+from watchdog_agent.runtime.loop import Loop
 
 END = b"no more requests"
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import electing
+from watchdog_agent.escalation import election
 
 WINDOW_S = 30.0
 
 
 class Group:
-    """One group's keys as Consul keeps them, and agents that do one step at a time as `candidacy` does."""
+    """One group's keys as Consul keeps them, and agents that do one step at a time as `escalation.election_round` does."""
 
     def __init__(self, size: int) -> None:
         self.now = 1000.0
@@ -48,7 +48,7 @@ class Group:
             return
         at, document, index = self.hand.get(number, ("look", None, 0))
         if at == "look":
-            if electing.covers(self.told, self.notes[number]):
+            if election.covers(self.told, self.notes[number]):
                 del self.notes[number]
             elif self.leader is None:
                 self.leader = number
@@ -69,12 +69,12 @@ class Group:
             # read anew and set if it is still this one, until the compare-and-set is taken
             found = self.told or {}
             if (found.get("episode"), found.get("rev")) == (document["episode"], document["rev"]):
-                self.told, self.index = electing.finished(document, self.now), self.index + 1
+                self.told, self.index = election.finished(document, self.now), self.index + 1
             self.hand[number] = ("list", None, 0)
 
     def _list(self, number: int) -> None:
         present = {note: [str(agent), "r"] for agent, note in self.notes.items()}
-        document, wait = electing.next_document(self.told, present, self.now, WINDOW_S)
+        document, wait = election.next_document(self.told, present, self.now, WINDOW_S)
         if document is not None:
             self.hand[number] = ("write", document, self.index)
         elif wait == 0:
@@ -145,11 +145,11 @@ def test_an_update_comes_once_a_window_and_names_all(
     """New members of what was told wait for the window, then are told with the old ones under the same
     episode and the next revision; much later they are an episode of their own."""
     notes = {str(one): [str(one), "r"] for one in first}
-    document, _ = electing.next_document(None, notes, 0.0, WINDOW_S)
+    document, _ = election.next_document(None, notes, 0.0, WINDOW_S)
     assert document is not None
-    told = electing.finished(document, 0.0)
+    told = election.finished(document, 0.0)
     fresh = {str(one): [str(one), "r"] for one in later - first}
-    update, wait = electing.next_document(told, notes | fresh, passed, WINDOW_S)
+    update, wait = election.next_document(told, notes | fresh, passed, WINDOW_S)
     if not fresh:
         assert (update, wait) == (None, 0.0)
     elif passed < WINDOW_S:
@@ -168,7 +168,7 @@ def test_an_update_comes_once_a_window_and_names_all(
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 200))
 def test_gathering_ends(began: float, newest: float, now: float) -> None:
     """Who gathers waits for quiet and never beyond the window, however many go on coming."""
-    wait = electing.still_to_gather(began, newest, now, 2.0, WINDOW_S)
+    wait = election.still_to_gather(began, newest, now, 2.0, WINDOW_S)
     assert now + wait <= max(now, began + WINDOW_S) + 1e-9
     assert wait == 0 or now + wait <= newest + 2.0 + 1e-9
 
@@ -176,17 +176,17 @@ def test_gathering_ends(began: float, newest: float, now: float) -> None:
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
 def test_only_a_document_is_taken_for_one(value: Any) -> None:
     """Whatever else stands at the key is no document."""
-    assert electing.checked(value) is None
-    assert electing.checked({"state": "told", "members": value}) is None
+    assert election.checked(value) is None
+    assert election.checked({"state": "told", "members": value}) is None
 
 
 def test_a_group_is_the_first_kind_that_has_a_value() -> None:
     """What is known now goes over the labels, and a kind that is not asked for makes no group."""
     labels = {"gateway": "g1", "site": "s1"}
-    assert electing.group_of(["gateway", "site"], labels, {}) == ("gateway", "g1")
-    assert electing.group_of(["gateway"], labels, {"gateway": "g2"}) == ("gateway", "g2")
-    assert electing.group_of(["site", "gateway"], labels, {"class": "c"}) == ("site", "s1")
-    assert electing.group_of(["host"], labels, {"class": "c"}) is None
+    assert election.group_of(["gateway", "site"], labels, {}) == ("gateway", "g1")
+    assert election.group_of(["gateway"], labels, {"gateway": "g2"}) == ("gateway", "g2")
+    assert election.group_of(["site", "gateway"], labels, {"class": "c"}) == ("site", "s1")
+    assert election.group_of(["host"], labels, {"class": "c"}) is None
 
 
 def entry(name: str, value: Any, session: str = "") -> dict[str, Any]:
@@ -209,14 +209,14 @@ def entry(name: str, value: Any, session: str = "") -> dict[str, Any]:
 def test_a_note_counts_while_it_is_locked_or_young(one: dict[str, Any], alive: bool) -> None:
     """A note without a lock counts until its time and no longer, one of a clock that is far ahead and what
     is no note never; a lock counts at any age."""
-    assert electing.counts(one, 1000.0) is alive
+    assert election.counts(one, 1000.0) is alive
 
 
 def test_only_what_the_gone_have_left_is_taken_away() -> None:
     """Old notes go, and with the last note of a group its old document and its free lock; what is young,
     locked, or of a group where somebody lives, stays."""
     now = 100_000.0
-    told = {"state": "told", "at": now - electing.OLD_S - 1}
+    told = {"state": "told", "at": now - election.OLD_S - 1}
     stays = [
         entry("lived-in/pump-1", {"until": now + 5}),
         entry("lived-in/_told", told),
@@ -232,12 +232,12 @@ def test_only_what_the_gone_have_left_is_taken_away() -> None:
         entry("gone/_leader", {}),
         entry("strange/_told", "no document"),
     ]
-    assert electing.stale(goes + stays, now) == goes
+    assert election.stale(goes + stays, now) == goes
 
 
 @given(st.text(), st.text())
 def test_a_place_is_made_of_safe_characters(key: str, value: str) -> None:
     """No key and no value of a group reaches a path as it is (S11)."""
-    place = electing.folder_of(key, ("site", value))
+    place = election.folder_of(key, ("site", value))
     assert set(place) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert len(place) == 25

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from watchdog_agent import config_escalate, sinks
-from watchdog_agent.config import ConfigError
-from watchdog_agent.config import check as check_config
-from watchdog_agent.loop import Loop
+from watchdog_agent.config import escalation
+from watchdog_agent.config.document import ConfigError
+from watchdog_agent.config.document import check as check_config
+from watchdog_agent.escalation import sinks
+from watchdog_agent.runtime.loop import Loop
 
 from tests.agent.receiver import Receiver
 from tests.agent.world import Listener, World, document, probe, until
@@ -277,7 +278,7 @@ async def test_without_escalation_nothing_of_it_is_loaded(world: World) -> None:
     """An agent that is not asked to escalate, to ship logs or to keep state in Consul reads none of their
     modules."""
     code = (
-        "import sys; from watchdog_agent import main; from watchdog_agent.config import check; "
+        "import sys; from watchdog_agent import main; from watchdog_agent.config.document import check; "
         "import json, os; a = main.Agent(check(json.load(open(os.environ['WATCHDOG_CONFIG']))), {}); "
         "a._write_address = lambda: None; "
         "found = [n for n in sys.modules if n.split('.')[-1] in ('escalation', 'sinks', "
@@ -341,4 +342,4 @@ def test_wrong_rules_are_refused_in_words(wrong: Any, said: str) -> None:
 def test_wrong_neighbours_are_refused_too(wrong: dict[str, Any]) -> None:
     """Kept state, log shipping and the prefix are checked the same way."""
     with pytest.raises(ConfigError):
-        config_escalate.check(wrong)
+        escalation.check(wrong)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watchdog_agent import guard
+from watchdog_agent.runtime import child_guard
 
 from tests.agent.world import AGENT, World, document, until
 
@@ -73,7 +73,7 @@ def test_what_a_finished_program_leaves_behind_lives() -> None:
     """A program that starts a service and ends is not undone: its child outlives it and its guard."""
     script = "sleep 600 & echo $!"
     read, write = os.pipe()
-    program = guard.Guarded(
+    program = child_guard.Guarded(
         ["sh", "-c", script], dict(os.environ), [*NULL, (os.POSIX_SPAWN_DUP2, write, 1)]
     )
     os.close(write)
@@ -87,13 +87,13 @@ def test_what_a_finished_program_leaves_behind_lives() -> None:
         os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("shell", [guard.SHELL, "/no/shell"])
+@pytest.mark.parametrize("shell", [child_guard.SHELL, "/no/shell"])
 def test_a_program_gets_what_it_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str
 ) -> None:
     """Arguments, environment and exit code are the program's own, with a shell for the guard and without;
     none of our descriptors reaches it but its three."""
-    monkeypatch.setattr(guard, "SHELL", shell)
+    monkeypatch.setattr(child_guard, "SHELL", shell)
     out = tmp_path / "out"
     text = (
         "import os,sys,json; fds=[n for n in range(64) if os.path.exists(f'/proc/self/fd/{n}')];"
@@ -102,7 +102,7 @@ def test_a_program_gets_what_it_was_given(
     words = ["$(id); a b", "-n", "", "*"]
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
     try:
-        program = guard.Guarded(
+        program = child_guard.Guarded(
             [sys.executable, "-c", text, str(out), *words], {"ONE": "x y"}, NULL
         )
         assert os.waitstatus_to_exitcode(program.reap() or 0) == 7
@@ -127,11 +127,11 @@ def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) ->
         (str(plain), PermissionError),
     ):
         with pytest.raises(error):
-            guard.Guarded([argv], {}, NULL)
+            child_guard.Guarded([argv], {}, NULL)
     for words in (["tr\0ue"], ["true", "\0"]):
         with pytest.raises(ValueError, match="null"):
-            guard.Guarded(words, {}, NULL)
-    assert not guard._left
+            child_guard.Guarded(words, {}, NULL)
+    assert not child_guard._left
 
 
 @pytest.mark.slow_because("counts dead children for six seconds of an agent's life")

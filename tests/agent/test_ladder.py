@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from watchdog_agent import ladder as words
-from watchdog_agent.ladder import Ladder
-from watchdog_agent.standing import ASK, Standing
+from watchdog_agent.repairs import ladder as words
+from watchdog_agent.repairs.authority import ASK, Standing
+from watchdog_agent.repairs.ladder import Ladder
 
 
 def step(name: str = "a", **changes: Any) -> dict[str, Any]:

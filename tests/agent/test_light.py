@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import light, light_json, nursery
-from watchdog_agent.loop import READ, WRITE, Loop
+from watchdog_agent import zygote
+from watchdog_agent.runtime import json_light, stdlib_light
+from watchdog_agent.runtime.loop import READ, WRITE, Loop
 
 from tests.agent.world import AGENT
 
@@ -29,9 +30,9 @@ values = st.recursive(
 @given(values, st.booleans())
 def test_json_is_written_as_the_module_writes_it(value: Any, in_order: bool) -> None:
     """Every value is the same text, and comes back as it was."""
-    text = light_json.dumps(value, sort_keys=in_order)
+    text = json_light.dumps(value, sort_keys=in_order)
     assert text == json.dumps(value, sort_keys=in_order)
-    assert light_json.loads(text) == light_json.loads(text.encode()) == value
+    assert json_light.loads(text) == json_light.loads(text.encode()) == value
 
 
 @given(st.text() | st.text(alphabet='{}[]",:0123456789.-eEtruefalsn \n\\u'))
@@ -41,9 +42,9 @@ def test_json_is_read_as_the_module_reads_it(text: str) -> None:
         wanted = json.loads(text)
     except ValueError:
         with pytest.raises(ValueError):
-            light_json.loads(text)
+            json_light.loads(text)
         return
-    found = light_json.loads(text)
+    found = json_light.loads(text)
     assert found == wanted or (math.isnan(found) and math.isnan(wanted))
 
 
@@ -54,7 +55,7 @@ def test_broken_json_is_a_value_error_in_a_process_without_the_module() -> None:
     """Text that begins as JSON and is cut or wrong is a ValueError where `json` was never imported, as in the
     agent: there Python 3.10 and 3.11 find no class for the error they want to raise."""
     text = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from watchdog_agent import light_json\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from watchdog_agent.runtime import json_light as light_json\n"
         "assert 'json' not in sys.modules\n"
         "for text in sys.argv[2:]:\n"
         "    try: light_json.loads(text)\n"
@@ -70,28 +71,28 @@ def test_broken_json_is_a_value_error_in_a_process_without_the_module() -> None:
 def test_bytes_that_are_no_json_are_a_value_error(data: bytes) -> None:
     """Whatever bytes come, they are a value or a ValueError."""
     with contextlib.suppress(ValueError):
-        light_json.loads(data)
+        json_light.loads(data)
 
 
 def test_what_is_no_json_is_refused_and_defaults_are_asked() -> None:
     """A value that JSON has not is a TypeError, or what `default` makes of it; nesting without end is a
     RecursionError, as in the module."""
     with pytest.raises(TypeError):
-        light_json.dumps({"a": {1}})
-    assert light_json.dumps({"a": {1}}, default=str) == '{"a": "{1}"}'
+        json_light.dumps({"a": {1}})
+    assert json_light.dumps({"a": {1}}, default=str) == '{"a": "{1}"}'
     with pytest.raises(RecursionError):
-        light_json.loads("[" * 100_000)
-    assert light_json.loads(b"\xef\xbb\xbf{}") == {}
+        json_light.loads("[" * 100_000)
+    assert json_light.loads(b"\xef\xbb\xbf{}") == {}
 
 
 def test_the_light_parts_are_used_here_and_the_modules_where_there_are_none() -> None:
     """On this Python the C parts are taken; where they can't be had the agent has the modules, and its
     configuration is read as before."""
-    assert light.json is light_json
+    assert stdlib_light.json is json_light
     script = """
 import sys
 sys.modules["_json"] = None
-from watchdog_agent import light, config
+from watchdog_agent.runtime import stdlib_light as light; from watchdog_agent.config import document as config
 assert light.json.__name__ == "json", light.json
 print(light.json.dumps(config.check({"v": 1, "device_id": "a", "slug": "a", "epoch": 1,
     "address": "::1", "probes": [{"kind": "icmp"}]})["epoch"]))
@@ -113,13 +114,13 @@ def test_a_request_comes_with_its_descriptors() -> None:
     with ours, theirs:
         for count in range(3):
             socket.send_fds(ours, [b"{}"], [null] * count)
-            data, descriptors = nursery.receive(theirs)
+            data, descriptors = zygote.receive(theirs)
             assert (data, len(descriptors)) == (b"{}", count)
             for one in descriptors:
                 assert os.fstat(one).st_rdev == os.fstat(null).st_rdev
                 os.close(one)
         ours.close()
-        assert nursery.receive(theirs) == (b"", [])
+        assert zygote.receive(theirs) == (b"", [])
     os.close(null)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from watchdog_agent.loop import FEW, Loop
+from watchdog_agent.runtime.loop import FEW, Loop
 
 
 def test_a_socket_closed_in_the_same_batch_is_left_alone() -> None:

@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import answer, config_probes, mqtt5, probe_mqtt
+from watchdog_agent.config import probes
+from watchdog_agent.probes import mqtt, mqtt5
+from watchdog_agent.runtime import http_response
 
 from tests.agent.probing import asked, run
 from tests.agent.test_repair_steps import attempt, broken
@@ -124,9 +126,7 @@ async def test_what_a_broker_answers_is_the_reason(
 async def test_the_version_is_remembered_until_it_fails() -> None:
     """The next probe of the same spec begins in MQTT 5; after a broker that hangs up, in MQTT 3.1.1 again."""
     async with broker5() as broker:
-        spec = config_probes.check(
-            {"kind": "mqtt", "port": broker.port, "timeout_s": 10.0}, "probe"
-        )
+        spec = probes.check({"kind": "mqtt", "port": broker.port, "timeout_s": 10.0}, "probe")
 
         async def succeeds() -> bool:
             return (await asyncio.to_thread(run, spec))[0] is True
@@ -173,15 +173,15 @@ def test_mqtt_5_costs_nothing_where_nobody_speaks_it() -> None:
     """The module that reads MQTT 5 is not loaded with the probe."""
     text = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from watchdog_agent import probe_mqtt, repair_mqtt\n"
-        "assert 'watchdog_agent.mqtt5' not in sys.modules\n"
+        "from watchdog_agent.probes import mqtt as probe_mqtt; from watchdog_agent.repairs import mqtt as repair_mqtt\n"
+        "assert 'watchdog_agent.probes.mqtt5' not in sys.modules\n"
     )
     argv = [sys.executable, "-I", "-S", "-c", text, str(AGENT)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-READERS: list[Callable[..., int | None]] = [mqtt5.connack, mqtt5.puback, probe_mqtt.connack]
+READERS: list[Callable[..., int | None]] = [mqtt5.connack, mqtt5.puback, mqtt.connack]
 
 
 @given(
@@ -196,7 +196,7 @@ def test_any_bytes_are_a_code_or_an_error(
     yet"."""
     try:
         code = read(data, closed=closed)
-    except answer.HttpError:
+    except http_response.HttpError:
         return
     assert not (closed and code is None)
     assert code is None or -2 <= code <= 255
@@ -207,9 +207,9 @@ def test_a_connack_is_read_whole_and_not_before(
     properties: bytes, code: int, data: st.DataObject
 ) -> None:
     """However long its properties are, a CONNACK gives its code when its last byte is here."""
-    size = probe_mqtt.length(len(properties))
+    size = mqtt.length(len(properties))
     body = bytes([0, code]) + size + properties
-    raw = b"\x20" + probe_mqtt.length(len(body)) + body
+    raw = b"\x20" + mqtt.length(len(body)) + body
     assert mqtt5.connack(raw, closed=False) == code
     cut = data.draw(st.integers(0, len(raw) - 1))
     assert mqtt5.connack(raw[:cut], closed=False) is None

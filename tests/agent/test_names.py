@@ -17,10 +17,13 @@ from typing import Any
 
 import pytest
 import trustme
-from watchdog_agent import http, light, probe_snmp, probes, repair_wake
-from watchdog_agent.dial import Dial, Turns
-from watchdog_agent.http import Url
-from watchdog_agent.loop import Loop
+from watchdog_agent.probes import builtin
+from watchdog_agent.probes import snmp as probe_snmp
+from watchdog_agent.repairs import wake_on_lan
+from watchdog_agent.runtime import http, stdlib_light
+from watchdog_agent.runtime.dial import Dial, Turns
+from watchdog_agent.runtime.http import Url
+from watchdog_agent.runtime.loop import Loop
 
 from nomad_watchdog.dev.process import free_port
 from tests.agent.probing import asked, tcp, udp
@@ -36,7 +39,7 @@ LOCALHOST = "::1 localhost both.test\n127.0.0.1 localhost both.test\n"
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     """`names("a.test", "::1", "127.0.0.1", port=…)`: a name with these addresses, in the resolver's order."""
     known: dict[bytes, tuple[tuple[str, ...], int | None]] = {}
-    real = light.socket.getaddrinfo
+    real = stdlib_light.socket.getaddrinfo
 
     def resolve(host: Any, port: Any, *more: Any, **options: Any) -> Any:
         if host not in known:
@@ -47,7 +50,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     def name(host: str, *found: str, port: int | None = None) -> None:
         known[host.encode()] = (found, port)
 
-    monkeypatch.setattr(light.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(stdlib_light.socket, "getaddrinfo", resolve)
     return name
 
 
@@ -102,7 +105,7 @@ SLOW_S = 2.0
 @pytest.fixture
 def slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers after longer than a probe's timeout, as where the first of two name servers is down."""
-    real = light.socket.getaddrinfo
+    real = stdlib_light.socket.getaddrinfo
 
     def resolve(host: Any, *more: Any, **options: Any) -> Any:
         if host == b"slow.test":
@@ -110,7 +113,7 @@ def slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
             host = b"127.0.0.1"
         return real(host, *more, **options)
 
-    monkeypatch.setattr(light.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(stdlib_light.socket, "getaddrinfo", resolve)
 
 
 @pytest.mark.usefixtures("slow_resolver")
@@ -159,7 +162,7 @@ def took_s(name: str, port: int) -> float:
         times.append(seconds)
         loop.stop()
 
-    probes.start(loop, {"kind": "tcp", "port": port, "timeout_s": SLOW_S}, name, done)
+    builtin.start(loop, {"kind": "tcp", "port": port, "timeout_s": SLOW_S}, name, done)
     loop.run()
     loop.close()
     return times[0]
@@ -179,7 +182,7 @@ async def test_a_magic_packet_goes_to_every_address(names: Names) -> None:
             loop.stop()
 
         step = {"mac": "00:11:22:aa:bb:cc", "to_at": (host, port)}
-        repair_wake.start(loop, step, {}, ended)
+        wake_on_lan.start(loop, step, {}, ended)
         loop.run()
         loop.close()
         return found[0]
@@ -257,7 +260,7 @@ def test_a_refusal_of_any_address_is_a_sign_that_the_host_is_there(
         found.append((ok, reason))
         loop.stop()
 
-    probes._Tcp(loop, ("both.test", silent_port), 0.5, ended, refused_is_alive=True)
+    builtin._Tcp(loop, ("both.test", silent_port), 0.5, ended, refused_is_alive=True)
     loop.run()
     loop.close()
     assert found == [(True, "the host refuses, so it is there")]
@@ -369,7 +372,7 @@ import asyncio, sys
 import aiohttp
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
-from nomad_watchdog.commands._api import Api
+from nomad_watchdog.cli._api_client import Api
 async def main(base):
     consul = ConsulClient(ConsulSettings(address=base))
     print(await consul.kv_get("a"))
@@ -411,8 +414,8 @@ async def test_the_control_plane_reaches_servers_at_the_second_address(tmp_path:
 
 PINGS = """
 import json, sys
-from watchdog_agent import config, config_probes, gateway, probes
-from watchdog_agent.loop import Loop
+from watchdog_agent.config import document as config, probes as config_probes; from watchdog_agent.probes import gateway, builtin as probes
+from watchdog_agent.runtime.loop import Loop
 for address in sys.argv[1:]:
     loop, found = Loop(), []
     def done(ok, reason, *_):

@@ -7,9 +7,9 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import pace
-from watchdog_agent.stats import KEPT, Stats
-from watchdog_agent.suspicion import Suspicion
+from watchdog_agent.detection import probe_interval
+from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.probe_stats import KEPT, Stats
 
 seconds = st.floats(0.05, 86400.0)
 results = st.lists(st.tuples(st.booleans(), st.floats(0.0, 600.0)), max_size=3 * KEPT)
@@ -21,9 +21,9 @@ def test_the_pace_is_never_slower_than_the_interval(
 ) -> None:
     """The wait is the interval, or while suspect a quarter of it but not below `min_interval`; never more,
     and after 40 quick probes the usual one."""
-    wait = pace.interval(interval, least, state, quick)
+    wait = probe_interval.interval(interval, least, state, quick)
     assert 0 < wait <= interval
-    if state != "suspect" or quick >= pace.MOST_QUICK:
+    if state != "suspect" or quick >= probe_interval.MOST_QUICK:
         assert wait == interval
     else:
         assert wait == min(interval, max(least, interval / 4))
@@ -32,18 +32,18 @@ def test_the_pace_is_never_slower_than_the_interval(
 @given(st.integers(1, 1000), st.integers(0, KEPT), st.floats(0.0, 1.0))
 def test_the_threshold_stays_between_once_and_twice(misses: int, seen: int, loss: float) -> None:
     """A lossy path is given up to twice the misses, a sound or a sick one, and one hardly known, none."""
-    need = pace.need(misses, seen, loss)
+    need = probe_interval.need(misses, seen, loss)
     assert misses <= need <= 2 * misses
-    if seen < pace.ENOUGH or loss > pace.MOST_LOSS or loss == 0.0:
+    if seen < probe_interval.ENOUGH or loss > probe_interval.MOST_LOSS or loss == 0.0:
         assert need == misses
-    assert need == misses or need == 2 * misses or loss**need <= pace.CHANCE * 1.001
+    assert need == misses or need == 2 * misses or loss**need <= probe_interval.CHANCE * 1.001
 
 
 def test_the_threshold_of_a_lossy_path() -> None:
     """With a fifth lost three misses come by chance each minute or so: five are asked for."""
-    assert pace.need(3, 60, 0.2) == 5
-    assert pace.need(3, 60, 0.05) == 3
-    assert pace.need(1, 60, 0.2) == 1
+    assert probe_interval.need(3, 60, 0.2) == 5
+    assert probe_interval.need(3, 60, 0.05) == 3
+    assert probe_interval.need(1, 60, 0.2) == 1
 
 
 @given(results)

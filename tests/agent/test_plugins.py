@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watchdog_agent import plugins
+from watchdog_agent.runtime import plugins
 
 GROUP = "watchdog_agent.tests"
 

@@ -8,9 +8,9 @@ import dnslib
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import probe_command, probe_dns, probe_snmp, probe_tls
+from watchdog_agent.probes import command, dns, snmp, tls
 
-QUERY = probe_dns.encode_query("pump.example", 1, b"ab")
+QUERY = dns.encode_query("pump.example", 1, b"ab")
 REPLY = dnslib.DNSRecord.parse(QUERY).reply()
 REPLY.add_answer(dnslib.RR("pump.example", rdata=dnslib.A("10.0.0.7")))
 DER = trustme.CA().issue_cert("a.example").cert_chain_pems[0].bytes()
@@ -40,30 +40,30 @@ def test_dns(data: bytes) -> None:
     """An answer is addresses of four bytes, words, or DnsError."""
     padded = data.ljust(12, b"\0")
     try:
-        found = probe_dns.addresses(padded, QUERY)
-    except probe_dns.DnsError:
+        found = dns.addresses(padded, QUERY)
+    except dns.DnsError:
         return
     assert isinstance(found, str) or all(len(one) == 4 for one in found)
 
 
 def test_dns_as_another_library_packs_it() -> None:
     """What a library of others packs is read, and it reads our query."""
-    assert probe_dns.addresses(REPLY.pack(), QUERY) == [bytes((10, 0, 0, 7))]
+    assert dns.addresses(REPLY.pack(), QUERY) == [bytes((10, 0, 0, 7))]
     assert str(dnslib.DNSRecord.parse(QUERY).q.qname) == "pump.example."
 
 
-SNMP = probe_snmp.tlv(
+SNMP = snmp.tlv(
     0x30,
-    probe_snmp.integer(1)
-    + probe_snmp.tlv(4, b"public")
-    + probe_snmp.tlv(
+    snmp.integer(1)
+    + snmp.tlv(4, b"public")
+    + snmp.tlv(
         0xA2,
-        probe_snmp.integer(7)
-        + probe_snmp.integer(0)
-        + probe_snmp.integer(0)
-        + probe_snmp.tlv(
+        snmp.integer(7)
+        + snmp.integer(0)
+        + snmp.integer(0)
+        + snmp.tlv(
             0x30,
-            probe_snmp.tlv(0x30, probe_snmp.tlv(6, probe_snmp.UP_TIME) + b"\x43\x02\x30\x39"),
+            snmp.tlv(0x30, snmp.tlv(6, snmp.UP_TIME) + b"\x43\x02\x30\x39"),
         ),
     ),
 )
@@ -73,35 +73,35 @@ SNMP = probe_snmp.tlv(
 def test_snmp(data: bytes) -> None:
     """An answer is a time, words, nothing of ours, or SnmpError."""
     try:
-        found = probe_snmp.up_time(data, 7)
-    except probe_snmp.SnmpError:
+        found = snmp.up_time(data, 7)
+    except snmp.SnmpError:
         return
     assert found is None or isinstance(found, (int, str))
 
 
 def test_snmp_answer_is_read() -> None:
     """The answer that is mangled elsewhere is itself read as 12345 hundredths."""
-    assert probe_snmp.up_time(SNMP, 7) == 12345
-    assert probe_snmp.up_time(SNMP, 8) is None
+    assert snmp.up_time(SNMP, 7) == 12345
+    assert snmp.up_time(SNMP, 8) is None
 
 
 @given(st.integers(0, 2**31 - 1), st.binary(max_size=400))
 def test_snmp_request_has_the_lengths_that_it_says(ident: int, community: bytes) -> None:
     """Whatever the community and the number are, the request reads back as it was meant."""
-    message, end = probe_snmp.take(packet := probe_snmp.get(community, ident), 0, 0x30)
+    message, end = snmp.take(packet := snmp.get(community, ident), 0, 0x30)
     assert end == len(packet)
-    _, at = probe_snmp.number(message, 0)
-    assert probe_snmp.take(message, at, 4)[0] == community
-    pdu, _ = probe_snmp.take(message, at + len(probe_snmp.tlv(4, community)), 0xA0)
-    assert probe_snmp.number(pdu, 0)[0] == ident
+    _, at = snmp.number(message, 0)
+    assert snmp.take(message, at, 4)[0] == community
+    pdu, _ = snmp.take(message, at + len(snmp.tlv(4, community)), 0xA0)
+    assert snmp.number(pdu, 0)[0] == ident
 
 
 @given(st.one_of(st.binary(max_size=300), mangled(der())))
 def test_certificate(data: bytes) -> None:
     """A certificate has an end, or CertificateError."""
     try:
-        found = probe_tls.expiry(data)
-    except probe_tls.CertificateError:
+        found = tls.expiry(data)
+    except tls.CertificateError:
         return
     assert isinstance(found, int | float)
 
@@ -113,14 +113,14 @@ def test_seconds_of_a_time(when: Any) -> None:
 
     when = when.replace(microsecond=0, tzinfo=dt.UTC)
     text = f"{when.year:04}{when:%m%d%H%M%S}Z".encode()
-    assert probe_tls.seconds_of(0x18, text) == when.timestamp()
+    assert tls.seconds_of(0x18, text) == when.timestamp()
     if 1950 <= when.year < 2050:
-        assert probe_tls.seconds_of(0x17, text[2:]) == when.timestamp()
+        assert tls.seconds_of(0x17, text[2:]) == when.timestamp()
 
 
 @given(st.binary(max_size=5000))
 def test_last_line(output: bytes) -> None:
     """Whatever a command writes, its reason is short and printable."""
-    line = probe_command.last_line(output)
+    line = command.last_line(output)
     assert len(line) <= 200
     assert line.isprintable()

@@ -21,9 +21,11 @@ import pytest
 import trustme
 from amqtt.broker import Broker
 from dnslib import AAAA, QTYPE, RR, A, DNSRecord
-from watchdog_agent import config_probes, probe_command, probe_snmp, probe_tls, probes
-from watchdog_agent.checks import ConfigError
-from watchdog_agent.loop import Loop
+from watchdog_agent.config import probes as config_probes
+from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.probes import builtin, snmp, tls
+from watchdog_agent.probes import command as probe_command
+from watchdog_agent.runtime.loop import Loop
 
 from nomad_watchdog.dev.process import free_port
 from tests.agent.probing import asked, run, tcp, udp
@@ -262,7 +264,7 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
 ) -> None:
     """Files replaced between the first reading and the end of it count from the next probe on."""
     mine = own(authority, tmp_path)
-    read = probe_tls.context_of
+    read = tls.context_of
 
     def overtaken(spec: dict[str, Any]) -> ssl.SSLContext:
         context = read(spec)
@@ -270,7 +272,7 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
         own(trustme.CA(), tmp_path)
         return context
 
-    monkeypatch.setattr(probe_tls, "context_of", overtaken)
+    monkeypatch.setattr(tls, "context_of", overtaken)
     spec = config_probes.check({"kind": "https", "port": 443, **mine}, "probe")
     monkeypatch.undo()
     old = spec["trust"].context
@@ -393,13 +395,13 @@ async def test_hostile_dns_answer(tail: bytes) -> None:
 
 def snmp_answer(data: bytes, *, error: int = 0, value: bytes = b"\x43\x03\x01\xe2\x40") -> bytes:
     """The answer of an agent (RFC 3416, 4.2.1), made of the request by hand."""
-    message, _ = probe_snmp.take(data, 0, 0x30)
-    _, at = probe_snmp.number(message, 0)
-    community, at = probe_snmp.take(message, at, 4)
-    pdu, _ = probe_snmp.take(message, at, 0xA0)
-    ident, _ = probe_snmp.number(pdu, 0)
-    tlv, integer = probe_snmp.tlv, probe_snmp.integer
-    binding = tlv(0x30, tlv(6, probe_snmp.UP_TIME) + value)
+    message, _ = snmp.take(data, 0, 0x30)
+    _, at = snmp.number(message, 0)
+    community, at = snmp.take(message, at, 4)
+    pdu, _ = snmp.take(message, at, 0xA0)
+    ident, _ = snmp.number(pdu, 0)
+    tlv, integer = snmp.tlv, snmp.integer
+    binding = tlv(0x30, tlv(6, snmp.UP_TIME) + value)
     said = integer(ident) + integer(error) + integer(0) + tlv(0x30, binding)
     return tlv(0x30, integer(1) + tlv(4, community) + tlv(0xA2, said))
 
@@ -636,7 +638,7 @@ def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
         if len(answers) == 1:
             held = Path(f"/proc/{told.read_text().split()[0]}")
             assert held.exists(), "judged only when the kernel had let go"
-            probes.start(loop, spec, "10.0.0.7", done)
+            builtin.start(loop, spec, "10.0.0.7", done)
         elif len(answers) == 2:
             os.kill(int(told.read_text().split()[1]), signal.SIGKILL)
             spec["command"][:] = ["true"]
@@ -648,10 +650,10 @@ def test_command_that_can_not_be_reaped_holds_up_nobody(tmp_path: Path) -> None:
         if probe_command._running:
             loop.later(0.01, reaped)
         else:
-            probes.start(loop, spec, "10.0.0.7", done)
+            builtin.start(loop, spec, "10.0.0.7", done)
 
     try:
-        probes.start(loop, spec, "10.0.0.7", done)
+        builtin.start(loop, spec, "10.0.0.7", done)
         loop.later(120.0, loop.stop)
         loop.run()
     finally:

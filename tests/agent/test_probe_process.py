@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.artifact import build_agent
 from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from tests.agent.probing import udp
 from tests.agent.world import AGENT, Listener, World, probe, silent, tcp, until
 
@@ -279,12 +279,12 @@ main.main()
     await agent.is_in("ok", state="ok", was_ready=True)
     await agent.signal(signal.SIGTERM)
     loaded = set((world.folder / "modules").read_text().split())
-    assert "watchdog_agent.probes" in loaded
+    assert "watchdog_agent.probes.builtin" in loaded
     heavy = {"ssl", "importlib.metadata", "subprocess", "random", "typing", "datetime"}
     heavy |= {"socket", "selectors", "signal", "json", "re", "enum", "functools", "struct"}
     assert not heavy & loaded
     assert not [name for name in loaded if name.startswith("watchdog_agent.probe_")]
-    assert not {"watchdog_agent.gateway", "watchdog_agent.datagram"} & loaded
+    assert not {"watchdog_agent.probes.gateway", "watchdog_agent.probes.udp_query"} & loaded
 
 
 async def test_hostile_peers_cost_no_memory(world: World, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.artifact import build_agent
+from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from tests.agent.world import OK, Agent, Listener, Peer, World, probe, says, silent, tcp, until
 
 

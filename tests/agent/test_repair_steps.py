@@ -19,7 +19,10 @@ import pytest_asyncio
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent import config, probe_mqtt, repair_mqtt, repair_wake
+from watchdog_agent.config import document as config
+from watchdog_agent.probes import mqtt
+from watchdog_agent.repairs import mqtt as repair_mqtt
+from watchdog_agent.repairs import wake_on_lan
 
 from tests.agent.world import OK, Agent, Listener, World, document, probe, says, until
 
@@ -391,7 +394,7 @@ async def test_mqtt_broker_that_refuses(
 @given(st.text(max_size=400).filter(lambda t: "\0" not in t), st.integers(0, 268_435_455))
 def test_mqtt_lengths_are_written_as_they_are_read(payload: str, number: int) -> None:
     """A remaining length of the specification's form is read back as the number that was written."""
-    raw = probe_mqtt.length(number)
+    raw = mqtt.length(number)
     assert sum((digit & 127) << 7 * place for place, digit in enumerate(raw)) == number
     assert len(raw) <= 4
     assert repair_mqtt.publish("t", payload, 4).endswith(payload.encode())
@@ -401,7 +404,7 @@ def test_mqtt_lengths_are_written_as_they_are_read(payload: str, number: int) ->
 def test_magic_packets_hold_the_address_sixteen_times(mac: bytes) -> None:
     """Whatever the address is, in either case of letters."""
     text = ":".join(f"{byte:02X}" for byte in mac)
-    assert repair_wake.magic(text) == repair_wake.magic(text.lower()) == b"\xff" * 6 + mac * 16
+    assert wake_on_lan.magic(text) == wake_on_lan.magic(text.lower()) == b"\xff" * 6 + mac * 16
 
 
 def plugin(folder: Path, body: str) -> str:
@@ -503,7 +506,7 @@ async def test_nothing_is_done_that_can_not_be_kept_first(world: World, tmp_path
 )
 async def test_kept_repairs_of_another_shape_start_clean(world: World, kept: Any) -> None:
     """Kept repairs that no run of ours wrote are said so in the log, and the ladder begins as new."""
-    from watchdog_agent import state
+    from watchdog_agent.runtime import state_file as state
 
     agent = world.agent(repairs=[{**QUICK, "kind": "command", "command": ["true"]}])
     agent.folder.mkdir()

@@ -129,7 +129,7 @@ async def test_routes_over_a_link_without_carrier_are_put_back_too(site: Site) -
 
     await until(lambda: routes().count("linkdown") == 2, "the kernel has noticed")
     text = (
-        "import sys; from watchdog_agent import repair_interface as r;"
+        "import sys; from watchdog_agent.repairs import interface as r;"
         "undo = r.prepare({'interface': sys.argv[1]});"
         "r._link(r.socket.if_nametoindex(sys.argv[1]), up=False);"
         "print(r.restore(undo))"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from watchdog_agent import secret
+from watchdog_agent.runtime import secrets
 
 
 def test_a_secret_that_is_not_safe_is_not_used(
@@ -17,19 +17,19 @@ def test_a_secret_that_is_not_safe_is_not_used(
     path = tmp_path / "token"
     path.write_text("a-token\n")
     path.chmod(0o644)  # as in a Secret of Kubernetes
-    assert secret.token(str(path)) == "a-token"
+    assert secrets.token(str(path)) == "a-token"
     path.write_text("b-token\n")
-    assert secret.token(str(path)) == "b-token"
+    assert secrets.token(str(path)) == "b-token"
     path.chmod(0o666)
-    assert [secret.token(str(path)) for _ in range(3)] == ["", "", ""]
+    assert [secrets.token(str(path)) for _ in range(3)] == ["", "", ""]
     with pytest.raises(OSError, match=r"can be written by everybody \(mode 0666\)"):
-        secret.read(str(path))
+        secrets.read(str(path))
     if os.geteuid() == 0:
         path.chmod(0o600)
         os.chown(path, 65534, 65534)
-        assert secret.token(str(path)) == ""
+        assert secrets.token(str(path)) == ""
         with pytest.raises(OSError, match="belongs to user 65534, not to 0 or root"):
-            secret.read(str(path))
+            secrets.read(str(path))
     said = capfd.readouterr().err
     assert said.count("a token is not used") == (2 if os.geteuid() == 0 else 1)
     assert "-token" not in said.replace(str(path), "")
@@ -46,4 +46,4 @@ def test_what_is_no_file_is_no_secret(tmp_path: Path) -> None:
         str(tmp_path / "fifo"),
         str(tmp_path / "bytes"),
     ):
-        assert secret.token(path) == ""
+        assert secrets.token(path) == ""

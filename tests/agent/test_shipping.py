@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest_asyncio
-from watchdog_agent import shipping
-from watchdog_agent.config import check
-from watchdog_agent.loop import Loop
+from watchdog_agent.config.document import check
+from watchdog_agent.reporting import loki as shipping
+from watchdog_agent.runtime.loop import Loop
 
 from nomad_watchdog.dev.process import free_port
 from tests.agent.receiver import Receiver

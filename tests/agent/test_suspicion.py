@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent.suspicion import Suspicion
+from watchdog_agent.detection.failure_detector import Suspicion
 
 NAMES = ("0:http:80", "1:tcp:22")
 STATES = ("ok", "suspect", "degraded", "offline", "unable")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import openmetrics, parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parsed
-from watchdog_agent.openmetrics import converted, wanted
+from watchdog_agent.reporting.openmetrics import converted, wanted
 
 from tests.agent.world import Agent, World, until
 

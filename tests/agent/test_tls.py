@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import trustme
-from watchdog_agent import probe_tls, tls
-from watchdog_agent.http import reason_of
+from watchdog_agent.probes import tls as probe_tls
+from watchdog_agent.runtime import tls
+from watchdog_agent.runtime.http import reason_of
 
-from nomad_watchdog.artifact import build_agent
+from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from tests.agent.world import Agent, World, a_world, until
 
 CREDENTIAL = "wda1.pump-7-abc.3.c0ffee-secret"

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watchdog_agent import config_probes, outcome, plugins, probes
+from watchdog_agent.config import probes as config_probes
+from watchdog_agent.probes import builtin
+from watchdog_agent.runtime import outcome, plugins
 
 from nomad_watchdog.dev.process import free_port
 from tests.agent.probing import asked, run
@@ -25,7 +27,7 @@ INVALID = "fe80::1"
 
 def raw_only() -> bool:
     """Whether this process pings over raw sockets."""
-    sock, raw = probes.echo_socket(socket.AF_INET6)
+    sock, raw = builtin.echo_socket(socket.AF_INET6)
     sock.close()
     return raw
 
@@ -94,8 +96,8 @@ def test_one_rule_for_errors(error: Exception, sent: bool, unable: bool) -> None
 
 _EXHAUSTED = """
 import json, os, sys
-from watchdog_agent import config_probes, probes
-from watchdog_agent.loop import Loop
+from watchdog_agent.config import probes as config_probes; from watchdog_agent.probes import builtin as probes
+from watchdog_agent.runtime.loop import Loop
 loop, answers = Loop(), []
 specs = [{"kind": "tcp", "port": 9}, {"kind": "http", "port": 9}, {"kind": "icmp"},
          {"kind": "dns", "name": "a"}, {"kind": "snmp"}, {"kind": "mqtt"}, {"kind": "command", "command": ["true"]},
@@ -242,19 +244,19 @@ async def test_without_the_right_to_ping_the_fallback_is_called_what_it_is(
     monkeypatch: pytest.MonkeyPatch, mute: int
 ) -> None:
     """A10: TCP in the place of ICMP is named tcp, and its reason says why it was asked."""
-    monkeypatch.setattr(probes, "socket", NoRight())
+    monkeypatch.setattr(builtin, "socket", NoRight())
     spec = config_probes.check({"kind": "icmp", "timeout_s": 0.5}, "")
-    assert probes.name_of(spec) == "icmp"
+    assert builtin.name_of(spec) == "icmp"
     ok, reason = run(spec)
     assert ok is True
     assert reason == "the host refuses, so it is there (the agent has no right to ping)"
-    assert probes.name_of(spec) == "tcp:7"
+    assert builtin.name_of(spec) == "tcp:7"
     spec = config_probes.check({"kind": "icmp", "port": mute, "timeout_s": 0.5}, "")
     ok, reason = run(spec)
     assert (ok, reason) == (False, "no answer within 0.5 s (the agent has no right to ping)")
     monkeypatch.undo()
     assert run(spec)[0] is True
-    assert probes.name_of(spec) == f"icmp:{mute}"
+    assert builtin.name_of(spec) == f"icmp:{mute}"
 
 
 # -- the agent's process
@@ -267,7 +269,7 @@ def patched(code: str) -> list[str]:
 
 _NO_RIGHT = """
 import socket as whole
-from watchdog_agent import probes
+from watchdog_agent.probes import builtin as probes
 class NoRight:
     def __getattr__(self, name):
         return getattr(known, name)
@@ -302,8 +304,8 @@ async def test_nothing_independent_left_is_unable_and_never_offline(
 
 _RESOLVER = """
 import os, sys
-from watchdog_agent import dial
-from watchdog_agent.light import socket
+from watchdog_agent.runtime import dial
+from watchdog_agent.runtime.stdlib_light import socket
 known = dial.resolve
 def resolve(address):
     if address[0] == "pump.test":

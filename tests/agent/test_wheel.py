@@ -57,5 +57,5 @@ def test_the_wheel_has_the_projects_version_and_its_sources(
     found = re.search(r"^Version: (.*)$", text, re.MULTILINE)
     assert found is not None
     assert found[1] == nomad_watchdog.__version__
-    sources = (repository / "agent" / "watchdog_agent").glob("*.py")
-    assert {f"watchdog_agent/{source.name}" for source in sources} <= names
+    sources = repository / "agent" / "watchdog_agent"
+    assert {f"watchdog_agent/{one.relative_to(sources)}" for one in sources.rglob("*.py")} <= names

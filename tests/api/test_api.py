@@ -12,8 +12,9 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.api import Runner, make_app, page, schemas
-from nomad_watchdog.api.stream import MOST_FOLLOWERS
+from nomad_watchdog.api import Runner, make_app, schemas
+from nomad_watchdog.api import status_page as page
+from nomad_watchdog.api.events import MOST_FOLLOWERS
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.errors import ConflictError, TransientError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of

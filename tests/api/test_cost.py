@@ -14,15 +14,15 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.allowance import AT_ONCE, LEFT_OUT
 from nomad_watchdog.api import audit
+from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import door_of
-from nomad_watchdog.api.stream import MOST_FOLLOWERS
-from nomad_watchdog.config_api import Api
+from nomad_watchdog.api.events import MOST_FOLLOWERS
+from nomad_watchdog.config.api import Api
 from nomad_watchdog.core import presence
-from nomad_watchdog.core.bucket import Buckets
-from nomad_watchdog.history import MOST_EVENTS
+from nomad_watchdog.core.rate_limit import Buckets
+from nomad_watchdog.events.device_limits import AT_ONCE, LEFT_OUT
+from nomad_watchdog.events.log import MOST_EVENTS
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, Epoch, WallTime
 from nomad_watchdog.registry.codec import decode, encode

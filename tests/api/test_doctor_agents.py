@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from nomad_watchdog import doctor_agents
+from nomad_watchdog.daemon.doctor import agents as doctor_agents
 from nomad_watchdog.dev.process import free_port
 from tests.agent.world import Listener, says
 

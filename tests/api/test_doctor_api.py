@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog import doctor_api
-from nomad_watchdog.config import Settings
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.daemon.doctor import api as doctor_api
 from nomad_watchdog.dev.process import free_port
 from tests.agent.world import Listener, says
 

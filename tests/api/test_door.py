@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.api.app import ROUTES
-from nomad_watchdog.api.door import Door, door_of
+from nomad_watchdog.api.auth import Door, door_of
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config_api import Api, Token
-from nomad_watchdog.core.bucket import Buckets
-from nomad_watchdog.core.credential import Claim, issue
+from nomad_watchdog.config.api import Api, Token
+from nomad_watchdog.core.agent_token import Claim, issue
+from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.core.roles import Right, Role
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.fleet.records import Ledger
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.ledger import Ledger
 from nomad_watchdog.logs import clean
 from nomad_watchdog.model import Device, Epoch, Monotonic
 from tests.api.conftest import served

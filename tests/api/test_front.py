@@ -20,11 +20,12 @@ import aiohttp
 import pytest
 import trustme
 
-from nomad_watchdog.api import Runner, acceptor, serving
+from nomad_watchdog.api import Runner, acceptor
+from nomad_watchdog.api import listener as serving
+from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import door_of
-from nomad_watchdog.api.serving import Listener
-from nomad_watchdog.config_api import Api
+from nomad_watchdog.api.listener import Listener
+from nomad_watchdog.config.api import Api
 from tests.api.conftest import Door, served
 from tests.api.test_api import WISH
 from tests.api.test_malformed import asked

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from nomad_watchdog import logs
 from nomad_watchdog.api import malformed
-from nomad_watchdog.api.door import door_of
-from nomad_watchdog.config_api import Api
+from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.config.api import Api
 from tests.api.conftest import Door, served
 from tests.attacks.table import Attack
 

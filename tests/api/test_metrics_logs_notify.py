@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import logs, notify
+from nomad_watchdog import logs
+from nomad_watchdog.daemon import systemd
 from nomad_watchdog.metrics import Metrics
 
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -72,23 +73,23 @@ def test_s10_logs_hold_no_secret_and_no_control_character(style: logs.Format) ->
 def test_notify_speaks_to_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The states arrive at a path and at an abstract socket, and nothing is sent without one."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    assert not notify.ready()
+    assert not systemd.ready()
     abstract = f"@nomad-watchdog-test-{tmp_path.name}-{id(tmp_path)}"
     for name in (str(tmp_path / "n"), abstract):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
             listener.settimeout(2)
             listener.bind("\0" + name[1:] if name.startswith("@") else name)
             monkeypatch.setenv("NOTIFY_SOCKET", name)
-            assert notify.ready()
-            assert notify.watchdog()
-            assert notify.stopping()
+            assert systemd.ready()
+            assert systemd.watchdog()
+            assert systemd.stopping()
             got = [listener.recv(64) for _ in range(3)]
             assert got == [b"READY=1", b"WATCHDOG=1", b"STOPPING=1"]
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    assert notify.watchdog_interval_s() == 5.0
+    assert systemd.watchdog_interval_s() == 5.0
     monkeypatch.setenv("WATCHDOG_PID", "1")
-    assert notify.watchdog_interval_s() is None
+    assert systemd.watchdog_interval_s() is None
 
 
 async def test_s9_trouble_in_the_loop_is_told_once_in_a_while(

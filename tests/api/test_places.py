@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from nomad_watchdog.api.bodies import Bodies
-from nomad_watchdog.api.places import Pace, Place, Places, Rank, network_of
+from nomad_watchdog.api.body_memory import Bodies
+from nomad_watchdog.api.connection_limits import Pace, Place, Places, Rank, network_of
 from nomad_watchdog.metrics import Closing
 
 MOST, PER_ADDRESS = 16, 8

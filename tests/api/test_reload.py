@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
+from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import door_of
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_load import load
-from nomad_watchdog.core.difference import words
-from nomad_watchdog.departures import Departures
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.core.settings_diff import words
+from nomad_watchdog.daemon.reload import Reloader, applicable
 from nomad_watchdog.errors import TransientError, UserError
-from nomad_watchdog.inventory import Inventory
 from nomad_watchdog.model import AgentSpec
-from nomad_watchdog.reconciler import Reconciler
-from nomad_watchdog.reloading import Reloader, applicable
-from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing.fakes import REFUSED, Cluster, FakeScheduler
 from tests.api.conftest import Door, served
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import private, secret_files, texts
-from nomad_watchdog.api.door import door_of
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_api import Api
-from nomad_watchdog.doctor import examine
+from nomad_watchdog import private_files, secret_file_rules, text_files
+from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.daemon.doctor.checks import examine
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.keyring import SecretFile, read_keys, read_token, read_webhook_secrets
 from nomad_watchdog.model import Monotonic
+from nomad_watchdog.secret_files import SecretFile, read_keys, read_token, read_webhook_secrets
 from tests.api.conftest import served
 from tests.attacks.table import Attack
 
@@ -110,7 +110,7 @@ def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack
         for read in (
             lambda: door_of(Api(token_file=str(path))),
             lambda: door_of(Api(agent_key_file=str(path))),
-            lambda: texts.token("nomad.token_file", path),
+            lambda: text_files.token("nomad.token_file", path),
         ):
             with pytest.raises(UserError, match=words) as caught:
                 read()
@@ -151,13 +151,13 @@ def test_mounted_secrets_and_pipes_are_read(tmp_path: Path) -> None:
     (tmp_path / "token").symlink_to("..data/token")
     mounted = tmp_path / "token"
     assert door_of(Api(token_file=str(mounted))).own_token() == token
-    assert secret_files.exposed(mounted) == ""
+    assert secret_file_rules.exposed(mounted) == ""
 
     reading, writing = os.pipe()
     try:
         os.write(writing, f"{token}\n".encode())
         os.close(writing)
-        assert texts.token("token file", f"/dev/fd/{reading}") == token
+        assert text_files.token("token file", f"/dev/fd/{reading}") == token
     finally:
         os.close(reading)
     os.mkfifo(tmp_path / "fifo", 0o600)
@@ -216,10 +216,10 @@ def test_files_and_folders_are_private_whatever_the_umask(tmp_path: Path, umask:
         (tmp_path / "old" / name).chmod(0o644)
     before = os.umask(umask)
     try:
-        private.folder(tmp_path / "a" / "b")
-        private.file(tmp_path / "a" / "b" / "db")
-        private.folder(tmp_path / "old")
-        private.file(tmp_path / "old" / "db")
+        private_files.folder(tmp_path / "a" / "b")
+        private_files.file(tmp_path / "a" / "b" / "db")
+        private_files.folder(tmp_path / "old")
+        private_files.file(tmp_path / "old" / "db")
     finally:
         os.umask(before)
     assert modes([tmp_path / "a", tmp_path / "a" / "b"]) == {0o700}
@@ -247,5 +247,5 @@ def test_a_process_without_descriptors_keeps_its_secrets(
     def refused(*_: object, **__: object) -> bytes:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(secret_files, "read", refused)
+    monkeypatch.setattr(secret_file_rules, "read", refused)
     assert len(file.now(Monotonic(10.0))) == kept

@@ -16,20 +16,21 @@ import aiohttp
 import pytest
 import trustme
 
-from nomad_watchdog.api import Runner, serving
-from nomad_watchdog.api.door import door_of
+from nomad_watchdog.api import Runner
+from nomad_watchdog.api import listener as serving
+from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.listener import Listener
 from nomad_watchdog.api.schemas import ReportIn
-from nomad_watchdog.api.serving import Listener
-from nomad_watchdog.cli import _code
-from nomad_watchdog.config_api import Api
+from nomad_watchdog.cli.main import _code
+from nomad_watchdog.config.api import Api
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.core.credential import Claim, issue
+from nomad_watchdog.core.agent_token import Claim, issue
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.leases import Replica, Undivided
 from nomad_watchdog.model import AgentState, Device, Epoch
-from nomad_watchdog.peers import Peers
+from nomad_watchdog.replicas.leases import Replica, Undivided
+from nomad_watchdog.replicas.report_replication import Peers
 from tests.api.conftest import served
 from tests.api.test_api import WISH, _report
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.api.door import Door as Gate
-from nomad_watchdog.api.door import door_of
+from nomad_watchdog.api.auth import Door as Gate
+from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config_api import Api
-from nomad_watchdog.core.webhooks import Signed, sign
+from nomad_watchdog.config.api import Api
+from nomad_watchdog.core.webhook_signature import Signed, sign
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence, WallTime
 from tests.api.conftest import Door, served

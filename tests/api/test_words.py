@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from nomad_watchdog.api import schemas
-from nomad_watchdog.config_problems import PATTERNS
+from nomad_watchdog.config.problems import PATTERNS
 from tests.api.conftest import Door
 from tests.cli.test_config_words import LIBRARYS_WORDS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from bench import detection
-from nomad_watchdog.config_probes import Probe
+from nomad_watchdog.config.probes import Probe
 from nomad_watchdog.model import Limits
 
 

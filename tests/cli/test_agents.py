@@ -12,9 +12,9 @@ import pytest
 
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.schemas import ReportIn, parsed
-from nomad_watchdog.cli import _code
-from nomad_watchdog.commands._agent_logs import nomad_log
-from nomad_watchdog.config import Nomad, Settings
+from nomad_watchdog.cli._agent_logs import nomad_log
+from nomad_watchdog.cli.main import _code
+from nomad_watchdog.config.settings import Nomad, Settings
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.process import clean_environment, free_port
 from nomad_watchdog.dev.replica import ControlPlane
@@ -109,8 +109,8 @@ async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path)
 
 async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: Path) -> None:
     """When nobody listens at the agent's address any more, `exec-probe` ends with 69 and says so."""
-    from nomad_watchdog.commands._api import Api
-    from nomad_watchdog.commands.agents import _probed
+    from nomad_watchdog.cli._api_client import Api
+    from nomad_watchdog.cli.agents import _probed
 
     port = free_port()
     with pytest.raises(TerminalError, match="no answer"):
@@ -194,7 +194,7 @@ async def test_h13_exec_probe_posts_to_a_host_and_a_port_only(
             def pages(self, _path: str, **_query: object) -> list[dict[str, object]]:
                 return [{"id": "pump-7", "listen": listen}]
 
-        monkeypatch.setattr("nomad_watchdog.commands.agents.api_of", lambda _ctx: Answers())
+        monkeypatch.setattr("nomad_watchdog.cli.agents.api_of", lambda _ctx: Answers())
         return _code(["agents", "exec-probe", "pump-7"])
 
     async with server:

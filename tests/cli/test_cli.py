@@ -15,11 +15,11 @@ import click
 import pytest
 from aiohttp import web
 
-from nomad_watchdog.cli import VERBS, LazyGroup, _code, cli
-from nomad_watchdog.config_load import load
+from nomad_watchdog.cli.main import VERBS, LazyGroup, _code, cli
+from nomad_watchdog.config.load import load
+from nomad_watchdog.daemon.factory import open_registry
 from nomad_watchdog.registry import Document
-from nomad_watchdog.render import age, clean
-from nomad_watchdog.wiring import open_registry
+from nomad_watchdog.terminal import age, clean
 
 DOCS = Path(__file__).parents[2] / "docs"
 HOSTILE = "gate\x1b[31m\u202e[bold]way"
@@ -133,7 +133,7 @@ def command(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
     """--help starts without pydantic, aiohttp, rich, consul, nomad or hcl2."""
     code = (
-        "import sys\nfrom nomad_watchdog.cli import _code\n_code(['--help'])\n"
+        "import sys\nfrom nomad_watchdog.cli.main import _code\n_code(['--help'])\n"
         "heavy={'pydantic','aiohttp','rich','consul','nomad','hcl2','asyncio'} & set(sys.modules)\n"
         "sys.exit(','.join(sorted(heavy)) or 0)"
     )

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_api import Token
-from nomad_watchdog.config_classes import AgentClass, Elsewhere, Repair
-from nomad_watchdog.config_escalate import Escalate, Loki, Sink
-from nomad_watchdog.config_hcl import parse_duration, parse_size, read
-from nomad_watchdog.config_load import load
-from nomad_watchdog.config_pools import Metric
-from nomad_watchdog.config_probes import Gateway, Probe
-from nomad_watchdog.config_problems import model_of
+from nomad_watchdog.config.agent_classes import AgentClass, Elsewhere, Repair
+from nomad_watchdog.config.api import Token
+from nomad_watchdog.config.escalation import Escalate, Loki, Sink
+from nomad_watchdog.config.hcl import parse_duration, parse_size, read
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.pools import Metric
+from nomad_watchdog.config.probes import Gateway, Probe
+from nomad_watchdog.config.problems import model_of
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"

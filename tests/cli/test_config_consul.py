@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
 from nomad_watchdog.errors import UserError
 
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from watchdog_agent.config import check
+from watchdog_agent.config.document import check
 
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
 from nomad_watchdog.errors import UserError
 
 ALL = """

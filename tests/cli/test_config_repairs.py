@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watchdog_agent import config as agent_config
 from watchdog_agent import wire
+from watchdog_agent.config import document as agent_config
 
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
 from nomad_watchdog.errors import UserError
 
 CLASS = 'agent_class "a" {\n  probe "tcp" { port = 22 }\n  confirm "icmp" {}\n%s\n}\n'

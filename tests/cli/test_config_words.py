@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_load import load
-from nomad_watchdog.config_problems import DOTTED, PATTERNS
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.problems import DOTTED, PATTERNS
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
 
 PROBE = 'probe "tcp" { port = 80 }'

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.cli import _code
+from nomad_watchdog.cli.main import _code
 from nomad_watchdog.dev import binaries
 
 

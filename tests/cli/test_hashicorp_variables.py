@@ -13,14 +13,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from nomad_watchdog.clients import hashicorp
+from nomad_watchdog.clients import hashicorp_environment
 from nomad_watchdog.clients.consul import ConsulClient
 from nomad_watchdog.clients.nomad import NomadClient
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
+from nomad_watchdog.daemon.factory import consul_settings, nomad_settings
 from nomad_watchdog.dev import binaries
 from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.errors import UserError, WatchdogError
-from nomad_watchdog.wiring import consul_settings, nomad_settings
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ async def test_a_missing_port_is_the_one_that_the_vendors_program_dials(
     assert dialled is not None
     settings = load(None, {"HOME": "/nowhere", **env})
     address = getattr(settings, program).address
-    assert hashicorp.host_and_port(address) == ("127.0.0.77", int(dialled[1]))
+    assert hashicorp_environment.host_and_port(address) == ("127.0.0.77", int(dialled[1]))
 
 
 @pytest.mark.parametrize(

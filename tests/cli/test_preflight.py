@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.cli import _code
+from nomad_watchdog.cli.main import _code
 
 CLASS = 'agent_class "camera" {\n  probe "tcp" { port = 80 }\n}\n'
 GOOD = 'data_dir = "/nowhere"\n' + CLASS

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.commands._api import Api
-from nomad_watchdog.commands._proxy import proxy_for
+from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.cli._proxy import proxy_for
 from nomad_watchdog.errors import DeniedError, TerminalError, UserError
 
 

@@ -11,11 +11,11 @@ import pytest
 from aiohttp import web
 
 from nomad_watchdog.api import make_app
-from nomad_watchdog.api.door import door_of
-from nomad_watchdog.cli import _code
+from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.cli.main import _code
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config_api import Api
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.config.api import Api
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
 from nomad_watchdog.registry.sqlite import SqliteRegistry
@@ -106,7 +106,7 @@ def test_people_read_times_and_durations(
         def pages(self, _path: str) -> list[dict[str, object]]:
             return [{"id": "cam", "slug": "cam-x", "class": "gate", "epoch": 1, "state": "ok"}]
 
-    monkeypatch.setattr("nomad_watchdog.commands.agents.api_of", lambda _ctx: Answers())
+    monkeypatch.setattr("nomad_watchdog.cli.agents.api_of", lambda _ctx: Answers())
     assert _code(["agents", "ls"]) == 0
     assert capsys.readouterr().out.split() == [
         "ID",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.cli import _code
-from nomad_watchdog.config_load import load
+from nomad_watchdog.cli.main import _code
+from nomad_watchdog.config.load import load
 from nomad_watchdog.errors import UserError
 from tests.attacks.table import Attack
 
@@ -222,7 +222,7 @@ def test_a_crash_of_a_command_shows_no_secret(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(f"header was Bearer {token}")
 
-    monkeypatch.setattr("nomad_watchdog.commands._api.Api.get", broken)
+    monkeypatch.setattr("nomad_watchdog.cli._api_client.Api.get", broken)
     assert _code(["status"]) == 70
     said = capsys.readouterr().err
     assert token not in said

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import inventory_file, texts
-from nomad_watchdog.api.serving import outgoing_context, tls_context
-from nomad_watchdog.clients import hashicorp
+from nomad_watchdog import text_files
+from nomad_watchdog.api.listener import outgoing_context, tls_context
+from nomad_watchdog.clients import hashicorp_environment
 from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings
-from nomad_watchdog.config_api import Api
-from nomad_watchdog.config_load import load
-from nomad_watchdog.config_types import certificates
+from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.types import certificates
+from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.keyring import SecretFile, read_keys, read_token
+from nomad_watchdog.secret_files import SecretFile, read_keys, read_token
 
 BOM = b"\xef\xbb\xbf"
 COMMENT = "# Wurzel für Geräte, 根证书\n".encode()
@@ -68,10 +69,10 @@ async def test_comments_between_certificates_are_left_out(tmp_path: Path) -> Non
     for text in (COMMENT + plain, BOM + plain + COMMENT, plain.replace(b"\n", b"\r\n") + COMMENT):
         file.write_bytes(text)
         assert certificates("api.ca_cert", str(file)) == plain.decode()
-        hashicorp.trust("consul", ca_cert=str(file))
+        hashicorp_environment.trust("consul", ca_cert=str(file))
     with pytest.raises(UserError, match=r"consul\.ca_cert .*no certificate"):
         file.write_bytes(COMMENT)
-        hashicorp.trust("consul", ca_cert=str(file))
+        hashicorp_environment.trust("consul", ca_cert=str(file))
 
 
 @pytest.mark.parametrize("key", ["of its own", "in the same file"])
@@ -91,7 +92,7 @@ async def test_certificates_with_a_byte_order_mark_are_shown(tmp_path: Path, key
     assert tls_context(api) is not None
     assert outgoing_context(api) is not None
     own_key = str(own) if key == "of its own" else ""
-    hashicorp.trust("consul", client_cert=str(cert), client_key=own_key)
+    hashicorp_environment.trust("consul", client_cert=str(cert), client_key=own_key)
     if key == "of its own":
         with pytest.raises(UserError, match="tls_key"):
             tls_context(api.model_copy(update={"tls_key": str(other)}))
@@ -126,7 +127,7 @@ def test_a_secret_with_a_byte_order_mark_is_the_secret(tmp_path: Path) -> None:
     """Tokens and keys are what stands in the file, not the mark before it."""
     file = tmp_path / "secret"
     file.write_bytes(BOM + b"k" * 40 + b"\r\n")
-    assert texts.token("consul.token_file", file) == "k" * 40
+    assert text_files.token("consul.token_file", file) == "k" * 40
     assert SecretFile("x", file, read_token).required().now(0.0) == (b"k" * 40,)  # type: ignore[arg-type]
     assert SecretFile("x", file, read_keys).required().now(0.0) == (b"k" * 40,)  # type: ignore[arg-type]
 
@@ -137,5 +138,5 @@ def test_what_no_token_holds_is_refused_without_being_shown(tmp_path: Path, raw:
     file = tmp_path / "secret"
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"nomad\.token_file .*secret") as caught:
-        texts.token("nomad.token_file", file)
+        text_files.token("nomad.token_file", file)
     assert "tök" not in str(caught.value)

@@ -16,11 +16,11 @@ import aiohttp
 import jsonschema
 import pytest
 import pytest_asyncio
-from watchdog_agent import config as configuration
 from watchdog_agent import wire
+from watchdog_agent.config import document as configuration
 
 from nomad_watchdog.api.schemas import ReportIn
-from nomad_watchdog.config import Settings
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.dev.replica import ControlPlane
 from tests.agent.receiver import Receiver
 from tests.agent.world import World, a_world, probe, until

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nomad_watchdog.breaker import Breaker, held_id
+from nomad_watchdog.core.mass_stop_breaker import Breaker, held_id
 from nomad_watchdog.core.planner import Plan, Stop
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch

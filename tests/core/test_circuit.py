@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.circuit import (
+from nomad_watchdog.core.circuit_breaker import (
     FIRST_S,
     LONGEST_S,
     MOST_RETRY_AFTER_S,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core import condition, presence
+from nomad_watchdog.core import device_condition, presence
 from nomad_watchdog.core.verdict import Evidence, judge, of_agent
 from nomad_watchdog.model import (
     MOST_REASON,
@@ -56,7 +56,7 @@ def test_only_an_accepted_agents_word_ends_a_condition(seen: Evidence, kept: Con
     the verdict, until a fresh report of the accepted, ready agent decides."""
     now, rec = Monotonic(200.0), record("a", epoch=1, instance="i")
     found = of_agent(rec, seen, LIMITS, now)
-    after = condition.after(found, kept, WallTime(5.0), 1)
+    after = device_condition.after(found, kept, WallTime(5.0), 1)
     shown = judge(rec, replace(seen, condition=kept), LIMITS, now)
 
     if not has_decided(seen):
@@ -74,7 +74,7 @@ def test_only_an_accepted_agents_word_ends_a_condition(seen: Evidence, kept: Con
 def test_s6_no_condition_comes_from_silence(seen: Evidence, kept: Condition | None) -> None:
     """A new condition rests on the whole evidence of a report, never on the lack of one."""
     now, rec = Monotonic(200.0), record("a", epoch=1, instance="i")
-    after = condition.after(of_agent(rec, seen, LIMITS, now), kept, WallTime(5.0), 1)
+    after = device_condition.after(of_agent(rec, seen, LIMITS, now), kept, WallTime(5.0), 1)
 
     if after is not None and after is not kept:
         assert has_decided(seen)
@@ -116,7 +116,7 @@ def test_the_reason_says_what_the_agent_is_about() -> None:
 
 def test_a_departed_device_has_no_condition() -> None:
     """It ends with the departure, in the verdict and in the record, and does not come back with the device."""
-    assert condition.after(Verdict(VerdictState.DEPARTED, ""), DEAD, BEGAN, 0) is None
+    assert device_condition.after(Verdict(VerdictState.DEPARTED, ""), DEAD, BEGAN, 0) is None
     sick = replace(record("a", epoch=3), condition=DEAD)
     gone = presence.deregister(sick, WallTime(9.0), Departure.EXPIRED)
     assert gone is not None

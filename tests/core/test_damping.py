@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.damping import Flap, changed, is_flapping, is_forgotten
+from nomad_watchdog.core.flap_damping import Flap, changed, is_flapping, is_forgotten
 from nomad_watchdog.model import Monotonic, PresenceRules
 
 rules_of = st.builds(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.departures import gate, overdue
+from nomad_watchdog.core.expiry import gate, overdue
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Limits, Monotonic, PresenceRules
 from tests.core.world import CLASS, record

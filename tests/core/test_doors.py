@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core import events, presence
-from nomad_watchdog.core.bucket import Buckets
-from nomad_watchdog.core.credential import Claim, claim_of, issue
+from nomad_watchdog.core import event_order, presence
+from nomad_watchdog.core.agent_token import Claim, claim_of, issue
+from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.core.roles import Right, Role, may, roles_with
-from nomad_watchdog.core.webhooks import (
+from nomad_watchdog.core.webhook_signature import (
     TOLERANCE_S,
     Seen,
     SignatureError,
@@ -200,7 +200,7 @@ DEVICE = Device(DeviceId("d"), "default", "10.0.0.1")
 
 
 def step(
-    stored: DeviceRecord | None, connected: bool, event: events.Event | None, now: float
+    stored: DeviceRecord | None, connected: bool, event: event_order.Event | None, now: float
 ) -> DeviceRecord | None:
     """As the ledger does it: the record afterwards."""
     if connected:
@@ -209,7 +209,7 @@ def step(
         wanted = presence.deregister(stored, WallTime(now))
     else:
         return None
-    return events.stamp(stored, wanted, event, WallTime(now)) or stored
+    return event_order.stamp(stored, wanted, event, WallTime(now)) or stored
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=12), st.data())
@@ -220,10 +220,10 @@ def test_s5_no_replay_of_an_event_changes_a_record(
     record can be sent again with an effect, by a process that remembers nothing."""
     stored: DeviceRecord | None = None
     now = 1000.0
-    applied: list[tuple[bool, events.Event]] = []
+    applied: list[tuple[bool, event_order.Event]] = []
     for number, (connected, gap) in enumerate(steps):
         now += gap
-        event = events.Event(f"m{number}", int(now)) if data.draw(st.booleans()) else None
+        event = event_order.Event(f"m{number}", int(now)) if data.draw(st.booleans()) else None
         try:
             after = step(stored, connected, event, now)
         except OutOfDateError:
@@ -245,15 +245,15 @@ def test_s5_no_replay_of_an_event_changes_a_record(
 
 def test_events_are_ordered_by_their_senders_time() -> None:
     """A later event is applied, an earlier one refused, each once."""
-    first = step(None, True, events.Event("a", 98), 103.0)
+    first = step(None, True, event_order.Event("a", 98), 103.0)
     assert first is not None
-    gone = step(first, False, events.Event("b", 100), 103.1)
+    gone = step(first, False, event_order.Event("b", 100), 103.1)
     assert gone is not None
     assert (gone.presence, gone.event_at, len(gone.event_marks)) == (Presence.ABSENT, 100, 1)
-    assert events.is_replay(gone, events.Event("b", 100))
+    assert event_order.is_replay(gone, event_order.Event("b", 100))
     with pytest.raises(OutOfDateError, match="1 s before"):
-        step(gone, True, events.Event("c", 99), 104.0)
-    back = step(gone, True, events.Event("d", 101), 104.0)
+        step(gone, True, event_order.Event("c", 99), 104.0)
+    back = step(gone, True, event_order.Event("d", 101), 104.0)
     assert back is not None
     assert back.presence is Presence.PRESENT
 
@@ -261,28 +261,28 @@ def test_events_are_ordered_by_their_senders_time() -> None:
 def test_w1_an_event_older_than_one_that_changed_nothing_is_late() -> None:
     """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays; and the
     other way round, a late connect does not bring back a device that was reported gone twice."""
-    stored = step(None, True, events.Event("a", 90), 100.0)
-    again = step(stored, True, events.Event("b", 98), 100.0)
+    stored = step(None, True, event_order.Event("a", 90), 100.0)
+    again = step(stored, True, event_order.Event("b", 98), 100.0)
     assert again is not None
-    assert events.is_mark_only(stored, again)
+    assert event_order.is_mark_only(stored, again)
     with pytest.raises(OutOfDateError, match="1 s before"):
-        step(again, False, events.Event("c", 97), 100.0)
-    gone = step(again, False, events.Event("d", 110), 111.0)
-    gone = step(gone, False, events.Event("e", 120), 121.0)
+        step(again, False, event_order.Event("c", 97), 100.0)
+    gone = step(again, False, event_order.Event("d", 110), 111.0)
+    gone = step(gone, False, event_order.Event("e", 120), 121.0)
     with pytest.raises(OutOfDateError):
-        step(gone, True, events.Event("f", 115), 122.0)
+        step(gone, True, event_order.Event("f", 115), 122.0)
 
 
 def test_w1_an_unsigned_request_that_changes_nothing_makes_older_events_late() -> None:
     """A PUT that confirms a device counts as the last event of it where events are signed, and is written
     once per second; where none were signed it costs no write."""
-    stored = step(None, True, events.Event("a", 90), 100.0)
+    stored = step(None, True, event_order.Event("a", 90), 100.0)
     confirmed = step(stored, True, None, 105.5)
     assert confirmed is not None
     assert (confirmed.event_at, confirmed.event_marks) == (105, ())
     assert step(confirmed, True, None, 105.9) is confirmed
     with pytest.raises(OutOfDateError):
-        step(confirmed, False, events.Event("b", 104), 106.0)
+        step(confirmed, False, event_order.Event("b", 104), 106.0)
     plain = step(None, True, None, 100.0)
     assert step(plain, True, None, 200.0) is plain
 
@@ -293,11 +293,11 @@ def test_events_of_one_second_leave_the_device_watched_in_any_order(
 ) -> None:
     """Whether the device was there before or not: with a connect among the events of one second it is
     watched afterwards, whichever came first, and a replay of any of them has no effect."""
-    stored = step(None, True, events.Event("first", 10), 10.0)
-    stored = stored if watched else step(stored, False, events.Event("gone", 20), 20.0)
+    stored = step(None, True, event_order.Event("first", 10), 10.0)
+    stored = stored if watched else step(stored, False, event_order.Event("gone", 20), 20.0)
     for name in order * 2:
         try:
-            stored = step(stored, name != "disconnected", events.Event(name, 100), 100.0)
+            stored = step(stored, name != "disconnected", event_order.Event(name, 100), 100.0)
         except OutOfDateError:
             assert name == "disconnected"
     assert stored is not None
@@ -310,10 +310,10 @@ def test_the_newest_event_decides_in_whatever_order_they_arrive(
 ) -> None:
     """After any arrivals the device is in the state of the newest event; connected, when events of both
     kinds share the newest second."""
-    stored = step(None, True, events.Event("start", 1), 1.0)
+    stored = step(None, True, event_order.Event("start", 1), 1.0)
     for number, (connected, at) in enumerate(arrivals):
         with suppress(OutOfDateError):
-            stored = step(stored, connected, events.Event(str(number), 100 + at), 200.0)
+            stored = step(stored, connected, event_order.Event(str(number), 100 + at), 200.0)
     assert stored is not None
     newest = max(at for _, at in arrivals)
     expected = any(connected for connected, at in arrivals if at == newest)
@@ -326,44 +326,44 @@ def test_a_blink_reported_in_the_second_of_an_expiry_is_watched() -> None:
     first = step(None, True, None, 50.0)
     assert first is not None
     for left, back in ((Departure.EXPIRED, True), (Departure.REMOVED, False)):
-        gone = events.stamp(
+        gone = event_order.stamp(
             first, presence.deregister(first, WallTime(100.7), left), None, WallTime(100.7)
         )
         if back:
-            there = step(gone, True, events.Event("a", 100), 101.0)
+            there = step(gone, True, event_order.Event("a", 100), 101.0)
             assert there is not None
             assert there.presence is Presence.PRESENT
         else:
             with pytest.raises(OutOfDateError):
-                step(gone, True, events.Event("a", 100), 101.0)
+                step(gone, True, event_order.Event("a", 100), 101.0)
 
 
 def test_a_change_by_hand_is_dated_by_our_clock() -> None:
     """After an operator's change, events that were signed before it are refused, later ones applied; a
     sender whose clock is ahead does not get its own event back."""
-    first = step(None, True, events.Event("a", 100), 100.0)
+    first = step(None, True, event_order.Event("a", 100), 100.0)
     by_hand = step(first, False, None, 150.0)
     assert by_hand is not None
     assert (by_hand.event_at, by_hand.event_marks) == (0, ())
     with pytest.raises(OutOfDateError):
-        step(by_hand, True, events.Event("b", 149), 151.0)
-    assert step(by_hand, True, events.Event("c", 151), 151.0) != by_hand
-    ahead = step(None, True, events.Event("f", 300), 100.0)
+        step(by_hand, True, event_order.Event("b", 149), 151.0)
+    assert step(by_hand, True, event_order.Event("c", 151), 151.0) != by_hand
+    ahead = step(None, True, event_order.Event("f", 300), 100.0)
     gone = step(ahead, False, None, 150.0)
-    assert step(gone, True, events.Event("f", 300), 151.0) is gone
+    assert step(gone, True, event_order.Event("f", 300), 151.0) is gone
 
 
 def test_a_restored_wish_is_guarded_as_it_was() -> None:
     """When a backup's wish replaces an older one, a replay of the event behind it has no effect."""
-    old = step(None, True, events.Event("a", 100), 100.0)
-    saved = step(old, False, events.Event("b", 200), 200.0)
+    old = step(None, True, event_order.Event("a", 100), 100.0)
+    saved = step(old, False, event_order.Event("b", 200), 200.0)
     assert saved is not None
     restored = presence.restore(old, saved)
     assert restored is not None
     with pytest.raises(OutOfDateError):
-        step(restored, True, events.Event("a", 100), 300.0)
-    assert step(restored, False, events.Event("b", 200), 300.0) is restored
-    confirmed = step(saved, False, events.Event("c", 250), 250.0)
+        step(restored, True, event_order.Event("a", 100), 300.0)
+    assert step(restored, False, event_order.Event("b", 200), 300.0) is restored
+    confirmed = step(saved, False, event_order.Event("c", 250), 250.0)
     assert confirmed is not None
     assert presence.restore(saved, confirmed) == replace(
         saved, event_at=250, event_marks=confirmed.event_marks
@@ -373,28 +373,30 @@ def test_a_restored_wish_is_guarded_as_it_was() -> None:
 def test_a_device_that_flaps_within_a_second_is_told_to_wait() -> None:
     """The seventeenth change within one second is refused for now, not for good."""
     stored: DeviceRecord | None = None
-    for number in range(events.MOST_AT_ONCE):
+    for number in range(event_order.MOST_AT_ONCE):
         device = replace(DEVICE, address=f"10.0.0.{number}")
         wanted = presence.register(stored, device, WallTime(100.0))
-        stored = events.stamp(stored, wanted, events.Event(str(number), 100), WallTime(100.0))
+        stored = event_order.stamp(
+            stored, wanted, event_order.Event(str(number), 100), WallTime(100.0)
+        )
     with pytest.raises(TransientError):
-        step(stored, True, events.Event("one more", 100), 100.0)
+        step(stored, True, event_order.Event("one more", 100), 100.0)
 
 
 def test_an_event_that_changes_nothing_writes_its_mark_and_no_more() -> None:
     """An old event, and a replay, are not written at all; a newer one writes when it was signed, at most
     sixteen times per second of its sender's clock."""
-    stored = step(None, True, events.Event("a", 100), 100.0)
-    for event in (events.Event("old", 1), events.Event("a", 100)):
+    stored = step(None, True, event_order.Event("a", 100), 100.0)
+    for event in (event_order.Event("old", 1), event_order.Event("a", 100)):
         assert step(stored, True, event, 201.0) is stored
     writes = 0
-    for number in range(3 * events.MOST_AT_ONCE):
-        after = step(stored, True, events.Event(f"b{number}", 200), 201.0)
+    for number in range(3 * event_order.MOST_AT_ONCE):
+        after = step(stored, True, event_order.Event(f"b{number}", 200), 201.0)
         writes += after is not stored
         stored = after
         assert stored is not None
         assert (stored.generation, stored.event_at) == (1, 200)
-    assert writes == events.MOST_AT_ONCE
+    assert writes == event_order.MOST_AT_ONCE
 
 
 @given(

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.planner import NO_STOPS
-from nomad_watchdog.fleet import AgentReport, Fleet
-from nomad_watchdog.freshness import Freshness
+from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.listing_freshness import Freshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -25,7 +26,6 @@ from nomad_watchdog.model import (
     Epoch,
     Limits,
 )
-from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 from tests.core.world import placement, record
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.grace import BINS, ENOUGH, MOST_CLASSES, GraceLimits, StartTimes
+from nomad_watchdog.core.startup_grace import BINS, ENOUGH, MOST_CLASSES, GraceLimits, StartTimes
 from nomad_watchdog.model import Monotonic
 
 LIMITS = GraceLimits(fallback_s=60.0, least_s=15.0, most_s=900.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nomad_watchdog.graveyard import MOST, REST_S, Graveyard
+from nomad_watchdog.core.placement_gc import MOST, REST_S, Graveyard
 from nomad_watchdog.model import Monotonic, PlacementState
 from tests.core.world import placement, record
 

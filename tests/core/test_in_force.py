@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.in_force import MOST_SUPERSEDED, Standing, succeed, wins
+from nomad_watchdog.core.config_precedence import MOST_SUPERSEDED, Standing, succeed, wins
 
 NAMES = [f"r{n}" for n in range(4)]
 DIGESTS = [f"c{n}" for n in range(4)]

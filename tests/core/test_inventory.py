@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.core import presence
-from nomad_watchdog.core.inventory import compare
+from nomad_watchdog.core.inventory_diff import compare
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence, WallTime
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.living import MOST, Reach, is_at, living, stranded
 from nomad_watchdog.core.planner import plan
+from nomad_watchdog.core.report_addresses import MOST, Reach, is_at, living, stranded
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import ActionKind, Limits, PlacementState
-from nomad_watchdog.schedulers.documents import addressed, api_of
+from nomad_watchdog.schedulers.agent_document import addressed, api_of
 from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
 
 URLS = [f"http://10.0.0.{number}:9670" for number in range(1, 5)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.looking import (
+from nomad_watchdog.core.resync_schedule import (
     CALM_S,
     NARROW,
     PRICE,

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nomad_watchdog.controllers.migration import Kept, decode, encode, hint
 from nomad_watchdog.core import migration, planner
 from nomad_watchdog.core.migration import Homes, Move
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.ids import Shard, Slug, shard_of, slug_of
-from nomad_watchdog.migrations import Kept, decode, encode, hint
 from nomad_watchdog.model import (
     ActionKind,
     DeviceRecord,
@@ -23,8 +23,7 @@ from nomad_watchdog.model import (
     PlacementState,
     WallTime,
 )
-
-from .world import HASHES, placement, record
+from tests.core.world import HASHES, placement, record
 
 BACKENDS = ("a", "b", "c")
 NAMES = tuple(f"d{n}" for n in range(12))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.credential import Claim, claim_of, claimed, issue
+from nomad_watchdog.core.agent_token import Claim, claim_of, claimed, issue
+from nomad_watchdog.fleet.refused_reports import LATELY_S, MOST, Refusal, Refusals
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Epoch, Monotonic
-from nomad_watchdog.refusals import LATELY_S, MOST, Refusal, Refusals
 
 CAM = slug_of(DeviceId("cam"))
 NOW = Monotonic(1_000.0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.repairs import UNDER_WAY, in_words, news
+from nomad_watchdog.core.repair_events import UNDER_WAY, in_words, news
 from nomad_watchdog.core.verdict import Evidence, judge
 from nomad_watchdog.model import (
     AgentState,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.scaling import (
+from nomad_watchdog.core.pool_scaling import (
     Decision,
     Measure,
     Memory,

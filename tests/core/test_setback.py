@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core import setback
+from nomad_watchdog.core import registry_rollback
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import DeviceRecord
 from tests.registry.records import record
@@ -33,8 +33,8 @@ def test_one_history_is_never_a_setback(first: list[str], ours: list[str], more:
     store = dict(known)
     index = written(store, reached, more)
 
-    assert setback.of(known, store, seen_at, index) is None
-    assert setback.of(known, store, reached, index) is None
+    assert registry_rollback.of(known, store, seen_at, index) is None
+    assert registry_rollback.of(known, store, reached, index) is None
 
 
 @given(WRITES, WRITES.filter(bool), WRITES)
@@ -51,7 +51,7 @@ def test_a_restored_backup_is_a_setback_that_names_what_was_lost(
     shown = dict(backup)
     index = written(shown, reached, later) if later else saved_at
 
-    found = setback.of(known, shown, reached, index)
+    found = registry_rollback.of(known, shown, reached, index)
 
     changed = {slug_of(DeviceId(name)) for name in lost}
     older = {s for s in changed if s in shown and shown[s].index < known[s].index}
@@ -69,9 +69,9 @@ def test_the_text_counts_and_names_devices() -> None:
     one = (record("cam 1"),)
     many = tuple(record(f"pump {number:02}") for number in range(25))
 
-    text = setback.Setback(one, many, pauses=True).text
+    text = registry_rollback.Setback(one, many, pauses=True).text
 
     assert "1 device has an older record than before (cam 1)" in text
     assert "25 devices have no record any more (pump 00, " in text
-    assert text.count("pump") == setback.MOST_NAMED
+    assert text.count("pump") == registry_rollback.MOST_NAMED
     assert text.partition("; register")[0].endswith(", ...); the pauses are older than before")

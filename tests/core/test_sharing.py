@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.sharing import NOBODY, Moves, fair_shares, moves
+from nomad_watchdog.core.shard_assignment import NOBODY, Moves, fair_shares, moves
 from nomad_watchdog.ids import Shard
 
 Holders = dict[Shard, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.soak import Run, Soak, SoakLimits
+from nomad_watchdog.core.rollout_soak import Run, Soak, SoakLimits
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, Monotonic
 

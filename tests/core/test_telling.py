@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.telling import is_shared, state, subject, untold
+from nomad_watchdog.core.event_merge import is_shared, state, subject, untold
 from nomad_watchdog.ids import Slug
 
 D = Slug("d")

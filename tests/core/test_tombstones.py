@@ -11,21 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog import ledger
+from nomad_watchdog.controllers.agents.executor import Performer
+from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner, tombstones
+from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S, Graveyard
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import ConflictError
-from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.graveyard import TOMBSTONE_REST_S, Graveyard
+from nomad_watchdog.fleet import records
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.fleet.records import FLOOR, Ledger, floor_of
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.ledger import FLOOR, Ledger, floor_of
 from nomad_watchdog.model import Device, DeviceRecord, Epoch, Limits, Monotonic, Presence, WallTime
-from nomad_watchdog.performer import Performer
 from nomad_watchdog.registry.codec import encode
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
 from nomad_watchdog.testing.virtual_time import VirtualClock
-from nomad_watchdog.workqueue import WorkQueue
 from tests.registry.records import record
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ def test_s2_no_interleaving_brings_an_epoch_back() -> None:
 async def _forget_first(self: Ledger, gone: Sequence[DeviceRecord]) -> int:
     """As `Ledger.forget`, but the floor comes after the deletion: it is dropped too early."""
     await self.registry.forget(gone)
-    await ledger.raise_floor(self.registry, Floor().over(gone))
+    await records.raise_floor(self.registry, Floor().over(gone))
     return 0
 
 
@@ -204,7 +204,7 @@ async def _nothing(*_: Any) -> bool:
     [
         pytest.param(Ledger, "forget", _forget_first, id="the tombstone is dropped too early"),
         pytest.param(Ledger, "read_floor", _remembered, id="the floor is not read again"),
-        pytest.param(ledger, "raise_floor", _nothing, id="no floor is kept"),
+        pytest.param(records, "raise_floor", _nothing, id="no floor is kept"),
     ],
 )
 def test_s2_a_planted_bug_is_found(
@@ -266,6 +266,6 @@ async def test_the_floor_outlives_its_writers() -> None:
     store = Store()
     store.initialise("test")
     registry = FakeRegistry(store)
-    assert await ledger.raise_floor(registry, Floor(Epoch(5), 2))
-    assert await ledger.raise_floor(registry, Floor(Epoch(3), 4))
+    assert await records.raise_floor(registry, Floor(Epoch(5), 2))
+    assert await records.raise_floor(registry, Floor(Epoch(3), 4))
     assert floor_of(await registry.document(FLOOR)) == Floor(Epoch(5), 4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.core.planner import Plan, plan
 from nomad_watchdog.core.rollout import Readiness
-from nomad_watchdog.core.waiting import BACKOFF_S, MOST_DOUBLINGS, WAITING, Waits
+from nomad_watchdog.core.stuck_placements import BACKOFF_S, MOST_DOUBLINGS, WAITING, Waits
 from nomad_watchdog.model import (
     ActionKind,
     Limits,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.backoff import Budget
+from nomad_watchdog.controllers.agents.retry_budget import Budget
+from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.model import Limits, Monotonic, WallTime
-from nomad_watchdog.workqueue import WorkQueue
 
 
 @dataclass

@@ -21,7 +21,7 @@ from nomad_watchdog.dev._kubelet_spec import MARK
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence
 from nomad_watchdog.registry.codec import PoisonError, decode
-from nomad_watchdog.schedulers._nomad_view import age
+from nomad_watchdog.schedulers.nomad._view import age
 
 LIVE = {"running", "pending"}
 

@@ -15,12 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.stage import Stage
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import DeviceId, slug_of
-
-from . import audit
+from tests.e2e import audit
 
 Audit = Callable[[AbstractSet[str]], Awaitable[list[str]]]
 """What does not hold when these devices are wanted."""

@@ -16,9 +16,8 @@ from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.process import clean_environment
 from nomad_watchdog.dev.replica import ControlPlane
+from tests.e2e import audit
 from tests.schedulers.conftest import eventually
-
-from . import audit
 
 pytestmark = pytest.mark.servers
 

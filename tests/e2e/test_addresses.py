@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.cli import _code
+from nomad_watchdog.cli.main import _code
+from nomad_watchdog.controllers.inventory_file import read, signature
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.inventory_file import read, signature
 from nomad_watchdog.model import AgentSpec, Device, Epoch, VerdictState
-from nomad_watchdog.schedulers import documents
+from nomad_watchdog.schedulers import agent_document
 from nomad_watchdog.testing.conformance import record_of
 from tests.api.conftest import Door, door, token
 from tests.e2e.test_reconciler import control_plane
@@ -138,11 +138,11 @@ def test_the_document_has_the_form_that_agents_take() -> None:
     """A record with another form of an address gives a document with the agent's; one with none, no document."""
     record = record_of("pump")
     for text, wanted in GOOD:
-        told = documents.document(_at(record, text), Epoch(1), {})
+        told = agent_document.document(_at(record, text), Epoch(1), {})
         assert told["address"] == wanted
     for text, words in BAD:
         with pytest.raises(UserError, match=r"^address: ") as caught:
-            documents.document(_at(record, text), Epoch(1), {})
+            agent_document.document(_at(record, text), Epoch(1), {})
         assert words in str(caught.value)
 
 
@@ -164,7 +164,9 @@ def test_a_class_whose_agents_would_reject_it(change: dict[str, Any], words: str
     """What agents of a class would reject is found when the class is read, without the files of their hosts."""
     probe = {"kind": "https", "port": 443, "ca_cert": "/nowhere", "client_cert": "/nowhere"}
     good = {"v": 1, "probes": [probe], "consul": "https://x", "consul_tls": {"ca_cert": "/nowhere"}}
-    documents.check_class(AgentSpec("camera", "1", "h", agent_config=json.dumps(good)))
+    agent_document.check_class(AgentSpec("camera", "1", "h", agent_config=json.dumps(good)))
     with pytest.raises(UserError, match="class camera: its agents would reject") as caught:
-        documents.check_class(AgentSpec("camera", "1", "h", agent_config=json.dumps(good | change)))
+        agent_document.check_class(
+            AgentSpec("camera", "1", "h", agent_config=json.dumps(good | change))
+        )
     assert words in str(caught.value)

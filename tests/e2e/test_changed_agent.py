@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog import artifact
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.schedulers import agent_zipapp
 from tests.attacks.table import Attack
 from tests.e2e.test_replicas import cli
 from tests.schedulers.conftest import eventually
@@ -54,7 +54,7 @@ async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
     ran = tmp_path / "ran"
     config = CONFIG.replace("NOMAD", nomad.http_addr).replace("PYTHON", sys.executable)
     async with ControlPlane(tmp_path, "plane", config) as plane:
-        file = artifact.published(plane.root, artifact.checksum())
+        file = agent_zipapp.published(plane.root, agent_zipapp.checksum())
         original = file.read_bytes()
         with zipfile.ZipFile(file, "w") as hostile:
             hostile.writestr("__main__.py", f"open({str(ran)!r}, 'w').close()\n")
@@ -74,7 +74,7 @@ async def test_h15_a_changed_agent_file_is_not_run_on_nomad(
             assert not ran.exists()
             parent: Any = await nomad.request("GET", "/v1/job/changed")
             (fetched,) = parent["TaskGroups"][0]["Tasks"][0]["Artifacts"]
-            assert fetched["GetterOptions"] == {"checksum": f"sha256:{artifact.checksum()}"}
+            assert fetched["GetterOptions"] == {"checksum": f"sha256:{agent_zipapp.checksum()}"}
         finally:
             await plane.call("DELETE", "/v1/devices/pump-7")
     attack.tried = 1

@@ -22,13 +22,12 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.stage import Stage, open_stage
 from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.schedulers.kubernetes import _names as names
-
-from . import audit
-from .churn import SEED, Churn, Watch, play
+from tests.e2e import audit
+from tests.e2e.churn import SEED, Churn, Watch, play
 
 pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(900)]
 

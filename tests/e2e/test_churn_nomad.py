@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.stage import open_stage
 from nomad_watchdog.dev.process import free_port
-
-from . import audit
-from .churn import SEED, Churn, Watch, play
+from tests.e2e import audit
+from tests.e2e.churn import SEED, Churn, Watch, play
 
 pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(900)]
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nomad_watchdog.demo.show import Show
+from nomad_watchdog.demo.display import Show
 from nomad_watchdog.dev.binaries import cache_folder
 from nomad_watchdog.dev.process import clean_environment
 from tests.e2e.terminal import COLUMNS, ROWS, terminal

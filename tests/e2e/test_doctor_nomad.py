@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
+from nomad_watchdog.daemon.doctor.checks import Check, examine
 from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.doctor import Check, examine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.servers]
 

@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.stage import Stage, open_stage
 from nomad_watchdog.dev.process import clean_environment, free_port
 from nomad_watchdog.errors import TransientError
-
-from . import audit
+from tests.e2e import audit
 
 pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(900)]
 

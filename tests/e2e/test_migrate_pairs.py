@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.stage import BRISK, Agent, Stage, open_stage
 from nomad_watchdog.dev.process import free_port
-
-from .test_migrate import START_S, STOP_S, Watch, move_of, until, verb
+from tests.e2e.test_migrate import START_S, STOP_S, Watch, move_of, until, verb
 
 pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(600)]
 NAMES = [f"device-{n}" for n in range(8)]

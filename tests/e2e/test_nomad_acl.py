@@ -9,9 +9,9 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
-from nomad_watchdog.config import Settings
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.daemon.doctor.checks import Check, Status, examine
 from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.doctor import Check, Status, examine
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import AgentSpec, PlacementState
 from nomad_watchdog.schedulers.nomad import NomadScheduler

@@ -167,7 +167,7 @@ async def test_plan_and_apply_without_a_service(program: Program, directory: Pat
 async def _register(path: Path, *names: str) -> None:
     """Register while no service runs, as another service on the same registry would."""
     from nomad_watchdog.clock import SystemClock
-    from nomad_watchdog.fleet import Fleet
+    from nomad_watchdog.fleet.fleet import Fleet
     from nomad_watchdog.ids import DeviceId
     from nomad_watchdog.model import Device, Limits
     from nomad_watchdog.registry.sqlite import SqliteRegistry

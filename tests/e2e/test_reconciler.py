@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.errors import ConflictError
-from nomad_watchdog.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -30,7 +31,6 @@ from nomad_watchdog.model import (
     Presence,
     VerdictState,
 )
-from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.schedulers.local import LocalScheduler
 from tests.schedulers.conftest import directory, eventually, pids_of
@@ -351,7 +351,7 @@ async def test_s4_registered_devices_survive_kill_9(
 import asyncio, sys
 from pathlib import Path
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import Device, Limits
 from nomad_watchdog.registry.sqlite import SqliteRegistry

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.cli import VERBS
+from nomad_watchdog.cli.main import VERBS
 from tests.e2e.test_program import Program
 from tests.schedulers.conftest import directory, eventually, pids_of
 

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import trustme
 
-from nomad_watchdog.cli import main
+from nomad_watchdog.cli.main import main
 from nomad_watchdog.ids import DeviceId, slug_of
 from tests.api.test_api import _report
 from tests.e2e.test_program import Program

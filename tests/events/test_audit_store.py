@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import history as history_module
-from nomad_watchdog.allowance import AT_ONCE, LEFT_OUT, PER_S, Allowance
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.event_store import EventStore
-from nomad_watchdog.event_store import _sql as sql
-from nomad_watchdog.event_store.split import SplitStore
-from nomad_watchdog.history import Event, EventFilter, History
+from nomad_watchdog.events import _sql as sql
+from nomad_watchdog.events import log as history_module
+from nomad_watchdog.events.audit_store import SplitStore
+from nomad_watchdog.events.device_limits import AT_ONCE, LEFT_OUT, PER_S, Allowance
+from nomad_watchdog.events.log import Event, EventFilter, History
+from nomad_watchdog.events.store import EventStore
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Monotonic, WallTime
 

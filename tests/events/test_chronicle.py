@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.event_store import EventStore
-from nomad_watchdog.fleet import AgentReport, Fleet
-from nomad_watchdog.history import History
+from nomad_watchdog.events.log import History
+from nomad_watchdog.events.store import EventStore
+from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import conditions
-from nomad_watchdog.conditions import Conditions
+from nomad_watchdog.controllers import condition_writer
+from nomad_watchdog.controllers.condition_writer import Conditions
 from nomad_watchdog.core import presence
 from nomad_watchdog.errors import TransientError
-from nomad_watchdog.fleet import AgentReport, Fleet
-from nomad_watchdog.history import History
+from nomad_watchdog.events.log import History
+from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
-from nomad_watchdog.leases import Term, Undivided
 from nomad_watchdog.model import (
     AgentState,
     Device,
@@ -30,7 +29,8 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.registry import Guard
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.territory import Territory
+from nomad_watchdog.replicas.leases import Term, Undivided
+from nomad_watchdog.replicas.ownership import Territory
 from tests.events.test_chronicle import Site
 
 
@@ -249,7 +249,7 @@ async def test_outages_at_once_are_few_transactions(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Devices that go offline at once are one commit for each batch of them, and their end as many."""
-    monkeypatch.setattr(conditions, "MOST", 100)
+    monkeypatch.setattr(condition_writer, "MOST", 100)
     slugs = await plant.grow(300)
     for state in (AgentState.OFFLINE, AgentState.OK):
         plant.registry.commits.clear()

@@ -16,23 +16,23 @@ import pytest
 from aiohttp import web
 
 from nomad_watchdog.api import Runner, make_app
+from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.door import door_of
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config_api import Api
+from nomad_watchdog.config.api import Api
 from nomad_watchdog.core.incidents import GroupKind
-from nomad_watchdog.event_feed import MOST, EventFeed
-from nomad_watchdog.event_store import EventStore
-from nomad_watchdog.event_store._sql import TAIL
-from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.history import Event, History
+from nomad_watchdog.events._sql import TAIL
+from nomad_watchdog.events.log import Event, History
+from nomad_watchdog.events.merged_log import Told
+from nomad_watchdog.events.store import EventStore
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
-from nomad_watchdog.leases import Lease, Replica, Term
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits, Monotonic
 from nomad_watchdog.registry import Guard
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.told import Told
+from nomad_watchdog.replicas.event_replication import MOST, EventFeed
+from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 
 @dataclass

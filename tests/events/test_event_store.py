@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import event_store
-from nomad_watchdog.event_store import RESERVE, EventStore
-from nomad_watchdog.history import MOST_EVENTS, Event, EventFilter, History
+from nomad_watchdog.events import store as event_store
+from nomad_watchdog.events.log import MOST_EVENTS, Event, EventFilter, History
+from nomad_watchdog.events.store import RESERVE, EventStore
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import WallTime
 

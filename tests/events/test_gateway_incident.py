@@ -10,8 +10,8 @@ import pytest
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.model import AgentState, VerdictState
-from nomad_watchdog.peers import document
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.replicas.report_replication import document
 from tests.events.test_chronicle import Site
 
 BEHIND = {"gateway": "10.0.0.1", "reason": "gateway 10.0.0.1 does not answer"}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from nomad_watchdog.controllers.class_set import READ_EVERY_S, ClassesInForce, Own, as_it_is
 from nomad_watchdog.errors import TransientError
-from nomad_watchdog.in_force import READ_EVERY_S, ClassesInForce, Own, as_it_is
-from nomad_watchdog.leases import Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.replicas.leases import Undivided
 from tests.events.test_chronicle import Site
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nomad_watchdog.controllers.rollout import READ_EVERY_S, Rollouts
 from nomad_watchdog.ids import Shard, Slug
-from nomad_watchdog.leases import FIRST, Leases, Term, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.rollouts import READ_EVERY_S, Rollouts
+from nomad_watchdog.replicas.leases import FIRST, Leases, Term, Undivided
 from tests.events.test_chronicle import Site
 
 GIVEN_UP = "nomad_watchdog_rollouts_given_up 1.0"

@@ -211,7 +211,7 @@ async def never(world: World) -> None:
 
 def _storm(name: str, status: int, words: str, most: float, **headers: str) -> None:
     """`most`: calls a second for each of the seven devices that want something, by what their back-off
-    (0.5 to 5 s here), the pause of `core/circuit.py` and the server's Retry-After leave."""
+    (0.5 to 5 s here), the pause of `core/circuit_breaker.py` and the server's Retry-After leave."""
 
     @row(
         f"22-{name}",

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from nomad_watchdog.core.webhooks import Signed, secret_of, sign
+from nomad_watchdog.core.webhook_signature import Signed, secret_of, sign
 from tests.faults.matrix import row
 from tests.faults.site import BrokenRowError, until
 from tests.faults.world import World, webhook_secret

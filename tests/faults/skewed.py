@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from nomad_watchdog.cli import main
+from nomad_watchdog.cli.main import main
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.model import Monotonic, WallTime
 

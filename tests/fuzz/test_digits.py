@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.cli import _code
+from nomad_watchdog.cli.main import _code
 from nomad_watchdog.dev.replica import ControlPlane
 from tests.agent.world import a_world, probe, says
 from tests.attacks.table import Attack

@@ -17,29 +17,43 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from watchdog_agent import address, answer, config, digits, electing, kv, ladder, mqtt5, reporter
-from watchdog_agent import http as agent_http
-from watchdog_agent import state as agent_state
-from watchdog_agent.address import AddressError
-from watchdog_agent.answer import HttpError
-from watchdog_agent.checks import ConfigError
+from watchdog_agent.config import document as config
+from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.consul import kv
+from watchdog_agent.escalation import election
+from watchdog_agent.probes import mqtt5
+from watchdog_agent.repairs import ladder
+from watchdog_agent.reporting import reporter
+from watchdog_agent.runtime import address, http_response, parsing
+from watchdog_agent.runtime import http as agent_http
+from watchdog_agent.runtime import state_file as agent_state
+from watchdog_agent.runtime.address import AddressError
+from watchdog_agent.runtime.http_response import HttpError
 
-from nomad_watchdog import addresses, backup, config_load, inventory_file, rollouts, told
+from nomad_watchdog import device_address
 from nomad_watchdog.api import schemas
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.clients import _kubernetes_credentials, _kubernetes_errors, consul, hashicorp
+from nomad_watchdog.cli import plan, status
+from nomad_watchdog.clients import (
+    _kubernetes_credentials,
+    _kubernetes_errors,
+    consul,
+    hashicorp_environment,
+)
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.commands import plan, views
-from nomad_watchdog.config_hcl import parse_duration, parse_size
-from nomad_watchdog.config_types import checked_listen
-from nomad_watchdog.core import credential, webhooks
+from nomad_watchdog.config import load
+from nomad_watchdog.config.hcl import parse_duration, parse_size
+from nomad_watchdog.config.types import checked_listen
+from nomad_watchdog.controllers import inventory_file, rollout
+from nomad_watchdog.core import agent_token, webhook_signature
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
-from nomad_watchdog.event_store import _sql as event_sql
-from nomad_watchdog.leases.file import FileLeases
+from nomad_watchdog.events import _sql as event_sql
+from nomad_watchdog.events import merged_log
 from nomad_watchdog.model import AgentSpec
-from nomad_watchdog.pools import _kubernetes_objects, gauge, local
-from nomad_watchdog.registry import codec, read_document
-from nomad_watchdog.schedulers import _local_files, _local_steps
+from nomad_watchdog.pools import _kubernetes_objects, local, metric_reader
+from nomad_watchdog.registry import backup, codec, read_document
+from nomad_watchdog.replicas.file_lease import FileLeases
+from nomad_watchdog.schedulers.local import _placement, files
 
 NUMBERS = [
     "9" * 5000,
@@ -225,7 +239,7 @@ def in_file(folder: Path, name: str, read: Callable[[Path], Any]) -> Callable[[s
 
 
 def response(data: str) -> Any:
-    reader = answer.Reader(answer.MAX_BODY)
+    reader = http_response.Reader(http_response.MAX_BODY)
     found = reader.feed(data.encode("utf-8", "replace"))
     return found or reader.feed(b"")
 
@@ -239,7 +253,7 @@ def request(data: str) -> bytes:
 
 def restored(text: str) -> None:
     one = ladder.Ladder([{"id": "a", "kind": "wake", "budget": 1}])
-    one.restore(digits.loads(text), 1.0, 1.0)
+    one.restore(parsing.loads(text), 1.0, 1.0)
 
 
 def lease_file(path: Path) -> FileLeases:
@@ -279,10 +293,10 @@ HEADS = [
     "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
 ]
 PARSERS = [
-    plain("whole", digits.whole, numbers, ValueError),
-    plain("finite", digits.finite, numbers, ValueError),
-    plain("JSON", digits.loads, with_token(AGENT), ValueError),
-    plain("agent: document", lambda text: config.check(digits.loads(text)), with_token(AGENT), ValueError, ConfigError),
+    plain("whole", parsing.whole, numbers, ValueError),
+    plain("finite", parsing.finite, numbers, ValueError),
+    plain("JSON", parsing.loads, with_token(AGENT), ValueError),
+    plain("agent: document", lambda text: config.check(parsing.loads(text)), with_token(AGENT), ValueError, ConfigError),
     plain("agent: listen", lambda text: config.listen_of({"WATCHDOG_LISTEN": text}), numbers.map("h:{}".format), ConfigError),
     plain("agent: address", address.checked, numbers, AddressError),
     plain("agent: endpoint", address.endpoint, numbers.map("h:{}".format), AddressError),
@@ -292,46 +306,46 @@ PARSERS = [
     plain("agent: Retry-After", lambda text: agent_http.retry_after({"retry-after": text}, 60.0), numbers),
     plain("agent: request", request, st.text(max_size=300) | with_number("GET /5 HTTP/1.5\r\nHost: h:5\r\nOrigin: 5\r\n\r\n")),
     plain("agent: Consul's listing", lambda text: kv.entries(text.encode("utf-8", "replace"), "a/"), with_token(CONSUL)),
-    plain("agent: election", lambda text: electing.checked(digits.loads(text)), with_token({"state": "told", "episode": "e", "ids": [], "at": 1}), ValueError),
+    plain("agent: election", lambda text: election.checked(parsing.loads(text)), with_token({"state": "told", "episode": "e", "ids": [], "at": 1}), ValueError),
     plain("agent: error of the API", lambda text: reporter.reason_of(text.encode("utf-8", "replace")), with_token({"error": {"message": "m", "code": "c"}})),
     plain("agent: repairs kept", restored, with_token(KEPT), *LAX, OverflowError),
     plain("agent: MQTT", lambda text: mqtt5.connack(text.encode("utf-8", "replace"), closed=True), st.text(max_size=30), HttpError),
     file("agent: state", "state.json", lambda path: agent_state.load(str(path.parent), "a"), with_token({"state": {"device_id": "a"}, "crc32": 1})),
-    file("configuration", "nomad-watchdog.hcl", config_load.load, with_number(HCL), UserError),
-    plain("environment", lambda text: config_load.load(None, {"NOMAD_WATCHDOG_SHARDS": text.replace("\0", ""), "NOMAD_WATCHDOG_RESYNC": text}), numbers, UserError),
+    file("configuration", "nomad-watchdog.hcl", load.load, with_number(HCL), UserError),
+    plain("environment", lambda text: load.load(None, {"NOMAD_WATCHDOG_SHARDS": text.replace("\0", ""), "NOMAD_WATCHDOG_RESYNC": text}), numbers, UserError),
     file("inventory, HCL", "a.hcl", lambda path: inventory_file.read(path, inventory_file.signature(path)), with_number(DEVICES), UserError),
     file("inventory, lines", "a.json", lambda path: inventory_file.read(path, inventory_file.signature(path)), with_token(DEVICE), UserError),
     file("inventory, list", "b.json", lambda path: inventory_file.read(path, inventory_file.signature(path)), with_token([DEVICE]), UserError),
     plain("duration", parse_duration, numbers.map("{}s".format), ValueError),
     plain("size", parse_size, numbers.map("{}Mi".format), ValueError),
     plain("listen", checked_listen, numbers.map("h:{}".format), ValueError),
-    plain("device address", addresses.device_address, numbers, UserError),
-    plain("endpoint", addresses.endpoint, numbers.map("h:{}".format), UserError),
-    plain("address of a server", hashicorp.checked_address, numbers.map("http://h:{}".format), ValueError),
+    plain("device address", device_address.device_address, numbers, UserError),
+    plain("endpoint", device_address.endpoint, numbers.map("h:{}".format), UserError),
+    plain("address of a server", hashicorp_environment.checked_address, numbers.map("http://h:{}".format), ValueError),
     plain("API: report", body(schemas.ReportIn), with_token(REPORT), RequestError),
     plain("API: device", body(schemas.DeviceIn), with_token(BODY), RequestError),
     plain("API: bulk", body(schemas.BulkIn), with_token({"devices": [DEVICE], "delete": ["b"]}), RequestError),
     plain("API: pause", body(schemas.PauseIn), with_token({"reason": "r", "for": "1m", "class": "c"}), RequestError),
     plain("API: events", body(schemas.EventsIn), with_token({"events": [EVENT]}), RequestError),
-    plain("event of a replica", lambda text: told.event_of(digits.loads(text)), with_token(EVENT), ValueError),
-    plain("credential", credential.claimed, numbers.map("wda1.a.{}.x".format)),
-    plain("webhook", lambda text: webhooks.verify([b"k"], ("id", text, "v1,x"), b"", 0.0), numbers, webhooks.SignatureError),
+    plain("event of a replica", lambda text: merged_log.event_of(parsing.loads(text)), with_token(EVENT), ValueError),
+    plain("credential", agent_token.claimed, numbers.map("wda1.a.{}.x".format)),
+    plain("webhook", lambda text: webhook_signature.verify([b"k"], ("id", text, "v1,x"), b"", 0.0), numbers, webhook_signature.SignatureError),
     plain("record", lambda text: codec.decode(text.encode("utf-8", "replace")), with_token({"v": 1, "epoch": 1}), codec.PoisonError),
     plain("registry document", lambda text: read_document("n", text.encode("utf-8", "replace"), 1, lambda said: int(said["number"]), "m"), with_token({"v": 1, "number": 1}), UserError),
     plain("backup", lambda text: backup.parse(io.StringIO(text)), with_token(RECORD), UserError),
     file("plan file", "plan.json", plan._read, with_token({"v": 1, "actions": []}), UserError),
-    plain("--since", views._since, numbers, UserError),
+    plain("--since", status._since, numbers, UserError),
     plain("Consul's index", consul._index, numbers, TransientError),
     plain("Kubernetes' status", lambda text: _kubernetes_errors.translate(429, text.encode("utf-8", "replace"), "x", text), numbers | with_token({"code": 1, "reason": "r", "details": {"retryAfterSeconds": 1}})),
     plain("quantity", _kubernetes_objects.number, numbers.map("{}Mi".format), ValueError),
-    plain("Prometheus' answer", lambda text: gauge._sample(digits.loads(text)), with_token(PROMETHEUS), ValueError),
+    plain("Prometheus' answer", lambda text: metric_reader._sample(parsing.loads(text)), with_token(PROMETHEUS), ValueError),
     plain("Consul's refusal", lambda text: consul._txn_refusal("x", text), with_token({"Errors": [{"OpIndex": 0, "What": "x"}]})),
     plain("credential plugin", lambda text: _kubernetes_credentials._parse(text.encode("utf-8", "replace"), "p"), with_token(PLUGIN), UserError),
-    plain("roll-out", lambda text: rollouts._decoded(text.encode("utf-8", "replace")), with_token({"v": 1, "good": None})),
+    plain("roll-out", lambda text: rollout._decoded(text.encode("utf-8", "replace")), with_token({"v": 1, "good": None})),
     plain("event's data", lambda text: event_sql._event((1, 1.0, "k", "d", "s", "t", text, "o", "i", 1)), with_token({"a": 1})),
-    plain("command of a class", lambda text: _local_steps.command_of(spec_with(text)), with_token(["a"]), UserError),
-    file("placement", "placement.json", lambda path: _local_files.read_entry(path.parent), with_token(ENTRY), _local_files.CorruptError),
-    file("placement's document", "config.json", lambda path: _local_files.read_api(path.parent), with_token({"api": ["a"]})),
+    plain("command of a class", lambda text: _placement.command_of(spec_with(text)), with_token(["a"]), UserError),
+    file("placement", "placement.json", lambda path: files.read_entry(path.parent), with_token(ENTRY), files.CorruptError),
+    file("placement's document", "config.json", lambda path: files.read_api(path.parent), with_token({"api": ["a"]})),
     file("lease", "lease.json", lambda path: lease_file(path).all(), with_token({"v": 1, "replica": "r", "api": "a", "since": 1.0, "term": 1})),
     file("worker", "worker.json", lambda path: local._read(path, local._Worker), with_token({"pid": 1}), TerminalError),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest_asyncio
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.dev.process import free_port
 

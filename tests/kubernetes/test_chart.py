@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.config_load import load
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.config.load import load
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubelet import Kubelet

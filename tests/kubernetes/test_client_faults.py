@@ -27,7 +27,7 @@ from nomad_watchdog.errors import (
     UserError,
 )
 from nomad_watchdog.model import AgentSpec, Epoch
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, _hints
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, _watch
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.testing.conformance import record_of
 
@@ -287,7 +287,7 @@ async def test_a_watch_that_breaks_is_one_resync() -> None:
     watches = 0
     resyncs = 0
 
-    class Counted(_hints.Pending):
+    class Counted(_watch.Pending):
         def resync(self) -> None:
             nonlocal resyncs
             resyncs += 1
@@ -302,7 +302,7 @@ async def test_a_watch_that_breaks_is_one_resync() -> None:
         return web.Response()
 
     async with served(handler) as client:
-        follow = _hints._follow_watch(client, "n", "pod", "", Counted(), asyncio.Event())
+        follow = _watch._follow_watch(client, "n", "pod", "", Counted(), asyncio.Event())
         task = asyncio.ensure_future(follow)
         async with asyncio.timeout(20):
             while watches < 2:

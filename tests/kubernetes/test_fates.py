@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from nomad_watchdog.cli._agent_logs import kubernetes_log
 from nomad_watchdog.clients.kubernetes import FieldConflictError, KubernetesClient
-from nomad_watchdog.commands._agent_logs import kubernetes_log
-from nomad_watchdog.config import Kubernetes, Settings
+from nomad_watchdog.config.settings import Kubernetes, Settings
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.demo.fleet import SimulatedFleet
+from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.dev.kubelet import Kubelet
 from nomad_watchdog.dev.kubernetes import KubernetesCluster

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.config import Settings
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.daemon.doctor.checks import Status, examine
 from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.dev.process import free_port
-from nomad_watchdog.doctor import Status, examine
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import Epoch, Placement
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler

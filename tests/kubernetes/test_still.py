@@ -24,13 +24,12 @@ from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes import _still as still
+from nomad_watchdog.schedulers.kubernetes import _unchanged as still
 from nomad_watchdog.schedulers.kubernetes import _view as view
 from nomad_watchdog.schedulers.kubernetes._names import Ref
 from nomad_watchdog.testing.conformance import record_of
+from tests.kubernetes.test_client_faults import PODS, Handler, page, served
 from tests.schedulers.kubernetes_rig import kubelet, soon_ready, spec_of
-
-from .test_client_faults import PODS, Handler, page, served
 
 SPACE = "still"
 EMPTY = Snapshot({}, 7)

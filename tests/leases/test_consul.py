@@ -17,11 +17,11 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.errors import FencedError
 from nomad_watchdog.ids import Shard, shard_of
-from nomad_watchdog.leases import check
-from nomad_watchdog.leases.consul import ConsulLeases, read_replicas
-from nomad_watchdog.living import Living
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry.consul import ConsulRegistry
+from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
+from nomad_watchdog.replicas.leases import check
+from nomad_watchdog.replicas.report_addresses import Living
 from tests.registry.records import record
 
 TTL_S = 2.0

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.ids import Shard
-from nomad_watchdog.leases.file import FileLeases
+from nomad_watchdog.replicas.file_lease import FileLeases
 
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.leases.file import FileLeases
+from nomad_watchdog.replicas.file_lease import FileLeases
 async def main():
     leases = FileLeases(Path(sys.argv[1]), shards=2, replica="other", api="http://127.0.0.1:9", clock=SystemClock())
     running = asyncio.ensure_future(leases.run())

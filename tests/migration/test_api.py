@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.cli import _code
-from nomad_watchdog.config_load import load
+from nomad_watchdog.cli.main import _code
+from nomad_watchdog.config.load import load
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import AgentSpec, Device
-from nomad_watchdog.reconciler import Reconciler
-from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing.fakes import Cluster, FakeScheduler
 from tests.api.conftest import Door, served
 

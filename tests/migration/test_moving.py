@@ -13,7 +13,7 @@ from nomad_watchdog.errors import StaleError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Hint, Scheduler, Snapshot
-from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing._cluster import Cluster
 from nomad_watchdog.testing.conformance import CHECKS
 from nomad_watchdog.testing.fakes import FakeScheduler

@@ -8,19 +8,19 @@ from dataclasses import replace
 
 import pytest
 
-from nomad_watchdog import migrations, once
+from nomad_watchdog.controllers import migration
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.migration import Move
+from nomad_watchdog.core.placement_gc import REST_S
 from nomad_watchdog.core.planner import NO_STOPS
+from nomad_watchdog.daemon import one_shot
 from nomad_watchdog.errors import ConflictError
-from nomad_watchdog.graveyard import REST_S
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Epoch, Presence, WallTime
-from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Document
 from nomad_watchdog.testing.conformance import record_of
 from nomad_watchdog.testing.virtual_time import VirtualLoop
-
-from .two_sites import TwoSites
+from tests.migration.two_sites import TwoSites
 
 MOVE = Move("m", "north", "south", WallTime(0.0), "test")
 
@@ -51,10 +51,10 @@ async def slow_listing(reconciler: Reconciler, meanwhile: Callable[[], object]) 
     async def late() -> None:
         await read()
         meanwhile()
-        await asyncio.sleep(2 * migrations.FRESH_S)
+        await asyncio.sleep(2 * migration.FRESH_S)
 
     reconciler.informer.read = late  # type: ignore[method-assign,assignment]
-    await once.look(reconciler)
+    await one_shot.look(reconciler)
 
 
 def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
@@ -65,10 +65,10 @@ def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
         await reconciler.fleet.commit([replace(record_of("cam 1"), index=0)])
         await slow_listing(reconciler, lambda: None)
         assert [a.kind.value for a in reconciler.planning.make(NO_STOPS).actions] == ["start"]
-        kept = migrations.Kept("north", frozenset({"north", "south"}), (MOVE,))
+        kept = migration.Kept("north", frozenset({"north", "south"}), (MOVE,))
 
         def begun() -> None:
-            world.store.commit_document(migrations.NAME, Document(migrations.encode(kept)))
+            world.store.commit_document(migration.NAME, Document(migration.encode(kept)))
 
         with pytest.raises(ConflictError, match="a migration has changed"):
             await slow_listing(reconciler, begun)
@@ -83,7 +83,7 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
         await replica_of(world).fleet.commit([replace(record_of("cam 1"), index=0)])
         for word in ("begin", "undo"):
             reconciler = replica_of(world)
-            await once.look(reconciler)
+            await one_shot.look(reconciler)
             assert reconciler.territory.shards()
             if word == "begin":
                 await reconciler.migrations.begin(MOVE)
@@ -92,11 +92,11 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
             assert not reconciler.territory.shards(), word
             await reconciler.informer.read()
             assert reconciler.territory.shards()
-            over = migrations.Kept("north", frozenset({"south"}), (replace(MOVE, done=True),))
+            over = migration.Kept("north", frozenset({"south"}), (replace(MOVE, done=True),))
             world.usual = "south"
-            found = world.store.document(migrations.NAME)
-            stored = replace(found, body=migrations.encode(over))
-            assert world.store.commit_document(migrations.NAME, stored)
+            found = world.store.document(migration.NAME)
+            stored = replace(found, body=migration.encode(over))
+            assert world.store.commit_document(migration.NAME, stored)
 
     in_virtual_time(story)
 
@@ -106,11 +106,11 @@ def test_a_tombstone_is_buried_once() -> None:
 
     async def story(world: TwoSites) -> None:
         gone = replace(record_of("cam 1"), presence=Presence.ABSENT, epoch=Epoch(3), index=0)
-        kept = migrations.Kept("north", frozenset({"north", "south"}), (replace(MOVE, done=True),))
-        world.store.commit_document(migrations.NAME, Document(migrations.encode(kept)))
+        kept = migration.Kept("north", frozenset({"north", "south"}), (replace(MOVE, done=True),))
+        world.store.commit_document(migration.NAME, Document(migration.encode(kept)))
         reconciler = replica_of(world)
         await reconciler.fleet.commit([gone])
-        await once.look(reconciler)
+        await one_shot.look(reconciler)
         reconciler.fleet.ready_event.set()
         for _ in range(int(REST_S) + 60):
             await reconciler.migrations.look()
@@ -131,17 +131,17 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         reconciler = replica_of(world)
         one = record_of("cam 1")
         await reconciler.fleet.commit([replace(one, index=0)])
-        await once.look(reconciler)
+        await one_shot.look(reconciler)
         assert reconciler.migrations.status() == {}
-        world.store.documents[migrations.NAME] = Document(b'{"v": 9}', 98)
-        await asyncio.sleep(migrations.FRESH_S + 1.0)
+        world.store.documents[migration.NAME] = Document(b'{"v": 9}', 98)
+        await asyncio.sleep(migration.FRESH_S + 1.0)
         await reconciler.migrations.look()
         told = str(reconciler.migrations.status()["migration"])
         assert "version 9" in told
         (explain,) = reconciler.fleet.explain_parts[-1:]
         assert "nothing is decided" in str(explain(one.slug)["next"])
         assert "version 9" in str(explain(one.slug)["next"])
-        world.store.documents[migrations.NAME] = Document(b"", 99)
+        world.store.documents[migration.NAME] = Document(b"", 99)
         await reconciler.migrations.look()
         assert reconciler.migrations.status() == {}
         assert str(explain(one.slug)["next"]).startswith("start")

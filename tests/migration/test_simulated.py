@@ -9,18 +9,17 @@ from dataclasses import replace
 
 import pytest
 
-from nomad_watchdog import migrations
+from nomad_watchdog.controllers import migration
+from nomad_watchdog.controllers.migration import Migrations
 from nomad_watchdog.core.migration import Move
 from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.migrations import Migrations
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
-from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing.conformance import record_of
 from nomad_watchdog.testing.simulation import BEAT_S
 from nomad_watchdog.testing.virtual_time import VirtualLoop
-
-from .two_sites import TwoSites, run_seed
+from tests.migration.two_sites import TwoSites, run_seed
 
 SEEDS = 120
 CHUNK = 20
@@ -140,10 +139,10 @@ def test_nothing_is_decided_without_knowing_both(monkeypatch: pytest.MonkeyPatch
             return runner.run(_starts(home, read_ago_s))
 
     assert starts("", 0.0) == ["start"]
-    assert starts("", migrations.FRESH_S + 1.0) == []
+    assert starts("", migration.FRESH_S + 1.0) == []
     assert starts("south", 0.0) == []
     monkeypatch.setattr(Migrations, "unsure", lambda _self, _records: frozenset())
-    assert starts("", migrations.FRESH_S + 1.0) == ["start"]
+    assert starts("", migration.FRESH_S + 1.0) == ["start"]
     assert starts("south", 0.0) == ["start"]
 
 

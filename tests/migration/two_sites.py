@@ -8,14 +8,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from nomad_watchdog.controllers.migration import Kept, decode
 from nomad_watchdog.core.migration import Move, tombs
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import TransientError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.leases import Leases, Undivided
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.migrations import Kept, decode
 from nomad_watchdog.model import (
     AgentSpec,
     DeviceRecord,
@@ -25,8 +24,9 @@ from nomad_watchdog.model import (
     WallTime,
 )
 from nomad_watchdog.registry import Document
+from nomad_watchdog.replicas.leases import Leases, Undivided
 from nomad_watchdog.schedulers import Snapshot
-from nomad_watchdog.schedulers.moving import Moving
+from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing._lease_board import BoardLeases
 from nomad_watchdog.testing._replica import Replica, WatchedReconciler, WatchedScheduler
 from nomad_watchdog.testing._weather import BadLine

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest_asyncio
 
 from nomad_watchdog.dev.nats import NatsServer
-
-from . import work
+from tests.pools import work
 
 
 @pytest_asyncio.fixture

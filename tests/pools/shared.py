@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.errors import NotFoundError, TerminalError
 from nomad_watchdog.pools import Driver
 

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.dev._kubelet_spec import Image
 from nomad_watchdog.dev.autoscaler import NomadAutoscaler
 from nomad_watchdog.dev.kubelet import Kubelet
@@ -29,9 +29,8 @@ from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.dev.prometheus import PrometheusServer
 from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.pools.kubernetes import KubernetesPools
-
-from .test_queue import check, metric
-from .work import (
+from tests.pools.test_queue import check, metric
+from tests.pools.work import (
     LEAST,
     MESSAGES,
     MOST,

@@ -12,9 +12,9 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.config_pools import AgentPool, Metric
+from nomad_watchdog.config.pools import AgentPool, Metric
 from nomad_watchdog.pools import Usage
-from nomad_watchdog.pools.gauge import Gauge, number_at
+from nomad_watchdog.pools.metric_reader import Gauge, number_at
 
 TREE = {"streams": [{"name": "a", "n": 1}, {"name": "b.c", "n": 2.5}], "deep": [[3, 4]], "ok": True}
 

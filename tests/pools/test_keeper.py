@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.errors import ConflictError, NotFoundError, TransientError, UserError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard
-from nomad_watchdog.leases import FIRST, Term, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
 from nomad_watchdog.pools import Usage, View
-from nomad_watchdog.pools.keeper import Keeper
+from nomad_watchdog.pools.controller import Keeper
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.replicas.leases import FIRST, Term, Undivided
 
 
 class Memory:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.config_pools import AgentPool
+from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.errors import NotFoundError, TerminalError
 from nomad_watchdog.pools.local import LocalPools
 

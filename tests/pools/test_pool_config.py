@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.config_load import load
+from nomad_watchdog.config.load import load
 from nomad_watchdog.errors import UserError
 
 GOOD = """

@@ -14,8 +14,7 @@ import pytest
 from nomad_watchdog.dev.nats import NatsServer
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.dev.replica import ControlPlane
-
-from .work import (
+from tests.pools.work import (
     DEPTH,
     LEAST,
     MESSAGES,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.attendance import Attendance
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.acceptance import AcceptanceKind, accept
+from nomad_watchdog.fleet.heartbeats import Attendance
 from nomad_watchdog.model import Departure, Monotonic, Presence, PresenceRules, WallTime
 from tests.core.world import record
 

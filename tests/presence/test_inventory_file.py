@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nomad_watchdog.controllers.inventory_file import ChangingError, read, signature
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, Slug
-from nomad_watchdog.inventory_file import ChangingError, read, signature
 from nomad_watchdog.model import Device
 
 HCL = """\

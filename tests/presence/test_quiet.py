@@ -7,7 +7,7 @@ from typing import Any
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.core.pauses import Pause, Target
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import (
     Device,

@@ -10,16 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog import backup
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.ledger import FLOOR, floor_of, raise_floor
+from nomad_watchdog.fleet.records import FLOOR, floor_of, raise_floor
 from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence
-from nomad_watchdog.registry import Registry
-
-from .conftest import Store
-from .records import hostile_ids, record
+from nomad_watchdog.registry import Registry, backup
+from tests.registry.conftest import Store
+from tests.registry.records import hostile_ids, record
 
 
 async def fill(registry: Registry, count: int = 20) -> list[DeviceRecord]:

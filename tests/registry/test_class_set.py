@@ -8,9 +8,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog import class_set
-from nomad_watchdog.class_set import InForce, Reading
-from nomad_watchdog.core.in_force import Standing
+from nomad_watchdog.config import class_set
+from nomad_watchdog.config.class_set import InForce, Reading
+from nomad_watchdog.core.config_precedence import Standing
 from nomad_watchdog.errors import StaleError
 from nomad_watchdog.model import AgentSpec, Variant
 from nomad_watchdog.registry import Document

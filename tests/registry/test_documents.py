@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.fleet.pauses import Pauses, decode, encode
 from nomad_watchdog.model import Departure, Presence, WallTime
-from nomad_watchdog.pauses import Pauses, decode, encode
 from nomad_watchdog.registry import MAX_DOCUMENT, Document, Registry, codec
 from tests.registry.conftest import Store
 from tests.registry.records import record

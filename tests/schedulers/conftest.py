@@ -17,8 +17,7 @@ import pytest
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement, PlacementState
-from nomad_watchdog.schedulers import _local_process as process
-from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.schedulers.local import LocalScheduler, process
 from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
 
 FEW = 60

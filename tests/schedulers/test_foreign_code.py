@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import watchdog_agent
 
-from nomad_watchdog import artifact
 from nomad_watchdog.model import Epoch, PlacementState
-from nomad_watchdog.schedulers._local_parents import Parents
+from nomad_watchdog.schedulers import agent_zipapp
 from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.schedulers.local._zygote import Parents
 from nomad_watchdog.testing.conformance import record_of
 from tests.attacks.table import Attack
 from tests.schedulers.conftest import agent_spec, eventually
@@ -115,7 +115,7 @@ async def test_h15_a_changed_agent_is_not_started_locally(
     folder = tmp_path / "watchdog_agent"
     shutil.copytree(Path(watchdog_agent.__file__).parent, folder)
     scheduler = LocalScheduler(directory=directory, backoff_initial_s=0.1, poll_s=0.1)
-    monkeypatch.setattr(scheduler._parents, "_installed", artifact.Installed(folder))
+    monkeypatch.setattr(scheduler._parents, "_installed", agent_zipapp.Installed(folder))
     assert isinstance(scheduler._parents, Parents)
     file = folder / "main.py"
     original = file.read_text()

@@ -13,12 +13,10 @@ import pytest
 
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import Epoch, PlacementState
-from nomad_watchdog.schedulers import _local_process as process
-from nomad_watchdog.schedulers._local_files import LOG_BYTES, read_entry, write_entry
-from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.schedulers.local import LocalScheduler, process
+from nomad_watchdog.schedulers.local.files import LOG_BYTES, read_entry, write_entry
 from nomad_watchdog.testing.conformance import record_of
-
-from .conftest import adopted_tended_and_retired, eventually, local_spec, pids_of
+from tests.schedulers.conftest import adopted_tended_and_retired, eventually, local_spec, pids_of
 
 RECORD = record_of("crane-7")
 OWNER = """

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.testing.conformance import CHECKS, hostile_ids_map_back
-
-from .conftest import CHECKS_BY_LENGTH, FEW, local_rig
+from tests.schedulers.conftest import CHECKS_BY_LENGTH, FEW, local_rig
 
 WAYS = pytest.mark.parametrize("fork", [None, True, False], ids=["command", "forked", "spawned"])
 

@@ -15,13 +15,11 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.model import Epoch, PlacementState
-from nomad_watchdog.schedulers import _local_process as process
-from nomad_watchdog.schedulers._local_files import read_entry, write_entry
-from nomad_watchdog.schedulers._local_parents import Parents
-from nomad_watchdog.schedulers.local import LocalScheduler
+from nomad_watchdog.schedulers.local import LocalScheduler, process
+from nomad_watchdog.schedulers.local._zygote import Parents
+from nomad_watchdog.schedulers.local.files import read_entry, write_entry
 from nomad_watchdog.testing.conformance import record_of
-
-from .conftest import adopted_tended_and_retired, agent_spec, eventually, pids_of
+from tests.schedulers.conftest import adopted_tended_and_retired, agent_spec, eventually, pids_of
 
 RECORD = record_of("crane-7")
 OWNER = """
@@ -134,7 +132,7 @@ async def test_hung_nursery_is_killed_and_costs_no_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A nursery that answers no more is given up: the next agent is spawned, the one after forked anew."""
-    monkeypatch.setattr("nomad_watchdog.schedulers._local_parents._ANSWER_S", 0.3)
+    monkeypatch.setattr("nomad_watchdog.schedulers.local._zygote._ANSWER_S", 0.3)
     ours = scheduler(directory)
     try:
         await ours.ensure(record_of("crane-1"), Epoch(1), agent_spec())

@@ -17,11 +17,10 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog import templates
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings, translate
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.core.credential import Claim, issue
-from nomad_watchdog.credentials import Credentialed
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.core.agent_token import Claim, issue
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import (
     ConflictError,
@@ -32,14 +31,15 @@ from nomad_watchdog.errors import (
     UnpreparedError,
     UserError,
 )
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, slug_of
-from nomad_watchdog.keyring import SecretFile, read_keys
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Device, Epoch, Limits, PlacementState
-from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry.sqlite import SqliteRegistry
+from nomad_watchdog.schedulers import job_templates
+from nomad_watchdog.schedulers.credentialed import Credentialed
 from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.secret_files import SecretFile, read_keys
 from nomad_watchdog.testing.conformance import record_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -362,11 +362,11 @@ async def test_builtin_templates_have_no_finding(nomad: NomadServer, name: str) 
     """What we ship passes our own lint and Nomad's validation."""
     client = NomadClient(NomadSettings(address=nomad.http_addr))
     try:
-        job = await client.parse(templates.load(name).text, "")
+        job = await client.parse(job_templates.load(name).text, "")
         await client.validate(job)
     finally:
         await client.close()
-    assert templates.lint(job) == []
+    assert job_templates.lint(job) == []
 
 
 async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
@@ -375,10 +375,10 @@ async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
     value = 'a"b\\c ${upper("x")} %{ if true }y%{ endif } \n\t機'
     client = NomadClient(NomadSettings(address=nomad.http_addr))
     try:
-        text = templates.load("").text
-        job = await client.parse(text, templates.variables_text({"agent_path": value}))
+        text = job_templates.load("").text
+        job = await client.parse(text, job_templates.variables_text({"agent_path": value}))
         variables = {"agent_path": value, "isolated": "false"}
-        open_job = await client.parse(text, templates.variables_text(variables))
+        open_job = await client.parse(text, job_templates.variables_text(variables))
     finally:
         await client.close()
     assert args_of(job) == ["-I", "-S", value]
@@ -392,7 +392,7 @@ def args_of(job: dict[str, Any]) -> list[str]:
 
 async def test_lint_names_what_is_missing() -> None:
     """A bare service job is refused for type, parameterized and reschedule."""
-    found = templates.lint({"Type": "service", "TaskGroups": [{"Name": "a", "Tasks": []}]})
+    found = job_templates.lint({"Type": "service", "TaskGroups": [{"Name": "a", "Tasks": []}]})
     errors = " ".join(str(one) for one in found if one.level == "error")
     assert all(word in errors for word in ("type", "parameterized", "reschedule"))
 
@@ -401,7 +401,7 @@ async def test_lint_warns_of_disks_that_are_migrated() -> None:
     """Of `migrate` alone: an agent that was moved from a purged node would stay pending."""
     for disk, expected in (({"Sticky": True}, []), ({"Migrate": True}, ["warning"])):
         group = {"Name": "a", "Tasks": [], "EphemeralDisk": {"SizeMB": 20, **disk}}
-        found = templates.lint({"Type": "batch", "TaskGroups": [group]})
+        found = job_templates.lint({"Type": "batch", "TaskGroups": [group]})
         assert [one.level for one in found if "migrate" in str(one)] == expected
 
 

@@ -14,8 +14,8 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Monotonic, PlacementState
-from nomad_watchdog.schedulers._nomad_view import SECOND_LOOK_S
 from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.schedulers.nomad._view import SECOND_LOOK_S
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.conftest import eventually
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nomad_watchdog.model import PlacementState
-from nomad_watchdog.schedulers._memory import MOST_ASKED, Memory
-from nomad_watchdog.schedulers._nomad_doubt import unlisted
+from nomad_watchdog.schedulers._vanished import MOST_ASKED, Memory
+from nomad_watchdog.schedulers.nomad._list_check import unlisted
 from tests.core.world import placement
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog import doctor_nodes
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.daemon.doctor import nodes as doctor_nodes
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import slug_of
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import ClosedHost
-from nomad_watchdog.schedulers._nomad_nodes import Node, NodeList, Nodes, deadline_of, node_of
 from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.schedulers.nomad.nodes import Node, NodeList, Nodes, deadline_of, node_of
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.conftest import eventually
 

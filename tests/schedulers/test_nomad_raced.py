@@ -19,8 +19,8 @@ from nomad_watchdog.clients.nomad_features import NomadFeatures
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import DeniedError, TransientError
 from nomad_watchdog.model import AgentSpec, Epoch, Monotonic, Placement, PlacementState
-from nomad_watchdog.schedulers._nomad_view import SECOND_LOOK_S
 from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.schedulers.nomad._view import SECOND_LOOK_S
 from nomad_watchdog.testing.conformance import record_of
 
 MOCK = str(Path(__file__).with_name("mock.nomad.hcl"))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog import templates
 from nomad_watchdog.clients import nomad_features
 from nomad_watchdog.clients.nomad_features import MINIMUM, Feature, NomadFeatures
 from nomad_watchdog.model import AgentSpec, Epoch, PlacementState
-from nomad_watchdog.schedulers._nomad_view import placement
+from nomad_watchdog.schedulers import job_templates
 from nomad_watchdog.schedulers.nomad import NomadScheduler
+from nomad_watchdog.schedulers.nomad._view import placement
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.recorded_nomad import RecordedNomad
 
@@ -120,7 +120,7 @@ def test_replace_lost_means_the_same_on_both(
         "Meta": meta,
         "ReschedulePolicy": {"Unlimited": True},
     }
-    templates.adapt({"TaskGroups": [group]}, disconnect=disconnect)
+    job_templates.adapt({"TaskGroups": [group]}, disconnect=disconnect)
     replaces = meta == {"replace_lost": "true"}
     block, policy = group.get("Disconnect"), group["ReschedulePolicy"]
     assert isinstance(policy, dict)
@@ -153,7 +153,7 @@ def test_an_old_server_must_not_stop_agents_itself() -> None:
     levels = {
         disconnect: {
             one.level
-            for one in templates.lint(job, disconnect=disconnect)
+            for one in job_templates.lint(job, disconnect=disconnect)
             if "stop_on_client_after" in one.where
         }
         for disconnect in (True, False)

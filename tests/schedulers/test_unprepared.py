@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Device, Limits, PlacementState
-from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.schedulers import check_spec
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing.fakes import REFUSED, Cluster, FakeRegistry, FakeScheduler, Store

@@ -8,9 +8,9 @@ from collections.abc import Collection
 import pytest
 
 from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.controllers.agents.placement_informer import Informer
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.informer import Informer
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Snapshot

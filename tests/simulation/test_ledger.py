@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, Limits
 from nomad_watchdog.testing.fakes import FakeRegistry, Line, Store

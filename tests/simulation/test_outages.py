@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nomad_watchdog.conditions import Conditions
-from nomad_watchdog.core import condition, verdict
+from nomad_watchdog.controllers.condition_writer import Conditions
+from nomad_watchdog.core import device_condition, verdict
 from nomad_watchdog.model import Verdict, VerdictState
 from nomad_watchdog.testing.outages import run_seed
 from tests.simulation.planted import assert_found
@@ -47,7 +47,7 @@ def _silence_is_health(*_: object) -> Verdict:
 
 PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
     "a condition is not shown while its agent is replaced": (
-        condition, "shown", _forgetful, {"V1"},
+        device_condition, "shown", _forgetful, {"V1"},
     ),
     "conditions are not written": (Conditions, "write", _writes_nothing, {"V3"}),
     "a suspicion never ends": (verdict, "_suspect", _patient, {"V3"}),

@@ -10,16 +10,16 @@ from typing import TypeVar
 
 import pytest
 
+from nomad_watchdog.controllers.agents.executor import FENCE_S, Performer
+from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
 from nomad_watchdog.errors import TransientError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, Limits
-from nomad_watchdog.performer import FENCE_S, Performer
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
 from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
-from nomad_watchdog.workqueue import WorkQueue
 
 T = TypeVar("T")
 

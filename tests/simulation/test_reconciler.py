@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.agents.record_informer import DOUBT_EVERY_S
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import (
     TerminalError,
@@ -16,10 +18,8 @@ from nomad_watchdog.errors import (
     UnpreparedError,
     WatchdogError,
 )
-from nomad_watchdog.fleet import AgentReport, Fleet
-from nomad_watchdog.follower import DOUBT_EVERY_S
+from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
-from nomad_watchdog.leases import Replica, Term, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
     AgentState,
@@ -31,7 +31,7 @@ from nomad_watchdog.model import (
     PresenceRules,
     WallTime,
 )
-from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.replicas.leases import Replica, Term, Undivided
 from nomad_watchdog.schedulers import Capacity
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC

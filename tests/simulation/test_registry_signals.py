@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import pytest
 
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import DeniedError, TransientError, UserError
-from nomad_watchdog.fleet import Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits
-from nomad_watchdog.reconciler import Reconciler
 from nomad_watchdog.registry import Document
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from nomad_watchdog.core import planner
-from nomad_watchdog.freshness import Freshness
+from nomad_watchdog.fleet.listing_freshness import Freshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.testing.fakes import Store
 from nomad_watchdog.testing.simulation import check_seeds, main, run_seed

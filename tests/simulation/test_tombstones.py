@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nomad_watchdog.fleet import Fleet
-from nomad_watchdog.graveyard import TOMBSTONE_REST_S
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, slug_of
-from nomad_watchdog.leases import Term, Undivided
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits, PlacementState
-from nomad_watchdog.reconciler import Reconciler
+from nomad_watchdog.replicas.leases import Term, Undivided
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 from nomad_watchdog.testing.simulation import SPEC
 from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from watchdog_agent.digits import whole
+from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings, Listed
 from nomad_watchdog.clock import Clock, SystemClock
@@ -29,13 +29,13 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
-from nomad_watchdog.schedulers._memory import Memory
-from nomad_watchdog.schedulers.kubernetes import _hints, _objects, _view
+from nomad_watchdog.schedulers._vanished import Memory
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _objects, _view, _watch
 from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
 from nomad_watchdog.schedulers.kubernetes._namespaces import remember_namespaces
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
-from nomad_watchdog.schedulers.kubernetes._still import Stillness
+from nomad_watchdog.schedulers.kubernetes._unchanged import Stillness
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class KubernetesScheduler:
         return await self._still.holds(snapshot)
 
     def watch(self) -> AsyncIterator[Hint]:
-        return _hints.hints(self._client, self._namespaces, self._selector)
+        return _watch.hints(self._client, self._namespaces, self._selector)
 
     async def capacity(self) -> Capacity:
         unplaced = "status.phase=Pending,spec.nodeName="

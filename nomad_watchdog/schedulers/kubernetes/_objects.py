@@ -12,10 +12,9 @@ from typing import Any, Final
 
 import yaml
 
-from nomad_watchdog import templates
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
-from nomad_watchdog.schedulers import documents
+from nomad_watchdog.schedulers import agent_document, job_templates
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._names import KINDS, Kind
 
@@ -63,7 +62,7 @@ class Built:
 
 def build(spec: AgentSpec) -> Built:
     """The template of a class, parsed, filled and looked through. Raises UserError with all that is wrong."""
-    template = templates.load_yaml(spec.template, spec.text)
+    template = job_templates.load_yaml(spec.template, spec.text)
     kind = next((one for one in KINDS if one == spec.variables.get("workload", KINDS[0])), None)
     if kind is None:
         raise UserError(f"workload {spec.variables['workload']!r}: allowed are {', '.join(KINDS)}")
@@ -74,7 +73,7 @@ def build(spec: AgentSpec) -> Built:
     filled, used = _fill(document, _variables(spec))
     unused = spec.variables.keys() - used - set(RESERVED)
     if unused:
-        raise templates.UndeclaredError(template.name, min(unused), used)
+        raise job_templates.UndeclaredError(template.name, min(unused), used)
     if wrong := list(_lint(filled)):
         raise UserError(f"template {template.name!r}: {'; '.join(wrong)}")
     return Built(kind, filled["spec"]["template"], spec.variables.get("token_secret", ""))
@@ -167,9 +166,11 @@ def _lint(document: Any) -> Iterator[str]:
 
 def document_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> tuple[bytes, str]:
     """The agent's document without its credential, and that. Raises UserError when it is too large."""
-    part = documents.class_part(spec)
+    part = agent_document.class_part(spec)
     credential = str(part.pop(_CREDENTIAL, ""))
-    return documents.packed(documents.document(record, epoch, part), _MAX_DOCUMENT), credential
+    return agent_document.packed(
+        agent_document.document(record, epoch, part), _MAX_DOCUMENT
+    ), credential
 
 
 def labels_of(
@@ -207,7 +208,7 @@ def workload(
     """The object of one device, for server-side apply. `secret`: the one with the agent's token, or empty."""
     name = names.name_of(record.slug)
     annotations = {names.DEVICE_ID: record.device.id, names.SPEC_HASH: spec.spec_hash}
-    if api := documents.api_of(spec):
+    if api := agent_document.api_of(spec):
         annotations[names.API] = " ".join(api)
     pod = copy.deepcopy(dict(built.pod))
     own = pod.get("metadata") or {}

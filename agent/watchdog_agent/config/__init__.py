@@ -1,0 +1,1 @@
+"""The agent's document and its checks."""

@@ -1,0 +1,1 @@
+"""Registration in Consul, and its key-value store."""

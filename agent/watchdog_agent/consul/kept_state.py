@@ -1,0 +1,181 @@
+"""The small state of an agent in Consul's KV store, for where no folder survives a restart.
+
+Key ``<prefix>/agent-state/<slug>``: ``{"epoch": n, "state": {…}}``, at most 2 KiB. Written when it has changed, and
+at most once in EVERY_S; always by compare-and-set, and never over a newer epoch's: an agent that was
+replaced and does not know it yet can't take the place of its heir.
+"""
+
+from __future__ import annotations
+
+from watchdog_agent.consul.kv import Kv
+from watchdog_agent.runtime.loop import between
+from watchdog_agent.runtime.stdlib_light import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Document, Timer
+
+
+class ConsulState:
+    """Reads once, then writes."""
+
+    READ_S = 1.0
+    EVERY_S = 10.0
+    MOST_WAIT_S = 120.0
+    MOST_BYTES = 2048
+    TRIES = 3
+
+    def __init__(self, loop: Loop, config: Config, log: Callable[..., None]) -> None:
+        self.loop, self.log = loop, log
+        self.kv = Kv(loop, config, "agent-state")
+        self.slug: str = config["slug"]
+        self.epoch: int = config["epoch"]
+        self.device_id: str = config["device_id"]
+        self.index: int | None = None
+        """ModifyIndex of what we have seen; None = not known, so that it must be read before a write."""
+        self.written: Document = {}
+        self.wanted: Document | None = None
+        self.outdated = False
+        self.busy = False
+        self.failures = 0
+        self.timer: Timer | None = None
+
+    def load(self, done: Callable[[Document], None]) -> None:
+        """`done(state)`, {} when there is none of an earlier or this epoch; within READ_S."""
+        waiting = True
+
+        def once(state: Document, remark: str) -> None:
+            nonlocal waiting
+            if waiting:
+                waiting = False
+                timer[2] = None
+                if remark:
+                    self.log("state in Consul can't be used; starting clean", reason=remark)
+                done(state)
+
+        def listed(found: list[Document] | None, reason: str) -> None:
+            once(self._seen(found) if found is not None else {}, reason)
+
+        timer = self.loop.later(
+            self.READ_S, lambda: once({}, f"no answer within {self.READ_S:g} s")
+        )
+        self.kv.listed(self.slug, listed)
+
+    def _seen(self, found: list[Document]) -> Document:
+        """Remember the index, and whether a newer epoch has written; the state that we may go on from."""
+        entry = next((one for one in found if one["name"] == self.slug), None)
+        self.index = entry["index"] if entry is not None else 0
+        value: Any = entry["value"] if entry is not None else None
+        if not isinstance(value, dict) or type(value.get("epoch")) is not int:
+            return {}
+        self.outdated = value["epoch"] > self.epoch
+        state = value.get("state")
+        # The slug is made from the id with a hash: another device's would be somebody's doing.
+        if self.outdated or not isinstance(state, dict) or state.get("device_id") != self.device_id:
+            return {}
+        self.written = state
+        return state
+
+    def save(self, state: Document) -> None:
+        """Keep this; soon, unless it is what is there."""
+        self.wanted = small(state)
+        if not self.outdated and not self.busy and self.timer is None and self._changed():
+            self._write()
+
+    def forget(self, then: Callable[[], None]) -> None:
+        """The device is gone: take its state away, and call back. A newer epoch's stays."""
+        self.outdated = True  # nothing is written any more
+        self._look_and_drop(self.TRIES, then)
+
+    def _look_and_drop(self, tries: int, then: Callable[[], None]) -> None:
+        self.kv.listed(self.slug, lambda found, _reason: self._drop(found, tries, then))
+
+    def _drop(self, found: list[Document] | None, tries: int, then: Callable[[], None]) -> None:
+        entry = next((one for one in found or [] if one["name"] == self.slug), None)
+        value: Any = entry["value"] if entry is not None else None
+        if entry is None or not isinstance(value, dict) or value.get("epoch", 0) > self.epoch:
+            then()
+            return
+
+        def deleted(gone: bool) -> None:  # as Consul's answer says it
+            if gone or tries <= 1:
+                then()
+            else:
+                # A write of ours that was on its way came between.
+                self._look_and_drop(tries - 1, then)
+
+        self.kv.delete(self.slug, deleted, entry["index"])
+
+    def _changed(self) -> bool:
+        """A reason or a number that counts misses is no news: it goes along with the next."""
+        if self.wanted is None:
+            return False
+        passing = {"reason": "", "misses": 0, "since": 0}
+        return self.wanted | passing != self.written | passing
+
+    def _write(self) -> None:
+        self.timer = None
+        if self.outdated or not self._changed():
+            self.busy = False
+            return
+        self.busy = True
+        if self.index is None:
+            self.kv.listed(self.slug, self._read)
+            return
+        state = self.wanted
+        assert state is not None
+        body = {"epoch": self.epoch, "state": state}
+        if len(json.dumps(body)) > self.MOST_BYTES:
+            # What is open is the only part that grows; told again is better than forgotten belief.
+            body["state"] = {name: value for name, value in state.items() if name != "escalations"}
+
+        def written(taken: bool | None, _reason: str) -> None:
+            if taken:
+                self.written = state
+            # An index we do not know: read before the next write.
+            self.index = None
+            self._next(good=bool(taken))
+
+        self.kv.put(self.slug, f"cas={self.index}", body, written)
+
+    def _read(self, found: list[Document] | None, _reason: str) -> None:
+        if found is None:
+            self._next(good=False)
+            return
+        written = self.written
+        self._seen(found)
+        self.written = written
+        if self.outdated:
+            self.busy = False
+            self.log("state in Consul is a newer epoch's; not written", epoch=self.epoch)
+            return
+        self._write()
+
+    def _next(self, *, good: bool) -> None:
+        self.busy = False
+        self.failures = 0 if good else self.failures + 1
+        wait = min(self.MOST_WAIT_S, self.EVERY_S * 2 ** min(self.failures, 8))
+        self.timer = self.loop.later(wait * between(1.0, 1.2), self._write)
+
+
+def small(state: Document) -> Document:
+    """Of a state what is worth a write to Consul. Sequences are taken in thousands, so that a report costs
+    none: a restart goes on above all that were used."""
+    escalations = [
+        {**one, "evidence": {}, "summary": one["summary"][:120]}
+        for one in state.get("escalations", [])
+    ]
+    return {
+        "device_id": state["device_id"],
+        "was_ready": state["was_ready"],
+        "state": state["state"],
+        "reason": state["reason"][:200],
+        "misses": state["misses"],
+        "since": state["since"],
+        "sequence": (state["sequence"] // 1000 + 1) * 1000,
+        "escalations": escalations,
+    }

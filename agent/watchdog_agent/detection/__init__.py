@@ -1,0 +1,1 @@
+"""When to probe, and what to believe."""

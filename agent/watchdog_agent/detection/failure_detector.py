@@ -1,0 +1,293 @@
+"""Probe results → what is believed of the device. Pure: no clock, no I/O.
+
+- **ok**: each probe answers, or has missed fewer times in a row than make it suspect.
+- **suspect**: a probe missed `need` times in a row (or has missed and none has answered since the start), and
+  confirmation is under way. Transient: each missed round asks the independent probe once.
+- **offline**: no probe answers, and two independent confirmations with a missed probe between them failed too.
+  One would do if losses were independent; a device that stands still for some seconds after a lost packet is
+  why there are two (bench/detection.py). Only a device that has answered before is called offline (S6).
+- **degraded**: a confirmation, or another probe, succeeds while a probe misses; or a warning threshold is
+  exceeded, which never counts as a miss.
+- **unable**: a probe could not be asked `need` times in a row, or two confirmations could not be asked. Nothing
+  that was not asked counts as a miss, as an answer or as a confirmation.
+
+A device that has answered before leaves `suspect` after MOST_ROUNDS missed rounds of all its probes at the
+latest, each of which asks its gateway or the confirmation. One that never answered stays suspect while its
+confirmations fail.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from watchdog_agent.runtime.types import Outcome
+
+    State = Literal["ok", "suspect", "degraded", "offline", "unable"]
+
+
+BEFORE = ""
+"""In the place of a probe's name: what an earlier run, or a predecessor, found."""
+
+
+class Suspicion:
+    """The belief about one device. `need`: misses in a row of one probe that make it suspect."""
+
+    ROUNDS = 2
+    """Confirmations in a row that must fail, or be impossible to ask."""
+    MOST_ROUNDS = 4
+    """Missed rounds after which a device is no longer suspect: fail, dead gateway, fail, dead gateway."""
+
+    def __init__(self, need: int, *, was_ready: bool = False) -> None:
+        self.need = need
+        self.state: State = "ok"
+        self.was_ready = was_ready
+        self.answered = False
+        """Whether a probe has succeeded since the start."""
+        self.reason = "no probe has answered yet"
+        self.behind = ""
+        """Why nothing can be said of the device itself: what stands before it is dead."""
+        self._said = self.reason
+        self._settled = False
+        """Whether an earlier run has found the device well, and nothing was asked since."""
+        self._misses: dict[str, int] = {}
+        self._unable: dict[str, int] = {}
+        self._late: dict[str, tuple[str, int]] = {}
+        """Probes that missed as often as makes suspect: (why, how often)."""
+        self._blind: dict[str, str] = {}
+        """Probes that could not be asked as often, and why."""
+        self._warned: dict[str, str] = {}
+        self._alive = ""
+        """What answered while a probe misses."""
+        self._found = ""
+        """What the last confirmation found, in words."""
+        self._offline = False
+        """Two confirmations have failed, and nothing has answered since."""
+        self._inherited = False
+        """That is the word of an earlier run or of a predecessor."""
+        self._rounds = self._unasked = 0
+        self._misses_then = 0
+
+    @property
+    def misses(self) -> int:
+        """Most misses in a row of any probe."""
+        return max(self._misses.values(), default=0)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the device is offline, with all that this takes."""
+        return self.state == "offline"
+
+    @property
+    def well(self) -> bool:
+        """Whether the device was found to be well, now or by an earlier run after which nothing was asked."""
+        return self.state == "ok" and (self.answered or self._settled)
+
+    # -- what others knew
+
+    def restore(self, state: object, reason: object, misses: object) -> None:
+        """Go on from what an earlier run, or a predecessor, believed, so that a restart is not taken for a
+        recovery. It counts as a probe of its own, BEFORE, that has missed until any probe answers."""
+        if not self.was_ready:
+            return
+        self._settled = state == "ok"
+        if state not in ("suspect", "degraded", "offline"):
+            return
+        text = reason if isinstance(reason, str) else "as before the restart"
+        cause, _, found = text.partition("; ")
+        count = misses if type(misses) is int and 0 <= misses < 1 << 31 else self.need
+        if state == "degraded" and not count:
+            self._settled, self._warned = True, {BEFORE: text}
+            self._update()
+            return
+        self._misses[BEFORE] = max(1, count, self.misses)
+        self._late = {BEFORE: (cause, 0)} | self._late
+        self._misses_then = self.misses
+        self._found = found
+        self._offline = self._inherited = state == "offline"
+        if state == "degraded":
+            # Words of ours, so that the same reason comes of it.
+            self._alive = found.removeprefix("but ").removesuffix(" answers") or "another probe"
+        self._update()
+
+    def adopt(self, state: str, reason: str, misses: int) -> bool:
+        """Take over the condition that the control plane knows of the device, offline or degraded; whether it
+        was. Not after a success of a probe or confirmation: then what is known here is newer."""
+        if self.answered or self._alive:
+            return False
+        self.was_ready = True
+        self._rounds = self._unasked = 0
+        self.restore(state, reason, misses)
+        return True
+
+    # -- what is found
+
+    def probed(
+        self,
+        name: str,
+        outcome: Outcome,
+        reason: str,
+        need: int | None = None,
+        warning: str = "",
+    ) -> bool:
+        """Take one result of probe `name` (unique among the probes); true when the state changed. `warning`:
+        the threshold that a success exceeds, in words."""
+        if outcome:
+            self._answered(name, reason, warning)
+        elif outcome is None:
+            self._unable[name] = self._unable.get(name, 0) + 1
+            self._first(reason)
+            if self._unable[name] >= (need or self.need):
+                self._blind[name] = reason
+                if self._late.keys() <= {*self._blind, BEFORE}:
+                    # The device may come back unseen: what was confirmed is confirmed anew.
+                    self._offline = self._inherited = False
+                    self._rounds, self._found = 0, ""
+        else:
+            self._unable.pop(name, None)
+            self._blind.pop(name, None)
+            self._first(reason)
+            if BEFORE in self._misses:
+                self._misses[BEFORE] += 1
+            count = self._misses[name] = self._misses.get(name, 0) + 1
+            known = self._late.get(name)
+            # Of a state that lasts the words stay as they are, unless the cause is another.
+            same = known is not None and known[0] == reason
+            if (known or count >= (need or self.need)) and not (
+                same and self.state in ("degraded", "offline")
+            ):
+                self._late.pop(name, None)
+                self._late[name] = (reason, count)
+        return self._update()
+
+    def _first(self, reason: str) -> None:
+        if not self.answered and not self._settled:
+            self._said = reason
+
+    def _answered(self, name: str, reason: str, warning: str) -> None:
+        self._misses[name] = 0
+        self._unable.pop(name, None)
+        self._blind.pop(name, None)
+        for one in (name, BEFORE):
+            self._late.pop(one, None)
+            self._warned.pop(one, None)
+        self._misses.pop(BEFORE, None)
+        if warning:
+            self._warned[name] = warning
+        self.was_ready = self.answered = True
+        self._offline = self._inherited = False
+        self._rounds = self._unasked = self._misses_then = 0
+        self.behind = self._found = ""
+        self._alive = name.partition(":")[2] or name if self._late else ""
+        self._said = reason
+
+    def wants_confirmation(self) -> bool:
+        """Whether an independent probe should be asked now: once for each missed probe, while none answers."""
+        silent = all(self._misses.values()) and self.misses > self._misses_then
+        return bool(self._late) and silent
+
+    def confirmation(self, name: str, outcome: Outcome, reason: str) -> bool:
+        """Take the outcome of the independent probe; true when the state changed."""
+        if not self.wants_confirmation():
+            return False
+        self._misses_then = self.misses
+        if outcome:
+            self._alive, self._found = name, ""
+            self._offline = self._inherited = False
+            self._rounds = self._unasked = 0
+        elif outcome is None:
+            self._not_asked(f"unable to confirm: {name}: {reason}")
+        else:
+            self._failed(f"{name}: {reason}")
+        return self._update()
+
+    def _failed(self, found: str) -> None:
+        self._rounds += 1
+        if self._rounds < self.ROUNDS:
+            if not self._offline:
+                self._found = f"{found}, to be asked again"
+            return
+        self._alive = ""
+        if not self.was_ready:
+            self._found = f"{found}; it has never answered"
+        elif not self._offline or self._inherited:
+            self._found, self._offline, self._inherited = found, True, False
+
+    def _not_asked(self, why: str) -> None:
+        self._unasked += 1
+        if not self._offline:
+            self._found = why
+            if self._unasked >= self.ROUNDS:
+                self._alive = ""  # that was too long ago
+
+    def gateway(self, outcome: Outcome, reason: str) -> bool:
+        """Take whether the device's gateway answers; true when what is said of the device changed.
+
+        While it does not, nothing that fails behind it confirms anything (S6). A device that was offline
+        before stays offline."""
+        if outcome or self._offline or not self._late:
+            was, self.behind = self.behind, ""
+            if was and self._late:
+                self._unasked = min(self._unasked, self.ROUNDS - 1)
+                self._found = "its gateway answers again, the device does not yet"
+            self._update()
+            return bool(was)
+        before = self.reason
+        self._rounds = 0
+        if outcome is None:
+            self.behind = ""
+            self._not_asked(f"unable to confirm: {reason}")
+        else:
+            self.behind = reason
+            self._not_asked("")
+        return self._update() or self.reason != before
+
+    def doubt(self, *, confirmed_too: bool) -> bool:
+        """Count no round that failed so far, and ask again from the next missed probe on; true when the state
+        changed. Of a device that is offline already that is done only with `confirmed_too`."""
+        if not self._late or (self._offline and not confirmed_too):
+            return False
+        self._rounds, self._misses_then = 0, self.misses
+        if self._offline:
+            self._offline = self._inherited = False
+            self._found = "found while the control plane was not heard either"
+        return self._update()
+
+    # -- what follows
+
+    def _update(self) -> bool:
+        before, self.state = self.state, self._judged()
+        self.reason = self._words()
+        return self.state != before
+
+    def _judged(self) -> State:
+        if self._blind and self._late.keys() <= {*self._blind, BEFORE}:
+            return "unable"
+        if self._offline:
+            return "offline"
+        if self._late:
+            if self._alive:
+                return "degraded"
+            return "unable" if self._blind or self._unasked >= self.ROUNDS else "suspect"
+        if not self.answered and not self._settled and (self._misses or self._unable):
+            return "suspect"
+        return "degraded" if self._warned else "ok"
+
+    def _words(self) -> str:
+        if self.state == "ok":
+            return self._said
+        if self.behind and self.state != "offline":
+            return self.behind
+        if self._blind and self.state == "unable":
+            return next(iter(self._blind.values()))
+        if not self._late:
+            return (
+                "; ".join(dict.fromkeys(self._warned.values()))
+                if self.state == "degraded"
+                else self._said
+            )
+        why, count = next(reversed(self._late.values()))
+        cause = f"{why}, {count} times" if count else why
+        found = f"but {self._alive} answers" if self.state == "degraded" else self._found
+        return f"{cause}; {found}" if found else cause

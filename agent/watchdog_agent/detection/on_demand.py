@@ -1,0 +1,71 @@
+"""Probes that somebody asked for by `POST /probe`: run once, shown, and not believed.
+
+What is believed of a device stands on probes at their own pace; asking more often must not make a device
+offline sooner. So anybody who reaches the agent may ask, without a token and without input: at most once a
+second, and only what is configured anyway."""
+
+from __future__ import annotations
+
+import time
+
+from watchdog_agent.probes import builtin
+from watchdog_agent.runtime import outcome
+from watchdog_agent.runtime.stdlib_light import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.main import Agent
+    from watchdog_agent.runtime.types import Answer, Outcome, Probe
+
+EVERY_S = 1.0
+
+
+class OnDemand:
+    """The last run that was asked for."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.number = 0
+        self.last = float("-inf")
+        self.results: list[dict[str, Any] | None] = []
+
+    def start(self) -> Answer:
+        """Run every probe and every confirmation now; 202, or 429 for who asks too often."""
+        now = time.monotonic()
+        if now - self.last < EVERY_S or None in self.results:
+            return (
+                429,
+                "application/json",
+                b'{"error": {"message": "once a second, one at a time"}}',
+            )
+        self.last = now
+        self.number += 1
+        config = self.agent.config
+        specs = [*config["probes"], *config["confirm"]]
+        self.results = [None] * len(specs)
+        for place, spec in enumerate(specs):
+            self._one(self.number, place, spec)
+        return self._answer(202)
+
+    def _one(self, number: int, place: int, spec: Probe) -> None:
+        said = {"probe": builtin.name_of(spec), "kind": spec["kind"]}
+
+        def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
+            if number == self.number:
+                self.results[place] = {**said, **outcome.shown(ok, reason, took_s, warning)}
+
+        if "follower" in spec:
+            # A log's new lines are judged once: that is left to the usual round.
+            spec = {**spec, "follower": spec["follower"].peek()}
+        builtin.start(self.agent.loop, spec, self.agent.config["address"], done)
+
+    def _answer(self, status: int) -> Answer:
+        ready = [one for one in self.results if one is not None]
+        told = {"run": self.number, "done": None not in self.results, "results": ready}
+        return status, "application/json", json.dumps(told).encode()
+
+    def look(self) -> Answer:
+        """How far the last run is."""
+        return self._answer(200)

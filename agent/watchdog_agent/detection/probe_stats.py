@@ -1,0 +1,60 @@
+"""The last results of one probe: loss and latency, in 240 bytes. Pure."""
+
+from __future__ import annotations
+
+from watchdog_agent.runtime.stdlib_light import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from watchdog_agent.runtime.types import Document
+
+KEPT = 60
+_LOST = 0xFFFFFFFF
+_MOST_US = _LOST - 1
+
+
+class Stats:
+    """A ring of the last KEPT results, in whole microseconds (at most 71 minutes)."""
+
+    def __init__(self) -> None:
+        self._ring = bytearray(4 * KEPT)
+        self._next = 0
+        self.count = 0
+        """Results that are in the ring, 0 to KEPT."""
+        self.streak = 0
+        """Losses in a row up to now."""
+
+    def add(self, ok: bool, took_s: float) -> None:  # as a probe's callback says it
+        """Take one result; the oldest goes when there are KEPT."""
+        value = min(_MOST_US, max(0, int(took_s * 1e6))) if ok else _LOST
+        struct.pack_into("=I", self._ring, 4 * self._next, value)
+        self._next = (self._next + 1) % KEPT
+        self.count = min(KEPT, self.count + 1)
+        self.streak = 0 if ok else self.streak + 1
+
+    def _values(self) -> list[int]:
+        return [v for v in struct.unpack_from(f"={self.count}I", self._ring) if v != _LOST]
+
+    def loss(self) -> float:
+        """Share of the kept results that were lost, 0 to 1."""
+        return 1 - len(self._values()) / self.count if self.count else 0.0
+
+    def earlier(self) -> tuple[int, float]:
+        """(results, loss) without the losses that are going on: how the path is in its good days."""
+        before = self.count - min(self.streak, self.count)
+        return (before, 1 - len(self._values()) / before) if before else (0, 0.0)
+
+    def summary(self) -> Document:
+        """For /status; latencies in seconds, of the results that were no loss; null when there are none."""
+        values = sorted(self._values())
+        loss = 1 - len(values) / self.count if self.count else 0.0
+        shown: Document = {"count": self.count, "loss": round(loss, 4)}
+        names = ("min_s", "mean_s", "p50_s", "p95_s", "max_s")
+        if not values:
+            return {**shown, **dict.fromkeys(names)}
+        count = len(values)
+        # The nearest rank: with few results it is one that was seen.
+        half, most = values[(count - 1) // 2], values[-(-count * 19 // 20) - 1]
+        mean = sum(values) / count
+        found = (values[0], mean, half, most, values[-1])
+        return {**shown, **{n: round(v / 1e6, 6) for n, v in zip(names, found, strict=True)}}

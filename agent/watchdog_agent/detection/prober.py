@@ -1,0 +1,294 @@
+"""What is found out about the device: probes at their pace, the path before it, independent confirmations.
+
+What is believed of the results is `detection.failure_detector`'s; who acts on it is `main`'s.
+"""
+
+from __future__ import annotations
+
+import time
+
+from watchdog_agent.detection import probe_interval
+from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.probe_stats import Stats
+from watchdog_agent.probes import builtin
+from watchdog_agent.runtime import outcome as outcomes
+from watchdog_agent.runtime.loop import between
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.detection.thresholds import Thresholds
+    from watchdog_agent.main import Agent
+    from watchdog_agent.probes.gateway import Gateway
+    from watchdog_agent.runtime.types import Document, Outcome, Probe
+
+
+MOST_AGE_S = 10 * 365 * 86400.0
+"""An age beyond it is taken for this much."""
+
+
+_WEIGHT = (True, False, None)
+"""Of several confirmations one that works is enough to doubt the probe instead of the device; one that could
+not be asked counts only where no other was."""
+
+
+class Diagnosis:
+    """Probes the device of `agent`, and tells it what changed."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.loop, self.config = agent.loop, agent.config
+        self.results: dict[str, dict[str, Any]] = {}
+        self.stats: dict[str, Stats] = {}
+        self.quick: dict[str, int] = {}
+        """Probes in a row at the quick pace."""
+        self.runs = self.failures = self.unable = 0
+        self.no_route = False
+        """The last probe could not be asked because this host has no route to the device."""
+        self.adopted = False
+        """Whether the word of a predecessor was taken over."""
+        self.confirming = 0
+        self.confirm_began = self.confirmed_at = float("-inf")
+        self.confirmations: list[tuple[str, Outcome, str]] = []
+        self.episode = 0
+        self.suspicion = Suspicion(min(int(p["misses"]) for p in self.config["probes"]))
+        self.since = time.monotonic()
+        """When the state of the belief began; before our start for one that was taken over."""
+        self._state = self.suspicion.state
+        self.names = [f"{n}:{builtin.name_of(p)}" for n, p in enumerate(self.config["probes"])]
+        self.thresholds: dict[str, Thresholds] = {}
+        self._watch_thresholds()
+        self.gateway: Gateway | None = None
+        if self.config.get("gateway"):
+            from watchdog_agent.probes import gateway
+
+            self.gateway = gateway.Gateway(self.loop, self.config["gateway"])
+
+    def _watch_thresholds(self) -> None:
+        for name, spec in zip(self.names, self.config["probes"], strict=True):
+            if spec.get("warn_time_s") or spec.get("warn_loss"):
+                from watchdog_agent.detection.thresholds import Thresholds
+
+                self.thresholds[name] = Thresholds(spec)
+
+    def start(self) -> None:
+        """Begin to probe."""
+        for name, spec in zip(self.names, self.config["probes"], strict=True):
+            self._probe(name, spec)
+
+    # -- the state, and since when
+
+    def noted(self) -> bool:
+        """Take the time of a change of state; whether there was one."""
+        changed = self._state != self.suspicion.state
+        if changed:
+            self._state, self.since = self.suspicion.state, time.monotonic()
+        return changed
+
+    def restore(self, kept: Document) -> None:
+        """Go on from what an earlier run kept: the belief, and since when."""
+        believed = self.suspicion
+        believed.was_ready = kept.get("was_ready") is True
+        believed.restore(kept.get("state"), kept.get("reason"), kept.get("misses"))
+        self.noted()
+        if kept.get("state") == believed.state:
+            self._began(time.time() - number_of(kept.get("since"), time.time()))
+        if believed.confirmed:
+            # when is not kept: if no answer comes now, none may have come then
+            self.confirmed_at = time.monotonic()
+
+    def adopt(self, condition: Any) -> bool:
+        """Take over the device's condition from an answer to a report, once; whether it was."""
+        if (
+            self.adopted
+            or not isinstance(condition, dict)
+            or condition.get("state") not in ("offline", "degraded")
+        ):
+            return False
+        reason, misses = condition.get("reason"), condition.get("misses")
+        text = reason[:400] if isinstance(reason, str) else "as its last agent reported"
+        count = misses if type(misses) is int else 0
+        if not self.suspicion.adopt(condition["state"], text, count):
+            return False
+        self.adopted = True
+        self.episode += 1  # a confirmation that is under way belongs to what was believed before
+        self.noted()
+        self._began(number_of(condition.get("age_s"), 0.0))
+        return True
+
+    def _began(self, age_s: float) -> None:
+        self.since = time.monotonic() - min(max(0.0, age_s), MOST_AGE_S)
+
+    # -- probing
+
+    def _probe(self, name: str, spec: Probe) -> None:
+        if self.agent.exit_code is not None:
+            return
+
+        def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
+            self._probed(name, spec, ok, reason, took_s, warning)
+            pause = self._pace(name, spec) - took_s
+            self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
+
+        builtin.start(self.loop, spec, self.config["address"], done)
+
+    def _pace(self, name: str, spec: Probe) -> float:
+        """Seconds from the start of this probe to the start of the next."""
+        quick = self.quick.get(name, 0)
+        wanted: float = probe_interval.interval(
+            spec["interval_s"], spec["min_interval_s"], self.suspicion.state, quick
+        )
+        if self.suspicion.state != "suspect":
+            self.quick.pop(name, None)
+        elif wanted < spec["interval_s"]:
+            self.quick[name] = quick + 1
+        return wanted * between(1 - spec["jitter"], 1 + spec["jitter"])
+
+    def _probed(
+        self, name: str, spec: Probe, ok: Outcome, reason: str, took_s: float, warning: str
+    ) -> None:
+        first = name not in self.results
+        self.runs += 1
+        self.failures += ok is False
+        self.unable += ok is None
+        was_ready = self.suspicion.was_ready
+        shown = reason if ok else f"{builtin.name_of(spec)}: {reason}"
+        stats = self.stats.setdefault(name, Stats())
+        need = probe_interval.need(int(spec["misses"]), *stats.earlier())
+        if ok is not None:
+            stats.add(ok, took_s)
+        if name in self.thresholds:
+            exceeded = self.thresholds[name].take(ok, took_s, need)
+            warning = "; ".join(one for one in (warning, exceeded) if one)
+        self.no_route = isinstance(reason, outcomes.NoRoute)
+        found = outcomes.shown(ok, reason, took_s, warning)
+        self.results[name] = found | {"at": time.time()}
+        if first:  # in the order of the configuration, whichever probe ends first
+            self.results = {n: self.results[n] for n in self.names if n in self.results}
+        words = f"{builtin.name_of(spec)}: {warning}" if warning else ""
+        changed = self.suspicion.probed(name, ok, shown, need, words)
+        self.noted()
+        self.episode += changed
+        if changed or self.suspicion.was_ready != was_ready:
+            self.agent.changed()
+        if ok and self.gateway is not None:
+            self.gateway.answers = None
+        if ok is False:
+            self._doubt(name, spec)
+        if first:
+            self.agent.watch_ready()
+        self.agent.probed(ok)
+
+    def _doubt(self, name: str, spec: Probe) -> None:
+        """A probe was missed: whose fault is it? First what stands before the device is asked."""
+        believed = self.suspicion
+        if self.gateway is None or believed.state in ("offline", "degraded"):
+            self._want_confirmation(name, spec)
+        elif believed.wants_confirmation() or believed.behind:
+
+            def asked(alive: Outcome) -> None:
+                if self.behind(alive):
+                    self._want_confirmation(name, spec)
+
+            self.gateway.ask(asked)
+
+    def behind(self, alive: Outcome) -> bool:
+        """Take the outcome of the gateway's probe; whether it answers."""
+        assert self.gateway is not None
+        if alive:
+            self.agent.gateway_answers()
+        if self.suspicion.gateway(alive, self.gateway.words()):
+            self.noted()
+            self.agent.changed()
+        return bool(alive)
+
+    def _want_confirmation(self, name: str, spec: Probe) -> None:
+        # At the quick pace too they stay an interval apart: see pace.
+        apart_s = spec["interval_s"] * (1 - spec["jitter"])
+        soon = time.monotonic() - self.confirm_began < apart_s
+        quick = 0 < self.quick.get(name, 0) < probe_interval.MOST_QUICK
+        held = self.confirming or (soon and quick)
+        if self.suspicion.wants_confirmation() and not held:
+            self._confirm()
+
+    def _confirm(self) -> None:
+        self.confirm_began = time.monotonic()
+        specs = self.config["confirm"]
+        self.confirming = len(specs)
+        episode = self.episode
+        answers: list[tuple[str, Outcome, str]] = []
+
+        def done(spec: Probe, ok: Outcome, reason: str) -> None:
+            self.confirming -= 1
+            if ok is False and not self._independent(spec):
+                ok, reason = None, f"{reason}; that is no independent evidence"
+            answers.append((builtin.name_of(spec), ok, reason))
+            # The device may have come back and gone again meanwhile: that is to be asked anew.
+            if not self.confirming and self.episode == episode:
+                self._confirmed(answers, episode)
+
+        def start(spec: Probe) -> None:
+            address = self.config["address"]
+            builtin.start(self.loop, spec, address, lambda ok, why, *_: done(spec, ok, why))
+
+        for spec in specs:
+            start(spec)
+
+    def _confirmed(self, answers: list[tuple[str, Outcome, str]], episode: int) -> None:
+        """All confirmations have ended."""
+        answers.sort(key=lambda answer: _WEIGHT.index(answer[1]))
+        self.confirmations = answers
+        name, ok, reason = answers[0]
+
+        def take() -> None:
+            if self.episode != episode:
+                return
+            changed = self.suspicion.confirmation(name, ok, reason)
+            self.noted()
+            if changed:
+                if self.suspicion.confirmed:
+                    self.confirmed_at = time.monotonic()
+                self.agent.confirmed()
+
+        def asked(alive: Outcome) -> None:
+            self.confirming = 0
+            if self.behind(alive):
+                take()
+
+        if ok is False and self.gateway is not None:
+            # It may have died meanwhile: what failed counts only if it answers now.
+            self.confirming = 1
+            self.gateway.ask(asked)
+        else:
+            take()
+
+    def _independent(self, spec: Probe) -> bool:
+        """Whether the silence of this confirmation is evidence besides the probes'. Without the right to ping
+        it is not: TCP on a port that nobody chose may be filtered, and probes that had to ask TCP themselves
+        share the path of a TCP confirmation."""
+        if spec.get("instead"):
+            return False
+        instead = all(one.get("instead") for one in self.config["probes"])
+        return spec["kind"] != "tcp" or not instead
+
+    def evidence(self) -> Document:
+        """What the belief stands on: failing probes, the last confirmation, the gateway."""
+        failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
+        warned = {name: r["warning"] for name, r in self.results.items() if "warning" in r}
+        told: Document = {"failing": failing} | ({"warnings": warned} if warned else {})
+        if self.confirmations and self.suspicion.state != "ok":
+            told["confirm"] = [
+                {"probe": name, "ok": bool(ok), "unable": ok is None, "reason": reason}
+                for name, ok, reason in self.confirmations
+            ]
+        if self.gateway is not None:
+            told["gateway"] = self.gateway.evidence()
+        return told
+
+
+def number_of(value: object, default: float) -> float:
+    """A finite number from a document that others wrote, else the default."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return default
+    return float(value) if -1e15 < value < 1e15 else default

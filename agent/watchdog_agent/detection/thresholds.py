@@ -1,0 +1,62 @@
+"""Warnings of one probe that succeeds: it takes too long, or too many of its runs are lost. Loaded only where a
+probe has such a threshold. Pure: no clock, no I/O.
+
+`warn_time_s`: exceeded `misses` times in a row begins the warning; as many good times in a row end it.
+`warn_loss`: a share of the last 60 runs, judged from 20 on; at most half of it ends the warning. An outage is
+not loss: a run of misses that makes the device suspect is left out, with all before it.
+"""
+
+from __future__ import annotations
+
+from watchdog_agent.detection import probe_interval
+from watchdog_agent.detection.probe_stats import Stats
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from watchdog_agent.runtime.types import Outcome, Probe
+
+
+class Thresholds:
+    """The thresholds of `spec`, a checked probe of the configuration."""
+
+    def __init__(self, spec: Probe) -> None:
+        self.most_s: float | None = spec.get("warn_time_s")
+        self.most_loss: float | None = spec.get("warn_loss")
+        self.need = int(spec["misses"])
+        self._slow = self._lossy = False
+        self._streak = 0
+        """Runs in a row that are on the other side of `most_s` than `_slow` says."""
+        self._stats = Stats()
+        self._misses = 0
+
+    def take(self, outcome: Outcome, took_s: float, need: int) -> str:
+        """Take one result; what is exceeded now, in words, or "". `need`: misses that make suspect."""
+        if outcome is None:
+            return self._words(took_s)
+        self._misses = 0 if outcome else self._misses + 1
+        if self._misses < need:
+            self._stats.add(outcome, took_s)
+        else:
+            self._stats = Stats()
+        loss = self._stats.loss()
+        if self.most_loss is not None and (
+            self._lossy or self._stats.count >= probe_interval.ENOUGH
+        ):
+            self._lossy = loss > (self.most_loss / 2 if self._lossy else self.most_loss)
+        if self.most_s is not None and outcome:
+            self._streak = self._streak + 1 if (took_s > self.most_s) != self._slow else 0
+            if self._streak >= self.need:
+                self._slow, self._streak = not self._slow, 0
+        return self._words(took_s)
+
+    def _words(self, took_s: float) -> str:
+        found = []
+        if self._slow:
+            found.append(f"took {took_s:.3f} s (warn_time is {self.most_s:g} s)")
+        if self._lossy:
+            loss = self._stats.loss()
+            found.append(
+                f"{loss:.0%} of the last {self._stats.count} probes were lost "
+                f"(warn_loss is {self.most_loss:g})"
+            )
+        return "; ".join(found)

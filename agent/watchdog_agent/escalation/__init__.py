@@ -1,0 +1,1 @@
+"""Whom to tell, and who of many agents does."""

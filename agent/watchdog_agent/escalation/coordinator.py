@@ -1,0 +1,215 @@
+"""Agents that see one anomaly elect one that escalates it for all, through Consul's KV store.
+
+Imported when the first anomaly comes: in peace an agent writes nothing to Consul for this, and holds no
+session. Keys, below ``<prefix>/anomalies/<group>/``:
+
+=============  =========================================================================
+``<slug>``     the note of one agent, locked by its session; left unlocked when it was told,
+               with the time until which it counts, and deleted when its device has recovered
+``_leader``    the lock; its holder tells
+``_told``      what is being told, or was (`escalation.election`)
+=============  =========================================================================
+
+A session has a TTL, no lock delay, and deletes what it locked when it ends: a dead agent's note and
+lock are gone after at most 2 x TTL, those of one that was told to stop at once. Whatever Consul does not do
+within `consul_wait_s` ends in an escalation of this one agent's own, marked ``uncoordinated``: never in silence.
+"""
+
+from __future__ import annotations
+
+import time
+
+from watchdog_agent.consul.kv import Kv
+from watchdog_agent.escalation import election
+from watchdog_agent.escalation.election_round import Round
+from watchdog_agent.runtime import parsing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Document, Timer
+
+
+class Coordination:
+    """The session of this agent, and its rounds: one for each anomaly that is not told yet."""
+
+    CLOSE_S = 0.4
+
+    def __init__(self, loop: Loop, config: Config, tell: Callable[..., None]) -> None:
+        """`tell(document, group, own, done)`: escalate this; `done(taken)` when the sinks have said."""
+        self.loop, self.config, self.tell = loop, config, tell
+        self.kv = Kv(loop, config, "anomalies")
+        rules = config["escalate"]
+        self.ttl_s: float = rules["session_ttl_s"]
+        self.rounds: list[Round] = []
+        self.session = ""
+        self.waiting: list[Callable[[str], None]] = []
+        self.timer: Timer | None = None
+        self.closed = False
+
+    def begin(self, entry: Document, group: tuple[str, str], done: Callable[..., None]) -> Round:
+        """Take part. `done(episode, coordinated)` when this anomaly is told, by us or by another."""
+        it = Round(self, entry, group, done)
+        self.rounds.append(it)
+        it.start()
+        return it
+
+    def note(self, entry: Document, episode: str) -> Document:
+        """What this agent says to the others of an anomaly."""
+        every_s = self.config["escalate"]["note_s"]
+        return note_of(entry, self.config["device_id"], every_s, episode)
+
+    def sweep(self) -> None:
+        """Take away what agents that are gone have left."""
+        sweep(self.kv)
+
+    def end(self, it: Round) -> None:
+        """A round is over; with the last one the session goes."""
+        if it in self.rounds:
+            self.rounds.remove(it)
+        if not self.rounds:
+            self._drop()
+
+    def with_session(self, then: Callable[[str], None]) -> None:
+        """Call back with our session's id, made when there is none; "" when Consul made none."""
+        if self.session:
+            then(self.session)
+            return
+        self.waiting.append(then)
+        if len(self.waiting) == 1:
+            body = {
+                "Name": "watchdog-agent",
+                "TTL": f"{self.ttl_s:g}s",
+                "LockDelay": "0s",
+                "Behavior": "delete",
+                # no serfHealth: a moment of bad gossip is no reason to elect anew
+                "NodeChecks": [],
+            }
+            self.kv.call("PUT", "/session/create", body, self._made)
+
+    def _made(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+        try:
+            self.session = str(parsing.loads(body)["ID"]) if status == 200 else ""
+        except (ValueError, KeyError, TypeError):
+            self.session = ""
+        waiting, self.waiting = self.waiting, []
+        if self.closed:
+            self._drop()
+            return
+        if self.session:
+            self.timer = self.loop.later(self.ttl_s / 3, self._renew)
+        for then in waiting:
+            then(self.session)
+        if not self.rounds:
+            self._drop()
+
+    def _renew(self) -> None:
+        session = self.session
+
+        def answered(status: int | None, _headers: dict[str, str], _body: Any) -> None:
+            if self.session != session or not session:
+                return
+            if status == 404:
+                self.lost()
+                return
+            # a failed renewal is tried sooner: one more still fits into the TTL
+            self.timer = self.loop.later(self.ttl_s / (3 if status == 200 else 6), self._renew)
+
+        if session:
+            self.kv.call("PUT", f"/session/renew/{session}", None, answered)
+
+    def lost(self) -> None:
+        """Consul does not know our session any more, nor then our notes: those who wait begin anew."""
+        self._forget()
+        for it in list(self.rounds):
+            it.restart()
+
+    def _forget(self) -> str:
+        if self.timer is not None:
+            self.timer[2] = None
+            self.timer = None
+        session, self.session = self.session, ""
+        return session
+
+    def _drop(self, then: Callable[[], None] = lambda: None) -> None:
+        session = self._forget()
+        if session:
+            path = f"/session/destroy/{session}"
+            self.kv.call("PUT", path, None, lambda *_: then(), self.CLOSE_S)
+        else:
+            then()
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Leave: what we locked is free at once, so that another can go on."""
+        self.closed = True
+        for it in list(self.rounds):
+            it.stop()
+        self.rounds.clear()
+        self._drop(then)
+
+
+def recovered(
+    kv: Kv, slug: str, key: str, group: tuple[str, str], episode: str, done: Callable[[bool], None]
+) -> None:
+    """Take our note away after a recovery; `done(last)`: whether no other device of the episode is away, or
+    Consul does not say: a second «resolved» has the same key, a missing one would stay."""
+    folder = election.folder_of(key, group)
+
+    def listed(found: list[Document] | None, _reason: str) -> None:
+        _, told, _ = election.read_group(found or [])
+        same = told["ids"] if told is not None and told["episode"] == episode else ()
+        now = time.time()
+        notes = [one["value"] for one in found or [] if election.counts(one, now)]
+        # those who were told of, but have not seen it yet, count as well
+        clean(kv, found or [])
+        done(not any(one.get("told") == episode or one.get("id") in same for one in notes))
+
+    def deleted(_ok: bool) -> None:
+        kv.listed(f"{folder}/", listed)
+
+    kv.delete(f"{folder}/{slug}", deleted)
+
+
+MOST_CLEANED = 64
+MOST_SWEPT = 1 << 18
+"""Bytes of the listing of all groups that are looked at."""
+
+
+def clean(kv: Kv, found: list[Document]) -> None:
+    """Take away what agents that are gone have left in this listing, if it is still as it was read."""
+    for one in election.stale(found, time.time())[:MOST_CLEANED]:
+        kv.delete(one["name"], lambda _ok: None, one["index"])
+
+
+def sweep(kv: Kv) -> None:
+    """The same over all groups: of one whose agents are all gone nobody else looks at the keys."""
+    kv.listed("", lambda found, _reason: clean(kv, found or []), MOST_SWEPT)
+
+
+def note_of(
+    entry: Document, device_id: str, every_s: float, episode: str | None = None
+) -> Document:
+    """The note of an anomaly; `every_s`: it will be written anew so often."""
+    return {
+        "id": entry["id"],
+        "device_id": device_id,
+        "reason": entry["summary"][:120],
+        "told": entry["episode"] if episode is None else episode,
+        "until": round(time.time() + 3 * every_s, 1),
+    }
+
+
+def say_again(kv: Kv, slug: str, entry: Document, note: Document, gone: Callable[[], bool]) -> None:
+    """Write the note of what is told anew. `gone()`: whether the anomaly is over; then a note that was on its
+    way while it ended is taken away again."""
+    key = f"{election.folder_of(entry['key'], (entry['group'][0], entry['group'][1]))}/{slug}"
+
+    def written(_taken: bool | None, _reason: str) -> None:
+        if gone():
+            kv.delete(key, lambda _ok: None)
+
+    # A lock that is on it stays: only a key with a session of its own in the query changes that.
+    kv.put(key, "flags=0", note, written)

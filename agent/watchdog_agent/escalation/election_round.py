@@ -1,0 +1,293 @@
+"""One agent's part in electing who tells of an anomaly: put up a note, look, stand, lead, tell, leave.
+
+`escalation.election` decides; this asks Consul and waits.
+"""
+
+from __future__ import annotations
+
+import time
+
+from watchdog_agent.escalation import election
+from watchdog_agent.runtime.loop import between
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.escalation.coordinator import Coordination
+    from watchdog_agent.runtime.types import Document, Timer
+
+
+class Round:
+    """One anomaly on its way to be told."""
+
+    def __init__(
+        self,
+        owner: Coordination,
+        entry: Document,
+        group: tuple[str, str],
+        done: Callable[..., None],
+    ) -> None:
+        self.owner, self.entry, self.group, self.done = owner, entry, group, done
+        self.kv, self.loop = owner.kv, owner.loop
+        rules = owner.config["escalate"]
+        self.gather_s: float = rules["gather_s"]
+        self.window_s: float = rules["window_s"]
+        self.consul_wait_s: float = rules["consul_wait_s"]
+        self.folder = election.folder_of(entry["key"], group)
+        self.note = f"{self.folder}/{owner.config['slug']}"
+        self.reached = time.monotonic()
+        self.leading = self.telling = self.over = False
+        self.began = self.newest = 0.0
+        self.seen: set[str] = set()
+        self.polls = 0
+        self.resigned_until = 0.0
+        self.timer: Timer | None = None
+        self.fetch: Any = None
+
+    # -- taking part
+
+    def start(self) -> None:
+        """Put up our note."""
+        self.owner.with_session(self._post)
+
+    def restart(self) -> None:
+        """Our session is lost. One that is telling goes on: its document says what, and under which key."""
+        if not self.telling and not self.over:
+            self.leading = False
+            self._later(between(0.1, 0.5), self.start)
+
+    def _post(self, session: str) -> None:
+        if self.over:
+            return
+        if not session:
+            self._failed()
+            return
+        self.fetch = self.kv.put(self.note, f"acquire={session}", self._value(), self._posted)
+
+    def _value(self, episode: str = "") -> Document:
+        return self.owner.note(self.entry, episode)
+
+    def _posted(self, taken: bool | None, reason: str) -> None:
+        if self.over:
+            return
+        if taken is None:
+            self._failed(reason)
+        elif taken:
+            self._reached()
+            self._later(self.gather_s * between(0.5, 1.0), self._look)
+        else:
+            # Locked by the session of an earlier run of this agent, which is dead: locks are advisory.
+            self.kv.delete(self.note, lambda _ok: self._failed())
+
+    def _reached(self) -> None:
+        self.reached = time.monotonic()
+
+    def _failed(self, reason: str = "") -> None:
+        """Consul did not do it: again in a moment, and after consul_wait_s without it."""
+        if self.over:
+            return
+        if "invalid session" in reason:
+            self.owner.lost()
+        elif time.monotonic() - self.reached > self.consul_wait_s:
+            self._alone()
+        else:
+            self._later(between(0.3, 1.0), self._lead if self.leading else self.start)
+
+    def _look(self) -> None:
+        """Whether it is told, and whether anybody is about to."""
+        self.fetch = self.kv.listed(f"{self.folder}/_", self._looked)
+
+    def _looked(self, found: list[Document] | None, reason: str) -> None:
+        if self.over:
+            return
+        if found is None:
+            self._failed(reason)
+            return
+        self._reached()
+        kept = {one["name"].rpartition("/")[2]: one for one in found}
+        told = election.checked(kept["_told"]["value"]) if "_told" in kept else None
+        if election.covers(told, self.entry["id"]):
+            assert told is not None
+            self._settle(told["episode"])
+        elif kept.get("_leader", {}).get("session") or time.monotonic() < self.resigned_until:
+            # the longer it takes, the rarer we ask: an heir is wanted in seconds, not at once
+            self.polls += 1
+            wait = min(self.gather_s * 1.2**self.polls, max(self.gather_s, 5.0))
+            self._later(wait * between(0.8, 1.2), self._look)
+        else:
+            self.owner.with_session(self._stand)
+
+    def _stand(self, session: str) -> None:
+        if self.over:
+            return
+        if not session:
+            self._failed()
+            return
+        body = {"slug": self.owner.config["slug"]}
+        path = f"{self.folder}/_leader"
+        self.fetch = self.kv.put(path, f"acquire={session}", body, self._stood)
+
+    def _stood(self, taken: bool | None, reason: str) -> None:
+        if self.over:
+            return
+        if taken is None:
+            self._failed(reason)
+        elif taken:
+            self.leading = True
+            self.began = self.newest = time.monotonic()
+            self._lead()
+        else:
+            self._later(between(0.2, 1.0) * self.gather_s, self._look)
+
+    # -- leading
+
+    def _lead(self) -> None:
+        self.fetch = self.kv.listed(f"{self.folder}/", self._listed)
+
+    def _listed(self, found: list[Document] | None, reason: str) -> None:
+        if self.over:
+            return
+        if found is None:
+            self._failed(reason)
+            return
+        self._reached()
+        present, told, index = election.read_group(found)
+        present[self.entry["id"]] = [self._value()["device_id"], self._value()["reason"]]
+        if not present.keys() <= self.seen:
+            self.newest = time.monotonic()
+            self.seen |= present.keys()
+        now = time.monotonic()
+        heir = told is not None and told["state"] == "telling"
+        wait = election.still_to_gather(self.began, self.newest, now, self.gather_s, self.window_s)
+        if wait > 0 and not heir:
+            self._later(min(wait, self.gather_s / 2) + 0.01, self._lead)
+            return
+        document, wait = election.next_document(told, present, time.time(), self.window_s)
+        if document is not None:
+            self._write(document, index)
+        elif wait > 0:
+            self._later(min(wait, self.gather_s) + 0.01, self._lead)
+        elif told is not None and now < self.newest + self.window_s:
+            # told; who comes within the window still belongs to it
+            self._tell_owner(told["episode"])
+            self._later(min(self.window_s, 5.0) * between(0.8, 1.0), self._lead)
+        else:
+            self.owner.sweep()
+            self._settle(told["episode"] if told is not None else self.entry["id"])
+
+    def _write(self, document: Document, index: int) -> None:
+        """Nothing is said before the document that others would go on from is there."""
+
+        def written(taken: bool | None, reason: str) -> None:
+            if self.over:
+                return
+            if taken:
+                self.telling = True
+                self.owner.tell(
+                    document, self.group, self.entry, lambda ok: self._told(document, ok)
+                )
+            elif taken is None:
+                self._failed(reason)
+            else:
+                self._later(between(0.1, 0.5), self._lead)
+
+        self.fetch = self.kv.put(f"{self.folder}/_told", f"cas={index}", document, written)
+
+    def _told(self, document: Document, taken: bool) -> None:
+        self.telling = False
+        if self.over:
+            return
+        if not taken and self.entry.get("cleared"):
+            self.withdraw()
+        elif not taken:
+            # Our way to the sinks may be broken and another's not: step back for a while.
+            self.resigned_until = time.monotonic() + 2 * self.window_s
+            self._release(f"{self.folder}/_leader")
+            self.leading = False
+            self._later(self.gather_s, self._look)
+        else:
+            self._tell_owner(document["episode"])
+            self._mark(document)
+
+    def _mark(self, document: Document, tries: int = 0) -> None:
+        """Write that it is told; whoever took over meanwhile has the same document, and says it again."""
+
+        def found(entries: list[Document] | None, _reason: str) -> None:
+            told = election.checked(entries[0]["value"]) if entries else None
+            same = told is not None and told["rev"] == document["rev"]
+            if entries and same and told is not None and told["episode"] == document["episode"]:
+                query = f"cas={entries[0]['index']}"
+                path = f"{self.folder}/_told"
+                self.kv.put(path, query, election.finished(document, time.time()), written)
+            else:
+                written(None if entries is None else True, "")
+
+        def written(taken: bool | None, _reason: str) -> None:
+            if self.over:
+                return
+            if taken or tries > 20:
+                self._reached()
+                self._lead() if self.owner.session else self._settle(document["episode"])
+            else:
+                self._later(between(0.2, 0.8), lambda: self._mark(document, tries + 1))
+
+        self.fetch = self.kv.listed(f"{self.folder}/_told", found)
+
+    # -- ending
+
+    def _tell_owner(self, episode: str, *, coordinated: bool = True) -> None:
+        self.done(episode, coordinated=coordinated)
+
+    def _alone(self) -> None:
+        self.stop()
+        self.telling = True
+        self.owner.end(self)
+        document, _ = election.next_document(
+            None,
+            {self.entry["id"]: [self._value()["device_id"], self._value()["reason"]]},
+            time.time(),
+            self.window_s,
+        )
+        assert document is not None
+        self.owner.tell(
+            document,
+            None,
+            self.entry,
+            lambda ok: self._tell_owner(self.entry["id"], coordinated=False) if ok else None,
+        )
+
+    def _settle(self, episode: str) -> None:
+        """It is told: leave the note without a lock, as a sign that this device is still away."""
+        self.stop()
+        if self.leading:
+            self._release(f"{self.folder}/_leader")
+        session = self.owner.session
+        query = f"release={session}" if session else "flags=0"
+        self.kv.put(self.note, query, self._value(episode), lambda *_: self.owner.end(self))
+        self._tell_owner(episode)
+
+    def _release(self, key: str) -> None:
+        if session := self.owner.session:
+            self.kv.put(key, f"release={session}", {}, lambda *_: None)
+
+    def stop(self) -> None:
+        """Nothing more happens in this round."""
+        self.over = True
+        if self.timer is not None:
+            self.timer[2] = None
+        if self.fetch is not None:
+            self.fetch.cancel()
+
+    def withdraw(self) -> None:
+        """The device has recovered before anybody told of it."""
+        self.stop()
+        if self.leading:
+            self._release(f"{self.folder}/_leader")
+        self.kv.delete(self.note, lambda _ok: self.owner.end(self))
+
+    def _later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        if self.timer is not None:
+            self.timer[2] = None
+        self.timer = self.loop.later(delay_s, callback)

@@ -1,0 +1,344 @@
+"""What this agent escalates, from the first moment to the recovery.
+
+`raise_` once an episode; the same key again is nothing new until `clear`. What is open outlives a restart
+(`kept`, `restore`): what was not told yet is told then, under the same key.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from watchdog_agent.escalation import election
+from watchdog_agent.escalation.sinks import Sink
+from watchdog_agent.runtime.loop import between
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.escalation.coordinator import Coordination
+    from watchdog_agent.escalation.election_round import Round
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Document, Timer
+
+
+class Escalations:
+    """The open anomalies of one device, and the sinks. `config` has a checked ``escalate``."""
+
+    MOST = 16
+    DEPART_S = 1.5
+    """How long the end of a device that has left may take."""
+    LOOK_S = 0.02
+    RETURN_S = 5.0
+    """When an agent that was away says again that its device still is."""
+    EVIDENCE_BYTES = 4096
+
+    def __init__(self, loop: Loop, config: Config, instance: str, log: Callable[..., None]) -> None:
+        self.loop, self.config, self.log = loop, config, log
+        self.rules: Document = config["escalate"]
+        self.sinks = [Sink(loop, one, config, instance, log) for one in self.rules["sinks"]]
+        self.open: dict[str, Document] = {}
+        self.rounds: dict[str, Round] = {}
+        self.coordination: Coordination | None = None
+        self.leaving = 0
+        """Ends that wait for Consul's word on whether others of the episode are still away."""
+        self.over = "recovered"
+        self.reminding: Timer | None = None
+        self.changed: Callable[[], object] = lambda: None
+        """Called when what is kept has changed."""
+
+    def raise_(self, key: str, summary: str, evidence: dict[str, Any]) -> None:
+        """Escalate this anomaly, alone or with others'. `key`: its kind, as ``offline``; of letters, digits,
+        - and _. `evidence`: JSON; the values of gateway, site, class and host in it say what it has in common
+        with others."""
+        if key in self.open:
+            return
+        if len(self.open) >= self.MOST:
+            self.log("escalation dropped: too many are open", key=key)
+            return
+        entry: Document = {
+            "key": key,
+            "id": os.urandom(8).hex(),
+            "at": round(time.time(), 3),
+            "summary": summary[:400],
+            "evidence": self._bounded(evidence),
+            "group": None,
+            "episode": "",
+            "told": False,
+        }
+        self.open[key] = entry
+        self._begin(entry)
+        self.changed()
+
+    def _bounded(self, evidence: dict[str, Any]) -> dict[str, Any]:
+        from watchdog_agent.runtime.stdlib_light import json
+
+        text = json.dumps(evidence, default=str)
+        if len(text) <= self.EVIDENCE_BYTES:
+            found: dict[str, Any] = json.loads(text)
+            return found
+        return {"cut": text[: self.EVIDENCE_BYTES]}
+
+    def _begin(self, entry: Document) -> None:
+        group = self._group(entry)
+        if group is None or not self.config.get("consul"):
+            entry["group"] = None
+            self._tell_alone(entry)
+            return
+        entry["group"] = list(group)
+        if self.coordination is None:
+            from watchdog_agent.escalation.coordinator import Coordination
+
+            self.coordination = Coordination(self.loop, self.config, self._tell_document)
+        key = entry["key"]
+
+        def done(episode: str, *, coordinated: bool) -> None:
+            if entry["told"] and entry["episode"] == episode:
+                return
+            entry["told"], entry["episode"] = True, episode
+            entry["group"] = list(group) if coordinated else None
+            self.log("escalated", key=key, episode=episode, coordinated=coordinated)
+            if entry.pop("cleared", False):
+                self._leave(entry, it)
+            self._remind()
+            self.changed()
+
+        it = self.coordination.begin(entry, group, done)
+        self.rounds[key] = it
+
+    def _remind(self, first_s: float | None = None) -> None:
+        """Keep the notes of what is told young, as long as it is open: an old one counts for nothing."""
+        if self.reminding is None and any(
+            one["told"] and one["group"] for one in self.open.values()
+        ):
+            wait = self.rules["note_s"] if first_s is None else first_s
+            self.reminding = self.loop.later(wait * between(0.8, 1.0), self._say_again)
+
+    def _say_again(self) -> None:
+        from watchdog_agent.consul.kv import Kv
+        from watchdog_agent.escalation import coordinator
+
+        self.reminding = None
+        kv = Kv(self.loop, self.config, "anomalies")
+        for entry in self.open.values():
+            if entry["told"] and entry["group"]:
+                name, every_s = self.config["device_id"], self.rules["note_s"]
+                note = coordinator.note_of(entry, name, every_s)
+
+                def gone(entry: Document = entry) -> bool:
+                    return self.open.get(entry["key"]) is not entry
+
+                coordinator.say_again(kv, self.config["slug"], entry, note, gone)
+        self._remind()
+
+    def _group(self, entry: Document) -> tuple[str, str] | None:
+        by: list[str] = self.rules["by"]
+        gateway = self.config.get("gateway")
+        known = {
+            "gateway": gateway.get("address", "") if isinstance(gateway, dict) else gateway,
+            "class": self.config.get("agent_class", ""),
+            "host": os.uname().nodename if "host" in by else "",
+        }
+        known |= {kind: entry["evidence"].get(kind) or known.get(kind, "") for kind in by}
+        values = {kind: value for kind, value in known.items() if isinstance(value, str) and value}
+        return election.group_of(by, self.config.get("labels") or {}, values)
+
+    # -- telling
+
+    def _tell_alone(self, entry: Document) -> None:
+        what = [self.config["device_id"], entry["summary"][:120]]
+        document, _ = election.next_document(
+            None, {entry["id"]: what}, entry["at"], self.rules["window_s"]
+        )
+        assert document is not None
+
+        def done(taken: bool) -> None:
+            if taken and self.open.get(entry["key"]) is entry:
+                entry["told"], entry["episode"] = True, entry["id"]
+                self.changed()
+
+        self._tell(entry, document, None, "firing", done)
+
+    def _tell_document(
+        self,
+        document: Document,
+        group: tuple[str, str] | None,
+        entry: Document,
+        done: Callable[[bool], None],
+    ) -> None:
+        status = "firing" if document["rev"] == 1 else "update"
+        self._tell(entry, document, group, status, done, uncoordinated=group is None)
+
+    def _tell(
+        self,
+        entry: Document,
+        document: Document,
+        group: tuple[str, str] | None,
+        status: str,
+        done: Callable[[bool], None],
+        *,
+        uncoordinated: bool = False,
+    ) -> None:
+        count = len(document["ids"])
+        episode = document["episode"]
+        many = group is not None and count > 1
+        summary = (
+            f"{count} devices of {group[0]} {group[1]}: {entry['key']}"
+            if many and group is not None
+            else f"{self.config['device_id']}: {entry['summary']}"
+        )
+        end = status if status == "resolved" else document["rev"]
+        self._deliver(
+            {
+                "key": f"{episode}.{end}",
+                "kind": entry["key"],
+                "status": status,
+                "episode": episode,
+                "rev": document["rev"],
+                "at": entry["at"],
+                "now": round(time.time(), 3),
+                "group": list(group) if many and group else None,
+                "scope": list(group) if group else None,
+                "count": count,
+                "devices": document["members"],
+                "summary": summary[:500],
+                "evidence": entry["evidence"],
+                "uncoordinated": uncoordinated,
+            },
+            done,
+        )
+
+    def _deliver(self, alert: Document, done: Callable[[bool], None]) -> None:
+        """To all sinks; done(whether any of them took it) when all have said."""
+        left, taken = len(self.sinks), False
+
+        def one(ok: bool) -> None:
+            nonlocal left, taken
+            left -= 1
+            taken = taken or ok
+            if not left:
+                done(taken)
+
+        for sink in self.sinks:
+            sink.put(alert, one)
+
+    # -- ending
+
+    def clear(self, key: str) -> None:
+        """The device has recovered, or left. Who was told of it is told that too, by the last of its episode."""
+        entry = self.open.pop(key, None)
+        if entry is None:
+            return
+        it = self.rounds.pop(key, None)
+        if entry["told"] or it is None:
+            self._leave(entry, it)
+        elif it.telling:
+            entry["cleared"] = (
+                True  # the receiver hears of the beginning just now: the end comes then
+            )
+        else:
+            it.withdraw()
+        self.changed()
+
+    def _leave(self, entry: Document, it: Round | None) -> None:
+        if entry["group"] is None:
+            self._resolve(entry)
+            return
+        from watchdog_agent.consul.kv import Kv
+        from watchdog_agent.escalation import coordinator
+
+        if it is not None and not it.over:
+            it.withdraw()
+        kv = Kv(self.loop, self.config, "anomalies")
+        group = (entry["group"][0], entry["group"][1])
+
+        def looked(last: bool) -> None:  # as Consul's answer says it
+            self.leaving -= 1
+            if last:
+                self._resolve(entry)
+
+        self.leaving += 1
+        slug = self.config["slug"]
+        coordinator.recovered(kv, slug, entry["key"], group, entry["episode"], looked)
+
+    def _resolve(self, entry: Document) -> None:
+        document = {
+            "episode": entry["episode"] or entry["id"],
+            "rev": 0,
+            "ids": [entry["id"]],
+            "members": [[self.config["device_id"], self.over]],
+        }
+        group = (entry["group"][0], entry["group"][1]) if entry["group"] else None
+        self._tell(entry, document, group, "resolved", lambda _ok: None)
+
+    def depart(self, done: Callable[[], None]) -> None:
+        """The device is no longer in the registry: end all that was told of it, and leave the election.
+        `done` when the sinks have taken it, and at the latest after DEPART_S and half a second."""
+        self.over = "departed"
+        for key in list(self.open):
+            self.clear(key)
+        until = time.monotonic() + self.DEPART_S
+
+        def look() -> None:
+            rounds = self.coordination.rounds if self.coordination is not None else ()
+            busy = self.leaving or rounds or any(one.waiting for one in self.sinks)
+            if busy and time.monotonic() < until:
+                self.loop.later(self.LOOK_S, look)
+            else:
+                self.close(done)
+
+        look()
+
+    def close(self, done: Callable[[], None]) -> None:
+        """Leave the election, so that another goes on at once; `done` within half a second."""
+        if self.coordination is None:
+            done()
+        else:
+            self.coordination.close(done)
+
+    # -- keeping and showing
+
+    def kept(self) -> list[Document]:
+        """What is open, to be stored; JSON."""
+        return [dict(entry) for entry in self.open.values()]
+
+    def restore(self, kept: object) -> None:
+        """Go on with what an earlier run of this agent had open; what makes no sense is left out."""
+        for entry in kept if isinstance(kept, list) else []:
+            if _is_entry(entry) and len(self.open) < self.MOST:
+                self.open[entry["key"]] = entry
+                if not entry["told"]:
+                    self._begin(entry)
+        # While we were away it may have grown old.
+        self._remind(self.RETURN_S)
+
+    def status(self) -> Document:
+        """For /status and the metrics."""
+        shown = ("key", "at", "summary", "told", "episode", "group")
+        return {
+            "open": [{name: one[name] for name in shown} for one in self.open.values()],
+            "queued": sum(len(one.waiting) for one in self.sinks),
+            "sent": sum(one.sent for one in self.sinks),
+            "failed": sum(one.failed for one in self.sinks),
+            "dropped": sum(one.dropped for one in self.sinks),
+            "last_error": next((one.last_error for one in self.sinks if one.last_error), ""),
+        }
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    group = entry.get("group")
+    texts = all(isinstance(entry.get(one), str) for one in ("key", "id", "summary", "episode"))
+    pair = group is None or (
+        isinstance(group, list) and len(group) == 2 and all(isinstance(one, str) for one in group)
+    )
+    return (
+        texts
+        and pair
+        and isinstance(entry.get("at"), (int, float))
+        and isinstance(entry.get("evidence"), dict)
+        and isinstance(entry.get("told"), bool)
+    )

@@ -1,0 +1,301 @@
+"""Probes of the device, none of which ever blocks: TCP, HTTP and ICMP here, the others in modules of
+their own that are loaded only where they are configured.
+
+Each is started with a callback `done(outcome, reason, took_s, warning)` that is called exactly once, at the
+latest after its timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from watchdog_agent.config import probes, validators
+from watchdog_agent.runtime import http, http_response, outcome
+from watchdog_agent.runtime.dial import Dial, Turns
+from watchdog_agent.runtime.loop import READ
+from watchdog_agent.runtime.stdlib_light import socket, struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Address, Ended, Fetched, Probe, Probed, Timer
+
+_REFUSED = 111
+_FORBIDDEN = (1, 13, 93, 94)
+"""EPERM, EACCES, EPROTONOSUPPORT, ESOCKTNOSUPPORT: this kind of socket is not to be had."""
+
+
+def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
+    """Start the probe that `spec` (a checked probe of the configuration) describes."""
+    began = time.monotonic()
+
+    def ended(ok: bool, reason: str, warning: str = "") -> None:
+        done(outcome.of(ok, reason), reason, time.monotonic() - began, warning)
+
+    try:
+        _start(loop, spec, address, ended)
+        began = time.monotonic()  # a slow resolver is no slow device
+    except (OSError, validators.ConfigError) as error:
+        # As EMFILE, or a file of certificates that cannot be read.
+        text = str(error) if isinstance(error, validators.ConfigError) else http.reason_of(error)
+        loop.later(0, lambda: ended(False, outcome.Unable(text)))
+
+
+def _start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+    kind = spec["kind"]
+    if kind == "http":
+        _http(loop, spec, address, ended)
+    elif kind == "tcp":
+        _Tcp(loop, (address, spec["port"]), spec["timeout_s"], ended, refused_is_alive=False)
+    elif kind in probes.MODULES:
+        probes.module_of(kind).start(loop, spec, address, ended)
+    else:
+        _Ping(loop, spec, address, ended)
+
+
+def name_of(spec: Probe) -> str:
+    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus. An ICMP probe that had to ask
+    TCP is called what it was."""
+    if spec.get("instead"):
+        return f"tcp:{spec['instead']}"
+    if spec["kind"] == "plugin":
+        return f"plugin:{spec['plugin']}"
+    return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
+
+
+def close() -> None:
+    """End what probes have started and the end of this process would not."""
+    module = sys.modules.get("watchdog_agent.probes.command")
+    if module is not None:
+        module.close()
+
+
+def _http(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+    http_probe(loop, spec, address, ended, _plain)
+
+
+def _plain(
+    loop: Loop, place: Address, data: bytes, spec: Probe, answered: Fetched, max_body: int
+) -> None:
+    http.Fetch(loop, place, data, spec["timeout_s"], answered, max_body)
+
+
+def http_probe(
+    loop: Loop, spec: Probe, address: str, ended: Ended, fetch: Callable[..., None]
+) -> None:
+    """GET, and judge the answer. A redirect is not followed: it is a status like any other."""
+
+    def answered(status: int | None, _headers: dict[str, str], body: Any) -> None:
+        if status is None:
+            ended(False, body)
+        else:
+            ended(*judge_http(spec, status, body))
+
+    host = http.host_header(address, spec["port"], secure=spec["kind"] == "https")
+    data = http.request("GET", spec.get("path", "/"), host)
+    most = 0
+    if spec.get("expect_body"):
+        most = http_response.MAX_BODY
+    fetch(loop, (address, spec["port"]), data, spec, answered, most)
+
+
+def judge_http(spec: Probe, status: int, body: bytes) -> tuple[bool, str]:
+    """Status and body against what is expected; (ok, reason)."""
+    wanted = spec.get("expect_status", 200)
+    if status not in (wanted if isinstance(wanted, list) else [wanted]):
+        shown = " or ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
+        return False, f"status {status}, not {shown}"
+    text = spec.get("expect_body")
+    if text and text.encode() not in body:
+        return False, f"status {status}, but {text[:60]!r} is not in its first 64 KiB"
+    return True, f"status {status}"
+
+
+class _Tcp:
+    """A connection attempt. `refused_is_alive`: for reachability a refusal is an answer too."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        address: Address,
+        timeout_s: float,
+        ended: Ended,
+        *,
+        refused_is_alive: bool,
+    ) -> None:
+        self.loop = loop
+        self.ended: Ended | None = ended
+        self.refused_is_alive = refused_is_alive
+        self.timeout_s = timeout_s
+        self.dial = Dial(loop, address, timeout_s, self._dialled)
+        self.timer = loop.later(timeout_s, self._late)
+
+    def _dialled(self, sock: socket.socket | None, error: Exception | None, sent: bool) -> None:
+        if sock is not None:
+            self.loop.forget(sock)
+            self._end(True, "connected")
+        elif self._is_refusal(error):
+            self._end(True, "the host refuses, so it is there")
+        else:
+            assert error is not None
+            self._end(False, http.reason_of(error, sent=sent))
+
+    def _late(self) -> None:
+        # another address of the same name may have been silent
+        if self._is_refusal(self.dial.turns.error):
+            self._end(True, "the host refuses, so it is there")
+        else:
+            self._end(False, f"no answer within {self.timeout_s:g} s")
+
+    def _is_refusal(self, error: Exception | None) -> bool:
+        return self.refused_is_alive and getattr(error, "errno", None) == _REFUSED
+
+    def _end(self, ok: bool, reason: str) -> None:
+        self.timer[2] = None
+        self.dial.cancel()
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(ok, reason)
+
+
+class _Echo:
+    """An ICMP echo over a datagram or a raw socket, asked up to three times within the timeout: TCP
+    sends a lost packet again by itself, ICMP does not, and a confirmation that one lost packet can
+    make is none (S6). Costs no time: a device that is off takes the whole timeout either way."""
+
+    TIMES = 3
+
+    def __init__(  # called in one place
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        where: Any,
+        timeout_s: float,
+        ended: Ended,
+        *,
+        raw: bool,
+        v6: bool,
+    ) -> None:
+        self.loop, self.sock, self.raw, self.v6 = loop, sock, raw, v6
+        self.ended: Ended | None = ended
+        self.ident = os.getpid() & 0xFFFF
+        self.token = os.urandom(16)
+        self.timer = loop.later(
+            timeout_s, lambda: self._end(False, f"no echo within {timeout_s:.3g} s")
+        )
+        kind = 128 if v6 else 8
+        head = struct.pack("!BBHHH", kind, 0, 0, self.ident, 1)
+        head = struct.pack("!BBHHH", kind, 0, checksum(head + self.token), self.ident, 1)
+        self.packet, self.where = head + self.token, where
+        self.again: list[Timer] = []
+        try:
+            sock.sendto(self.packet, where)
+        except OSError:
+            self.cancel()
+            raise
+        loop.watch(sock, READ, self._ready)
+        for number in range(1, self.TIMES):
+            self.again.append(loop.later(number * timeout_s / self.TIMES, self._again))
+
+    def _again(self) -> None:
+        if self.ended is not None:
+            try:
+                self.sock.sendto(self.packet, self.where)
+            except OSError:
+                pass
+
+    def _ready(self, _mask: int) -> None:
+        try:
+            data = self.sock.recv(2048)
+        except OSError as error:
+            self._end(False, http.reason_of(error))
+            return
+        if self.raw and not self.v6:
+            data = data[(data[0] & 15) * 4 :] if data else data
+        # The token tells our echo from other agents' on the same host, and from our late ones.
+        if len(data) >= 24 and data[0] == (129 if self.v6 else 0) and data[8:24] == self.token:
+            self._end(True, "echo")
+
+    def _end(self, ok: bool, reason: str) -> None:
+        ended = self.ended
+        self.cancel()
+        if ended is not None:
+            ended(ok, reason)
+
+    def cancel(self) -> None:
+        """Give up; nothing is called any more."""
+        self.ended = None
+        for timer in (self.timer, *self.again):
+            timer[2] = None
+        self.loop.forget(self.sock)
+
+
+class _Ping:
+    """An echo from any address of the device. Where this process may open no socket for one, TCP is asked, which is
+    then the probe's name (`spec["instead"]`)."""
+
+    def __init__(self, loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+        self.loop, self.spec, self.address, self.ended = loop, spec, address, ended
+        self.asked: list[_Echo] = []
+        self.denied = False
+        # Port 0: a raw IPv6 socket takes no other (raw(7)).
+        self.turns = Turns(loop, (address, 0), spec["timeout_s"], self._begin, self._over)
+
+    def _begin(self, family: Any, where: Any) -> None:
+        try:
+            sock, raw = echo_socket(family)
+        except OSError as error:
+            self.denied = self.denied or error.errno in _FORBIDDEN
+            raise
+        self.spec.pop("instead", None)
+        v6 = family == socket.AF_INET6
+        left_s = max(0.0, self.turns.remaining_s())
+        self.asked.append(_Echo(self.loop, sock, where, left_s, self._answered, raw=raw, v6=v6))
+
+    def _answered(self, ok: bool, reason: str, _warning: str = "") -> None:  # as Ended
+        if not ok:
+            unable = isinstance(reason, outcome.Unable)
+            self.turns.failed((OSError if unable else TimeoutError)(reason))
+            return
+        self.turns.stop()
+        for echo in self.asked:
+            echo.cancel()
+        self.ended(ok, reason)
+
+    def _over(self, error: Exception, sent: bool) -> None:
+        self.turns.stop()
+        if not self.denied or self.asked:
+            self.ended(False, http.reason_of(error, sent=sent))
+            return
+        port = self.spec["instead"] = self.spec.get("port") or 7
+        place, timeout_s = (self.address, port), self.spec["timeout_s"]
+        _Tcp(self.loop, place, timeout_s, self._asked_tcp, refused_is_alive=True)
+
+    def _asked_tcp(self, ok: bool, reason: str, _warning: str = "") -> None:  # as Ended
+        text = f"{reason} (the agent has no right to ping)"
+        self.ended(ok, type(reason)(text))
+
+
+def echo_socket(family: int) -> tuple[socket.socket, bool]:
+    """A socket for ICMP echoes, and whether it is a raw one: a datagram socket where the kernel allows them
+    (net.ipv4.ping_group_range, for both versions of IP). Raises OSError."""
+    proto = socket.IPPROTO_ICMPV6 if family == socket.AF_INET6 else socket.IPPROTO_ICMP
+    try:
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        return socket.socket(family, kind, proto), False
+    except OSError:
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+        return socket.socket(family, kind, proto), True
+
+
+def checksum(data: bytes) -> int:
+    """The Internet checksum (RFC 1071) of an even number of bytes."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total >> 16) + (total & 0xFFFF)
+    total += total >> 16
+    return ~total & 0xFFFF

@@ -1,0 +1,147 @@
+"""A DNS query over UDP (RFC 1035) to a given server, and a parse of its answer that trusts nothing."""
+
+from __future__ import annotations
+
+import os
+
+from watchdog_agent.config import validators
+from watchdog_agent.probes import udp_query
+from watchdog_agent.runtime.stdlib_light import socket, struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Ended, Probe
+
+TYPES = {"A": 1, "AAAA": 28}
+MOST_RECORDS = 64
+"""Records of an answer that are looked at."""
+_FAMILY = {1: socket.AF_INET, 28: socket.AF_INET6}
+_RCODES = ("", "bad query", "server failure", "no such name", "not implemented", "refused")
+
+
+class DnsError(Exception):
+    """The answer is not as RFC 1035 says; the text says how."""
+
+
+def check(probe: Probe, where: str) -> None:
+    """Raises ConfigError."""
+    validators.port(probe, where, 53)
+    kind = probe.setdefault("type", "A")
+    if kind not in TYPES:
+        raise validators.ConfigError(f"{where}: type is {kind!r}; allowed are A and AAAA")
+    if probe.get("server") is not None:
+        probe["server"] = validators.host(probe["server"], f"{where}: server")
+    name = probe.get("name")
+    if not isinstance(name, str) or not name or any(not "!" <= c <= "~" for c in name):
+        raise validators.ConfigError(
+            f"{where}: name of dns must be printable ASCII without blanks (a name as xn--…)"
+        )
+    try:
+        encode_name(name)
+    except DnsError as error:
+        raise validators.ConfigError(f"{where}: name is {probe['name']!r}: {error}") from None
+    if probe.get("expect_address") is not None:
+        try:
+            socket.inet_pton(_FAMILY[TYPES[kind]], probe["expect_address"])
+        except (OSError, TypeError):
+            raise validators.ConfigError(
+                f"{where}: expect_address must be an address for {kind} records"
+            ) from None
+
+
+def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+    """Ask `server`, else the device itself."""
+    kind = TYPES[spec["type"]]
+    query = encode_query(spec["name"], kind, os.urandom(2))
+    wanted = spec.get("expect_address")
+    raw = socket.inet_pton(_FAMILY[kind], wanted) if wanted else None
+
+    def judge(data: bytes) -> tuple[bool, str] | None:
+        # Cheap first: a late answer to an earlier query, or a guess of somebody else.
+        if len(data) < 12 or data[:2] != query[:2] or not data[2] & 0x80:
+            return None
+        try:
+            found = addresses(data, query)
+        except DnsError as error:
+            return False, f"its answer is not DNS: {error}"
+        if isinstance(found, str):
+            return False, f"{spec['name']}: {found}"
+        shown = ", ".join(socket.inet_ntop(_FAMILY[kind], one) for one in found[:4])
+        if not found:
+            return False, f"{spec['name']} has no {spec['type']} record"
+        if raw is not None and raw not in found:
+            return False, f"{spec['name']} is {shown}, not {wanted}"
+        return True, f"{spec['name']} is {shown}"
+
+    place = (spec.get("server") or address, spec["port"])
+    udp_query.Ask(loop, place, query, spec["timeout_s"], judge, ended)
+
+
+def encode_name(name: str) -> bytes:
+    """Labels with their lengths. Raises DnsError for a name that has no such form."""
+    labels = [label.encode("ascii", "replace") for label in name.rstrip(".").split(".")]
+    if any(not 0 < len(label) < 64 for label in labels):
+        raise DnsError("each label must have 1 to 63 characters")
+    out = b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+    if len(out) > 255:
+        raise DnsError("a name has at most 253 characters")
+    return out
+
+
+def encode_query(name: str, kind: int, ident: bytes) -> bytes:
+    """One question, class IN, recursion wanted."""
+    head = ident + struct.pack("!HHHHH", 0x0100, 1, 0, 0, 0)
+    return head + encode_name(name) + struct.pack("!HH", kind, 1)
+
+
+def addresses(data: bytes, query: bytes) -> list[bytes] | str:
+    """The addresses that the answer to our query holds, or in words why it has none. Raises DnsError."""
+    flags, questions, answers = struct.unpack_from("!HHH", data, 2)
+    if flags & 15:
+        code = flags & 15
+        return _RCODES[code] if code < len(_RCODES) else f"error {code}"
+    asked = query[12:]
+    # Servers may mix upper and lower case (0x20), no more.
+    if questions != 1 or data[12 : 12 + len(asked)].lower() != asked.lower():
+        raise DnsError("it answers another question")
+    kind = struct.unpack("!H", asked[-4:-2])[0]
+    size = 4 if kind == 1 else 16
+    at = 12 + len(asked)
+    found: list[bytes] = []
+    for _ in range(min(answers, MOST_RECORDS)):
+        at = skip_name(data, at)
+        if at + 10 > len(data):
+            raise DnsError("a record is cut off")
+        rtype, rclass, _, length = struct.unpack_from("!HHIH", data, at)
+        at += 10
+        if at + length > len(data):
+            raise DnsError("a record is cut off")
+        if rtype == kind and rclass == 1:
+            if length != size:
+                raise DnsError(f"an address of {length} bytes")
+            found.append(data[at : at + length])
+        at += length
+    if not found and flags & 0x0200:
+        return "the answer is too long for UDP"
+    return found
+
+
+def skip_name(data: bytes, at: int) -> int:
+    """Where the name at `at` ends. A pointer ends it, and is not followed: we need no other name, and a
+    loop of pointers can hold up nobody. Raises DnsError."""
+    begin = at
+    while at < len(data):
+        length = data[at]
+        if length >= 0xC0:
+            if at + 2 > len(data) or ((length & 0x3F) << 8 | data[at + 1]) >= begin:
+                raise DnsError("a name points forward")
+            return at + 2
+        if length > 63:
+            raise DnsError("a label of unknown kind")
+        at += 1 + length
+        if not length:
+            return at
+        if at - begin > 255:
+            raise DnsError("a name of more than 255 bytes")
+    raise DnsError("a name is cut off")

@@ -1,0 +1,132 @@
+"""A file on the agent's host: what is appended to a log, or how old a file is. Local files only: a read
+from a network file system that hangs would hold up the agent."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from io import FileIO
+
+from watchdog_agent.config import validators
+from watchdog_agent.runtime import http, outcome
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Ended, Probe
+
+MOST_ROUND = 256 * 1024
+"""Bytes read in one round; a log that grows faster is skipped to its end, and that is said."""
+
+
+def check(probe: Probe, where: str) -> None:
+    """Raises ConfigError."""
+    path = probe.get("file")
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        raise validators.ConfigError(f"{where}: file must be a path that begins with /")
+    for name in ("expect_text", "forbid_text"):
+        validators.text(probe, name, None)
+    if probe.get("max_age_s") is not None:
+        validators.number(probe, "max_age_s", 0.0, 0.1, 365 * 86400.0)
+    if not any(probe.get(name) for name in ("expect_text", "forbid_text", "max_age_s")):
+        raise validators.ConfigError(
+            f"{where}: file needs one of expect_text, forbid_text and max_age_s"
+        )
+    probe["follower"] = Follower(path)
+
+
+def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
+    """Read it now; the answer comes from the loop, as of any other probe. A file that is not there is a miss;
+    one that cannot be read is not."""
+    try:
+        answer = look(spec, spec["follower"], time.time())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        answer = (False, f"{spec['file']}: {http.reason_of(error)}")
+    except OSError as error:
+        answer = (False, outcome.Unable(f"{spec['file']}: {http.reason_of(error)}"))
+    loop.later(0, lambda: ended(*answer))
+
+
+def look(spec: Probe, follower: Follower, now: float) -> tuple[bool, str]:
+    """(ok, reason) of one round at `now`, seconds since 1970. Raises OSError."""
+    name = os.path.basename(spec["file"])
+    facts = os.stat(spec["file"])
+    if not stat.S_ISREG(facts.st_mode):
+        return False, f"{name} is no regular file"
+    most, age = spec.get("max_age_s"), max(0.0, now - facts.st_mtime)
+    if most and age > most:
+        return False, f"{name} was last written {age:.0f} s ago; {most:g} s are allowed"
+    wanted, unwanted = spec.get("expect_text"), spec.get("forbid_text")
+    if not wanted and not unwanted:
+        return True, f"{name} was written {age:.0f} s ago"
+    first = follower.file is None
+    longest = max(len((text or "").encode()) for text in (wanted, unwanted))
+    new, skipped = follower.appended(facts, longest - 1)
+    if first:
+        return True, f"{name} is watched from its end on"
+    tail = f" ({skipped} bytes were skipped)" if skipped else ""
+    if unwanted and unwanted.encode() in new:
+        return False, f"{name} says {unwanted!r}{tail}"
+    if wanted and wanted.encode() not in new:
+        return False, f"{name} does not say {wanted!r}{tail}"
+    return True, f"{name} says {wanted!r}" if wanted else f"{name} does not say {unwanted!r}"
+
+
+class Follower:
+    """Where the last look at a log ended. Holds the file open, so that what was written just before a
+    rotation is read too."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.file: FileIO | None = None
+        self.tail = b""
+        """End of what was read: a text may be written in two parts."""
+
+    def appended(self, facts: os.stat_result, overlap: int) -> tuple[bytes, int]:
+        """(what was appended since the last look, with the `overlap` bytes before it; bytes skipped).
+
+        The first look gives nothing, and starts at the end. Raises OSError."""
+        if self.file is None:
+            self.file = self._opened()
+            self.file.seek(0, os.SEEK_END)
+            return b"", 0
+        new, skipped = self._rest(self.file)
+        mine = os.fstat(self.file.fileno())
+        if (mine.st_dev, mine.st_ino) != (facts.st_dev, facts.st_ino):
+            self.file.close()
+            self.file = self._opened()
+            more, passed = self._rest(self.file)
+            # Two files: no text goes from the end of one into the other.
+            new, skipped = new + b"\n" + more, skipped + passed
+        whole = self.tail + new
+        self.tail = whole[len(whole) - overlap :] if overlap > 0 else b""
+        # What was seen before counts once: without the new there is nothing to find in the old.
+        return (whole, skipped) if new else (b"", skipped)
+
+    def peek(self) -> Follower:
+        """One that stands where this one does, for a look in between that takes nothing from the next."""
+        other = Follower(self.path)
+        other.tail = self.tail
+        if self.file is not None:
+            # By number: under its name there may be another file already.
+            fd = os.open(f"/proc/self/fd/{self.file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+            other.file = FileIO(fd, "rb")
+            other.file.seek(self.file.tell())
+        return other
+
+    def _opened(self) -> FileIO:
+        # A pipe put in the log's place must not hold us up.
+        fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return FileIO(fd, "rb")
+
+    def _rest(self, file: FileIO) -> tuple[bytes, int]:
+        at, size = file.tell(), os.fstat(file.fileno()).st_size
+        if size < at:  # truncated, and written anew
+            at = file.seek(0)
+            self.tail = b""
+        skipped = max(0, size - at - MOST_ROUND)
+        if skipped:
+            file.seek(skipped, os.SEEK_CUR)
+            self.tail = b""
+        return file.read(MOST_ROUND) or b"", skipped

@@ -1,0 +1,53 @@
+"""Probes of others: an entry point of the group `watchdog_agent.probes`.
+
+It names a callable `start(loop, settings, address, timeout_s, ended)` that returns at once and calls
+`ended(ok, reason)` later, from a callback of the loop; `ok` is True, False, or None where it was unable to ask.
+What it raises, then or in any of its callbacks, ends the probe as unable to ask, unless it is an error that the
+device or the network causes, as ConnectionRefusedError or TimeoutError. Silence beyond the timeout is a miss.
+Only a plugin that blocks the thread cannot be contained.
+"""
+
+from __future__ import annotations
+
+from watchdog_agent.config import validators
+from watchdog_agent.runtime import plugins
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Ended, Probe
+
+GROUP: Final = "watchdog_agent.probes"
+
+
+def check(probe: Probe, where: str) -> None:
+    """Raises ConfigError. That it is installed is seen when it runs: without it the probe is unable to ask."""
+    validators.text(probe, "plugin", "", 128)
+    if not probe["plugin"]:
+        raise validators.ConfigError(f"{where}: plugin needs plugin, the name of an entry point")
+    settings = probe.setdefault("settings", {})
+    if not isinstance(settings, dict) or len(settings) > 64:
+        raise validators.ConfigError(f"{where}: settings must be an object of at most 64")
+
+
+def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+    """Start it behind a guard."""
+    timeout_s = spec["timeout_s"]
+
+    def done(ok: bool, reason: str, _warning: str = "") -> None:
+        timer[2] = None
+        ended(ok, reason)
+
+    guard = plugins.Guard(loop, done)
+    timer = loop.later(
+        timeout_s, lambda: guard.end(False, f"the plugin gave no answer within {timeout_s:g} s")
+    )
+
+    def begin() -> None:
+        settings = dict(spec["settings"])
+        found = plugins.load(GROUP, spec["plugin"])
+        found(guard, settings, address, timeout_s, guard.answered)
+
+    guard.call(begin)

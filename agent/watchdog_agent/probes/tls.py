@@ -1,0 +1,254 @@
+"""HTTPS, and how long a certificate is still good. Loads `ssl`, which costs an agent that uses it about
+two thirds as much memory again."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+
+from watchdog_agent.config import validators
+from watchdog_agent.config.probes import check_http
+from watchdog_agent.probes import builtin
+from watchdog_agent.runtime import tls
+from watchdog_agent.runtime.http import bare_host, reason_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Ended, Probe
+
+DAY_S = 86400
+LEAST_PATIENCE_S = 0.05
+UTC_TIME, GENERALIZED_TIME = 0x17, 0x18
+
+
+class CertificateError(Exception):
+    """It is no certificate that we can read."""
+
+
+def check(probe: Probe, where: str) -> None:
+    """Raises ConfigError."""
+    validators.port(probe, where, 443)
+    if probe["kind"] == "tls":
+        validators.number(probe, "warn_days", 14, 0, 3650)
+    else:
+        check_http(probe, where)
+    check_trust(probe, where, later=True)
+
+
+def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
+    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
+    cannot be used now does not raise; `Trust.now` does, each time until it can."""
+    validators.flag(probe, "verify", True)
+    for name in ("ca_cert", "client_cert", "client_key"):
+        if not isinstance(probe.setdefault(name, ""), str):
+            kind = "PEM text or the path of a file" if name == "ca_cert" else "the path of a file"
+            raise validators.ConfigError(f"{where}: {name} must be {kind}")
+    if probe["client_key"] and not probe["client_cert"]:
+        raise validators.ConfigError(f"{where}: client_key needs client_cert")
+    if probe.get("server_name") is not None:
+        probe["server_name"] = validators.host(probe["server_name"], f"{where}: server_name")
+    probe["trust"] = Trust(probe, later=later)
+
+
+class Trust:
+    """The context of one probe, made anew when one of its files has changed: certificates of devices are
+    short-lived. Raises ConfigError when it can't be made at first, unless `later`; then the old one is kept."""
+
+    def __init__(self, spec: Probe, *, later: bool = False) -> None:
+        self.spec = spec
+        # before they are read, so that a change meanwhile is one
+        self.stamp = self._stamp()
+        self.context: ssl.SSLContext | None = None
+        try:
+            self.context = context_of(spec)
+        except validators.ConfigError:
+            if not later or not self.stamp:
+                raise
+
+    def now(self) -> ssl.SSLContext:
+        """The context for the next connection. Raises ConfigError while none could be made."""
+        if self.context is None:
+            self.context = context_of(self.spec)
+        stamp = self._stamp()
+        if stamp != self.stamp:
+            try:
+                # Half written, or the key comes a moment later than its certificate: next time.
+                self.context = context_of(self.spec)
+                self.stamp = stamp
+            except validators.ConfigError:
+                pass
+        return self.context
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        found = []
+        for name in ("ca_cert", "client_cert", "client_key"):
+            path = self.spec[name]
+            if path and "BEGIN CERTIFICATE" not in path:
+                try:
+                    about = os.stat(path)
+                except OSError:
+                    found.append((0, 0))
+                else:
+                    found.append((about.st_mtime_ns, about.st_ino))
+        return found
+
+
+def context_of(spec: Probe) -> ssl.SSLContext:
+    """What is trusted; with `verify = false` everybody. Raises ConfigError."""
+    if spec["verify"]:
+        context = tls.trusting(spec["ca_cert"])
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if spec["client_cert"]:
+        try:
+            # Without a password of ours OpenSSL would ask for one at a terminal, and wait.
+            def chain(cert: str, key: str | None = None) -> None:
+                context.load_cert_chain(cert, key, password=lambda: "none")
+
+            def with_key(cert: str) -> None:
+                tls.from_file(spec["client_key"], lambda key: chain(cert, key))
+
+            tls.from_file(spec["client_cert"], with_key if spec["client_key"] else chain)
+        except OSError as error:
+            raise validators.ConfigError(f"client_cert: {reason_of(error)}") from None
+    return context
+
+
+def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
+    """Either kind; all is steps of the loop, the handshake too."""
+    if spec["kind"] == "https":
+        builtin.http_probe(loop, spec, address, ended, _Https)
+    else:
+        place = (address, spec["port"])
+        days = spec["warn_days"]
+
+        def shaken(status: int | None, _headers: dict[str, str], body: Any) -> None:
+            ended(*((False, body) if status is None else judge(body, time.time(), days)))
+
+        fetch = _Handshake(loop, place, b"", spec["timeout_s"], shaken, spec["trust"].now())
+        fetch.doubtful, fetch.began = bool(spec["client_cert"]), time.monotonic()
+        named(fetch, spec)
+
+
+def judge(der: bytes, now: float, warn_days: float) -> tuple[bool, str, str]:
+    """Whether a certificate is still good at `now` (seconds since 1970), and the warning when it is for fewer than
+    warn_days more: (ok, reason, warning)."""
+    try:
+        end = expiry(der)
+    except CertificateError as error:
+        return False, f"its certificate can't be read: {error}", ""
+    left = (end - now) / DAY_S
+    date = time.strftime("%Y-%m-%d", time.gmtime(end))
+    if left < 0:
+        return False, f"its certificate expired on {date}, {-left:.0f} days ago", ""
+    reason = f"its certificate expires on {date}, in {left:.0f} days"
+    return True, reason, f"{reason} (warn_days is {warn_days:g})" if left < warn_days else ""
+
+
+def named(fetch: tls.SecureFetch, spec: Probe) -> None:
+    """Ask for the name of the configuration instead of the address."""
+    # Nothing has been sent yet: the loop has not run since.
+    if spec.get("server_name"):
+        fetch.name = bare_host(spec["server_name"]).encode("ascii")
+
+
+class _Handshake(tls.SecureFetch):
+    """Ends with the certificate of the other side instead of an answer."""
+
+    began = 0.0
+    doubtful = False
+    """Whether the other side may refuse yet: in TLS 1.3 our side is done before it has looked at our
+    certificate. A refusal is here after one more way there and back, of which the handshake took two."""
+    certificate = b""
+
+    def _step(self) -> None:
+        self._shake()
+        assert isinstance(self.sock, ssl.SSLSocket)
+        if not self.certificate:
+            self.certificate = self.sock.getpeercert(binary_form=True) or b""
+            if self.doubtful and self.sock.version() == "TLSv1.3":
+                took_s = time.monotonic() - self.began
+                self.patience = self.loop.later(LEAST_PATIENCE_S + 2 * took_s, self._good)
+            else:
+                self.doubtful = False
+        if self.doubtful:
+            # Raises while nothing comes. An alert, or an end without a farewell, is a refusal.
+            self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]  # typeshed lacks it
+            self.sock.recv(1)
+        self._good()
+
+    def _good(self) -> None:
+        self._end(200, {}, self.certificate)
+
+    def cancel(self) -> None:
+        if self.certificate and self.doubtful:
+            self.patience[2] = None
+        super().cancel()
+
+
+def _Https(  # noqa: N802  # stands in for the class Fetch
+    loop: Loop, place: Any, data: bytes, spec: Probe, answered: Any, max_body: int
+) -> None:
+    fetch = tls.SecureFetch(
+        loop, place, data, spec["timeout_s"], answered, spec["trust"].now(), max_body
+    )
+    named(fetch, spec)
+
+
+def expiry(der: bytes) -> float:
+    """When a certificate ends (notAfter), seconds since 1970 (RFC 5280, 4.1). Raises CertificateError.
+
+    Python gives the fields of a certificate only when it has verified it."""
+    _, body, _ = element(der, 0)
+    _, fields, _ = element(body, 0)
+    at = 0
+    tag, _, after = element(fields, at)
+    if tag == 0xA0:  # the version stands first, if it is not 1
+        at = after
+    for _ in range(3):  # serial number, algorithm, issuer
+        _, _, at = element(fields, at)
+    _, validity, _ = element(fields, at)
+    _, _, at = element(validity, 0)
+    tag, text, _ = element(validity, at)
+    return seconds_of(tag, text)
+
+
+def element(data: bytes, at: int) -> tuple[int, bytes, int]:
+    """(tag, content, where the next begins) of one DER element. Raises CertificateError."""
+    if at + 2 > len(data):
+        raise CertificateError("it is cut off")
+    tag, length = data[at], data[at + 1]
+    at += 2
+    if length & 0x80:
+        size = length & 0x7F
+        if not 0 < size <= 4 or at + size > len(data):
+            raise CertificateError("a length is wrong")
+        length = int.from_bytes(data[at : at + size], "big")
+        at += size
+    if at + length > len(data):
+        raise CertificateError("it is cut off")
+    return tag, data[at : at + length], at + length
+
+
+def seconds_of(tag: int, text: bytes) -> float:
+    """UTCTime or GeneralizedTime in seconds since 1970. Raises CertificateError."""
+    digits = text[:-1]
+    if tag not in (UTC_TIME, GENERALIZED_TIME) or text[-1:] != b"Z" or not digits.isdigit():
+        raise CertificateError("its end is no time")
+    if tag == UTC_TIME:
+        digits = (b"19" if digits[:2] >= b"50" else b"20") + digits
+    if len(digits) != 14:
+        raise CertificateError("its end is no time")
+    year, month, day = int(digits[:4]), int(digits[4:6]), int(digits[6:8])
+    hour, minute, second = int(digits[8:10]), int(digits[10:12]), int(digits[12:14])
+    # Days since 1970 of the proleptic Gregorian calendar, with the year beginning in March.
+    shifted = year - (month <= 2)
+    of_year = (153 * ((month + 9) % 12) + 2) // 5 + day - 1
+    days = shifted * 365 + shifted // 4 - shifted // 100 + shifted // 400 + of_year - 719468
+    return days * DAY_S + hour * 3600 + minute * 60 + second

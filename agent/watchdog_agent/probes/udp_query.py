@@ -1,0 +1,89 @@
+"""A question in one UDP packet, asked up to three times within the timeout, of each address of a name."""
+
+from __future__ import annotations
+
+from watchdog_agent.runtime import http
+from watchdog_agent.runtime.dial import Turns
+from watchdog_agent.runtime.loop import READ
+from watchdog_agent.runtime.stdlib_light import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Address, Ended
+
+TIMES = 3
+"""Nobody sends a lost packet again but we, and one lost packet is no evidence (S6)."""
+MOST = 4096
+"""Bytes of an answer that are looked at."""
+
+
+class Ask:
+    """`judge(answer)` gives (ok, reason), or None for a packet that answers something else."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        address: Address,
+        packet: bytes,
+        timeout_s: float,
+        judge: Callable[[bytes], tuple[bool, str] | None],
+        ended: Ended,
+    ) -> None:
+        self.loop, self.packet, self.judge = loop, packet, judge
+        self.ended: Ended | None = ended
+        self.socks: list[socket.socket] = []
+        """One per address that was asked."""
+        self.turns = Turns(loop, address, timeout_s, self._begin, self._failed)
+        self.timer = loop.later(
+            timeout_s, lambda: self._end(False, f"no answer within {timeout_s:g} s")
+        )
+        for number in range(1, TIMES):
+            loop.later(number * timeout_s / TIMES, self._again)
+
+    def _begin(self, family: Any, where: Any) -> None:
+        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            # Connected: the kernel passes over packets from anybody else, and says when it is refused.
+            sock.connect(where)
+            sock.send(self.packet)
+        except OSError:
+            sock.close()
+            raise
+        self.socks.append(sock)
+        self.loop.watch(sock, READ, lambda _mask: self._ready(sock))
+
+    def _failed(self, error: Exception, sent: bool) -> None:
+        self._end(False, http.reason_of(error, sent=sent))
+
+    def _again(self) -> None:
+        for sock in self.socks:
+            try:
+                sock.send(self.packet)
+            except OSError:
+                pass
+
+    def _ready(self, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(MOST)
+        except OSError as error:
+            self.socks.remove(sock)
+            self.loop.forget(sock)
+            self.turns.failed(error)
+            return
+        judged = self.judge(data)
+        if judged is not None:
+            self._end(*judged)
+
+    def _end(self, ok: bool, reason: str) -> None:  # as Ended
+        self.timer[2] = None
+        self.turns.stop()
+        for sock in self.socks:
+            self.loop.forget(sock)
+        self.socks = []
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(ok, reason)

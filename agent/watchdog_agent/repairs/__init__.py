@@ -1,0 +1,1 @@
+"""The repair ladder, and the kinds of repairs."""

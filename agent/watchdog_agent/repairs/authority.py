@@ -1,0 +1,67 @@
+"""Whether this agent may act on its device: S3, as far as an agent can know it. Pure: takes `now`.
+
+The rule is «accepted at the last contact, and never refused since». A 2xx is good for some beats without a
+question. After that the control plane is asked again, by a report; only when nobody answers, the last 2xx
+goes on to count (L3), until `alone_s` has passed: so long may an agent act that was replaced behind a cut
+line, and no longer.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.runtime.types import Document
+
+ASK = "the last acceptance is too old; asking"
+
+
+class Standing:
+    """What the control plane said last. Times are seconds of one clock."""
+
+    def __init__(self, fresh_s: float, alone_s: float) -> None:
+        self.fresh_s = fresh_s
+        self.alone_s = alone_s
+        self.accepted_at: float | None = None
+        self.unheard_at: float | None = None
+        """When nobody answered last."""
+        self.doubt = ""
+
+    def heard(self, status: int | None, now: float) -> None:
+        """A report was answered with `status`; None = not at all."""
+        if status == 200:
+            self.accepted_at, self.unheard_at = now, None
+            if self.doubt != "refused":
+                self.doubt = ""
+        elif status == 410:
+            self.doubt = "refused"
+        elif status is None or status >= 500 or status in (408, 425, 429):
+            self.unheard_at = now
+        elif self.doubt != "refused":
+            self.doubt = f"a report was answered with {status}"
+
+    def why_not(self, now: float) -> str:
+        """Why no step may be taken now, in words; "" = it may; ASK = report first."""
+        if self.doubt:
+            return self.doubt
+        if self.accepted_at is None:
+            return "not accepted yet"
+        age_s = now - self.accepted_at
+        if age_s <= self.fresh_s:
+            return ""
+        if self.unheard_at is None:
+            return ASK
+        if age_s > self.alone_s:
+            return f"no answer of the control plane for {age_s:.0f} s"
+        return ""
+
+    def kept(self, epoch: int, instance: str, now: float) -> Document:
+        """For the state file: an acceptance is of one epoch and one instance."""
+        age_s = None if self.accepted_at is None or self.doubt else now - self.accepted_at
+        return {"epoch": epoch, "instance": instance, "age_s": age_s}
+
+    def restore(self, kept: Any, epoch: int, instance: str, since: float) -> None:
+        """Take over from an earlier process of the same run. Raises what a strange document raises."""
+        if (kept["epoch"], kept["instance"]) == (epoch, instance) and kept["age_s"] is not None:
+            self.accepted_at = since - float(kept["age_s"])

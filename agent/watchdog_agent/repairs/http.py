@@ -1,0 +1,46 @@
+"""Ask a URL to do something about the device. Any 2xx is success; redirects are not followed."""
+
+from __future__ import annotations
+
+from watchdog_agent.runtime import http
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Document, Ended, Step
+
+
+def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Call:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    return Call(loop, step, device, ended)
+
+
+class Call:
+    """One request. A POST says in its body which device it is about."""
+
+    def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
+        url = http.Url(step["url"], tls=True)
+        body = b""
+        if step["method"] == "POST":
+            from watchdog_agent.runtime.stdlib_light import json
+
+            body = json.dumps(device).encode()
+        data = http.request(step["method"], url.base, url.host_header, body)
+
+        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
+            if status is None:
+                ended(False, said)
+            else:
+                ended(200 <= status < 300, f"status {status}")
+
+        trusted = http.trust(url, "")
+        self.fetch = http.ask(loop, url, data, step["timeout_s"], answered, trusted, max_body=0)
+
+    def hurry(self) -> None:
+        """It is as fast as it can be."""
+
+    def cancel(self) -> None:
+        """Give up; nobody is told."""
+        self.fetch.cancel()

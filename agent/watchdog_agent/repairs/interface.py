@@ -1,0 +1,204 @@
+"""Cycle a network interface by rtnetlink: down, a moment, up, and what the kernel took away put back.
+
+The kernel answers a netlink request within the call that sends it, so that nothing is waited for here; the
+sockets do not block, and what is not there at once is an error. Taking an interface down loses its static
+routes and its IPv6 addresses: they are read before, kept with the attempt, and put back after.
+
+Messages: linux/netlink.h, linux/rtnetlink.h; rtnetlink(7).
+"""
+
+from __future__ import annotations
+
+import binascii
+import errno
+import os
+
+from watchdog_agent.runtime.stdlib_light import socket, struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, Final
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Document, Ended, Step
+
+HOLD_S: Final = 1.0
+"""How long the link stays down: a switch and a device at the other end must notice."""
+MOST_KEPT: Final = 128
+"""Routes and addresses that are put back."""
+
+_ROUTE: Final = 0  # NETLINK_ROUTE
+_ERROR, _DONE = 2, 3
+_NEW_LINK, _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _GET_ROUTE = 16, 20, 22, 24, 26
+_REQUEST, _ACK, _DUMP, _CREATE_NEW = 1, 4, 0x300, 0x600
+_UP: Final = 1  # IFF_UP
+_HEAD: Final = struct.Struct("=IHHII")
+_LINK: Final = struct.Struct("=BxHiII")
+_PERMANENT: Final = 0x80  # IFA_F_PERMANENT
+_CLONED: Final = 0x200  # RTM_F_CLONED
+_ASKED: Final = 6  # RTNH_F_PERVASIVE, RTNH_F_ONLINK: the flags that somebody asks for
+_LOCAL_TABLE: Final = 255
+_OF_KERNEL: Final = (2, 9)  # RTPROT_KERNEL, RTPROT_RA: they come back by themselves
+_OIF: Final = 4  # RTA_OIF
+
+
+def prepare(step: Step) -> Document:
+    """What is needed to undo the step, to be kept before it is taken. Raises OSError."""
+    index = socket.if_nametoindex(step["interface"])
+    kept = [*_addresses(index), *_routes(index)]
+    return {
+        "kind": "interface",
+        "interface": step["interface"],
+        "kept": [binascii.b2a_base64(one, newline=False).decode() for one in kept[:MOST_KEPT]],
+    }
+
+
+def start(loop: Loop, step: Step, undo: Document, ended: Ended) -> Cycle:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    return Cycle(loop, step, undo, ended)
+
+
+class Cycle:
+    """One cycle of an interface."""
+
+    def __init__(self, loop: Loop, step: Step, undo: Document, ended: Ended) -> None:
+        self.undo = undo
+        self.ended: Ended | None = ended
+        self.clean = True
+        """Nothing is to be undone."""
+        try:
+            _link(socket.if_nametoindex(step["interface"]), up=False)
+        except OSError as error:
+            text = _reason(error)
+            self.timer = loop.later(0, lambda: self._end(False, f"can't be taken down: {text}"))
+        else:
+            self.clean = False
+            hold_s = min(HOLD_S, step["timeout_s"] / 2)
+            self.timer = loop.later(hold_s, self.hurry)
+
+    def hurry(self) -> None:
+        """Up again now."""
+        if self.ended is None:
+            return
+        try:
+            lost = restore(self.undo)
+        except OSError as error:
+            self._end(False, f"can't be put up: {_reason(error)}")
+        else:
+            self.clean = True
+            self._end(True, f"cycled; {lost} routes are lost" if lost else "cycled")
+
+    def cancel(self) -> None:
+        """Up again, and nobody is told."""
+        if self.ended is not None:
+            self.ended = None
+            self.timer[2] = None
+            if not self.clean:
+                restore(self.undo)
+                self.clean = True
+
+    def _end(self, ok: bool, reason: str) -> None:
+        self.timer[2] = None
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            ended(ok, reason)
+
+
+def restore(undo: Document) -> int:
+    """Put the interface up, and back what was lost with it; how much could not be put back. Doing it twice
+    does no harm. Raises OSError when the interface can't be put up."""
+    _link(socket.if_nametoindex(undo["interface"]), up=True)
+    missing = [binascii.a2b_base64(one) for one in undo["kept"]]
+    # A gateway is reached by a route that may stand after it: a second round finds it.
+    for _ in range(2):
+        missing = [one for one in missing if not _put_back(one)]
+    return len(missing)
+
+
+def _put_back(kept: bytes) -> bool:
+    kind = int.from_bytes(kept[:2], "little")
+    try:
+        for _ in _ask(kind, _REQUEST | _ACK | _CREATE_NEW, kept[2:]):
+            pass
+    except OSError as error:
+        return error.errno == errno.EEXIST
+    return True
+
+
+def _link(index: int, *, up: bool) -> None:
+    body = _LINK.pack(socket.AF_UNSPEC, 0, index, _UP if up else 0, _UP)
+    for _ in _ask(_NEW_LINK, _REQUEST | _ACK, body):
+        pass
+
+
+def _addresses(index: int) -> Iterator[bytes]:
+    """The static IPv6 addresses; those of IPv4 stay by themselves."""
+    ask = struct.pack("=BBBBI", socket.AF_INET6, 0, 0, 0, 0)
+    for body in _ask(_GET_ADDRESS, _REQUEST | _DUMP, ask):
+        _, _, flags, scope, owner = struct.unpack_from("=BBBBI", body)
+        if owner == index and flags & _PERMANENT and scope == 0:
+            yield _NEW_ADDRESS.to_bytes(2, "little") + body
+
+
+def _routes(index: int) -> Iterator[bytes]:
+    """The routes over the interface that somebody has made."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        ask = struct.pack("=BBBBBBBBI", family, *[0] * 8)
+        for body in _ask(_GET_ROUTE, _REQUEST | _DUMP, ask):
+            _, _, _, _, table, protocol, _, _, flags = struct.unpack_from("=BBBBBBBBI", body)
+            ours = _attribute(body[12:], _OIF) == index.to_bytes(4, _ORDER)
+            if (
+                ours
+                and table != _LOCAL_TABLE
+                and protocol not in _OF_KERNEL
+                and not flags & _CLONED
+            ):
+                # The kernel takes no route that says that it is dead or its link is down.
+                said = body[:8] + (flags & _ASKED).to_bytes(4, _ORDER) + body[12:]
+                yield _NEW_ROUTE.to_bytes(2, "little") + said
+
+
+_ORDER: Final[Any] = "little" if struct.pack("=H", 1) == b"\1\0" else "big"
+
+
+def _attribute(data: bytes, wanted: int) -> bytes:
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if length < 4 or length > len(data):
+            break
+        if kind & 0x3FFF == wanted:
+            return data[4:length]
+        data = data[(length + 3) & ~3 :]
+    return b""
+
+
+def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
+    """Send one request; the bodies of the answers. Raises OSError with the kernel's errno."""
+    sock = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, _ROUTE
+    )
+    try:
+        sock.bind((0, 0))
+        sock.sendto(_HEAD.pack(_HEAD.size + len(body), kind, flags, 1, 0) + body, (0, 0))
+        while True:
+            data = sock.recv(65536)
+            while len(data) >= _HEAD.size:
+                length, answer, _, _, _ = _HEAD.unpack_from(data)
+                if not _HEAD.size <= length <= len(data):
+                    raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+                said, data = data[_HEAD.size : length], data[(length + 3) & ~3 :]
+                if answer == _DONE:
+                    return
+                if answer == _ERROR:
+                    code = -int.from_bytes(said[:4], _ORDER, signed=True)
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    return
+                yield said
+    finally:
+        sock.close()
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno).lower() if error.errno else str(error)

@@ -1,0 +1,57 @@
+"""Which module takes which step, and what is undone: the parts of `repairs` that know kinds."""
+
+from __future__ import annotations
+
+import os
+
+from watchdog_agent.runtime.http import reason_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.runtime.types import Document
+
+
+def recover(kept: Any, log: Callable[..., None]) -> None:
+    """For an agent whose class has no repairs any more: undo what was left behind."""
+    try:
+        if kept["undo"] is not None:
+            undo(kept["undo"])
+            log("an interrupted repair is undone")
+    except OSError as error:
+        log("an interrupted repair can't be undone", reason=reason_of(error))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        log("kept repairs can't be used")
+
+
+def undo(left: Document) -> None:
+    """Put right what a step has left behind. Raises OSError, and KeyError for what none of ours left."""
+    if left.get("kind") == "interface":
+        from watchdog_agent.repairs import interface
+
+        interface.restore(left)
+
+
+def module_of(kind: str) -> Any:
+    """The module that knows a kind of step: loaded when the first one is taken."""
+    if kind == "interface":
+        from watchdog_agent.repairs import interface as module
+    elif kind == "http":
+        from watchdog_agent.repairs import http as module  # type: ignore[no-redef]  # one of several
+    elif kind == "mqtt":
+        from watchdog_agent.repairs import mqtt as module  # type: ignore[no-redef]  # as above
+    elif kind == "wake":
+        from watchdog_agent.repairs import wake_on_lan as module  # type: ignore[no-redef]  # as above
+    elif kind == "plugin":
+        from watchdog_agent.repairs import plugin as module  # type: ignore[no-redef]  # as above
+    else:
+        from watchdog_agent.repairs import command as module  # type: ignore[no-redef]  # as above
+    return module
+
+
+def reached(point: str) -> None:
+    """Die here when the environment says so: for tests that prove that nothing is lost or repeated."""
+    if os.environ.get("WATCHDOG_FAILPOINT") == f"repairs.{point}:kill":
+        os.kill(os.getpid(), 9)

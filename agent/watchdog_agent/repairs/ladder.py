@@ -1,0 +1,290 @@
+"""What is done about a device that does not answer, and when. Pure: no clock, no I/O; times are seconds of
+one clock that the caller reads.
+
+Steps stand in order. The first one that fits is taken: its precondition holds, it has tries left in this
+episode, and budget left in its window. One that still cools down is waited for, so that a harsh step is
+never taken because a mild one rests. A step has helped only when a probe answers after it, within its
+`verify_s`; if all probes were unable to ask in that time, that is not known. While what stands before the device is dead, only steps that are for that are taken. When a device is offline or degraded and nothing is left to try, the ladder is exhausted. What is degraded is
+left to the steps that are for that. While this host has no route to the device, only steps for its own interface
+are taken.
+
+An episode is the time from the first doubt until the device answers again.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container
+    from typing import Any, Final
+
+    from watchdog_agent.runtime.types import Decision, Document, Step
+
+MOST_ATTEMPTS: Final = 32
+"""So many attempts are kept for people; what the budgets need is kept apart."""
+
+BEHIND: Final = "the gateway does not answer; repairing the device would not help"
+REST: Final = "rest"
+"""The device answers."""
+TAKE: Final = "take"
+WAIT: Final = "wait"
+"""Until the time that is named, or until something changes."""
+EXHAUSTED: Final = "exhausted"
+
+RUNNING: Final = "running"
+VERIFYING: Final = "verifying"
+RECOVERED: Final = "recovered"
+NO_HELP: Final = "no help"
+UNABLE: Final = "unable"
+"""No probe could be asked whether it has helped."""
+FAILED: Final = "failed"
+INTERRUPTED: Final = "interrupted"
+DRY_RUN: Final = "dry run"
+OUTCOMES: Final = (RUNNING, VERIFYING, RECOVERED, NO_HELP, UNABLE, FAILED, INTERRUPTED, DRY_RUN)
+
+
+class Ladder:
+    """The ladder of one device. Steps are checked ones of the configuration (`config_repairs`)."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+        self.episode = 0
+        self.open = False
+        """Whether an episode is under way."""
+        self.escalated = False
+        """Whether this episode was escalated."""
+        self.attempts: list[Document] = []
+        self.count = 0
+        """Attempts so far: the number of the last one."""
+        self._times: dict[str, list[float]] = {step["id"]: [] for step in steps}
+
+    # -- deciding
+
+    def next(
+        self, state: str, failing: Container[str], now: float, *, behind: bool = False
+    ) -> Decision:
+        """(what, step or None, when to look again or None, why).
+
+        `state` is what is believed of the device, "no route" if the agent is unable to ask for want of one; `failing` are the names of the probes that miss; `behind`:
+        its gateway does not answer."""
+        if state == "no route" and not any(step["kind"] == "interface" for step in self.steps):
+            state = "unable"
+        if state == "ok" or (state == "unable" and not self.open):
+            return REST, None, None, "the device answers" if state == "ok" else "nothing is known"
+        if not self.open:
+            self.open, self.escalated = True, False
+            self.episode += 1
+        current = self.current
+        if current is not None:
+            if current["outcome"] == RUNNING:
+                return WAIT, None, None, f"{current['name']} is under way"
+            until = current["ended"] + current["verify_s"]
+            if now < until:
+                return WAIT, None, until, f"whether {current['name']} has helped"
+            blind = current.pop("asked", None) is False
+            current["outcome"] = UNABLE if blind else NO_HELP
+            verb = "could be asked" if blind else "answered"
+            current["reason"] = f"no probe {verb} within {current['verify_s']:g} s"
+        if state == "unable":
+            return WAIT, None, None, "the agent is unable to ask the device"
+        return self._choose(state, failing, now, behind)
+
+    def _choose(
+        self,
+        state: str,
+        failing: Container[str],
+        now: float,
+        behind: bool,  # as its gateway answers
+    ) -> Decision:
+        unfit = held = False
+        for step in self.steps:
+            if self._tried(step) >= step["tries"] or self._spent(step, now):
+                continue
+            if not _fits(step, state, failing):
+                unfit = True
+                continue
+            if behind and not step["even_behind_gateway"]:
+                held = True
+                continue
+            times = self._times[step["id"]]
+            ready = times[-1] + step["cooldown_s"] if times else now
+            if now < ready:
+                return WAIT, None, ready, f"{step['name']} cools down"
+            return TAKE, step, None, ""
+        if state in ("offline", "degraded"):
+            why = "its gateway does not answer" if held else "nothing is left to try"
+            return EXHAUSTED, None, None, why
+        if held:
+            return WAIT, None, None, BEHIND
+        return WAIT, None, None, "no step fits yet" if unfit else "no step is left"
+
+    def _tried(self, step: Step) -> int:
+        return sum(a["id"] == step["id"] and a["episode"] == self.episode for a in self.attempts)
+
+    def _spent(self, step: Step, now: float) -> bool:
+        times = self._times[step["id"]]
+        return bool(sum(now - at < step["window_s"] for at in times) >= step["budget"])
+
+    @property
+    def current(self) -> Document | None:
+        """The attempt that is under way or being verified."""
+        last = self.attempts[-1] if self.attempts else None
+        return last if last is not None and last["outcome"] in (RUNNING, VERIFYING) else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this episode has been given up and told."""
+        return self.open and self.escalated
+
+    # -- what has happened
+
+    def took(self, step: Step, now: float, *, dry: bool = False) -> Document:
+        """The step is about to be taken; the attempt that is to be persisted first."""
+        assert self.current is None
+        self.count += 1
+        attempt = {
+            "number": self.count,
+            "id": step["id"],
+            "name": step["name"],
+            "episode": self.episode,
+            "at": now,
+            "ended": now,
+            "verify_s": step["verify_s"],
+            "outcome": DRY_RUN if dry else RUNNING,
+            "reason": "",
+        }
+        times = self._times[step["id"]]
+        times.append(now)
+        del times[: -step["budget"]]
+        self.attempts.append(attempt)
+        self._forget()
+        return attempt
+
+    def took_back(self, now: float) -> None:
+        """What `took` noted could not be persisted, so that nothing was done: as if it had not been."""
+        attempt = self.attempts.pop()
+        self.count -= 1
+        times = self._times[attempt["id"]]
+        assert times[-1] <= now
+        times.pop()
+
+    def ended(self, ok: bool, reason: str, now: float) -> None:
+        """The step that is under way has ended: what follows is the verification, if it went well."""
+        current = self.current
+        assert current is not None
+        current["ended"] = now
+        current["outcome"] = VERIFYING if ok else FAILED
+        current["reason"] = reason[:200]
+
+    def interrupted(self, reason: str, now: float) -> None:
+        """The step that is under way was given up. It counts, and is not taken again."""
+        current = self.current
+        if current is not None and current["outcome"] == RUNNING:
+            current.update(ended=now, outcome=INTERRUPTED, reason=reason[:200])
+
+    def missed(self, *, asked: bool) -> None:
+        """A probe has missed, or was not even asked, while a step is verified."""
+        current = self.current
+        if current is not None and current["outcome"] == VERIFYING:
+            current["asked"] = asked or current.get("asked", False)
+
+    def answered(self, now: float) -> bool:
+        """The device is well, and a probe has answered now; true when that ends the episode. A step that
+        is under way is waited for: it may take away again what it found."""
+        current = self.current
+        if current is not None:
+            if current["outcome"] == RUNNING:
+                return False
+            current["outcome"] = RECOVERED
+            current["reason"] = f"answered after {now - current['ended']:.1f} s"
+        was_open, self.open = self.open, False
+        return was_open
+
+    def _forget(self) -> None:
+        """Bound the record; what this episode's tries are counted from goes last."""
+        while len(self.attempts) > MOST_ATTEMPTS:
+            old = next(
+                (n for n, a in enumerate(self.attempts) if a["episode"] != self.episode), None
+            )
+            if old is None:
+                break  # bounded too: steps × tries
+            del self.attempts[old]
+
+    # -- keeping
+
+    def kept(self, now: float) -> Document:
+        """For the state file; ages instead of times, as no clock of ours outlives us."""
+        return {
+            "count": self.count,
+            "episode": self.episode,
+            "open": self.open,
+            "escalated": self.escalated,
+            "attempts": [
+                {**a, "at": round(now - a["at"], 3), "ended": round(now - a["ended"], 3)}
+                for a in self.attempts
+            ],
+            "times": {
+                name: [round(now - at, 3) for at in times]
+                for name, times in self._times.items()
+                if times
+            },
+        }
+
+    def restore(self, kept: Any, aged_s: float, now: float) -> None:
+        """Go on from what an earlier run kept `aged_s` ago. Raises ValueError, KeyError or TypeError for
+        what no run of ours wrote; then this ladder must not be used."""
+        since = now - max(0.0, aged_s)
+        self.episode = _whole(kept["episode"])
+        self.count = _whole(kept["count"])
+        self.open = kept["open"] is True
+        self.escalated = kept["escalated"] is True
+        for one in kept["attempts"]:
+            attempt = {
+                "number": _whole(one["number"]),
+                "id": str(one["id"]),
+                "name": str(one["name"]),
+                "episode": _whole(one["episode"]),
+                "at": since - float(one["at"]),
+                "ended": since - float(one["ended"]),
+                "verify_s": float(one["verify_s"]),
+                "outcome": one["outcome"],
+                "reason": str(one["reason"]),
+            }
+            if attempt["outcome"] not in OUTCOMES:
+                raise ValueError("outcome")
+            self.attempts.append(attempt)
+        for step in self.steps:
+            ages = kept["times"].get(step["id"], [])
+            self._times[step["id"]] = [since - float(age) for age in ages][-step["budget"] :]
+        # Whoever took it did not live to say how it ended.
+        self.interrupted("the agent ended in the middle of it", now)
+
+    def shown(self, now: float, most: int = MOST_ATTEMPTS) -> list[Document]:
+        """The last attempts, for a status page or a report."""
+        return [
+            {
+                "number": a["number"],
+                "step": a["name"],
+                "outcome": a["outcome"],
+                "reason": a["reason"],
+                "age_s": round(now - a["at"], 1),
+            }
+            for a in self.attempts[-most:]
+        ]
+
+
+def _fits(step: Step, state: str, failing: Container[str]) -> bool:
+    if state == "no route":
+        return bool(step["kind"] == "interface" and step["when"] == "suspect")
+    if state == "degraded" or step["when"] == "degraded":
+        if step["when"] != state:
+            return False
+    elif step["when"] == "offline" and state != "offline":
+        return False
+    return not step["probe"] or step["probe"] in failing
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError("not a whole number")
+    return value

@@ -1,0 +1,51 @@
+"""A step that somebody else wrote: an entry point of the group `watchdog_agent.repairs`.
+
+It names a callable `start(loop, step, device, ended)`: it must not block, calls `ended(ok, reason)` once,
+and gives an object with `cancel()`, or None. What it raises, then or in any of its callbacks, makes a failed
+step.
+"""
+
+from __future__ import annotations
+
+from watchdog_agent.runtime import plugins
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Document, Ended, Step
+
+GROUP: Final = "watchdog_agent.repairs"
+
+
+def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Plugin:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    return Plugin(loop, step, device, ended)
+
+
+class Plugin:
+    """One run of a plugin's step."""
+
+    def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
+        self.running: Any = None
+        self.guard = plugins.Guard(loop, ended)
+
+        def begin() -> None:
+            found = plugins.load(GROUP, step["plugin"])
+            self.running = found(self.guard, dict(step), dict(device), self.guard.answered)
+
+        self.guard.call(begin)
+
+    def hurry(self) -> None:
+        """It is as fast as it can be."""
+
+    def cancel(self) -> None:
+        """Give up; nobody is told."""
+        try:
+            if self.running is not None:
+                self.running.cancel()
+        except (Exception, SystemExit):
+            # Whatever it leaves behind, the agent goes on.
+            self.running = None
+        self.guard.cancel()

@@ -1,0 +1,425 @@
+"""Climbs the ladder: asks `ladder` what is next, and `standing` whether it may; keeps the intent; takes the
+step; watches the probes for whether it has helped. Loaded only where the configuration names repairs.
+
+What is kept before a step: the attempt, and what undoes it. A run that finds an attempt without an end
+counts it as interrupted, does not take it again in this episode, and puts an interface up that was left down.
+"""
+
+from __future__ import annotations
+
+import time
+
+from watchdog_agent.repairs import authority, kinds, ladder
+from watchdog_agent.runtime.http import reason_of
+from watchdog_agent.runtime.loop import between
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Final
+
+    from watchdog_agent.main import Agent
+    from watchdog_agent.runtime.types import Decision, Document, Outcome, Step, Timer
+
+STOP_S: Final = 0.8
+"""A step that is under way at a signal has so long to end by itself."""
+AGAIN_S: Final = 5.0
+"""When what could not be kept, or undone, is tried again."""
+UNDO_TRIES: Final = 12
+KEY: Final = "offline"
+DEGRADED: Final = "degraded"
+"""What kinds of anomaly are escalated."""
+MOST_TOLD: Final = 5
+"""Attempts in a report."""
+
+
+class Repairs:
+    """The repairs of one agent."""
+
+    def __init__(self, agent: Agent, kept: Any) -> None:
+        self.agent = agent
+        config = agent.config
+        policy = config["repair_policy"]
+        self.dry_run: bool = policy["dry_run"]
+        self.ladder = ladder.Ladder(config["repairs"])
+        self.standing = authority.Standing(
+            policy["accepted_beats"] * config["beat_s"], policy["alone_s"]
+        )
+        self.running: Any = None
+        self.undo: Document | None = None
+        """What puts right what the step under way, or one before our start, left behind."""
+        self.outcomes = dict.fromkeys(ladder.OUTCOMES[2:], 0)
+        self.blocked = ""
+        """Why no step may be taken now."""
+        self.waits = ""
+        """For what the ladder waits, where that is not a step of its own."""
+        self.then: Callable[[], None] | None = None
+        self.asking = False
+        self._left = UNDO_TRIES
+        self._timer: Timer | None = None
+        self._limit: Timer | None = None
+        if kept is not None:
+            self._restore(kept)
+
+    def _restore(self, kept: Any) -> None:
+        """Go on from an earlier run, else start clean; an interface left down is put up in both cases."""
+        config, now = self.agent.config, time.monotonic()
+        try:
+            undo = kept["undo"]
+            self.undo = undo if isinstance(undo, dict) else None
+            aged_s = max(0.0, time.time() - float(kept["at"]))
+            fresh = ladder.Ladder(config["repairs"])
+            fresh.restore(kept["ladder"], aged_s, now)
+            self.standing.restore(
+                kept["standing"], config["epoch"], self.agent.instance, now - aged_s
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.agent.log("kept repairs can't be used; starting clean", reason=str(error))
+            return
+        self.ladder = fresh
+        last = fresh.attempts[-1] if fresh.attempts else None
+        if last is not None and last["outcome"] == ladder.INTERRUPTED and self.undo is not None:
+            self.agent.log("a repair was interrupted", step=last["name"])
+
+    def start(self) -> None:
+        """The loop is about to run: undo first what was left behind."""
+        if self.undo is not None:
+            self._put_right()
+
+    def _put_right(self) -> None:
+        if self.undo is None or self.running is not None:
+            return
+        try:
+            kinds.undo(self.undo)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            again = isinstance(error, OSError)
+            text = reason_of(error) if isinstance(error, OSError) else type(error).__name__
+            self.agent.log("an interrupted repair can't be undone", reason=text, again=again)
+            self._left -= 1
+            if again and self._left > 0:
+                self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self._put_right)
+                return
+            # What is gone for good, or was never kept by us, must not hold up the other steps.
+        else:
+            self.agent.log("an interrupted repair is undone", of=self.undo["kind"])
+        self.undo, self._left = None, UNDO_TRIES
+        self.agent.save()
+        self.look()
+
+    # -- what is heard
+
+    def heard(self, status: int | None) -> None:
+        """A report was answered, or not."""
+        self.standing.heard(status, time.monotonic())
+        if self.blocked:
+            self.look()
+
+    def probed(self, ok: Outcome) -> None:
+        """A probe has ended, and the belief follows it already."""
+        if not ok:
+            self.ladder.missed(asked=ok is False)
+        if ok and self.agent.diagnosis.suspicion.state == "ok":
+            current = self.ladder.current
+            if self.ladder.answered(time.monotonic()):
+                self._recovered(current)
+        self.look()
+
+    def _recovered(self, attempt: Document | None) -> None:
+        if attempt is not None:
+            self._count(attempt)
+        if self.agent.escalations is not None:
+            if self.ladder.escalated:
+                self.agent.escalations.clear(KEY)
+            self.agent.escalations.clear(DEGRADED)
+        self.ladder.escalated = False
+        self.agent.save()
+        self.agent.tell()
+
+    # -- what is done
+
+    def look(self) -> None:
+        """Do what is next, if anything is."""
+        agent = self.agent
+        if self._timer is not None:
+            self._timer[2] = None
+            self._timer = None
+        busy = self.running is not None or self.undo is not None
+        if agent.exit_code is not None or busy or not agent.round_done():
+            return
+        before = self.ladder.current
+        what, step, at, why = self._next()
+        if before is not None and before["outcome"] in (ladder.NO_HELP, ladder.UNABLE):
+            self._count(before)
+            agent.save()
+            agent.tell()
+        if what != ladder.TAKE:
+            self.blocked = ""
+        self.waits = why if why == ladder.BEHIND else ""
+        if step is not None and self._doubtful(step):
+            self._ask_gateway()
+        elif step is not None:
+            self._may_take(step)
+        elif what == ladder.EXHAUSTED and agent.diagnosis.suspicion.state == "degraded":
+            self._escalate_degraded()
+        elif what == ladder.EXHAUSTED and not self.ladder.escalated:
+            self._escalate(why)
+        elif at is not None:
+            self._timer = agent.loop.later(max(0.01, at - time.monotonic()), self.look)
+
+    def _next(self) -> Decision:
+        believed = self.agent.diagnosis.suspicion
+        failing = {
+            name.partition(":")[2]
+            for name, last in self.agent.diagnosis.results.items()
+            if last["outcome"] == "miss" or "warning" in last
+        }
+        # A device that never answered may not be there yet: there is nothing to repair (S6).
+        state: str = believed.state if believed.was_ready else "ok"
+        if state == "unable" and believed.behind:
+            state = "suspect"  # a dead gateway is what there are steps for
+        elif state == "unable" and self.agent.diagnosis.no_route:
+            state = "no route"
+        gateway = self.agent.diagnosis.gateway
+        behind = gateway is not None and not gateway.answers and gateway.fresh()
+        return self.ladder.next(state, failing, time.monotonic(), behind=behind)
+
+    def _doubtful(self, step: Step) -> bool:
+        """Whether the gateway is to be asked before this step: what is repaired behind a dead one was well."""
+        gateway = self.agent.diagnosis.gateway
+        return gateway is not None and not step["even_behind_gateway"] and not gateway.fresh()
+
+    def _ask_gateway(self) -> None:
+        gateway = self.agent.diagnosis.gateway
+        assert gateway is not None
+        if self.asking:
+            return
+        self.asking = True
+
+        def asked(alive: Outcome) -> None:
+            self.asking = False
+            self.agent.diagnosis.behind(alive)
+            self.look()
+
+        gateway.ask(asked)
+
+    def _may_take(self, step: Step) -> None:
+        agent = self.agent
+        why = self.standing.why_not(time.monotonic())
+        if not agent.folder:
+            why = "there is no folder to keep it in before it is taken"
+        if not why:
+            self.blocked = ""
+            self._take(step)
+            return
+        if why != self.blocked:
+            agent.log("no repair", step=step["name"], reason=why)
+            if why == authority.ASK:
+                agent.tell()
+        self.blocked = why
+        if self._hopeless(why):
+            if agent.diagnosis.suspicion.state == "offline":
+                self._escalate(why)
+            elif agent.diagnosis.suspicion.state == "degraded":
+                self._escalate_degraded()
+
+    def _hopeless(self, why: str) -> bool:
+        """Nobody is there to say whether a step may be taken, or none ever may: then to be told twice is
+        better than not at all. A doubt is the word of a control plane that knows of the device."""
+        if self.ladder.escalated or self.standing.doubt or why == authority.ASK:
+            return False
+        agent = self.agent
+        alone = self.standing.unheard_at is not None or not agent.config.get("api")
+        return alone or not agent.folder
+
+    def _take(self, step: Step) -> None:
+        now, dry = time.monotonic(), self.dry_run or step["dry_run"]
+        attempt = self.ladder.took(step, now, dry=dry)
+        try:
+            if step["kind"] == "interface" and not dry:
+                from watchdog_agent.repairs import interface
+
+                self.undo = interface.prepare(step)
+        except OSError as error:
+            self._start_failed(step, reason_of(error))
+            return
+        if not self.agent.save():
+            self.ladder.took_back(now)
+            self.undo = None
+            self._timer = self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self.look)
+            return
+        kinds.reached("kept")
+        self.agent.log("would repair" if dry else "repair", step=step["name"])
+        if dry:
+            self._count(attempt)
+            self.agent.tell()
+            self.agent.loop.later(0, self.look)
+            return
+        self._begin(step)
+        self.agent.tell()
+
+    def _begin(self, step: Step) -> None:
+        device = {name: self.agent.config[name] for name in ("device_id", "slug", "address")}
+        if self.undo is not None:
+            device = self.undo
+        attempt = self.ladder.current
+
+        def ended(ok: bool, reason: str, _warning: str = "", /) -> None:
+            if self.running is not None and self.ladder.current is attempt:
+                self._ended(ok, reason)
+
+        limit = step["timeout_s"]
+        self._limit = self.agent.loop.later(limit, lambda: self._too_long(limit))
+        try:
+            self.running = kinds.module_of(step["kind"]).start(self.agent.loop, step, device, ended)
+        except Exception as error:
+            # A step that can't be begun, for whatever reason, is a failed step and not our end.
+            text = reason_of(error) if isinstance(error, OSError) else str(error)
+            self._start_failed(step, text)
+            return
+        kinds.reached("taken")
+
+    def _start_failed(self, step: Step, reason: str) -> None:
+        self.running = object()
+        self.undo = None
+        self._ended(False, f"{step['kind']}: {reason}")
+
+    def _too_long(self, limit_s: float) -> None:
+        if self.running is not None:
+            self._abandon()
+            self._ended(False, f"took longer than {limit_s:g} s")
+
+    def _abandon(self) -> None:
+        try:
+            self.running.cancel()
+            self.undo = None
+        except OSError as error:
+            # What undoes it is still kept: `_put_right` has it later, or the next start.
+            self.agent.log("a repair can't be undone", reason=reason_of(error))
+
+    def _ended(self, ok: bool, reason: str) -> None:
+        kinds.reached("ended")
+        if ok or getattr(self.running, "clean", True):
+            self.undo = None
+        self.running = None
+        if self._limit is not None:
+            self._limit[2] = None
+            self._limit = None
+        attempt = self.ladder.current
+        assert attempt is not None
+        if self.then is not None and not ok:
+            self.ladder.interrupted(reason, time.monotonic())
+        else:
+            self.ladder.ended(ok, reason, time.monotonic())
+        self._count(attempt)
+        self.agent.log("repair ended", step=attempt["name"], ok=ok, reason=reason)
+        self.agent.save()
+        kinds.reached("remembered")
+        if self.then is not None:
+            self._closed()
+            return
+        self.agent.tell()
+        self.agent.loop.later(0, self._put_right if self.undo is not None else self.look)
+
+    def _count(self, attempt: Document) -> None:
+        if attempt["outcome"] in self.outcomes:
+            self.outcomes[attempt["outcome"]] += 1
+
+    def _escalate(self, why: str) -> None:
+        """Once an episode: said together with what was kept, so that a crash does neither or both."""
+        agent = self.agent
+        if self.standing.doubt:
+            return
+        self.ladder.escalated = True
+        agent.log("repairs are given up", reason=why)
+        if agent.escalations is not None:
+            evidence = {
+                "state": agent.diagnosis.suspicion.state,
+                "misses": agent.diagnosis.suspicion.misses,
+                "probes": agent.diagnosis.results,
+                "repairs": self.ladder.shown(time.monotonic(), MOST_TOLD),
+            }
+            agent.escalations.raise_(KEY, agent.diagnosis.suspicion.reason[:400], evidence)
+        agent.save()
+        agent.tell()
+
+    def _escalate_degraded(self) -> None:
+        """If the class says so. A device that was offline before is escalated anew when it is again."""
+        if self.standing.doubt or self.agent.escalations is None:
+            return
+        evidence = {"repairs": self.ladder.shown(time.monotonic(), MOST_TOLD)}
+        if self.agent.escalate_degraded(evidence):
+            self.ladder.escalated = False
+
+    # -- ending
+
+    def close(self, then: Callable[[], None]) -> None:
+        """End or undo the step at hand, and call back within STOP_S."""
+        if self.running is None:
+            then()
+            return
+        self.then = then
+        self.agent.loop.later(STOP_S, self._stop)
+        self.running.hurry()
+
+    def _stop(self) -> None:
+        if self.running is not None:
+            self._abandon()
+            self._ended(False, "the agent was stopped in the middle of it")
+
+    def _closed(self) -> None:
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+
+    def abandon(self) -> None:
+        """The loop runs no more: leave nothing behind that can be put right in one call."""
+        if self.running is not None:
+            self._abandon()
+            self.running = None
+            self.ladder.interrupted("the agent ended in the middle of it", time.monotonic())
+            self.agent.save()
+
+    # -- showing and keeping
+
+    def active(self) -> str:
+        """What is being done, in words; "" = nothing."""
+        current = self.ladder.current
+        if current is None:
+            return ""
+        if current["outcome"] == ladder.VERIFYING:
+            return f"repairing: {current['name']} was done; waiting for the device to answer"
+        return f"repairing: {current['name']}"
+
+    def told(self) -> Document:
+        """The part of a report."""
+        now = time.monotonic()
+        return {
+            "active": self.active(),
+            "exhausted": self.ladder.exhausted,
+            "dry_run": self.dry_run,
+            "attempts": self.ladder.shown(now, MOST_TOLD),
+        }
+
+    def status(self) -> Document:
+        """The part of /status."""
+        now = time.monotonic()
+        return {
+            "active": self.active(),
+            "exhausted": self.ladder.exhausted,
+            "dry_run": self.dry_run,
+            "blocked": self.blocked or self.waits or self.standing.why_not(now),
+            "steps": [step["name"] for step in self.ladder.steps],
+            "outcomes": self.outcomes,
+            "attempts": self.ladder.shown(now),
+        }
+
+    def kept(self) -> Document:
+        """The part of the state file."""
+        now = time.monotonic()
+        config = self.agent.config
+        return {
+            "at": time.time(),
+            "undo": self.undo,
+            "ladder": self.ladder.kept(now),
+            "standing": self.standing.kept(config["epoch"], self.agent.instance, now),
+        }

@@ -1,0 +1,63 @@
+"""Wake a device by a magic packet: six times ff, sixteen times its address, over UDP."""
+
+from __future__ import annotations
+
+from watchdog_agent.runtime.dial import resolve
+from watchdog_agent.runtime.http import reason_of
+from watchdog_agent.runtime.stdlib_light import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Document, Ended, Step
+
+
+def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Packet:
+    """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
+    return Packet(loop, step, ended)
+
+
+class Packet:
+    """One packet to each address of the name. That it was sent is all that can be known of it."""
+
+    def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
+        host, port = step["to_at"]
+        reason = ""
+        try:
+            places = resolve((host, port))
+        except (OSError, UnicodeError) as error:
+            places, reason = [], reason_of(error)
+        ok = False
+        for family, where in places:
+            try:
+                send(magic(step["mac"]), family, where)
+            except OSError as error:
+                reason = reason if ok else reason_of(error)
+            else:
+                ok, reason = True, "sent"
+        self.timer = loop.later(0, lambda: ended(ok, reason))
+
+    def hurry(self) -> None:
+        """It has been sent."""
+
+    def cancel(self) -> None:
+        """Nobody is told."""
+        self.timer[2] = None
+
+
+def send(packet: bytes, family: int, where: Any) -> None:
+    """One datagram, which may be a broadcast. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        if family == socket.AF_INET:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.sendto(packet, where)
+    finally:
+        sock.close()
+
+
+def magic(mac: str) -> bytes:
+    """The packet for aa:bb:cc:dd:ee:ff."""
+    return b"\xff" * 6 + bytes.fromhex(mac.replace(":", "")) * 16

@@ -1,0 +1,1 @@
+"""To the control plane, Prometheus and Loki."""

@@ -1,0 +1,298 @@
+"""Reports to the control plane: at once on a change, else on a slow beat; buffered while it is away.
+
+Who can't reach it may be the one that is cut off: what was confirmed against the device since it was last
+heard may be our own host's doing, and is reported as not confirmed until it was confirmed anew (S6). Nor does
+a round count that failed until then: a restart of the control plane delays a true «offline» by as much.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from watchdog_agent import wire
+from watchdog_agent.runtime import http, parsing, secrets
+from watchdog_agent.runtime.loop import between
+from watchdog_agent.runtime.stdlib_light import deque, json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Document, Said, Timer
+
+
+_LATER = (408, 409, 425, 429)
+"""Answers of the 4xx kind after which the same report is sent again."""
+
+
+class Reporter:
+    """Sends one report at a time. `retire(reason, departed)` is called when the answer is 410."""
+
+    TIMEOUT_S = 3.0
+    BUFFER = 64
+    MOST_WAIT_S = 30.0
+    MOST_KNOWN = 8
+    TROUBLE_AFTER = 3
+    """Failures in a row after which missing answers are trouble; a refusal is at once."""
+    REMIND_S = 3600.0
+    """How often the same failure is logged."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        make: Callable[[int, int, bool], Document],
+        retire: Callable[[str, bool], None],
+        said: Said,
+    ) -> None:
+        """`make(sequence, dropped, stopping)` gives the report as of now."""
+        self.loop = loop
+        self.make = make
+        self.retire = retire
+        self.said = said
+        self.given = list(config.get("api", []))
+        self.known = self.given
+        self.urls = [http.Url(url, tls=True) for url in self.given]
+        self.credential = config.get("credential", "")
+        self.tls: Any = None
+        if any(url.secure for url in self.urls):
+            from watchdog_agent.runtime import tls
+
+            self.tls = tls.context_of(config.get("ca_cert", ""))
+        self.beat_s = config.get("beat_s", 15.0)
+        self.sequence = 0
+        self.sent = self.failed = self.dropped = 0
+        self.waiting: deque[Document] = deque()
+        self._aged_at = 0.0
+        """When `state_age_s` of what waits was last brought up to date."""
+        self.fetch: http.Fetch | None = None
+        self.failures = 0
+        self.chosen = 0
+        self.last_error = ""
+        self.trouble = ""
+        """Why no report arrives, in words for people, while none does. Changes only when the reason does."""
+        self._trouble_is: int | str | None = ""
+        self._logged_at = float("-inf")
+        self.timer: Timer | None = None
+        self.closing: Callable[[], None] | None = None
+        self.heard: Callable[[int | None], None] | None = None
+        """Called with the status of each answer; None = there was none."""
+        self.unheard = False
+        """The last call had no answer."""
+        self.answered_at = float("-inf")
+        self.confirmed_since: Callable[[float], bool] = lambda _since: False
+        """Whether the device was confirmed to be offline since then."""
+        self.doubt: Callable[[bool], None] = lambda _alone: None
+        """Called when we are heard again; with `alone` as it was until now."""
+        self.answered: Callable[[int | None], None] = lambda _status: None
+        """Called with the status of each answer, as `heard`."""
+        self.parted: Callable[[], object] = lambda: None
+        """Called when a call without an answer has made us `alone`."""
+        self.condition: Callable[[Any], None] = lambda _condition: None
+        """Called with the device's condition, of an answer that has one."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether what is believed was confirmed while nobody was heard."""
+        return self.unheard and self.confirmed_since(self.answered_at)
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self.changed()
+        self._beat()
+
+    def _beat(self) -> None:
+        self.loop.later(self.beat_s * between(0.9, 1.1), self._beat)
+        if not self.waiting and self.fetch is None and self.closing is None:
+            self.changed()
+
+    def changed(self, *, stopping: bool = False) -> None:
+        """Something worth telling has happened."""
+        if not self.urls:
+            return
+        self.sequence += 1
+        self._age()
+        if len(self.waiting) >= self.BUFFER:
+            # the first may be on its way: it stays until its answer is here
+            del self.waiting[1 if self.fetch is not None else 0]
+            self.dropped += 1
+        self.waiting.append(self.make(self.sequence, self.dropped, stopping))
+        if self.fetch is None and self.timer is None:
+            self._send()
+
+    def _send(self) -> None:
+        self.timer = None
+        if not self.waiting or self.fetch is not None:
+            return
+        self._unclaim()
+        self._age()
+        url = self.urls[self.chosen % len(self.urls)]
+        body = json.dumps(self.waiting[0]).encode()
+        token = self.credential or read_token()
+        headers = [("Authorization", f"Bearer {token}")] if token else []
+        data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
+        self.fetch = http.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
+
+    def _age(self) -> None:
+        """Age the states in the reports that wait: each says how long ago its state began when it is sent."""
+        now = time.monotonic()
+        for one in self.waiting:
+            if "state_age_s" in one:
+                one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)
+        self._aged_at = now
+
+    def _unclaim(self) -> bool:
+        """`alone`; if so, what waits claims nothing any more."""
+        alone = self.alone
+        for one in self.waiting if alone else ():
+            one["confirmed"] = False
+        return alone
+
+    def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
+        self.fetch = None
+        if self.heard is not None:
+            self.heard(status)
+        again, alone = self.unheard and status is not None, self._unclaim()
+        self.unheard = status is None
+        if status is not None:
+            self.answered_at = time.monotonic()
+        self._take(status, headers, body)
+        self.answered(status)
+        if again:
+            self.doubt(alone)
+        elif self.alone and not alone:
+            self.parted()
+
+    def _take(self, status: int | None, headers: dict[str, str], body: Any) -> None:
+        if status == 200:
+            self.sent += 1
+            self.failures = 0
+            self.waiting.popleft()
+            self.trouble = self._trouble_is = ""
+            if self.last_error:
+                self.last_error = ""
+                self.said("reports are accepted again")
+            self._learn(body)
+            if self.waiting:
+                self._send()
+            elif self.closing is not None:
+                self._closed()
+            return
+        if status == 410:
+            self.waiting.clear()
+            self._troubled(status, body)
+            self.retire(reason_of(body), code_of(body) == wire.DEPARTED)
+            if self.closing is not None:
+                self._closed()
+            return
+        self.failed += 1
+        self.failures += 1
+        refused = status is not None and 400 <= status < 500 and status not in _LATER
+        if refused:
+            self.waiting.popleft()  # the same report would be refused for ever
+        if refused or self.failures >= self.TROUBLE_AFTER:
+            self._troubled(status, body)
+        error = str(body) if status is None else f"status {status}"
+        now = time.monotonic()
+        if error != self.last_error or now - self._logged_at >= self.REMIND_S:
+            self.last_error, self._logged_at = error, now
+            if refused:
+                self.said(f"report refused with {status}: {reason_of(body)}")
+            else:
+                self.said(f"report failed: {error}")
+        if self.closing is not None:
+            self._closed()
+            return
+        self.chosen += 1
+        wait = between(0.1, min(self.MOST_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
+        self.timer = self.loop.later(
+            max(wait, http.retry_after(headers, self.MOST_WAIT_S)), self._send
+        )
+
+    def _troubled(self, status: int | None, body: Any) -> None:
+        if self.trouble and status == self._trouble_is:
+            return
+        self._trouble_is = status
+        where = self.known[self.chosen % len(self.known)]
+        if status is None:
+            self.trouble = f"no answer from {where} to its reports: {body}"
+        elif 400 <= status < 500 and status not in _LATER:
+            self.trouble = f"its reports are refused by {where} with {status}: {reason_of(body)}"
+        else:
+            self.trouble = f"{where} answers its reports with {status}: {reason_of(body)}"
+
+    def _learn(self, body: bytes) -> None:
+        """The device's condition, and other replicas, as far as the answer has them."""
+        try:
+            told = parsing.loads(body)
+        except ValueError:
+            return
+        if isinstance(told, dict):
+            self._replicas(told)
+            if "condition" in told:
+                self.condition(told["condition"])
+
+    def _replicas(self, answer: Document) -> None:
+        """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
+        in use does not answer. They are as secure as those, or not taken."""
+        try:
+            told = answer["api"][: self.MOST_KNOWN]
+            found = self.given + [one for one in told if one not in self.given]
+            if found == self.known:
+                return
+            urls = [http.Url(url, tls=True) for url in found]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return
+        if all(url.secure == self.urls[0].secure for url in urls):
+            using = self.known[self.chosen % len(self.known)]
+            self.known, self.urls = found, urls
+            self.chosen = found.index(using) if using in found else 0
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Send a last report and call back, at the latest after a second."""
+        self.closing = then
+        if not self.urls:
+            self._closed()
+            return
+        if self.fetch is not None:
+            self.fetch.cancel()
+            self.fetch = None
+        if self.timer is not None:
+            self.timer[2] = None
+            self.timer = None
+        self.waiting.clear()
+        self.loop.later(1.0, self._closed)
+        self.changed(stopping=True)
+
+    def _closed(self) -> None:
+        then, self.closing = self.closing, None
+        if self.fetch is not None:
+            self.fetch.cancel()
+            self.fetch = None
+        self.urls = []
+        if then is not None:
+            then()
+
+
+def reason_of(body: bytes) -> str:
+    """The message of an answer of our API, else its beginning."""
+    try:
+        return str(parsing.loads(body)["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return ascii(bytes(body[:80]))
+
+
+def code_of(body: bytes) -> str:
+    """The code of an error of our API; "" when there is none."""
+    try:
+        return str(parsing.loads(body)["error"]["code"])[:80]
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def read_token() -> str:
+    """The bearer token, read anew each time: a mounted file rotates."""
+    return secrets.token(os.environ.get("WATCHDOG_TOKEN_FILE", ""))

@@ -1,0 +1,1 @@
+"""Loop, HTTP, TLS and child processes, on little memory."""

@@ -1,0 +1,160 @@
+"""Programs that end with the agent, also when it is killed with -9. Loaded with the first command.
+
+The program is started by a small shell that first leaves a guard behind, in the same process group: it
+waits at a pipe whose other end only this process holds. A line there is the guard's leave; an end without
+one means that the agent is dead, and then the guard kills the group, itself with it. Where there is no
+/bin/sh, as in an image without a shell, programs run unguarded.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+
+from watchdog_agent.runtime.loop import READ
+from watchdog_agent.runtime.stdlib_light import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Final
+
+    from watchdog_agent.runtime.loop import Loop
+
+SHELL: Final = "/bin/sh"
+SCRIPT: Final = '{ read -r x <&3 || kill -9 0; } >/dev/null 2>&1 & exec "$@" 3<&-'
+WORD: Final = 3
+"""The descriptor at which the guard waits; the program does not get it."""
+
+POLL_S: Final = 0.05
+"""How often its end is looked for where no descriptor tells it."""
+
+_left: list[int] = []
+"""Process groups of which something was alive when their leader was reaped."""
+
+
+class Guarded:
+    """A program in a process group of its own. Raises OSError when it can't be started, and ValueError when an
+    argument or a variable holds a null character."""
+
+    def __init__(
+        self, argv: list[str], environ: dict[str, str], actions: list[tuple[Any, ...]]
+    ) -> None:
+        """`actions`: of `os.posix_spawn`, for the descriptors 0 to 2."""
+        bury()
+        self.word = -1
+        self._forget: Callable[[], None] | None = None
+        # The shell would say it in its own words, and as an exit code.
+        program = find(argv[0])
+        read = -1
+        if os.access(SHELL, os.X_OK):
+            read, self.word = os.pipe2(os.O_CLOEXEC)
+            if read == WORD:
+                # Put on itself it would stay closed on exec.
+                read = os.dup(WORD)
+                os.close(WORD)
+            actions = [*actions, (os.POSIX_SPAWN_DUP2, read, WORD)]
+            program, argv = SHELL, ["guard", "-c", SCRIPT, argv[0], *argv]
+        try:
+            # Python ignores SIGPIPE, and a nursery or a scheduler may have left more; a program shall not.
+            self.pid = os.posix_spawn(
+                program,
+                argv,
+                environ,
+                file_actions=actions,
+                setpgroup=0,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGTERM, signal.SIGINT),
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            if read >= 0:
+                os.close(read)
+
+    def _close(self) -> None:
+        word, self.word = self.word, -1
+        if word >= 0:
+            os.close(word)
+
+    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
+        """Call back once from the loop when it has ended and can be reaped, unless it is reaped before."""
+
+        def look(_mask: int = 0) -> None:
+            self._unwatch()
+            if not self.pid:
+                return
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            if os.waitid(os.P_PID, self.pid, flags) is None:
+                loop.later(POLL_S, look)
+            else:
+                ended()
+
+        try:
+            # One descriptor in the loop instead of a signal handler or a thread.
+            file = io.FileIO(os.pidfd_open(self.pid), "rb")
+        except (OSError, AttributeError):
+            # Linux before 5.3, or a Python that was built on one.
+            loop.later(POLL_S, look)
+        else:
+            loop.watch(file, READ, look)
+            self._forget = lambda: loop.forget(file)
+
+    def _unwatch(self) -> None:
+        forget, self._forget = self._forget, None
+        if forget is not None:
+            forget()
+
+    def kill(self) -> None:
+        """Kill all of its group."""
+        if self.pid:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except OSError:
+                pass
+
+    def reap(self, options: int = 0) -> int | None:
+        """Its status as `os.waitpid` gives it, and the guard's leave; None while it runs and `options` is
+        os.WNOHANG. What else is left of its group lives on, unless it was killed before."""
+        done, status = os.waitpid(self.pid, options)
+        if not done:
+            return None
+        try:
+            os.write(self.word, b"\n")
+        except OSError:
+            pass  # no guard, or a dead one
+        self._close()
+        self._unwatch()
+        _left.append(self.pid)
+        self.pid = 0
+        bury()
+        return status
+
+
+def bury() -> None:
+    """Reap what has become our child because its parent is gone: so it is where we are process 1."""
+    for group in list(_left):
+        try:
+            while (found := os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG)) is not None:
+                del found
+        except ChildProcessError:
+            _left.remove(group)
+
+
+def find(name: str) -> str:
+    """Where a program is, as a shell looks for it. Raises OSError when it is nowhere, and ValueError for a
+    name that holds a null character."""
+    if "\0" in name:
+        raise ValueError("a name can't hold a null character")
+    places = [name] if "/" in name else [f"{one}/{name}" for one in os.get_exec_path()]
+    code = errno.ENOENT
+    for place in places:
+        if os.path.isfile(place):
+            if os.access(place, os.X_OK):
+                return place
+            code = errno.EACCES
+        elif os.path.isdir(place) and "/" in name:
+            code = errno.EACCES
+    raise OSError(code, "")

@@ -1,0 +1,117 @@
+"""Where plugins are found, entry points of what is installed beside this Python, and the guard that stands
+between one of them and the agent.
+
+An agent that was started with -S has not looked for packages, which is lighter. It does when the first plugin
+is asked for and is not there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from watchdog_agent.runtime.outcome import Unable, rated
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Final
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Ended, Timer
+
+AGAIN_S: Final = 60.0
+"""When a plugin that was not installed is looked for anew: all that is installed is read for it."""
+
+_points: dict[tuple[str, str], Any] = {}
+_missing: dict[tuple[str, str], tuple[float, str]] = {}
+"""Until when it counts as missing, and what is said of it."""
+
+
+def load(group: str, name: str) -> Any:
+    """The object that an entry point names. Raises LookupError, or what its module raises."""
+    key = (group, name)
+    until, text = _missing.get(key, (0.0, ""))
+    if time.monotonic() < until:
+        raise LookupError(text)
+    if key not in _points:
+        try:
+            _points[key] = _find(group, name)
+        except LookupError as error:
+            _missing[key] = (time.monotonic() + AGAIN_S, str(error))
+            raise
+    return _points[key].load()
+
+
+def _find(group: str, name: str) -> Any:
+    from importlib import metadata
+
+    found = metadata.entry_points(group=group)
+    if name not in found.names and "site" not in sys.modules:
+        import site
+
+        site.main()
+        found = metadata.entry_points(group=group)
+    if name not in found.names:
+        names = ", ".join(sorted(found.names)) or "none"
+        raise LookupError(f"no plugin {name} is installed; installed: {names}")
+    return found[name]
+
+
+class Guard:
+    """In the loop's place for a plugin: what its callbacks raise ends its run, not the agent. After the end
+    none of them is called, and what it watched is closed."""
+
+    def __init__(self, loop: Loop, ended: Ended) -> None:
+        self.loop = loop
+        self.ended: Ended | None = ended
+        self.open: list[Any] = []
+
+    def call(self, callback: Callable[..., None], *given: int) -> None:
+        """Call it; an error is a failure."""
+        if self.ended is None:
+            return
+        try:
+            callback(*given)
+        except (Exception, SystemExit) as error:
+            text = f"the plugin failed: {type(error).__name__}: {error}"
+            # Only an error that the device or the network causes is evidence about the device.
+            self.answered(None if isinstance(rated(error, text), Unable) else False, text)
+
+    def later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """As Loop.later."""
+        return self.loop.later(delay_s, lambda: self.call(callback))
+
+    def watch(self, sock: Any, events: int, callback: Callable[[int], None]) -> None:
+        """As Loop.watch; what is still watched at the end is closed."""
+        if sock not in self.open:
+            self.open.append(sock)
+        self.loop.watch(sock, events, lambda mask: self.call(callback, mask))
+
+    def forget(self, sock: Any) -> None:
+        """As Loop.forget."""
+        if sock in self.open:
+            self.open.remove(sock)
+        self.loop.forget(sock)
+
+    def answered(self, ok: object, reason: object = "") -> None:
+        """What the plugin calls, also before its `start` has returned; once counts. `ok`: True = success,
+        None = unable to ask, anything else = failure."""
+        text = "".join(c if c.isprintable() else "?" for c in str(reason)[:200])
+        text = text or "the plugin gave no reason"
+        said = Unable(text) if ok is None else text
+        self.loop.later(0, lambda: self.end(ok is True, said))
+
+    def end(self, ok: bool, reason: str) -> None:
+        """Say so, unless it has ended already."""
+        ended = self.ended
+        self.cancel()
+        if ended is not None:
+            ended(ok, reason)
+
+    def cancel(self) -> None:
+        """Nobody is told."""
+        self.ended = None
+        for sock in self.open:
+            self.loop.forget(sock)
+        self.open.clear()

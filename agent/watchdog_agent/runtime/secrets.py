@@ -1,0 +1,44 @@
+"""Secrets in files, read anew each time: a mounted file rotates.
+
+A file that everybody can write, or that belongs neither to the agent's user nor to root, may hold somebody
+else's secret, and is not used.
+"""
+
+from __future__ import annotations
+
+import os
+
+MOST = 4096
+_logged: dict[str, str] = {}
+
+
+def read(path: str) -> bytes:
+    """What the file holds, but for blanks around it. Raises OSError, also for a file that is not safe."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if found.st_uid not in (0, os.geteuid()):
+            raise OSError(f"belongs to user {found.st_uid}, not to {os.geteuid()} or root")
+        if found.st_mode & 0o002:
+            raise OSError(f"can be written by everybody (mode {found.st_mode & 0o7777:04o})")
+        return os.read(fd, MOST).strip()
+    finally:
+        os.close(fd)
+
+
+def token(path: str) -> str:
+    """The token in the file; "" when there is none that can be used. The reason is logged when it changes."""
+    if not path:
+        return ""
+    try:
+        found, why = read(path).decode("ascii"), ""
+    except OSError as error:
+        found, why = "", error.strerror or str(error)
+    except ValueError:
+        found, why = "", "holds characters that no token has"
+    if why and _logged.get(path) != why:
+        from watchdog_agent.main import log
+
+        log("a token is not used", file=path, reason=why)
+    _logged[path] = why
+    return found

@@ -1,0 +1,73 @@
+"""What outlives a restart of the agent: one small file, written whole or not at all."""
+
+from __future__ import annotations
+
+import binascii
+import os
+
+from watchdog_agent.runtime import parsing
+from watchdog_agent.runtime.stdlib_light import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from watchdog_agent.runtime.types import Document
+
+NAME = "state.json"
+
+
+def load(folder: str, device_id: str) -> tuple[Document, str]:
+    """(state, remark): what was kept for this device, else {} and why. Never raises."""
+    try:
+        with open(os.path.join(folder, NAME), "rb") as file:
+            raw = file.read(1 << 20)
+        kept = parsing.loads(raw)
+        state: Document = kept["state"]
+        if binascii.crc32(encode(state)) != kept["crc32"]:
+            return {}, "state file: wrong checksum; starting clean"
+        if state.get("device_id") != device_id:
+            return {}, "state file is another device's; starting clean"
+    except FileNotFoundError:
+        return {}, ""
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        return {}, f"state file can't be used ({type(error).__name__}); starting clean"
+    return state, ""
+
+
+def save(folder: str, state: Document) -> None:
+    """Store it so that a crash at any moment leaves the old or the new file. Raises OSError."""
+    text = json.dumps({"state": state, "crc32": binascii.crc32(encode(state))}).encode()
+    write(os.path.join(folder, NAME), text)
+
+
+def write(path: str, data: bytes) -> None:
+    """Write, sync, rename, sync the folder."""
+    temporary = f"{path}.{os.getpid()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        try:
+            os.unlink(temporary)
+        except OSError:
+            pass
+        raise
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def encode(state: Document) -> bytes:
+    """The bytes that the checksum is of."""
+    return json.dumps(state, sort_keys=True).encode()

@@ -1,0 +1,182 @@
+"""Events: a page of them, or a stream that goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.auth import ACTOR
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.errors import HEADERS, RequestError
+from nomad_watchdog.api.name_checks import check_events_of
+from nomad_watchdog.api.pagination import check_query, whole_number
+from nomad_watchdog.api.responses import json_response
+from nomad_watchdog.core.roles import Role
+from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.events.log import EventFilter, History
+from nomad_watchdog.fast_json import as_json
+from nomad_watchdog.ids import Slug, parse_device_id
+from nomad_watchdog.model import VerdictState
+
+log = logging.getLogger(__name__)
+
+MOST_FOLLOWERS: Final = 64
+"""Event streams of all callers of one role. Replicas have as many of their own."""
+REPLICA: Final = "replica"
+BEAT_S: Final = 15.0
+"""An empty line so often, so that both sides notice a dead connection."""
+WRITE_TIMEOUT_S: Final = 10.0
+"""A reader that takes nothing for so long is let go (S9)."""
+MOST_EVENTS: Final = 1_000
+NDJSON: Final = "application/x-ndjson"
+
+FILTERS: Final = {
+    "device": "only events about the device of this id",
+    "kind": "only kinds that begin so: verdict, verdict.offline, breaker",
+    "verdict": f"only changes to this verdict: {', '.join(VerdictState)}",
+    "within_s": "only events of the last so many seconds, by the server's clock",
+}
+QUERY: Final = {
+    "since": "only events after this sequence number (default 0)",
+    **FILTERS,
+    "limit": f"1 to {MOST_EVENTS}, default 100; how many at once when following",
+    "follow": "true: one JSON object a line (application/x-ndjson), without end",
+    "own": "true: what this replica saw itself, with its own numbers; false (default): what is told for all",
+    "marks": "true: an opened incident has the numbers of the events that it explains; for replicas",
+}
+
+
+INCIDENTS_QUERY: Final = {"open": "true, false or any (default)"}
+
+
+async def list_events(request: web.Request) -> web.StreamResponse:
+    """Oldest first. A gap in `seq` means that older events were dropped, or a crash.
+
+    Raises NotFoundError (404) for a device that was never registered and about which no event is kept."""
+    check_query(request, set(QUERY))
+    since = whole_number(request, "since", 0, 0, 2**53)
+    limit = whole_number(request, "limit", 100, 1, MOST_EVENTS)
+    follow, marks = _flag(request, "follow"), _flag(request, "marks")
+    history = _history(request)
+    if device := request.query.get("device", ""):
+        await check_events_of(request.app[CONTEXT].fleet, parse_device_id(device))
+    if marks and request[ACTOR].role is not Role.OPERATOR:
+        raise RequestError(403, "forbidden", "marks=true is for replicas, which are operators")
+    if follow and request.method == "HEAD":
+        return web.Response(content_type=NDJSON)
+    if follow:
+        return await _follow(request, since, limit)
+    events, following = await history.page(since, limit, _filter(request))
+    items = [event.shown(marks=marks) for event in events]
+    return json_response({"items": items, "next": following})
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    text = request.query.get(name, "false")
+    if text not in {"true", "false", "1", "0"}:
+        raise UserError(f"{name} is {ascii(text)[:40]}; allowed are: true, false")
+    return text in {"true", "1"}
+
+
+def _history(request: web.Request) -> History:
+    fleet = request.app[CONTEXT].fleet
+    return fleet.history if _flag(request, "own") else fleet.told
+
+
+def _filter(request: web.Request) -> EventFilter:
+    verdict = request.query.get("verdict", "")
+    if verdict and verdict not in {state.value for state in VerdictState}:
+        raise UserError(f"verdict is {ascii(verdict)[:40]}; allowed are: {', '.join(VerdictState)}")
+    within_s = whole_number(request, "within_s", 0, 1, 2**32)
+    now = request.app[CONTEXT].fleet.clock.wall()
+    return EventFilter(
+        device=request.query.get("device", ""),
+        kind=request.query.get("kind", ""),
+        verdict=verdict,
+        not_before=now - within_s if within_s else 0.0,
+    )
+
+
+async def list_incidents(request: web.Request) -> web.StreamResponse:
+    """The open ones, then the last closed ones."""
+    check_query(request, set(INCIDENTS_QUERY))
+    wanted = request.query.get("open", "any")
+    if wanted not in {"true", "false", "any"}:
+        raise UserError(f"open is {ascii(wanted)[:40]}; allowed are: true, false, any")
+    fleet = request.app[CONTEXT].fleet
+
+    def device_of(slug: Slug) -> str:
+        record = fleet.records.get(slug)
+        return record.device.id if record is not None else ""
+
+    found = [fleet.chronicle.shown_incident(i, device_of) for i in fleet.chronicle.incidents()]
+    items = [item for item in found if wanted == "any" or item["open"] == (wanted == "true")]
+    return json_response({"items": items})
+
+
+async def _follow(request: web.Request, since: int, limit: int) -> web.StreamResponse:
+    context, actor = request.app[CONTEXT], request[ACTOR]
+    followers, most = context.followers, context.door.streams_per_token
+    share = REPLICA if _flag(request, "marks") else str(actor.role)
+    if (
+        share != REPLICA
+        and actor.known
+        and sum(f == (actor.client, share) for f in followers.values()) >= most
+    ):
+        raise RequestError(
+            429,
+            "too_many_followers",
+            f"this token has {most} event streams already (api.streams_per_token); end one, or ask "
+            "without follow",
+            {"Retry-After": "30"},
+        )
+    if sum(of == share for _, of in followers.values()) >= MOST_FOLLOWERS:
+        raise RequestError(
+            503,
+            "too_many_followers",
+            f"callers of the role {share} have {MOST_FOLLOWERS} event streams already; ask without "
+            "follow, or try again later",
+            {"Retry-After": "30"},
+        )
+    task = asyncio.current_task()
+    assert task is not None
+    followers[task] = (actor.client, share)
+    try:
+        return await _stream(request, since, limit)
+    finally:
+        followers.pop(task, None)
+
+
+async def _stream(request: web.Request, since: int, limit: int) -> web.StreamResponse:
+    history, wanted, marks = _history(request), _filter(request), _flag(request, "marks")
+    response = web.StreamResponse(headers=HEADERS)
+    response.content_type = NDJSON
+    await response.prepare(request)
+    try:
+        while True:
+            try:
+                events, since = await history.page(since, limit, wanted)
+            except TransientError as error:
+                # Half of an answer has been sent: what is left is to end it, and be asked again.
+                log.warning("event stream ends", extra={"reason": str(error)})
+                return response
+            lines = b"".join(as_json(event.shown(marks=marks)) + b"\n" for event in events)
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await response.write(lines or b"\n")
+            if len(events) < limit:
+                await history.wait(since, BEAT_S)
+    except (ConnectionError, TimeoutError):
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+async def stop_following(app: web.Application) -> None:
+    """End all streams, so that a shutdown does not wait for them."""
+    followers = list(app[CONTEXT].followers)
+    for task in followers:
+        task.cancel()
+    await asyncio.gather(*followers, return_exceptions=True)

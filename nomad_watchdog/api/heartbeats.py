@@ -1,0 +1,86 @@
+"""Heartbeats, and an operator's word on devices that are held from leaving (S7)."""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import web
+
+from nomad_watchdog.api.audit import audit
+from nomad_watchdog.api.auth import ACTOR, check_prefix, permit_of
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.devices import device_id_of
+from nomad_watchdog.api.name_checks import unknown
+from nomad_watchdog.api.responses import json_response
+from nomad_watchdog.api.schemas import ConfirmIn, HeartbeatsIn, read
+from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.errors import ConflictError, NotFoundError
+from nomad_watchdog.ids import DeviceId, slug_of
+
+log = logging.getLogger(__name__)
+
+
+async def heartbeat(request: web.Request) -> web.StreamResponse:
+    """404 for a device that is unknown, or that was told to leave; never by an old cache alone."""
+    device_id = device_id_of(request)
+    _check(request, device_id)
+    fleet = request.app[CONTEXT].fleet
+    if await fleet.beat([device_id]) != [True]:
+        fresh = await fleet.registry.get(slug_of(device_id))
+        fleet.learn([fresh] if fresh is not None else [])
+        _check(request, device_id)
+        if await fleet.beat([device_id]) != [True]:
+            raise unknown(device_id)
+    return web.Response(status=204)
+
+
+async def heartbeats(request: web.Request) -> web.StreamResponse:
+    """A gateway's list; those that are not known are named and cost the others nothing."""
+    body = await read(request, HeartbeatsIn)
+    for name in body.ids:
+        _check(request, DeviceId(name))
+    heard = await request.app[CONTEXT].fleet.beat(body.ids)
+    strangers = [name for name, known in zip(body.ids, heard, strict=True) if not known]
+    return json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
+
+
+def _check(request: web.Request, device_id: DeviceId) -> None:
+    """Raises RequestError (403) for a device that this token may not speak for; one that is unknown has
+    no labels to go by, and a sign of life of it changes nothing."""
+    check_prefix(request, device_id)
+    if request[ACTOR].labels:
+        fleet = request.app[CONTEXT].fleet
+        slug = fleet.slug_by_id.get(device_id)
+        record = None if slug is None else fleet.records.get(slug)
+        if record is not None:
+            permit_of(request)(record.device)
+
+
+def _departures(request: web.Request) -> Departures:
+    found = request.app[CONTEXT].departures
+    if found is None:
+        raise NotFoundError("nobody lets devices leave here")
+    return found
+
+
+async def held(request: web.Request) -> web.StreamResponse:
+    return json_response(_departures(request).shown())
+
+
+async def confirm(request: web.Request) -> web.StreamResponse:
+    """Let those leave who are held, if they are still those that were shown.
+
+    Raises ConflictError (409) when nobody is held, or others than `id` names."""
+    body = await read(request, ConfirmIn)
+    found = _departures(request)
+    now = found.held_id
+    if not now:
+        raise ConflictError("no departures are held; there is nothing to confirm")
+    if body.id != now:
+        raise ConflictError(
+            f"other departures are held now, under the id {now}; look at them before you confirm"
+        )
+    count = found.confirm()
+    log.warning("departures confirmed", extra={"count": count, "held_id": now})
+    audit(request, "confirm-departures", "confirmed", held_id=now, count=count)
+    return json_response({"confirmed": count, "id": now}, status=202)

@@ -1,0 +1,82 @@
+"""Moving a fleet from one scheduler to another."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from nomad_watchdog.api.audit import audit
+from nomad_watchdog.api.auth import ACTOR
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.name_checks import check_class_name, check_devices
+from nomad_watchdog.api.schemas import MigrateIn, read
+from nomad_watchdog.controllers.migration import Migrations
+from nomad_watchdog.core.migration import Move
+from nomad_watchdog.errors import NotFoundError, TransientError, UserError
+from nomad_watchdog.fleet.pauses import new_id
+
+
+def _migrations(request: web.Request) -> Migrations:
+    found = request.app[CONTEXT].migrations
+    if found is None:
+        raise NotFoundError("this server moves nothing")
+    return found
+
+
+async def show(request: web.Request) -> web.StreamResponse:
+    """All that was asked for and is in force, the newest last."""
+    migrations = _migrations(request)
+    await migrations.refresh()
+    return web.json_response(migrations.view())
+
+
+async def begin(request: web.Request) -> web.StreamResponse:
+    """Both schedulers are listed first: nothing moves to one that doesn't answer.
+
+    Raises UserError (400) when nothing that is meant lives there, ConflictError (409) while another migration
+    is under way, TransientError (503) before the fleet is known."""
+    body = await read(request, MigrateIn)
+    context = request.app[CONTEXT]
+    migrations = _migrations(request)
+    if not context.fleet.ready:
+        raise TransientError("the fleet is not known yet", retry_after_s=1.0)
+    shards = context.leases.shards if context.leases is not None else 1
+    if wrong := [one for one in body.shards if one >= shards]:
+        raise UserError(f"there is no shard {min(wrong)}; there are {shards}, counted from 0")
+    await check_devices(context.fleet, body.devices)
+    if body.agent_class:
+        check_class_name(context.fleet, body.agent_class)
+    by = request[ACTOR].name
+    move = Move(
+        id=new_id(),
+        source=body.source,
+        goal=body.goal,
+        began=context.fleet.clock.wall(),
+        by=f"{by} ({body.by})" if body.by else by,
+        target=body.target(),
+        shards=frozenset(body.shards),
+        of_shards=shards,
+        at_once=body.at_once,
+    )
+    if body.dry_run:
+        return web.json_response(await migrations.preview(move))
+    told = await migrations.begin(move)
+    audit(request, "migrate", "started", migration=move.id)
+    return web.json_response(told, status=201)
+
+
+async def pause(request: web.Request) -> web.StreamResponse:
+    return await _say(request, "pause")
+
+
+async def resume(request: web.Request) -> web.StreamResponse:
+    return await _say(request, "resume")
+
+
+async def undo(request: web.Request) -> web.StreamResponse:
+    return await _say(request, "undo")
+
+
+async def _say(request: web.Request, what: str) -> web.StreamResponse:
+    told = await _migrations(request).say(what)
+    audit(request, "migrate", what, migration=told["id"])
+    return web.json_response(told)

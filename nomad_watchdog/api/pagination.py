@@ -1,0 +1,156 @@
+"""Lists: what a query admits, in the order of the ids, a page at a time, without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+from watchdog_agent.runtime.parsing import whole
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.responses import json_response
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.fleet.fleet import DeviceView, Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import DeviceRecord, Presence, VerdictState
+
+MOST_ITEMS: Final = 1_000
+DEFAULT_ITEMS: Final = 100
+BREATH_S: Final = 0.002
+"""Others get their turn on the event loop after so much work on a list."""
+
+LIST_QUERY: Final = {
+    "class": "only devices of this agent class",
+    "verdict": f"only this verdict: {', '.join(VerdictState)}",
+    "presence": "present (default), absent or any",
+    "label": "key=value; may be given several times, all must match",
+    "q": "text that the id or address holds",
+    "limit": f"1 to {MOST_ITEMS}, default {DEFAULT_ITEMS}",
+    "cursor": "`next` of the page before",
+}
+
+
+def check_query(
+    request: web.Request, allowed: Collection[str], repeatable: Collection[str] = ()
+) -> None:
+    """Refuse parameters that we do not know, or that are given twice: silence would mislead."""
+    for name in request.query:
+        if name not in allowed:
+            raise UserError(
+                f"unknown query parameter {ascii(name)[:60]}; allowed are: {', '.join(sorted(allowed)) or 'none'}"
+            )
+        if name not in repeatable and len(request.query.getall(name)) > 1:
+            raise UserError(f"query parameter {name} is given more than once")
+
+
+def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    """A query parameter that is a number from low to high."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        return whole(text, low, high)
+    except ValueError:
+        shown = ascii(text)[:40]
+        raise UserError(f"{name} is {shown}; a number from {low} to {high} is allowed") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    agent_class: str | None
+    verdict: VerdictState | None
+    presence: Presence | None
+    labels: tuple[tuple[str, str], ...]
+    text: str
+    after: str
+
+    def admits(self, record: DeviceRecord) -> bool:
+        """Whether the record alone lets the device in: what costs more is asked of few."""
+        device = record.device
+        return (
+            (self.presence is None or record.presence is self.presence)
+            and (self.agent_class is None or device.agent_class == self.agent_class)
+            and all(device.labels.get(key) == value for key, value in self.labels)
+            and (self.text in device.id.casefold() or self.text in device.address.casefold())
+        )
+
+
+def _filter(request: web.Request) -> _Filter:
+    query = request.query
+    labels = [label.partition("=") for label in query.getall("label", [])]
+    if not all(equals for _, equals, _ in labels):
+        raise UserError("label must be key=value")
+    presence = query.get("presence", "present")
+    if presence not in {*Presence, "any"}:
+        raise UserError(f"presence is {ascii(presence)[:40]}; allowed are: present, absent, any")
+    verdict = query.get("verdict")
+    if verdict is not None and verdict not in set(VerdictState):
+        raise UserError(f"verdict is {ascii(verdict)[:40]}; allowed are: {', '.join(VerdictState)}")
+    return _Filter(
+        agent_class=query.get("class"),
+        verdict=None if verdict is None else VerdictState(verdict),
+        presence=None if presence == "any" else Presence(presence),
+        labels=tuple((key, value) for key, _, value in labels),
+        text=query.get("q", "").casefold(),
+        after=_uncursor(query.get("cursor", "")),
+    )
+
+
+def _cursor(device_id: str) -> str:
+    return base64.urlsafe_b64encode(device_id.encode()).decode().rstrip("=")
+
+
+def _uncursor(text: str) -> str:
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise UserError("cursor is not one that was given as `next`") from None
+
+
+async def scan(
+    fleet: Fleet, admits: Callable[[DeviceRecord], bool], after: str = ""
+) -> AsyncIterator[DeviceView]:
+    """Every device, tombstones included, whose record is admitted, in the order of the ids. Lets others have
+    their turn on the event loop."""
+    began = time.monotonic()
+    for device_id in sorted([one for one in fleet.slug_by_id if one > after]):
+        if time.monotonic() - began > BREATH_S:
+            await asyncio.sleep(0)
+            began = time.monotonic()
+        record = fleet.records.get(fleet.slug_by_id.get(device_id, Slug("")))
+        if record is not None and admits(record):
+            view = fleet.view(record.slug)
+            if view is not None:
+                yield view
+
+
+async def page_of(
+    request: web.Request, shown: Callable[[Fleet, DeviceView], dict[str, object] | None]
+) -> web.Response:
+    """A page of what `shown` makes of the devices that the query admits (None = leave out)."""
+    check_query(request, set(LIST_QUERY), {"label"})
+    limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MOST_ITEMS)
+    wanted = _filter(request)
+    fleet = request.app[CONTEXT].fleet
+    fleet.check_loaded()
+    items: list[dict[str, object]] = []
+    following: str | None = None
+    last = ""
+    async for view in scan(fleet, wanted.admits, wanted.after):
+        if wanted.verdict is not None and view.verdict.state is not wanted.verdict:
+            continue
+        item = shown(fleet, view)
+        if item is None:
+            continue
+        if len(items) == limit:
+            following = _cursor(last)
+            break
+        items.append(item)
+        last = view.record.device.id
+    return json_response({"items": items, "next": following, "index": fleet.index})

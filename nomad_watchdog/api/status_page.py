@@ -1,0 +1,123 @@
+"""The status page: counts and the devices that want attention. No script, everything escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from html import escape
+from typing import Final
+
+from aiohttp import web
+
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.pagination import check_query, scan
+from nomad_watchdog.fleet.fleet import DeviceView, Fleet
+from nomad_watchdog.model import Presence, VerdictState
+
+MOST_ROWS: Final = 200
+MOST_INCIDENTS: Final = 20
+MADE_EVERY_S: Final = 1.0
+"""It goes through the whole fleet: however many ask for it, the loop pays for it so often at most."""
+
+_URGENCY: Final = {
+    state: rank
+    for rank, state in enumerate(
+        (
+            VerdictState.OFFLINE,
+            VerdictState.FAILING,
+            VerdictState.UNWATCHED,
+            VerdictState.DEGRADED,
+            VerdictState.REPAIRING,
+            VerdictState.SUSPECT,
+            VerdictState.STARTING,
+            VerdictState.WATCHED,
+            VerdictState.DEPARTED,
+        )
+    )
+}
+
+_STYLE: Final = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1b1f23;background:#fff}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ccd1d6;overflow-wrap:anywhere}
+dl{display:flex;flex-wrap:wrap;gap:1.5rem}dt{color:#57606a}dd{margin:0;font-size:1.5rem}
+@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}dt{color:#9198a1}}
+"""
+_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_CSP: Final = (
+    f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+
+
+async def status_page(request: web.Request) -> web.StreamResponse:
+    """Those that want attention first; at most 200 rows, the rest is counted."""
+    check_query(request, set())
+    context = request.app[CONTEXT]
+    clock = context.fleet.clock
+    async with context.page_lock:  # one makes it for all who ask meanwhile
+        if clock.monotonic() - context.page[0] > MADE_EVERY_S:
+            text = await _made(context.fleet)
+            context.page = (clock.monotonic(), text)
+    return web.Response(
+        text=context.page[1],
+        content_type="text/html",
+        headers={"Content-Security-Policy": _CSP, "Referrer-Policy": "no-referrer"},
+    )
+
+
+async def _made(fleet: Fleet) -> str:
+    views = [view async for view in scan(fleet, lambda r: r.presence is Presence.PRESENT)]
+    views.sort(key=lambda v: (_URGENCY[v.verdict.state], v.record.device.id))
+    counts = dict.fromkeys(VerdictState, 0)
+    for view in views:
+        counts[view.verdict.state] += 1
+    tiles = "".join(
+        f"<div><dt>{state.value}</dt><dd>{counts[state]}</dd></div>"
+        for state in VerdictState
+        if state is not VerdictState.DEPARTED
+    )
+    rest = len(views) - MOST_ROWS
+    more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
+    empty = "" if views else "<p>No devices are registered.</p>"
+    ready = "ready" if fleet.ready else f"not ready: {escape(fleet.reason)}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'
+        f"<style>{_STYLE}</style></head><body><h1>nomad-watchdog</h1><p>{len(views)} devices, "
+        f'{ready}</p><dl>{tiles}</dl>{_incidents(fleet)}<table><thead><tr><th scope="col">Device</th>'
+        '<th scope="col">Verdict</th><th scope="col">Since</th><th scope="col">Reason</th>'
+        '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
+        f"{''.join(_row(view) for view in views[:MOST_ROWS])}</tbody></table>{empty}{more}"
+        "</body></html>"
+    )
+
+
+def _incidents(fleet: Fleet) -> str:
+    opened = fleet.chronicle.correlator.opened.values()
+    lines = "".join(
+        f"<li><b>{incident.kind.value} <bdi>{escape(incident.group)}</bdi></b>: {incident.count} of "
+        f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})"
+        f"{_no_agent(fleet.chronicle.reason(incident))}</li>"
+        for incident in list(opened)[:MOST_INCIDENTS]
+    )
+    rest = len(opened) - MOST_INCIDENTS
+    more = f"<p>{rest} more incidents are not shown here.</p>" if rest > 0 else ""
+    return f"<h2>Incidents</h2><ul>{lines}</ul>{more}" if lines else ""
+
+
+def _no_agent(reason: str) -> str:
+    return f"; no agent runs: <bdi>{escape(reason)}</bdi>" if reason else ""
+
+
+def _row(view: DeviceView) -> str:
+    node = view.placement.node if view.placement is not None else ""
+    cells = (
+        view.record.device.id,
+        view.verdict.state.value,
+        f"{view.since_s:.0f} s",
+        view.verdict.reason,
+        view.record.device.address,
+        node,
+    )
+    # <bdi>: text in another direction must not turn the rest of the row round.
+    return f"<tr>{''.join(f'<td><bdi>{escape(cell)}</bdi></td>' for cell in cells)}</tr>"

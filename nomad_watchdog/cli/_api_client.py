@@ -1,0 +1,230 @@
+"""A small client of the HTTP API, on the standard library: it starts fast and needs no loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPException
+from ssl import SSLContext
+from typing import Any, Final
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
+
+from watchdog_agent.runtime.parsing import loads
+
+from nomad_watchdog.cli._proxy import proxy_for
+from nomad_watchdog.errors import (
+    ConflictError,
+    DeniedError,
+    NotFoundError,
+    TerminalError,
+    TransientError,
+    UserError,
+    WatchdogError,
+)
+
+TIMEOUT_S: Final = 15.0
+SILENCE_S: Final = 90.0
+"""A stream that says nothing for so long, not even a heartbeat, is dead."""
+MAX_BODY: Final = 64 * 1024 * 1024
+MAX_LINE: Final = 1024 * 1024
+PAGE: Final = 500
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect would carry the token to whoever the answer names."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Api:
+    """Raises UserError, NotFoundError, DeniedError, ConflictError, TransientError by the answer, and
+    TerminalError when nobody answers."""
+
+    def __init__(
+        self,
+        address: str,
+        token: str = "",
+        *,
+        timeout_s: float = TIMEOUT_S,
+        tls: Callable[[], SSLContext] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """`tls`: makes what an https address needs; it is not asked for another. `env`: names proxies;
+        None = this process's environment."""
+        address = address if "//" in address else f"http://{address}"
+        try:
+            parts = urlsplit(address)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # the port, or the brackets of an IPv6 address
+            valid = False
+        if not valid:
+            shown = ascii(address[:100])
+            raise UserError(f"API address {shown} must be http://HOST:PORT or https://HOST:PORT")
+        if parts.username or parts.password:
+            raise UserError("API address must not hold a user or password; use a token file")
+        self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._token = token
+        self._timeout_s = timeout_s
+        self._tls = tls
+        self._env = env
+        secure = (
+            [HTTPSHandler(context=tls())] if tls is not None and parts.scheme == "https" else []
+        )
+        # Not urllib's own choice: it would send what is for a loopback address through a proxy (C4).
+        self._proxy = proxy_for(self.address, os.environ if env is None else env)
+        proxies = {parts.scheme: self._proxy.url} if self._proxy else {}
+        self._opener = build_opener(_NoRedirect, ProxyHandler(proxies), *secure)
+
+    def at(self, address: str) -> Api:
+        """The same client at another address."""
+        return Api(address, self._token, timeout_s=self._timeout_s, tls=self._tls, env=self._env)
+
+    def holders(self) -> list[Api]:
+        """Where the replicas are that reconcile: each knows only of its own shards what it would do.
+
+        Of a control plane that is alone its own address is not asked for: what it is called by others need
+        not be what it can be reached by from here."""
+        leases = self.get("/v1/leases")
+        if len(leases["replicas"]) < 2:
+            return [self]
+        found = sorted({one["api"] for one in leases["shards"] if one["api"]})
+        return [self.at(address) for address in found] or [self]
+
+    def get(self, path: str, **query: object) -> Any:
+        return self._call("GET", path, query=query)
+
+    def put(self, path: str, body: object) -> Any:
+        return self._call("PUT", path, body=body)
+
+    def post(self, path: str, body: object) -> Any:
+        return self._call("POST", path, body=body)
+
+    def delete(self, path: str) -> Any:
+        return self._call("DELETE", path)
+
+    def devices(self, **query: object) -> Iterator[dict[str, Any]]:
+        """All devices that match."""
+        return self.pages("/v1/devices", **query)
+
+    def pages(self, path: str, **query: object) -> Iterator[dict[str, Any]]:
+        """All items of a list, page by page."""
+        cursor: str | None = None
+        while True:
+            page = self.get(path, **{"limit": PAGE} | query, cursor=cursor)
+            if "items" not in page:
+                raise TerminalError(f"{self.address} answered something else than the API does")
+            yield from page["items"]
+            following = page.get("next")
+            if not following or following == cursor:
+                return
+            cursor = following
+
+    def lines(self, path: str, **query: object) -> Iterator[dict[str, Any]]:
+        """NDJSON as it comes; empty lines are heartbeats."""
+        try:
+            with self._open("GET", path, query=query, timeout_s=SILENCE_S) as answer:
+                while line := answer.readline(MAX_LINE):
+                    if line.strip():
+                        yield loads(line)
+        except (OSError, HTTPException, ValueError) as error:
+            raise TransientError(f"event stream of {self.address} broke: {error}") from error
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        body: object = None,
+    ) -> Any:
+        try:
+            with self._open(method, path, query=query, body=body) as answer:
+                data = answer.read(MAX_BODY + 1)
+        except (OSError, HTTPException) as error:
+            raise TransientError(f"{self.address} broke off: {error}") from error
+        if len(data) > MAX_BODY:
+            raise TerminalError(f"{self.address} answered more than {MAX_BODY} bytes")
+        try:
+            said = loads(data) if data.strip() else {}
+        except ValueError as error:
+            raise TerminalError(f"{self.address} did not answer JSON; is it the API?") from error
+        if not isinstance(said, dict) or not _is_list(said.get("items", [])):
+            raise TerminalError(f"{self.address} answered something else than the API does")
+        return said
+
+    def _open(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        body: object = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        wanted = {key: value for key, value in (query or {}).items() if value not in (None, "", ())}
+        url = f"{self.address}{path}" + (f"?{urlencode(wanted, doseq=True)}" if wanted else "")
+        request = Request(url, method=method)  # the scheme was checked in __init__
+        request.add_header("Accept", "application/json")
+        if self._token:
+            request.add_header("Authorization", f"Bearer {self._token}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        try:
+            return self._opener.open(request, timeout=timeout_s or self._timeout_s)
+        except HTTPError as error:
+            with error:
+                via = f" through the proxy {self._proxy.shown}" if self._proxy else ""
+                raise _refusal(error.code, error.read(65536), f"{self.address}{via}") from error
+        except (URLError, OSError, HTTPException) as error:
+            why = getattr(error, "reason", error)
+            why = getattr(why, "strerror", None) or why
+            if self._proxy is not None:
+                raise TerminalError(
+                    f"no answer from the API at {self.address} through the proxy {self._proxy.shown}: "
+                    f"{why}; name the API's host in no_proxy to call it directly"
+                ) from error
+            raise TerminalError(
+                f"no answer from the API at {self.address}: {why}; is `nomad-watchdog run` running "
+                "there? --address or NOMAD_WATCHDOG_ADDR names another"
+            ) from error
+
+
+def _is_list(items: object) -> bool:
+    return isinstance(items, list) and all(isinstance(one, dict) for one in items)
+
+
+def device_path(device_id: str, *more: str) -> str:
+    """The id is data: percent-encoded whole, slashes too. "." and ".." would be taken for steps."""
+    if device_id in (".", ".."):
+        raise UserError(
+            f"device id {device_id!r} can't be addressed in a URL; use `devices import`"
+        )
+    return "/".join(("/v1/devices", quote(device_id, safe=""), *more))
+
+
+def quoted(text: str) -> str:
+    """One segment of a path."""
+    if text in ("", ".", ".."):
+        raise UserError(f"{text!a} can't be addressed in a URL")
+    return quote(text, safe="")
+
+
+def _refusal(status: int, body: bytes, address: str) -> WatchdogError:
+    try:
+        text = str(loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        text = f"{address} answered HTTP {status}"
+    if status == 404:
+        return NotFoundError(text)
+    if status in (401, 403):
+        return DeniedError(f"{text}; NOMAD_WATCHDOG_TOKEN_FILE names the file with the token")
+    if status == 409:
+        return ConflictError(text)
+    if status == 429 or status >= 500:
+        return TransientError(text)
+    return UserError(text) if status >= 400 else TerminalError(text)

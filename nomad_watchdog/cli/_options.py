@@ -1,0 +1,172 @@
+"""What verbs share: settings, the API client, ``-o``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from nomad_watchdog import text_files
+from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from nomad_watchdog.config.api import Api as ApiBlock
+    from nomad_watchdog.config.settings import Settings
+
+FILE_NAME: Final = "nomad-watchdog.hcl"
+DEFAULT_ADDRESS: Final = "http://127.0.0.1:9670"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def output_option(*formats: str) -> Callable[[F], F]:
+    """``-o/--output``: the first format is the default."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(formats or ("table", "json", "wide")),
+        default=(formats or ("table",))[0],
+        show_default=True,
+        help="Form of what is printed.",
+    )
+
+
+def settings_of(ctx: click.Context, file: str | None = None, *, whole: bool = False) -> Settings:
+    """Flags over environment over file over defaults. `whole`: also with the files that it names."""
+    from nomad_watchdog import logs
+    from nomad_watchdog.config.load import Check, load, no_check
+
+    logs.for_commands()
+    also: Check = no_check
+    if whole:
+        from nomad_watchdog.daemon import preflight
+
+        also = lambda settings: preflight.misfits(settings, os.environ)  # noqa: E731  # one line
+
+    return load(
+        file or ctx.obj["config"],
+        os.environ,
+        {"backend": ctx.obj["backend"]},
+        also=also,
+        options=lambda: set(_option_variables(ctx.find_root())),
+    )
+
+
+def _option_variables(ctx: click.Context) -> Iterator[str]:
+    """The environment variables that click reads for options of verbs."""
+    verbs: list[tuple[str, click.Command]] = [(str(ctx.auto_envvar_prefix), ctx.command)]
+    while verbs:
+        prefix, verb = verbs.pop()
+        for option in verb.params:
+            yield f"{prefix}_{(option.name or '').upper()}"
+        if isinstance(verb, click.Group):
+            found = ((name, verb.get_command(ctx, name)) for name in verb.list_commands(ctx))
+            verbs += [
+                (f"{prefix}_{name.upper().replace('-', '_')}", one) for name, one in found if one
+            ]
+
+
+def api_of(ctx: click.Context) -> Api:
+    """The API at --address, else where the configuration file says that it listens."""
+    address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
+    authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
+    named = ctx.obj["config"]
+    if not address and (named or Path(FILE_NAME).is_file()):
+        try:
+            settings = settings_of(ctx)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nthe address of the API could not be read from the configuration; with --address URL "
+                "(or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE this command does without the file"
+            ) from error
+        if not named:
+            _check_sources(settings.api, os.environ)
+        address, token_file = settings.advertise, token_file or settings.api.token_file
+        authority = authority or settings.api.ca_cert or ""
+    token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
+    if token_file:
+        token = text_files.token("token file", token_file)
+    if token and not (token.isascii() and token.isprintable()):
+        raise UserError("the API token holds characters that can't be sent")
+    know(token)
+    return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+
+
+def _check_sources(api: ApiBlock, env: Mapping[str, str]) -> None:
+    """Raises UserError where a token would be sent to an address from another source: the file that lies in the
+    working folder, which nobody named, or the environment."""
+
+    def source(setting: str) -> str:
+        variable = f"NOMAD_WATCHDOG_API_{setting.upper()}"
+        if env.get(variable):
+            return variable
+        return FILE_NAME if setting in api.model_fields_set else ""
+
+    ours = [name for name in ("NOMAD_WATCHDOG_TOKEN_FILE", "NOMAD_WATCHDOG_TOKEN") if env.get(name)]
+    if ours and ours[0].endswith("TOKEN") and api.token_file:
+        ours = []  # a file takes precedence
+    sent = ours[0] if ours else source("token_file")
+    where = source("advertise") or source("listen")
+    if sent and where and (sent == FILE_NAME) != (where == FILE_NAME):
+        raise UserError(
+            f"the API's address comes from {where} and the token from {sent}; a token is sent only to an address "
+            f"from its own source: give --address URL (or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE, or "
+            f"name the file with --config {FILE_NAME}"
+        )
+
+
+def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
+    """How the API's certificate is verified, and which one we show. Raises UserError."""
+    import ssl
+
+    from nomad_watchdog.clients import hashicorp_environment
+
+    certificate = env.get("NOMAD_WATCHDOG_CLIENT_CERT", "")
+    key = env.get("NOMAD_WATCHDOG_CLIENT_KEY", "")
+    if bool(certificate) != bool(key):
+        raise UserError("NOMAD_WATCHDOG_CLIENT_CERT and NOMAD_WATCHDOG_CLIENT_KEY go together")
+    try:
+        context = hashicorp_environment.trust("api", ca_cert=authority)
+        if certificate:
+            hashicorp_environment.load_chain(context, certificate, key)
+    except OSError as error:  # ssl.SSLError too
+        why = getattr(error, "reason", None) or error.strerror or "not PEM"
+        raise UserError(f"TLS files of NOMAD_WATCHDOG_*: {why}") from error
+    skip = env.get("NOMAD_WATCHDOG_SKIP_VERIFY", "").lower()
+    if skip not in ("", "0", "false", "1", "true"):
+        raise UserError("NOMAD_WATCHDOG_SKIP_VERIFY must be true or false")
+    if skip in ("1", "true"):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def caller() -> str:
+    """What whoever types a command is called on this machine; told, not believed."""
+    import getpass
+
+    try:
+        return getpass.getuser()[:64]
+    except (OSError, KeyError):
+        return "unknown"
+
+
+def no_color(ctx: click.Context) -> bool:
+    return bool(ctx.obj["no_color"])
+
+
+def labels_of(pairs: Iterable[str]) -> dict[str, str]:
+    """KEY=VALUE arguments as a mapping."""
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise UserError(f"label {pair!a} must be KEY=VALUE")
+        labels[key] = value
+    return labels

@@ -1,0 +1,158 @@
+"""Verbs about agents: list them, read what one said, have one probe now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nomad_watchdog.cli._agent_logs import kubernetes_log, local_log, nomad_log
+from nomad_watchdog.cli._api_client import Api, device_path
+from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
+from nomad_watchdog.device_address import endpoint
+from nomad_watchdog.errors import NotFoundError, TransientError, UserError, WatchdogError
+from nomad_watchdog.ids import parse_device_id, slug_of
+from nomad_watchdog.terminal import age, cell, clean, print_json, print_table
+
+if TYPE_CHECKING:
+    from nomad_watchdog.config.settings import Settings
+
+EXIT_FAILED = 69
+PROBE_S = 60.0
+"""How long a run of all probes may take: the agent bounds each of them."""
+
+
+@click.group()
+def agents() -> None:
+    """List agents, read their logs, have one probe now."""
+
+
+@agents.command("ls")
+@output_option()
+@click.pass_context
+def list_agents(ctx: click.Context, output: str) -> None:
+    """List the agents as the scheduler sees them."""
+    items = list(api_of(ctx).pages("/v1/agents"))
+    if output == "json":
+        print_json({"items": items})
+        return
+    preferred = ["id", "class", "epoch", "state", "node", "version", "age_s", "reason"]
+    known = list(dict.fromkeys(key for item in items for key in item))
+    columns = [key for key in preferred if key in known]
+    if output == "wide" or not columns:
+        columns += [key for key in known if key not in columns]
+    rows = [
+        [age(item.get(c)) if c.endswith("_s") else item.get(c) for c in columns] for item in items
+    ]
+    heads = [column.removesuffix("_s").replace("_", " ").upper() for column in columns]
+    print_table(heads or ["no agents"], rows, no_color=no_color(ctx))
+
+
+@agents.command()
+@click.argument("device")
+@click.option("-n", "--lines", type=click.IntRange(1, 100_000), default=100, show_default=True)
+@output_option("table", "json")
+@click.pass_context
+def logs(ctx: click.Context, device: str, lines: int, output: str) -> None:
+    """Print the last lines that the agent of a device has logged.
+
+    With the local backend they are read from its file, so this must run where the agents do; with Nomad they
+    are asked for from Nomad, which has them if the job's template collects logs; with Kubernetes from the API
+    server. Exits 66 if the device is not registered, or its agent has no log."""
+    try:
+        text = _log(ctx, settings_of(ctx), device)
+    except NotFoundError:
+        _check_registered(ctx, device)
+        raise
+    last = text.splitlines()[-lines:]
+    if output == "json":
+        print_json({"device": device, "lines": last})
+        return
+    for line in last:
+        click.echo(clean(line))
+
+
+def _log(ctx: click.Context, settings: Settings, device: str) -> str:
+    slug = slug_of(parse_device_id(device))
+    if settings.backend == "local":
+        return local_log(settings.local_directory / slug)
+    if settings.backend == "nomad":
+        instance = str(_agent(api_of(ctx), device)["instance"])
+        if not instance:
+            raise TransientError(f"no agent of {device!a} has reported yet")
+        return asyncio.run(nomad_log(settings, instance))
+    if settings.backend == "kubernetes":
+        return asyncio.run(kubernetes_log(settings, slug))
+    raise UserError(
+        f"backend {settings.backend!a} has no logs here; local, nomad and kubernetes do"
+    )
+
+
+def _check_registered(ctx: click.Context, device: str) -> None:
+    """Raises NotFoundError, with a hint, when the API answers that the device is not registered."""
+    try:
+        api_of(ctx).get(device_path(device))
+    except NotFoundError:
+        raise
+    except WatchdogError:
+        return  # without the API it can't be told
+
+
+@agents.command("exec-probe")
+@click.argument("device")
+@output_option("table", "json")
+@click.pass_context
+def exec_probe(ctx: click.Context, device: str, output: str) -> None:
+    """Have the agent of a device run all its probes now, and show each result.
+
+    The agent is asked directly, so its address must be reachable from here. What it finds is shown and
+    changes no verdict. Exits 69 if a probe fails or could not be asked."""
+    listen = _agent(api_of(ctx), device)["listen"]
+    if not listen:
+        raise TransientError(f"no agent of {device!a} has reported yet")
+    # What the agent said of itself: a host and a port, or nothing is sent. Without our token: it is not for agents.
+    agent = Api(f"http://{endpoint(listen)}", timeout_s=5.0)
+    told = _probed(agent)
+    results: list[dict[str, Any]] = told["results"]
+    failed = not all(one["ok"] for one in results)
+    if output == "json":
+        print_json({"device": device, "ok": not failed, "results": results})
+    else:
+        rows = [
+            (r["probe"], _result(r), age(r["took_s"]), cell(r.get("warning") or r["reason"]))
+            for r in results
+        ]
+        print_table(("PROBE", "RESULT", "TOOK", "REASON"), rows, no_color=no_color(ctx))
+    ctx.exit(EXIT_FAILED if failed else 0)
+
+
+def _result(one: dict[str, Any]) -> str:
+    """The outcome of one probe; an older agent reports no third one."""
+    if one["ok"]:
+        return "warning" if one.get("warning") else "ok"
+    return "unable" if one.get("outcome") == "unable" else "failed"
+
+
+def _probed(agent: Api) -> Any:
+    """The results of one run. Raises TransientError when they are not there in time."""
+    run = agent.post("/probe", None)["run"]
+    deadline = time.monotonic() + PROBE_S
+    while time.monotonic() < deadline:
+        told = agent.get("/probe")
+        if told["run"] != run:
+            raise TransientError("the agent was asked by somebody else meanwhile")
+        if told["done"]:
+            return told
+        time.sleep(0.1)  # noqa: TID251  # a verb, with a deadline
+    raise TransientError(f"the probes did not end within {PROBE_S:g} s")
+
+
+def _agent(api: Api, device: str) -> dict[str, Any]:
+    """The agent of a device as the API lists it. Raises NotFoundError."""
+    for one in api.pages("/v1/agents", q=device):
+        if one["id"] == device:
+            return one
+    api.get(device_path(device))  # an unknown device is another error than one without an agent
+    raise NotFoundError(f"no agent of {device!a} is known; `nomad-watchdog explain` says why")

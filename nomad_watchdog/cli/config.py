@@ -1,0 +1,51 @@
+"""``config check`` and ``config show``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from nomad_watchdog.cli._options import output_option, settings_of
+from nomad_watchdog.terminal import clean, print_json
+
+
+@click.group()
+def config() -> None:
+    """Check or show the configuration."""
+
+
+@config.command()
+@click.argument("file", required=False)
+@click.pass_context
+def check(ctx: click.Context, file: str | None) -> None:
+    """Check FILE, or the one that would be used, and the files that it names.
+
+    Reports all errors at once (exit 64)."""
+    from nomad_watchdog.config.load import find_file
+
+    settings_of(ctx, file, whole=True)
+    found = find_file(file or ctx.obj["config"], os.environ)
+    click.echo(f"{clean(found or 'built-in defaults')}: valid")
+
+
+@config.command()
+@output_option("table", "json")
+@click.pass_context
+def show(ctx: click.Context, output: str) -> None:
+    """Show every setting as it is in force; seconds and bytes are plain numbers. Holds no secret."""
+    values = settings_of(ctx).model_dump(mode="json")
+    if output == "json":
+        print_json(values)
+        return
+    for name, value in _flat(values):
+        click.echo(f"{clean(name)} = {clean(value)}")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        rows += _flat(item, f"{name}.") if isinstance(item, dict) and item else [(name, item)]
+    return rows

@@ -1,0 +1,42 @@
+"""``departures``: devices that the running replicas hold from leaving, and the word to let them go."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from nomad_watchdog.cli._confirm import Kind
+from nomad_watchdog.cli._options import api_of, no_color, output_option
+
+DEPARTURES: Final = Kind(
+    word="departures",
+    read=lambda api: dict(api.get("/v1/departures")),
+    rows="devices",
+    columns=("device", "cause"),
+    confirm_path="/v1/departures:confirm",
+)
+
+
+@click.group()
+def departures() -> None:
+    """Show or confirm the devices that are held from leaving because they are too many (S7)."""
+
+
+@departures.command("ls")
+@output_option("table", "json")
+@click.pass_context
+def list_departures(ctx: click.Context, output: str) -> None:
+    """List the devices that are held, why, and the id that confirms them; with several replicas, an id
+    each."""
+    DEPARTURES.show(api_of(ctx), output, no_color=no_color(ctx))
+
+
+@departures.command()
+@click.argument("held_id", metavar="ID")
+@click.pass_context
+def confirm(ctx: click.Context, held_id: str) -> None:
+    """Let those leave that ID names, as `departures ls` and `status` show it.
+
+    Exits 75 when others are held by now."""
+    DEPARTURES.confirm(api_of(ctx), held_id)

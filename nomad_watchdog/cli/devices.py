@@ -1,0 +1,209 @@
+"""``nomad-watchdog devices``: the registry, through the API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final, TextIO
+
+import click
+from watchdog_agent.runtime.parsing import loads
+
+from nomad_watchdog.cli._api_client import device_path
+from nomad_watchdog.cli._options import api_of, labels_of, no_color, output_option
+from nomad_watchdog.device_address import device_address
+from nomad_watchdog.errors import NotFoundError, UserError
+from nomad_watchdog.ids import parse_device_id
+from nomad_watchdog.terminal import age, clean, print_json, print_table
+
+COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
+WIDE: Final = (
+    *COLUMNS[:-1], "presence", "generation", "epoch", "version", "placement_state", "agent_age_s",
+    "instance", "slug", "labels", "source", "ttl", "expires_in_s", "flapping", "paused", "reason",
+)  # fmt: skip
+BATCH: Final = 500
+MAX_LINE: Final = 64 * 1024
+MOST_REFUSED: Final = 20
+"""Rejected lines that are printed one by one."""
+
+
+@click.group()
+def devices() -> None:
+    """Add, list and remove devices."""
+
+
+@devices.command()
+@click.argument("device_id", metavar="ID")
+@click.option("--address", required=True, help="Host name or IP address that is probed.")
+@click.option("--class", "agent_class", help='Agent class [default: "default"].')
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option(
+    "--ttl",
+    metavar="DURATION",
+    help='It leaves when it gives no sign of life for so long ("90s"); 0s = never.',
+)
+@output_option("table", "json")
+@click.pass_context
+def add(  # click hands over one argument an option
+    ctx: click.Context,
+    device_id: str,
+    address: str,
+    agent_class: str | None,
+    labels: tuple[str, ...],
+    ttl: str | None,
+    output: str,
+) -> None:
+    """Register or update a device. Idempotent.
+
+    Exits 64 if the agent class is not configured."""
+    parse_device_id(device_id)
+    address = device_address(address)
+    body: dict[str, Any] = {"address": address, "labels": labels_of(labels)}
+    body |= {"class": agent_class} if agent_class is not None else {}
+    body |= {"ttl": ttl} if ttl else {}
+    answer = api_of(ctx).put(device_path(device_id), body)
+    if output == "json":
+        print_json(answer)
+    else:
+        click.echo(f"{clean(device_id)}: registered")
+
+
+@devices.command("ls")
+@click.option("--class", "agent_class", help="Only this agent class.")
+@click.option("--verdict", help="Only this verdict.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option("-q", "--query", help="Only ids that hold this text.")
+@click.option("--limit", type=click.IntRange(1, 2**31), help="At most so many.")
+@output_option()
+@click.pass_context
+def list_devices(  # click hands over one argument an option
+    ctx: click.Context,
+    agent_class: str | None,
+    verdict: str | None,
+    labels: tuple[str, ...],
+    query: str | None,
+    limit: int | None,
+    output: str,
+) -> None:
+    """List devices with their verdicts."""
+    labels_of(labels)
+    found = api_of(ctx).devices(
+        **{"class": agent_class, "verdict": verdict, "label": labels, "q": query}
+    )
+    items = [item for item, _ in zip(found, range(limit), strict=False)] if limit else list(found)
+    print_devices(items, output, no_color=no_color(ctx))
+
+
+@devices.command()
+@click.argument("device_id", metavar="ID")
+@output_option()
+@click.pass_context
+def get(ctx: click.Context, device_id: str, output: str) -> None:
+    """Show one device."""
+    item = api_of(ctx).get(device_path(device_id))
+    if output == "json":
+        print_json(item)
+    else:
+        print_devices([item], output, no_color=no_color(ctx))
+
+
+@devices.command()
+@click.argument("device_ids", metavar="ID...", nargs=-1, required=True)
+@click.option(
+    "--now/--grace",
+    "now",
+    default=True,
+    show_default=True,
+    help="Stop the agent at once, or keep it for presence.grace in case the device comes back.",
+)
+@click.pass_context
+def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
+    """Stop watching devices. A device that is gone already is no error of the API's."""
+    api = api_of(ctx)
+    unknown: NotFoundError | None = None
+    for device_id in device_ids:
+        try:
+            api.delete(device_path(device_id) + ("" if now else "?now=false"))
+        except NotFoundError as error:
+            # The rest of the list is meant too; the exit code tells of this one.
+            click.echo(f"{clean(device_id)}: {clean(error)}", err=True)
+            unknown = error
+        else:
+            click.echo(f"{clean(device_id)}: removed")
+    if unknown is not None:
+        raise unknown
+
+
+@devices.command("import")
+@click.argument("file", type=click.File("r", encoding="utf-8"))
+@click.pass_context
+def import_devices(ctx: click.Context, file: TextIO) -> None:
+    """Register the devices of FILE ("-" = standard input): one JSON object per line, with id, address,
+    class and labels, as `devices export` prints them. All lines are checked before the first is sent.
+
+    Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
+    wanted = list(_lines(file))
+    api = api_of(ctx)
+    refused: list[str] = []
+    for start in range(0, len(wanted), BATCH):
+        batch = wanted[start : start + BATCH]
+        devices = [item for _, item in batch]
+        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []})
+        results = answer.get("results") if isinstance(answer, dict) else None
+        for (number, item), one in zip(batch, results or [], strict=False):
+            if one.get("status", 200) >= 400:
+                refused.append(f"line {number}: {ascii(item['id'])[:80]}: {one.get('error')}")
+    stored = len(wanted) - len(refused)
+    click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
+    if refused:
+        more = [f"and {len(refused) - MOST_REFUSED} more"] if len(refused) > MOST_REFUSED else []
+        raise UserError("\n".join(["rejected:", *refused[:MOST_REFUSED], *more]))
+
+
+@devices.command("export")
+@click.pass_context
+def export(ctx: click.Context) -> None:
+    """Print the devices that are present, one JSON object a line, for `devices import`."""
+    for item in api_of(ctx).devices():
+        if item.get("presence", "present") == "present":
+            wanted = {key: item.get(key) for key in ("id", "class", "address", "labels")}
+            if item.get("ttl") is not None:
+                wanted["ttl"] = item["ttl"]
+            click.echo(json.dumps(wanted, ensure_ascii=True))
+
+
+def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -> None:
+    if output == "json":
+        print_json({"items": items})
+        return
+    columns = WIDE if output == "wide" else COLUMNS
+    rows = [
+        [age(item.get(name)) if name.endswith("_s") else item.get(name) for name in columns]
+        for item in items
+    ]
+    heads = [name.removesuffix("_s").replace("_", " ").upper() for name in columns]
+    print_table(heads, rows, no_color=no_color)
+
+
+def _lines(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, item) of each line that is not blank. Raises UserError that names the line."""
+    number = 0
+    try:
+        while line := file.readline(MAX_LINE):
+            number += 1
+            if not line.strip():
+                continue
+            item = loads(line)
+            if not isinstance(item, dict) or not isinstance(item.get("address"), str):
+                raise UserError(f"line {number}: must be an object with id and address")  # noqa: TRY301
+            unknown = set(item) - {"id", "class", "address", "labels", "ttl"}
+            if unknown:
+                raise UserError(f"line {number}: unknown field {min(unknown)!a}")  # noqa: TRY301
+            parse_device_id(item.get("id"))
+            item["address"] = device_address(item["address"])
+            yield number, {"labels": {}, **item}
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("line") else f"line {number}: {text}") from error
+    except ValueError as error:
+        raise UserError(f"line {number or 1}: not JSON, or not UTF-8: {error}") from error

@@ -1,0 +1,141 @@
+"""The command line: which verbs there are, what is common to them, and the exit codes.
+
+Only click is imported here. A verb's module comes in when the verb runs; the one-line help of each
+stands in the table below, so that ``nomad-watchdog --help`` imports none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final, NoReturn
+
+import click
+
+from nomad_watchdog import __version__
+from nomad_watchdog.errors import WatchdogError
+
+EXIT_USAGE: Final = 64
+EXIT_INTERNAL: Final = 70
+EXIT_INTERRUPTED: Final = 130
+
+VERBS: Final[dict[str, tuple[str, str]]] = {
+    "run": ("run:run", "Run the control plane until it is told to stop."),
+    "init": ("run:init", "Prepare a new, empty registry."),
+    "devices": ("devices:devices", "Add, list and remove devices."),
+    "agents": ("agents:agents", "List agents, read their logs, have one probe now."),
+    "status": ("status:status", "Show the fleet in one screen."),
+    "explain": ("status:explain", "Say why a device is in its state."),
+    "leader": ("status:leader", "Show which replica reconciles what, and since when."),
+    "plan": ("plan:plan", "Show what would be started, replaced and stopped."),
+    "apply": ("plan:apply", "Carry out a plan, roll-outs included."),
+    "stops": ("stops:stops", "Show or confirm the stops that are held."),
+    "departures": ("departures:departures", "Show or confirm devices held from leaving."),
+    "migrate": ("migrate:migrate", "Move agents to another scheduler."),
+    "pools": ("pools:pools", "List, scale and remove pools of workers."),
+    "pause": ("pauses:pause", "Do nothing for devices, for a while."),
+    "resume": ("pauses:resume", "End a pause."),
+    "maintenance": ("pauses:maintenance", "Plan windows in which nothing is done."),
+    "events": ("status:events", "Print events, and follow them with -f."),
+    "incidents": ("incidents:incidents", "Show what many devices have in common."),
+    "registry": ("registry:registry", "Back up and restore the registry."),
+    "doctor": ("doctor:doctor", "Check the environment and say what to mend."),
+    "config": ("config:config", "Check or show the configuration."),
+    "demo": ("run:demo", "Run a demo on this machine with simulated devices."),
+    "completion": ("completion:completion", "Print the completion script of a shell."),
+    "version": ("completion:version", "Print the version."),
+}
+
+
+class _Stub(click.Command):
+    """What ``--help`` shows of a verb that is not imported."""
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        module, name = VERBS[cmd_name][0].split(":")
+        found = getattr(import_module(f"nomad_watchdog.cli.{module}"), name)
+        assert isinstance(found, click.Command)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "auto_envvar_prefix": "NOMAD_WATCHDOG",
+        "help_option_names": ["-h", "--help"],
+    },
+)
+@click.version_option(__version__, prog_name="nomad-watchdog")
+@click.option(
+    "--config", metavar="FILE", help="Configuration [default: ./nomad-watchdog.hcl if any]."
+)
+@click.option("--backend", metavar="NAME", help="Scheduler backend, over the configuration's.")
+@click.option(
+    "--address", metavar="URL", envvar="NOMAD_WATCHDOG_ADDR", help="Address of the running API."
+)
+@click.option("--no-color", is_flag=True, help="No colours.")
+@click.pass_context
+def cli(
+    ctx: click.Context, config: str | None, backend: str | None, address: str | None, no_color: bool
+) -> None:
+    """Keep exactly one watchdog agent running per device.
+
+    Exit codes: 0 done, 2 changes (plan --detailed-exitcode), 64 wrong usage or configuration, 66 no
+    such device, 69 unavailable, 70 internal error, 75 try again, 77 denied, 130 interrupted.
+    """
+    ctx.obj = {"config": config, "backend": backend, "address": address, "no_color": no_color}
+    # Any value but the empty one counts (no-color.org), so click must not read it as a boolean.
+    no_color = no_color or bool(os.environ.get("NO_COLOR"))
+    ctx.obj["no_color"] = no_color
+    if no_color:
+        ctx.color = False
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    os.umask(0o077)  # what we write is ours alone, whatever the caller's umask is
+    sys.exit(_code(argv))
+
+
+def _code(argv: Sequence[str] | None) -> int:
+    try:
+        result = cli.main(argv, prog_name="nomad-watchdog", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except WatchdogError as error:
+        from nomad_watchdog.terminal import clean
+
+        for line in str(error).splitlines():
+            click.echo(f"error: {clean(line)}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # `| head` has seen enough; keep the interpreter from complaining at its last flush.
+        sys.stdout = None
+        return 0
+    except Exception:  # noqa: BLE001  # the program's boundary: a traceback may quote a secret
+        import traceback
+
+        from nomad_watchdog.secret_values import hide
+
+        click.echo(hide(traceback.format_exc()), err=True)
+        return EXIT_INTERNAL
+    return result if isinstance(result, int) else 0

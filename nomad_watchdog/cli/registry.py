@@ -1,0 +1,52 @@
+"""``registry``: the store of devices as a file, and back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TextIO
+
+import click
+
+from nomad_watchdog.cli._options import output_option, settings_of
+
+
+@click.group()
+def registry() -> None:
+    """Back up and restore the registry."""
+
+
+@registry.command("export")
+@click.pass_context
+def export(ctx: click.Context) -> None:
+    """Print the whole registry: every record with its epoch, those of devices that have left too."""
+    from nomad_watchdog.daemon import serve
+
+    for line in asyncio.run(serve.export_registry(settings_of(ctx))):
+        click.echo(line)
+
+
+@registry.command("import")
+@click.argument("file", type=click.File("r", encoding="utf-8"))
+@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+@output_option("table", "json")
+@click.pass_context
+def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> None:
+    """Bring a backup into the registry: FILE, or "-" for standard input. All of it is checked first.
+
+    A newer wish stands, and no epoch goes back. A registry that is new takes the backup's installation,
+    and so goes on with the agents that run."""
+    from nomad_watchdog.daemon import serve
+    from nomad_watchdog.registry import backup
+    from nomad_watchdog.terminal import print_json
+
+    installation, records, floor = backup.parse(file)
+    done = asyncio.run(
+        serve.import_registry(settings_of(ctx), installation, records, floor, dry_run=dry_run)
+    )
+    if output == "json":
+        print_json(
+            {"installation": done.installation, "records": done.records, "changed": done.changed}
+        )
+        return
+    would = "would be changed" if dry_run else "changed"
+    click.echo(f"{done.records} records in the backup, {done.changed} {would}")

@@ -1,0 +1,51 @@
+"""``run``, ``init`` and ``demo``."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import click
+
+from nomad_watchdog.cli._options import output_option, settings_of
+
+
+@click.command()
+@click.pass_context
+def run(ctx: click.Context) -> None:
+    """Run the control plane until SIGTERM or SIGINT: API, planner, reconciler.
+
+    SIGHUP reads the configuration again, and applies what can be applied at run time."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the service has its own handler
+    from nomad_watchdog.daemon import serve
+
+    ctx.exit(asyncio.run(serve.serve(settings_of(ctx), lambda: settings_of(ctx))))
+
+
+@click.command()
+@click.pass_context
+def init(ctx: click.Context) -> None:
+    """Prepare a new, empty registry. Doing it again changes nothing.
+
+    Without it nothing is decided: an empty store is taken for a wiped or a wrong one, and an empty
+    registry would mean «stop every agent»."""
+    from nomad_watchdog.daemon import serve
+
+    click.echo(asyncio.run(serve.initialise(settings_of(ctx))))
+
+
+@click.command()
+@click.option("--devices", type=click.IntRange(10, 200), default=20, show_default=True)
+@click.option("--keep", is_flag=True, help="Keep everything running until Ctrl-C.")
+@output_option("table", "json")
+@click.pass_context
+def demo(ctx: click.Context, devices: int, keep: bool, output: str) -> None:
+    """Run a demo on this machine with simulated devices and faults.
+
+    It runs on Nomad and Consul if both are on PATH or were built before, else on local processes; --backend
+    takes precedence. Exits 0 only if every step converged. Leaves nothing behind."""
+    from nomad_watchdog import demo as show
+
+    ctx.exit(
+        show.main(ctx.obj["backend"], devices, output, keep=keep, no_color=ctx.obj["no_color"])
+    )

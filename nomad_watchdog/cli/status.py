@@ -1,0 +1,199 @@
+"""Verbs that only look: status, agents, explain, events."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Mapping
+from typing import Any, Final
+
+import click
+from watchdog_agent.runtime.parsing import whole
+
+from nomad_watchdog.cli._api_client import PAGE, Api, device_path
+from nomad_watchdog.cli._options import api_of, no_color, output_option
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.errors import TerminalError, TransientError, UserError
+from nomad_watchdog.terminal import age, cell, clean, print_json, print_table, utc
+
+
+@click.command()
+@output_option("table", "json")
+@click.pass_context
+def status(ctx: click.Context, output: str) -> None:
+    """Show the fleet in one screen."""
+    answer = api_of(ctx).get("/v1/status")
+    print_json(answer) if output == "json" else _print_tree(answer)
+
+
+@click.command()
+@click.argument("device_id", metavar="DEVICE")
+@output_option("table", "json")
+@click.pass_context
+def explain(ctx: click.Context, device_id: str, output: str) -> None:
+    """Say why a device is in its state: the verdict, what it was made from, the last decisions."""
+    answer = api_of(ctx).get(device_path(device_id, "explain"))
+    if output == "json":
+        print_json(answer)
+        return
+    last = answer.pop("events", [])
+    _print_tree(answer)
+    click.echo("events:")
+    for event in last:
+        click.echo(f"  {_event_line(event)}")
+
+
+@click.command()
+@output_option("table", "json")
+@click.pass_context
+def leader(ctx: click.Context, output: str) -> None:
+    """Show which replica holds which shard and since when: with one shard, the leader."""
+    answer = api_of(ctx).get("/v1/leases")
+    if output == "json":
+        print_json(answer)
+        return
+    now = SystemClock().wall()
+    rows = [
+        [one["shard"], one["holder"] or "nobody", one["api"], _held(one, now), one["term"]]
+        for one in answer["shards"]
+    ]
+    print_table(["SHARD", "HOLDER", "API", "SINCE", "TERM"], rows, no_color=no_color(ctx))
+    for line in _differing(answer["replicas"]):
+        click.echo(line, err=True)
+    if answer["problem"]:
+        click.echo(
+            f"{clean(answer['replica'])} holds nothing: {clean(answer['problem'])}", err=True
+        )
+
+
+def _differing(replicas: list[dict[str, Any]]) -> list[str]:
+    """A line per replica, where they are not all configured equally."""
+    known = [one for one in replicas if one.get("config")]
+    if len({one["config"] for one in known}) < 2:
+        return []
+    told = [f"{clean(one['id'])} is configured with {clean(one['config'])}" for one in known]
+    return ["replicas are configured differently; see `status` for the classes:", *told]
+
+
+def _held(lease: dict[str, Any], now: float) -> str:
+    return age(max(0.0, now - lease["since"])) if lease["holder"] else ""
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
+@click.option(
+    "--since", default="0", metavar="N|AGE", help="After this number, or 90s, 1h, 2d ago."
+)
+@click.option("--device", metavar="ID", help="Only events about this device.")
+@click.option("--kind", metavar="START", help="Only kinds that begin so, such as verdict.")
+@click.option("--verdict", metavar="STATE", help="Only changes to this verdict.")
+@click.option("--own", is_flag=True, help="Only what the replica that is asked saw itself.")
+@output_option("table", "json")
+@click.pass_context
+def events(
+    ctx: click.Context, /, follow: bool, since: str, own: bool, output: str, **wanted: str | None
+) -> None:
+    """Print events, oldest first; with -f go on, and reconnect when the stream breaks."""
+    api = api_of(ctx)
+    after, within_s = _since(since)
+    filters: dict[str, object] = {**wanted, "within_s": within_s, "own": "true" if own else None}
+    if follow:
+        _follow(api, after, output, filters)
+        return
+    while True:
+        page = api.get("/v1/events", since=after, limit=PAGE, **filters)
+        for event in page["items"]:
+            _print_event(event, output)
+        if len(page["items"]) < PAGE or page["next"] <= after:
+            return
+        after = page["next"]
+
+
+def _since(text: str) -> tuple[int, int | None]:
+    """A sequence number and no age, or 0 and an age in seconds. Raises UserError."""
+    if text.isascii() and text.isdigit():
+        try:
+            return whole(text), None
+        except ValueError as error:
+            raise UserError(f"--since: {error}") from None
+    from nomad_watchdog.config.hcl import parse_duration
+
+    try:
+        return 0, max(1, round(float(str(parse_duration(text)))))
+    except ValueError as error:
+        raise UserError(f"--since: {error}; or the number of an event") from error
+
+
+def _follow(api: Api, since: int, output: str, filters: Mapping[str, object]) -> None:
+    never, failures, heard = threading.Event(), 0, False
+    while True:
+        try:
+            for event in api.lines("/v1/events", since=since, follow="true", **filters):
+                since, failures, heard = max(since, _sequence(event)), 0, True
+                _print_event(event, output)
+        except (TransientError, TerminalError) as error:
+            # Nobody answered the first time: the address is wrong, so following makes no sense.
+            if not heard and isinstance(error, TerminalError):
+                raise
+            click.echo(f"{clean(error)}; reconnecting", err=True)
+        failures = min(failures + 1, 5)
+        never.wait(random.uniform(0.1, min(0.5 * 2**failures, 10.0)))  # noqa: S311  # jitter
+
+
+def _sequence(event: dict[str, Any]) -> int:
+    found = event.get("seq", 0)
+    return found if isinstance(found, int) else 0
+
+
+def _print_event(event: dict[str, Any], output: str) -> None:
+    if output == "json":
+        click.echo(json.dumps(event, ensure_ascii=True))
+    else:
+        click.echo(_event_line(event))
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    """One event for people: when (UTC), kind, device, text, and the state before. `-o json` has the rest."""
+    data = event.get("data") or {}
+    was, lasted = data.get("was"), age(data.get("was_for_s"))
+    before = f" (was {clean(was)} for {lasted})" if was and lasted else ""
+    parts = [utc(event.get("at")), event.get("kind"), event.get("device"), event.get("text")]
+    return "  ".join(clean(part) for part in parts if part) + before
+
+
+_MOMENTS: Final = frozenset({"at", "since", "created_at", "begins", "ends"})
+"""Keys whose values are unix seconds."""
+
+
+def _leaf(key: str, value: object) -> tuple[str, str]:
+    """A key and its value for people: moments as UTC, durations with a unit."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and key in _MOMENTS:
+        return key, utc(value)
+    for suffix, ago in (("_s_ago", " ago"), ("since_s", " ago"), ("_s", "")):
+        if key.endswith(suffix) and (value is None or isinstance(value, int | float)):
+            name = "since" if suffix == "since_s" else key.removesuffix(suffix)
+            return name, "" if value is None else f"{age(value)}{ago}"
+    return key, cell(value)
+
+
+def _print_tree(value: object, depth: int = 0) -> None:
+    """A JSON object as indented lines; every leaf is escaped."""
+    pad = "  " * depth
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, dict | list) and item:
+                click.echo(f"{pad}{clean(key)}:")
+                _print_tree(item, depth + 1)
+            else:
+                name, text = _leaf(key, item)
+                click.echo(f"{pad}{clean(name)}: {text or '-'}")
+    elif isinstance(value, list):
+        for item in value:
+            if isinstance(item, dict):
+                leaves = (_leaf(key, inner) for key, inner in item.items())
+                click.echo(f"{pad}" + "  ".join(f"{clean(k)}={v}" for k, v in leaves if v))
+            else:
+                click.echo(f"{pad}{cell(item)}")
+    else:
+        click.echo(f"{pad}{cell(value)}")

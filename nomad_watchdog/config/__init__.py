@@ -1,0 +1,1 @@
+"""The HCL file: settings, checks, and the class specs that follow from them."""

@@ -1,0 +1,257 @@
+"""The settings of an agent class: what is probed, how it is confirmed, what is repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, model_validator
+from watchdog_agent.detection.failure_detector import Suspicion
+
+from nomad_watchdog import __version__
+from nomad_watchdog.config import escalation
+from nomad_watchdog.config.escalation import Escalate, Loki
+from nomad_watchdog.config.probes import ON_HOST, Gateway, Probe
+from nomad_watchdog.config.types import (
+    Absolute,
+    Block,
+    Host,
+    Name,
+    Positive,
+    Seconds,
+    Size,
+    Text,
+    Url,
+)
+
+REPAIRS: Final[Mapping[str, str]] = {
+    "interface": "interface",
+    "http": "url",
+    "mqtt": "topic",
+    "unit": "unit",
+    "command": "command",
+    "wake": "mac",
+    "plugin": "plugin",
+}
+"""Kind of repair → the one setting that says on what it is done."""
+
+
+REPAIR_EXTRAS: Final[Mapping[str, str]] = {
+    "method": "http",
+    "broker": "mqtt",
+    "payload": "mqtt",
+    "user": "mqtt",
+    "password_file": "mqtt",
+    "tls": "mqtt",
+    "server_name": "mqtt",
+    "ca_cert": "mqtt",
+    "client_cert": "mqtt",
+    "client_key": "mqtt",
+    "to": "wake",
+}
+"""Setting → the one kind of repair that knows it."""
+OVER_TLS: Final = ("server_name", "ca_cert", "client_cert", "client_key")
+Place = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
+
+
+MOST_REPAIR_S: Final = 600.0
+MOST_TRIES: Final = 64
+"""Attempts of one episode, as an agent keeps the record of it."""
+
+
+class Repair(Block):
+    """One step of a class's ladder, in the order of the file."""
+
+    kind: Literal["interface", "http", "mqtt", "unit", "command", "wake", "plugin"]
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")] | None = None
+    url: Url | None = None
+    method: Literal["GET", "POST"] | None = None
+    topic: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
+    broker: Place | None = None
+    payload: Text | None = None
+    user: Text | None = None
+    password_file: Text | None = None
+    tls: bool | None = None
+    server_name: Host | None = None
+    ca_cert: Absolute | None = None
+    client_cert: Absolute | None = None
+    client_key: Absolute | None = None
+    unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$")] | None = None
+    command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
+    mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
+    to: Place | None = None
+    plugin: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    when: Literal["suspect", "degraded", "offline"] = "suspect"
+    probe: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,5})?$")] | None = None
+    tries: Annotated[int, Field(ge=1, le=100)] = 1
+    verify: Positive = 30.0
+    dry_run: bool = False
+    even_behind_gateway: bool = False
+    budget: Annotated[int, Field(ge=1, le=1000)] = 3
+    window: Positive = 3600.0
+    cooldown: Seconds = 30.0
+    timeout: Positive = 10.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Repair:
+        wanted = REPAIRS[self.kind]
+        for setting in REPAIRS.values():
+            if (getattr(self, setting) is not None) != (setting == wanted):
+                raise ValueError(
+                    f"{self.kind} needs {wanted}"
+                    if setting == wanted
+                    else f"{self.kind} knows no {setting}; it acts on {wanted}"
+                )
+        for setting, kind in REPAIR_EXTRAS.items():
+            if getattr(self, setting) is not None and kind != self.kind:
+                raise ValueError(f"{self.kind} knows no {setting}; {kind} does")
+        if self.kind == "mqtt" and (self.broker is None or set(self.topic or "") & set("+#")):
+            raise ValueError("mqtt needs broker = HOST:PORT and a topic without + and #")
+        self._secure()
+        if self.timeout > MOST_REPAIR_S:
+            raise ValueError(f"timeout may be at most {MOST_REPAIR_S:g}s")
+        if self.timeout >= self.window:
+            raise ValueError(
+                f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
+            )
+        return self
+
+    def _secure(self) -> None:
+        given = [one for one in OVER_TLS if getattr(self, one) is not None]
+        if given and not self.tls:
+            raise ValueError(f"{given[0]} needs tls = true")
+        if self.client_key and not self.client_cert:
+            raise ValueError("client_key needs client_cert")
+
+    def wire(self) -> dict[str, Any]:
+        """As the agent's document says it, under `repairs`."""
+        more = {name: getattr(self, name) for name in REPAIR_EXTRAS}
+        more |= {"when": self.when, "probe": self.probe, "tries": self.tries}
+        more |= {"verify_s": self.verify, "dry_run": self.dry_run}
+        more["even_behind_gateway"] = self.even_behind_gateway
+        usual = {"when": "suspect", "tries": 1, "verify_s": 30.0, "dry_run": False}
+        usual["even_behind_gateway"] = False
+        # What is as it always was is not said, so that a class of an older version keeps its hash.
+        said = {k: v for k, v in more.items() if v is not None and usual.get(k) != v}
+        return said | {
+            "kind": self.kind,
+            REPAIRS[self.kind]: getattr(self, REPAIRS[self.kind]),
+            "budget": self.budget,
+            "window_s": self.window,
+            "cooldown_s": self.cooldown,
+            "timeout_s": self.timeout,
+        }
+
+
+class Elsewhere(Block):
+    """What a class is on one backend, in place of its own template, driver, workload and variables."""
+
+    template: Text = ""
+    driver: Name | None = None
+    workload: Literal["deployment", "statefulset", "pod"] | None = None
+    variables: dict[str, Text] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Elsewhere:
+        _once(self.driver, self.workload, self.variables)
+        return self
+
+    def filled(self) -> dict[str, str]:
+        """All variables of the template."""
+        found = dict(self.variables)
+        found |= {"driver": self.driver} if self.driver else {}
+        return found | ({"workload": self.workload} if self.workload else {})
+
+
+def _once(driver: str | None, workload: str | None, variables: Mapping[str, str]) -> None:
+    for name, value in (("driver", driver), ("workload", workload)):
+        if value and name in variables:
+            raise ValueError(f"{name} is given twice: as a setting and in variables")
+
+
+class AgentClass(Block):
+    template: Text = ""
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")] = __version__
+    driver: Name | None = None
+    workload: Literal["deployment", "statefulset", "pod"] | None = None
+    cpu: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    memory: Size = 64 * 1024 * 1024
+    kill_timeout: Positive = 10.0
+    variables: dict[str, Text] = Field(default_factory=dict)
+    metadata: dict[str, Text] = Field(default_factory=dict)
+    beat: Positive = 15.0
+    ttl: Seconds | None = None
+    probe: tuple[Probe, ...] = ()
+    confirm: tuple[Probe, ...] = ()
+    repair: tuple[Repair, ...] = ()
+    gateway: Gateway | None = None
+    escalate: Escalate | None = None
+    loki: Loki | None = None
+    state: Literal["folder", "consul"] = "folder"
+    repair_dry_run: bool = False
+    repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
+    repair_alone: Seconds = 86400.0
+    on: dict[Name, Elsewhere] = Field(default_factory=dict)
+
+    def suspect_s(self) -> float:
+        """How long an agent of this class may suspect its device at most, seconds: each missed round of the slowest
+        probe asks the gateway and the confirmations once (agent/README.md)."""
+        asked_s = max((one.timeout for one in self.confirm), default=0.0)
+        asked_s += 0.0 if self.gateway is None else self.gateway.timeout
+        rounds = (
+            (1 + (0.05 if one.jitter is None else one.jitter)) * one.interval
+            + one.timeout
+            + asked_s
+            for one in self.probe
+        )
+        return Suspicion.MOST_ROUNDS * max(rounds, default=0.0)
+
+    def repairs_wire(self) -> dict[str, Any]:
+        """What the agent's document says of repairs; nothing when there are none."""
+        if not self.repair:
+            return {}
+        policy = {
+            "dry_run": self.repair_dry_run,
+            "accepted_beats": self.repair_accepted_beats,
+            "alone_s": self.repair_alone,
+        }
+        usual = {"dry_run": False, "accepted_beats": 4, "alone_s": 86400.0}
+        said = {k: v for k, v in policy.items() if v != usual[k]}
+        steps = {"repairs": [step.wire() for step in self.repair]}
+        return steps | ({"repair_policy": said} if said else {})
+
+    @model_validator(mode="after")
+    def _fits(self) -> AgentClass:
+        if sum(step.tries for step in self.repair) > MOST_TRIES:
+            raise ValueError(f"the tries of all repairs together may be {MOST_TRIES} at most")
+        asked = {p.kind if p.port is None else f"{p.kind}:{p.port}" for p in self.probe}
+        for step in self.repair:
+            if step.probe is not None and step.probe not in asked:
+                raise ValueError(
+                    f"repair.probe is {step.probe}; the probes are {', '.join(sorted(asked))}"
+                )
+        same = {probe.kind for probe in self.probe} & {probe.kind for probe in self.confirm}
+        if same:
+            raise ValueError(f"confirm must be of another kind than probe; both have {min(same)}")
+        on_host = {probe.kind for probe in self.confirm} & ON_HOST
+        if on_host:
+            raise ValueError(f"confirm must ask the device; {min(on_host)} need not")
+        _once(self.driver, self.workload, self.variables)
+        return self
+
+    def telling(self) -> dict[str, Any]:
+        """What the agent's document says of whom it tells; empty for a class without."""
+        return escalation.wire(self.escalate, self.loki, self.state)
+
+    def needs_consul(self) -> str:
+        """What is missing where agents have no Consul, in words; "" when nothing is."""
+        sinks = self.escalate.sink if self.escalate else ()
+        if any(sink.kind == "consul_event" and sink.url is None for sink in sinks):
+            return "consul_event needs a url where consul.agent_address is empty"
+        return ""
+
+
+def default_class() -> dict[str, AgentClass]:
+    return {
+        "default": AgentClass(probe=(Probe(kind="tcp", port=80),), confirm=(Probe(kind="icmp"),))
+    }

@@ -1,0 +1,98 @@
+"""The settings of a class that say whom its agents tell: escalation, log shipping, and where state is kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from nomad_watchdog.config.types import Block, Positive, Text, Url
+
+
+class Sink(Block):
+    """One receiver of escalations."""
+
+    kind: Literal["webhook", "alertmanager", "consul_event"]
+    url: Url | None = None
+    token_file: Text = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Sink:
+        if self.kind != "consul_event" and self.url is None:
+            raise ValueError(f"{self.kind} needs a url")
+        if self.kind != "consul_event" and self.name is not None:
+            raise ValueError(f"{self.kind} knows no name; consul_event does")
+        return self
+
+    def wire(self) -> dict[str, Any]:
+        """As the agent's document says it; what is not set is left to the agent."""
+        given = {"url": self.url, "token_file": self.token_file, "name": self.name}
+        return {"kind": self.kind} | {name: value for name, value in given.items() if value}
+
+
+class Escalate(Block):
+    """When the agents of a class escalate by themselves, and with whom they do it together."""
+
+    sink: Annotated[tuple[Sink, ...], Field(min_length=1, max_length=8)]
+    degraded: bool = False
+    by: Annotated[tuple[Literal["gateway", "site", "class", "host"], ...], Field(max_length=4)] = (
+        "gateway",
+        "site",
+        "class",
+        "host",
+    )
+    window: Annotated[Positive, Field(ge=1, le=3600)] = 30.0
+    gather: Annotated[Positive, Field(ge=0.1, le=600)] = 2.0
+    retry: Annotated[Positive, Field(ge=0.1, le=600)] = 1.0
+    give_up: Annotated[Positive, Field(ge=1, le=86400)] = 900.0
+    consul_wait: Annotated[Positive, Field(ge=0.5, le=600)] = 10.0
+    session_ttl: Annotated[Positive, Field(ge=10, le=86400)] = 10.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Escalate:
+        if self.gather > self.window:
+            raise ValueError(
+                f"gather ({self.gather:g}s) must not be longer than window ({self.window:g}s)"
+            )
+        return self
+
+    def wire(self) -> dict[str, Any]:
+        """As the agent's document says it, under `escalate`."""
+        # Left out when it is not set, so that a class without it keeps its hash, and its agents.
+        more = {"degraded": True} if self.degraded else {}
+        return more | {
+            "sinks": [sink.wire() for sink in self.sink],
+            "by": list(self.by),
+            "window_s": self.window,
+            "gather_s": self.gather,
+            "retry_s": self.retry,
+            "give_up_s": self.give_up,
+            "consul_wait_s": self.consul_wait,
+            "session_ttl_s": self.session_ttl,
+        }
+
+
+class Loki(Block):
+    """Where the agents' log lines go besides standard error."""
+
+    url: Url
+    token_file: Text = ""
+    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+
+    def wire(self) -> dict[str, Any]:
+        """As the agent's document says it, under `loki`."""
+        given = {"token_file": self.token_file, "tenant": self.tenant}
+        return {"url": self.url} | {name: value for name, value in given.items() if value}
+
+
+def wire(escalate: Escalate | None, loki: Loki | None, state: str) -> dict[str, Any]:
+    """Keys of the agent's document; none for a class without, so that it keeps its hash, and its agents."""
+    out: dict[str, Any] = {}
+    if escalate is not None:
+        out["escalate"] = escalate.wire()
+    if loki is not None:
+        out["loki"] = loki.wire()
+    if state == "consul":
+        out["state"] = state
+    return out

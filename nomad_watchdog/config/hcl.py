@@ -1,0 +1,263 @@
+"""HCL text to plain values that know their line: the reading half of `config`.
+
+Nothing is evaluated. A value that would need evaluating (a reference, a function, an operator) is a
+problem with a line, never a string that looks like one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import hcl2
+from hcl2 import SerializationOptions
+from hcl2.rules.base import AttributeRule, BlockRule
+from lark.exceptions import LarkError, UnexpectedInput
+
+from nomad_watchdog.config.syntax_problems import trouble
+from nomad_watchdog.errors import UserError
+
+Path = tuple[str | int, ...]
+"""Where a value stands, as pydantic says it: ("agent_class", "default", "probe", 0, "port")."""
+
+NAMED: Final = frozenset({"agent_class", "agent_pool", "token", "device", "on"})
+"""Blocks with one label that is a name: they become a mapping."""
+KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
+"""Blocks with one label that is a kind: they become a list, in the order of the file."""
+
+MAX_BYTES: Final = 1024 * 1024
+"""A larger file is a mistake, and the parser takes about 1 ms a line."""
+
+_DURATION: Final = re.compile(r"(?:\d{1,9}(?:\.\d{1,6})?(?:ms|s|m|h|d))+", re.ASCII)
+_PART: Final = re.compile(r"([\d.]+)(ms|s|m|h|d)", re.ASCII)
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE: Final = re.compile(r"(\d{1,12})(B|Ki|Mi|Gi|k|M|G)B?", re.ASCII)
+_BYTES: Final = {
+    "B": 1,
+    "Ki": 1024,
+    "Mi": 1024**2,
+    "Gi": 1024**3,
+    "k": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+}
+_MOST_SHOWN: Final = 80
+_MOST_BITS: Final = 256
+_NUMBER: Final = re.compile(r"\$\{(-?\d{1,400}(?:\.\d{1,400})?(?:[eE][+-]?\d{1,4})?)\}", re.ASCII)
+"""How python-hcl2 gives a number with an exponent."""
+_PLAIN: Final = frozenset(
+    {"string", "string_part", "int_lit", "float_lit", "literal_value", "tuple", "object"}
+    | {"object_elem", "object_elem_key", "identifier", "expr_term", "unary_op", "keyword"}
+    | {"new_line_or_comment", "new_line_and_or_comma"}
+)
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of "250ms", "10s", "1m30s", "2h" or "1d". A float is taken as seconds already
+    converted. Raises ValueError with what was found and what is allowed."""
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, str) or not _DURATION.fullmatch(value):
+        raise ValueError(f'{show(value)} is not a duration; write "250ms", "10s", "5m" or "1h"')
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(value))
+    if seconds > 365 * 86400:
+        raise ValueError(f"{show(value)} is more than a year")
+    return round(seconds, 6)
+
+
+def parse_size(value: object) -> int:
+    """Bytes of "64Mi", "1Gi", "512Ki" or "100k". Raises ValueError as `parse_duration`."""
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f'{show(value)} is not a size; write "64Mi", "1Gi" or "512Ki"')
+    return int(found[1]) * _BYTES[found[2]]
+
+
+def show(value: object) -> str:
+    """A value as it may stand in a message: as HCL writes it, short, ASCII, no control characters (S11)."""
+    text = _as_hcl(value)
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def _as_hcl(value: object) -> str:
+    if isinstance(value, str):
+        return '"' + ascii(value)[1:-1] + '"'
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return "a number of very many digits"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_hcl, value[:_MOST_SHOWN]))}]"
+    if isinstance(value, Mapping):
+        pairs = (f"{str(name)[:_MOST_SHOWN]!a} = {_as_hcl(one)}" for name, one in value.items())
+        return "{ " + ", ".join(pair.replace("'", "", 2) for pair in pairs) + " }"
+    return ascii(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    path: Path
+    message: str
+    line: int = 0
+    """0 = not known (an environment variable, a default)."""
+
+
+@dataclass(slots=True)
+class Document:
+    """What a file says: plain values, the line of each, and what is wrong already."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def line_of(self, path: Path) -> int:
+        """The line of the value, else of the nearest block around it; 0 when none is known."""
+        for size in range(len(path), 0, -1):
+            if path[:size] in self.lines:
+                return self.lines[path[:size]]
+        return 0
+
+
+def read(text: str, source: str) -> Document:
+    """Raises UserError for text that isn't HCL; everything milder goes to `Document.problems`."""
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{source}: {len(text)} characters; at most {MAX_BYTES} are allowed")
+    text = text.removeprefix("\ufeff")
+    try:
+        tree = hcl2.parses(text)
+    except (LarkError, RuntimeError, RecursionError, ValueError) as error:
+        raise UserError(_syntax_error(text, source, error)) from error
+    document = Document()
+    document.data = _body(tree.body, (), document)
+    return document
+
+
+def _syntax_error(text: str, source: str, error: Exception) -> str:
+    if found := trouble(text):
+        return f"{source}:{found[0]}: syntax error: {found[1]}"
+    if not isinstance(error, UnexpectedInput):
+        return (
+            f"{source}: syntax error: blocks or lists are nested too deeply, or a value is too long"
+        )
+    lines = text.splitlines() or [""]
+    line = min(max(error.line, 1), len(lines))
+    return (
+        f"{source}:{line}: syntax error near {show(lines[line - 1].strip())} "
+        f'(column {max(error.column, 1)}); a setting is  name = "value"  on one line, a block is  '
+        "name { ... }"
+    )
+
+
+def _body(body: Any, path: Path, document: Document) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for child in body.children:
+        if not isinstance(child, AttributeRule | BlockRule):
+            continue
+        line = child.to_lark().meta.line
+        if isinstance(child, AttributeRule):
+            name = str(child.identifier.serialize())
+            where = (*path, name)
+            if name in data:
+                first = document.line_of(where)
+                message = f"given twice; the first is on line {first}"
+                document.problems.append(Problem(where, message, line))
+                continue
+            document.lines[where] = line
+            data[name] = _value(child.expression, where, line, document)
+        else:
+            _block(child, data, path, line, document)
+    return data
+
+
+def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: Document) -> None:
+    name, *labels = (str(label.serialize(_options())) for label in block.labels)
+    wanted = 1 if name in NAMED | KINDS else 0
+    where: Path = (*path, name)
+    if wanted and len(labels) != wanted:
+        message = f'has {len(labels)} labels; write  {name} "NAME" {{ ... }}'
+        document.problems.append(Problem(where, message, line))
+        return
+    if name in KINDS:
+        blocks = data.setdefault(name, [])
+        where = (*where, len(blocks))
+        document.lines[where] = line
+        blocks.append({"kind": labels[0], **_body(block.body, where, document)})
+        return
+    # A label that no block has ends as a setting that no block has: pydantic names what is allowed.
+    holder, key = (data.setdefault(name, {}), labels[0]) if labels else (data, name)
+    labels = labels[:1]
+    document.lines.setdefault((*path, name), line)
+    if not isinstance(holder, dict):
+        return
+    where = (*where, *labels)
+    if key in holder:
+        message = f"given twice; the first is on line {document.line_of(where)}"
+        document.problems.append(Problem(where, message, line))
+        return
+    document.lines[where] = line
+    holder[key] = _body(block.body, where, document)
+
+
+def _value(expression: Any, path: Path, line: int, document: Document) -> Any:
+    odd = {name for name in _rules(expression.to_lark()) if name not in _PLAIN}
+    if odd:
+        what = "an expression"
+        if "interpolation" in odd:
+            what = 'an interpolation ("${...}")'
+        elif any("heredoc" in name for name in odd):
+            what = "a heredoc"
+        message = (
+            f'{what} is not evaluated here; write the value itself ("$${{" for a literal "${{")'
+        )
+        document.problems.append(Problem(path, message, line))
+        return None
+    try:
+        value = _numbers(expression.serialize(_options()))
+    except (ValueError, OverflowError):  # Python converts at most 4,300 digits
+        document.problems.append(Problem(path, "is a number with too many digits", line))
+        return None
+    if isinstance(value, str) and value.startswith("${") and value.endswith("}"):
+        # An identifier alone comes out of python-hcl2 in this form.
+        message = f"{show(value[2:-1])} is not a plain value; put text between double quotes"
+        document.problems.append(Problem(path, message, line))
+        return None
+    return _unescaped(value)
+
+
+def _rules(tree: Any) -> Iterator[str]:
+    """Names of the grammar rules below a value; a bare identifier counts as a reference."""
+    for subtree in tree.iter_subtrees():
+        name = str(subtree.data)
+        if name == "expr_term":
+            kinds = [str(child.data) for child in subtree.children if hasattr(child, "data")]
+            if "identifier" in kinds:
+                yield "reference"
+        yield name
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, str) and (found := _NUMBER.fullmatch(value)):
+        return float(found[1])
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return value
+
+
+def _unescaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("$${", "${").replace("%%{", "%{")
+    if isinstance(value, list):
+        return [_unescaped(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _unescaped(item) for key, item in value.items()}
+    return value
+
+
+def _options() -> Any:
+    return SerializationOptions(
+        strip_string_quotes=True, with_comments=False, explicit_blocks=False
+    )

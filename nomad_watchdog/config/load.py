@@ -1,0 +1,337 @@
+"""Flags over environment over file over defaults, and one message for all that is wrong."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path as FilePath
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from nomad_watchdog import schedulers, secret_file_rules
+from nomad_watchdog.clients import hashicorp_environment
+from nomad_watchdog.config.hcl import NAMED, Document, Path, Problem, read, show
+from nomad_watchdog.config.problems import in_words, message, model_of, step_into
+from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Consul, Settings
+from nomad_watchdog.config.types import from_text
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.text_files import did_you_mean
+
+Misfit = tuple[tuple[Path, ...], str]
+"""The settings concerned, first the one to change, and what is wrong."""
+Check = Callable[[Settings], Iterable[tuple[Path, str]]]
+OTHER_VARIABLES: Final = frozenset(
+    {"ADDR", "TOKEN", "TOKEN_FILE", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "SKIP_VERIFY"}
+    | {"CONFIG", "FAILPOINT", "CACHE"}
+)
+"""Variables of ours that are no settings."""
+_OF_OTHERS: Final = re.compile(
+    rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|DEV_\w+)"
+)
+"""What Kubernetes sets in a pod for each Service, which may be called as we are; and the tests' own."""
+
+
+def no_check(_settings: Settings) -> Iterable[tuple[Path, str]]:
+    """Nothing else is checked."""
+    return ()
+
+
+def load(
+    path: str | FilePath | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    also: Check = no_check,
+    options: Callable[[], Collection[str]] = frozenset,
+) -> Settings:
+    """Read, merge and check. `overrides`: dotted setting → value, from flags. None = empty. `also`: what else
+    must hold, as `preflight.misfits`; asked only when the rest is right. `options`: the environment
+    variables of command-line options.
+
+    Raises one UserError that names every problem, each with its place."""
+    env, overrides = env or {}, overrides or {}
+    file = find_file(path, env)
+    source = str(file) if file else "built-in defaults"
+    document = (
+        _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else Document()
+    )
+    mixed = [] if file is None or path or env.get(f"{PREFIX}CONFIG") else _mixed(document, env)
+    origins = _merge_env(document, env) | _merge_flags(document.data, overrides)
+    if "data_dir" not in document.data:
+        document.data["data_dir"] = _state_dir(env)
+    problems = [*document.problems, *mixed]
+    settings = None
+    try:
+        settings = Settings.model_validate(document.data)
+    except ValidationError as error:
+        known = {(problem.path, problem.line) for problem in problems}
+        found = (in_words(dict(item), document) for item in error.errors(include_url=False))
+        problems += [problem for problem in found if (problem.path, problem.line) not in known]
+    wrong = {problem.path for problem in problems}
+    sound = settings or _sound_part(document.data)
+    for paths, text in _misfits(sound) if sound else ():
+        # What was left out has its default there, and would be compared in vain.
+        if not any(_overlap(path, bad) for path in paths for bad in wrong):
+            problems.append(Problem(paths[0], text, document.line_of(paths[0])))
+    if not problems and settings is not None:
+        problems += (Problem(at, text, document.line_of(at)) for at, text in also(settings))
+    unknown = _unknown_variables(env, options)
+    if problems or unknown or settings is None:
+        lines = [message(problems, source, origins, document)] if problems else []
+        raise UserError("\n".join(lines + unknown))
+    return settings
+
+
+def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[str]]) -> list[str]:
+    """A line for each variable that begins as ours do and that nothing reads."""
+    ours = {name for name in env if name.startswith(PREFIX)}
+    known = variables().keys() | {f"{PREFIX}{name}" for name in OTHER_VARIABLES}
+    odd = sorted(one for one in ours - known if not _OF_OTHERS.fullmatch(one))
+    if not odd:
+        return []
+    known |= set(options())
+    return [
+        f"environment {show(name)[1:-1]}: no such variable; {did_you_mean(name, sorted(known))}"
+        "see docs/configuration.md"
+        for name in odd
+        if name not in known
+    ]
+
+
+def _misfits(settings: Settings) -> Iterator[Misfit]:
+    """What no single setting shows: (the settings concerned, first the one to change; message)."""
+    backends = sorted({point.name for point in entry_points(group=schedulers.GROUP)})
+    if settings.backend not in backends:
+        yield (("backend",),), _not_installed(settings.backend, backends)
+    yield from _class_misfits(settings, backends)
+    yield from _pool_misfits(settings)
+    least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
+    if least > most:
+        yield (
+            (("presence", "startup_grace_min"), ("presence", "startup_grace_max")),
+            f"{least:g}s is longer than presence.startup_grace_max ({most:g}s)",
+        )
+    if settings.retry.initial > settings.retry.max:
+        yield (
+            (("retry", "initial"), ("retry", "max")),
+            f"{settings.retry.initial:g}s is longer than retry.max ({settings.retry.max:g}s)",
+        )
+    for setting, text in settings.api.misfits():
+        yield (("api", setting), ("api",)), text
+    for side in ("nomad", "consul"):
+        block = getattr(settings, side)
+        if (block.client_cert is None) != (block.client_key is None):
+            paths = ((side, "client_cert"), (side, "client_key"))
+            yield paths, "client_cert and client_key go together"
+    if settings.consul.agent_client_key and not settings.consul.agent_client_cert:
+        yield (("consul", "agent_client_key"),), "agent_client_key needs agent_client_cert"
+
+
+def _not_installed(backend: str, backends: Sequence[str]) -> str:
+    hint = did_you_mean(backend, backends)
+    return f"{show(backend)} is not installed; {hint}installed: {', '.join(backends)}"
+
+
+def _class_misfits(settings: Settings, backends: Sequence[str]) -> Iterator[Misfit]:
+    for name, kind in settings.agent_class.items():
+        where: Path = ("agent_class", name)
+        if not kind.probe:
+            yield ((*where, "probe"),), 'has no probe; add  probe "tcp" { port = 80 }'
+        stale, start = settings.presence.report_stale, settings.presence.startup_grace
+        if stale < 2 * kind.beat:
+            yield (
+                (("presence", "report_stale"), (*where, "beat")),
+                f"{stale:g}s is less than two beats of class {name}; at least {2 * kind.beat:g}s",
+            )
+        if kind.kill_timeout > start:
+            yield (
+                ((*where, "kill_timeout"), ("presence", "startup_grace")),
+                f"{kind.kill_timeout:g}s is longer than presence.startup_grace ({start:g}s)",
+            )
+        if not settings.agent_consul and (text := kind.needs_consul()):
+            yield ((*where, "escalate"), ("consul", "agent_address")), text
+        for backend in kind.on.keys() - set(backends):
+            yield ((*where, "on"),), _not_installed(backend, backends)
+
+
+def _pool_misfits(settings: Settings) -> Iterator[Misfit]:
+    for name, pool in settings.agent_pool.items():
+        where: Path = ("agent_pool", name)
+        for setting, text in pool.misfits(settings.backend):
+            yield ((*where, setting), ("backend",)), text
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
+
+
+def _sound_part(data: Mapping[str, Any]) -> Settings | None:
+    """The settings without those that are wrong by themselves, so that the rest can be compared in
+    the same run; None when nothing sensible is left."""
+    rest = copy.deepcopy(dict(data))
+    for _ in range(8):  # each round drops at least one step of a path, and no path is longer
+        try:
+            return Settings.model_validate(rest)
+        except ValidationError as error:
+            places = {tuple(s for s in item["loc"] if s != "[key]") for item in error.errors()}
+        for place in sorted(places, key=str, reverse=True):  # of a list the last one first
+            _drop(rest, place)
+    return None
+
+
+def _drop(data: Any, place: Path) -> None:
+    """Take out the setting at this place, or the block around it when it is what is missing."""
+    holders = [data]
+    for step in place[:-1]:
+        holders.append(step_into(holders[-1], step))
+    for holder, step in zip(reversed(holders), reversed(place), strict=True):
+        if isinstance(holder, dict) and step in holder:
+            del holder[str(step)]
+            return
+        if isinstance(holder, list) and isinstance(step, int) and step < len(holder):
+            del holder[step]
+            return
+
+
+def find_file(path: str | FilePath | None, env: Mapping[str, str]) -> FilePath | None:
+    """The file that will be read, or None for the built-in defaults."""
+    named = path or env.get(f"{PREFIX}CONFIG")
+    if named:
+        return FilePath(named)
+    here = FilePath(FILE_NAME)
+    return here if here.is_file() else None
+
+
+def variables() -> dict[str, tuple[str, ...]]:
+    """Our environment variables → settings."""
+    ours: dict[str, tuple[str, ...]] = {}
+    for name, field in Settings.model_fields.items():
+        block = model_of(field.annotation)
+        if name in NAMED:
+            continue
+        if block is None:
+            ours[f"{PREFIX}{name.upper()}"] = (name,)
+            continue
+        for setting in block.model_fields.keys() - NAMED:
+            ours[f"{PREFIX}{name.upper()}_{setting.upper()}"] = (name, setting)
+    return ours
+
+
+def _read_file(file: FilePath, *, named: bool) -> Document:
+    """`named`: the user named this file. One that only lies in the working folder must be the user's or root's,
+    and writable by nobody else: it says where tokens are and where they are sent."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            if not named and (why := secret_file_rules.foreign(os.fstat(stream.fileno()), file)):
+                raise UserError(
+                    f"./{file}: {why}; it is not read. If you trust it, name it with --config {file}"
+                )
+            text = stream.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or 'cannot be read'}") from error
+    return read(text, str(file))
+
+
+def _mixed(document: Document, env: Mapping[str, str]) -> Iterator[Problem]:
+    """A token is sent only to an address from its own source: both from the file that lies in the working
+    folder, or both from the environment."""
+    for block, token in (("nomad", "NOMAD_TOKEN"), ("consul", "CONSUL_HTTP_TOKEN")):
+        given = document.data.get(block)
+        file = given if isinstance(given, dict) else {}
+
+        def source(setting: str, block: str = block, file: Mapping[str, Any] = file) -> str:
+            vendors = (
+                name
+                for name, at in hashicorp_environment.VARIABLES.items()
+                if at == (block, setting)
+            )
+            for name in (*vendors, f"{PREFIX}{block}_{setting}".upper()):
+                if env.get(name):
+                    return name
+            return FILE_NAME if file.get(setting) else ""
+
+        where = source("address")
+        sent = source("token_file") or (token if env.get(token) else "")
+        if where and sent and (where == FILE_NAME) != (sent == FILE_NAME):
+            yield Problem(
+                (block, "address"),
+                f"the address comes from {where} and the token from {sent}; a token is sent only to an address "
+                f"from its own source: set both in one place, or name the file with --config {FILE_NAME}",
+                document.line_of((block, "address")),
+            )
+
+
+def _merge_env(document: Document, env: Mapping[str, str]) -> dict[Path, str]:
+    """Put what the environment says into the document: first the vendors' variables, then ours. What can't
+    be taken goes to `document.problems`."""
+    data, origins = document.data, dict[Path, str]()
+    for variable, where in hashicorp_environment.VARIABLES.items():
+        if env.get(variable):
+            origins[where] = f"environment {variable}"
+            try:
+                _put(data, where, hashicorp_environment.value_of(variable, env[variable]))
+            except ValueError as error:
+                document.problems.append(Problem(where, str(error)))
+    for variable, setting in variables().items():
+        if env.get(variable):
+            block = model_of(Settings.model_fields[setting[0]].annotation) or Settings
+            _put(data, setting, from_text(block, setting[-1], env[variable]))
+            origins[setting] = f"environment {variable}"
+    _secure_consul(document, env, origins)
+    return origins
+
+
+def _secure_consul(document: Document, env: Mapping[str, str], origins: dict[Path, str]) -> None:
+    where: Path = ("consul", "address")
+    block = document.data.get("consul", {})
+    if not env.get(hashicorp_environment.SSL) or not isinstance(block, dict):
+        return
+    address = block.get("address", Consul().address)
+    try:
+        secure = hashicorp_environment.secured(
+            hashicorp_environment.checked_address(str(address)), env
+        )
+    except ValueError as error:
+        if not any(problem.path == where for problem in document.problems):
+            origins.setdefault(where, f"environment {hashicorp_environment.SSL}")
+            document.problems.append(Problem(where, str(error), document.line_of(where)))
+        return
+    if secure != address:
+        _put(document.data, ("consul", "address"), secure)
+
+
+def _merge_flags(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Path, str]:
+    origins: dict[Path, str] = {}
+    for dotted, value in overrides.items():
+        if value is not None:
+            where = tuple(dotted.split("."))
+            _put(data, where, value)
+            origins[where] = f"flag --{where[-1].replace('_', '-')}"
+    return origins
+
+
+def _put(data: dict[str, Any], where: tuple[str, ...], value: object) -> None:
+    *blocks, name = where
+    for block in blocks:
+        inner = data.setdefault(block, {})
+        if not isinstance(inner, dict):
+            return  # the file has something else there; pydantic will say so
+        data = inner
+    data[name] = value
+
+
+def _state_dir(env: Mapping[str, str]) -> str:
+    try:
+        state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
+    except RuntimeError:  # a user that no passwd file knows, as in a container
+        raise UserError(
+            "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
+        ) from None
+    return str(FilePath(state) / "nomad-watchdog")

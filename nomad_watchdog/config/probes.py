@@ -1,0 +1,178 @@
+"""The settings of a probe and of a gateway: what is asked of a device, and of what stands before it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from nomad_watchdog.config.types import Absolute, Block, Host, Positive, Text
+
+Kind = Literal[
+    "tcp", "http", "https", "icmp", "tls", "dns", "command", "file", "mqtt", "snmp", "plugin"
+]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Status = Annotated[int, Field(ge=100, le=599)]
+Domain = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
+Words = Annotated[str, Field(min_length=1, max_length=1024)]
+
+_HTTP: Final = frozenset({"port", "path", "expect_status", "expect_body", "max_time"})
+_TLS: Final = frozenset({"port", "server_name", "verify", "ca_cert", "client_cert", "client_key"})
+KNOWS: Final[Mapping[str, frozenset[str]]] = {
+    "tcp": frozenset({"port"}),
+    "http": _HTTP,
+    "https": _HTTP | _TLS,
+    "icmp": frozenset(),
+    "tls": _TLS | {"warn_days", "min_days"},
+    "dns": frozenset({"port", "server", "name", "type", "expect_address"}),
+    "command": frozenset({"command"}),
+    "file": frozenset({"file", "expect_text", "forbid_text", "max_age"}),
+    "mqtt": _TLS | {"tls", "user", "password_file"},
+    "snmp": frozenset({"port", "community_file"}),
+    "plugin": frozenset({"plugin", "settings"}),
+}
+"""Kind → the settings that it has beside those of all kinds."""
+NEEDS: Final[Mapping[str, str]] = {
+    "tcp": "port",
+    "http": "port",
+    "dns": "name",
+    "command": "command",
+    "file": "file",
+    "plugin": "plugin",
+}
+ON_HOST: Final = frozenset({"command", "file", "plugin"})
+"""Kinds that need not look at the device itself: no independent word on it."""
+_SECONDS: Final = frozenset({"max_time", "max_age", "min_interval", "warn_time"})
+_OFTEN: Final = ("jitter", "min_interval", "warn_time", "warn_loss")
+"""Settings of all kinds that are told to the agent only when they are set."""
+RENAMED: Final[Mapping[str, str]] = {"max_time": "warn_time", "min_days": "warn_days"}
+"""Old name of a warning threshold → its name."""
+
+
+class Probe(Block):
+    kind: Kind
+    port: Port | None = None
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] | None = None
+    expect_status: (
+        Status | Annotated[tuple[Status, ...], Field(min_length=1, max_length=32)] | None
+    ) = None
+    expect_body: Words | None = None
+    warn_time: Positive | None = None
+    max_time: Positive | None = None
+    warn_loss: Annotated[float, Field(ge=0.001, le=1)] | None = None
+    server_name: Host | None = None
+    verify: bool | None = None
+    ca_cert: Absolute | None = None
+    client_cert: Absolute | None = None
+    client_key: Absolute | None = None
+    tls: bool | None = None
+    warn_days: Annotated[float, Field(ge=0, le=3650)] | None = None
+    min_days: Annotated[float, Field(ge=0, le=3650)] | None = None
+    server: Host | None = None
+    name: Domain | None = None
+    type: Literal["A", "AAAA"] | None = None
+    expect_address: Domain | None = None
+    command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
+    file: Absolute | None = None
+    expect_text: Words | None = None
+    forbid_text: Words | None = None
+    max_age: Positive | None = None
+    user: Words | None = None
+    password_file: Absolute | None = None
+    community_file: Absolute | None = None
+    plugin: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
+    settings: Annotated[dict[str, Text], Field(max_length=64)] | None = None
+    interval: Positive = 5.0
+    timeout: Positive = 2.0
+    misses: Annotated[int, Field(ge=1, le=100)] = 3
+    jitter: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    min_interval: Annotated[Positive, Field(ge=0.05)] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Probe:
+        if self.timeout >= self.interval:
+            raise ValueError(
+                f"timeout ({self.timeout:g}s) must be shorter than interval ({self.interval:g}s)"
+            )
+        self._knows()
+        need = NEEDS.get(self.kind)
+        if need and getattr(self, need) is None:
+            raise ValueError(f"{self.kind} needs a {need}")
+        if self.kind == "file" and not (self.expect_text or self.forbid_text or self.max_age):
+            raise ValueError("file needs one of expect_text, forbid_text and max_age")
+        if self.password_file and not self.user:
+            raise ValueError("password_file needs user")
+        if self.client_key and not self.client_cert:
+            raise ValueError("client_key needs client_cert")
+        if self.kind == "mqtt" and not self.tls:
+            given = sorted(one for one in _TLS - {"port"} if getattr(self, one) is not None)
+            if given:
+                raise ValueError(f"{given[0]} of mqtt needs tls = true")
+        self._warns()
+        if self.expect_address:
+            wanted = 6 if self.type == "AAAA" else 4
+            try:
+                found = ipaddress.ip_address(self.expect_address).version
+            except ValueError:
+                raise ValueError("expect_address is not an IP address") from None
+            if found != wanted:
+                raise ValueError(f"expect_address is no address of an {self.type or 'A'} record")
+        return self
+
+    def _warns(self) -> None:
+        for old, name in RENAMED.items():
+            if getattr(self, old) is not None and getattr(self, name) is not None:
+                raise ValueError(f"{old} is the old name of {name}; set {name} only")
+        for name in ("warn_time", "max_time"):
+            limit = getattr(self, name)
+            if limit and limit >= self.timeout:
+                raise ValueError(f"{name} must be shorter than timeout, which ends the probe")
+
+    def _knows(self) -> None:
+        others = frozenset().union(*KNOWS.values()) - KNOWS[self.kind]
+        for setting in sorted(others):
+            if getattr(self, setting) is not None:
+                kinds = ", ".join(kind for kind, known in KNOWS.items() if setting in known)
+                raise ValueError(f"{self.kind} knows no {setting}; known to: {kinds}")
+
+    def wire(self) -> dict[str, Any]:
+        """As watchdog_agent.wire says it. What an older agent would not know is left out when it is not
+        set, so that a class without it keeps its hash, and its agents."""
+        out: dict[str, Any] = {"kind": self.kind}
+        for setting in (*sorted(KNOWS[self.kind]), *_OFTEN):
+            value = getattr(self, setting)
+            if value is not None:
+                name = f"{setting}_s" if setting in _SECONDS else setting
+                out[name] = list(value) if isinstance(value, tuple) else value
+        if self.kind in ("http", "https"):
+            out = {"path": "/", "expect_status": 200} | out
+        return out | {
+            "interval_s": self.interval,
+            "timeout_s": self.timeout,
+            "misses": self.misses,
+        }
+
+
+class Gateway(Block):
+    """What stands between the agents of a class and their devices; asked when a device does not answer."""
+
+    address: Host | None = None
+    kind: Literal["icmp", "tcp", "http"] = "icmp"
+    port: Port | None = None
+    timeout: Positive = 2.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Gateway:
+        if (self.kind == "icmp") != (self.port is None):
+            raise ValueError(
+                "icmp knows no port" if self.kind == "icmp" else f"{self.kind} needs a port"
+            )
+        return self
+
+    def wire(self) -> dict[str, Any]:
+        """As watchdog_agent.wire says it."""
+        place = {} if self.address is None else {"address": self.address}
+        port = {} if self.port is None else {"port": self.port}
+        return {**place, **port, "kind": self.kind, "timeout_s": self.timeout}

@@ -1,0 +1,455 @@
+"""Every setting: one HCL file, checked whole at the door, converted once (seconds, bytes).
+
+A value comes from the first of: command-line flag, environment, file, default. The file is the first
+of: ``--config``, ``NOMAD_WATCHDOG_CONFIG``, ``./nomad-watchdog.hcl`` if there is one. What each
+setting is for stands in docs/configuration.md; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+from watchdog_agent.runtime.parsing import loads
+
+from nomad_watchdog import text_files
+from nomad_watchdog.clients.hashicorp_environment import files_of
+from nomad_watchdog.config.agent_classes import AgentClass, Elsewhere, default_class
+from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.settings_text import flat
+from nomad_watchdog.config.types import (
+    Absolute,
+    Block,
+    Fraction,
+    Inventories,
+    Name,
+    Positive,
+    Seconds,
+    Text,
+    Url,
+    certificates,
+    checked_namespace,
+    checked_url_or_none,
+)
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.model import AgentSpec, Limits, PresenceRules, Variant
+from nomad_watchdog.schedulers import agent_zipapp
+from nomad_watchdog.schedulers.agent_document import check_class
+
+FILE_NAME: Final = "nomad-watchdog.hcl"
+PREFIX: Final = "NOMAD_WATCHDOG_"
+BUILT_IN: Final = "builtin:"
+"""Before the name of a built-in template, where the text of a file would be."""
+_REACHED: Final = ("api", "consul", "service", "prefix", "ca_cert", "consul_tls")
+"""What an agent is told that is no behaviour of its class."""
+
+
+class Nomad(Block):
+    address: Url = "http://127.0.0.1:4646"
+    namespace: Annotated[Text, AfterValidator(checked_namespace)] = "default"
+    region: Text | None = None
+    token_file: Text | None = None
+    ca_cert: Text | None = None
+    ca_path: Text | None = None
+    client_cert: Text | None = None
+    client_key: Text | None = None
+    tls_skip_verify: bool = False
+    tls_server_name: Text | None = None
+    strategy: Literal["dispatch", "register"] = "dispatch"
+    job_prefix: Name = "device-watchdog"
+
+
+class Consul(Block):
+    address: Url = "http://127.0.0.1:8500"
+    namespace: Annotated[Text, AfterValidator(checked_namespace)] | None = None
+    token_file: Text | None = None
+    ca_cert: Text | None = None
+    ca_path: Text | None = None
+    client_cert: Text | None = None
+    client_key: Text | None = None
+    tls_skip_verify: bool = False
+    tls_server_name: Text | None = None
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*$")] = (
+        "nomad-watchdog"
+    )
+    service: Name = "device-watchdog-agent"
+    agent_address: Annotated[str, AfterValidator(checked_url_or_none)] | None = None
+    agent_client_cert: Absolute | None = None
+    agent_client_key: Absolute | None = None
+
+
+class Kubernetes(Block):
+    kubeconfig: Text | None = None
+    context: Text | None = None
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,56}[a-z0-9])?$")] = (
+        "nomad-watchdog"
+    )
+    namespaces: Annotated[int, Field(ge=1, le=64)] = 1
+    service_account: Text | None = None
+
+
+class Local(Block):
+    directory: Text | None = None
+    python: Text | None = None
+    fork: bool = True
+
+
+class Registry(Block):
+    kind: Literal["sqlite", "consul"] | None = None
+    path: Text | None = None
+
+
+class Presence(Block):
+    startup_grace: Positive = 60.0
+    startup_grace_min: Positive = 15.0
+    startup_grace_max: Positive = 900.0
+    report_stale: Positive = 45.0
+    heartbeat_fresh: Seconds = 15.0
+    suspect_max: Positive = 120.0
+    repairing_max: Positive = 900.0
+    start_max: Seconds = 180.0
+    ttl: Annotated[Positive, Field(ge=1)] | None = None
+    grace: Seconds = 30.0
+    tombstone_ttl: Annotated[Positive, Field(ge=3_600)] = 7 * 86_400.0
+    flap_changes: Annotated[int, Field(ge=0, le=1000)] = 6
+    flap_half_life: Annotated[Positive, Field(ge=1)] = 300.0
+
+
+class Retry(Block):
+    initial: Positive = 1.0
+    max: Positive = 300.0
+    starts_per_hour: Annotated[int, Field(ge=1, le=3600)] = 20
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 16
+
+
+class Breaker(Block):
+    min: Annotated[int, Field(ge=0)] = 5
+    fraction: Fraction = 0.10
+
+
+class Rollout(Block):
+    at_once: Annotated[int, Field(ge=1)] = 5
+    fraction: Fraction = 0.10
+    soak: Seconds = 0.0
+    deaths: Annotated[int, Field(ge=1)] = 3
+
+
+class Incident(Block):
+    min: Annotated[int, Field(ge=2)] = 3
+    fraction: Fraction = 0.20
+    window: Positive = 60.0
+
+
+class Events(Block):
+    keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
+    max_age: Positive = 30 * 86_400.0
+    audit_keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
+    audit_max_age: Positive = 365 * 86_400.0
+
+
+class Log(Block):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = "json"
+
+
+class Settings(Block):
+    """All settings, checked. Secrets aren't here, only the names of the files that hold them (S10)."""
+
+    backend: str = "local"
+    shards: Annotated[int, Field(ge=1, le=256)] = 1
+    data_dir: Text = ""
+    api: Api = Api()
+    nomad: Nomad = Nomad()
+    kubernetes: Kubernetes = Kubernetes()
+    consul: Consul = Consul()
+    local: Local = Local()
+    registry: Registry = Registry()
+    agent_class: dict[Name, AgentClass] = Field(default_factory=default_class)
+    agent_pool: dict[Name, AgentPool] = Field(default_factory=dict)
+    presence: Presence = Presence()
+    retry: Retry = Retry()
+    breaker: Breaker = Breaker()
+    rollout: Rollout = Rollout()
+    incident: Incident = Incident()
+    events: Events = Events()
+    resync: Annotated[Positive, Field(ge=1)] = 30.0
+    lease_ttl: Annotated[Positive, Field(ge=1, le=60)] = 3.0
+    inventory: Inventories = ()
+    log: Log = Log()
+
+    @property
+    def advertise(self) -> str:
+        """What agents are told to report to."""
+        return self.api.advertise or f"{'https' if self.api.secure else 'http'}://{self.api.listen}"
+
+    @property
+    def own_address(self) -> str:
+        """Where this replica is reached, and no other."""
+        return self.api.own_address or self.advertise
+
+    @property
+    def certified(self) -> str:
+        """The host that the replicas' certificates name; "" = the one at which each is reached. Behind one
+        address for all that is what a certificate can name; a pod's own address it can't."""
+        return (urlsplit(self.advertise).hostname or "") if self.api.own_address else ""
+
+    @property
+    def registry_kind(self) -> str:
+        return self.registry.kind or ("sqlite" if self.backend == "local" else "consul")
+
+    @property
+    def registry_path(self) -> FilePath:
+        return FilePath(self.registry.path or FilePath(self.data_dir) / "registry.db")
+
+    @property
+    def events_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "events.db"
+
+    @property
+    def told_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "events-told.db"
+
+    @property
+    def audit_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "audit.db"
+
+    @property
+    def audit_told_path(self) -> FilePath:
+        return FilePath(self.data_dir) / "audit-told.db"
+
+    @property
+    def local_directory(self) -> FilePath:
+        return FilePath(self.local.directory or FilePath(self.data_dir) / "agents")
+
+    @property
+    def pools_directory(self) -> FilePath:
+        return FilePath(self.data_dir) / "pools"
+
+    @property
+    def agent_consul(self) -> str:
+        """The Consul address that agents are told; "" = they register nowhere."""
+        if self.consul.agent_address is not None:
+            return self.consul.agent_address
+        return "" if self.backend == "local" else self.consul.address
+
+    def limits(self) -> Limits:
+        return Limits(
+            breaker_min=self.breaker.min,
+            breaker_fraction=self.breaker.fraction,
+            replace_at_once=self.rollout.at_once,
+            replace_fraction=self.rollout.fraction,
+            soak_s=self.rollout.soak,
+            soak_deaths=self.rollout.deaths,
+            startup_grace_s=self.presence.startup_grace,
+            startup_grace_min_s=self.presence.startup_grace_min,
+            startup_grace_max_s=self.presence.startup_grace_max,
+            report_stale_s=self.presence.report_stale,
+            heartbeat_fresh_s=self.presence.heartbeat_fresh,
+            suspect_max_s=max(
+                [self.presence.suspect_max, *(one.suspect_s() for one in self.agent_class.values())]
+            ),
+            repairing_max_s=self.presence.repairing_max,
+            start_max_s=self.presence.start_max,
+            incident_min=self.incident.min,
+            incident_fraction=self.incident.fraction,
+            incident_window_s=self.incident.window,
+            backoff_initial_s=self.retry.initial,
+            backoff_max_s=self.retry.max,
+            starts_per_hour=self.retry.starts_per_hour,
+            concurrency=self.retry.concurrency,
+            resync_s=self.resync,
+            tombstone_ttl_s=self.presence.tombstone_ttl,
+            presence=PresenceRules(
+                ttl_s=self.presence.ttl or 0.0,
+                class_ttl_s={
+                    name: kind.ttl
+                    for name, kind in self.agent_class.items()
+                    if kind.ttl is not None
+                },
+                grace_s=self.presence.grace,
+                flap_changes=self.presence.flap_changes,
+                flap_half_life_s=self.presence.flap_half_life,
+            ),
+        )
+
+    def specs(self) -> dict[str, AgentSpec]:
+        """One spec a class. Raises UserError when a template file can't be read."""
+        return {name: self._spec(name, kind) for name, kind in self.agent_class.items()}
+
+    def readable_specs(self) -> tuple[dict[str, AgentSpec], dict[str, str]]:
+        """The spec of each class whose template can be read, and of the others why it can't.
+
+        Raises UserError for what concerns all classes: files with certificates."""
+        self._agent_trust()
+        specs: dict[str, AgentSpec] = {}
+        unreadable: dict[str, str] = {}
+        for name, kind in self.agent_class.items():
+            try:
+                specs[name] = self._spec(name, kind)
+            except UserError as error:
+                unreadable[name] = str(error)
+        return specs, unreadable
+
+    def _spec(self, name: str, kind: AgentClass) -> AgentSpec:
+        variables = kind.variables | ({"driver": kind.driver} if kind.driver else {})
+        variables |= {"workload": kind.workload} if kind.workload else {}
+        text = template_text(kind.template)
+        behaviour = {
+            "template": text,
+            "version": kind.version,
+            "resources": [kind.cpu, kind.memory, kind.kill_timeout],
+            "probes": [probe.wire() for probe in kind.probe],
+            "confirm": [probe.wire() for probe in kind.confirm],
+            "beat_s": kind.beat,
+            "variables": variables,
+            "metadata": kind.metadata,
+        }
+        # Only when there are any, so that a class without keeps its hash, and its agents.
+        repairs = kind.repairs_wire()
+        gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
+        telling = kind.telling()
+        behaviour |= repairs | gateway | telling
+        digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
+        spec = AgentSpec(
+            agent_class=name,
+            version=kind.version,
+            spec_hash=digest,
+            template=kind.template,
+            text="" if text.startswith(BUILT_IN) else text,
+            cpu_mhz=kind.cpu,
+            memory_bytes=kind.memory,
+            kill_timeout_s=kind.kill_timeout,
+            variables=variables,
+            on={backend: _variant(here) for backend, here in kind.on.items()},
+            settings=_described(kind, behaviour["template"]),
+            agent_config=_canonical(
+                {
+                    "v": 1,
+                    "agent_class": name,
+                    "version": kind.version,
+                    "spec_hash": digest,
+                    "beat_s": kind.beat,
+                    "probes": behaviour["probes"],
+                    "confirm": behaviour["confirm"],
+                    "metadata": kind.metadata,
+                }
+                | repairs
+                | gateway
+                | telling
+                | self._reached(prefix=bool(telling))
+            ),
+        )
+        check_class(spec)
+        return spec
+
+    def _reached(self, *, prefix: bool) -> dict[str, Any]:
+        """Where agents find what they report to, and whom they believe. Raises UserError.
+
+        No behaviour of a class: these are in no hash, and each replica's own. `prefix`: agents also keep
+        something in Consul."""
+        return {
+            "api": [self.advertise],
+            "consul": self.agent_consul,
+            "service": self.consul.service,
+            **({"prefix": self.consul.prefix} if prefix else {}),
+            **self._agent_trust(),
+        }
+
+    def placer(self) -> Callable[[AgentSpec], AgentSpec]:
+        """Puts what is this replica's own into the spec of another one: where agents report to, and whom they
+        believe. Raises UserError when a file with certificates can't be read."""
+        own = self._reached(prefix=True)
+
+        def place(spec: AgentSpec) -> AgentSpec:
+            told: dict[str, Any] = loads(spec.agent_config)
+            keys = own.keys() if "prefix" in told else own.keys() - {"prefix"}
+            kept = {name: value for name, value in told.items() if name not in _REACHED}
+            return replace(spec, agent_config=_canonical(kept | {key: own[key] for key in keys}))
+
+        return place
+
+    def _agent_trust(self) -> dict[str, Any]:
+        """Whom agents believe over https, and what they show to Consul. Raises UserError."""
+        api, consul = self.api, self.consul
+        trust: dict[str, Any] = {}
+        if api.ca_cert:
+            trust["ca_cert"] = certificates("api.ca_cert", api.ca_cert)
+        if self.agent_consul.startswith("https://"):
+            told: dict[str, Any] = {
+                "ca_cert": self._authorities_of_consul(),
+                "client_cert": consul.agent_client_cert,
+                "client_key": consul.agent_client_key,
+                "server_name": consul.tls_server_name,
+            }
+            trust["consul_tls"] = {name: value for name, value in told.items() if value}
+            trust["consul_tls"] |= {"verify": False} if consul.tls_skip_verify else {}
+        return trust
+
+    def _authorities_of_consul(self) -> str:
+        """As PEM text; "" = the system's. Raises UserError."""
+        if self.consul.ca_cert:
+            return certificates("consul.ca_cert", self.consul.ca_cert)
+        if not self.consul.ca_path:
+            return ""
+        files = files_of("consul.ca_path", self.consul.ca_path)
+        return "".join(certificates("consul.ca_path", str(file)) for file in files)
+
+    def spec_on(self, backend: str, spec: AgentSpec) -> AgentSpec:
+        """The spec as it is on one backend: with the class's `on` block for it, and with where agents find
+        themselves and their token. Neither is behaviour: a moved API rolls no agent, nor does a moved fleet.
+        """
+        here = spec.on.get(backend, Variant(spec.template, spec.text, spec.variables))
+        variables = here.variables
+        if backend == "nomad":
+            variables = {**self._places(variables), **variables}
+        return replace(spec, template=here.template, text=here.text, variables=variables)
+
+    def _places(self, given: Mapping[str, str]) -> dict[str, str]:
+        token = {"token_file": file} if (file := self.api.agent_token_file) else {}
+        if given.get("agent_source") or given.get("agent_path"):
+            return token  # and a checksum of its own, or none
+        sha256 = agent_zipapp.checksum()
+        return {
+            "agent_source": f"{self.advertise}/artifacts/{sha256}/watchdog-agent.pyz",
+            "agent_checksum": f"sha256:{sha256}",
+            **token,
+        }
+
+
+def _variant(here: Elsewhere) -> Variant:
+    try:
+        text = template_text(here.template)
+    except UserError:
+        text = ""  # it may be another machine's: who uses it finds out
+    return Variant(here.template, "" if text.startswith(BUILT_IN) else text, here.filled())
+
+
+def _described(kind: AgentClass, template: object) -> dict[str, str]:
+    """What the hash of a class is made of, in words; not what is the class's on one backend only."""
+    found = {
+        name: value
+        for name, value in flat(kind, hide_text=True).items()
+        if name != "ttl" and not name.startswith("on.")
+    }
+    text = str(template)
+    if not text.startswith(BUILT_IN):
+        found["text of the template"] = f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return found
+
+
+def template_text(template: str) -> str:
+    """The text of a template file, or the name of a built-in one. Raises UserError."""
+    if "/" not in template and not template.endswith((".hcl", ".yaml")):
+        return f"{BUILT_IN}{template}"
+    return text_files.read("template file", template)
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

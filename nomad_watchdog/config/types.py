@@ -1,0 +1,175 @@
+"""What a setting's value may be: durations, sizes, addresses; each checked and converted once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Final, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
+from watchdog_agent.runtime.parsing import whole
+
+from nomad_watchdog import text_files
+from nomad_watchdog.clients.hashicorp_environment import checked_address
+from nomad_watchdog.config.hcl import parse_duration, parse_size, show
+from nomad_watchdog.device_address import device_address
+from nomad_watchdog.errors import UserError
+from nomad_watchdog.secret_values import know_url
+
+_NAMESPACE: Final = re.compile(r"[a-zA-Z0-9-]{1,128}")
+MOST_CERTIFICATES: Final = 8192
+"""Characters; a document of an agent holds them."""
+
+
+def checked_url(value: str) -> str:
+    """An address with its scheme, without a slash at its end. Raises ValueError."""
+    know_url(value)
+    return checked_address(value)
+
+
+def checked_url_or_none(value: str) -> str:
+    return checked_url(value) if value else ""
+
+
+def checked_host(value: str) -> str:
+    """A host name or IP address, by the rule for devices."""
+    try:
+        return device_address(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def checked_namespace(value: str) -> str:
+    """One namespace of Nomad or Consul. Raises ValueError."""
+    if value == "*":
+        raise ValueError(
+            '"*" means all namespaces, and agents run in one; name it, for example "default"'
+        )
+    if not _NAMESPACE.fullmatch(value):
+        raise ValueError(
+            f"{show(value)} is not a namespace; write letters, digits and -, at most 128"
+        )
+    return value
+
+
+def checked_listen(value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    try:
+        whole(port if separator else "", 0, 65535)
+    except ValueError:
+        raise ValueError(f"{show(value)} is not HOST:PORT") from None
+    return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  # ":9670" means every address, as in Go
+
+
+def certificates(setting: str, path: str) -> str:
+    """The certificates in a file, for those who are told them. Raises UserError when there are none."""
+    text = text_files.read(setting, path)
+    found = text_files.only_pem(text)
+    if "BEGIN CERTIFICATE" not in found or "PRIVATE KEY" in text or len(found) > MOST_CERTIFICATES:
+        raise UserError(
+            f"{setting} {show(path)} must hold certificates in PEM form and no key, 8 KiB at most"
+        )
+    return found
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Url = Annotated[str, AfterValidator(checked_url)]
+Host = Annotated[str, Field(max_length=255), AfterValidator(checked_host)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+Text = Annotated[str, Field(max_length=1024)]
+Absolute = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)]
+
+
+def checked_inventories(value: object) -> object:
+    """One path, or a list of different ones that end in .hcl or .json."""
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple):
+        return paths
+    for path in paths:
+        if not isinstance(path, str) or not path.endswith((".hcl", ".json")):
+            raise ValueError(
+                f"{show(path)} is no inventory; name a file that ends in .hcl or .json"
+            )
+    if len(set(paths)) != len(paths):
+        raise ValueError("names a file twice")
+    return tuple(paths)
+
+
+Inventories = Annotated[
+    tuple[Text, ...], BeforeValidator(checked_inventories), Field(max_length=64)
+]
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_own_type(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic takes true for 1, "5" for 5, and 1 or "yes" for true. Raises PydanticKnownError."""
+        wanted = _types(cls, info.field_name or "")
+        for one in _leaves(value):
+            if wanted & {int, float} and not wanted & {str, bool} and isinstance(one, bool | str):
+                raise PydanticKnownError("int_type")
+            if (
+                wanted == {bool}
+                and isinstance(one, int | float | str)
+                and not isinstance(one, bool)
+            ):
+                raise PydanticKnownError("bool_type")
+        return value
+
+
+@cache
+def _types(block: type[BaseModel], name: str) -> frozenset[object]:
+    """The scalar types that a setting is made of, those of items included; text where a function of ours reads the
+    value first."""
+
+    def parts(annotation: Any) -> Iterator[object]:
+        if isinstance(annotation, BeforeValidator):
+            yield str
+        elif annotation in {bool, int, float, str}:
+            yield annotation
+        for one in get_args(annotation):
+            yield from parts(one)
+
+    field = block.model_fields[name]
+    return frozenset(found for one in (field.annotation, *field.metadata) for found in parts(one))
+
+
+def from_text(block: type[BaseModel], name: str, text: str) -> object:
+    """What a variable of the environment says, as the value of a setting: numbers, true and false are converted, and
+    what can't be is left to be refused."""
+    wanted = _types(block, name)
+    for kind in (bool, int, float):
+        if kind in wanted and str not in wanted:
+            try:
+                return TypeAdapter(kind).validate_python(text)
+            except ValidationError:
+                return text
+    return text
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value

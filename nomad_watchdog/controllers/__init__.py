@@ -1,0 +1,1 @@
+"""Control loops: each watches something and brings the world closer to it."""

@@ -1,0 +1,301 @@
+"""What the loop is about to do, and what is in its way: for `status`, `explain` and verdicts. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from nomad_watchdog.controllers.agents.executor import Performer
+from nomad_watchdog.controllers.agents.placement_informer import Informer
+from nomad_watchdog.controllers.agents.workqueue import WorkQueue
+from nomad_watchdog.core import planner
+from nomad_watchdog.core.mass_stop_breaker import Breaker
+from nomad_watchdog.core.migration import Homes
+from nomad_watchdog.core.planner import Changes, Plan, Stalled, no_words, none_stalled
+from nomad_watchdog.core.report_addresses import UNKNOWN, Reach
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import (
+    Action,
+    ActionKind,
+    DeviceRecord,
+    Placement,
+    PlacementState,
+    Presence,
+    Unheard,
+    VerdictState,
+)
+from nomad_watchdog.replicas.leases import Lease, Leases
+from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.schedulers import waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The parts of one reconciler, and what it decided last."""
+
+    fleet: Fleet
+    backend: str
+    hashes: Mapping[str, str]
+    queue: WorkQueue[Slug, Action]
+    performer: Performer
+    breaker: Breaker
+    informer: Informer
+    leases: Leases
+    territory: Territory
+    last_plan: Callable[[], Plan]
+    no_room: Callable[[], str]
+    """Why no start is made now, in words; "" when there is room."""
+    homes: Callable[[], Homes | None] = lambda: None
+    unprepared: Mapping[str, str] = field(default_factory=dict)
+    """Agent class → why it can't be prepared."""
+    changes: Changes = no_words
+    full: Callable[[], Mapping[str, str]] = dict
+    """Schedulers without room, and why."""
+    window: Callable[[Action], str] = lambda _action: ""
+    """Why a replacement waits for its turn, in words; "" = it does not."""
+    reach: Callable[[], Reach] = lambda: UNKNOWN
+    blind: Callable[[], str] = lambda: ""
+    """Why nothing is decided for any device now, in words; "" when that is not so."""
+    stalled: Stalled = none_stalled
+    patience: Callable[[Placement], str] = lambda _placement: ""
+    """What follows if a placement that waits makes no progress, in words; "" = nothing."""
+
+    def obstacle(self, slug: Slug) -> str:
+        """Why this device can't have an agent now, in words; "" = nothing is in the way."""
+        record = self.fleet.records.get(slug)
+        if record is not None and (why := self.unprepared.get(record.device.agent_class)):
+            every = f"{self.fleet.limits.resync_s:g} s"
+            name = record.device.agent_class
+            return f"agent class {name!r} can't be prepared: {why}; it is tried again every {every}"
+        if record is not None and record.device.agent_class not in self.hashes:
+            known = ", ".join(sorted(self.hashes))
+            return f"agent class {record.device.agent_class!r} is not configured; known: {known}"
+        homes = self.homes()
+        if homes is not None and record is not None and not homes.is_known(record):
+            return (
+                f"its agent lives on {homes.of(record)}, which is neither `backend` nor part of a "
+                "migration: move it with `nomad-watchdog migrate`"
+            )
+        return self.performer.obstacles.get(slug, "") or self.no_room()
+
+    def status(self) -> dict[str, object]:
+        """The loop's part of the status."""
+        return {
+            "backend": self.backend,
+            "queue": len(self.queue),
+            "in_work": self.queue.in_work,
+            "breaker": {
+                "held": len(self.breaker.held),
+                "reason": self.breaker.reason,
+                "id": self.breaker.held_id,
+                "next": self.breaker.mend,
+            },
+            "unprepared_classes": dict(self.unprepared),
+            "waiting_rollout": self.last_plan().waiting_rollout,
+            "starts_held": self.no_room() or self._waiting(),
+            "replica": self.leases.replica,
+            "holds": f"{len(self.leases.terms())} of {self.leases.shards} shards",
+            "leases": self.leases.problem,
+        }
+
+    def _waiting(self) -> str:
+        """How many agents wait for a node, and why, in words; "" = none."""
+        found = (one for some in self.fleet.placements.values() for one in some)
+        return waiting(
+            [one.reason for one in found if one.queued and one.state is not PlacementState.DEAD]
+        )
+
+    def explain(self, slug: Slug) -> dict[str, object]:
+        """What comes next for one device, and when."""
+        wait_s = self.queue.wait_s(slug)
+        held = any(stop[0] == slug for stop in self.breaker.held)
+        lease = self.leases.all()[self.territory.shard(slug)]
+        return {
+            "next": f"held: {self.breaker.reason}; {self.breaker.mend}"
+            if held
+            else self._next(slug, lease),
+            "next_in_s": round(wait_s, 1) if wait_s > 0 else None,
+            "shard": lease.shard,
+            "holder": lease.holder,
+            "next_resync_in_s": round(self.informer.until_resync_s, 1),
+            **self._home(slug),
+        }
+
+    def _home(self, slug: Slug) -> dict[str, object]:
+        """Where the agent lives and should live, in a fleet that was ever moved."""
+        homes, record = self.homes(), self.fleet.records.get(slug)
+        if homes is None or record is None:
+            return {}
+        return {"home": homes.of(record), "should_live_on": homes.goal(record)}
+
+    def _next(self, slug: Slug, lease: Lease) -> str:
+        """What happens next for a device, and what it waits for; never empty."""
+        if self.fleet.registry_gone:  # and the leases with it, if they are in the same store
+            return "nothing until the registry is back; its agent goes on (see `status`)"
+        if lease.shard not in self.leases.terms():
+            return (
+                f"decided by {lease.holder}, who holds its shard"
+                if lease.holder
+                else "nothing until a replica takes its shard; no replica holds it now"
+            )
+        if slug in self.fleet.unreadable:
+            return "nothing until its registry record can be read; its agent is left as it is"
+        expected = self.performer.expectations.get(slug)
+        if expected is not None:
+            return (
+                f"the agent of epoch {expected.epoch} has been started; waiting until the scheduler "
+                "lists it"
+            )
+        if self.queue.is_active(slug):
+            return "an action is under way"
+        if resting := self._resting(slug):
+            return resting
+        if blind := self.blind():
+            return blind
+        record = self.fleet.records.get(slug)
+        found = self.fleet.placements.get(slug, ())
+        steps = list(
+            planner.decide(
+                record, found, self.hashes, self.homes(), self.changes, self.stalled, self.reach()
+            )
+            if record is not None
+            else planner.decide_stray(found)
+        )
+        if not steps:
+            return self._waits(record, found)
+        return "; ".join(
+            f"{step.kind.value}: {step.reason}{self._held_back(step)}" for step in steps
+        )
+
+    def _resting(self, slug: Slug) -> str:
+        """Why nothing is done for a device now, and until when; "" = something may be."""
+        fleet = self.fleet
+        record = fleet.records.get(slug)
+        pause = fleet.pause_of(record) if record is not None else None
+        if pause is not None:
+            left = "" if pause.ends is None else f", in {pause.ends - fleet.clock.wall():.0f} s"
+            return f"nothing until the pause {pause.id} ends{left or ' (`nomad-watchdog resume`)'}"
+        kept = fleet.attendance.keeps(slug, fleet.clock.monotonic())
+        return f"its agent is stopped unless the device comes back: {kept}" if kept else ""
+
+    def _held_back(self, step: Action) -> str:
+        """Why this step is not taken at once, in words; "" = it is."""
+        now = self.fleet.clock.monotonic()
+        wait_s = self.queue.wait_s(step.slug)
+        if wait_s > 0 and (why := self.performer.obstacles.get(step.slug)):
+            return f"; {why}; next try in {wait_s:.0f} s"
+        if wait_s > 0:
+            return f"; it was started often lately: not before {wait_s:.0f} s from now"
+        if step.kind is ActionKind.START and (full := self.no_room() or self.full().get(step.home)):
+            return f"; waits for room: {full}"
+        if step.kind is ActionKind.REPLACE and (waits := self.window(step)):
+            return f"; {waits}"
+        circuits = (self.performer.circuit, self.performer.registry_circuit)
+        if refused := max(one.wait_s(now) for one in circuits):
+            return f"; the server refuses calls for all devices: next try in {refused:.0f} s"
+        if self.informer.freshness.premature(step):
+            return "; after the next read of the scheduler"
+        return ""
+
+    def _waits(self, record: DeviceRecord | None, found: tuple[Placement, ...]) -> str:
+        """What is waited for where no action is to be taken."""
+        live = [one for one in found if one.state is not PlacementState.DEAD]
+        if record is None or record.presence is Presence.ABSENT:
+            return (
+                "its agent is being stopped; nothing after that"
+                if live
+                else "nothing: the device has left"
+            )
+        name = record.device.agent_class
+        if name in self.unprepared:
+            rest = "its agent goes on as it is" if live else "it gets an agent then"
+            return f"nothing until agent class {name!r} can be prepared ({self.unprepared[name]}); {rest}"
+        if name not in self.hashes:
+            rest = "its agent goes on as it is" if live else "it gets an agent then"
+            return f"nothing until agent class {name!r} is configured; {rest}"
+        agent = next((one for one in live if one.epoch == record.epoch), live[0] if live else None)
+        if agent is None:
+            return "an agent is started with the next pass"
+        if agent.state is PlacementState.RUNNING:
+            return self._of_running(record, agent)
+        return self._of_scheduler(record, agent)
+
+    def _of_scheduler(self, record: DeviceRecord, agent: Placement) -> str:
+        """What the scheduler does next with an agent that does not run."""
+        why = f": {agent.reason}" if agent.reason else ""
+        match agent.state:
+            case PlacementState.STOPPING:
+                return "the old agent is being stopped; then a new one is started"
+            case PlacementState.LOST:
+                node = agent.node or "its node"
+                return (
+                    f"waiting for the scheduler: {node} does not answer, and a new agent is started when the "
+                    f"old one is known to be gone{why}"
+                )
+            case PlacementState.RESTARTING:
+                return f"the scheduler restarts the agent{why}{self._patience(agent)}"
+            case PlacementState.PENDING:
+                waiting = "waiting until the scheduler finds a node for the agent"
+                return f"{waiting}{why}{self._patience(agent)}"
+            case _:
+                return f"{self._until_ready(record, agent.state)}{self._patience(agent)}"
+
+    def _of_running(self, record: DeviceRecord, agent: Placement) -> str:
+        """What follows for a device whose agent is running."""
+        judged = self.fleet.refresh(record.slug)
+        if judged.unheard is Unheard.REFUSED:
+            return (
+                "nothing until a report of the agent is accepted: fix what the reason names; "
+                "`nomad-watchdog doctor` checks the way of the reports (docs/runbooks.md, AgentsUnheard)"
+            )
+        if self.fleet.has_ready_agent(record.slug):
+            next_ = self._of_device(judged.state, agent.node)
+        else:
+            next_ = self._until_ready(record, agent.state)
+        if not agent.reason:
+            return next_ or "nothing to do: the agent is running and ready"
+        return f"{agent.reason}; {next_}" if next_ else agent.reason
+
+    def _patience(self, agent: Placement) -> str:
+        return f"; {then}" if (then := self.patience(agent)) else ""
+
+    def _of_device(self, state: VerdictState, node: str) -> str:
+        """What follows for a device whose agent is running and ready; "" = nothing."""
+        match state:
+            case VerdictState.SUSPECT:
+                return (
+                    "the agent confirms the misses by another path; within "
+                    f"{self.fleet.limits.suspect_max_s:.0f} s (presence.suspect_max, longer for slow probes) the "
+                    "device becomes watched, degraded, offline or unwatched"
+                )
+            case VerdictState.REPAIRING:
+                return "the agent runs a repair step, and then reports whether the device answers"
+            case VerdictState.DEGRADED:
+                return (
+                    "the agent goes on probing until the device is well; fix what the reason names"
+                )
+            case VerdictState.OFFLINE:
+                return (
+                    "the agent goes on probing until the device answers; check the device, its power "
+                    "and its network"
+                )
+            case VerdictState.UNWATCHED:
+                host = f"{node}, the host of the agent" if node else "the agent's host"
+                return (
+                    "the agent goes on trying; check what the reason names on "
+                    f"{host}, the device's address and the probes of its class"
+                )
+        return ""
+
+    def _until_ready(self, record: DeviceRecord, state: PlacementState) -> str:
+        fleet = self.fleet
+        placed_at = fleet.chronicle.placed_at(record)
+        grace_s = fleet.chronicle.grace(record).seconds
+        left_s = 0.0 if placed_at is None else placed_at + grace_s - fleet.clock.monotonic()
+        waiting = f"waiting for the agent to report that it is ready (it is {state.value})"
+        if placed_at is None:
+            return f"{waiting}: this replica did not start it, and no report of it has come since"
+        if left_s > 0:
+            return f"{waiting}; if it is not within {left_s:.0f} s, the device counts as unwatched"
+        return f"{waiting}; its start-up grace of {grace_s:.0f} s is over: see `nomad-watchdog agents logs`"

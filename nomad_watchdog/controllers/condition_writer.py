@@ -1,0 +1,114 @@
+"""Brings the conditions of devices into the registry: when one begins, changes or ends, and never for a report.
+
+What is wanted gathers per device, so that ten thousand devices that go offline at once are a few transactions.
+Only the holder of a device's shard writes, each record by compare-and-set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Final
+
+from nomad_watchdog.errors import TransientError, UserError, WatchdogError
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.logs import Lasting
+from nomad_watchdog.model import DeviceRecord, Monotonic
+from nomad_watchdog.replicas.leases import Leases
+from nomad_watchdog.replicas.ownership import Territory
+
+log = logging.getLogger(__name__)
+
+GATHER_S: Final = 0.2
+"""Conditions are gathered for this time before they are written."""
+MOST: Final = 1_000
+"""Records of one commit."""
+LOOK_EVERY_S: Final = 5.0
+"""How often it is checked whether a shard has become ours."""
+RETRY_S: Final = (0.5, 10.0)
+"""First and longest wait after the registry failed, seconds."""
+
+
+class Conditions:
+    """The writer of one replica."""
+
+    def __init__(self, fleet: Fleet, territory: Territory, leases: Leases) -> None:
+        self._fleet = fleet
+        self._territory = territory
+        self._leases = leases
+
+    async def run(self) -> None:
+        """Write until cancelled. An outage of the registry is waited out."""
+        news, delay_s = self._fleet.conditions.news, RETRY_S[0]
+        trouble = Lasting(log, "conditions not written")
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await news.wait()
+            except TimeoutError:
+                pass
+            else:
+                await asyncio.sleep(GATHER_S)
+            news.clear()
+            try:
+                lost = await self.write()
+            except WatchdogError as error:
+                trouble.goes_on(self._fleet.clock.monotonic(), str(error))
+                retry_s = error.retry_after_s if isinstance(error, TransientError) else None
+                jitter = random.uniform(0.5, 1.0)  # noqa: S311
+                await asyncio.sleep(retry_s or jitter * delay_s)
+                delay_s = min(2 * delay_s, RETRY_S[1])
+                news.set()
+            else:
+                trouble.over(self._fleet.clock.monotonic())
+                delay_s = RETRY_S[0]
+                if lost:
+                    news.set()
+
+    async def write(self) -> int:
+        """Write what is wanted of our devices; how many lost their compare-and-set and are to be tried again.
+
+        Raises as `Registry.commit`."""
+        fleet = self._fleet
+        ours = self._territory.shards()
+        waiting = fleet.conditions.slugs()
+        others = [slug for slug in waiting if self._territory.shard(slug) not in ours]
+        then = Monotonic(fleet.clock.monotonic() - fleet.limits.report_stale_s)
+        fleet.conditions.forget_before(then, others)
+        mine = iter([slug for slug in waiting if self._territory.shard(slug) in ours])
+        lost = 0
+        while batch := list(islice(mine, MOST)):
+            wanted = [
+                replace(record, condition=fleet.condition(record))
+                for slug in batch
+                if (record := fleet.records.get(slug)) is not None
+            ]
+            lost += await self._commit(wanted)
+        return lost
+
+    async def _commit(self, wanted: Sequence[DeviceRecord]) -> int:
+        if not wanted:
+            return 0
+        fleet = self._fleet
+        guards = self._leases.guards([record.slug for record in wanted])
+        try:
+            with fleet.conditions.writing(wanted):
+                stored = await fleet.commit(wanted, guards)
+                fleet.learn([record for record in stored if record is not None])
+        except UserError as error:
+            if len(wanted) > 1:  # one that can't be stored must not hold up the others (S9)
+                return sum([await self._commit([record]) for record in wanted])
+            log.warning(
+                "condition not stored", extra={"slug": wanted[0].slug, "reason": str(error)}
+            )
+            fleet.conditions.park(wanted[0])
+            return 0
+        lost = [record.slug for record, one in zip(wanted, stored, strict=True) if one is None]
+        for slug in lost:
+            fresh = await fleet.registry.get(slug)
+            fleet.learn([fresh] if fresh is not None else [])
+        return len(lost)

@@ -1,0 +1,192 @@
+"""Static inventories: files that list devices, watched; the registry follows the last good one.
+
+A file is looked at every second by its signature, so that a rename over it, a swapped link and an edit in
+place are all seen, and read only once two looks agree: a writer has come to its end then. What is bad,
+empty or gone changes nothing. What vanishes from a good file leaves, within the breaker's limit (S7).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nomad_watchdog.controllers import inventory_file
+from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.controllers.inventory_file import ChangingError, Signature
+from nomad_watchdog.core.inventory_diff import compare
+from nomad_watchdog.errors import UserError, WatchdogError
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Departure, Device, DeviceRecord
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S: Final = 1.0
+COMPARE_EVERY_S: Final = 5.0
+"""The registry is brought back to the last good file so often, whoever changed it."""
+BATCH: Final = 500
+MOST_SHOWN: Final = 20
+
+
+def source_of(path: str) -> str:
+    """How records name the file that they came from."""
+    return f"inventory:{path}"
+
+
+@dataclass(slots=True)
+class _File:
+    path: str
+    seen: Signature | None = None
+    """At the last look."""
+    tried: Signature | None = None
+    """What was read last, for good or bad."""
+    listed: dict[Slug, Device] | None = None
+    """The last good content; None until there was one."""
+    problem: str = ""
+    conflicts: tuple[str, ...] = ()
+
+
+class Inventory:
+    """The configured files, and the registry brought in line with them."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        fleet: Fleet,
+        departures: Departures,
+        metrics: Metrics,
+        classes: Collection[str] | None = None,
+    ) -> None:
+        self.classes: Collection[str] | None = None
+        self.fleet = fleet
+        self.departures = departures
+        self.metrics = metrics
+        self.files: list[_File] = []
+        self._now = asyncio.Event()
+        self.configure(paths, classes)
+        fleet.status_parts.append(self.status)
+
+    def configure(self, paths: Sequence[str], classes: Collection[str] | None) -> None:
+        """Follow these files from now on. The devices of a file that is no longer followed stay registered,
+        and may be changed by anybody. `classes`: those that a device may have; None = any."""
+        if classes != self.classes:
+            self.classes = classes
+            self.look_now()  # what was good may be bad now, and the other way round
+        known = {file.path: file for file in self.files}
+        self.files = [known.get(path) or _File(path) for path in paths]
+        self.fleet.inventories = frozenset(map(source_of, paths))
+        self._now.set()
+
+    def look_now(self) -> None:
+        """Read every file again, changed or not (SIGHUP)."""
+        for file in self.files:
+            file.tried = None
+        self._now.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        await self.fleet.ready_event.wait()
+        clock, due = self.fleet.clock, float("-inf")
+        while True:
+            changed = [await self._look(file) for file in self.files]
+            if any(changed) or clock.monotonic() >= due:
+                await self._follow()
+                due = clock.monotonic() + COMPARE_EVERY_S
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S if self.files else None):
+                    await self._now.wait()
+            except TimeoutError:
+                pass
+            self._now.clear()
+
+    async def _look(self, file: _File) -> bool:
+        """Whether there is new good content."""
+        try:
+            found = await asyncio.to_thread(inventory_file.signature, file.path)
+        except UserError as error:
+            file.seen = file.tried = None
+            self._say(file, str(error))
+            return False
+        try:
+            before, file.seen = file.seen, found
+            if found == file.tried or found != before:
+                return False
+            file.listed = await asyncio.to_thread(
+                inventory_file.read, file.path, found, self.classes
+            )
+        except ChangingError:
+            return False
+        except UserError as error:
+            file.tried = found
+            self._say(file, str(error))
+            return False
+        file.tried = found
+        self._say(file, "")
+        return True
+
+    def _say(self, file: _File, problem: str) -> None:
+        if problem == file.problem:
+            return
+        file.problem = problem
+        text = problem or f"{file.path} is good again"
+        log.warning("inventory", extra={"file": file.path, "reason": text})
+        self._note("inventory.bad" if problem else "inventory.good", text, {})
+
+    def _note(self, kind: str, text: str, data: dict[str, object]) -> None:
+        fleet = self.fleet
+        fleet.history.add(
+            at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
+        )
+
+    async def _follow(self) -> None:
+        for file in self.files:
+            if file.listed is not None:
+                try:
+                    await self._bring(file, file.listed)
+                except WatchdogError as error:
+                    log.warning(
+                        "inventory not followed", extra={"file": file.path, "reason": str(error)}
+                    )
+        self.metrics.inventories(
+            problems=sum(bool(file.problem) for file in self.files),
+            conflicts=sum(len(file.conflicts) for file in self.files),
+        )
+
+    async def _bring(self, file: _File, listed: dict[Slug, Device]) -> None:
+        fleet, source = self.fleet, source_of(file.path)
+        # Every replica reads the files, and each brings in line what it is to decide about.
+        ours = self.departures.territory.of
+        changes = compare(ours(listed), ours(fleet.records), source, fleet.inventories)
+        if changes.conflicts and changes.conflicts != file.conflicts:
+            self._note(
+                "inventory.conflict",
+                f"{file.path}: {len(changes.conflicts)} listed devices belong to others",
+                {"devices": list(changes.conflicts[:MOST_SHOWN])},
+            )
+        file.conflicts = changes.conflicts
+
+        def still(record: DeviceRecord) -> bool:
+            return record.source == source
+
+        await self.departures.leave(source, changes.depart, Departure.REMOVED, still=still)
+        for first in range(0, len(changes.register), BATCH):
+            await fleet.register(changes.register[first : first + BATCH], source)
+
+    def status(self) -> dict[str, object]:
+        """Our part of the status."""
+        return {
+            "inventory": [
+                {
+                    "file": file.path,
+                    "devices": None if file.listed is None else len(file.listed),
+                    "problem": file.problem,
+                    "conflicts": len(file.conflicts),
+                    "conflicting": list(file.conflicts[:MOST_SHOWN]),
+                }
+                for file in self.files
+            ]
+        }

@@ -1,0 +1,199 @@
+"""Signed webhooks by the Standard Webhooks scheme, and which of them were seen before.
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+The package of that name reads its own clock, signs a number that it has parsed instead of the text that
+came, and raises whatever a hostile header makes it raise; hence these lines, held to its test vector.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from typing import Final
+
+PREFIX: Final = "whsec_"
+TOLERANCE_S: Final = 300
+"""How far the sender's clock may be from ours, both ways."""
+MOST_ID: Final = 256
+MOST_SIGNATURES: Final = 16
+"""In one header: more is no rotation, it is work for us."""
+MOST_KEPT: Final = 65_536
+"""Ids in a window; the oldest falls out, and then the record's own guard (`core.event_order`) stands alone."""
+_SECONDS: Final = re.compile(r"[1-9][0-9]{0,11}", re.ASCII)
+
+
+class SignatureError(Exception):
+    """The call is not signed as it must be; the text says what is wrong, and nothing secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """Who said it was sent when. The id is the sender's: the same for each try to deliver one event."""
+
+    id: str
+    at: int
+    """Unix seconds, of the sender's clock."""
+
+
+def secret_of(text: str) -> bytes:
+    """The bytes of ``whsec_<base64>``. Raises ValueError for anything but 24 to 64 bytes of it."""
+    if not text.startswith(PREFIX):
+        raise ValueError(f"a secret begins with {PREFIX}")
+    try:
+        secret = base64.b64decode(text.removeprefix(PREFIX), validate=True)
+    except ValueError:
+        raise ValueError(f"what follows {PREFIX} is not base64") from None
+    if not 24 <= len(secret) <= 64:
+        raise ValueError(f"a secret has 24 to 64 bytes, this one has {len(secret)}")
+    return secret
+
+
+def sign(secret: bytes, signed: Signed, body: bytes) -> str:
+    """One signature, as it stands in the header."""
+    return "v1," + base64.b64encode(_mac(secret, signed, body)).decode()
+
+
+def _mac(secret: bytes, signed: Signed, body: bytes) -> bytes:
+    mac = _keyed(secret).copy()
+    mac.update(b"%b.%d.%b" % (signed.id.encode(), signed.at, body))
+    return mac.digest()
+
+
+@lru_cache(maxsize=64)
+def _keyed(secret: bytes) -> hmac.HMAC:
+    """To be copied. `hmac.digest` sets the key up each time, and lets go of the interpreter for it: beside a
+    thread that writes the loop waits some 0.1 ms to have it back."""
+    return hmac.new(secret, digestmod="sha256")
+
+
+def check_form(headers: tuple[str, str, str], now: float) -> None:
+    """Whether these headers can be those of a signed call, before its body is read. now: unix seconds.
+
+    Raises SignatureError."""
+    signed, given = _form(headers)
+    if not any(len(one) == hashlib.sha256().digest_size for one in given):
+        raise SignatureError("webhook-signature must hold v1, and the base64 of 32 bytes")
+    _check_time(signed, now)
+
+
+def verify(
+    secrets: Sequence[bytes], headers: tuple[str, str, str], body: bytes, now: float
+) -> Signed:
+    """Check ``(webhook-id, webhook-timestamp, webhook-signature)`` of these bytes. now: unix seconds.
+
+    Raises SignatureError. The signature is checked before the time, and over every secret, so that the
+    answer does not tell a guesser which part was right.
+    """
+    signed, given = _form(headers)
+    good = False
+    for secret in secrets:
+        wanted = _mac(secret, signed, body)
+        for one in given:
+            good |= hmac.compare_digest(wanted, one)
+    if not good:
+        raise SignatureError("no signature of webhook-signature fits the body and our secrets")
+    _check_time(signed, now)
+    return signed
+
+
+def _form(headers: tuple[str, str, str]) -> tuple[Signed, list[bytes]]:
+    message_id, timestamp, signatures = headers
+    if not message_id or not timestamp or not signatures:
+        raise SignatureError(
+            "the headers webhook-id, webhook-timestamp, webhook-signature are needed"
+        )
+    if len(message_id) > MOST_ID or not message_id.isascii() or not message_id.isprintable():
+        raise SignatureError(f"webhook-id must be at most {MOST_ID} printable ASCII characters")
+    if not _SECONDS.fullmatch(timestamp):
+        raise SignatureError("webhook-timestamp must be whole seconds since 1970")
+    given = [_bytes_of(one) for one in signatures.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]]
+    return Signed(message_id, int(timestamp)), given
+
+
+def _check_time(signed: Signed, now: float) -> None:
+    if abs(now - signed.at) > TOLERANCE_S:
+        raise SignatureError(
+            f"webhook-timestamp is {abs(now - signed.at):.0f} s from our clock; "
+            f"at most {TOLERANCE_S} are allowed"
+        )
+
+
+def _bytes_of(signature: str) -> bytes:
+    version, _, text = signature.partition(",")
+    try:
+        return base64.b64decode(text, validate=True) if version == "v1" else b""
+    except (binascii.Error, ValueError):
+        return b""
+
+
+class Seen(StrEnum):
+    """What a window knows of an id."""
+
+    NEW = "new"
+    DONE = "done"
+    """The same event was applied."""
+    BUSY = "busy"
+    """The same event is being applied."""
+    OTHER = "other"
+    """The id was used for another body."""
+
+
+@dataclass(slots=True)
+class Window:
+    """The ids of the last minutes. A call claims its id, and settles it when it is durable."""
+
+    most: int = MOST_KEPT
+    _kept: OrderedDict[bytes, _Entry] = field(default_factory=OrderedDict)
+
+    def claim(self, signed: Signed, body: bytes, now: float) -> Seen:
+        """What is known of this id; a NEW one is BUSY from here on, until `settle`."""
+        self._forget(now)
+        key, digest = _digest(signed.id.encode()), _digest(body)
+        entry = self._kept.get(key)
+        if entry is None:
+            # Nothing signed now is accepted after its time stamp is too old, however late it comes.
+            self._kept[key] = _Entry(digest, until=signed.at + TOLERANCE_S)
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+            return Seen.NEW
+        if entry.body != digest:
+            return Seen.OTHER
+        return Seen.DONE if entry.done else Seen.BUSY
+
+    def settle(self, signed: Signed, *, done: bool) -> None:
+        """The claimed event was applied; or it was not, and may be sent again."""
+        key = _digest(signed.id.encode())
+        entry = self._kept.get(key)
+        if entry is None:
+            return
+        if done:
+            entry.done = True
+        else:
+            del self._kept[key]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _forget(self, now: float) -> None:
+        # In the order of arrival, so that one from the future keeps a few behind it a little longer.
+        while self._kept and next(iter(self._kept.values())).until < now:
+            self._kept.popitem(last=False)
+
+
+@dataclass(slots=True)
+class _Entry:
+    body: bytes
+    until: float
+    done: bool = False
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:16]

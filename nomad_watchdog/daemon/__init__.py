@@ -1,0 +1,1 @@
+"""From settings to a running process, and what is done once and without one."""

@@ -1,0 +1,1 @@
+"""`doctor`: checks of the environment, and how to fix what they find."""

@@ -1,0 +1,213 @@
+"""A plan carried out by a command, without the running service: look, act, and look again until it is done.
+
+No loop of the service's, no lease, no report of an agent: whether an agent is ready is what the scheduler says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.controllers.agents.executor import BATCH
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
+from nomad_watchdog.errors import ConflictError, TransientError
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Action, ActionKind, PlacementState, Presence
+from nomad_watchdog.terminal import progress
+
+POLL_S: Final = 0.5
+TRIES: Final = 3
+"""Failed actions of one device after which it is left out."""
+
+
+class Unreported(Fleet):
+    """A fleet whose agents report elsewhere or nowhere: one is ready when the scheduler says that it runs."""
+
+    def has_ready_agent(self, slug: Slug) -> bool:
+        record = self.records.get(slug)
+        return record is not None and any(
+            one.epoch == record.epoch
+            and one.state is PlacementState.RUNNING
+            and one.ready is not False
+            for one in self.placements.get(slug, ())
+        )
+
+    def unready(self) -> int:
+        resting = self.paused()
+        return sum(
+            record.presence is Presence.PRESENT
+            and slug not in resting
+            and not self.has_ready_agent(slug)
+            for slug, record in self.records.items()
+        )
+
+    def is_stuck(self, slug: Slug) -> bool:
+        return any(
+            one.state is PlacementState.RESTARTING
+            and one.restarts >= self.limits.crash_loop_restarts
+            for one in self.placements.get(slug, ())
+        )
+
+
+async def look(reconciler: Reconciler, *, bring: bool = False) -> None:
+    """Read the registry and the scheduler once, in full, and which class specs and versions are in force. `bring`:
+    bring our own into force, as a control plane that starts does. Raises as
+    `Registry.read` and `Scheduler.snapshot`, and ConflictError when a migration was begun or changed
+    meanwhile."""
+    fleet = reconciler.fleet
+    await reconciler.follower.read()
+    # Who looks once knows nothing of when a device left: waiting is for those who stay.
+    fleet.attendance.leaving.clear()
+    await reconciler.informer.read()
+    await reconciler.go_by_classes(bring=bring)
+    fleet.refresh_all()
+    # Reading may take longer than what moves there are is known for.
+    if await reconciler.migrations.refresh():
+        raise ConflictError("a migration has changed meanwhile; try again")
+
+
+@dataclass(slots=True)
+class _Work:
+    """What has been done so far."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: Counter[Slug] = field(default_factory=Counter)
+    replaced: set[Slug] = field(default_factory=set)
+    """Devices whose agent was told to make room for another."""
+
+    def done(self, action: Action, outcome: str, _took_s: float) -> None:
+        # A replacement is a stop and a start, and one action of the plan.
+        if not (
+            outcome == "ok" and action.kind is ActionKind.START and action.slug in self.replaced
+        ):
+            self.outcomes[outcome] += 1
+        if outcome == "failed":
+            self.failures[action.slug] += 1
+
+    def given_up(self, slug: Slug) -> bool:
+        return self.failures[slug] >= TRIES
+
+
+async def apply(
+    reconciler: Reconciler,
+    registry_index: int | None,
+    *,
+    allow_stops: bool,
+    tell: Callable[[str], None] = lambda _text: None,
+) -> dict[str, object]:
+    """Carry out one plan, after `look`, with all windows of the roll-outs in it. `allow_stops`: an operator
+    means the held ones too. `tell`: is given the progress of a roll-out, in words.
+
+    Raises ConflictError when the registry is no longer at registry_index, TransientError when a roll-out
+    makes no progress, is held, or devices failed TRIES times.
+    """
+    fleet = reconciler.fleet
+    if registry_index is not None and registry_index != fleet.index:
+        raise ConflictError(
+            f"the registry has moved from {registry_index} to {fleet.index} since the plan "
+            "was made; make a new plan"
+        )
+    plan = reconciler.planning.make(NO_STOPS)
+    confirmed = plan.held if allow_stops else NO_STOPS
+    plan = reconciler.planning.make(confirmed) if confirmed else plan
+    shown = reconciler.planning.shown(plan)
+    work = _Work()
+    reconciler.performer.done = work.done
+    await _carry_out(reconciler, plan, work)
+    if plan.waiting or work.replaced:
+        await _follow(reconciler, confirmed, work, tell)
+    failed = [slug for slug in work.failures if work.given_up(slug)]
+    if failed:
+        why = reconciler.performer.obstacles.get(failed[0], "")
+        name = fleet.records[failed[0]].device.id if failed[0] in fleet.records else failed[0]
+        raise TransientError(f"{len(failed)} devices failed {TRIES} times; {name!a}: {why}")
+    return {**shown, "outcomes": dict(work.outcomes)}
+
+
+async def _carry_out(reconciler: Reconciler, plan: Plan, work: _Work) -> None:
+    performer, freshness = reconciler.performer, reconciler.informer.freshness
+    actions = [
+        action
+        for action in plan.actions
+        if action.slug not in performer.expectations
+        and not freshness.premature(action)
+        and not work.given_up(action.slug)
+    ]
+    present = reconciler.fleet.records
+    work.replaced |= {
+        action.slug
+        for action in actions
+        if action.kind is ActionKind.REPLACE
+        or (
+            action.kind is ActionKind.RETIRE
+            and action.slug in present
+            and present[action.slug].presence is Presence.PRESENT
+        )
+    }
+    for first in range(0, len(actions), BATCH):
+        await performer.perform(actions[first : first + BATCH])
+
+
+async def _follow(
+    reconciler: Reconciler,
+    confirmed: frozenset[Stop],
+    work: _Work,
+    tell: Callable[[str], None],
+) -> None:
+    """Look and act until every replaced device has its new agent, and none waits any more."""
+    fleet, limits = reconciler.fleet, reconciler.fleet.limits
+    patience_s = limits.startup_grace_s + limits.soak_s + _kill_timeout_s(reconciler)
+    before: object = None
+    held = NO_STOPS
+    since = fleet.clock.monotonic()
+    while True:
+        await asyncio.sleep(POLL_S)
+        await look(reconciler)
+        plan = reconciler.planning.make(confirmed)
+        if plan.held:
+            # What two reads agree on may go, as with the service (S7); not what nobody has registered.
+            confirmed |= {stop for stop in plan.held & held if stop[0] in fleet.records}
+            if held == plan.held:
+                plan = reconciler.planning.make(confirmed)
+            if plan.held and held == plan.held:
+                raise TransientError(f"stops are held: {plan.hold_reason}")
+        held = plan.held
+        await _carry_out(reconciler, plan, work)
+        open_ = [s for s in work.replaced if not work.given_up(s) and not _is_done(fleet, s)]
+        todo = [a for a in plan.actions if not work.given_up(a.slug)]
+        if not open_ and not todo and not plan.waiting:
+            return
+        now = (len(plan.waiting), len(open_), len(work.replaced))
+        if now != before:
+            before, since = now, fleet.clock.monotonic()
+            tell(progress(len(work.replaced) - len(open_), len(open_), len(plan.waiting)))
+        elif fleet.clock.monotonic() - since > patience_s:
+            raise TransientError(
+                f"no progress for {patience_s:.0f} s: {len(work.replaced) - len(open_)} replaced, "
+                f"{len(plan.waiting)} waiting; in progress: {_names(fleet, open_)}"
+            )
+
+
+def _is_done(fleet: Fleet, slug: Slug) -> bool:
+    record = fleet.records.get(slug)
+    return record is None or record.presence is Presence.ABSENT or fleet.has_ready_agent(slug)
+
+
+def _kill_timeout_s(reconciler: Reconciler) -> float:
+    return max((spec.kill_timeout_s for spec in reconciler.specs.values()), default=0.0)
+
+
+def _names(fleet: Fleet, slugs: Iterable[Slug]) -> str:
+    """Some devices, and why the first ones have no agent, in the scheduler's words."""
+    told = []
+    for slug in sorted(slugs)[:3]:
+        reasons = [one.reason for one in fleet.placements.get(slug, ()) if one.reason]
+        record = fleet.records.get(slug)
+        name = ascii(record.device.id if record is not None else slug)
+        told.append(f"{name}: {reasons[-1]}" if reasons else name)
+    return "; ".join(told) or "none"

@@ -1,0 +1,224 @@
+"""Reads the configuration again, on SIGHUP or by the API, and applies what can be applied at run time.
+
+A configuration that is not valid as a whole changes nothing. What can't be applied while the service runs
+keeps its value, and is named until the service is restarted or the file says the old value again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from nomad_watchdog.api.auth import Door, door_of
+from nomad_watchdog.api.reload import Reloaded
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.config.settings_text import flat
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.core.settings_diff import differences
+from nomad_watchdog.daemon import systemd
+from nomad_watchdog.errors import WatchdogError
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.schedulers.multi import Moving
+
+log = logging.getLogger(__name__)
+
+_WHOLE: Final = (
+    "agent_class",
+    "presence",
+    "breaker",
+    "rollout",
+    "incident",
+    "resync",
+    "inventory",
+)
+"""Blocks and settings that are applied at run time."""
+_PARTS: Final = {
+    "api": (
+        "token",
+        "token_file",
+        "webhook_secrets_file",
+        "rate",
+        "burst",
+        "read_share",
+        "read_burst",
+        "streams_per_token",
+    ),
+    "retry": ("initial", "max", "starts_per_hour"),
+    "log": ("level",),
+}
+"""Blocks of which only these settings are."""
+_WITH_TEXT: Final = ("agent_class", "agent_pool")
+"""Blocks whose text may hold secrets, and is not shown."""
+MOST_TOLD: Final = 50
+
+
+def applicable(running: Settings, loaded: Settings) -> Settings:
+    """The running settings with all that can be taken over from `loaded` at run time."""
+    update: dict[str, Any] = {name: getattr(loaded, name) for name in _WHOLE}
+    for block, names in _PARTS.items():
+        new = getattr(loaded, block)
+        part = {name: getattr(new, name) for name in names}
+        update[block] = getattr(running, block).model_copy(update=part)
+    local = running.backend == "local" and not running.api.agent_key_file
+    if local and running.api.token_file != loaded.api.token_file:
+        # Agents on this machine read the file that they were started with.
+        update["api"] = update["api"].model_copy(update={"token_file": running.api.token_file})
+    if any(update["api"].misfits()):
+        # A new token rule and the old address, say: together they could open the API to everybody.
+        update["api"] = running.api
+    return running.model_copy(update=update)
+
+
+def described(settings: Settings) -> dict[str, str]:
+    """All settings as text by dotted name."""
+    shown = flat(settings, hide_text=False)
+    hidden = flat(settings, hide_text=True)
+    return {
+        name: hidden[name] if name.partition(".")[0] in _WITH_TEXT else text
+        for name, text in shown.items()
+    }
+
+
+@dataclass(slots=True)
+class Reloader:
+    """One running service. `load`: reads, merges and checks the configuration anew; raises UserError."""
+
+    settings: Settings
+    """In force."""
+    load: Callable[[], Settings]
+    reconciler: Reconciler
+    scheduler: Moving
+    inventory: Inventory
+    door: Door
+    metrics: Metrics
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set it to have the configuration read again (SIGHUP)."""
+    renew: Callable[[], None] = lambda: None
+    """Have certificates read again too."""
+    problem: str = ""
+    """Why the last reload changed nothing; "" = it succeeded."""
+    needs_restart: tuple[str, ...] = ()
+    _reloaded_at: float | None = None
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.reconciler.fleet.status_parts.append(self.status)
+
+    async def run(self) -> None:
+        """Reload whenever it is asked for, until cancelled. Nothing that a reload raises gets out."""
+        while True:
+            await self.asked.wait()
+            self.asked.clear()
+            self.renew()
+            self.inventory.look_now()
+            ready = self.reconciler.fleet.ready
+            if ready:
+                systemd.reloading(self.reconciler.fleet.clock.monotonic())
+            try:
+                await self.reload()
+            except WatchdogError:
+                pass  # it is in the log, the events, the metrics and the status
+            except Exception:  # the signal's boundary: a bug must not end the service
+                log.exception("reload crashed")
+            if ready:
+                systemd.ready()
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration and apply it. Raises UserError or TerminalError when it is not valid, or
+        the scheduler refuses it; then nothing has changed."""
+        async with self._turn:
+            try:
+                done = await self._reload()
+            except WatchdogError as error:
+                self._failed(str(error))
+                raise
+            except Exception as error:
+                self._failed(f"internal error: {type(error).__name__}")
+                raise
+        self.problem = ""
+        self.needs_restart = done.needs_restart
+        self._reloaded_at = self.reconciler.fleet.clock.monotonic()
+        self.metrics.config(problem=False, restart=len(done.needs_restart))
+        if done.changed or done.needs_restart:
+            self._tell("config.reloaded", str(done), done)
+        log.info(
+            "configuration reloaded",
+            extra={"changed": list(done.changed), "needs_restart": list(done.needs_restart)},
+        )
+        return done
+
+    async def _reload(self) -> Reloaded:
+        loaded = await asyncio.to_thread(self.load)
+        wanted = applicable(self.settings, loaded)
+        specs, unreadable = await asyncio.to_thread(wanted.readable_specs)
+        place = await asyncio.to_thread(wanted.placer)
+        door = await asyncio.to_thread(door_of, wanted.api)
+        fleet, before = self.reconciler.fleet, self.settings
+        limits = wanted.limits()
+        was = fleet.limits
+        self.scheduler.adapt_by(wanted.spec_on)
+        fleet.go_by(limits)
+        try:
+            in_force = self.reconciler.in_force
+            waits = bool(unreadable or self.reconciler.unprepared or in_force.differs)
+            if waits or limits != was or specs != in_force.configured:
+                await self.reconciler.configure(
+                    specs,
+                    read_specs=lambda: asyncio.to_thread(wanted.readable_specs),
+                    unreadable=unreadable,
+                    place=place,
+                )
+        except BaseException:
+            self.scheduler.adapt_by(before.spec_on)
+            fleet.go_by(was)
+            raise
+        self.reconciler.informer.look_every(limits.resync_s)
+        self.door.take_over(door)
+        self.inventory.configure(wanted.inventory, frozenset(wanted.agent_class))
+        logging.getLogger().setLevel(wanted.log.level.upper())
+        self.settings = wanted
+        return Reloaded(
+            tuple(differences(described(before), described(wanted))),
+            tuple(differences(described(wanted), described(loaded))),
+            dict(self.reconciler.unprepared),
+        )
+
+    def _failed(self, problem: str) -> None:
+        self.problem = problem
+        self.metrics.config(problem=True, restart=len(self.needs_restart))
+        log.error("configuration not reloaded; nothing has changed", extra={"reason": problem})
+        self._tell("config.rejected", f"the configuration was not reloaded: {problem}", None)
+
+    def _tell(self, kind: str, text: str, done: Reloaded | None) -> None:
+        fleet = self.reconciler.fleet
+        data: dict[str, object] = {}
+        if done is not None:
+            data = {
+                "changed": list(done.changed[:MOST_TOLD]),
+                "needs_restart": list(done.needs_restart[:MOST_TOLD]),
+            }
+        fleet.history.add(
+            at=fleet.clock.wall(),
+            kind=kind,
+            device_id="",
+            slug=Slug(""),
+            text=text,
+            data=data,
+        )
+
+    def status(self) -> dict[str, object]:
+        """Our part of the status."""
+        now = self.reconciler.fleet.clock.monotonic()
+        at = self._reloaded_at
+        return {
+            "config": {
+                "problem": self.problem,
+                "needs_restart": list(self.needs_restart),
+                "reloaded_s": None if at is None else round(now - at, 1),
+            }
+        }

@@ -1,0 +1,381 @@
+"""Composition root: from settings to a running control plane, and down again in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nomad_watchdog import failpoints, logs
+from nomad_watchdog.api import Runner, make_app
+from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.api.listener import Listener
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.controllers import inventory_file
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.daemon import one_shot, preflight, systemd
+from nomad_watchdog.daemon.factory import (
+    consul_client,
+    open_events,
+    open_leases,
+    open_pools,
+    open_registry,
+    open_scheduler,
+    open_told,
+)
+from nomad_watchdog.daemon.reload import Reloader
+from nomad_watchdog.errors import UserError, WatchdogError
+from nomad_watchdog.events.merged_log import Told
+from nomad_watchdog.fleet.consul_health import ConsulHealth
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import DeviceRecord
+from nomad_watchdog.pools.controller import Keeper
+from nomad_watchdog.registry import Registry, backup
+from nomad_watchdog.replicas.consul_leases import read_replicas
+from nomad_watchdog.replicas.event_replication import EventFeed
+from nomad_watchdog.replicas.leases import Replica, Undivided
+from nomad_watchdog.replicas.replica_events import Replicas
+from nomad_watchdog.replicas.report_replication import Peers
+from nomad_watchdog.schedulers import Scheduler, agent_zipapp
+from nomad_watchdog.schedulers.multi import Moving
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_S: Final = 5.0
+"""Open requests get so long to end after a signal."""
+COMMAND: Final = "apply"
+"""What a command is called where it acts as a replica."""
+_NEW_OBJECTS: Final = 10_000
+"""So many more make Python look for cycles among them; its own number, 700, is one webhook's or two."""
+
+
+async def initialise(settings: Settings) -> str:
+    """Write the registry's sentinel unless it is there; the installation's id."""
+    async with open_registry(settings) as registry:
+        return await registry.initialise()
+
+
+async def export_registry(settings: Settings) -> list[str]:
+    """The registry as lines, for `import_registry`."""
+    async with open_registry(settings) as registry:
+        return await backup.lines(registry)
+
+
+async def import_registry(
+    settings: Settings,
+    installation: str,
+    records: Sequence[DeviceRecord],
+    floor: Floor,
+    *,
+    dry_run: bool,
+) -> backup.Restored:
+    """See `backup.restore`."""
+    async with open_registry(settings) as registry:
+        return await backup.restore(registry, installation, records, floor, dry_run=dry_run)
+
+
+def collect_seldom() -> None:
+    """For a process that serves: what is loaded is never garbage, and a fleet's records seldom are.
+
+    Each look of the collector walks what came since the last ones, and now and then the whole fleet. With
+    fewer of them signed webhooks come in a fifth faster (bench/intake.py).
+    https://docs.python.org/3/library/gc.html#gc.set_threshold"""
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS, 10, 10)
+
+
+async def serve(settings: Settings, load: Callable[[], Settings] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; the exit code: 0 after a signal. `load`: reads the settings anew on
+    SIGHUP; None = they stay as they are."""
+    stop, asked = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    # From the first moment: by default this signal ends a process. What comes early is done when it can be.
+    loop.add_signal_handler(signal.SIGHUP, asked.set)
+    collect_seldom()
+    stop_logging = logs.setup(settings.log.level, settings.log.format)
+    loop.set_exception_handler(logs.LoopTrouble())
+    try:
+        failpoints.arm(os.environ)
+        await asyncio.to_thread(_check_inventories, settings)
+        for setting, found, fix in preflight.exposed(settings):
+            log.warning("not private", extra={"setting": setting, "reason": found, "fix": fix})
+        async with open_registry(settings) as registry:
+            installation = await _installation(settings, registry)
+            clock = SystemClock()
+            async with (
+                open_scheduler(settings, installation) as scheduler,
+                open_leases(settings, clock) as leases,
+                open_events(settings) as (history, store, verdicts),
+                open_told(settings, history.origin) as told,
+                open_pools(settings, installation) as driver,
+            ):
+                metrics = Metrics()
+                fleet = Fleet(registry, settings.limits(), clock, history)
+                fleet.chronicle.follow(store.status, store.left_open)
+                fleet.resume(verdicts)
+                fleet.on_commit = metrics.committed
+                specs, unreadable = settings.readable_specs()
+                reconciler = Reconciler(
+                    fleet,
+                    scheduler,
+                    specs,
+                    metrics,
+                    leases,
+                    read_specs=lambda: asyncio.to_thread(settings.readable_specs),
+                    unreadable=unreadable,
+                    place=settings.placer(),
+                )
+                pools = settings.agent_pool
+                keeper = Keeper(fleet, metrics, leases, driver, pools) if driver else None
+                reload = _Reload(asked, load or (lambda: settings), scheduler)
+                await _run(settings, reconciler, metrics, keeper, told, stop, reload)
+    except* WatchdogError as group:
+        # One task failed for good and took the others with it: its own words are what helps.
+        raise _first(group) from None
+    finally:
+        # A closed loop would leave the default, which ends a process that is about to exit with its own code.
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop_logging()
+    return 0
+
+
+def _check_inventories(settings: Settings) -> None:
+    """Raises UserError for one that is not there: while the service runs it keeps its last good content, and at
+    the start there is none."""
+    for path in settings.inventory:
+        try:
+            inventory_file.signature(path)
+        except UserError as error:
+            raise UserError(
+                f"inventory {error}; put the file there, or take it out of `inventory`"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Reload:
+    """What a reload of the configuration needs from the start of the process."""
+
+    asked: asyncio.Event
+    load: Callable[[], Settings]
+    scheduler: Moving
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+async def _installation(settings: Settings, registry: Registry) -> str:
+    # The embedded default needs no ceremony: a new file on this machine is a new installation. A
+    # shared store is initialised by hand once, so that a wiped one is never mistaken for a new one.
+    if settings.registry_kind == "sqlite":
+        return await registry.initialise()
+    return await registry.installation()
+
+
+async def _run(
+    settings: Settings,
+    reconciler: Reconciler,
+    metrics: Metrics,
+    keeper: Keeper | None,
+    told: Told | None,
+    stop: asyncio.Event,
+    reload: _Reload,
+) -> None:
+    fleet = reconciler.fleet
+    data_dir = Path(settings.data_dir)
+    agent_zipapp.publish(data_dir)
+    door = door_of(settings.api)
+    departures = Departures(fleet, metrics, reconciler.territory)
+    inventory = Inventory(
+        settings.inventory, fleet, departures, metrics, frozenset(settings.agent_class)
+    )
+    app = make_app(
+        fleet,
+        metrics=metrics,
+        artifact=data_dir / "watchdog-agent.pyz",
+        max_body_bytes=settings.api.max_body,
+        operator=reconciler,
+        leases=reconciler.leases,
+        door=door,
+    )
+    app[CONTEXT].departures = departures
+    app[CONTEXT].pools = keeper
+    app[CONTEXT].migrations = reconciler.migrations
+    runner = Runner(app, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    listener = Listener(runner, settings.api, metrics)
+    outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)
+    peers = Peers(fleet, reconciler.leases, *outgoing)
+    feed = None
+    if told is not None:
+        feed = EventFeed(fleet, told, reconciler.leases, *outgoing)
+        app[CONTEXT].feed = feed
+    try:
+        await listener.start()
+    except UserError:
+        await runner.cleanup()
+        raise
+
+    reloader = Reloader(
+        settings,
+        reload.load,
+        reconciler,
+        reload.scheduler,
+        inventory,
+        door,
+        metrics,
+        reload.asked,
+        listener.renew.set,
+    )
+    app[CONTEXT].reloads = reloader
+    log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
+    try:
+        replicas_seen = Replicas(fleet, reconciler.leases)
+        others = [replicas_seen.run, peers.run, departures.run, inventory.run, reloader.run]
+        others += [one.run for one in (feed, keeper) if one is not None]
+        async with asyncio.TaskGroup() as group:
+            renewing = group.create_task(listener.follow())
+            await _reconcile_until(stop, settings, reconciler, metrics, feed, others)
+            renewing.cancel()
+    finally:
+        systemd.stopping()
+        await runner.cleanup()
+        log.info("stopped")
+
+
+async def _reconcile_until(
+    stop: asyncio.Event,
+    settings: Settings,
+    reconciler: Reconciler,
+    metrics: Metrics,
+    feed: EventFeed | None,
+    others: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+) -> None:
+    fleet = reconciler.fleet
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(reconciler.leases.run()),
+            group.create_task(reconciler.run()),
+            group.create_task(_say_ready(fleet)),
+            *(group.create_task(run()) for run in others),
+        ]
+        if settings.agent_consul:
+            tasks.append(group.create_task(_follow_health(settings, fleet, metrics)))
+        await stop.wait()
+        if feed is not None:
+            feed.stop()
+        # First of all, so that a successor need not wait for what we do before we end.
+        await reconciler.leases.release()
+        for task in tasks:
+            task.cancel()
+
+
+async def _say_ready(fleet: Fleet) -> None:
+    await fleet.ready_event.wait()
+    log.info("ready", extra={"devices": len(fleet.records)})
+    systemd.ready()
+    while True:
+        await asyncio.sleep(systemd.watchdog_interval_s() or 60.0)
+        systemd.watchdog()
+
+
+async def _follow_health(settings: Settings, fleet: Fleet, metrics: Metrics) -> None:
+    """One shared watch on Consul. Evidence only: its absence starts and stops nothing."""
+    client = consul_client(settings)
+    health = ConsulHealth(client, settings.consul.service)
+    try:
+        while True:
+            with suppress(WatchdogError):
+                async for view in health.watch():
+                    fleet.health = view
+                    metrics.consul_view_age(health.age_s)
+            await asyncio.sleep(1.0)
+    finally:
+        await client.close()
+
+
+async def plan_once(settings: Settings) -> dict[str, Any]:
+    """Read both sides once and say what would be done; nothing is changed."""
+    async with open_registry(settings) as registry:
+        installation = await registry.installation()
+        async with open_scheduler(settings, installation) as scheduler:
+            reconciler = await _look_once(settings, registry, scheduler)
+            return reconciler.planning.view()
+
+
+async def apply_once(
+    settings: Settings,
+    *,
+    registry_index: int | None = None,
+    allow_stops: bool = False,
+    tell: Callable[[str], None] = lambda _text: None,
+) -> dict[str, Any]:
+    """Make a plan and carry it out, see `once.apply`, where no service runs that would."""
+    async with open_registry(settings) as registry:
+        installation = await registry.installation()
+        async with open_scheduler(settings, installation) as scheduler:
+            reconciler = await _look_once(settings, registry, scheduler, bring=True)
+            specs = dict(reconciler.specs)
+            reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
+            await reconciler.spec_history.remember(reconciler.specs.values())
+            return await one_shot.apply(
+                reconciler, registry_index, allow_stops=allow_stops, tell=tell
+            )
+
+
+async def replicas(settings: Settings) -> list[Replica]:
+    """The control planes of this installation that run now, as the leases tell."""
+    if settings.registry_kind == "sqlite":
+        async with open_leases(settings, SystemClock()) as leases:
+            holders = {lease.holder: lease for lease in leases.all() if lease.holder}
+        return [Replica(one.holder, one.api, one.since, 0, "") for one in holders.values()]
+    client = consul_client(settings)
+    try:
+        return await read_replicas(client, settings.consul.prefix)
+    finally:
+        await client.close()
+
+
+async def _configs(settings: Settings) -> list[str]:
+    """What the control planes that run now are configured with."""
+    if settings.registry_kind == "sqlite":
+        async with open_leases(settings, SystemClock()) as leases:
+            return list(leases.configs() or ())
+    return [one.config for one in await replicas(settings)]
+
+
+async def _look_once(
+    settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
+) -> Reconciler:
+    fleet = one_shot.Unreported(registry, settings.limits(), SystemClock())
+    specs, unreadable = settings.readable_specs()
+    reconciler = Reconciler(
+        fleet,
+        scheduler,
+        specs,
+        Metrics(),
+        Undivided(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
+        unreadable=unreadable,
+        place=settings.placer(),
+    )
+    await one_shot.look(reconciler, bring=bring)
+    return reconciler

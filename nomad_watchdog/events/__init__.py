@@ -1,0 +1,1 @@
+"""The event log: in memory, on disk, and merged from all replicas."""

@@ -1,0 +1,1 @@
+"""The in-memory view of the devices: records, heartbeats, reports, verdicts."""

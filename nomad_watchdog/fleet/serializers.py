@@ -1,0 +1,163 @@
+"""Values as the API, `explain` and `plan` show them: plain JSON with stable keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Final
+
+from nomad_watchdog.core.mass_stop_breaker import held_id
+from nomad_watchdog.core.planner import Changes, Plan, no_words
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import (
+    ActionKind,
+    DeviceRecord,
+    Health,
+    Monotonic,
+    Placement,
+    Repairs,
+    Report,
+)
+
+MOST_HELD: Final = 1_000
+"""So many held stops are shown one by one; all are counted."""
+
+
+def shown_placement(placement: Placement) -> dict[str, object]:
+    """A placement."""
+    return {
+        "ref": placement.ref,
+        "epoch": placement.epoch,
+        "state": placement.state.value,
+        "node": placement.node,
+        "instances": list(placement.instances),
+        "spec_hash": placement.spec_hash,
+        "restarts": placement.restarts,
+        "reason": placement.reason,
+        "created_at": placement.created_at,
+        "ready": placement.ready,
+        "backend": placement.backend,
+    }
+
+
+def shown_desired(record: DeviceRecord) -> dict[str, object]:
+    """What the registry asks for."""
+    return {
+        "presence": record.presence.value,
+        "class": record.device.agent_class,
+        "address": record.device.address,
+        "generation": record.generation,
+        "epoch": record.epoch,
+        "accepted_instance": record.instance,
+        "registry_index": record.index,
+    }
+
+
+def shown_health(health: Health | None) -> dict[str, object] | None:
+    """What Consul says."""
+    if health is None:
+        return None
+    return {
+        "status": health.status,
+        "epoch": health.epoch,
+        "node": health.node,
+        "output": health.output[:256],
+    }
+
+
+def device_of(placements: Mapping[Slug, tuple[Placement, ...]], slug: Slug) -> str:
+    """The id of the device that these placements are for, as the scheduler tells it; "" = unknown."""
+    return next((placement.device_id for placement in placements.get(slug, ())), "")
+
+
+def shown_repairs(repairs: Repairs | None, most: int = 32) -> dict[str, object]:
+    """What an agent says of its repairs, and of the last `most` attempts; nothing for a class without."""
+    if repairs is None:
+        return {}
+    return {"repairs": asdict(replace(repairs, attempts=repairs.attempts[-most:]))}
+
+
+def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:
+    """A report and its age in seconds."""
+    if report is None:
+        return None
+    shown: dict[str, object] = {
+        name: getattr(report, name)
+        for name in ("epoch", "instance", "ready", "was_ready", "misses", "confirmed", "reason")
+    }
+    shown |= shown_repairs(report.repairs)
+    return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}
+
+
+def shown_rollouts(plan: Plan, window: int, changes: Changes = no_words) -> list[dict[str, object]]:
+    """Replacements by agent class and by what changes: how many there are, and how many of them wait."""
+    found: dict[tuple[str, str], list[bool]] = {}
+    waiting = {action.slug for action in plan.waiting}
+    for action in (*plan.actions, *plan.waiting):
+        if action.kind is not ActionKind.REPLACE or action.placement is None or action.home:
+            continue
+        of = action.placement
+        said = changes(of.agent_class, of.spec_hash)
+        found.setdefault((of.agent_class, said), []).append(action.slug in waiting)
+    return [
+        {
+            "class": name,
+            "devices": len(waits),
+            "waiting": sum(waits),
+            "at_a_time": window,
+            "changes": said or "settings before are not known",
+            "text": f"class {name}: {len(waits)} to replace ({window} at a time)"
+            + (f": {said}" if said else ""),
+        }
+        for (name, said), waits in sorted(found.items())
+    ]
+
+
+def shown_plan(
+    plan: Plan,
+    registry_index: int,
+    placements: Mapping[Slug, tuple[Placement, ...]],
+    *,
+    window: int,
+    changes: Changes = no_words,
+) -> dict[str, object]:
+    """A plan as JSON: the actions, a summary line, and the index that it was made at.
+
+    `window`: the number of devices that may be between two versions at a time; `changes`: as of
+    `planner.plan`."""
+    held = [(device_of(placements, slug), slug, e, ref) for slug, e, ref in sorted(plan.held)]
+    counts = {kind: sum(a.kind is kind for a in plan.actions) for kind in ActionKind}
+    replaced = counts[ActionKind.REPLACE] + len(plan.waiting)
+    at_a_time = f" ({window} at a time)" if replaced > window or plan.waiting else ""
+    summary = (
+        f"{counts[ActionKind.START]} to start, {replaced} to replace{at_a_time}, "
+        f"{counts[ActionKind.RETIRE]} to retire"
+    )
+    if plan.held:
+        summary += f"; {len(plan.held)} stops held"
+    return {
+        "actions": [
+            {
+                "kind": a.kind.value,
+                "device": a.device_id,
+                "slug": a.slug,
+                "reason": a.reason,
+                "epoch": int(a.epoch),
+                "placement": a.placement.ref if a.placement is not None else None,
+            }
+            for a in plan.actions
+        ],
+        "summary": summary,
+        "held": {
+            "count": len(plan.held),
+            "reason": plan.hold_reason,
+            "id": held_id(plan.held),
+            "stops": [
+                {"device": device, "slug": slug, "epoch": epoch, "placement": ref}
+                for device, slug, epoch, ref in held[:MOST_HELD]
+            ],
+        },
+        "waiting_rollout": plan.waiting_rollout,
+        "rollouts": shown_rollouts(plan, window, changes),
+        "registry_index": registry_index,
+    }

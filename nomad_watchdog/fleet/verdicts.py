@@ -1,0 +1,388 @@
+"""The verdict of each device, judged anew whenever something came in, and as time goes by.
+
+`core.verdict` decides; here stands what it is given: the record, the placement, the last accepted report,
+Consul's word, and since when.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from nomad_watchdog import failpoints
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.core import device_condition as condition
+from nomad_watchdog.core import verdict
+from nomad_watchdog.events.log import History
+from nomad_watchdog.fleet.event_recorder import Change, Chronicle
+from nomad_watchdog.fleet.pending_conditions import Unwritten
+from nomad_watchdog.fleet.presence import RollCall
+from nomad_watchdog.fleet.refused_reports import Refusals
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import (
+    AgentState,
+    Condition,
+    DeviceRecord,
+    Health,
+    Limits,
+    Monotonic,
+    PlacementState,
+    Report,
+    Unheard,
+    Verdict,
+    VerdictState,
+    WallTime,
+)
+from nomad_watchdog.registry import Registry
+
+_STUCK: Final = (VerdictState.UNWATCHED, VerdictState.FAILING)
+
+
+@dataclass(slots=True)
+class _Track:
+    """What is remembered of a device between two judgements."""
+
+    waiting_since: Monotonic
+    quiet_since: Monotonic
+    """See `verdict.Evidence`."""
+    epoch: int = -1
+    """The record's epoch when it was last judged."""
+    state: VerdictState | None = None
+    agent: VerdictState | None = None
+    """The state without the kept condition."""
+    ready: bool = False
+    unheard: Unheard | None = None
+    unlisted: bool = False
+    unlisted_since: Monotonic | None = None
+    reason: str = ""
+    since: Monotonic = field(default=Monotonic(0.0))
+    suspect_since: Monotonic | None = None
+    report: Report | None = None
+    overruled_at: Monotonic = field(default=Monotonic(float("-inf")))
+    """When another replica's word on the condition came; older reports do not decide about it."""
+    judged: bool = False
+    """It has had a state other than `starting` since this control plane began."""
+    confirmed: int = -1
+    """The epoch whose agent has decided about the condition."""
+    carried: VerdictState | None = None
+    """The verdict of the last run on the agent that runs still, until something is heard of it."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether no agent is missing: it is ready, or the device has left."""
+        return self.ready or self.state is VerdictState.DEPARTED
+
+
+class Verdicts(RollCall):
+    """The devices as the registry has them, and the verdict of each."""
+
+    def __init__(self, registry: Registry, limits: Limits, clock: Clock, history: History) -> None:
+        super().__init__(registry, clock, limits.presence, history)
+        self.limits = limits
+        self.chronicle = Chronicle(self.history, limits, clock)
+        self.chronicle.paused = self.paused_by
+        self.chronicle.allowance = self.allowance
+        self.health: Mapping[Slug, Health] = {}
+        """Consul's word on each agent; empty when Consul is not asked."""
+        self.obstacle: Callable[[Slug], str] = lambda _slug: ""
+        """Why a device can't have an agent now, in words."""
+        self.refusals = Refusals()
+        """Reports that the API refused."""
+        self.conditions = Unwritten()
+        """Conditions that are not in the registry yet."""
+        self._tracks: dict[Slug, _Track] = {}
+        self._by_state: Counter[VerdictState] = Counter()
+        self._unheard: Counter[Unheard] = Counter()
+        self._unlisted = 0
+        self.silent: set[Slug] = set()
+        """Devices whose agent runs, has had its time, and of which no report arrives, as last judged."""
+        self._settled = 0
+        self._before: dict[Slug, tuple[str, WallTime]] = {}
+        """Of devices that have not been judged for good since the start: the verdict of the last run, and
+        when it began."""
+
+    def resume(self, verdicts: Iterable[tuple[Slug, str, float]]) -> None:
+        """Go on with the last verdict event of each device: slug, kind and unix seconds."""
+        self._before = {slug: (kind.partition(".")[2], WallTime(at)) for slug, kind, at in verdicts}
+
+    def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
+        """Forget what was to be written and now stands in the registry. What another replica has written
+        rests on a later report than those that we have."""
+        super().learned(news)
+        for before, record in news:
+            known = None if before is None else self.conditions.of(before)
+            differs = before is not None and not condition.same(known, record.condition)
+            if differs and not self.conditions.is_ours(record):
+                self._track(record.slug).overruled_at = self.clock.monotonic()
+            self.conditions.stored(record)
+
+    def forgotten(self, slugs: Sequence[Slug]) -> None:
+        """Drop what was known of devices whose record is gone."""
+        super().forgotten(slugs)
+        for slug in slugs:
+            self.chronicle.forget(slug)
+            self.conditions.forget(slug)
+            self._before.pop(slug, None)
+            self.silent.discard(slug)
+            track = self._tracks.pop(slug, None)
+            if track is not None and track.state is not None:
+                self._by_state[track.state] -= 1
+                self._settled -= track.settled
+            if track is not None and track.unheard is not None:
+                self._unheard[track.unheard] -= 1
+            if track is not None:
+                self._unlisted -= track.unlisted
+
+    def hear(self, ids: Iterable[str], *, beats: bool = True) -> tuple[list[bool], list[Slug]]:
+        """As `RollCall.hear`; that a device lives that was thought offline is not told two seconds late."""
+        names = list(ids)
+        answer = super().hear(names, beats=beats)
+        if beats and self._by_state[VerdictState.OFFLINE]:
+            for name in names:
+                slug = self.slug_by_id.get(name)
+                track = None if slug is None else self._tracks.get(slug)
+                if slug is not None and track is not None and track.state is VerdictState.OFFLINE:
+                    self.refresh(slug)
+        return answer
+
+    def _track(self, slug: Slug) -> _Track:
+        track = self._tracks.get(slug)
+        if track is None:
+            now = self.clock.monotonic()
+            track = self._tracks[slug] = _Track(waiting_since=now, quiet_since=now)
+        return track
+
+    def condition(self, record: DeviceRecord) -> Condition | None:
+        """What is wrong with a device: as it will be in the registry, if it is not there yet."""
+        return self.conditions.of(record)
+
+    def refresh(self, slug: Slug) -> Verdict:
+        """Judge one device now; a changed state is an event."""
+        record = self.records[slug]
+        track = self._track(slug)
+        now = self.clock.monotonic()
+        if track.epoch != record.epoch:
+            track.carried = self._carried(record) if track.state is None else None
+            track.epoch = record.epoch
+            track.quiet_since = now
+        evidence = self._evidence(record, track)
+        found = verdict.of_agent(record, evidence, self.limits, now)
+        if evidence.report is not None and evidence.report.received_at < track.overruled_at:
+            found = replace(found, decides=False)
+        kept = self._condition(record, found, evidence, now)
+        replaced = verdict.is_replaced(record, evidence)
+        judged = condition.shown(found, kept, replaced=replaced)
+        if judged.ready:
+            track.waiting_since = now
+        if judged.unheard is not track.unheard:
+            self._say_unheard(slug, found, track.unheard)
+            track.unheard = judged.unheard
+        if found.unlisted is not track.unlisted:
+            track.unlisted = found.unlisted
+            self._unlisted += 1 if found.unlisted else -1
+            self.note(slug, "agent.unlisted" if found.unlisted else "agent.listed", found.reason)
+        if not found.suspected:
+            track.suspect_since = None
+        elif track.suspect_since is None:
+            track.suspect_since = now
+        self.chronicle.look(record, evidence, track.state or judged.state)
+        was_settled = track.settled
+        track.agent, track.ready = found.state, judged.ready
+        if judged.state is not track.state:
+            was = track.state
+            self._by_state[judged.state] += 1
+            if was is not None:
+                self._by_state[was] -= 1
+            lasted_s = now - track.since if was is not None else 0.0
+            since, told = self._began(record, judged, kept, evidence.report, now)
+            self.chronicle.changed(Change(record, judged, evidence, was, lasted_s, told=told))
+            track.state, track.since = judged.state, since
+            if was is not None:
+                failpoints.reached("K9")
+        self._settled += track.settled - was_settled
+        track.reason = judged.reason
+        return judged
+
+    def _say_unheard(self, slug: Slug, found: Verdict, was: Unheard | None) -> None:
+        for why, step in ((was, -1), (found.unheard, 1)):
+            if why is not None:
+                self._unheard[why] += step
+        if found.unheard is Unheard.SILENT:
+            self.silent.add(slug)
+        else:
+            self.silent.discard(slug)
+        if found.unheard is not None:
+            self.note(slug, "agent.unheard", found.reason, why=found.unheard.value)
+        else:
+            self.note(slug, "agent.heard", found.reason)
+
+    def _condition(
+        self, record: DeviceRecord, found: Verdict, evidence: verdict.Evidence, now: Monotonic
+    ) -> Condition | None:
+        kept = self.condition(record)
+        if not found.decides and found.state is not VerdictState.DEPARTED:
+            return kept
+        report = evidence.report
+        age_s = _age_of(found.state, report, now)
+        began_at = WallTime(self.clock.wall() - age_s)
+        track = self._tracks[record.slug]
+        misses, renew = report.misses if report is not None else 0, track.confirmed != record.epoch
+        fresh = condition.after(found, kept, began_at, misses, renew=renew)
+        track.confirmed = record.epoch
+        if fresh is not kept:
+            renewed = condition.same(kept, fresh)
+            self.conditions.write(record, fresh, now, renewed=renewed)
+        return fresh
+
+    def _began(
+        self,
+        record: DeviceRecord,
+        judged: Verdict,
+        kept: Condition | None,
+        report: Report | None,
+        now: Monotonic,
+    ) -> tuple[Monotonic, bool]:
+        """When the new state began, by our own clock; whether an earlier run has told it already.
+
+        The first state of a device in this run may have begun long before: then the registry, the stored
+        events and the agent know when."""
+        track, before = self._tracks[record.slug], self._before.get(record.slug)
+        first = not track.judged
+        if judged.state is not VerdictState.STARTING:
+            track.judged = True
+            self._before.pop(record.slug, None)
+        told = first and before is not None and before[0] == judged.state.value
+        if kept is not None and judged.state.value == kept.state.value:
+            return self._monotonic(kept.since, now), told
+        age_s = _age_of(judged.state, report, now) if first else 0.0
+        if told and before is not None:
+            stored = self._monotonic(before[1], now)
+            # The agent knows better when the state ended and began again while nobody looked.
+            return (max(stored, Monotonic(now - age_s)) if age_s else stored), True
+        return Monotonic(now - age_s), False
+
+    def _carried(self, record: DeviceRecord) -> VerdictState | None:
+        """What the last run said of a device whose agent had reported to it at this epoch."""
+        before = self._before.get(record.slug)
+        if before is None or not record.instance:
+            return None
+        return next((state for state in verdict.CARRIED if state.value == before[0]), None)
+
+    def _monotonic(self, at: WallTime, now: Monotonic) -> Monotonic:
+        """A moment of the past by the wall clock, by ours: for people, never to decide."""
+        return Monotonic(now - max(0.0, self.clock.wall() - at))
+
+    def _evidence(self, record: DeviceRecord, track: _Track) -> verdict.Evidence:
+        found = self.placements.get(record.slug, ())
+        live = [p for p in found if p.state is not PlacementState.DEAD]
+        current = next((p for p in live if p.epoch == record.epoch), None)
+        report = track.report
+        quiet_since, now = track.quiet_since, self.clock.monotonic()
+        if report is not None:
+            quiet_since = max(quiet_since, report.received_at)
+            if (report.epoch, report.instance) != (record.epoch, record.instance):
+                report = None
+        unlisted = (
+            current is not None and report is not None and report.instance not in current.instances
+        )
+        if not unlisted:
+            track.unlisted_since = None
+        elif track.unlisted_since is None:
+            track.unlisted_since = now
+        health = self.health.get(record.slug)
+        return verdict.Evidence(
+            placement=current,
+            report=report,
+            health=health if health is not None and health.epoch == record.epoch else None,
+            waiting_since=track.waiting_since,
+            leaving=bool(live),
+            obstacle=self.obstacle(record.slug),
+            placed_at=self.chronicle.placed_at(record),
+            beat_at=self.attendance.beats.get(record.slug),
+            grace_s=self.chronicle.grace(record).seconds,
+            kept=self.attendance.keeps(record.slug, now),
+            condition=self.condition(record),
+            quiet_since=quiet_since,
+            suspect_since=track.suspect_since,
+            unlisted_since=track.unlisted_since,
+            before=track.carried,
+            refusal=""
+            if now - quiet_since <= self.limits.report_stale_s
+            else self.refusals.of(record.slug, record.epoch, _addresses(track.report, health), now),
+        )
+
+    def refresh_all(self) -> None:
+        """Judge every device: time alone changes verdicts (grace, staleness)."""
+        for slug in self.records:
+            self.refresh(slug)
+        self.chronicle.settle()
+
+    def unready(self) -> int:
+        """Present devices without a ready accepted agent, as last judged, but for those that are
+        paused: somebody else is at work there. Constant time when nothing is paused."""
+        resting = sum(not track.settled for track in map(self._track, self.paused()))
+        return max(0, len(self.records) - self._settled - resting)
+
+    def has_ready_agent(self, slug: Slug) -> bool:
+        """Whether the accepted agent is ready, as last judged."""
+        track = self._tracks.get(slug)
+        return track is not None and track.ready
+
+    def is_stuck(self, slug: Slug) -> bool:
+        """Whether the agent at the record's epoch is surely not ready and has had its time, as last judged:
+        it has never said anything, or says now that it is not ready. One that has reported and is not
+        heard may be well, and only cut off from us."""
+        record, track = self.records.get(slug), self._tracks.get(slug)
+        if record is None or track is None or track.agent not in _STUCK:
+            return False
+        if track.agent is VerdictState.FAILING or not record.instance:
+            return True
+        report = track.report
+        return (
+            report is not None
+            and (report.epoch, report.instance) == (record.epoch, record.instance)
+            and not report.ready
+            and self.clock.monotonic() - report.received_at <= self.limits.report_stale_s
+        )
+
+    def paused_counts(self) -> Counter[VerdictState]:
+        """Paused devices by the state last judged."""
+        tracks = map(self._track, self.paused())
+        return Counter(track.state for track in tracks if track.state is not None)
+
+    def unheard(self) -> dict[Unheard, int]:
+        """Running agents of which nothing is heard, by reason, as last judged."""
+        return {why: self._unheard[why] for why in Unheard}
+
+    def unlisted(self) -> int:
+        """Devices whose agent reports and is not known to its scheduler, as last judged."""
+        return self._unlisted
+
+    def counts(self) -> dict[VerdictState, int]:
+        """Devices by the state last judged."""
+        return {state: self._by_state[state] for state in VerdictState}
+
+
+_SAME: Final = {
+    VerdictState.WATCHED: AgentState.OK,
+    VerdictState.SUSPECT: AgentState.SUSPECT,
+    VerdictState.DEGRADED: AgentState.DEGRADED,
+    VerdictState.REPAIRING: AgentState.REPAIRING,
+    VerdictState.OFFLINE: AgentState.OFFLINE,
+    VerdictState.UNWATCHED: AgentState.UNABLE,
+}
+
+
+def _addresses(report: Report | None, health: Health | None) -> list[str]:
+    """Where an agent is, as far as is known."""
+    listens = report.address.rpartition(":")[0].strip("[]") if report is not None else ""
+    return [one for one in (listens, health.address if health is not None else "") if one]
+
+
+def _age_of(state: VerdictState, report: Report | None, now: Monotonic) -> float:
+    """How long the agent has been reporting this state, seconds; 0 when it does not say."""
+    if report is None or _SAME.get(state) is not report.state or not report.state_age_s:
+        return 0.0
+    return report.state_age_s + (now - report.received_at)

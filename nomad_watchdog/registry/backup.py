@@ -1,0 +1,153 @@
+"""The registry as a file, and back: every record with its epoch, tombstones too.
+
+The first line names the installation, so that a restored registry goes on owning the agents that run, and
+two installations are never mixed. Epochs never go back, whatever is restored over what (S1).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TextIO
+
+from watchdog_agent.runtime.parsing import loads
+
+from nomad_watchdog.core import presence
+from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.fleet.records import FLOOR, floor_of, raise_floor
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import DeviceRecord, Epoch
+from nomad_watchdog.registry import Registry
+from nomad_watchdog.registry.codec import MAX_BYTES, PoisonError, decode, encode
+
+FORMAT: Final = "nomad-watchdog registry"
+VERSION: Final = 1
+NO_FLOOR: Final = Floor()
+TRIES: Final = 5
+"""Rounds of compare-and-set that a restore lets other writers win."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did, or would do."""
+
+    installation: str
+    records: int
+    changed: int
+
+
+async def lines(registry: Registry) -> list[str]:
+    """The whole registry, a line a record, in the order of the slugs."""
+    installation = await registry.installation()
+    snapshot = await registry.read()
+    # After the records: what was deleted meanwhile is below it (`core.tombstones`).
+    floor = floor_of(await registry.document(FLOOR))
+    if registry.poisoned:
+        key, why = next(iter(registry.poisoned.items()))
+        raise UserError(
+            f"{len(registry.poisoned)} records can't be read and would be missing, {key}: {why}; mend "
+            "or delete them first"
+        )
+    head = {
+        "format": FORMAT,
+        "v": VERSION,
+        "installation": installation,
+        "index": snapshot.index,
+        "records": len(snapshot.records),
+        **({"floor": [floor.epoch, floor.generation]} if floor != NO_FLOOR else {}),
+    }
+    records = (snapshot.records[slug] for slug in sorted(snapshot.records))
+    return [json.dumps(head), *(encode(record).decode() for record in records)]
+
+
+def parse(file: TextIO) -> tuple[str, list[DeviceRecord], Floor]:
+    """Installation, records and floor of a backup. Raises UserError that names the line and what is wrong."""
+    numbered = _numbered(file)
+    _, first = next(numbered, (1, ""))
+    installation, count, floor = _head(first)
+    found: dict[Slug, DeviceRecord] = {}
+    for number, line in numbered:
+        try:
+            record = decode(line.encode())
+        except PoisonError as error:
+            raise UserError(f"line {number}: {error}") from error
+        if record.slug in found:
+            raise UserError(f"line {number}: {record.slug} occurs twice")
+        found[record.slug] = record
+    if len(found) != count:
+        raise UserError(f"the backup is not whole: {len(found)} records of {count}")
+    return installation, list(found.values()), floor
+
+
+def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
+    try:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES + 2), ""), 1):
+            yield number, line.rstrip("\n")
+    except ValueError as error:  # UnicodeDecodeError
+        raise UserError(f"the backup is not UTF-8: {error}") from error
+
+
+def _head(line: str) -> tuple[str, int, Floor]:
+    try:
+        head: Any = loads(line)
+        if head["format"] != FORMAT or head["v"] != VERSION:
+            raise ValueError  # noqa: TRY301  # the same sentence for all that is wrong with it
+        epoch, generation = head.get("floor", [0, 0])
+        floor = Floor(Epoch(int(epoch)), int(generation))
+        return str(uuid.UUID(head["installation"])), int(head["records"]), floor
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            "line 1: this is no backup of a registry; one is made by `nomad-watchdog registry export`"
+        ) from None
+
+
+async def restore(
+    registry: Registry,
+    installation: str,
+    saved: Iterable[DeviceRecord],
+    floor: Floor = NO_FLOOR,
+    *,
+    dry_run: bool = False,
+) -> Restored:
+    """Bring a backup into a registry, which is initialised with the backup's installation if it is new.
+    `floor`: of its deleted tombstones; the registry's own is raised to it first.
+
+    Raises UserError when it belongs to another installation, TransientError when other writers win all
+    the time; then it may be done again."""
+    backup = list(saved)
+    try:
+        own = await registry.installation()
+    except UserError:
+        own = installation if dry_run else await registry.initialise(installation)
+        if dry_run:
+            return Restored(own, len(backup), len(backup))
+    if own != installation:
+        raise UserError(
+            f"the backup is of installation {installation}, this registry is {own}'s; for wishes alone "
+            "use `devices export` and `devices import`"
+        )
+    # Epochs up to the registry's own floor were given since, to devices that it has forgotten.
+    known = floor_of(await registry.document(FLOOR))
+    if not dry_run and not await raise_floor(registry, floor):
+        raise TransientError("the floor of the epochs is being changed by others; do it again")
+    todo = {record.slug: record for record in backup}
+    changed = 0
+    for _ in range(TRIES):
+        stored = (await registry.read()).records
+        wanted = [
+            fresh
+            for slug, record in todo.items()
+            if (fresh := presence.restore(stored.get(slug), known.freed(stored.get(slug), record)))
+            is not None
+        ]
+        if dry_run or not wanted:
+            return Restored(own, len(backup), changed + len(wanted))
+        done = await registry.commit(wanted)
+        changed += sum(one is not None for one in done)
+        todo = {w.slug: todo[w.slug] for w, one in zip(wanted, done, strict=True) if one is None}
+        if not todo:
+            return Restored(own, len(backup), changed)
+    raise TransientError(f"{len(todo)} records are being changed by others; do it again")

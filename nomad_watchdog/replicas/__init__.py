@@ -1,0 +1,1 @@
+"""Several control planes: who holds which shard, and what they tell each other."""

@@ -1,0 +1,415 @@
+"""Leases as locks in Consul's store, so that any number of replicas share the work.
+
+Keys below ``<prefix>/leadership/``: ``replicas/<id>`` says that a control plane is there, ``shards/<n>`` who
+holds a shard; both are locked by the session of the one they name, so that they end with it.
+
+The session hangs on a TTL check of our own, passed four times per TTL. A replica that dies or freezes lets
+its check fail, and its locks are free at once, with no lock delay: its own right had ended half a beat
+before, by its own clock (`_valid_until`), counted from before the beat was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from watchdog_agent.runtime.parsing import loads, whole
+
+from nomad_watchdog import __version__
+from nomad_watchdog.clients.consul import ConsulClient, KvRow
+from nomad_watchdog.clients.consul_sessions import ConsulSessions
+from nomad_watchdog.clock import Clock
+from nomad_watchdog.core import shard_assignment
+from nomad_watchdog.errors import FencedError, WatchdogError
+from nomad_watchdog.ids import Shard, Slug, shard_of
+from nomad_watchdog.logs import Lasting
+from nomad_watchdog.model import Monotonic
+from nomad_watchdog.registry import Guard
+from nomad_watchdog.replicas.leases import Lease, Replica, Term
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = "nomad-watchdog-replica"
+"""Under this name each control plane is found in Consul with its API's address, and by its DNS. Not the
+name of the job's own service, which Nomad registers."""
+TTL_S: Final = 3.0
+"""A replica that says nothing for so long has lost its leases: about the time that a crash costs."""
+_BEATS: Final = 4
+_MARGIN: Final = 1 / 6
+"""Of the TTL: so much before the check can fail we stop by ourselves."""
+_WAIT_S: Final = 5.0
+_BACKOFF_MAX_S: Final = 2.0
+_LEFT_LYING: Final = 2.0
+"""Times the TTL: a shard that is free for longer is anybody's, whatever its fair holder is up to."""
+_AT_ONCE: Final = 8
+_TXN: Final = 60
+_RELEASE_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What the keys say. Written by others too, so that whatever makes no sense is left out."""
+
+    replicas: Mapping[str, Replica] = field(default_factory=dict)
+    """By session."""
+    leases: Mapping[Shard, Lease] = field(default_factory=dict)
+    sessions: Mapping[Shard, str] = field(default_factory=dict, repr=False)
+    stale: tuple[str, ...] = ()
+    """Keys of replicas whose session is over."""
+
+
+class ConsulLeases:
+    """One replica's part. `api`: our address, for peers and for whoever asks who leads; `advertise`: the one
+    that agents are told, "" = the same."""
+
+    def __init__(  # noqa: PLR0913  # settings by name
+        self,
+        client: ConsulClient,
+        *,
+        prefix: str,
+        shards: int,
+        replica: str,
+        api: str,
+        clock: Clock,
+        ttl_s: float = TTL_S,
+        advertise: str = "",
+    ) -> None:
+        self.shards = shards
+        self.replica = replica
+        self.advertise = advertise or api
+        self.problem = "not in touch with Consul yet"
+        self.changed = asyncio.Event()
+        self._client = client
+        self._sessions = ConsulSessions(client)
+        self._folder = f"{prefix}/leadership/"
+        self._api = api
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._check = f"{SERVICE}-{replica}-alive"
+        self._config = ""
+        self._since = clock.wall()
+        self._session = ""
+        self._valid_until = Monotonic(0.0)
+        self._terms: dict[Shard, Term] = {}
+        self._view = _View()
+        self._free_since: dict[Shard, Monotonic] = {}
+        self._leaving = False
+        self._lost = Lasting(log, "leases lost")
+        self._unseen = Lasting(log, "leases can't be read")
+
+    def terms(self) -> Mapping[Shard, Term]:
+        return self._terms if self._clock.monotonic() < self._valid_until else {}
+
+    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:
+        shards = {shard_of(slug, self.shards) for slug in slugs}
+        return [Guard(self._lock(shard), self._session) for shard in sorted(shards)]
+
+    def all(self) -> Sequence[Lease]:
+        known = self._view.leases
+        return [
+            known.get(shard, Lease(shard, shard_assignment.NOBODY))
+            for shard in map(Shard, range(self.shards))
+        ]
+
+    def replicas(self) -> Sequence[Replica]:
+        return sorted(self._view.replicas.values(), key=lambda one: one.id)
+
+    def configs(self) -> Sequence[str] | None:
+        there = self._view.replicas
+        own = there.get(self._session)
+        if own is None or own.config != self._config:
+            return None
+        if self._clock.monotonic() >= self._valid_until:
+            return None
+        return [one.config for one in there.values() if one is not own and not self._is_past(one)]
+
+    def _is_past(self, one: Replica) -> bool:
+        """Whether this is ourselves before a crash, whose session has not ended yet: of the same machine, and at the
+        same address, where two can't listen."""
+        return one.api == self._api and _machine(one.id) == _machine(self.replica)
+
+    async def announce(self, config: str) -> None:
+        self._config = config
+        if self._session:
+            try:
+                await self._say(self._session)
+            except WatchdogError as error:
+                log.debug("configuration not announced", extra={"reason": str(error)})
+
+    def vouches(self) -> bool:
+        alive = self._clock.monotonic() < self._valid_until
+        return alive and self._session in self._view.replicas
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        failures = 0
+        while not self._leaving:
+            began = self._clock.monotonic()
+            try:
+                # A task of its own, so that our cancellation is seen whatever ends at that moment: up to
+                # Python 3.12 the error of a TaskGroup's child takes its place (python/cpython#116720).
+                (ended,) = await asyncio.gather(self._hold_session(), return_exceptions=True)
+                if ended is not None:
+                    raise ended
+            except* WatchdogError as group:
+                failures = 0 if self._clock.monotonic() - began > self._ttl_s else failures + 1
+                self.problem = str(_first(group))
+                self._lost.goes_on(self._clock.monotonic(), self.problem)
+            await asyncio.sleep(random.uniform(0.05, min(_BACKOFF_MAX_S, 0.2 * 2**failures)))  # noqa: S311
+        await asyncio.Event().wait()
+
+    async def _hold_session(self) -> None:
+        session = await self._open()
+        self._session = session
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._beat(session))
+                group.create_task(self._follow(session))
+        finally:
+            self._drop(self._terms.keys())
+            self._valid_until = Monotonic(0.0)
+
+    async def _open(self) -> str:
+        place = urlsplit(self._api)
+        await self._sessions.announce(
+            SERVICE,
+            f"{SERVICE}-{self.replica}",
+            self._check,
+            self._ttl_s,
+            place=(place.hostname or "", place.port or 80),
+        )
+        session = await self._sessions.create(self.replica, self._check)
+        await self._say(session)
+        return session
+
+    async def _say(self, session: str) -> None:
+        """Have our own key say what we are. Raises as `ConsulSessions.lock`."""
+        said = {
+            "v": 1,
+            "id": self.replica,
+            "api": self._api,
+            "since": self._since,
+            "shards": self.shards,
+            "version": __version__,
+            "config": self._config,
+            "advertise": self.advertise,
+        }
+        await self._sessions.lock(self._member, json.dumps(said).encode(), session)
+
+    async def _beat(self, session: str) -> None:
+        while True:
+            began = self._clock.monotonic()
+            try:
+                async with asyncio.timeout(self._ttl_s):
+                    await self._sessions.beat(self._check, session)
+            except FencedError:
+                raise
+            except (WatchdogError, TimeoutError) as error:
+                self.problem = str(error) or "Consul does not answer"
+                await asyncio.sleep(self._ttl_s / 10)
+                continue
+            self.problem = ""
+            self._lost.over(began)
+            late = self._clock.monotonic() >= self._valid_until
+            self._valid_until = Monotonic(began + self._ttl_s * (1 - _MARGIN))
+            if late:
+                self.changed.set()
+            await asyncio.sleep(self._ttl_s / _BEATS)
+
+    async def _follow(self, session: str) -> None:
+        index = 0
+        while True:
+            try:
+                index, rows = await self._client.kv_tree(self._folder, index, self._patience_s())
+            except FencedError:
+                raise
+            except WatchdogError as error:
+                # Whether we still hold anything is the beat's word, not this one's.
+                self._unseen.goes_on(self._clock.monotonic(), str(error))
+                index = 0
+                await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # jitter
+                continue
+            self._unseen.over(self._clock.monotonic())
+            self._see(_read(self._folder, rows), session)
+            own = self._view.replicas.get(session)
+            if own is not None and own.config != self._config:
+                await self._say(session)
+            await self._balance(session)
+
+    def _patience_s(self) -> float:
+        """Nothing wakes us when a free shard has lain there for long enough."""
+        return self._ttl_s / 2 if self._free_since else _WAIT_S
+
+    # -- what is seen ---------------------------------------------------------------------------
+
+    def _see(self, view: _View, session: str) -> None:
+        if _addresses(view) != _addresses(self._view):
+            self.changed.set()
+        self._view = view
+        now = self._clock.monotonic()
+        mine = {shard for shard, holder in view.sessions.items() if holder == session}
+        self._drop(self._terms.keys() - mine)
+        for shard in mine:
+            number = view.leases[shard].term
+            known = self._terms.get(shard)
+            if known is None or known.number != number:
+                self._terms[shard] = Term(number, now)
+                self.changed.set()
+                log.info("lease taken", extra={"shard": shard, "term": number})
+        free = {s for s in map(Shard, range(self.shards)) if s not in view.sessions}
+        self._free_since = {shard: self._free_since.get(shard, now) for shard in free}
+
+    def _drop(self, shards: Iterable[Shard]) -> None:
+        for shard in list(shards):
+            term = self._terms.pop(shard)
+            self.changed.set()
+            log.info("lease given up", extra={"shard": shard, "term": term.number})
+
+    async def _balance(self, session: str) -> None:
+        others = {one.shards for one in self._view.replicas.values()} - {self.shards}
+        if others:
+            self.problem = (
+                f"other replicas work with shards = {min(others)}, this one with {self.shards}: "
+                "give all the same number"
+            )
+            return
+        await self._forget(self._view.stale)
+        holders = {lease.shard: lease.holder for lease in self.all()}
+        names = {one.id for one in self._view.replicas.values()}
+        wanted = shard_assignment.moves(holders, names, self.replica)
+        if wanted.give:
+            # First the right, then the lock: nothing is begun under a lock that is going.
+            self._drop(set(wanted.give) & self._terms.keys())
+            await self._sessions.unlock([self._lock(s) for s in wanted.give[:_TXN]], session)
+        now = self._clock.monotonic()
+        lying = [
+            shard
+            for shard, since in self._free_since.items()
+            if now - since > _LEFT_LYING * self._ttl_s
+        ]
+        await self._take(dict.fromkeys([*wanted.take, *lying]), session)
+
+    async def _take(self, shards: Iterable[Shard], session: str) -> None:
+        room = asyncio.Semaphore(_AT_ONCE)
+        said = {"v": 1, "replica": self.replica, "since": self._clock.wall()}
+        value = json.dumps(said).encode()
+
+        async def one(shard: Shard) -> None:
+            async with room:
+                await self._sessions.lock(self._lock(shard), value, session)
+
+        # What was won is seen in the watch, with its term, as everybody sees it.
+        async with asyncio.TaskGroup() as group:
+            for shard in shards:
+                group.create_task(one(shard))
+
+    async def _forget(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        try:
+            await self._sessions.unlock([], "", forget=keys[:_TXN])
+        except WatchdogError as error:
+            log.debug("stale replica not forgotten", extra={"reason": str(error)})
+
+    # -- leaving --------------------------------------------------------------------------------
+
+    async def release(self) -> None:
+        self._leaving = True
+        session, held = self._session, [self._lock(shard) for shard in self._terms]
+        self._drop(self._terms.keys())
+        self._valid_until = Monotonic(0.0)
+        if not session:
+            return
+        try:
+            async with asyncio.timeout(_RELEASE_S):
+                for first in range(0, len(held), _TXN):
+                    gone = [self._member] if first == 0 else []
+                    await self._sessions.unlock(held[first : first + _TXN], session, forget=gone)
+                await self._sessions.destroy(session)
+                await self._sessions.retract(f"{SERVICE}-{self.replica}")
+        except (WatchdogError, TimeoutError) as error:
+            # The check fails soon, and then others have it.
+            log.warning("leases not released", extra={"reason": str(error) or "no answer in time"})
+
+    @property
+    def _member(self) -> str:
+        return f"{self._folder}replicas/{self.replica}"
+
+    def _lock(self, shard: Shard) -> str:
+        return f"{self._folder}shards/{shard}"
+
+
+async def read_replicas(client: ConsulClient, prefix: str) -> list[Replica]:
+    """The control planes that are there, for a command that takes no part. Raises as `ConsulClient`."""
+    folder = f"{prefix}/leadership/"
+    _, rows = await client.kv_tree(folder)
+    return sorted(_read(folder, rows).replicas.values(), key=lambda one: one.id)
+
+
+def _machine(replica: str) -> str:
+    """Of a replica's id; a random part comes last."""
+    return replica.rpartition("-")[0]
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+def _read(folder: str, rows: Iterable[KvRow]) -> _View:
+    there, locks, stale = {}, {}, []
+    for row in rows:
+        kind, _, name = row.key.removeprefix(folder).partition("/")
+        said = _document(row)
+        if kind == "replicas" and row.session:
+            there[row.session] = Replica(
+                id=name,
+                api=str(said.get("api", "")),
+                since=_number(said.get("since")),
+                shards=int(_number(said.get("shards"))),
+                version=str(said.get("version", "")),
+                config=str(said.get("config", "")),
+                advertise=str(said.get("advertise", "")),
+            )
+        elif kind == "replicas":
+            stale.append(row.key)
+        elif kind == "shards" and row.session:
+            with suppress(ValueError):
+                locks[Shard(whole(name, 0, 2**31))] = (row, said)
+    leases = {}
+    for shard, (row, said) in locks.items():
+        holder = there.get(row.session)
+        leases[shard] = Lease(
+            shard=shard,
+            # A session without a replica's key is one that comes or goes.
+            holder=holder.id if holder is not None else str(said.get("replica") or "?"),
+            api=holder.api if holder is not None else "",
+            since=_number(said.get("since")),
+            term=row.lock_index,
+        )
+    return _View(there, leases, {s: row.session for s, (row, _) in locks.items()}, tuple(stale))
+
+
+def _addresses(view: _View) -> set[str]:
+    return {one.address for one in view.replicas.values()}
+
+
+def _document(row: KvRow) -> Mapping[str, Any]:
+    try:
+        said = loads(row.value)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -1,0 +1,128 @@
+"""What agents and devices say to one replica, told to the others, so that each can answer for the whole fleet.
+
+Only what was accepted is told on, and nobody accepts by hearsay: a replica that hears takes it when its own
+record names the same epoch and instance. Nothing is kept for a peer that does not answer: an agent says
+everything again on its next beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from ssl import SSLContext
+from typing import Any, Final
+
+import aiohttp
+
+from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.replicas.leases import Leases, Replica
+
+log = logging.getLogger(__name__)
+
+PATH: Final = "/v1/peers/reports"
+MOST: Final = 500
+"""Reports in one message."""
+MOST_BEATS: Final = 2_000
+"""Ids in one message; both together stay below the API's default of 1 MiB a body."""
+GATHER_S: Final = 0.1
+"""So long reports are gathered into one message: they are evidence, not events to act on."""
+_CALL_S: Final = 2.0
+
+
+def document(report: AgentReport) -> dict[str, Any]:
+    """A report as it came, in the words of `watchdog_agent.wire`."""
+    said = asdict(report)
+    del said["slug"]
+    return {"v": 1, **said}
+
+
+class Peers:
+    """The one that tells. `token` gives the bearer token that replicas share, "" = none; `tls` what is
+    trusted and shown over https, None = the system's trust; `certified` the host that the others'
+    certificates name, "" = the one at which they are called."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        leases: Leases,
+        token: Callable[[], str],
+        tls: Callable[[], SSLContext | None] = lambda: None,
+        certified: str = "",
+    ) -> None:
+        self._leases = leases
+        self._token = token
+        self._tls = tls
+        self._certified = certified or None
+        self._fresh: dict[Slug, AgentReport] = {}
+        self._news = asyncio.Event()
+        self._silent: set[str] = set()
+        self._beats: dict[str, None] = {}
+        """Ids of devices that were heard here, oldest first."""
+        fleet.on_accepted = self.note
+        fleet.on_beat = self.note_beats
+
+    def note(self, report: AgentReport) -> None:
+        """Tell this on; the newest of a device is enough."""
+        self._fresh.pop(report.slug, None)
+        self._fresh[report.slug] = report
+        self._news.set()
+
+    def note_beats(self, ids: Sequence[str]) -> None:
+        """Tell these signs of life on: only the replica that reconciles a device lets it expire."""
+        if ids and self.others():
+            self._beats.update(dict.fromkeys(ids))
+            self._news.set()
+
+    def others(self) -> list[Replica]:
+        return [
+            one
+            for one in self._leases.replicas()
+            if one.id != self._leases.replica and one.api.startswith(("http://", "https://"))
+        ]
+
+    async def run(self) -> None:
+        """Tell until cancelled."""
+        timeout = aiohttp.ClientTimeout(total=_CALL_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            while True:
+                await self._news.wait()
+                await asyncio.sleep(GATHER_S)
+                batch = dict(islice(self._fresh.items(), MOST))
+                for slug in batch:
+                    del self._fresh[slug]
+                beats = list(islice(self._beats, MOST_BEATS))
+                for name in beats:
+                    del self._beats[name]
+                if not self._fresh and not self._beats:
+                    self._news.clear()
+                peers = self.others()
+                if not peers:
+                    continue
+                reports = [document(report) for report in batch.values()]
+                body = {"reports": reports, "beats": beats}
+                async with asyncio.TaskGroup() as group:
+                    for peer in peers:
+                        group.create_task(self._tell(session, peer, body))
+
+    async def _tell(
+        self, session: aiohttp.ClientSession, peer: Replica, body: Mapping[str, Any]
+    ) -> None:
+        token = self._token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            async with session.post(
+                peer.api + PATH, json=body, headers=headers, ssl=self._tls() or True,
+                server_hostname=self._certified,
+            ) as answer:  # fmt: skip
+                why = "" if answer.status == 200 else f"it answered {answer.status}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            why = str(error) or "no answer in time"
+        if why and peer.id not in self._silent:
+            log.warning("peer does not take reports", extra={"peer": peer.id, "reason": why})
+            self._silent.add(peer.id)
+        elif not why:
+            self._silent.discard(peer.id)
