@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
@@ -51,26 +49,6 @@ def cell(value: object) -> str:
     return clean(value)
 
 
-def age(seconds: object) -> str:
-    """``42s``, ``3m``, ``5h`` or ``2d``: one unit is enough in a column."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds):
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"
-
-
-def utc(seconds: object) -> str:
-    """Unix seconds as ``2026-11-29T19:48:08Z``; "" for what is no moment of the years 1 to 9999."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        return ""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return ""
-
-
 def print_json(value: object) -> None:
     """ASCII only, so that nothing in it can reach the terminal as a control sequence."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=True, default=str))
@@ -100,8 +78,3 @@ def print_table(
         texts = [cell(value) for value in row]
         table.add_row(*(Text(text, style=COLOURS.get(text, "")) for text in texts))
     console.print(table)
-
-
-def progress(done: int, under_way: int, waiting: int) -> str:
-    """How far a roll-out is, in words: numbers of devices."""
-    return f"{done} done, {under_way} in progress, {waiting} waiting for their turn"

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from nomad_watchdog.api.acceptor import UNSENT, place_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.errors import HEADERS
+from nomad_watchdog.api.middleware import HEADERS
 from nomad_watchdog.errors import NotFoundError
 from nomad_watchdog.schedulers import agent_zipapp
 

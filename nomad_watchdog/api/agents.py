@@ -8,11 +8,12 @@ from aiohttp import web
 from watchdog_agent import wire
 
 from nomad_watchdog.api.auth import ACTOR
+from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.pagination import page_of
 from nomad_watchdog.api.responses import error_response, json_response
-from nomad_watchdog.api.schemas import MOST_AGE_S, MOST_REPORT, ReportIn, read
+from nomad_watchdog.api.schemas import MOST_AGE_S, MOST_REPORT, ReportIn
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.agent_token import Claim
 from nomad_watchdog.fleet.fleet import AgentReport, DeviceView, Fleet

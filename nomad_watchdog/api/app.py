@@ -13,6 +13,7 @@ from nomad_watchdog.api import (
 )
 from nomad_watchdog.api import (
     agents,
+    departures,
     devices,
     events,
     heartbeats,
@@ -20,9 +21,11 @@ from nomad_watchdog.api import (
     openapi,
     pagination,
     pauses,
+    peers,
     plan,
     pools,
     reload,
+    services,
     status_page,
     webhook,
 )
@@ -31,17 +34,17 @@ from nomad_watchdog.api import (
 )
 from nomad_watchdog.api.auth import Door
 from nomad_watchdog.api.body_memory import Bodies
-from nomad_watchdog.api.context import CONTEXT, Context, Route
-from nomad_watchdog.api.errors import boundary
-from nomad_watchdog.api.malformed import Malformed
+from nomad_watchdog.api.context import CONTEXT, Context
+from nomad_watchdog.api.malformed import MALFORMED, Malformed
+from nomad_watchdog.api.middleware import boundary
 from nomad_watchdog.api.responses import json_response
+from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.schemas import (
     AnyOut,
     BulkIn,
     BulkOut,
     ConfirmIn,
     DeviceChange,
-    DeviceIn,
     DeviceOut,
     DevicePage,
     EventsIn,
@@ -55,6 +58,7 @@ from nomad_watchdog.api.schemas import (
     WebhookIn,
 )
 from nomad_watchdog.core.roles import Right
+from nomad_watchdog.device_fields import DeviceIn
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.replicas.leases import Leases
@@ -69,7 +73,7 @@ def make_app(
     metrics: Metrics,
     artifact: Path | None,
     max_body_bytes: int = 1024 * 1024,
-    operator: plan.Operator | None = None,
+    operator: services.Operator | None = None,
     leases: Leases | None = None,
     door: Door | None = None,
 ) -> web.Application:
@@ -77,6 +81,7 @@ def make_app(
     the word that held stops are meant; `leases`: who knows which replica reconciles what; `door`: who may
     come in, by default everybody."""
     app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
+    app[MALFORMED] = Malformed(metrics)
     app[CONTEXT] = Context(
         fleet=fleet,
         metrics=metrics,
@@ -85,7 +90,6 @@ def make_app(
         bodies=Bodies(max(BODY_MEMORY, 4 * max_body_bytes), fleet.clock.monotonic),
         door=door or Door(),
         routes=ROUTES,
-        malformed=Malformed(metrics),
         operator=operator,
         leases=leases,
     )
@@ -101,7 +105,7 @@ def make_app(
 
 
 async def _close(app: web.Application) -> None:
-    app[CONTEXT].malformed.close()
+    app[MALFORMED].close()
 
 
 async def status(request: web.Request) -> web.StreamResponse:
@@ -247,14 +251,14 @@ ROUTES: Final = (
     Route(
         "GET",
         "/v1/departures",
-        heartbeats.held,
+        departures.held,
         "Devices that are held from leaving because they are too many at once",
         {200: AnyOut},
     ),
     Route(
         "POST",
         "/v1/departures:confirm",
-        heartbeats.confirm,
+        departures.confirm,
         "Let those leave who are held",
         {202: AnyOut, 409: "nobody is held, or others than `id` names"},
         body=ConfirmIn,
@@ -354,7 +358,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/peers/reports",
-        sharing.overhear,
+        peers.overhear,
         "What agents said to another replica",
         {200: AnyOut},
         body=HearsayIn,
@@ -362,7 +366,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/peers/events",
-        sharing.tell,
+        peers.tell,
         "What another replica alone has seen, to be told for all",
         {200: AnyOut, 409: "another replica tells"},
         body=EventsIn,

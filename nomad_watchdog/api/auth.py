@@ -19,9 +19,9 @@ from aiohttp import web
 from nomad_watchdog.api.acceptor import place_of
 from nomad_watchdog.api.browser_checks import check_origin, names_of
 from nomad_watchdog.api.connection_limits import Rank, network_of
-from nomad_watchdog.api.context import Handler, Route
 from nomad_watchdog.api.cost_limits import Costs
 from nomad_watchdog.api.errors import LAST, RequestError
+from nomad_watchdog.api.routing import Handler, Route
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.config.api import Api
 from nomad_watchdog.core.agent_token import PREFIX, Claim, claim_of, claimed

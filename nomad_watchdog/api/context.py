@@ -4,63 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from aiohttp import web
-from pydantic import BaseModel
 
 from nomad_watchdog.api.audit_limits import Audits
+from nomad_watchdog.api.auth import Door
 from nomad_watchdog.api.body_memory import Bodies
+from nomad_watchdog.api.routing import Route
+from nomad_watchdog.api.services import Operator, Reloads
 from nomad_watchdog.controllers.expiry import Departures
 from nomad_watchdog.controllers.migration import Migrations
-from nomad_watchdog.core.roles import Right
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.pools.controller import Keeper
 from nomad_watchdog.replicas.event_replication import EventFeed
 from nomad_watchdog.replicas.leases import Leases
-
-if TYPE_CHECKING:
-    from nomad_watchdog.api.auth import Door
-    from nomad_watchdog.api.malformed import Malformed
-    from nomad_watchdog.api.plan import Operator
-    from nomad_watchdog.api.reload import Reloads
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One operation. `answers`: status → what it means, or the model of its body."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    answers: Mapping[int, str | type[BaseModel]]
-    body: type[BaseModel] | None = None
-    query: Mapping[str, str] = field(default_factory=dict)
-    """Query parameter → what it is."""
-    public: bool = False
-    """Answered to everybody: without a token, without a client certificate, at any rate."""
-    asks: Right | None = None
-    """The right that is asked for, where it is not the one of the method."""
-    signed: bool = False
-    """A signature may stand for the token; the handler checks it."""
-    media: str = "application/json"
-
-    @property
-    def right(self) -> Right:
-        """What a caller must be allowed. A route that says nothing changes something: operators only."""
-        return self.asks or (Right.READ if self.method == "GET" else Right.OPERATE)
-
-    @property
-    def resource(self) -> str:
-        """The path as the router takes it: an id is one segment, whatever it holds."""
-        return self.path.replace("{id}", "{id:[^/]+}")
 
 
 @dataclass(slots=True)
@@ -74,8 +35,6 @@ class Context:
     bodies: Bodies
     door: Door
     routes: tuple[Route, ...]
-    malformed: Malformed
-    """Who counts requests that are not HTTP."""
     routed: dict[web.AbstractRoute, Route] = field(default_factory=dict)
     """What the router found → the route of the table."""
     departures: Departures | None = None

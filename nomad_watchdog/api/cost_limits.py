@@ -17,8 +17,8 @@ from typing import Any, Final, TypeVar
 
 from aiohttp import web
 
-from nomad_watchdog.api.context import Handler
 from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.routing import Handler
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import request_meter
 from nomad_watchdog.core.rate_limit import Buckets

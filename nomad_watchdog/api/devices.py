@@ -11,22 +11,16 @@ from pydantic import ValidationError
 
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import check_prefix, permit_of
+from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.device_quota import Claim
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.name_checks import check_class, known_before, missing, unknown
 from nomad_watchdog.api.pagination import check_query, page_of
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import (
-    MOST_BULK,
-    BulkEnvelope,
-    BulkResult,
-    DeviceIn,
-    DeviceItem,
-    problem,
-    read,
-)
+from nomad_watchdog.api.schemas import MOST_BULK, BulkEnvelope, BulkResult
 from nomad_watchdog.core.event_order import Event, is_replay
+from nomad_watchdog.device_fields import DeviceIn, DeviceItem, problem
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.fleet.fleet import DeviceView, Fleet
 from nomad_watchdog.fleet.records import Registered

@@ -10,7 +10,8 @@ from aiohttp import web
 
 from nomad_watchdog.api.auth import ACTOR
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.errors import HEADERS, RequestError
+from nomad_watchdog.api.errors import RequestError
+from nomad_watchdog.api.middleware import HEADERS
 from nomad_watchdog.api.name_checks import check_events_of
 from nomad_watchdog.api.pagination import check_query, whole_number
 from nomad_watchdog.api.responses import json_response

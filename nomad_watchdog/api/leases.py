@@ -6,8 +6,7 @@ from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import EventsIn, HearsayIn, read
-from nomad_watchdog.errors import NotFoundError, UserError
+from nomad_watchdog.errors import NotFoundError
 
 
 async def list_leases(request: web.Request) -> web.StreamResponse:
@@ -44,25 +43,3 @@ async def list_leases(request: web.Request) -> web.StreamResponse:
         "replicas": replicas,
     }
     return json_response(answer)
-
-
-async def overhear(request: web.Request) -> web.StreamResponse:
-    """Reports that another replica has accepted: taken where our own record says the same; and devices
-    that it heard."""
-    body = await read(request, HearsayIn)
-    fleet = request.app[CONTEXT].fleet
-    fleet.hear(body.beats)
-    taken = sum(fleet.overhear(one.report()) for one in body.reports)
-    return json_response({"taken": taken})
-
-
-async def tell(request: web.Request) -> web.StreamResponse:
-    """Events of another replica, to be told for all. Raises ConflictError (409) where another tells."""
-    body = await read(request, EventsIn)
-    feed = request.app[CONTEXT].feed
-    if feed is None:
-        raise NotFoundError("nobody tells events for others here")
-    try:
-        return json_response({"taken": feed.take(body.events)})
-    except ValueError as error:
-        raise UserError(str(error)) from None

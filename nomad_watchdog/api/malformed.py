@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import error_response
 from nomad_watchdog.metrics import Metrics
 
@@ -94,6 +93,9 @@ class Handler(web.RequestHandler):
         return answer
 
 
+MALFORMED: Final = web.AppKey("malformed", Malformed)
+
+
 class Server(web.Server):
     """Makes a `Handler` per connection."""
 
@@ -129,5 +131,5 @@ class Runner(web.AppRunner):
             loop=made._loop,  # noqa: SLF001  # what it was made with
             **made._kwargs,  # noqa: SLF001  # as above
         )
-        server.malformed = self.app[CONTEXT].malformed
+        server.malformed = self.app[MALFORMED]
         return server

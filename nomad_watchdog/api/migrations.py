@@ -6,9 +6,10 @@ from aiohttp import web
 
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR
+from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.name_checks import check_class_name, check_devices
-from nomad_watchdog.api.schemas import MigrateIn, read
+from nomad_watchdog.api.schemas import MigrateIn
 from nomad_watchdog.controllers.migration import Migrations
 from nomad_watchdog.core.migration import Move
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError

@@ -14,8 +14,8 @@ from nomad_watchdog.events.log import EventFilter
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
-from nomad_watchdog.terminal import utc
 from nomad_watchdog.text_files import did_you_mean
+from nomad_watchdog.units import utc
 
 MOST_COMPARED: Final = 500
 """Ids that are compared with a misspelt one: a hint must not hold up a large fleet."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from nomad_watchdog import __version__
-from nomad_watchdog.api.context import Route
+from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.schemas import ErrorOut
 from nomad_watchdog.core.roles import roles_with
 

@@ -8,11 +8,11 @@ from aiohttp import web
 
 from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR
+from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.name_checks import check_class_name, check_devices
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import PauseIn, TargetIn, read
-from nomad_watchdog.config.hcl import parse_duration
+from nomad_watchdog.api.schemas import PauseIn, TargetIn
 from nomad_watchdog.core.pauses import Pause
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -20,6 +20,7 @@ from nomad_watchdog.fleet.pauses import new_id
 from nomad_watchdog.fleet.presence import shown_pause
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
+from nomad_watchdog.units import parse_duration
 
 MOST_AHEAD_S: Final = 366 * 86400.0
 

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
 from aiohttp import web
 
 from nomad_watchdog.api.audit import audit
+from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import ConfirmIn, read
-from nomad_watchdog.core.mass_stop_breaker import Breaker
+from nomad_watchdog.api.schemas import ConfirmIn
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.ids import Slug
 
 log = logging.getLogger(__name__)
-
-
-class Operator(Protocol):
-    """Who holds stops back, and takes the word that they are meant (the reconciler)."""
-
-    breaker: Breaker
-
-    def hold_now(self) -> None:
-        """Bring what is held up to what a plan shows now."""
-
-    def confirm_stops(self) -> int:
-        """Let what is held now go; how many."""
 
 
 async def plan(request: web.Request) -> web.StreamResponse:

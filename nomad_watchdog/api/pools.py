@@ -5,9 +5,10 @@ from __future__ import annotations
 from aiohttp import web
 
 from nomad_watchdog.api.audit import audit
+from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import PoolScaleIn, read
+from nomad_watchdog.api.schemas import PoolScaleIn
 from nomad_watchdog.errors import ConflictError, NotFoundError
 from nomad_watchdog.pools.controller import SHARD, Keeper
 

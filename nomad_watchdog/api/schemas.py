@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self
 
-from aiohttp import web
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -13,30 +11,28 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from nomad_watchdog.api.acceptor import place_of
-from nomad_watchdog.api.auth import ACTOR
-from nomad_watchdog.api.body_memory import MOST_UNSIGNED
-from nomad_watchdog.api.connection_limits import Rank
-from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.config.hcl import parse_duration
 from nomad_watchdog.config.pools import MOST_WORKERS
-from nomad_watchdog.config.problems import in_body
 from nomad_watchdog.core.pauses import Target
-from nomad_watchdog.device_address import device_address, endpoint
+from nomad_watchdog.device_address import endpoint
+from nomad_watchdog.device_fields import (
+    ADDRESS_CHARS,
+    DeviceItem,
+    Duration,
+    Id,
+    Labels,
+    Name,
+    Strict,
+    Ttl,
+    printable,
+)
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet.fleet import AgentReport
-from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
-from nomad_watchdog.model import AgentState, Device, Epoch, RepairAttempt, Repairs
+from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, slug_of
+from nomad_watchdog.model import AgentState, Epoch, RepairAttempt, Repairs
 
-MOST_LABELS: Final = 32
-LABEL_BYTES: Final = 128
-ADDRESS_CHARS: Final = 255
-"""Longest host name (RFC 1035), with a dot at the end, or in brackets."""
 MOST_HEARD: Final = 500
 """Reports that one replica tells another at once."""
 MOST_BULK: Final = 5_000
@@ -44,31 +40,7 @@ MOST_HEARTBEATS: Final = 10_000
 MOST_PAUSED: Final = 200
 """Device ids in one pause: the document that holds all pauses is small. More are a class or labels."""
 REASON_CHARS: Final = 512
-BODY_TIMEOUT_S: Final = 20.0
-"""A body must be complete in so long: a slow sender holds no handler."""
 _BIG: Final = 2**53
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def _id(text: str) -> str:
-    try:
-        return parse_device_id(text)
-    except UserError as error:
-        raise ValueError(str(error)) from error
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError(f"{ascii(text)[:80]} holds an unprintable character")
-    return text
-
-
-def _address(text: str) -> str:
-    try:
-        return device_address(text)
-    except UserError as error:
-        raise ValueError(str(error)) from error
 
 
 def _listen(text: str) -> str:
@@ -81,99 +53,30 @@ def _listen(text: str) -> str:
         raise ValueError(str(error)) from error
 
 
-def _labels(labels: dict[str, str]) -> dict[str, str]:
-    for key, value in labels.items():
-        for text in (key, value):
-            _printable(text)
-            size = len(text.encode())
-            if size > LABEL_BYTES:
-                raise ValueError(
-                    f"label text {ascii(text)[:40]}… is {size} bytes long; at most {LABEL_BYTES} are allowed"
-                )
-        if not key:
-            raise ValueError("a label's key must not be empty")
-    return labels
-
-
-def _duration(text: str) -> str:
-    if parse_duration(text) <= 0:
-        raise ValueError("a duration of more than 0 is allowed")
-    return text
-
-
-def _ttl(text: str) -> str:
-    if 0 < parse_duration(text) < 1:
-        raise ValueError("ttl must be 0s (for ever) or at least 1s")
-    return text
-
-
 def _tame(text: str) -> str:
     # What an agent says of its device is shown, so it is made harmless rather than lost.
     cut = text[:REASON_CHARS]
     return cut if cut.isprintable() else "".join(c if c.isprintable() else "�" for c in cut)
 
 
-Id = Annotated[str, Field(description=f"1 to {MAX_ID_BYTES} bytes"), AfterValidator(_id)]
-Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)]
-Address = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=ADDRESS_CHARS,
-        description="host name, IPv4 or IPv6 address, without scheme, port or path",
-    ),
-    AfterValidator(_address),
-]
-Labels = Annotated[dict[str, str], Field(max_length=MOST_LABELS), AfterValidator(_labels)]
-Ttl = Annotated[str, Field(max_length=32), AfterValidator(_ttl)]
-Duration = Annotated[str, Field(max_length=32), AfterValidator(_duration)]
 Count = Annotated[int, Field(ge=0, le=_BIG)]
 
 
-class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=False)
-
-
-class DeviceIn(_In):
-    """The wish for one device, without its id."""
-
-    agent_class: Name = Field("default", alias="class")
-    address: Address
-    labels: Labels = Field(default_factory=dict)
-    ttl: Ttl | None = Field(None, description="a duration; 0s = for ever, null = as configured")
-
-    @property
-    def names_class(self) -> bool:
-        """Whether the class was given, and is not the default for want of one."""
-        return "agent_class" in self.model_fields_set
-
-    def device(self, device_id: DeviceId) -> Device:
-        """As the value that goes inside."""
-        ttl_s = None if self.ttl is None else parse_duration(self.ttl)
-        return Device(device_id, self.agent_class, self.address, dict(self.labels), ttl_s)
-
-
-class DeviceItem(DeviceIn):
-    """The wish for one device."""
-
-    id: Id
-
-
-class BulkIn(_In):
+class BulkIn(Strict):
     """Up to 5,000 wishes at once; each item is checked and answered by itself."""
 
     devices: list[DeviceItem] = Field(default_factory=list, max_length=MOST_BULK)
     delete: list[Id] = Field(default_factory=list, max_length=MOST_BULK)
 
 
-class BulkEnvelope(_In):
+class BulkEnvelope(Strict):
     """A BulkIn whose items are not looked at yet."""
 
     devices: list[Any] = Field(default_factory=list, max_length=MOST_BULK)
     delete: list[Any] = Field(default_factory=list, max_length=MOST_BULK)
 
 
-class WebhookDevice(_In):
+class WebhookDevice(Strict):
     """A device in an event; a disconnect needs the id only."""
 
     id: Id
@@ -184,14 +87,14 @@ class WebhookDevice(_In):
     ttl: Ttl | None = None
 
 
-class WebhookIn(_In):
+class WebhookIn(Strict):
     """What a gateway sends when a device comes or goes."""
 
     event: Literal["connected", "disconnected"]
     device: WebhookDevice
 
 
-class HeartbeatsIn(_In):
+class HeartbeatsIn(Strict):
     """Signs of life of many devices."""
 
     ids: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(max_length=MOST_HEARTBEATS)
@@ -200,7 +103,7 @@ class HeartbeatsIn(_In):
 BACKEND: Final = r"^[a-z][a-z0-9_-]{0,63}$"
 
 
-class TargetIn(_In):
+class TargetIn(Strict):
     """Which devices: all that is given must match, and something must be given."""
 
     devices: list[Id] = Field(default_factory=list, max_length=MOST_PAUSED)
@@ -224,8 +127,8 @@ class PauseIn(TargetIn):
     begins: AwareDatetime | None = Field(None, alias="from")
     until: AwareDatetime | None = None
     lasts: Duration | None = Field(None, alias="for")
-    reason: Annotated[str, Field(max_length=256), AfterValidator(_printable)] = ""
-    by: Annotated[str, Field(max_length=64), AfterValidator(_printable)] = ""
+    reason: Annotated[str, Field(max_length=256), AfterValidator(printable)] = ""
+    by: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
     window: bool = Field(
         False, description="a maintenance window: has an end, is removed by its id"
     )
@@ -239,7 +142,7 @@ class PauseIn(TargetIn):
         return self
 
 
-class MigrateIn(_In):
+class MigrateIn(Strict):
     """Which devices' agents move from one scheduler to another: all, or those that match all that is given."""
 
     source: Annotated[str, Field(alias="from", pattern=BACKEND)]
@@ -251,7 +154,7 @@ class MigrateIn(_In):
     at_once: Annotated[int, Field(ge=0, le=100_000)] = Field(
         0, description="so many devices may be on their way; 0 = as many as a roll-out may replace"
     )
-    by: Annotated[str, Field(max_length=64), AfterValidator(_printable)] = ""
+    by: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
     dry_run: bool = Field(False, description="only say what would move")
 
     @model_validator(mode="after")
@@ -267,13 +170,13 @@ class MigrateIn(_In):
         return Target(frozenset(self.devices), self.agent_class or "", dict(self.labels))
 
 
-class ConfirmIn(_In):
+class ConfirmIn(Strict):
     """Which held stops are meant: `held.id` of the plan that was looked at."""
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
-class PoolScaleIn(_In):
+class PoolScaleIn(Strict):
     """How many workers a pool is to have."""
 
     count: Annotated[int, Field(ge=0, le=MOST_WORKERS)]
@@ -332,10 +235,10 @@ class ReportIn(BaseModel):
     v: Literal[1]
     device_id: Id
     epoch: Count
-    instance: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
+    instance: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(printable)]
     sequence: Count
     agent_class: Annotated[str, Field(max_length=64)] = ""
-    version: Annotated[str, Field(max_length=64), AfterValidator(_printable)] = ""
+    version: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
     ready: bool
     state: Annotated[AgentState, BeforeValidator(_known_state)]
     was_ready: bool
@@ -346,7 +249,7 @@ class ReportIn(BaseModel):
     dropped: Count = 0
     stopping: bool = False
     repairs: RepairsIn | None = None
-    gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(_printable)] = ""
+    gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(printable)] = ""
     gateway_dead: bool = False
     state_age_s: Annotated[float, Field(ge=0, le=MOST_AGE_S, allow_inf_nan=False)] = 0.0
 
@@ -463,95 +366,3 @@ class AnyOut(BaseModel):
     """An object whose fields grow."""
 
     model_config = ConfigDict(extra="allow")
-
-
-_AS_JSON: Final = {
-    "a block { ... }": "an object { ... }",
-    'a map such as { name = "value" }': 'an object such as {"name": "value"}',
-}
-"""What a configuration file calls otherwise."""
-
-
-def problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong with a body that should be this model, in words, without repeating what was sent at
-    length."""
-    found = error.errors(include_url=False)
-    parts: list[str] = []
-    for item in found[:5]:
-        path, message = in_body(dict(item), model)
-        for words, instead in _AS_JSON.items():
-            message = message.replace(words, instead)
-        where = ".".join(_printed(part) for part in path)
-        parts.append(f"{where}: {message}" if where else message)
-    more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-    return "; ".join(parts) + more
-
-
-def _printed(part: object) -> str:
-    text = str(part)[:64]
-    return text if text.isprintable() else ascii(text)
-
-
-async def read(request: web.Request, model: type[Model], most: int | None = None) -> Model:
-    """The body, of at most `most` bytes, as this model.
-
-    Raises RequestError (400, 408, 413, 415) that says what is wrong.
-    """
-    return parsed(await read_body(request, most), model)
-
-
-def parsed(body: bytes, model: type[Model]) -> Model:
-    """These bytes as this model. Raises RequestError (400)."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise RequestError(400, "invalid_body", problem(error, model)) from None
-
-
-async def read_body(request: web.Request, most: int | None = None) -> bytes:
-    """The bytes that were sent, at most `most` of them. Raises RequestError (408, 413, 415, 503)."""
-    if request.content_type != "application/json":
-        raise RequestError(
-            415, "unsupported_media_type", "the body must be JSON (Content-Type: application/json)"
-        )
-    context, place = request.app[CONTEXT], place_of(request)
-    limit, length, rank = context.max_body_bytes, request.content_length, request[ACTOR].rank
-    if rank is Rank.UNAUTHENTICATED:
-        limit = min(limit, MOST_UNSIGNED)
-    if most is not None:
-        limit = min(limit, most)
-    too_large = RequestError(
-        413,
-        "request_entity_too_large",
-        f"the body is larger than the {limit} bytes that are allowed",
-    )
-    if length is not None and length > limit:
-        raise too_large
-    if not context.bodies.take(place, rank, limit if length is None else length):
-        raise RequestError(
-            503, "busy", "too many request bodies are being read; try again", {"Retry-After": "1"}
-        )
-    if request.content.is_eof():  # it came with the headers: there is nothing to wait for
-        body = await request.read()
-        if len(body) > limit:
-            raise too_large
-        return body
-    place.rest()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await request.read()
-    except TimeoutError:
-        raise RequestError(
-            408,
-            "request_timeout",
-            f"the body was not complete after {BODY_TIMEOUT_S:g} s",
-            {"Connection": "close"},
-        ) from None
-    except web.RequestPayloadError:  # it quotes the body
-        request.app[CONTEXT].malformed.add(request.remote or "unknown")
-        raise RequestError(400, "malformed", "the body is not valid HTTP/1.1") from None
-    finally:
-        place.work()
-    if len(body) > limit:
-        raise too_large
-    return body

@@ -5,14 +5,14 @@ from __future__ import annotations
 from aiohttp import web
 
 from nomad_watchdog.api.auth import ACTOR, rise
+from nomad_watchdog.api.body import parsed, read, read_body
 from nomad_watchdog.api.connection_limits import Rank
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.devices import remove, shown_change, store
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.name_checks import check_class
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import WebhookIn, parsed, read, read_body
-from nomad_watchdog.config.hcl import parse_duration
+from nomad_watchdog.api.schemas import WebhookIn
 from nomad_watchdog.core import event_order
 from nomad_watchdog.core.webhook_signature import Seen, SignatureError, Signed, check_form, verify
 from nomad_watchdog.device_address import device_address
@@ -20,6 +20,7 @@ from nomad_watchdog.errors import ConflictError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device
+from nomad_watchdog.units import parse_duration
 
 
 async def webhook(request: web.Request) -> web.StreamResponse:

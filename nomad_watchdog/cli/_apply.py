@@ -10,7 +10,7 @@ import click
 
 from nomad_watchdog.cli._api_client import Api
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError
-from nomad_watchdog.terminal import progress
+from nomad_watchdog.units import progress
 
 if TYPE_CHECKING:
     from nomad_watchdog.config.settings import Settings

@@ -14,7 +14,8 @@ from nomad_watchdog.cli._options import api_of, no_color, output_option, setting
 from nomad_watchdog.device_address import endpoint
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError, WatchdogError
 from nomad_watchdog.ids import parse_device_id, slug_of
-from nomad_watchdog.terminal import age, cell, clean, print_json, print_table
+from nomad_watchdog.terminal import cell, clean, print_json, print_table
+from nomad_watchdog.units import age
 
 if TYPE_CHECKING:
     from nomad_watchdog.config.settings import Settings

@@ -14,7 +14,8 @@ from nomad_watchdog.cli._options import api_of, labels_of, no_color, output_opti
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
-from nomad_watchdog.terminal import age, clean, print_json, print_table
+from nomad_watchdog.terminal import clean, print_json, print_table
+from nomad_watchdog.units import age
 
 COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
 WIDE: Final = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from nomad_watchdog.cli._options import api_of, no_color, output_option
-from nomad_watchdog.terminal import age, print_json, print_table
+from nomad_watchdog.terminal import print_json, print_table
+from nomad_watchdog.units import age
 
 
 @click.command()

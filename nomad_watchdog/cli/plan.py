@@ -12,6 +12,7 @@ from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.cli._apply import apply_by_service
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
+from nomad_watchdog.daemon import factory, one_shot
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.terminal import clean, print_json, print_table
 
@@ -75,10 +76,9 @@ def apply(
         )
     if not auto_approve:
         _ask(shown, allow_stops or 0, ctx)
-    from nomad_watchdog.daemon import serve
 
     settings = settings_of(ctx)
-    running = asyncio.run(serve.replicas(settings))
+    running = asyncio.run(factory.replicas(settings))
     if running:
         if plan_file and (now := _view(ctx)["registry_index"]) != shown["registry_index"]:
             raise ConflictError(
@@ -88,7 +88,7 @@ def apply(
         done = apply_by_service(api_of(ctx), settings, running, shown, stops=allow_stops or 0)
     else:
         done = asyncio.run(
-            serve.apply_once(
+            one_shot.apply_once(
                 settings,
                 registry_index=shown["registry_index"],
                 allow_stops=allow_stops is not None,
@@ -108,9 +108,8 @@ def _check_classes(done: dict[str, Any]) -> None:
 
 
 def _view(ctx: click.Context) -> dict[str, Any]:
-    from nomad_watchdog.daemon import serve
 
-    return asyncio.run(serve.plan_once(settings_of(ctx)))
+    return asyncio.run(one_shot.plan_once(settings_of(ctx)))
 
 
 def _read(file: Path) -> dict[str, Any]:

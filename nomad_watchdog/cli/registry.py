@@ -8,6 +8,7 @@ from typing import TextIO
 import click
 
 from nomad_watchdog.cli._options import output_option, settings_of
+from nomad_watchdog.daemon import one_shot
 
 
 @click.group()
@@ -19,9 +20,7 @@ def registry() -> None:
 @click.pass_context
 def export(ctx: click.Context) -> None:
     """Print the whole registry: every record with its epoch, those of devices that have left too."""
-    from nomad_watchdog.daemon import serve
-
-    for line in asyncio.run(serve.export_registry(settings_of(ctx))):
+    for line in asyncio.run(one_shot.export_registry(settings_of(ctx))):
         click.echo(line)
 
 
@@ -35,13 +34,12 @@ def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> Non
 
     A newer wish stands, and no epoch goes back. A registry that is new takes the backup's installation,
     and so goes on with the agents that run."""
-    from nomad_watchdog.daemon import serve
     from nomad_watchdog.registry import backup
     from nomad_watchdog.terminal import print_json
 
     installation, records, floor = backup.parse(file)
     done = asyncio.run(
-        serve.import_registry(settings_of(ctx), installation, records, floor, dry_run=dry_run)
+        one_shot.import_registry(settings_of(ctx), installation, records, floor, dry_run=dry_run)
     )
     if output == "json":
         print_json(

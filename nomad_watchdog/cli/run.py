@@ -8,6 +8,7 @@ import signal
 import click
 
 from nomad_watchdog.cli._options import output_option, settings_of
+from nomad_watchdog.daemon import one_shot
 
 
 @click.command()
@@ -29,9 +30,7 @@ def init(ctx: click.Context) -> None:
 
     Without it nothing is decided: an empty store is taken for a wiped or a wrong one, and an empty
     registry would mean «stop every agent»."""
-    from nomad_watchdog.daemon import serve
-
-    click.echo(asyncio.run(serve.initialise(settings_of(ctx))))
+    click.echo(asyncio.run(one_shot.initialise(settings_of(ctx))))
 
 
 @click.command()

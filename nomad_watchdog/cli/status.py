@@ -15,7 +15,8 @@ from nomad_watchdog.cli._api_client import PAGE, Api, device_path
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
-from nomad_watchdog.terminal import age, cell, clean, print_json, print_table, utc
+from nomad_watchdog.terminal import cell, clean, print_json, print_table
+from nomad_watchdog.units import age, utc
 
 
 @click.command()
@@ -117,7 +118,7 @@ def _since(text: str) -> tuple[int, int | None]:
             return whole(text), None
         except ValueError as error:
             raise UserError(f"--since: {error}") from None
-    from nomad_watchdog.config.hcl import parse_duration
+    from nomad_watchdog.units import parse_duration
 
     try:
         return 0, max(1, round(float(str(parse_duration(text)))))

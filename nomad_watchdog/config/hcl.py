@@ -7,7 +7,7 @@ problem with a line, never a string that looks like one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from lark.exceptions import LarkError, UnexpectedInput
 
 from nomad_watchdog.config.syntax_problems import trouble
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.units import show
 
 Path = tuple[str | int, ...]
 """Where a value stands, as pydantic says it: ("agent_class", "default", "probe", 0, "port")."""
@@ -30,21 +31,6 @@ KINDS: Final = frozenset({"probe", "confirm", "repair", "sink", "metric"})
 MAX_BYTES: Final = 1024 * 1024
 """A larger file is a mistake, and the parser takes about 1 ms a line."""
 
-_DURATION: Final = re.compile(r"(?:\d{1,9}(?:\.\d{1,6})?(?:ms|s|m|h|d))+", re.ASCII)
-_PART: Final = re.compile(r"([\d.]+)(ms|s|m|h|d)", re.ASCII)
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE: Final = re.compile(r"(\d{1,12})(B|Ki|Mi|Gi|k|M|G)B?", re.ASCII)
-_BYTES: Final = {
-    "B": 1,
-    "Ki": 1024,
-    "Mi": 1024**2,
-    "Gi": 1024**3,
-    "k": 1000,
-    "M": 1000**2,
-    "G": 1000**3,
-}
-_MOST_SHOWN: Final = 80
-_MOST_BITS: Final = 256
 _NUMBER: Final = re.compile(r"\$\{(-?\d{1,400}(?:\.\d{1,400})?(?:[eE][+-]?\d{1,4})?)\}", re.ASCII)
 """How python-hcl2 gives a number with an exponent."""
 _PLAIN: Final = frozenset(
@@ -52,48 +38,6 @@ _PLAIN: Final = frozenset(
     | {"object_elem", "object_elem_key", "identifier", "expr_term", "unary_op", "keyword"}
     | {"new_line_or_comment", "new_line_and_or_comma"}
 )
-
-
-def parse_duration(value: object) -> float:
-    """Seconds of "250ms", "10s", "1m30s", "2h" or "1d". A float is taken as seconds already
-    converted. Raises ValueError with what was found and what is allowed."""
-    if isinstance(value, float):
-        return value
-    if not isinstance(value, str) or not _DURATION.fullmatch(value):
-        raise ValueError(f'{show(value)} is not a duration; write "250ms", "10s", "5m" or "1h"')
-    seconds = sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(value))
-    if seconds > 365 * 86400:
-        raise ValueError(f"{show(value)} is more than a year")
-    return round(seconds, 6)
-
-
-def parse_size(value: object) -> int:
-    """Bytes of "64Mi", "1Gi", "512Ki" or "100k". Raises ValueError as `parse_duration`."""
-    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
-        raise ValueError(f'{show(value)} is not a size; write "64Mi", "1Gi" or "512Ki"')
-    return int(found[1]) * _BYTES[found[2]]
-
-
-def show(value: object) -> str:
-    """A value as it may stand in a message: as HCL writes it, short, ASCII, no control characters (S11)."""
-    text = _as_hcl(value)
-    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
-
-
-def _as_hcl(value: object) -> str:
-    if isinstance(value, str):
-        return '"' + ascii(value)[1:-1] + '"'
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        return "a number of very many digits"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_as_hcl, value[:_MOST_SHOWN]))}]"
-    if isinstance(value, Mapping):
-        pairs = (f"{str(name)[:_MOST_SHOWN]!a} = {_as_hcl(one)}" for name, one in value.items())
-        return "{ " + ", ".join(pair.replace("'", "", 2) for pair in pairs) + " }"
-    return ascii(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,13 @@ from pydantic import ValidationError
 
 from nomad_watchdog import schedulers, secret_file_rules
 from nomad_watchdog.clients import hashicorp_environment
-from nomad_watchdog.config.hcl import NAMED, Document, Path, Problem, read, show
+from nomad_watchdog.config.hcl import NAMED, Document, Path, Problem, read
 from nomad_watchdog.config.problems import in_words, message, model_of, step_into
 from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Consul, Settings
 from nomad_watchdog.config.types import from_text
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.text_files import did_you_mean
+from nomad_watchdog.units import show
 
 Misfit = tuple[tuple[Path, ...], str]
 """The settings concerned, first the one to change, and what is wrong."""

@@ -9,7 +9,6 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nomad_watchdog.config.hcl import show
 from nomad_watchdog.config.types import (
     Block,
     Fraction,
@@ -21,6 +20,7 @@ from nomad_watchdog.config.types import (
 )
 from nomad_watchdog.core.pool_scaling import Measure, Rules
 from nomad_watchdog.model import VerdictState
+from nomad_watchdog.units import show
 
 MOST_WORKERS: Final = 10_000
 _PER_WORKER: Final = frozenset({"cpu", "memory"})

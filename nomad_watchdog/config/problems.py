@@ -13,18 +13,10 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from nomad_watchdog.config.hcl import (
-    KINDS,
-    NAMED,
-    Document,
-    Path,
-    Problem,
-    parse_duration,
-    parse_size,
-    show,
-)
+from nomad_watchdog.config.hcl import KINDS, NAMED, Document, Path, Problem
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.text_files import did_you_mean
+from nomad_watchdog.units import parse_duration, parse_size, show
 
 MOST_SHOWN: Final = 50
 _ASCII: Final = "ASCII without blanks, at most {} characters"

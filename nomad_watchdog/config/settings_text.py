@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, get_origin
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from nomad_watchdog.config.hcl import parse_duration, parse_size
 from nomad_watchdog.core.settings_diff import HIDDEN
+from nomad_watchdog.units import parse_duration, parse_size
 
 _UNITS: Final = (("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10))
 _OPEN: Final = frozenset({"version", "template", "driver", "workload", "probe"})

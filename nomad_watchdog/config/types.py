@@ -23,10 +23,10 @@ from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog import text_files
 from nomad_watchdog.clients.hashicorp_environment import checked_address
-from nomad_watchdog.config.hcl import parse_duration, parse_size, show
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.secret_values import know_url
+from nomad_watchdog.units import parse_duration, parse_size, show
 
 _NAMESPACE: Final = re.compile(r"[a-zA-Z0-9-]{1,128}")
 MOST_CERTIFICATES: Final = 8192

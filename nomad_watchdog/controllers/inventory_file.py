@@ -15,14 +15,14 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from nomad_watchdog import text_files
-from nomad_watchdog.api.schemas import DeviceItem, problem
 from nomad_watchdog.config import hcl
-from nomad_watchdog.config.hcl import show
+from nomad_watchdog.device_fields import DeviceItem, problem
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fast_json import strict
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Device
 from nomad_watchdog.text_files import did_you_mean
+from nomad_watchdog.units import show
 
 MAX_BYTES: Final = 32 * 1024 * 1024
 MOST_DEVICES: Final = 100_000

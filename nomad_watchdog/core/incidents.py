@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Final
 
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import Monotonic, VerdictState
+from nomad_watchdog.model import DeviceRecord, Monotonic, Presence, VerdictState
 
 MOST_MEMBERS: Final = 50
 """Devices and events named by an incident; all are counted."""
@@ -356,3 +356,20 @@ class Correlator:
                 incident.closed_at = now
                 incident.seen.clear()
                 yield News(Step.CLOSED, incident)
+
+
+SITE_LABEL: Final = "site"
+GATEWAY_LABEL: Final = "gateway"
+
+
+def groups_of(record: DeviceRecord, node: str, gateway: str) -> tuple[Group, ...]:
+    if record.presence is not Presence.PRESENT:
+        return ()
+    device = record.device
+    named = (
+        (GroupKind.GATEWAY, device.labels.get(GATEWAY_LABEL, "") or gateway),
+        (GroupKind.HOST, node),
+        (GroupKind.SITE, device.labels.get(SITE_LABEL, "")),
+        (GroupKind.CLASS, device.agent_class),
+    )
+    return tuple((kind, name) for kind, name in named if name)

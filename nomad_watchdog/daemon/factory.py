@@ -24,9 +24,9 @@ from nomad_watchdog.pools.local import LocalPools
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.consul_leases import ConsulLeases
+from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
 from nomad_watchdog.replicas.file_lease import FileLeases
-from nomad_watchdog.replicas.leases import Leases
+from nomad_watchdog.replicas.leases import Leases, Replica
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.credentialed import Credentialed
 from nomad_watchdog.schedulers.multi import Moving
@@ -266,3 +266,16 @@ def _options(settings: Settings, backend: str, installation: str) -> dict[str, A
             "namespaces": settings.kubernetes.namespaces,
         }
     return shared
+
+
+async def replicas(settings: Settings) -> list[Replica]:
+    """The control planes of this installation that run now, as the leases tell."""
+    if settings.registry_kind == "sqlite":
+        async with open_leases(settings, SystemClock()) as leases:
+            holders = {lease.holder: lease for lease in leases.all() if lease.holder}
+        return [Replica(one.holder, one.api, one.since, 0, "") for one in holders.values()]
+    client = consul_client(settings)
+    try:
+        return await read_replicas(client, settings.consul.prefix)
+    finally:
+        await client.close()

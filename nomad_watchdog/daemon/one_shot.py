@@ -6,19 +6,28 @@ No loop of the service's, no lease, no report of an agent: whether an agent is r
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
+from nomad_watchdog.clock import SystemClock
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.agents.executor import BATCH
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
+from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.daemon.factory import open_leases, open_registry, open_scheduler, replicas
 from nomad_watchdog.errors import ConflictError, TransientError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import Action, ActionKind, PlacementState, Presence
-from nomad_watchdog.terminal import progress
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.model import Action, ActionKind, DeviceRecord, PlacementState, Presence
+from nomad_watchdog.registry import Registry, backup
+from nomad_watchdog.replicas.leases import Undivided
+from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.units import progress
 
 POLL_S: Final = 0.5
 TRIES: Final = 3
@@ -211,3 +220,85 @@ def _names(fleet: Fleet, slugs: Iterable[Slug]) -> str:
         name = ascii(record.device.id if record is not None else slug)
         told.append(f"{name}: {reasons[-1]}" if reasons else name)
     return "; ".join(told) or "none"
+
+
+COMMAND: Final = "apply"
+"""What a command is called where it acts as a replica."""
+
+
+async def initialise(settings: Settings) -> str:
+    """Write the registry's sentinel unless it is there; the installation's id."""
+    async with open_registry(settings) as registry:
+        return await registry.initialise()
+
+
+async def export_registry(settings: Settings) -> list[str]:
+    """The registry as lines, for `import_registry`."""
+    async with open_registry(settings) as registry:
+        return await backup.lines(registry)
+
+
+async def import_registry(
+    settings: Settings,
+    installation: str,
+    records: Sequence[DeviceRecord],
+    floor: Floor,
+    *,
+    dry_run: bool,
+) -> backup.Restored:
+    """See `backup.restore`."""
+    async with open_registry(settings) as registry:
+        return await backup.restore(registry, installation, records, floor, dry_run=dry_run)
+
+
+async def plan_once(settings: Settings) -> dict[str, Any]:
+    """Read both sides once and say what would be done; nothing is changed."""
+    async with open_registry(settings) as registry:
+        installation = await registry.installation()
+        async with open_scheduler(settings, installation) as scheduler:
+            reconciler = await _look_once(settings, registry, scheduler)
+            return reconciler.planning.view()
+
+
+async def apply_once(
+    settings: Settings,
+    *,
+    registry_index: int | None = None,
+    allow_stops: bool = False,
+    tell: Callable[[str], None] = lambda _text: None,
+) -> dict[str, Any]:
+    """Make a plan and carry it out, see `once.apply`, where no service runs that would."""
+    async with open_registry(settings) as registry:
+        installation = await registry.installation()
+        async with open_scheduler(settings, installation) as scheduler:
+            reconciler = await _look_once(settings, registry, scheduler, bring=True)
+            specs = dict(reconciler.specs)
+            reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
+            await reconciler.spec_history.remember(reconciler.specs.values())
+            return await apply(reconciler, registry_index, allow_stops=allow_stops, tell=tell)
+
+
+async def _configs(settings: Settings) -> list[str]:
+    """What the control planes that run now are configured with."""
+    if settings.registry_kind == "sqlite":
+        async with open_leases(settings, SystemClock()) as leases:
+            return list(leases.configs() or ())
+    return [one.config for one in await replicas(settings)]
+
+
+async def _look_once(
+    settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
+) -> Reconciler:
+    fleet = Unreported(registry, settings.limits(), SystemClock())
+    specs, unreadable = settings.readable_specs()
+    reconciler = Reconciler(
+        fleet,
+        scheduler,
+        specs,
+        Metrics(),
+        Undivided(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
+        unreadable=unreadable,
+        place=settings.placer(),
+    )
+    await look(reconciler, bring=bring)
+    return reconciler

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from nomad_watchdog.api.auth import Door, door_of
-from nomad_watchdog.api.reload import Reloaded
+from nomad_watchdog.api.services import Reloaded
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.controllers.agents.reconciler import Reconciler

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import secrets
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -25,8 +24,7 @@ from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import Departures
 from nomad_watchdog.controllers.inventory import Inventory
-from nomad_watchdog.core.tombstones import Floor
-from nomad_watchdog.daemon import one_shot, preflight, systemd
+from nomad_watchdog.daemon import preflight, systemd
 from nomad_watchdog.daemon.factory import (
     consul_client,
     open_events,
@@ -42,50 +40,20 @@ from nomad_watchdog.events.merged_log import Told
 from nomad_watchdog.fleet.consul_health import ConsulHealth
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.pools.controller import Keeper
-from nomad_watchdog.registry import Registry, backup
-from nomad_watchdog.replicas.consul_leases import read_replicas
+from nomad_watchdog.registry import Registry
 from nomad_watchdog.replicas.event_replication import EventFeed
-from nomad_watchdog.replicas.leases import Replica, Undivided
 from nomad_watchdog.replicas.replica_events import Replicas
 from nomad_watchdog.replicas.report_replication import Peers
-from nomad_watchdog.schedulers import Scheduler, agent_zipapp
+from nomad_watchdog.schedulers import agent_zipapp
 from nomad_watchdog.schedulers.multi import Moving
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_S: Final = 5.0
 """Open requests get so long to end after a signal."""
-COMMAND: Final = "apply"
-"""What a command is called where it acts as a replica."""
 _NEW_OBJECTS: Final = 10_000
 """So many more make Python look for cycles among them; its own number, 700, is one webhook's or two."""
-
-
-async def initialise(settings: Settings) -> str:
-    """Write the registry's sentinel unless it is there; the installation's id."""
-    async with open_registry(settings) as registry:
-        return await registry.initialise()
-
-
-async def export_registry(settings: Settings) -> list[str]:
-    """The registry as lines, for `import_registry`."""
-    async with open_registry(settings) as registry:
-        return await backup.lines(registry)
-
-
-async def import_registry(
-    settings: Settings,
-    installation: str,
-    records: Sequence[DeviceRecord],
-    floor: Floor,
-    *,
-    dry_run: bool,
-) -> backup.Restored:
-    """See `backup.restore`."""
-    async with open_registry(settings) as registry:
-        return await backup.restore(registry, installation, records, floor, dry_run=dry_run)
 
 
 def collect_seldom() -> None:
@@ -311,71 +279,3 @@ async def _follow_health(settings: Settings, fleet: Fleet, metrics: Metrics) -> 
             await asyncio.sleep(1.0)
     finally:
         await client.close()
-
-
-async def plan_once(settings: Settings) -> dict[str, Any]:
-    """Read both sides once and say what would be done; nothing is changed."""
-    async with open_registry(settings) as registry:
-        installation = await registry.installation()
-        async with open_scheduler(settings, installation) as scheduler:
-            reconciler = await _look_once(settings, registry, scheduler)
-            return reconciler.planning.view()
-
-
-async def apply_once(
-    settings: Settings,
-    *,
-    registry_index: int | None = None,
-    allow_stops: bool = False,
-    tell: Callable[[str], None] = lambda _text: None,
-) -> dict[str, Any]:
-    """Make a plan and carry it out, see `once.apply`, where no service runs that would."""
-    async with open_registry(settings) as registry:
-        installation = await registry.installation()
-        async with open_scheduler(settings, installation) as scheduler:
-            reconciler = await _look_once(settings, registry, scheduler, bring=True)
-            specs = dict(reconciler.specs)
-            reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
-            await reconciler.spec_history.remember(reconciler.specs.values())
-            return await one_shot.apply(
-                reconciler, registry_index, allow_stops=allow_stops, tell=tell
-            )
-
-
-async def replicas(settings: Settings) -> list[Replica]:
-    """The control planes of this installation that run now, as the leases tell."""
-    if settings.registry_kind == "sqlite":
-        async with open_leases(settings, SystemClock()) as leases:
-            holders = {lease.holder: lease for lease in leases.all() if lease.holder}
-        return [Replica(one.holder, one.api, one.since, 0, "") for one in holders.values()]
-    client = consul_client(settings)
-    try:
-        return await read_replicas(client, settings.consul.prefix)
-    finally:
-        await client.close()
-
-
-async def _configs(settings: Settings) -> list[str]:
-    """What the control planes that run now are configured with."""
-    if settings.registry_kind == "sqlite":
-        async with open_leases(settings, SystemClock()) as leases:
-            return list(leases.configs() or ())
-    return [one.config for one in await replicas(settings)]
-
-
-async def _look_once(
-    settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
-) -> Reconciler:
-    fleet = one_shot.Unreported(registry, settings.limits(), SystemClock())
-    specs, unreadable = settings.readable_specs()
-    reconciler = Reconciler(
-        fleet,
-        scheduler,
-        specs,
-        Metrics(),
-        Undivided(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
-        unreadable=unreadable,
-        place=settings.placer(),
-    )
-    await one_shot.look(reconciler, bring=bring)
-    return reconciler

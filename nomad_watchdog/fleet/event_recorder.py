@@ -23,6 +23,7 @@ from nomad_watchdog.core.incidents import (
     IncidentLimits,
     News,
     Step,
+    groups_of,
 )
 from nomad_watchdog.core.startup_grace import Grace, GraceLimits, StartTimes
 from nomad_watchdog.core.verdict import Evidence
@@ -36,7 +37,6 @@ from nomad_watchdog.model import (
     Limits,
     Monotonic,
     PlacementState,
-    Presence,
     Repairs,
     Verdict,
 )
@@ -46,13 +46,11 @@ MOST_CLOSED: Final = 100
 """Closed incidents that are still shown."""
 MOST_ATTEMPTS: Final = 4
 """Attempts of a repair that an event has as evidence: an event is kept for long, and the agent chooses its size."""
-SITE_LABEL: Final = "site"
 _OPENED: Final = re.compile(
     rf"(\d{{1,9}}) of (\d{{1,9}}) devices of ({'|'.join(GroupKind)}) (.+?)(?:; no agent runs: .+)?",
     re.DOTALL,
 )
 """The text of an event that opens an incident."""
-GATEWAY_LABEL: Final = "gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ class Chronicle:
             return
         # A placement that has gone with its host is still of that host.
         known.node, known.gateway = node or known.node, gateway
-        known.inputs, known.groups = inputs, _groups(record, known.node, gateway)
+        known.inputs, known.groups = inputs, groups_of(record, known.node, gateway)
         self.correlator.observe(
             record.slug,
             known.groups,
@@ -436,19 +434,6 @@ def _cause(change: Change) -> GroupKind | None:
     ):
         return None
     return GroupKind.GATEWAY if report.gateway_dead else GroupKind.HOST
-
-
-def _groups(record: DeviceRecord, node: str, gateway: str) -> tuple[Group, ...]:
-    if record.presence is not Presence.PRESENT:
-        return ()
-    device = record.device
-    named = (
-        (GroupKind.GATEWAY, device.labels.get(GATEWAY_LABEL, "") or gateway),
-        (GroupKind.HOST, node),
-        (GroupKind.SITE, device.labels.get(SITE_LABEL, "")),
-        (GroupKind.CLASS, device.agent_class),
-    )
-    return tuple((kind, name) for kind, name in named if name)
 
 
 def _grace_limits(limits: Limits) -> GraceLimits:

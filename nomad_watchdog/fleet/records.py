@@ -6,11 +6,9 @@ be behind, never wrong: a guess from it loses its compare-and-set and is read ag
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
@@ -19,13 +17,14 @@ from nomad_watchdog.core.registry_rollback import Setback
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
-from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
-from nomad_watchdog.registry import Document, Guard, Registry, RegistrySnapshot, read_document
-
-FLOOR: Final = "epoch-floor"
-"""The registry's document that holds the floor (`core.tombstones`)."""
-COMMIT_TRIES: Final = 5
-"""Compare-and-set losses in a row after which the caller is told to try again."""
+from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence, WallTime
+from nomad_watchdog.registry import (
+    COMMIT_TRIES,
+    Guard,
+    Registry,
+    RegistrySnapshot,
+)
+from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of, raise_floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,32 +285,3 @@ class Ledger:
         if gone:
             self.forgotten(gone)
         return news or bool(gone) or self.setback is not None
-
-
-def floor_of(document: Document) -> Floor:
-    """The floor in the registry's document. Raises UserError for one that can't be read."""
-    if not document.body:
-        return Floor()
-    help_text = "restore the registry from a backup (`nomad-watchdog registry import FILE`)"
-    return read_document(
-        FLOOR,
-        document.body,
-        1,
-        lambda said: Floor(Epoch(int(said["epoch"])), int(said["generation"])),
-        help_text,
-    )
-
-
-async def raise_floor(registry: Registry, least: Floor) -> bool:
-    """Have the stored floor at `least` or above; False when other writers won COMMIT_TRIES times in a row.
-    Raises as `Registry.commit_document`."""
-    for _ in range(COMMIT_TRIES):
-        stored = await registry.document(FLOOR)
-        floor = floor_of(stored)
-        epoch, generation = max(floor.epoch, least.epoch), max(floor.generation, least.generation)
-        if Floor(epoch, generation) == floor:
-            return True
-        body = json.dumps({"v": 1, "epoch": epoch, "generation": generation}).encode()
-        if await registry.commit_document(FLOOR, Document(body, stored.index)) is not None:
-            return True
-    return False

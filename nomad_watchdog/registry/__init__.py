@@ -149,3 +149,7 @@ class Registry(Protocol):
     def poisoned(self) -> Mapping[str, str]:
         """Store key → what is wrong, for records left out of the last snapshot."""
         ...
+
+
+COMMIT_TRIES: Final = 5
+"""Compare-and-set losses in a row after which the caller is told to try again."""

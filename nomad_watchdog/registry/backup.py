@@ -17,11 +17,11 @@ from watchdog_agent.runtime.parsing import loads
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import TransientError, UserError
-from nomad_watchdog.fleet.records import FLOOR, floor_of, raise_floor
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Epoch
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.codec import MAX_BYTES, PoisonError, decode, encode
+from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of, raise_floor
 
 FORMAT: Final = "nomad-watchdog registry"
 VERSION: Final = 1

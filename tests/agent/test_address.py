@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent.config import document as config
-from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.probes import gateway
 from watchdog_agent.runtime import address
 from watchdog_agent.runtime.address import AddressError, checked

@@ -22,7 +22,7 @@ import trustme
 from amqtt.broker import Broker
 from dnslib import AAAA, QTYPE, RR, A, DNSRecord
 from watchdog_agent.config import probes as config_probes
-from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.probes import builtin, snmp, tls
 from watchdog_agent.probes import command as probe_command
 from watchdog_agent.runtime.loop import Loop

@@ -129,7 +129,8 @@ def test_no_body_breaks_the_schemas(body: Any, path: str) -> None:
     """No JSON value makes a schema raise anything but its own refusal."""
     from pydantic import BaseModel, ValidationError
 
-    from nomad_watchdog.api.schemas import BulkIn, ReportIn, WebhookIn, problem
+    from nomad_watchdog.api.schemas import BulkIn, ReportIn, WebhookIn
+    from nomad_watchdog.device_fields import problem
 
     model: dict[str, type[BaseModel]] = {
         "/v1/devices:bulk": BulkIn,

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from nomad_watchdog import device_fields
 from nomad_watchdog.api import schemas
 from nomad_watchdog.config.problems import PATTERNS
 from tests.api.conftest import Door
 from tests.cli.test_config_words import LIBRARYS_WORDS
 
 BODIES: list[type[BaseModel]] = [
-    schemas.DeviceIn,
+    device_fields.DeviceIn,
     schemas.BulkEnvelope,
     schemas.WebhookIn,
     schemas.HeartbeatsIn,
@@ -37,7 +38,7 @@ def said(body: object, model: type[BaseModel]) -> str:
     """What is said of this body."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate_json(body if isinstance(body, bytes) else json.dumps(body))
-    return schemas.problem(caught.value, model)
+    return device_fields.problem(caught.value, model)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,11 @@ def said(body: object, model: type[BaseModel]) -> str:
         ({"event": "connected", "device": DEVICE, "adress": 1}, schemas.WebhookIn,
          "adress: no such field; allowed here: event, device"),
         ({"event": "connected"}, schemas.WebhookIn, "device: is missing"),
-        ({"address": "a", "clas": "b"}, schemas.DeviceIn,
+        ({"address": "a", "clas": "b"}, device_fields.DeviceIn,
          "clas: no such field; did you mean class? allowed here: class, address, labels, ttl"),
-        ({"address": "a", "labels": []}, schemas.DeviceIn,
+        ({"address": "a", "labels": []}, device_fields.DeviceIn,
          'labels: found []; expected an object such as {"name": "value"}, at most 32 entries'),
-        ({"address": "a", "labels": {"k": 1}}, schemas.DeviceIn,
+        ({"address": "a", "labels": {"k": 1}}, device_fields.DeviceIn,
          "labels.k: found 1; expected text between double quotes"),
         ({"from": "2026-01-31", "devices": ["a"]}, schemas.PauseIn,
          'from: found "2026-01-31"; expected a time with its zone, such as "2026-01-31T05:00:00Z"'),
@@ -95,7 +96,7 @@ def test_no_wrong_value_is_answered_in_the_librarys_words(
     try:
         model.model_validate_json(json.dumps(body))
     except ValidationError as error:
-        text = schemas.problem(error, model)
+        text = device_fields.problem(error, model)
         # what was found may be any text
         ours = "; ".join(part.partition(" expected ")[2] for part in text.split("; found"))
         assert text.isprintable()

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from nomad_watchdog.api.body import parsed
 from nomad_watchdog.api.errors import RequestError
-from nomad_watchdog.api.schemas import ReportIn, parsed
+from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli._agent_logs import nomad_log
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.config.settings import Nomad, Settings

@@ -19,7 +19,8 @@ from nomad_watchdog.cli.main import VERBS, LazyGroup, _code, cli
 from nomad_watchdog.config.load import load
 from nomad_watchdog.daemon.factory import open_registry
 from nomad_watchdog.registry import Document
-from nomad_watchdog.terminal import age, clean
+from nomad_watchdog.terminal import clean
+from nomad_watchdog.units import age
 
 DOCS = Path(__file__).parents[2] / "docs"
 HOSTILE = "gate\x1b[31m\u202e[bold]way"

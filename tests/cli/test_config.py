@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from nomad_watchdog.config.agent_classes import AgentClass, Elsewhere, Repair
 from nomad_watchdog.config.api import Token
 from nomad_watchdog.config.escalation import Escalate, Loki, Sink
-from nomad_watchdog.config.hcl import parse_duration, parse_size, read
+from nomad_watchdog.config.hcl import read
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.pools import Metric
 from nomad_watchdog.config.probes import Gateway, Probe
 from nomad_watchdog.config.problems import model_of
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.units import parse_duration, parse_size
 
 DOCS = Path(__file__).parents[2] / "docs"
 

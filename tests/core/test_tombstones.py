@@ -19,10 +19,12 @@ from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.fleet import records
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.records import FLOOR, Ledger, floor_of
+from nomad_watchdog.fleet.records import Ledger
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, DeviceRecord, Epoch, Limits, Monotonic, Presence, WallTime
+from nomad_watchdog.registry import epoch_floor
 from nomad_watchdog.registry.codec import encode
+from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of
 from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from nomad_watchdog.testing.simulation import SPEC
 from nomad_watchdog.testing.virtual_time import VirtualClock
@@ -186,7 +188,7 @@ def test_s2_no_interleaving_brings_an_epoch_back() -> None:
 async def _forget_first(self: Ledger, gone: Sequence[DeviceRecord]) -> int:
     """As `Ledger.forget`, but the floor comes after the deletion: it is dropped too early."""
     await self.registry.forget(gone)
-    await records.raise_floor(self.registry, Floor().over(gone))
+    await epoch_floor.raise_floor(self.registry, Floor().over(gone))
     return 0
 
 
@@ -266,6 +268,6 @@ async def test_the_floor_outlives_its_writers() -> None:
     store = Store()
     store.initialise("test")
     registry = FakeRegistry(store)
-    assert await records.raise_floor(registry, Floor(Epoch(5), 2))
-    assert await records.raise_floor(registry, Floor(Epoch(3), 4))
+    assert await epoch_floor.raise_floor(registry, Floor(Epoch(5), 2))
+    assert await epoch_floor.raise_floor(registry, Floor(Epoch(3), 4))
     assert floor_of(await registry.document(FLOOR)) == Floor(Epoch(5), 4)

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from watchdog_agent.config import document as config
-from watchdog_agent.config.validators import ConfigError
 from watchdog_agent.consul import kv
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.escalation import election
 from watchdog_agent.probes import mqtt5
 from watchdog_agent.repairs import ladder
@@ -30,8 +30,8 @@ from watchdog_agent.runtime import state_file as agent_state
 from watchdog_agent.runtime.address import AddressError
 from watchdog_agent.runtime.http_response import HttpError
 
-from nomad_watchdog import device_address
-from nomad_watchdog.api import schemas
+from nomad_watchdog import device_address, device_fields
+from nomad_watchdog.api import body, schemas
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.cli import plan, status
 from nomad_watchdog.clients import (
@@ -42,7 +42,6 @@ from nomad_watchdog.clients import (
 )
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config import load
-from nomad_watchdog.config.hcl import parse_duration, parse_size
 from nomad_watchdog.config.types import checked_listen
 from nomad_watchdog.controllers import inventory_file, rollout
 from nomad_watchdog.core import agent_token, webhook_signature
@@ -54,6 +53,7 @@ from nomad_watchdog.pools import _kubernetes_objects, local, metric_reader
 from nomad_watchdog.registry import backup, codec, read_document
 from nomad_watchdog.replicas.file_lease import FileLeases
 from nomad_watchdog.schedulers.local import _placement, files
+from nomad_watchdog.units import parse_duration, parse_size
 
 NUMBERS = [
     "9" * 5000,
@@ -282,8 +282,8 @@ def file(
     return Parser(name, lambda folder: in_file(folder, of, read), errors, inputs)
 
 
-def body(model: Any) -> Callable[[str], Any]:
-    return lambda text: schemas.parsed(text.encode("utf-8", "replace"), model)
+def body_of(model: Any) -> Callable[[str], Any]:
+    return lambda text: body.parsed(text.encode("utf-8", "replace"), model)
 
 
 LAX = (ValueError, KeyError, TypeError, AttributeError)
@@ -322,11 +322,11 @@ PARSERS = [
     plain("device address", device_address.device_address, numbers, UserError),
     plain("endpoint", device_address.endpoint, numbers.map("h:{}".format), UserError),
     plain("address of a server", hashicorp_environment.checked_address, numbers.map("http://h:{}".format), ValueError),
-    plain("API: report", body(schemas.ReportIn), with_token(REPORT), RequestError),
-    plain("API: device", body(schemas.DeviceIn), with_token(BODY), RequestError),
-    plain("API: bulk", body(schemas.BulkIn), with_token({"devices": [DEVICE], "delete": ["b"]}), RequestError),
-    plain("API: pause", body(schemas.PauseIn), with_token({"reason": "r", "for": "1m", "class": "c"}), RequestError),
-    plain("API: events", body(schemas.EventsIn), with_token({"events": [EVENT]}), RequestError),
+    plain("API: report", body_of(schemas.ReportIn), with_token(REPORT), RequestError),
+    plain("API: device", body_of(device_fields.DeviceIn), with_token(BODY), RequestError),
+    plain("API: bulk", body_of(schemas.BulkIn), with_token({"devices": [DEVICE], "delete": ["b"]}), RequestError),
+    plain("API: pause", body_of(schemas.PauseIn), with_token({"reason": "r", "for": "1m", "class": "c"}), RequestError),
+    plain("API: events", body_of(schemas.EventsIn), with_token({"events": [EVENT]}), RequestError),
     plain("event of a replica", lambda text: merged_log.event_of(parsing.loads(text)), with_token(EVENT), ValueError),
     plain("credential", agent_token.claimed, numbers.map("wda1.a.{}.x".format)),
     plain("webhook", lambda text: webhook_signature.verify([b"k"], ("id", text, "v1,x"), b"", 0.0), numbers, webhook_signature.SignatureError),

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet.records import FLOOR, floor_of, raise_floor
 from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence
 from nomad_watchdog.registry import Registry, backup
+from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of, raise_floor
 from tests.registry.conftest import Store
 from tests.registry.records import hostile_ids, record
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from watchdog_agent import wire
+from watchdog_agent import errors, wire
 from watchdog_agent.config import probes, validators
 from watchdog_agent.runtime import parsing
 from watchdog_agent.runtime.http import Url, reason_of
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Config, Probe
 
 
-ConfigError = validators.ConfigError
+ConfigError = errors.ConfigError
 CONSUL_TLS = (
     ("CONSUL_CACERT", "ca_cert"),
     ("CONSUL_CLIENT_CERT", "client_cert"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from watchdog_agent.config import validators
 from watchdog_agent.config.document import check_list, check_url
-from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ module, which is loaded only where the kind is configured."""
 from __future__ import annotations
 
 from watchdog_agent.config import validators
-from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 
 from watchdog_agent.config import validators
-from watchdog_agent.config.validators import ConfigError
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.probes.builtin import name_of
 from watchdog_agent.runtime import address
 from watchdog_agent.runtime import parsing as digits

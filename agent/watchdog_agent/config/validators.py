@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.runtime import address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Config
-
-
-class ConfigError(Exception):
-    """What is wrong, and what is allowed."""
 
 
 def number(config: Config, name: str, default: float, low: float, high: float) -> None:

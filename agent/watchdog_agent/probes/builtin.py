@@ -11,7 +11,8 @@ import os
 import sys
 import time
 
-from watchdog_agent.config import probes, validators
+from watchdog_agent import errors
+from watchdog_agent.config import probes
 from watchdog_agent.runtime import http, http_response, outcome
 from watchdog_agent.runtime.dial import Dial, Turns
 from watchdog_agent.runtime.loop import READ
@@ -40,9 +41,9 @@ def start(loop: Loop, spec: Probe, address: str, done: Probed) -> None:
     try:
         _start(loop, spec, address, ended)
         began = time.monotonic()  # a slow resolver is no slow device
-    except (OSError, validators.ConfigError) as error:
+    except (OSError, errors.ConfigError) as error:
         # As EMFILE, or a file of certificates that cannot be read.
-        text = str(error) if isinstance(error, validators.ConfigError) else http.reason_of(error)
+        text = str(error) if isinstance(error, errors.ConfigError) else http.reason_of(error)
         loop.later(0, lambda: ended(False, outcome.Unable(text)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from watchdog_agent import errors
 from watchdog_agent.config import validators
 from watchdog_agent.probes import udp_query
 from watchdog_agent.runtime.stdlib_light import socket, struct
@@ -29,23 +30,23 @@ def check(probe: Probe, where: str) -> None:
     validators.port(probe, where, 53)
     kind = probe.setdefault("type", "A")
     if kind not in TYPES:
-        raise validators.ConfigError(f"{where}: type is {kind!r}; allowed are A and AAAA")
+        raise errors.ConfigError(f"{where}: type is {kind!r}; allowed are A and AAAA")
     if probe.get("server") is not None:
         probe["server"] = validators.host(probe["server"], f"{where}: server")
     name = probe.get("name")
     if not isinstance(name, str) or not name or any(not "!" <= c <= "~" for c in name):
-        raise validators.ConfigError(
+        raise errors.ConfigError(
             f"{where}: name of dns must be printable ASCII without blanks (a name as xn--…)"
         )
     try:
         encode_name(name)
     except DnsError as error:
-        raise validators.ConfigError(f"{where}: name is {probe['name']!r}: {error}") from None
+        raise errors.ConfigError(f"{where}: name is {probe['name']!r}: {error}") from None
     if probe.get("expect_address") is not None:
         try:
             socket.inet_pton(_FAMILY[TYPES[kind]], probe["expect_address"])
         except (OSError, TypeError):
-            raise validators.ConfigError(
+            raise errors.ConfigError(
                 f"{where}: expect_address must be an address for {kind} records"
             ) from None
 

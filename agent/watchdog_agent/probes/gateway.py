@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 
+from watchdog_agent import errors
 from watchdog_agent.config import probes as config_probes
 from watchdog_agent.config import validators
 from watchdog_agent.probes import builtin
@@ -31,7 +32,7 @@ def check(config: Config) -> None:
     Raises ConfigError."""
     given: Any = config.get("gateway") or {}
     if not isinstance(given, dict):
-        raise validators.ConfigError("gateway must be an object")
+        raise errors.ConfigError("gateway must be an object")
     labels = config.get("labels")
     named = labels.get(LABEL) if isinstance(labels, dict) else None
     # A label is data from outside: any other name, as "gw-north", may mean a place, and looking it up

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from watchdog_agent import errors
 from watchdog_agent.config import validators
 from watchdog_agent.runtime import http, outcome, secrets
 from watchdog_agent.runtime.http_response import HttpError
@@ -50,7 +51,7 @@ def check(probe: Probe, where: str) -> None:
     validators.text(probe, "user", None)
     validators.text(probe, "password_file", None)
     if probe.get("password_file") and not probe.get("user"):
-        raise validators.ConfigError(f"{where}: password_file needs user")
+        raise errors.ConfigError(f"{where}: password_file needs user")
     if probe["tls"]:
         from watchdog_agent.probes import tls
 
@@ -109,7 +110,7 @@ class Talk:
             left_s = round(max(0.01, self.until - time.monotonic()), 2)
             try:
                 self.fetch = self.begin(5, left_s, self._ended)
-            except (OSError, validators.ConfigError) as error:
+            except (OSError, errors.ConfigError) as error:
                 self.answered(None, outcome.Unable(http.reason_of(error)))
             return
         if status == 0:

@@ -9,6 +9,7 @@ Only a plugin that blocks the thread cannot be contained.
 
 from __future__ import annotations
 
+from watchdog_agent import errors
 from watchdog_agent.config import validators
 from watchdog_agent.runtime import plugins
 
@@ -26,10 +27,10 @@ def check(probe: Probe, where: str) -> None:
     """Raises ConfigError. That it is installed is seen when it runs: without it the probe is unable to ask."""
     validators.text(probe, "plugin", "", 128)
     if not probe["plugin"]:
-        raise validators.ConfigError(f"{where}: plugin needs plugin, the name of an entry point")
+        raise errors.ConfigError(f"{where}: plugin needs plugin, the name of an entry point")
     settings = probe.setdefault("settings", {})
     if not isinstance(settings, dict) or len(settings) > 64:
-        raise validators.ConfigError(f"{where}: settings must be an object of at most 64")
+        raise errors.ConfigError(f"{where}: settings must be an object of at most 64")
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:

@@ -7,6 +7,7 @@ import os
 import ssl
 import time
 
+from watchdog_agent import errors
 from watchdog_agent.config import validators
 from watchdog_agent.config.probes import check_http
 from watchdog_agent.probes import builtin
@@ -46,9 +47,9 @@ def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
     for name in ("ca_cert", "client_cert", "client_key"):
         if not isinstance(probe.setdefault(name, ""), str):
             kind = "PEM text or the path of a file" if name == "ca_cert" else "the path of a file"
-            raise validators.ConfigError(f"{where}: {name} must be {kind}")
+            raise errors.ConfigError(f"{where}: {name} must be {kind}")
     if probe["client_key"] and not probe["client_cert"]:
-        raise validators.ConfigError(f"{where}: client_key needs client_cert")
+        raise errors.ConfigError(f"{where}: client_key needs client_cert")
     if probe.get("server_name") is not None:
         probe["server_name"] = validators.host(probe["server_name"], f"{where}: server_name")
     probe["trust"] = Trust(probe, later=later)
@@ -65,7 +66,7 @@ class Trust:
         self.context: ssl.SSLContext | None = None
         try:
             self.context = context_of(spec)
-        except validators.ConfigError:
+        except errors.ConfigError:
             if not later or not self.stamp:
                 raise
 
@@ -79,7 +80,7 @@ class Trust:
                 # Half written, or the key comes a moment later than its certificate: next time.
                 self.context = context_of(self.spec)
                 self.stamp = stamp
-            except validators.ConfigError:
+            except errors.ConfigError:
                 pass
         return self.context
 
@@ -116,7 +117,7 @@ def context_of(spec: Probe) -> ssl.SSLContext:
 
             tls.from_file(spec["client_cert"], with_key if spec["client_key"] else chain)
         except OSError as error:
-            raise validators.ConfigError(f"client_cert: {reason_of(error)}") from None
+            raise errors.ConfigError(f"client_cert: {reason_of(error)}") from None
     return context
 
 

@@ -21,7 +21,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.registry import RegistrySnapshot
 from nomad_watchdog.replicas.ownership import Territory
-from nomad_watchdog.terminal import utc
+from nomad_watchdog.units import utc
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.registry import Document
 from nomad_watchdog.replicas.consul_leases import read_replicas
 from nomad_watchdog.replicas.leases import Replica
-from nomad_watchdog.terminal import utc
+from nomad_watchdog.units import utc
 
 TIMEOUT_S: Final = 10.0
 Found = tuple[str, str, str, str]
