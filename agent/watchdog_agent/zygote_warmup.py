@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from watchdog_agent import main
+from watchdog_agent.agent import Agent
 from watchdog_agent.config import document
 from watchdog_agent.runtime.stdlib_light import json, socket
 
@@ -30,7 +30,7 @@ def warm() -> None:
         port = taken.getsockname()[1]
     finally:
         taken.close()
-    agent = main.Agent(document.check(_document(port)), {"WATCHDOG_LISTEN": f"127.0.0.1:{port}"})
+    agent = Agent(document.check(_document(port)), {"WATCHDOG_LISTEN": f"127.0.0.1:{port}"})
     _quietly(agent)
     agent.server.close()
     agent.loop.close()
@@ -53,7 +53,7 @@ def _document(port: int) -> Document:
     }
 
 
-def _quietly(agent: main.Agent) -> None:
+def _quietly(agent: Agent) -> None:
     """Run it with what it says thrown away, until RUNS probes have been run or LONGEST_S are over."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent.config import document as config
 from watchdog_agent.errors import ConfigError
-from watchdog_agent.probes import gateway
 from watchdog_agent.runtime import address
 from watchdog_agent.runtime.address import AddressError, checked
 
@@ -207,4 +206,4 @@ def test_a_gateway_has_an_address_of_either_version(
     part = document(labels={"gateway": label}, gateway=given, probes=[probe(80)])
     found = config.check(part).get("gateway")
     assert (found and found["address"]) == wanted
-    assert gateway.literal("gw-north") == address.literal(None) == ""
+    assert address.literal("gw-north") == address.literal(None) == ""

@@ -414,7 +414,7 @@ async def test_the_control_plane_reaches_servers_at_the_second_address(tmp_path:
 
 PINGS = """
 import json, sys
-from watchdog_agent.config import document as config, probes as config_probes; from watchdog_agent.probes import gateway, builtin as probes
+from watchdog_agent.config import document as config, probes as config_probes, gateway as gateway_config; from watchdog_agent.probes import gateway, builtin as probes
 from watchdog_agent.runtime.loop import Loop
 for address in sys.argv[1:]:
     loop, found = Loop(), []
@@ -423,7 +423,7 @@ for address in sys.argv[1:]:
     probes.start(loop, config_probes.check({"kind": "icmp", "timeout_s": 0.3}, ""), address, done)
     loop.run()
     part = {"address": "127.0.0.1", "labels": {"gateway": address}, "gateway": {"timeout_s": 0.3}}
-    gateway.check(part)
+    gateway_config.check(part)
     one = gateway.Gateway(loop, part["gateway"])
     one.ask(lambda ok: loop.stop())
     loop._stopped = False

@@ -23,8 +23,9 @@ from amqtt.broker import Broker
 from dnslib import AAAA, QTYPE, RR, A, DNSRecord
 from watchdog_agent.config import probes as config_probes
 from watchdog_agent.errors import ConfigError
-from watchdog_agent.probes import builtin, snmp, tls
+from watchdog_agent.probes import builtin, snmp
 from watchdog_agent.probes import command as probe_command
+from watchdog_agent.runtime import tls_trust
 from watchdog_agent.runtime.loop import Loop
 
 from nomad_watchdog.dev.process import free_port
@@ -264,7 +265,7 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
 ) -> None:
     """Files replaced between the first reading and the end of it count from the next probe on."""
     mine = own(authority, tmp_path)
-    read = tls.context_of
+    read = tls_trust.context_of
 
     def overtaken(spec: dict[str, Any]) -> ssl.SSLContext:
         context = read(spec)
@@ -272,7 +273,7 @@ def test_a_certificate_renewed_while_it_is_read_is_read_again(
         own(trustme.CA(), tmp_path)
         return context
 
-    monkeypatch.setattr(tls, "context_of", overtaken)
+    monkeypatch.setattr(tls_trust, "context_of", overtaken)
     spec = config_probes.check({"kind": "https", "port": 443, **mine}, "probe")
     monkeypatch.undo()
     old = spec["trust"].context

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import trustme
-from watchdog_agent.probes import tls as probe_tls
-from watchdog_agent.runtime import tls
+from watchdog_agent.runtime import tls, tls_trust
 from watchdog_agent.runtime.http import reason_of
 
 from nomad_watchdog.schedulers.agent_zipapp import build_agent
@@ -183,7 +182,7 @@ def test_pem_files_with_a_byte_order_mark_are_taken(tmp_path: Path, mark: str) -
         assert found["subject"] == found["issuer"]
     spec: Any = {"verify": True, "ca_cert": str(ca)}
     for cert, private in (("cert", str(tmp_path / "key")), ("both", "")):
-        probe_tls.context_of(spec | {"client_cert": str(tmp_path / cert), "client_key": private})
+        tls_trust.context_of(spec | {"client_cert": str(tmp_path / cert), "client_key": private})
     left = []
     for one in Path("/proc/self/fd").iterdir():
         with suppress(OSError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watchdog_agent.config import probes
 from watchdog_agent.config import probes as config_probes
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import outcome, plugins
@@ -246,17 +247,17 @@ async def test_without_the_right_to_ping_the_fallback_is_called_what_it_is(
     """A10: TCP in the place of ICMP is named tcp, and its reason says why it was asked."""
     monkeypatch.setattr(builtin, "socket", NoRight())
     spec = config_probes.check({"kind": "icmp", "timeout_s": 0.5}, "")
-    assert builtin.name_of(spec) == "icmp"
+    assert probes.name_of(spec) == "icmp"
     ok, reason = run(spec)
     assert ok is True
     assert reason == "the host refuses, so it is there (the agent has no right to ping)"
-    assert builtin.name_of(spec) == "tcp:7"
+    assert probes.name_of(spec) == "tcp:7"
     spec = config_probes.check({"kind": "icmp", "port": mute, "timeout_s": 0.5}, "")
     ok, reason = run(spec)
     assert (ok, reason) == (False, "no answer within 0.5 s (the agent has no right to ping)")
     monkeypatch.undo()
     assert run(spec)[0] is True
-    assert builtin.name_of(spec) == f"icmp:{mute}"
+    assert probes.name_of(spec) == f"icmp:{mute}"
 
 
 # -- the agent's process

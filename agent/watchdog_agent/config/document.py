@@ -6,8 +6,9 @@ import os
 
 from watchdog_agent import errors, wire
 from watchdog_agent.config import probes, validators
+from watchdog_agent.config.validators import check_list, check_url
 from watchdog_agent.runtime import parsing
-from watchdog_agent.runtime.http import Url, reason_of
+from watchdog_agent.runtime.http import reason_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def check(config: Any) -> Config:
 
         repairs.check(config)
     if config.get("gateway") or "gateway" in (config.get("labels") or ()):
-        from watchdog_agent.probes import gateway
+        from watchdog_agent.config import gateway
 
         gateway.check(config)
     return config
@@ -126,9 +127,8 @@ def _check_consul_tls(config: Config) -> None:
         return
     if not isinstance(spec, dict):
         raise ConfigError("consul_tls must be an object")
-    from watchdog_agent.probes import tls as probe_tls
 
-    probe_tls.check_trust(spec, "consul_tls")
+    validators.check_trust(spec, "consul_tls")
     config["consul_tls"] = spec
 
 
@@ -137,14 +137,6 @@ def _other_kind(probe: Probe) -> Probe:
     return probes.check(
         {"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, ""
     )
-
-
-def check_url(url: Any, what: str, *, tls: bool) -> None:
-    """Raises ConfigError."""
-    try:
-        Url(url, tls=tls)
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{url!r} is not an {what}") from None
 
 
 def _texts(config: Config) -> None:
@@ -160,14 +152,6 @@ def _texts(config: Config) -> None:
     for name in ("version", "agent_class", "spec_hash", "service", "check_interval", "ca_cert"):
         if not isinstance(config.get(name, ""), str):
             raise ConfigError(f"{name} is {config[name]!r}; it must be text")
-
-
-def check_list(config: Config, name: str) -> list[Any]:
-    """The list, empty when there is none. Raises ConfigError."""
-    value = config.get(name, [])
-    if not isinstance(value, list) or len(value) > 32:
-        raise ConfigError(f"{name} must be a list of at most 32")
-    return value
 
 
 def instance_of(environ: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ a document has one of them."""
 from __future__ import annotations
 
 from watchdog_agent.config import validators
-from watchdog_agent.config.document import check_list, check_url
+from watchdog_agent.config.validators import check_list, check_url
 from watchdog_agent.errors import ConfigError
 
 TYPE_CHECKING = False

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from watchdog_agent.runtime.types import Probe
 
+
 MODULES = {
     "tls": "tls",
     "https": "tls",
@@ -90,3 +91,13 @@ def check_http(probe: Probe, where: str) -> None:
             f"{where}: expect_status is {wanted!r}; it must be a number, or a list of 1 to {MOST_STATUSES}"
         )
     validators.text(probe, "expect_body", None)
+
+
+def name_of(spec: Probe) -> str:
+    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus. An ICMP probe that had to ask
+    TCP is called what it was."""
+    if spec.get("instead"):
+        return f"tcp:{spec['instead']}"
+    if spec["kind"] == "plugin":
+        return f"plugin:{spec['plugin']}"
+    return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]

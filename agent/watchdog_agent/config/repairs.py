@@ -5,8 +5,8 @@ from __future__ import annotations
 import binascii
 
 from watchdog_agent.config import validators
+from watchdog_agent.config.probes import name_of
 from watchdog_agent.errors import ConfigError
-from watchdog_agent.probes.builtin import name_of
 from watchdog_agent.runtime import address
 from watchdog_agent.runtime import parsing as digits
 from watchdog_agent.runtime.http import Url
@@ -107,9 +107,7 @@ def _more(step: Step, kind: str, where: str, value: str) -> None:
         validators.flag(step, "tls", False)
         _place(step, "broker", 8883 if step["tls"] else 1883)
         if step["tls"]:
-            from watchdog_agent.probes import tls
-
-            tls.check_trust(step, "repairs")
+            validators.check_trust(step, "repairs")
         if not isinstance(step.setdefault("payload", ""), str) or len(step["payload"]) > 1024:
             raise ConfigError("repairs: payload must be text of at most 1024 characters")
         if len(value) > 256 or "+" in value or "#" in value:

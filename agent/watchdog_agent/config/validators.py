@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from watchdog_agent.errors import ConfigError
 from watchdog_agent.runtime import address
+from watchdog_agent.runtime.http import Url
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from watchdog_agent.runtime.types import Config
+    from typing import Any
+
+    from watchdog_agent.runtime.types import Config, Probe
 
 
 def number(config: Config, name: str, default: float, low: float, high: float) -> None:
@@ -47,3 +50,36 @@ def host(value: object, name: str) -> str:
         return address.checked(value)
     except address.AddressError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
+    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
+    cannot be used now does not raise; `Trust.now` does, each time until it can."""
+    flag(probe, "verify", True)
+    for name in ("ca_cert", "client_cert", "client_key"):
+        if not isinstance(probe.setdefault(name, ""), str):
+            kind = "PEM text or the path of a file" if name == "ca_cert" else "the path of a file"
+            raise ConfigError(f"{where}: {name} must be {kind}")
+    if probe["client_key"] and not probe["client_cert"]:
+        raise ConfigError(f"{where}: client_key needs client_cert")
+    if probe.get("server_name") is not None:
+        probe["server_name"] = host(probe["server_name"], f"{where}: server_name")
+    from watchdog_agent.runtime.tls_trust import Trust  # loads ssl
+
+    probe["trust"] = Trust(probe, later=later)
+
+
+def check_url(url: Any, what: str, *, tls: bool) -> None:
+    """Raises ConfigError."""
+    try:
+        Url(url, tls=tls)
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{url!r} is not an {what}") from None
+
+
+def check_list(config: Config, name: str) -> list[Any]:
+    """The list, empty when there is none. Raises ConfigError."""
+    value = config.get(name, [])
+    if not isinstance(value, list) or len(value) > 32:
+        raise ConfigError(f"{name} must be a list of at most 32")
+    return value

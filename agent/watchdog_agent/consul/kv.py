@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from watchdog_agent.consul import registration
-from watchdog_agent.runtime import http, parsing
+from watchdog_agent.runtime import http, parsing, transport
 from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ class Kv:
         # 1.0: to 1.1 Consul sends what is longer than some KB in chunks, and `http` knows none.
         data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
         trusted = registration.trusted_by(self.config)
-        return http.ask(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
+        return transport.ask(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
 
     def put(
         self, key: str, query: str, body: Document, done: Callable[[bool | None, str], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from watchdog_agent import wire
-from watchdog_agent.runtime import http, parsing, secrets
+from watchdog_agent.runtime import http, parsing, secrets, transport
 from watchdog_agent.runtime.loop import between
 from watchdog_agent.runtime.stdlib_light import json
 
@@ -69,7 +69,7 @@ class Registration:
         headers = [("X-Consul-Token", token)] if (token := read_token()) else []
         data = http.request(method, self.path + path, self.url.host_header, body, headers)
         trusted = trusted_by(self.config)
-        self.fetch = http.ask(self.loop, self.url, data, timeout_s, answered, trusted)
+        self.fetch = transport.ask(self.loop, self.url, data, timeout_s, answered, trusted)
 
     def _answered(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
         if self.closing is not None:

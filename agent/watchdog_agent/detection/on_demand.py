@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from watchdog_agent.config import probes
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import outcome
 from watchdog_agent.runtime.stdlib_light import json
@@ -16,8 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from watchdog_agent.main import Agent
-    from watchdog_agent.runtime.types import Answer, Outcome, Probe
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Answer, Config, Outcome, Probe
 
 EVERY_S = 1.0
 
@@ -25,8 +26,8 @@ EVERY_S = 1.0
 class OnDemand:
     """The last run that was asked for."""
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+    def __init__(self, loop: Loop, config: Config) -> None:
+        self.loop, self.config = loop, config
         self.number = 0
         self.last = float("-inf")
         self.results: list[dict[str, Any] | None] = []
@@ -42,15 +43,14 @@ class OnDemand:
             )
         self.last = now
         self.number += 1
-        config = self.agent.config
-        specs = [*config["probes"], *config["confirm"]]
+        specs = [*self.config["probes"], *self.config["confirm"]]
         self.results = [None] * len(specs)
         for place, spec in enumerate(specs):
             self._one(self.number, place, spec)
         return self._answer(202)
 
     def _one(self, number: int, place: int, spec: Probe) -> None:
-        said = {"probe": builtin.name_of(spec), "kind": spec["kind"]}
+        said = {"probe": probes.name_of(spec), "kind": spec["kind"]}
 
         def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
             if number == self.number:
@@ -59,7 +59,7 @@ class OnDemand:
         if "follower" in spec:
             # A log's new lines are judged once: that is left to the usual round.
             spec = {**spec, "follower": spec["follower"].peek()}
-        builtin.start(self.agent.loop, spec, self.agent.config["address"], done)
+        builtin.start(self.loop, spec, self.config["address"], done)
 
     def _answer(self, status: int) -> Answer:
         ready = [one for one in self.results if one is not None]

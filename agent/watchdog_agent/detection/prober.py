@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from watchdog_agent.config import probes
 from watchdog_agent.detection import probe_interval
 from watchdog_agent.detection.failure_detector import Suspicion
 from watchdog_agent.detection.probe_stats import Stats
@@ -16,12 +17,25 @@ from watchdog_agent.runtime.loop import between
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
     from watchdog_agent.detection.thresholds import Thresholds
-    from watchdog_agent.main import Agent
     from watchdog_agent.probes.gateway import Gateway
-    from watchdog_agent.runtime.types import Document, Outcome, Probe
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Document, Outcome, Probe
+
+    class Host(Protocol):
+        """Whom the prober works for: what it reads, and whom it tells."""
+
+        loop: Loop
+        config: Config
+        exit_code: int | None
+
+        def changed(self) -> None: ...
+        def probed(self, ok: Outcome) -> None: ...
+        def confirmed(self) -> None: ...
+        def gateway_answers(self) -> None: ...
+        def watch_ready(self) -> None: ...
 
 
 MOST_AGE_S = 10 * 365 * 86400.0
@@ -36,7 +50,7 @@ not be asked counts only where no other was."""
 class Diagnosis:
     """Probes the device of `agent`, and tells it what changed."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Host) -> None:
         self.agent = agent
         self.loop, self.config = agent.loop, agent.config
         self.results: dict[str, dict[str, Any]] = {}
@@ -56,7 +70,7 @@ class Diagnosis:
         self.since = time.monotonic()
         """When the state of the belief began; before our start for one that was taken over."""
         self._state = self.suspicion.state
-        self.names = [f"{n}:{builtin.name_of(p)}" for n, p in enumerate(self.config["probes"])]
+        self.names = [f"{n}:{probes.name_of(p)}" for n, p in enumerate(self.config["probes"])]
         self.thresholds: dict[str, Thresholds] = {}
         self._watch_thresholds()
         self.gateway: Gateway | None = None
@@ -153,7 +167,7 @@ class Diagnosis:
         self.failures += ok is False
         self.unable += ok is None
         was_ready = self.suspicion.was_ready
-        shown = reason if ok else f"{builtin.name_of(spec)}: {reason}"
+        shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
         stats = self.stats.setdefault(name, Stats())
         need = probe_interval.need(int(spec["misses"]), *stats.earlier())
         if ok is not None:
@@ -166,7 +180,7 @@ class Diagnosis:
         self.results[name] = found | {"at": time.time()}
         if first:  # in the order of the configuration, whichever probe ends first
             self.results = {n: self.results[n] for n in self.names if n in self.results}
-        words = f"{builtin.name_of(spec)}: {warning}" if warning else ""
+        words = f"{probes.name_of(spec)}: {warning}" if warning else ""
         changed = self.suspicion.probed(name, ok, shown, need, words)
         self.noted()
         self.episode += changed
@@ -223,7 +237,7 @@ class Diagnosis:
             self.confirming -= 1
             if ok is False and not self._independent(spec):
                 ok, reason = None, f"{reason}; that is no independent evidence"
-            answers.append((builtin.name_of(spec), ok, reason))
+            answers.append((probes.name_of(spec), ok, reason))
             # The device may have come back and gone again meanwhile: that is to be asked anew.
             if not self.confirming and self.episode == episode:
                 self._confirmed(answers, episode)

@@ -13,10 +13,26 @@ from watchdog_agent.runtime.loop import between
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
-    from watchdog_agent.escalation.coordinator import Coordination
-    from watchdog_agent.runtime.types import Document, Timer
+    from watchdog_agent.consul.kv import Kv
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Document, Timer
+
+    class Owner(Protocol):
+        """Whose round it is: it holds the session."""
+
+        loop: Loop
+        config: Config
+        kv: Kv
+        tell: Callable[..., None]
+        session: str
+
+        def with_session(self, then: Callable[[str], None]) -> None: ...
+        def note(self, entry: Document, episode: str) -> Document: ...
+        def lost(self) -> None: ...
+        def sweep(self) -> None: ...
+        def end(self, it: Round) -> None: ...
 
 
 class Round:
@@ -24,7 +40,7 @@ class Round:
 
     def __init__(
         self,
-        owner: Coordination,
+        owner: Owner,
         entry: Document,
         group: tuple[str, str],
         done: Callable[..., None],

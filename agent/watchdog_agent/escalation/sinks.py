@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from watchdog_agent.runtime import http, secrets
+from watchdog_agent.runtime import http, secrets, transport
 from watchdog_agent.runtime.loop import between
 from watchdog_agent.runtime.stdlib_light import deque, json
 
@@ -50,7 +50,7 @@ class Sink:
         if spec.get("url"):
             port = 8500 if spec["kind"] == "consul_event" else 80
             self.url = http.Url(spec["url"], port, tls=True)
-            trust = http.trust(self.url, config.get("ca_cert", ""))
+            trust = transport.trust(self.url, config.get("ca_cert", ""))
             self.trusted: Callable[[], Any] = lambda: trust
         else:
             from watchdog_agent.consul import registration
@@ -97,7 +97,7 @@ class Sink:
         data = http.request(
             method, self.url.base + path or "/", self.url.host_header, body, headers
         )
-        self.fetch = http.ask(
+        self.fetch = transport.ask(
             self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted()
         )
 

@@ -59,16 +59,6 @@ def _start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         _Ping(loop, spec, address, ended)
 
 
-def name_of(spec: Probe) -> str:
-    """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus. An ICMP probe that had to ask
-    TCP is called what it was."""
-    if spec.get("instead"):
-        return f"tcp:{spec['instead']}"
-    if spec["kind"] == "plugin":
-        return f"plugin:{spec['plugin']}"
-    return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
-
-
 def close() -> None:
     """End what probes have started and the end of this process would not."""
     module = sys.modules.get("watchdog_agent.probes.command")

@@ -5,48 +5,18 @@ from __future__ import annotations
 
 import time
 
-from watchdog_agent import errors
-from watchdog_agent.config import probes as config_probes
-from watchdog_agent.config import validators
+from watchdog_agent.config import probes
 from watchdog_agent.probes import builtin
-from watchdog_agent.runtime.address import literal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Outcome
+    from watchdog_agent.runtime.types import Document, Outcome
 
-LABEL = "gateway"
-"""A device's label with the address of its gateway; it goes before the class's."""
-TIMEOUT_S = 2.0
 FRESH_S = 1.0
 """An answer is good for so long where something is done because of it."""
-
-
-def check(config: Config) -> None:
-    """Put the gateway's checked probe, with its address, under `gateway`, or take the key away.
-
-    Raises ConfigError."""
-    given: Any = config.get("gateway") or {}
-    if not isinstance(given, dict):
-        raise errors.ConfigError("gateway must be an object")
-    labels = config.get("labels")
-    named = labels.get(LABEL) if isinstance(labels, dict) else None
-    # A label is data from outside: any other name, as "gw-north", may mean a place, and looking it up
-    # could block.
-    address = literal(named) or given.get("address")
-    config.pop("gateway", None)
-    # The gateway may be watched as a device too, with the same class: then nothing stands before it.
-    if not address:
-        return
-    address = validators.host(address, "gateway: address")
-    if address == config["address"]:
-        return
-    spec = {"timeout_s": TIMEOUT_S, **given, "kind": given.get("kind", "icmp")}
-    config["gateway"] = {**config_probes.check(spec, "gateway"), "address": address}
 
 
 class Gateway:
@@ -88,6 +58,6 @@ class Gateway:
 
     def evidence(self) -> Document:
         """For /status."""
-        kind = builtin.name_of(self.spec)
+        kind = probes.name_of(self.spec)
         shown = {"address": self.address, "probe": kind, "answers": self.answers}
         return {**shown, "reason": self.reason}

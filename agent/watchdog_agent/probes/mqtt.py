@@ -1,7 +1,7 @@
 """MQTT: CONNECT, and whether the broker accepts it (OASIS MQTT 3.1.1, 3.1 and 3.2).
 
 A broker that refuses MQTT 3.1.1 is asked once more in MQTT 5, whose answers `mqtt5` reads. With `tls` the
-handshake comes before it: `probe_mqtt_tls`. Both modules are loaded only then.
+handshake comes before it. Modules for either are loaded only then.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def check(probe: Probe, where: str) -> None:
     if probe.get("password_file") and not probe.get("user"):
         raise errors.ConfigError(f"{where}: password_file needs user")
     if probe["tls"]:
-        from watchdog_agent.probes import tls
-
-        tls.check_trust(probe, where)
+        validators.check_trust(probe, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
@@ -74,9 +72,9 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         packet = connect(f"watchdog-{os.urandom(6).hex()}", spec.get("user"), password, level)
         place = (address, spec["port"])
         if spec["tls"]:
-            from watchdog_agent.probes import mqtt_tls
+            from watchdog_agent.probes import tls  # loads ssl
 
-            dialogue: Dialogue = mqtt_tls.begin(loop, place, packet, spec, wait_s, told)
+            dialogue: Dialogue = tls.secured(Dialogue, loop, place, packet, spec, wait_s, told)
         else:
             dialogue = Dialogue(loop, place, packet, wait_s, told)
         return speaking(dialogue, level)

@@ -3,23 +3,23 @@ two thirds as much memory again."""
 
 from __future__ import annotations
 
-import os
 import ssl
 import time
 
-from watchdog_agent import errors
 from watchdog_agent.config import validators
 from watchdog_agent.config.probes import check_http
+from watchdog_agent.config.validators import check_trust
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import tls
-from watchdog_agent.runtime.http import bare_host, reason_of
+from watchdog_agent.runtime.http import bare_host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from watchdog_agent.runtime.http import Fetch
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe
+    from watchdog_agent.runtime.types import Address, Ended, Fetched, Probe
 
 DAY_S = 86400
 LEAST_PATIENCE_S = 0.05
@@ -38,87 +38,6 @@ def check(probe: Probe, where: str) -> None:
     else:
         check_http(probe, where)
     check_trust(probe, where, later=True)
-
-
-def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
-    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
-    cannot be used now does not raise; `Trust.now` does, each time until it can."""
-    validators.flag(probe, "verify", True)
-    for name in ("ca_cert", "client_cert", "client_key"):
-        if not isinstance(probe.setdefault(name, ""), str):
-            kind = "PEM text or the path of a file" if name == "ca_cert" else "the path of a file"
-            raise errors.ConfigError(f"{where}: {name} must be {kind}")
-    if probe["client_key"] and not probe["client_cert"]:
-        raise errors.ConfigError(f"{where}: client_key needs client_cert")
-    if probe.get("server_name") is not None:
-        probe["server_name"] = validators.host(probe["server_name"], f"{where}: server_name")
-    probe["trust"] = Trust(probe, later=later)
-
-
-class Trust:
-    """The context of one probe, made anew when one of its files has changed: certificates of devices are
-    short-lived. Raises ConfigError when it can't be made at first, unless `later`; then the old one is kept."""
-
-    def __init__(self, spec: Probe, *, later: bool = False) -> None:
-        self.spec = spec
-        # before they are read, so that a change meanwhile is one
-        self.stamp = self._stamp()
-        self.context: ssl.SSLContext | None = None
-        try:
-            self.context = context_of(spec)
-        except errors.ConfigError:
-            if not later or not self.stamp:
-                raise
-
-    def now(self) -> ssl.SSLContext:
-        """The context for the next connection. Raises ConfigError while none could be made."""
-        if self.context is None:
-            self.context = context_of(self.spec)
-        stamp = self._stamp()
-        if stamp != self.stamp:
-            try:
-                # Half written, or the key comes a moment later than its certificate: next time.
-                self.context = context_of(self.spec)
-                self.stamp = stamp
-            except errors.ConfigError:
-                pass
-        return self.context
-
-    def _stamp(self) -> list[tuple[int, int]]:
-        found = []
-        for name in ("ca_cert", "client_cert", "client_key"):
-            path = self.spec[name]
-            if path and "BEGIN CERTIFICATE" not in path:
-                try:
-                    about = os.stat(path)
-                except OSError:
-                    found.append((0, 0))
-                else:
-                    found.append((about.st_mtime_ns, about.st_ino))
-        return found
-
-
-def context_of(spec: Probe) -> ssl.SSLContext:
-    """What is trusted; with `verify = false` everybody. Raises ConfigError."""
-    if spec["verify"]:
-        context = tls.trusting(spec["ca_cert"])
-    else:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if spec["client_cert"]:
-        try:
-            # Without a password of ours OpenSSL would ask for one at a terminal, and wait.
-            def chain(cert: str, key: str | None = None) -> None:
-                context.load_cert_chain(cert, key, password=lambda: "none")
-
-            def with_key(cert: str) -> None:
-                tls.from_file(spec["client_key"], lambda key: chain(cert, key))
-
-            tls.from_file(spec["client_cert"], with_key if spec["client_key"] else chain)
-        except OSError as error:
-            raise errors.ConfigError(f"client_cert: {reason_of(error)}") from None
-    return context
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
@@ -157,6 +76,26 @@ def named(fetch: tls.SecureFetch, spec: Probe) -> None:
     # Nothing has been sent yet: the loop has not run since.
     if spec.get("server_name"):
         fetch.name = bare_host(spec["server_name"]).encode("ascii")
+
+
+_secure: dict[type, type] = {}
+
+
+def secured(
+    kind: type[Fetch],
+    loop: Loop,
+    place: Address,
+    packet: bytes,
+    spec: Probe,
+    timeout_s: float,
+    answered: Fetched,
+) -> Any:
+    """An instance of `kind`, an exchange over TCP, that begins with a handshake as the probe or step says."""
+    if kind not in _secure:
+        _secure[kind] = type(f"Secure{kind.__name__}", (kind, tls.SecureFetch), {})
+    fetch = _secure[kind](loop, place, packet, timeout_s, answered, spec["trust"].now())
+    named(fetch, spec)
+    return fetch
 
 
 class _Handshake(tls.SecureFetch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from watchdog_agent.runtime import http
+from watchdog_agent.runtime import http, transport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ class Call:
             else:
                 ended(200 <= status < 300, f"status {status}")
 
-        trusted = http.trust(url, "")
-        self.fetch = http.ask(loop, url, data, step["timeout_s"], answered, trusted, max_body=0)
+        trusted = transport.trust(url, "")
+        self.fetch = transport.ask(
+            loop, url, data, step["timeout_s"], answered, trusted, max_body=0
+        )
 
     def hurry(self) -> None:
         """It is as fast as it can be."""

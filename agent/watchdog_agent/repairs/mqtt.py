@@ -2,8 +2,7 @@
 
 CONNECT, and after CONNACK a PUBLISH, and after PUBACK a DISCONNECT
 (docs.oasis-open.org/mqtt/mqtt/v3.1.1). Nothing is read beyond those two answers. A broker that refuses
-MQTT 3.1.1 is asked in MQTT 5 (`probe_mqtt.Talk`). With `tls` the handshake comes before it:
-`repair_mqtt_tls`, which is loaded only then.
+MQTT 3.1.1 is asked in MQTT 5 (`probe_mqtt.Talk`). With `tls` the handshake comes before it.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ class Run:
         step, packet = self.step, connect(self.step, level)
         place = step["broker_at"]
         if step.get("tls"):
-            from watchdog_agent.repairs import mqtt_tls
+            from watchdog_agent.probes import tls  # loads ssl
 
-            fetch: Publish = mqtt_tls.begin(self.loop, place, packet, step, wait_s, done)
+            fetch: Publish = tls.secured(Publish, self.loop, place, packet, step, wait_s, done)
         else:
             fetch = Publish(self.loop, place, packet, wait_s, done)
         fetch.message = publish(step["topic"], step["payload"], level)

@@ -16,10 +16,30 @@ from watchdog_agent.runtime.loop import between
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Final
+    from typing import Any, Final, Protocol
 
-    from watchdog_agent.main import Agent
-    from watchdog_agent.runtime.types import Decision, Document, Outcome, Step, Timer
+    from watchdog_agent.detection.prober import Diagnosis
+    from watchdog_agent.escalation.escalations import Escalations
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Config, Decision, Document, Outcome, Step, Timer
+
+    class Host(Protocol):
+        """Whom repairs are made for: what they read, and whom they tell."""
+
+        loop: Loop
+        config: Config
+        instance: str
+        folder: str
+        exit_code: int | None
+        diagnosis: Diagnosis
+        escalations: Escalations | None
+
+        def log(self, message: str, **facts: object) -> None: ...
+        def save(self) -> bool: ...
+        def tell(self) -> None: ...
+        def round_done(self) -> bool: ...
+        def escalate_degraded(self, more: Document) -> bool: ...
+
 
 STOP_S: Final = 0.8
 """A step that is under way at a signal has so long to end by itself."""
@@ -36,7 +56,7 @@ MOST_TOLD: Final = 5
 class Repairs:
     """The repairs of one agent."""
 
-    def __init__(self, agent: Agent, kept: Any) -> None:
+    def __init__(self, agent: Host, kept: Any) -> None:
         self.agent = agent
         config = agent.config
         policy = config["repair_policy"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from watchdog_agent.runtime import http, secrets
+from watchdog_agent.runtime import http, secrets, transport
 from watchdog_agent.runtime.loop import between
 from watchdog_agent.runtime.stdlib_light import deque, json
 
@@ -37,7 +37,7 @@ class Shipper:
         self.loop = loop
         spec = config["loki"]
         self.url = http.Url(spec["url"], 3100, tls=True)
-        self.trusted = http.trust(self.url, config.get("ca_cert", ""))
+        self.trusted = transport.trust(self.url, config.get("ca_cert", ""))
         self.token_file = spec.get("token_file", "")
         self.tenant = spec.get("tenant", "")
         self.labels = {
@@ -79,7 +79,7 @@ class Shipper:
         path = f"{self.url.base}/loki/api/v1/push"
         raw = json.dumps(body).encode()
         data = http.request("POST", path, self.url.host_header, raw, headers)
-        self.fetch = http.ask(
+        self.fetch = transport.ask(
             self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted
         )
 

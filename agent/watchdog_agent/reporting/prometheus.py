@@ -6,11 +6,11 @@ from watchdog_agent import wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from watchdog_agent.main import Agent
+    from watchdog_agent.runtime.types import Document
 
 
-def render(agent: Agent) -> bytes:
-    """The metrics of this agent. The device is the scrape's target; no label repeats it."""
+def render(known: Document) -> bytes:
+    """The metrics of an agent with this status. The device is the scrape's target; no label repeats it."""
     lines: list[str] = []
 
     def metric(name: str, kind: str, text: str, *values: tuple[str, object]) -> None:
@@ -18,15 +18,15 @@ def render(agent: Agent) -> bytes:
         lines.append(f"# TYPE watchdog_agent_{name} {kind}")
         lines.extend(f"watchdog_agent_{name}{labels} {value}" for labels, value in values)
 
-    metric("ready", "gauge", "1 when registered and probed once.", ("", int(agent.ready())))
+    metric("ready", "gauge", "1 when registered and probed once.", ("", int(known["ready"])))
     metric(
         "state",
         "gauge",
         "1 for the state that the device is believed to be in.",
-        *((f'{{state="{s}"}}', int(s == agent.believed()[0])) for s in wire.STATES),
+        *((f'{{state="{s}"}}', int(s == known["state"])) for s in wire.STATES),
     )
-    metric("epoch", "gauge", "The epoch that this agent carries.", ("", agent.config["epoch"]))
-    probes = agent.diagnosis.results.items()
+    metric("epoch", "gauge", "The epoch that this agent carries.", ("", known["epoch"]))
+    probes = known["probes"].items()
     metric(
         "probe_up",
         "gauge",
@@ -51,7 +51,7 @@ def render(agent: Agent) -> bytes:
         "Duration of the last run of a probe.",
         *((f'{{probe="{n}"}}', f"{r['took_s']:.6f}") for n, r in probes),
     )
-    summaries = [(n, s.summary()) for n, s in agent.diagnosis.stats.items()]
+    summaries = [(n, r["stats"]) for n, r in probes]
     metric(
         "probe_loss",
         "gauge",
@@ -69,47 +69,48 @@ def render(agent: Agent) -> bytes:
             if s["min_s"] is not None
         ),
     )
-    metric("probes_total", "counter", "Probe runs.", ("", agent.diagnosis.runs))
-    metric(
-        "probe_failures_total", "counter", "Probe runs that failed.", ("", agent.diagnosis.failures)
-    )
+    runs = known["runs"]
+    metric("probes_total", "counter", "Probe runs.", ("", runs["total"]))
+    metric("probe_failures_total", "counter", "Probe runs that failed.", ("", runs["failed"]))
     metric(
         "probes_unable_total",
         "counter",
         "Probe runs that could not be asked; not counted as failed.",
-        ("", agent.diagnosis.unable),
+        ("", runs["unable"]),
     )
-    reporter = agent.reporter
-    metric("reports_total", "counter", "Reports accepted.", ("", reporter.sent))
-    metric("report_failures_total", "counter", "Reports that failed.", ("", reporter.failed))
+    reports = known["reports"]
+    metric("reports_total", "counter", "Reports accepted.", ("", reports["sent"]))
+    metric("report_failures_total", "counter", "Reports that failed.", ("", reports["failed"]))
     metric(
         "reports_in_trouble",
         "gauge",
         "1 while reports are refused or not answered.",
-        ("", int(bool(reporter.trouble))),
+        ("", int(bool(reports["trouble"]))),
     )
-    metric("reports_dropped_total", "counter", "Reports dropped unsent.", ("", reporter.dropped))
-    if agent.repairs is not None:
+    metric("reports_dropped_total", "counter", "Reports dropped unsent.", ("", reports["dropped"]))
+    if "repairs" in known:
         metric(
             "repairs_total",
             "counter",
             "Repair attempts that have ended, by how.",
-            *((f'{{outcome="{o}"}}', n) for o, n in agent.repairs.outcomes.items()),
+            *((f'{{outcome="{o}"}}', n) for o, n in known["repairs"]["outcomes"].items()),
         )
-    if agent.escalations is not None:
-        known = agent.escalations.status()
-        metric("escalations_open", "gauge", "Anomalies that are open.", ("", len(known["open"])))
+    if "escalations" in known:
+        escalations = known["escalations"]
+        metric(
+            "escalations_open", "gauge", "Anomalies that are open.", ("", len(escalations["open"]))
+        )
         for name, text in (
             ("sent", "Escalations that a sink has taken."),
             ("failed", "Escalations that a sink has refused, or not taken in time."),
             ("dropped", "Escalations dropped from a full queue."),
         ):
-            metric(f"escalations_{name}_total", "counter", text, ("", known[name]))
-    if agent.shipper is not None:
-        shipper = agent.shipper
-        metric("log_lines_shipped_total", "counter", "Lines taken by Loki.", ("", shipper.shipped))
-        metric("log_lines_dropped_total", "counter", "Lines dropped unsent.", ("", shipper.dropped))
+            metric(f"escalations_{name}_total", "counter", text, ("", escalations[name]))
+    if "logs" in known:
+        logs = known["logs"]
+        metric("log_lines_shipped_total", "counter", "Lines taken by Loki.", ("", logs["shipped"]))
+        metric("log_lines_dropped_total", "counter", "Lines dropped unsent.", ("", logs["dropped"]))
         metric(
-            "log_lines_refused_total", "counter", "Lines refused by Loki.", ("", shipper.refused)
+            "log_lines_refused_total", "counter", "Lines refused by Loki.", ("", logs["refused"])
         )
     return ("\n".join(lines) + "\n").encode()

@@ -11,7 +11,7 @@ import os
 import time
 
 from watchdog_agent import wire
-from watchdog_agent.runtime import http, parsing, secrets
+from watchdog_agent.runtime import http, parsing, secrets, transport
 from watchdog_agent.runtime.loop import between
 from watchdog_agent.runtime.stdlib_light import deque, json
 
@@ -134,7 +134,7 @@ class Reporter:
         token = self.credential or read_token()
         headers = [("Authorization", f"Bearer {token}")] if token else []
         data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
-        self.fetch = http.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
+        self.fetch = transport.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
     def _age(self) -> None:
         """Age the states in the reports that wait: each says how long ago its state began when it is sent."""

@@ -37,7 +37,7 @@ def token(path: str) -> str:
     except ValueError:
         found, why = "", "holds characters that no token has"
     if why and _logged.get(path) != why:
-        from watchdog_agent.main import log
+        from watchdog_agent.runtime.log import log
 
         log("a token is not used", file=path, reason=why)
     _logged[path] = why

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import ssl
 
-from watchdog_agent.config.document import ConfigError
+from watchdog_agent.errors import ConfigError
 from watchdog_agent.runtime import http, http_response
 from watchdog_agent.runtime.loop import READ, WRITE
 

@@ -1,0 +1,42 @@
+"""The gateway's part of the document."""
+
+from __future__ import annotations
+
+from watchdog_agent import errors
+from watchdog_agent.config import probes as config_probes
+from watchdog_agent.config import validators
+from watchdog_agent.runtime.address import literal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.runtime.types import Config
+
+
+LABEL = "gateway"
+"""A device's label with the address of its gateway; it goes before the class's."""
+TIMEOUT_S = 2.0
+
+
+def check(config: Config) -> None:
+    """Put the gateway's checked probe, with its address, under `gateway`, or take the key away.
+
+    Raises ConfigError."""
+    given: Any = config.get("gateway") or {}
+    if not isinstance(given, dict):
+        raise errors.ConfigError("gateway must be an object")
+    labels = config.get("labels")
+    named = labels.get(LABEL) if isinstance(labels, dict) else None
+    # A label is data from outside: any other name, as "gw-north", may mean a place, and looking it up
+    # could block.
+    address = literal(named) or given.get("address")
+    config.pop("gateway", None)
+    # The gateway may be watched as a device too, with the same class: then nothing stands before it.
+    if not address:
+        return
+    address = validators.host(address, "gateway: address")
+    if address == config["address"]:
+        return
+    spec = {"timeout_s": TIMEOUT_S, **given, "kind": given.get("kind", "icmp")}
+    config["gateway"] = {**config_probes.check(spec, "gateway"), "address": address}

@@ -1,0 +1,45 @@
+"""One HTTP request, over TLS or without."""
+
+from __future__ import annotations
+
+from watchdog_agent.runtime.http import Fetch, Url
+from watchdog_agent.runtime.http_response import MAX_BODY
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.types import Fetched
+
+
+def trust(url: Url, ca_cert: str) -> Any:
+    """What `ask` needs for https to this address; None for http, for which no TLS is loaded.
+
+    Raises ConfigError."""
+    if not url.secure:
+        return None
+    from watchdog_agent.runtime import tls
+
+    return tls.context_of(ca_cert)
+
+
+def ask(  # one place for all that goes to an address of the configuration
+    loop: Loop,
+    url: Url,
+    request: bytes,
+    timeout_s: float,
+    done: Fetched,
+    trusted: Any,
+    max_body: int = MAX_BODY,
+) -> Fetch:
+    """A Fetch of this address, with TLS if it is https. `trusted`: what `trust` gave for it."""
+    where = (url.host, url.port)
+    if not url.secure:
+        return Fetch(loop, where, request, timeout_s, done, max_body)
+    from watchdog_agent.runtime import tls
+
+    fetch = tls.SecureFetch(loop, where, request, timeout_s, done, trusted, max_body)
+    if url.server_name:
+        fetch.name = url.server_name.encode("ascii")
+    return fetch
