@@ -29,6 +29,7 @@ api {{
 nomad {{
   address    = "{nomad}"
   job_prefix = "{job_prefix}"
+  strategy   = "{strategy}"
   {nomad_access}
 }}
 consul {{

@@ -114,6 +114,8 @@ def test_the_chart_makes_what_the_kustomization_makes(chart: Chart, repository: 
     assert by_name(chart.template({})) == by_name(shipped)
     assert by_name(chart.template({"rbac": {"pools": True}})) == by_name([*shipped, *pools])
     assert by_name(chart.template({"init": True})) == by_name([*shipped, *init])
+    own = [one for one in shipped if not one["kind"].startswith("ClusterRole")]
+    assert by_name(chart.template({"rbac": {"nodes": False}})) == by_name(own)
 
 
 def test_the_versions_agree(repository: Path, chart: Chart) -> None:

@@ -175,7 +175,8 @@ async def test_the_role_is_enough_and_no_more(
             "/api/v1/namespaces/nomad-watchdog/secrets",
             "/api/v1/namespaces/default/pods",
             "/apis/apps/v1/deployments",
-            "/api/v1/nodes",
+            "/api/v1/nodes/plane",
+            "/api/v1/persistentvolumes",
         ):
             with pytest.raises(DeniedError):
                 await client.get(denied)
