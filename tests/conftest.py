@@ -12,10 +12,10 @@ import pytest_asyncio
 
 from nomad_watchdog import secret_values
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.nomad import NomadServer
+from servers.binaries import find
+from servers.consul import ConsulServer
+from servers.kubernetes import KubernetesCluster
+from servers.nomad import NomadServer
 from tests.attacks import table
 from tests.suite import interrupts, leftovers
 from tests.suite.groups import assign_groups

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.dev import listener as dev
-from nomad_watchdog.dev.listener import Speaker
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.demo import listener as dev
+from nomad_watchdog.demo.listener import Speaker
+from nomad_watchdog.demo.process import Process, free_port
 from nomad_watchdog.ids import parse_device_id, slug_of
 
 AGENT = Path(__file__).resolve().parents[2] / "agent"

@@ -17,11 +17,11 @@ from typing import Any
 import aiohttp
 
 from nomad_watchdog.clients.nomad_features import Feature, of_members
-from nomad_watchdog.dev._kubelet_spec import MARK
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence
 from nomad_watchdog.registry.codec import PoisonError, decode
 from nomad_watchdog.schedulers.nomad._view import age
+from servers.kubelet.spec import MARK
 
 LIVE = {"running", "pending"}
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from nomad_watchdog.testing.explorer import DEEP, QUICK, Guard, Scope, explore, main
+from tests.explorer.__main__ import DEEP, QUICK, Guard, Scope, explore, main
 
 FOUND = {
     Guard.INSTANCE: ("S1", Scope(devices=1, wishes=1, faults=1)),

@@ -25,11 +25,11 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev.cluster import Cluster
-from nomad_watchdog.dev.netns import LOCAL
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Presence
+from servers.cluster import Cluster
+from servers.netns import LOCAL
 from tests.e2e import audit
 from tests.faults import canary
 from tests.faults.program import CLASS, CONFIG, MOCK_CLASS, PROBES, Program

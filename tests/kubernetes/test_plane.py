@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 import watchdog_agent
 
-from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.kubelet.__main__ import Kubelet
+from servers.kubelet.spec import Image
+from servers.kubernetes import KubernetesCluster
+from servers.replica import ControlPlane
 from tests.kubernetes.test_manifests import USER, install
 from tests.schedulers.kubernetes_rig import images, soon_ready_template
 

@@ -17,9 +17,9 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
 from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing.conformance import record_of
-from nomad_watchdog.testing.simulation import BEAT_S
-from nomad_watchdog.testing.virtual_time import VirtualLoop
 from tests.migration.two_sites import TwoSites, run_seed
+from tests.simulation.simulator import BEAT_S
+from tests.simulation.virtual_time import VirtualLoop
 
 SEEDS = 120
 CHUNK = 20

@@ -14,9 +14,9 @@ from nomad_watchdog.ids import DeviceId, Shard, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits, PlacementState
 from nomad_watchdog.replicas.leases import Term, Undivided
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 PUMP = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")
 OTHER = Device(DeviceId("other"), SPEC.agent_class, "127.0.0.1")

@@ -12,9 +12,9 @@ from typing import Final
 from nomad_watchdog.core.planner import Plan, stop_key
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import ActionKind, DeviceRecord, Epoch, Limits, PlacementState, Presence
-from nomad_watchdog.testing._cluster import Cluster, Job, Process
-from nomad_watchdog.testing._weather import SLOWEST_S
-from nomad_watchdog.testing.fakes import Store
+from tests.simulation.cluster import Cluster, Job, Process
+from tests.simulation.fakes import Store
+from tests.simulation.faults import SLOWEST_S
 
 SETTLED_S: Final = 2 * SLOWEST_S
 """A wish that is older than this is known to everybody whose request is still on its way."""

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog.dev.process import Running
+from nomad_watchdog.demo.process import Running
 from nomad_watchdog.errors import TerminalError
 
 _SUBNET: Final = "10.231.7"

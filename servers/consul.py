@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, Running, free_port
+from nomad_watchdog.demo.process import Process, Running, free_port
 from nomad_watchdog.errors import TerminalError
+from servers.binaries import find
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class ConsulServer(Running):
     `max_connections`: Consul's ``limits.http_max_conns_per_client``. `tls`: Consul's ``tls.https`` block
     (``ca_file``, ``cert_file``, ``key_file``, ``verify_incoming``); with it `https_addr` is served as well. `join`: be a client agent of that
     server, as every node of a cluster has one; then `node` must be a name of its own. Several servers are
-    made by `dev.cluster`.
+    made by `servers.cluster`.
     """
 
     def __init__(

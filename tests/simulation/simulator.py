@@ -4,7 +4,7 @@ Everything above the registry's and the scheduler's interfaces is the real code.
 every replica believes that all devices are its own, the worst case, which must be safe; in the others
 they share shards by leases, of which some are wrong for a while.
 
-Replay one seed with its trace: ``python -m nomad_watchdog.testing.simulation --seed N --trace``.
+Replay one seed with its trace: ``python -m tests.simulation.simulator --seed N --trace``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence
-from nomad_watchdog.testing._audit import Auditor, BrokenPromiseError
-from nomad_watchdog.testing._cluster import Cluster, Pace, Process
-from nomad_watchdog.testing._lease_board import Board
-from nomad_watchdog.testing._replica import Replica
-from nomad_watchdog.testing._weather import SLOWEST_S, Weather
-from nomad_watchdog.testing.fakes import Store
-from nomad_watchdog.testing.virtual_time import StuckError, VirtualLoop
+from tests.simulation.auditor import Auditor, BrokenPromiseError
+from tests.simulation.cluster import Cluster, Pace, Process
+from tests.simulation.fakes import Store
+from tests.simulation.faults import SLOWEST_S, Weather
+from tests.simulation.lease_board import Board
+from tests.simulation.replica import Replica
+from tests.simulation.virtual_time import StuckError, VirtualLoop
 
 FAULTS_S: Final = 120.0
 """Virtual time with faults."""
@@ -57,7 +57,7 @@ class Outcome:
     @property
     def replay(self) -> str:
         """The command that shows it again."""
-        return f"python -m nomad_watchdog.testing.simulation --seed {self.seed} --trace"
+        return f"python -m tests.simulation.simulator --seed {self.seed} --trace"
 
 
 class World:
@@ -364,7 +364,7 @@ def check_seeds(first: int, count: int) -> list[Outcome]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run seeds and print what did not hold."""
-    parser = argparse.ArgumentParser(prog="python -m nomad_watchdog.testing.simulation")
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.simulator")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=1, help="how many seeds from there on")
     parser.add_argument("--trace", action="store_true", help="print each step")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from enum import StrEnum
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.testing import _model as model
-from nomad_watchdog.testing._model import (
+from tests.explorer import model
+from tests.explorer.model import (
     NO_VIEW,
     START,
     STOP,

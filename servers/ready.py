@@ -8,7 +8,7 @@ from typing import Final
 
 import aiohttp
 
-from nomad_watchdog.dev.process import Process
+from nomad_watchdog.demo.process import Process
 from nomad_watchdog.errors import TerminalError
 
 _POLL_S: Final = 0.05

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Server, free_port
-from nomad_watchdog.dev.ready import until_ok
+from nomad_watchdog.demo.process import Server, free_port
+from servers.binaries import find
+from servers.ready import until_ok
 
 
 class PrometheusServer(Server):

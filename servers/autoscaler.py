@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Server, free_port
-from nomad_watchdog.dev.ready import until_ok
+from nomad_watchdog.demo.process import Server, free_port
+from servers.binaries import find
+from servers.ready import until_ok
 
 _CONFIG: Final = """\
 log_level = "DEBUG"

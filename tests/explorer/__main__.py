@@ -5,7 +5,7 @@ Breadth first, so that the first violation has the shortest trace. The deciders 
 model (`_small_world`). States that differ only in names are one, and what only one replica can see (a
 plan, a queue) is no step of its own.
 
-``python -m nomad_watchdog.testing.explorer --quick`` runs what the tests run, ``--deep`` more, and
+``python -m tests.explorer --quick`` runs what the tests run, ``--deep`` more, and
 ``--without cas`` shows the shortest way to a broken promise when a guard is missing.
 """
 
@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from nomad_watchdog.testing import _model as model
-from nomad_watchdog.testing._model import BrokenError, Dev, Rep, State, View, check_state
-from nomad_watchdog.testing._small_world import Guard, World
+from tests.explorer import model
+from tests.explorer.model import BrokenError, Dev, Rep, State, View, check_state
+from tests.explorer.world import Guard, World
 
 __all__ = ["DEEP", "QUICK", "Found", "Guard", "Scope", "explore"]
 
@@ -195,7 +195,7 @@ def _named(world: World, last: State, error: BrokenError) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Explore one scope and print what was found."""
-    parser = argparse.ArgumentParser(prog="python -m nomad_watchdog.testing.explorer")
+    parser = argparse.ArgumentParser(prog="python -m tests.explorer")
     parser.add_argument("--quick", action="store_true", help="the scopes of every test run")
     parser.add_argument("--deep", action="store_true", help="the larger scopes")
     parser.add_argument("--devices", type=int, default=2, choices=(1, 2))

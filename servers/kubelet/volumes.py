@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.dev import _kubelet_spec as spec
-from nomad_watchdog.dev._kubelet_spec import CannotRunError, Object
 from nomad_watchdog.errors import NotFoundError
+from servers.kubelet import spec
+from servers.kubelet.spec import CannotRunError, Object
 
 _TOKEN_S: Final = 3600
 _REASON: Final = "CreateContainerConfigError"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from nomad_watchdog.errors import StaleError, TransientError
-from nomad_watchdog.testing.fakes import Line
+from tests.simulation.fakes import Line
 
 T = TypeVar("T")
 

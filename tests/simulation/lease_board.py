@@ -16,7 +16,7 @@ from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry import Guard
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
-from nomad_watchdog.testing._weather import Weather
+from tests.simulation.faults import Weather
 
 TTL_S: Final = 4.0
 RENEW_S: Final = 1.0
@@ -60,7 +60,7 @@ class BoardLeases:
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms if self._clock.monotonic() < self._until else {}
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # noqa: ARG002  # as the protocol has it
+    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # as the protocol has it
         return ()
 
     def all(self) -> Sequence[Lease]:

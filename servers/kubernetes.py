@@ -2,7 +2,7 @@
 
 etcd, kube-apiserver, kube-controller-manager and kube-scheduler, each a process of its own, with
 certificates and RBAC; servers of further APIs behind it (`add_api`); and KWOK, whose nodes only pretend to
-run their pods. Pods that really run need `dev.kubelet`.
+run their pods. Pods that really run need `servers.kubelet.__main__`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, Final
 import aiohttp
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
-from nomad_watchdog.dev._certificates import Authority
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.demo.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import ConflictError, TerminalError, TransientError, WatchdogError
+from servers.binaries import find
+from servers.certificates import Authority
 
 log = logging.getLogger(__name__)
 

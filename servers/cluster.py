@@ -25,11 +25,11 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev import nomad as one_nomad
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.netns import Host, Network
-from nomad_watchdog.dev.process import Process, Running, clean_environment
+from nomad_watchdog.demo.process import Process, Running, clean_environment
 from nomad_watchdog.errors import TerminalError
+from servers import nomad as one_nomad
+from servers.binaries import find
+from servers.netns import Host, Network
 
 SERVERS: Final = ("s1", "s2", "s3")
 _HTTPS: Final = {"consul": 8501, "nomad": 4646}

@@ -8,7 +8,7 @@ What each replica shows is compared with what is really so:
 - V3 a suspicion ends within its limit, and what is confirmed is shown: dead is offline, half-dead is degraded.
 - S6 no false offline, and no false degraded: only of a device that was so since it was registered.
 
-Replay: ``python -m nomad_watchdog.testing.outages --seed N``.
+Replay: ``python -m tests.simulation.outages --seed N``.
 """
 
 from __future__ import annotations
@@ -32,16 +32,9 @@ from nomad_watchdog.model import (
     Presence,
     VerdictState,
 )
-from nomad_watchdog.testing._cluster import Process
-from nomad_watchdog.testing._replica import Replica
-from nomad_watchdog.testing.simulation import (
-    CONVERGES_S,
-    FAULTS_S,
-    Outcome,
-    World,
-    outcome_of,
-    play,
-)
+from tests.simulation.cluster import Process
+from tests.simulation.replica import Replica
+from tests.simulation.simulator import CONVERGES_S, FAULTS_S, Outcome, World, outcome_of, play
 
 MISSES: Final = 3
 SETTLES_S: Final = 60.0
@@ -287,7 +280,7 @@ def run_seed(seed: int, metrics: Metrics | None = None) -> Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run seeds and print what did not hold; exit code 1 if anything did not."""
-    parser = argparse.ArgumentParser(prog="python -m nomad_watchdog.testing.outages")
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.outages")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=1, help="number of seeds")
     parser.add_argument("--trace", action="store_true", help="print every step")

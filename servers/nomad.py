@@ -22,8 +22,7 @@ from urllib.parse import quote, urlsplit
 
 import aiohttp
 
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.process import (
+from nomad_watchdog.demo.process import (
     Process,
     Running,
     clean_environment,
@@ -32,6 +31,7 @@ from nomad_watchdog.dev.process import (
     take_block,
 )
 from nomad_watchdog.errors import TerminalError
+from servers.binaries import find
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
-from nomad_watchdog.dev.binaries import cache_folder
 from nomad_watchdog.errors import TerminalError, TransientError
 
 _POLL_S: Final = 0.02
@@ -250,3 +249,11 @@ class Server(Running):
         if self._process is not None:
             await self._process.terminate()
             self._process = None
+
+
+def cache_folder() -> Path:
+    """``$NOMAD_WATCHDOG_CACHE``, else ``$XDG_CACHE_HOME/nomad-watchdog``, else under ``~/.cache``."""
+    if own := os.environ.get("NOMAD_WATCHDOG_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nomad-watchdog"

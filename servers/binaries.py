@@ -1,6 +1,6 @@
 """Where the real servers come from: PATH, our cache, or a build from source.
 
-``python -m nomad_watchdog.dev.binaries nomad consul`` prints a path a line. The build uses Go's own
+``python -m servers.binaries nomad consul`` prints a path a line. The build uses Go's own
 module proxy through ``servers/<module>/go.mod``, which pins the version.
 """
 
@@ -23,9 +23,10 @@ from typing import Final
 
 import click
 
+from nomad_watchdog.demo.process import cache_folder
 from nomad_watchdog.errors import TerminalError, UserError, WatchdogError
 
-SERVERS: Final = Path(__file__).resolve().parents[2] / "servers"
+SERVERS: Final = Path(__file__).resolve().parent
 _GO_MINIMUM: Final = (1, 24)
 """First Go with `tool` lines in go.mod; a newer toolchain that go.mod asks for Go fetches by itself."""
 _HEARTBEAT_S: Final = 15.0
@@ -101,14 +102,6 @@ TOOLS: Final = {
     ),
     "kwok": Tool(minimum=(0, 7, 0), minutes=1, version="--version"),
 }
-
-
-def cache_folder() -> Path:
-    """``$NOMAD_WATCHDOG_CACHE``, else ``$XDG_CACHE_HOME/nomad-watchdog``, else under ``~/.cache``."""
-    if own := os.environ.get("NOMAD_WATCHDOG_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nomad-watchdog"
 
 
 def find(name: str) -> Path:

@@ -15,12 +15,12 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits, Placement, PlacementState
 from nomad_watchdog.replicas.leases import Leases, Undivided
-from nomad_watchdog.testing._audit import Auditor
-from nomad_watchdog.testing._cluster import Cluster
-from nomad_watchdog.testing._lease_board import Board, BoardLeases
-from nomad_watchdog.testing._weather import BadLine, Weather
-from nomad_watchdog.testing.fakes import FakeRegistry, FakeScheduler, Store
-from nomad_watchdog.testing.virtual_time import VirtualClock
+from tests.simulation.auditor import Auditor
+from tests.simulation.cluster import Cluster
+from tests.simulation.fakes import FakeRegistry, FakeScheduler, Store
+from tests.simulation.faults import BadLine, Weather
+from tests.simulation.lease_board import Board, BoardLeases
+from tests.simulation.virtual_time import VirtualClock
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from nomad_watchdog.dev._certificates import Authority
+from servers.certificates import Authority
 
 FindLog = Callable[[str, str, str], Path | None]
 

@@ -18,11 +18,11 @@ import aiohttp
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.dev import _kubelet_spec as spec
-from nomad_watchdog.dev._kubelet_server import Use
-from nomad_watchdog.dev._kubelet_spec import MARK, CannotRunError, Image, Object, Run
-from nomad_watchdog.dev._kubelet_volumes import Volumes
 from nomad_watchdog.errors import ConflictError, NotFoundError, WatchdogError
+from servers.kubelet import spec
+from servers.kubelet.pages import Use
+from servers.kubelet.spec import MARK, CannotRunError, Image, Object, Run
+from servers.kubelet.volumes import Volumes
 
 _BACKOFF_MAX_S: Final = 300.0
 _QUIET_S: Final = 600.0

@@ -7,10 +7,10 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import Server, free_port
+from nomad_watchdog.demo.process import Server, free_port
 from nomad_watchdog.errors import WatchdogError
+from servers.binaries import find
+from servers.kubernetes import KubernetesCluster
 
 _GROUP: Final = ("metrics.k8s.io", "v1beta1")
 

@@ -18,7 +18,7 @@ from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, decode, encode
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
-from nomad_watchdog.testing._cluster import Cluster, News
+from tests.simulation.cluster import Cluster, News
 
 __all__ = ["Cluster", "FakeRegistry", "FakeScheduler", "Line", "Store"]
 
@@ -31,12 +31,12 @@ Written = Callable[[DeviceRecord | None, DeviceRecord], None]
 class Line:
     """The way from a client to a server and back. This one is perfect; see `simulation.BadLine`."""
 
-    async def call(self, what: str, effect: Callable[[], T]) -> T:  # noqa: ARG002  # for subclasses
+    async def call(self, what: str, effect: Callable[[], T]) -> T:  # for subclasses
         """Have `effect` happen at the server, all at once, and bring back its answer."""
         await asyncio.sleep(0)
         return effect()
 
-    async def hint(self, what: str) -> bool:  # noqa: ARG002  # for subclasses
+    async def hint(self, what: str) -> bool:  # for subclasses
         """Whether an event reaches the watcher. False = it was lost, and nobody can tell.
 
         Raises TransientError when the connection broke, which the watcher does notice.
@@ -156,7 +156,7 @@ class FakeRegistry:
     async def commit(
         self,
         records: Sequence[DeviceRecord],
-        guards: Sequence[Guard] = (),  # noqa: ARG002  # no lock lives in this store
+        guards: Sequence[Guard] = (),  # no lock lives in this store
     ) -> Sequence[DeviceRecord | None]:
         rows = [(record.slug, record.index, encode(record)) for record in records]
         if not rows:
@@ -219,7 +219,7 @@ class FakeScheduler:
         self,
         specs: Collection[AgentSpec],
         *,
-        shards: Collection[Shard] | None = None,  # noqa: ARG002  # a class is prepared as a whole
+        shards: Collection[Shard] | None = None,  # a class is prepared as a whole
     ) -> Mapping[str, str]:
         refused = {
             one.agent_class: one.variables[REFUSED] for one in specs if REFUSED in one.variables

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.demo.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError, TransientError
 
 _CALL_S: Final = 5.0

@@ -31,10 +31,7 @@ import click
 from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
-from nomad_watchdog.dev._kubelet_pod import Pod, now_text
-from nomad_watchdog.dev._kubelet_server import Use, serve_pages
-from nomad_watchdog.dev._kubelet_spec import MARK, Image
-from nomad_watchdog.dev.process import Process, Running, clean_environment, free_port
+from nomad_watchdog.demo.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import (
     ConflictError,
     StaleError,
@@ -42,6 +39,9 @@ from nomad_watchdog.errors import (
     TransientError,
     WatchdogError,
 )
+from servers.kubelet.pages import Use, serve_pages
+from servers.kubelet.pod import Pod, now_text
+from servers.kubelet.spec import MARK, Image
 
 _BEAT_S: Final = 1.0
 _LEASE_S: Final = 40
