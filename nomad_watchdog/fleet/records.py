@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from nomad_watchdog import failpoints
-from nomad_watchdog.clock import Clock
+from nomad_watchdog.clock import Clock, steps
 from nomad_watchdog.core import event_order, presence, registry_rollback
 from nomad_watchdog.core.registry_rollback import Setback
 from nomad_watchdog.core.tombstones import Floor
-from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
+from nomad_watchdog.errors import ConflictError, DamagedError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Epoch, Presence, WallTime
 from nomad_watchdog.registry import Document, Guard, Registry, RegistrySnapshot, read_document
 
 FLOOR: Final = "epoch-floor"
 """The registry's document that holds the floor (`core.tombstones`)."""
+REBUILT_MARGIN: Final = 1_000_000
+"""More epochs than a deleted tombstone can have been above all that are known: one for each agent of a device."""
+_REPAIR: Final = (
+    "devices without an earlier agent are not started until it is repaired: run `nomad-watchdog registry export >FILE` "
+    "and `nomad-watchdog registry import FILE`, which writes it anew"
+)
 COMMIT_TRIES: Final = 5
 """Compare-and-set losses in a row after which the caller is told to try again."""
 
@@ -158,7 +164,9 @@ class Ledger:
         # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
         stored = {slug: self.records.get(slug) for slug in todo}
         for _ in range(COMMIT_TRIES):
-            wanted = {slug: change(slug, stored[slug]) for slug in todo}
+            wanted = {
+                slug: change(slug, stored[slug]) async for some in steps(todo) for slug in some
+            }
             writes = {slug: record for slug, record in wanted.items() if record is not None}
             for slug in todo:
                 if slug not in writes:
@@ -170,7 +178,8 @@ class Ledger:
             for record in done:
                 changed = not event_order.is_mark_only(stored[record.slug], record)
                 outcome[record.slug] = Registered(record, changed=changed, written=True)
-            self.learn(done)
+            async for some in steps(done):
+                self.learn(some)
             todo = [slug for slug in todo if slug not in outcome]
             if not todo:
                 return outcome
@@ -204,6 +213,13 @@ class Ledger:
         """The floor below which no first epoch may be, as the registry has it now."""
         self.floor = floor_of(await self.registry.document(FLOOR))
         return self.floor
+
+    async def try_floor(self) -> Floor | DamagedError:
+        """As `read_floor`; a damaged one as a value: it stops the first starts, and nothing else (S9)."""
+        try:
+            return await self.read_floor()
+        except DamagedError as error:
+            return error
 
     async def forget(self, tombstones: Sequence[DeviceRecord]) -> int:
         """Delete these tombstones; how many it did. Their epochs do not come again: the floor is raised
@@ -289,17 +305,30 @@ class Ledger:
 
 
 def floor_of(document: Document) -> Floor:
-    """The floor in the registry's document. Raises UserError for one that can't be read."""
+    """The floor in the registry's document. Raises DamagedError for one that can't be read."""
     if not document.body:
         return Floor()
-    help_text = "restore the registry from a backup (`nomad-watchdog registry import FILE`)"
-    return read_document(
-        FLOOR,
-        document.body,
-        1,
-        lambda said: Floor(Epoch(int(said["epoch"])), int(said["generation"])),
-        help_text,
-    )
+    return read_document(FLOOR, document.body, 1, _floor, _REPAIR)
+
+
+def _floor(said: Any) -> Floor:
+    epoch, generation = said["epoch"], said["generation"]
+    if type(epoch) is not int or type(generation) is not int or min(epoch, generation) < 0:
+        raise ValueError
+    return Floor(Epoch(epoch), generation)
+
+
+def rebuilt_floor(records: Iterable[DeviceRecord], least: Floor) -> Floor:
+    """A floor in place of one that can't be read, above all that is known and, by REBUILT_MARGIN, above what the
+    deleted tombstones can have had."""
+    known = least.over(records)
+    return Floor(Epoch(known.epoch + REBUILT_MARGIN), known.generation + REBUILT_MARGIN)
+
+
+def floor_document(floor: Floor, index: int) -> Document:
+    """The floor as it is stored; `index`: of what it replaces."""
+    body = json.dumps({"v": 1, "epoch": floor.epoch, "generation": floor.generation}).encode()
+    return Document(body, index)
 
 
 async def raise_floor(registry: Registry, least: Floor) -> bool:
@@ -311,7 +340,7 @@ async def raise_floor(registry: Registry, least: Floor) -> bool:
         epoch, generation = max(floor.epoch, least.epoch), max(floor.generation, least.generation)
         if Floor(epoch, generation) == floor:
             return True
-        body = json.dumps({"v": 1, "epoch": epoch, "generation": generation}).encode()
-        if await registry.commit_document(FLOOR, Document(body, stored.index)) is not None:
+        document = floor_document(Floor(epoch, generation), stored.index)
+        if await registry.commit_document(FLOOR, document) is not None:
             return True
     return False
