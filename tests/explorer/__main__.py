@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from tests.explorer import model
+from tests.explorer.guards import Guard
 from tests.explorer.model import BrokenError, Dev, Rep, State, View, check_state
-from tests.explorer.world import Guard, World
+from tests.explorer.world import World
 
 __all__ = ["DEEP", "QUICK", "Found", "Guard", "Scope", "explore"]
 
@@ -38,6 +39,8 @@ class Scope:
     faults: int = 1
     placed: bool = False
     """Begin with every device watched and known to both, instead of with nothing."""
+    burials: int = 0
+    """How many tombstones expire."""
 
     def first(self) -> State:
         """Where it begins."""
@@ -45,7 +48,8 @@ class Scope:
         device: Dev = (rec, jobs, (), (), int(self.placed))
         views: tuple[View, ...] = ((rec, jobs, 0, 0, ()),) * self.devices
         rep: Rep = (int(self.placed), int(self.placed), views, (), (), ())
-        return ((device,) * self.devices, (rep,) * self.replicas, self.wishes, self.faults)
+        graves = (0, 0, self.burials, (0,) * self.devices)
+        return ((device,) * self.devices, (rep,) * self.replicas, self.wishes, self.faults, graves)
 
 
 QUICK: Final = (
@@ -55,6 +59,9 @@ QUICK: Final = (
     Scope(wishes=0, faults=1, placed=True),
     Scope(devices=1, wishes=2, faults=1),
     Scope(devices=1, wishes=1, faults=1, placed=True),
+    Scope(devices=1, wishes=3, faults=0, burials=1),
+    Scope(devices=1, wishes=2, faults=0, placed=True, burials=1),
+    Scope(devices=1, replicas=1, wishes=2, faults=1, placed=True, burials=1),
 )
 """What every test run explores, within half a minute: two devices for what couples them (a crash, a listing,
 the breaker), one device for longer histories."""
@@ -65,6 +72,7 @@ DEEP: Final = (
     Scope(devices=1, wishes=3, faults=1),
     Scope(devices=1, wishes=1, faults=2),
     Scope(wishes=2, faults=1),
+    Scope(devices=1, wishes=4, faults=0, placed=True, burials=2),
 )
 """What `--deep` adds: some minutes and a few GB."""
 
@@ -96,7 +104,8 @@ class Settling:
     def check(self, state: State) -> None:
         """Take the first possible step of those that must happen, again and again."""
         path = []
-        state = (*state[:2], 0, 0)
+        epoch, generation, _, buried = state[4]
+        state = (*state[:2], 0, 0, (epoch, generation, 0, buried))
         for _ in range(MOST_ROUNDS):
             if state in self._good:
                 break
@@ -203,10 +212,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wishes", type=int, default=3, help="how often somebody (de)registers")
     parser.add_argument("--faults", type=int, default=1, help="how much goes wrong on a path")
     parser.add_argument("--placed", action="store_true", help="begin with all devices watched")
+    parser.add_argument("--burials", type=int, default=0, help="how many tombstones expire")
     parser.add_argument("--without", default="", choices=("", *Guard), help="leave a guard out")
     parser.add_argument("--most", type=int, default=2_000_000, help="states at most")
     options = parser.parse_args(arguments)
-    one = Scope(options.devices, options.replicas, options.wishes, options.faults, options.placed)
+    one = Scope(
+        options.devices,
+        options.replicas,
+        options.wishes,
+        options.faults,
+        options.placed,
+        options.burials,
+    )
     scopes = (*(QUICK if options.quick else ()), *(DEEP if options.deep else ())) or (one,)
     without = frozenset({Guard(options.without)}) if options.without else frozenset()
     broken = False

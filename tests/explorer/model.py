@@ -6,6 +6,9 @@ that somebody was told is stored. A replica is ``(read, looked, views, listing, 
 
 A record is ``()`` or ``(present, generation, epoch, instance)``. Each write changes one of the last three
 for good, so that equal content means an equal index, and no counter is needed in the state.
+
+The last part of a state is what is left of deleted tombstones: ``(floor, generation, left, buried)``, the
+registry's floor, how many more may be deleted, and for each device the highest epoch that was.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final
 
-from nomad_watchdog.core import acceptance, planner, presence
+from nomad_watchdog.core import acceptance, planner, presence, tombstones
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.mass_stop_breaker import Breaker
 from nomad_watchdog.core.planner import Stop
+from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
     ActionKind,
@@ -41,11 +45,16 @@ View = tuple[Rec, Jobs, int, int, tuple[int, ...]]
 Keys = tuple[tuple[int, int], ...]
 """Stops: device and epoch."""
 Rep = tuple[int, int, tuple[View, ...], tuple[Any, ...], Keys, Keys]
-State = tuple[tuple[Dev, ...], tuple[Rep, ...], int, int]
-"""Devices, replicas, wishes left, faults left."""
+Graves = tuple[int, int, int, tuple[int, ...]]
+State = tuple[tuple[Dev, ...], tuple[Rep, ...], int, int, Graves]
+"""Devices, replicas, wishes left, faults left, what is left of deleted tombstones."""
 
 START: Final = 1
 STOP: Final = 2
+FIRST: Final = 3
+"""In hand: the floor that was read for the first start of a record, before its epoch is committed."""
+BURY: Final = 4
+"""In hand: the epoch of a tombstone that is to be deleted, now that the floor is raised."""
 NAMES: Final = ("a", "b")
 CLASS: Final = "default"
 HASHES: Final = {CLASS: "h"}
@@ -117,11 +126,12 @@ def placements_of(device: int, jobs: Jobs) -> tuple[Placement, ...]:
 
 
 @cache
-def registered(device: int, rec: Rec, present: int) -> Rec:
-    """`core.presence` on a wish; () = it changes nothing."""
+def registered(device: int, rec: Rec, present: int, generation: int) -> Rec:
+    """`core.presence` on a wish; () = it changes nothing. `generation`: the floor's, as it is now: a replica may
+    know an older one, but the store's index tells the records apart where here only their content does."""
     stored = record_of(device, rec) if rec else None
     if present:
-        changed = presence.register(stored, _DEVICES[device], WallTime(0.0))
+        changed = presence.register(stored, _DEVICES[device], WallTime(0.0), generation=generation)
     else:
         changed = presence.deregister(stored, WallTime(0.0)) if stored is not None else None
     return rec_of(changed) if changed is not None else ()
@@ -131,6 +141,35 @@ def registered(device: int, rec: Rec, present: int) -> Rec:
 def advanced(device: int, rec: Rec, epoch: int) -> Rec:
     """`core.presence` on a new placement."""
     return rec_of(presence.advance(record_of(device, rec), Epoch(epoch)))
+
+
+@cache
+def first(device: int, rec: Rec, floor: int) -> int:
+    """`core.tombstones` on the first epoch of a record."""
+    return int(Floor(Epoch(floor)).first(record_of(device, rec), Epoch(rec[2] + 1)))
+
+
+@cache
+def due(device: int, rec: Rec, jobs: Jobs) -> bool:
+    """`core.tombstones` on a record whose time is over."""
+    listed = {SLUGS[device]} if any(state != "D" for _, state, _ in jobs) else set()
+    return bool(tombstones.expired([record_of(device, rec)], listed, WallTime(1.0), 0.0, 1))
+
+
+def raised(state: State, d: int, rec: Rec) -> State:
+    """`Ledger.forget`, first half: the floor is at the tombstone's epoch or above."""
+    epoch, generation, left, buried = state[4]
+    floor = Floor(Epoch(epoch), generation).over([record_of(d, rec)])
+    return (*state[:4], (int(floor.epoch), floor.generation, left, buried))
+
+
+def deleted(state: State, d: int) -> State:
+    """`Ledger.forget`, second half: the tombstone is gone."""
+    rec = state[0][d][0]
+    epoch, generation, left, buried = state[4]
+    below = (*buried[:d], max(buried[d], rec[2]), *buried[d + 1 :])
+    after = with_device(state, d, ((), *state[0][d][1:]))
+    return (*after[:4], (epoch, generation, left - 1, below))
 
 
 @cache
@@ -201,14 +240,15 @@ def _keys(stops: Iterable[tuple[Slug, Epoch, str]]) -> Keys:
 
 def canonical(state: State) -> State:
     """The same for states that differ only in which replica, or which device, is which."""
-    devices, replicas, wishes, faults = state
-    best = (devices, tuple(sorted(replicas)))
+    devices, replicas, wishes, faults, (*floor, buried) = state
+    best = (devices, tuple(sorted(replicas)), buried)
     if len(devices) > 1:
         for order in _ORDERS:
             moved = tuple([devices[i] for i in order])
             if moved <= devices:  # most are told apart by their devices alone
-                best = min(best, (moved, tuple(sorted([_renamed(rep, order) for rep in replicas]))))
-    return (*best, wishes, faults)
+                renamed = tuple(sorted([_renamed(rep, order) for rep in replicas]))
+                best = min(best, (moved, renamed, tuple([buried[i] for i in order])))
+    return (*best[:2], wishes, faults, (*floor, best[2]))  # type: ignore[return-value]  # floor is the other three
 
 
 @cache  # the replicas of a hundred thousand states are a few thousand
@@ -232,6 +272,11 @@ class BrokenError(Exception):
     """A step broke a promise; the message begins with its number."""
 
 
+def worsened(state: State) -> State:
+    """With a fault less to come."""
+    return (*state[:3], state[3] - 1, state[4])
+
+
 def with_device(state: State, d: int, device: Dev) -> State:
     devices = state[0]
     return ((*devices[:d], device, *devices[d + 1 :]), *state[1:])
@@ -251,7 +296,7 @@ def with_view(state: State, r: int, d: int, view: View, *, late: bool = False) -
     return with_replica(state, r, changed)
 
 
-def with_hand(state: State, r: int, d: int, hand: tuple[int, int]) -> State:
+def with_hand(state: State, r: int, d: int, hand: tuple[int, ...]) -> State:
     rec, jobs, unseen, expects, _ = state[1][r][2][d]
     return with_view(state, r, d, (rec, jobs, unseen, expects, hand))
 
@@ -261,6 +306,8 @@ def learned(state: State, r: int, d: int, rec: Rec) -> State:
     known, jobs, unseen, expects, hand = state[1][r][2][d]
     if known == rec:
         return state
+    if hand and hand[0] in (FIRST, BURY):
+        hand = ()  # it was decided on another record, whose index it would name
     moved = rec and rec[2] and (not known or known[2:] != rec[2:])
     view = (rec, jobs, 1 if moved else unseen, expects, hand)
     return with_view(state, r, d, view, late=bool(moved))
@@ -304,9 +351,12 @@ def stopped(device: Dev, epoch: int) -> Dev:
     return (rec, after, zombies, wire, acked)
 
 
-def check_write(before: Dev, after: Dev, step: str) -> None:
-    """S1 at each write of a record. `step`: for the message."""
+def check_write(before: Dev, after: Dev, buried: int, step: str) -> None:
+    """S1 and S2 at each write of a record. `buried`: the highest epoch of a deleted tombstone. `step`: for the
+    message."""
     old, new = before[0], after[0]
+    if 0 < new[2] <= buried:
+        raise BrokenError(f"S2: epoch {new[2]} is committed, and {buried} had been: {step}")
     if new[2] < old[2]:
         raise BrokenError(f"S1: the epoch went from {old[2]} to {new[2]}: {step}")
     if old[3] and new[2] == old[2] and new[3] != old[3]:

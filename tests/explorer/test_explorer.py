@@ -20,6 +20,8 @@ FOUND = {
     Guard.LISTING: ("S1", Scope(devices=1, wishes=1, faults=1)),
     Guard.REST: ("S2", Scope(devices=1, wishes=2, faults=1, placed=True)),
     Guard.FENCE_EACH: ("S4", Scope(wishes=2, faults=0)),
+    Guard.FLOOR: ("S2", Scope(devices=1, wishes=2, faults=0, placed=True, burials=1)),
+    Guard.LISTED: ("S3", Scope(devices=1, wishes=3, faults=0, burials=1)),
 }
 """The promise that goes with each guard, and the smallest world that shows it."""
 

@@ -7,11 +7,13 @@ expectation. Everything that decides is asked of the real code (`_model`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from tests.explorer import model
+from tests.explorer.guards import Guard
 from tests.explorer.model import (
+    BURY,
+    FIRST,
     NO_VIEW,
     START,
     STOP,
@@ -31,32 +33,10 @@ from tests.explorer.model import (
     with_hand,
     with_replica,
     with_view,
+    worsened,
 )
 
 Step = tuple[str, State]
-
-
-class Guard(StrEnum):
-    """What keeps a promise; the explorer must find what happens without it."""
-
-    INSTANCE = "instance"
-    """S1: at one epoch another instance is accepted only when the first is no longer listed."""
-    CAS = "cas"
-    """S2: a start is preceded by a compare-and-set of its epoch."""
-    RETURN_WHEN_STORED = "stored"
-    """S4: a wish is acknowledged after its commit."""
-    BREAKER = "breaker"
-    """S7: more stops in a pass than the limit wait for a second read."""
-    REREAD = "reread"
-    """S7: a stop reads the record again, so that a partial listing stops nothing."""
-    FRESHNESS = "freshness"
-    """S8, S3: an agent counts as gone only on a listing that is younger than the record."""
-    LISTING = "listing"
-    """S8, S1: an instance is replaced only on the word of a listing that is younger than the record."""
-    REST = "rest"
-    """S2: a dead placement is swept only when no request for it can be under way."""
-    FENCE_EACH = "fence"
-    """S4, S1: a commit of an epoch loses against any other write of the record."""
 
 
 class World:
@@ -113,7 +93,7 @@ class World:
                     moved = become("R", 2, (epoch, 1))
                     yield f"{name}/{epoch} is moved to another node", with_device(state, d, moved)
             elif job == "R" and not calm and state[3]:
-                worse = (*state[:3], state[3] - 1)
+                worse = worsened(state)
                 yield f"agent {name}/{epoch} exits 0", with_device(worse, d, become("D"))
                 yield f"the node of {name}/{epoch} is lost", with_device(worse, d, become("L"))
         for zombie in zombies:
@@ -124,9 +104,9 @@ class World:
     def _wishes(self, state: State, d: int) -> Iterator[Step]:
         """Somebody asks a replica to watch a device, or not to, and is answered or not."""
         rec, *rest = state[0][d]
-        fewer = (state[0], state[1], state[2] - 1, state[3])
+        fewer = (*state[:2], state[2] - 1, *state[3:])
         present = 0 if rec and rec[0] else 1
-        changed = model.registered(d, rec, present)
+        changed = model.registered(d, rec, present, state[4][1])
         word = f"{model.NAMES[d]} is {'registered' if present else 'deregistered'}"
         if not changed:
             return
@@ -139,7 +119,7 @@ class World:
             after = with_device(fewer, d, stored)  # type: ignore[arg-type]  # rest is the other four
             yield f"{word} at r{r}", learned(after, r, d, changed)
         if state[3]:
-            unsaid = with_device((*fewer[:3], state[3] - 1), d, (changed, *rest[:-1], 0))  # type: ignore[arg-type]  # rest is the other four
+            unsaid = with_device(worsened(fewer), d, (changed, *rest[:-1], 0))  # type: ignore[arg-type]  # rest is the other four
             yield f"{word}, the answer is lost", unsaid
 
     # -- what a replica reads -------------------------------------------------------------------
@@ -177,7 +157,7 @@ class World:
     def _replica_faults(self, state: State, r: int) -> Iterator[Step]:
         if not state[3]:
             return
-        worse = (*state[:3], state[3] - 1)
+        worse = worsened(state)
         read, looked, views, listing, confirmed, twice = state[1][r]
         if read or looked:
             empty: Rep = (0, 0, (NO_VIEW,) * len(views), (), (), ())
@@ -225,6 +205,8 @@ class World:
             yield from self._fence(state, r, d, (kind, epoch), calm=calm)
         if not calm and rec and jobs:
             yield from self._sweep(state, r, d)
+        if not calm and rec and state[4][2]:
+            yield from self._bury(state, r, d)
 
     def _fence(
         self, state: State, r: int, d: int, hand: tuple[int, int], *, calm: bool
@@ -237,16 +219,11 @@ class World:
         if kind == START and epoch > known[2]:
             if not self.has(Guard.CAS):
                 yield f"{word} with nothing", with_hand(state, r, d, hand)
-                return
-            if known != truth and self.has(Guard.FENCE_EACH):
-                yield f"{word}: lost", self._news(state, r, d, truth)
-                return
-            new = model.advanced(d, known, epoch)
-            stored = with_device(state, d, (new, *state[0][d][1:]))
-            check_write(state[0][d], stored[0][d], word)
-            yield word, with_hand(self._news(stored, r, d, new), r, d, hand)
-            if state[3] and not calm:
-                yield f"{word}, the answer is lost", (*stored[:3], state[3] - 1)
+            elif not known[2] and (state[4][0] or state[4][2]):
+                word = f"r{r} reads the floor for a start of {model.NAMES[d]}"
+                yield word, with_hand(state, r, d, (FIRST, state[4][0]))
+            else:
+                yield from self._commit(state, r, d, hand, word, calm=calm)
             return
         if known != truth and (kind == START or self.has(Guard.REREAD)):
             yield f"{word}: overtaken", self._news(state, r, d, truth)
@@ -255,9 +232,39 @@ class World:
             raise BrokenError(f"S7: {model.NAMES[d]}/{epoch} is wanted and would be stopped")
         yield word, with_hand(state, r, d, hand)
 
+    def _commit(
+        self, state: State, r: int, d: int, hand: tuple[int, int], word: str, *, calm: bool
+    ) -> Iterator[Step]:
+        known: Rec = state[1][r][2][d][0]
+        truth: Rec = state[0][d][0]
+        if known != truth and self.has(Guard.FENCE_EACH):
+            yield f"{word}: lost", self._news(state, r, d, truth)
+            return
+        new = model.advanced(d, known, hand[1])
+        stored = with_device(state, d, (new, *state[0][d][1:]))
+        check_write(state[0][d], stored[0][d], state[4][3][d], word)
+        yield word, with_hand(self._news(stored, r, d, new), r, d, hand)
+        if state[3] and not calm:
+            yield f"{word}, the answer is lost", with_hand(worsened(stored), r, d, ())
+
+    def _first(self, state: State, r: int, d: int, floor: int, *, calm: bool) -> Iterator[Step]:
+        known: Rec = state[1][r][2][d][0]
+        word = f"r{r} fences the first start of {model.NAMES[d]}"
+        if not known:
+            yield f"{word}: its record is not known any more", with_hand(state, r, d, ())
+            return
+        epoch = model.first(d, known, floor) if self.has(Guard.FLOOR) else known[2] + 1
+        yield from self._commit(state, r, d, (START, epoch), f"{word}, {epoch}", calm=calm)
+
     def _act(self, state: State, r: int, d: int, *, calm: bool) -> Iterator[Step]:
         """`Performer._apply`, and what is remembered of it."""
         kind, epoch = state[1][r][2][d][4]
+        if kind == FIRST:
+            yield from self._first(state, r, d, epoch, calm=calm)
+            return
+        if kind == BURY:
+            yield from self._delete(state, r, d)
+            return
         name = f"{model.NAMES[d]}/{epoch}"
         device = state[0][d]
         rec, jobs, unseen, expects, _ = state[1][r][2][d]
@@ -275,7 +282,7 @@ class World:
             after = with_view(done, r, d, (rec, marked, unseen, expects, ()))
             yield word, self._rep(after, r, after[1][r])
         if state[3] and not calm:
-            worse = (*done[:3], state[3] - 1)
+            worse = worsened(done)
             yield f"{word}, the answer is lost", with_view(worse, r, d, failed)
             if kind == START:
                 rec_, jobs_, zombies, wire, acked = worse[0][d]
@@ -283,7 +290,7 @@ class World:
                 view = (rec, jobs, unseen, 1, ())
                 yield f"{word}, and the request is doubled", with_view(twice, r, d, view, late=True)
                 sent = with_device(
-                    (*state[:3], state[3] - 1), d, (*device[:3], (*device[3], epoch), device[4])
+                    worsened(state), d, (*device[:3], (*device[3], epoch), device[4])
                 )
                 yield f"{word}, no answer, it is late", with_view(sent, r, d, failed)
 
@@ -295,11 +302,40 @@ class World:
             epoch, what, _ = job
             if what != "D" or epoch >= newest or job not in seen[1] or epoch >= seen[0][2]:
                 continue
-            under_way = epoch in wire or any(rep[2][d][4] == (START, epoch) for rep in state[1])
-            if not under_way or not self.has(Guard.REST):
+            if not self._under_way(state, d, epoch) or not self.has(Guard.REST):
                 left = tuple(one for one in jobs if one != job)
                 swept = with_device(state, d, (rec, left, zombies, wire, acked))
                 yield f"r{r} sweeps {model.NAMES[d]}/{epoch}", swept
+
+    def _under_way(self, state: State, d: int, epoch: int) -> bool:
+        """A request for a start that the scheduler may still get."""
+        return epoch in state[0][d][3] or any(rep[2][d][4] == (START, epoch) for rep in state[1])
+
+    def _bury(self, state: State, r: int, d: int) -> Iterator[Step]:
+        """`Upkeep._forget_tombstones`, up to the floor."""
+        rec, jobs, *_ = state[1][r][2][d]
+        if self.has(Guard.REST) and self._under_way(state, d, rec[2]):
+            return
+        # What was under way arrived long ago, and the listing is younger.
+        shown = {job[0] for job in jobs}
+        old = any(job[0] not in shown for job in state[0][d][1])
+        if (old and self.has(Guard.LISTED)) or not model.due(d, rec, jobs):
+            return
+        word = f"r{r} raises the floor for the tombstone of {model.NAMES[d]}"
+        yield word, with_hand(model.raised(state, d, rec), r, d, (BURY, rec[2]))
+
+    def _delete(self, state: State, r: int, d: int) -> Iterator[Step]:
+        """`Registry.forget`, and what is remembered of it."""
+        known: Rec = state[1][r][2][d][0]
+        word = f"r{r} deletes the tombstone of {model.NAMES[d]}"
+        idle = with_hand(state, r, d, ())
+        if not known or known != state[0][d][0]:
+            yield f"{word}: it has changed", idle
+            return
+        gone = model.deleted(idle, d)
+        yield word, self._news(gone, r, d, ())
+        if state[3]:
+            yield f"{word}, the answer is lost", worsened(gone)
 
     def _reports(self, state: State, r: int, d: int) -> Iterator[Step]:
         """`Fleet.report`: only a fresh read may refuse or bind."""
@@ -321,7 +357,7 @@ class World:
             if kind is AcceptanceKind.BIND:
                 new = model.bound(d, truth, epoch, number)
                 stored = with_device(after, d, (new, *after[0][d][1:]))
-                check_write(after[0][d], stored[0][d], word)
+                check_write(after[0][d], stored[0][d], state[4][3][d], word)
                 yield word, self._news(stored, r, d, new)
             elif kind is AcceptanceKind.REFUSED:
                 left = tuple(one for one in zombies if one != (epoch, number))

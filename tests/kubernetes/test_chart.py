@@ -134,6 +134,9 @@ def test_the_versions_agree(repository: Path, chart: Chart) -> None:
         ({"image": {"digest": "sha256:12"}}, "/image/digest"),
         ({"api": {"secret": ""}}, "/api/secret"),
         ({"api": {"advertise": "nomad-watchdog:9670"}}, "/api/advertise"),
+        ({"api": {"hosts": "watch.example"}}, "/api/hosts"),
+        ({"api": {"hosts": ["a,b"]}}, "/api/hosts/0"),
+        ({"api": {"hosts": [""]}}, "/api/hosts/0"),
         ({"api": {"tlsSecret": "A_b"}}, "/api/tlsSecret"),
         ({"devices": {"namespaces": 65}}, "/devices/namespaces"),
         ({"devices": {"namespace": "a: b"}}, "/devices/namespace"),
@@ -186,7 +189,7 @@ def test_the_guide_shows_values_that_are_accepted_and_names_all(
     assert [name for name in values if f"`{name}`" not in told] == []
 
 
-def test_every_value_has_its_place(chart: Chart) -> None:
+def test_every_value_has_its_place(chart: Chart, tmp_path: Path) -> None:
     """Image, names, namespaces, peers and what is added to the pod stand where they belong; a variable of the
     user's replaces ours; the rights to the record are in the first namespace only."""
     peer = {"podSelector": {"matchLabels": {"a": "b"}}}
@@ -197,7 +200,7 @@ def test_every_value_has_its_place(chart: Chart) -> None:
             "image": {"repository": "registry.example/w", "digest": digest, "pullPolicy": "Always"},
             "imagePullSecrets": [{"name": "pull"}],
             "config": '  # indented\nbackend = "kubernetes"\n',
-            "api": {"secret": "door", "advertise": "https://watchdog.example"},
+            "api": {"secret": "door", "advertise": "https://watchdog.example", "hosts": ["a.example", "b"]},
             "consul": {"tokenSecret": "consul"},
             "devices": {"namespace": "0123", "namespaces": 2, "createNamespaces": True},
             "networkPolicy": {"apiFrom": [peer], "agentsFrom": [peer]},
@@ -251,6 +254,11 @@ def test_every_value_has_its_place(chart: Chart) -> None:
     assert len(env) == len(container["env"])
     assert env["NOMAD_WATCHDOG_API_LISTEN"] == "$(POD_IP):1"
     assert env["NOMAD_WATCHDOG_API_ADVERTISE"] == "https://watchdog.example"
+    assert env["NOMAD_WATCHDOG_API_HOSTS"] == "a.example,b"
+    texts = {name: value for name, value in env.items() if name == "NOMAD_WATCHDOG_API_HOSTS"}
+    file = tmp_path / "nomad-watchdog.hcl"
+    file.write_text('agent_class "default" {\n  probe "tcp" {\n    port = 80\n  }\n}\n')
+    assert load(file, texts).api.hosts == ("a.example", "b")
     assert env["NOMAD_WATCHDOG_KUBERNETES_NAMESPACE"] == "0123"
     assert env["NOMAD_WATCHDOG_KUBERNETES_NAMESPACES"] == "2"
     assert env["CONSUL_HTTP_TOKEN"] == {"secretKeyRef": {"name": "consul", "key": "token"}}
