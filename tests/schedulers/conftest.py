@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from nomad_watchdog.dev.ready import pause_s
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement, PlacementState
 from nomad_watchdog.schedulers.local import LocalScheduler, process
@@ -73,15 +74,16 @@ def agent_spec(**overrides: Any) -> AgentSpec:
 async def eventually(test: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll until true, and give that back."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
+    began = loop.time()
     while True:
         found = test()
         if isinstance(found, Awaitable):
             found = await found
         if found:
             return found
-        assert loop.time() < deadline, "not in time"
-        await asyncio.sleep(0.02)
+        waited_s = loop.time() - began
+        assert waited_s < timeout_s, "not in time"
+        await asyncio.sleep(pause_s(waited_s))
 
 
 @pytest.fixture
