@@ -91,8 +91,8 @@ lint-code:
 	$(BIN)/python -m servers.licences
 
 # One run with several workers: while some wait for servers, others compute. More workers than cores, as tests mostly wait.
-WORKERS      ?= 4
-LONG_WORKERS ?= 2
+WORKERS      ?= 5
+LONG_WORKERS ?= 3
 pytest = $(BIN)/pytest --numprocesses=$(1) --dist=loadgroup --no-loadscope-reorder -m $(2)
 
 test-fast: $(VENV)/.dev

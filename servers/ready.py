@@ -15,6 +15,13 @@ _POLL_S: Final = 0.05
 _CALL_S: Final = 2.0
 
 
+def pause_s(waited_s: float, least_s: float = 0.02, most_s: float = 0.1) -> float:
+    """Time to wait until the next of many polls: a twentieth of what was waited already.
+
+    Each poll costs CPU time here and in the server, which what is waited for may need."""
+    return min(max(least_s, waited_s / 20), most_s)
+
+
 async def until_ok(process: Process, url: str, timeout_s: float) -> None:
     """Until `url` answers 200.
 

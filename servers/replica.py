@@ -16,6 +16,7 @@ import aiohttp
 
 from nomad_watchdog.demo.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TerminalError, TransientError
+from servers.ready import pause_s
 
 _CALL_S: Final = 5.0
 
@@ -93,16 +94,18 @@ class ControlPlane:
         """Ask until the answer passes the test; that answer.
 
         Raises TerminalError with the end of the log when the time is over or the process has ended."""
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
         last: Any = None
-        while time.monotonic() < deadline and self.process.returncode is None:
+        while (
+            waited_s := time.monotonic() - began
+        ) < timeout_s and self.process.returncode is None:
             try:
                 last = await self.call("GET", path)
                 if test(last):
                     return last
             except TransientError as error:
                 last = str(error)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause_s(waited_s))
         raise TerminalError(
             f"{self.name}: {path} did not get there; last: {str(last)[:500]}; its log ends:\n"
             f"{self.process.log_tail()}"

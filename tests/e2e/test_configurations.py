@@ -32,7 +32,7 @@ CONFIG = """\
 backend   = "nomad"
 shards    = 4
 lease_ttl = "2s"
-resync    = "2s"
+resync    = "1s"
 data_dir  = "{root}"
 api {
   listen      = "127.0.0.1:{port}"
@@ -119,7 +119,7 @@ class Pair:
         """No job is written while both prepare theirs several times."""
         before = {name: job["JobModifyIndex"] for name, job in (await self.jobs()).items()}
         # Three rounds of `resync`: what is not written can't be waited for.
-        await asyncio.sleep(7.0)
+        await asyncio.sleep(3.5)
         after = {name: job["JobModifyIndex"] for name, job in (await self.jobs()).items()}
         assert after == before
 

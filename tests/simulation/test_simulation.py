@@ -19,6 +19,7 @@ from tests.simulation.planted import assert_found
 from tests.simulation.simulator import check_seeds, main, run_seed
 from tests.simulation.virtual_time import StuckError, VirtualLoop
 
+pytestmark = pytest.mark.usefixtures("yielding")
 SEEDS = 300
 CHUNK = 25
 OFTEN = 75
@@ -88,13 +89,16 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
     "the registry stores without comparing": (Store, "commit", _no_cas, {"S1", "S2", "S4", "S5"}),
     "no breaker": (planner, "_breaker", _no_breaker, {"S7"}),
 }  # fmt: skip
+SHOWN_BY = {"a listing older than the record is believed": 15}
+"""Bug → a seed that shows it, where no earlier one does."""
 
 
 @pytest.mark.slow_because("plays histories until one is broken")
 @pytest.mark.parametrize("planted", list(PLANTED))
 def test_a_planted_bug_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one guard of the real code taken out, a seed below 300 shows a promise that it kept."""
-    assert_found(PLANTED[planted], lambda seed: run_seed(seed).wrong, SEEDS, monkeypatch)
+    begin = SHOWN_BY.get(planted, 0)
+    assert_found(PLANTED[planted], lambda seed: run_seed(seed).wrong, SEEDS, monkeypatch, begin)
 
 
 @pytest.mark.slow_because("plays histories until one is broken")
