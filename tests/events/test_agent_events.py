@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nomad_watchdog.core import presence
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
+    Condition,
+    ConditionState,
     Departure,
     Epoch,
     PlacementState,
@@ -17,6 +20,7 @@ from nomad_watchdog.model import (
     PresenceRules,
     Unheard,
     VerdictState,
+    WallTime,
 )
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.events.test_chronicle import Site
@@ -220,3 +224,20 @@ async def test_nothing_is_kept_where_there_is_no_agent(site: Site, left: Departu
     assert site.fleet.refresh(gone).reason == "the device has left"
     place(site, there, PlacementState.DEAD)
     assert site.fleet.kept_for(there) == ""
+
+
+@pytest.mark.parametrize("ill", [True, False])
+async def test_the_expiry_of_a_dead_device_names_its_outage(site: Site, ill: bool) -> None:
+    """A device with a ttl dies and expires: the event says that it was offline, and why; that of one that was well
+    says nothing of the kind."""
+    (slug,) = site.add(1, "n")
+    site.fleet.loaded = True
+    record = site.fleet.records[slug]
+    if ill:
+        dead = Condition(ConditionState.OFFLINE, WallTime(5.0), "tcp:80: no answer", 4)
+        site.fleet.learn([replace(record, condition=dead, index=2)])
+    gone = presence.deregister(site.fleet.records[slug], WallTime(9.0), Departure.EXPIRED)
+    assert gone is not None
+    site.fleet.learn([replace(gone, index=3)])
+    (told,) = texts(site, "expired")
+    assert told.endswith("; it was offline: tcp:80: no answer") is ill
