@@ -5,6 +5,7 @@
     WatchdogError
     ├─ UserError        bad input, config or template: says what to change; never retried
     │  ├─ NotFoundError no such device, class or placement
+    │  ├─ DamagedError  a document in the registry is not what this program writes
     │  ├─ NoRegistryError it was never initialised, or it was wiped
     │  └─ OutOfDateError an event that is older than what it would change
     ├─ TransientError   429, 5xx, time-out, lost connection: try again, carries retry_after_s
@@ -53,6 +54,10 @@ class NotFoundError(UserError):
 
 class NoRegistryError(UserError):
     """There is no registry here: it was never initialised, or it was wiped, or this is another store."""
+
+
+class DamagedError(UserError):
+    """A document in the registry is not what this program writes."""
 
 
 class OutOfDateError(UserError):
