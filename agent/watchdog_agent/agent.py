@@ -34,7 +34,6 @@ class Agent:
     """Ties the parts together. All of it runs on one thread, in `loop`."""
 
     SAVE_EVERY_S = 60.0
-    CONSUL_WAIT_S = 1.0
     SHUT_DOWN_S = 2.5
     DEPART_S = 3.0
     """From the word that the device has left to the end of its alerts and of the agent."""
@@ -247,19 +246,13 @@ class Agent:
             self.reporter.changed()
 
     def watch_ready(self) -> None:
-        """Begin to report when ready; without Consul too, after a moment, as not ready: a dead Consul
-        must not hide what we see of the device."""
+        """Begin to report after the first round of probes, as not ready: registration in Consul waits for the
+        answer, which says whether we are the accepted agent. Then report again, as ready."""
         if self.exit_code is not None or not self.round_done():
             return
         if self.reporting:
             self.reporter.changed()
-        elif self.ready():
-            self._start_reporting()
         else:
-            self.loop.later(self.CONSUL_WAIT_S, self._start_reporting)
-
-    def _start_reporting(self) -> None:
-        if not self.reporting and self.exit_code is None:
             self.reporting = True
             self.reporter.start()
 

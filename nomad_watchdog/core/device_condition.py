@@ -3,11 +3,12 @@
 An outage outlives its agent. While an agent is replaced, silent or not ready, the verdict stays what it was,
 with the same beginning, until an accepted agent has probed the device and reports something else. Only a
 verdict that `decides` changes the condition, so that the registry is written once when a condition begins,
-once when it ends and once for each new agent that confirms it for another reason, and never for a report.
+once when it ends and when its reason becomes one of another kind, and never for a report.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Final
 
@@ -24,6 +25,10 @@ _OF: Final = {
     VerdictState.OFFLINE: ConditionState.OFFLINE,
     VerdictState.DEGRADED: ConditionState.DEGRADED,
 }
+_MEASURED: Final = re.compile(r"\d+(?:\.\d+)?(?: ?%| ?(?:ms|s|min|h|d|days?|times|probes)\b)")
+"""What differs between two reasons of one kind: a number with its unit."""
+RENEW_S: Final = (5.0, 300.0)
+"""First and longest time between two renewals of one condition, seconds; it doubles, as a reason may alternate."""
 _SHOWN: Final = {condition: verdict for verdict, condition in _OF.items()}
 
 
@@ -32,8 +37,9 @@ def after(
 ) -> Condition | None:
     """The condition that the device has after a verdict on its agent (`verdict.of_agent`).
 
-    `kept`: the condition so far. `began_at`: when the state of this verdict began, unix seconds. `renew`: the
-    agent confirms it for the first time: its evidence takes the place of its predecessor's.
+    `kept`: the condition so far. `began_at`: when the state of this verdict began, unix seconds. `renew`: a
+    reason of another kind takes the place of the stored one: the agent confirms the condition for the first
+    time, or the last renewal is long enough ago (`renew_after_s`).
     """
     if found.state is VerdictState.DEPARTED:
         return None
@@ -44,10 +50,19 @@ def after(
         return None
     reason = _bounded(found.reason)
     if kept is not None and kept.state is state:
-        return (
-            replace(kept, reason=reason, misses=misses) if renew and reason != kept.reason else kept
-        )
+        other = renew and kind_of(reason) != kind_of(kept.reason)
+        return replace(kept, reason=reason, misses=misses) if other else kept
     return Condition(state, began_at, reason, misses)
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what was measured: two of one kind need no write between them."""
+    return _MEASURED.sub("#", reason)
+
+
+def renew_after_s(renewals: int) -> float:
+    """How long a condition stays as it is after so many renewals (at least 1), seconds."""
+    return min(RENEW_S[0] * 2.0 ** min(renewals - 1, 16), RENEW_S[1])
 
 
 def shown(found: Verdict, kept: Condition | None, *, replaced: bool) -> Verdict:

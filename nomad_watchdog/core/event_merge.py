@@ -21,7 +21,20 @@ _PLAIN: Final[Mapping[str, str]] = {
     "expired": "presence",
     "flapping": "flap",
     "steady": "flap",
+    "condition.changed": "condition",
+    "agent.restarted": "restart",
 }
+_COUNTED: Final[Mapping[str, str]] = {
+    "repair": "number",
+    "incident.updated": "count",
+    "registry.restored": "index",
+    "present": "generation",
+    "absent": "generation",
+    "expired": "generation",
+    "condition.changed": "reason",
+    "agent.restarted": "restarts",
+}
+"""Kind, or its head → what in the data tells two events of that kind apart."""
 
 
 _RESTORED: Final = "registry.restored"
@@ -75,15 +88,8 @@ def subject(event: Said) -> Subject | None:
 def state(event: Said) -> str:
     """What a shared event says of its subject; the same twice in a row is one change."""
     head = event.kind.partition(".")[0]
-    if head == "repair":
-        return f"{event.kind} {event.data.get('number')}"
-    if event.kind == "incident.updated":
-        return f"{event.kind} {event.data.get('count')}"
-    if event.kind == _RESTORED:
-        return f"{event.kind} {event.data.get('index')}"
-    if _PLAIN.get(event.kind) == "presence":
-        return f"{event.kind} {event.data.get('generation')}"
-    return event.kind
+    key = _COUNTED.get(event.kind) or _COUNTED.get(head)
+    return f"{event.kind} {event.data.get(key)}" if key else event.kind
 
 
 def untold(own: Sequence[E], told: Mapping[Subject, tuple[str, float]], horizon: float) -> list[E]:

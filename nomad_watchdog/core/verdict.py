@@ -67,6 +67,12 @@ class Evidence:
     quiet_since: Monotonic = field(default=Monotonic(0.0))
     """The latest of: the last accepted report of the device, the moment that its present epoch was first
     seen here, and the start of this control plane."""
+    running_since: Monotonic = field(default=Monotonic(0.0))
+    """Since when this run of the agent has been seen running: before that there was nothing to be heard."""
+    was_watched: bool = False
+    """An agent of the device has been ready: one that waits for a node is missing, and not just new."""
+    is_unwatched: bool = False
+    """The verdict so far is `unwatched`. It ends when an agent is on a node, not when one is asked for."""
     suspect_since: Monotonic | None = None
     """Since when the reports have been a suspicion; None = the last one was none."""
     unlisted_since: Monotonic | None = None
@@ -143,7 +149,8 @@ def _without_agent(evidence: Evidence, limits: Limits, now: Monotonic) -> Verdic
         return Verdict(VerdictState.UNWATCHED, evidence.obstacle)
     waited = now - evidence.waiting_since
     if _is_in_grace(evidence, limits, now):
-        return Verdict(VerdictState.STARTING, "an agent is being started")
+        state = VerdictState.UNWATCHED if evidence.is_unwatched else VerdictState.STARTING
+        return Verdict(state, "an agent is being started")
     return Verdict(VerdictState.UNWATCHED, f"no agent has been placed for {waited:.0f} s")
 
 
@@ -254,13 +261,14 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
     passes = _passes(placement, evidence)
     before = evidence.before if evidence.report is None else None
     overdue = quiet_s > limits.report_stale_s
+    silent_s = now - max(evidence.quiet_since, evidence.running_since)
     if before is not None and placement.state is PlacementState.RUNNING and not overdue:
         # No start: the agent has reported at this epoch, to the process before this one.
         return _carried(before, quiet_s, evidence, limits, now, ready=bool(passes))
     if passes and not overdue:
         # Bridges the time until the first report, and no more: silence is never healthy.
         return Verdict(VerdictState.WATCHED, f"{passes}; no report of it here yet", ready=True)
-    if placement.state is PlacementState.RUNNING and overdue:
+    if placement.state is PlacementState.RUNNING and silent_s > limits.report_stale_s:
         was_heard = bool(evidence.refusal or passes or evidence.report or before)
         if was_heard or not _is_in_grace(evidence, limits, now):
             return _unheard(passes, evidence, now)
@@ -270,7 +278,12 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
 def _not_started(
     placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic
 ) -> Verdict:
-    """The scheduler's reason, if it has one."""
+    """The scheduler's reason, if it has one. An agent that no node takes does not start."""
+    if placement.state is PlacementState.PENDING:
+        said = placement.reason or "the scheduler has not found a node for it yet"
+        no_node = placement.queued and placement.reason and evidence.was_watched
+        if no_node or (evidence.is_unwatched and _is_in_grace(evidence, limits, now)):
+            return Verdict(VerdictState.UNWATCHED, f"agent {placement.state}: {said}")
     if placement.reason:
         return _not_ready(f"agent {placement.state}: {placement.reason}", evidence, limits, now)
     return _not_ready(f"agent {placement.state}, no report of it", evidence, limits, now)
@@ -312,7 +325,7 @@ def _unheard(passes: str, evidence: Evidence, now: Monotonic) -> Verdict:
     if evidence.refusal:
         refused = f"the agent's reports are refused: {evidence.refusal}"
         return Verdict(VerdictState.UNWATCHED, refused, unheard=Unheard.REFUSED)
-    heard_at = evidence.quiet_since if evidence.report is None else evidence.report.received_at
+    heard_at = max(evidence.quiet_since, evidence.running_since)
     although = f"although {passes}" if passes else "although the agent runs"
     return Verdict(
         VerdictState.UNWATCHED,

@@ -69,7 +69,7 @@ class RollCall(Ledger):
                 self.slug_by_id[record.device.id] = record.slug
             begins_to_flap = self.attendance.learned(before, record, now)
             if self.loaded and (before is None or before.generation != record.generation):
-                self.note(record.slug, *_said_of(record), generation=record.generation)
+                self.note(record.slug, *_said_of(before, record), generation=record.generation)
             if begins_to_flap:
                 self.note(record.slug, "flapping", "the device comes and goes too often")
 
@@ -180,6 +180,14 @@ class RollCall(Ledger):
             return False
         return bool(self.attendance.keeps(slug, self.clock.monotonic()) or self.pause_of(record))
 
+    def kept_for(self, slug: Slug) -> str:
+        """Why the agent of a device that has left is kept, in words; "" = none is: where no agent is, nothing is
+        kept, whatever the time since the device left."""
+        found = self.placements.get(slug, ())
+        if all(placement.state is PlacementState.DEAD for placement in found):
+            return ""
+        return self.attendance.keeps(slug, self.clock.monotonic())
+
     def resting(self) -> frozenset[Slug]:
         """Devices for which nothing is done now: paused, or gone with an agent that waits for them.
         One of another epoch waits for nobody."""
@@ -224,13 +232,12 @@ class RollCall(Ledger):
         record = self.records.get(slug)
         if record is None:
             return {}
-        now = self.clock.monotonic()
         pause = self.pause_of(record)
         flap = self.attendance.flaps.get(slug)
         return {
             "attendance": self.shown_presence(record)
             | {
-                "agent_kept": self.attendance.keeps(slug, now),
+                "agent_kept": self.kept_for(slug),
                 "changes_counted": 0.0 if flap is None else round(flap.penalty, 2),
                 "paused": None if pause is None else shown_pause(pause),
             }
@@ -254,12 +261,14 @@ class RollCall(Ledger):
         return self.told.after(since, limit, wanted)
 
 
-def _said_of(record: DeviceRecord) -> tuple[str, str]:
-    """Kind and text of the event that tells of a changed wish."""
+def _said_of(before: DeviceRecord | None, record: DeviceRecord) -> tuple[str, str]:
+    """Kind and text of the event that tells of a changed wish. An outage that ends with the device is named."""
     if record.presence is Presence.PRESENT:
         return "present", f"device registered ({record.device.address})"
     if record.left is Departure.EXPIRED:
-        return "expired", "the device has left: no sign of life for its whole ttl"
+        ill = before.condition if before is not None else None
+        was = f"; it was {ill.state.value}: {ill.reason}" if ill is not None else ""
+        return "expired", f"the device has left: no sign of life for its whole ttl{was}"
     if record.left is Departure.DISCONNECTED:
         return "absent", "the device has left: its gateway says that it is disconnected"
     return "absent", "the device has left"

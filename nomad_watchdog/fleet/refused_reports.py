@@ -66,6 +66,17 @@ class Refusals:
         """A report of this device was accepted."""
         self._by_slug.pop(slug, None)
 
+    def slugs(self) -> list[Slug]:
+        """The devices of which a report was refused after the last one that was accepted."""
+        return list(self._by_slug)
+
+    def at(self, slug: Slug, epoch: Epoch, addresses: Iterable[str], now: Monotonic) -> str:
+        """As `of`, for a report that names the device and epoch and came from one of these addresses."""
+        found = self._by_slug.get(slug)
+        if found is None or found.epoch != epoch or found.peer not in addresses:
+            return ""
+        return found.in_words() if now - found.at <= LATELY_S else ""
+
     def of(self, slug: Slug, epoch: Epoch, addresses: Iterable[str], now: Monotonic) -> str:
         """Why the agent of this device and epoch, at one of these addresses, was refused lately; "" = it was
         not, as far as is known."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from nomad_watchdog import failpoints
@@ -20,6 +20,7 @@ from nomad_watchdog.fleet.event_recorder import Change, Chronicle
 from nomad_watchdog.fleet.pending_conditions import Unwritten
 from nomad_watchdog.fleet.presence import RollCall
 from nomad_watchdog.fleet.refused_reports import Refusals
+from nomad_watchdog.fleet.track import Track
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
     AgentState,
@@ -37,42 +38,8 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.registry import Registry
 
+_NEVER_READY: Final = (VerdictState.STARTING.value, VerdictState.DEPARTED.value)
 _STUCK: Final = (VerdictState.UNWATCHED, VerdictState.FAILING)
-
-
-@dataclass(slots=True)
-class _Track:
-    """What is remembered of a device between two judgements."""
-
-    waiting_since: Monotonic
-    quiet_since: Monotonic
-    """See `verdict.Evidence`."""
-    epoch: int = -1
-    """The record's epoch when it was last judged."""
-    state: VerdictState | None = None
-    agent: VerdictState | None = None
-    """The state without the kept condition."""
-    ready: bool = False
-    unheard: Unheard | None = None
-    unlisted: bool = False
-    unlisted_since: Monotonic | None = None
-    reason: str = ""
-    since: Monotonic = field(default=Monotonic(0.0))
-    suspect_since: Monotonic | None = None
-    report: Report | None = None
-    overruled_at: Monotonic = field(default=Monotonic(float("-inf")))
-    """When another replica's word on the condition came; older reports do not decide about it."""
-    judged: bool = False
-    """It has had a state other than `starting` since this control plane began."""
-    confirmed: int = -1
-    """The epoch whose agent has decided about the condition."""
-    carried: VerdictState | None = None
-    """The verdict of the last run on the agent that runs still, until something is heard of it."""
-
-    @property
-    def settled(self) -> bool:
-        """Whether no agent is missing: it is ready, or the device has left."""
-        return self.ready or self.state is VerdictState.DEPARTED
 
 
 class Verdicts(RollCall):
@@ -92,7 +59,7 @@ class Verdicts(RollCall):
         """Reports that the API refused."""
         self.conditions = Unwritten()
         """Conditions that are not in the registry yet."""
-        self._tracks: dict[Slug, _Track] = {}
+        self._tracks: dict[Slug, Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
         self._unheard: Counter[Unheard] = Counter()
         self._unlisted = 0
@@ -147,11 +114,11 @@ class Verdicts(RollCall):
                     self.refresh(slug)
         return answer
 
-    def _track(self, slug: Slug) -> _Track:
+    def _track(self, slug: Slug) -> Track:
         track = self._tracks.get(slug)
         if track is None:
             now = self.clock.monotonic()
-            track = self._tracks[slug] = _Track(waiting_since=now, quiet_since=now)
+            track = self._tracks[slug] = Track(waiting_since=now, quiet_since=now)
         return track
 
     def condition(self, record: DeviceRecord) -> Condition | None:
@@ -168,6 +135,8 @@ class Verdicts(RollCall):
             track.epoch = record.epoch
             track.quiet_since = now
         evidence = self._evidence(record, track)
+        if restarts := track.restarted(evidence.placement, now):
+            self._say_restarted(slug, track, restarts)
         found = verdict.of_agent(record, evidence, self.limits, now)
         if evidence.report is not None and evidence.report.received_at < track.overruled_at:
             found = replace(found, decides=False)
@@ -175,7 +144,7 @@ class Verdicts(RollCall):
         replaced = verdict.is_replaced(record, evidence)
         judged = condition.shown(found, kept, replaced=replaced)
         if judged.ready:
-            track.waiting_since = now
+            track.waiting_since, track.was_watched = now, True
         if judged.unheard is not track.unheard:
             self._say_unheard(slug, found, track.unheard)
             track.unheard = judged.unheard
@@ -216,7 +185,23 @@ class Verdicts(RollCall):
         if found.unheard is not None:
             self.note(slug, "agent.unheard", found.reason, why=found.unheard.value)
         else:
-            self.note(slug, "agent.heard", found.reason)
+            self._say_heard(slug, found)
+
+    def _say_heard(self, slug: Slug, found: Verdict) -> None:
+        """Why the silence is over: a report was accepted, or none is expected any more."""
+        track, now = self._tracks[slug], self.clock.monotonic()
+        report = track.report
+        fresh = report is not None and now - report.received_at <= self.limits.report_stale_s
+        said = "a report has reached this control plane" if fresh else "no report is expected now"
+        self.note(slug, "agent.heard", f"{said}: {found.reason}" if found.reason else said)
+
+    def _say_restarted(self, slug: Slug, track: Track, new: int) -> None:
+        total = track.restarts[1]
+        times = "" if new == 1 else f", {new} times since the last event"
+        why = f": {track.died_of}" if track.died_of else ""
+        text = f"the scheduler restarted the agent (restart {total} of its placement{times}){why}"
+        track.died_of = ""
+        self.note(slug, "agent.restarted", text, restarts=total, epoch=track.restarts[0])
 
     def _condition(
         self, record: DeviceRecord, found: Verdict, evidence: verdict.Evidence, now: Monotonic
@@ -228,12 +213,19 @@ class Verdicts(RollCall):
         age_s = _age_of(found.state, report, now)
         began_at = WallTime(self.clock.wall() - age_s)
         track = self._tracks[record.slug]
-        misses, renew = report.misses if report is not None else 0, track.confirmed != record.epoch
+        misses = report.misses if report is not None else 0
+        renew = track.confirmed != record.epoch or now >= track.renew_at
         fresh = condition.after(found, kept, began_at, misses, renew=renew)
         track.confirmed = record.epoch
         if fresh is not kept:
             renewed = condition.same(kept, fresh)
             self.conditions.write(record, fresh, now, renewed=renewed)
+            track.renewals = track.renewals + 1 if renewed else 0
+            after_s = condition.renew_after_s(track.renewals) if renewed else 0.0
+            track.renew_at = Monotonic(now + after_s)
+            if renewed and fresh is not None and kept is not None:
+                data = {"state": fresh.state.value, "reason": fresh.reason, "was": kept.reason}
+                self.note(record.slug, "condition.changed", fresh.reason, **data)
         return fresh
 
     def _began(
@@ -274,12 +266,14 @@ class Verdicts(RollCall):
         """A moment of the past by the wall clock, by ours: for people, never to decide."""
         return Monotonic(now - max(0.0, self.clock.wall() - at))
 
-    def _evidence(self, record: DeviceRecord, track: _Track) -> verdict.Evidence:
+    def _evidence(self, record: DeviceRecord, track: Track) -> verdict.Evidence:
         found = self.placements.get(record.slug, ())
         live = [p for p in found if p.state is not PlacementState.DEAD]
         current = next((p for p in live if p.epoch == record.epoch), None)
         report = track.report
+        track.ran(current, self.clock.monotonic())
         quiet_since, now = track.quiet_since, self.clock.monotonic()
+        before = self._before.get(record.slug)
         if report is not None:
             quiet_since = max(quiet_since, report.received_at)
             if (report.epoch, report.instance) != (record.epoch, record.instance):
@@ -302,9 +296,14 @@ class Verdicts(RollCall):
             placed_at=self.chronicle.placed_at(record),
             beat_at=self.attendance.beats.get(record.slug),
             grace_s=self.chronicle.grace(record).seconds,
-            kept=self.attendance.keeps(record.slug, now),
+            kept=self.attendance.keeps(record.slug, now) if live else "",
             condition=self.condition(record),
             quiet_since=quiet_since,
+            running_since=track.running_since,
+            was_watched=track.was_watched
+            or record.condition is not None
+            or (before is not None and before[0] not in _NEVER_READY),
+            is_unwatched=track.state is VerdictState.UNWATCHED,
             suspect_since=track.suspect_since,
             unlisted_since=track.unlisted_since,
             before=track.carried,
@@ -354,7 +353,19 @@ class Verdicts(RollCall):
 
     def unheard(self) -> dict[Unheard, int]:
         """Running agents of which nothing is heard, by reason, as last judged."""
-        return {why: self._unheard[why] for why in Unheard}
+        refused = sum(bool(self.refused(slug)) for slug in self.refusals.slugs())
+        return {
+            why: self._unheard[why] + (refused if why is Unheard.REFUSED else 0) for why in Unheard
+        }
+
+    def refused(self, slug: Slug) -> str:
+        """Why the reports of a device's agent are refused now, although its silence is not long enough yet for a
+        verdict; "" = they are not. Only for one that comes from where the agent is: its claim is not verified."""
+        record, track = self.records.get(slug), self._tracks.get(slug)
+        if record is None or track is None or track.unheard is not None:
+            return ""
+        known = _addresses(track.report, self.health.get(slug))
+        return self.refusals.at(slug, record.epoch, known, self.clock.monotonic())
 
     def unlisted(self) -> int:
         """Devices whose agent reports and is not known to its scheduler, as last judged."""

@@ -15,7 +15,7 @@ from watchdog_agent.detection.thresholds import Thresholds
 from watchdog_agent.reporting import reporter
 
 from tests.agent.receiver import Receiver
-from tests.agent.world import OK, World, probe, says, tcp, until
+from tests.agent.world import OK, Listener, World, probe, says, silent, tcp, until
 
 
 @pytest_asyncio.fixture
@@ -32,6 +32,7 @@ def answer(**condition: Any) -> bytes:
     return json.dumps({"accepted": True, "api": [], "condition": condition}).encode()
 
 
+BROKEN = b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n"
 OFFLINE = {"state": "offline", "age_s": 500.0, "reason": "http: dead; icmp: no echo", "misses": 9}
 
 
@@ -78,6 +79,66 @@ async def test_a_condition_is_refuted_by_a_confirmation_or_a_success(world: Worl
     await until(lambda: len(world.peer.reports) > heard + 5, "more reports")
     assert {r["state"] for r in world.peer.reports[heard:]} == {"ok"}
     assert len([line for line in agent.log if line["msg"] == "condition taken over"]) == 1
+
+
+async def test_another_cause_of_a_state_that_lasts_is_reported_at_once(world: World) -> None:
+    """A service that refused answers 503 now, on a host that was there all the time: the new cause is reported and
+    logged at once, although the next report by the clock is far away."""
+    agent = await world.started(confirm=[tcp(world.peer.port)], beat_s=600.0)
+    await world.peer.saw("ok", state="ok")
+    await world.device.stop()
+    await world.peer.saw("degraded", state="degraded")
+    broken = Listener(says(BROKEN), world.device.port)
+    world.others.append(broken)
+    await broken.start()
+    report = await until(lambda: "503" in world.peer.last["reason"] and world.peer.last, "503")
+    assert report["state"] == "degraded"
+    assert report["reason"].endswith(
+        "status 503, not 200; but tcp:" + str(world.peer.port) + " answers"
+    )
+    assert [line for line in agent.log if "503" in line.get("reason", "")]
+
+
+async def test_an_outage_that_ends_in_part_is_never_reported_with_its_old_reason(
+    world: World,
+) -> None:
+    """The host and the service come back together, the service with 503: one report of degraded, with the 503."""
+    host = Listener(silent, world.dead_port)
+    world.others.append(host)
+    await world.started(beat_s=600.0)
+    await world.peer.saw("ok", state="ok")
+    await world.device.stop()
+    await world.peer.saw("offline", state="offline")
+    broken = Listener(says(BROKEN), world.device.port)
+    world.others.append(broken)
+    await broken.start()
+    await host.start()
+    await world.peer.saw("degraded", state="degraded")
+    reasons = [one["reason"] for one in world.peer.reports if one["state"] == "degraded"]
+    assert len(reasons) == 1
+    assert "503" in reasons[0]
+    await broken.stop()
+    world.device = Listener(says(OK), world.device.port)
+    await world.device.start()
+    await world.peer.saw("ok", state="ok")
+
+
+async def test_a_device_that_comes_back_whole_is_not_degraded(world: World) -> None:
+    """Both its service and what confirms come back; the probe that is under way then belongs to the outage."""
+    host = Listener(silent, world.dead_port)
+    world.others.append(host)
+    hangs = Listener(silent, world.device.port)
+    world.others.append(hangs)
+    await world.started(probes=[probe(world.device.port, timeout_s=0.3)], beat_s=600.0)
+    await world.peer.saw("ok", state="ok")
+    await world.device.stop()
+    await hangs.start()
+    await world.peer.saw("offline", state="offline")
+    await hangs.stop()
+    await host.start()
+    await world.device.start()
+    await world.peer.saw("ok", state="ok")
+    assert "degraded" not in {one["state"] for one in world.peer.reports}
 
 
 async def test_a_degraded_condition_is_taken_over(world: World) -> None:

@@ -170,7 +170,7 @@ def test_a_dead_service_on_a_live_host_is_degraded_at_the_first_confirmation() -
     assert it.state == "suspect"
     assert it.confirmation("icmp", True, "echo")
     assert it.state == "degraded"
-    assert it.reason == "http:80: connection refused, 3 times; but icmp answers"
+    assert it.reason == "http:80: connection refused; but icmp answers"
     assert it.probed("0:http:80", True, "status 200")
     assert (it.state, it.reason) == ("ok", "status 200")
 
@@ -181,16 +181,92 @@ def test_another_probe_that_answers_makes_degraded_too() -> None:
     for _ in range(2):
         it.probed("0:http:80", False, "r")
         it.probed("1:tcp:22", True, "connected")
-    assert (it.state, it.reason) == ("degraded", "r, 2 times; but tcp:22 answers")
+    assert (it.state, it.reason) == ("degraded", "r; but tcp:22 answers")
     assert not it.wants_confirmation()
 
 
 def test_an_offline_device_whose_confirmation_answers_again_is_degraded() -> None:
-    """The host comes back and its service does not: no longer offline."""
+    """The host comes back and its service does not: no longer offline, and degraded with the next miss."""
     it = dead()
     it.probed("0:p", False, "no answer")
     assert it.confirmation("icmp", True, "echo")
-    assert it.state == "degraded"
+    assert (it.state, it.to_ask) == ("suspect", {"0:p"})
+    assert it.probed("0:p", False, "connection refused", asked_at=it.returns)
+    assert (it.state, it.reason) == ("degraded", "connection refused; but icmp answers")
+
+
+@pytest.mark.parametrize("overtaken", [0, 1, 3])
+@pytest.mark.parametrize("by", ["confirmation", "probe"])
+def test_a_device_that_comes_back_whole_is_never_degraded(by: str, overtaken: int) -> None:
+    """Something of an offline device answers: misses of probes that were asked before that do not make it degraded,
+    and it is ok when the probes that are asked anew succeed."""
+    it = Suspicion(2, was_ready=True)
+    while it.state != "offline":
+        for name in NAMES:
+            it.probed(name, False, "no answer")
+        it.confirmation("icmp", False, "no echo")
+    before = it.returns
+    if by == "confirmation":
+        it.probed(NAMES[0], False, "no answer")
+        assert it.confirmation("icmp", True, "echo")
+    else:
+        assert it.probed(NAMES[1], True, "connected")
+    for _ in range(overtaken):
+        assert not it.probed(NAMES[0], False, "no answer", asked_at=before)
+        assert it.state == "suspect"
+    for name in NAMES:
+        it.probed(name, True, "connected", asked_at=it.returns)
+    assert (it.state, it.misses, it.to_ask) == ("ok", 0, set())
+
+
+def test_a_device_that_dies_again_while_it_comes_back_is_offline_by_two_confirmations() -> None:
+    """It answered one ping and nothing after that: the next miss says that it is back in part, and as many failed
+    confirmations as ever are needed for offline. Where no probe could be asked anew it stays suspect till then."""
+    it = dead()
+    it.probed("0:p", False, "no answer")
+    it.confirmation("icmp", True, "echo")
+    before = it.returns - 1
+    it.probed("0:p", False, "no answer", asked_at=before)
+    assert not it.confirmation("icmp", False, "no echo")
+    it.probed("0:p", False, "no answer", asked_at=before)
+    assert it.confirmation("icmp", False, "no echo")
+    assert (it.state, it.to_ask) == ("offline", set())
+
+
+def test_a_reason_has_no_count_and_its_cause_changes_with_the_cause_only() -> None:
+    """However long it lasts, the reason stays as it is; another cause changes it, a measured value does not."""
+    it = Suspicion(2, was_ready=True)
+    for _ in range(2):
+        it.probed("0:tls", False, "tls: no answer")
+    it.confirmation("icmp", True, "echo")
+    cause = it.cause
+    for _ in range(90):
+        assert not it.probed("0:tls", False, "tls: no answer")
+        assert (it.reason, it.cause) == ("tls: no answer; but icmp answers", cause)
+    assert it.misses == 92
+    it.probed("0:tls", False, "tls: status 503")
+    assert (it.reason, it.cause) != (cause, cause)
+    it.probed("0:tls", True, "r", warning="tls: took 0.5 s")
+    slow = it.cause
+    it.probed("0:tls", True, "r", warning="tls: took 0.6 s")
+    assert (it.state, it.reason, it.cause) == ("degraded", "tls: took 0.6 s", slow)
+    it.probed("0:tls", True, "r")
+    assert (it.state, it.cause) == ("ok", "")
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_a_degraded_device_stays_degraded_with_its_new_agent(first: str) -> None:
+    """One of two probes is dead: after a restart one miss of it is enough, whichever of the two is asked first. With
+    the first success of both it is ok, and a miss counts as ever."""
+    it = Suspicion(3, was_ready=True)
+    it.restore("degraded", "http:80: status 503; but tcp:22 answers", 50)
+    second = next(name for name in NAMES if name != first)
+    for name in (first, second, NAMES[1]):
+        it.probed(name, name == NAMES[1], "http:80: status 503")
+    assert (it.state, it.reason) == ("degraded", "http:80: status 503; but tcp:22 answers")
+    it.probed(NAMES[0], True, "status 200")
+    it.probed(NAMES[0], False, "http:80: status 503")
+    assert it.state == "ok"
 
 
 def test_a_confirmation_that_cannot_be_asked_leads_to_unable_and_a_failed_one_on() -> None:
@@ -392,9 +468,10 @@ def test_an_adopted_outage_is_confirmed_or_refuted_by_this_agent() -> None:
         it.probed("0:p", False, "tcp:80: no answer")
         assert it.wants_confirmation()
         assert not it.confirmation("icmp", False, "no echo")
-    assert (it.state, it.reason) == ("offline", "tcp:80: no answer, 3 times; icmp: no echo")
+    assert (it.state, it.reason) == ("offline", "tcp:80: no answer; icmp: no echo")
     it.probed("0:p", False, "tcp:80: no answer")
     assert it.confirmation("icmp", True, "echo")
+    it.probed("0:p", False, "tcp:80: no answer")
     assert it.state == "degraded"
     assert not it.adopt("offline", "r", 9)
 

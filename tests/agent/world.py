@@ -55,10 +55,10 @@ def says(data: bytes) -> Speaker:
 
 
 class Listener(dev.Listener):
-    """One on a free port of 127.0.0.1."""
+    """One on a port of 127.0.0.1, a free one if none is given."""
 
-    def __init__(self, speak: Speaker) -> None:
-        super().__init__(speak, "127.0.0.1", free_port())
+    def __init__(self, speak: Speaker, port: int = 0) -> None:
+        super().__init__(speak, "127.0.0.1", port or free_port())
 
 
 class Peer(Listener):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,3 +145,32 @@ def test_a_restored_backup_undoes_no_newer_condition(
     newer = (new_generation, new_epoch) > (old_generation, old_epoch)
     assert result.condition == (DEAD if newer else None)
     assert presence.restore(None, saved) == replace(saved, index=0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("tls: expires on 2027-01-01, in 5 days", "tls: expires on 2027-01-01, in 4 days", True),
+        ("http: took 0.351 s (warn_time is 0.2)", "http: took 1.2 s (warn_time is 0.2)", True),
+        (
+            "icmp: 12% of the last 60 probes were lost",
+            "icmp: 7% of the last 60 probes were lost",
+            True,
+        ),
+        ("no answer, 45 times; but icmp answers", "no answer, 3 times; but icmp answers", True),
+        ("http:80: status 503, not 200", "http:80: status 502, not 200", False),
+        ("tcp:80: no answer within 1 s", "tcp:443: no answer within 1 s", False),
+        ("tcp:80: no answer within 1 s", "tcp:80: connection refused", False),
+    ],
+)
+def test_a_reason_of_the_same_kind_differs_in_what_is_measured(
+    one: str, other: str, same: bool
+) -> None:
+    """Ages, times, shares and counts make no other kind; a status, a port and another cause do."""
+    assert (device_condition.kind_of(one) == device_condition.kind_of(other)) is same
+
+
+def test_renewals_wait_longer_up_to_a_bound() -> None:
+    """5 s after the first, then twice as long each time, at most 300 s."""
+    waits = [device_condition.renew_after_s(number) for number in (1, 2, 3, 7, 10_000)]
+    assert waits == [5.0, 10.0, 20.0, 300.0, 300.0]

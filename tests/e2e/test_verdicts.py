@@ -180,6 +180,29 @@ async def test_v1_an_outage_outlives_its_agent_and_the_control_plane(
     assert kinds[-1] == "verdict.watched"
 
 
+@pytest.mark.slow_because("an agent is killed and restarted by its scheduler")
+async def test_a_killed_agent_leaves_an_event(case: Case, directory: Path) -> None:
+    """The local backend restarts an agent that was killed: one event, with the reason, and no change of the verdict
+    to offline or degraded."""
+    async with case.running():
+        await case.import_devices("a")
+        await case.until("watched")
+        for pid in pids_of(directory, (await case.look())["slug"]):
+            os.kill(pid, signal.SIGKILL)
+
+        async def told() -> Any:
+            return (await case.get("/v1/events?kind=agent.restarted"))["items"]
+
+        (event,) = await eventually(told, 60.0)
+        assert (event["device"], event["data"]["restarts"]) == ("a", 1)
+        assert event["text"].startswith(
+            "the scheduler restarted the agent (restart 1 of its placement)"
+        )
+        await case.until("watched")
+        assert len(await told()) == 1
+        assert {verdict for verdict, _ in case.seen} <= {"watched", "starting", "unwatched"}
+
+
 @pytest.mark.slow_because("waits until reports are stale")
 async def test_v2_refused_reports_leave_a_device_unwatched(case: Case) -> None:
     """The agents' key is replaced in place: the device is unwatched with that reason, in the status, the events,

@@ -7,7 +7,8 @@
   One would do if losses were independent; a device that stands still for some seconds after a lost packet is
   why there are two (bench/detection.py). Only a device that has answered before is called offline (S6).
 - **degraded**: a confirmation, or another probe, succeeds while a probe misses; or a warning threshold is
-  exceeded, which never counts as a miss.
+  exceeded, which never counts as a miss. A device that was offline becomes it only by a probe that was asked
+  after something answered (`to_ask`): the misses of before say nothing about a device that is back.
 - **unable**: a probe could not be asked `need` times in a row, or two confirmations could not be asked. Nothing
   that was not asked counts as a miss, as an answer or as a confirmation.
 
@@ -53,11 +54,19 @@ class Suspicion:
         """Whether an earlier run has found the device well, and nothing was asked since."""
         self._misses: dict[str, int] = {}
         self._unable: dict[str, int] = {}
-        self._late: dict[str, tuple[str, int]] = {}
-        """Probes that missed as often as makes suspect: (why, how often)."""
+        self._late: dict[str, str] = {}
+        """Probes that missed as often as makes suspect, and why; the one that changed last is last."""
+        self.to_ask: set[str] = set()
+        """Probes that missed before something of an offline device answered, and were not asked since."""
+        self.returns = 0
+        """How often that was so. A probe that was asked at a lower number belongs to before."""
+        self._partial = False
+        """The device was degraded before: one miss of a probe that has not answered yet says that it is still."""
         self._blind: dict[str, str] = {}
         """Probes that could not be asked as often, and why."""
         self._warned: dict[str, str] = {}
+        self._well: set[str] = set()
+        """Probes that have succeeded since the start."""
         self._alive = ""
         """What answered while a probe misses."""
         self._found = ""
@@ -84,6 +93,14 @@ class Suspicion:
         """Whether the device was found to be well, now or by an earlier run after which nothing was asked."""
         return self.state == "ok" and (self.answered or self._settled)
 
+    @property
+    def cause(self) -> str:
+        """What the reason is about: it changes with the cause of a state, not with what is measured."""
+        if self.state == "ok":
+            return ""
+        warned = self.state == "degraded" and not self._late
+        return "; ".join(self._warned) if warned else self.reason
+
     # -- what others knew
 
     def restore(self, state: object, reason: object, misses: object) -> None:
@@ -102,7 +119,8 @@ class Suspicion:
             self._update()
             return
         self._misses[BEFORE] = max(1, count, self.misses)
-        self._late = {BEFORE: (cause, 0)} | self._late
+        self._late = {BEFORE: cause} | self._late
+        self._partial = state == "degraded"
         self._misses_then = self.misses
         self._found = found
         self._offline = self._inherited = state == "offline"
@@ -130,9 +148,10 @@ class Suspicion:
         reason: str,
         need: int | None = None,
         warning: str = "",
+        asked_at: int | None = None,
     ) -> bool:
         """Take one result of probe `name` (unique among the probes); true when the state changed. `warning`:
-        the threshold that a success exceeds, in words."""
+        the threshold that a success exceeds, in words. `asked_at`: `returns` when it was asked; None = as now."""
         if outcome:
             self._answered(name, reason, warning)
         elif outcome is None:
@@ -145,21 +164,39 @@ class Suspicion:
                     self._offline = self._inherited = False
                     self._rounds, self._found = 0, ""
         else:
-            self._unable.pop(name, None)
-            self._blind.pop(name, None)
-            self._first(reason)
-            if BEFORE in self._misses:
-                self._misses[BEFORE] += 1
-            count = self._misses[name] = self._misses.get(name, 0) + 1
-            known = self._late.get(name)
-            # Of a state that lasts the words stay as they are, unless the cause is another.
-            same = known is not None and known[0] == reason
-            if (known or count >= (need or self.need)) and not (
-                same and self.state in ("degraded", "offline")
-            ):
-                self._late.pop(name, None)
-                self._late[name] = (reason, count)
+            self._missed(name, reason, need or self.need)
+            if asked_at in (None, self.returns):
+                self._asked_again(name)
         return self._update()
+
+    def _missed(self, name: str, reason: str, need: int) -> None:
+        self._unable.pop(name, None)
+        self._blind.pop(name, None)
+        self._first(reason)
+        if BEFORE in self._misses:
+            self._misses[BEFORE] += 1
+        count = self._misses[name] = self._misses.get(name, 0) + 1
+        at_once = self._partial and name not in self._well
+        if name not in self._late and count < need and not at_once:
+            return
+        if self._late.get(name) != reason:
+            self._late.pop(name, None)
+            self._late[name] = reason
+
+    def _asked_again(self, name: str) -> None:
+        """A probe that was asked after something answered has missed too: the device is back in part."""
+        self.to_ask.discard(name)
+        if name in self._late:
+            self._late[name] = self._late.pop(name)
+        if name in self._late or BEFORE in self._late:
+            self.to_ask.clear()
+
+    def _returned(self) -> None:
+        """Something of an offline device answers: what it is now is for probes that are asked from now on."""
+        self._offline = self._inherited = False
+        self.returns += 1
+        self.to_ask = {name for name, count in self._misses.items() if count and name != BEFORE}
+        self._found = "something of it answers, and the probe is asked again"
 
     def _first(self, reason: str) -> None:
         if not self.answered and not self._settled:
@@ -167,6 +204,8 @@ class Suspicion:
 
     def _answered(self, name: str, reason: str, warning: str) -> None:
         self._misses[name] = 0
+        self._well.add(name)
+        self.to_ask.discard(name)
         self._unable.pop(name, None)
         self._blind.pop(name, None)
         for one in (name, BEFORE):
@@ -176,9 +215,11 @@ class Suspicion:
         if warning:
             self._warned[name] = warning
         self.was_ready = self.answered = True
-        self._offline = self._inherited = False
         self._rounds = self._unasked = self._misses_then = 0
         self.behind = self._found = ""
+        if self._offline and self._late:
+            self._returned()
+        self._offline = self._inherited = False
         self._alive = name.partition(":")[2] or name if self._late else ""
         self._said = reason
 
@@ -194,7 +235,8 @@ class Suspicion:
         self._misses_then = self.misses
         if outcome:
             self._alive, self._found = name, ""
-            self._offline = self._inherited = False
+            if self._offline:
+                self._returned()
             self._rounds = self._unasked = 0
         elif outcome is None:
             self._not_asked(f"unable to confirm: {name}: {reason}")
@@ -209,6 +251,7 @@ class Suspicion:
                 self._found = f"{found}, to be asked again"
             return
         self._alive = ""
+        self.to_ask.clear()
         if not self.was_ready:
             self._found = f"{found}; it has never answered"
         elif not self._offline or self._inherited:
@@ -220,6 +263,7 @@ class Suspicion:
             self._found = why
             if self._unasked >= self.ROUNDS:
                 self._alive = ""  # that was too long ago
+                self.to_ask.clear()
 
     def gateway(self, outcome: Outcome, reason: str) -> bool:
         """Take whether the device's gateway answers; true when what is said of the device changed.
@@ -268,7 +312,7 @@ class Suspicion:
             return "offline"
         if self._late:
             if self._alive:
-                return "degraded"
+                return "suspect" if self.to_ask else "degraded"
             return "unable" if self._blind or self._unasked >= self.ROUNDS else "suspect"
         if not self.answered and not self._settled and (self._misses or self._unable):
             return "suspect"
@@ -287,7 +331,7 @@ class Suspicion:
                 if self.state == "degraded"
                 else self._said
             )
-        why, count = next(reversed(self._late.values()))
-        cause = f"{why}, {count} times" if count else why
+        # How often it missed is in the report: in the reason it would be out of date with the next probe.
+        cause = next(reversed(self._late.values()))
         found = f"but {self._alive} answers" if self.state == "degraded" else self._found
         return f"{cause}; {found}" if found else cause

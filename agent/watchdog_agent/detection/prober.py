@@ -70,6 +70,9 @@ class Diagnosis:
         self.since = time.monotonic()
         """When the state of the belief began; before our start for one that was taken over."""
         self._state = self.suspicion.state
+        self._cause, self._rewords, self._reword_at = "", 0, 0.0
+        self._waiting: dict[str, Any] = {}
+        """Probe → the timer of its next run."""
         self.names = [f"{n}:{probes.name_of(p)}" for n, p in enumerate(self.config["probes"])]
         self.thresholds: dict[str, Thresholds] = {}
         self._watch_thresholds()
@@ -98,6 +101,7 @@ class Diagnosis:
         changed = self._state != self.suspicion.state
         if changed:
             self._state, self.since = self.suspicion.state, time.monotonic()
+            self._cause, self._rewords, self._reword_at = self.suspicion.cause, 0, 0.0
         return changed
 
     def restore(self, kept: Document) -> None:
@@ -134,18 +138,46 @@ class Diagnosis:
     def _began(self, age_s: float) -> None:
         self.since = time.monotonic() - min(max(0.0, age_s), MOST_AGE_S)
 
+    def _reworded(self) -> bool:
+        """Whether the cause of a state that lasts is another one, and this is to be reported now: the first time
+        at once, and each time twice as long after the one before, as a cause may alternate."""
+        now = time.monotonic()
+        if self.suspicion.cause == self._cause or now < self._reword_at:
+            return False
+        self._cause = self.suspicion.cause
+        self._reword_at = now + self.config.get("beat_s", 15.0) * 2 ** min(self._rewords, 5)
+        self._rewords += 1
+        return True
+
     # -- probing
 
     def _probe(self, name: str, spec: Probe) -> None:
         if self.agent.exit_code is not None:
             return
+        self._waiting.pop(name, None)
+        asked_at = self.suspicion.returns
 
         def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
-            self._probed(name, spec, ok, reason, took_s, warning)
-            pause = self._pace(name, spec) - took_s
-            self.loop.later(max(0.05, pause), lambda: self._probe(name, spec))
+            self._probed(name, spec, ok, reason, took_s, warning, asked_at)
+            overtaken = name in self.suspicion.to_ask and asked_at != self.suspicion.returns
+            pause = 0.0 if overtaken else self._pace(name, spec) - took_s
+            self._probe_in(max(0.05, pause), name, spec)
 
         builtin.start(self.loop, spec, self.config["address"], done)
+
+    def _probe_in(self, delay_s: float, name: str, spec: Probe) -> None:
+        self._waiting[name] = self.loop.later(delay_s, lambda: self._probe(name, spec))
+
+    def _ask_again(self, returns: int) -> None:
+        """Something of an offline device answers, if the count was `returns` before: ask those that missed now,
+        not an interval later. One that is under way is asked again when it has ended."""
+        if self.suspicion.returns == returns:
+            return
+        for name, spec in zip(self.names, self.config["probes"], strict=True):
+            timer = self._waiting.pop(name, None) if name in self.suspicion.to_ask else None
+            if timer is not None:
+                timer[2] = None
+                self._probe_in(0.0, name, spec)
 
     def _pace(self, name: str, spec: Probe) -> float:
         """Seconds from the start of this probe to the start of the next."""
@@ -160,13 +192,20 @@ class Diagnosis:
         return wanted * between(1 - spec["jitter"], 1 + spec["jitter"])
 
     def _probed(
-        self, name: str, spec: Probe, ok: Outcome, reason: str, took_s: float, warning: str
+        self,
+        name: str,
+        spec: Probe,
+        ok: Outcome,
+        reason: str,
+        took_s: float,
+        warning: str,
+        asked_at: int,
     ) -> None:
         first = name not in self.results
         self.runs += 1
         self.failures += ok is False
         self.unable += ok is None
-        was_ready = self.suspicion.was_ready
+        was_ready, returns = self.suspicion.was_ready, self.suspicion.returns
         shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
         stats = self.stats.setdefault(name, Stats())
         need = probe_interval.need(int(spec["misses"]), *stats.earlier())
@@ -181,10 +220,11 @@ class Diagnosis:
         if first:  # in the order of the configuration, whichever probe ends first
             self.results = {n: self.results[n] for n in self.names if n in self.results}
         words = f"{probes.name_of(spec)}: {warning}" if warning else ""
-        changed = self.suspicion.probed(name, ok, shown, need, words)
+        changed = self.suspicion.probed(name, ok, shown, need, words, asked_at)
         self.noted()
+        self._ask_again(returns)
         self.episode += changed
-        if changed or self.suspicion.was_ready != was_ready:
+        if self._reworded() or changed or self.suspicion.was_ready != was_ready:
             self.agent.changed()
         if ok and self.gateway is not None:
             self.gateway.answers = None
@@ -258,8 +298,10 @@ class Diagnosis:
         def take() -> None:
             if self.episode != episode:
                 return
+            returns = self.suspicion.returns
             changed = self.suspicion.confirmation(name, ok, reason)
             self.noted()
+            self._ask_again(returns)
             if changed:
                 if self.suspicion.confirmed:
                     self.confirmed_at = time.monotonic()

@@ -176,7 +176,7 @@ class Outlook:
         if pause is not None:
             left = "" if pause.ends is None else f", in {pause.ends - fleet.clock.wall():.0f} s"
             return f"nothing until the pause {pause.id} ends{left or ' (`nomad-watchdog resume`)'}"
-        kept = fleet.attendance.keeps(slug, fleet.clock.monotonic())
+        kept = fleet.kept_for(slug)
         return f"its agent is stopped unless the device comes back: {kept}" if kept else ""
 
     def _held_back(self, step: Action) -> str:
@@ -248,6 +248,11 @@ class Outlook:
             return (
                 "nothing until a report of the agent is accepted: fix what the reason names; "
                 "`nomad-watchdog doctor` checks the way of the reports (docs/runbooks.md, AgentsUnheard)"
+            )
+        if refused := self.fleet.refused(record.slug):
+            return (
+                f"the agent's reports are refused: {refused}; if none is accepted within "
+                f"{self.fleet.limits.report_stale_s:g} s after the last one, the device is unwatched"
             )
         if self.fleet.has_ready_agent(record.slug):
             next_ = self._of_device(judged.state, agent.node)

@@ -1,0 +1,94 @@
+"""What is remembered of a device between two judgements of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from nomad_watchdog.model import (
+    Monotonic,
+    Placement,
+    PlacementState,
+    Report,
+    Unheard,
+    VerdictState,
+)
+
+RESTARTS_EVERY_S: Final = 60.0
+"""Restarts of one device's agent are published at most this often; those in between are counted in the next event."""
+
+
+@dataclass(slots=True)
+class Track:
+    """What is remembered of a device between two judgements."""
+
+    waiting_since: Monotonic
+    quiet_since: Monotonic
+    """See `verdict.Evidence`."""
+    epoch: int = -1
+    """The record's epoch when it was last judged."""
+    state: VerdictState | None = None
+    agent: VerdictState | None = None
+    """The state without the kept condition."""
+    ready: bool = False
+    unheard: Unheard | None = None
+    unlisted: bool = False
+    unlisted_since: Monotonic | None = None
+    reason: str = ""
+    since: Monotonic = field(default=Monotonic(0.0))
+    suspect_since: Monotonic | None = None
+    report: Report | None = None
+    overruled_at: Monotonic = field(default=Monotonic(float("-inf")))
+    """When another replica's word on the condition came; older reports do not decide about it."""
+    judged: bool = False
+    """It has had a state other than `starting` since this control plane began."""
+    confirmed: int = -1
+    """The epoch whose agent has decided about the condition."""
+    carried: VerdictState | None = None
+    """The verdict of the last run on the agent that runs still, until something is heard of it."""
+
+    renewals: int = 0
+    """How often the reason of the condition has been replaced since it began."""
+    renew_at: Monotonic = field(default=Monotonic(0.0))
+    """When it may be replaced again."""
+    was_watched: bool = False
+    """An agent has been ready since this control plane began, or before."""
+    run: tuple[object, ...] = ()
+    """The run of the agent that was last seen running."""
+    running_since: Monotonic = field(default=Monotonic(0.0))
+    restarts: tuple[int, int] = (-1, 0)
+    """Epoch, and the restarts of its placement that are known and published."""
+    restarted_at: Monotonic = field(default=Monotonic(float("-inf")))
+    """When a restart was last published."""
+    died_of: str = ""
+    """Why the scheduler restarts, or last restarted, the agent; "" = it does not say."""
+
+    def ran(self, placement: Placement | None, now: Monotonic) -> None:
+        """Take the placement of the present epoch: when this run of it was first seen."""
+        if placement is None or placement.state is not PlacementState.RUNNING:
+            return
+        run = (placement.epoch, placement.instances, placement.restarts)
+        if run != self.run:
+            self.run, self.running_since = run, now
+
+    def restarted(self, placement: Placement | None, now: Monotonic) -> int:
+        """Take the placement of the present epoch; how many restarts of it are to be published now."""
+        if placement is None:
+            return 0
+        if placement.state is PlacementState.RESTARTING and placement.reason:
+            self.died_of = placement.reason
+        epoch, known = self.restarts
+        if epoch != placement.epoch or placement.restarts < known:
+            # Of the first one that is seen nothing is known to be new.
+            self.restarts = (placement.epoch, placement.restarts)
+            return 0
+        new = placement.restarts - known
+        if not new or now - self.restarted_at < RESTARTS_EVERY_S:
+            return 0
+        self.restarts, self.restarted_at = (placement.epoch, placement.restarts), now
+        return new
+
+    @property
+    def settled(self) -> bool:
+        """Whether no agent is missing: it is ready, or the device has left."""
+        return self.ready or self.state is VerdictState.DEPARTED
