@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -159,14 +159,3 @@ def caller() -> str:
 
 def no_color(ctx: click.Context) -> bool:
     return bool(ctx.obj["no_color"])
-
-
-def labels_of(pairs: Iterable[str]) -> dict[str, str]:
-    """KEY=VALUE arguments as a mapping."""
-    labels: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise UserError(f"label {pair!a} must be KEY=VALUE")
-        labels[key] = value
-    return labels

@@ -10,10 +10,11 @@ import click
 from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.cli._api_client import device_path
-from nomad_watchdog.cli._options import api_of, labels_of, no_color, output_option
+from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
+from nomad_watchdog.labels import labels_of
 from nomad_watchdog.terminal import clean, print_json, print_table
 from nomad_watchdog.units import age
 

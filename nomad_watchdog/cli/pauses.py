@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from nomad_watchdog.cli._api_client import quoted
-from nomad_watchdog.cli._options import api_of, caller, labels_of, no_color, output_option
+from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.labels import labels_of
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 Command = Callable[..., Any]

@@ -159,3 +159,28 @@ async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Door) -> No
     assert (status, "cam-1" in answer["error"]["message"]) == (404, False)
     status, answer = await two.ask("GET", "/v1/devices/cam-2")
     assert (status, "cam-1" in answer["error"]["message"]) == (404, True)
+
+
+@pytest.mark.parametrize("path", ["/v1/devices", "/v1/agents"])
+async def test_a_query_with_two_values_of_a_label_is_400(door: Door, path: str) -> None:
+    """No device has both, so that an empty list would mislead; the answer names the key."""
+    status, answer = await door.ask("GET", f"{path}?label=site=a&label=site=b")
+    assert status == 400
+    assert "'site' is given twice" in answer["error"]["message"]
+    assert (await door.ask("GET", f"{path}?label=site=a&label=rack=b&label=site=a"))[0] == 200
+    assert (await door.ask("GET", f"{path}?label=site"))[0] == 400
+
+
+async def test_the_verdict_departed_lists_devices_that_have_left(door: Door) -> None:
+    """Without `presence` the verdict alone picks; with one both must match."""
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+    await door.ask("DELETE", "/v1/devices/cam")
+    for query, ids in (
+        ("verdict=departed", ["cam"]),
+        ("verdict=departed&presence=any", ["cam"]),
+        ("verdict=departed&presence=present", []),
+        ("verdict=starting", []),
+        ("", []),
+    ):
+        status, answer = await door.ask("GET", f"/v1/devices?{query}")
+        assert (status, [one["id"] for one in answer["items"]]) == (200, ids), query

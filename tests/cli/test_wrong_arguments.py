@@ -1,0 +1,73 @@
+"""What a person gets wrong on the command line is named, and nothing is done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nomad_watchdog.cli.main import _code
+from tests.cli.test_real_api import served
+
+__all__ = ["served"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["pause", "--selector", "site=south", "--selector", "site=north", "--for", "5m"],
+        ["resume", "--selector", "site=south", "--selector", "site=north"],
+        ["maintenance", "add", "--selector", "site=a", "--selector", "site=b", "--for", "5m"],
+        [
+            "migrate",
+            "--from",
+            "local",
+            "--to",
+            "nomad",
+            "--selector",
+            "site=a",
+            "--selector",
+            "site=",
+        ],
+        ["devices", "ls", "--label", "site=south", "--label", "site=north"],
+        ["devices", "add", "cam", "--address", "::1", "--label", "site=a", "--label", "site=b"],
+    ],
+)
+def test_a_label_with_two_values_is_a_contradiction(
+    served: str, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    """Every command that takes KEY=VALUE exits 64, names the key, and sends nothing."""
+    assert _code(argv) == 64
+    told = capsys.readouterr().err
+    assert "'site' is given twice" in told
+    assert _code(["maintenance", "ls", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == []
+    assert _code(["devices", "get", "cam"]) == 66
+
+
+def test_the_same_label_twice_is_no_contradiction(
+    served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pair that is repeated as it is, and values with "=" in them, are taken."""
+    labels = ["--label", "site=a=b", "--label", "site=a=b", "--label", "rack="]
+    assert _code(["devices", "add", "cam", "--address", "::1", *labels]) == 0
+    capsys.readouterr()
+    assert _code(["devices", "ls", *labels, "-o", "json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["items"]
+    assert found["labels"] == {"site": "a=b", "rack": ""}
+
+
+def test_departed_devices_are_listed_by_their_verdict(
+    served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`devices ls --verdict departed` lists as many as `status` counts, and the plain list none of them."""
+    assert _code(["devices", "add", "cam", "--address", "::1"]) == 0
+    assert _code(["devices", "add", "pump", "--address", "::1"]) == 0
+    assert _code(["devices", "rm", "cam"]) == 0
+    capsys.readouterr()
+    assert _code(["devices", "ls", "--verdict", "departed", "-o", "json"]) == 0
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)["items"]] == ["cam"]
+    assert _code(["devices", "ls", "-o", "json"]) == 0
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)["items"]] == ["pump"]
+    assert _code(["status", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdicts"]["departed"] == 1
