@@ -129,6 +129,9 @@ class Metrics:
             "stalled_placements", "Placements without progress for longer than presence.start_max."
         )
         self._unreadable = self._gauge("registry_unreadable", "1: the registry can't be read.")
+        self._unwritable = self._gauge(
+            "registry_unwritable", "1: the registry refuses to be written."
+        )
         self._restores = self._counter("registry_restores", "Times that it went back in time.")
         self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
@@ -321,6 +324,9 @@ class Metrics:
 
     def registry_unreadable(self, unreadable: bool) -> None:
         self._unreadable.set(unreadable)
+
+    def registry_unwritable(self, unwritable: bool) -> None:
+        self._unwritable.set(unwritable)
 
     def registry_restored(self) -> None:
         """The registry went back in time."""

@@ -32,6 +32,7 @@ WANTED = {
     "AgentFenced",
     "SnapshotStale",
     "RegistryUnreadable",
+    "RegistryUnwritable",
     "RegistryRestored",
     "EventsDropped",
     "RolloutGivenUp",

@@ -276,11 +276,15 @@ def _once(device_id: str, seen: set[str]) -> DeviceId:
 def _refused(
     action: str, index: int, found: object, error: ValidationError | WatchdogError | RequestError
 ) -> BulkResult:
-    status = error.status if isinstance(error, RequestError) else 400
+    status = 400
+    if isinstance(error, RequestError):
+        status = error.status
+    elif isinstance(error, WatchdogError):
+        status = error.http_status
     return BulkResult(
         id=found[:MAX_ID_BYTES] if isinstance(found, str) else None,
         action="put" if action == "put" else "delete",
         index=index,
-        status=409 if isinstance(error, ConflictError) else status,
+        status=status,
         error=problem(error, DeviceItem) if isinstance(error, ValidationError) else str(error),
     )

@@ -24,7 +24,12 @@ import requests
 import requests.adapters
 from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
+from nomad_watchdog.clients._nomad_settings import (
+    NOT_KNOWN,
+    NomadSettings,
+    is_unknown_token,
+    translate,
+)
 from nomad_watchdog.clients.nomad_features import (
     PROBE,
     Feature,
@@ -42,7 +47,14 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.fast_json import as_json
 
-__all__ = ["Answer", "NomadClient", "NomadSettings", "translate"]
+__all__ = [
+    "NOT_KNOWN",
+    "Answer",
+    "NomadClient",
+    "NomadSettings",
+    "is_unknown_token",
+    "translate",
+]
 
 _T = TypeVar("_T")
 _MAX_CONNECTIONS: Final = 20

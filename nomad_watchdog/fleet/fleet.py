@@ -122,6 +122,8 @@ class Fleet(Verdicts):
         self.registry_problem = ""
         """Why the registry can't be read now, in words; "" = it can. What was known before stands, and running
         agents go on."""
+        self.registry_unwritable = ""
+        """Why the registry can't be written until somebody repairs something, in words; "" = it can."""
         self.registry_unreadable = False
         """It can't be read until somebody repairs something: the rights of the token, say."""
         self.classes: frozenset[str] | None = None
@@ -146,14 +148,21 @@ class Fleet(Verdicts):
 
     @property
     def ready(self) -> bool:
-        """Both sides have been read, and the registry is there and can be read: what is shown and decided
-        stands on something."""
-        return self.ready_event.is_set() and not (self.registry_gone or self.registry_unreadable)
+        """Both sides have been read, and the registry is there and can be read and written: what is shown
+        and decided stands on something, and can be done."""
+        return self.ready_event.is_set() and not (
+            self.registry_gone or self.registry_unreadable or self.registry_unwritable
+        )
 
     @property
     def reason(self) -> str:
         """Why this is not ready, or what is wrong with the registry, in words; "" = nothing."""
-        return self.registry_gone or self.registry_problem or self.ready_reason
+        return (
+            self.registry_gone
+            or self.registry_problem
+            or self.registry_unwritable
+            or self.ready_reason
+        )
 
     # -- the registry ---------------------------------------------------------------------------
 
