@@ -92,7 +92,8 @@ class Closing(StrEnum):
 
 
 STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
-_REPORTS: Final = (*(kind.value for kind in AcceptanceKind), OTHER)
+_REPORTS: Final = (*(kind.value for kind in AcceptanceKind), "replaced", OTHER)
+"""`replaced`: refused, as every last report of an agent in a roll-out may be."""
 
 
 class Metrics:

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from watchdog_agent import wire
 
+from nomad_watchdog.core import presence
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import Departure, Device, Presence
+from nomad_watchdog.model import Departure, Device, Epoch, Presence
 from tests.api.conftest import Door
 from tests.core.world import placement
 
@@ -184,3 +186,29 @@ async def test_the_verdict_departed_lists_devices_that_have_left(door: Door) -> 
     ):
         status, answer = await door.ask("GET", f"/v1/devices?{query}")
         assert (status, [one["id"] for one in answer["items"]]) == (200, ids), query
+
+
+async def test_the_last_report_of_a_replaced_agent_is_no_alarm(door: Door) -> None:
+    """A report of an older epoch from an instance that the scheduler lists is refused and noted as a replacement;
+    one of an instance that nobody knows is a refusal."""
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+    record = door.fleet.records[slug_of(DeviceId("cam"))]
+    (moved,) = await door.fleet.commit([presence.advance(record, Epoch(2))])
+    assert moved is not None
+    door.fleet.learn([moved])
+    door.fleet.placements[record.slug] = (placement("cam", 1),)
+    config = {"device_id": "cam", "epoch": 1, "agent_class": "default", "version": "1"}
+    said: dict[str, Any] = {
+        "sequence": 1, "ready": True, "state": "ok", "was_ready": True, "misses": 0,
+        "confirmed": False, "reason": "", "listen": "127.0.0.1:1", "dropped": 0,
+    }  # fmt: skip
+    for instance in ("i-cam-1", "i-stranger"):
+        body = wire.report(config, instance=instance, **said)
+        assert (await door.ask("POST", "/v1/agents/report", json=body))[0] == 410
+    told = [
+        one for one in door.fleet.events(0, 100)[0] if one.kind in ("agent.replaced", "refused")
+    ]
+    assert [one.kind for one in told] == ["agent.replaced", "refused"]
+    assert (
+        told[0].text == "the agent of epoch 1 was replaced by that of epoch 2 and is told to stop"
+    )

@@ -360,7 +360,10 @@ async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     reached = nomad_settings(settings, env)
     place = {"namespace": reached.namespace}
     place |= {"region": reached.region} if reached.region else {}
-    async with _server(reached, {"X-Nomad-Token": reached.read_token()}, place) as server:
+    token = reached.read_token()
+    async with _server(reached, {"X-Nomad-Token": token}, place) as server:
+        if token:  # raises for one that Nomad does not know
+            await server.call("GET", nomad.OWN_TOKEN, params={})
         if elsewhere := await _nomad_place(server, reached):
             return [elsewhere]
         status, leader = await server.call("GET", "/v1/status/leader")
