@@ -81,10 +81,7 @@ def api_of(ctx: click.Context) -> Api:
         try:
             settings = settings_of(ctx)
         except UserError as error:
-            raise UserError(
-                f"{error}\nthe address of the API could not be read from the configuration; with --address URL "
-                "(or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE this command does without the file"
-            ) from error
+            settings = _only_api(ctx, error)
         if not named:
             _check_sources(settings.api, os.environ)
         address, token_file = settings.advertise, token_file or settings.api.token_file
@@ -96,6 +93,24 @@ def api_of(ctx: click.Context) -> Api:
         raise UserError("the API token holds characters that can't be sent")
     know(token)
     return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+
+
+def _only_api(ctx: click.Context, error: UserError) -> Settings:
+    """The settings of an invalid configuration as far as its `api` block goes, which is all that a command needs to
+    find the service. Raises UserError when that block can't be read."""
+    from nomad_watchdog.config.load import load_block
+    from nomad_watchdog.terminal import clean
+
+    settings = load_block("api", ctx.obj["config"], os.environ)
+    if settings is None:
+        raise UserError(
+            f"{error}; to call the API without the configuration: --address URL (or NOMAD_WATCHDOG_ADDR) and "
+            "NOMAD_WATCHDOG_TOKEN_FILE"
+        ) from error
+    first, *more = str(error).splitlines()
+    others = f" (and {len(more)} more: `nomad-watchdog config check`)" if more else ""
+    click.echo(f"warning: only the api block is used: {clean(first)}{others}", err=True)
+    return settings
 
 
 def _check_sources(api: ApiBlock, env: Mapping[str, str]) -> None:
