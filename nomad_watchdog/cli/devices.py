@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 import click
-from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.cli._api_client import device_path
 from nomad_watchdog.cli._options import api_of, no_color, output_option
@@ -141,10 +139,11 @@ def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
 @click.pass_context
 def import_devices(ctx: click.Context, file: TextIO) -> None:
     """Register the devices of FILE ("-" = standard input): one JSON object per line, with id, address,
-    class and labels, as `devices export` prints them. All lines are checked before the first is sent.
+    class and labels, as `devices export` prints them. All lines are checked before the first is sent, and all
+    errors are printed with their line numbers.
 
     Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
-    wanted = list(_lines(file))
+    wanted = _items(file)
     api = api_of(ctx)
     refused: list[str] = []
     for start in range(0, len(wanted), BATCH):
@@ -152,9 +151,9 @@ def import_devices(ctx: click.Context, file: TextIO) -> None:
         devices = [item for _, item in batch]
         answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []})
         results = answer.get("results") if isinstance(answer, dict) else None
-        for (number, item), one in zip(batch, results or [], strict=False):
+        for (where, item), one in zip(batch, results or [], strict=False):
             if one.get("status", 200) >= 400:
-                refused.append(f"line {number}: {ascii(item['id'])[:80]}: {one.get('error')}")
+                refused.append(f"{where}: {ascii(item['id'])[:80]}: {one.get('error')}")
     stored = len(wanted) - len(refused)
     click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
     if refused:
@@ -187,25 +186,17 @@ def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -
     print_table(heads, rows, no_color=no_color)
 
 
-def _lines(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, item) of each line that is not blank. Raises UserError that names the line."""
-    number = 0
+def _items(file: TextIO) -> list[tuple[str, dict[str, Any]]]:
+    """Where each device of the file stands, and what it says. Raises UserError that names all that is wrong."""
+    from nomad_watchdog.controllers import inventory_file
+
     try:
-        while line := file.readline(MAX_LINE):
-            number += 1
-            if not line.strip():
-                continue
-            item = loads(line)
-            if not isinstance(item, dict) or not isinstance(item.get("address"), str):
-                raise UserError(f"line {number}: must be an object with id and address")  # noqa: TRY301
-            unknown = set(item) - {"id", "class", "address", "labels", "ttl"}
-            if unknown:
-                raise UserError(f"line {number}: unknown field {min(unknown)!a}")  # noqa: TRY301
-            parse_device_id(item.get("id"))
-            item["address"] = device_address(item["address"])
-            yield number, {"labels": {}, **item}
+        text = file.read(inventory_file.MAX_BYTES + 1).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text at byte {error.start}; nothing was sent") from None
+    if len(text) > inventory_file.MAX_BYTES:
+        raise UserError(f"more than {inventory_file.MAX_BYTES} bytes; nothing was sent")
+    try:
+        return inventory_file.read_lines(text)
     except UserError as error:
-        text = str(error)
-        raise UserError(text if text.startswith("line") else f"line {number}: {text}") from error
-    except ValueError as error:
-        raise UserError(f"line {number or 1}: not JSON, or not UTF-8: {error}") from error
+        raise UserError(f"{error}\nnothing was sent") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,36 @@ def test_departed_devices_are_listed_by_their_verdict(
     assert [one["id"] for one in json.loads(capsys.readouterr().out)["items"]] == ["pump"]
     assert _code(["status", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdicts"]["departed"] == 1
+
+
+def test_import_names_every_wrong_line_and_sends_none(
+    served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Syntax, fields, addresses and an id that is listed twice are all found before the first line is sent."""
+    file = tmp_path / "fleet.ndjson"
+    lines = [
+        '{"id": "a", "address": "127.0.0.9"}',
+        '{"id": "b"',
+        "",
+        '{"id": "c", "address": "http://x/"}',
+        '{"id": "a", "address": "127.0.0.8"}',
+        '{"id": "d", "address": "::1", "colour": "red"}',
+        '{"id": "e", "address": "::1", "labels": {"k": "1", "k": "2"}}',
+    ]
+    file.write_text("\n".join(lines))
+    assert _code(["devices", "import", str(file)]) == 64
+    told = capsys.readouterr().err
+    for number in (2, 4, 5, 6, 7):
+        assert f"error: line {number}: " in told
+    assert "device 'a' is listed twice, first: line 1" in told.replace('"a"', "'a'")
+    assert told.endswith("error: nothing was sent\n")
+    assert _code(["devices", "get", "a"]) == 66
+    file.write_text("\n".join('{"id": "\\u0007", "address": "::1"}' for _ in range(60)))
+    assert _code(["devices", "import", str(file)]) == 64
+    assert "and 10 more" in capsys.readouterr().err
+    file.write_bytes(b"\xff\xfe")
+    assert _code(["devices", "import", str(file)]) == 64
+    assert "not UTF-8 text at byte 0" in capsys.readouterr().err
+    file.write_text("\ufeff" + '[{"id": "x", "address": "::1"}, {"id": "y", "address": "::1"}]')
+    assert _code(["devices", "import", str(file)]) == 0
+    assert "2 devices registered" in capsys.readouterr().err
