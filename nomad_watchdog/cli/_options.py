@@ -89,6 +89,8 @@ def api_of(ctx: click.Context) -> Api:
     token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
     if token_file:
         token = text_files.token("token file", token_file)
+        if not token:
+            raise UserError(f"token file {text_files.shown(str(token_file))} is empty")
     if token and not (token.isascii() and token.isprintable()):
         raise UserError("the API token holds characters that can't be sent")
     know(token)

@@ -14,7 +14,7 @@ from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
 from nomad_watchdog.labels import labels_of
 from nomad_watchdog.terminal import clean, print_json, print_table
-from nomad_watchdog.units import age
+from nomad_watchdog.units import age, span
 
 COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
 WIDE: Final = (
@@ -120,18 +120,17 @@ def get(ctx: click.Context, device_id: str, output: str) -> None:
 def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
     """Stop watching devices. A device that is gone already is no error of the API's."""
     api = api_of(ctx)
-    unknown: NotFoundError | None = None
+    code = 0
     for device_id in device_ids:
         try:
             api.delete(device_path(device_id) + ("" if now else "?now=false"))
         except NotFoundError as error:
             # The rest of the list is meant too; the exit code tells of this one.
-            click.echo(f"{clean(device_id)}: {clean(error)}", err=True)
-            unknown = error
+            click.echo(f"error: {clean(error)}", err=True)
+            code = error.exit_code
         else:
             click.echo(f"{clean(device_id)}: removed")
-    if unknown is not None:
-        raise unknown
+    ctx.exit(code)
 
 
 @devices.command("import")
@@ -178,12 +177,15 @@ def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -
         print_json({"items": items})
         return
     columns = WIDE if output == "wide" else COLUMNS
-    rows = [
-        [age(item.get(name)) if name.endswith("_s") else item.get(name) for name in columns]
-        for item in items
-    ]
+    rows = [[_shown(name, item.get(name)) for name in columns] for item in items]
     heads = [name.removesuffix("_s").replace("_", " ").upper() for name in columns]
     print_table(heads, rows, no_color=no_color)
+
+
+def _shown(name: str, value: Any) -> object:
+    if name == "ttl":
+        return span(value)
+    return age(value) if name.endswith("_s") else value
 
 
 def _items(file: TextIO) -> list[tuple[str, dict[str, Any]]]:

@@ -185,6 +185,11 @@ def _shown_time(at: float | None) -> str:
 
 
 def _print_made(answer: dict[str, Any], output: str) -> None:
+    if not answer["covers"]:
+        click.echo(
+            "warning: no registered device matches; only devices that are registered later are covered",
+            err=True,
+        )
     if output == "json":
         print_json(answer)
         return

@@ -212,3 +212,32 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(door: Door) -> No
     assert (
         told[0].text == "the agent of epoch 1 was replaced by that of epoch 2 and is told to stop"
     )
+
+
+@pytest.mark.parametrize(("count", "others"), [(1, 0), (20, 0), (23, 3)])
+async def test_an_audit_event_of_a_bulk_request_names_devices(
+    door: Door, count: int, others: int
+) -> None:
+    """The first 20 that changed, and how many others; one that did not change is not named."""
+    await door.ask("PUT", "/v1/devices/same", json=WISH)
+    devices = [WISH | {"id": f"d{number:02}"} for number in range(count)]
+    body = {"devices": [WISH | {"id": "same"}, *devices], "delete": ["never"]}
+    assert (await door.ask("POST", "/v1/devices:bulk", json=body))[0] == 200
+    (event,) = (await door.ask("GET", "/v1/events?kind=audit.bulk"))[1]["items"]
+    names = [f"d{number:02}" for number in range(min(count, 20))]
+    assert (event["data"]["devices"], event["data"]["others"]) == (names, others)
+    assert event["data"]["changed"] == count
+    assert event["text"].endswith(", ".join(names) + (f" and {others} more" if others else ""))
+
+
+async def test_ready_gives_a_reason_only_when_it_is_not(door: Door) -> None:
+    """Whoever reaches the service may report to it: what else is wrong is a warning."""
+    assert (await door.ask("GET", "/ready"))[1]["reason"]
+    door.fleet.ready_event.set()
+    door.fleet.ready_reason = ""
+    assert await door.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
+    door.fleet.registry_unreadable, door.fleet.registry_problem = True, "the registry can't be read"
+    status, answer = await door.ask("GET", "/ready")
+    assert (status, answer) == (
+        200, {"ready": True, "reason": "", "warning": "the registry can't be read"},
+    )  # fmt: skip
