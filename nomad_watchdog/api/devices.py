@@ -256,8 +256,8 @@ async def bulk(request: web.Request) -> web.StreamResponse:
             )
     changed = [str(result.id) for result in results if result.changed]
     if changed:
-        facts = {"items": len(results), "changed": len(changed)}
-        audit(request, "bulk", "changed", devices=changed, **facts)
+        items, count = len(results), len(changed)
+        audit(request, "bulk", "changed", devices=changed, items=items, changed=count)
     return json_response({"results": [result.model_dump() for result in results]})
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,3 +244,15 @@ async def test_ready_gives_a_reason_only_when_it_is_not(door: Door) -> None:
     assert (status, answer) == (
         200, {"ready": True, "reason": "", "warning": "the registry can't be read"},
     )  # fmt: skip
+
+
+async def test_the_examples_in_the_documentation_are_accepted(door: Door, repository: Path) -> None:
+    """Each curl command of docs/presence.md: its path exists, and its body is taken."""
+    text = (repository / "docs/presence.md").read_text()
+    examples = re.findall(r"http://127\.0\.0\.1:9670(\S+) \\\n\s+-d '([^']+)'", text)
+    assert [path for path, _ in examples] == ["/v1/webhook", "/v1/devices:bulk"]
+    for path, body in examples:
+        status, answer = await door.ask("POST", path, json=json.loads(body))
+        assert status in (200, 201), answer
+        assert all(one["status"] == 200 for one in answer.get("results", ())), answer
+    assert door.fleet.records[slug_of(DeviceId("pump-8"))].presence is Presence.PRESENT
