@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from nomad_watchdog.api.middleware import answer_to
-from nomad_watchdog.cli._api_client import refusal
+from nomad_watchdog.cli._api_client import Api, refusal
+from nomad_watchdog.cli._apply import apply_by_service
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -21,6 +24,10 @@ from nomad_watchdog.errors import (
     UserError,
     WatchdogError,
 )
+from nomad_watchdog.replicas.leases import Replica
+from tests.cli.test_real_api import served
+
+__all__ = ["served"]
 
 
 @pytest.mark.parametrize(
@@ -61,3 +68,14 @@ def test_an_error_exits_with_its_code_through_the_api_too(error: WatchdogError) 
 def test_answers_of_a_proxy_have_no_code(status: int, body: bytes, code: int) -> None:
     """A proxy in front of the service may be asked again; what it denies is denied."""
     assert refusal(status, body, "http://api").exit_code == code
+
+
+def test_apply_with_a_wrong_token_is_denied(served: str) -> None:
+    """An API that answers 401 is there: `apply` says that the token is wrong, and does not speak of an API that does
+    not answer. One that is not there may come back."""
+    running = [Replica("plane-1", served, 0.0, 1, "1")]
+    asked: list[Any] = [running, {"actions": [], "waiting_rollout": 0}]
+    with pytest.raises(DeniedError, match="missing or unknown token"):
+        apply_by_service(Api(served, "another-token-0000"), Settings(), *asked, stops=0)
+    with pytest.raises(TransientError, match="does not answer"):
+        apply_by_service(Api("http://127.0.0.1:1", ""), Settings(), *asked, stops=0)
