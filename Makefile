@@ -75,7 +75,7 @@ sbom:
 	@echo "dist/nomad-watchdog.cdx.json" >&2
 
 servers: $(VENV)/.run
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) $(SERVERS_tests)
+	@$(BIN)/python -m servers.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) $(SERVERS_tests)
 
 lint: $(VENV)/.dev
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line lint-types lint-rest
@@ -91,8 +91,8 @@ lint-code:
 	$(BIN)/python -m servers.licences
 
 # One run with several workers: while some wait for servers, others compute. More workers than cores, as tests mostly wait.
-WORKERS      ?= 4
-LONG_WORKERS ?= 2
+WORKERS      ?= 5
+LONG_WORKERS ?= 3
 pytest = $(BIN)/pytest --numprocesses=$(1) --dist=loadgroup --no-loadscope-reorder -m $(2)
 
 test-fast: $(VENV)/.dev
@@ -119,7 +119,7 @@ lint-beside:
 
 # Few machines have buildah. What it would test is then left out, and the last line says so.
 test-long: $(VENV)/.dev servers
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_long)
+	@$(BIN)/python -m servers.binaries $(SERVERS_long)
 	@echo "the long tests (about 35 min), at last those that start hundreds of agents" >&2
 	$(call pytest,$(LONG_WORKERS),"long and not busy$(if $(shell command -v buildah),, and not image)")
 	$(call pytest,1,"busy") -k "not 31-mass"
@@ -131,12 +131,12 @@ test-all: test
 	$(call pytest,1,"busy") -k 31-mass
 
 bench: $(VENV)/.dev
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) kwok >/dev/null
+	@$(BIN)/python -m servers.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) kwok >/dev/null
 	$(BIN)/python -m bench
 
 # All rows go into the document; a choice of them is only printed.
 faults: $(VENV)/.dev
-	@$(BIN)/python -m nomad_watchdog.dev.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) >/dev/null
+	@$(BIN)/python -m servers.binaries $(SERVERS_nomad) $(SERVERS_kubernetes) >/dev/null
 	$(BIN)/python -m tests.faults $(if $(ROWS),--rows $(ROWS),--write docs/fault-matrix.md)
 
 # The table goes into docs/security.md.
@@ -157,7 +157,7 @@ NETWORK := $(or $(WATCHDOG_NETWORK),192.168.56)
 vagrant-files: $(VENV)/.dev
 	@mkdir -p .vagrant-cluster/bin
 	@for name in nomad consul; do \
-		cp "$$($(BIN)/python -m nomad_watchdog.dev.binaries $$name)" .vagrant-cluster/bin/$$name || exit 1; done
+		cp "$$($(BIN)/python -m servers.binaries $$name)" .vagrant-cluster/bin/$$name || exit 1; done
 	@rm -f .vagrant-cluster/*.whl
 	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .vagrant-cluster .
 	@cp .ci/lock/run.txt .vagrant-cluster/

@@ -14,11 +14,11 @@ from bench.plane import FLEET
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.model import Epoch
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _objects as objects
 from nomad_watchdog.testing.conformance import record_of
+from servers.kubernetes import KubernetesCluster
 
 TEMPLATE = Path(__file__).with_name("mock.kubernetes.yaml")
 CONFIG = """\

@@ -13,7 +13,7 @@ from bench.plane import bare_body, bare_client, nomad_server, plane, settings
 from bench.rows import Row, percentile
 from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.metrics import Metrics
 

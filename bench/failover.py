@@ -23,10 +23,10 @@ from typing import Any
 from bench.plane import TEMPLATE
 from bench.rows import Row
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 
 PREFIX = "failover"
 CONFIG = """\

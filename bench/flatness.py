@@ -20,12 +20,12 @@ from pathlib import Path
 from bench.plane import bare_body, bare_client, nomad_server, settings
 from bench.rows import Row
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import shard_of
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.nomad import NomadScheduler
-from nomad_watchdog.testing._bench import record_of
+from nomad_watchdog.testing.rig import record_of
+from servers.nomad import NomadServer
 
 SHARDS = 64
 AT_ONCE = 16

@@ -22,11 +22,11 @@ import aiohttp
 from bench.plane import TEMPLATE, until_placed
 from bench.rows import Row
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import Process, clean_environment
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import Process, clean_environment
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 
 GATEWAY = 100
 BEAT_S = 30.0

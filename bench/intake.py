@@ -26,7 +26,7 @@ from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import Api
-from nomad_watchdog.dev.process import clean_environment
+from nomad_watchdog.demo.process import clean_environment
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits

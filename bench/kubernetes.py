@@ -26,8 +26,8 @@ from bench.plane import plane
 from bench.rows import Row
 from nomad_watchdog.clients.kubernetes import MANAGER, KubernetesClient
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from servers.kubernetes import KubernetesCluster
 
 RAW = """
 import json, ssl, sys, urllib.request

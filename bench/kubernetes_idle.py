@@ -15,10 +15,10 @@ from bench.cluster import spaces
 from bench.idle import GATEWAY, share, until_settled, while_beating
 from bench.restart import Versions
 from bench.rows import Row
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import Process, clean_environment
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import Process, clean_environment
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from servers.kubernetes import KubernetesCluster
+from servers.replica import ControlPlane
 
 API = """
 api {

@@ -21,8 +21,8 @@ import nomad  # type: ignore[import-untyped]  # python-nomad ships no types
 
 from bench.plane import bare_body, bare_client, nomad_server, plane, settings
 from bench.rows import Row, percentile
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.model import VerdictState
+from servers.nomad import NomadServer
 
 ALERT_S = 5.0
 LIMIT_S = 120.0

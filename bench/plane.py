@@ -17,11 +17,11 @@ from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.daemon.factory import open_registry, open_scheduler
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, ActionKind, Device
+from servers.nomad import NomadServer
 
 TEMPLATE = Path(__file__).with_name("mock.nomad.hcl")
 KEYS = ("device_id", "slug", "epoch", "spec_hash", "agent_class", "shard")

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.plane import nomad_server, plane, settings
 from bench.rows import Row
-from nomad_watchdog.dev.process import clean_environment
+from nomad_watchdog.demo.process import clean_environment
 
 RAW = """
 import json, sys, urllib.request

@@ -36,15 +36,15 @@ from bench.agent import (
 )
 from bench.rows import Row
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.ids import parse_device_id, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.schedulers.nomad._jobs import dispatch_body, meta, payload
 from nomad_watchdog.testing.conformance import record_of
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
 
 AGENTS = 50
 ON_NOMAD = 10

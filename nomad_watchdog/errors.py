@@ -5,6 +5,7 @@
     WatchdogError
     ├─ UserError        bad input, config or template: says what to change; never retried
     │  ├─ NotFoundError no such device, class or placement
+    │  ├─ DamagedError  a document in the registry is not what this program writes
     │  ├─ NoRegistryError it was never initialised, or it was wiped
     │  ├─ OutOfDateError an event that is older than what it would change
     │  └─ PreconditionError what is there does not allow it, and trying again will not help
@@ -54,6 +55,10 @@ class NotFoundError(UserError):
 
 class NoRegistryError(UserError):
     """There is no registry here: it was never initialised, or it was wiped, or this is another store."""
+
+
+class DamagedError(UserError):
+    """A document in the registry is not what this program writes."""
 
 
 class OutOfDateError(UserError):

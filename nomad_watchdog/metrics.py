@@ -116,6 +116,9 @@ class Metrics:
         self._reports = self._counter("reports", "Reports of agents, as judged.", "outcome")
         self._errors = self._counter("scheduler_errors", "Failed scheduler calls.", "kind")
         self._resyncs = self._counter("resyncs", "Full reads of the scheduler.", "reason")
+        self._unsafe = self._counter(
+            "unsafe_starts", "Starts that a bug of ours asked for, refused."
+        )
         self._holds = self._counter("breaker_holds", "Times that the breaker held stops back.")
         self._held = self._gauge("breaker_held", "1 while the breaker holds stops back.")
         self._consul_age = self._gauge("consul_view_age_seconds", "Age of the view of Consul.")
@@ -274,6 +277,10 @@ class Metrics:
     def resync(self, reason: str) -> None:
         """Everything is read again."""
         self._resyncs.labels(_known(reason, ResyncReason)).inc()
+
+    def unsafe_start(self) -> None:
+        """The planner's own check has refused a start."""
+        self._unsafe.inc()
 
     def breaker_held(self, *, held: bool) -> None:
         """The breaker closed (counted) or opened again."""

@@ -1,7 +1,7 @@
 """Files with secrets: who may own and write them, and what they hold (S10).
 
-A file is rejected if everybody can write it, or if it belongs neither to this process's user nor to root: its
-content may be somebody else's. One that everybody can read is used, and reported: a Kubernetes or Docker secret
+A file is rejected if everybody can write it or a group other than this process's own or root's, or if it belongs
+neither to this process's user nor to root: its content may be somebody else's. One that everybody can read is used, and reported: a Kubernetes or Docker secret
 is mounted as a file of root that its container reads as "others".
 """
 
@@ -37,7 +37,7 @@ def read(path: str | Path, most: int, *, pipe: bool = False) -> bytes:
 
 
 def check(path: str | Path) -> None:
-    """Raises OSError for a file that everybody can write, or that is not there. For the key of a certificate: it
+    """Raises OSError for a file that others can write, or that is not there. For the key of a certificate: it
     may belong to another service's user, and whoever owns it can't choose the certificate."""
     if problem := _writable(os.stat(path)):  # noqa: PTH116  # one path, as it was given
         raise PermissionError(errno.EPERM, problem)
@@ -49,6 +49,16 @@ def owners() -> frozenset[int]:
     by_sudo = os.environ.get("SUDO_UID", "") if mine == 0 else ""
     caller = {int(by_sudo)} if by_sudo.isascii() and by_sudo.isdigit() else set()
     return frozenset({0, mine} | caller)
+
+
+def groups() -> frozenset[int]:
+    """The groups that may write files with secrets: ours, where users have a group of their own and umask 002, and
+    root's; who called sudo as above."""
+    mine = os.getegid()
+    by_sudo = os.environ.get("SUDO_GID", "") if os.geteuid() == 0 else ""
+    return frozenset(
+        {0, mine} | ({int(by_sudo)} if by_sudo.isascii() and by_sudo.isdigit() else set())
+    )
 
 
 def unsafe(found: os.stat_result) -> str:
@@ -70,19 +80,20 @@ def foreign_path(path: Path) -> str:
 
 
 def foreign(found: os.stat_result, path: Path) -> str:
-    """Why a file that nobody named can't be trusted to be this user's; "" = it can. Stricter than `unsafe`: also
-    its group must not write it unless it is the user's own, and a link to it must not be somebody else's."""
+    """Why a file that nobody named can't be trusted to be this user's; "" = it can. Stricter than `unsafe`: a link to
+    it must not be somebody else's."""
     link = path.lstat()
     if link.st_uid not in owners():
         return f"belongs to user {user(link.st_uid)}"
-    if found.st_mode & stat.S_IWGRP and found.st_gid not in {0, os.getegid()}:
-        return f"can be written by its group (mode {stat.S_IMODE(found.st_mode):04o})"
     return unsafe(found)
 
 
 def _writable(found: os.stat_result) -> str:
-    if found.st_mode & stat.S_IWOTH:
-        return f"can be written by everybody (mode {stat.S_IMODE(found.st_mode):04o}); chmod 600 the file"
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & stat.S_IWOTH:
+        return f"can be written by everybody (mode {mode:04o}); chmod 600 the file"
+    if mode & stat.S_IWGRP and found.st_gid not in groups():
+        return f"can be written by its group (mode {mode:04o}); chmod 600 the file"
     return ""
 
 

@@ -73,6 +73,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def shown(text: str) -> str:
-    """A path as it may stand in a message: quoted, ASCII, at most 200 characters."""
+    """A path or a value as it may stand in a message: quoted, ASCII, at most 200 characters."""
     quoted = '"' + ascii(text)[1:-1] + '"'
     return quoted if len(quoted) <= 200 else quoted[:197] + "..."

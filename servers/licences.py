@@ -25,15 +25,9 @@ from typing import Any, Final, NamedTuple
 
 import click
 
-from nomad_watchdog.dev.binaries import (
-    SERVERS,
-    TOOLS,
-    Tool,
-    cache_folder,
-    find_go,
-    go_environment,
-)
+from nomad_watchdog.demo.process import cache_folder
 from nomad_watchdog.errors import TerminalError, WatchdogError
+from servers.binaries import SERVERS, TOOLS, Tool, find_go, go_environment
 
 _FILE: Final = re.compile(
     r"(?:[\w.]+[-_])?(?:(?:un)?licen[cs]es?|copying|eula)(?:[-_.].*)?", re.IGNORECASE

@@ -30,6 +30,7 @@ WANTED = {
     "DispatchErrors",
     "BacklogAge",
     "AgentFenced",
+    "UnsafeStarts",
     "SnapshotStale",
     "RegistryUnreadable",
     "RegistryUnwritable",

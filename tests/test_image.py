@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.images import BASE, Buildah, Image, a_base, a_root, assert_confined, opened
 
 pytestmark = [pytest.mark.image, pytest.mark.long, pytest.mark.timeout(1200)]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev.process import Process
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import Process
+from servers.replica import ControlPlane
 
 WANTED = {
     "NoNewPrivileges": "true", "CapabilityBoundingSet": "", "UMask": "0077", "ProtectSystem": "strict",

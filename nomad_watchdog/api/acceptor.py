@@ -51,12 +51,13 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 class Connection(Handler):
     """One that has a place."""
 
-    __slots__ = ("_hushed", "_stuck_since", "_wire", "place")
+    __slots__ = ("_answered", "_hushed", "_stuck_since", "_wire", "place")
 
     def __init__(self, place: Place, server: web.Server, options: Mapping[str, Any]) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.place = place
         self._wire: asyncio.Transport | None = None
+        self._answered = False
         self._hushed = False
         self._stuck_since: float | None = None
 
@@ -71,7 +72,11 @@ class Connection(Handler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.place.leave()
+        # Of a request that is refused unread nothing is left to do, and its handler would wait for the rest of it.
+        lingering = self._task_handler if self._hushed and self._answered else None
         super().connection_lost(exc)
+        if lingering is not None:
+            lingering.cancel()
 
     def data_received(self, data: bytes) -> None:
         if self._hushed:
@@ -88,6 +93,7 @@ class Connection(Handler):
         try:
             return await super().finish_response(request, response, start_time)
         finally:
+            self._answered = True
             self.place.rest()
 
     def pause_writing(self) -> None:
@@ -102,7 +108,7 @@ class Connection(Handler):
     def hush(self) -> None:
         """Read nothing more. The response still goes out, and aiohttp closes after `lingering_time`: closing at
         once would reset the connection, and the response with it."""
-        self._hushed = True
+        self._hushed, self._answered = True, False
         self.place.unread = _nothing  # what it still sends is not waited for
         self._pause()
 

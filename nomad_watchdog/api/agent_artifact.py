@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 from aiohttp import web
 
@@ -26,28 +26,37 @@ async def agent_file(request: web.Request) -> web.StreamResponse:
     sha256 = request.match_info["id"]
     if path is None or not agent_zipapp.is_checksum(sha256):
         return await _sent(request, None)
-    return await _sent(request, agent_zipapp.published(path.parent, sha256))
+    file, fetch = agent_zipapp.published(path.parent, sha256), request.app[CONTEXT].fetch_file
+    if fetch is not None and "Via" not in request.headers and not file.exists():
+        await fetch(sha256)
+    return await _sent(request, file)
 
 
 async def _sent(request: web.Request, path: Path | None) -> web.StreamResponse:
-    with await asyncio.to_thread(_opened, path) as file:
-        headers = {"Content-Type": "application/zip", **HEADERS}
-        size = os.fstat(file.fileno()).st_size
-        if request.method == "HEAD":
-            return web.Response(headers={**headers, "Content-Length": str(size)})
-        response = web.StreamResponse(headers=headers)
-        response.content_length = size
-        # Not web.FileResponse: the kernel sends a file for it, and nobody notices that the other side takes none.
-        with suppress(ConnectionError):
-            await response.prepare(request)
-            place_of(request).rest()
-            while chunk := await asyncio.to_thread(file.read, 4 * UNSENT):
-                await response.write(chunk)
-        return response
+    body = memoryview(await asyncio.to_thread(_body, path))
+    headers = {"Content-Type": "application/zip", **HEADERS}
+    if request.method == "HEAD":
+        return web.Response(headers={**headers, "Content-Length": str(len(body))})
+    response = web.StreamResponse(headers=headers)
+    response.content_length = len(body)
+    # Not web.FileResponse: the kernel sends a file for it, and nobody notices that the other side takes none.
+    with suppress(ConnectionError):
+        await response.prepare(request)
+        place_of(request).rest()
+        for first in range(0, len(body), UNSENT):
+            await response.write(bytes(body[first : first + UNSENT]))
+    return response
 
 
-def _opened(path: Path | None) -> BinaryIO:
+def _body(path: Path | None) -> bytes:
     if path is not None:
-        with suppress(FileNotFoundError):
-            return path.open("rb")
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            return _shared(path, found.st_ino, found.st_size, found.st_mtime_ns)
     raise NotFoundError("this server does not have this agent file")
+
+
+@lru_cache(maxsize=2)
+def _shared(path: Path, *_of: int) -> bytes:
+    """The file, in memory that all who are sent it share: slow readers are many."""
+    return path.read_bytes()

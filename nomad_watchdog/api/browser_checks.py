@@ -1,4 +1,5 @@
-"""What a browser must not be made to do: call us by a name of somebody else, or change something for another page.
+"""What a browser must not be made to do: call us by a name of somebody else, or read or change something for another
+page.
 
 A page of `evil.example` whose name is made to resolve to our address (DNS rebinding) calls us by that name, so only
 names that are ours are answered. A numeric address can't be rebound: agents, probes and replicas may use any.
@@ -29,7 +30,9 @@ def names_of(api: Api) -> frozenset[str]:
 
 
 def check_origin(request: web.Request, hosts: frozenset[str]) -> None:
-    """Raises RequestError: 421 for a Host that is not ours, 403 for a change that another site's page asks for."""
+    """Raises RequestError: 421 for a Host that is not ours, 403 for what another site's page asks for. A link to us
+    on another site's page is followed, but what it leads to is in no frame there.
+    https://www.w3.org/TR/fetch-metadata/"""
     # Health checks of HTTP/1.0 send none; every browser does.
     host = request.headers.get("Host")
     if host is not None and not _ours(host, hosts):
@@ -38,13 +41,14 @@ def check_origin(request: web.Request, hosts: frozenset[str]) -> None:
             "misdirected_request",
             "the Host header is not a name of this server; call it by an IP address, or add the name to api.hosts",
         )
+    headers = request.headers
+    foreign = headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
     if request.method in SAFE:
-        return
-    site = request.headers.get("Sec-Fetch-Site", "none")
-    origin = request.headers.get("Origin")
-    if site not in {"none", "same-origin"} or (
-        origin is not None and not _same(origin, host or "")
-    ):
+        purpose = headers.get("Sec-Fetch-Mode"), headers.get("Sec-Fetch-Dest")
+        foreign = foreign and purpose != ("navigate", "document")
+    elif (origin := headers.get("Origin")) is not None:
+        foreign = foreign or not _same(origin, host or "")
+    if foreign:
         raise RequestError(403, "cross_site", "requests from other sites' pages are refused")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -42,6 +43,8 @@ class Context:
     operator: Operator | None = None
     """Who holds stops back; None where nobody reconciles."""
     leases: Leases | None = None
+    fetch_file: Callable[[str], Awaitable[None]] | None = None
+    """Has the agent file with this SHA-256 fetched from another replica, if one has it; None where there are none."""
     feed: EventFeed | None = None
     """Who tells what other replicas saw; None where there are none."""
     pools: Keeper | None = None

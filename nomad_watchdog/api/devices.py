@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
@@ -19,6 +19,7 @@ from nomad_watchdog.api.name_checks import check_class, known_before, missing, u
 from nomad_watchdog.api.pagination import check_query, page_of
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import MOST_BULK, BulkEnvelope, BulkResult
+from nomad_watchdog.clock import steps
 from nomad_watchdog.core.event_order import Event, is_replay
 from nomad_watchdog.core.roles import Right, may
 from nomad_watchdog.device_fields import DeviceIn, DeviceItem, problem
@@ -212,38 +213,18 @@ async def bulk(request: web.Request) -> web.StreamResponse:
             f"{len(body.devices) + len(body.delete)} items; at most {MOST_BULK} are allowed at once"
         )
     results: list[BulkResult] = []
-    puts: dict[int, Device] = {}
-    deletes: dict[int, DeviceId] = {}
     seen: set[str] = set()
     fleet, permit = request.app[CONTEXT].fleet, permit_of(request)
     with Claim(request) as claim:
-        for index, item in enumerate(body.devices):
-            try:
-                wish = DeviceItem.model_validate(item)
-                device = wish.device(_once(wish.id, seen))
-                check_class(fleet, device, given=wish.names_class)
-                _check_put(fleet, device, permit)
-                claim.check(device.id)
-                puts[len(results)] = device
-                results.append(BulkResult(id=wish.id, action="put", index=index, status=200))
-            except (ValidationError, UserError, ConflictError, RequestError) as error:
-                found = item.get("id") if isinstance(item, dict) else None
-                results.append(_refused("put", index, found, error))
+        puts = await _puts(body.devices, results, seen, fleet, permit, claim)
         stored = (
             await fleet.register(list(puts.values()), permit=permit, token=claim.token)
             if puts
             else []
         )
-    for index, gone in enumerate(body.delete):
-        try:
-            device_id = _once(parse_device_id(gone), seen)
-            check_prefix(request, device_id)
-            _check_delete(fleet, device_id, permit)
-            deletes[len(results)] = device_id
-            results.append(BulkResult(id=gone, action="delete", index=index, status=200))
-        except (UserError, ConflictError, RequestError) as error:
-            results.append(_refused("delete", index, gone, error))
-    fleet.sign([device.id for device in puts.values()])
+    deletes = await _deletes(request, body.delete, results, seen, permit)
+    async for some in steps([device.id for device in puts.values()]):
+        fleet.sign(some)
     for at, done in zip(puts, stored, strict=True):
         results[at].changed = done.changed
     left = await fleet.deregister(list(deletes.values()), permit=permit) if deletes else []
@@ -258,7 +239,59 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     if changed:
         items, count = len(results), len(changed)
         audit(request, "bulk", "changed", devices=changed, items=items, changed=count)
-    return json_response({"results": [result.model_dump() for result in results]})
+    shown = [one.model_dump() async for some in steps(results) for one in some]
+    return json_response({"results": shown})
+
+
+async def _puts(
+    items: Sequence[object],
+    results: list[BulkResult],
+    seen: set[str],
+    fleet: Fleet,
+    permit: Callable[[Device], None],
+    claim: Claim,
+) -> dict[int, Device]:
+    """The devices to register, by the position of their result; results are appended."""
+    puts: dict[int, Device] = {}
+    async for some in steps(items):
+        for item in some:
+            index = len(results)
+            try:
+                wish = DeviceItem.model_validate(item)
+                device = wish.device(_once(wish.id, seen))
+                check_class(fleet, device, given=wish.names_class)
+                _check_put(fleet, device, permit)
+                claim.check(device.id)
+                puts[index] = device
+                results.append(BulkResult(id=wish.id, action="put", index=index, status=200))
+            except (ValidationError, UserError, ConflictError, RequestError) as error:
+                found = item.get("id") if isinstance(item, dict) else None
+                results.append(_refused("put", index, found, error))
+    return puts
+
+
+async def _deletes(
+    request: web.Request,
+    items: Sequence[Any],
+    results: list[BulkResult],
+    seen: set[str],
+    permit: Callable[[Device], None],
+) -> dict[int, DeviceId]:
+    """As `_puts`, of the devices to remove."""
+    deletes: dict[int, DeviceId] = {}
+    fleet, before = request.app[CONTEXT].fleet, len(results)
+    async for some in steps(items):
+        for gone in some:
+            index = len(results) - before
+            try:
+                device_id = _once(parse_device_id(gone), seen)
+                check_prefix(request, device_id)
+                _check_delete(fleet, device_id, permit)
+                deletes[len(results)] = device_id
+                results.append(BulkResult(id=gone, action="delete", index=index, status=200))
+            except (UserError, ConflictError, RequestError) as error:
+                results.append(_refused("delete", index, gone, error))
+    return deletes
 
 
 def _check_put(fleet: Fleet, device: Device, permit: Callable[[Device], None]) -> None:

@@ -151,7 +151,7 @@ def _said(error: OSError) -> str:
 
 def _state_of(api: Api) -> object:
     state: list[tuple[int, int, int]] = []
-    for path in (api.tls_cert, api.tls_key, api.client_ca):
+    for path in (api.tls_cert, api.tls_key, api.client_ca, api.ca_cert):
         try:
             found = Path(path or "").stat()
         except OSError:

@@ -43,8 +43,18 @@ def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> Non
     )
     if output == "json":
         print_json(
-            {"installation": done.installation, "records": done.records, "changed": done.changed}
+            {
+                "installation": done.installation,
+                "records": done.records,
+                "changed": done.changed,
+                "floor_rebuilt": done.rebuilt,
+            }
         )
         return
     would = "would be changed" if dry_run else "changed"
     click.echo(f"{done.records} records in the backup, {done.changed} {would}")
+    if done.rebuilt:
+        click.echo(
+            f"The document epoch-floor can't be read and {'would be' if dry_run else 'was'} written anew, "
+            "above every epoch."
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ipaddress
+import re
 import ssl
 import tempfile
 from collections.abc import Mapping
@@ -60,6 +61,9 @@ _UNSUPPORTED: Final[Mapping[str, Mapping[str, str]]] = {
 }
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "FALSE", "false", "False"})
+_BRACKETS: Final = re.compile(r"\[[^\[\]]+\](:[0-9]*)?")
+_LINK_LOCAL: Final = ("fe8", "fe9", "fea", "feb")
+"""How IPv6 addresses of fe80::/10 begin."""
 ADDRESS: Final = "write http://HOST:PORT or https://HOST:PORT"
 
 
@@ -69,7 +73,7 @@ def is_true(text: str) -> bool:
         return True
     if text in _FALSE:
         return False
-    raise ValueError(f"{_shown(text)} is not a boolean; write true or false")
+    raise ValueError(f"{text_files.shown(text)} is not a boolean; write true or false")
 
 
 def checked_address(text: str) -> str:
@@ -77,26 +81,36 @@ def checked_address(text: str) -> str:
 
     Without a port it means that of the scheme, 80 or 443. Raises ValueError."""
     if text.startswith("unix:"):
-        raise ValueError(f"{_shown(text)} is a Unix socket, which is not supported; {ADDRESS}")
+        raise ValueError(
+            f"{text_files.shown(text)} is a Unix socket, which is not supported; {ADDRESS}"
+        )
     whole = text if "://" in text else f"http://{text}"
     place = whole.partition("://")[2].partition("/")[0]
     if _is_bare_ipv6(place):
         scheme = whole.partition("://")[0]
         raise ValueError(
-            f"{_shown(text)}: an IPv6 address needs brackets: write {scheme}://{_bracketed(place)}, or "
+            f"{text_files.shown(text)}: an IPv6 address needs brackets: write {scheme}://{_bracketed(place)}, or "
             "http://[ADDRESS]:PORT"
         )
     try:
         parts = urlsplit(whole)
         port = parts.port
     except ValueError:
-        raise ValueError(f"{_shown(text)} is not an address; {ADDRESS}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError(f"{_shown(text)} is not an address; {ADDRESS}")
+        raise ValueError(f"{text_files.shown(text)} is not an address; {ADDRESS}") from None
+    brackets = "[" in place and not _BRACKETS.fullmatch(place)
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or brackets:
+        raise ValueError(f"{text_files.shown(text)} is not an address; {ADDRESS}")
     if any(not "!" <= character <= "~" for character in whole):
-        raise ValueError(f"{_shown(text)} holds characters that no address has; {ADDRESS}")
+        raise ValueError(
+            f"{text_files.shown(text)} holds characters that no address has; {ADDRESS}"
+        )
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("an address holds no user, password, query or fragment")
+    if parts.hostname.startswith(_LINK_LOCAL) and ":" in parts.hostname and "%" not in place:
+        zoned = f"{parts.scheme}://[{parts.hostname}%25eth0]" + (f":{port}" if port else "")
+        raise ValueError(
+            f"{text_files.shown(text)}: a link-local address needs the network interface with it: write {zoned}"
+        )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
@@ -257,8 +271,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
         return "holds no certificate or key in PEM form that can be used"
     return error.strerror or "can't be read"
-
-
-def _shown(text: str) -> str:
-    quoted = '"' + ascii(text)[1:-1] + '"'
-    return quoted if len(quoted) <= 80 else quoted[:77] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, Final, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -153,8 +153,10 @@ def _types(block: type[BaseModel], name: str) -> frozenset[object]:
 
 
 def from_text(block: type[BaseModel], name: str, text: str) -> object:
-    """What a variable of the environment says, as the value of a setting: numbers, true and false are converted, and
-    what can't be is left to be refused."""
+    """What a variable of the environment says, as the value of a setting: numbers, true and false are converted, lists
+    split at commas, and what can't be is left to be refused."""
+    if get_origin(block.model_fields[name].annotation) is tuple:
+        return [element.strip() for element in text.split(",")]
     wanted = _types(block, name)
     for kind in (bool, int, float):
         if kind in wanted and str not in wanted:

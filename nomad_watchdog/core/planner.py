@@ -77,6 +77,8 @@ class Plan:
     hold_reason: str = ""
     waiting: tuple[Action, ...] = ()
     """Replacements that wait for their turn in a roll-out or migration."""
+    refused: tuple[Action, ...] = ()
+    """Starts that the rules asked for and that `is_safe` does not allow: a bug of ours."""
 
     @property
     def waiting_rollout(self) -> int:
@@ -159,6 +161,8 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     stops, held, reason = _breaker(stops, placements, limits, confirmed)
     if held:
         admitted = ()
+    refused = [a for a in starts if not is_safe(a, records[a.slug], placements.get(a.slug, ()))]
+    starts = [a for a in starts if a not in refused] if refused else starts
     actions = sorted([*starts, *stops, *admitted], key=lambda a: (a.slug, a.kind, a.epoch))
     begun = {action.slug for action in admitted}
     return Plan(
@@ -166,6 +170,19 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
         held=held,
         hold_reason=reason,
         waiting=tuple(a for a in (*at_once, *replacements) if a.slug not in begun),
+        refused=tuple(refused),
+    )
+
+
+def is_safe(start: Action, record: DeviceRecord, found: tuple[Placement, ...]) -> bool:
+    """Whether this start can't break a promise, whatever rule asked for it: the device is present, no agent of it
+    may be alive (S3), and no placement has a later epoch, nor has the record (S2).
+
+    Asked of each start at run time, apart from the rules, so that a mistake in them starts nothing."""
+    return (
+        record.presence is _PRESENT
+        and all(one.state is _DEAD and one.epoch <= start.epoch for one in found)
+        and record.epoch <= start.epoch
     )
 
 

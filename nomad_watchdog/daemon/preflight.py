@@ -71,8 +71,9 @@ def _api(settings: Settings) -> Iterator[tuple[Path, str]]:
             yield ("api", *setting), line.removeprefix(f"{file.setting} ")
     if not wrong:  # what is wrong with several of them together
         yield from ((("api", "token"), line) for line in _lines(lambda: door_of(api)))
-    yield from ((("api", "tls_cert"), line) for line in _lines(lambda: tls_context(api)))
-    if api.ca_cert and not list(_lines(lambda: tls_context(api))):
+    own = list(_lines(lambda: tls_context(api)))
+    yield from ((("api", "tls_cert"), line) for line in own)
+    if api.ca_cert and not own:
         yield from ((("api", "ca_cert"), line) for line in _lines(lambda: outgoing_context(api)))
 
 

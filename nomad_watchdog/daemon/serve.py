@@ -45,7 +45,7 @@ from nomad_watchdog.pools.controller import Keeper
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.replicas.event_replication import EventFeed
 from nomad_watchdog.replicas.replica_events import Replicas
-from nomad_watchdog.replicas.report_replication import Peers
+from nomad_watchdog.replicas.report_replication import AgentFiles, Peers
 from nomad_watchdog.schedulers import agent_zipapp
 from nomad_watchdog.schedulers.multi import Moving
 
@@ -194,6 +194,7 @@ async def _run(
     listener = Listener(runner, settings.api, metrics)
     outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)
     peers = Peers(fleet, reconciler.leases, *outgoing)
+    app[CONTEXT].fetch_file = AgentFiles(data_dir, peers.others, *outgoing[1:]).fetch
     feed = None
     if told is not None:
         feed = EventFeed(fleet, told, reconciler.leases, *outgoing)

@@ -17,9 +17,8 @@ from typing import Any, Final
 
 from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.display import Show
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.demo.stage import BRISK, CALM, Stage, open_stage
-from nomad_watchdog.dev.binaries import build_minutes, find
-from nomad_watchdog.dev.process import free_port
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.ids import DeviceId, slug_of
 
@@ -319,14 +318,41 @@ def _print_next(show: Show, backend: str, *, keep: bool) -> None:
         chosen = f"make demo BACKEND={backend} KEEP=1"
         show.command(chosen if by_make else f"{_program()} --backend {backend} demo --keep")
     if backend != "nomad":
-        minutes = build_minutes(*NOMAD)
+        minutes = _build_minutes()
         if minutes is None:
-            show.line("To run it on real Nomad and Consul, with a recent enough version on PATH:")
+            show.line("To run it on real Nomad and Consul, in a checkout of the project:")
+            by_make = True
         elif minutes:
             show.line(f"To run it on real Nomad and Consul, built once in about {minutes} minutes:")
         else:
             show.line("To run it on real Nomad and Consul, which are installed here:")
         show.command("make demo BACKEND=nomad" if by_make else f"{_program()} --backend nomad demo")
+
+
+def _binaries() -> Any:
+    """The module that finds and builds servers; None outside of a checkout."""
+    if not (Path(__file__).parents[2] / "servers" / "binaries.py").is_file():
+        return None
+    from servers import binaries
+
+    return binaries
+
+
+def _build_minutes() -> int | None:
+    """Minutes that a build of Nomad and Consul takes; 0 = they are here, None = there is no checkout."""
+    binaries = _binaries()
+    return None if binaries is None else binaries.build_minutes(*NOMAD)
+
+
+def _find(name: str, backend: str) -> None:
+    """Have a server's program. Raises UserError where it can't be had."""
+    binaries = _binaries()
+    if binaries is None:
+        raise UserError(
+            f"the demo on {BACKENDS[backend][0]} starts servers, which needs a checkout of the project:"
+            f" run  make demo BACKEND={backend}  there"
+        )
+    binaries.find(name)
 
 
 def main(
@@ -344,10 +370,10 @@ def main(
     does not change the exit code.
     Raises UserError for an unknown backend, and as `find` when a server of the backend can't be built.
     Everything that was started is stopped in every case."""
-    chosen = backend or ("nomad" if build_minutes(*NOMAD) == 0 else "local")
+    chosen = backend or ("nomad" if _build_minutes() == 0 else "local")
     if chosen not in BACKENDS:
         raise UserError(f'unknown backend "{chosen}": expected one of {", ".join(BACKENDS)}')
     for name in BACKENDS[chosen][1]:
-        find(name)
+        _find(name, chosen)
     show = Show(stderr=output == "json", no_color=no_color)
     return asyncio.run(_run(chosen, devices, output, show, keep=keep))

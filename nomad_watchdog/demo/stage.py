@@ -15,15 +15,15 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev._kubelet_spec import MARK
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.demo.process import Process, clean_environment, free_port
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import parse_device_id, slug_of
+from servers.kubelet.spec import MARK
 
 if TYPE_CHECKING:
-    from nomad_watchdog.dev.consul import ConsulServer
-    from nomad_watchdog.dev.kubelet import Kubelet
-    from nomad_watchdog.dev.kubernetes import KubernetesCluster
+    from servers.consul import ConsulServer
+    from servers.kubelet.__main__ import Kubelet
+    from servers.kubernetes import KubernetesCluster
 
 CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
 
@@ -381,8 +381,8 @@ async def open_stage(
 
 
 async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str, str]:
-    from nomad_watchdog.dev.consul import ConsulServer
-    from nomad_watchdog.dev.nomad import NomadServer
+    from servers.consul import ConsulServer
+    from servers.nomad import NomadServer
 
     consul = await stack.enter_async_context(ConsulServer(root / "consul"))
     agents = [consul]
@@ -396,7 +396,7 @@ async def _servers(stack: AsyncExitStack, root: Path, clients: int) -> tuple[str
 
 
 def _consul(root: Path) -> ConsulServer:
-    from nomad_watchdog.dev.consul import ConsulServer
+    from servers.consul import ConsulServer
 
     return ConsulServer(root / "consul")
 
@@ -408,9 +408,9 @@ async def _kubernetes(
     image is the agent of this checkout."""
     import watchdog_agent
 
-    from nomad_watchdog.dev._kubelet_spec import Image
-    from nomad_watchdog.dev.kubelet import Kubelet
-    from nomad_watchdog.dev.kubernetes import KubernetesCluster
+    from servers.kubelet.__main__ import Kubelet
+    from servers.kubelet.spec import Image
+    from servers.kubernetes import KubernetesCluster
 
     cluster = await stack.enter_async_context(KubernetesCluster(root / "kube"))
     await cluster.add_namespace("nomad-watchdog")

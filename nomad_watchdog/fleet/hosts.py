@@ -46,7 +46,7 @@ class Hosts:
                 self._note(kind, name, text)
         for name in self._kinds.keys() - closed.keys():
             del self._kinds[name]
-            self._note("node.open", name, f"node {name} is no longer draining or ineligible")
+            self._note("node.open", name, f"node {name} takes new agents again")
 
     def _published(self) -> dict[str, str]:
         """What the stored events of an earlier run say, so that a restart publishes nothing again."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nomad_watchdog import failpoints
-from nomad_watchdog.clock import Clock
+from nomad_watchdog.clock import Clock, steps
 from nomad_watchdog.core import event_order, presence, registry_rollback
 from nomad_watchdog.core.registry_rollback import Setback
 from nomad_watchdog.core.tombstones import Floor
-from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
+from nomad_watchdog.errors import ConflictError, DamagedError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence, WallTime
 from nomad_watchdog.registry import (
@@ -157,7 +157,9 @@ class Ledger:
         # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
         stored = {slug: self.records.get(slug) for slug in todo}
         for _ in range(COMMIT_TRIES):
-            wanted = {slug: change(slug, stored[slug]) for slug in todo}
+            wanted = {
+                slug: change(slug, stored[slug]) async for some in steps(todo) for slug in some
+            }
             writes = {slug: record for slug, record in wanted.items() if record is not None}
             for slug in todo:
                 if slug not in writes:
@@ -169,7 +171,8 @@ class Ledger:
             for record in done:
                 changed = not event_order.is_mark_only(stored[record.slug], record)
                 outcome[record.slug] = Registered(record, changed=changed, written=True)
-            self.learn(done)
+            async for some in steps(done):
+                self.learn(some)
             todo = [slug for slug in todo if slug not in outcome]
             if not todo:
                 return outcome
@@ -203,6 +206,13 @@ class Ledger:
         """The floor below which no first epoch may be, as the registry has it now."""
         self.floor = floor_of(await self.registry.document(FLOOR))
         return self.floor
+
+    async def try_floor(self) -> Floor | DamagedError:
+        """As `read_floor`; a damaged one as a value: it stops the first starts, and nothing else (S9)."""
+        try:
+            return await self.read_floor()
+        except DamagedError as error:
+            return error
 
     async def forget(self, tombstones: Sequence[DeviceRecord]) -> int:
         """Delete these tombstones; how many it did. Their epochs do not come again: the floor is raised

@@ -16,12 +16,18 @@ from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.tombstones import Floor
-from nomad_watchdog.errors import TransientError, UserError
+from nomad_watchdog.errors import DamagedError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Epoch
-from nomad_watchdog.registry import Registry
+from nomad_watchdog.registry import Document, Registry
 from nomad_watchdog.registry.codec import MAX_BYTES, PoisonError, decode, encode
-from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of, raise_floor
+from nomad_watchdog.registry.epoch_floor import (
+    FLOOR,
+    floor_document,
+    floor_of,
+    raise_floor,
+    rebuilt_floor,
+)
 
 FORMAT: Final = "nomad-watchdog registry"
 VERSION: Final = 1
@@ -37,6 +43,8 @@ class Restored:
     installation: str
     records: int
     changed: int
+    rebuilt: bool = False
+    """The registry's floor could not be read, and is written anew."""
 
 
 async def lines(registry: Registry) -> list[str]:
@@ -44,7 +52,7 @@ async def lines(registry: Registry) -> list[str]:
     installation = await registry.installation()
     snapshot = await registry.read()
     # After the records: what was deleted meanwhile is below it (`core.tombstones`).
-    floor = floor_of(await registry.document(FLOOR))
+    floor, _ = await _stored_floor(registry, snapshot.records.values())
     if registry.poisoned:
         key, why = next(iter(registry.poisoned.items()))
         raise UserError(
@@ -104,6 +112,17 @@ def _head(line: str) -> tuple[str, int, Floor]:
         ) from None
 
 
+async def _stored_floor(
+    registry: Registry, records: Iterable[DeviceRecord], least: Floor = NO_FLOOR
+) -> tuple[Floor, Document | None]:
+    """The registry's floor; one above these records and `least` if its document is damaged, and that document."""
+    document = await registry.document(FLOOR)
+    try:
+        return floor_of(document), None
+    except DamagedError:
+        return rebuilt_floor(records, least), document
+
+
 async def restore(
     registry: Registry,
     installation: str,
@@ -130,9 +149,15 @@ async def restore(
             "use `devices export` and `devices import`"
         )
     # Epochs up to the registry's own floor were given since, to devices that it has forgotten.
-    known = floor_of(await registry.document(FLOOR))
-    if not dry_run and not await raise_floor(registry, floor):
+    everything = [*(await registry.read()).records.values(), *backup]
+    known, damaged = await _stored_floor(registry, everything, floor)
+    if not dry_run and not (
+        await registry.commit_document(FLOOR, floor_document(known, damaged.index))
+        if damaged
+        else await raise_floor(registry, floor)
+    ):
         raise TransientError("the floor of the epochs is being changed by others; do it again")
+    rebuilt = damaged is not None
     todo = {record.slug: record for record in backup}
     changed = 0
     for _ in range(TRIES):
@@ -144,10 +169,10 @@ async def restore(
             is not None
         ]
         if dry_run or not wanted:
-            return Restored(own, len(backup), changed + len(wanted))
+            return Restored(own, len(backup), changed + len(wanted), rebuilt)
         done = await registry.commit(wanted)
         changed += sum(one is not None for one in done)
         todo = {w.slug: todo[w.slug] for w, one in zip(wanted, done, strict=True) if one is None}
         if not todo:
-            return Restored(own, len(backup), changed)
+            return Restored(own, len(backup), changed, rebuilt)
     raise TransientError(f"{len(todo)} records are being changed by others; do it again")

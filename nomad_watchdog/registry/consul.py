@@ -26,6 +26,7 @@ from nomad_watchdog.clients.consul import (
     delete_cas,
     put,
 )
+from nomad_watchdog.clock import steps
 from nomad_watchdog.errors import DeniedError, NoRegistryError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import DeviceRecord
@@ -108,7 +109,7 @@ class ConsulRegistry:
     async def commit(
         self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
     ) -> Sequence[DeviceRecord | None]:
-        bodies = [encode(record) for record in records]
+        bodies = [encode(record) async for some in steps(records) for record in some]
         # an existing index proves that this is the store it came from; a first write does not
         if any(record.index == 0 for record in records):
             await self.installation()

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 from nomad_watchdog.core.tombstones import Floor
-from nomad_watchdog.model import Epoch
+from nomad_watchdog.model import DeviceRecord, Epoch
 from nomad_watchdog.registry import COMMIT_TRIES, Document, Registry, read_document
 
 FLOOR: Final = "epoch-floor"
 """The registry's document that holds the floor (`core.tombstones`)."""
+REBUILT_MARGIN: Final = 1_000_000
+"""More epochs than a deleted tombstone can have been above all that are known: one for each agent of a device."""
+_REPAIR: Final = (
+    "devices without an earlier agent are not started until it is repaired: run `nomad-watchdog registry export >FILE` "
+    "and `nomad-watchdog registry import FILE`, which writes it anew"
+)
 
 
 def floor_of(document: Document) -> Floor:
-    """The floor in the registry's document. Raises UserError for one that can't be read."""
+    """The floor in the registry's document. Raises DamagedError for one that can't be read."""
     if not document.body:
         return Floor()
-    help_text = "restore the registry from a backup (`nomad-watchdog registry import FILE`)"
-    return read_document(
-        FLOOR,
-        document.body,
-        1,
-        lambda said: Floor(Epoch(int(said["epoch"])), int(said["generation"])),
-        help_text,
-    )
+    return read_document(FLOOR, document.body, 1, _floor, _REPAIR)
+
+
+def _floor(said: Any) -> Floor:
+    epoch, generation = said["epoch"], said["generation"]
+    if type(epoch) is not int or type(generation) is not int or min(epoch, generation) < 0:
+        raise ValueError
+    return Floor(Epoch(epoch), generation)
+
+
+def rebuilt_floor(records: Iterable[DeviceRecord], least: Floor) -> Floor:
+    """A floor in place of one that can't be read, above all that is known and, by REBUILT_MARGIN, above what the
+    deleted tombstones can have had."""
+    known = least.over(records)
+    return Floor(Epoch(known.epoch + REBUILT_MARGIN), known.generation + REBUILT_MARGIN)
+
+
+def floor_document(floor: Floor, index: int) -> Document:
+    """The floor as it is stored; `index`: of what it replaces."""
+    body = json.dumps({"v": 1, "epoch": floor.epoch, "generation": floor.generation}).encode()
+    return Document(body, index)
 
 
 async def raise_floor(registry: Registry, least: Floor) -> bool:
@@ -36,7 +56,7 @@ async def raise_floor(registry: Registry, least: Floor) -> bool:
         epoch, generation = max(floor.epoch, least.epoch), max(floor.generation, least.generation)
         if Floor(epoch, generation) == floor:
             return True
-        body = json.dumps({"v": 1, "epoch": epoch, "generation": generation}).encode()
-        if await registry.commit_document(FLOOR, Document(body, stored.index)) is not None:
+        document = floor_document(Floor(epoch, generation), stored.index)
+        if await registry.commit_document(FLOOR, document) is not None:
             return True
     return False

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from nomad_watchdog import private_files
+from nomad_watchdog.clock import steps
 from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
@@ -119,7 +120,11 @@ class SqliteRegistry:
         records: Sequence[DeviceRecord],
         guards: Sequence[Guard] = (),  # noqa: ARG002  # no lock lives in this store
     ) -> Sequence[DeviceRecord | None]:
-        rows = [(str(record.slug), record.index, encode(record)) for record in records]
+        rows = [
+            (str(record.slug), record.index, encode(record))
+            async for some in steps(records)
+            for record in some
+        ]
         self._check_open()
         if self._writer is None:
             self._writer = threading.Thread(
@@ -138,7 +143,8 @@ class SqliteRegistry:
             wake.set()
         return [
             None if index is None else replace(record, index=index)
-            for record, index in zip(records, indexes, strict=True)
+            async for some in steps(list(zip(records, indexes, strict=True)))
+            for record, index in some
         ]
 
     async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:

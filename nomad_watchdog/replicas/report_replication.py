@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from ssl import SSLContext
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ import aiohttp
 from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.replicas.leases import Leases, Replica
+from nomad_watchdog.schedulers import agent_zipapp
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,14 @@ MOST_BEATS: Final = 2_000
 GATHER_S: Final = 0.1
 """So long reports are gathered into one message: they are evidence, not events to act on."""
 _CALL_S: Final = 2.0
+VIA: Final = "1.1 nomad-watchdog"
+"""The header `Via` of a replica that asks another one for a file: that one asks no further (RFC 9110, 7.6.3)."""
+MOST_FILE: Final = 8 * 1024 * 1024
+"""Bytes of an agent file; ours has less than a tenth of that."""
+_MISSED_S: Final = 0.1
+"""After a search that found nothing no other is begun for so long: anybody may ask, for any file."""
+_MOST_SEARCHES: Final = 32
+"""Requests that wait for a search; more are answered that the file is not there."""
 
 
 def document(report: AgentReport) -> dict[str, Any]:
@@ -126,3 +136,60 @@ class Peers:
             self._silent.add(peer.id)
         elif not why:
             self._silent.discard(peer.id)
+
+
+class AgentFiles:
+    """Agent files of other versions, from the replica that has them: a job that one replica has written names a
+    file by its SHA-256, and its agents may be told to fetch it from any. `others`: the replicas that are running."""
+
+    def __init__(
+        self,
+        folder: Path,
+        others: Callable[[], Sequence[Replica]],
+        tls: Callable[[], SSLContext | None] = lambda: None,
+        certified: str = "",
+    ) -> None:
+        self._folder, self._others = folder, others
+        self._tls, self._certified = tls, certified or None
+        self._one_at_a_time = asyncio.Lock()
+        self._waiting = 0
+
+    async def fetch(self, sha256: str) -> None:
+        """Have the file with this SHA-256 here, if another replica has it."""
+        path = agent_zipapp.published(self._folder, sha256)
+        if self._waiting >= _MOST_SEARCHES or not self._others():
+            return
+        self._waiting += 1
+        try:
+            async with self._one_at_a_time:
+                if not path.exists() and not await self._search(sha256):
+                    await asyncio.sleep(_MISSED_S)
+        finally:
+            self._waiting -= 1
+
+    async def _search(self, sha256: str) -> bool:
+        timeout = aiohttp.ClientTimeout(total=_CALL_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            for peer in self._others():
+                body = await self._ask(session, peer, sha256)
+                if body is None:
+                    continue
+                if await asyncio.to_thread(agent_zipapp.keep, self._folder, sha256, body):
+                    return True
+                log.warning("agent file of another replica is not used: its SHA-256 differs",
+                            extra={"peer": peer.id, "sha256": sha256})  # fmt: skip
+        return False
+
+    async def _ask(
+        self, session: aiohttp.ClientSession, peer: Replica, sha256: str
+    ) -> bytes | None:
+        try:
+            async with session.get(
+                f"{peer.api}/artifacts/{sha256}/watchdog-agent.pyz", headers={"Via": VIA},
+                ssl=self._tls() or True, server_hostname=self._certified, allow_redirects=False,
+            ) as answer:  # fmt: skip
+                if answer.status != 200 or (answer.content_length or 0) > MOST_FILE:
+                    return None
+                return await answer.content.readexactly(answer.content_length or 0)
+        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError):
+            return None

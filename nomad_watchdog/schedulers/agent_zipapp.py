@@ -64,6 +64,14 @@ def published(folder: Path, sha256: str) -> Path:
     return folder / "agent-files" / f"{sha256}.pyz"
 
 
+def keep(folder: Path, sha256: str, body: bytes) -> bool:
+    """Keep a file that another replica has published; False for one that has not this SHA-256. Raises OSError."""
+    if hashlib.sha256(body).hexdigest() != sha256:
+        return False
+    _write(published(folder, sha256), body, private_files.FILE)
+    return True
+
+
 def is_checksum(text: str) -> bool:
     """Whether a text has the form of a SHA-256."""
     return _SHA256.fullmatch(text) is not None

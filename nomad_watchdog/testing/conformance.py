@@ -22,14 +22,7 @@ from nomad_watchdog.model import (
     PlacementState,
 )
 from nomad_watchdog.schedulers import Hint, Snapshot, still
-from nomad_watchdog.testing._bench import (
-    Check,
-    Maker,
-    Rig,
-    bench_of,
-    hostile_device_ids,
-    record_of,
-)
+from nomad_watchdog.testing.rig import Check, Maker, Rig, bench_of, hostile_device_ids, record_of
 
 __all__ = ["CHECKS", "Check", "Maker", "Rig", "check_scheduler", "hostile_device_ids", "record_of"]
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.dev.netns import Host
+from servers.netns import Host
 from tests.agent.world import Agent, Listener, Peer, document
 
 

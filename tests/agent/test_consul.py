@@ -12,8 +12,8 @@ import pytest
 from watchdog_agent.consul.registration import Registration
 from watchdog_agent.runtime.loop import Loop
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
+from servers.consul import ConsulServer
 from tests.agent.world import World, until
 
 pytestmark = pytest.mark.servers

@@ -16,7 +16,7 @@ import trustme
 from watchdog_agent.config import document as config
 from watchdog_agent.consul.registration import place, trusted_by
 
-from nomad_watchdog.dev.consul import ConsulServer
+from servers.consul import ConsulServer
 from tests.agent.test_consul import SERVICE, call, registered
 from tests.agent.test_keeping import homeless, kept
 from tests.agent.world import World, until

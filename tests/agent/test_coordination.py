@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
+from servers.consul import ConsulServer
 from tests.agent.receiver import Receiver
 from tests.agent.world import Agent, World, probe, tcp, until
 

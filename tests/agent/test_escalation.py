@@ -81,6 +81,20 @@ async def test_a_sink_that_fails_is_tried_again_under_the_same_key(
     await until(counted, "one sent")
 
 
+async def test_receivers_at_ipv6_addresses_are_told(world: World, receiver: Receiver) -> None:
+    """A webhook and an Alertmanager at ::1 get the alert, and a Host header with the address in brackets."""
+    await receiver.stop()
+    receiver.host = "::1"
+    await receiver.start()
+    url = f"http://[::1]:{receiver.port}"
+    sinks_ = [{"kind": kind, "url": url} for kind in ("webhook", "alertmanager")]
+    agent = await world.started(escalate={"sinks": sinks_, "retry_s": 0.1})
+    await agent.is_in("ok", state="ok", was_ready=True)
+    await world.device.stop()
+    await until(lambda: len(receiver.delivered) == 2, "both are told")
+    assert {one["headers"]["host"] for one in receiver.attempts} == {f"[::1]:{receiver.port}"}
+
+
 async def test_an_open_escalation_outlives_a_kill(world: World, receiver: Receiver) -> None:
     """After kill -9 what was told is not told again, and its end still carries its key; what was not told
     yet is told under the key that it had."""

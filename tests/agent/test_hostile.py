@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.receiver import Receiver
 from tests.agent.world import AGENT, Listener, Speaker, World, probe, says, silent, until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.world import World, document, probe, until
 from tests.images import BASE, Buildah, Image, a_base, a_root, assert_confined, opened
 

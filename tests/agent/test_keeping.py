@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.demo.process import Process, free_port
+from servers.consul import ConsulServer
 from tests.agent.receiver import Receiver
 from tests.agent.world import Agent, World, tcp, until
 

@@ -25,7 +25,7 @@ from watchdog_agent.runtime.dial import Dial, Turns
 from watchdog_agent.runtime.http import Url
 from watchdog_agent.runtime.loop import Loop
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.probing import asked, tcp, udp
 from tests.agent.test_probe_kinds import context_of
 from tests.agent.world import AGENT, OK, Speaker, World, says, until

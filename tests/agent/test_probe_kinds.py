@@ -28,7 +28,7 @@ from watchdog_agent.probes import command as probe_command
 from watchdog_agent.runtime import tls_trust
 from watchdog_agent.runtime.loop import Loop
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.probing import asked, run, tcp, udp
 from tests.agent.world import OK, says, silent, until
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from tests.agent.probing import udp
 from tests.agent.world import AGENT, Listener, World, probe, silent, tcp, until

@@ -13,7 +13,7 @@ from watchdog_agent.config.document import check
 from watchdog_agent.reporting import loki as shipping
 from watchdog_agent.runtime.loop import Loop
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.receiver import Receiver
 from tests.agent.world import World, document, probe, until
 

@@ -16,7 +16,7 @@ from watchdog_agent.config import probes as config_probes
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import outcome, plugins
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.probing import asked, run
 from tests.agent.world import AGENT, World, probe, tcp, until
 

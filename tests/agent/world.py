@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.dev import listener as dev
-from nomad_watchdog.dev.listener import Speaker
-from nomad_watchdog.dev.process import Process, free_port
+from nomad_watchdog.demo import listener as dev
+from nomad_watchdog.demo.listener import Speaker
+from nomad_watchdog.demo.process import Process, free_port
 from nomad_watchdog.ids import parse_device_id, slug_of
+from servers.ready import pause_s
 
 AGENT = Path(__file__).resolve().parents[2] / "agent"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -24,15 +25,16 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 async def until(check: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """The first true value of check; AssertionError with `what` after timeout_s."""
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while True:
         value = check()
-        if asyncio.iscoroutine(value):
+        if asks := asyncio.iscoroutine(value):
             value = await value
         if value:
             return value
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        await asyncio.sleep(0.01)
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(pause_s(waited_s, 0.01, 0.05 if asks else 0.02))
 
 
 async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:

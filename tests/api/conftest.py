@@ -52,7 +52,9 @@ def token() -> str | None:
 
 
 @asynccontextmanager
-async def served(folder: Path, **options: Any) -> AsyncIterator[Door]:
+async def served(
+    folder: Path, *, max_body_bytes: int = 65_536, **options: Any
+) -> AsyncIterator[Door]:
     """The API on a free port, over the registry of this folder; options as `make_app` takes them."""
     registry = SqliteRegistry(path=folder / "registry.db")
     await registry.initialise()
@@ -60,7 +62,9 @@ async def served(folder: Path, **options: Any) -> AsyncIterator[Door]:
     fleet.reset({}, 0)
     artifact = folder / "agent.pyz"
     artifact.write_bytes(b"PK-agent")
-    app = make_app(fleet, metrics=metrics, artifact=artifact, max_body_bytes=65_536, **options)
+    app = make_app(
+        fleet, metrics=metrics, artifact=artifact, max_body_bytes=max_body_bytes, **options
+    )
     runner = Runner(app, shutdown_timeout=2.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -12,7 +12,7 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.api import Runner, make_app, schemas
+from nomad_watchdog.api import Runner, body, make_app
 from nomad_watchdog.api import status_page as page
 from nomad_watchdog.api.events import MOST_FOLLOWERS
 from nomad_watchdog.core.incidents import GroupKind
@@ -507,7 +507,7 @@ async def test_token_is_asked_for(door: Door, token: str) -> None:
 
 async def test_slow_senders_are_let_go(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that trickles is answered 408, and headers that never end get the connection closed."""
-    monkeypatch.setattr(schemas, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.3)
     app = make_app(door.fleet, metrics=door.metrics, artifact=None)
     runner = Runner(app, keepalive_timeout=0.5)
     await runner.setup()

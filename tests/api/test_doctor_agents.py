@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from nomad_watchdog.daemon.doctor import agents as doctor_agents
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.world import Listener, says
 
 REFUSED = "its reports are refused by http://10.0.0.5:9670 with 401: unknown credential"

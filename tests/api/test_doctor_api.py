@@ -7,7 +7,7 @@ from typing import Any
 
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor import api as doctor_api
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.world import Listener, says
 
 

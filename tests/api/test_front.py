@@ -11,7 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,12 @@ async def answers(port: int, sent: bytes, count: int) -> Counter[str]:
 
     async with asyncio.timeout(120):
         return Counter(await asyncio.gather(*(one() for _ in range(count))))
+
+
+def memory_kb() -> int:
+    """Of this process now, resident."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
 def peak_kb() -> int:
@@ -201,6 +207,59 @@ async def test_a_client_that_does_not_read_is_closed(
                     await asyncio.sleep(0.1)
     attack.tried = 10
     attack.result = "closed after the write timeout"
+
+
+ARTIFACT = b"GET /artifacts/watchdog-agent.pyz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@pytest.mark.slow_because("opens 200 connections, and the first reads 8 MB of a file")
+@pytest.mark.attack("H2", "200 clients that read the agent's file at 1 KB per second")
+async def test_slow_readers_of_the_agents_file_share_its_memory(
+    tmp_path: Path, attack: Attack, wires: list[socket.socket]
+) -> None:
+    """They cost less than 256 KB each, however large the file is, and the operator is answered."""
+    async with front(tmp_path) as it:
+        (tmp_path / "agent.pyz").write_bytes(bytes(8_000_000))
+        assert await it.status("/artifacts/watchdog-agent.pyz") == 200
+        before = memory_kb()
+        await connect(it.port, wires, 200, ARTIFACT)
+        async with asyncio.timeout(60):
+            while it.counted('nomad_watchdog_api_connections{state="unauthenticated"}') < 200:
+                await asyncio.sleep(0.05)
+        for _ in range(3):
+            for wire in wires:
+                with suppress(BlockingIOError):
+                    wire.recv(1024)
+            assert await it.status("/v1/status", headers=OPERATOR) == 200
+        more = memory_kb() - before
+    assert more < 200 * 256, f"{more} KB"
+    attack.tried = 200
+    attack.result = (
+        f"the operator is answered; memory +{max(0, more) / 1024:.0f} MB with the attackers'"
+    )
+
+
+async def test_the_handler_of_a_refused_body_ends_with_its_connection(tmp_path: Path) -> None:
+    """When the client is gone, or was closed to make room, nothing waits for the rest of what it announced."""
+    request = (
+        b"PUT /v1/devices/x HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 900000\r\n\r\n{"
+    )
+    async with front(tmp_path) as it:
+        before = len(asyncio.all_tasks())
+        pairs = [await asyncio.open_connection("127.0.0.1", it.port) for _ in range(20)]
+        for reader, writer in pairs:
+            writer.write(request)
+            assert await reader.read(12) == b"HTTP/1.1 401"
+        lingering = asyncio.all_tasks()
+        assert len(lingering) >= before + len(pairs)
+        began = asyncio.get_running_loop().time()
+        for _, writer in pairs:
+            writer.transport.abort()
+        async with asyncio.timeout(60):
+            while len(asyncio.all_tasks()) > before:
+                await asyncio.sleep(0.01)
+        assert asyncio.get_running_loop().time() - began < 1.5  # aiohttp itself waits for 2 s
 
 
 @pytest.mark.attack("H4", "webhooks of 1 MiB with a wrong signature, on 120 connections")
@@ -326,13 +385,19 @@ OURS = (
 )
 
 
-@pytest.mark.attack("H9", "DNS rebinding (a foreign Host) and changes for another site's page")
+FROM_ANOTHER = {"Sec-Fetch-Site": "cross-site"}
+
+
+@pytest.mark.attack(
+    "H9", "DNS rebinding (a foreign Host), and reads and changes for another site's page"
+)
 @pytest.mark.parametrize("guarded", [False, True])
 async def test_a_browser_changes_nothing_for_another_page(
     tmp_path: Path, attack: Attack, guarded: bool
 ) -> None:
-    """A foreign Host is 421 for every method, a foreign Origin or Sec-Fetch-Site is 403 for every change; ours, those of
-    the settings and requests without Origin are served. A valid token is served by any name."""
+    """A foreign Host is 421 for every method, a foreign Origin is 403 for every change, and a foreign Sec-Fetch-Site
+    for every request but a link that is followed; ours, those of the settings and requests without Origin are served.
+    A valid token is served by any name."""
     changes = {"hosts": ("dogs.example",), "advertise": "http://Watch.example:9670"}
     cases = [
         *((421, "GET", {"Host": host}) for host in FOREIGN),
@@ -345,6 +410,21 @@ async def test_a_browser_changes_nothing_for_another_page(
         *((403, "PUT", {"Origin": f"http://127.0.0.1:{port}"}) for port in (1, 80)),
         *((403, "PUT", {"Sec-Fetch-Site": site}) for site in ("cross-site", "same-site")),
         (200, "PUT", {"Sec-Fetch-Site": "same-origin"}),
+        *((403, "GET", {"Sec-Fetch-Site": site}) for site in ("cross-site", "same-site", "")),
+        *(
+            (403, "GET", FROM_ANOTHER | {"Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": purpose})
+            for mode, purpose in (
+                ("no-cors", "script"),
+                ("no-cors", "image"),
+                ("cors", "empty"),
+                ("navigate", "iframe"),
+                ("navigate", "object"),
+                ("no-cors", "document"),
+            )
+        ),
+        (403, "PUT", FROM_ANOTHER | {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}),
+        (200, "GET", FROM_ANOTHER | {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}),
+        *((200, "GET", {"Sec-Fetch-Site": site}) for site in ("same-origin", "none")),
         (200, "PUT", {"Host": "dogs.example", "Origin": "https://dogs.example:443"}),
         (200, "GET", {"Origin": "http://evil.example"}),
         (200, "PUT", {}),

@@ -24,8 +24,8 @@ from nomad_watchdog.daemon.reload import Reloader, applicable
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.schedulers.multi import Moving
-from nomad_watchdog.testing.fakes import REFUSED, Cluster, FakeScheduler
 from tests.api.conftest import Door, served
+from tests.simulation.fakes import REFUSED, Cluster, FakeScheduler
 
 FILE = """\
 data_dir = "{folder}"

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from watchdog_agent.runtime import secrets as agent_secret
 
 from nomad_watchdog import private_files, secret_file_rules, text_files
 from nomad_watchdog.api.auth import door_of
@@ -86,13 +87,35 @@ async def test_h14_a_change_in_place_is_noticed(tmp_path: Path, attack: Attack) 
     attack.result = f"noticed {attack.tried} of {attack.tried} times; the old token was refused after {took_s:.1f} s"
 
 
+def _for_a_group(path: Path, mode: int) -> None:
+    os.chown(path, -1, 65534)
+    path.chmod(mode)
+
+
 def _foreign(path: Path) -> None:
     os.chown(path, 65534, 65534)
 
 
 @root_only
+def test_a_secret_of_the_own_group_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the process's own group or root's can write, or that another one can only read, is used, by the
+    service and by the agent."""
+    path = tmp_path / "secret"
+    path.write_text("0123456789abcdef")
+    for group, mode in ((0, 0o660), (os.getegid(), 0o664), (65534, 0o640), (65534, 0o440)):
+        os.chown(path, -1, group)
+        path.chmod(mode)
+        assert secret_file_rules.read(path, 99) == agent_secret.read(str(path)) == path.read_bytes()
+    _for_a_group(path, 0o620)
+    with pytest.raises(OSError, match="its group"):
+        agent_secret.read(str(path))
+    monkeypatch.setenv("SUDO_GID", "65534")
+    assert secret_file_rules.read(path, 99)
+
+
+@root_only
 @pytest.mark.attack(
-    "H14", "a secret file that everybody can write, of another user, or with a short token"
+    "H14", "a secret file that others can write, of another user, or with a short token"
 )
 def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack) -> None:
     """By the service and by every reader of a token, in words that name the fix."""
@@ -101,6 +124,11 @@ def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack
     unsafe = (
         (lambda: path.chmod(0o666), r"can be written by everybody \(mode 0666\); chmod 600"),
         (lambda: path.chmod(0o602), r"can be written by everybody \(mode 0602\)"),
+        (
+            lambda: _for_a_group(path, 0o620),
+            r"can be written by its group \(mode 0620\); chmod 600",
+        ),
+        (lambda: _for_a_group(path, 0o660), r"can be written by its group \(mode 0660\)"),
         (lambda: _foreign(path), r"belongs to user nobody, not to root or root; chown root"),
     )
     for spoil, words in unsafe:

@@ -232,6 +232,29 @@ async def test_an_authority_of_clients_can_be_changed(
             await api.get("/v1/status", before)
 
 
+async def test_the_authority_of_other_replicas_can_be_changed(
+    tmp_path: Path, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a new file of `api.ca_cert` alone, without a signal, other replicas are trusted by the new authority."""
+    monkeypatch.setattr(serving, "LOOK_EVERY_S", 0.05)
+    file = tmp_path / "replicas.pem"
+    trustme.CA().cert_pem.write_to_path(file)
+    async with secure(tmp_path, authority, ca_cert=str(file)) as api:
+
+        async def trusted() -> bool:
+            assert api.listener.outgoing is not None
+            try:
+                return await api.get("/healthz", api.listener.outgoing) == 200
+            except aiohttp.ClientConnectorCertificateError:
+                return False
+
+        assert not await trusted()
+        authority.cert_pem.write_to_path(file)
+        async with asyncio.timeout(20):
+            while not await trusted():
+                await asyncio.sleep(0.02)
+
+
 async def test_a_certificate_is_named_in_the_audit(tmp_path: Path, authority: trustme.CA) -> None:
     """The common name of the certificate that a change came with stands in its event."""
     (tmp_path / "keys").write_text(KEY)

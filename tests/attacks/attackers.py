@@ -18,7 +18,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from nomad_watchdog.dev.process import Process, clean_environment
+from nomad_watchdog.demo.process import Process, clean_environment
 
 MIB = 1024 * 1024
 ZEROS = 40 * MIB

@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.replica import ControlPlane
 from tests.attacks import attackers
 from tests.attacks.table import Attack
 from tests.schedulers.conftest import directory

@@ -16,10 +16,10 @@ from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli._agent_logs import nomad_log
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.config.settings import Nomad, Settings
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import clean_environment, free_port
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.agent.world import World, a_world, until
 from tests.attacks.table import Attack
 from tests.schedulers.conftest import directory, pids_of

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from watchdog_agent.config.document import check
+from watchdog_agent.runtime.http import Url
 
 from nomad_watchdog.config.load import load
 from nomad_watchdog.errors import UserError
@@ -94,3 +95,43 @@ def test_wrong_settings_are_refused_with_what_is_allowed(
     """A wrong block is refused, and the message names the place and what is allowed."""
     with pytest.raises(UserError, match=said):
         spec_of(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://[::1]:9093", "::1", 9093),
+        ("https://[fd00::7]/alerts", "fd00::7", 443),
+        ("http://[fe80::1%25eth0]:9093", "fe80::1%eth0", 9093),
+        ("http://[fe80::1%eth0]", "fe80::1%eth0", 80),
+        ("https://alerts.test.:8443", "alerts.test.", 8443),
+    ],
+)
+def test_receivers_at_ipv6_addresses(tmp_path: Path, url: str, host: str, port: int) -> None:
+    """An IPv6 address of a sink or of Loki, with a zone or without, is connected to as it was written."""
+    blocks = f'escalate {{ sink "alertmanager" {{ url = "{url}" }} }}\n  loki {{ url = "{url}" }}'
+    _, made = spec_of(tmp_path, blocks)
+    taken = check(document(**made | {"device_id": "pump", "slug": "pump", "epoch": 1}))
+    for told in (taken["escalate"]["sinks"][0]["url"], taken["loki"]["url"]):
+        found = Url(told, tls=True)
+        assert (found.host, found.port) == (host, port)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://::1:9093", r"write http://\[::1\]:9093"),
+        ("http://fd00::7", r"write http://\[fd00::7\]"),
+        ("http://[::1]x:9093", "is not an address"),
+        ("http://[::1", "is not an address"),
+        ("http://[fe80::1]:9093", r"write http://\[fe80::1%25eth0\]:9093"),
+    ],
+)
+def test_receivers_at_no_address(tmp_path: Path, url: str, words: str) -> None:
+    """An address that no agent could connect to is rejected with what to write, at a sink and at Loki."""
+    for block in (
+        f'escalate {{ sink "webhook" {{ url = "{url}" }} }}',
+        f'loki {{ url = "{url}" }}',
+    ):
+        with pytest.raises(UserError, match=words):
+            spec_of(tmp_path, block)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.cli.main import _code
-from nomad_watchdog.dev import binaries
+from servers import binaries
 
 
 def program(at: Path, text: str) -> None:

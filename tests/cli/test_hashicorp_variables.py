@@ -18,9 +18,9 @@ from nomad_watchdog.clients.consul import ConsulClient
 from nomad_watchdog.clients.nomad import NomadClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.daemon.factory import consul_settings, nomad_settings
-from nomad_watchdog.dev import binaries
-from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.errors import UserError, WatchdogError
+from servers import binaries
+from servers.certificates import Authority
 
 
 @dataclass(frozen=True)

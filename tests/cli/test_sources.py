@@ -191,6 +191,25 @@ def test_h10_a_token_of_the_environment_goes_to_no_address_of_a_file(
     attack.result = f"refused {attack.tried} of {attack.tried} times; 0 bytes sent to its address"
 
 
+@pytest.mark.attack(
+    "H10", "a token of the folder's nomad-watchdog.hcl, and an address of the environment or a flag"
+)
+def test_h10_a_token_of_a_file_goes_to_no_address_of_the_environment(
+    bait: Path, thief: Thief, token: str, monkeypatch: pytest.MonkeyPatch, attack: Attack
+) -> None:
+    """The file is not read: the request is made without the token, whoever the file belongs to and named or not."""
+    for way in ([], ["--config", bait.name]):
+        for argv in (["status"], ["devices", "ls"], ["explain", "x"]):
+            _code([*way, "--address", thief.url, *argv])
+            with monkeypatch.context() as patched:
+                patched.setenv("NOMAD_WATCHDOG_ADDR", thief.url)
+                _code([*way, *argv])
+            attack.tried += 2
+    assert len(thief.heads) >= attack.tried
+    assert not thief.knows(token)
+    attack.result = f"the token was sent 0 of {attack.tried} times"
+
+
 @pytest.mark.parametrize(
     ("block", "env"),
     [

@@ -16,9 +16,9 @@ from nomad_watchdog.config.api import Api
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.types import certificates
 from nomad_watchdog.controllers import inventory_file
-from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.secret_files import SecretFile, read_keys, read_token
+from servers.certificates import Authority
 
 BOM = b"\xef\xbb\xbf"
 COMMENT = "# Wurzel für Geräte, 根证书\n".encode()

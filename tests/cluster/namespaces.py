@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from nomad_watchdog.dev.cluster import Cluster
+from servers.cluster import Cluster
 
 JOBS: Final = Path(__file__).resolve().parents[2] / "jobs"
 

@@ -21,7 +21,7 @@ from watchdog_agent.config import document as configuration
 
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.replica import ControlPlane
 from tests.agent.receiver import Receiver
 from tests.agent.world import World, a_world, probe, until
 from tests.schedulers.conftest import directory, pids_of

@@ -26,8 +26,8 @@ from nomad_watchdog.model import (
     Epoch,
     Limits,
 )
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 from tests.core.world import placement, record
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 
 BOUND = record("cam", epoch=3, instance="i-1")
 

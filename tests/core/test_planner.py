@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,15 @@ from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import Plan, plan, stop_key
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import ActionKind, Limits, PlacementState, Presence, WallTime
+from nomad_watchdog.model import (
+    Action,
+    ActionKind,
+    DeviceRecord,
+    Limits,
+    PlacementState,
+    Presence,
+    WallTime,
+)
 from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
 
 WIDE = Limits(breaker_min=10_000, replace_at_once=10_000)
@@ -110,6 +119,32 @@ def test_s3_nothing_starts_beside_a_process_that_may_live(known: dict, unknown: 
     for action in decide(world).actions:
         if action.kind is ActionKind.START:
             assert world.live(action.slug) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(devices, strays)
+def test_a_mistake_in_the_rules_starts_nothing_unsafe(known: dict, unknown: dict) -> None:
+    """With a rule that starts an agent of every device, at any epoch, what the plan has are safe starts alone; the
+    others are in `refused`, and none is lost."""
+    world = build(known, unknown)
+    asked = set()
+
+    def start_always(rec: DeviceRecord, *_: object) -> Iterator[Action]:
+        asked.add(rec.slug)
+        return iter([planner._start(rec, (), None)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "decide", start_always)
+        made = decide(world)
+    starts = [action for action in made.actions if action.kind is ActionKind.START]
+    for action in starts:
+        assert world.live(action.slug) == []
+        assert all(one.epoch <= action.epoch for one in world.placements.get(action.slug, ()))
+        assert world.records[action.slug].presence is Presence.PRESENT
+    refused = {action.slug for action in made.refused}
+    assert refused.isdisjoint(action.slug for action in starts)
+    assert refused | {action.slug for action in starts} == asked
+    assert refused >= {slug for slug in asked if world.live(slug)}
 
 
 @settings(max_examples=200, deadline=None)

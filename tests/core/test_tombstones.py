@@ -25,10 +25,10 @@ from nomad_watchdog.model import Device, DeviceRecord, Epoch, Limits, Monotonic,
 from nomad_watchdog.registry import epoch_floor
 from nomad_watchdog.registry.codec import encode
 from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock
 from tests.registry.records import record
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock
 
 T = TypeVar("T")
 PUMP = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")

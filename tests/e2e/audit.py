@@ -17,11 +17,11 @@ from typing import Any
 import aiohttp
 
 from nomad_watchdog.clients.nomad_features import Feature, of_members
-from nomad_watchdog.dev._kubelet_spec import MARK
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence
 from nomad_watchdog.registry.codec import PoisonError, decode
 from nomad_watchdog.schedulers.nomad._view import age
+from servers.kubelet.spec import MARK
 
 LIVE = {"running", "pending"}
 
@@ -81,7 +81,7 @@ def processes(root: Path) -> list[AgentProcess]:
                 pod = (told["slug"], values["POD_UID"], int(told["epoch"]), "device-watchdog/pod")
                 found.append(AgentProcess(int(entry.name), *pod))
                 continue
-            if values["WATCHDOG_CONFIG"].startswith(str(root)) and b"watchdog-agent" in arguments:
+            if values["NOMAD_TASK_DIR"].startswith(f"{root}/") and b"watchdog-agent" in arguments:
                 found.append(
                     AgentProcess(
                         int(entry.name),
@@ -94,9 +94,14 @@ def processes(root: Path) -> list[AgentProcess]:
     return found
 
 
+def is_of(job_id: str, prefix: str) -> bool:
+    """Whether a job is of this installation: a dispatched child of a parent, or one of a device (`register`)."""
+    return job_id.startswith((f"{prefix}/", f"{prefix}-"))
+
+
 def doubled(root: Path, job_prefix: str = "") -> list[AgentProcess]:
     """Agents of devices that have more than one process at the same moment (S3)."""
-    first = [one for one in processes(root) if one.job.startswith(job_prefix)]
+    first = [one for one in processes(root) if not job_prefix or is_of(one.job, job_prefix)]
     counts = Counter(one.slug for one in first)
     suspects = [one for one in first if counts[one.slug] > 1]
     if not suspects:
@@ -128,6 +133,14 @@ async def records(session: aiohttp.ClientSession, where: Where) -> dict[str, Dev
     return found
 
 
+async def agents_jobs(session: aiohttp.ClientSession, where: Where) -> list[Any]:
+    """The jobs of agents, stopped ones too, without the parents that children are dispatched from."""
+    found = await get(session, f"{where.nomad}/v1/jobs?prefix={where.job_prefix}&meta=true")
+    return [
+        job for job in found if is_of(job["ID"], where.job_prefix) and "slug" in (job["Meta"] or {})
+    ]
+
+
 async def audit(
     root: Path, consul: str, nomad: str, present: Collection[str], known: Collection[str]
 ) -> list[str]:
@@ -148,14 +161,14 @@ async def examine(
     """As `audit`, of one installation among others."""
     findings = Findings()
     stored = await records(session, where)
-    running = [one for one in processes(where.root) if one.job.startswith(where.job_prefix + "/")]
-    mine = f'JobID matches "^{where.job_prefix}/"'
+    running = [one for one in processes(where.root) if is_of(one.job, where.job_prefix)]
+    mine = f'JobID matches "^{where.job_prefix}[/-]"'
     async with session.get(
         f"{where.nomad}/v1/allocations", params={"task_states": "false", "filter": mine}
     ) as answer:
         answer.raise_for_status()
         allocations = await answer.json()
-    jobs = await get(session, f"{where.nomad}/v1/jobs?prefix={where.job_prefix}/&meta=true")
+    jobs = await agents_jobs(session, where)
     services = await get(session, f"{where.consul}/v1/health/service/{where.service}")
     live = {one["ID"]: one for one in allocations if one["ClientStatus"] in LIVE}
     wanted = {str(slug_of(DeviceId(name))): name for name in present}
@@ -287,7 +300,8 @@ def _jobs(
     for job in jobs:
         _, _, name = job["ID"].partition("/dispatch-")
         slug = job["Meta"]["slug"]
-        findings.expect(name.startswith(f"{slug}-"), "S11", f"{job['ID']!r} is not {slug}'s")
+        owned = name.startswith(f"{slug}-") or job["ID"].endswith(f"-{slug}")
+        findings.expect(owned, "S11", f"{job['ID']!r} is not {slug}'s")
 
 
 def _processes(

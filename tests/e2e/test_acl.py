@@ -12,10 +12,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import clean_environment
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import clean_environment
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.e2e import audit
 from tests.schedulers.conftest import eventually
 

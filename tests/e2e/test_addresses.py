@@ -21,12 +21,19 @@ from tests.schedulers.conftest import directory, eventually
 
 __all__ = ["directory", "door", "token"]
 
-GOOD = [("gerät.local", "xn--gert-noa.local"), ("[::1]", "::1"), ("::ffff:10.0.0.9", "10.0.0.9")]
+GOOD = [
+    ("gerät.local", "xn--gert-noa.local"),
+    ("[::1]", "::1"),
+    ("::ffff:10.0.0.9", "10.0.0.9"),
+    ("[FE80::1%eth0]", "fe80::1%eth0"),
+]
 BAD = [
     ("127.10.1.999", "write four numbers from 0 to 255"),
     ("http://10.0.0.9", "write 10.0.0.9"),
     ("10.0.0.9:8080", "write 10.0.0.9"),
     ("10.0.0.0/24", "write the address of one device"),
+    ("fe80::1", "write the network interface of the agent's host with it, as fe80::1%eth0"),
+    ("[::1]:80", "has a port; write ::1"),
     ("a..b", "is not a host name"),
     ("-x", "is not a host name"),
     ("☃.net", "write its ASCII form"),

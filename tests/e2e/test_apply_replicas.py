@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.e2e.test_replicas import World, cli, replicas
 from tests.schedulers.conftest import eventually
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.schedulers import agent_zipapp
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.attacks.table import Attack
 from tests.e2e.test_replicas import cli
 from tests.schedulers.conftest import eventually

@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.demo.devices import SimulatedFleet
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.demo.stage import open_stage
-from nomad_watchdog.dev.process import free_port
 from tests.e2e import audit
 from tests.e2e.churn import SEED, Churn, Watch, play
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers]

@@ -17,11 +17,11 @@ from urllib.parse import quote
 import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import clean_environment
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import clean_environment
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
@@ -32,7 +32,7 @@ CONFIG = """\
 backend   = "nomad"
 shards    = 4
 lease_ttl = "2s"
-resync    = "2s"
+resync    = "1s"
 data_dir  = "{root}"
 api {
   listen      = "127.0.0.1:{port}"
@@ -119,7 +119,7 @@ class Pair:
         """No job is written while both prepare theirs several times."""
         before = {name: job["JobModifyIndex"] for name, job in (await self.jobs()).items()}
         # Three rounds of `resync`: what is not written can't be waited for.
-        await asyncio.sleep(7.0)
+        await asyncio.sleep(3.5)
         after = {name: job["JobModifyIndex"] for name, job in (await self.jobs()).items()}
         assert after == before
 

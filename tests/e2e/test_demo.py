@@ -25,8 +25,7 @@ import pytest
 from rich.console import Console
 
 from nomad_watchdog.demo.display import Show
-from nomad_watchdog.dev.binaries import cache_folder
-from nomad_watchdog.dev.process import clean_environment
+from nomad_watchdog.demo.process import cache_folder, clean_environment
 from tests.e2e.terminal import COLUMNS, ROWS, terminal
 
 STEPS = 7

@@ -8,7 +8,7 @@ import pytest
 
 from nomad_watchdog.config.load import load
 from nomad_watchdog.daemon.doctor.checks import Check, examine
-from nomad_watchdog.dev.nomad import NomadServer
+from servers.nomad import NomadServer
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.servers]
 

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.consul import ConsulServer
+from servers.replica import ControlPlane
 from tests.e2e.test_program import directory
 from tests.e2e.test_replicas import cli
 

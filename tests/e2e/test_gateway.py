@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import Process, clean_environment, free_port
+from servers.consul import ConsulServer
+from servers.replica import ControlPlane
 from tests import forwarding
 from tests.agent.receiver import Receiver
 from tests.agent.world import OK, Listener, says, until

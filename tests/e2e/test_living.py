@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
 
 SHORT = """\
 data_dir = "DATA"
-resync   = "2s"
+resync   = "1s"
 api {
   listen = "127.0.0.1:{port}"
 }
@@ -260,6 +260,6 @@ async def test_equal_replicas_never_write_each_others_parents(
         settled = await parents()
         assert len(settled) == 4
         # Real time: nothing can be waited for where nothing is to happen. It is five resyncs.
-        await asyncio.sleep(10.0)
+        await asyncio.sleep(5.0)
         assert await parents() == settled
         await one.call("DELETE", "/v1/devices/pump")

@@ -1,6 +1,6 @@
 """Real input: 200 devices move from a real Nomad to a real Kubernetes control plane while they are watched.
 
-Pods run as processes (`dev/kubelet.py`); a lost scheduler is the simulation's (`tests/migration`).
+Pods run as processes (`servers/kubelet/__main__.py`); a lost scheduler is the simulation's (`tests/migration`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.demo.devices import SimulatedFleet
+from nomad_watchdog.demo.process import clean_environment, free_port
 from nomad_watchdog.demo.stage import Stage, open_stage
-from nomad_watchdog.dev.process import clean_environment, free_port
 from nomad_watchdog.errors import TransientError
 from tests.e2e import audit
 

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.demo.devices import SimulatedFleet
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.demo.stage import BRISK, Agent, Stage, open_stage
-from nomad_watchdog.dev.process import free_port
 from tests.e2e.test_migrate import START_S, STOP_S, Watch, move_of, until, verb
 
 pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(600)]

@@ -11,11 +11,11 @@ import pytest_asyncio
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor.checks import Check, Status, examine
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import AgentSpec, PlacementState
 from nomad_watchdog.schedulers.nomad import NomadScheduler
-from nomad_watchdog.testing._bench import record_of
+from nomad_watchdog.testing.rig import record_of
+from servers.nomad import NomadServer
 from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]

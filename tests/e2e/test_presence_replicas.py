@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
 from tests.e2e.test_replicas import replicas
 from tests.schedulers.conftest import eventually
 

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.schedulers.conftest import directory, eventually, pids_of
 
 __all__ = ["directory"]

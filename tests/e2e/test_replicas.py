@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import clean_environment
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import clean_environment
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]

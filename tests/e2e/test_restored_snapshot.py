@@ -11,10 +11,10 @@ import aiohttp
 import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers]

@@ -15,8 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import Process, clean_environment, free_port
+from nomad_watchdog.demo.process import Process, clean_environment, free_port
+from servers.nomad import NomadServer
 
 pytestmark = [pytest.mark.servers, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -13,10 +13,10 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.binaries import find
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
+from servers.binaries import find
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
 
 pytestmark = pytest.mark.servers
 

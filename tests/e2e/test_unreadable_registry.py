@@ -13,9 +13,9 @@ import pytest
 
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.replica import ControlPlane
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from servers.replica import ControlPlane
 
 pytestmark = [pytest.mark.servers]
 

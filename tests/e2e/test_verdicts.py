@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from tests.agent.world import OK, Listener, says
 from tests.e2e.test_program import Program, directory
 from tests.schedulers.conftest import eventually, pids_of

@@ -162,6 +162,29 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
     assert site.fleet.chronicle.open_by_kind()["host"] == 0
 
 
+async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
+    """Ten devices of one host are alive and their services dead: each is degraded with an event, and together they are
+    one incident of the host until the services are back."""
+    some = site.add(10, "n1")
+    others = site.add(30, "n2")
+    for slug in (*some, *others):
+        await site.say(slug)
+    site.fleet.refresh_all()
+    for state, still_open in ((AgentState.DEGRADED, 1), (AgentState.OK, 0)):
+        site.clock.now += 10.0
+        for slug in some:
+            await site.say(slug, state)
+        for _ in range(2):
+            site.clock.now += 2.0
+            site.fleet.refresh_all()
+        assert site.fleet.chronicle.open_by_kind()["host"] == still_open
+    events = list(site.fleet.history.recent())
+    singles = [event for event in events if event.kind == "verdict.degraded"]
+    (opened,) = [event for event in events if event.kind == "incident.opened"]
+    assert (len(singles), opened.data["group"], opened.data["subsumed"]) == (10, "n1", 10)
+    assert {event.incident for event in singles} == {opened.incident}
+
+
 async def test_a_verdict_event_carries_its_evidence(site: Site) -> None:
     """The event of an offline device tells the report that decided, the placement, and how long the
     state before had lasted."""

@@ -10,6 +10,7 @@ def collect() -> None:
         rows_inputs,
         rows_limits,
         rows_nodes,
+        rows_outages,
         rows_own,
         rows_replicas,
         rows_servers,

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
-from nomad_watchdog.dev.listener import Listener
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.listener import Listener
+from nomad_watchdog.demo.process import free_port
 
 DNS_PORT: Final = 53
 _A: Final = 1

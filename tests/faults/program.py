@@ -12,8 +12,8 @@ from pathlib import Path
 
 import aiohttp
 
-from nomad_watchdog.dev.netns import Host
-from nomad_watchdog.dev.process import Process, clean_environment
+from nomad_watchdog.demo.process import Process, clean_environment
+from servers.netns import Host
 from tests.faults.site import BrokenRowError, until
 
 CONFIG = """\
@@ -29,6 +29,7 @@ api {{
 nomad {{
   address    = "{nomad}"
   job_prefix = "{job_prefix}"
+  strategy   = "{strategy}"
   {nomad_access}
 }}
 consul {{

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 
-from nomad_watchdog.dev.cluster import SERVERS
+from servers.cluster import SERVERS
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
 from tests.faults.site import BrokenRowError, until

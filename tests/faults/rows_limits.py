@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.nomad import NomadServer
+from servers.consul import ConsulServer
+from servers.nomad import NomadServer
 from tests.faults import proxy
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched

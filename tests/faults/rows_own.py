@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev.nomad import NomadServer
+from servers.nomad import NomadServer
 from tests.faults.matrix import row
 from tests.faults.rows_crash import watched
 from tests.faults.site import BrokenRowError, Direct, until

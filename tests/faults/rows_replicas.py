@@ -1,4 +1,4 @@
-"""Rows 5, 6, 7, 9: two replicas, of which the one that holds the lease freezes, is robbed or cut off."""
+"""Rows 5, 6, 7, 9, 46: two replicas, of which the one that holds the lease freezes, is robbed, killed or cut off."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from contextlib import suppress
+from urllib.parse import quote
 
 import aiohttp
 
@@ -15,8 +16,16 @@ from tests.faults.matrix import row
 from tests.faults.program import Program
 from tests.faults.rows_crash import watched
 from tests.faults.rows_hosts import cut_off
+from tests.faults.rows_nodes import eligible, nodes
+from tests.faults.rows_servers import known_to_run
 from tests.faults.site import BrokenRowError, until
 from tests.faults.world import World
+
+TTL_S = 2.0
+"""`lease_ttl` of row 46."""
+SLACK = 10.0
+"""How many times longer than promised a repair may take here: the machine plays other rows at the same time, and what
+a start takes varies as much."""
 
 
 async def holder(world: World, asked: Program) -> str:
@@ -132,3 +141,84 @@ async def holder_deaf_to_consul(world: World) -> None:
     await world.cluster.net.heal()
     world.speaks_to = None
     await world.settle()
+
+
+def _add(strategy: str) -> None:
+    @row(
+        f"46-{strategy}",
+        "the replica that agents are fetched from is killed, and its agents and a new one have to start on another "
+        f"node (strategy {strategy})",
+        stake="S1 S2 S3 L1 L2",
+        lane="alone",
+        strategy=strategy,
+        more=f'lease_ttl = "{TTL_S:.0f}s"\n',
+    )
+    async def play(world: World) -> None:
+        await _fetched_from_the_dead(world)
+
+
+async def _fetched_from_the_dead(world: World) -> None:
+    await eligible(world, "-1", is_eligible=False)
+    _, other = await pair(world, 4)
+    began = time.monotonic()
+    await world.wishes(*world.names(1, "one"))
+    await _are_ready(world, list(world.wanted))
+    start_s = time.monotonic() - began
+    await known_to_run(world)
+    if {
+        job["Meta"]["agent_source"].startswith(world.program.api) for job in await world.jobs()
+    } != {True}:
+        raise BrokenRowError("not all agents are fetched from the holder")
+    await eligible(world, "-1", is_eligible=True)
+    path = f"/v1/node/{(await nodes(world))['-0']['ID']}/drain"
+    killed = time.monotonic()
+    world.program.kill_now()
+    world.speaks_to = other
+    try:
+        await world.servers.nomad.request("POST", path, {"DrainSpec": {"Deadline": -1}})
+        await world.wishes(*world.names(1, "new"))
+        await _are_ready(world, list(world.wanted), node="data-1")
+        took_s = time.monotonic() - killed
+        await _is_in_bounds(world, start_s, took_s)
+        # S2: whatever runs now was fetched from the replica that is left.
+        for job in await world.jobs():
+            if not job["Stop"] and not job["Meta"]["agent_source"].startswith(other.api):
+                world.broken.append(
+                    f"L2: {job['ID']} is fetched from {job['Meta']['agent_source']}"
+                )
+        await world.settle()
+        await world.finish()
+    finally:
+        await world.servers.nomad.request("POST", path, {"DrainSpec": None, "MarkEligible": True})
+
+
+async def _is_in_bounds(world: World, start_s: float, took_s: float) -> None:
+    promised = TTL_S + start_s
+    world.notes.append(
+        f"{len(world.wanted)} agents were ready on the other node {took_s:.1f} s after the kill; lease_ttl is "
+        f"{TTL_S:.0f} s, and a start took {start_s:.1f} s before"
+    )
+    if took_s > SLACK * promised:
+        world.broken.append(f"L2: the repair took {took_s:.1f} s, promised are {promised:.1f} s")
+
+
+async def _are_ready(world: World, names: list[str], *, node: str = "") -> None:
+    """The accepted agent of each has probed its device; with `node`, all run below this folder of Nomad."""
+
+    async def ready() -> bool:
+        if node and len(audit.processes(world.where.root / node)) != len(names):
+            return False
+        for name in names:
+            path, status = f"/v1/devices/{quote(name, safe='')}/explain", 0
+            with suppress(aiohttp.ClientError, TimeoutError):
+                status, shown = await world.call("GET", path)
+            report = shown["report"] if status == 200 else None
+            if not report or not report["ready"] or report["epoch"] != shown["desired"]["epoch"]:
+                return False
+        return True
+
+    await until(ready, 120.0, f"{len(names)} agents are ready")
+
+
+_add("dispatch")
+_add("register")

@@ -176,7 +176,7 @@ async def known_to_run(world: World) -> None:
     that still is pending when its node goes is replaced at once, whatever `disconnect` says (1.11.3)."""
 
     async def known() -> bool:
-        jobs = {job["ID"] for job in await world.jobs()}
+        jobs = {job["ID"] for job in await world.jobs() if job["Status"] != "dead"}
         found = await world.servers.nomad.request("GET", "/v1/allocations")
         return jobs <= {one["JobID"] for one in found if one["ClientStatus"] == "running"}
 

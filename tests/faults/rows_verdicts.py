@@ -368,7 +368,23 @@ class Outage:
         """The beginning of each outage is between these moments, by all looks so far."""
         self.looks = 0
 
-    async def watch(self) -> None:
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Look to the end of the block."""
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        if not self.looks:
+            raise BrokenRowError("no look at the outage succeeded")
+        self.world.notes.append(
+            f"{self.looks} looks found {len(self.names)} dead devices in {len(self.world.wanted)}"
+        )
+
+    async def _watch(self) -> None:
         while True:
             with suppress(aiohttp.ClientError, TimeoutError, BrokenRowError):
                 asked_at = time.time()
@@ -407,19 +423,10 @@ async def outage_in_roll_out(world: World) -> None:
         for device in devices[:2]:
             await device.down()
         await all_are(world, dead, "offline")
-        outage = Outage(world, dead)
-        watching = asyncio.ensure_future(outage.watch())
-        try:
+        async with Outage(world, dead).watched():
             await _roll_out_and_die(world, len(names))
             await all_are(world, alive, "watched")
             await _confirmed_anew(world, dead)
-        finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
-        if not outage.looks:
-            raise BrokenRowError("no look at the outage succeeded")
-        world.notes.append(f"{outage.looks} looks found two dead devices in {len(names)}")
         for device in devices[:2]:
             await device.up()
         await world.settle()

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog.dev.cluster import Cluster
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.netns import LOCAL, Host
-from nomad_watchdog.dev.nomad import NomadServer
+from servers.cluster import Cluster
+from servers.consul import ConsulServer
+from servers.netns import LOCAL, Host
+from servers.nomad import NomadServer
 
 JOBS: Final = Path(__file__).resolve().parents[2] / "jobs"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nomad_watchdog.dev.binaries import found
+from servers.binaries import found
 from tests.faults.matrix import ROWS, Result
 from tests.faults.world import CONVERGED_S
 

@@ -15,6 +15,8 @@ from tests.faults.world import World
 
 collect()
 SITES = sites_of([ROWS[name] for name in ordered()])
+LASTS_S = {"shared": 620.0, "alone": 490.0, "cluster": 400.0, "mass": 600.0}
+"""About how long the rows of one site take together, by their lane."""
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.long,
@@ -37,9 +39,12 @@ def played() -> dict[str, Result]:
             site,
             one.name,
             id=one.name,
-            marks=pytest.mark.busy
-            if one.lane == "mass"
-            else pytest.mark.xdist_group(f"faults-{site}"),
+            marks=(
+                pytest.mark.busy
+                if one.lane == "mass"
+                else pytest.mark.xdist_group(f"faults-{site}"),
+                pytest.mark.lasts(LASTS_S[one.lane] / len(rows)),
+            ),
         )
         for site, rows in SITES.items()
         for one in rows

@@ -25,11 +25,11 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nomad_watchdog.dev.cluster import Cluster
-from nomad_watchdog.dev.netns import LOCAL
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Presence
+from servers.cluster import Cluster
+from servers.netns import LOCAL
 from tests.e2e import audit
 from tests.faults import canary
 from tests.faults.program import CLASS, CONFIG, MOCK_CLASS, PROBES, Program
@@ -60,6 +60,8 @@ class World:
     webhook_secrets: list[str]
     registry: str = "consul"
     resync: str = "5s"
+    strategy: str = "dispatch"
+    """How agents are started on Nomad."""
     version: str = "1"
     python: str = sys.executable
     """What runs the agents of the class `default`."""
@@ -155,6 +157,7 @@ class World:
                 self.nomad_token or self.site.secret_file("nomad-reconciler")
             ),
             consul_access=self._consul_access(),
+            strategy=self.strategy,
             job_prefix=self.where.job_prefix,
             kv_prefix=self.where.kv_prefix,
             service=self.where.service,
@@ -289,15 +292,14 @@ class World:
     # -- looking at it from outside -------------------------------------------------------------
 
     def agents(self) -> list[audit.AgentProcess]:
-        mine = self.where.job_prefix + "/"
-        return [one for one in audit.processes(self.where.root) if one.job.startswith(mine)]
+        prefix = self.where.job_prefix
+        return [one for one in audit.processes(self.where.root) if audit.is_of(one.job, prefix)]
 
     def pids(self) -> set[int]:
         return {one.pid for one in self.agents()}
 
     async def jobs(self) -> list[Any]:
-        url = f"{self.where.nomad}/v1/jobs?prefix={self.where.job_prefix}/&meta=true"
-        return list(await audit.get(self.session, url))
+        return await audit.agents_jobs(self.session, self.where)
 
     async def acknowledged_is_stored(self) -> None:
         """S4, at once: whatever was acknowledged is in the registry, whoever has died since."""
@@ -327,7 +329,7 @@ class World:
 
     def _look_at_processes(self) -> None:
         now = time.monotonic()
-        slugs = {one.slug for one in audit.doubled(self.where.root, self.where.job_prefix + "/")}
+        slugs = {one.slug for one in audit.doubled(self.where.root, self.where.job_prefix)}
         self._doubled_since = {s: self._doubled_since.get(s, now) for s in slugs}
         for slug, since in self._doubled_since.items():
             if now - since >= self.overlap_s:

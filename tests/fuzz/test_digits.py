@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.cli.main import _code
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.replica import ControlPlane
 from tests.agent.world import a_world, probe, says
 from tests.attacks.table import Attack
 from tests.schedulers.conftest import directory

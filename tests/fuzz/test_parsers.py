@@ -422,6 +422,7 @@ def test_h6_what_comes_from_outside_is_a_value_or_an_error(parser: Parser, tmp_p
 
 
 @pytest.mark.long
+@pytest.mark.lasts(15.0)
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda one: one.name)
 def test_h6_the_same_for_longer(parser: Parser, tmp_path: Path) -> None:
     """As above, with two thousand inputs for each parser; FUZZ_EXAMPLES sets another number."""

@@ -8,8 +8,8 @@ import pytest_asyncio
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.demo.devices import SimulatedFleet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
+from servers.kubernetes import KubernetesCluster
 
 
 @pytest_asyncio.fixture(loop_scope="session")

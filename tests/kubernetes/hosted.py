@@ -14,11 +14,11 @@ import aiohttp
 import watchdog_agent
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.listener import Listener
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.listener import Listener
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import WatchdogError
+from servers.kubelet.__main__ import Kubelet
+from servers.kubelet.spec import Image
 from tests.forwarding import forward
 
 TOKEN = "operators-s3cret-token"
@@ -55,6 +55,8 @@ PLURALS = {
     "Service": ("/api/v1", "services"),
     "Secret": ("/api/v1", "secrets"),
     "Role": ("/apis/rbac.authorization.k8s.io/v1", "roles"),
+    "ClusterRole": ("/apis/rbac.authorization.k8s.io/v1", "clusterroles"),
+    "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings"),
     "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "rolebindings"),
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
     "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev._certificates import Authority
 from nomad_watchdog.errors import TerminalError
+from servers.certificates import Authority
 
 
 async def test_an_openssl_that_hangs_is_told(

@@ -19,11 +19,11 @@ import yaml
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.demo.devices import SimulatedFleet
-from nomad_watchdog.dev._certificates import Authority
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import clean_environment
+from nomad_watchdog.demo.process import clean_environment
+from servers.certificates import Authority
+from servers.consul import ConsulServer
+from servers.kubelet.__main__ import Kubelet
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import (
     ACCOUNT,
     CONFIG,
@@ -114,6 +114,8 @@ def test_the_chart_makes_what_the_kustomization_makes(chart: Chart, repository: 
     assert by_name(chart.template({})) == by_name(shipped)
     assert by_name(chart.template({"rbac": {"pools": True}})) == by_name([*shipped, *pools])
     assert by_name(chart.template({"init": True})) == by_name([*shipped, *init])
+    own = [one for one in shipped if not one["kind"].startswith("ClusterRole")]
+    assert by_name(chart.template({"rbac": {"nodes": False}})) == by_name(own)
 
 
 def test_the_versions_agree(repository: Path, chart: Chart) -> None:
@@ -132,6 +134,9 @@ def test_the_versions_agree(repository: Path, chart: Chart) -> None:
         ({"image": {"digest": "sha256:12"}}, "/image/digest"),
         ({"api": {"secret": ""}}, "/api/secret"),
         ({"api": {"advertise": "nomad-watchdog:9670"}}, "/api/advertise"),
+        ({"api": {"hosts": "watch.example"}}, "/api/hosts"),
+        ({"api": {"hosts": ["a,b"]}}, "/api/hosts/0"),
+        ({"api": {"hosts": [""]}}, "/api/hosts/0"),
         ({"api": {"tlsSecret": "A_b"}}, "/api/tlsSecret"),
         ({"devices": {"namespaces": 65}}, "/devices/namespaces"),
         ({"devices": {"namespace": "a: b"}}, "/devices/namespace"),
@@ -184,7 +189,7 @@ def test_the_guide_shows_values_that_are_accepted_and_names_all(
     assert [name for name in values if f"`{name}`" not in told] == []
 
 
-def test_every_value_has_its_place(chart: Chart) -> None:
+def test_every_value_has_its_place(chart: Chart, tmp_path: Path) -> None:
     """Image, names, namespaces, peers and what is added to the pod stand where they belong; a variable of the
     user's replaces ours; the rights to the record are in the first namespace only."""
     peer = {"podSelector": {"matchLabels": {"a": "b"}}}
@@ -195,7 +200,7 @@ def test_every_value_has_its_place(chart: Chart) -> None:
             "image": {"repository": "registry.example/w", "digest": digest, "pullPolicy": "Always"},
             "imagePullSecrets": [{"name": "pull"}],
             "config": '  # indented\nbackend = "kubernetes"\n',
-            "api": {"secret": "door", "advertise": "https://watchdog.example"},
+            "api": {"secret": "door", "advertise": "https://watchdog.example", "hosts": ["a.example", "b"]},
             "consul": {"tokenSecret": "consul"},
             "devices": {"namespace": "0123", "namespaces": 2, "createNamespaces": True},
             "networkPolicy": {"apiFrom": [peer], "agentsFrom": [peer]},
@@ -249,6 +254,11 @@ def test_every_value_has_its_place(chart: Chart) -> None:
     assert len(env) == len(container["env"])
     assert env["NOMAD_WATCHDOG_API_LISTEN"] == "$(POD_IP):1"
     assert env["NOMAD_WATCHDOG_API_ADVERTISE"] == "https://watchdog.example"
+    assert env["NOMAD_WATCHDOG_API_HOSTS"] == "a.example,b"
+    texts = {name: value for name, value in env.items() if name == "NOMAD_WATCHDOG_API_HOSTS"}
+    file = tmp_path / "nomad-watchdog.hcl"
+    file.write_text('agent_class "default" {\n  probe "tcp" {\n    port = 80\n  }\n}\n')
+    assert load(file, texts).api.hosts == ("a.example", "b")
     assert env["NOMAD_WATCHDOG_KUBERNETES_NAMESPACE"] == "0123"
     assert env["NOMAD_WATCHDOG_KUBERNETES_NAMESPACES"] == "2"
     assert env["CONSUL_HTTP_TOKEN"] == {"secretKeyRef": {"name": "consul", "key": "token"}}

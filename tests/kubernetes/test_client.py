@@ -19,8 +19,8 @@ from nomad_watchdog.clients.kubernetes import (
     KubernetesClient,
     KubernetesSettings,
 )
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import ConflictError, DeniedError, NotFoundError, TransientError
+from servers.kubernetes import KubernetesCluster
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
 MAPS = "/api/v1/namespaces/default/configmaps"

@@ -18,7 +18,7 @@ from nomad_watchdog.clients.kubernetes import (
     KubernetesClient,
     KubernetesSettings,
 )
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.model import Epoch
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.testing.conformance import record_of
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import apply, is_ready, pods_of, until
 from tests.kubernetes.test_manifests import documents
 from tests.schedulers.kubernetes_rig import kubelet, soon_ready, spec_of

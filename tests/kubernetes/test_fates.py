@@ -18,13 +18,13 @@ import pytest_asyncio
 from nomad_watchdog.cli._agent_logs import kubernetes_log
 from nomad_watchdog.clients.kubernetes import FieldConflictError, KubernetesClient
 from nomad_watchdog.config.settings import Kubernetes, Settings
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.testing.conformance import record_of
+from servers.kubelet.__main__ import Kubelet
+from servers.kubernetes import KubernetesCluster
 from tests.schedulers.kubernetes_rig import kubelet, processes_of, soon_ready, spec_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]

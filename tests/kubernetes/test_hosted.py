@@ -13,9 +13,9 @@ import yaml
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.demo.devices import SimulatedFleet
-from nomad_watchdog.dev.consul import ConsulServer
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from servers.consul import ConsulServer
+from servers.kubelet.__main__ import Kubelet
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import (
     ACCOUNT,
     CONFIG,

@@ -15,13 +15,13 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor.checks import Status, examine
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.process import free_port
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import Epoch, Placement
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.testing.conformance import record_of
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import apply
 from tests.schedulers.kubernetes_rig import spec_of
 
@@ -175,7 +175,8 @@ async def test_the_role_is_enough_and_no_more(
             "/api/v1/namespaces/nomad-watchdog/secrets",
             "/api/v1/namespaces/default/pods",
             "/apis/apps/v1/deployments",
-            "/api/v1/nodes",
+            "/api/v1/nodes/plane",
+            "/api/v1/persistentvolumes",
         ):
             with pytest.raises(DeniedError):
                 await client.get(denied)

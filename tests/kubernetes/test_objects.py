@@ -210,3 +210,21 @@ def test_a_ref_is_read_back_and_nothing_else_is() -> None:
     assert names.Ref.parse(str(ref)) == ref
     with pytest.raises(UserError, match="is no placement"):
         names.Ref.parse("device-watchdog/dispatch-x")
+
+
+@pytest.mark.parametrize(
+    ("image", "good"),
+    [
+        ("agntup/watchdog-agent", False),
+        ("agntup/watchdog-agent:1.0", False),
+        ("agntup/watchdog-agent@sha256:" + "0" * 63, False),
+        ("agntup/watchdog-agent@sha256:" + "0" * 64 + ":1.0", False),
+        ("agntup/watchdog-agent@sha256:" + "0a" * 32, True),
+        ("registry.example:5000/agent:1.0@sha256:" + "0a" * 32, True),
+    ],
+)
+def test_h15_only_an_image_with_a_digest_is_verified(image: str, good: bool) -> None:
+    """The pod names the image with its digest, which the container runtime verifies; one without is reported."""
+    spec = replace(SPEC, variables={"image": image})
+    assert agent_of(made(spec))["image"] == image
+    assert objects.unverified_image(objects.build(spec)) == ("" if good else image)

@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 import watchdog_agent
 
-from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.kubelet.__main__ import Kubelet
+from servers.kubelet.spec import Image
+from servers.kubernetes import KubernetesCluster
+from servers.replica import ControlPlane
 from tests.kubernetes.test_manifests import USER, install
 from tests.schedulers.kubernetes_rig import images, soon_ready_template
 
@@ -126,6 +126,51 @@ async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path
         for name in wanted:
             await plane.call("DELETE", f"/v1/devices/{name}")
         await plane.until("/v1/agents", lambda it: not it["items"], 60.0)
+
+
+@pytest.mark.slow_because("starts an agent, and a control plane twice")
+async def test_a_cordoned_node_is_reported_when_that_begins_and_ends(
+    kube: KubernetesCluster, kubeconfig: Path, device: int, tmp_path: Path
+) -> None:
+    """With a resync of ten minutes `status` shows the node with its agent as soon as it is cordoned; each change is
+    one event, and a restart of the control plane publishes nothing again."""
+    text = config(kubeconfig, device, "", good=("agntup/watchdog-agent", "10m"))
+    text = text.replace('resync   = "2s"', 'resync   = "10m"')
+    admin = kube.client()
+
+    async def cordon(*, on: bool) -> None:
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "plane"}}
+        await admin.apply(
+            "/api/v1/nodes/plane", {**node, "spec": {"unschedulable": on}}, force=True
+        )
+
+    async with ControlPlane(tmp_path, "plane", text) as plane:
+
+        async def told() -> list[tuple[str, str]]:
+            found = (await plane.call("GET", "/v1/events?kind=node."))["items"]
+            assert all(event["data"] == {"node": "plane"} for event in found)
+            return [(event["kind"], event["text"]) for event in found]
+
+        await plane.register("pump", **{"class": "good"})
+        await plane.until("/v1/devices/pump", lambda it: it["verdict"] == "watched", 90.0)
+        try:
+            await cordon(on=True)
+            status = await plane.until("/v1/status", lambda it: it["closed_nodes"], 60.0)
+            assert status["closed_nodes"] == [{"node": "plane", "state": "cordoned", "agents": 1}]
+            what = "node plane is cordoned: no new agent is placed on it, 1 agent is there"
+            assert await told() == [("node.ineligible", what)]
+            await plane.process.terminate(15.0)
+            await plane.start()
+            await plane.ready()
+            await plane.until("/v1/status", lambda it: it["closed_nodes"], 60.0)
+            assert len(await told()) == 1
+        finally:
+            await cordon(on=False)
+        await plane.until("/v1/status", lambda it: not it["closed_nodes"], 60.0)
+        assert (await told())[1:] == [("node.open", "node plane takes new agents again")]
+        await plane.call("DELETE", "/v1/devices/pump")
+        await plane.until("/v1/agents", lambda it: not it["items"], 60.0)
+    await admin.close()
 
 
 @pytest.mark.slow_because("a device is unwatched when the reports that do not come are overdue")

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import DeniedError, NotFoundError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, Placement, PlacementState
@@ -21,6 +20,7 @@ from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces, newest_pod
 from nomad_watchdog.testing.conformance import record_of
+from servers.kubernetes import KubernetesCluster
 from tests.schedulers.kubernetes_rig import MOCK, kubelet, processes_of, spec_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
+from servers.kubelet.__main__ import Kubelet
+from servers.kubelet.spec import Image
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import ACCOUNT, until
 
 SPACE = "/api/v1/namespaces/stand-in"

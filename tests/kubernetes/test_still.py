@@ -17,8 +17,6 @@ import pytest_asyncio
 from aiohttp import web
 
 from nomad_watchdog.clients.kubernetes import ExpiredError, KubernetesClient, KubernetesSettings
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import DeniedError, TransientError
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
@@ -28,6 +26,8 @@ from nomad_watchdog.schedulers.kubernetes import _unchanged as still
 from nomad_watchdog.schedulers.kubernetes import _view as view
 from nomad_watchdog.schedulers.kubernetes._names import Ref
 from nomad_watchdog.testing.conformance import record_of
+from servers.kubelet.__main__ import Kubelet
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.test_client_faults import PODS, Handler, page, served
 from tests.schedulers.kubernetes_rig import kubelet, soon_ready, spec_of
 

@@ -14,7 +14,6 @@ import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.errors import FencedError
 from nomad_watchdog.ids import Shard, shard_of
 from nomad_watchdog.model import Monotonic
@@ -22,6 +21,7 @@ from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
 from nomad_watchdog.replicas.leases import check
 from nomad_watchdog.replicas.report_addresses import Living
+from servers.consul import ConsulServer
 from tests.registry.records import record
 
 TTL_S = 2.0

@@ -21,8 +21,8 @@ from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import AgentSpec, Device
 from nomad_watchdog.schedulers.multi import Moving
-from nomad_watchdog.testing.fakes import Cluster, FakeScheduler
 from tests.api.conftest import Door, served
+from tests.simulation.fakes import Cluster, FakeScheduler
 
 SPEC = AgentSpec("default", "1", "h")
 

@@ -14,11 +14,11 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Hint, Scheduler, Snapshot
 from nomad_watchdog.schedulers.multi import Moving
-from nomad_watchdog.testing._cluster import Cluster
 from nomad_watchdog.testing.conformance import CHECKS
-from nomad_watchdog.testing.fakes import FakeScheduler
 from tests.core.world import record
 from tests.schedulers.test_fake_conformance import fake_rig
+from tests.simulation.cluster import Cluster
+from tests.simulation.fakes import FakeScheduler
 
 SPEC = AgentSpec("default", "1", "h")
 

@@ -19,8 +19,8 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Epoch, Presence, WallTime
 from nomad_watchdog.registry import Document
 from nomad_watchdog.testing.conformance import record_of
-from nomad_watchdog.testing.virtual_time import VirtualLoop
 from tests.migration.two_sites import TwoSites
+from tests.simulation.virtual_time import VirtualLoop
 
 MOVE = Move("m", "north", "south", WallTime(0.0), "test")
 

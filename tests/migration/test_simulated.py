@@ -17,10 +17,11 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
 from nomad_watchdog.schedulers.multi import Moving
 from nomad_watchdog.testing.conformance import record_of
-from nomad_watchdog.testing.simulation import BEAT_S
-from nomad_watchdog.testing.virtual_time import VirtualLoop
 from tests.migration.two_sites import TwoSites, run_seed
+from tests.simulation.simulator import BEAT_S
+from tests.simulation.virtual_time import VirtualLoop
 
+pytestmark = pytest.mark.usefixtures("yielding")
 SEEDS = 120
 CHUNK = 20
 OFTEN = 40
@@ -109,7 +110,9 @@ def test_the_simulation_sees_an_agent_that_starts_elsewhere_than_its_record_says
 ) -> None:
     """If a start went by chance to one of the schedulers, some history would have an epoch on both."""
     monkeypatch.setattr(Moving, "ensure", _ensure_anywhere)
-    wrong = (one for seed in range(100) for one in run_seed(seed).wrong)
+    begin = 30  # showed it when this was written
+    seeds = (*range(begin, 100), *range(begin))
+    wrong = (one for seed in seeds for one in run_seed(seed).wrong)
     assert any(one.startswith(("S2", "S3")) for one in wrong)
 
 

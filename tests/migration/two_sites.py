@@ -1,4 +1,4 @@
-"""The simulated world of `testing.simulation` with its cluster cut in two: a job belongs to one site, and each
+"""The simulated world of `tests.simulation.simulator` with its cluster cut in two: a job belongs to one site, and each
 site's scheduler knows of its own jobs only. An operator moves devices between them all the time."""
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from nomad_watchdog.registry import Document
 from nomad_watchdog.replicas.leases import Leases, Undivided
 from nomad_watchdog.schedulers import Snapshot
 from nomad_watchdog.schedulers.multi import Moving
-from nomad_watchdog.testing._lease_board import BoardLeases
-from nomad_watchdog.testing._replica import Replica, WatchedReconciler, WatchedScheduler
-from nomad_watchdog.testing._weather import BadLine
-from nomad_watchdog.testing.fakes import FakeRegistry
-from nomad_watchdog.testing.simulation import World, play
-from nomad_watchdog.testing.virtual_time import VirtualClock
+from tests.simulation.fakes import FakeRegistry
+from tests.simulation.faults import BadLine
+from tests.simulation.lease_board import BoardLeases
+from tests.simulation.replica import Replica, WatchedReconciler, WatchedScheduler
+from tests.simulation.simulator import World, play
+from tests.simulation.virtual_time import VirtualClock
 
 SITES: Final = ("north", "south")
 MOVES_S: Final = 350.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from nomad_watchdog.dev.nats import NatsServer
+from servers.nats import NatsServer
 from tests.pools import work
 
 

@@ -18,17 +18,17 @@ import pytest_asyncio
 from aiohttp import web
 
 from nomad_watchdog.config.pools import AgentPool
-from nomad_watchdog.dev._kubelet_spec import Image
-from nomad_watchdog.dev.autoscaler import NomadAutoscaler
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
-from nomad_watchdog.dev.metrics_server import MetricsServer
-from nomad_watchdog.dev.nats import NatsServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.process import free_port
-from nomad_watchdog.dev.prometheus import PrometheusServer
-from nomad_watchdog.dev.replica import ControlPlane
+from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.pools.kubernetes import KubernetesPools
+from servers.autoscaler import NomadAutoscaler
+from servers.kubelet.__main__ import Kubelet
+from servers.kubelet.spec import Image
+from servers.kubernetes import KubernetesCluster
+from servers.metrics_server import MetricsServer
+from servers.nats import NatsServer
+from servers.nomad import NomadServer
+from servers.prometheus import PrometheusServer
+from servers.replica import ControlPlane
 from tests.pools.test_queue import check, metric
 from tests.pools.work import (
     LEAST,

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.pools import AgentPool
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, UserError
 from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
+from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import path_of
 from tests.kubernetes.test_manifests import USER, install
 from tests.pools.shared import a_pool_of_another_is_left_alone

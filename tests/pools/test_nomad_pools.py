@@ -13,9 +13,9 @@ import pytest
 
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.config.pools import AgentPool
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import ConflictError, NotFoundError, UserError
 from nomad_watchdog.pools.nomad import NomadPools, scaling_block, used
+from servers.nomad import NomadServer
 from tests.pools.shared import a_pool_of_another_is_left_alone
 
 NAP = (sys.executable, "-c", "import time; time.sleep(600)")

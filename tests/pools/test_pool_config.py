@@ -111,8 +111,8 @@ def test_the_example_of_the_docs_is_valid(tmp_path: Path, repository: Path) -> N
 
 
 def test_the_docs_name_every_event_of_a_pool(repository: Path) -> None:
-    """Each kind of event that the keeper tells stands in docs/pools.md."""
-    source = (repository / "nomad_watchdog" / "pools" / "keeper.py").read_text()
+    """Each kind of event that the controller publishes stands in docs/pools.md."""
+    source = (repository / "nomad_watchdog" / "pools" / "controller.py").read_text()
     kinds = {word for word in source.split('"') if word.startswith("pool.")}
     text = (repository / "docs" / "pools.md").read_text()
 

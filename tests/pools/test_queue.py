@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.dev.nats import NatsServer
-from nomad_watchdog.dev.nomad import NomadServer
-from nomad_watchdog.dev.replica import ControlPlane
+from servers.nats import NatsServer
+from servers.nomad import NomadServer
+from servers.replica import ControlPlane
 from tests.pools.work import (
     DEPTH,
     LEAST,

@@ -12,7 +12,7 @@ from typing import Any
 import nats
 from nats.js.api import RetentionPolicy
 
-from nomad_watchdog.dev.nats import NatsServer
+from servers.nats import NatsServer
 
 WORKER = Path(__file__).with_name("nats_worker.py")
 WORK_S = 0.25

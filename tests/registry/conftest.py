@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.testing import fakes
+from servers.consul import ConsulServer
+from tests.simulation import fakes
 
 FAKE = "memory"
 

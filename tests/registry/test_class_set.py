@@ -14,7 +14,7 @@ from nomad_watchdog.core.config_precedence import Standing
 from nomad_watchdog.errors import StaleError
 from nomad_watchdog.model import AgentSpec, Variant
 from nomad_watchdog.registry import Document
-from nomad_watchdog.testing.fakes import FakeRegistry, Store
+from tests.simulation.fakes import FakeRegistry, Store
 
 WORDS = st.text(max_size=20)
 MAPS = st.dictionaries(WORDS, WORDS, max_size=3)

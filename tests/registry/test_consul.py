@@ -15,9 +15,9 @@ import pytest
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings, cas
 from nomad_watchdog.clients.consul_sessions import ConsulSessions
-from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.errors import DeniedError, TerminalError, TransientError, UserError
 from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
 from tests.attacks.table import Attack
 from tests.registry.records import record
 
@@ -335,7 +335,7 @@ async def test_restored_snapshot_is_shown_by_an_idle_watch(
 
 async def test_refused_connection_is_transient(consul_client: ConsulClient) -> None:
     """Nobody listening is a TransientError that names the address."""
-    from nomad_watchdog.dev.process import free_port
+    from nomad_watchdog.demo.process import free_port
 
     client = ConsulClient(ConsulSettings(address=f"http://127.0.0.1:{free_port()}"))
     with pytest.raises(TransientError, match=r"127\.0\.0\.1"):

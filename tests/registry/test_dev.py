@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev import binaries, process
-from nomad_watchdog.dev.process import Process, free_port, give_back, take_block
+from nomad_watchdog.demo import process
+from nomad_watchdog.demo.process import Process, free_port, give_back, take_block
 from nomad_watchdog.errors import TerminalError, UserError
+from servers import binaries
 
 GO = """#!/bin/sh
 [ "$1" = version ] && {{ echo go version go1.26.0 linux/amd64; exit 0; }}
@@ -41,7 +42,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_two_runs_build_once(stub: Path) -> None:
     """Of two runs at once one builds, the other waits, and both print the same path."""
-    argv = [sys.executable, "-m", "nomad_watchdog.dev.binaries", "nomad"]
+    argv = [sys.executable, "-m", "servers.binaries", "nomad"]
     runs = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {run.communicate(timeout=60)[0].strip() for run in runs}
     assert paths == {str(stub.parent / "cache/build/nomad")}
@@ -85,7 +86,7 @@ def test_no_port_is_given_to_two_processes(monkeypatch: pytest.MonkeyPatch) -> N
     """Of forty ports one process takes twenty; as long as it runs another gets only others, later also those."""
     few = range(32_000, 32_040)  # no other test has ports there
     code = (
-        "from nomad_watchdog.dev import process\n"
+        "from nomad_watchdog.demo import process\n"
         f"process._PORTS = {few}\n"
         "print([process.free_port() for _ in range(20)], flush=True)\n"
         "input()"
@@ -134,7 +135,7 @@ def test_blocks_of_ports_are_apart_also_between_processes() -> None:
     blocks = [1_000_000 + 3 * os.getpid() + n for n in range(3)]  # that nobody else is given
     first, second = take_block(blocks), take_block(blocks)
     try:
-        code = f"from nomad_watchdog.dev.process import take_block; print(take_block({blocks}))"
+        code = f"from nomad_watchdog.demo.process import take_block; print(take_block({blocks}))"
         third = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         ).stdout

@@ -20,10 +20,10 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.dev.consul import ConsulServer
 from nomad_watchdog.fleet.consul_health import ConsulHealth
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Health
+from servers.consul import ConsulServer
 
 View = Mapping[Slug, Health]
 

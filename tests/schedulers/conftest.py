@@ -19,6 +19,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement, PlacementState
 from nomad_watchdog.schedulers.local import LocalScheduler, process
 from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
+from servers.ready import pause_s
 
 FEW = 60
 """Hostile ids that a run of the suite without the long tests places: each kind of them twice."""
@@ -73,15 +74,16 @@ def agent_spec(**overrides: Any) -> AgentSpec:
 async def eventually(test: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll until true, and give that back."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
+    began = loop.time()
     while True:
         found = test()
         if isinstance(found, Awaitable):
             found = await found
         if found:
             return found
-        assert loop.time() < deadline, "not in time"
-        await asyncio.sleep(0.02)
+        waited_s = loop.time() - began
+        assert waited_s < timeout_s, "not in time"
+        await asyncio.sleep(pause_s(waited_s))
 
 
 @pytest.fixture

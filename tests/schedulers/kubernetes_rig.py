@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.dev._kubelet_spec import MARK, Image
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import AgentSpec, Placement
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from nomad_watchdog.testing.conformance import Rig
+from servers.kubelet.__main__ import Kubelet
+from servers.kubelet.spec import MARK, Image
+from servers.kubernetes import KubernetesCluster
 
 SHIPPED = Path(__file__).parents[2] / "jobs" / "kubernetes" / "device-watchdog.yaml"
 MOCK = str(Path(__file__).with_name("mock.kubernetes.yaml"))

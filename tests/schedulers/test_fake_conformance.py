@@ -11,9 +11,9 @@ import pytest
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement
-from nomad_watchdog.testing._cluster import FAILS
 from nomad_watchdog.testing.conformance import CHECKS, Rig, check_scheduler
-from nomad_watchdog.testing.fakes import Cluster, FakeScheduler
+from tests.simulation.cluster import FAILS
+from tests.simulation.fakes import Cluster, FakeScheduler
 
 
 @asynccontextmanager

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.dev.kubelet import Kubelet
-from nomad_watchdog.dev.kubernetes import KubernetesCluster
 from nomad_watchdog.testing.conformance import CHECKS, hostile_ids_map_back
+from servers.kubelet.__main__ import Kubelet
+from servers.kubernetes import KubernetesCluster
 from tests.schedulers.conftest import CHECKS_BY_LENGTH, FEW
 from tests.schedulers.kubernetes_rig import kubelet, make_rig
 

@@ -156,7 +156,7 @@ async def test_no_nursery_means_spawned_agents(directory: Path) -> None:
     """Where no nursery can be started agents are plain processes of ours."""
     broken = directory.parent / "python"
     broken.write_text(
-        f'#!/bin/sh\ncase "$*" in *nursery*) exit 1;; *) exec {sys.executable} "$@";; esac\n'
+        f'#!/bin/sh\ncase "$*" in *zygote*) exit 1;; *) exec {sys.executable} "$@";; esac\n'
     )
     broken.chmod(0o755)
     ours = scheduler(directory, python=str(broken))

@@ -21,7 +21,6 @@ from nomad_watchdog.clients.nomad import NomadClient, NomadSettings, translate
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.agent_token import Claim, issue
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -41,6 +40,7 @@ from nomad_watchdog.schedulers.credentialed import Credentialed
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.secret_files import SecretFile, read_keys
 from nomad_watchdog.testing.conformance import record_of
+from servers.nomad import NomadServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 MOCK = str(Path(__file__).with_name("mock.nomad.hcl"))

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.clients.nomad import NomadSettings
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.testing.conformance import CHECKS, Rig, hostile_ids_map_back
+from servers.nomad import NomadServer
 from tests.schedulers.conftest import CHECKS_BY_LENGTH, FEW
 
 AGENT = """

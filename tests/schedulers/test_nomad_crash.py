@@ -11,12 +11,12 @@ from urllib.parse import quote
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.clients.nomad_features import Feature
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Monotonic, PlacementState
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.schedulers.nomad._view import SECOND_LOOK_S
 from nomad_watchdog.testing.conformance import record_of
+from servers.nomad import NomadServer
 from tests.schedulers.conftest import eventually
 
 SPEC = AgentSpec("default", "1", "h", template=str(Path(__file__).with_name("mock.nomad.hcl")))

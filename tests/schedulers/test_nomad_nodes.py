@@ -10,13 +10,13 @@ import pytest
 
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
 from nomad_watchdog.daemon.doctor import nodes as doctor_nodes
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.ids import slug_of
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import ClosedHost
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.schedulers.nomad.nodes import Node, NodeList, Nodes, deadline_of, node_of
 from nomad_watchdog.testing.conformance import record_of
+from servers.nomad import NomadServer
 from tests.schedulers.conftest import eventually
 
 MOCK = str(Path(__file__).with_name("mock.nomad.hcl"))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.dev.nomad import NomadServer
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -19,10 +18,11 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Device, Limits, PlacementState
 from nomad_watchdog.schedulers import check_spec
 from nomad_watchdog.schedulers.nomad import NomadScheduler
-from nomad_watchdog.testing.fakes import REFUSED, Cluster, FakeRegistry, FakeScheduler, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from servers.nomad import NomadServer
 from tests.schedulers.test_nomad import MOCK, mock_spec, scheduler
+from tests.simulation.fakes import REFUSED, Cluster, FakeRegistry, FakeScheduler, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 __all__ = ["scheduler"]
 OTHER = replace(SPEC, agent_class="other", spec_hash="o")

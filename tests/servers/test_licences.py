@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nomad_watchdog.dev.binaries import Tool, cache_folder, find_go
+from nomad_watchdog.demo.process import cache_folder
 from nomad_watchdog.errors import TerminalError
 from servers import licences
+from servers.binaries import Tool, find_go
 
 MIT = (
     "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a copy\n"

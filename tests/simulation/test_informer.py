@@ -14,9 +14,9 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Snapshot
-from nomad_watchdog.testing._cluster import Cluster
-from nomad_watchdog.testing.fakes import FakeScheduler
 from tests.core.world import record
+from tests.simulation.cluster import Cluster
+from tests.simulation.fakes import FakeScheduler
 
 SPEC = AgentSpec("default", "1", "h")
 

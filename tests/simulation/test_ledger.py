@@ -9,8 +9,8 @@ from typing import TypeVar
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, Limits
-from nomad_watchdog.testing.fakes import FakeRegistry, Line, Store
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from tests.simulation.fakes import FakeRegistry, Line, Store
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 T = TypeVar("T")
 LATE = DeviceId("late")

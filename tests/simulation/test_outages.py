@@ -9,9 +9,10 @@ import pytest
 from nomad_watchdog.controllers.condition_writer import Conditions
 from nomad_watchdog.core import device_condition, verdict
 from nomad_watchdog.model import Verdict, VerdictState
-from nomad_watchdog.testing.outages import run_seed
+from tests.simulation.outages import run_seed
 from tests.simulation.planted import assert_found
 
+pytestmark = pytest.mark.usefixtures("yielding")
 SEEDS = 24
 
 
@@ -22,7 +23,7 @@ def test_every_seed_holds(first: int) -> None:
     crashes of ours no condition flaps, no silence is watched, no suspicion lasts, and nothing is called offline
     that never was."""
     for seed in range(first, first + 8):
-        assert run_seed(seed).wrong == [], f"python -m nomad_watchdog.testing.outages --seed {seed}"
+        assert run_seed(seed).wrong == [], f"python -m tests.simulation.outages --seed {seed}"
 
 
 def _forgetful(found: Verdict, *_: object, **__: object) -> Verdict:

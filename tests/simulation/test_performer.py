@@ -17,9 +17,9 @@ from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, Limits
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 T = TypeVar("T")
 

@@ -33,9 +33,9 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.replicas.leases import Replica, Term, Undivided
 from nomad_watchdog.schedulers import Capacity
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 T = TypeVar("T")
 ONE = DeviceId("one")
@@ -552,7 +552,9 @@ async def what_comes_next() -> dict[str, str]:
     note("failed", "bad")
     reconciler.scheduler = reconciler.performer.scheduler = FakeScheduler(cluster, line)
     slug = slug_of(DeviceId("cam 6"))
-    for number, state in enumerate((AgentState.SUSPECT, AgentState.UNABLE, AgentState.DEGRADED), 1):
+    for number, believed in enumerate(
+        (AgentState.SUSPECT, AgentState.UNABLE, AgentState.DEGRADED), 1
+    ):
         record, (agent, *_) = fleet.records[slug], fleet.placements[slug]
         fleet.placements[slug] = (replace(agent, node="n1"),)
         await fleet.report(
@@ -563,7 +565,7 @@ async def what_comes_next() -> dict[str, str]:
                 record.instance or (agent.instances or ("i",))[0],
                 number,
                 ready=True,
-                state=state,
+                state=believed,
                 was_ready=True,
                 misses=3,
                 confirmed=False,
@@ -572,7 +574,7 @@ async def what_comes_next() -> dict[str, str]:
                 version="1",
             )
         )
-        note(state.value, "cam 6")
+        note(believed.value, "cam 6")
     await drained(reconciler, slug_of(DeviceId("cam 7")))
     note("drained", "cam 7")
     await reconciler.configure({})
@@ -662,7 +664,7 @@ async def never_started() -> tuple[list[float], list[str], str, set[PlacementSta
     cluster.pace.start = (0.0, 0.02)
     await asyncio.sleep(900.0)
     given_up = [e for e in fleet.history.after(0, 10_000)[0] if e.kind == "plan.replace"]
-    states = {
+    states: set[PlacementState] = {
         one.state
         for found in fleet.placements.values()
         for one in found

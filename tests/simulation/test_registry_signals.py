@@ -18,9 +18,9 @@ from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits
 from nomad_watchdog.registry import Document
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 T = TypeVar("T")
 

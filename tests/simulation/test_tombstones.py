@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S
+from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import DeviceId, Shard, slug_of
+from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits, PlacementState
 from nomad_watchdog.replicas.leases import Term, Undivided
-from nomad_watchdog.testing.fakes import Cluster, FakeRegistry, FakeScheduler, Store
-from nomad_watchdog.testing.simulation import SPEC
-from nomad_watchdog.testing.virtual_time import VirtualClock, VirtualLoop
+from nomad_watchdog.schedulers import Snapshot
+from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
+from tests.simulation.simulator import SPEC
+from tests.simulation.virtual_time import VirtualClock, VirtualLoop
 
 PUMP = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")
 OTHER = Device(DeviceId("other"), SPEC.agent_class, "127.0.0.1")
@@ -79,3 +81,50 @@ def test_l1_a_forgotten_device_comes_back_above_its_epochs() -> None:
     that it is registered again one agent runs, at a higher epoch."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(lives())
+
+
+class CutOff(FakeScheduler):
+    """A scheduler that can't be read while `away`."""
+
+    away = False
+
+    async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
+        """As the fake's, or an error."""
+        if self.away:
+            raise TransientError("connection refused")
+        return await super().snapshot(only)
+
+
+async def cut_off() -> None:
+    store = Store()
+    store.initialise("test")
+    fleet = Fleet(
+        FakeRegistry(store),
+        Limits(tombstone_ttl_s=TTL_S),
+        VirtualClock(asyncio.get_running_loop()),
+    )
+    scheduler = CutOff(Cluster())
+    reconciler = Reconciler(fleet, scheduler, {SPEC.agent_class: SPEC}, Metrics(), Undivided())
+    task = asyncio.ensure_future(reconciler.run())
+    try:
+        await fleet.register([PUMP])
+        await asyncio.sleep(60.0)
+        await fleet.deregister([PUMP.id])
+        await asyncio.sleep(60.0)
+        scheduler.away = True
+        await asyncio.sleep(TTL_S + TOMBSTONE_REST_S + 1200.0)
+        assert store.record(SLUG) is not None
+        scheduler.away = False
+        await asyncio.sleep(300.0)
+        assert store.record(SLUG) is None
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def test_s3_no_tombstone_is_deleted_on_an_old_listing() -> None:
+    """A replica that can't read the scheduler keeps a tombstone, however old it is: what it listed before need not
+    show an agent that was started since. It deletes it once the scheduler can be read."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(cut_off())

@@ -6,7 +6,7 @@ worker is idle. Without xdist this only orders the tests.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any, Final
 
 import pytest
@@ -14,14 +14,17 @@ import pytest
 _SHARES: Final = {"kube": 2, "nomad": 3, "acl_consul": 1, "consul": 2}
 """A session server → the most workers that start one. The first that a test uses decides."""
 _GROUP: Final = "xdist_group"
+_RANK: Final = pytest.StashKey[int]()
 _SLOW_S: Final = 10
 """What a test that states why it is slow counts, where another counts 1: about what they take in seconds."""
+_LONG_S: Final = 60
+"""What a long test counts; one that takes far more states its seconds: `pytest.mark.lasts`."""
 
 
 def assign_groups(items: list[pytest.Item]) -> None:
-    """Mark each test with its group, and put first what takes longest: shared servers, then shared files,
-    then single slow tests; of each kind the longest group first. A long group that began late would run alone at
-    the end, while the other workers have nothing left to do."""
+    """Mark each test with its group, and put first what takes longest: long tests and shared servers, then shared
+    files, then single slow tests; of each kind the longest group first. A long group that began late would run
+    alone at the end, while the other workers have nothing left to do."""
     servers = {item: _server(item) for item in items}
     shares = _share_out(items, servers)
     rank = {}
@@ -38,11 +41,27 @@ def assign_groups(items: list[pytest.Item]) -> None:
             rank[item] = 1
         else:
             rank[item] = 2 if item.get_closest_marker("slow_because") else 3
+        if item.get_closest_marker("long"):
+            rank[item] = 0
     groups = {item: _group(item) for item in items}
-    lengths: Counter[str] = Counter()
+    lengths: defaultdict[str, float] = defaultdict(float)
     for item in items:
         lengths[groups[item]] += _length(item)
     items.sort(key=lambda item: (rank[item], -lengths[groups[item]]))
+    for item in items:
+        item.stash[_RANK] = rank[item]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End the session's servers of this worker when no test that needs one is left: all of them come first. A
+    Kubernetes control plane with nothing to do takes some percent of a core, a Nomad one or two."""
+    if item.stash[_RANK] == 0:
+        return
+    known = item.session._fixturemanager._arg2fixturedefs
+    for fixture in (one for server in _SHARES for one in known.get(server, ())):
+        if fixture.cached_result is not None:
+            fixture.finish(item._request)  # type: ignore[attr-defined]
 
 
 def _group(item: pytest.Item) -> str:
@@ -51,7 +70,11 @@ def _group(item: pytest.Item) -> str:
     return str((*mark.args, *mark.kwargs.values())[0]) if mark else item.nodeid
 
 
-def _length(item: pytest.Item) -> int:
+def _length(item: pytest.Item) -> float:
+    if lasts := item.get_closest_marker("lasts"):
+        return float(lasts.args[0])
+    if item.get_closest_marker("long"):
+        return _LONG_S
     return _SLOW_S if item.get_closest_marker("slow_because") else 1
 
 
@@ -59,13 +82,11 @@ def _share_out(
     items: list[pytest.Item], servers: dict[pytest.Item, str | None]
 ) -> dict[tuple[str, str], int]:
     """(Server, file) → the group of that server which runs the file. They take about the same time."""
-    sizes: Counter[tuple[str, str]] = Counter()
+    sizes: defaultdict[tuple[str, str], float] = defaultdict(float)
     for item in items:
         if server := servers[item]:
             sizes[server, item.path.as_posix()] += _length(item)
-    loads: dict[str, Counter[int]] = {
-        server: Counter(dict.fromkeys(range(most), 0)) for server, most in _SHARES.items()
-    }
+    loads = {server: dict.fromkeys(range(most), 0.0) for server, most in _SHARES.items()}
     found = {}
     for (server, file), size in sorted(sizes.items(), key=lambda one: (-one[1], one[0])):
         load = loads[server]

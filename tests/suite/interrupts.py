@@ -212,7 +212,7 @@ def remove_mounts(folder: Path) -> None:
     below = [one for one in points if one.startswith(f"{folder}/")]
     if not below:
         return
-    from nomad_watchdog.dev.nomad import clean_up
+    from servers.nomad import clean_up
 
     for server in {match[1] for one in below if (match := _NOMAD.match(one))}:
         clean_up(Path(server))

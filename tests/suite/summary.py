@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from nomad_watchdog.dev import binaries
+from servers import binaries
 
 BUDGET_S = 5.0
 """docs/contributing.md: a test of `make test` that takes more of its own states a reason."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 CONFTEST = """
-import pytest
-from tests.suite.groups import assign_groups
+import pathlib, pytest
+from tests.suite.groups import assign_groups, pytest_runtest_setup
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
@@ -18,7 +18,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def kube():
-    pass
+    yield
+    (pathlib.Path(__file__).parent / "workers").open("a").write("ended\\n")
 
 @pytest.fixture(scope="session")
 def nomad():
@@ -43,8 +44,8 @@ def test_tests_of_one_server_and_file_run_in_one_worker(tmp_path: Path, reposito
     argv += ["--numprocesses=2", "--dist=loadgroup", f"--rootdir={tmp_path}", str(tmp_path)]
     done = subprocess.run(argv, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    workers = (tmp_path / "workers").read_text().split()
-    assert (len(workers), len(set(workers))) == (12, 1)
+    *workers, last = (tmp_path / "workers").read_text().split()
+    assert (len(workers), len(set(workers)), last) == (12, 1, "ended")
 
 
 ORDERED = """
@@ -66,6 +67,29 @@ def test_short(nomad, number):
 def test_long(kube, number):
     pass
 """
+
+
+NEXT = """
+import pathlib
+
+def test_served(kube):
+    pass
+
+def test_next():
+    assert (pathlib.Path(__file__).parent / "workers").read_text() == "ended\\n"
+"""
+
+
+@pytest.mark.slow_because("starts pytest")
+def test_a_server_ends_when_no_test_needs_it_any_more(tmp_path: Path, repository: Path) -> None:
+    """A test that needs no server, and so comes last, finds the session's server ended."""
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_them.py").write_text(NEXT)
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    argv += [f"--rootdir={tmp_path}", str(tmp_path)]
+    done = subprocess.run(argv, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 def test_the_longest_group_is_first(tmp_path: Path, repository: Path) -> None:

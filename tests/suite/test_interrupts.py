@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.dev.process import Process
+from nomad_watchdog.demo.process import Process
 
 CONFTEST = """
 import os
@@ -30,8 +30,8 @@ def pytest_configure(config):
 TESTS = """
 import asyncio, os, pathlib, signal, subprocess
 import pytest, pytest_asyncio
-from nomad_watchdog.dev.netns import Network
-from nomad_watchdog.dev.process import Process
+from servers.netns import Network
+from nomad_watchdog.demo.process import Process
 
 HERE = pathlib.Path(__file__).parent
 WORKER = os.environ["PYTEST_XDIST_WORKER"]

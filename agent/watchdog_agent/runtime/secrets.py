@@ -1,6 +1,6 @@
 """Secrets in files, read anew each time: a mounted file rotates.
 
-A file that everybody can write, or that belongs neither to the agent's user nor to root, may hold somebody
+A file that everybody or another group can write, or that belongs neither to the agent's user nor to root, may hold somebody
 else's secret, and is not used.
 """
 
@@ -21,6 +21,8 @@ def read(path: str) -> bytes:
             raise OSError(f"belongs to user {found.st_uid}, not to {os.geteuid()} or root")
         if found.st_mode & 0o002:
             raise OSError(f"can be written by everybody (mode {found.st_mode & 0o7777:04o})")
+        if found.st_mode & 0o020 and found.st_gid not in (0, os.getegid()):
+            raise OSError(f"can be written by its group (mode {found.st_mode & 0o7777:04o})")
         return os.read(fd, MOST).strip()
     finally:
         os.close(fd)

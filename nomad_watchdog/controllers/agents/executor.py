@@ -75,7 +75,7 @@ class _Ready:
     place: int
     number: int
     action: Action = field(compare=False)
-    record: DeviceRecord | FencedError | None = field(compare=False)
+    record: DeviceRecord | WatchdogError | None = field(compare=False)
     fenced_at: Monotonic = field(compare=False)
 
 
@@ -193,16 +193,16 @@ class Performer:
         else:
             self._spare.clear()
 
-    async def _fence(self, batch: Sequence[Action]) -> list[DeviceRecord | FencedError | None]:
+    async def _fence(self, batch: Sequence[Action]) -> list[DeviceRecord | WatchdogError | None]:
         """The stored record that each action may act on; None for a stray without one.
 
         A start or a replacement commits its epoch. A retirement, and a start that repeats an epoch,
         read the record again: the wish may have changed since the decision (S8).
         """
-        results: list[DeviceRecord | FencedError | None] = [None] * len(batch)
+        results: list[DeviceRecord | WatchdogError | None] = [None] * len(batch)
         commits: list[tuple[int, DeviceRecord]] = []
         # After their records are known, and not from memory (`core.tombstones`).
-        floor = await self.fleet.read_floor() if any(map(self._is_first, batch)) else Floor()
+        floor = await self.fleet.try_floor() if any(map(self._is_first, batch)) else Floor()
         for position, action in enumerate(batch):
             try:
                 check(self.leases, action.slug)
@@ -218,7 +218,11 @@ class Performer:
                 continue
             target = _epoch_after(action)
             if known is not None and target > known.epoch:
-                target = floor.first(known, target)
+                if isinstance(floor, Floor):
+                    target = floor.first(known, target)
+                elif known.epoch == NEVER:
+                    results[position] = floor
+                    continue
                 commits.append((position, presence.advance(known, target, action.home)))
             else:
                 results[position] = await self._reread(action)
@@ -277,7 +281,7 @@ class Performer:
     def _checked(self, ready: _Ready) -> DeviceRecord | None:
         """The record to act on. It may have waited long for its turn: a holder that slept finds its actions
         dead."""
-        if isinstance(ready.record, FencedError):
+        if isinstance(ready.record, WatchdogError):
             raise ready.record
         check(self.leases, ready.action.slug)
         if self.fleet.clock.monotonic() - ready.fenced_at > FENCE_S:

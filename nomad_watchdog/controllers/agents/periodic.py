@@ -12,7 +12,7 @@ from nomad_watchdog.controllers.agents.executor import Performer
 from nomad_watchdog.controllers.agents.placement_informer import Informer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import tombstones
-from nomad_watchdog.core.placement_gc import Graveyard
+from nomad_watchdog.core.placement_gc import REST_S, TOMBSTONE_REST_S, Graveyard
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
@@ -34,6 +34,9 @@ PREPARE_FIRST_S: Final = 0.5
 SWEEP_EVERY_S: Final = 30.0
 MOST_FORGOTTEN: Final = 2_000
 """Tombstones that are deleted at a time."""
+LISTED_S: Final = (TOMBSTONE_REST_S - REST_S) / 2
+"""Tombstones are deleted only on a listing of at most this age, in seconds: by then every request that was under
+way when the tombstone came to rest has arrived (S3)."""
 BUDGET_KEPT_S: Final = 3600.0
 """Nothing is remembered of a device that has neither been started nor failed to start for so long."""
 
@@ -157,7 +160,7 @@ class Upkeep:
     async def _forget_tombstones(self) -> None:
         """Delete the records of devices that left long ago."""
         fleet = self.fleet
-        if not fleet.ready:
+        if not fleet.ready or self.informer.age_s > LISTED_S:
             return
         ours = self.territory.of(fleet.records)
         ttl_s, now = fleet.limits.tombstone_ttl_s, fleet.clock.wall()

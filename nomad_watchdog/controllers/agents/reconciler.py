@@ -576,6 +576,9 @@ class Reconciler:
             wanted.add(action.slug)
             self.queue.put(action.slug, action, urgent=urgent)
         self.queue.retain(wanted)
+        for action in set(plan.refused) - set(self.last_plan.refused):
+            log.error("unsafe start refused", extra={"slug": action.slug, "epoch": action.epoch})
+            self.metrics.unsafe_start()
         self.planning.hold(plan)
         self.last_plan = plan
         self.metrics.queue(len(self.queue), self.queue.oldest_s())

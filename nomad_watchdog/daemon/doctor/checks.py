@@ -49,6 +49,7 @@ from nomad_watchdog.errors import (
     WatchdogError,
 )
 from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import _objects
 from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces
 from nomad_watchdog.schedulers.nomad import _jobs
 from nomad_watchdog.secret_values import hide
@@ -523,9 +524,29 @@ async def _kubernetes(settings: Settings) -> list[Check]:
         for number in range(known):
             space = names.namespace_of(first, number)
             checks += await _kubernetes_namespace(client, space, first=number == 0)
-        return checks
+        return checks + _kubernetes_images(settings)
     finally:
         await client.close()
+
+
+def _kubernetes_images(settings: Settings) -> list[Check]:
+    """Whether the SHA-256 of what runs is verified: the container runtime does it for an image with a digest."""
+    checks = []
+    for name, spec in settings.readable_specs()[0].items():
+        try:
+            image = _objects.unverified_image(_objects.build(settings.spec_on("kubernetes", spec)))
+        except UserError as error:
+            mend = f'fix agent_class "{name}"; until then its devices get no agent'
+            checks.append(Check(f"class {name}", Status.FAIL, str(error), mend))
+            continue
+        what = f"{image!a} has no digest, so that nothing verifies which agent runs"
+        mend = "set the variable image to NAME@sha256:..."
+        checks.append(
+            Check(f"image of class {name}", Status.WARN, what, mend)
+            if image
+            else Check(f"image of class {name}", Status.OK, "is verified by its digest")
+        )
+    return checks
 
 
 async def _kubernetes_namespace(

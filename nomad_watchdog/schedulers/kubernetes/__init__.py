@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from watchdog_agent.runtime.parsing import whole
@@ -34,6 +35,7 @@ from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _objects, _view, _watch
 from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
 from nomad_watchdog.schedulers.kubernetes._namespaces import remember_namespaces
+from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
 from nomad_watchdog.schedulers.kubernetes._unchanged import Stillness
 
@@ -81,6 +83,7 @@ class KubernetesScheduler:
         self._selector = f"{names.INSTALLATION}={self._installation},{names.MANAGED}={names.DOMAIN}"
         self._built: dict[tuple[str, str], _objects.Built] = {}
         self._still = Stillness(self._client, self._selector)
+        self._cordons = Cordons(self._client)
         self._memory = Memory()
         self._index = 0
         self._listed = False
@@ -208,7 +211,7 @@ class KubernetesScheduler:
         return await self._still.holds(snapshot)
 
     def watch(self) -> AsyncIterator[Hint]:
-        return _watch.hints(self._client, self._namespaces, self._selector)
+        return _watch.hints(self._client, self._namespaces, self._selector, self._cordons)
 
     async def capacity(self) -> Capacity:
         unplaced = "status.phase=Pending,spec.nodeName="
@@ -328,6 +331,7 @@ class KubernetesScheduler:
         self._memory.take(found, only)
         snapshot = Snapshot(found, index, only)
         if only is None:
+            snapshot = replace(snapshot, closed_hosts=await self._cordons.read())
             self._index, self._listed, self.malformed = index, True, malformed
             lists = zip((*above, *below), (*owners, *pods), strict=True)
             versions = {path: one.version for path, one in lists}

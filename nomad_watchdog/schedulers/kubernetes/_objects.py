@@ -32,6 +32,7 @@ TOKEN_FOLDER: Final = "/var/run/watchdog"  # noqa: S105  # a folder
 _CREDENTIAL: Final = "credential"
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,63})\}")
 _NUMBERS: Final = re.compile(r".*(Seconds|Threshold|[pP]ort|runAsUser|runAsGroup|fsGroup)$")
+_DIGEST: Final = re.compile(r"@sha256:[0-9a-f]{64}\Z")
 _MIB: Final = 1024 * 1024
 _MAX_DOCUMENT: Final = 72 * 1024
 """Base64 of it stays below the 128 KiB that Linux allows one variable of the environment."""
@@ -77,6 +78,17 @@ def build(spec: AgentSpec) -> Built:
     if wrong := list(_lint(filled)):
         raise UserError(f"template {template.name!r}: {'; '.join(wrong)}")
     return Built(kind, filled["spec"]["template"], spec.variables.get("token_secret", ""))
+
+
+def unverified_image(built: Built) -> str:
+    """The image of the agent if it has no digest, so that the container runtime runs whatever its tag means at the
+    time; "" = it has one."""
+    image = next(
+        str(one.get("image", ""))
+        for one in built.pod["spec"]["containers"]
+        if one.get("name") == "agent"
+    )
+    return "" if _DIGEST.search(image) else image
 
 
 def _variables(spec: AgentSpec) -> dict[str, str]:

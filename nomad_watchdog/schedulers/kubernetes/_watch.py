@@ -15,6 +15,7 @@ from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.schedulers import Hint
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _view as view
+from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Pending:
 
 
 async def hints(
-    client: KubernetesClient, namespaces: Callable[[], list[str]], labels: str
+    client: KubernetesClient, namespaces: Callable[[], list[str]], labels: str, cordons: Cordons
 ) -> AsyncIterator[Hint]:
     """As `Scheduler.watch`. The watches begin before the first hint is given, so that nothing falls
     between it and them. What ends a watch and is no error of ours comes out here: a watch that is gone
@@ -77,6 +78,7 @@ async def hints(
         asyncio.ensure_future(_follow_watch(client, space, kind, labels, pending, event))
         for (space, kind), event in zip(pairs, started, strict=True)
     ]
+    tasks.append(asyncio.ensure_future(cordons.follow(pending.resync)))
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

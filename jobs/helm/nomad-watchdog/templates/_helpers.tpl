@@ -64,6 +64,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   value: 0.0.0.0:9670
 - name: NOMAD_WATCHDOG_API_ADVERTISE
   value: {{ .Values.api.advertise | default (printf "%s://nomad-watchdog.%s.svc:9670" (include "nomad-watchdog.scheme" .) .Release.Namespace) | quote }}
+{{- with .Values.api.hosts }}
+- name: NOMAD_WATCHDOG_API_HOSTS
+  value: {{ join "," . | quote }}
+{{- end }}
 - name: NOMAD_WATCHDOG_API_OWN_ADDRESS
   value: {{ include "nomad-watchdog.scheme" . }}://$(POD_IP):9670
 - name: NOMAD_WATCHDOG_API_TOKEN_FILE

@@ -1,0 +1,38 @@
+"""A real Prometheus on this machine, which scrapes what a test shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nomad_watchdog.demo.process import Server, free_port
+from servers.binaries import find
+from servers.ready import until_ok
+
+
+class PrometheusServer(Server):
+    """``async with PrometheusServer(folder, ["127.0.0.1:9000"]) as prometheus: … prometheus.url``.
+
+    Each of `targets` (host:port) is asked for `/metrics` every second."""
+
+    def __init__(self, data_dir: Path, targets: Sequence[str]) -> None:
+        super().__init__(data_dir)
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._listen = f"127.0.0.1:{port}"
+        self._targets = list(targets)
+
+    async def start(self, timeout_s: float = 30.0) -> None:
+        """Start it, and wait until it answers. Raises TerminalError with the end of its log."""
+        program = await asyncio.to_thread(find, "prometheus")
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        job = {"job_name": "test", "static_configs": [{"targets": self._targets}]}
+        file = self.data_dir / "prometheus.yml"
+        every = {"scrape_interval": "1s", "scrape_timeout": "1s"}
+        file.write_text(json.dumps({"global": every, "scrape_configs": [job]}))  # JSON is YAML
+        argv = [str(program), f"--config.file={file}", f"--web.listen-address={self._listen}"]
+        argv += [f"--storage.tsdb.path={self.data_dir / 'tsdb'}", "--log.level=warn"]
+        process = self._launch(argv, "prometheus.log")
+        await until_ok(process, f"{self.url}/-/ready", timeout_s)

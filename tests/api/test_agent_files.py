@@ -1,0 +1,74 @@
+"""An agent file of another version, through any replica."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from nomad_watchdog import private_files
+from nomad_watchdog.api.context import CONTEXT
+from nomad_watchdog.replicas.leases import Replica
+from nomad_watchdog.replicas.report_replication import VIA, AgentFiles
+from nomad_watchdog.schedulers import agent_zipapp
+from tests.api.conftest import Door, served
+from tests.attacks.table import Attack
+
+BODY = b"#!/usr/bin/env python3\nPK" + b"x" * 100_000
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+@asynccontextmanager
+async def replicas(folder: Path) -> AsyncIterator[tuple[Door, Door, Path, Path]]:
+    """Two that know each other, and where each keeps its files; the second has the file."""
+    homes = [folder / "one", folder / "two"]
+    for home in homes:
+        private_files.folder(home / "agent-files")
+    agent_zipapp.published(homes[1], SHA256).write_bytes(BODY)
+    async with served(homes[0]) as first, served(homes[1]) as second:
+        gone = Replica("gone", "http://127.0.0.1:1", 0.0, 0, "1")
+        for mine, home, other in ((first, homes[0], second), (second, homes[1], first)):
+            known = [gone, Replica("other", other.base, 0.0, 0, "1")]
+            mine.app[CONTEXT].fetch_file = AgentFiles(home, lambda known=known: known).fetch  # type: ignore[misc]
+        yield first, second, homes[0], homes[1]
+
+
+async def got(door: Door, sha256: str, **headers: str) -> tuple[int, bytes]:
+    path = f"{door.base}/artifacts/{sha256}/watchdog-agent.pyz"
+    async with door.client.get(path, headers=headers) as answer:
+        return answer.status, await answer.read()
+
+
+async def test_a_file_of_another_replica_is_served_by_any(tmp_path: Path) -> None:
+    """The replica that lacks it fetches it from the living one, and then has it itself."""
+    async with replicas(tmp_path) as (first, second, home, _):
+        assert await got(first, SHA256, Via=VIA) == (404, (await got(first, SHA256, Via=VIA))[1])
+        assert await got(first, SHA256) == (200, BODY)
+        kept = agent_zipapp.published(home, SHA256)
+        assert kept.stat().st_mode & 0o777 == 0o600
+        assert await got(first, SHA256, Via=VIA) == await got(second, SHA256) == (200, BODY)
+
+
+async def test_no_replica_asks_for_ever(tmp_path: Path) -> None:
+    """For a file that none has the answer is 404: each asks the others once, and they ask no further."""
+    async with replicas(tmp_path) as (first, second, *_):
+        for door in (first, second):
+            assert (await got(door, "0" * 64))[0] == 404
+            assert (await got(door, "../" * 3))[0] == 404
+
+
+@pytest.mark.attack("H15", "a replica that serves another agent file under the SHA-256 of a job")
+async def test_h15_another_file_is_not_passed_on(tmp_path: Path, attack: Attack) -> None:
+    """What has another SHA-256 than asked for is neither served nor kept."""
+    async with replicas(tmp_path) as (first, _, home, other):
+        for body in (BODY + b"x", BODY[:-1], b""):
+            agent_zipapp.published(other, SHA256).write_bytes(body)
+            assert (await got(first, SHA256))[0] == 404
+            assert not agent_zipapp.published(home, SHA256).exists()
+            attack.tried += 1
+        agent_zipapp.published(other, SHA256).write_bytes(BODY)
+        assert await got(first, SHA256) == (200, BODY)
+    attack.result = f"refused {attack.tried} of {attack.tried} times; the right file is served"

@@ -1,0 +1,139 @@
+"""Every interleaving of replicas with different class specs: one set is in force, and nothing flaps.
+
+The rule is the real one (`core.config_precedence`); what carries it out is a model of `in_force.ClassesInForce`: a replica that
+starts or reloads announces what it is configured with, waits until its view of the others shows that, reads what is in
+force, decides once, and writes by compare-and-set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from nomad_watchdog.core.config_precedence import Standing, succeed, wins
+
+SETS = ("a", "b")
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    own: str = ""
+    """What it is configured with and has announced; "" = it is not there."""
+    view: tuple[str, ...] = ()
+    """The announcements that it has read, by replica."""
+    read: Standing | None = None
+    open: bool = False
+    """It has not decided yet whether its own set comes into force."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    replicas: tuple[Replica, ...]
+    standing: Standing | None = None
+    starts: int = 0
+    """Starts and reloads so far."""
+    crashes: int = 0
+
+    def put(self, r: int, one: Replica, **more: object) -> World:
+        return replace(self, replicas=(*self.replicas[:r], one, *self.replicas[r + 1 :]), **more)  # type: ignore[arg-type]
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is to be decided, and all that are there have read what is in force."""
+        there = [one for one in self.replicas if one.own]
+        return all(not one.open and one.read == self.standing for one in there)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What may happen next. `once`, `waits`, `cas`: the guards, one of which a test leaves out."""
+
+    starts: int = 4
+    crashes: int = 1
+    once: bool = True
+    """A replica decides when it starts or reloads, and not again."""
+    waits: bool = True
+    """Its view is younger than its own announcement."""
+    cas: bool = True
+
+    def steps(self, world: World) -> Iterator[World]:
+        for r, one in enumerate(world.replicas):
+            if world.starts < self.starts:
+                for own in SETS:  # a start, or a reload of one that is there
+                    view = () if self.waits else one.view
+                    begun = Replica(own, view, one.read if one.own else None, open=True)
+                    yield world.put(r, begun, starts=world.starts + 1)
+            if not one.own:
+                continue
+            if world.crashes < self.crashes:
+                yield world.put(r, Replica(), crashes=world.crashes + 1)
+            yield world.put(r, replace(one, view=tuple(two.own for two in world.replicas)))
+            yield world.put(r, replace(one, read=world.standing))
+            if (one.open or not self.once) and one.view:
+                yield from self._decide(world, r, one)
+
+    def _decide(self, world: World, r: int, one: Replica) -> Iterator[World]:
+        others = [own for n, own in enumerate(one.view) if own and n != r]
+        closed = replace(one, open=False)
+        if not wins(one.own, one.read, others):
+            yield world.put(r, closed)
+        elif not self.cas or one.read == world.standing:
+            now = succeed(one.read, one.own)
+            yield world.put(r, replace(closed, read=now), standing=now)
+
+
+def broken(world: World) -> str:
+    """What must never be; "" = all is well."""
+    if world.standing is not None and world.standing.number > world.starts:
+        return "flaps: there were more changes than starts and reloads"
+    there = [one for one in world.replicas if one.own]
+    if not (world.settled and there):
+        return ""
+    if world.standing is None:
+        return "nothing is in force"
+    alike = len({one.own for one in there}) == 1 and (len(there) > 1 or not world.crashes)
+    if alike and there[0].own != world.standing.digest:
+        return "all are configured alike, and another set is in force"
+    return ""
+
+
+def explored(model: Model) -> tuple[int, str]:
+    """The number of states, and the first that is broken."""
+    first = World((Replica(), Replica()))
+    seen, left = {first}, [first]
+    while left:
+        world = left.pop()
+        for after in model.steps(world):
+            if after.standing and world.standing and after.standing.number < world.standing.number:
+                return len(seen), "the number went back"
+            if after not in seen:
+                if why := broken(after):
+                    return len(seen), why
+                seen.add(after)
+                left.append(after)
+    return len(seen), ""
+
+
+def test_one_set_is_in_force_in_every_order() -> None:
+    """However starts, reloads and a crash of two replicas with two configurations interleave, what is in force changes
+    at most once per start or reload, and replicas that are configured alike have their way."""
+    states, why = explored(Model())
+    assert not why
+    assert states > 5_000
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Model(once=False), "flaps"),
+        (Model(waits=False), "another set is in force"),
+        (Model(cas=False), "went back|another set"),
+    ],
+)
+def test_each_guard_is_needed(model: Model, words: str) -> None:
+    """A replica that decides again, one that knows the others from before its own announcement, and a write without
+    compare-and-set are each found."""
+    _, why = explored(model)
+    assert any(word in why for word in words.split("|")), why
