@@ -7,7 +7,8 @@
     │  ├─ NotFoundError no such device, class or placement
     │  ├─ DamagedError  a document in the registry is not what this program writes
     │  ├─ NoRegistryError it was never initialised, or it was wiped
-    │  └─ OutOfDateError an event that is older than what it would change
+    │  ├─ OutOfDateError an event that is older than what it would change
+    │  └─ PreconditionError what is there does not allow it, and trying again will not help
     ├─ TransientError   429, 5xx, time-out, lost connection: try again, carries retry_after_s
     │  └─ StaleError    snapshot partial, or older than our own write: stop nothing (S7, S8)
     ├─ ConflictError    a compare-and-set lost: read again and decide again
@@ -62,6 +63,13 @@ class DamagedError(UserError):
 
 class OutOfDateError(UserError):
     """The event is older than what it would change; sending it again will not help (S5)."""
+
+    http_status = 409
+
+
+class PreconditionError(UserError):
+    """What is there does not allow the request until something else is changed: the device belongs to an
+    inventory, the pool is configured. Sending it again will not help."""
 
     http_status = 409
 

@@ -92,7 +92,8 @@ class Closing(StrEnum):
 
 
 STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
-_REPORTS: Final = (*(kind.value for kind in AcceptanceKind), OTHER)
+_REPORTS: Final = (*(kind.value for kind in AcceptanceKind), "replaced", OTHER)
+"""`replaced`: refused, as every last report of an agent in a roll-out may be."""
 
 
 class Metrics:
@@ -132,6 +133,9 @@ class Metrics:
             "stalled_placements", "Placements without progress for longer than presence.start_max."
         )
         self._unreadable = self._gauge("registry_unreadable", "1: the registry can't be read.")
+        self._unwritable = self._gauge(
+            "registry_unwritable", "1: the registry refuses to be written."
+        )
         self._restores = self._counter("registry_restores", "Times that it went back in time.")
         self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
         self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
@@ -328,6 +332,9 @@ class Metrics:
 
     def registry_unreadable(self, unreadable: bool) -> None:
         self._unreadable.set(unreadable)
+
+    def registry_unwritable(self, unwritable: bool) -> None:
+        self._unwritable.set(unwritable)
 
     def registry_restored(self) -> None:
         """The registry went back in time."""

@@ -77,6 +77,20 @@ def age(seconds: object) -> str:
     return f"{max(seconds, 0):.0f}s"
 
 
+def span(text: object) -> str:
+    """A duration of the API in the largest unit that holds it exactly: ``300s`` as ``5m``; "" for none."""
+    if not isinstance(text, str):
+        return ""
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        return text
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return text
+
+
 def utc(seconds: object) -> str:
     """Unix seconds as ``2026-11-29T19:48:08Z``; "" for what is no moment of the years 1 to 9999."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):

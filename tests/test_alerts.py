@@ -33,6 +33,7 @@ WANTED = {
     "UnsafeStarts",
     "SnapshotStale",
     "RegistryUnreadable",
+    "RegistryUnwritable",
     "RegistryRestored",
     "EventsDropped",
     "RolloutGivenUp",

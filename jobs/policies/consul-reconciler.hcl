@@ -7,6 +7,9 @@
 #   printf 'session "%s" { policy = "write" }\n' client-1 client-2 | cat consul-reconciler.hcl - |
 #     consul acl policy create -name watchdog-reconciler -rules -
 
+# Not granted on purpose: agent_prefix "" { policy = "read" }. Only `nomad-watchdog doctor` would use it, to show the
+# version of Consul; without it that check says that the version is not shown, and passes.
+
 # The registry of devices and its sentinel.
 key_prefix "nomad-watchdog/" {
   policy = "write"

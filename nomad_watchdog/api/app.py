@@ -120,7 +120,9 @@ async def ready(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     # While the registry is gone or can't be read the status is not ready, but who reports here or looks must reach us.
     known = fleet.ready_event.is_set()
-    answer = {"ready": known, "reason": "" if fleet.ready else fleet.reason}
+    answer = {"ready": known, "reason": "" if known else fleet.reason}
+    if known and not fleet.ready:
+        answer["warning"] = fleet.reason
     return json_response(answer, status=200 if known else 503)
 
 

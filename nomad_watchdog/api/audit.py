@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from typing import Final
 
 from aiohttp import web
 
@@ -15,15 +17,21 @@ from nomad_watchdog.ids import DeviceId, Slug, slug_of
 
 log = logging.getLogger(__name__)
 
+MOST_NAMED: Final = 20
+"""Devices that one audit event names."""
+
 
 def audit(
     request: web.Request,
     verb: str,
     outcome: str,
     device_id: DeviceId | None = None,
+    *,
+    devices: Sequence[str] = (),
     **facts: object,
 ) -> None:
-    """Note a change that is done, and durable. What changed nothing is no change."""
+    """Note a change that is done, and durable. What changed nothing is no change. `devices`: those that changed, of
+    a change of many; the first MOST_NAMED are named."""
     actor = request[ACTOR]
     context = request.app[CONTEXT]
     fleet = context.fleet
@@ -33,6 +41,12 @@ def audit(
         "peer": actor.peer,
         "outcome": outcome,
     }
+    text = f"{outcome} by {actor.name} from {actor.peer}"
+    if devices:
+        more = len(devices) - MOST_NAMED
+        facts |= {"devices": list(devices[:MOST_NAMED]), "others": max(0, more)}
+        named = ", ".join(devices[:MOST_NAMED])
+        text += f": {named}" + (f" and {more} more" if more > 0 else "")
     if actor.certificate:
         who["certificate"] = actor.certificate
     if context.audits.admits(actor.name, fleet.clock.monotonic()):
@@ -41,7 +55,7 @@ def audit(
             kind=f"{AUDIT}{verb}",
             device_id=device_id or "",
             slug=slug_of(device_id) if device_id is not None else Slug(""),
-            text=f"{outcome} by {actor.name} from {actor.peer}",
+            text=text,
             data=who | facts,
         )
     else:

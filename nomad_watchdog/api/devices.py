@@ -10,7 +10,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from nomad_watchdog.api.audit import audit
-from nomad_watchdog.api.auth import check_prefix, permit_of
+from nomad_watchdog.api.auth import ACTOR, check_prefix, permit_of
 from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.device_quota import Claim
@@ -21,6 +21,7 @@ from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import MOST_BULK, BulkEnvelope, BulkResult
 from nomad_watchdog.clock import steps
 from nomad_watchdog.core.event_order import Event, is_replay
+from nomad_watchdog.core.roles import Right, may
 from nomad_watchdog.device_fields import DeviceIn, DeviceItem, problem
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
 from nomad_watchdog.fleet.fleet import DeviceView, Fleet
@@ -172,6 +173,12 @@ async def delete_device(request: web.Request) -> web.StreamResponse:
     return await remove(request, device_id_of(request), "deregister", left)
 
 
+def _readable(request: web.Request) -> Fleet | None:
+    """The fleet, for a caller who may read all ids and so may be told a similar one."""
+    role = request[ACTOR].role
+    return request.app[CONTEXT].fleet if role is not None and may(role, Right.READ) else None
+
+
 async def remove(
     request: web.Request,
     device_id: DeviceId,
@@ -185,7 +192,7 @@ async def remove(
     fleet.own(device_id)
     (done,) = await fleet.deregister([device_id], left, event=event, permit=permit_of(request))
     if done is None:
-        raise unknown(device_id)
+        raise unknown(device_id, _readable(request))
     if done.changed:
         audit(request, verb, "removed", device_id, left=left.value)
     return _changed(done, event, 200)
@@ -224,10 +231,14 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     for at, was in zip(deletes, left, strict=True):
         results[at].changed = was is not None and was.changed
         if was is None:
-            results[at].status, results[at].error = 404, str(unknown(deletes[at]))
-    changed = sum(result.changed for result in results)
+            results[at].status, results[at].error = (
+                404,
+                str(unknown(deletes[at], _readable(request))),
+            )
+    changed = [str(result.id) for result in results if result.changed]
     if changed:
-        audit(request, "bulk", "changed", items=len(results), changed=changed)
+        items, count = len(results), len(changed)
+        audit(request, "bulk", "changed", devices=changed, items=items, changed=count)
     shown = [one.model_dump() async for some in steps(results) for one in some]
     return json_response({"results": shown})
 
@@ -309,11 +320,15 @@ def _once(device_id: str, seen: set[str]) -> DeviceId:
 def _refused(
     action: str, index: int, found: object, error: ValidationError | WatchdogError | RequestError
 ) -> BulkResult:
-    status = error.status if isinstance(error, RequestError) else 400
+    status = 400
+    if isinstance(error, RequestError):
+        status = error.status
+    elif isinstance(error, WatchdogError):
+        status = error.http_status
     return BulkResult(
         id=found[:MAX_ID_BYTES] if isinstance(found, str) else None,
         action="put" if action == "put" else "delete",
         index=index,
-        status=409 if isinstance(error, ConflictError) else status,
+        status=status,
         error=problem(error, DeviceItem) if isinstance(error, ValidationError) else str(error),
     )

@@ -10,20 +10,25 @@ from nomad_watchdog.errors import NotFoundError
 
 
 async def list_leases(request: web.Request) -> web.StreamResponse:
-    """Every shard with its holder, and every replica with what it holds."""
+    """Every shard with its holder, and every replica with what it holds. While the leases can't be read no holder is
+    named, but `last_known`."""
     leases = request.app[CONTEXT].leases
     if leases is None:
         raise NotFoundError("nobody reconciles here")
-    held = list(leases.all())
+    known = list(leases.all())
+    # Leases that can't be read any more may have another holder by now, or none.
+    held = known if leases.current else []
+    now = {one.shard: one for one in held}
     shards = [
         {
             "shard": one.shard,
-            "holder": one.holder,
-            "api": one.api,
+            "holder": one.holder if one.shard in now else "",
+            "last_known": one.holder,
+            "api": one.api if one.shard in now else "",
             "since": one.since,
             "term": one.term,
         }
-        for one in held
+        for one in known
     ]
     replicas = [
         {

@@ -37,7 +37,8 @@ LINGER: Final = 16 * 1024
 HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
-def _from_watchdog(error: WatchdogError) -> web.Response:
+def answer_to(error: WatchdogError) -> web.Response:
+    """The status, code and message of an error that this project raised."""
     headers: dict[str, str] = {}
     if isinstance(error, TransientError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))
@@ -79,7 +80,7 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
             request.app[CONTEXT].door.refused(request, error.status, error.code, _route(request))
             _remember(request, error)
     except WatchdogError as error:
-        response = _from_watchdog(error)
+        response = answer_to(error)
     except web.HTTPException as error:
         response = _from_http(error, request)
     except (ConnectionError, asyncio.CancelledError):

@@ -55,9 +55,7 @@ def _unknown_class(name: str, classes: Collection[str], *, given: bool) -> UserE
             "(`class`, or --class)"
         )
     hint = did_you_mean(name, classes)
-    return UserError(
-        f"class: unknown agent class {ascii(name)[:80]}; {hint}Configured classes: {names}"
-    )
+    return UserError(f"class: unknown agent class {ascii(name)[:80]}; {hint}configured: {names}")
 
 
 async def check_devices(fleet: Fleet, ids: Iterable[str]) -> None:

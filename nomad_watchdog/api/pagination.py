@@ -18,6 +18,7 @@ from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import Slug
+from nomad_watchdog.labels import labels_of
 from nomad_watchdog.model import DeviceRecord, Presence, VerdictState
 
 MOST_ITEMS: Final = 1_000
@@ -28,7 +29,7 @@ BREATH_S: Final = 0.002
 LIST_QUERY: Final = {
     "class": "only devices of this agent class",
     "verdict": f"only this verdict: {', '.join(VerdictState)}",
-    "presence": "present (default), absent or any",
+    "presence": "present (default; absent with verdict=departed), absent or any",
     "label": "key=value; may be given several times, all must match",
     "q": "text that the id or address holds",
     "limit": f"1 to {MOST_ITEMS}, default {DEFAULT_ITEMS}",
@@ -83,10 +84,10 @@ class _Filter:
 
 def _filter(request: web.Request) -> _Filter:
     query = request.query
-    labels = [label.partition("=") for label in query.getall("label", [])]
-    if not all(equals for _, equals, _ in labels):
-        raise UserError("label must be key=value")
-    presence = query.get("presence", "present")
+    labels = labels_of(query.getall("label", []))
+    # A departed device is absent: without a presence the verdict alone picks.
+    departed = query.get("verdict") == VerdictState.DEPARTED
+    presence = query.get("presence", "absent" if departed else "present")
     if presence not in {*Presence, "any"}:
         raise UserError(f"presence is {ascii(presence)[:40]}; allowed are: present, absent, any")
     verdict = query.get("verdict")
@@ -96,7 +97,7 @@ def _filter(request: web.Request) -> _Filter:
         agent_class=query.get("class"),
         verdict=None if verdict is None else VerdictState(verdict),
         presence=None if presence == "any" else Presence(presence),
-        labels=tuple((key, value) for key, _, value in labels),
+        labels=tuple(labels.items()),
         text=query.get("q", "").casefold(),
         after=_uncursor(query.get("cursor", "")),
     )

@@ -52,10 +52,11 @@ async def add_pause(request: web.Request) -> web.StreamResponse:
     ends = body.until.timestamp() if body.until is not None else None
     if body.lasts is not None:
         ends = begins + parse_duration(body.lasts)
+    what = "maintenance window" if body.window else "pause"
     if ends is not None and ends <= max(begins, now):
-        raise UserError("the pause would be over before it begins; choose a later end")
+        raise UserError(f"the {what} would be over before it begins; choose a later end")
     if max(begins, ends or 0.0) > now + MOST_AHEAD_S:
-        raise UserError("a pause may lie at most 366 days ahead")
+        raise UserError(f"a {what} may lie at most 366 days ahead")
     await check_devices(fleet, body.devices)
     if body.agent_class:
         check_class_name(fleet, body.agent_class)

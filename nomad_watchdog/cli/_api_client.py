@@ -179,7 +179,7 @@ class Api:
         except HTTPError as error:
             with error:
                 via = f" through the proxy {self._proxy.shown}" if self._proxy else ""
-                raise _refusal(error.code, error.read(65536), f"{self.address}{via}") from error
+                raise refusal(error.code, error.read(65536), f"{self.address}{via}") from error
         except (URLError, OSError, HTTPException) as error:
             why = getattr(error, "reason", error)
             why = getattr(why, "strerror", None) or why
@@ -214,17 +214,29 @@ def quoted(text: str) -> str:
     return quote(text, safe="")
 
 
-def _refusal(status: int, body: bytes, address: str) -> WatchdogError:
+_LASTING_CONFLICTS: Final = frozenset({"precondition", "outofdate"})
+"""Codes of 409 after which the same request fails again."""
+_REFUSED_FOR_GOOD: Final = frozenset({"terminal", "unprepared"})
+
+
+def refusal(status: int, body: bytes, address: str) -> WatchdogError:
+    """The error that an answer stands for. The exit codes of docs/cli.md follow from it: those of our own server
+    have a code, those of a proxy before it have none."""
     try:
-        text = str(loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        text = f"{address} answered HTTP {status}"
+        error = loads(body)["error"]
+        text, code = str(error["message"]), str(error.get("code", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        text, code = f"{address} answered HTTP {status}", ""
     if status == 404:
         return NotFoundError(text)
     if status in (401, 403):
         return DeniedError(f"{text}; NOMAD_WATCHDOG_TOKEN_FILE names the file with the token")
-    if status == 409:
+    if status == 409 and code not in _LASTING_CONFLICTS:
         return ConflictError(text)
+    if status == 502 and code == "denied":  # the service's own token, not ours
+        return DeniedError(text)
+    if status == 502 and code in _REFUSED_FOR_GOOD:
+        return TerminalError(text)
     if status == 429 or status >= 500:
         return TransientError(text)
     return UserError(text) if status >= 400 else TerminalError(text)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nomad_watchdog.cli._api_client import Api
-from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError
+from nomad_watchdog.errors import (
+    ConflictError,
+    DeniedError,
+    NotFoundError,
+    TerminalError,
+    TransientError,
+)
 from nomad_watchdog.units import progress
 
 if TYPE_CHECKING:
@@ -57,6 +63,8 @@ def _clients(api: Api, running: Sequence[Replica]) -> list[Api]:
     """One client per replica. What a single one is called by others need not be reachable from here."""
     try:
         replicas = api.get("/v1/leases")["replicas"]
+    except DeniedError:
+        raise
     except TerminalError as error:
         where = running[0]
         raise TransientError(

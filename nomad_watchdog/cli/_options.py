@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -81,10 +81,7 @@ def api_of(ctx: click.Context) -> Api:
         try:
             settings = settings_of(ctx)
         except UserError as error:
-            raise UserError(
-                f"{error}\nthe address of the API could not be read from the configuration; with --address URL "
-                "(or NOMAD_WATCHDOG_ADDR) and NOMAD_WATCHDOG_TOKEN_FILE this command does without the file"
-            ) from error
+            settings = _only_api(ctx, error)
         if not named:
             _check_sources(settings.api, os.environ)
         address, token_file = settings.advertise, token_file or settings.api.token_file
@@ -92,10 +89,30 @@ def api_of(ctx: click.Context) -> Api:
     token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
     if token_file:
         token = text_files.token("token file", token_file)
+        if not token:
+            raise UserError(f"token file {text_files.shown(str(token_file))} is empty")
     if token and not (token.isascii() and token.isprintable()):
         raise UserError("the API token holds characters that can't be sent")
     know(token)
     return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+
+
+def _only_api(ctx: click.Context, error: UserError) -> Settings:
+    """The settings of an invalid configuration as far as its `api` block goes, which is all that a command needs to
+    find the service. Raises UserError when that block can't be read."""
+    from nomad_watchdog.config.load import load_block
+    from nomad_watchdog.terminal import clean
+
+    settings = load_block("api", ctx.obj["config"], os.environ)
+    if settings is None:
+        raise UserError(
+            f"{error}; to call the API without the configuration: --address URL (or NOMAD_WATCHDOG_ADDR) and "
+            "NOMAD_WATCHDOG_TOKEN_FILE"
+        ) from error
+    first, *more = str(error).splitlines()
+    others = f" (and {len(more)} more: `nomad-watchdog config check`)" if more else ""
+    click.echo(f"warning: only the api block is used: {clean(first)}{others}", err=True)
+    return settings
 
 
 def _check_sources(api: ApiBlock, env: Mapping[str, str]) -> None:
@@ -159,14 +176,3 @@ def caller() -> str:
 
 def no_color(ctx: click.Context) -> bool:
     return bool(ctx.obj["no_color"])
-
-
-def labels_of(pairs: Iterable[str]) -> dict[str, str]:
-    """KEY=VALUE arguments as a mapping."""
-    labels: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise UserError(f"label {pair!a} must be KEY=VALUE")
-        labels[key] = value
-    return labels

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 import click
-from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.cli._api_client import device_path
-from nomad_watchdog.cli._options import api_of, labels_of, no_color, output_option
+from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
+from nomad_watchdog.labels import labels_of
 from nomad_watchdog.terminal import clean, print_json, print_table
-from nomad_watchdog.units import age
+from nomad_watchdog.units import age, span
 
 COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
 WIDE: Final = (
@@ -121,18 +120,17 @@ def get(ctx: click.Context, device_id: str, output: str) -> None:
 def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
     """Stop watching devices. A device that is gone already is no error of the API's."""
     api = api_of(ctx)
-    unknown: NotFoundError | None = None
+    code = 0
     for device_id in device_ids:
         try:
             api.delete(device_path(device_id) + ("" if now else "?now=false"))
         except NotFoundError as error:
             # The rest of the list is meant too; the exit code tells of this one.
-            click.echo(f"{clean(device_id)}: {clean(error)}", err=True)
-            unknown = error
+            click.echo(f"error: {clean(error)}", err=True)
+            code = error.exit_code
         else:
             click.echo(f"{clean(device_id)}: removed")
-    if unknown is not None:
-        raise unknown
+    ctx.exit(code)
 
 
 @devices.command("import")
@@ -140,10 +138,11 @@ def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
 @click.pass_context
 def import_devices(ctx: click.Context, file: TextIO) -> None:
     """Register the devices of FILE ("-" = standard input): one JSON object per line, with id, address,
-    class and labels, as `devices export` prints them. All lines are checked before the first is sent.
+    class and labels, as `devices export` prints them. All lines are checked before the first is sent, and all
+    errors are printed with their line numbers.
 
     Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
-    wanted = list(_lines(file))
+    wanted = _items(file)
     api = api_of(ctx)
     refused: list[str] = []
     for start in range(0, len(wanted), BATCH):
@@ -151,9 +150,9 @@ def import_devices(ctx: click.Context, file: TextIO) -> None:
         devices = [item for _, item in batch]
         answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []})
         results = answer.get("results") if isinstance(answer, dict) else None
-        for (number, item), one in zip(batch, results or [], strict=False):
+        for (where, item), one in zip(batch, results or [], strict=False):
             if one.get("status", 200) >= 400:
-                refused.append(f"line {number}: {ascii(item['id'])[:80]}: {one.get('error')}")
+                refused.append(f"{where}: {ascii(item['id'])[:80]}: {one.get('error')}")
     stored = len(wanted) - len(refused)
     click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
     if refused:
@@ -178,33 +177,28 @@ def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -
         print_json({"items": items})
         return
     columns = WIDE if output == "wide" else COLUMNS
-    rows = [
-        [age(item.get(name)) if name.endswith("_s") else item.get(name) for name in columns]
-        for item in items
-    ]
+    rows = [[_shown(name, item.get(name)) for name in columns] for item in items]
     heads = [name.removesuffix("_s").replace("_", " ").upper() for name in columns]
     print_table(heads, rows, no_color=no_color)
 
 
-def _lines(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, item) of each line that is not blank. Raises UserError that names the line."""
-    number = 0
+def _shown(name: str, value: Any) -> object:
+    if name == "ttl":
+        return span(value)
+    return age(value) if name.endswith("_s") else value
+
+
+def _items(file: TextIO) -> list[tuple[str, dict[str, Any]]]:
+    """Where each device of the file stands, and what it says. Raises UserError that names all that is wrong."""
+    from nomad_watchdog.controllers import inventory_file
+
     try:
-        while line := file.readline(MAX_LINE):
-            number += 1
-            if not line.strip():
-                continue
-            item = loads(line)
-            if not isinstance(item, dict) or not isinstance(item.get("address"), str):
-                raise UserError(f"line {number}: must be an object with id and address")  # noqa: TRY301
-            unknown = set(item) - {"id", "class", "address", "labels", "ttl"}
-            if unknown:
-                raise UserError(f"line {number}: unknown field {min(unknown)!a}")  # noqa: TRY301
-            parse_device_id(item.get("id"))
-            item["address"] = device_address(item["address"])
-            yield number, {"labels": {}, **item}
+        text = file.read(inventory_file.MAX_BYTES + 1).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text at byte {error.start}; nothing was sent") from None
+    if len(text) > inventory_file.MAX_BYTES:
+        raise UserError(f"more than {inventory_file.MAX_BYTES} bytes; nothing was sent")
+    try:
+        return inventory_file.read_lines(text)
     except UserError as error:
-        text = str(error)
-        raise UserError(text if text.startswith("line") else f"line {number}: {text}") from error
-    except ValueError as error:
-        raise UserError(f"line {number or 1}: not JSON, or not UTF-8: {error}") from error
+        raise UserError(f"{error}\nnothing was sent") from None

@@ -9,8 +9,9 @@ from typing import Any, Final
 import click
 from click.core import ParameterSource
 
-from nomad_watchdog.cli._options import api_of, caller, labels_of, no_color, output_option
+from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
+from nomad_watchdog.labels import labels_of
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 POLL_S: Final = 1.0

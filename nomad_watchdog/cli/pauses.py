@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from nomad_watchdog.cli._api_client import quoted
-from nomad_watchdog.cli._options import api_of, caller, labels_of, no_color, output_option
+from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import UserError
+from nomad_watchdog.labels import labels_of
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 Command = Callable[..., Any]
@@ -184,6 +185,11 @@ def _shown_time(at: float | None) -> str:
 
 
 def _print_made(answer: dict[str, Any], output: str) -> None:
+    if not answer["covers"]:
+        click.echo(
+            "warning: no registered device matches; only devices that are registered later are covered",
+            err=True,
+        )
     if output == "json":
         print_json(answer)
         return

@@ -17,6 +17,8 @@ from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 EXIT_CHANGES: Final = 2
+MOST_NAMED: Final = 5
+"""Waiting devices that are named in a table."""
 
 
 @click.command()
@@ -151,7 +153,14 @@ def _print(view: dict[str, Any], output: str, ctx: click.Context) -> None:
     rows = [[action.get(name) for name in columns] for action in view["actions"]]
     if rows:
         print_table([name.upper() for name in columns], rows, no_color=no_color(ctx))
+    if waiting := view["waiting_rollout"]:
+        ids = view.get("waiting") or ()
+        more = ", …" if waiting > MOST_NAMED else ""
+        names = f": {', '.join(map(clean, ids[:MOST_NAMED]))}{more}" if ids else ""
+        click.echo(f"{waiting} more wait{'s' * (waiting == 1)} for a turn{names}")
     for one in view.get("rollouts") or ():
+        click.echo(clean(one.get("text")))
+    for one in view.get("inventory") or ():
         click.echo(clean(one.get("text")))
     if differing := view.get("not_in_force"):
         click.echo(

@@ -23,7 +23,7 @@ def list_pools(ctx: click.Context, output: str) -> None:
     """List the pools with their workers, their metric, and why they have so many."""
     items = _pools(api_of(ctx))[1]["items"]
     if output == "json":
-        print_json(items)
+        print_json({"items": items})
         return
     heads = ["POOL", "WORKERS", "RUNNING", "BOUNDS", "METRIC", "VALUE", "TARGET", "SCALER", "WHY"]
     print_table(heads if items else ["no pools"], map(_row, items), no_color=no_color(ctx))

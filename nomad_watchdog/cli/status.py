@@ -56,16 +56,16 @@ def leader(ctx: click.Context, output: str) -> None:
         return
     now = SystemClock().wall()
     rows = [
-        [one["shard"], one["holder"] or "nobody", one["api"], _held(one, now), one["term"]]
+        [one["shard"], _holder(one), one["api"], _held(one, now), one["term"]]
         for one in answer["shards"]
     ]
     print_table(["SHARD", "HOLDER", "API", "SINCE", "TERM"], rows, no_color=no_color(ctx))
     for line in _differing(answer["replicas"]):
         click.echo(line, err=True)
     if answer["problem"]:
-        click.echo(
-            f"{clean(answer['replica'])} holds nothing: {clean(answer['problem'])}", err=True
-        )
+        holds = any(one["holder"] == answer["replica"] for one in answer["shards"])
+        state = "" if holds else " holds nothing"
+        click.echo(f"{clean(answer['replica'])}{state}: {clean(answer['problem'])}", err=True)
 
 
 def _differing(replicas: list[dict[str, Any]]) -> list[str]:
@@ -75,6 +75,13 @@ def _differing(replicas: list[dict[str, Any]]) -> list[str]:
         return []
     told = [f"{clean(one['id'])} is configured with {clean(one['config'])}" for one in known]
     return ["replicas are configured differently; see `status` for the classes:", *told]
+
+
+def _holder(lease: dict[str, Any]) -> str:
+    if lease["holder"]:
+        return str(lease["holder"])
+    last = lease.get("last_known")
+    return f"unknown; last known: {last}" if last else "nobody"
 
 
 def _held(lease: dict[str, Any], now: float) -> str:

@@ -101,6 +101,10 @@ class ConsulSettings:
         return text_files.token("consul.token_file", self.token_file) or self.token
 
 
+NOT_KNOWN: Final = "Consul does not know this token; check consul.token_file (or CONSUL_HTTP_TOKEN)"
+"""Of a token that was deleted, that has expired, or that is of another cluster."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvRow:
     """One key of Consul's store."""
@@ -349,11 +353,9 @@ class ConsulClient:
             took_s = time.monotonic() - started
             raise TransientError(f"Consul: {what}: no answer in {took_s:.1f} s") from error
         except (consul.exceptions.ACLPermissionDenied, consul.exceptions.ACLDisabled) as error:
-            raise DeniedError(
-                f"Consul: {what} was denied ({str(error)[:200]}); the token needs: {needs}"
-            ) from error
+            raise _denied(what, str(error), needs) from error
         except consul.exceptions.ConsulException as error:
-            raise _refusal(what, str(error)) from error
+            raise _refusal(what, str(error), needs) from error
         except aiohttp.ClientSSLError as error:
             raise TerminalError(f"Consul: {what}: TLS failed: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -389,13 +391,26 @@ def _kv_row(row: Mapping[str, Any]) -> KvRow:
     )
 
 
-def _refusal(what: str, text: str) -> WatchdogError:
+def is_unknown_token(said: str) -> bool:
+    """Whether Consul refuses a token because there is none of its name, whatever its rights were."""
+    return "acl not found" in said.lower()
+
+
+def _denied(what: str, said: str, needs: str) -> DeniedError:
+    if is_unknown_token(said):
+        return DeniedError(f"Consul: {what} was denied: {NOT_KNOWN}")
+    return DeniedError(f"Consul: {what} was denied ({said[:200]}); the token needs: {needs}")
+
+
+def _refusal(what: str, text: str, needs: str) -> WatchdogError:
     """The library's messages begin with the status when Consul answered with an error."""
     status, _, body = text.partition(" ")
     if not status.isdecimal():  # an answer that can't be decoded: its body may hold anything
         return TransientError(f"Consul: {what}: the answer makes no sense")
     if status == "409":
-        return _txn_refusal(what, body)
+        return _txn_refusal(what, body, needs)
+    if is_unknown_token(body):
+        return _denied(what, body, needs)
     if "invalid session" in body:  # behind a client agent the words begin with where they come from
         return FencedError(f"Consul: {what}: the session is over")
     message = f"Consul: {what}: {status} {body[:200].strip()}"
@@ -404,14 +419,14 @@ def _refusal(what: str, text: str) -> WatchdogError:
     return TerminalError(message)
 
 
-def _txn_refusal(what: str, body: str) -> TerminalError | ConflictError | FencedError:
+def _txn_refusal(what: str, body: str, needs: str) -> TerminalError | ConflictError | FencedError:
     try:
         errors = [(int(e["OpIndex"]), str(e["What"])) for e in loads(body)["Errors"]]
     except (ValueError, TypeError, KeyError):
         return TerminalError(f"Consul: {what}: 409 without reasons")
     for _, reason in errors:
         if "Permission denied" in reason or "ACL" in reason:
-            return DeniedError(f"Consul: {what} was denied ({reason[:200]})")
+            return _denied(what, reason, needs)
         if "failed session check" in reason or "invalid session" in reason:
             # the reason names both sessions, and a session's id is a secret
             return FencedError(f"Consul: {what}: the lease is no longer ours")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -24,7 +25,12 @@ import requests
 import requests.adapters
 from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog.clients._nomad_settings import NomadSettings, translate
+from nomad_watchdog.clients._nomad_settings import (
+    NOT_KNOWN,
+    NomadSettings,
+    is_unknown_token,
+    translate,
+)
 from nomad_watchdog.clients.nomad_features import (
     PROBE,
     Feature,
@@ -42,7 +48,20 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.fast_json import as_json
 
-__all__ = ["Answer", "NomadClient", "NomadSettings", "translate"]
+__all__ = [
+    "NOT_KNOWN",
+    "OWN_TOKEN",
+    "Answer",
+    "NomadClient",
+    "NomadSettings",
+    "is_unknown_token",
+    "translate",
+]
+
+OWN_TOKEN: Final = "/v1/acl/token/self"  # noqa: S105  # a path
+"""The only read that tells an unknown token from one without rights, and that every token may do."""
+_EXPLAIN_EVERY_S: Final = 10.0
+"""Between two reads of it: a fleet without rights is denied often."""
 
 _T = TypeVar("_T")
 _MAX_CONNECTIONS: Final = 20
@@ -130,6 +149,8 @@ class NomadClient:
                 (settings.client_cert, settings.client_key) if settings.client_cert else ()
             )
         self._set_token(self._token)
+        self._explained_at = float("-inf")
+        self._token_unknown = False
 
     async def close(self) -> None:
         if self._http is not None:
@@ -203,10 +224,27 @@ class NomadClient:
         await self._read_token(again=False)
         try:
             return await self._in_thread(capability, function)
-        except DeniedError:
+        except DeniedError as error:
             if not await self._read_token(again=True):
-                raise
+                raise await self._explained(error) from error
         return await self._in_thread(capability, function)
+
+    async def _explained(self, error: Exception) -> Exception:
+        """A denial, or that Nomad does not know our token: most of its answers are the same for both."""
+        if not isinstance(error, DeniedError) or not self._token:
+            return error
+        now = time.monotonic()
+        if now - self._explained_at > _EXPLAIN_EVERY_S:
+            self._explained_at, self._token_unknown = now, False
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                async with self._open().get(
+                    f"{self._base}{OWN_TOKEN}",
+                    headers=self._headers(),
+                    server_hostname=self.settings.tls_server_name or None,
+                ) as answer:
+                    said = (await answer.read()).decode(errors="replace")
+                    self._token_unknown = answer.status != 200 and is_unknown_token(said)
+        return DeniedError(NOT_KNOWN) if self._token_unknown else error
 
     async def _in_thread(self, capability: str, function: Callable[[], _T]) -> _T:
         async with self._threads:
@@ -366,7 +404,7 @@ class NomadClient:
             if answer.status != 200:
                 said = raw.decode(errors="replace")
                 after = headers.get("Retry-After", "")
-                raise translate(answer.status, said, capability, after)
+                raise await self._explained(translate(answer.status, said, capability, after))
             return raw, headers
         raise AssertionError("unreachable")
 

@@ -80,11 +80,45 @@ def load(
             problems.append(Problem(paths[0], text, document.line_of(paths[0])))
     if not problems and settings is not None:
         problems += (Problem(at, text, document.line_of(at)) for at, text in also(settings))
+    problems = _without_echoes(problems)
     unknown = _unknown_variables(env, options)
     if problems or unknown or settings is None:
         lines = [message(problems, source, origins, document)] if problems else []
         raise UserError("\n".join(lines + unknown))
     return settings
+
+
+_MISSPELT: Final = re.compile(r"no such setting; did you mean (\w+)\? ")
+
+
+def _without_echoes(problems: Sequence[Problem]) -> list[Problem]:
+    """Without what follows from a misspelt name alone: that the setting which it should have been is missing."""
+    meant = {
+        (*problem.path[:-1], found[1])
+        for problem in problems
+        if (found := _MISSPELT.match(problem.message))
+    }
+    return [problem for problem in problems if problem.path not in meant]
+
+
+def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -> Settings | None:
+    """The settings of a configuration that is not valid elsewhere, for one who needs only this block of it; None when
+    the block is wrong too, or the file can't be read. Everything else in it is a default."""
+    file = find_file(path, env)
+    try:
+        document = (
+            _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else Document()
+        )
+    except UserError:
+        return None
+    _merge_env(document, env)
+    if any(problem.path[:1] == (name,) for problem in document.problems):
+        return None
+    part = {key: value for key, value in document.data.items() if key == name}
+    try:
+        return Settings.model_validate(part | {"data_dir": _state_dir(env)})
+    except (ValidationError, UserError):
+        return None
 
 
 def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[str]]) -> list[str]:

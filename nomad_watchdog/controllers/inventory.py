@@ -129,6 +129,7 @@ class Inventory:
         return True
 
     def _say(self, file: _File, problem: str) -> None:
+        problem = "; ".join(problem.splitlines())
         if problem == file.problem:
             return
         file.problem = problem

@@ -74,15 +74,37 @@ def read(
     items = _hcl(text, str(path), problems) if str(path).endswith(".hcl") else _json(text, problems)
     listed = _devices(items, classes, problems)
     if problems:
-        more = len(problems) - MOST_PROBLEMS
-        shown = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise UserError("\n".join(f"{name}: {line}" for line in shown))
+        raise UserError("\n".join(f"{name}: {line}" for line in _first(problems)))
     if not listed:
         raise UserError(
             f"{name}: lists no device; to let all of them go, say `devices rm` and take the file out of "
             "`inventory`"
         )
     return listed
+
+
+def read_lines(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Where each device of a text stands and what it says, one JSON object per line or one array of them. Blank text
+    lists none.
+
+    Raises one UserError that names everything that is wrong, with its line."""
+    problems: list[str] = []
+    items: list[tuple[str, dict[str, Any]]] = []
+
+    def kept() -> Iterator[tuple[str, Any]]:
+        for where, item in _json(text, problems):
+            items.append((where, item))
+            yield where, item
+
+    _devices(kept(), None, problems)
+    if problems:
+        raise UserError("\n".join(_first(problems)))
+    return items
+
+
+def _first(problems: list[str]) -> list[str]:
+    more = len(problems) - MOST_PROBLEMS
+    return problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _devices(

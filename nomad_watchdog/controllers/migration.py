@@ -18,7 +18,13 @@ from nomad_watchdog.core.migration import Homes, Move, Progress
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.placement_gc import REST_S
 from nomad_watchdog.core.rollout import Readiness
-from nomad_watchdog.errors import ConflictError, NotFoundError, UserError, WatchdogError
+from nomad_watchdog.errors import (
+    ConflictError,
+    NotFoundError,
+    PreconditionError,
+    UserError,
+    WatchdogError,
+)
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
@@ -347,7 +353,7 @@ class Migrations:
     async def say(self, what: str) -> dict[str, object]:
         """`pause`, `resume` or `undo` the move that is under way (`undo`: the last one that is over, too).
 
-        Raises NotFoundError when there is none, ConflictError when it makes no sense now."""
+        Raises NotFoundError when there is none, PreconditionError when it makes no sense now."""
         chosen = Move("", "", "", WallTime(0.0), "")
 
         def how(kept: Kept) -> Kept:
@@ -462,12 +468,12 @@ def hint(kept: Kept, usual: str) -> str:
 def _said(move: Move, what: str) -> Move:
     if what == "undo":
         if move.back:
-            raise ConflictError(f"the migration to {move.goal} is {move.state} already")
+            raise PreconditionError(f"the migration to {move.goal} is {move.state} already")
         return replace(move, back=True, paused=False, done=False)
     if what == "pause":
         return replace(move, paused=True)
     if not move.paused:
-        raise ConflictError(f"the migration to {move.goal} is not paused, it is {move.state}")
+        raise PreconditionError(f"the migration to {move.goal} is not paused, it is {move.state}")
     return replace(move, paused=False)
 
 

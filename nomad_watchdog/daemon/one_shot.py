@@ -14,16 +14,19 @@ from typing import Any, Final
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.controllers.agents.executor import BATCH
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.inventory import source_of
+from nomad_watchdog.core import inventory_diff
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
 from nomad_watchdog.core.tombstones import Floor
 from nomad_watchdog.daemon.factory import open_leases, open_registry, open_scheduler, replicas
-from nomad_watchdog.errors import ConflictError, TransientError
+from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Action, ActionKind, DeviceRecord, PlacementState, Presence
+from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, PlacementState, Presence
 from nomad_watchdog.registry import Registry, backup
 from nomad_watchdog.replicas.leases import Undivided
 from nomad_watchdog.schedulers import Scheduler
@@ -251,13 +254,51 @@ async def import_registry(
         return await backup.restore(registry, installation, records, floor, dry_run=dry_run)
 
 
+def _listed(settings: Settings) -> dict[str, dict[Slug, Device]]:
+    """Path → the devices of each inventory file. Raises UserError that names everything that is wrong."""
+    found, wrong = {}, []
+    for path in settings.inventory:
+        try:
+            signature = inventory_file.signature(path)
+            found[path] = inventory_file.read(path, signature, settings.agent_class)
+        except UserError as error:
+            wrong.append(f"inventory {error}")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return found
+
+
+def _unregistered(listed: dict[str, dict[Slug, Device]], fleet: Fleet) -> list[dict[str, object]]:
+    """Inventory files that the registry does not follow yet: only the running service registers their devices."""
+    sources = frozenset(map(source_of, listed))
+    found = []
+    for path, devices in listed.items():
+        changes = inventory_diff.compare(devices, fleet.records, source_of(path), sources)
+        new, gone = len(changes.register), len(changes.depart)
+        if new or gone:
+            found.append(
+                {
+                    "file": path,
+                    "to_register": new,
+                    "to_remove": gone,
+                    "text": f"inventory {path}: {new} devices to register and {gone} to remove, not counted here; "
+                    "`nomad-watchdog run` does it",
+                }
+            )
+    return found
+
+
 async def plan_once(settings: Settings) -> dict[str, Any]:
-    """Read both sides once and say what would be done; nothing is changed."""
+    """Read both sides once and say what would be done; nothing is changed. Raises UserError for an inventory file
+    that can't be used."""
+    listed = await asyncio.to_thread(_listed, settings)
     async with open_registry(settings) as registry:
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
             reconciler = await _look_once(settings, registry, scheduler)
-            return reconciler.planning.view()
+            return reconciler.planning.view() | {
+                "inventory": _unregistered(listed, reconciler.fleet)
+            }
 
 
 async def apply_once(

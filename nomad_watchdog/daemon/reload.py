@@ -116,7 +116,7 @@ class Reloader:
             self.asked.clear()
             self.renew()
             self.inventory.look_now()
-            ready = self.reconciler.fleet.ready
+            ready = self.reconciler.fleet.ready_event.is_set()
             if ready:
                 systemd.reloading(self.reconciler.fleet.clock.monotonic())
             try:
@@ -189,7 +189,7 @@ class Reloader:
         )
 
     def _failed(self, problem: str) -> None:
-        self.problem = problem
+        problem = self.problem = "; ".join(problem.splitlines())
         self.metrics.config(problem=True, restart=len(self.needs_restart))
         log.error("configuration not reloaded; nothing has changed", extra={"reason": problem})
         self._tell("config.rejected", f"the configuration was not reloaded: {problem}", None)

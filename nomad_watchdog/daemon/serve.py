@@ -24,6 +24,7 @@ from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import Departures
 from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.controllers.registry_writes import RegistryWrites
 from nomad_watchdog.daemon import preflight, systemd
 from nomad_watchdog.daemon.factory import (
     consul_client,
@@ -219,7 +220,15 @@ async def _run(
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
         replicas_seen = Replicas(fleet, reconciler.leases)
-        others = [replicas_seen.run, peers.run, departures.run, inventory.run, reloader.run]
+        writes = RegistryWrites(fleet, metrics)
+        others = [
+            writes.run,
+            replicas_seen.run,
+            peers.run,
+            departures.run,
+            inventory.run,
+            reloader.run,
+        ]
         others += [one.run for one in (feed, keeper) if one is not None]
         async with asyncio.TaskGroup() as group:
             renewing = group.create_task(listener.follow())

@@ -199,7 +199,8 @@ class History:
         data: Mapping[str, object],
         incident: str = "",
     ) -> Event:
-        """Append one; the oldest falls out."""
+        """Append one; the oldest falls out. Several lines of text become one."""
+        text = "; ".join(text.splitlines())
         text, data = hide(text), cast("Mapping[str, object]", hide_in(data))
         text = text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
         event = Event(self._seq + 1, at, kind, device_id, slug, text, data, self.origin, incident)

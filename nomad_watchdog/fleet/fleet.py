@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 _ANSWERS: Final = (AgentState.OK, AgentState.DEGRADED)
 """States in which something of the device answers: a sign of life."""
 _SETTLED: Final = (AgentState.OK, AgentState.DEGRADED, AgentState.OFFLINE)
+REPLACED: Final = "replaced"
+"""How a report of an agent is counted that was replaced and has not stopped yet."""
 MOST_HEARSAY: Final = 10_000
 """Reports of other replicas that wait for our own record; what is lost is said again on the next beat."""
 
@@ -122,6 +124,8 @@ class Fleet(Verdicts):
         self.registry_problem = ""
         """Why the registry can't be read now, in words; "" = it can. What was known before stands, and running
         agents go on."""
+        self.registry_unwritable = ""
+        """Why the registry can't be written until somebody repairs something, in words; "" = it can."""
         self.registry_unreadable = False
         """It can't be read until somebody repairs something: the rights of the token, say."""
         self.classes: frozenset[str] | None = None
@@ -146,14 +150,21 @@ class Fleet(Verdicts):
 
     @property
     def ready(self) -> bool:
-        """Both sides have been read, and the registry is there and can be read: what is shown and decided
-        stands on something."""
-        return self.ready_event.is_set() and not (self.registry_gone or self.registry_unreadable)
+        """Both sides have been read, and the registry is there and can be read and written: what is shown
+        and decided stands on something, and can be done."""
+        return self.ready_event.is_set() and not (
+            self.registry_gone or self.registry_unreadable or self.registry_unwritable
+        )
 
     @property
     def reason(self) -> str:
         """Why this is not ready, or what is wrong with the registry, in words; "" = nothing."""
-        return self.registry_gone or self.registry_problem or self.ready_reason
+        return (
+            self.registry_gone
+            or self.registry_problem
+            or self.registry_unwritable
+            or self.ready_reason
+        )
 
     # -- the registry ---------------------------------------------------------------------------
 
@@ -188,17 +199,35 @@ class Fleet(Verdicts):
     async def report(self, report: AgentReport) -> Acceptance:
         """Judge a report and remember it if it is accepted (S1)."""
         result = await self._judge_report(report)
-        self._on_report(result.kind.value)
+        replaced = result.kind is AcceptanceKind.REFUSED and self._is_predecessor(report)
+        self._on_report(REPLACED if replaced else result.kind.value)
         if result.kind is AcceptanceKind.ACCEPTED:
             self.refusals.accepted(report.slug)
             self._remember(report)
             self.on_accepted(report)
+        elif replaced:
+            now = self.records[report.slug].epoch
+            text = f"the agent of epoch {report.epoch} was replaced by that of epoch {now} and is told to stop"
+            self.note(report.slug, "agent.replaced", text)
         elif result.kind is AcceptanceKind.REFUSED:
             self.note(report.slug, "refused", f"instance {report.instance}: {result.reason}")
             self.refuse(410, report.slug, report.epoch, why=result.reason)
         if result.kind is not AcceptanceKind.ACCEPTED and self._observer is not None:
             self._observer.look_again(report.slug)
         return result
+
+    def _is_predecessor(self, report: AgentReport) -> bool:
+        """Whether this is an agent that the scheduler lists as ours, of an epoch before the record's."""
+        record = self.records.get(report.slug)
+        return (
+            record is not None
+            and record.presence is Presence.PRESENT
+            and report.epoch < record.epoch
+            and any(
+                one.epoch == report.epoch and report.instance in one.instances
+                for one in self.placements.get(report.slug, ())
+            )
+        )
 
     def overhear(self, report: AgentReport) -> bool:
         """Take a report that another replica has accepted, as soon as our own record says the same (S1):

@@ -12,7 +12,7 @@ from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import pauses as rules
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.pauses import Pause
-from nomad_watchdog.errors import ConflictError, TransientError
+from nomad_watchdog.errors import PreconditionError, TransientError
 from nomad_watchdog.events.device_limits import Allowance
 from nomad_watchdog.events.log import EVERYTHING, Event, EventFilter, History
 from nomad_watchdog.fleet.heartbeats import Attendance
@@ -142,7 +142,7 @@ class RollCall(Ledger):
         return found, expired
 
     def own(self, device_id: DeviceId) -> None:
-        """Raises ConflictError when a static inventory that is configured asks for this device: what
+        """Raises PreconditionError when a static inventory that is configured asks for this device: what
         the API changed it would change back."""
         record = self.records.get(slug_of(device_id))
         if (
@@ -150,7 +150,7 @@ class RollCall(Ledger):
             and record.presence is Presence.PRESENT
             and record.source in self.inventories
         ):
-            raise ConflictError(
+            raise PreconditionError(
                 f"device {ascii(device_id)[:200]} is listed in {record.source}; change it there"
             )
 

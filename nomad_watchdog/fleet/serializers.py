@@ -21,6 +21,8 @@ from nomad_watchdog.model import (
 
 MOST_HELD: Final = 1_000
 """So many held stops are shown one by one; all are counted."""
+MOST_WAITING: Final = 100
+"""Devices that are named as waiting for their turn in a roll-out; all are counted."""
 
 
 def shown_placement(placement: Placement) -> dict[str, object]:
@@ -158,6 +160,7 @@ def shown_plan(
             ],
         },
         "waiting_rollout": plan.waiting_rollout,
+        "waiting": [action.device_id for action in plan.waiting[:MOST_WAITING]],
         "rollouts": shown_rollouts(plan, window, changes),
         "registry_index": registry_index,
     }

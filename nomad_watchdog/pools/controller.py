@@ -16,7 +16,13 @@ from typing import Any, Final
 from nomad_watchdog.config.pools import AgentPool
 from nomad_watchdog.core import pool_scaling
 from nomad_watchdog.core.pool_scaling import Decision, Memory, Why
-from nomad_watchdog.errors import ConflictError, NotFoundError, UserError, WatchdogError
+from nomad_watchdog.errors import (
+    ConflictError,
+    NotFoundError,
+    PreconditionError,
+    UserError,
+    WatchdogError,
+)
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
@@ -135,12 +141,12 @@ class Keeper:
 
     async def scale(self, name: str, count: int, by: str) -> None:
         """Have so many workers. Raises NotFoundError, UserError for a number outside the bounds, and
-        ConflictError for a pool that another scaler has."""
+        PreconditionError for a pool that another scaler has."""
         pool = self.pools.get(name)
         if pool is None:
             raise NotFoundError(f"no pool {name!r} in the configuration")
         if pool.scaler == "external":
-            raise ConflictError(f'pool {name!r} has scaler = "external"; scale it there')
+            raise PreconditionError(f'pool {name!r} has scaler = "external"; scale it there')
         if not pool.min <= count <= pool.max:
             raise UserError(f"{count} workers: pool {name!r} may have {pool.min} to {pool.max}")
         view = await self._driver.view(name)
@@ -148,10 +154,10 @@ class Keeper:
         self._note_scaled(name, view.count if view else 0, count, by)
 
     async def remove(self, name: str) -> None:
-        """Stop a pool that is no longer configured. Raises ConflictError for one that is: it would be
+        """Stop a pool that is no longer configured. Raises PreconditionError for one that is: it would be
         made again. NotFoundError when there is none."""
         if name in self.pools:
-            raise ConflictError(f"pool {name!r} is configured; take its block out first")
+            raise PreconditionError(f"pool {name!r} is configured; take its block out first")
         if await self._driver.view(name) is None:
             raise NotFoundError(f"no pool {name!r}")
         await self._driver.remove(name)

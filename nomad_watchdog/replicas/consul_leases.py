@@ -101,6 +101,8 @@ class ConsulLeases:
         self._view = _View()
         self._free_since: dict[Shard, Monotonic] = {}
         self._leaving = False
+        self._unread = "the leases have not been read yet"
+        """Why the leases can't be read; "" = the last read succeeded."""
         self._lost = Lasting(log, "leases lost")
         self._unseen = Lasting(log, "leases can't be read")
 
@@ -117,6 +119,10 @@ class ConsulLeases:
             known.get(shard, Lease(shard, shard_assignment.NOBODY))
             for shard in map(Shard, range(self.shards))
         ]
+
+    @property
+    def current(self) -> bool:
+        return not self._unread and self._clock.monotonic() < self._valid_until
 
     def replicas(self) -> Sequence[Replica]:
         return sorted(self._view.replicas.values(), key=lambda one: one.id)
@@ -216,7 +222,7 @@ class ConsulLeases:
                 self.problem = str(error) or "Consul does not answer"
                 await asyncio.sleep(self._ttl_s / 10)
                 continue
-            self.problem = ""
+            self.problem = self._unread
             self._lost.over(began)
             late = self._clock.monotonic() >= self._valid_until
             self._valid_until = Monotonic(began + self._ttl_s * (1 - _MARGIN))
@@ -234,10 +240,15 @@ class ConsulLeases:
             except WatchdogError as error:
                 # Whether we still hold anything is the beat's word, not this one's.
                 self._unseen.goes_on(self._clock.monotonic(), str(error))
+                self._unread = str(error)
+                self.problem = self.problem or self._unread
                 index = 0
                 await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # jitter
                 continue
             self._unseen.over(self._clock.monotonic())
+            if self.problem == self._unread:
+                self.problem = ""
+            self._unread = ""
             self._see(_read(self._folder, rows), session)
             own = self._view.replicas.get(session)
             if own is not None and own.config != self._config:

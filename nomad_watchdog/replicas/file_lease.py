@@ -71,6 +71,10 @@ class FileLeases:
         term = self._terms.get(Shard(number))
         return term.number if term is not None else 0
 
+    @property
+    def current(self) -> bool:
+        return True
+
     def replicas(self) -> Sequence[Replica]:
         return []
 

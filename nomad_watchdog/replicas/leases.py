@@ -89,6 +89,11 @@ class Leases(Protocol):
         """Every shard and its holder, as last seen."""
         ...
 
+    @property
+    def current(self) -> bool:
+        """Whether `all` and `replicas` are of now: they can be read, and our own word among them is good."""
+        ...
+
     def replicas(self) -> Sequence[Replica]:
         """Every control plane that is there, ours included, as last seen."""
         ...
@@ -147,6 +152,10 @@ class Undivided:
 
     def all(self) -> Sequence[Lease]:
         return [Lease(Shard(number), self.replica) for number in range(self.shards)]
+
+    @property
+    def current(self) -> bool:
+        return True
 
     def replicas(self) -> Sequence[Replica]:
         return []

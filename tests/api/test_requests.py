@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from watchdog_agent import wire
 
+from nomad_watchdog.core import presence
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import Departure, Device, Presence
+from nomad_watchdog.model import Departure, Device, Epoch, Presence
 from tests.api.conftest import Door
 from tests.core.world import placement
 
@@ -159,3 +164,95 @@ async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Door) -> No
     assert (status, "cam-1" in answer["error"]["message"]) == (404, False)
     status, answer = await two.ask("GET", "/v1/devices/cam-2")
     assert (status, "cam-1" in answer["error"]["message"]) == (404, True)
+
+
+@pytest.mark.parametrize("path", ["/v1/devices", "/v1/agents"])
+async def test_a_query_with_two_values_of_a_label_is_400(door: Door, path: str) -> None:
+    """No device has both, so that an empty list would mislead; the answer names the key."""
+    status, answer = await door.ask("GET", f"{path}?label=site=a&label=site=b")
+    assert status == 400
+    assert "'site' is given twice" in answer["error"]["message"]
+    assert (await door.ask("GET", f"{path}?label=site=a&label=rack=b&label=site=a"))[0] == 200
+    assert (await door.ask("GET", f"{path}?label=site"))[0] == 400
+
+
+async def test_the_verdict_departed_lists_devices_that_have_left(door: Door) -> None:
+    """Without `presence` the verdict alone picks; with one both must match."""
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+    await door.ask("DELETE", "/v1/devices/cam")
+    for query, ids in (
+        ("verdict=departed", ["cam"]),
+        ("verdict=departed&presence=any", ["cam"]),
+        ("verdict=departed&presence=present", []),
+        ("verdict=starting", []),
+        ("", []),
+    ):
+        status, answer = await door.ask("GET", f"/v1/devices?{query}")
+        assert (status, [one["id"] for one in answer["items"]]) == (200, ids), query
+
+
+async def test_the_last_report_of_a_replaced_agent_is_no_alarm(door: Door) -> None:
+    """A report of an older epoch from an instance that the scheduler lists is refused and noted as a replacement;
+    one of an instance that nobody knows is a refusal."""
+    await door.ask("PUT", "/v1/devices/cam", json=WISH)
+    record = door.fleet.records[slug_of(DeviceId("cam"))]
+    (moved,) = await door.fleet.commit([presence.advance(record, Epoch(2))])
+    assert moved is not None
+    door.fleet.learn([moved])
+    door.fleet.placements[record.slug] = (placement("cam", 1),)
+    config = {"device_id": "cam", "epoch": 1, "agent_class": "default", "version": "1"}
+    said: dict[str, Any] = {
+        "sequence": 1, "ready": True, "state": "ok", "was_ready": True, "misses": 0,
+        "confirmed": False, "reason": "", "listen": "127.0.0.1:1", "dropped": 0,
+    }  # fmt: skip
+    for instance in ("i-cam-1", "i-stranger"):
+        body = wire.report(config, instance=instance, **said)
+        assert (await door.ask("POST", "/v1/agents/report", json=body))[0] == 410
+    told = [
+        one for one in door.fleet.events(0, 100)[0] if one.kind in ("agent.replaced", "refused")
+    ]
+    assert [one.kind for one in told] == ["agent.replaced", "refused"]
+    assert (
+        told[0].text == "the agent of epoch 1 was replaced by that of epoch 2 and is told to stop"
+    )
+
+
+@pytest.mark.parametrize(("count", "others"), [(1, 0), (20, 0), (23, 3)])
+async def test_an_audit_event_of_a_bulk_request_names_devices(
+    door: Door, count: int, others: int
+) -> None:
+    """The first 20 that changed, and how many others; one that did not change is not named."""
+    await door.ask("PUT", "/v1/devices/same", json=WISH)
+    devices = [WISH | {"id": f"d{number:02}"} for number in range(count)]
+    body = {"devices": [WISH | {"id": "same"}, *devices], "delete": ["never"]}
+    assert (await door.ask("POST", "/v1/devices:bulk", json=body))[0] == 200
+    (event,) = (await door.ask("GET", "/v1/events?kind=audit.bulk"))[1]["items"]
+    names = [f"d{number:02}" for number in range(min(count, 20))]
+    assert (event["data"]["devices"], event["data"]["others"]) == (names, others)
+    assert event["data"]["changed"] == count
+    assert event["text"].endswith(", ".join(names) + (f" and {others} more" if others else ""))
+
+
+async def test_ready_gives_a_reason_only_when_it_is_not(door: Door) -> None:
+    """Whoever reaches the service may report to it: what else is wrong is a warning."""
+    assert (await door.ask("GET", "/ready"))[1]["reason"]
+    door.fleet.ready_event.set()
+    door.fleet.ready_reason = ""
+    assert await door.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
+    door.fleet.registry_unreadable, door.fleet.registry_problem = True, "the registry can't be read"
+    status, answer = await door.ask("GET", "/ready")
+    assert (status, answer) == (
+        200, {"ready": True, "reason": "", "warning": "the registry can't be read"},
+    )  # fmt: skip
+
+
+async def test_the_examples_in_the_documentation_are_accepted(door: Door, repository: Path) -> None:
+    """Each curl command of docs/presence.md: its path exists, and its body is taken."""
+    text = (repository / "docs/presence.md").read_text()
+    examples = re.findall(r"http://127\.0\.0\.1:9670(\S+) \\\n\s+-d '([^']+)'", text)
+    assert [path for path, _ in examples] == ["/v1/webhook", "/v1/devices:bulk"]
+    for path, body in examples:
+        status, answer = await door.ask("POST", path, json=json.loads(body))
+        assert status in (200, 201), answer
+        assert all(one["status"] == 200 for one in answer.get("results", ())), answer
+    assert door.fleet.records[slug_of(DeviceId("pump-8"))].presence is Presence.PRESENT

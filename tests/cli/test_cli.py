@@ -59,6 +59,7 @@ class StandIn:
             "verdict": "watched",
             "since_s": 300,
             "reason": HOSTILE,
+            "class": "default",
             **await request.json(),
         }
         return web.json_response(self.devices[device])

@@ -223,3 +223,20 @@ def test_every_pattern_of_a_setting_has_words() -> None:
     without = {pattern for pattern in found if pattern not in PATTERNS}
     assert len(without) == 1, without  # of `metric.value`
     assert "queues" in DOTTED
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('agent_class "d" {\n  prob "icmp" {}\n}\n', "probe"),
+        ('agent_pool "d" {\n  maxx = 3\n  command = ["x"]\n}\n', "max"),
+    ],
+)
+def test_a_misspelt_name_is_one_error(text: str, named: str, tmp_path: Path) -> None:
+    """That the setting is missing which was misspelt is not a second error."""
+    file = tmp_path / "w.hcl"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(file)
+    (line,) = str(caught.value).splitlines()
+    assert f"did you mean {named}?" in line

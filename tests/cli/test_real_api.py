@@ -126,16 +126,43 @@ def test_an_invalid_file_does_not_hide_the_running_service(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a rejected reload the file is still invalid: `status` names --address, and works with it."""
+    """After a rejected reload the file is still invalid: commands go on with its `api` block and say so in one line.
+    Where that can't be read the error names --address, which works."""
     file = tmp_path / "bad.hcl"
-    file.write_text('backend = "nomed"\n')
+    api = f'api {{\n  advertise = "{served}"\n}}\n'
+    file.write_text(f'{api}agent_class "a" {{\n  prob "icmp" {{}}\n}}\n')
     monkeypatch.setenv("NOMAD_WATCHDOG_CONFIG", str(file))
     monkeypatch.delenv("NOMAD_WATCHDOG_ADDR")
-    assert _code(["status"]) == 64
-    told = capsys.readouterr().err
-    assert "did you mean nomad?" in told
-    assert "error: the address of the API" in told
+    for argv in (["status"], ["devices", "ls"], ["events"]):
+        assert _code(argv) == 0
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith("warning: only the api block is used: ")
+        assert "did you mean probe?" in told
+    for text in (api.replace("advertise", "advertize"), api[:-2], api + "x {\n"):
+        file.write_text(text)
+        assert _code(["status"]) == 64
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith("error: ")
+        assert "--address URL" in told
     assert _code(["--address", served, "status"]) == 0
+
+
+def test_an_invalid_file_does_not_loosen_where_a_token_is_sent(
+    served: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file that only lies in the working folder, valid or not, gets no token of the environment."""
+    api = f'api {{\n  advertise = "{served}"\n}}\n'
+    monkeypatch.delenv("NOMAD_WATCHDOG_ADDR")
+    for more in ("", 'backend = "nomed"\n'):
+        (tmp_path / "nomad-watchdog.hcl").write_text(api + more)
+        assert _code(["status"]) == 64
+        assert "a token is sent only to an address from its own source" in capsys.readouterr().err
+    (tmp_path / "nomad-watchdog.hcl").chmod(0o666)
+    assert _code(["status"]) == 64
+    assert "it is not read" in capsys.readouterr().err
 
 
 def test_events_and_incidents_take_their_options(

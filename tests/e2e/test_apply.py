@@ -72,6 +72,8 @@ async def test_w3_without_the_service(program: Program, directory: Path) -> None
     assert "class default: 12 to replace (5 at a time): memory 96Mi → 80Mi" in text
     assert "0 to start, 12 to replace (5 at a time), 0 to retire" in text
     assert (len(plan["actions"]), plan["waiting_rollout"]) == (5, 7)
+    assert {*plan["waiting"], *(one["device"] for one in plan["actions"])} == set(NAMES)
+    assert f"7 more wait for a turn: {', '.join(plan['waiting'][:5])}, …" in text
     assert {action["reason"] for action in plan["actions"]} == {
         "agent runs an old version of class `default` (memory 96Mi → 80Mi)"
     }

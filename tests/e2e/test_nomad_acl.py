@@ -123,6 +123,26 @@ async def test_a_denied_call_says_which_right_is_missing(guarded: NomadServer) -
         await client.close()
 
 
+async def test_a_token_that_nomad_does_not_know_is_not_explained_as_lacking_rights(
+    guarded: NomadServer, tmp_path: Path
+) -> None:
+    """By a call and by doctor: after a token was deleted the message names the token, and no capability."""
+    body = {"Name": "short", "Type": "management"}
+    made = await guarded.request("PUT", "/v1/acl/token", body=body)
+    await guarded.request("DELETE", f"/v1/acl/token/{made['AccessorID']}")
+    client = NomadClient(NomadSettings(address=guarded.http_addr, token=made["SecretID"]))
+    try:
+        with pytest.raises(
+            DeniedError, match=r"Nomad does not know this token; check nomad\.token_file"
+        ):
+            await client.dispatch("nobody", {})
+    finally:
+        await client.close()
+    checks = await checks_with(guarded, made["SecretID"], tmp_path)
+    assert checks["nomad token"].mend == "check nomad.token_file (or NOMAD_TOKEN)"
+    assert "nomad jobs" not in checks
+
+
 async def test_doctor_with_full_sight_counts_drivers(guarded: NomadServer, tmp_path: Path) -> None:
     """With a token that may see nodes and the agent, version, drivers and connections are checked."""
     checks = await checks_with(guarded, guarded.token, tmp_path)

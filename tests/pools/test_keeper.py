@@ -10,7 +10,13 @@ import pytest
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.pools import AgentPool
-from nomad_watchdog.errors import ConflictError, NotFoundError, TransientError, UserError
+from nomad_watchdog.errors import (
+    ConflictError,
+    NotFoundError,
+    PreconditionError,
+    TransientError,
+    UserError,
+)
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard
 from nomad_watchdog.metrics import Metrics
@@ -193,7 +199,7 @@ async def test_an_external_pool_is_made_and_left_alone(world: World) -> None:
     keeper = world.keeper(p=pool(min=2, scaler="external"))
     world.driver.cpu = 500.0
     await keeper.look_once("p")
-    with pytest.raises(ConflictError, match="external"):
+    with pytest.raises(PreconditionError, match="external"):
         await keeper.scale("p", 3, "x")
 
     assert (world.driver.counts, world.driver.scaled) == ({"p": 2}, [])
@@ -255,7 +261,7 @@ async def test_a_pool_that_is_no_longer_configured_waits_for_a_word(world: World
     await keeper.look_once("p")
     rows = {row["name"]: row["configured"] for row in await keeper.shown()}
     assert rows == {"old": False, "p": True}
-    with pytest.raises(ConflictError, match="take its block out first"):
+    with pytest.raises(PreconditionError, match="take its block out first"):
         await keeper.remove("p")
     await keeper.remove("old")
 

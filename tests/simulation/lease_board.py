@@ -66,6 +66,10 @@ class BoardLeases:
     def all(self) -> Sequence[Lease]:
         return [Lease(shard, holder) for shard, holder in self._board.holders.items()]
 
+    @property
+    def current(self) -> bool:
+        return True
+
     def replicas(self) -> Sequence[Replica]:
         return []
 

@@ -170,14 +170,15 @@ class _Echo:
         ended: Ended,
         *,
         raw: bool,
-        v6: bool,
+        within_s: float,
     ) -> None:
-        self.loop, self.sock, self.raw, self.v6 = loop, sock, raw, v6
+        self.loop, self.sock, self.raw = loop, sock, raw
+        self.v6 = v6 = sock.family == socket.AF_INET6
         self.ended: Ended | None = ended
         self.ident = os.getpid() & 0xFFFF
         self.token = os.urandom(16)
         self.timer = loop.later(
-            timeout_s, lambda: self._end(False, f"no echo within {timeout_s:.3g} s")
+            timeout_s, lambda: self._end(False, f"no echo within {within_s:g} s")
         )
         kind = 128 if v6 else 8
         head = struct.pack("!BBHHH", kind, 0, 0, self.ident, 1)
@@ -244,9 +245,9 @@ class _Ping:
             self.denied = self.denied or error.errno in _FORBIDDEN
             raise
         self.spec.pop("instead", None)
-        v6 = family == socket.AF_INET6
-        left_s = max(0.0, self.turns.remaining_s())
-        self.asked.append(_Echo(self.loop, sock, where, left_s, self._answered, raw=raw, v6=v6))
+        left_s, within_s = max(0.0, self.turns.remaining_s()), self.spec["timeout_s"]
+        echo = _Echo(self.loop, sock, where, left_s, self._answered, raw=raw, within_s=within_s)
+        self.asked.append(echo)
 
     def _answered(self, ok: bool, reason: str, _warning: str = "") -> None:  # as Ended
         if not ok:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nomad_watchdog.controllers.agents.executor import Performer
 from nomad_watchdog.controllers.agents.placement_informer import Informer
@@ -111,6 +111,8 @@ class Outlook:
         wait_s = self.queue.wait_s(slug)
         held = any(stop[0] == slug for stop in self.breaker.held)
         lease = self.leases.all()[self.territory.shard(slug)]
+        if not self.leases.current:
+            lease = replace(lease, holder="", api="")
         return {
             "next": f"held: {self.breaker.reason}; {self.breaker.mend}"
             if held

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import aiohttp
 
+from nomad_watchdog.clients import consul, nomad
 from nomad_watchdog.clients.consul import ConsulSettings
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
@@ -118,12 +119,21 @@ class _Server:
         ) as answer:
             self.date = answer.headers.get("Date", "")
             text = await answer.text()
+            if answer.status >= 400 and (unknown := _unknown_token(self._settings, text)):
+                raise DeniedError(unknown)
             if "json" in answer.headers.get("Content-Type", "") or text[:1] in '{["':
                 try:
                     return answer.status, (await answer.json(content_type=None))
                 except ValueError:
                     return answer.status, text
             return answer.status, text
+
+
+def _unknown_token(settings: NomadSettings | ConsulSettings, said: str) -> str:
+    """What is wrong, if the server does not know the token: then no check says anything about its rights."""
+    if isinstance(settings, ConsulSettings):
+        return consul.NOT_KNOWN if consul.is_unknown_token(said) else ""
+    return nomad.NOT_KNOWN if nomad.is_unknown_token(said) else ""
 
 
 async def examine(
@@ -207,8 +217,18 @@ async def _guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> l
         where = "kubeconfig" if name == "kubernetes" else "address, ca_cert and the token"
         mend = f"start it, or set {name}.{where}"
         return [Check(f"{name} reachable", Status.FAIL, why, mend)]
+    except DeniedError as error:
+        return [_refused(f"{name} token", error)]
     except WatchdogError as error:
         return [Check(f"{name} settings", Status.FAIL, str(error), f"see the {name} block")]
+
+
+def _refused(name: str, error: DeniedError) -> Check:
+    """What the server denies, and what the error says to do about it."""
+    found, _, mend = str(error).rpartition("; ")
+    return Check(
+        name, Status.FAIL, found or mend, mend if found else "grant the rights to the token"
+    )
 
 
 @asynccontextmanager
@@ -256,7 +276,9 @@ async def _consul(
 
 def _consul_version(status: int, self_: Any) -> Check:
     if status != 200 or not isinstance(self_, dict):
-        return Check("consul version", Status.WARN, f"HTTP {status}", "grant agent_prefix read")
+        # Nothing else needs that right, so the policy that we ship does not have it.
+        found = "not shown to this token, which needs no right to see it; Consul 1.14 or later is required"
+        return Check("consul version", Status.OK, found)
     version = str((self_.get("Config") or {}).get("Version", "?"))
     if versions([version]) >= [CONSUL_MINIMUM]:
         return Check("consul version", Status.OK, version)
@@ -315,6 +337,8 @@ async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
         return Check("registry", Status.WARN, "not initialised yet", _NO_REGISTRY), b""
     except UserError as error:
         return Check("registry", Status.FAIL, str(error), "see registry"), b""
+    except DeniedError as error:
+        return _refused("registry", error), b""
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
         mend = "make the store reachable; see registry"
@@ -337,7 +361,10 @@ async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     reached = nomad_settings(settings, env)
     place = {"namespace": reached.namespace}
     place |= {"region": reached.region} if reached.region else {}
-    async with _server(reached, {"X-Nomad-Token": reached.read_token()}, place) as server:
+    token = reached.read_token()
+    async with _server(reached, {"X-Nomad-Token": token}, place) as server:
+        if token:  # raises for one that Nomad does not know
+            await server.call("GET", nomad.OWN_TOKEN, params={})
         if elsewhere := await _nomad_place(server, reached):
             return [elsewhere]
         status, leader = await server.call("GET", "/v1/status/leader")

@@ -1,0 +1,79 @@
+"""Whether the registry can be written, found out before a device is added or an agent has to be replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from nomad_watchdog.errors import TerminalError, WatchdogError
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.ids import Slug
+from nomad_watchdog.logs import Lasting
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.registry import Document
+
+log = logging.getLogger(__name__)
+
+EVERY_S: Final = 5.0
+"""Between two checks."""
+NAME: Final = "write-check"
+"""A document that is never there."""
+_NEVER: Final = 1
+"""An index that no document of that name has: a compare-and-set with it asks for the right and writes nothing."""
+
+
+class RegistryWrites:
+    """Keeps `Fleet.registry_unwritable`."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._trouble = Lasting(log, "registry can't be written")
+
+    async def run(self) -> None:
+        """Check until cancelled."""
+        while True:
+            await self.check()
+            await asyncio.sleep(EVERY_S)
+
+    async def check(self) -> None:
+        """Ask the registry once. An answer that is late or missing says nothing about rights."""
+        try:
+            await self._fleet.registry.commit_document(NAME, Document(b"{}", _NEVER))
+        except TerminalError as error:
+            self._refused(str(error))
+        except WatchdogError:
+            return
+        else:
+            self._accepted()
+
+    def _refused(self, why: str) -> None:
+        fleet = self._fleet
+        self._trouble.goes_on(fleet.clock.monotonic(), why)
+        self._metrics.registry_unwritable(True)
+        if not fleet.registry_unwritable:
+            self._note("registry.unwritable", why)
+        fleet.registry_unwritable = (
+            "the registry can be read and not written: no device can be added or removed, and no agent started "
+            f"or replaced; running agents continue. ({why})"
+        )
+
+    def _accepted(self) -> None:
+        fleet = self._fleet
+        lasted_s = self._trouble.over(fleet.clock.monotonic())
+        if fleet.registry_unwritable:
+            text = f"the registry can be written again, after {lasted_s:g} s"
+            self._note("registry.writable", text, lasted_s=lasted_s)
+        fleet.registry_unwritable = ""
+        self._metrics.registry_unwritable(False)
+
+    def _note(self, kind: str, text: str, **data: object) -> None:
+        self._fleet.history.add(
+            at=self._fleet.clock.wall(),
+            kind=kind,
+            device_id="",
+            slug=Slug(""),
+            text=text,
+            data=data,
+        )

@@ -1,0 +1,81 @@
+"""One rule for the exit code of every answer of the API, whoever asks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nomad_watchdog.api.middleware import answer_to
+from nomad_watchdog.cli._api_client import Api, refusal
+from nomad_watchdog.cli._apply import apply_by_service
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.errors import (
+    ConflictError,
+    DeniedError,
+    NotFoundError,
+    OutOfDateError,
+    PreconditionError,
+    StaleError,
+    TerminalError,
+    TransientError,
+    UnpreparedError,
+    UserError,
+    WatchdogError,
+)
+from nomad_watchdog.replicas.leases import Replica
+from tests.cli.test_real_api import served
+
+__all__ = ["served"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConflictError("lost"),
+        DeniedError("Consul: permission denied"),
+        NotFoundError("no device"),
+        OutOfDateError("older"),
+        PreconditionError("device 'a' is listed in inventory:a.json; change it there"),
+        StaleError("partial"),
+        TerminalError("attempt to write a readonly database"),
+        TransientError("no answer in time"),
+        UnpreparedError("no parent job"),
+        UserError("wrong"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_exits_with_its_code_through_the_api_too(error: WatchdogError) -> None:
+    """What the service raises and answers ends a command with the same code as where the command raises it itself."""
+    answer = answer_to(error)
+    assert isinstance(answer.body, bytes)
+    assert refusal(answer.status, answer.body, "http://api").exit_code == error.exit_code
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (502, b"<html>Bad Gateway</html>", 75),
+        (409, b"", 75),
+        (401, b"", 77),
+        (403, b"[]", 77),
+        (500, json.dumps({"error": {"code": "internal", "message": "ours"}}).encode(), 75),
+        (503, json.dumps({"error": {"code": "busy", "message": "later"}}).encode(), 75),
+        (409, json.dumps({"error": "conflict"}).encode(), 75),
+    ],
+)
+def test_answers_of_a_proxy_have_no_code(status: int, body: bytes, code: int) -> None:
+    """A proxy in front of the service may be asked again; what it denies is denied."""
+    assert refusal(status, body, "http://api").exit_code == code
+
+
+def test_apply_with_a_wrong_token_is_denied(served: str) -> None:
+    """An API that answers 401 is there: `apply` says that the token is wrong, and does not speak of an API that does
+    not answer. One that is not there may come back."""
+    running = [Replica("plane-1", served, 0.0, 1, "1")]
+    asked: list[Any] = [running, {"actions": [], "waiting_rollout": 0}]
+    with pytest.raises(DeniedError, match="missing or unknown token"):
+        apply_by_service(Api(served, "another-token-0000"), Settings(), *asked, stops=0)
+    with pytest.raises(TransientError, match="does not answer"):
+        apply_by_service(Api("http://127.0.0.1:1", ""), Settings(), *asked, stops=0)
