@@ -1,6 +1,6 @@
 """False alarms and detection times, ours beside the orchestrator that this replaces, in virtual time.
 
-Ours is the product's own deciders: the agent's `Suspicion`, the start-time estimator and `verdict.judge`, at
+Ours is the product's own deciders: the agent's `FailureDetector`, the start-time estimator and `verdict.judge`, at
 the default intervals, misses, timeouts and graces. The naive one polls each device every POLL_S and calls it
 offline when it was not seen for UNSEEN_S; a device that registered counts as seen at that moment, and is seen
 again when its agent is up.
@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
-from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.failure_detector import FailureDetector
 from watchdog_agent.probes import builtin
 
 from bench.rows import Row, percentile
-from nomad_watchdog.config.agent_classes import AgentClass
-from nomad_watchdog.config.probes import Probe
+from nomad_watchdog.config.agent_classes import AgentClassSettings
+from nomad_watchdog.config.probes import ProbeSettings
 from nomad_watchdog.core.startup_grace import GraceLimits, StartTimes
 from nomad_watchdog.core.verdict import Evidence, judge
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -157,7 +157,7 @@ class World:
 
     chance: random.Random
     limits: Limits
-    probe: Probe
+    probe: ProbeSettings
     confirm_timeout_s: float
 
     def gap(self, interval_s: float) -> float:
@@ -227,7 +227,7 @@ def ours(world: World, known: Faults, tally: Tally) -> None:
     """One device through the day: the agent's belief, its reports, and the verdict on each."""
     probe, chance = world.probe, world.chance
     interval_s = probe.interval
-    belief = Suspicion(probe.misses, was_ready=True)
+    belief = FailureDetector(probe.misses, was_ready=True)
     now, was, told, suspect_at = chance.uniform(0, interval_s), AgentState.OK, [], 0.0
     while now < DAY_S:
         lost = chance.random() < LOSS
@@ -323,7 +323,9 @@ def starts(world: World, count: int) -> Starts:
 
 
 def run(*, quick: bool = False) -> list[Row]:
-    kind = AgentClass(probe=(Probe(kind="tcp", port=80),), confirm=(Probe(kind="icmp"),))
+    kind = AgentClassSettings(
+        probe=(ProbeSettings(kind="tcp", port=80),), confirm=(ProbeSettings(kind="icmp"),)
+    )
     world = World(random.Random(20_260_101), Limits(), kind.probe[0], kind.confirm[0].timeout)
     started = starts(world, 1_000 if quick else 10_000)
     mine, theirs = Tally(), Tally()

@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.plane import TEMPLATE
 from bench.rows import Row
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.registry.consul import ConsulRegistry
 from servers.consul import ConsulServer
 from servers.nomad import NomadServer
@@ -105,7 +105,7 @@ async def measure(rounds: int) -> list[Row]:
             NomadServer(root / "nomad") as nomad,
             AsyncExitStack() as stack,
         ):
-            client = ConsulClient(ConsulSettings(address=consul.http_addr))
+            client = ConsulClient(ConsulAccess(address=consul.http_addr))
             await ConsulRegistry(client=client, prefix=PREFIX).initialise()
             await client.close()
             config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)

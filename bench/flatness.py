@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.plane import bare_body, bare_client, nomad_server, settings
 from bench.rows import Row
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.ids import shard_of
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Scheduler
@@ -73,7 +73,7 @@ async def _rates(fleets: Mapping[int, tuple[NomadServer, Path]], shards: int) ->
             chosen, _ = settings(server, root / prefix, prefix)
             (spec,) = chosen.specs().values()
             scheduler = NomadScheduler(
-                settings=NomadSettings(address=server.http_addr), shards=shards, prefix=prefix
+                settings=NomadAccess(address=server.http_addr), shards=shards, prefix=prefix
             )
             stack.push_async_callback(scheduler.close)
             await scheduler.prepare([spec])

@@ -21,7 +21,7 @@ import aiohttp
 
 from bench.plane import TEMPLATE, until_placed
 from bench.rows import Row
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.demo.process import Process, clean_environment
 from nomad_watchdog.registry.consul import ConsulRegistry
 from servers.consul import ConsulServer
@@ -152,7 +152,7 @@ async def measure_replicas(count: int, seconds: float) -> list[Row]:
             ConsulServer(root / "consul") as consul,
             NomadServer(root / "nomad", unprivileged=True) as nomad,
         ):
-            client = ConsulClient(ConsulSettings(address=consul.http_addr))
+            client = ConsulClient(ConsulAccess(address=consul.http_addr))
             await ConsulRegistry(client=client).initialise()
             config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)
             config = config.replace("TEMPLATE", str(_fetching(root))) + REPLICATED
@@ -192,7 +192,7 @@ async def measure(count: int, seconds: float) -> list[Row]:
             ConsulServer(root / "consul") as consul,
             NomadServer(root / "nomad", clients=CLIENTS, unprivileged=True) as nomad,
         ):
-            client = ConsulClient(ConsulSettings(address=consul.http_addr))
+            client = ConsulClient(ConsulAccess(address=consul.http_addr))
             await ConsulRegistry(client=client).initialise()
             config = CONFIG.replace("NOMAD", nomad.http_addr).replace("CONSUL", consul.http_addr)
             config = config.replace("TEMPLATE", str(TEMPLATE))

@@ -25,7 +25,7 @@ from bench.rows import Row
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.demo.process import clean_environment
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
@@ -110,8 +110,8 @@ async def measure(count: int, rounds: int) -> list[Row]:
         await registry.initialise()
         fleet = Fleet(registry, Limits(), SystemClock())
         fleet.reset({}, 0)
-        api = Api(webhook_secrets_file=str(secrets), rate=1_000_000, burst=1_000_000)
-        app = make_app(fleet, metrics=Metrics(), artifact=None, door=door_of(api))
+        api = ApiSettings(webhook_secrets_file=str(secrets), rate=1_000_000, burst=1_000_000)
+        app = make_app(fleet, metrics=Metrics(), artifact=None, authenticator=door_of(api))
         ours: list[tuple[float, float]] = []
         bare: list[tuple[float, float]] = []
         async with _served(app) as our_url, _served(plain) as bare_url:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
@@ -80,7 +80,7 @@ class Plane:
         self.reconciler = reconciler
         self.started: dict[str, float] = {}
         self._news = asyncio.Event()
-        inner = reconciler.performer.done
+        inner = reconciler.executor.done
 
         def done(action: Action, outcome: str, took_s: float) -> None:
             if action.kind is ActionKind.START and outcome == "ok":
@@ -88,7 +88,7 @@ class Plane:
                 self._news.set()
             inner(action, outcome, took_s)
 
-        reconciler.performer.done = done
+        reconciler.executor.done = done
 
     async def register(self, names: list[str]) -> None:
         for first in range(0, len(names), 1000):
@@ -126,7 +126,7 @@ async def plane(chosen: Settings) -> AsyncIterator[Plane]:
 @asynccontextmanager
 async def bare_client(server: NomadServer, *parents: str) -> AsyncIterator[NomadClient]:
     """Our HTTP client, with parent jobs of these names to dispatch to."""
-    client = NomadClient(NomadSettings(address=server.http_addr))
+    client = NomadClient(NomadAccess(address=server.http_addr))
     try:
         job = await client.parse(TEMPLATE.read_text(), "")
         for parent in parents:

@@ -35,7 +35,7 @@ from bench.agent import (
     stub,
 )
 from bench.rows import Row
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.ids import parse_device_id, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch
@@ -329,7 +329,7 @@ async def on_nomad(agent: Path, place: Stub, *, shipped: bool) -> tuple[float, s
 async def nomad_of_its_own() -> AsyncIterator[tuple[NomadServer, NomadClient]]:
     with tempfile.TemporaryDirectory(prefix="nomad-watchdog-bench-") as folder:
         async with NomadServer(Path(folder) / "nomad") as server:
-            client = NomadClient(NomadSettings.from_env(address=server.http_addr))
+            client = NomadClient(NomadAccess.from_env(address=server.http_addr))
             try:
                 yield server, client
             finally:

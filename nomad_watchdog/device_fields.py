@@ -13,7 +13,7 @@ from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id
 from nomad_watchdog.model import Device
 from nomad_watchdog.units import parse_duration
 
-MOST_LABELS: Final = 32
+MAX_LABELS: Final = 32
 LABEL_BYTES: Final = 128
 ADDRESS_CHARS: Final = 255
 """Longest host name (RFC 1035), with a dot at the end, or in brackets."""
@@ -76,7 +76,7 @@ Address = Annotated[
     ),
     AfterValidator(_address),
 ]
-Labels = Annotated[dict[str, str], Field(max_length=MOST_LABELS), AfterValidator(_labels)]
+Labels = Annotated[dict[str, str], Field(max_length=MAX_LABELS), AfterValidator(_labels)]
 Ttl = Annotated[str, Field(max_length=32), AfterValidator(_ttl)]
 Duration = Annotated[str, Field(max_length=32), AfterValidator(_duration)]
 

@@ -28,7 +28,7 @@ Format = Literal["json", "text"]
 LONGEST: Final = 2_000
 """Characters of one value; the rest is cut and its length told."""
 LONGEST_TRACE: Final = 8_000
-MOST_ITEMS: Final = 50
+MAX_ITEMS: Final = 50
 """Items of one list or mapping."""
 DEEPEST: Final = 4
 QUEUE: Final = 10_000
@@ -38,7 +38,7 @@ REPEAT_S: Final = 10.0
 """Trouble of one kind in the event loop is told at most so often."""
 LASTING_S: Final = 600.0
 """A problem that goes on is logged again after so long."""
-MOST_KINDS: Final = 100
+MAX_KINDS: Final = 100
 codecs.lookup("unicode_escape")
 # Loaded now: a process that has run out of file descriptors must still be able to say so.
 
@@ -102,10 +102,10 @@ def clean(value: object, depth: int = 0) -> object:
             clean_text(str(key)): REDACTED
             if _SECRET_KEY.search(str(key))
             else clean(item, depth + 1)
-            for key, item in list(value.items())[:MOST_ITEMS]
+            for key, item in list(value.items())[:MAX_ITEMS]
         }
     if depth < DEEPEST and isinstance(value, list | tuple | set | frozenset):
-        return [clean(item, depth + 1) for item in list(value)[:MOST_ITEMS]]
+        return [clean(item, depth + 1) for item in list(value)[:MAX_ITEMS]]
     return clean_text(str(value))
 
 
@@ -212,7 +212,7 @@ class LoopTrouble:
         kind = f"{str(context.get('message')).partition(chr(10))[0]}: {type(error).__name__}"
         at, kept_back = self._told.get(kind, (float("-inf"), 0))
         now = loop.time()
-        if kind not in self._told and len(self._told) >= MOST_KINDS:
+        if kind not in self._told and len(self._told) >= MAX_KINDS:
             return
         if now - at < REPEAT_S:
             self._told[kind] = (at, kept_back + 1)

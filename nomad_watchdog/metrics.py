@@ -65,7 +65,7 @@ class ResyncReason(StrEnum):
     OTHER = OTHER
 
 
-class Refusal(StrEnum):
+class RefusalReason(StrEnum):
     """Why a request was not let in: 401, 403, 415, 421, 429, 503."""
 
     UNAUTHORIZED = "unauthorized"
@@ -188,7 +188,7 @@ class Metrics:
             (self._errors, SchedulerErrorKind),
             (self._resyncs, ResyncReason),
             (self._incidents, GroupKind),
-            (self._refusals, Refusal),
+            (self._refusals, RefusalReason),
             (self._closings, Closing),
             (self._unheard, Unheard),
         ):
@@ -321,7 +321,7 @@ class Metrics:
             self._dropped_before = dropped
 
     def events_left_out(self, total: int) -> None:
-        """Events that were left out since the start (`Allowance.total`)."""
+        """Events that were left out since the start (`DeviceLimits.total`)."""
         self._left_out.labels("token")
         self._left_out.labels("device").inc(max(0, total - self._left_out_before))
         self._left_out_before = total
@@ -412,7 +412,7 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         """A request was not let in."""
-        self._refusals.labels(_known(reason, Refusal)).inc()
+        self._refusals.labels(_known(reason, RefusalReason)).inc()
 
     def malformed(self) -> None:
         """A request was not valid HTTP."""

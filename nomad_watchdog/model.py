@@ -33,7 +33,7 @@ class ConditionState(StrEnum):
     DEGRADED = "degraded"
 
 
-MOST_REASON: Final = 300
+MAX_REASON: Final = 300
 """Characters of the reason of a condition."""
 
 
@@ -46,7 +46,7 @@ class Condition:
     since: WallTime
     """When the state began, unix seconds."""
     reason: str
-    """The evidence in words, at most MOST_REASON characters."""
+    """The evidence in words, at most MAX_REASON characters."""
     misses: int = 0
     """Consecutive misses that the agent had counted."""
 

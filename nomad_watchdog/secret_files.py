@@ -26,10 +26,10 @@ from nomad_watchdog.secret_values import know
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S: Final = 1.0
-MOST_BYTES: Final = 64 * 1024
-LEAST_TOKEN: Final = 16
+MAX_BYTES: Final = 64 * 1024
+MIN_TOKEN: Final = 16
 """Characters of a token: 16 of `openssl rand -base64` are 96 random bits."""
-LEAST_KEY: Final = 32
+MIN_KEY: Final = 32
 """Characters of an agent key: 16 random bytes as hexadecimal digits."""
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -85,7 +85,7 @@ class SecretFile:
 
     def _content(self) -> bytes:
         try:
-            return secret_file_rules.read(self.path, MOST_BYTES + 1)
+            return secret_file_rules.read(self.path, MAX_BYTES + 1)
         except OSError as error:
             if error.errno in _EXHAUSTED and self._raw is not None:
                 return self._raw  # that we can't look takes nobody's token away
@@ -98,8 +98,8 @@ class SecretFile:
         except UnicodeDecodeError:
             raise UserError(f"{where} is not text") from None
         _know(text)
-        if len(raw) > MOST_BYTES:
-            raise UserError(f"{where} is larger than {MOST_BYTES} bytes")
+        if len(raw) > MAX_BYTES:
+            raise UserError(f"{where} is larger than {MAX_BYTES} bytes")
         if not text.strip():
             raise UserError(f"{where} is empty")
         try:
@@ -110,15 +110,15 @@ class SecretFile:
 
 def _know(text: str) -> None:
     """Hide what may be a secret of this file; what is shorter is none, and may be an ordinary word."""
-    know(*(word for word in text.split() if len(word) >= LEAST_TOKEN), rotates=True)
+    know(*(word for word in text.split() if len(word) >= MIN_TOKEN), rotates=True)
 
 
 def read_token(text: str) -> tuple[bytes, ...]:
     """One token: the whole file but for the blanks around it. Raises ValueError for one that can be guessed."""
     token = text.strip()
-    if len(token) < LEAST_TOKEN:
+    if len(token) < MIN_TOKEN:
         raise ValueError(
-            f"a token of {len(token)} characters can be guessed; it needs at least {LEAST_TOKEN} "
+            f"a token of {len(token)} characters can be guessed; it needs at least {MIN_TOKEN} "
             "(openssl rand -hex 32)"
         )
     return (token.encode(),)
@@ -130,9 +130,9 @@ def read_keys(text: str) -> tuple[bytes, ...]:
     Raises ValueError for one that is too short to be a secret."""
     lines = _lines(text)
     for number, line in lines:
-        if len(line) < LEAST_KEY:
+        if len(line) < MIN_KEY:
             raise ValueError(
-                f"line {number} has {len(line)} characters; a key needs at least {LEAST_KEY} "
+                f"line {number} has {len(line)} characters; a key needs at least {MIN_KEY} "
                 "(openssl rand -hex 32)"
             )
     return tuple(line.encode() for _, line in lines)

@@ -18,7 +18,7 @@ SHORTEST: Final = 6
 """A shorter value is not hidden: it would be found inside ordinary words."""
 MOST: Final = 256
 """Values that rotate and are kept; the one that was read longest ago is forgotten first."""
-LEAST_HEAD: Final = 16
+MIN_HEAD: Final = 16
 """A part of a value that is shorter may be an ordinary word."""
 DEEPEST: Final = 32
 
@@ -123,7 +123,7 @@ def _forms(secret: str | bytes) -> set[str]:
 
 def _with_heads(values: set[str]) -> tuple[tuple[str, str], ...]:
     ordered = sorted(values, key=len, reverse=True)
-    return tuple((value, value[: max(LEAST_HEAD, (len(value) + 1) // 2)]) for value in ordered)
+    return tuple((value, value[: max(MIN_HEAD, (len(value) + 1) // 2)]) for value in ordered)
 
 
 def _without_start(text: str, value: str, head: str) -> str:

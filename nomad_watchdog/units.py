@@ -21,8 +21,8 @@ _BYTES: Final = {
     "M": 1000**2,
     "G": 1000**3,
 }
-_MOST_SHOWN: Final = 80
-_MOST_BITS: Final = 256
+_MAX_SHOWN: Final = 80
+_MAX_BITS: Final = 256
 
 
 def parse_duration(value: object) -> float:
@@ -49,7 +49,7 @@ def parse_size(value: object) -> int:
 def show(value: object) -> str:
     """A value as it may stand in a message: as HCL writes it, short, ASCII, no control characters (S11)."""
     text = _as_hcl(value)
-    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def _as_hcl(value: object) -> str:
@@ -57,12 +57,12 @@ def _as_hcl(value: object) -> str:
         return '"' + ascii(value)[1:-1] + '"'
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return "a number of very many digits"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_as_hcl, value[:_MOST_SHOWN]))}]"
+        return f"[{', '.join(map(_as_hcl, value[:_MAX_SHOWN]))}]"
     if isinstance(value, Mapping):
-        pairs = (f"{str(name)[:_MOST_SHOWN]!a} = {_as_hcl(one)}" for name, one in value.items())
+        pairs = (f"{str(name)[:_MAX_SHOWN]!a} = {_as_hcl(one)}" for name, one in value.items())
         return "{ " + ", ".join(pair.replace("'", "", 2) for pair in pairs) + " }"
     return ascii(value)
 

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from nomad_watchdog.demo.process import Server, free_port
+from nomad_watchdog.demo.process import ServerProcess, free_port
 from servers.binaries import find
 from servers.ready import until_ok
 
@@ -32,7 +32,7 @@ apm "prometheus" {
 """
 
 
-class NomadAutoscaler(Server):
+class NomadAutoscaler(ServerProcess):
     """``async with NomadAutoscaler(folder, nomad.http_addr, prometheus.url): …``.
 
     It scales each job of that Nomad whose `scaling` block has a policy that is enabled."""

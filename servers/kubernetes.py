@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
+from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient
 from nomad_watchdog.demo.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import ConflictError, TerminalError, TransientError, WatchdogError
 from servers.binaries import find
@@ -69,9 +69,9 @@ class KubernetesCluster(Running):
         self._ports = {name: free_port() for name in ("etcd", "peer", "manager", "scheduler")}
         self._processes: dict[str, Process] = {}
 
-    def settings(self, kubeconfig: Path | None = None) -> KubernetesSettings:
+    def settings(self, kubeconfig: Path | None = None) -> KubernetesAccess:
         """Of the administrator, or of another user's file."""
-        return KubernetesSettings.discover(str(kubeconfig or self.kubeconfig))
+        return KubernetesAccess.discover(str(kubeconfig or self.kubeconfig))
 
     def client(self) -> KubernetesClient:
         """The administrator's; whoever asks for it closes it."""

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from nomad_watchdog.demo.process import Server, free_port
+from nomad_watchdog.demo.process import ServerProcess, free_port
 from nomad_watchdog.errors import WatchdogError
 from servers.binaries import find
 from servers.kubernetes import KubernetesCluster
@@ -15,7 +15,7 @@ from servers.kubernetes import KubernetesCluster
 _GROUP: Final = ("metrics.k8s.io", "v1beta1")
 
 
-class MetricsServer(Server):
+class MetricsServer(ServerProcess):
     """``async with MetricsServer(cluster, folder): …``: it asks the kubelets every 10 s, the least it takes."""
 
     def __init__(self, cluster: KubernetesCluster, data_dir: Path) -> None:

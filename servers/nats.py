@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from nomad_watchdog.demo.process import Server, free_port
+from nomad_watchdog.demo.process import ServerProcess, free_port
 from servers.binaries import find
 from servers.ready import until_ok
 
 
-class NatsServer(Server):
+class NatsServer(ServerProcess):
     """``async with NatsServer(folder) as nats: … nats.url``."""
 
     def __init__(self, data_dir: Path) -> None:

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nomad_watchdog.demo.process import Server, free_port
+from nomad_watchdog.demo.process import ServerProcess, free_port
 from servers.binaries import find
 from servers.ready import until_ok
 
 
-class PrometheusServer(Server):
+class PrometheusServer(ServerProcess):
     """``async with PrometheusServer(folder, ["127.0.0.1:9000"]) as prometheus: … prometheus.url``.
 
     Each of `targets` (host:port) is asked for `/metrics` every second."""

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from nomad_watchdog import secret_values
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from servers.binaries import find
 from servers.consul import ConsulServer
 from servers.kubernetes import KubernetesCluster
@@ -128,7 +128,7 @@ async def kube(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kubern
 @pytest_asyncio.fixture
 async def consul_client(consul: ConsulServer) -> AsyncIterator[ConsulClient]:
     """A client of the session's Consul."""
-    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    client = ConsulClient(ConsulAccess(address=consul.http_addr))
     yield client
     await client.close()
 

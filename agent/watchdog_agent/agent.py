@@ -7,7 +7,7 @@ import time
 
 from watchdog_agent import wire
 from watchdog_agent.config import document as configuration
-from watchdog_agent.detection.prober import Diagnosis
+from watchdog_agent.detection.prober import Prober
 from watchdog_agent.probes import builtin
 from watchdog_agent.reporting import prometheus, reporter
 from watchdog_agent.runtime import http
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from watchdog_agent.consul.kept_state import ConsulState
     from watchdog_agent.detection.on_demand import OnDemand
     from watchdog_agent.escalation.escalations import Escalations
-    from watchdog_agent.repairs.runner import Repairs
-    from watchdog_agent.reporting.loki import Shipper
+    from watchdog_agent.repairs.runner import RepairRunner
+    from watchdog_agent.reporting.loki import LokiShipper
     from watchdog_agent.runtime.types import Answer, Config, Document, Outcome
 
 
@@ -47,7 +47,7 @@ class Agent:
         self.folder = configuration.state_dir_of(environ)
         self.began = time.monotonic()
         self.loop = Loop()
-        self.diagnosis = Diagnosis(self)
+        self.diagnosis = Prober(self)
         self.history: deque[dict[str, Any]] = deque(maxlen=self.HISTORY)
         self.asked: OnDemand | None = None
         self.exit_code: int | None = None
@@ -65,10 +65,10 @@ class Agent:
         self.reporter.doubt = self._doubt
         self.reporter.parted = self._save
         self.reporter.condition = self._adopt
-        self.shipper: Shipper | None = None
+        self.shipper: LokiShipper | None = None
         self.keeper: ConsulState | None = None
         self.escalations: Escalations | None = None
-        self.repairs: Repairs | None = None
+        self.repairs: RepairRunner | None = None
         self._optional()
         self._restore(kept)
         self.registration: registration.Registration | None = None
@@ -86,7 +86,7 @@ class Agent:
         if self.config.get("repairs"):
             from watchdog_agent.repairs import runner
 
-            self.repairs = runner.Repairs(self, kept.get("repairs"))
+            self.repairs = runner.RepairRunner(self, kept.get("repairs"))
             self.reporter.heard = self.repairs.heard
         elif kept.get("repairs"):
             from watchdog_agent.repairs import kinds
@@ -98,7 +98,7 @@ class Agent:
         if "loki" in self.config:
             from watchdog_agent.reporting import loki
 
-            self.shipper = loki.Shipper(self.loop, self.config)
+            self.shipper = loki.LokiShipper(self.loop, self.config)
             _ships.append(self.shipper.put)
         if "escalate" in self.config:
             from watchdog_agent.escalation import escalations

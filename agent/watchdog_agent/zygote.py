@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-MOST_BYTES = 65536
+MAX_BYTES = 65536
 INT = 4
 """Bytes of a descriptor in a message."""
 LOCK = 3
@@ -50,7 +50,7 @@ def serve(channel: socket.socket) -> None:
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     """A request and the descriptors that came with it: socket.recv_fds, which the C module has not."""
     room = socket.CMSG_SPACE(2 * INT)
-    data, more, _flags, _where = channel.recvmsg(MOST_BYTES, room)
+    data, more, _flags, _where = channel.recvmsg(MAX_BYTES, room)
     descriptors: list[int] = []
     for level, kind, raw in more:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

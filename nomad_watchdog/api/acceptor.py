@@ -20,8 +20,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nomad_watchdog.api.connection_limits import LEAST, Place, Places, network_of
-from nomad_watchdog.api.malformed import Handler
+from nomad_watchdog.api.connection_limits import LEAST, ConnectionLimits, Place, network_of
+from nomad_watchdog.api.malformed import HttpHandler
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.metrics import Closing, Metrics
 
@@ -48,7 +48,7 @@ _PLACE: Final = web.RequestKey("place", Place)
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-class Connection(Handler):
+class Connection(HttpHandler):
     """One that has a place."""
 
     __slots__ = ("_answered", "_hushed", "_stuck_since", "_wire", "place")
@@ -157,7 +157,7 @@ class Site(web.BaseSite):
         self,
         runner: web.AppRunner,
         listening: socket.socket,
-        places: Places,
+        places: ConnectionLimits,
         options: Mapping[str, Any],
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:

@@ -13,11 +13,11 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.pagination import page_of
 from nomad_watchdog.api.responses import error_response, json_response
-from nomad_watchdog.api.schemas import MOST_AGE_S, MOST_REPORT, ReportIn
+from nomad_watchdog.api.schemas import MAX_AGE_S, MAX_REPORT, ReportIn
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.core.agent_token import Claim
+from nomad_watchdog.core.agent_token import TokenClaim
 from nomad_watchdog.fleet.fleet import AgentReport, DeviceView, Fleet
-from nomad_watchdog.replicas.report_addresses import Living
+from nomad_watchdog.replicas.report_addresses import ReportAddresses
 
 RETRY_S: Final = 2
 """When an agent whose report could not be judged says it again, seconds."""
@@ -25,11 +25,11 @@ RETRY_S: Final = 2
 
 async def report(request: web.Request) -> web.StreamResponse:
     """S1 at the door: 200 accepted, 410 stop, 409 say it again; 403 with another's credential."""
-    said = (await read(request, ReportIn, MOST_REPORT)).report()
+    said = (await read(request, ReportIn, MAX_REPORT)).report()
     claim = request[ACTOR].claim
-    if claim is not None and claim != Claim(said.slug, said.epoch):
+    if claim is not None and claim != TokenClaim(said.slug, said.epoch):
         error = RequestError(403, "forbidden", "this credential is for another device or epoch")
-        error.claim = Claim(said.slug, said.epoch)
+        error.claim = TokenClaim(said.slug, said.epoch)
         raise error
     fleet = request.app[CONTEXT].fleet
     result = await fleet.report(said)
@@ -46,7 +46,7 @@ def _handed_down(fleet: Fleet, said: AgentReport) -> dict[str, object]:
     found = fleet.handed_down(said)
     if found is None:
         return {}
-    age_s = min(max(0.0, fleet.clock.wall() - found.since), MOST_AGE_S)
+    age_s = min(max(0.0, fleet.clock.wall() - found.since), MAX_AGE_S)
     return {
         "condition": {
             "state": found.state.value,
@@ -60,7 +60,7 @@ def _handed_down(fleet: Fleet, said: AgentReport) -> dict[str, object]:
 def _replicas(request: web.Request) -> dict[str, list[str]]:
     """Where else an agent may report, if there is anywhere: replicas come and go after it began."""
     leases = request.app[CONTEXT].leases
-    found = Living(leases).addresses() if leases is not None else ()
+    found = ReportAddresses(leases).addresses() if leases is not None else ()
     return {"api": list(found)} if len(found) > 1 else {}
 
 

@@ -32,10 +32,10 @@ from nomad_watchdog.api import (
 from nomad_watchdog.api import (
     leases as sharing,
 )
-from nomad_watchdog.api.auth import Door
-from nomad_watchdog.api.body_memory import Bodies
+from nomad_watchdog.api.auth import Authenticator
+from nomad_watchdog.api.body_memory import BodyMemory
 from nomad_watchdog.api.context import CONTEXT, Context
-from nomad_watchdog.api.malformed import MALFORMED, Malformed
+from nomad_watchdog.api.malformed import MALFORMED, MalformedRequests
 from nomad_watchdog.api.middleware import boundary
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.routing import Route
@@ -75,20 +75,20 @@ def make_app(
     max_body_bytes: int = 1024 * 1024,
     operator: services.Operator | None = None,
     leases: Leases | None = None,
-    door: Door | None = None,
+    authenticator: Authenticator | None = None,
 ) -> web.Application:
     """The API of this fleet. `artifact`: the agent as one file, offered to nodes; `operator`: who takes
     the word that held stops are meant; `leases`: who knows which replica reconciles what; `door`: who may
     come in, by default everybody."""
     app = web.Application(middlewares=[boundary], client_max_size=max_body_bytes)
-    app[MALFORMED] = Malformed(metrics)
+    app[MALFORMED] = MalformedRequests(metrics)
     app[CONTEXT] = Context(
         fleet=fleet,
         metrics=metrics,
         artifact=artifact,
         max_body_bytes=max_body_bytes,
-        bodies=Bodies(max(BODY_MEMORY, 4 * max_body_bytes), fleet.clock.monotonic),
-        door=door or Door(),
+        bodies=BodyMemory(max(BODY_MEMORY, 4 * max_body_bytes), fleet.clock.monotonic),
+        authenticator=authenticator or Authenticator(),
         routes=ROUTES,
         operator=operator,
         leases=leases,
@@ -134,7 +134,7 @@ async def metrics_text(request: web.Request) -> web.StreamResponse:
 
 async def describe(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
-    return json_response(openapi.describe(context.routes, secured=context.door.guarded))
+    return json_response(openapi.describe(context.routes, secured=context.authenticator.guarded))
 
 
 ROUTES: Final = (

@@ -17,7 +17,7 @@ from nomad_watchdog.ids import DeviceId, Slug, slug_of
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED: Final = 20
+MAX_NAMED: Final = 20
 """Devices that one audit event names."""
 
 
@@ -31,7 +31,7 @@ def audit(
     **facts: object,
 ) -> None:
     """Note a change that is done, and durable. What changed nothing is no change. `devices`: those that changed, of
-    a change of many; the first MOST_NAMED are named."""
+    a change of many; the first MAX_NAMED are named."""
     actor = request[ACTOR]
     context = request.app[CONTEXT]
     fleet = context.fleet
@@ -43,9 +43,9 @@ def audit(
     }
     text = f"{outcome} by {actor.name} from {actor.peer}"
     if devices:
-        more = len(devices) - MOST_NAMED
-        facts |= {"devices": list(devices[:MOST_NAMED]), "others": max(0, more)}
-        named = ", ".join(devices[:MOST_NAMED])
+        more = len(devices) - MAX_NAMED
+        facts |= {"devices": list(devices[:MAX_NAMED]), "others": max(0, more)}
+        named = ", ".join(devices[:MAX_NAMED])
         text += f": {named}" + (f" and {more} more" if more > 0 else "")
     if actor.certificate:
         who["certificate"] = actor.certificate

@@ -14,7 +14,7 @@ SAY_EVERY_S: Final = 60.0
 
 
 @dataclass(slots=True)
-class Audits:
+class AuditLimits:
     """AT_ONCE events per token, and PER_S per second over time. The log has all changes."""
 
     buckets: Buckets = field(default_factory=lambda: Buckets(PER_S, AT_ONCE))

@@ -19,15 +19,15 @@ from aiohttp import web
 from nomad_watchdog.api.acceptor import place_of
 from nomad_watchdog.api.browser_checks import check_origin, names_of
 from nomad_watchdog.api.connection_limits import Rank, network_of
-from nomad_watchdog.api.cost_limits import Costs
+from nomad_watchdog.api.cost_limits import CostLimits
 from nomad_watchdog.api.errors import LAST, RequestError
 from nomad_watchdog.api.routing import Handler, Route
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.config.api import Api
-from nomad_watchdog.core.agent_token import PREFIX, Claim, claim_of, claimed
+from nomad_watchdog.config.api import ApiSettings
+from nomad_watchdog.core.agent_token import PREFIX, TokenClaim, claim_of, claimed
 from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.core.roles import Role, may, roles_with
-from nomad_watchdog.core.webhook_signature import Window
+from nomad_watchdog.core.webhook_signature import ReplayWindow
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import Device
 from nomad_watchdog.secret_files import (
@@ -55,7 +55,7 @@ class Actor:
     peer: str
     id_prefix: str = ""
     labels: tuple[tuple[str, str], ...] = ()
-    claim: Claim | None = None
+    claim: TokenClaim | None = None
     """Of an agent's credential: the one device and epoch that it may speak for."""
     most_devices: int = 0
     """Of a device token: the maximum number of devices that it may register."""
@@ -85,7 +85,7 @@ ACTOR: Final = web.RequestKey("actor", Actor)
 
 
 @dataclass(slots=True)
-class Door:
+class Authenticator:
     """Lets requests in. `keyring` None: no token is configured, and everybody may do everything."""
 
     clock: Clock = field(default_factory=SystemClock)
@@ -96,13 +96,13 @@ class Door:
     buckets: Buckets | None = None
     hosts: frozenset[str] = frozenset()
     """Names that requests may call us by, besides loopback names and numeric addresses."""
-    costs: Costs | None = None
+    costs: CostLimits | None = None
     streams_per_token: int = 8
-    window: Window = field(default_factory=Window)
+    window: ReplayWindow = field(default_factory=ReplayWindow)
     _logged_at: float = float("-inf")
     _unlogged: int = 0
 
-    def take_over(self, new: Door) -> None:
+    def take_over(self, new: Authenticator) -> None:
         """Go by the tokens, secrets and rates of another one from now on."""
         self.keyring, self.webhook_secrets = new.keyring, new.webhook_secrets
         old, fresh = self.buckets, new.buckets
@@ -222,7 +222,7 @@ class Door:
             )
 
     @staticmethod
-    def claimed(request: web.Request) -> tuple[Claim | None, str]:
+    def claimed(request: web.Request) -> tuple[TokenClaim | None, str]:
         """Whom a caller that was refused claims to speak for, unverified, and its address: for messages."""
         given = request.headers.get("Authorization", "").partition(" ")[2].strip()
         return claimed(given), peer_of(request)
@@ -240,7 +240,7 @@ class Door:
         self._logged_at, self._unlogged = now, 0
 
 
-def secret_files(api: Api) -> dict[tuple[str, ...], SecretFile]:
+def secret_files(api: ApiSettings) -> dict[tuple[str, ...], SecretFile]:
     """The files with secrets that the settings name, by the setting below `api`; none is read."""
     found: dict[tuple[str, ...], SecretFile] = {}
     for name, path, reader in (
@@ -256,7 +256,7 @@ def secret_files(api: Api) -> dict[tuple[str, ...], SecretFile]:
     return found
 
 
-def door_of(api: Api) -> Door:
+def door_of(api: ApiSettings) -> Authenticator:
     """The door that the settings describe. Raises UserError for a file that holds no good secret."""
     files = {setting: file.required() for setting, file in secret_files(api).items()}
     tokens: dict[Holder, SecretFile] = {}
@@ -269,14 +269,14 @@ def door_of(api: Api) -> Door:
     keyring = Keyring(tokens) if tokens else None
     if keyring is not None:
         keyring.check_distinct()
-    return Door(
+    return Authenticator(
         keyring=keyring,
         agent_keys=files.get(("agent_key_file",)),
         webhook_secrets=files.get(("webhook_secrets_file",)),
         wants_certificate=api.client_ca is not None,
         buckets=Buckets(api.rate, api.burst),
         hosts=names_of(api),
-        costs=Costs(api.read_share, api.read_burst),
+        costs=CostLimits(api.read_share, api.read_burst),
         streams_per_token=api.streams_per_token,
     )
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from nomad_watchdog.api.acceptor import place_of
 from nomad_watchdog.api.auth import ACTOR
-from nomad_watchdog.api.body_memory import MOST_UNSIGNED
+from nomad_watchdog.api.body_memory import MAX_UNSIGNED
 from nomad_watchdog.api.connection_limits import Rank
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.errors import RequestError
@@ -47,7 +47,7 @@ async def read_body(request: web.Request, most: int | None = None) -> bytes:
     context, place = request.app[CONTEXT], place_of(request)
     limit, length, rank = context.max_body_bytes, request.content_length, request[ACTOR].rank
     if rank is Rank.UNAUTHENTICATED:
-        limit = min(limit, MOST_UNSIGNED)
+        limit = min(limit, MAX_UNSIGNED)
     if most is not None:
         limit = min(limit, most)
     too_large = RequestError(

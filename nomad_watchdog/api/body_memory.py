@@ -9,7 +9,7 @@ from typing import Final
 
 from nomad_watchdog.api.connection_limits import Place, Rank
 
-MOST_UNSIGNED: Final = 64 * 1024
+MAX_UNSIGNED: Final = 64 * 1024
 """Bytes of a body whose sender is known only when it has arrived: one event of a gateway."""
 PATIENCE_S: Final = 1.0
 """A body that takes longer to arrive makes room for others."""
@@ -18,7 +18,7 @@ _SHARES: Final = {Rank.UNAUTHENTICATED: 0.25, Rank.KNOWN: 0.75, Rank.OPERATOR: 1
 
 
 @dataclass(slots=True)
-class Bodies:
+class BodyMemory:
     """Bytes that were promised to bodies. A body counts from its headers until its request is answered."""
 
     most: int

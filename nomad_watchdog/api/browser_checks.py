@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from nomad_watchdog.api.errors import SAFE, RequestError
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 
 _PORT_DIGITS: Final = 5
 
 
-def names_of(api: Api) -> frozenset[str]:
+def names_of(api: ApiSettings) -> frozenset[str]:
     """The names that are ours: those of the settings, and this machine's own."""
     urls = (urlsplit(url).hostname or "" for url in (api.advertise, api.own_address) if url)
     listened = api.listen.rpartition(":")[0]

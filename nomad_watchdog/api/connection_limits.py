@@ -26,9 +26,9 @@ UNAUTHENTICATED_PART: Final = 8
 """One place in this many is for unauthenticated connections, and no others are."""
 BURST_S: Final = 4.0
 """An address may send what it may send in this time at once."""
-MOST_WAIT_S: Final = 1.0
+MAX_WAIT_S: Final = 1.0
 """A connection waits at most this long for its address's turn; one that would wait longer is closed."""
-MOST_ADDRESSES: Final = 16_384
+MAX_ADDRESSES: Final = 16_384
 
 
 class Rank(IntEnum):
@@ -44,7 +44,7 @@ class Rank(IntEnum):
 class Place:
     """One connection's place."""
 
-    places: Places | None
+    places: ConnectionLimits | None
     address: str
     close: Callable[[], object] = lambda: None
     """Closes it at once. Set by whoever admits it."""
@@ -96,7 +96,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Pace:
+class AcceptRate:
     """Unauthenticated requests of each address: `rate` per second, with a burst. Bounded in memory."""
 
     rate: float
@@ -107,9 +107,9 @@ class Pace:
         """Seconds until the request may be handled; infinite, and nothing is spent, if that is too long."""
         due = max(self._due.pop(address, now), now)
         wait = max(0.0, due + 1.0 / self.rate - now - BURST_S)
-        late = wait > MOST_WAIT_S
+        late = wait > MAX_WAIT_S
         self._due[address] = due if late else due + 1.0 / self.rate
-        if len(self._due) > MOST_ADDRESSES:
+        if len(self._due) > MAX_ADDRESSES:
             self._due.popitem(last=False)
         return float("inf") if late else wait
 
@@ -120,12 +120,12 @@ class Pace:
 
 
 @dataclass(slots=True)
-class Places:
+class ConnectionLimits:
     """All places. `most` in total, `per_address` of one address, both at least LEAST."""
 
     most: int
     per_address: int
-    pace: Pace
+    pace: AcceptRate
     now: Callable[[], float]
     """Monotonic seconds."""
     closed: Callable[[Closing], None] = lambda _why: None
@@ -154,7 +154,7 @@ class Places:
     def admit(self, address: str) -> Place | None:
         """A place for a new connection; None if there is none, and it is to be closed."""
         wait_s = self.pace.spend(address, self.now())
-        if wait_s > MOST_WAIT_S:
+        if wait_s > MAX_WAIT_S:
             self.closed(Closing.RATE)
             return None
         if not self._room_for(address):

@@ -26,13 +26,13 @@ from nomad_watchdog.core.roles import Role
 
 LARGE_TIMES: Final = 5.0
 """How many times the budget of a viewer's token that of an operator's and of a device token is."""
-MOST_TURNS: Final = 1_024
+MAX_TURNS: Final = 1_024
 """Tokens whose reads are kept in order."""
 _READS: Final = frozenset({"GET", "HEAD"})
 _T = TypeVar("_T")
 
 
-class Costs:
+class CostLimits:
     """Budgets: `share` of one processor core over time, `burst` seconds at once.
 
     Charged are the reads of viewers and operators, and all that device tokens and the credential of one agent do.
@@ -46,7 +46,7 @@ class Costs:
         self._large = Buckets(LARGE_TIMES * share, LARGE_TIMES * burst)
         self._turns: OrderedDict[str, Lock] = OrderedDict()
 
-    def changed(self, new: Costs | None) -> Costs | None:
+    def changed(self, new: CostLimits | None) -> CostLimits | None:
         """The budgets after a reload: these if their settings are the same, else the new ones."""
         same = new is not None and (new.share, new.burst) == (self.share, self.burst)
         return self if same else new
@@ -105,7 +105,7 @@ class Costs:
     def _turn(self, client: str) -> Lock:
         turn = self._turns.setdefault(client, Lock())
         self._turns.move_to_end(client)
-        if len(self._turns) > MOST_TURNS:
+        if len(self._turns) > MAX_TURNS:
             self._turns.popitem(last=False)
         return turn
 

@@ -11,11 +11,11 @@ from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import ConfirmIn
-from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.errors import ConflictError, NotFoundError
 
 
-def _departures(request: web.Request) -> Departures:
+def _departures(request: web.Request) -> ExpiryController:
     found = request.app[CONTEXT].departures
     if found is None:
         raise NotFoundError("nobody lets devices leave here")

@@ -21,7 +21,7 @@ from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Presence
 
 
-class Claim(AbstractContextManager["Claim"]):
+class QuotaClaim(AbstractContextManager["QuotaClaim"]):
     """What one request adds to the devices of its token, until its records are stored."""
 
     def __init__(self, request: web.Request) -> None:

@@ -13,14 +13,14 @@ from nomad_watchdog.api.audit import audit
 from nomad_watchdog.api.auth import ACTOR, check_prefix, permit_of
 from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.device_quota import Claim
+from nomad_watchdog.api.device_quota import QuotaClaim
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.name_checks import check_class, known_before, missing, unknown
 from nomad_watchdog.api.pagination import check_query, page_of
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import MOST_BULK, BulkEnvelope, BulkResult
+from nomad_watchdog.api.schemas import MAX_BULK, BulkEnvelope, BulkResult
 from nomad_watchdog.clock import steps
-from nomad_watchdog.core.event_order import Event, is_replay
+from nomad_watchdog.core.event_order import SignedEvent, is_replay
 from nomad_watchdog.core.roles import Right, may
 from nomad_watchdog.device_fields import DeviceIn, DeviceItem, problem
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
@@ -144,7 +144,7 @@ async def put_device(request: web.Request) -> web.StreamResponse:
 
 
 async def store(
-    request: web.Request, device: Device, verb: str, event: Event | None = None
+    request: web.Request, device: Device, verb: str, event: SignedEvent | None = None
 ) -> web.Response:
     """Ask for a device to be watched; 201 when it was not. verb: as the audit names it."""
     check_prefix(request, device.id)
@@ -152,7 +152,7 @@ async def store(
     before = fleet.view(slug_of(device.id))
     if before is None or before.record.device != device:
         fleet.own(device.id)
-    with Claim(request) as claim:
+    with QuotaClaim(request) as claim:
         claim.check(device.id)
         (done,) = await fleet.register(
             [device], event=event, permit=permit_of(request), token=claim.token
@@ -184,7 +184,7 @@ async def remove(
     device_id: DeviceId,
     verb: str,
     left: Departure,
-    event: Event | None = None,
+    event: SignedEvent | None = None,
 ) -> web.Response:
     """Say that a device has left; NotFoundError for one that never was."""
     check_prefix(request, device_id)
@@ -198,7 +198,7 @@ async def remove(
     return _changed(done, event, 200)
 
 
-def _changed(done: Registered, event: Event | None, status: int) -> web.Response:
+def _changed(done: Registered, event: SignedEvent | None, status: int) -> web.Response:
     shown = shown_change(done.record, changed=done.changed)
     # Known from the record alone: after a restart, or on another replica than the first time.
     shown["duplicate"] = bool(event and not done.written and is_replay(done.record, event))
@@ -208,14 +208,14 @@ def _changed(done: Registered, event: Event | None, status: int) -> web.Response
 async def bulk(request: web.Request) -> web.StreamResponse:
     """Each item is checked by itself; the good ones are stored whatever the others are."""
     body = await read(request, BulkEnvelope)
-    if len(body.devices) + len(body.delete) > MOST_BULK:
+    if len(body.devices) + len(body.delete) > MAX_BULK:
         raise UserError(
-            f"{len(body.devices) + len(body.delete)} items; at most {MOST_BULK} are allowed at once"
+            f"{len(body.devices) + len(body.delete)} items; at most {MAX_BULK} are allowed at once"
         )
     results: list[BulkResult] = []
     seen: set[str] = set()
     fleet, permit = request.app[CONTEXT].fleet, permit_of(request)
-    with Claim(request) as claim:
+    with QuotaClaim(request) as claim:
         puts = await _puts(body.devices, results, seen, fleet, permit, claim)
         stored = (
             await fleet.register(list(puts.values()), permit=permit, token=claim.token)
@@ -249,7 +249,7 @@ async def _puts(
     seen: set[str],
     fleet: Fleet,
     permit: Callable[[Device], None],
-    claim: Claim,
+    claim: QuotaClaim,
 ) -> dict[int, Device]:
     """The devices to register, by the position of their result; results are appended."""
     puts: dict[int, Device] = {}

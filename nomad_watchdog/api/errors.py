@@ -8,7 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
-from nomad_watchdog.core.agent_token import Claim
+from nomad_watchdog.core.agent_token import TokenClaim
 
 log = logging.getLogger(__name__)
 
@@ -26,5 +26,5 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
         self.headers = dict(headers or {})
-        self.claim: Claim | None = None
+        self.claim: TokenClaim | None = None
         """Of a report that was refused: what it is of, where its body says so."""

@@ -17,21 +17,21 @@ from nomad_watchdog.api.pagination import check_query, whole_number
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.core.roles import Role
 from nomad_watchdog.errors import TransientError, UserError
-from nomad_watchdog.events.log import EventFilter, History
+from nomad_watchdog.events.log import EventFilter, EventLog
 from nomad_watchdog.fast_json import as_json
 from nomad_watchdog.ids import Slug, parse_device_id
 from nomad_watchdog.model import VerdictState
 
 log = logging.getLogger(__name__)
 
-MOST_FOLLOWERS: Final = 64
+MAX_FOLLOWERS: Final = 64
 """Event streams of all callers of one role. Replicas have as many of their own."""
 REPLICA: Final = "replica"
 BEAT_S: Final = 15.0
 """An empty line so often, so that both sides notice a dead connection."""
 WRITE_TIMEOUT_S: Final = 10.0
 """A reader that takes nothing for so long is let go (S9)."""
-MOST_EVENTS: Final = 1_000
+MAX_EVENTS: Final = 1_000
 NDJSON: Final = "application/x-ndjson"
 
 FILTERS: Final = {
@@ -43,7 +43,7 @@ FILTERS: Final = {
 QUERY: Final = {
     "since": "only events after this sequence number (default 0)",
     **FILTERS,
-    "limit": f"1 to {MOST_EVENTS}, default 100; how many at once when following",
+    "limit": f"1 to {MAX_EVENTS}, default 100; how many at once when following",
     "follow": "true: one JSON object a line (application/x-ndjson), without end",
     "own": "true: what this replica saw itself, with its own numbers; false (default): what is told for all",
     "marks": "true: an opened incident has the numbers of the events that it explains; for replicas",
@@ -59,7 +59,7 @@ async def list_events(request: web.Request) -> web.StreamResponse:
     Raises NotFoundError (404) for a device that was never registered and about which no event is kept."""
     check_query(request, set(QUERY))
     since = whole_number(request, "since", 0, 0, 2**53)
-    limit = whole_number(request, "limit", 100, 1, MOST_EVENTS)
+    limit = whole_number(request, "limit", 100, 1, MAX_EVENTS)
     follow, marks = _flag(request, "follow"), _flag(request, "marks")
     history = _history(request)
     if device := request.query.get("device", ""):
@@ -82,7 +82,7 @@ def _flag(request: web.Request, name: str) -> bool:
     return text in {"true", "1"}
 
 
-def _history(request: web.Request) -> History:
+def _history(request: web.Request) -> EventLog:
     fleet = request.app[CONTEXT].fleet
     return fleet.history if _flag(request, "own") else fleet.told
 
@@ -113,14 +113,14 @@ async def list_incidents(request: web.Request) -> web.StreamResponse:
         record = fleet.records.get(slug)
         return record.device.id if record is not None else ""
 
-    found = [fleet.chronicle.shown_incident(i, device_of) for i in fleet.chronicle.incidents()]
+    found = [fleet.recorder.shown_incident(i, device_of) for i in fleet.recorder.incidents()]
     items = [item for item in found if wanted == "any" or item["open"] == (wanted == "true")]
     return json_response({"items": items})
 
 
 async def _follow(request: web.Request, since: int, limit: int) -> web.StreamResponse:
     context, actor = request.app[CONTEXT], request[ACTOR]
-    followers, most = context.followers, context.door.streams_per_token
+    followers, most = context.followers, context.authenticator.streams_per_token
     share = REPLICA if _flag(request, "marks") else str(actor.role)
     if (
         share != REPLICA
@@ -134,11 +134,11 @@ async def _follow(request: web.Request, since: int, limit: int) -> web.StreamRes
             "without follow",
             {"Retry-After": "30"},
         )
-    if sum(of == share for _, of in followers.values()) >= MOST_FOLLOWERS:
+    if sum(of == share for _, of in followers.values()) >= MAX_FOLLOWERS:
         raise RequestError(
             503,
             "too_many_followers",
-            f"callers of the role {share} have {MOST_FOLLOWERS} event streams already; ask without "
+            f"callers of the role {share} have {MAX_FOLLOWERS} event streams already; ask without "
             "follow, or try again later",
             {"Retry-After": "30"},
         )

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from nomad_watchdog.api.acceptor import Closings, Site, most_connections
-from nomad_watchdog.api.connection_limits import Pace, Places
+from nomad_watchdog.api.connection_limits import AcceptRate, ConnectionLimits
 from nomad_watchdog.api.malformed import RUNNER_OPTIONS, Runner
 from nomad_watchdog.clients.hashicorp_environment import load_authorities, load_chain, trust
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.metrics import Metrics
 
@@ -29,10 +29,10 @@ LOOK_EVERY_S: Final = 5.0
 BACKLOG: Final = 512
 
 
-class Listener:
+class ApiListener:
     """Serves a runner's application where the settings say."""
 
-    def __init__(self, runner: Runner, api: Api, metrics: Metrics) -> None:
+    def __init__(self, runner: Runner, api: ApiSettings, metrics: Metrics) -> None:
         self.runner, self.api, self.metrics = runner, api, metrics
         self.renew = asyncio.Event()
         """Set it to have the certificates read again now."""
@@ -66,13 +66,13 @@ class Listener:
             context.sni_callback = self._take_today
         await Site(self.runner, self._socket, self._places(), RUNNER_OPTIONS, context).start()
 
-    def _places(self) -> Places:
+    def _places(self) -> ConnectionLimits:
         clock, api = SystemClock(), self.api
         most = most_connections(api.max_connections)
-        places = Places(
+        places = ConnectionLimits(
             most,
             min(api.max_connections_per_address, most),
-            Pace(api.unauthenticated_rate),
+            AcceptRate(api.unauthenticated_rate),
             clock.monotonic,
             Closings(self.metrics, clock),
         )
@@ -106,7 +106,7 @@ class Listener:
                 self._state = state
 
 
-def tls_context(api: Api) -> ssl.SSLContext | None:
+def tls_context(api: ApiSettings) -> ssl.SSLContext | None:
     """What the settings say of TLS; None = plain HTTP.
 
     Client certificates are verified when they are sent, and the door asks for one: the paths that
@@ -130,7 +130,7 @@ def tls_context(api: Api) -> ssl.SSLContext | None:
     return context
 
 
-def outgoing_context(api: Api) -> ssl.SSLContext | None:
+def outgoing_context(api: ApiSettings) -> ssl.SSLContext | None:
     """As a replica that speaks to another: it trusts whom agents trust, and shows its own certificate
     where one is asked for. Raises UserError."""
     if api.tls_cert is None or api.tls_key is None:
@@ -149,7 +149,7 @@ def _said(error: OSError) -> str:
     return error.strerror or "cannot be read"
 
 
-def _state_of(api: Api) -> object:
+def _state_of(api: ApiSettings) -> object:
     state: list[tuple[int, int, int]] = []
     for path in (api.tls_cert, api.tls_key, api.client_ca, api.ca_cert):
         try:

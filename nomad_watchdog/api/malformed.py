@@ -33,7 +33,7 @@ aiohttp closes a connection whose headers are not complete after keepalive_timeo
 would let slow senders hold sockets for an hour."""
 
 
-class Malformed:
+class MalformedRequests:
     """Counts malformed requests. The first is logged at once, the others as one line per LOG_EVERY_S."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -67,7 +67,7 @@ class Malformed:
             self._timer.cancel()
 
 
-class Handler(web.RequestHandler):
+class HttpHandler(web.RequestHandler):
     """One connection."""
 
     __slots__ = ()
@@ -84,7 +84,7 @@ class Handler(web.RequestHandler):
             raise exc
         if status >= 500:
             return super().handle_error(request, status, exc)
-        if isinstance(self._manager, Server):
+        if isinstance(self._manager, HttpServer):
             self._manager.malformed.add(request.remote or "unknown")
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was begun")
@@ -93,16 +93,16 @@ class Handler(web.RequestHandler):
         return answer
 
 
-MALFORMED: Final = web.AppKey("malformed", Malformed)
+MALFORMED: Final = web.AppKey("malformed", MalformedRequests)
 
 
-class Server(web.Server):
-    """Makes a `Handler` per connection."""
+class HttpServer(web.Server):
+    """Makes a `HttpHandler` per connection."""
 
-    malformed: Malformed
+    malformed: MalformedRequests
 
     def __call__(self) -> web.RequestHandler:
-        return Handler(self, loop=self._loop, **self._kwargs)
+        return HttpHandler(self, loop=self._loop, **self._kwargs)
 
 
 class Runner(web.AppRunner):
@@ -124,7 +124,7 @@ class Runner(web.AppRunner):
                 return answer
             return await made.request_handler(request)
 
-        server = Server(
+        server = HttpServer(
             handle,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,

@@ -72,12 +72,14 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
     place.work()
     try:
         _check(request)
-        response = await request.app[CONTEXT].door.answer(request, handler)
+        response = await request.app[CONTEXT].authenticator.answer(request, handler)
     except RequestError as error:
         response = error_response(error.status, error.code, error.message, error.headers)
         if error.status in REFUSALS:
             request.app[CONTEXT].metrics.refused(REFUSALS[error.status])
-            request.app[CONTEXT].door.refused(request, error.status, error.code, _route(request))
+            request.app[CONTEXT].authenticator.refused(
+                request, error.status, error.code, _route(request)
+            )
             _remember(request, error)
     except WatchdogError as error:
         response = answer_to(error)
@@ -121,7 +123,7 @@ def _remember(request: web.Request, error: RequestError) -> None:
     if error.status not in (401, 403) or _route(request) != wire.REPORT_PATH:
         return
     context = request.app[CONTEXT]
-    claim, peer = context.door.claimed(request)
+    claim, peer = context.authenticator.claimed(request)
     claim = error.claim or claim
     slug, epoch = (claim.slug, claim.epoch) if claim is not None else (None, None)
     why = error.message if error.status == 403 else ""
@@ -143,7 +145,7 @@ def _route(request: web.Request) -> str:
 
 def _check(request: web.Request) -> None:
     context = request.app[CONTEXT]
-    context.door.let_in(request, context.routed.get(request.match_info.route))
+    context.authenticator.let_in(request, context.routed.get(request.match_info.route))
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding != "identity":
         raise RequestError(

@@ -10,13 +10,13 @@ from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.name_checks import check_class_name, check_devices
 from nomad_watchdog.api.schemas import MigrateIn
-from nomad_watchdog.controllers.migration import Migrations
-from nomad_watchdog.core.migration import Move
+from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError
 from nomad_watchdog.fleet.pauses import new_id
 
 
-def _migrations(request: web.Request) -> Migrations:
+def _migrations(request: web.Request) -> MigrationController:
     found = request.app[CONTEXT].migrations
     if found is None:
         raise NotFoundError("this server moves nothing")
@@ -47,7 +47,7 @@ async def begin(request: web.Request) -> web.StreamResponse:
     if body.agent_class:
         check_class_name(context.fleet, body.agent_class)
     by = request[ACTOR].name
-    move = Move(
+    move = Migration(
         id=new_id(),
         source=body.source,
         goal=body.goal,

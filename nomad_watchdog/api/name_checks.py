@@ -17,7 +17,7 @@ from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence
 from nomad_watchdog.text_files import did_you_mean
 from nomad_watchdog.units import utc
 
-MOST_COMPARED: Final = 500
+MAX_COMPARED: Final = 500
 """Ids that are compared with a misspelt one: a hint must not hold up a large fleet."""
 _DEFAULT: Final = "default"
 
@@ -129,7 +129,7 @@ def unknown(device_id: str, fleet: Fleet | None = None) -> NotFoundError:
 
 def _candidates(fleet: Fleet, device_id: str) -> list[str]:
     ids = fleet.slug_by_id
-    if len(ids) <= MOST_COMPARED:
+    if len(ids) <= MAX_COMPARED:
         return list(ids)
     start = device_id[:3]
-    return [one for one in ids if one.startswith(start)][:MOST_COMPARED]
+    return [one for one in ids if one.startswith(start)][:MAX_COMPARED]

@@ -21,7 +21,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.labels import labels_of
 from nomad_watchdog.model import DeviceRecord, Presence, VerdictState
 
-MOST_ITEMS: Final = 1_000
+MAX_ITEMS: Final = 1_000
 DEFAULT_ITEMS: Final = 100
 BREATH_S: Final = 0.002
 """Others get their turn on the event loop after so much work on a list."""
@@ -32,7 +32,7 @@ LIST_QUERY: Final = {
     "presence": "present (default; absent with verdict=departed), absent or any",
     "label": "key=value; may be given several times, all must match",
     "q": "text that the id or address holds",
-    "limit": f"1 to {MOST_ITEMS}, default {DEFAULT_ITEMS}",
+    "limit": f"1 to {MAX_ITEMS}, default {DEFAULT_ITEMS}",
     "cursor": "`next` of the page before",
 }
 
@@ -136,7 +136,7 @@ async def page_of(
 ) -> web.Response:
     """A page of what `shown` makes of the devices that the query admits (None = leave out)."""
     check_query(request, set(LIST_QUERY), {"label"})
-    limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MOST_ITEMS)
+    limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MAX_ITEMS)
     wanted = _filter(request)
     fleet = request.app[CONTEXT].fleet
     fleet.check_loaded()

@@ -22,7 +22,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 from nomad_watchdog.units import parse_duration
 
-MOST_AHEAD_S: Final = 366 * 86400.0
+MAX_AHEAD_S: Final = 366 * 86400.0
 
 
 def _shown(fleet: Fleet, pause: Pause) -> dict[str, object]:
@@ -55,7 +55,7 @@ async def add_pause(request: web.Request) -> web.StreamResponse:
     what = "maintenance window" if body.window else "pause"
     if ends is not None and ends <= max(begins, now):
         raise UserError(f"the {what} would be over before it begins; choose a later end")
-    if max(begins, ends or 0.0) > now + MOST_AHEAD_S:
+    if max(begins, ends or 0.0) > now + MAX_AHEAD_S:
         raise UserError(f"a {what} may lie at most 366 days ahead")
     await check_devices(fleet, body.devices)
     if body.agent_class:

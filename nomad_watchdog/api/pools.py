@@ -10,7 +10,7 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import PoolScaleIn
 from nomad_watchdog.errors import ConflictError, NotFoundError
-from nomad_watchdog.pools.controller import SHARD, Keeper
+from nomad_watchdog.pools.controller import SHARD, PoolController
 
 
 async def list_pools(request: web.Request) -> web.StreamResponse:
@@ -35,7 +35,7 @@ async def remove_pool(request: web.Request) -> web.StreamResponse:
     return json_response({"pool": name, "removed": True})
 
 
-def _keeper(request: web.Request) -> Keeper:
+def _keeper(request: web.Request) -> PoolController:
     """Raises NotFoundError where there are no pools, ConflictError on a replica that does not keep them."""
     keeper = request.app[CONTEXT].pools
     if keeper is None:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from nomad_watchdog.config.pools import MOST_WORKERS
+from nomad_watchdog.config.pools import MAX_WORKERS
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.device_address import endpoint
 from nomad_watchdog.device_fields import (
@@ -33,11 +33,11 @@ from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, slug_of
 from nomad_watchdog.model import AgentState, Epoch, RepairAttempt, Repairs
 
-MOST_HEARD: Final = 500
+MAX_HEARD: Final = 500
 """Reports that one replica tells another at once."""
-MOST_BULK: Final = 5_000
-MOST_HEARTBEATS: Final = 10_000
-MOST_PAUSED: Final = 200
+MAX_BULK: Final = 5_000
+MAX_HEARTBEATS: Final = 10_000
+MAX_PAUSED: Final = 200
 """Device ids in one pause: the document that holds all pauses is small. More are a class or labels."""
 REASON_CHARS: Final = 512
 _BIG: Final = 2**53
@@ -65,15 +65,15 @@ Count = Annotated[int, Field(ge=0, le=_BIG)]
 class BulkIn(Strict):
     """Up to 5,000 wishes at once; each item is checked and answered by itself."""
 
-    devices: list[DeviceItem] = Field(default_factory=list, max_length=MOST_BULK)
-    delete: list[Id] = Field(default_factory=list, max_length=MOST_BULK)
+    devices: list[DeviceItem] = Field(default_factory=list, max_length=MAX_BULK)
+    delete: list[Id] = Field(default_factory=list, max_length=MAX_BULK)
 
 
 class BulkEnvelope(Strict):
     """A BulkIn whose items are not looked at yet."""
 
-    devices: list[Any] = Field(default_factory=list, max_length=MOST_BULK)
-    delete: list[Any] = Field(default_factory=list, max_length=MOST_BULK)
+    devices: list[Any] = Field(default_factory=list, max_length=MAX_BULK)
+    delete: list[Any] = Field(default_factory=list, max_length=MAX_BULK)
 
 
 class WebhookDevice(Strict):
@@ -97,7 +97,7 @@ class WebhookIn(Strict):
 class HeartbeatsIn(Strict):
     """Signs of life of many devices."""
 
-    ids: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(max_length=MOST_HEARTBEATS)
+    ids: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(max_length=MAX_HEARTBEATS)
 
 
 BACKEND: Final = r"^[a-z][a-z0-9_-]{0,63}$"
@@ -106,7 +106,7 @@ BACKEND: Final = r"^[a-z][a-z0-9_-]{0,63}$"
 class TargetIn(Strict):
     """Which devices: all that is given must match, and something must be given."""
 
-    devices: list[Id] = Field(default_factory=list, max_length=MOST_PAUSED)
+    devices: list[Id] = Field(default_factory=list, max_length=MAX_PAUSED)
     agent_class: Name | None = Field(None, alias="class")
     labels: Labels = Field(default_factory=dict)
 
@@ -147,7 +147,7 @@ class MigrateIn(Strict):
 
     source: Annotated[str, Field(alias="from", pattern=BACKEND)]
     goal: Annotated[str, Field(alias="to", pattern=BACKEND)]
-    devices: list[Id] = Field(default_factory=list, max_length=MOST_PAUSED)
+    devices: list[Id] = Field(default_factory=list, max_length=MAX_PAUSED)
     agent_class: Name | None = Field(None, alias="class")
     labels: Labels = Field(default_factory=dict)
     shards: list[Annotated[int, Field(ge=0, le=255)]] = Field(default_factory=list, max_length=256)
@@ -179,7 +179,7 @@ class ConfirmIn(Strict):
 class PoolScaleIn(Strict):
     """How many workers a pool is to have."""
 
-    count: Annotated[int, Field(ge=0, le=MOST_WORKERS)]
+    count: Annotated[int, Field(ge=0, le=MAX_WORKERS)]
 
 
 class RepairAttemptIn(BaseModel):
@@ -210,18 +210,18 @@ class RepairsIn(BaseModel):
         return Repairs(self.active, self.exhausted, self.dry_run, attempts)
 
 
-MOST_REPORT: Final = 64 * 1024
+MAX_REPORT: Final = 64 * 1024
 """Bytes of an agent's report; those of our agent have at most a few thousand."""
-MOST_AGE_S: Final = 10 * 365 * 86_400.0
+MAX_AGE_S: Final = 10 * 365 * 86_400.0
 """Of the state of an agent, seconds."""
-MOST_STATE: Final = 32
+MAX_STATE: Final = 32
 """Characters of a state that only a newer agent knows."""
 _STATES: Final = frozenset(AgentState)
 
 
 def _known_state(state: object) -> object:
     """An agent that is newer than we are may know more kinds of trouble."""
-    if not isinstance(state, str) or len(state) > MOST_STATE:
+    if not isinstance(state, str) or len(state) > MAX_STATE:
         return state
     return AgentState(state) if state in _STATES else AgentState.SUSPECT
 
@@ -251,7 +251,7 @@ class ReportIn(BaseModel):
     repairs: RepairsIn | None = None
     gateway: Annotated[str, Field(max_length=ADDRESS_CHARS), AfterValidator(printable)] = ""
     gateway_dead: bool = False
-    state_age_s: Annotated[float, Field(ge=0, le=MOST_AGE_S, allow_inf_nan=False)] = 0.0
+    state_age_s: Annotated[float, Field(ge=0, le=MAX_AGE_S, allow_inf_nan=False)] = 0.0
 
     def report(self) -> AgentReport:
         """As the value that goes inside."""
@@ -270,9 +270,9 @@ class HearsayIn(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    reports: Annotated[list[ReportIn], Field(max_length=MOST_HEARD)]
+    reports: Annotated[list[ReportIn], Field(max_length=MAX_HEARD)]
     beats: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(
-        default_factory=list, max_length=MOST_HEARTBEATS, description="devices that it heard"
+        default_factory=list, max_length=MAX_HEARTBEATS, description="devices that it heard"
     )
 
 
@@ -281,7 +281,7 @@ class EventsIn(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    events: Annotated[list[dict[str, Any]], Field(max_length=MOST_HEARD)]
+    events: Annotated[list[dict[str, Any]], Field(max_length=MAX_HEARD)]
 
 
 class DeviceOut(BaseModel):

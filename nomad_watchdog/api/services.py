@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nomad_watchdog.core.mass_stop_breaker import Breaker
+from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 
 
 class Operator(Protocol):
     """Who holds stops back, and takes the word that they are meant (the reconciler)."""
 
-    breaker: Breaker
+    breaker: MassStopBreaker
 
     def hold_now(self) -> None:
         """Bring what is held up to what a plan shows now."""

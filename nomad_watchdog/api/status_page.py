@@ -14,8 +14,8 @@ from nomad_watchdog.api.pagination import check_query, scan
 from nomad_watchdog.fleet.fleet import DeviceView, Fleet
 from nomad_watchdog.model import Presence, VerdictState
 
-MOST_ROWS: Final = 200
-MOST_INCIDENTS: Final = 20
+MAX_ROWS: Final = 200
+MAX_INCIDENTS: Final = 20
 MADE_EVERY_S: Final = 1.0
 """It goes through the whole fleet: however many ask for it, the loop pays for it so often at most."""
 
@@ -76,7 +76,7 @@ async def _made(fleet: Fleet) -> str:
         for state in VerdictState
         if state is not VerdictState.DEPARTED
     )
-    rest = len(views) - MOST_ROWS
+    rest = len(views) - MAX_ROWS
     more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
     empty = "" if views else "<p>No devices are registered.</p>"
     ready = "ready" if fleet.ready else f"not ready: {escape(fleet.reason)}"
@@ -87,20 +87,20 @@ async def _made(fleet: Fleet) -> str:
         f'{ready}</p><dl>{tiles}</dl>{_incidents(fleet)}<table><thead><tr><th scope="col">Device</th>'
         '<th scope="col">Verdict</th><th scope="col">Since</th><th scope="col">Reason</th>'
         '<th scope="col">Address</th><th scope="col">Node</th></tr></thead><tbody>'
-        f"{''.join(_row(view) for view in views[:MOST_ROWS])}</tbody></table>{empty}{more}"
+        f"{''.join(_row(view) for view in views[:MAX_ROWS])}</tbody></table>{empty}{more}"
         "</body></html>"
     )
 
 
 def _incidents(fleet: Fleet) -> str:
-    opened = fleet.chronicle.correlator.opened.values()
+    opened = fleet.recorder.correlator.opened.values()
     lines = "".join(
         f"<li><b>{incident.kind.value} <bdi>{escape(incident.group)}</bdi></b>: {incident.count} of "
         f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})"
-        f"{_no_agent(fleet.chronicle.reason(incident))}</li>"
-        for incident in list(opened)[:MOST_INCIDENTS]
+        f"{_no_agent(fleet.recorder.reason(incident))}</li>"
+        for incident in list(opened)[:MAX_INCIDENTS]
     )
-    rest = len(opened) - MOST_INCIDENTS
+    rest = len(opened) - MAX_INCIDENTS
     more = f"<p>{rest} more incidents are not shown here.</p>" if rest > 0 else ""
     return f"<h2>Incidents</h2><ul>{lines}</ul>{more}" if lines else ""
 

@@ -14,7 +14,13 @@ from nomad_watchdog.api.name_checks import check_class
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import WebhookIn
 from nomad_watchdog.core import event_order
-from nomad_watchdog.core.webhook_signature import Seen, SignatureError, Signed, check_form, verify
+from nomad_watchdog.core.webhook_signature import (
+    Seen,
+    SignatureError,
+    SignatureHeaders,
+    check_form,
+    verify,
+)
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import ConflictError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -30,7 +36,11 @@ async def webhook(request: web.Request) -> web.StreamResponse:
     Where secrets are configured, a call without a token must be signed; 401 if it is not. A repeated id
     has no effect: 200 with `duplicate`, or 409 when it comes with another body."""
     context = request.app[CONTEXT]
-    secrets, told, clock = context.door.webhook_secrets, _told(request), context.fleet.clock
+    secrets, told, clock = (
+        context.authenticator.webhook_secrets,
+        _told(request),
+        context.fleet.clock,
+    )
     if secrets is None or told is None:
         return await _apply(request, await read(request, WebhookIn), None)
     try:
@@ -42,7 +52,7 @@ async def webhook(request: web.Request) -> web.StreamResponse:
             401, "unauthorized", str(error), {"WWW-Authenticate": "Bearer"}
         ) from None
     rise(request, Rank.KNOWN)
-    window, now = context.door.window, clock.wall()
+    window, now = context.authenticator.window, clock.wall()
     match window.claim(signed, body, now):
         case Seen.DONE:
             return _duplicate(context.fleet, parsed(body, WebhookIn))
@@ -62,15 +72,17 @@ async def webhook(request: web.Request) -> web.StreamResponse:
 def _told(request: web.Request) -> tuple[str, str, str] | None:
     """The headers that sign it; None where a token stands for it."""
     headers, signature = request.headers, request.headers.get("webhook-signature", "")
-    if request.app[CONTEXT].door.webhook_secrets is None or (
+    if request.app[CONTEXT].authenticator.webhook_secrets is None or (
         request[ACTOR].known and not signature
     ):
         return None
     return headers.get("webhook-id", ""), headers.get("webhook-timestamp", ""), signature
 
 
-async def _apply(request: web.Request, said: WebhookIn, signed: Signed | None) -> web.Response:
-    event = event_order.Event(signed.id, signed.at) if signed is not None else None
+async def _apply(
+    request: web.Request, said: WebhookIn, signed: SignatureHeaders | None
+) -> web.Response:
+    event = event_order.SignedEvent(signed.id, signed.at) if signed is not None else None
     device = said.device
     device_id = DeviceId(device.id)
     if said.event == "disconnected":

@@ -10,8 +10,8 @@ from nomad_watchdog.errors import NotFoundError, TerminalError, UserError
 if TYPE_CHECKING:
     from nomad_watchdog.config.settings import Settings
 
-MOST_BYTES: Final = 1024 * 1024
-MOST_LINES: Final = 100_000
+MAX_BYTES: Final = 1024 * 1024
+MAX_LINES: Final = 100_000
 
 
 def local_log(home: Path) -> str:
@@ -20,7 +20,7 @@ def local_log(home: Path) -> str:
     for name in ("agent.log.1", "agent.log"):
         try:
             with (home / name).open("rb") as file:
-                found.append(file.read(2 * MOST_BYTES).decode(errors="replace"))
+                found.append(file.read(2 * MAX_BYTES).decode(errors="replace"))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -31,7 +31,7 @@ def local_log(home: Path) -> str:
 
 
 async def nomad_log(settings: Settings, allocation: str, task: str = "agent") -> str:
-    """What Nomad has collected of a task, the last MOST_BYTES. Raises TerminalError when it collects nothing."""
+    """What Nomad has collected of a task, the last MAX_BYTES. Raises TerminalError when it collects nothing."""
     from nomad_watchdog.clients.nomad import NomadClient
     from nomad_watchdog.daemon.factory import nomad_settings
 
@@ -41,7 +41,7 @@ async def nomad_log(settings: Settings, allocation: str, task: str = "agent") ->
         "type": "stderr",
         "plain": "true",
         "origin": "end",
-        "offset": str(MOST_BYTES),
+        "offset": str(MAX_BYTES),
     }
     try:
         return await client.text(f"/v1/client/fs/logs/{allocation}", "read-logs", asked)
@@ -55,7 +55,7 @@ async def nomad_log(settings: Settings, allocation: str, task: str = "agent") ->
 
 
 async def kubernetes_log(settings: Settings, slug: str) -> str:
-    """What the kubelet has of the newest pod of a device, the last MOST_BYTES. Raises NotFoundError when there
+    """What the kubelet has of the newest pod of a device, the last MAX_BYTES. Raises NotFoundError when there
     is no pod."""
     from nomad_watchdog.clients.kubernetes import KubernetesClient
     from nomad_watchdog.daemon.factory import kubernetes_settings
@@ -66,7 +66,7 @@ async def kubernetes_log(settings: Settings, slug: str) -> str:
         path = await newest_pod(
             client, settings.kubernetes.namespace, settings.kubernetes.namespaces, slug
         )
-        asked = {"container": "agent", "limitBytes": str(MOST_BYTES), "tailLines": str(MOST_LINES)}
+        asked = {"container": "agent", "limitBytes": str(MAX_BYTES), "tailLines": str(MAX_LINES)}
         return await client.text(f"{path}/log", asked)
     finally:
         await client.close()

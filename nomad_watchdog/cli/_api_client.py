@@ -40,7 +40,7 @@ class _NoRedirect(HTTPRedirectHandler):
         return None
 
 
-class Api:
+class ApiClient:
     """Raises UserError, NotFoundError, DeniedError, ConflictError, TransientError by the answer, and
     TerminalError when nobody answers."""
 
@@ -79,11 +79,13 @@ class Api:
         proxies = {parts.scheme: self._proxy.url} if self._proxy else {}
         self._opener = build_opener(_NoRedirect, ProxyHandler(proxies), *secure)
 
-    def at(self, address: str) -> Api:
+    def at(self, address: str) -> ApiClient:
         """The same client at another address."""
-        return Api(address, self._token, timeout_s=self._timeout_s, tls=self._tls, env=self._env)
+        return ApiClient(
+            address, self._token, timeout_s=self._timeout_s, tls=self._tls, env=self._env
+        )
 
-    def holders(self) -> list[Api]:
+    def holders(self) -> list[ApiClient]:
         """Where the replicas are that reconcile: each knows only of its own shards what it would do.
 
         Of a control plane that is alone its own address is not asked for: what it is called by others need

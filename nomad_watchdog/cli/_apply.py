@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -32,7 +32,12 @@ SLACK_S: Final = 60.0
 
 
 def apply_by_service(
-    api: Api, settings: Settings, running: Sequence[Replica], shown: dict[str, Any], *, stops: int
+    api: ApiClient,
+    settings: Settings,
+    running: Sequence[Replica],
+    shown: dict[str, Any],
+    *,
+    stops: int,
 ) -> dict[str, Any]:
     """Have the replicas go by these settings, and wait until what `shown` plans is done.
 
@@ -59,7 +64,7 @@ def apply_by_service(
     return {**shown, "outcomes": {"ok": len(shown["actions"]) + shown["waiting_rollout"] + stops}}
 
 
-def _clients(api: Api, running: Sequence[Replica]) -> list[Api]:
+def _clients(api: ApiClient, running: Sequence[Replica]) -> list[ApiClient]:
     """One client per replica. What a single one is called by others need not be reachable from here."""
     try:
         replicas = api.get("/v1/leases")["replicas"]
@@ -75,7 +80,7 @@ def _clients(api: Api, running: Sequence[Replica]) -> list[Api]:
     return [api.at(address) for address in found] if len(found) > 1 else [api]
 
 
-def _agreed(clients: Sequence[Api], settings: Settings) -> list[dict[str, Any]]:
+def _agreed(clients: Sequence[ApiClient], settings: Settings) -> list[dict[str, Any]]:
     """The replicas' plans once all go by these settings. One that has reloaded follows what the next one brings into
     force some seconds later. Raises ConflictError when one does not."""
     until = time.monotonic() + FOLLOW_S
@@ -92,7 +97,7 @@ def _agreed(clients: Sequence[Api], settings: Settings) -> list[dict[str, Any]]:
             return views
 
 
-def _compare(one: Api, view: dict[str, Any], settings: Settings) -> None:
+def _compare(one: ApiClient, view: dict[str, Any], settings: Settings) -> None:
     wanted = {name: spec.spec_hash for name, spec in settings.readable_specs()[0].items()}
     theirs = view.get("specs")
     if theirs == wanted:
@@ -105,7 +110,7 @@ def _compare(one: Api, view: dict[str, Any], settings: Settings) -> None:
     )
 
 
-def _confirm(clients: Sequence[Api], views: Sequence[dict[str, Any]], stops: int) -> None:
+def _confirm(clients: Sequence[ApiClient], views: Sequence[dict[str, Any]], stops: int) -> None:
     held = sum(view["held"]["count"] for view in views)
     if held != stops:
         raise ConflictError(f"--allow-stops {stops}: the service holds {held} stops now")
@@ -114,7 +119,9 @@ def _confirm(clients: Sequence[Api], views: Sequence[dict[str, Any]], stops: int
             one.post("/v1/plan:confirm", {"id": view["held"]["id"]})
 
 
-def _wait(clients: Sequence[Api], shown: dict[str, Any], patience_s: float) -> list[dict[str, Any]]:
+def _wait(
+    clients: Sequence[ApiClient], shown: dict[str, Any], patience_s: float
+) -> list[dict[str, Any]]:
     """Until the replicas have nothing left to do, and no more devices lack an agent than before; their plans
     then."""
     lacking, planned = shown.get("unplaced", 0), len(shown["actions"]) + shown["waiting_rollout"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 
@@ -18,18 +18,18 @@ class Kind:
 
     word: str
     """The verb's name, in the plural."""
-    read: Callable[[Api], dict[str, Any]]
+    read: Callable[[ApiClient], dict[str, Any]]
     rows: str
     """Key of the rows."""
     columns: Sequence[str]
     confirm_path: str
 
-    def held(self, api: Api) -> list[tuple[Api, dict[str, Any]]]:
+    def held(self, api: ApiClient) -> list[tuple[ApiClient, dict[str, Any]]]:
         """What each replica holds; at least one entry, and those that hold nothing only if none does."""
         found = [(holder, self.read(holder)) for holder in api.holders()]
         return [one for one in found if one[1]["count"]] or found[:1]
 
-    def show(self, api: Api, output: str, *, no_color: bool) -> None:
+    def show(self, api: ApiClient, output: str, *, no_color: bool) -> None:
         """Print it; with several replicas, an id each."""
         found = [held for _, held in self.held(api)]
         if output == "json":
@@ -56,7 +56,7 @@ class Kind:
             "held": found,
         }
 
-    def confirm(self, api: Api, held_id: str) -> None:
+    def confirm(self, api: ApiClient, held_id: str) -> None:
         """Send the word to the replica that the id names. Raises ConflictError when others are held."""
         found = self.held(api)
         holder = next((one for one, held in found if held["id"] == held_id), found[0][0])

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from nomad_watchdog import text_files
-from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.secret_values import know
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from nomad_watchdog.config.api import Api as ApiBlock
+    from nomad_watchdog.config.api import ApiSettings as ApiBlock
     from nomad_watchdog.config.settings import Settings
 
 FILE_NAME: Final = "nomad-watchdog.hcl"
@@ -72,7 +72,7 @@ def _option_variables(ctx: click.Context) -> Iterator[str]:
             ]
 
 
-def api_of(ctx: click.Context) -> Api:
+def api_of(ctx: click.Context) -> ApiClient:
     """The API at --address, else where the configuration file says that it listens."""
     address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
     authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
@@ -94,7 +94,7 @@ def api_of(ctx: click.Context) -> Api:
     if token and not (token.isascii() and token.isprintable()):
         raise UserError("the API token holds characters that can't be sent")
     know(token)
-    return Api(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+    return ApiClient(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
 
 
 def _only_api(ctx: click.Context, error: UserError) -> Settings:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nomad_watchdog.cli._agent_logs import kubernetes_log, local_log, nomad_log
-from nomad_watchdog.cli._api_client import Api, device_path
+from nomad_watchdog.cli._api_client import ApiClient, device_path
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
 from nomad_watchdog.device_address import endpoint
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError, WatchdogError
@@ -114,7 +114,7 @@ def exec_probe(ctx: click.Context, device: str, output: str) -> None:
     if not listen:
         raise TransientError(f"no agent of {device!a} has reported yet")
     # What the agent said of itself: a host and a port, or nothing is sent. Without our token: it is not for agents.
-    agent = Api(f"http://{endpoint(listen)}", timeout_s=5.0)
+    agent = ApiClient(f"http://{endpoint(listen)}", timeout_s=5.0)
     told = _probed(agent)
     results: list[dict[str, Any]] = told["results"]
     failed = not all(one["ok"] for one in results)
@@ -136,7 +136,7 @@ def _result(one: dict[str, Any]) -> str:
     return "unable" if one.get("outcome") == "unable" else "failed"
 
 
-def _probed(agent: Api) -> Any:
+def _probed(agent: ApiClient) -> Any:
     """The results of one run. Raises TransientError when they are not there in time."""
     run = agent.post("/probe", None)["run"]
     deadline = time.monotonic() + PROBE_S
@@ -150,7 +150,7 @@ def _probed(agent: Api) -> Any:
     raise TransientError(f"the probes did not end within {PROBE_S:g} s")
 
 
-def _agent(api: Api, device: str) -> dict[str, Any]:
+def _agent(api: ApiClient, device: str) -> dict[str, Any]:
     """The agent of a device as the API lists it. Raises NotFoundError."""
     for one in api.pages("/v1/agents", q=device):
         if one["id"] == device:

@@ -23,7 +23,7 @@ WIDE: Final = (
 )  # fmt: skip
 BATCH: Final = 500
 MAX_LINE: Final = 64 * 1024
-MOST_REFUSED: Final = 20
+MAX_REFUSED: Final = 20
 """Rejected lines that are printed one by one."""
 
 
@@ -156,8 +156,8 @@ def import_devices(ctx: click.Context, file: TextIO) -> None:
     stored = len(wanted) - len(refused)
     click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
     if refused:
-        more = [f"and {len(refused) - MOST_REFUSED} more"] if len(refused) > MOST_REFUSED else []
-        raise UserError("\n".join(["rejected:", *refused[:MOST_REFUSED], *more]))
+        more = [f"and {len(refused) - MAX_REFUSED} more"] if len(refused) > MAX_REFUSED else []
+        raise UserError("\n".join(["rejected:", *refused[:MAX_REFUSED], *more]))
 
 
 @devices.command("export")

@@ -17,7 +17,7 @@ from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 EXIT_CHANGES: Final = 2
-MOST_NAMED: Final = 5
+MAX_NAMED: Final = 5
 """Waiting devices that are named in a table."""
 
 
@@ -155,8 +155,8 @@ def _print(view: dict[str, Any], output: str, ctx: click.Context) -> None:
         print_table([name.upper() for name in columns], rows, no_color=no_color(ctx))
     if waiting := view["waiting_rollout"]:
         ids = view.get("waiting") or ()
-        more = ", …" if waiting > MOST_NAMED else ""
-        names = f": {', '.join(map(clean, ids[:MOST_NAMED]))}{more}" if ids else ""
+        more = ", …" if waiting > MAX_NAMED else ""
+        names = f": {', '.join(map(clean, ids[:MAX_NAMED]))}{more}" if ids else ""
         click.echo(f"{waiting} more wait{'s' * (waiting == 1)} for a turn{names}")
     for one in view.get("rollouts") or ():
         click.echo(clean(one.get("text")))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from nomad_watchdog.cli._api_client import Api, quoted
+from nomad_watchdog.cli._api_client import ApiClient, quoted
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.terminal import clean, print_json, print_table
 
@@ -50,11 +50,11 @@ def rm(ctx: click.Context, pool: str) -> None:
     click.echo(f"{clean(pool)}: removed")
 
 
-def _keeper(api: Api) -> Api:
+def _keeper(api: ApiClient) -> ApiClient:
     return _pools(api)[0]
 
 
-def _pools(api: Api) -> tuple[Api, Any]:
+def _pools(api: ApiClient) -> tuple[ApiClient, Any]:
     """The replica that keeps the pools, and what it says of them; the one that was asked when it does, or
     nobody does now."""
     said = api.get("/v1/pools")

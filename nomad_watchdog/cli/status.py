@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog.cli._api_client import PAGE, Api, device_path
+from nomad_watchdog.cli._api_client import PAGE, ApiClient, device_path
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
@@ -133,7 +133,7 @@ def _since(text: str) -> tuple[int, int | None]:
         raise UserError(f"--since: {error}; or the number of an event") from error
 
 
-def _follow(api: Api, since: int, output: str, filters: Mapping[str, object]) -> None:
+def _follow(api: ApiClient, since: int, output: str, filters: Mapping[str, object]) -> None:
     never, failures, heard = threading.Event(), 0, False
     while True:
         try:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog import text_files
-from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesSettings
+from nomad_watchdog.clients._kubernetes_settings import ExecPlugin, KubernetesAccess
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 from nomad_watchdog.secret_values import know
@@ -41,7 +41,7 @@ class Credential:
 class Credentials:
     """`current` before each call; `refused` after a 401."""
 
-    def __init__(self, settings: KubernetesSettings, clock: Clock) -> None:
+    def __init__(self, settings: KubernetesAccess, clock: Clock) -> None:
         self._settings = settings
         self._clock = clock
         know(settings.token)
@@ -101,7 +101,7 @@ class Credentials:
         return self._clock.monotonic() - at < HOLD_S
 
 
-async def _ask(plugin: ExecPlugin, settings: KubernetesSettings) -> tuple[Credential, float]:
+async def _ask(plugin: ExecPlugin, settings: KubernetesAccess) -> tuple[Credential, float]:
     spec: dict[str, Any] = {"interactive": False}
     if plugin.cluster_info:
         spec["cluster"] = {"server": settings.server}

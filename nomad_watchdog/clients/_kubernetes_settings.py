@@ -24,7 +24,7 @@ from nomad_watchdog.errors import UserError
 READ_S: Final = 30.0
 """The API server ends a request of its own after 60 s; a list of 10,000 pods takes 3."""
 IN_CLUSTER: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_MOST_BYTES: Final = 1024 * 1024
+_MAX_BYTES: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ExecPlugin:
 
 
 @dataclass(frozen=True, slots=True)
-class KubernetesSettings:
+class KubernetesAccess:
     """One server and one user. Certificates are PEM texts, for a kubeconfig holds either those or files."""
 
     server: str
@@ -67,7 +67,7 @@ class KubernetesSettings:
         env: Mapping[str, str] | None = None,
         *,
         service_account: str = "",
-    ) -> KubernetesSettings:
+    ) -> KubernetesAccess:
         """From the first of: `kubeconfig`, ``KUBECONFIG`` (several files, joined by colons), the pod's
         service account, ``~/.kube/config``. `context`: empty = the file's current one. `service_account`:
         the folder with the pod's token; empty = where Kubernetes puts it.
@@ -112,7 +112,7 @@ def _load_chain(context: ssl.SSLContext, cert: str, key: str) -> None:
         context.load_cert_chain(file.name)
 
 
-def in_cluster(env: Mapping[str, str], folder: Path = IN_CLUSTER) -> KubernetesSettings:
+def in_cluster(env: Mapping[str, str], folder: Path = IN_CLUSTER) -> KubernetesAccess:
     """The service account of the pod that we run in. Raises UserError when its files are not there."""
     host, port = env["KUBERNETES_SERVICE_HOST"], env.get("KUBERNETES_SERVICE_PORT", "443")
     if not (folder / "token").is_file():
@@ -121,7 +121,7 @@ def in_cluster(env: Mapping[str, str], folder: Path = IN_CLUSTER) -> KubernetesS
             "automountServiceAccountToken in its spec, or name a kubeconfig"
         )
     namespace = folder / "namespace"
-    return KubernetesSettings(
+    return KubernetesAccess(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
         namespace=text_files.read("kubernetes:", namespace).strip() if namespace.is_file() else "",
         ca=_pem(folder / "ca.crt"),
@@ -130,7 +130,7 @@ def in_cluster(env: Mapping[str, str], folder: Path = IN_CLUSTER) -> KubernetesS
     )
 
 
-def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
+def from_files(files: list[Path], context: str = "") -> KubernetesAccess:
     """The chosen context of the files; of what has the same name the first file's counts, as in kubectl.
 
     Raises UserError with what is wrong."""
@@ -176,7 +176,7 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
     server = str(cluster.get("server") or "").rstrip("/")
     if not _is_url(server):
         raise UserError(f"{where}: the server of the cluster must be https://host:port")
-    return KubernetesSettings(
+    return KubernetesAccess(
         server=server,
         namespace=str(chosen.get("namespace") or ""),
         ca=_pem_of(cluster, "certificate-authority", base),
@@ -192,7 +192,7 @@ def from_files(files: list[Path], context: str = "") -> KubernetesSettings:
 
 
 def _document(file: Path) -> Mapping[str, Any]:
-    text = text_files.read("kubeconfig", file, _MOST_BYTES)
+    text = text_files.read("kubeconfig", file, _MAX_BYTES)
     try:
         document = yaml.safe_load(text)
     except ValueError:  # a number of more than 4,300 digits, or a date that does not exist

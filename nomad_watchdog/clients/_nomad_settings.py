@@ -45,7 +45,7 @@ _USER: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class NomadSettings:
+class NomadAccess:
     """Where Nomad is and how to speak to it."""
 
     address: str = "http://127.0.0.1:4646"
@@ -63,7 +63,7 @@ class NomadSettings:
     timeout_s: float = READ_S
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> NomadSettings:
+    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> NomadAccess:
         """Nomad's own variables (`hashicorp.NOMAD` and NOMAD_TOKEN); what is given explicitly beats them.
 
         Raises UserError for a value that won't do."""

@@ -41,7 +41,7 @@ MAX_WAIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class ConsulSettings:
+class ConsulAccess:
     """Where Consul is and how to speak to it."""
 
     address: str = "http://127.0.0.1:8500"
@@ -59,7 +59,7 @@ class ConsulSettings:
     """Of one call, beyond what a blocking query is asked to wait."""
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> ConsulSettings:
+    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> ConsulAccess:
         """Consul's own variables (`hashicorp.CONSUL`, CONSUL_HTTP_SSL, CONSUL_HTTP_TOKEN); what is given
         explicitly beats them. Raises UserError for a value that won't do."""
         env = os.environ if env is None else env
@@ -130,7 +130,7 @@ class TxnConflictError(ConflictError):
 class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
     """The library's HTTP layer with the token on all calls (it leaves it off transactions)."""
 
-    def __init__(self, settings: ConsulSettings) -> None:
+    def __init__(self, settings: ConsulAccess) -> None:
         scheme, host, port = settings.endpoint()
         consul.base.HTTPClient.__init__(self, host, port, scheme)
         self.base_uri = (
@@ -194,8 +194,8 @@ class ConsulClient:
     policy that is missing) and TerminalError (refused for good). A cancelled call closes its connection.
     """
 
-    def __init__(self, settings: ConsulSettings | None = None) -> None:
-        self.settings = settings or ConsulSettings.from_env()
+    def __init__(self, settings: ConsulAccess | None = None) -> None:
+        self.settings = settings or ConsulAccess.from_env()
         self._http = _Http(self.settings)
         self.library = _Library(self._http)
         """For this package only: elsewhere nobody knows the library."""

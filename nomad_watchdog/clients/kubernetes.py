@@ -23,19 +23,19 @@ from nomad_watchdog.clients._kubernetes_errors import (
     FieldConflictError,
     translate,
 )
-from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings
+from nomad_watchdog.clients._kubernetes_settings import KubernetesAccess
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import NotFoundError, StaleError, TransientError, UserError
 from nomad_watchdog.fast_json import as_json
 
 __all__ = [
     "MANAGER",
-    "Event",
     "ExpiredError",
     "FieldConflictError",
+    "KubernetesAccess",
     "KubernetesClient",
-    "KubernetesSettings",
     "Listed",
+    "WatchEvent",
 ]
 
 MANAGER: Final = "nomad-watchdog"
@@ -68,7 +68,7 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class WatchEvent:
     """One step of a watch. ``kind``: ADDED, MODIFIED, DELETED or BOOKMARK (only its version counts)."""
 
     kind: str
@@ -82,7 +82,7 @@ class Event:
 class KubernetesClient:
     """Every call has a time-out and raises only our errors."""
 
-    def __init__(self, settings: KubernetesSettings, clock: Clock | None = None) -> None:
+    def __init__(self, settings: KubernetesAccess, clock: Clock | None = None) -> None:
         self.settings = settings
         self._credentials = Credentials(settings, clock or SystemClock())
         self._http: aiohttp.ClientSession | None = None
@@ -150,7 +150,7 @@ class KubernetesClient:
         fields: str = "",
         metadata: bool = False,
         length_s: float | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncIterator[WatchEvent]:
         """What happens after `version`, bookmarks included, until the server ends the watch, which it
         does after `length_s` or else every few minutes: then watch again from the last event's version.
 
@@ -359,7 +359,7 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             raise ValueError("a line of the watch has no end")
 
 
-def _event(line: bytes, path: str) -> Event:
+def _event(line: bytes, path: str) -> WatchEvent:
     found = orjson.loads(line)
     kind, thing = found["type"], found["object"]
     meta = thing.get("metadata", {})
@@ -371,4 +371,4 @@ def _event(line: bytes, path: str) -> Event:
         raise translate(int(thing.get("code") or 500), as_json(thing), f"watch {path}")
     if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):
         raise UserError(f"kubernetes: the watch of {path} says {kind[:40]!r}")
-    return Event(kind, thing)
+    return WatchEvent(kind, thing)

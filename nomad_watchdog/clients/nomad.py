@@ -27,7 +27,7 @@ from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog.clients._nomad_settings import (
     NOT_KNOWN,
-    NomadSettings,
+    NomadAccess,
     is_unknown_token,
     translate,
 )
@@ -52,8 +52,8 @@ __all__ = [
     "NOT_KNOWN",
     "OWN_TOKEN",
     "Answer",
+    "NomadAccess",
     "NomadClient",
-    "NomadSettings",
     "is_unknown_token",
     "translate",
 ]
@@ -121,7 +121,7 @@ to pack than to send."""
 class NomadClient:
     """At most 24 connections; every call has a time-out and raises only our errors."""
 
-    def __init__(self, settings: NomadSettings) -> None:
+    def __init__(self, settings: NomadAccess) -> None:
         settings.check()
         self.settings = settings
         self._base = settings.address.rstrip("/")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
-from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.failure_detector import FailureDetector
 
 from nomad_watchdog import __version__
 from nomad_watchdog.config import escalation
-from nomad_watchdog.config.escalation import Escalate, Loki
-from nomad_watchdog.config.probes import ON_HOST, Gateway, Probe
+from nomad_watchdog.config.escalation import EscalationSettings, LokiSettings
+from nomad_watchdog.config.probes import ON_HOST, GatewaySettings, ProbeSettings
 from nomad_watchdog.config.types import (
     Absolute,
     Block,
@@ -54,12 +54,12 @@ OVER_TLS: Final = ("server_name", "ca_cert", "client_cert", "client_key")
 Place = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
 
 
-MOST_REPAIR_S: Final = 600.0
-MOST_TRIES: Final = 64
+MAX_REPAIR_S: Final = 600.0
+MAX_TRIES: Final = 64
 """Attempts of one episode, as an agent keeps the record of it."""
 
 
-class Repair(Block):
+class RepairSettings(Block):
     """One step of a class's ladder, in the order of the file."""
 
     kind: Literal["interface", "http", "mqtt", "unit", "command", "wake", "plugin"]
@@ -93,7 +93,7 @@ class Repair(Block):
     timeout: Positive = 10.0
 
     @model_validator(mode="after")
-    def _fits(self) -> Repair:
+    def _fits(self) -> RepairSettings:
         wanted = REPAIRS[self.kind]
         for setting in REPAIRS.values():
             if (getattr(self, setting) is not None) != (setting == wanted):
@@ -108,8 +108,8 @@ class Repair(Block):
         if self.kind == "mqtt" and (self.broker is None or set(self.topic or "") & set("+#")):
             raise ValueError("mqtt needs broker = HOST:PORT and a topic without + and #")
         self._secure()
-        if self.timeout > MOST_REPAIR_S:
-            raise ValueError(f"timeout may be at most {MOST_REPAIR_S:g}s")
+        if self.timeout > MAX_REPAIR_S:
+            raise ValueError(f"timeout may be at most {MAX_REPAIR_S:g}s")
         if self.timeout >= self.window:
             raise ValueError(
                 f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
@@ -143,7 +143,7 @@ class Repair(Block):
         }
 
 
-class Elsewhere(Block):
+class BackendOverrides(Block):
     """What a class is on one backend, in place of its own template, driver, workload and variables."""
 
     template: Text = ""
@@ -152,7 +152,7 @@ class Elsewhere(Block):
     variables: dict[str, Text] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _fits(self) -> Elsewhere:
+    def _fits(self) -> BackendOverrides:
         _once(self.driver, self.workload, self.variables)
         return self
 
@@ -169,7 +169,7 @@ def _once(driver: str | None, workload: str | None, variables: Mapping[str, str]
             raise ValueError(f"{name} is given twice: as a setting and in variables")
 
 
-class AgentClass(Block):
+class AgentClassSettings(Block):
     template: Text = ""
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")] = __version__
     driver: Name | None = None
@@ -181,17 +181,17 @@ class AgentClass(Block):
     metadata: dict[str, Text] = Field(default_factory=dict)
     beat: Positive = 15.0
     ttl: Seconds | None = None
-    probe: tuple[Probe, ...] = ()
-    confirm: tuple[Probe, ...] = ()
-    repair: tuple[Repair, ...] = ()
-    gateway: Gateway | None = None
-    escalate: Escalate | None = None
-    loki: Loki | None = None
+    probe: tuple[ProbeSettings, ...] = ()
+    confirm: tuple[ProbeSettings, ...] = ()
+    repair: tuple[RepairSettings, ...] = ()
+    gateway: GatewaySettings | None = None
+    escalate: EscalationSettings | None = None
+    loki: LokiSettings | None = None
     state: Literal["folder", "consul"] = "folder"
     repair_dry_run: bool = False
     repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
     repair_alone: Seconds = 86400.0
-    on: dict[Name, Elsewhere] = Field(default_factory=dict)
+    on: dict[Name, BackendOverrides] = Field(default_factory=dict)
 
     def suspect_s(self) -> float:
         """How long an agent of this class may suspect its device at most, seconds: each missed round of the slowest
@@ -204,7 +204,7 @@ class AgentClass(Block):
             + asked_s
             for one in self.probe
         )
-        return Suspicion.MOST_ROUNDS * max(rounds, default=0.0)
+        return FailureDetector.MAX_ROUNDS * max(rounds, default=0.0)
 
     def repairs_wire(self) -> dict[str, Any]:
         """What the agent's document says of repairs; nothing when there are none."""
@@ -221,9 +221,9 @@ class AgentClass(Block):
         return steps | ({"repair_policy": said} if said else {})
 
     @model_validator(mode="after")
-    def _fits(self) -> AgentClass:
-        if sum(step.tries for step in self.repair) > MOST_TRIES:
-            raise ValueError(f"the tries of all repairs together may be {MOST_TRIES} at most")
+    def _fits(self) -> AgentClassSettings:
+        if sum(step.tries for step in self.repair) > MAX_TRIES:
+            raise ValueError(f"the tries of all repairs together may be {MAX_TRIES} at most")
         asked = {p.kind if p.port is None else f"{p.kind}:{p.port}" for p in self.probe}
         for step in self.repair:
             if step.probe is not None and step.probe not in asked:
@@ -251,7 +251,9 @@ class AgentClass(Block):
         return ""
 
 
-def default_class() -> dict[str, AgentClass]:
+def default_class() -> dict[str, AgentClassSettings]:
     return {
-        "default": AgentClass(probe=(Probe(kind="tcp", port=80),), confirm=(Probe(kind="icmp"),))
+        "default": AgentClassSettings(
+            probe=(ProbeSettings(kind="tcp", port=80),), confirm=(ProbeSettings(kind="icmp"),)
+        )
     }

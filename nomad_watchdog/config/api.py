@@ -22,7 +22,7 @@ from nomad_watchdog.config.types import (
 LabelText = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class Token(Block):
+class TokenSettings(Block):
     """A token besides the operator's. What each role may do stands in `core.roles`."""
 
     role: Literal["viewer", "device", "agent", "operator"]
@@ -32,12 +32,12 @@ class Token(Block):
     max_devices: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
 
 
-class Api(Block):
+class ApiSettings(Block):
     listen: Annotated[str, AfterValidator(checked_listen)] = "127.0.0.1:9670"
     advertise: Url | None = None
     own_address: Url | None = None
     token_file: Text | None = None
-    token: dict[Name, Token] = Field(default_factory=dict)
+    token: dict[Name, TokenSettings] = Field(default_factory=dict)
     open: bool = False
     agent_key_file: Text | None = None
     webhook_secrets_file: Text | None = None

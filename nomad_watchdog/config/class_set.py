@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
-from nomad_watchdog.core.config_precedence import Standing
+from nomad_watchdog.core.config_precedence import ConfigStanding
 from nomad_watchdog.core.settings_diff import words
 from nomad_watchdog.errors import StaleError
 from nomad_watchdog.model import AgentSpec, Variant
-from nomad_watchdog.registry import Document, Registry, read_document
+from nomad_watchdog.registry import Registry, RegistryDocument, read_document
 
 NAME: Final = "classes"
 VERSION: Final = 1
@@ -36,7 +36,7 @@ Specs = Mapping[str, AgentSpec]
 class InForce:
     """What is in force."""
 
-    standing: Standing
+    standing: ConfigStanding
     specs: Specs
     """By class."""
     by: str
@@ -74,14 +74,14 @@ def differences(before: Specs, after: Specs) -> list[str]:
     return found
 
 
-async def read(registry: Registry, known: Document, kept: InForce | None) -> Reading:
+async def read(registry: Registry, known: RegistryDocument, kept: InForce | None) -> ClassSetRead:
     """What is in force now. `known`, `kept`: the last reading, which is not decoded again. Raises as the registry,
     UserError when it can't be understood, and StaleError while it is being written."""
     document = await registry.document(NAME)
     if document.index == known.index and document.body == known.body:
-        return Reading(known, kept)
+        return ClassSetRead(known, kept)
     if not document.body:
-        return Reading(document, None)
+        return ClassSetRead(document, None)
     head = read_document(NAME, document.body, VERSION, _Head.read, _MEND)
     body = head.body
     if head.parts:
@@ -89,18 +89,18 @@ async def read(registry: Registry, known: Document, kept: InForce | None) -> Rea
     if _sum(body) != head.sum:
         raise StaleError("the specs in force are just being changed; they are read again soon")
     specs = read_document(NAME, zlib.decompress(body), VERSION, _specs, _MEND)
-    return Reading(document, InForce(head.standing, specs, head.by, head.since, head.parts))
+    return ClassSetRead(document, InForce(head.standing, specs, head.by, head.since, head.parts))
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ClassSetRead:
     """The document as it was read, and what it says; None = no set was ever in force."""
 
-    document: Document = field(default_factory=Document)
+    document: RegistryDocument = field(default_factory=RegistryDocument)
     kept: InForce | None = None
 
 
-async def write(registry: Registry, before: Reading, wanted: InForce) -> Reading | None:
+async def write(registry: Registry, before: ClassSetRead, wanted: InForce) -> ClassSetRead | None:
     """Bring a set into force in place of `before`; None where another replica was faster. Raises as the registry,
     and UserError when it is too large."""
     body = zlib.compress(_text({"v": VERSION, "specs": _encoded(wanted.specs)}), 9)
@@ -127,7 +127,7 @@ async def write(registry: Registry, before: Reading, wanted: InForce) -> Reading
     for name in before.kept.parts if before.kept else ():
         if name not in names:
             await _put(registry, name, b"")
-    return Reading(stored, replace(wanted, parts=names))
+    return ClassSetRead(stored, replace(wanted, parts=names))
 
 
 async def _put(registry: Registry, name: str, body: bytes) -> None:
@@ -140,7 +140,7 @@ async def _put(registry: Registry, name: str, body: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    standing: Standing
+    standing: ConfigStanding
     by: str
     since: float
     sum: str
@@ -151,7 +151,7 @@ class _Head:
     def read(cls, said: Any) -> _Head:
         superseded = tuple(map(str, said["superseded"]))
         return cls(
-            Standing(int(said["number"]), str(said["digest"]), superseded),
+            ConfigStanding(int(said["number"]), str(said["digest"]), superseded),
             str(said["by"]),
             float(said["since"]),
             str(said["sum"]),

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from nomad_watchdog.config.types import Block, Positive, Text, Url
 
 
-class Sink(Block):
+class SinkSettings(Block):
     """One receiver of escalations."""
 
     kind: Literal["webhook", "alertmanager", "consul_event"]
@@ -18,7 +18,7 @@ class Sink(Block):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> Sink:
+    def _fits(self) -> SinkSettings:
         if self.kind != "consul_event" and self.url is None:
             raise ValueError(f"{self.kind} needs a url")
         if self.kind != "consul_event" and self.name is not None:
@@ -31,10 +31,10 @@ class Sink(Block):
         return {"kind": self.kind} | {name: value for name, value in given.items() if value}
 
 
-class Escalate(Block):
+class EscalationSettings(Block):
     """When the agents of a class escalate by themselves, and with whom they do it together."""
 
-    sink: Annotated[tuple[Sink, ...], Field(min_length=1, max_length=8)]
+    sink: Annotated[tuple[SinkSettings, ...], Field(min_length=1, max_length=8)]
     degraded: bool = False
     by: Annotated[tuple[Literal["gateway", "site", "class", "host"], ...], Field(max_length=4)] = (
         "gateway",
@@ -50,7 +50,7 @@ class Escalate(Block):
     session_ttl: Annotated[Positive, Field(ge=10, le=86400)] = 10.0
 
     @model_validator(mode="after")
-    def _fits(self) -> Escalate:
+    def _fits(self) -> EscalationSettings:
         if self.gather > self.window:
             raise ValueError(
                 f"gather ({self.gather:g}s) must not be longer than window ({self.window:g}s)"
@@ -73,7 +73,7 @@ class Escalate(Block):
         }
 
 
-class Loki(Block):
+class LokiSettings(Block):
     """Where the agents' log lines go besides standard error."""
 
     url: Url
@@ -86,7 +86,9 @@ class Loki(Block):
         return {"url": self.url} | {name: value for name, value in given.items() if value}
 
 
-def wire(escalate: Escalate | None, loki: Loki | None, state: str) -> dict[str, Any]:
+def wire(
+    escalate: EscalationSettings | None, loki: LokiSettings | None, state: str
+) -> dict[str, Any]:
     """Keys of the agent's document; none for a class without, so that it keeps its hash, and its agents."""
     out: dict[str, Any] = {}
     if escalate is not None:

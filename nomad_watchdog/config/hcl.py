@@ -49,7 +49,7 @@ class Problem:
 
 
 @dataclass(slots=True)
-class Document:
+class HclDocument:
     """What a file says: plain values, the line of each, and what is wrong already."""
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -64,8 +64,8 @@ class Document:
         return 0
 
 
-def read(text: str, source: str) -> Document:
-    """Raises UserError for text that isn't HCL; everything milder goes to `Document.problems`."""
+def read(text: str, source: str) -> HclDocument:
+    """Raises UserError for text that isn't HCL; everything milder goes to `HclDocument.problems`."""
     if len(text) > MAX_BYTES:
         raise UserError(f"{source}: {len(text)} characters; at most {MAX_BYTES} are allowed")
     text = text.removeprefix("\ufeff")
@@ -73,7 +73,7 @@ def read(text: str, source: str) -> Document:
         tree = hcl2.parses(text)
     except (LarkError, RuntimeError, RecursionError, ValueError) as error:
         raise UserError(_syntax_error(text, source, error)) from error
-    document = Document()
+    document = HclDocument()
     document.data = _body(tree.body, (), document)
     return document
 
@@ -94,7 +94,7 @@ def _syntax_error(text: str, source: str, error: Exception) -> str:
     )
 
 
-def _body(body: Any, path: Path, document: Document) -> dict[str, Any]:
+def _body(body: Any, path: Path, document: HclDocument) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for child in body.children:
         if not isinstance(child, AttributeRule | BlockRule):
@@ -115,7 +115,7 @@ def _body(body: Any, path: Path, document: Document) -> dict[str, Any]:
     return data
 
 
-def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: Document) -> None:
+def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: HclDocument) -> None:
     name, *labels = (str(label.serialize(_options())) for label in block.labels)
     wanted = 1 if name in NAMED | KINDS else 0
     where: Path = (*path, name)
@@ -144,7 +144,7 @@ def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: Do
     holder[key] = _body(block.body, where, document)
 
 
-def _value(expression: Any, path: Path, line: int, document: Document) -> Any:
+def _value(expression: Any, path: Path, line: int, document: HclDocument) -> Any:
     odd = {name for name in _rules(expression.to_lark()) if name not in _PLAIN}
     if odd:
         what = "an expression"

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from nomad_watchdog import schedulers, secret_file_rules
 from nomad_watchdog.clients import hashicorp_environment
-from nomad_watchdog.config.hcl import NAMED, Document, Path, Problem, read
+from nomad_watchdog.config.hcl import NAMED, HclDocument, Path, Problem, read
 from nomad_watchdog.config.problems import in_words, message, model_of, step_into
-from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Consul, Settings
+from nomad_watchdog.config.settings import FILE_NAME, PREFIX, ConsulSettings, Settings
 from nomad_watchdog.config.types import from_text
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.text_files import did_you_mean
@@ -58,7 +58,7 @@ def load(
     file = find_file(path, env)
     source = str(file) if file else "built-in defaults"
     document = (
-        _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else Document()
+        _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else HclDocument()
     )
     mixed = [] if file is None or path or env.get(f"{PREFIX}CONFIG") else _mixed(document, env)
     origins = _merge_env(document, env) | _merge_flags(document.data, overrides)
@@ -107,7 +107,9 @@ def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -
     file = find_file(path, env)
     try:
         document = (
-            _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else Document()
+            _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG")))
+            if file
+            else HclDocument()
         )
     except UserError:
         return None
@@ -257,7 +259,7 @@ def variables() -> dict[str, tuple[str, ...]]:
     return ours
 
 
-def _read_file(file: FilePath, *, named: bool) -> Document:
+def _read_file(file: FilePath, *, named: bool) -> HclDocument:
     """`named`: the user named this file. One that only lies in the working folder must be the user's or root's,
     and writable by nobody else: it says where tokens are and where they are sent."""
     try:
@@ -274,7 +276,7 @@ def _read_file(file: FilePath, *, named: bool) -> Document:
     return read(text, str(file))
 
 
-def _mixed(document: Document, env: Mapping[str, str]) -> Iterator[Problem]:
+def _mixed(document: HclDocument, env: Mapping[str, str]) -> Iterator[Problem]:
     """A token is sent only to an address from its own source: both from the file that lies in the working
     folder, or both from the environment."""
     for block, token in (("nomad", "NOMAD_TOKEN"), ("consul", "CONSUL_HTTP_TOKEN")):
@@ -303,7 +305,7 @@ def _mixed(document: Document, env: Mapping[str, str]) -> Iterator[Problem]:
             )
 
 
-def _merge_env(document: Document, env: Mapping[str, str]) -> dict[Path, str]:
+def _merge_env(document: HclDocument, env: Mapping[str, str]) -> dict[Path, str]:
     """Put what the environment says into the document: first the vendors' variables, then ours. What can't
     be taken goes to `document.problems`."""
     data, origins = document.data, dict[Path, str]()
@@ -323,12 +325,12 @@ def _merge_env(document: Document, env: Mapping[str, str]) -> dict[Path, str]:
     return origins
 
 
-def _secure_consul(document: Document, env: Mapping[str, str], origins: dict[Path, str]) -> None:
+def _secure_consul(document: HclDocument, env: Mapping[str, str], origins: dict[Path, str]) -> None:
     where: Path = ("consul", "address")
     block = document.data.get("consul", {})
     if not env.get(hashicorp_environment.SSL) or not isinstance(block, dict):
         return
-    address = block.get("address", Consul().address)
+    address = block.get("address", ConsulSettings().address)
     try:
         secure = hashicorp_environment.secured(
             hashicorp_environment.checked_address(str(address)), env

@@ -18,11 +18,11 @@ from nomad_watchdog.config.types import (
     Text,
     checked_url,
 )
-from nomad_watchdog.core.pool_scaling import Measure, Rules
+from nomad_watchdog.core.pool_scaling import Measure, ScalingRules
 from nomad_watchdog.model import VerdictState
 from nomad_watchdog.units import show
 
-MOST_WORKERS: Final = 10_000
+MAX_WORKERS: Final = 10_000
 _PER_WORKER: Final = frozenset({"cpu", "memory"})
 KNOWS: Final[Mapping[str, frozenset[str]]] = {
     "cpu": frozenset(),
@@ -38,8 +38,8 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "devices": ("verdict",),
 }
 BACKENDS: Final = ("local", "nomad", "kubernetes")
-Count = Annotated[int, Field(ge=0, le=MOST_WORKERS)]
-Step = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+Count = Annotated[int, Field(ge=0, le=MAX_WORKERS)]
+Step = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
 _STEP: Final = r"[A-Za-z0-9_-]+(\[(\d{1,6}|[A-Za-z0-9_-]+=[^\[\]=]{1,128})\])*"
 
 
@@ -54,7 +54,7 @@ def checked_page(value: str) -> str:
     return value
 
 
-class Metric(Block):
+class MetricSettings(Block):
     """What a pool follows."""
 
     kind: Literal["cpu", "memory", "prometheus", "queue", "devices"]
@@ -69,7 +69,7 @@ class Metric(Block):
     timeout: Annotated[Positive, Field(le=60)] = 5.0
 
     @model_validator(mode="after")
-    def _fits(self) -> Metric:
+    def _fits(self) -> MetricSettings:
         for setting in sorted(frozenset().union(*KNOWS.values())):
             given = getattr(self, setting) is not None
             if given and setting not in KNOWS[self.kind]:
@@ -86,7 +86,7 @@ class Metric(Block):
         return Measure(self.of or "all")
 
 
-class AgentPool(Block):
+class PoolSettings(Block):
     template: Text = ""
     command: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
     image: Text | None = None
@@ -96,9 +96,9 @@ class AgentPool(Block):
     memory: Size = 128 * 1024 * 1024
     kill_timeout: Annotated[Positive, Field(le=3600)] = 30.0
     min: Count = 1
-    max: Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+    max: Annotated[int, Field(ge=1, le=MAX_WORKERS)]
     scaler: Literal["builtin", "external", "none"] = "builtin"
-    metric: Annotated[tuple[Metric, ...], Field(max_length=1)] = ()
+    metric: Annotated[tuple[MetricSettings, ...], Field(max_length=1)] = ()
     interval: Annotated[Positive, Field(ge=0.1, le=3600)] = 10.0
     tolerance: Fraction = 0.1
     cooldown_up: Seconds = 30.0
@@ -109,7 +109,7 @@ class AgentPool(Block):
     dry_run: bool = False
 
     @model_validator(mode="after")
-    def _fits(self) -> AgentPool:
+    def _fits(self) -> PoolSettings:
         if self.min > self.max:
             raise ValueError(f"min ({self.min}) is more than max ({self.max})")
         if self.scaler != "none" and not self.metric:
@@ -121,10 +121,10 @@ class AgentPool(Block):
             self.rules()
         return self
 
-    def rules(self) -> Rules:
+    def rules(self) -> ScalingRules:
         """What the built-in scaler decides by. Raises ValueError when they contradict each other."""
         (metric,) = self.metric
-        return Rules(
+        return ScalingRules(
             minimum=self.min,
             maximum=self.max,
             target=metric.target,

@@ -51,7 +51,7 @@ RENAMED: Final[Mapping[str, str]] = {"max_time": "warn_time", "min_days": "warn_
 """Old name of a warning threshold → its name."""
 
 
-class Probe(Block):
+class ProbeSettings(Block):
     kind: Kind
     port: Port | None = None
     path: Annotated[str, Field(pattern=r"^/[!-~]*$")] | None = None
@@ -91,7 +91,7 @@ class Probe(Block):
     min_interval: Annotated[Positive, Field(ge=0.05)] | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> Probe:
+    def _fits(self) -> ProbeSettings:
         if self.timeout >= self.interval:
             raise ValueError(
                 f"timeout ({self.timeout:g}s) must be shorter than interval ({self.interval:g}s)"
@@ -155,7 +155,7 @@ class Probe(Block):
         }
 
 
-class Gateway(Block):
+class GatewaySettings(Block):
     """What stands between the agents of a class and their devices; asked when a device does not answer."""
 
     address: Host | None = None
@@ -164,7 +164,7 @@ class Gateway(Block):
     timeout: Positive = 2.0
 
     @model_validator(mode="after")
-    def _fits(self) -> Gateway:
+    def _fits(self) -> GatewaySettings:
         if (self.kind == "icmp") != (self.port is None):
             raise ValueError(
                 "icmp knows no port" if self.kind == "icmp" else f"{self.kind} needs a port"

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from nomad_watchdog.config.hcl import KINDS, NAMED, Document, Path, Problem
+from nomad_watchdog.config.hcl import KINDS, NAMED, HclDocument, Path, Problem
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.text_files import did_you_mean
 from nomad_watchdog.units import parse_duration, parse_size, show
 
-MOST_SHOWN: Final = 50
+MAX_SHOWN: Final = 50
 _ASCII: Final = "ASCII without blanks, at most {} characters"
 PATTERNS: Final[Mapping[str, str]] = {
     r"^[a-z][a-z0-9-]{0,31}$": "a name of a-z, 0-9 and - that begins with a letter, at most 32 characters",
@@ -52,7 +52,7 @@ DOTTED: Final = 'names and indexes with "." between them, such as "queues[name=j
 """For the pattern of `metric.value`, which is made of parts."""
 
 
-def in_words(item: Mapping[str, Any], document: Document) -> Problem:
+def in_words(item: Mapping[str, Any], document: HclDocument) -> Problem:
     """One error of pydantic's as a problem of the file."""
     named = tuple(step for step in item["loc"] if step != "[key]")
     path, holder, wanted = _walk(named, Settings)
@@ -244,7 +244,7 @@ def _length(rules: Mapping[str, Any], unit: str) -> str:
     return f", at most {high} {unit}" if high else ""
 
 
-def where(path: Path, document: Document) -> str:
+def where(path: Path, document: HclDocument) -> str:
     """``agent_class "default" > probe "tcp" > port``."""
     words: list[str] = []
     value: Any = document.data
@@ -287,7 +287,7 @@ def _value_at(data: Any, path: Path) -> Any:
 
 
 def message(
-    problems: Iterable[Problem], source: str, origins: Mapping[Path, str], document: Document
+    problems: Iterable[Problem], source: str, origins: Mapping[Path, str], document: HclDocument
 ) -> str:
     """A line for each problem, in the order of the file: ``FILE:LINE: SETTING: what is wrong``."""
     lines: dict[str, None] = {}
@@ -298,7 +298,7 @@ def message(
         setting = where(problem.path, document)
         text = f"{setting}: {problem.message}" if setting else problem.message
         lines[f"{place}: {text}"] = None
-    shown = list(lines)[:MOST_SHOWN]
-    if len(lines) > MOST_SHOWN:
-        shown.append(f"... and {len(lines) - MOST_SHOWN} more")
+    shown = list(lines)[:MAX_SHOWN]
+    if len(lines) > MAX_SHOWN:
+        shown.append(f"... and {len(lines) - MAX_SHOWN} more")
     return "\n".join(shown)

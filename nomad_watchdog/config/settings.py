@@ -20,9 +20,9 @@ from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog import text_files
 from nomad_watchdog.clients.hashicorp_environment import files_of
-from nomad_watchdog.config.agent_classes import AgentClass, Elsewhere, default_class
-from nomad_watchdog.config.api import Api
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.agent_classes import AgentClassSettings, BackendOverrides, default_class
+from nomad_watchdog.config.api import ApiSettings
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.config.types import (
     Absolute,
@@ -51,7 +51,7 @@ _REACHED: Final = ("api", "consul", "service", "prefix", "ca_cert", "consul_tls"
 """What an agent is told that is no behaviour of its class."""
 
 
-class Nomad(Block):
+class NomadSettings(Block):
     address: Url = "http://127.0.0.1:4646"
     namespace: Annotated[Text, AfterValidator(checked_namespace)] = "default"
     region: Text | None = None
@@ -66,7 +66,7 @@ class Nomad(Block):
     job_prefix: Name = "device-watchdog"
 
 
-class Consul(Block):
+class ConsulSettings(Block):
     address: Url = "http://127.0.0.1:8500"
     namespace: Annotated[Text, AfterValidator(checked_namespace)] | None = None
     token_file: Text | None = None
@@ -85,7 +85,7 @@ class Consul(Block):
     agent_client_key: Absolute | None = None
 
 
-class Kubernetes(Block):
+class KubernetesSettings(Block):
     kubeconfig: Text | None = None
     context: Text | None = None
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,56}[a-z0-9])?$")] = (
@@ -95,18 +95,18 @@ class Kubernetes(Block):
     service_account: Text | None = None
 
 
-class Local(Block):
+class LocalSettings(Block):
     directory: Text | None = None
     python: Text | None = None
     fork: bool = True
 
 
-class Registry(Block):
+class RegistrySettings(Block):
     kind: Literal["sqlite", "consul"] | None = None
     path: Text | None = None
 
 
-class Presence(Block):
+class PresenceSettings(Block):
     startup_grace: Positive = 60.0
     startup_grace_min: Positive = 15.0
     startup_grace_max: Positive = 900.0
@@ -122,39 +122,39 @@ class Presence(Block):
     flap_half_life: Annotated[Positive, Field(ge=1)] = 300.0
 
 
-class Retry(Block):
+class RetrySettings(Block):
     initial: Positive = 1.0
     max: Positive = 300.0
     starts_per_hour: Annotated[int, Field(ge=1, le=3600)] = 20
     concurrency: Annotated[int, Field(ge=1, le=64)] = 16
 
 
-class Breaker(Block):
+class BreakerSettings(Block):
     min: Annotated[int, Field(ge=0)] = 5
     fraction: Fraction = 0.10
 
 
-class Rollout(Block):
+class RolloutSettings(Block):
     at_once: Annotated[int, Field(ge=1)] = 5
     fraction: Fraction = 0.10
     soak: Seconds = 0.0
     deaths: Annotated[int, Field(ge=1)] = 3
 
 
-class Incident(Block):
+class IncidentSettings(Block):
     min: Annotated[int, Field(ge=2)] = 3
     fraction: Fraction = 0.20
     window: Positive = 60.0
 
 
-class Events(Block):
+class EventSettings(Block):
     keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
     max_age: Positive = 30 * 86_400.0
     audit_keep: Annotated[int, Field(ge=1_000, le=1_000_000)] = 100_000
     audit_max_age: Positive = 365 * 86_400.0
 
 
-class Log(Block):
+class LogSettings(Block):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
 
@@ -165,24 +165,24 @@ class Settings(Block):
     backend: str = "local"
     shards: Annotated[int, Field(ge=1, le=256)] = 1
     data_dir: Text = ""
-    api: Api = Api()
-    nomad: Nomad = Nomad()
-    kubernetes: Kubernetes = Kubernetes()
-    consul: Consul = Consul()
-    local: Local = Local()
-    registry: Registry = Registry()
-    agent_class: dict[Name, AgentClass] = Field(default_factory=default_class)
-    agent_pool: dict[Name, AgentPool] = Field(default_factory=dict)
-    presence: Presence = Presence()
-    retry: Retry = Retry()
-    breaker: Breaker = Breaker()
-    rollout: Rollout = Rollout()
-    incident: Incident = Incident()
-    events: Events = Events()
+    api: ApiSettings = ApiSettings()
+    nomad: NomadSettings = NomadSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    consul: ConsulSettings = ConsulSettings()
+    local: LocalSettings = LocalSettings()
+    registry: RegistrySettings = RegistrySettings()
+    agent_class: dict[Name, AgentClassSettings] = Field(default_factory=default_class)
+    agent_pool: dict[Name, PoolSettings] = Field(default_factory=dict)
+    presence: PresenceSettings = PresenceSettings()
+    retry: RetrySettings = RetrySettings()
+    breaker: BreakerSettings = BreakerSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    incident: IncidentSettings = IncidentSettings()
+    events: EventSettings = EventSettings()
     resync: Annotated[Positive, Field(ge=1)] = 30.0
     lease_ttl: Annotated[Positive, Field(ge=1, le=60)] = 3.0
     inventory: Inventories = ()
-    log: Log = Log()
+    log: LogSettings = LogSettings()
 
     @property
     def advertise(self) -> str:
@@ -297,7 +297,7 @@ class Settings(Block):
                 unreadable[name] = str(error)
         return specs, unreadable
 
-    def _spec(self, name: str, kind: AgentClass) -> AgentSpec:
+    def _spec(self, name: str, kind: AgentClassSettings) -> AgentSpec:
         variables = kind.variables | ({"driver": kind.driver} if kind.driver else {})
         variables |= {"workload": kind.workload} if kind.workload else {}
         text = template_text(kind.template)
@@ -423,7 +423,7 @@ class Settings(Block):
         }
 
 
-def _variant(here: Elsewhere) -> Variant:
+def _variant(here: BackendOverrides) -> Variant:
     try:
         text = template_text(here.template)
     except UserError:
@@ -431,7 +431,7 @@ def _variant(here: Elsewhere) -> Variant:
     return Variant(here.template, "" if text.startswith(BUILT_IN) else text, here.filled())
 
 
-def _described(kind: AgentClass, template: object) -> dict[str, str]:
+def _described(kind: AgentClassSettings, template: object) -> dict[str, str]:
     """What the hash of a class is made of, in words; not what is the class's on one backend only."""
     found = {
         name: value

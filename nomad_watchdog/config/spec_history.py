@@ -1,7 +1,7 @@
 """Which settings each spec hash stands for, so that a change of a class can be stated in words.
 
 An agent carries only the hash of the spec that it was started with. What that spec was is kept in a small
-document per class in the registry: the last MOST_KEPT specs that were in force.
+document per class in the registry: the last MAX_KEPT specs that were in force.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nomad_watchdog.registry import MAX_DOCUMENT, Registry, read_document
 
 log = logging.getLogger(__name__)
 
-MOST_KEPT: Final = 4
+MAX_KEPT: Final = 4
 VERSION: Final = 1
 TRIES: Final = 3
 """Rounds of compare-and-set that other replicas may win; they write the same."""
@@ -83,7 +83,7 @@ def _document(agent_class: str) -> str:
 
 def _encoded(kept: dict[str, Settings]) -> bytes:
     """The newest of them, as many as fit."""
-    newest = list(kept.items())[-MOST_KEPT:]
+    newest = list(kept.items())[-MAX_KEPT:]
     while True:
         body = json.dumps({"v": VERSION, "specs": [[h, dict(s)] for h, s in newest]}).encode()
         if len(body) <= MAX_DOCUMENT or not newest:

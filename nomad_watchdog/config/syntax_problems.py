@@ -13,7 +13,7 @@ from typing import Final
 _CLOSES: Final = {"}": "{", "]": "[", ")": "("}
 _HEREDOC: Final = re.compile(r"<<[-~]?([A-Za-z_][A-Za-z0-9_]*)\s*$")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-_MOST_NAME: Final = 60
+_MAX_NAME: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _by_indent(marks: list[_Mark]) -> _Open | None:
 def _opened(mark: _Mark) -> _Open:
     before = " ".join(mark.before.split())
     name = _NAME.match(before)
-    shown = ascii(before[:_MOST_NAME])[1:-1]
+    shown = ascii(before[:_MAX_NAME])[1:-1]
     if name is None:
         what = f'"{mark.bracket}"'
     elif before.endswith(("=", ":")):

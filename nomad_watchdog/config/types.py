@@ -29,7 +29,7 @@ from nomad_watchdog.secret_values import know_url
 from nomad_watchdog.units import parse_duration, parse_size, show
 
 _NAMESPACE: Final = re.compile(r"[a-zA-Z0-9-]{1,128}")
-MOST_CERTIFICATES: Final = 8192
+MAX_CERTIFICATES: Final = 8192
 """Characters; a document of an agent holds them."""
 
 
@@ -77,7 +77,7 @@ def certificates(setting: str, path: str) -> str:
     """The certificates in a file, for those who are told them. Raises UserError when there are none."""
     text = text_files.read(setting, path)
     found = text_files.only_pem(text)
-    if "BEGIN CERTIFICATE" not in found or "PRIVATE KEY" in text or len(found) > MOST_CERTIFICATES:
+    if "BEGIN CERTIFICATE" not in found or "PRIVATE KEY" in text or len(found) > MAX_CERTIFICATES:
         raise UserError(
             f"{setting} {show(path)} must hold certificates in PEM form and no key, 8 KiB at most"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nomad_watchdog.config import class_set
-from nomad_watchdog.config.class_set import InForce, Reading, in_words
+from nomad_watchdog.config.class_set import ClassSetRead, InForce, in_words
 from nomad_watchdog.core.config_precedence import succeed, wins
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -41,7 +41,7 @@ def as_it_is(spec: AgentSpec) -> AgentSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class OwnClasses:
     """What a replica is configured with."""
 
     specs: Specs
@@ -80,15 +80,15 @@ class Own:
         return wins(self.digest(kept), None if kept is None else kept.standing, others)
 
 
-class ClassesInForce:
+class ClassSetController:
     """One replica's view. `own`: what it starts with."""
 
-    def __init__(self, fleet: Fleet, leases: Leases, metrics: Metrics, own: Own) -> None:
+    def __init__(self, fleet: Fleet, leases: Leases, metrics: Metrics, own: OwnClasses) -> None:
         self._fleet = fleet
         self._leases = leases
         self._metrics = metrics
         self._own = own
-        self._reading = Reading()
+        self._reading = ClassSetRead()
         self._open = True
         """A start or a reload has not been decided yet."""
         self._read_at = float("-inf")
@@ -153,7 +153,7 @@ class ClassesInForce:
             self._read_at = now
         return before != self._specs
 
-    async def would_be(self, own: Own) -> Specs | None:
+    async def would_be(self, own: OwnClasses) -> Specs | None:
         """What would be in force if we were configured with this now; None = that can't be known now. Raises as the
         registry."""
         others = self._leases.configs()
@@ -164,7 +164,7 @@ class ClassesInForce:
             return own.specs
         return own.in_force(kept, self._leases.replica)
 
-    async def go_by(self, own: Own, wait_s: float = PATIENCE_S) -> None:
+    async def go_by(self, own: OwnClasses, wait_s: float = PATIENCE_S) -> None:
         """We are configured with this from now on: apply the rule, as at a start."""
         self._own, self._open = own, True
         await self.start(wait_s)
@@ -209,7 +209,7 @@ class ClassesInForce:
             self.problem = ""
         self._settle()
 
-    async def _read(self) -> Reading:
+    async def _read(self) -> ClassSetRead:
         return await class_set.read(
             self._fleet.registry, self._reading.document, self._reading.kept
         )

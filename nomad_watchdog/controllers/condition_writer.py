@@ -19,7 +19,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.model import DeviceRecord, Monotonic
 from nomad_watchdog.replicas.leases import Leases
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.ownership import ShardOwnership
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ RETRY_S: Final = (0.5, 10.0)
 """First and longest wait after the registry failed, seconds."""
 
 
-class Conditions:
+class ConditionWriter:
     """The writer of one replica."""
 
-    def __init__(self, fleet: Fleet, territory: Territory, leases: Leases) -> None:
+    def __init__(self, fleet: Fleet, ownership: ShardOwnership, leases: Leases) -> None:
         self._fleet = fleet
-        self._territory = territory
+        self._territory = ownership
         self._leases = leases
 
     async def run(self) -> None:

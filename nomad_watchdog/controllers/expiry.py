@@ -22,15 +22,15 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Departure, DeviceRecord, Monotonic, Presence, WallTime
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.ownership import ShardOwnership
 
 log = logging.getLogger(__name__)
 
 EXPIRED: Final = "expired"
 LOOK_EVERY_S: Final = 2.0
 """A device leaves at most so long after its ttl; sooner when its end was known at the last look."""
-LEAST_GAP_S: Final = 0.25
-MOST_SHOWN: Final = 1_000
+MIN_GAP_S: Final = 0.25
+MAX_SHOWN: Final = 1_000
 
 
 @dataclass(slots=True)
@@ -44,12 +44,12 @@ class _Cause:
     """When devices left without an operator's word."""
 
 
-class Departures:
+class ExpiryController:
     """Who leaves, and who is held."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, territory: Territory) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, ownership: ShardOwnership) -> None:
         self.fleet = fleet
-        self.territory = territory
+        self.ownership = ownership
         self._shards: frozenset[Shard] = frozenset()
         """Those that were ours at the last look."""
         self.metrics = metrics
@@ -65,13 +65,13 @@ class Departures:
             except WatchdogError as error:
                 log.warning("expiry failed", extra={"reason": str(error)})
                 wait_s = LOOK_EVERY_S
-            await asyncio.sleep(min(max(wait_s, LEAST_GAP_S), LOOK_EVERY_S))
+            await asyncio.sleep(min(max(wait_s, MIN_GAP_S), LOOK_EVERY_S))
 
     async def expire(self) -> float:
         """One look; seconds until the next device may be overdue."""
         fleet, attendance = self.fleet, self.fleet.attendance
         now = fleet.clock.monotonic()
-        records = self.territory.of(fleet.records)
+        records = self.ownership.of(fleet.records)
         self._begin_anew(records, now)
         # What is paused is not expected to beat: its ttl begins anew when the pause ends.
         for slug in fleet.paused():
@@ -94,11 +94,11 @@ class Departures:
         return found.next_at - now
 
     def _begin_anew(self, records: Mapping[Slug, DeviceRecord], now: Monotonic) -> None:
-        gained, self._shards = self.territory.shards() - self._shards, self.territory.shards()
+        gained, self._shards = self.ownership.shards() - self._shards, self.ownership.shards()
         if gained:
             heard = self.fleet.attendance.heard
             for slug in records:
-                if slug in heard and self.territory.shard(slug) in gained:
+                if slug in heard and self.ownership.shard(slug) in gained:
                     heard[slug] = now
 
     async def leave(
@@ -127,7 +127,7 @@ class Departures:
             wanted,
             present=sum(
                 record.presence is Presence.PRESENT
-                for record in self.territory.of(fleet.records).values()
+                for record in self.ownership.of(fleet.records).values()
             ),
             recent=len(state.recent),
             limits=fleet.limits,
@@ -209,5 +209,5 @@ class Departures:
         found = self.status()["departures"]
         assert isinstance(found, dict)
         return {"count": found["held"], "reason": found["reason"], "id": found["id"]} | {
-            "devices": rows[:MOST_SHOWN]
+            "devices": rows[:MAX_SHOWN]
         }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.controllers import inventory_file
-from nomad_watchdog.controllers.expiry import Departures
+from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory_file import ChangingError, Signature
 from nomad_watchdog.core.inventory_diff import compare
 from nomad_watchdog.errors import UserError, WatchdogError
@@ -29,7 +29,7 @@ LOOK_EVERY_S: Final = 1.0
 COMPARE_EVERY_S: Final = 5.0
 """The registry is brought back to the last good file so often, whoever changed it."""
 BATCH: Final = 500
-MOST_SHOWN: Final = 20
+MAX_SHOWN: Final = 20
 
 
 def source_of(path: str) -> str:
@@ -50,14 +50,14 @@ class _File:
     conflicts: tuple[str, ...] = ()
 
 
-class Inventory:
+class InventoryController:
     """The configured files, and the registry brought in line with them."""
 
     def __init__(
         self,
         paths: Sequence[str],
         fleet: Fleet,
-        departures: Departures,
+        departures: ExpiryController,
         metrics: Metrics,
         classes: Collection[str] | None = None,
     ) -> None:
@@ -160,13 +160,13 @@ class Inventory:
     async def _bring(self, file: _File, listed: dict[Slug, Device]) -> None:
         fleet, source = self.fleet, source_of(file.path)
         # Every replica reads the files, and each brings in line what it is to decide about.
-        ours = self.departures.territory.of
+        ours = self.departures.ownership.of
         changes = compare(ours(listed), ours(fleet.records), source, fleet.inventories)
         if changes.conflicts and changes.conflicts != file.conflicts:
             self._note(
                 "inventory.conflict",
                 f"{file.path}: {len(changes.conflicts)} listed devices belong to others",
-                {"devices": list(changes.conflicts[:MOST_SHOWN])},
+                {"devices": list(changes.conflicts[:MAX_SHOWN])},
             )
         file.conflicts = changes.conflicts
 
@@ -186,7 +186,7 @@ class Inventory:
                     "devices": None if file.listed is None else len(file.listed),
                     "problem": file.problem,
                     "conflicts": len(file.conflicts),
-                    "conflicting": list(file.conflicts[:MOST_SHOWN]),
+                    "conflicting": list(file.conflicts[:MAX_SHOWN]),
                 }
                 for file in self.files
             ]

@@ -25,8 +25,8 @@ from nomad_watchdog.text_files import did_you_mean
 from nomad_watchdog.units import show
 
 MAX_BYTES: Final = 32 * 1024 * 1024
-MOST_DEVICES: Final = 100_000
-MOST_PROBLEMS: Final = 50
+MAX_DEVICES: Final = 100_000
+MAX_PROBLEMS: Final = 50
 Signature = tuple[int, ...]
 """Equal = the same content: file system, inode, size, change times (nanoseconds)."""
 
@@ -103,8 +103,8 @@ def read_lines(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _first(problems: list[str]) -> list[str]:
-    more = len(problems) - MOST_PROBLEMS
-    return problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+    more = len(problems) - MAX_PROBLEMS
+    return problems[:MAX_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _devices(
@@ -131,8 +131,8 @@ def _devices(
             )
         listed[slug] = wish.device(DeviceId(wish.id))
         first.setdefault(slug, where)
-        if len(listed) > MOST_DEVICES:
-            problems.append(f"{where}: more than {MOST_DEVICES} devices")
+        if len(listed) > MAX_DEVICES:
+            problems.append(f"{where}: more than {MAX_DEVICES} devices")
             break
     return listed
 

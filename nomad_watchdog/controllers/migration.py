@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from nomad_watchdog.core import migration, presence
-from nomad_watchdog.core.migration import Homes, Move, Progress
+from nomad_watchdog.core.migration import BackendAssignment, Migration, MigrationProgress
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.placement_gc import REST_S
 from nomad_watchdog.core.rollout import Readiness
@@ -29,10 +29,10 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord, Epoch, Monotonic, Presence, WallTime
-from nomad_watchdog.registry import Document, read_document
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.registry import RegistryDocument, read_document
+from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import Scheduler
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.multi import MultiScheduler
 
 log = logging.getLogger(__name__)
 
@@ -54,33 +54,33 @@ _JUDGE: Final = Shard(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class MigrationState:
     """What the registry knows. No `base`: the fleet was never moved."""
 
     base: str = ""
     backends: frozenset[str] = frozenset()
     """Schedulers that have agents or may get some: whoever decides must look at them all."""
-    moves: tuple[Move, ...] = ()
+    moves: tuple[Migration, ...] = ()
 
 
-class Migrations:
-    """The moves of one fleet. `scheduler` must be a `Moving` for any to be possible; `grown` is called when
+class MigrationController:
+    """The moves of one fleet. `scheduler` must be a `MultiScheduler` for any to be possible; `grown` is called when
     more schedulers must be looked at than before."""
 
     def __init__(
         self,
         fleet: Fleet,
         scheduler: Scheduler,
-        territory: Territory,
+        ownership: ShardOwnership,
         metrics: Metrics,
         grown: Callable[[], None],
     ) -> None:
         self._fleet = fleet
-        self._moving = scheduler if isinstance(scheduler, Moving) else None
-        self._territory = territory
+        self._moving = scheduler if isinstance(scheduler, MultiScheduler) else None
+        self._territory = ownership
         self._metrics = metrics
         self._grown = grown
-        self._kept = Kept()
+        self._kept = MigrationState()
         self._index = -1
         self._read_at = Monotonic(float("-inf"))
         self._changed_at = Monotonic(float("-inf"))
@@ -88,7 +88,7 @@ class Migrations:
         """Index of a record that is to be buried, and since when it is known to have that."""
         self._done_since: Monotonic | None = None
         self._tidied_at = Monotonic(float("-inf"))
-        self._progress: Progress | None = None
+        self._progress: MigrationProgress | None = None
         self._seen: set[str] = set()
         self.problem = ""
         """Why the document can't be read now; what was read before stands."""
@@ -100,12 +100,12 @@ class Migrations:
         """Whether this fleet can have more than one scheduler."""
         return self._moving is not None
 
-    def homes(self) -> Homes | None:
+    def homes(self) -> BackendAssignment | None:
         """Where agents live and should live; None while the fleet was never moved."""
         if self._moving is None or not self._kept.base:
             return None
         kept, moving = self._kept, self._moving
-        return Homes(moving.name, kept.base, kept.moves, frozenset(moving.parts))
+        return BackendAssignment(moving.name, kept.base, kept.moves, frozenset(moving.parts))
 
     def unsure(self, records: Mapping[Slug, DeviceRecord]) -> frozenset[Slug]:
         """Devices for which nothing may be decided, as we may not know of the scheduler that has their agent."""
@@ -142,7 +142,7 @@ class Migrations:
     def with_moves(
         self,
         readiness: Readiness,
-        homes: Homes | None,
+        homes: BackendAssignment | None,
         resting: AbstractSet[Slug],
         classes: Container[str],
     ) -> Readiness:
@@ -153,21 +153,21 @@ class Migrations:
             return readiness
         if self._now() - self._changed_at <= FRESH_S:
             return replace(readiness, turn=lambda _slug: False)
-        fleet, territory = self._fleet, self._territory
+        fleet, ownership = self._fleet, self._territory
 
         def can(record: DeviceRecord) -> bool:
             kind = record.device.agent_class
             return record.slug not in resting and kind in classes and kind not in readiness.halted
 
-        turn = migration.frontier(homes, fleet.records, fleet.placements, can, territory.shard)
+        turn = migration.frontier(homes, fleet.records, fleet.placements, can, ownership.shard)
         return replace(
             readiness,
-            turn=lambda slug: turn is not None and territory.shard(slug) <= turn,
+            turn=lambda slug: turn is not None and ownership.shard(slug) <= turn,
             moving=self._measure(move, homes).on_way,
             moves_at_once=move.at_once,
         )
 
-    def _measure(self, move: Move, homes: Homes) -> Progress:
+    def _measure(self, move: Migration, homes: BackendAssignment) -> MigrationProgress:
         fleet = self._fleet
         return migration.progress(
             move, homes, fleet.records, fleet.placements, fleet.has_ready_agent
@@ -185,7 +185,7 @@ class Migrations:
         self._read_at = Monotonic(max(self._read_at, began))
         return changed
 
-    def _take(self, document: Document) -> bool:
+    def _take(self, document: RegistryDocument) -> bool:
         if document.index == self._index or self._moving is None:
             return False
         kept = decode(document.body)
@@ -217,10 +217,10 @@ class Migrations:
 
     def _counts(self) -> tuple[int, int, int]:
         """Devices that are there with a ready agent, on their way, and waiting."""
-        now = self._progress or Progress()
+        now = self._progress or MigrationProgress()
         return now.there - now.on_way, now.on_way, now.covered - now.there
 
-    async def _judge(self, homes: Homes) -> None:
+    async def _judge(self, homes: BackendAssignment) -> None:
         if not self._fleet.ready or _JUDGE not in self._territory.shards():
             self._done_since = None
             return
@@ -237,13 +237,13 @@ class Migrations:
             return
         over = replace(move, done=True, paused=False)
 
-        def how(kept: Kept) -> Kept:
+        def how(kept: MigrationState) -> MigrationState:
             return replace(kept, moves=tuple(over if one == move else one for one in kept.moves))
 
         if await self._change(how):
             self._tell(over.state, over, f"{self._progress.there} devices are on {over.heads_for}")
 
-    async def _bury(self, homes: Homes) -> None:
+    async def _bury(self, homes: BackendAssignment) -> None:
         """Give those who left during a move that is over the home of the others, so that nothing holds on to
         where they were. Nobody runs at the new epoch.
 
@@ -263,7 +263,7 @@ class Migrations:
                 stored = await self._fleet.commit(due[first : first + _TOMBS])
                 self._fleet.learn([record for record in stored if record is not None])
 
-    async def _leave(self, homes: Homes) -> None:
+    async def _leave(self, homes: BackendAssignment) -> None:
         """Note that schedulers need not be looked at any more, once that has been so for EMPTY_S."""
         fleet = self._fleet
         needed = migration.needed(homes, fleet.records, fleet.placements)
@@ -277,7 +277,7 @@ class Migrations:
         before = self._kept
         await self._change(lambda kept: replace(kept, backends=needed) if kept == before else kept)
 
-    async def _change(self, how: Callable[[Kept], Kept]) -> bool:
+    async def _change(self, how: Callable[[MigrationState], MigrationState]) -> bool:
         """Store what `how` makes of what is kept; whether that was a change. Durable when it returns."""
         for _ in range(TRIES):
             found = await self._fleet.registry.document(NAME)
@@ -295,7 +295,7 @@ class Migrations:
 
     # -- what an operator says ------------------------------------------------------------------
 
-    async def preview(self, move: Move) -> dict[str, object]:
+    async def preview(self, move: Migration) -> dict[str, object]:
         """What a move would do, after a look at both schedulers; nothing is changed.
 
         Raises UserError when it makes no sense, and what a scheduler raises that can't be listed."""
@@ -305,7 +305,7 @@ class Migrations:
             await moving.try_out(name)
         base = self._kept.base or moving.name
         moves = migration.begin(self._kept.moves, move)
-        homes = Homes(moving.name, base, moves, frozenset(moving.parts))
+        homes = BackendAssignment(moving.name, base, moves, frozenset(moving.parts))
         records = self._fleet.records
         now = self._measure(move, homes)
         if not now.covered:
@@ -330,7 +330,7 @@ class Migrations:
             "by_shard": dict(sorted(shards.items(), key=lambda item: int(item[0]))),
         }
 
-    async def begin(self, move: Move) -> dict[str, object]:
+    async def begin(self, move: Migration) -> dict[str, object]:
         """Start a move; durable when it returns. Raises as `preview`, UserError when a class can't run on
         the new scheduler, and ConflictError while another move is under way."""
         moving = self._needed()
@@ -338,13 +338,13 @@ class Migrations:
         for name in (move.source, move.goal):
             await self._open(moving, name)
 
-        def how(kept: Kept) -> Kept:
+        def how(kept: MigrationState) -> MigrationState:
             moves = migration.begin(kept.moves, move)
             if len(moves) > MOST:
                 raise UserError(f"{MOST} migrations are kept; move the whole fleet to forget them")
             first = kept.base or moving.name
             backends = kept.backends if kept.base else frozenset({first})
-            return Kept(first, backends | {move.source, move.goal}, moves)
+            return MigrationState(first, backends | {move.source, move.goal}, moves)
 
         await self._change(how)
         self._tell("started", move, f"{told['to_move']} devices to move")
@@ -354,9 +354,9 @@ class Migrations:
         """`pause`, `resume` or `undo` the move that is under way (`undo`: the last one that is over, too).
 
         Raises NotFoundError when there is none, PreconditionError when it makes no sense now."""
-        chosen = Move("", "", "", WallTime(0.0), "")
+        chosen = Migration("", "", "", WallTime(0.0), "")
 
-        def how(kept: Kept) -> Kept:
+        def how(kept: MigrationState) -> MigrationState:
             nonlocal chosen
             at = next((n for n, one in enumerate(kept.moves) if not one.done), None)
             if at is None and what == "undo" and kept.moves:
@@ -378,19 +378,19 @@ class Migrations:
             self._tell(past[what], chosen, "")
         return shown(chosen)
 
-    async def _open(self, moving: Moving, name: str) -> None:
-        """As `Moving.open`; what was listed without a scheduler that is new here says nothing of its agents."""
+    async def _open(self, moving: MultiScheduler, name: str) -> None:
+        """As `MultiScheduler.open`; what was listed without a scheduler that is new here says nothing of its agents."""
         new = name not in moving.parts
         await moving.open(name)
         if new:
             self._grown()
 
-    def _needed(self) -> Moving:
+    def _needed(self) -> MultiScheduler:
         if self._moving is None:
             raise UserError("this control plane knows one scheduler only")
         return self._moving
 
-    def _tell(self, what: str, move: Move, more: str) -> None:
+    def _tell(self, what: str, move: Migration, more: str) -> None:
         text = f"from {move.source} to {move.goal}" + (f": {more}" if more else "")
         log.warning("migration", extra={"state": what, "reason": text})
         self._fleet.history.add(
@@ -454,7 +454,7 @@ class Migrations:
         return {"migration": told} if told else {}
 
 
-def hint(kept: Kept, usual: str) -> str:
+def hint(kept: MigrationState, usual: str) -> str:
     """What follows from a finished migration for the setting `backend`; "" = nothing."""
     last = next((m for m in reversed(kept.moves) if m.done and m.is_whole), None)
     if last is None or any(not m.done for m in kept.moves) or usual == last.heads_for:
@@ -465,7 +465,7 @@ def hint(kept: Kept, usual: str) -> str:
     )
 
 
-def _said(move: Move, what: str) -> Move:
+def _said(move: Migration, what: str) -> Migration:
     if what == "undo":
         if move.back:
             raise PreconditionError(f"the migration to {move.goal} is {move.state} already")
@@ -477,7 +477,7 @@ def _said(move: Move, what: str) -> Move:
     return replace(move, paused=False)
 
 
-def shown(move: Move) -> dict[str, object]:
+def shown(move: Migration) -> dict[str, object]:
     """A move as the API shows it."""
     return {
         "id": move.id,
@@ -494,7 +494,7 @@ def shown(move: Move) -> dict[str, object]:
     }
 
 
-def encode(kept: Kept) -> bytes:
+def encode(kept: MigrationState) -> bytes:
     """As the registry keeps it."""
     moves = [
         shown(move) | {"of_shards": move.of_shards, "paused": move.paused, "done": move.done}
@@ -504,22 +504,22 @@ def encode(kept: Kept) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def decode(body: bytes) -> Kept:
+def decode(body: bytes) -> MigrationState:
     """What a document says; nothing, of an empty one.
 
     Raises UserError when it is not what `encode` writes: nothing may be decided then."""
     mend = "put back what nomad-watchdog wrote"
-    return read_document(NAME, body, VERSION, _kept, mend) if body else Kept()
+    return read_document(NAME, body, VERSION, _kept, mend) if body else MigrationState()
 
 
-def _kept(said: Any) -> Kept:
+def _kept(said: Any) -> MigrationState:
     backends = frozenset(map(str, said["backends"]))
-    return Kept(str(said["base"]), backends, tuple(map(_move, said["moves"])))
+    return MigrationState(str(said["base"]), backends, tuple(map(_move, said["moves"])))
 
 
-def _move(item: Mapping[str, Any]) -> Move:
+def _move(item: Mapping[str, Any]) -> Migration:
     wanted = Target.read(item["target"])
-    return Move(
+    return Migration(
         id=str(item["id"]),
         source=str(item["from"]),
         goal=str(item["to"]),

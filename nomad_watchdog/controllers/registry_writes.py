@@ -11,7 +11,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RegistryWrites:
     async def check(self) -> None:
         """Ask the registry once. An answer that is late or missing says nothing about rights."""
         try:
-            await self._fleet.registry.commit_document(NAME, Document(b"{}", _NEVER))
+            await self._fleet.registry.commit_document(NAME, RegistryDocument(b"{}", _NEVER))
         except TerminalError as error:
             self._refused(str(error))
         except WatchdogError:

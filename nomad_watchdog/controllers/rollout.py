@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from watchdog_agent.runtime.parsing import loads
 
-from nomad_watchdog.core.rollout_soak import Run, Soak, SoakLimits
+from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, PlacementState, Presence
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.schedulers import job_templates
 
@@ -37,7 +37,7 @@ _UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class RolloutState:
     """What the registry knows of a class."""
 
     good: AgentSpec | None = None
@@ -48,7 +48,7 @@ class Kept:
     why: str = ""
 
 
-class Rollouts:
+class RolloutController:
     """The specs in force. `wished`: as they are configured."""
 
     def __init__(
@@ -59,8 +59,8 @@ class Rollouts:
         self._leases = leases
         self._metrics = metrics
         self._limits = SoakLimits(fleet.limits.soak_s, fleet.limits.soak_deaths)
-        self._kept: dict[str, Kept] = {}
-        self._documents: dict[str, Document] = {}
+        self._kept: dict[str, RolloutState] = {}
+        self._documents: dict[str, RegistryDocument] = {}
         self._soaks: dict[str, Soak] = {}
         self._read_at = float("-inf")
         self._now = dict(wished)
@@ -117,7 +117,7 @@ class Rollouts:
         self._metrics.rollouts_given_up(sum(map(self._is_given_up, self._wished)))
 
     async def _in_force(self, name: str, wished: AgentSpec) -> AgentSpec:
-        kept = self._kept.get(name, Kept())
+        kept = self._kept.get(name, RolloutState())
         back = kept.good if self._is_given_up(name) else None
         if back is None:
             return wished
@@ -129,7 +129,7 @@ class Rollouts:
         return wished
 
     def _is_given_up(self, name: str) -> bool:
-        return self._kept.get(name, Kept()).bad == self._wished[name].spec_hash
+        return self._kept.get(name, RolloutState()).bad == self._wished[name].spec_hash
 
     def soaking(self) -> int:
         """Agents of new versions that are ready now and have not proved themselves yet. One that reports
@@ -155,7 +155,7 @@ class Rollouts:
             return {}
         shown: dict[str, object] = {}
         for name, spec in self._wished.items():
-            kept, soak = self._kept.get(name, Kept()), self._soaks.get(name)
+            kept, soak = self._kept.get(name, RolloutState()), self._soaks.get(name)
             if soak is None and not self._is_given_up(name):
                 continue
             shown[name] = {
@@ -204,8 +204,8 @@ class Rollouts:
                 self._documents[name] = found
         await self._settle()
 
-    async def _write(self, name: str, kept: Kept) -> bool:
-        wanted = replace(self._documents.get(name, Document()), body=_encoded(kept))
+    async def _write(self, name: str, kept: RolloutState) -> bool:
+        wanted = replace(self._documents.get(name, RegistryDocument()), body=_encoded(kept))
         stored = await self._fleet.registry.commit_document(_document(name), wanted)
         if stored is None:
             self._read_at = float("-inf")  # another judge was faster: go by what it wrote
@@ -217,7 +217,7 @@ class Rollouts:
     # -- watching and judging -------------------------------------------------------------------
 
     async def _watch(self, name: str, spec: AgentSpec) -> None:
-        kept = self._kept.get(name, Kept())
+        kept = self._kept.get(name, RolloutState())
         settled = kept.good is not None and kept.good.spec_hash == spec.spec_hash
         if settled or self._is_given_up(name):
             self._soaks.pop(name, None)
@@ -230,16 +230,16 @@ class Rollouts:
 
     async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:
         name = spec.agent_class
-        kept = self._kept.get(name, Kept())
+        kept = self._kept.get(name, RolloutState())
         # The first version of all has nothing before it: it is only waited for until it is good.
         if soak.is_bad(len(wanted)) and kept.good is not None:
             await self._give_up(name, spec, kept, soak)
         elif wanted and soak.is_good(wanted):
-            proved = Kept(good=spec, template=await asyncio.to_thread(_digest, spec))
+            proved = RolloutState(good=spec, template=await asyncio.to_thread(_digest, spec))
             if await self._write(name, proved) and kept.good is not None:
                 self._tell(name, "rollout.done", f"version {spec.version} is on all devices")
 
-    async def _give_up(self, name: str, spec: AgentSpec, kept: Kept, soak: Soak) -> None:
+    async def _give_up(self, name: str, spec: AgentSpec, kept: RolloutState, soak: Soak) -> None:
         why = (
             f"agents of {len(soak.died)} devices ended within {self._limits.soak_s:g} s after they "
             "were ready"
@@ -274,7 +274,7 @@ class Rollouts:
             if record.presence is Presence.PRESENT and record.device.agent_class == name:
                 yield slug
 
-    def _runs(self, spec: AgentSpec, wanted: frozenset[Slug]) -> Iterator[Run]:
+    def _runs(self, spec: AgentSpec, wanted: frozenset[Slug]) -> Iterator[ObservedRun]:
         fleet = self._fleet
         for slug in wanted:
             record = fleet.records[slug]
@@ -284,7 +284,7 @@ class Rollouts:
                     and one.epoch == record.epoch
                     and one.spec_hash == spec.spec_hash
                 ):
-                    yield Run(
+                    yield ObservedRun(
                         slug,
                         one.epoch,
                         ",".join(one.instances),
@@ -308,7 +308,7 @@ def _digest(spec: AgentSpec) -> str:
         return ""
 
 
-def _encoded(kept: Kept) -> bytes:
+def _encoded(kept: RolloutState) -> bytes:
     said = asdict(kept)
     if said["good"]:
         for name in ("settings", "text", "on"):  # unknown to older versions
@@ -316,14 +316,14 @@ def _encoded(kept: Kept) -> bytes:
     return json.dumps({"v": 1, **said}, sort_keys=True).encode()
 
 
-def _decoded(body: bytes) -> Kept:
+def _decoded(body: bytes) -> RolloutState:
     """What was kept; nothing, of a document that is not ours or of a later version."""
     try:
         said: dict[str, Any] = loads(body) if body else {}
         if not said or said.pop("v") != 1:
-            return Kept()
+            return RolloutState()
         good = said.pop("good")
-        return Kept(good=AgentSpec(**good) if good else None, **said)
+        return RolloutState(good=AgentSpec(**good) if good else None, **said)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("a roll-out's document can't be read", extra={"reason": str(error)})
-        return Kept()
+        return RolloutState()

@@ -21,24 +21,24 @@ from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.model import Epoch
 
 PREFIX: Final = "wda1"
-MOST_CHARS: Final = 200
+MAX_CHARS: Final = 200
 """Of a credential; a slug has at most 63, an epoch 19, a mac 43."""
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class TokenClaim:
     """Whose reports a credential is good for."""
 
     slug: Slug
     epoch: Epoch
 
 
-def issue(key: bytes, claim: Claim) -> str:
+def issue(key: bytes, claim: TokenClaim) -> str:
     """The credential of this claim under this key."""
     return f"{PREFIX}.{claim.slug}.{claim.epoch}.{_mac(key, claim)}"
 
 
-def claim_of(keys: Sequence[bytes], given: str) -> Claim | None:
+def claim_of(keys: Sequence[bytes], given: str) -> TokenClaim | None:
     """What the credential is good for; None when none of the keys made it. Constant time per key."""
     claim = claimed(given)
     if claim is None:
@@ -50,10 +50,10 @@ def claim_of(keys: Sequence[bytes], given: str) -> Claim | None:
     return claim if good else None
 
 
-def claimed(given: str) -> Claim | None:
+def claimed(given: str) -> TokenClaim | None:
     """What the credential says it is good for, whoever made it; None when it is no credential. Not verified:
     for messages only."""
-    if len(given) > MOST_CHARS or not given.isascii():
+    if len(given) > MAX_CHARS or not given.isascii():
         return None
     prefix, *parts = given.split(".")
     if prefix != PREFIX or len(parts) != 3:
@@ -64,9 +64,9 @@ def claimed(given: str) -> Claim | None:
     except ValueError:
         return None
     # One way to write a number: "01" would be another text with the same mac.
-    return Claim(Slug(slug), Epoch(epoch)) if is_slug(slug) and str(epoch) == number else None
+    return TokenClaim(Slug(slug), Epoch(epoch)) if is_slug(slug) and str(epoch) == number else None
 
 
-def _mac(key: bytes, claim: Claim) -> str:
+def _mac(key: bytes, claim: TokenClaim) -> str:
     digest = hmac.new(key, f"v1|{claim.slug}|{claim.epoch}".encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")

@@ -17,12 +17,12 @@ TOGETHER: Final = 4
 """So many different devices must fail in a row before it is the server's fault."""
 FIRST_S: Final = 0.5
 LONGEST_S: Final = 15.0
-MOST_RETRY_AFTER_S: Final = 60.0
+MAX_RETRY_AFTER_S: Final = 60.0
 """A server that asks for more is asked again all the same: the header may be wrong, and devices wait."""
 
 
 @dataclass(slots=True)
-class Circuit:
+class CircuitBreaker:
     """What is known of the server that all actions go to."""
 
     _failed: set[Slug] = field(default_factory=set)
@@ -57,5 +57,5 @@ class Circuit:
         ceiling = min(LONGEST_S, FIRST_S * 2.0 ** min(self._times, 10))
         self._times += 1
         wait_s = ceiling * (0.5 + jitter / 2)
-        self._until = now + max(wait_s, min(retry_after_s, MOST_RETRY_AFTER_S))
+        self._until = now + max(wait_s, min(retry_after_s, MAX_RETRY_AFTER_S))
         return True

@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-MOST_SUPERSEDED: Final = 16
+MAX_SUPERSEDED: Final = 16
 """Sets that are remembered after they were superseded. An older one counts as new again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ConfigStanding:
     """Which set is in force. A set is known by its digest."""
 
     number: int
@@ -33,7 +33,7 @@ class Standing:
     """Digests that were in force before, the last one at the end; never the one that is in force."""
 
 
-def wins(own: str, standing: Standing | None, others: Iterable[str]) -> bool:
+def wins(own: str, standing: ConfigStanding | None, others: Iterable[str]) -> bool:
     """Whether `own` is to come into force now, as a replica configured with it starts or reloads.
 
     `standing`: None = no set was ever in force. `others`: the digests that the other living replicas are
@@ -45,9 +45,9 @@ def wins(own: str, standing: Standing | None, others: Iterable[str]) -> bool:
     return standing.digest not in others or own not in standing.superseded
 
 
-def succeed(standing: Standing | None, own: str) -> Standing:
+def succeed(standing: ConfigStanding | None, own: str) -> ConfigStanding:
     """What is in force once `own` has come into force."""
     if standing is None:
-        return Standing(1, own)
+        return ConfigStanding(1, own)
     before = (one for one in (*standing.superseded, standing.digest) if one != own)
-    return Standing(standing.number + 1, own, tuple(dict.fromkeys(before))[-MOST_SUPERSEDED:])
+    return ConfigStanding(standing.number + 1, own, tuple(dict.fromkeys(before))[-MAX_SUPERSEDED:])

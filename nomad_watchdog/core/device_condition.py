@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from nomad_watchdog.model import (
-    MOST_REASON,
+    MAX_REASON,
     Condition,
     ConditionState,
     Verdict,
@@ -101,4 +101,4 @@ def _meanwhile(found: Verdict, *, replaced: bool) -> str:
 
 
 def _bounded(reason: str) -> str:
-    return reason if len(reason) <= MOST_REASON else f"{reason[: MOST_REASON - 1]}…"
+    return reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 1]}…"

@@ -49,7 +49,7 @@ def about(kind: str) -> str | None:
     return _PLAIN.get(kind, head if head in ("verdict", "agent") else None)
 
 
-class Said(Protocol):
+class EventLike(Protocol):
     """What is asked of an event."""
 
     @property
@@ -62,17 +62,17 @@ class Said(Protocol):
     def data(self) -> Mapping[str, object]: ...
 
 
-E = TypeVar("E", bound=Said)
+E = TypeVar("E", bound=EventLike)
 
 
-def is_shared(event: Said) -> bool:
+def is_shared(event: EventLike) -> bool:
     """Whether every replica sees for itself what this event tells."""
     head = event.kind.partition(".")[0]
     heads = ("verdict", "repair", "incident", "agent", *_OTHERS)
     return head in heads or event.kind in _PLAIN or event.kind == _RESTORED
 
 
-def subject(event: Said) -> Subject | None:
+def subject(event: EventLike) -> Subject | None:
     """What a shared event is about; None for one that only its own replica can make sense of."""
     head = event.kind.partition(".")[0]
     if head == "incident":
@@ -85,7 +85,7 @@ def subject(event: Said) -> Subject | None:
     return event.slug, _PLAIN.get(event.kind, head)
 
 
-def state(event: Said) -> str:
+def state(event: EventLike) -> str:
     """What a shared event says of its subject; the same twice in a row is one change."""
     head = event.kind.partition(".")[0]
     key = _COUNTED.get(event.kind) or _COUNTED.get(head)

@@ -5,7 +5,7 @@ nothing else, and marks of the ids at that second: so a late event or a replay i
 on another replica. A change by other ways (PUT, DELETE, import) is dated by our own clock: the record's
 `changed_at`.
 
-An event that changes nothing writes its mark and no more, and at most MOST_AT_ONCE times per device and
+An event that changes nothing writes its mark and no more, and at most MAX_AT_ONCE times per device and
 second of the sender's clock.
 """
 
@@ -19,12 +19,12 @@ from typing import Final
 from nomad_watchdog.errors import OutOfDateError, TransientError
 from nomad_watchdog.model import Departure, DeviceRecord, Presence, WallTime
 
-MOST_AT_ONCE: Final = 16
+MAX_AT_ONCE: Final = 16
 """Events of one device within one second that can be told apart."""
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class SignedEvent:
     """A signed event: its id, and when its sender signed it (unix seconds)."""
 
     id: str
@@ -37,7 +37,10 @@ class Event:
 
 
 def stamp(
-    stored: DeviceRecord | None, wanted: DeviceRecord | None, event: Event | None, now: WallTime
+    stored: DeviceRecord | None,
+    wanted: DeviceRecord | None,
+    event: SignedEvent | None,
+    now: WallTime,
 ) -> DeviceRecord | None:
     """The record to store, with the mark of the event that asks for it; None = nothing is to be written.
 
@@ -62,7 +65,7 @@ def stamp(
                 "another event of this device was signed in the same second, so their order is not "
                 "known; the device stays watched"
             )
-        if len(stored.event_marks) >= MOST_AT_ONCE:
+        if len(stored.event_marks) >= MAX_AT_ONCE:
             raise TransientError("too many changes of this device in one second", retry_after_s=1.0)
         return _marked(wanted, event, stored.event_marks)
     if _is_late(stored, wanted, event):
@@ -88,17 +91,17 @@ def _unsigned(
     return None
 
 
-def _noted(stored: DeviceRecord, event: Event) -> DeviceRecord | None:
+def _noted(stored: DeviceRecord, event: SignedEvent) -> DeviceRecord | None:
     """The record with the mark of an event that changes nothing else; None when it is old or known."""
     if stored.event_at == event.at:
-        known = event.mark in stored.event_marks or len(stored.event_marks) >= MOST_AT_ONCE
+        known = event.mark in stored.event_marks or len(stored.event_marks) >= MAX_AT_ONCE
         return None if known else _marked(stored, event, stored.event_marks)
     if event.at <= (stored.event_at or stored.changed_at):
         return None
     return _marked(stored, event, ())
 
 
-def _is_late(stored: DeviceRecord, wanted: DeviceRecord, event: Event) -> bool:
+def _is_late(stored: DeviceRecord, wanted: DeviceRecord, event: SignedEvent) -> bool:
     if stored.event_at:
         return event.at < stored.event_at
     if event.at < math.floor(stored.changed_at):
@@ -110,7 +113,7 @@ def _is_late(stored: DeviceRecord, wanted: DeviceRecord, event: Event) -> bool:
     return not (blinked and wanted.presence is Presence.PRESENT)
 
 
-def is_replay(record: DeviceRecord, event: Event) -> bool:
+def is_replay(record: DeviceRecord, event: SignedEvent) -> bool:
     """Whether this event is one of those that made the record what it is, or confirmed it."""
     return record.event_at == event.at and event.mark in record.event_marks
 
@@ -125,5 +128,5 @@ def is_mark_only(before: DeviceRecord | None, after: DeviceRecord) -> bool:
     return same == before
 
 
-def _marked(record: DeviceRecord, event: Event, before: tuple[str, ...]) -> DeviceRecord:
+def _marked(record: DeviceRecord, event: SignedEvent, before: tuple[str, ...]) -> DeviceRecord:
     return replace(record, event_at=event.at, event_marks=(*before, event.mark))

@@ -56,7 +56,7 @@ def overdue(
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class ExpiryGate:
     """Who may leave now, who must wait, and why."""
 
     go: frozenset[Slug]
@@ -71,15 +71,15 @@ def gate(
     recent: int,
     limits: Limits,
     confirmed: AbstractSet[Slug],
-) -> Gate:
+) -> ExpiryGate:
     """`present`: devices that are present, the wanted ones among them; `recent`: how many left for the
     same cause within the window; `confirmed`: an operator means these."""
     fresh = frozenset(wanted - confirmed)
     allowed = max(limits.breaker_min, int((present + recent) * limits.breaker_fraction))
     if not fresh or len(fresh) + recent <= allowed:
-        return Gate(frozenset(wanted))
+        return ExpiryGate(frozenset(wanted))
     reason = (
         f"{len(fresh) + recent} of {present + recent} devices would leave at once; at most {allowed} "
         "may without an operator's word"
     )
-    return Gate(frozenset(wanted & confirmed), fresh, reason)
+    return ExpiryGate(frozenset(wanted & confirmed), fresh, reason)

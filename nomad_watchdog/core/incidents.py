@@ -16,7 +16,7 @@ from typing import Final
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Monotonic, Presence, VerdictState
 
-MOST_MEMBERS: Final = 50
+MAX_MEMBERS: Final = 50
 """Devices and events named by an incident; all are counted."""
 TROUBLE: Final = frozenset(
     {
@@ -83,7 +83,7 @@ class Incident:
     seen: set[Slug] = field(default_factory=set)
     """All devices that are counted, while it is open: one that turns bad again counts once."""
     subsumes: list[int] = field(default_factory=list)
-    """References of the single events that came before it was opened; the first MOST_MEMBERS."""
+    """References of the single events that came before it was opened; the first MAX_MEMBERS."""
     closed_at: Monotonic | None = None
     told: int = 0
     """`count` when it was last told."""
@@ -301,7 +301,7 @@ class Correlator:
         incident.count += 1
         group = (incident.kind, incident.group)
         incident.size = max(incident.size, self._sizes.get(group, 0), incident.count)
-        if len(incident.members) < MOST_MEMBERS:
+        if len(incident.members) < MAX_MEMBERS:
             incident.members.append(turn.slug)
 
     # -- incidents ------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class Correlator:
             self._take_back(member)
             self._join(member, incident, turn)
         refs = [turn.ref for turn in turns]
-        incident.subsumes = refs[:MOST_MEMBERS]
+        incident.subsumes = refs[:MAX_MEMBERS]
         incident.told = incident.count
         self.opened[group] = incident
         return News(Step.OPENED, incident, refs)

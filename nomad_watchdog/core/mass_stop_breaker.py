@@ -23,7 +23,7 @@ def held_id(held: frozenset[Stop]) -> str:
 
 
 @dataclass(slots=True)
-class Breaker:
+class MassStopBreaker:
     """What is held, why, and what may go all the same."""
 
     held: frozenset[Stop] = NO_STOPS

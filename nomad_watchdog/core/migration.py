@@ -2,7 +2,7 @@
 
 The home of an epoch never changes: it is stored in the record by the same compare-and-set that raises the
 epoch (S2), so that a crash, a late answer or a second replica can't start one epoch on two schedulers.
-What is kept beside the records is only what was asked for (`Move`); how far a move has come is read from
+What is kept beside the records is only what was asked for (`Migration`); how far a move has come is read from
 the records, and so there is nothing that could disagree with them.
 """
 
@@ -30,7 +30,7 @@ _NOT_NOW: Final = (PlacementState.DEAD, PlacementState.STOPPING, PlacementState.
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Migration:
     """A wish that agents of some devices live on another scheduler. It stays in force when all is moved: a
     device that is registered later goes where the others are."""
 
@@ -81,17 +81,17 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Homes:
+class BackendAssignment:
     """Where agents live and should live. `usual`: the backend that is configured, whose placements say no
     backend. `base`: where a record without a home is placed, for good: the backend before the first move."""
 
     usual: str
     base: str
-    moves: tuple[Move, ...] = ()
+    moves: tuple[Migration, ...] = ()
     is_open: frozenset[str] = frozenset()
 
     @property
-    def active(self) -> Move | None:
+    def active(self) -> Migration | None:
         """The move that is under way, paused or not."""
         return next((move for move in self.moves if not move.done), None)
 
@@ -103,7 +103,7 @@ class Homes:
         """Where a placement is."""
         return placement.backend or self.usual
 
-    def move_of(self, record: DeviceRecord) -> Move | None:
+    def move_of(self, record: DeviceRecord) -> Migration | None:
         """The newest move that means this device."""
         return next((move for move in reversed(self.moves) if move.covers(record)), None)
 
@@ -143,7 +143,7 @@ class Homes:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class MigrationProgress:
     """Counts of devices that are present."""
 
     covered: int = 0
@@ -161,12 +161,12 @@ class Progress:
 
 
 def progress(
-    move: Move,
-    homes: Homes,
+    move: Migration,
+    homes: BackendAssignment,
     records: Mapping[Slug, DeviceRecord],
     placements: Placements,
     ready: Callable[[Slug], bool],
-) -> Progress:
+) -> MigrationProgress:
     """How far a move has come. A device whose home is a third scheduler is none of it."""
     covered = there = on_way = leftover = 0
     for slug, record in records.items():
@@ -185,11 +185,11 @@ def progress(
         if here == move.heads_for:
             there += 1
             on_way += not ready(slug)
-    return Progress(covered, there, on_way, leftover)
+    return MigrationProgress(covered, there, on_way, leftover)
 
 
 def frontier(
-    homes: Homes,
+    homes: BackendAssignment,
     records: Mapping[Slug, DeviceRecord],
     placements: Placements,
     can: Callable[[DeviceRecord], bool],
@@ -216,7 +216,9 @@ def frontier(
     return found
 
 
-def tombs(move: Move, homes: Homes, records: Mapping[Slug, DeviceRecord]) -> Iterator[DeviceRecord]:
+def tombs(
+    move: Migration, homes: BackendAssignment, records: Mapping[Slug, DeviceRecord]
+) -> Iterator[DeviceRecord]:
     """Records of devices that have left, from which they would come back to where the move leaves."""
     for record in records.values():
         if (
@@ -229,7 +231,7 @@ def tombs(move: Move, homes: Homes, records: Mapping[Slug, DeviceRecord]) -> Ite
 
 
 def needed(
-    homes: Homes, records: Mapping[Slug, DeviceRecord], placements: Placements
+    homes: BackendAssignment, records: Mapping[Slug, DeviceRecord], placements: Placements
 ) -> frozenset[str]:
     """Schedulers that must be looked at: where a device lives or has an agent left, or may get one. Tombstones
     count, because their devices come back."""
@@ -240,7 +242,7 @@ def needed(
     return frozenset(found)
 
 
-def begin(moves: Sequence[Move], new: Move) -> tuple[Move, ...]:
+def begin(moves: Sequence[Migration], new: Migration) -> tuple[Migration, ...]:
     """With a new move. Raises ConflictError while another is under way."""
     for move in moves:
         if not move.done:

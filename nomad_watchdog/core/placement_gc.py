@@ -22,7 +22,7 @@ MOST: Final = 50
 """At most so many are forgotten at a time: purging costs the scheduler."""
 
 
-class Graveyard:
+class PlacementGc:
     """Remembers since when each placement has been seen dead."""
 
     def __init__(self) -> None:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import rollout
-from nomad_watchdog.core.migration import Homes
-from nomad_watchdog.core.report_addresses import UNKNOWN, Reach, stranded
+from nomad_watchdog.core.migration import BackendAssignment
+from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability, stranded
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -95,11 +95,11 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     readiness: Readiness = ALL_READY,
     confirmed: frozenset[Stop] = NO_STOPS,
     resting: AbstractSet[Slug] = NO_SLUGS,
-    homes: Homes | None = None,
+    homes: BackendAssignment | None = None,
     changes: Changes = no_words,
     stalled: Stalled = none_stalled,
     stalled_room: int = 0,
-    reach: Reach = UNKNOWN,
+    reach: Reachability = UNKNOWN,
 ) -> Plan:
     """Decide for every device.
 
@@ -190,10 +190,10 @@ def decide(
     record: DeviceRecord,
     found: tuple[Placement, ...],
     spec_hashes: Mapping[str, str],
-    homes: Homes | None = None,
+    homes: BackendAssignment | None = None,
     changes: Changes = no_words,
     stalled: Stalled = none_stalled,
-    reach: Reach = UNKNOWN,
+    reach: Reachability = UNKNOWN,
 ) -> Iterator[Action]:
     """The next steps for one device (rules 1 to 4)."""
     live = [p for p in found if p.state is not _DEAD]
@@ -220,10 +220,10 @@ def _keep(
     record: DeviceRecord,
     current: list[Placement],
     spec_hashes: Mapping[str, str],
-    homes: Homes | None,
+    homes: BackendAssignment | None,
     changes: Changes,
     stalled: Stalled,
-    reach: Reach,
+    reach: Reachability,
 ) -> Iterator[Action]:
     # Two placements at one epoch should not exist; if a scheduler made them, all racers must choose the
     # same survivor, and so must the backend that removes the others: the oldest. Which one is accepted
@@ -264,7 +264,7 @@ def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:
     return f"agent runs an old version of class `{name}`" + (f" ({said})" if said else "")
 
 
-def _elsewhere(record: DeviceRecord, keeper: Placement, homes: Homes | None) -> str:
+def _elsewhere(record: DeviceRecord, keeper: Placement, homes: BackendAssignment | None) -> str:
     """The scheduler that the agent should move to; "" = it is where it should be."""
     # What runs on a lost node may be the accepted agent still, and nothing could start beside it (S3).
     if homes is None or keeper.state is PlacementState.LOST:
@@ -273,7 +273,9 @@ def _elsewhere(record: DeviceRecord, keeper: Placement, homes: Homes | None) -> 
     return "" if homes.at(keeper) == goal else goal
 
 
-def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: Homes | None) -> Action:
+def _start(
+    record: DeviceRecord, dead: tuple[Placement, ...], homes: BackendAssignment | None
+) -> Action:
     highest = max((p.epoch for p in dead), default=Epoch(0))
     # Its start may still be on the way to the epoch's home: it is repeated there, whatever has moved since.
     unused = record.epoch > highest and not record.instance and record.epoch > 0

@@ -35,7 +35,7 @@ class Measure(StrEnum):
     """The whole, to be shared by the workers: the depth of a queue."""
 
 
-class Verb(StrEnum):
+class ScalingVerb(StrEnum):
     """What a decision comes to."""
 
     KEEP = "keep"
@@ -43,7 +43,7 @@ class Verb(StrEnum):
     DOWN = "down"
 
 
-class Why(StrEnum):
+class ScalingReason(StrEnum):
     """What decided."""
 
     ON_TARGET = "on target"
@@ -55,7 +55,7 @@ class Why(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class ScalingRules:
     """How one pool is scaled. Raises ValueError for rules that contradict each other."""
 
     minimum: int
@@ -87,7 +87,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class ScalingState:
     """What is kept of a pool from one look to the next. Empty: it has never been looked at."""
 
     advised: tuple[tuple[Monotonic, int], ...] = ()
@@ -98,24 +98,24 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ScalingDecision:
     """`count`: how many there should be now; `advised`: what the metric alone asks for, within bounds."""
 
     count: int
     advised: int
-    verb: Verb
-    why: Why
+    verb: ScalingVerb
+    why: ScalingReason
     reason: str
-    memory: Memory
+    memory: ScalingState
     dry_run: bool = False
 
     @property
     def acts(self) -> bool:
         """Whether something is to be done about it."""
-        return self.verb is not Verb.KEEP and not self.dry_run
+        return self.verb is not ScalingVerb.KEEP and not self.dry_run
 
 
-def advise(rules: Rules, count: int, value: float) -> int:
+def advise(rules: ScalingRules, count: int, value: float) -> int:
     """How many workers the metric asks for, by itself and within bounds. `value`: finite, 0 or more."""
     share = value / rules.target
     if rules.measure is Measure.ALL:
@@ -129,8 +129,8 @@ def advise(rules: Rules, count: int, value: float) -> int:
 
 
 def decide(
-    rules: Rules, count: int, value: float | None, memory: Memory, now: Monotonic
-) -> Decision:
+    rules: ScalingRules, count: int, value: float | None, memory: ScalingState, now: Monotonic
+) -> ScalingDecision:
     """What to do about a pool of `count` workers whose metric is `value`; None = it could not be had.
 
     `now` may not run backwards; if it does, no time has passed. The caller keeps the decision's memory,
@@ -139,46 +139,50 @@ def decide(
     if not rules.minimum <= count <= rules.maximum:
         goal = _bounded(rules, count)
         reason = f"{count} is outside {rules.minimum} to {rules.maximum}"
-        return _decision(rules, count, goal, goal, Why.BOUNDS, reason, memory)
+        return _decision(rules, count, goal, goal, ScalingReason.BOUNDS, reason, memory)
     if value is None or not math.isfinite(value) or value < 0:
         said = "no metric" if value is None else f"the metric is {value:g}"
-        return _decision(rules, count, count, count, Why.NO_METRIC, f"{said}: no change", memory)
+        return _decision(
+            rules, count, count, count, ScalingReason.NO_METRIC, f"{said}: no change", memory
+        )
     advised = advise(rules, count, value)
     memory = _remember(memory, rules, count, advised, now)
     asked = f"metric {value:g}, {rules.target:g} a worker: {advised} advised"
     if advised == count:
-        return _decision(rules, count, count, advised, Why.ON_TARGET, asked, memory)
+        return _decision(rules, count, count, advised, ScalingReason.ON_TARGET, asked, memory)
     if advised < count:
         settled = min(count, max(number for _, number in memory.advised))
         if settled == count:
             reason = f"{asked}, {settled} within the last {rules.settle_s:g} s"
-            return _decision(rules, count, count, advised, Why.SETTLING, reason, memory)
+            return _decision(rules, count, count, advised, ScalingReason.SETTLING, reason, memory)
         goal = max(settled, count - rules.step_down)
     else:
         goal = min(advised, count + rules.step_up)
     wait_s = _wait_s(rules, memory, now, up=goal > count)
     if wait_s > 0:
         reason = f"{asked}, {wait_s:.0f} s of the cool-down are left"
-        return _decision(rules, count, count, advised, Why.COOL_DOWN, reason, memory)
-    return _decision(rules, count, goal, advised, Why.METRIC, asked, memory)
+        return _decision(rules, count, count, advised, ScalingReason.COOL_DOWN, reason, memory)
+    return _decision(rules, count, goal, advised, ScalingReason.METRIC, asked, memory)
 
 
-def changed(memory: Memory, count: int, now: Monotonic) -> Memory:
+def changed(memory: ScalingState, count: int, now: Monotonic) -> ScalingState:
     """After the pool was told to have `count` workers: the cool-down begins."""
     return replace(memory, changed_at=now, count=count)
 
 
-def _bounded(rules: Rules, count: int) -> int:
+def _bounded(rules: ScalingRules, count: int) -> int:
     return max(rules.minimum, min(rules.maximum, count))
 
 
-def _seen(memory: Memory, count: int, now: Monotonic) -> Memory:
+def _seen(memory: ScalingState, count: int, now: Monotonic) -> ScalingState:
     if memory.count is None or memory.count == count:
         return replace(memory, count=count)
     return changed(memory, count, now)  # by somebody else: that has to show its effect too
 
 
-def _remember(memory: Memory, rules: Rules, count: int, advised: int, now: Monotonic) -> Memory:
+def _remember(
+    memory: ScalingState, rules: ScalingRules, count: int, advised: int, now: Monotonic
+) -> ScalingState:
     """With one more piece of advice; the first look counts as advice to stay as it is."""
     before = memory.advised or ((now, count),)
     kept = [(at, number) for at, number in before if now - at < rules.settle_s]
@@ -187,7 +191,7 @@ def _remember(memory: Memory, rules: Rules, count: int, advised: int, now: Monot
     return replace(memory, advised=(*kept, (now, advised)))
 
 
-def _wait_s(rules: Rules, memory: Memory, now: Monotonic, *, up: bool) -> float:
+def _wait_s(rules: ScalingRules, memory: ScalingState, now: Monotonic, *, up: bool) -> float:
     if memory.changed_at is None:
         return 0.0
     cooldown_s = rules.cooldown_up_s if up else rules.cooldown_down_s
@@ -195,7 +199,15 @@ def _wait_s(rules: Rules, memory: Memory, now: Monotonic, *, up: bool) -> float:
 
 
 def _decision(
-    rules: Rules, count: int, goal: int, advised: int, why: Why, reason: str, memory: Memory
-) -> Decision:
-    verb = Verb.KEEP if goal == count else Verb.UP if goal > count else Verb.DOWN
-    return Decision(goal, advised, verb, why, reason, memory, rules.dry_run)
+    rules: ScalingRules,
+    count: int,
+    goal: int,
+    advised: int,
+    why: ScalingReason,
+    reason: str,
+    memory: ScalingState,
+) -> ScalingDecision:
+    verb = (
+        ScalingVerb.KEEP if goal == count else ScalingVerb.UP if goal > count else ScalingVerb.DOWN
+    )
+    return ScalingDecision(goal, advised, verb, why, reason, memory, rules.dry_run)

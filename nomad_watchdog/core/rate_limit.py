@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-MOST_CLIENTS: Final = 16_384
+MAX_CLIENTS: Final = 16_384
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class Buckets:
 
     rate: float
     burst: float
-    most: int = MOST_CLIENTS
+    most: int = MAX_CLIENTS
     _levels: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
     """Client → (requests left, when that was), the most recent last."""
 

@@ -13,12 +13,12 @@ from typing import Final
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Presence
 
-MOST_NAMED: Final = 20
+MAX_NAMED: Final = 20
 """Devices named in the text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setback:
+class RegistryRollback:
     """What a registry took back."""
 
     older: tuple[DeviceRecord, ...] = ()
@@ -53,7 +53,7 @@ def of(
     shown: Mapping[Slug, DeviceRecord],
     index_before: int,
     index: int,
-) -> Setback | None:
+) -> RegistryRollback | None:
     """What a snapshot of `index` takes back of what is known, None when it proves nothing.
 
     `shown`: its records, and those of `known` that may be newer than it. `index_before`: the highest index known
@@ -71,12 +71,12 @@ def of(
         for slug, record in known.items()
         if slug not in shown and record.presence is Presence.PRESENT
     )
-    return Setback(older, missing) if older or missing else None
+    return RegistryRollback(older, missing) if older or missing else None
 
 
 def _counted(records: Iterable[DeviceRecord], what: str) -> str:
     names = sorted(record.device.id for record in records)
     if not names:
         return ""
-    named = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+    named = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
     return f"{len(names)} {'device has' if len(names) == 1 else 'devices have'} {what} ({named})"

@@ -7,7 +7,7 @@ from typing import Final
 from nomad_watchdog.model import RepairAttempt, Repairs
 
 UNDER_WAY: Final = ("running", "verifying")
-MOST_NAMED: Final = 3
+MAX_NAMED: Final = 3
 
 
 def news(before: Repairs | None, after: Repairs | None) -> tuple[RepairAttempt, ...]:
@@ -31,5 +31,5 @@ def in_words(repairs: Repairs | None) -> str:
     """What was tried in vain, to be added to a reason; "" when the agent has not given up."""
     if repairs is None or not repairs.exhausted or not repairs.attempts:
         return ""
-    named = [f"{a.step} ({a.outcome})" for a in repairs.attempts[-MOST_NAMED:]]
+    named = [f"{a.step} ({a.outcome})" for a in repairs.attempts[-MAX_NAMED:]]
     return f"; tried: {', '.join(named)}"

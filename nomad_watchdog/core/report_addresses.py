@@ -28,7 +28,7 @@ def living(own: str, others: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class Reachability:
     """What is known of the ways between agents and the control plane."""
 
     addresses: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class Reach:
     """Devices whose agent runs, has had its time, and of which no report arrives."""
 
 
-UNKNOWN: Final = Reach()
+UNKNOWN: Final = Reachability()
 _NOT_STARTED: Final = (
     PlacementState.PENDING,
     PlacementState.STARTING,
@@ -45,7 +45,7 @@ _NOT_STARTED: Final = (
 )
 
 
-def stranded(placement: Placement, reach: Reach) -> str:
+def stranded(placement: Placement, reach: Reachability) -> str:
     """Why an agent depends on a replica that is gone, in words; "" = it does not, or that is not known.
 
     One that does not run can't be fetched. One that runs and is not heard knows no address of a replica. What

@@ -19,7 +19,7 @@ NARROW: Final = 48
 """More devices than this to look at are cheaper in one full look."""
 PRICE: Final = 20
 """Full looks that nobody has to have now take at most one part in so many of the time."""
-LEAST_S: Final = 0.5
+MIN_S: Final = 0.5
 """Shortest wait after a full look, however cheap it was."""
 URGENT_S: Final = 5.0
 """Longest wait for a full look when more is urgent than a narrow look takes."""
@@ -33,7 +33,7 @@ a part, and take from the scheduler what the storm needs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Read:
     """What to read now."""
 
     only: frozenset[Slug] | None
@@ -42,7 +42,7 @@ class Look:
 
 
 @dataclass(slots=True)
-class Agenda:
+class ResyncSchedule:
     """What is to be looked at. `resync_s`: everything is looked at again at least this often, in seconds."""
 
     resync_s: float
@@ -73,17 +73,17 @@ class Agenda:
         self._all = self._all or reason
         self._hurry = self._hurry or hurry
 
-    def take(self, now: Monotonic) -> Look | None:
+    def take(self, now: Monotonic) -> Read | None:
         """What to look at now, struck from the agenda; None while there is nothing to do yet."""
         if self._full_due(now) <= now:
-            look = Look(None, self._all or ("news" if self._news else "timer"))
+            look = Read(None, self._all or ("news" if self._news else "timer"))
             self._all, self._hurry = "", False
             self._urgent, self._calm = set(), set()
             return look
         if only := self._narrow(now):
             self._urgent -= only
             self._calm -= only
-            return Look(only, "news")
+            return Read(only, "news")
         return None
 
     def wait_s(self, now: Monotonic) -> float:
@@ -95,12 +95,12 @@ class Agenda:
             due = min(due, self._calm_since + REST_S)
         return max(0.0, due - now)
 
-    def done(self, look: Look, began: Monotonic, now: Monotonic) -> None:
+    def done(self, look: Read, began: Monotonic, now: Monotonic) -> None:
         """It was read."""
         if look.only is None:
             self.full_at, self._cost_s = now, now - began
 
-    def failed(self, look: Look) -> None:
+    def failed(self, look: Read) -> None:
         """It could not be read, and is still to be looked at."""
         if look.only is not None:
             self._urgent |= look.only
@@ -120,7 +120,7 @@ class Agenda:
     def _full_due(self, now: Monotonic) -> float:
         if self.full_at is None or self._hurry:
             return now
-        price_s = max(LEAST_S, PRICE * self._cost_s)
+        price_s = max(MIN_S, PRICE * self._cost_s)
         resync_at = self.full_at + self.resync_s
         if self._all or len(self._urgent) > NARROW:
             return min(self.full_at + min(price_s, URGENT_S), resync_at)

@@ -29,7 +29,7 @@ class SoakLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ObservedRun:
     """One agent of the new version, as it is seen now."""
 
     slug: Slug
@@ -49,7 +49,7 @@ class Run:
 
 @dataclass(slots=True)
 class _Seen:
-    run: Run
+    run: ObservedRun
     ready_at: Monotonic | None = None
     lost: bool = False
 
@@ -67,7 +67,7 @@ class Soak:
     _nodes: set[str] = field(default_factory=set)
 
     def look(
-        self, runs: Iterable[Run], wanted: frozenset[Slug] | set[Slug], now: Monotonic
+        self, runs: Iterable[ObservedRun], wanted: frozenset[Slug] | set[Slug], now: Monotonic
     ) -> None:
         """Take all live runs of the version. `wanted`: devices that shall still have this version; what ends
         for another was told to."""

@@ -14,19 +14,19 @@ from typing import Final
 
 from nomad_watchdog.model import Monotonic
 
-LEAST_S: Final = 0.05
-MOST_S: Final = 7_200.0
+MIN_S: Final = 0.05
+MAX_S: Final = 7_200.0
 """Measured times are cut to this range."""
 STEP: Final = 1.12
 """Ratio of two neighbouring bins: an estimate is up to 12 % too high, never too low."""
-BINS: Final = math.ceil(math.log(MOST_S / LEAST_S) / math.log(STEP)) + 1
+BINS: Final = math.ceil(math.log(MAX_S / MIN_S) / math.log(STEP)) + 1
 ENOUGH: Final = 30.0
 """With fewer samples a class borrows the fleet's, and the fleet the setting."""
 WINDOW: Final = 5_000.0
 """At most so many samples count: what comes later pushes the old ones out …"""
 HALF_LIFE_S: Final = 12 * 3600.0
 """… and a sample counts half after so long. A slow site is forgotten within days."""
-MOST_CLASSES: Final = 64
+MAX_CLASSES: Final = 64
 """Classes measured one by one; the samples of others count for the fleet only."""
 _Z90: Final = 1.2816
 _Z999: Final = 3.0902
@@ -77,8 +77,8 @@ class _Times:
         for number, weight in enumerate(self.bins):
             left -= weight
             if left <= 1e-9:
-                return LEAST_S * STEP**number
-        return MOST_S
+                return MIN_S * STEP**number
+        return MAX_S
 
     def slowest(self) -> float:
         """The p99.9 of a start, seconds, on the safe side."""
@@ -108,7 +108,7 @@ class StartTimes:
             raise ValueError(f"a start took {took_s!r} s")
         self._fleet.add(took_s, now)
         times = self._classes.get(agent_class)
-        if times is None and len(self._classes) < MOST_CLASSES:
+        if times is None and len(self._classes) < MAX_CLASSES:
             times = self._classes[agent_class] = _Times(faded_at=now)
         if times is not None:
             times.add(took_s, now)
@@ -119,7 +119,7 @@ class StartTimes:
         known = self._known.get(agent_class)
         if known is None:
             known = self._grace(self._classes.get(agent_class))
-            if len(self._known) < 2 * MOST_CLASSES:
+            if len(self._known) < 2 * MAX_CLASSES:
                 self._known[agent_class] = known
         return known
 
@@ -133,6 +133,6 @@ class StartTimes:
 
 
 def _bin_of(took_s: float) -> int:
-    if took_s <= LEAST_S:
+    if took_s <= MIN_S:
         return 0
-    return min(BINS - 1, math.ceil(math.log(min(took_s, MOST_S) / LEAST_S) / math.log(STEP) - 1e-9))
+    return min(BINS - 1, math.ceil(math.log(min(took_s, MAX_S) / MIN_S) / math.log(STEP) - 1e-9))

@@ -24,7 +24,7 @@ WAITING: Final = frozenset(
 BACKOFF_S: Final = 300.0
 """A failing agent waits at most this long for its scheduler's next attempt: `reschedule.max_delay` of the
 Nomad template; Kubernetes (https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#restart-policy)."""
-MOST_DOUBLINGS: Final = 3
+MAX_DOUBLINGS: Final = 3
 """The limit of a device doubles with each placement in a row that was given up, so that an agent whose start
 really takes long gets there. This often at most."""
 REMEMBERED_S: Final = 3600.0
@@ -40,7 +40,7 @@ class _Wait:
 
 
 @dataclass(slots=True)
-class Waits:
+class StuckPlacements:
     """What is remembered of the placements that wait. Bounded by the number of placements."""
 
     _waits: dict[Slug, dict[str, _Wait]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Waits:
 
     def limit_s(self, placement: Placement, most_s: float) -> float:
         """How long this placement may make no progress, seconds. `most_s`: the limit of a first start."""
-        doublings = min(self._given_up.get(placement.slug, (0, 0.0))[0], MOST_DOUBLINGS)
+        doublings = min(self._given_up.get(placement.slug, (0, 0.0))[0], MAX_DOUBLINGS)
         longer_s = BACKOFF_S if placement.state is PlacementState.RESTARTING else 0.0
         return float(most_s * 2**doublings + longer_s)
 

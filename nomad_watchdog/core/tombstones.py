@@ -19,19 +19,19 @@ from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence, WallTime
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class EpochFloor:
     """What no new record may go below."""
 
     epoch: Epoch = NEVER
     generation: int = 0
 
-    def over(self, records: Iterable[DeviceRecord]) -> Floor:
+    def over(self, records: Iterable[DeviceRecord]) -> EpochFloor:
         """The floor that lets these tombstones be deleted."""
         epoch, generation = self.epoch, self.generation
         for record in records:
             epoch = max(epoch, record.epoch)
             generation = max(generation, record.generation)
-        return Floor(epoch, generation)
+        return EpochFloor(epoch, generation)
 
     def first(self, record: DeviceRecord, wanted: Epoch) -> Epoch:
         """The epoch to take for a record instead of `wanted`: its first one is above the floor."""

@@ -22,10 +22,10 @@ from typing import Final
 PREFIX: Final = "whsec_"
 TOLERANCE_S: Final = 300
 """How far the sender's clock may be from ours, both ways."""
-MOST_ID: Final = 256
-MOST_SIGNATURES: Final = 16
+MAX_ID: Final = 256
+MAX_SIGNATURES: Final = 16
 """In one header: more is no rotation, it is work for us."""
-MOST_KEPT: Final = 65_536
+MAX_KEPT: Final = 65_536
 """Ids in a window; the oldest falls out, and then the record's own guard (`core.event_order`) stands alone."""
 _SECONDS: Final = re.compile(r"[1-9][0-9]{0,11}", re.ASCII)
 
@@ -35,7 +35,7 @@ class SignatureError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Signed:
+class SignatureHeaders:
     """Who said it was sent when. The id is the sender's: the same for each try to deliver one event."""
 
     id: str
@@ -56,12 +56,12 @@ def secret_of(text: str) -> bytes:
     return secret
 
 
-def sign(secret: bytes, signed: Signed, body: bytes) -> str:
+def sign(secret: bytes, signed: SignatureHeaders, body: bytes) -> str:
     """One signature, as it stands in the header."""
     return "v1," + base64.b64encode(_mac(secret, signed, body)).decode()
 
 
-def _mac(secret: bytes, signed: Signed, body: bytes) -> bytes:
+def _mac(secret: bytes, signed: SignatureHeaders, body: bytes) -> bytes:
     mac = _keyed(secret).copy()
     mac.update(b"%b.%d.%b" % (signed.id.encode(), signed.at, body))
     return mac.digest()
@@ -86,7 +86,7 @@ def check_form(headers: tuple[str, str, str], now: float) -> None:
 
 def verify(
     secrets: Sequence[bytes], headers: tuple[str, str, str], body: bytes, now: float
-) -> Signed:
+) -> SignatureHeaders:
     """Check ``(webhook-id, webhook-timestamp, webhook-signature)`` of these bytes. now: unix seconds.
 
     Raises SignatureError. The signature is checked before the time, and over every secret, so that the
@@ -104,21 +104,21 @@ def verify(
     return signed
 
 
-def _form(headers: tuple[str, str, str]) -> tuple[Signed, list[bytes]]:
+def _form(headers: tuple[str, str, str]) -> tuple[SignatureHeaders, list[bytes]]:
     message_id, timestamp, signatures = headers
     if not message_id or not timestamp or not signatures:
         raise SignatureError(
             "the headers webhook-id, webhook-timestamp, webhook-signature are needed"
         )
-    if len(message_id) > MOST_ID or not message_id.isascii() or not message_id.isprintable():
-        raise SignatureError(f"webhook-id must be at most {MOST_ID} printable ASCII characters")
+    if len(message_id) > MAX_ID or not message_id.isascii() or not message_id.isprintable():
+        raise SignatureError(f"webhook-id must be at most {MAX_ID} printable ASCII characters")
     if not _SECONDS.fullmatch(timestamp):
         raise SignatureError("webhook-timestamp must be whole seconds since 1970")
-    given = [_bytes_of(one) for one in signatures.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]]
-    return Signed(message_id, int(timestamp)), given
+    given = [_bytes_of(one) for one in signatures.split(" ", MAX_SIGNATURES)[:MAX_SIGNATURES]]
+    return SignatureHeaders(message_id, int(timestamp)), given
 
 
-def _check_time(signed: Signed, now: float) -> None:
+def _check_time(signed: SignatureHeaders, now: float) -> None:
     if abs(now - signed.at) > TOLERANCE_S:
         raise SignatureError(
             f"webhook-timestamp is {abs(now - signed.at):.0f} s from our clock; "
@@ -147,13 +147,13 @@ class Seen(StrEnum):
 
 
 @dataclass(slots=True)
-class Window:
+class ReplayWindow:
     """The ids of the last minutes. A call claims its id, and settles it when it is durable."""
 
-    most: int = MOST_KEPT
+    most: int = MAX_KEPT
     _kept: OrderedDict[bytes, _Entry] = field(default_factory=OrderedDict)
 
-    def claim(self, signed: Signed, body: bytes, now: float) -> Seen:
+    def claim(self, signed: SignatureHeaders, body: bytes, now: float) -> Seen:
         """What is known of this id; a NEW one is BUSY from here on, until `settle`."""
         self._forget(now)
         key, digest = _digest(signed.id.encode()), _digest(body)
@@ -168,7 +168,7 @@ class Window:
             return Seen.OTHER
         return Seen.DONE if entry.done else Seen.BUSY
 
-    def settle(self, signed: Signed, *, done: bool) -> None:
+    def settle(self, signed: SignatureHeaders, *, done: bool) -> None:
         """The claimed event was applied; or it was not, and may be sent again."""
         key = _digest(signed.id.encode())
         entry = self._kept.get(key)

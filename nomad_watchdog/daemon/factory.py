@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nomad_watchdog import private_files, schedulers
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.config.settings import Consul, Nomad, Settings
+from nomad_watchdog.config.settings import ConsulSettings, NomadSettings, Settings
 from nomad_watchdog.events.audit_store import SplitStore
-from nomad_watchdog.events.log import History
-from nomad_watchdog.events.merged_log import Told
+from nomad_watchdog.events.log import EventLog
+from nomad_watchdog.events.merged_log import MergedLog
 from nomad_watchdog.events.store import EventStore
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.pools import Driver
@@ -28,13 +28,13 @@ from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
 from nomad_watchdog.replicas.file_lease import FileLeases
 from nomad_watchdog.replicas.leases import Leases, Replica
 from nomad_watchdog.schedulers import Scheduler
-from nomad_watchdog.schedulers.credentialed import Credentialed
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.credentialed import TokenIssuingScheduler
+from nomad_watchdog.schedulers.multi import MultiScheduler
 from nomad_watchdog.secret_files import SecretFile, read_keys
 
 if TYPE_CHECKING:
-    from nomad_watchdog.clients.kubernetes import KubernetesSettings
-    from nomad_watchdog.clients.nomad import NomadSettings
+    from nomad_watchdog.clients.kubernetes import KubernetesAccess
+    from nomad_watchdog.clients.nomad import NomadAccess
 
 Verdicts = Sequence[tuple[Slug, str, float]]
 """The last verdict event of each device: slug, kind and unix seconds."""
@@ -45,22 +45,20 @@ def consul_client(settings: Settings) -> ConsulClient:
     return ConsulClient(consul_settings(settings))
 
 
-def consul_settings(settings: Settings, env: Mapping[str, str] | None = None) -> ConsulSettings:
+def consul_settings(settings: Settings, env: Mapping[str, str] | None = None) -> ConsulAccess:
     """How Consul is reached: the block `consul`, which holds Consul's own variables already, and the token of
     `env` (None = this process's) where no file of one is named."""
-    return ConsulSettings.from_env(env, **_reached(settings.consul))
+    return ConsulAccess.from_env(env, **_reached(settings.consul))
 
 
-def nomad_settings(settings: Settings, env: Mapping[str, str] | None = None) -> NomadSettings:
+def nomad_settings(settings: Settings, env: Mapping[str, str] | None = None) -> NomadAccess:
     """As `consul_settings`, of Nomad."""
-    from nomad_watchdog.clients.nomad import NomadSettings  # noqa: PLC0415  # only when used
+    from nomad_watchdog.clients.nomad import NomadAccess  # noqa: PLC0415  # only when used
 
-    return NomadSettings.from_env(
-        env, region=settings.nomad.region or "", **_reached(settings.nomad)
-    )
+    return NomadAccess.from_env(env, region=settings.nomad.region or "", **_reached(settings.nomad))
 
 
-def _reached(block: Nomad | Consul) -> dict[str, Any]:
+def _reached(block: NomadSettings | ConsulSettings) -> dict[str, Any]:
     """What both blocks say; what is not set must not come from the environment a second time."""
     names = ("address", "namespace", "ca_cert", "ca_path", "client_cert", "client_key")
     told = {name: getattr(block, name) or "" for name in (*names, "tls_server_name")}
@@ -68,12 +66,12 @@ def _reached(block: Nomad | Consul) -> dict[str, Any]:
     return told | token | {"tls_skip_verify": block.tls_skip_verify}
 
 
-def kubernetes_settings(settings: Settings) -> KubernetesSettings:
+def kubernetes_settings(settings: Settings) -> KubernetesAccess:
     """How the Kubernetes API is reached: the block `kubernetes`, then what kubectl would take."""
-    from nomad_watchdog.clients.kubernetes import KubernetesSettings  # noqa: PLC0415  # only when used
+    from nomad_watchdog.clients.kubernetes import KubernetesAccess  # noqa: PLC0415  # only when used
 
     chosen = settings.kubernetes
-    return KubernetesSettings.discover(
+    return KubernetesAccess.discover(
         chosen.kubeconfig or "",
         chosen.context or "",
         service_account=chosen.service_account or "",
@@ -143,13 +141,13 @@ def _host() -> str:
 
 
 @asynccontextmanager
-async def open_events(settings: Settings) -> AsyncIterator[tuple[History, SplitStore, Verdicts]]:
+async def open_events(settings: Settings) -> AsyncIterator[tuple[EventLog, SplitStore, Verdicts]]:
     """The history of this control plane, going on where the last run ended, its file, and the last verdict
     of each device in it. A file that can't be used stops nothing: the store says what is wrong."""
     origin = f"{_host()}-{secrets.token_hex(4)}"
     store = _store(settings, settings.events_path, settings.audit_path, origin)
     found = await store.open()
-    history = History(found.origin, store)
+    history = EventLog(found.origin, store)
     history.resume(found.seq, found.events)
     try:
         yield history, store, found.verdicts
@@ -172,7 +170,7 @@ def _store(settings: Settings, events: Path, audit: Path, origin: str) -> SplitS
 
 
 @asynccontextmanager
-async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | None]:
+async def open_told(settings: Settings, origin: str) -> AsyncIterator[MergedLog | None]:
     """The events of all replicas, and their file; None where there is one replica at a time. `origin`:
     that of our own events."""
     if settings.registry_kind == "sqlite":
@@ -180,7 +178,7 @@ async def open_told(settings: Settings, origin: str) -> AsyncIterator[Told | Non
         return
     store = _store(settings, settings.told_path, settings.audit_told_path, origin)
     found = await store.open()
-    told = Told(History(origin, store, is_copied=True))
+    told = MergedLog(EventLog(origin, store, is_copied=True))
     told.resume(found.events, found.verdicts, found.origins)
     try:
         yield told
@@ -219,7 +217,7 @@ async def open_pools(settings: Settings, installation: str) -> AsyncIterator[Dri
 
 
 @asynccontextmanager
-async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator[Moving]:
+async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator[MultiScheduler]:
     """The backend that the settings name, found by entry point, with room for others that the fleet is
     moved to or from; all closed at the end."""
     keys = None
@@ -231,9 +229,9 @@ async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator
     def made(backend: str) -> Scheduler:
         make: Any = schedulers.load(backend)
         one: Scheduler = make(**_options(settings, backend, installation))
-        return one if keys is None else Credentialed(one, keys, SystemClock())
+        return one if keys is None else TokenIssuingScheduler(one, keys, SystemClock())
 
-    scheduler = Moving(settings.backend, made, settings.spec_on)
+    scheduler = MultiScheduler(settings.backend, made, settings.spec_on)
     try:
         yield scheduler
     finally:

@@ -20,7 +20,7 @@ from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.inventory import source_of
 from nomad_watchdog.core import inventory_diff
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.daemon.factory import open_leases, open_registry, open_scheduler, replicas
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -28,7 +28,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, PlacementState, Presence
 from nomad_watchdog.registry import Registry, backup
-from nomad_watchdog.replicas.leases import Undivided
+from nomad_watchdog.replicas.leases import SoleOwner
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.units import progress
 
@@ -124,29 +124,29 @@ async def apply(
             f"the registry has moved from {registry_index} to {fleet.index} since the plan "
             "was made; make a new plan"
         )
-    plan = reconciler.planning.make(NO_STOPS)
+    plan = reconciler.plan_builder.make(NO_STOPS)
     confirmed = plan.held if allow_stops else NO_STOPS
-    plan = reconciler.planning.make(confirmed) if confirmed else plan
-    shown = reconciler.planning.shown(plan)
+    plan = reconciler.plan_builder.make(confirmed) if confirmed else plan
+    shown = reconciler.plan_builder.shown(plan)
     work = _Work()
-    reconciler.performer.done = work.done
+    reconciler.executor.done = work.done
     await _carry_out(reconciler, plan, work)
     if plan.waiting or work.replaced:
         await _follow(reconciler, confirmed, work, tell)
     failed = [slug for slug in work.failures if work.given_up(slug)]
     if failed:
-        why = reconciler.performer.obstacles.get(failed[0], "")
+        why = reconciler.executor.obstacles.get(failed[0], "")
         name = fleet.records[failed[0]].device.id if failed[0] in fleet.records else failed[0]
         raise TransientError(f"{len(failed)} devices failed {TRIES} times; {name!a}: {why}")
     return {**shown, "outcomes": dict(work.outcomes)}
 
 
 async def _carry_out(reconciler: Reconciler, plan: Plan, work: _Work) -> None:
-    performer, freshness = reconciler.performer, reconciler.informer.freshness
+    executor, freshness = reconciler.executor, reconciler.informer.freshness
     actions = [
         action
         for action in plan.actions
-        if action.slug not in performer.expectations
+        if action.slug not in executor.expectations
         and not freshness.premature(action)
         and not work.given_up(action.slug)
     ]
@@ -162,7 +162,7 @@ async def _carry_out(reconciler: Reconciler, plan: Plan, work: _Work) -> None:
         )
     }
     for first in range(0, len(actions), BATCH):
-        await performer.perform(actions[first : first + BATCH])
+        await executor.perform(actions[first : first + BATCH])
 
 
 async def _follow(
@@ -180,12 +180,12 @@ async def _follow(
     while True:
         await asyncio.sleep(POLL_S)
         await look(reconciler)
-        plan = reconciler.planning.make(confirmed)
+        plan = reconciler.plan_builder.make(confirmed)
         if plan.held:
             # What two reads agree on may go, as with the service (S7); not what nobody has registered.
             confirmed |= {stop for stop in plan.held & held if stop[0] in fleet.records}
             if held == plan.held:
-                plan = reconciler.planning.make(confirmed)
+                plan = reconciler.plan_builder.make(confirmed)
             if plan.held and held == plan.held:
                 raise TransientError(f"stops are held: {plan.hold_reason}")
         held = plan.held
@@ -245,7 +245,7 @@ async def import_registry(
     settings: Settings,
     installation: str,
     records: Sequence[DeviceRecord],
-    floor: Floor,
+    floor: EpochFloor,
     *,
     dry_run: bool,
 ) -> backup.Restored:
@@ -296,7 +296,7 @@ async def plan_once(settings: Settings) -> dict[str, Any]:
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
             reconciler = await _look_once(settings, registry, scheduler)
-            return reconciler.planning.view() | {
+            return reconciler.plan_builder.view() | {
                 "inventory": _unregistered(listed, reconciler.fleet)
             }
 
@@ -337,7 +337,7 @@ async def _look_once(
         scheduler,
         specs,
         Metrics(),
-        Undivided(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
+        SoleOwner(replica=f"{COMMAND}-{secrets.token_hex(4)}", others=await _configs(settings)),
         unreadable=unreadable,
         place=settings.placer(),
     )

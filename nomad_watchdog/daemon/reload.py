@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nomad_watchdog.api.auth import Door, door_of
+from nomad_watchdog.api.auth import Authenticator, door_of
 from nomad_watchdog.api.services import Reloaded
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.core.settings_diff import differences
 from nomad_watchdog.daemon import systemd
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.multi import MultiScheduler
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ _PARTS: Final = {
 """Blocks of which only these settings are."""
 _WITH_TEXT: Final = ("agent_class", "agent_pool")
 """Blocks whose text may hold secrets, and is not shown."""
-MOST_TOLD: Final = 50
+MAX_TOLD: Final = 50
 
 
 def applicable(running: Settings, loaded: Settings) -> Settings:
@@ -92,9 +92,9 @@ class Reloader:
     """In force."""
     load: Callable[[], Settings]
     reconciler: Reconciler
-    scheduler: Moving
-    inventory: Inventory
-    door: Door
+    scheduler: MultiScheduler
+    inventory: InventoryController
+    authenticator: Authenticator
     metrics: Metrics
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set it to have the configuration read again (SIGHUP)."""
@@ -157,7 +157,7 @@ class Reloader:
         wanted = applicable(self.settings, loaded)
         specs, unreadable = await asyncio.to_thread(wanted.readable_specs)
         place = await asyncio.to_thread(wanted.placer)
-        door = await asyncio.to_thread(door_of, wanted.api)
+        authenticator = await asyncio.to_thread(door_of, wanted.api)
         fleet, before = self.reconciler.fleet, self.settings
         limits = wanted.limits()
         was = fleet.limits
@@ -178,7 +178,7 @@ class Reloader:
             fleet.go_by(was)
             raise
         self.reconciler.informer.look_every(limits.resync_s)
-        self.door.take_over(door)
+        self.authenticator.take_over(authenticator)
         self.inventory.configure(wanted.inventory, frozenset(wanted.agent_class))
         logging.getLogger().setLevel(wanted.log.level.upper())
         self.settings = wanted
@@ -199,8 +199,8 @@ class Reloader:
         data: dict[str, object] = {}
         if done is not None:
             data = {
-                "changed": list(done.changed[:MOST_TOLD]),
-                "needs_restart": list(done.needs_restart[:MOST_TOLD]),
+                "changed": list(done.changed[:MAX_TOLD]),
+                "needs_restart": list(done.needs_restart[:MAX_TOLD]),
             }
         fleet.history.add(
             at=fleet.clock.wall(),

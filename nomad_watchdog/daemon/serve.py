@@ -17,13 +17,13 @@ from nomad_watchdog import failpoints, logs
 from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.listener import Listener
+from nomad_watchdog.api.listener import ApiListener
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.controllers.expiry import Departures
-from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.controllers.expiry import ExpiryController
+from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.controllers.registry_writes import RegistryWrites
 from nomad_watchdog.daemon import preflight, systemd
 from nomad_watchdog.daemon.factory import (
@@ -37,17 +37,17 @@ from nomad_watchdog.daemon.factory import (
 )
 from nomad_watchdog.daemon.reload import Reloader
 from nomad_watchdog.errors import UserError, WatchdogError
-from nomad_watchdog.events.merged_log import Told
+from nomad_watchdog.events.merged_log import MergedLog
 from nomad_watchdog.fleet.consul_health import ConsulHealth
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.pools.controller import Keeper
+from nomad_watchdog.pools.controller import PoolController
 from nomad_watchdog.registry import Registry
-from nomad_watchdog.replicas.event_replication import EventFeed
-from nomad_watchdog.replicas.replica_events import Replicas
-from nomad_watchdog.replicas.report_replication import AgentFiles, Peers
+from nomad_watchdog.replicas.event_replication import EventReplicator
+from nomad_watchdog.replicas.replica_events import ReplicaWatcher
+from nomad_watchdog.replicas.report_replication import AgentFiles, ReportReplicator
 from nomad_watchdog.schedulers import agent_zipapp
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.multi import MultiScheduler
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ async def serve(settings: Settings, load: Callable[[], Settings] | None = None) 
             ):
                 metrics = Metrics()
                 fleet = Fleet(registry, settings.limits(), clock, history)
-                fleet.chronicle.follow(store.status, store.left_open)
+                fleet.recorder.follow(store.status, store.left_open)
                 fleet.resume(verdicts)
                 fleet.on_commit = metrics.committed
                 specs, unreadable = settings.readable_specs()
@@ -111,7 +111,7 @@ async def serve(settings: Settings, load: Callable[[], Settings] | None = None) 
                     place=settings.placer(),
                 )
                 pools = settings.agent_pool
-                keeper = Keeper(fleet, metrics, leases, driver, pools) if driver else None
+                keeper = PoolController(fleet, metrics, leases, driver, pools) if driver else None
                 reload = _Reload(asked, load or (lambda: settings), scheduler)
                 await _run(settings, reconciler, metrics, keeper, told, stop, reload)
     except* WatchdogError as group:
@@ -143,7 +143,7 @@ class _Reload:
 
     asked: asyncio.Event
     load: Callable[[], Settings]
-    scheduler: Moving
+    scheduler: MultiScheduler
 
 
 def _first(group: BaseException) -> BaseException:
@@ -164,17 +164,17 @@ async def _run(
     settings: Settings,
     reconciler: Reconciler,
     metrics: Metrics,
-    keeper: Keeper | None,
-    told: Told | None,
+    keeper: PoolController | None,
+    told: MergedLog | None,
     stop: asyncio.Event,
     reload: _Reload,
 ) -> None:
     fleet = reconciler.fleet
     data_dir = Path(settings.data_dir)
     agent_zipapp.publish(data_dir)
-    door = door_of(settings.api)
-    departures = Departures(fleet, metrics, reconciler.territory)
-    inventory = Inventory(
+    authenticator = door_of(settings.api)
+    departures = ExpiryController(fleet, metrics, reconciler.ownership)
+    inventory = InventoryController(
         settings.inventory, fleet, departures, metrics, frozenset(settings.agent_class)
     )
     app = make_app(
@@ -184,20 +184,20 @@ async def _run(
         max_body_bytes=settings.api.max_body,
         operator=reconciler,
         leases=reconciler.leases,
-        door=door,
+        authenticator=authenticator,
     )
     app[CONTEXT].departures = departures
     app[CONTEXT].pools = keeper
     app[CONTEXT].migrations = reconciler.migrations
     runner = Runner(app, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
-    listener = Listener(runner, settings.api, metrics)
-    outgoing = (door.own_token, lambda: listener.outgoing, settings.certified)
-    peers = Peers(fleet, reconciler.leases, *outgoing)
+    listener = ApiListener(runner, settings.api, metrics)
+    outgoing = (authenticator.own_token, lambda: listener.outgoing, settings.certified)
+    peers = ReportReplicator(fleet, reconciler.leases, *outgoing)
     app[CONTEXT].fetch_file = AgentFiles(data_dir, peers.others, *outgoing[1:]).fetch
     feed = None
     if told is not None:
-        feed = EventFeed(fleet, told, reconciler.leases, *outgoing)
+        feed = EventReplicator(fleet, told, reconciler.leases, *outgoing)
         app[CONTEXT].feed = feed
     try:
         await listener.start()
@@ -211,7 +211,7 @@ async def _run(
         reconciler,
         reload.scheduler,
         inventory,
-        door,
+        authenticator,
         metrics,
         reload.asked,
         listener.renew.set,
@@ -219,7 +219,7 @@ async def _run(
     app[CONTEXT].reloads = reloader
     log.info("serving", extra={"listen": settings.api.listen, "backend": settings.backend})
     try:
-        replicas_seen = Replicas(fleet, reconciler.leases)
+        replicas_seen = ReplicaWatcher(fleet, reconciler.leases)
         writes = RegistryWrites(fleet, metrics)
         others = [
             writes.run,
@@ -245,7 +245,7 @@ async def _reconcile_until(
     settings: Settings,
     reconciler: Reconciler,
     metrics: Metrics,
-    feed: EventFeed | None,
+    feed: EventReplicator | None,
     others: Sequence[Callable[[], Coroutine[Any, Any, None]]],
 ) -> None:
     fleet = reconciler.fleet

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Final
 
-from nomad_watchdog.demo.listener import Listener
+from nomad_watchdog.demo.listener import DeviceListener
 
 ANSWER: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
 
@@ -18,10 +18,10 @@ class SimulatedDevice:
     name: str
     address: str
     port: int
-    _listener: Listener = field(init=False)
+    _listener: DeviceListener = field(init=False)
 
     def __post_init__(self) -> None:
-        self._listener = Listener(self._answer, self.address, self.port)
+        self._listener = DeviceListener(self._answer, self.address, self.port)
 
     async def power_on(self) -> None:
         """Start answering. Linux needs no set-up for the addresses of 127.0.0.0/8."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 Speaker = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-class Listener:
+class DeviceListener:
     """A TCP server whose behaviour (`speak`) can be changed, and which can go and come back.
 
     `stop` returns when each connection is closed. ``asyncio.Server.close`` alone leaves them open."""

@@ -232,7 +232,7 @@ class Process:
             return "\n".join(stream.read().decode(errors="replace").splitlines()[-lines:])
 
 
-class Server(Running):
+class ServerProcess(Running):
     """A server that is one process, with a folder of its own."""
 
     def __init__(self, data_dir: Path) -> None:

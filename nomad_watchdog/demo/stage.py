@@ -122,7 +122,7 @@ registry {{
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class StagePace:
     """Probe interval and timeout, report interval, and full comparison interval, as in the configuration."""
 
     interval: str
@@ -131,12 +131,12 @@ class Pace:
     resync: str
 
 
-CALM: Final = Pace(interval="1s", timeout="500ms", beat="2s", resync="5s")
-BRISK: Final = Pace(interval="500ms", timeout="400ms", beat="1s", resync="1s")
+CALM: Final = StagePace(interval="1s", timeout="500ms", beat="2s", resync="5s")
+BRISK: Final = StagePace(interval="500ms", timeout="400ms", beat="1s", resync="1s")
 """For few agents: steps converge sooner, nothing else differs."""
 
 
-class Agent(NamedTuple):
+class StageAgent(NamedTuple):
     """A running agent process: the slug of its device, its pid and its backend."""
 
     slug: str
@@ -276,9 +276,9 @@ class Stage:
         """Slug -> pid. If a device has two agents, the one that was found last."""
         return {one.slug: one.pid for one in self.agents()}
 
-    def agents(self) -> list[Agent]:
+    def agents(self) -> list[StageAgent]:
         """The agent processes that belong to our folder, from /proc."""
-        found: list[Agent] = []
+        found: list[StageAgent] = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -292,14 +292,14 @@ class Stage:
             values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
             if values.get(MARK.encode(), b"").decode(errors="replace").startswith(f"{self.root}/"):
                 device = parse_device_id(values.get(b"DEVICE_ID", b"").decode())
-                found.append(Agent(slug_of(device), int(entry.name), "kubernetes"))
+                found.append(StageAgent(slug_of(device), int(entry.name), "kubernetes"))
                 continue
             config = values.get(b"WATCHDOG_CONFIG", b"").decode(errors="replace") or _lock(entry)
             if not config.startswith(str(self.root)):
                 continue
             slug = values.get(b"NOMAD_META_slug", b"").decode()
             backend = "nomad" if slug else "local"
-            found.append(Agent(slug or Path(config).parent.name, int(entry.name), backend))
+            found.append(StageAgent(slug or Path(config).parent.name, int(entry.name), backend))
         return found
 
 
@@ -320,7 +320,7 @@ async def open_stage(
     *,
     strategy: str = "dispatch",
     clients: int = 1,
-    pace: Pace = CALM,
+    pace: StagePace = CALM,
     beside: bool = False,
 ) -> AsyncIterator[Stage]:
     """Start everything; on exit stop it in reverse order and leave nothing running.

@@ -18,9 +18,9 @@ from nomad_watchdog.model import WallTime
 
 TAIL: Final = 2_000
 """Events of an earlier run that are read into memory at the start."""
-MOST_DATA: Final = 4_096
-MOST_LEFT_OPEN: Final = 100
-MOST_ACTORS: Final = 20
+MAX_DATA: Final = 4_096
+MAX_LEFT_OPEN: Final = 100
+MAX_ACTORS: Final = 20
 """A file of audit events is at most so many times as large as the part of one actor."""
 _SCHEMA: Final = 2
 _TABLES: Final = f"""
@@ -49,7 +49,7 @@ class Found:
     seq: int = 0
     events: tuple[Event, ...] = ()
     left_open: tuple[tuple[str, str, float], ...] = ()
-    """Id and text of incidents that were opened and not closed; the last MOST_LEFT_OPEN."""
+    """Id and text of incidents that were opened and not closed; the last MAX_LEFT_OPEN."""
     verdicts: tuple[tuple[Slug, str, float], ...] = ()
     """Of each device the last event of its verdict: slug, kind and wall time."""
     origins: tuple[tuple[str, int], ...] = ()
@@ -124,7 +124,7 @@ def _left_open(db: sqlite3.Connection) -> tuple[tuple[str, str, float], ...]:
             opened[incident] = (text, at)
         else:
             opened.pop(incident, None)
-    return tuple((incident, *told) for incident, told in opened.items())[-MOST_LEFT_OPEN:]
+    return tuple((incident, *told) for incident, told in opened.items())[-MAX_LEFT_OPEN:]
 
 
 def _make_tables(db: sqlite3.Connection, path: Path, origin: str) -> None:
@@ -215,9 +215,9 @@ def insert(db: sqlite3.Connection, event: Event) -> None:
     try:
         data = json.dumps(dict(event.data), default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        data = json.dumps({"cut": _shown(event.data)[: MOST_DATA // 2]})
-    if len(data) > MOST_DATA:
-        data = json.dumps({"cut": data[: MOST_DATA // 2]})
+        data = json.dumps({"cut": _shown(event.data)[: MAX_DATA // 2]})
+    if len(data) > MAX_DATA:
+        data = json.dumps({"cut": data[: MAX_DATA // 2]})
     text = (event.kind, event.device_id, event.slug, event.text, data, event.origin, event.incident)
     # SQLite stores no lone surrogates.
     safe = (t.encode("utf-8", "backslashreplace").decode() for t in text)
@@ -237,5 +237,5 @@ def _event(row: tuple[Any, ...]) -> Event:
     try:
         known = loads(data)
     except ValueError:
-        known = {"cut": str(data)[:MOST_DATA]}
+        known = {"cut": str(data)[:MAX_DATA]}
     return Event(seq, WallTime(at), kind, device, Slug(slug), text, known, origin, incident, own)

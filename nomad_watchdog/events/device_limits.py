@@ -12,24 +12,24 @@ from typing import Any, Final
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import event_merge
 from nomad_watchdog.core.rate_limit import Buckets
-from nomad_watchdog.events.log import Event, History
+from nomad_watchdog.events.log import Event, EventLog
 from nomad_watchdog.ids import DeviceId, Slug
 
 PER_S: Final = 0.1
 AT_ONCE: Final = 60
-MOST_DEVICES: Final = 100_000
+MAX_DEVICES: Final = 100_000
 LEFT_OUT: Final = "events.left_out"
 
 
-class Allowance:
+class DeviceLimits:
     """Adds the events of devices to a history, at most AT_ONCE per device, and PER_S per second over time."""
 
-    def __init__(self, history: History, clock: Clock) -> None:
+    def __init__(self, history: EventLog, clock: Clock) -> None:
         self.history = history
         self.total = 0
         """Events that were left out since the start."""
         self._clock = clock
-        self._buckets = Buckets(PER_S, AT_ONCE, MOST_DEVICES)
+        self._buckets = Buckets(PER_S, AT_ONCE, MAX_DEVICES)
         self._left_out: dict[Slug, int] = {}
         self._latest: dict[Slug, dict[str, dict[str, Any]]] = {}
         """Device → subject → the event that waits for room."""
@@ -39,7 +39,7 @@ class Allowance:
         return slug not in self._left_out and self._buckets.left(slug, self._now()) >= 1.0
 
     def add(self, **event: Any) -> Event | None:
-        """As `History.add`; None for an event that is left out, or waits."""
+        """As `EventLog.add`; None for an event that is left out, or waits."""
         slug: Slug = event["slug"]
         if slug not in self._left_out and not self._buckets.take(slug, self._now()):
             return self.history.add(**event)

@@ -15,14 +15,14 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 from nomad_watchdog.secret_values import hide, hide_in
 
-MOST_EVENTS: Final = 10_000
-MOST_DEVICES: Final = 2_000
+MAX_EVENTS: Final = 10_000
+MAX_DEVICES: Final = 2_000
 PER_DEVICE: Final = 12
-MOST_TEXT: Final = 1_024
+MAX_TEXT: Final = 1_024
 AUDIT: Final = "audit."
 """Start of the kinds of events that are kept apart: who changed what."""
-MOST_PER_ACTOR: Final = 2_000
-MOST_ACTORS: Final = 64
+MAX_PER_ACTOR: Final = 2_000
+MAX_ACTORS: Final = 64
 """Tokens of all control planes whose audit events are in memory."""
 
 
@@ -120,9 +120,9 @@ class _Audit:
         self._actors.move_to_end(actor)
         mine.append(event.seq)
         self.events[event.seq] = event
-        if len(mine) > MOST_PER_ACTOR:
+        if len(mine) > MAX_PER_ACTOR:
             self._lose(mine.popleft())
-        if len(self._actors) > MOST_ACTORS:
+        if len(self._actors) > MAX_ACTORS:
             others = (one for one in self._actors if one[0] != own)
             for seq in self._actors.pop(next(others, next(iter(self._actors)))):
                 self._lose(seq)
@@ -142,7 +142,7 @@ Page = tuple[list[Event], int]
 """Events, oldest first, and the number to ask with next."""
 
 
-class Store(Protocol):
+class EventSink(Protocol):
     """Where events outlive the process."""
 
     def put(self, event: Event) -> None:
@@ -160,18 +160,18 @@ class Store(Protocol):
 
 
 @dataclass(slots=True)
-class History:
+class EventLog:
     """A ring of events, one of audit events, and the last few of each device that had any lately."""
 
     origin: str = "local"
-    store: Store | None = None
+    store: EventSink | None = None
     is_copied: bool = False
     """Numbers are given elsewhere: one that a reader brings may be ahead of what has come here so far."""
     on_add: Callable[[Event], None] | None = None
     """Told of each event that was seen here."""
     on_mark: Callable[[Sequence[int], str], None] | None = None
     """Told of each `mark`, before the event of the incident itself."""
-    _ring: deque[Event] = field(default_factory=lambda: deque(maxlen=MOST_EVENTS))
+    _ring: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     _audit: _Audit = field(default_factory=_Audit)
     _devices: OrderedDict[Slug, deque[Event]] = field(default_factory=OrderedDict)
     _seq: int = 0
@@ -202,7 +202,7 @@ class History:
         """Append one; the oldest falls out. Several lines of text become one."""
         text = "; ".join(text.splitlines())
         text, data = hide(text), cast("Mapping[str, object]", hide_in(data))
-        text = text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
+        text = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
         event = Event(self._seq + 1, at, kind, device_id, slug, text, data, self.origin, incident)
         self.take(event)
         if self.on_add is not None:
@@ -221,7 +221,7 @@ class History:
         gone = set(seqs)
         if not gone:
             return
-        self._ring = deque((e for e in self._ring if e.seq not in gone), maxlen=MOST_EVENTS)
+        self._ring = deque((e for e in self._ring if e.seq not in gone), maxlen=MAX_EVENTS)
         for seq in gone:
             self._audit.events.pop(seq, None)
         if self.is_copied and self._seq in gone:
@@ -237,13 +237,13 @@ class History:
         if is_audit(event.kind):
             self._audit.add(event, self.origin)
         else:
-            if len(self._ring) == MOST_EVENTS:
+            if len(self._ring) == MAX_EVENTS:
                 self._lost = max(self._lost, self._ring[0].seq)
             self._ring.append(event)
         mine = self._devices.setdefault(event.slug, deque(maxlen=PER_DEVICE))
         mine.append(event)
         self._devices.move_to_end(event.slug)
-        if len(self._devices) > MOST_DEVICES:
+        if len(self._devices) > MAX_DEVICES:
             self._devices.popitem(last=False)
 
     @property

@@ -16,24 +16,24 @@ from watchdog_agent.runtime.parsing import bounded, finite, whole
 
 from nomad_watchdog.core import event_merge
 from nomad_watchdog.core.event_merge import Subject
-from nomad_watchdog.events.log import Event, History
+from nomad_watchdog.events.log import Event, EventLog
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 
 TERM_BITS: Final = 28
 """Of a number those below the term: 268 million events a term, and a number stays below 2^53."""
-MOST_NUMBER: Final = 1 << 53
-MOST_SUBJECTS: Final = 200_000
-MOST_ORIGINS: Final = 1_000
-MOST_NUMBERS: Final = 20_000
+MAX_NUMBER: Final = 1 << 53
+MAX_SUBJECTS: Final = 200_000
+MAX_ORIGINS: Final = 1_000
+MAX_NUMBERS: Final = 20_000
 """Own events whose number in the log is remembered, to be marked later."""
 
 
 @dataclass(slots=True)
-class Told:
+class MergedLog:
     """The log, and what follows from it: the last state that was told of each subject."""
 
-    log: History
+    log: EventLog
     last: OrderedDict[Subject, tuple[str, float]] = field(default_factory=OrderedDict)
     incidents: dict[Subject, tuple[str, str]] = field(default_factory=dict)
     """Open incidents, as they were told: id and text."""
@@ -75,7 +75,7 @@ class Told:
         self._terms.add(number >> TERM_BITS)
         if event.origin == self.log.origin:
             self._numbers[event.own_seq] = number
-            if len(self._numbers) > MOST_NUMBERS:
+            if len(self._numbers) > MAX_NUMBERS:
                 self._numbers.popitem(last=False)
         marks = self._marks.pop(event.incident, ()) if event.kind == "incident.opened" else ()
         self._take(replace(event, seq=number, own=event.own_seq, marks=marks))
@@ -134,14 +134,14 @@ class Told:
     def _learn(self, event: Event) -> None:
         self._origins[event.origin] = max(self._origins.get(event.origin, 0), event.own_seq)
         self._origins.move_to_end(event.origin)
-        if len(self._origins) > MOST_ORIGINS:
+        if len(self._origins) > MAX_ORIGINS:
             self._origins.popitem(last=False)
         about = event_merge.subject(event) if event_merge.is_shared(event) else None
         if about is None:
             return
         self.last[about] = (event_merge.state(event), event.at)
         self.last.move_to_end(about)
-        if len(self.last) > MOST_SUBJECTS:
+        if len(self.last) > MAX_SUBJECTS:
             self.last.popitem(last=False)
         if event.kind == "incident.closed":
             self.incidents.pop(about, None)
@@ -173,7 +173,7 @@ def event_of(said: Mapping[str, object]) -> Event:
 
 def _number(said: object, least: int = 0) -> int:
     """One that a store takes, and that programs in other languages read exactly."""
-    return whole(str(said), least, MOST_NUMBER - 1)
+    return whole(str(said), least, MAX_NUMBER - 1)
 
 
 def _time(said: object) -> WallTime:

@@ -28,7 +28,7 @@ from nomad_watchdog.events.log import Event, EventFilter, Page
 
 log = logging.getLogger(__name__)
 
-MOST_WAITING: Final = 20_000
+MAX_WAITING: Final = 20_000
 """Events that wait for the disk; of more the oldest are dropped."""
 GROUP: Final = 2_000
 """Events that share a transaction."""
@@ -116,7 +116,7 @@ class EventStore:
 
     def _hand(self, item: Event | Mark | Drop) -> None:
         with self._lock:
-            if len(self._events) >= MOST_WAITING:
+            if len(self._events) >= MAX_WAITING:
                 self.dropped += isinstance(self._events.popleft(), Event)
             self._events.append(item)
             self._lock.notify()
@@ -247,7 +247,7 @@ class EventStore:
                 most = self.most
                 if self.per_actor:
                     sql.rotate_actors(db, most)
-                    most *= sql.MOST_ACTORS
+                    most *= sql.MAX_ACTORS
                 sql.rotate(db, most, time.time() - self.max_age_s)  # noqa: TID251  # ages on disk
                 self._since_rotation = 0
 

@@ -27,8 +27,8 @@ from nomad_watchdog.core.incidents import (
 )
 from nomad_watchdog.core.startup_grace import Grace, GraceLimits, StartTimes
 from nomad_watchdog.core.verdict import Evidence
-from nomad_watchdog.events.device_limits import Allowance
-from nomad_watchdog.events.log import History
+from nomad_watchdog.events.device_limits import DeviceLimits
+from nomad_watchdog.events.log import EventLog
 from nomad_watchdog.fleet.serializers import shown_repairs
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -42,9 +42,9 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.model import VerdictState as State
 
-MOST_CLOSED: Final = 100
+MAX_CLOSED: Final = 100
 """Closed incidents that are still shown."""
-MOST_ATTEMPTS: Final = 4
+MAX_ATTEMPTS: Final = 4
 """Attempts of a repair that an event has as evidence: an event is kept for long, and the agent chooses its size."""
 _OPENED: Final = re.compile(
     rf"(\d{{1,9}}) of (\d{{1,9}}) devices of ({'|'.join(GroupKind)}) (.+?)(?:; no agent runs: .+)?",
@@ -84,16 +84,16 @@ class _Known:
 
 
 @dataclass(slots=True)
-class Chronicle:
+class EventRecorder:
     """The events, incidents and start times of one fleet."""
 
-    history: History
+    history: EventLog
     limits: Limits
     clock: Clock
     correlator: Correlator = field(init=False)
-    allowance: Allowance = field(init=False)
+    allowance: DeviceLimits = field(init=False)
     starts: StartTimes = field(init=False)
-    closed: deque[Incident] = field(default_factory=lambda: deque(maxlen=MOST_CLOSED))
+    closed: deque[Incident] = field(default_factory=lambda: deque(maxlen=MAX_CLOSED))
     status_of_store: Callable[[], dict[str, object]] = lambda: {
         "stored": False,
         "reason": "events are kept in memory only: no file was opened",
@@ -105,7 +105,7 @@ class Chronicle:
 
     def __post_init__(self) -> None:
         self.starts = StartTimes(_grace_limits(self.limits))
-        self.allowance = Allowance(self.history, self.clock)
+        self.allowance = DeviceLimits(self.history, self.clock)
         self.correlator = Correlator(
             _incident_limits(self.limits), f"{self.history.origin}:incident"
         )
@@ -410,7 +410,7 @@ class Chronicle:
                 "was_ready": report.was_ready,
                 "misses": report.misses,
                 "confirmed": report.confirmed,
-                **shown_repairs(report.repairs, MOST_ATTEMPTS),
+                **shown_repairs(report.repairs, MAX_ATTEMPTS),
                 **({"gateway_dead": report.gateway} if report.gateway_dead else {}),
             },
             "consul": health.status if health is not None else None,

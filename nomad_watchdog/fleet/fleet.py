@@ -14,8 +14,8 @@ from typing import Final, Protocol
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import acceptance, presence
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.events.log import History
-from nomad_watchdog.fleet.refused_reports import Refusal
+from nomad_watchdog.events.log import EventLog
+from nomad_watchdog.fleet.refused_reports import RefusedReport
 from nomad_watchdog.fleet.serializers import (
     shown_desired,
     shown_health,
@@ -48,7 +48,7 @@ _ANSWERS: Final = (AgentState.OK, AgentState.DEGRADED)
 _SETTLED: Final = (AgentState.OK, AgentState.DEGRADED, AgentState.OFFLINE)
 REPLACED: Final = "replaced"
 """How a report of an agent is counted that was replaced and has not stopped yet."""
-MOST_HEARSAY: Final = 10_000
+MAX_HEARSAY: Final = 10_000
 """Reports of other replicas that wait for our own record; what is lost is said again on the next beat."""
 
 
@@ -111,12 +111,12 @@ class Fleet(Verdicts):
     """The devices, what is known of each, and its verdict."""
 
     def __init__(
-        self, registry: Registry, limits: Limits, clock: Clock, history: History | None = None
+        self, registry: Registry, limits: Limits, clock: Clock, history: EventLog | None = None
     ) -> None:
-        super().__init__(registry, limits, clock, history or History())
+        super().__init__(registry, limits, clock, history or EventLog())
         self.ready_event = asyncio.Event()
         self.ready_reason = "the registry and the scheduler have not been read yet"
-        self.status_parts: list[Callable[[], dict[str, object]]] = [self.chronicle.status]
+        self.status_parts: list[Callable[[], dict[str, object]]] = [self.recorder.status]
         self.explain_parts: list[Callable[[Slug], dict[str, object]]] = [self.explain_presence]
         self.registry_gone = ""
         """Why there is no registry any more, in words: it was wiped or replaced under the running service; ""
@@ -146,7 +146,7 @@ class Fleet(Verdicts):
         """Judge by these limits from now on."""
         self.limits = limits
         self.attendance.rules = limits.presence
-        self.chronicle.go_by(limits)
+        self.recorder.go_by(limits)
 
     @property
     def ready(self) -> bool:
@@ -189,7 +189,7 @@ class Fleet(Verdicts):
         index: int,
         unreadable: frozenset[Slug] = frozenset(),
     ) -> bool:
-        """As `Ledger.reset`; the first snapshot is no news to those who read events."""
+        """As `RecordCache.reset`; the first snapshot is no news to those who read events."""
         news = super().reset(records, index, unreadable)
         self.loaded = True
         return news
@@ -234,7 +234,7 @@ class Fleet(Verdicts):
         what it was bound to may not have come through the registry's watch yet."""
         record = self.records.get(report.slug)
         if record is None or self._accept(record, report).kind is not AcceptanceKind.ACCEPTED:
-            if len(self._hearsay) >= MOST_HEARSAY:
+            if len(self._hearsay) >= MAX_HEARSAY:
                 self._hearsay.clear()
             self._hearsay[report.slug] = report
             return False
@@ -245,7 +245,7 @@ class Fleet(Verdicts):
         self, status: int, slug: Slug | None, epoch: Epoch | None, *, peer: str = "", why: str = ""
     ) -> None:
         """The API refused a report (401, 403, 410). `slug` and `epoch`: what it claims to be of, unverified."""
-        self.refusals.note(slug, Refusal(status, epoch, peer, self.clock.monotonic(), why))
+        self.refusals.note(slug, RefusedReport(status, epoch, peer, self.clock.monotonic(), why))
 
     def handed_down(self, report: AgentReport) -> Condition | None:
         """What the predecessors of an agent knew of its device, for an agent that has not found out for
@@ -335,9 +335,9 @@ class Fleet(Verdicts):
         )
         if report.slug in self.records:
             before = last.repairs if last is not None else None
-            self.chronicle.repaired(self.records[report.slug], before, report.repairs)
+            self.recorder.repaired(self.records[report.slug], before, report.repairs)
         if report.ready and report.slug in self.records:
-            self.chronicle.ready(self.records[report.slug])
+            self.recorder.ready(self.records[report.slug])
         self.refresh(report.slug)
 
     # -- what is shown --------------------------------------------------------------------------
@@ -405,7 +405,7 @@ class Fleet(Verdicts):
             "heartbeat_age_s": None if beat is None else round(self.clock.monotonic() - beat, 1),
             "events": [event.shown() for event in self.told.of_device(slug)],
         }
-        explained.update(self.chronicle.explain(record))
+        explained.update(self.recorder.explain(record))
         for part in self.explain_parts:
             explained.update(part(slug))
         return explained

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from nomad_watchdog.core import flap_damping
-from nomad_watchdog.core.flap_damping import Flap
+from nomad_watchdog.core.flap_damping import FlapDamper
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Departure, DeviceRecord, Monotonic, Presence, PresenceRules
 
@@ -18,7 +18,7 @@ _SOFT: Final = frozenset({Departure.EXPIRED, Departure.DISCONNECTED})
 
 
 @dataclass(slots=True)
-class Attendance:
+class Heartbeats:
     """What is remembered of the devices' coming and going."""
 
     rules: PresenceRules
@@ -28,7 +28,7 @@ class Attendance:
     """The last heartbeat proper; for people."""
     leaving: dict[Slug, Monotonic] = field(default_factory=dict)
     """Devices that expired or were disconnected, and since when; out of it once their agent may go."""
-    flaps: dict[Slug, Flap] = field(default_factory=dict)
+    flaps: dict[Slug, FlapDamper] = field(default_factory=dict)
 
     def learned(self, before: DeviceRecord | None, record: DeviceRecord, now: Monotonic) -> bool:
         """A record was stored or read; whether the device has begun to flap by it."""
@@ -91,7 +91,7 @@ class Attendance:
         steady: list[Slug] = []
         for slug, flap in list(self.flaps.items()):
             if flap.flapping and not flap_damping.is_flapping(flap, self.rules, now):
-                self.flaps[slug] = Flap(flap_damping.penalty_at(flap, self.rules, now), now)
+                self.flaps[slug] = FlapDamper(flap_damping.penalty_at(flap, self.rules, now), now)
                 steady.append(slug)
             elif flap_damping.is_forgotten(flap, self.rules, now):
                 del self.flaps[slug]

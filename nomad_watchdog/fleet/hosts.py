@@ -12,7 +12,7 @@ from nomad_watchdog.schedulers import ClosedHost
 _BEGAN = {True: "node.draining", False: "node.ineligible"}
 
 
-class Hosts:
+class HostWatcher:
     """What the last full snapshot shows of the hosts of one fleet."""
 
     def __init__(self, fleet: Fleet) -> None:

@@ -14,13 +14,13 @@ from typing import Final
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Action, ActionKind, DeviceRecord, Epoch
 
-_MOST_RIVALS: Final = 10_000
+_MAX_RIVALS: Final = 10_000
 
 
-class Freshness:
+class ListingFreshness:
     """Which devices' placements have not been listed since their record last changed.
 
-    Listings are read one at a time (`Informer`), so that they come in the order in which they were
+    Listings are read one at a time (`PlacementInformer`), so that they come in the order in which they were
     begun."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Freshness:
         may be older than the start of it, and the device is behind until it is listed anew."""
         if (slug, instance) in self._rivals:
             return False
-        if len(self._rivals) >= _MOST_RIVALS:
+        if len(self._rivals) >= _MAX_RIVALS:
             self._rivals.clear()
         self._rivals.add((slug, instance))
         self._unseen[slug] = self._listing

@@ -17,7 +17,7 @@ from nomad_watchdog.core import pauses as rules
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import ConflictError, UserError
 from nomad_watchdog.model import WallTime
-from nomad_watchdog.registry import Document, Registry, read_document
+from nomad_watchdog.registry import Registry, RegistryDocument, read_document
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Pauses:
         changed, self._said = found != self._said, found
         return changed
 
-    def _take(self, document: Document) -> None:
+    def _take(self, document: RegistryDocument) -> None:
         if document.index == self._index:
             return
         self._index = document.index

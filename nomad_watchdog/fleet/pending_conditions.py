@@ -22,7 +22,7 @@ class _Wanted:
 
 
 @dataclass(slots=True)
-class Unwritten:
+class PendingConditions:
     """Conditions that are not in the registry yet, by device."""
 
     news: asyncio.Event = field(default_factory=asyncio.Event)

@@ -13,11 +13,11 @@ from nomad_watchdog.core import pauses as rules
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.pauses import Pause
 from nomad_watchdog.errors import PreconditionError, TransientError
-from nomad_watchdog.events.device_limits import Allowance
-from nomad_watchdog.events.log import EVERYTHING, Event, EventFilter, History
-from nomad_watchdog.fleet.heartbeats import Attendance
+from nomad_watchdog.events.device_limits import DeviceLimits
+from nomad_watchdog.events.log import EVERYTHING, Event, EventFilter, EventLog
+from nomad_watchdog.fleet.heartbeats import Heartbeats
 from nomad_watchdog.fleet.pauses import Pauses
-from nomad_watchdog.fleet.records import Ledger
+from nomad_watchdog.fleet.records import RecordCache
 from nomad_watchdog.fleet.serializers import device_of
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
@@ -33,22 +33,22 @@ from nomad_watchdog.registry import Registry
 _NOTHING: Final[Mapping[Slug, Pause]] = {}
 
 
-class RollCall(Ledger):
+class PresenceView(RecordCache):
     """The devices as the registry has them, and what is known of their coming and going."""
 
     def __init__(
-        self, registry: Registry, clock: Clock, rules: PresenceRules, history: History
+        self, registry: Registry, clock: Clock, rules: PresenceRules, history: EventLog
     ) -> None:
         super().__init__(registry, clock)
         self.history = history
-        self.allowance = Allowance(history, clock)
+        self.allowance = DeviceLimits(history, clock)
         """How many events a device may cause."""
         self.told = history
         """The events of all replicas; with one replica its own."""
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
         self.loaded = False
         """The registry has been read once; its first snapshot is no news to those who read events."""
-        self.attendance = Attendance(rules)
+        self.attendance = Heartbeats(rules)
         self.pauses = Pauses(registry, clock)
         self.slug_by_id: dict[str, Slug] = {}
         """By id: an id that is known need not be checked and hashed again."""
@@ -79,7 +79,7 @@ class RollCall(Ledger):
         index: int,
         unreadable: frozenset[Slug] = frozenset(),
     ) -> bool:
-        """As `Ledger.reset`; a store that was put back changes records without telling of each."""
+        """As `RecordCache.reset`; a store that was put back changes records without telling of each."""
         news = super().reset(records, index, unreadable)
         self._changes += 1
         if len(self.slug_by_id) != len(self.records):

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock, steps
 from nomad_watchdog.core import event_order, presence, registry_rollback
-from nomad_watchdog.core.registry_rollback import Setback
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.registry_rollback import RegistryRollback
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import ConflictError, DamagedError, UserError, WatchdogError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence, WallTime
 from nomad_watchdog.registry import (
     COMMIT_TRIES,
-    Guard,
+    CommitGuard,
     Registry,
     RegistrySnapshot,
 )
@@ -41,7 +41,7 @@ def _anything(_device: Device) -> None:
     """The permit of those who may change every device."""
 
 
-class Ledger:
+class RecordCache:
     """Records by slug, kept in step with a registry."""
 
     def __init__(self, registry: Registry, clock: Clock) -> None:
@@ -57,9 +57,9 @@ class Ledger:
         """Devices whose record could not be decoded in that snapshot."""
         self.vanished: tuple[DeviceRecord, ...] = ()
         """Records of present devices that we knew and that snapshot left out. No replica deletes those, and an answer that was cut short has an index as good as any: it is to be read again."""
-        self.setback: Setback | None = None
+        self.setback: RegistryRollback | None = None
         """What that snapshot took back, because the registry went back in time; None = nothing."""
-        self.floor = Floor()
+        self.floor = EpochFloor()
         """As it was last read. Good for generations; an epoch needs a fresh read (`read_floor`)."""
         self.owned: Counter[str] = Counter()
         """Source → its records, tombstones included."""
@@ -76,7 +76,7 @@ class Ledger:
         devices: Sequence[Device],
         source: str | None = None,
         *,
-        event: event_order.Event | None = None,
+        event: event_order.SignedEvent | None = None,
         permit: Callable[[Device], None] = _anything,
         token: str = "",
     ) -> list[Registered]:
@@ -113,7 +113,7 @@ class Ledger:
         ids: Sequence[DeviceId],
         left: Departure = Departure.REMOVED,
         *,
-        event: event_order.Event | None = None,
+        event: event_order.SignedEvent | None = None,
         permit: Callable[[Device], None] = _anything,
     ) -> list[Registered | None]:
         """Say that these devices have left; None for one that was never registered. `event` and `permit`:
@@ -180,7 +180,7 @@ class Ledger:
         raise ConflictError(f"{len(todo)} records are being changed by others; try again")
 
     async def commit(
-        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+        self, records: Sequence[DeviceRecord], guards: Sequence[CommitGuard] = ()
     ) -> Sequence[DeviceRecord | None]:
         """As `Registry.commit`, counted."""
         try:
@@ -202,12 +202,12 @@ class Ledger:
             self.learn([fresh])
         raise ConflictError("the record has just been changed by another writer; try again")
 
-    async def read_floor(self) -> Floor:
+    async def read_floor(self) -> EpochFloor:
         """The floor below which no first epoch may be, as the registry has it now."""
         self.floor = floor_of(await self.registry.document(FLOOR))
         return self.floor
 
-    async def try_floor(self) -> Floor | DamagedError:
+    async def try_floor(self) -> EpochFloor | DamagedError:
         """As `read_floor`; a damaged one as a value: it stops the first starts, and nothing else (S9)."""
         try:
             return await self.read_floor()
@@ -217,7 +217,7 @@ class Ledger:
     async def forget(self, tombstones: Sequence[DeviceRecord]) -> int:
         """Delete these tombstones; how many it did. Their epochs do not come again: the floor is raised
         first (`core.tombstones`). Raises as `Registry.forget`."""
-        if not tombstones or not await raise_floor(self.registry, Floor().over(tombstones)):
+        if not tombstones or not await raise_floor(self.registry, EpochFloor().over(tombstones)):
             return 0
         await self.read_floor()
         gone = await self.registry.forget(tombstones)

@@ -27,7 +27,7 @@ _WORDS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedReport:
     """One report that was refused."""
 
     status: int
@@ -49,13 +49,13 @@ class Refusal:
 
 
 @dataclass(slots=True)
-class Refusals:
+class RefusedReports:
     """The last refusal of each device, and of each address that named no device."""
 
-    _by_slug: OrderedDict[Slug, Refusal] = field(default_factory=OrderedDict)
-    _by_peer: OrderedDict[str, Refusal] = field(default_factory=OrderedDict)
+    _by_slug: OrderedDict[Slug, RefusedReport] = field(default_factory=OrderedDict)
+    _by_peer: OrderedDict[str, RefusedReport] = field(default_factory=OrderedDict)
 
-    def note(self, slug: Slug | None, refusal: Refusal) -> None:
+    def note(self, slug: Slug | None, refusal: RefusedReport) -> None:
         """A report was refused. `slug`: the device that it claims to be of; None = it names none."""
         if slug is not None:
             _put(self._by_slug, slug, refusal)
@@ -88,7 +88,7 @@ class Refusals:
         return found.in_words() if found is not None and now - found.at <= LATELY_S else ""
 
 
-def _put(memory: OrderedDict[K, Refusal], key: K, refusal: Refusal) -> None:
+def _put(memory: OrderedDict[K, RefusedReport], key: K, refusal: RefusedReport) -> None:
     memory[key] = refusal
     memory.move_to_end(key)
     if len(memory) > MOST:

@@ -19,9 +19,9 @@ from nomad_watchdog.model import (
     Report,
 )
 
-MOST_HELD: Final = 1_000
+MAX_HELD: Final = 1_000
 """So many held stops are shown one by one; all are counted."""
-MOST_WAITING: Final = 100
+MAX_WAITING: Final = 100
 """Devices that are named as waiting for their turn in a roll-out; all are counted."""
 
 
@@ -156,11 +156,11 @@ def shown_plan(
             "id": held_id(plan.held),
             "stops": [
                 {"device": device, "slug": slug, "epoch": epoch, "placement": ref}
-                for device, slug, epoch, ref in held[:MOST_HELD]
+                for device, slug, epoch, ref in held[:MAX_HELD]
             ],
         },
         "waiting_rollout": plan.waiting_rollout,
-        "waiting": [action.device_id for action in plan.waiting[:MOST_WAITING]],
+        "waiting": [action.device_id for action in plan.waiting[:MAX_WAITING]],
         "rollouts": shown_rollouts(plan, window, changes),
         "registry_index": registry_index,
     }

@@ -15,11 +15,11 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import device_condition as condition
 from nomad_watchdog.core import verdict
-from nomad_watchdog.events.log import History
-from nomad_watchdog.fleet.event_recorder import Change, Chronicle
-from nomad_watchdog.fleet.pending_conditions import Unwritten
-from nomad_watchdog.fleet.presence import RollCall
-from nomad_watchdog.fleet.refused_reports import Refusals
+from nomad_watchdog.events.log import EventLog
+from nomad_watchdog.fleet.event_recorder import Change, EventRecorder
+from nomad_watchdog.fleet.pending_conditions import PendingConditions
+from nomad_watchdog.fleet.presence import PresenceView
+from nomad_watchdog.fleet.refused_reports import RefusedReports
 from nomad_watchdog.fleet.track import Track
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -42,22 +42,22 @@ _NEVER_READY: Final = (VerdictState.STARTING.value, VerdictState.DEPARTED.value)
 _STUCK: Final = (VerdictState.UNWATCHED, VerdictState.FAILING)
 
 
-class Verdicts(RollCall):
+class Verdicts(PresenceView):
     """The devices as the registry has them, and the verdict of each."""
 
-    def __init__(self, registry: Registry, limits: Limits, clock: Clock, history: History) -> None:
+    def __init__(self, registry: Registry, limits: Limits, clock: Clock, history: EventLog) -> None:
         super().__init__(registry, clock, limits.presence, history)
         self.limits = limits
-        self.chronicle = Chronicle(self.history, limits, clock)
-        self.chronicle.paused = self.paused_by
-        self.chronicle.allowance = self.allowance
+        self.recorder = EventRecorder(self.history, limits, clock)
+        self.recorder.paused = self.paused_by
+        self.recorder.allowance = self.allowance
         self.health: Mapping[Slug, Health] = {}
         """Consul's word on each agent; empty when Consul is not asked."""
         self.obstacle: Callable[[Slug], str] = lambda _slug: ""
         """Why a device can't have an agent now, in words."""
-        self.refusals = Refusals()
+        self.refusals = RefusedReports()
         """Reports that the API refused."""
-        self.conditions = Unwritten()
+        self.conditions = PendingConditions()
         """Conditions that are not in the registry yet."""
         self._tracks: dict[Slug, Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
@@ -89,7 +89,7 @@ class Verdicts(RollCall):
         """Drop what was known of devices whose record is gone."""
         super().forgotten(slugs)
         for slug in slugs:
-            self.chronicle.forget(slug)
+            self.recorder.forget(slug)
             self.conditions.forget(slug)
             self._before.pop(slug, None)
             self.silent.discard(slug)
@@ -103,7 +103,7 @@ class Verdicts(RollCall):
                 self._unlisted -= track.unlisted
 
     def hear(self, ids: Iterable[str], *, beats: bool = True) -> tuple[list[bool], list[Slug]]:
-        """As `RollCall.hear`; that a device lives that was thought offline is not told two seconds late."""
+        """As `PresenceView.hear`; that a device lives that was thought offline is not told two seconds late."""
         names = list(ids)
         answer = super().hear(names, beats=beats)
         if beats and self._by_state[VerdictState.OFFLINE]:
@@ -156,7 +156,7 @@ class Verdicts(RollCall):
             track.suspect_since = None
         elif track.suspect_since is None:
             track.suspect_since = now
-        self.chronicle.look(record, evidence, track.state or judged.state)
+        self.recorder.look(record, evidence, track.state or judged.state)
         was_settled = track.settled
         track.agent, track.ready = found.state, judged.ready
         if judged.state is not track.state:
@@ -166,7 +166,7 @@ class Verdicts(RollCall):
                 self._by_state[was] -= 1
             lasted_s = now - track.since if was is not None else 0.0
             since, told = self._began(record, judged, kept, evidence.report, now)
-            self.chronicle.changed(Change(record, judged, evidence, was, lasted_s, told=told))
+            self.recorder.changed(Change(record, judged, evidence, was, lasted_s, told=told))
             track.state, track.since = judged.state, since
             if was is not None:
                 failpoints.reached("K9")
@@ -293,9 +293,9 @@ class Verdicts(RollCall):
             waiting_since=track.waiting_since,
             leaving=bool(live),
             obstacle=self.obstacle(record.slug),
-            placed_at=self.chronicle.placed_at(record),
+            placed_at=self.recorder.placed_at(record),
             beat_at=self.attendance.beats.get(record.slug),
-            grace_s=self.chronicle.grace(record).seconds,
+            grace_s=self.recorder.grace(record).seconds,
             kept=self.attendance.keeps(record.slug, now) if live else "",
             condition=self.condition(record),
             quiet_since=quiet_since,
@@ -316,7 +316,7 @@ class Verdicts(RollCall):
         """Judge every device: time alone changes verdicts (grace, staleness)."""
         for slug in self.records:
             self.refresh(slug)
-        self.chronicle.settle()
+        self.recorder.settle()
 
     def unready(self) -> int:
         """Present devices without a ready accepted agent, as last judged, but for those that are

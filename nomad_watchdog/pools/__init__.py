@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class View:
     """So many workers are asked for."""
     running: int
     worker_hash: str = ""
-    """What the workers were last told to be (`AgentPool.worker_hash`)."""
+    """What the workers were last told to be (`PoolSettings.worker_hash`)."""
     workers: tuple[str, ...] = ()
     """The names of those that run; empty where the scheduler tells only how many."""
     trouble: str = ""
@@ -56,7 +56,7 @@ class Driver(Protocol):
         """One pool of this installation; None when there is none."""
         ...
 
-    async def ensure(self, name: str, pool: AgentPool) -> None:
+    async def ensure(self, name: str, pool: PoolSettings) -> None:
         """Make the pool exist as configured. The number of workers is kept, but within the bounds; a new
         pool has the least number. Idempotent."""
         ...
@@ -70,7 +70,7 @@ class Driver(Protocol):
         """Stop the workers and forget the pool. Idempotent."""
         ...
 
-    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+    async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
         """None when there is no worker, or one that runs can't be measured (yet)."""
         ...
 

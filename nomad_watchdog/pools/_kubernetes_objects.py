@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from watchdog_agent.runtime.parsing import finite
 
-from nomad_watchdog.config.pools import AgentPool, Metric
+from nomad_watchdog.config.pools import MetricSettings, PoolSettings
 from nomad_watchdog.core.pool_scaling import Measure
 from nomad_watchdog.errors import UserError
 
@@ -22,13 +22,13 @@ INSTALLATION: Final = "nomad-watchdog/pool-of"
 """Not the label of agents: what is listed by that is an agent."""
 POOL_HASH: Final = "nomad-watchdog/pool-hash"
 WORKER_HASH: Final = "nomad-watchdog/worker-hash"
-_MOST_WINDOW_S: Final = 3600
-_MOST_PERIOD_S: Final = 1800
+_MAX_WINDOW_S: Final = 3600
+_MAX_PERIOD_S: Final = 1800
 """Of `behavior`, by the API's own validation (autoscaling/v2)."""
 
 
 def manifests(
-    name: str, pool: AgentPool, *, namespace: str, installation: str
+    name: str, pool: PoolSettings, *, namespace: str, installation: str
 ) -> list[dict[str, Any]]:
     """The objects of a pool, in the order in which they are applied. The first is the Deployment.
 
@@ -61,7 +61,7 @@ def object_name(name: str) -> str:
 
 
 def _deployment(
-    name: str, pool: AgentPool, meta: dict[str, Any], labels: dict[str, str]
+    name: str, pool: PoolSettings, meta: dict[str, Any], labels: dict[str, str]
 ) -> dict[str, Any]:
     env = [{"name": key, "value": value} for key, value in sorted(pool.env.items())]
     env.append({"name": "WORKER_POOL", "value": name})
@@ -99,7 +99,7 @@ def _deployment(
     }
 
 
-def _autoscaler(name: str, pool: AgentPool, meta: dict[str, Any]) -> dict[str, Any]:
+def _autoscaler(name: str, pool: PoolSettings, meta: dict[str, Any]) -> dict[str, Any]:
     if pool.min < 1:
         raise UserError(f"pool {name}: min must be 1 or more, as kubernetes scales none to 0")
     return {
@@ -121,15 +121,15 @@ def _autoscaler(name: str, pool: AgentPool, meta: dict[str, Any]) -> dict[str, A
 
 def _rules(window_s: float, step: int, cooldown_s: float) -> dict[str, Any]:
     """A step once a cool-down; the API allows no period below a second."""
-    period_s = max(1, min(_MOST_PERIOD_S, math.ceil(cooldown_s)))
+    period_s = max(1, min(_MAX_PERIOD_S, math.ceil(cooldown_s)))
     return {
-        "stabilizationWindowSeconds": min(_MOST_WINDOW_S, math.ceil(window_s)),
+        "stabilizationWindowSeconds": min(_MAX_WINDOW_S, math.ceil(window_s)),
         "policies": [{"type": "Pods", "value": step, "periodSeconds": period_s}],
         "selectPolicy": "Max",
     }
 
 
-def _metric(name: str, metric: Metric) -> dict[str, Any]:
+def _metric(name: str, metric: MetricSettings) -> dict[str, Any]:
     if metric.kind in ("cpu", "memory"):
         target = {"type": "Utilization", "averageUtilization": max(1, round(metric.target))}
         return {"type": "Resource", "resource": {"name": metric.kind, "target": target}}
@@ -154,7 +154,7 @@ def _quantity(value: float) -> str:
     return f"{max(1, round(value * 1000))}m"
 
 
-def used(item: Any, pool: AgentPool) -> tuple[float, float]:
+def used(item: Any, pool: PoolSettings) -> tuple[float, float]:
     """(CPU, memory) of one pod of the metrics API, in percent of what a worker is given.
 
     Raises ValueError for what makes no sense."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.core import pool_scaling
-from nomad_watchdog.core.pool_scaling import Decision, Memory, Why
+from nomad_watchdog.core.pool_scaling import ScalingDecision, ScalingReason, ScalingState
 from nomad_watchdog.errors import (
     ConflictError,
     NotFoundError,
@@ -27,24 +27,24 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.pools import Driver, View
-from nomad_watchdog.pools.metric_reader import Gauge, Reading
+from nomad_watchdog.pools.metric_reader import MetricReader, Reading
 from nomad_watchdog.replicas.leases import Leases
 
 log = logging.getLogger(__name__)
 
 SHARD: Final = Shard(0)
 """Whose holder keeps the pools. It is there whatever `shards` is."""
-LEAST_WAIT_S: Final = 0.1
+MIN_WAIT_S: Final = 0.1
 
 
 @dataclass(slots=True)
 class _Kept:
     """What is known of one pool."""
 
-    memory: Memory = field(default_factory=Memory)
+    memory: ScalingState = field(default_factory=ScalingState)
     view: View | None = None
     reading: Reading = field(default_factory=lambda: Reading(None, "not read yet"))
-    decision: Decision | None = None
+    decision: ScalingDecision | None = None
     problem: str = ""
     said: str = ""
     """The problem that was last told as an event."""
@@ -52,7 +52,7 @@ class _Kept:
     """What a dry run said last."""
 
 
-class Keeper:
+class PoolController:
     """See the module. `pools`: as configured; what else the driver lists is shown and left alone."""
 
     def __init__(
@@ -61,14 +61,14 @@ class Keeper:
         metrics: Metrics,
         leases: Leases,
         driver: Driver,
-        pools: Mapping[str, AgentPool],
+        pools: Mapping[str, PoolSettings],
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
         self._leases = leases
         self._driver = driver
         self.pools = pools
-        self._gauge = Gauge(driver, lambda: {s.value: n for s, n in fleet.counts().items()})
+        self._gauge = MetricReader(driver, lambda: {s.value: n for s, n in fleet.counts().items()})
         self._kept = {name: _Kept() for name in pools}
         metrics.pools(pools)
 
@@ -92,9 +92,9 @@ class Keeper:
             if self.ours():
                 await self.look_once(name)
             else:
-                kept.memory, kept.decision, kept.problem = Memory(), None, ""
+                kept.memory, kept.decision, kept.problem = ScalingState(), None, ""
             self._tell_metrics(name)
-            await asyncio.sleep(max(LEAST_WAIT_S, self.pools[name].interval))
+            await asyncio.sleep(max(MIN_WAIT_S, self.pools[name].interval))
 
     async def look_once(self, name: str) -> None:
         """One look at one pool, and what follows from it."""
@@ -208,7 +208,7 @@ class Keeper:
         )
         if (
             decision is not None
-            and decision.why is not Why.NO_METRIC
+            and decision.why is not ScalingReason.NO_METRIC
             and kept.reading.value is not None
         ):
             self._metrics.pool_value(name, kept.reading.value)
@@ -220,7 +220,7 @@ class Keeper:
         text = f"pool {name}: {before} workers became {count}: {reason}"
         self._note(name, "pool.scaled", text, {"before": before, "count": count})
 
-    def _note_dry_run(self, name: str, count: int, found: Decision) -> None:
+    def _note_dry_run(self, name: str, count: int, found: ScalingDecision) -> None:
         kept = self._kept[name]
         would = found.count if found.count != count else None
         if would is not None and would != kept.would:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError
 from nomad_watchdog.pools import Usage, View, average
 from nomad_watchdog.pools import _kubernetes_objects as objects
@@ -50,7 +50,7 @@ class KubernetesPools:
             return None
         return _view(found)
 
-    async def ensure(self, name: str, pool: AgentPool) -> None:
+    async def ensure(self, name: str, pool: PoolSettings) -> None:
         wanted = objects.manifests(
             name, pool, namespace=self._namespace, installation=self._installation
         )
@@ -90,7 +90,7 @@ class KubernetesPools:
             self._path(name), uid=found["metadata"]["uid"], propagation="Background"
         )
 
-    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+    async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
         mine = f"{objects.LABEL}={name},{objects.INSTALLATION}={self._installation}"
         pods = await self._client.list(f"/api/v1/namespaces/{self._namespace}/pods", labels=mine)
         running = {
@@ -122,7 +122,7 @@ class KubernetesPools:
         return bool(labels.get(objects.INSTALLATION) == self._installation)
 
     async def _within(
-        self, name: str, pool: AgentPool, made: Mapping[str, Any], *, is_new: bool
+        self, name: str, pool: PoolSettings, made: Mapping[str, Any], *, is_new: bool
     ) -> None:
         """A Deployment that was just made has one replica, as nobody said how many."""
         count = pool.min if is_new else made["spec"].get("replicas", 1)

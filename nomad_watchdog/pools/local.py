@@ -23,7 +23,7 @@ from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog import private_files
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import NotFoundError, TerminalError, WatchdogError
 from nomad_watchdog.pools import Usage, View, average
 from nomad_watchdog.schedulers.local import process
@@ -37,7 +37,7 @@ STABLE_S: Final = 60.0
 """A worker that lived for so long has not failed to start."""
 UP_S: Final = 1.0
 """A worker that lives for so long is up: the next one may be replaced."""
-_MOST_LEFT: Final = 100
+_MAX_LEFT: Final = 100
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -108,7 +108,7 @@ class LocalPools:
     async def view(self, name: str) -> View | None:
         return (await self.look()).get(name)  # some files
 
-    async def ensure(self, name: str, pool: AgentPool) -> None:
+    async def ensure(self, name: str, pool: PoolSettings) -> None:
         await asyncio.to_thread(self._ensure, name, pool)
         self._look_again.set()
 
@@ -123,7 +123,7 @@ class LocalPools:
             return
         self._look_again.set()
 
-    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+    async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
         try:
             return await asyncio.to_thread(self._usage, name, pool)
         except OSError as error:
@@ -131,7 +131,7 @@ class LocalPools:
 
     # what is written down
 
-    def _ensure(self, name: str, pool: AgentPool) -> None:
+    def _ensure(self, name: str, pool: PoolSettings) -> None:
         home = self._directory / name
         try:
             private_files.folder(home)
@@ -299,7 +299,7 @@ class LocalPools:
 
     # what it takes
 
-    def _usage(self, name: str, pool: AgentPool) -> Usage | None:
+    def _usage(self, name: str, pool: PoolSettings) -> Usage | None:
         home = self._directory / name
         workers = [_worker(home, slot) for slot in _slots(home)]
         running = [one for one in workers if one.alive and not one.stopping_at]
@@ -343,7 +343,7 @@ def _read(path: Path, kind: type[Any]) -> Any:
 
 def _end_rest(slot: Path) -> None:
     """Kill what a dead worker has left behind: it holds the slot's lock, so no other process is meant."""
-    for _ in range(_MOST_LEFT):
+    for _ in range(_MAX_LEFT):
         pid, _ = process.find(slot) if process.is_locked(slot) else (0, "")
         if not pid:
             return

@@ -14,11 +14,11 @@ import orjson
 from watchdog_agent.runtime.parsing import finite, whole
 
 from nomad_watchdog import text_files
-from nomad_watchdog.config.pools import AgentPool, Metric
+from nomad_watchdog.config.pools import MetricSettings, PoolSettings
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.pools import Driver
 
-MOST_BYTES: Final = 8 * 1024 * 1024
+MAX_BYTES: Final = 8 * 1024 * 1024
 _PART: Final = re.compile(r"([^.\[\]]+)|\[([^\[\]]*)\]")
 
 
@@ -30,7 +30,7 @@ class Reading:
     reason: str = ""
 
 
-class Gauge:
+class MetricReader:
     """The metrics of all pools of one control plane."""
 
     def __init__(self, driver: Driver, devices: Callable[[], Mapping[str, int]]) -> None:
@@ -44,7 +44,7 @@ class Gauge:
             await self._http.close()
             self._http = None
 
-    async def read(self, name: str, pool: AgentPool) -> Reading:
+    async def read(self, name: str, pool: PoolSettings) -> Reading:
         """The pool's metric now. Never raises for what is wrong outside."""
         metric = pool.metric[0]
         try:
@@ -72,7 +72,7 @@ class Gauge:
             said = str(error) or type(error).__name__
             return Reading(None, f"{metric.kind}: {said[:200]}")
 
-    async def _get(self, metric: Metric, query: Mapping[str, str]) -> Any:
+    async def _get(self, metric: MetricSettings, query: Mapping[str, str]) -> Any:
         """The JSON at the metric's address. Raises ValueError and aiohttp's errors."""
         address = metric.url or ""
         if metric.kind == "prometheus":
@@ -90,8 +90,8 @@ class Gauge:
             raw = bytearray()
             async for piece in answer.content.iter_chunked(65536):
                 raw += piece
-                if len(raw) > MOST_BYTES:
-                    raise ValueError(f"the answer is larger than {MOST_BYTES} bytes")
+                if len(raw) > MAX_BYTES:
+                    raise ValueError(f"the answer is larger than {MAX_BYTES} bytes")
             if answer.status != 200:
                 raise ValueError(f"HTTP {answer.status}")
         try:

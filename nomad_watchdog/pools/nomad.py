@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from nomad_watchdog.clients.nomad import NomadClient
-from nomad_watchdog.config.pools import AgentPool, Metric
+from nomad_watchdog.config.pools import MetricSettings, PoolSettings
 from nomad_watchdog.errors import (
     ConflictError,
     NotFoundError,
@@ -79,7 +79,7 @@ class NomadPools:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise TransientError(f"nomad tells of a pool what makes no sense: {error!r}") from error
 
-    async def ensure(self, name: str, pool: AgentPool) -> None:
+    async def ensure(self, name: str, pool: PoolSettings) -> None:
         wanted = await self._job(name, pool)
         for _ in range(_TRIES):
             found = await self._client.job(self._id(name))
@@ -112,7 +112,7 @@ class NomadPools:
         if found is not None and not found.get("Stop") and self._is_ours(found):
             await self._client.deregister(self._id(name))
 
-    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+    async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
         running = await self._running(self._id(name))
         if not running:
             return None
@@ -166,7 +166,7 @@ class NomadPools:
         failed = [row for row in rows if row.get("Status") == "blocked"]
         return f"{len(failed)} evaluations blocked: no node has room" if failed else ""
 
-    async def _job(self, name: str, pool: AgentPool) -> dict[str, Any]:
+    async def _job(self, name: str, pool: PoolSettings) -> dict[str, Any]:
         """The job as it should be; parsed and validated by Nomad once a change. Raises UserError."""
         template = await asyncio.to_thread(job_templates.load, pool.template or TEMPLATE)
         key = hashlib.sha256(f"{template.text}\0{pool.model_dump_json()}".encode()).hexdigest()
@@ -185,7 +185,7 @@ class NomadPools:
         return job
 
 
-def variables(name: str, pool: AgentPool) -> dict[str, str]:
+def variables(name: str, pool: PoolSettings) -> dict[str, str]:
     """What the template is filled with. Without a template the built-in one, which knows all of them;
     one's own gets what is set, and need not declare the rest."""
     own = {
@@ -202,7 +202,7 @@ def variables(name: str, pool: AgentPool) -> dict[str, str]:
 
 
 def finished(
-    job: dict[str, Any], name: str, pool: AgentPool, *, job_id: str, installation: str, key: str
+    job: dict[str, Any], name: str, pool: PoolSettings, *, job_id: str, installation: str, key: str
 ) -> dict[str, Any]:
     """A parsed template as the pool's job. Raises UserError for one that can't be a pool."""
     groups = job.get("TaskGroups") or []
@@ -227,7 +227,7 @@ def finished(
     }
 
 
-def scaling_block(pool: AgentPool) -> dict[str, Any]:
+def scaling_block(pool: PoolSettings) -> dict[str, Any]:
     """The group's `scaling`, as Nomad's parser makes it from HCL. Bounds always; a policy only for
     Nomad Autoscaler, which leaves alone what is not enabled."""
     external = pool.scaler == "external"
@@ -240,7 +240,7 @@ def scaling_block(pool: AgentPool) -> dict[str, Any]:
     }
 
 
-def _policy(pool: AgentPool, metric: Metric) -> dict[str, Any]:
+def _policy(pool: PoolSettings, metric: MetricSettings) -> dict[str, Any]:
     """`policy` for Nomad Autoscaler (its docs, "Scaling policies" and "Strategies")."""
     if metric.kind in _APM:
         source, query = "nomad-apm", _APM[metric.kind]
@@ -265,7 +265,7 @@ def _number(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def used(stats: Any, pool: AgentPool) -> tuple[float, float] | None:
+def used(stats: Any, pool: PoolSettings) -> tuple[float, float] | None:
     """(CPU, memory) of one allocation in percent of its share; None before the first measurement.
 
     Also None where Nomad measures nothing: with control groups v1, or none, it answers 0 for everything

@@ -31,7 +31,7 @@ class RegistrySnapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class CommitGuard:
     """A lock in the store that must still be held for a commit to happen (S2)."""
 
     key: str
@@ -44,7 +44,7 @@ _DOCUMENT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class RegistryDocument:
     """A body that the store does not look into, and its compare-and-set token."""
 
     body: bytes = b""
@@ -110,7 +110,7 @@ class Registry(Protocol):
         ...
 
     async def commit(
-        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+        self, records: Sequence[DeviceRecord], guards: Sequence[CommitGuard] = ()
     ) -> Sequence[DeviceRecord | None]:
         """Store each record if the stored index is still `record.index` (0 = it must not exist), and if
         all `guards` are still held (FencedError: one is not, and then nothing of its part is written).
@@ -133,12 +133,14 @@ class Registry(Protocol):
         snapshot (start over). Never ends; raises as the other methods."""
         ...
 
-    async def document(self, name: str) -> Document:
+    async def document(self, name: str) -> RegistryDocument:
         """A small document beside the records (the pauses, say), as the store has it now; one that was
         never written has no body and index 0. `name`: [a-z][a-z0-9-]*, at most 32 characters."""
         ...
 
-    async def commit_document(self, name: str, document: Document) -> Document | None:
+    async def commit_document(
+        self, name: str, document: RegistryDocument
+    ) -> RegistryDocument | None:
         """Store the body if the stored index is still `document.index` (0 = it must not exist).
 
         Returns it with its new index, or None where the compare-and-set lost. Durable when it returns

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 
 _TABLE: Final = (
     "CREATE TABLE IF NOT EXISTS document "
@@ -17,17 +17,19 @@ _TABLE: Final = (
 )
 
 
-def read(connection: sqlite3.Connection, name: str) -> Document:
+def read(connection: sqlite3.Connection, name: str) -> RegistryDocument:
     """The document, or an empty one."""
     table = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'document'").fetchone()
     if table is None:
-        return Document()
+        return RegistryDocument()
     found = connection.execute("SELECT body, idx FROM document WHERE name = ?", (name,))
     row = found.fetchone()
-    return Document() if row is None else Document(*row)
+    return RegistryDocument() if row is None else RegistryDocument(*row)
 
 
-def write(connection: sqlite3.Connection, name: str, document: Document, index: int) -> bool:
+def write(
+    connection: sqlite3.Connection, name: str, document: RegistryDocument, index: int
+) -> bool:
     """Store the body at `index` if the stored index is `document.index`; whether it was."""
     connection.execute(_TABLE)
     if document.index == 0:

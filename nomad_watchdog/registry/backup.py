@@ -15,11 +15,11 @@ from typing import Any, Final, TextIO
 from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog.core import presence
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import DamagedError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Epoch
-from nomad_watchdog.registry import Document, Registry
+from nomad_watchdog.registry import Registry, RegistryDocument
 from nomad_watchdog.registry.codec import MAX_BYTES, PoisonError, decode, encode
 from nomad_watchdog.registry.epoch_floor import (
     FLOOR,
@@ -31,7 +31,7 @@ from nomad_watchdog.registry.epoch_floor import (
 
 FORMAT: Final = "nomad-watchdog registry"
 VERSION: Final = 1
-NO_FLOOR: Final = Floor()
+NO_FLOOR: Final = EpochFloor()
 TRIES: Final = 5
 """Rounds of compare-and-set that a restore lets other writers win."""
 
@@ -71,7 +71,7 @@ async def lines(registry: Registry) -> list[str]:
     return [json.dumps(head), *(encode(record).decode() for record in records)]
 
 
-def parse(file: TextIO) -> tuple[str, list[DeviceRecord], Floor]:
+def parse(file: TextIO) -> tuple[str, list[DeviceRecord], EpochFloor]:
     """Installation, records and floor of a backup. Raises UserError that names the line and what is wrong."""
     numbered = _numbered(file)
     _, first = next(numbered, (1, ""))
@@ -98,13 +98,13 @@ def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
         raise UserError(f"the backup is not UTF-8: {error}") from error
 
 
-def _head(line: str) -> tuple[str, int, Floor]:
+def _head(line: str) -> tuple[str, int, EpochFloor]:
     try:
         head: Any = loads(line)
         if head["format"] != FORMAT or head["v"] != VERSION:
             raise ValueError  # noqa: TRY301  # the same sentence for all that is wrong with it
         epoch, generation = head.get("floor", [0, 0])
-        floor = Floor(Epoch(int(epoch)), int(generation))
+        floor = EpochFloor(Epoch(int(epoch)), int(generation))
         return str(uuid.UUID(head["installation"])), int(head["records"]), floor
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -113,8 +113,8 @@ def _head(line: str) -> tuple[str, int, Floor]:
 
 
 async def _stored_floor(
-    registry: Registry, records: Iterable[DeviceRecord], least: Floor = NO_FLOOR
-) -> tuple[Floor, Document | None]:
+    registry: Registry, records: Iterable[DeviceRecord], least: EpochFloor = NO_FLOOR
+) -> tuple[EpochFloor, RegistryDocument | None]:
     """The registry's floor; one above these records and `least` if its document is damaged, and that document."""
     document = await registry.document(FLOOR)
     try:
@@ -127,7 +127,7 @@ async def restore(
     registry: Registry,
     installation: str,
     saved: Iterable[DeviceRecord],
-    floor: Floor = NO_FLOOR,
+    floor: EpochFloor = NO_FLOOR,
     *,
     dry_run: bool = False,
 ) -> Restored:

@@ -18,7 +18,7 @@ from nomad_watchdog.errors import UserError
 from nomad_watchdog.fast_json import strict
 from nomad_watchdog.ids import Slug, is_slug, parse_device_id, slug_of
 from nomad_watchdog.model import (
-    MOST_REASON,
+    MAX_REASON,
     Condition,
     ConditionState,
     Departure,
@@ -81,7 +81,7 @@ def encode(record: DeviceRecord) -> bytes:
         document["condition"] = {
             "state": condition.state.value,
             "since": condition.since,
-            "reason": condition.reason[:MOST_REASON],
+            "reason": condition.reason[:MAX_REASON],
             "misses": condition.misses,
         }
     since = condition.since if condition is not None else 0.0
@@ -190,8 +190,8 @@ def _condition(document: object) -> Condition:
             f"state of the condition is none of {', '.join(ConditionState)}"
         ) from error
     reason = _text(document, "reason")
-    if len(reason) > MOST_REASON:
-        raise PoisonError(f"reason of the condition has more than {MOST_REASON} characters")
+    if len(reason) > MAX_REASON:
+        raise PoisonError(f"reason of the condition has more than {MAX_REASON} characters")
     return Condition(
         state, WallTime(_seconds(document, "since")), reason, _whole(document, "misses")
     )

@@ -30,7 +30,7 @@ from nomad_watchdog.clock import steps
 from nomad_watchdog.errors import DeniedError, NoRegistryError, TerminalError, UserError
 from nomad_watchdog.ids import Slug, shard_of
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
+from nomad_watchdog.registry import CommitGuard, RegistryDocument, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _TXN_OPS: Final = 64
@@ -107,7 +107,7 @@ class ConsulRegistry:
             raise TerminalError(f"the record at {key} can't be used: {error}") from error
 
     async def commit(
-        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+        self, records: Sequence[DeviceRecord], guards: Sequence[CommitGuard] = ()
     ) -> Sequence[DeviceRecord | None]:
         bodies = [encode(record) async for some in steps(records) for record in some]
         # an existing index proves that this is the store it came from; a first write does not
@@ -167,15 +167,17 @@ class ConsulRegistry:
             found = await self._client.kv_change(self._folder, index, _WAIT_S, beacon=sentinel)
             await asyncio.sleep(_MIN_GAP_S if found == index else 0.0)
 
-    async def document(self, name: str) -> Document:
+    async def document(self, name: str) -> RegistryDocument:
         check_document(name)
         row = await self._client.kv_get(self._documents + name)
         if row is None:
             await self.installation()  # none, or none that we may see
-            return Document()
-        return Document(row.value, row.index)
+            return RegistryDocument()
+        return RegistryDocument(row.value, row.index)
 
-    async def commit_document(self, name: str, document: Document) -> Document | None:
+    async def commit_document(
+        self, name: str, document: RegistryDocument
+    ) -> RegistryDocument | None:
         check_document(name, document.body)
         if document.index == 0:
             await self.installation()

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable
 from typing import Any, Final
 
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.model import DeviceRecord, Epoch
-from nomad_watchdog.registry import COMMIT_TRIES, Document, Registry, read_document
+from nomad_watchdog.registry import COMMIT_TRIES, Registry, RegistryDocument, read_document
 
 FLOOR: Final = "epoch-floor"
 """The registry's document that holds the floor (`core.tombstones`)."""
@@ -20,43 +20,43 @@ _REPAIR: Final = (
 )
 
 
-def floor_of(document: Document) -> Floor:
+def floor_of(document: RegistryDocument) -> EpochFloor:
     """The floor in the registry's document. Raises DamagedError for one that can't be read."""
     if not document.body:
-        return Floor()
+        return EpochFloor()
     return read_document(FLOOR, document.body, 1, _floor, _REPAIR)
 
 
-def _floor(said: Any) -> Floor:
+def _floor(said: Any) -> EpochFloor:
     epoch, generation = said["epoch"], said["generation"]
     if type(epoch) is not int or type(generation) is not int or min(epoch, generation) < 0:
         raise ValueError
-    return Floor(Epoch(epoch), generation)
+    return EpochFloor(Epoch(epoch), generation)
 
 
-def rebuilt_floor(records: Iterable[DeviceRecord], least: Floor) -> Floor:
+def rebuilt_floor(records: Iterable[DeviceRecord], least: EpochFloor) -> EpochFloor:
     """A floor in place of one that can't be read, above all that is known and, by REBUILT_MARGIN, above what the
     deleted tombstones can have had."""
     known = least.over(records)
-    return Floor(Epoch(known.epoch + REBUILT_MARGIN), known.generation + REBUILT_MARGIN)
+    return EpochFloor(Epoch(known.epoch + REBUILT_MARGIN), known.generation + REBUILT_MARGIN)
 
 
-def floor_document(floor: Floor, index: int) -> Document:
+def floor_document(floor: EpochFloor, index: int) -> RegistryDocument:
     """The floor as it is stored; `index`: of what it replaces."""
     body = json.dumps({"v": 1, "epoch": floor.epoch, "generation": floor.generation}).encode()
-    return Document(body, index)
+    return RegistryDocument(body, index)
 
 
-async def raise_floor(registry: Registry, least: Floor) -> bool:
+async def raise_floor(registry: Registry, least: EpochFloor) -> bool:
     """Have the stored floor at `least` or above; False when other writers won COMMIT_TRIES times in a row.
     Raises as `Registry.commit_document`."""
     for _ in range(COMMIT_TRIES):
         stored = await registry.document(FLOOR)
         floor = floor_of(stored)
         epoch, generation = max(floor.epoch, least.epoch), max(floor.generation, least.generation)
-        if Floor(epoch, generation) == floor:
+        if EpochFloor(epoch, generation) == floor:
             return True
-        document = floor_document(Floor(epoch, generation), stored.index)
+        document = floor_document(EpochFloor(epoch, generation), stored.index)
         if await registry.commit_document(FLOOR, document) is not None:
             return True
     return False

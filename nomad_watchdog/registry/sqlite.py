@@ -25,7 +25,13 @@ from nomad_watchdog.clock import steps
 from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
-from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, _sqlite_rows, check_document
+from nomad_watchdog.registry import (
+    CommitGuard,
+    RegistryDocument,
+    RegistrySnapshot,
+    _sqlite_rows,
+    check_document,
+)
 from nomad_watchdog.registry import _sqlite_documents as documents
 from nomad_watchdog.registry._sqlite_rows import Row
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
@@ -118,7 +124,7 @@ class SqliteRegistry:
     async def commit(
         self,
         records: Sequence[DeviceRecord],
-        guards: Sequence[Guard] = (),  # noqa: ARG002  # no lock lives in this store
+        guards: Sequence[CommitGuard] = (),  # noqa: ARG002  # no lock lives in this store
     ) -> Sequence[DeviceRecord | None]:
         rows = [
             (str(record.slug), record.index, encode(record))
@@ -179,11 +185,13 @@ class SqliteRegistry:
         finally:
             self._wakes.discard(wake)
 
-    async def document(self, name: str) -> Document:
+    async def document(self, name: str) -> RegistryDocument:
         check_document(name)
         return await self._in_reader(lambda: self._document(name))
 
-    async def commit_document(self, name: str, document: Document) -> Document | None:
+    async def commit_document(
+        self, name: str, document: RegistryDocument
+    ) -> RegistryDocument | None:
         check_document(name, document.body)
         index = await self._in_reader(lambda: self._commit_document(name, document))
         return None if index is None else replace(document, index=index)
@@ -286,12 +294,12 @@ class SqliteRegistry:
         row: tuple[int, bytes] | None = found.fetchone()
         return row
 
-    def _document(self, name: str) -> Document:
+    def _document(self, name: str) -> RegistryDocument:
         connection = self._connected()
         _installation(connection, self._path)
         return documents.read(connection, name)
 
-    def _commit_document(self, name: str, document: Document) -> int | None:
+    def _commit_document(self, name: str, document: RegistryDocument) -> int | None:
         connection = self._connected()
         connection.execute("BEGIN IMMEDIATE")
         try:

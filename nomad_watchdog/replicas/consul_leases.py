@@ -31,7 +31,7 @@ from nomad_watchdog.errors import FencedError, WatchdogError
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.model import Monotonic
-from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,9 @@ class ConsulLeases:
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms if self._clock.monotonic() < self._valid_until else {}
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:
         shards = {shard_of(slug, self.shards) for slug in slugs}
-        return [Guard(self._lock(shard), self._session) for shard in sorted(shards)]
+        return [CommitGuard(self._lock(shard), self._session) for shard in sorted(shards)]
 
     def all(self) -> Sequence[Lease]:
         known = self._view.leases

@@ -22,7 +22,7 @@ from watchdog_agent.runtime.parsing import loads
 from nomad_watchdog.core import event_merge
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.events.log import Event, is_audit
-from nomad_watchdog.events.merged_log import Told, event_of
+from nomad_watchdog.events.merged_log import MergedLog, event_of
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard
 from nomad_watchdog.replicas.leases import Leases, Replica
@@ -34,7 +34,7 @@ EVENTS: Final = "/v1/events"
 SHARD: Final = Shard(0)
 """Its holder tells."""
 LOOK_EVERY_S: Final = 0.1
-MOST_PENDING: Final = 2_000
+MAX_PENDING: Final = 2_000
 """Own events that wait for a teller; of more the oldest are only in our own log."""
 MOST: Final = 200
 """Events in one message."""
@@ -52,19 +52,19 @@ _PAGE: Final = 1_000
 _CHECKED: Final = 200
 
 
-class EventFeed:
-    """One replica's part. `token` and `tls` as those of `Peers`."""
+class EventReplicator:
+    """One replica's part. `token` and `tls` as those of `ReportReplicator`."""
 
     def __init__(
         self,
         fleet: Fleet,
-        told: Told,
+        told: MergedLog,
         leases: Leases,
         token: Callable[[], str],
         tls: Callable[[], SSLContext | None] = lambda: None,
         certified: str = "",
     ) -> None:
-        self._chronicle = fleet.chronicle
+        self._chronicle = fleet.recorder
         self._own = fleet.history
         self._told = told
         self._leases = leases
@@ -75,7 +75,7 @@ class EventFeed:
         """Of our telling; None while another tells."""
         self._stopped = False
         self._clock = fleet.clock
-        self._pending: deque[Event] = deque(maxlen=MOST_PENDING)
+        self._pending: deque[Event] = deque(maxlen=MAX_PENDING)
         self._news = asyncio.Event()
         self._heard_at = float("-inf")
         self._following: tuple[str, asyncio.Task[None]] | None = None
@@ -94,7 +94,7 @@ class EventFeed:
         if self._term is not None:
             self._told.tell(event, self._term)
         elif not event_merge.is_shared(event):
-            if len(self._pending) == MOST_PENDING:
+            if len(self._pending) == MAX_PENDING:
                 # Others make room first: what was changed is told whatever else happens.
                 least = (n for n, one in enumerate(self._pending) if not is_audit(one.kind))
                 del self._pending[next(least, 0)]
@@ -253,7 +253,7 @@ class EventFeed:
         if alone:
             # older than all that waits already
             waiting = [event for event in self._pending if event.seq > alone[-1].seq]
-            self._pending = deque([*alone, *waiting], maxlen=MOST_PENDING)
+            self._pending = deque([*alone, *waiting], maxlen=MAX_PENDING)
             self._news.set()
 
     async def _page(self, session: aiohttp.ClientSession, peer: Replica, since: int) -> list[Event]:

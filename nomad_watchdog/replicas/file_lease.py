@@ -21,7 +21,7 @@ from nomad_watchdog import private_files
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Shard, Slug
-from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 _POLL_S: Final = 0.2
@@ -57,7 +57,7 @@ class FileLeases:
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # noqa: ARG002  # the kernel guards
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:  # noqa: ARG002  # the kernel guards
         return ()
 
     def all(self) -> Sequence[Lease]:

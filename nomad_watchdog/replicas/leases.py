@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from nomad_watchdog.errors import FencedError
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import Monotonic
-from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry import CommitGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Leases(Protocol):
         """The shards that are ours now; empty as soon as our own clock can't vouch for it."""
         ...
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:
         """What a commit for these devices must name."""
         ...
 
@@ -133,7 +133,7 @@ FIRST: Final = Term(1, Monotonic(0.0))
 
 
 @dataclass(slots=True)
-class Undivided:
+class SoleOwner:
     """All shards, always: for one pass by hand, where an operator is the only one who acts."""
 
     shards: int = 1
@@ -147,7 +147,7 @@ class Undivided:
     def terms(self) -> Mapping[Shard, Term]:
         return dict.fromkeys(map(Shard, range(self.shards)), FIRST)
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # noqa: ARG002  # as the protocol has it
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:  # noqa: ARG002  # as the protocol has it
         return ()
 
     def all(self) -> Sequence[Lease]:

@@ -16,11 +16,11 @@ from nomad_watchdog.model import Monotonic
 from nomad_watchdog.replicas.leases import Leases, Term
 
 _T = TypeVar("_T")
-_MOST_KNOWN = 1_000_000
+_MAX_KNOWN = 1_000_000
 """Slugs whose shard is remembered; hashing one costs 2 µs."""
 
 
-class Territory:
+class ShardOwnership:
     """The reader of `leases` for one fleet."""
 
     def __init__(self, leases: Leases) -> None:
@@ -37,7 +37,7 @@ class Territory:
     def shard(self, slug: Slug) -> Shard:
         found = self._known.get(slug)
         if found is None:
-            if len(self._known) > _MOST_KNOWN:
+            if len(self._known) > _MAX_KNOWN:
                 self._known.clear()
             found = self._known[slug] = shard_of(slug, self._leases.shards)
         return found

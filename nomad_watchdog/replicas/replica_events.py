@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_S: Final = 0.25
 
 
-class Replicas:
+class ReplicaWatcher:
     """The reader of `leases` for one fleet."""
 
     def __init__(self, fleet: Fleet, leases: Leases) -> None:

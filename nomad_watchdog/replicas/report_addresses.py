@@ -8,7 +8,7 @@ from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.schedulers.agent_document import addressed
 
 
-class Living:
+class ReportAddresses:
     """The reader of `leases` for one fleet."""
 
     def __init__(self, leases: Leases) -> None:

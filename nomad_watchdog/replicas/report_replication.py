@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 PATH: Final = "/v1/peers/reports"
 MOST: Final = 500
 """Reports in one message."""
-MOST_BEATS: Final = 2_000
+MAX_BEATS: Final = 2_000
 """Ids in one message; both together stay below the API's default of 1 MiB a body."""
 GATHER_S: Final = 0.1
 """So long reports are gathered into one message: they are evidence, not events to act on."""
 _CALL_S: Final = 2.0
 VIA: Final = "1.1 nomad-watchdog"
 """The header `Via` of a replica that asks another one for a file: that one asks no further (RFC 9110, 7.6.3)."""
-MOST_FILE: Final = 8 * 1024 * 1024
+MAX_FILE: Final = 8 * 1024 * 1024
 """Bytes of an agent file; ours has less than a tenth of that."""
 _MISSED_S: Final = 0.1
 """After a search that found nothing no other is begun for so long: anybody may ask, for any file."""
-_MOST_SEARCHES: Final = 32
+_MAX_SEARCHES: Final = 32
 """Requests that wait for a search; more are answered that the file is not there."""
 
 
@@ -50,7 +50,7 @@ def document(report: AgentReport) -> dict[str, Any]:
     return {"v": 1, **said}
 
 
-class Peers:
+class ReportReplicator:
     """The one that tells. `token` gives the bearer token that replicas share, "" = none; `tls` what is
     trusted and shown over https, None = the system's trust; `certified` the host that the others'
     certificates name, "" = the one at which they are called."""
@@ -104,7 +104,7 @@ class Peers:
                 batch = dict(islice(self._fresh.items(), MOST))
                 for slug in batch:
                     del self._fresh[slug]
-                beats = list(islice(self._beats, MOST_BEATS))
+                beats = list(islice(self._beats, MAX_BEATS))
                 for name in beats:
                     del self._beats[name]
                 if not self._fresh and not self._beats:
@@ -157,7 +157,7 @@ class AgentFiles:
     async def fetch(self, sha256: str) -> None:
         """Have the file with this SHA-256 here, if another replica has it."""
         path = agent_zipapp.published(self._folder, sha256)
-        if self._waiting >= _MOST_SEARCHES or not self._others():
+        if self._waiting >= _MAX_SEARCHES or not self._others():
             return
         self._waiting += 1
         try:
@@ -188,7 +188,7 @@ class AgentFiles:
                 f"{peer.api}/artifacts/{sha256}/watchdog-agent.pyz", headers={"Via": VIA},
                 ssl=self._tls() or True, server_hostname=self._certified, allow_redirects=False,
             ) as answer:  # fmt: skip
-                if answer.status != 200 or (answer.content_length or 0) > MOST_FILE:
+                if answer.status != 200 or (answer.content_length or 0) > MAX_FILE:
                     return None
                 return await answer.content.readexactly(answer.content_length or 0)
         except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError):

@@ -11,12 +11,12 @@ from typing import Final
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Placement, PlacementState
 
-MOST_ASKED: Final = 8
+MAX_ASKED: Final = 8
 """So many of those that vanished are asked for by name; a list that lies is caught by the first."""
 
 
 @dataclass(slots=True)
-class Memory:
+class Vanished:
     """The handles of what was alive in the last snapshots."""
 
     _live: dict[Slug, tuple[str, ...]] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Memory:
         """A few of those that were alive and are listed no more: each is worth a question."""
         slugs: Iterable[Slug] = self._live if only is None else only & self._live.keys()
         gone = [ref for slug in slugs for ref in self._live[slug] if ref not in listed]
-        return gone if len(gone) <= MOST_ASKED else random.sample(gone, MOST_ASKED)
+        return gone if len(gone) <= MAX_ASKED else random.sample(gone, MAX_ASKED)
 
     def take(
         self,

@@ -19,7 +19,7 @@ import watchdog_agent
 
 from nomad_watchdog import private_files
 
-MOST_KEPT: Final = 4
+MAX_KEPT: Final = 4
 """Published agent files that are kept. An agent that is started again after an upgrade of the control plane
 fetches the file of the version that it was first started with."""
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
@@ -46,7 +46,7 @@ def build_agent(path: Path, mode: int = 0o755) -> str:
 def publish(folder: Path) -> str:
     """Write the agent as `watchdog-agent.pyz`, and by its SHA-256 as `published` finds it; the SHA-256.
 
-    Of the files of earlier versions the last MOST_KEPT are kept. Raises OSError."""
+    Of the files of earlier versions the last MAX_KEPT are kept. Raises OSError."""
     shelf = folder / "agent-files"
     private_files.folder(shelf)
     build_agent(folder / "watchdog-agent.pyz", private_files.FILE)
@@ -54,7 +54,7 @@ def publish(folder: Path) -> str:
     _write(own, _own(), private_files.FILE)
     os.utime(own)
     newest = sorted(shelf.glob("*.pyz"), key=lambda one: one.stat().st_mtime_ns, reverse=True)
-    for old in newest[MOST_KEPT:]:
+    for old in newest[MAX_KEPT:]:
         old.unlink(missing_ok=True)
     return checksum()
 

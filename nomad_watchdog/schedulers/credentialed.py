@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.core.agent_token import Claim, issue
+from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import TerminalError
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
@@ -24,7 +24,7 @@ FIELD = "credential"
 """In the agent's document (watchdog_agent.wire)."""
 
 
-class Credentialed:
+class TokenIssuingScheduler:
     """`inner`, whose agents get a credential signed by the first key of `keys`."""
 
     def __init__(self, inner: Scheduler, keys: SecretFile, clock: Clock) -> None:
@@ -41,7 +41,7 @@ class Credentialed:
         keys = self.keys.now(self.clock.monotonic())
         if not keys:
             raise TerminalError("api.agent_key_file holds no key: the agent would not be believed")
-        signed = issue(keys[0], Claim(record.slug, epoch))
+        signed = issue(keys[0], TokenClaim(record.slug, epoch))
         present(signed)  # a scheduler may quote it in an error
         return await self.inner.ensure(record, epoch, with_credential(spec, signed))
 

@@ -22,7 +22,7 @@ from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Scheduler, S
 
 log = logging.getLogger(__name__)
 
-_MOST_HINTS: Final = 256
+_MAX_HINTS: Final = 256
 """Hints that wait to be read; further ones wait at their scheduler."""
 
 
@@ -44,7 +44,7 @@ def _check_all(refused: Mapping[str, str] | None) -> None:
         raise UserError("; ".join(refused.values()))
 
 
-class Moving:
+class MultiScheduler:
     """`usual`: the configured backend, `make`: constructs one by name and raises UserError when it can't,
     `adapt`: what a spec is on one of them."""
 
@@ -215,7 +215,7 @@ class Moving:
         return frozenset(behind)
 
     async def watch(self) -> AsyncIterator[Hint]:
-        hints: asyncio.Queue[Hint] = asyncio.Queue(_MOST_HINTS)
+        hints: asyncio.Queue[Hint] = asyncio.Queue(_MAX_HINTS)
         ears: dict[str, asyncio.Task[None]] = {}
 
         async def hear(part: Scheduler) -> None:

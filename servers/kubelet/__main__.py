@@ -30,7 +30,7 @@ import aiohttp
 import click
 from watchdog_agent.runtime.parsing import loads
 
-from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings
+from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient
 from nomad_watchdog.demo.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import (
     ConflictError,
@@ -87,7 +87,7 @@ class Kubelet(Running):
     async def _leave(self) -> None:
         """Take the node from the cluster: until the controllers miss its lease (50 s by default) the scheduler
         would go on placing pods there."""
-        client = KubernetesClient(KubernetesSettings.discover(str(self._kubeconfig)))
+        client = KubernetesClient(KubernetesAccess.discover(str(self._kubeconfig)))
         try:
             with contextlib.suppress(WatchdogError):  # the API server may have ended first
                 await client.delete(f"/api/v1/nodes/{self.node}")
@@ -121,7 +121,7 @@ class Kubelet(Running):
             env=clean_environment(),
         )
         self._process = process
-        client = KubernetesClient(KubernetesSettings.discover(str(self._kubeconfig)))
+        client = KubernetesClient(KubernetesAccess.discover(str(self._kubeconfig)))
         deadline = time.monotonic() + timeout_s
         try:
             while not await self._is_ready(client):
@@ -354,7 +354,7 @@ _LEASES: Final = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases
 
 
 async def _main(kubeconfig: str, options: Mapping[str, Any]) -> None:
-    client = KubernetesClient(KubernetesSettings.discover(kubeconfig))
+    client = KubernetesClient(KubernetesAccess.discover(kubeconfig))
     # no connection is kept: a probe that finds one half closed would fail for nothing
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as http:

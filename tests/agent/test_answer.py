@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from watchdog_agent.runtime.http_response import MAX_BODY, MAX_HEAD, MOST_INTERIM, HttpError, Reader
+from watchdog_agent.runtime.http_response import MAX_BODY, MAX_HEAD, MAX_INTERIM, HttpError, Reader
 
 from tests.agent.probing import asked, tcp
 from tests.agent.world import Listener, Speaker, World, says, until
@@ -177,7 +177,7 @@ WRONG = [
     (HEAD + b"X: yyyy\r\n" * 1000, "head of more than 8 KiB"),
     (b"\r\n" * 5000, "head of more than 8 KiB"),
     (HEAD + b"".join(b"a%d:\n" % n for n in range(300)) + b"\n", "more than 256 header fields"),
-    (b"HTTP/1.1 100 Continue\r\n\r\n" * (MOST_INTERIM + 1), "more than 16 answers"),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * (MAX_INTERIM + 1), "more than 16 answers"),
     (coded(b"br", b"x"), "encoded as 'br', which was not requested"),
     (coded(b"gzip, gzip", b"x"), "encoded as 'gzip, gzip'"),
     (coded(b"gzip", b"no gzip at all"), "not valid gzip"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.schedulers.agent_zipapp import (
-    MOST_KEPT,
+    MAX_KEPT,
     Installed,
     build_agent,
     is_checksum,
@@ -57,7 +57,7 @@ def test_files_of_earlier_versions_are_kept_some_versions_long(tmp_path: Path) -
     publish(tmp_path)
     names = sorted(one.stem for one in shelf.iterdir())
     assert names == sorted([sha256, *(f"{number:064}" for number in (3, 4, 5))])
-    assert len(names) == MOST_KEPT
+    assert len(names) == MAX_KEPT
     assert (
         published(tmp_path, sha256).read_bytes() == (tmp_path / "watchdog-agent.pyz").read_bytes()
     )

@@ -73,7 +73,7 @@ def test_what_a_finished_program_leaves_behind_lives() -> None:
     """A program that starts a service and ends is not undone: its child outlives it and its guard."""
     script = "sleep 600 & echo $!"
     read, write = os.pipe()
-    program = child_guard.Guarded(
+    program = child_guard.GuardedProcess(
         ["sh", "-c", script], dict(os.environ), [*NULL, (os.POSIX_SPAWN_DUP2, write, 1)]
     )
     os.close(write)
@@ -102,7 +102,7 @@ def test_a_program_gets_what_it_was_given(
     words = ["$(id); a b", "-n", "", "*"]
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
     try:
-        program = child_guard.Guarded(
+        program = child_guard.GuardedProcess(
             [sys.executable, "-c", text, str(out), *words], {"ONE": "x y"}, NULL
         )
         assert os.waitstatus_to_exitcode(program.reap() or 0) == 7
@@ -127,10 +127,10 @@ def test_a_program_that_is_not_there_is_an_error_of_the_start(tmp_path: Path) ->
         (str(plain), PermissionError),
     ):
         with pytest.raises(error):
-            child_guard.Guarded([argv], {}, NULL)
+            child_guard.GuardedProcess([argv], {}, NULL)
     for words in (["tr\0ue"], ["true", "\0"]):
         with pytest.raises(ValueError, match="null"):
-            child_guard.Guarded(words, {}, NULL)
+            child_guard.GuardedProcess(words, {}, NULL)
     assert not child_guard._left
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from watchdog_agent.repairs import ladder as words
-from watchdog_agent.repairs.authority import ASK, Standing
+from watchdog_agent.repairs.authority import ASK, ActAuthority
 from watchdog_agent.repairs.ladder import Ladder
 
 
@@ -244,7 +244,7 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
         assert tries[key] <= found["tries"]
         ladder.took(found, now)
         times.append(now)
-        assert len(ladder.attempts) <= words.MOST_ATTEMPTS + 9
+        assert len(ladder.attempts) <= words.MAX_ATTEMPTS + 9
 
 
 @given(
@@ -262,7 +262,7 @@ def test_strange_state_is_refused_in_one_of_three_ways(kept: Any) -> None:
 def test_standing_follows_the_last_contact() -> None:
     """Not accepted: no. Accepted: yes, for a while without a question; then asked; with nobody there yes,
     until the time alone is over; with a doubt no, until the next 200; refused: never again."""
-    standing = Standing(fresh_s=4.0, alone_s=100.0)
+    standing = ActAuthority(fresh_s=4.0, alone_s=100.0)
     assert standing.why_not(0.0) == "not accepted yet"
     standing.heard(None, 0.0)
     assert standing.why_not(0.0) == "not accepted yet"
@@ -291,7 +291,7 @@ def test_s3_no_step_without_an_acceptance_that_stands(
 ) -> None:
     """Whatever was answered: who may act was accepted, no longer ago than the time alone, and nothing
     against it was said since."""
-    standing, now, accepted, against = Standing(4.0, 60.0), 0.0, None, True
+    standing, now, accepted, against = ActAuthority(4.0, 60.0), 0.0, None, True
     for status, passed in heard:
         now += passed
         standing.heard(status, now)
@@ -308,10 +308,10 @@ def test_s3_no_step_without_an_acceptance_that_stands(
 
 def test_standing_is_of_one_run() -> None:
     """A restart in place keeps the acceptance; another instance or epoch has to earn its own."""
-    standing = Standing(4.0, 60.0)
+    standing = ActAuthority(4.0, 60.0)
     standing.heard(200, 10.0)
     kept = standing.kept(3, "i", 12.0)
-    same, other, next_one = (Standing(4.0, 60.0) for _ in range(3))
+    same, other, next_one = (ActAuthority(4.0, 60.0) for _ in range(3))
     same.restore(kept, 3, "i", 100.0)
     other.restore(kept, 3, "j", 100.0)
     next_one.restore(kept, 4, "i", 100.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from watchdog_agent.detection import probe_interval
-from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.failure_detector import FailureDetector
 from watchdog_agent.detection.probe_stats import KEPT, Stats
 
 seconds = st.floats(0.05, 86400.0)
@@ -23,7 +23,7 @@ def test_the_pace_is_never_slower_than_the_interval(
     and after 40 quick probes the usual one."""
     wait = probe_interval.interval(interval, least, state, quick)
     assert 0 < wait <= interval
-    if state != "suspect" or quick >= probe_interval.MOST_QUICK:
+    if state != "suspect" or quick >= probe_interval.MAX_QUICK:
         assert wait == interval
     else:
         assert wait == min(interval, max(least, interval / 4))
@@ -34,7 +34,7 @@ def test_the_threshold_stays_between_once_and_twice(misses: int, seen: int, loss
     """A lossy path is given up to twice the misses, a sound or a sick one, and one hardly known, none."""
     need = probe_interval.need(misses, seen, loss)
     assert misses <= need <= 2 * misses
-    if seen < probe_interval.ENOUGH or loss > probe_interval.MOST_LOSS or loss == 0.0:
+    if seen < probe_interval.ENOUGH or loss > probe_interval.MAX_LOSS or loss == 0.0:
         assert need == misses
     assert need == misses or need == 2 * misses or loss**need <= probe_interval.CHANCE * 1.001
 
@@ -91,7 +91,7 @@ gateways = st.lists(
 def test_nothing_is_confirmed_behind_a_dead_gateway(history: list[str]) -> None:
     """Offline follows only two failed confirmations since the gateway was last dead or could not be asked (S6),
     and while it is dead the reason names it; asked twice in vain, the device is no longer suspect but unable."""
-    it = Suspicion(2, was_ready=True)
+    it = FailureDetector(2, was_ready=True)
     failed = dead = 0
     for event in history:
         before = it.state

@@ -113,7 +113,7 @@ def test_a_full_buffer_drops_the_oldest_and_counts() -> None:
     """Beyond MOST lines the oldest go; memory stays bounded however long Loki is away."""
     config = check(document(probes=[probe(80)], loki={"url": "http://127.0.0.1:1"}))
     loop = Loop()
-    shipper = shipping.Shipper(loop, config)
+    shipper = shipping.LokiShipper(loop, config)
     for number in range(shipper.MOST + 7):
         shipper.put(str(number))
     loop.close()

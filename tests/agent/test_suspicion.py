@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.failure_detector import FailureDetector
 
 NAMES = ("0:http:80", "1:tcp:22")
 STATES = ("ok", "suspect", "degraded", "offline", "unable")
@@ -22,9 +22,9 @@ events = st.lists(
 History = list[tuple[str, str, Any]]
 
 
-def play(history: History, need: int, *, was_ready: bool) -> Suspicion:
+def play(history: History, need: int, *, was_ready: bool) -> FailureDetector:
     """The belief after these events."""
-    it = Suspicion(need, was_ready=was_ready)
+    it = FailureDetector(need, was_ready=was_ready)
     for kind, name, outcome in history:
         if kind == "probe":
             it.probed(name, outcome, "r")
@@ -33,9 +33,9 @@ def play(history: History, need: int, *, was_ready: bool) -> Suspicion:
     return it
 
 
-def dead(need: int = 1) -> Suspicion:
+def dead(need: int = 1) -> FailureDetector:
     """A device that is offline."""
-    it = Suspicion(need, was_ready=True)
+    it = FailureDetector(need, was_ready=True)
     while it.state != "offline":
         it.probed("0:p", False, "no answer")
         it.confirmation("icmp", False, "no echo")
@@ -46,7 +46,7 @@ def dead(need: int = 1) -> Suspicion:
 def test_offline_has_all_three_reasons(history: History, need: int, known: bool) -> None:
     """Offline follows only an answer some time, `need` misses in a row while no probe answers, and two
     failed confirmations with a miss between them and no answer since (S6)."""
-    it = Suspicion(need, was_ready=known)
+    it = FailureDetector(need, was_ready=known)
     answered, failed_at = known, set()
     row: dict[str, int] = {}
     for kind, name, ok in history:
@@ -99,7 +99,7 @@ def test_a_probe_that_is_never_asked_becomes_unable_after_as_many_rounds(
 ) -> None:
     """A resolver that fails, and nothing else: the state is unable when one probe failed to ask `need` times in a
     row, never ok before for a device that has not answered this agent, and nothing is counted as missed."""
-    it = Suspicion(need, was_ready=known)
+    it = FailureDetector(need, was_ready=known)
     for number, name in enumerate(names, 1):
         it.probed(name, None, "can't resolve its name")
         persisted = any(names[:number].count(one) >= need for one in NAMES)
@@ -114,16 +114,16 @@ rounds = st.lists(
         st.sampled_from(["alive", "dead", "unable"]),
         st.sampled_from(["none", "alive", "dead", "unable"]),
     ),
-    min_size=Suspicion.MOST_ROUNDS,
+    min_size=FailureDetector.MAX_ROUNDS,
     max_size=40,
 )
 
 
 @given(rounds, st.integers(1, 5))
 def test_suspect_is_left_within_the_bound(history: list[tuple[str, str]], need: int) -> None:
-    """Of a device that has answered, no run of MOST_ROUNDS missed rounds, whatever its confirmation and its
+    """Of a device that has answered, no run of MAX_ROUNDS missed rounds, whatever its confirmation and its
     gateway do in each, leaves it suspect all the time."""
-    it = Suspicion(need, was_ready=True)
+    it = FailureDetector(need, was_ready=True)
     for _ in range(need - 1):
         it.probed("0:p", False, "r")
     in_a_row = 0
@@ -137,14 +137,14 @@ def test_suspect_is_left_within_the_bound(history: list[tuple[str, str]], need: 
             if gateway == "alive":
                 it.confirmation("icmp", value[confirmation], "r")
         in_a_row = in_a_row + 1 if it.state == "suspect" else 0
-        assert in_a_row < Suspicion.MOST_ROUNDS, it.reason
+        assert in_a_row < FailureDetector.MAX_ROUNDS, it.reason
         assert it.state != "ok"
 
 
 def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
     """The first failed confirmation leaves the device suspect, a second one without a miss between is
     not asked for, and a confirmation that succeeds makes it degraded and begins the count anew."""
-    it = Suspicion(2, was_ready=True)
+    it = FailureDetector(2, was_ready=True)
     it.probed("p", False, "r")
     it.probed("p", False, "r")
     assert it.wants_confirmation()
@@ -164,7 +164,7 @@ def test_one_failed_confirmation_is_asked_again_after_the_next_miss() -> None:
 
 def test_a_dead_service_on_a_live_host_is_degraded_at_the_first_confirmation() -> None:
     """The web service dies and the host answers pings: degraded with both in the reason, ok when it answers."""
-    it = Suspicion(3, was_ready=True)
+    it = FailureDetector(3, was_ready=True)
     for _ in range(3):
         it.probed("0:http:80", False, "http:80: connection refused")
     assert it.state == "suspect"
@@ -177,7 +177,7 @@ def test_a_dead_service_on_a_live_host_is_degraded_at_the_first_confirmation() -
 
 def test_another_probe_that_answers_makes_degraded_too() -> None:
     """Of two probes one misses and the other answers: degraded without a confirmation, and never offline."""
-    it = Suspicion(2, was_ready=True)
+    it = FailureDetector(2, was_ready=True)
     for _ in range(2):
         it.probed("0:http:80", False, "r")
         it.probed("1:tcp:22", True, "connected")
@@ -200,7 +200,7 @@ def test_an_offline_device_whose_confirmation_answers_again_is_degraded() -> Non
 def test_a_device_that_comes_back_whole_is_never_degraded(by: str, overtaken: int) -> None:
     """Something of an offline device answers: misses of probes that were asked before that do not make it degraded,
     and it is ok when the probes that are asked anew succeed."""
-    it = Suspicion(2, was_ready=True)
+    it = FailureDetector(2, was_ready=True)
     while it.state != "offline":
         for name in NAMES:
             it.probed(name, False, "no answer")
@@ -235,7 +235,7 @@ def test_a_device_that_dies_again_while_it_comes_back_is_offline_by_two_confirma
 
 def test_a_reason_has_no_count_and_its_cause_changes_with_the_cause_only() -> None:
     """However long it lasts, the reason stays as it is; another cause changes it, a measured value does not."""
-    it = Suspicion(2, was_ready=True)
+    it = FailureDetector(2, was_ready=True)
     for _ in range(2):
         it.probed("0:tls", False, "tls: no answer")
     it.confirmation("icmp", True, "echo")
@@ -258,7 +258,7 @@ def test_a_reason_has_no_count_and_its_cause_changes_with_the_cause_only() -> No
 def test_a_degraded_device_stays_degraded_with_its_new_agent(first: str) -> None:
     """One of two probes is dead: after a restart one miss of it is enough, whichever of the two is asked first. With
     the first success of both it is ok, and a miss counts as ever."""
-    it = Suspicion(3, was_ready=True)
+    it = FailureDetector(3, was_ready=True)
     it.restore("degraded", "http:80: status 503; but tcp:22 answers", 50)
     second = next(name for name in NAMES if name != first)
     for name in (first, second, NAMES[1]):
@@ -271,7 +271,7 @@ def test_a_degraded_device_stays_degraded_with_its_new_agent(first: str) -> None
 
 def test_a_confirmation_that_cannot_be_asked_leads_to_unable_and_a_failed_one_on() -> None:
     """Two that could not be asked: unable with the reason. What was counted before is neither lost nor added to."""
-    it = Suspicion(1, was_ready=True)
+    it = FailureDetector(1, was_ready=True)
     for _ in range(2):
         it.probed("0:p", False, "no answer")
         it.confirmation("icmp", None, "network is unreachable")
@@ -305,7 +305,7 @@ def test_an_offline_device_that_cannot_be_asked_is_unable_and_is_confirmed_anew(
 
 def test_misses_and_failures_to_ask_mixed_count_the_misses_alone() -> None:
     """Every second round cannot be asked: suspect after `need` misses, and never unable before."""
-    it = Suspicion(3, was_ready=True)
+    it = FailureDetector(3, was_ready=True)
     it.probed("0:p", True, "connected")
     for number in range(1, 4):
         it.probed("0:p", None, "too many open files")
@@ -318,7 +318,7 @@ def test_misses_and_failures_to_ask_mixed_count_the_misses_alone() -> None:
 def test_one_of_two_probes_that_cannot_be_asked_does_not_count(answered: bool) -> None:
     """One probe answers and the other cannot be asked: unable, as half of it is not watched. When the first misses,
     the other's last answer stands: unable, and never offline; one that never could be asked has no say."""
-    it = Suspicion(2, was_ready=True)
+    it = FailureDetector(2, was_ready=True)
     if answered:
         it.probed(NAMES[1], True, "connected")
     for _ in range(2):
@@ -335,7 +335,7 @@ def test_one_of_two_probes_that_cannot_be_asked_does_not_count(answered: bool) -
 
 def test_a_device_that_never_answered_is_degraded_or_suspect_and_never_offline() -> None:
     """Its confirmation is asked like any other's: what answers makes it degraded, what fails leaves it suspect."""
-    it = Suspicion(2)
+    it = FailureDetector(2)
     it.probed("0:p", False, "no answer")
     assert it.state == "suspect"
     for _ in range(5):
@@ -352,7 +352,7 @@ def test_a_device_that_never_answered_is_degraded_or_suspect_and_never_offline()
 def test_a_warning_is_degraded_and_never_a_miss(history: list, need: int) -> None:
     """A success that exceeds a threshold counts as a success in everything; it is degraded with the words, and
     a single miss afterwards does not end that."""
-    it, plain = Suspicion(need, was_ready=True), Suspicion(need, was_ready=True)
+    it, plain = FailureDetector(need, was_ready=True), FailureDetector(need, was_ready=True)
     for outcome, warned in history:
         it.probed("0:p", outcome, "r", warning="expires soon" if warned else "")
         plain.probed("0:p", outcome, "r")
@@ -367,7 +367,7 @@ def test_a_warning_is_degraded_and_never_a_miss(history: list, need: int) -> Non
 def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations() -> None:
     """A doubt makes an offline device suspect at once; it is offline again after another miss, a failed
     confirmation, another miss and another one. Doubting what is ok changes nothing."""
-    it = Suspicion(1, was_ready=True)
+    it = FailureDetector(1, was_ready=True)
     assert not it.doubt(confirmed_too=True)
     for _ in range(2):
         it.probed("p", False, "r")
@@ -385,7 +385,7 @@ def test_a_doubted_belief_is_believed_again_after_two_more_failed_confirmations(
 def test_a_doubt_takes_back_the_rounds_and_not_what_was_confirmed_before() -> None:
     """After a doubt a suspected device needs two more rounds, each after a miss of its own; an offline one
     that is not to be doubted stays offline."""
-    it = Suspicion(1, was_ready=True)
+    it = FailureDetector(1, was_ready=True)
     it.probed("p", False, "r")
     it.confirmation("icmp", False, "r")
     it.probed("p", False, "r")
@@ -403,7 +403,7 @@ def test_a_doubt_takes_back_the_rounds_and_not_what_was_confirmed_before() -> No
 def test_a_success_changes_nothing_of_a_clean_belief(history: History, need: int) -> None:
     """With no misses and in state ok, one more answer leaves everything as it is (the benchmark of
     detection steps over those)."""
-    it = Suspicion(need, was_ready=True)
+    it = FailureDetector(need, was_ready=True)
     for _, name, _ok in history:
         it.probed(name, True, "r")
         before = (it.state, it.misses, dict(it._misses), it.wants_confirmation(), it.confirmed)
@@ -433,7 +433,7 @@ def test_one_good_round_is_enough(history: History, need: int) -> None:
 )
 def test_restored_state_is_never_worse_than_known(state: Any, misses: Any, known: bool) -> None:
     """What a file says is believed only as far as the device had answered, and only known words."""
-    it = Suspicion(3, was_ready=known)
+    it = FailureDetector(3, was_ready=known)
     it.restore(state, None, misses)
     assert it.state == (state if known and state in ("suspect", "degraded", "offline") else "ok")
     assert it.confirmed == (it.state == "offline")
@@ -446,7 +446,7 @@ def test_restored_state_is_never_worse_than_known(state: Any, misses: Any, known
 def test_a_condition_is_adopted_and_ends_with_the_first_success(state: str, misses: int) -> None:
     """The word of a predecessor holds while this agent's probes miss, also below `need`, and a second word changes
     nothing; the first success ends it."""
-    it = Suspicion(3)
+    it = FailureDetector(3)
     it.probed("0:p", False, "no answer")
     assert it.adopt(state, "icmp: no echo, 4 times; tcp:80: no answer", misses)
     assert (it.state, it.was_ready) == (state, True)
@@ -461,7 +461,7 @@ def test_a_condition_is_adopted_and_ends_with_the_first_success(state: str, miss
 def test_an_adopted_outage_is_confirmed_or_refuted_by_this_agent() -> None:
     """Two failed confirmations of its own replace the evidence; one that succeeds makes it degraded, and after that
     nothing is adopted."""
-    it = Suspicion(3)
+    it = FailureDetector(3)
     it.probed("0:p", False, "no answer")
     it.adopt("offline", "tcp:80: refused, 9 times; icmp: old", 9)
     for _ in range(2):
@@ -478,7 +478,7 @@ def test_an_adopted_outage_is_confirmed_or_refuted_by_this_agent() -> None:
 
 def test_what_was_before_ends_with_the_first_answer_of_any_probe() -> None:
     """Of two probes one answers after a restart and the other has missed once: the outage of before is over."""
-    it = Suspicion(3, was_ready=True)
+    it = FailureDetector(3, was_ready=True)
     it.restore("offline", "r; icmp: no echo", 5)
     it.probed(NAMES[0], False, "no answer")
     assert (it.state, it.misses) == ("offline", 6)

@@ -54,7 +54,7 @@ def says(data: bytes) -> Speaker:
     return speak
 
 
-class Listener(dev.Listener):
+class Listener(dev.DeviceListener):
     """One on a port of 127.0.0.1, a free one if none is given."""
 
     def __init__(self, speak: Speaker, port: int = 0) -> None:

@@ -12,11 +12,11 @@ from aiohttp import web
 from yarl import URL
 
 from nomad_watchdog.api import Runner, make_app
-from nomad_watchdog.api.auth import Door as Gate
+from nomad_watchdog.api.auth import Authenticator as Gate
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
@@ -24,7 +24,7 @@ from nomad_watchdog.registry.sqlite import SqliteRegistry
 
 
 @dataclass
-class Door:
+class Authenticator:
     """A real server on a free port, a real client, a real registry."""
 
     fleet: Fleet
@@ -36,7 +36,7 @@ class Door:
 
     @property
     def app_door(self) -> Gate:
-        return self.app[CONTEXT].door
+        return self.app[CONTEXT].authenticator
 
     async def ask(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
         url = URL(self.base + path, encoded=True)
@@ -54,7 +54,7 @@ def token() -> str | None:
 @asynccontextmanager
 async def served(
     folder: Path, *, max_body_bytes: int = 65_536, **options: Any
-) -> AsyncIterator[Door]:
+) -> AsyncIterator[Authenticator]:
     """The API on a free port, over the registry of this folder; options as `make_app` takes them."""
     registry = SqliteRegistry(path=folder / "registry.db")
     await registry.initialise()
@@ -72,17 +72,17 @@ async def served(
     host, port = runner.addresses[0][:2]
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
-            yield Door(fleet, metrics, client, f"http://{host}:{port}", runner, app)
+            yield Authenticator(fleet, metrics, client, f"http://{host}:{port}", runner, app)
     finally:
         await runner.cleanup()
         await registry.close()
 
 
 @pytest.fixture
-async def door(tmp_path: Path, token: str | None) -> AsyncIterator[Door]:
+async def authenticator(tmp_path: Path, token: str | None) -> AsyncIterator[Authenticator]:
     gate = None
     if token is not None:
         (tmp_path / "token").write_text(token)
-        gate = door_of(Api(token_file=str(tmp_path / "token")))
-    async with served(tmp_path, door=gate) as it:
+        gate = door_of(ApiSettings(token_file=str(tmp_path / "token")))
+    async with served(tmp_path, authenticator=gate) as it:
         yield it

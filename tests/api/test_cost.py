@@ -17,16 +17,16 @@ import pytest
 from nomad_watchdog.api import audit
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
-from nomad_watchdog.api.events import MOST_FOLLOWERS
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.api.events import MAX_FOLLOWERS
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.events.device_limits import AT_ONCE, LEFT_OUT
-from nomad_watchdog.events.log import MOST_EVENTS
+from nomad_watchdog.events.log import MAX_EVENTS
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, Epoch, WallTime
 from nomad_watchdog.registry.codec import decode, encode
-from tests.api.conftest import Door, served
+from tests.api.conftest import Authenticator, served
 from tests.attacks.table import Attack
 
 FLEET = 10_000
@@ -35,7 +35,7 @@ TOKENS = {role: f"{role}-token-0123456789" for role in ("operator", "viewer", "d
 HEADERS = {role: {"Authorization": f"Bearer {token}"} for role, token in TOKENS.items()}
 
 
-def settings(folder: Path, **more: Any) -> Api:
+def settings(folder: Path, **more: Any) -> ApiSettings:
     """A token of each role, as an operator would set them up."""
     tokens = {}
     for role, text in TOKENS.items():
@@ -43,17 +43,17 @@ def settings(folder: Path, **more: Any) -> Api:
         (folder / role).chmod(0o600)
         quota = {"max_devices": QUOTA} if role == "device" else {}
         tokens[role] = {"role": role, "file": str(folder / role)} | quota
-    return Api.model_validate({"token": tokens} | more)
+    return ApiSettings.model_validate({"token": tokens} | more)
 
 
 @pytest.fixture
-async def guarded(tmp_path: Path) -> AsyncIterator[Door]:
+async def guarded(tmp_path: Path) -> AsyncIterator[Authenticator]:
     """The API with tokens."""
-    async with served(tmp_path, door=door_of(settings(tmp_path))) as door:
-        yield door
+    async with served(tmp_path, authenticator=door_of(settings(tmp_path))) as authenticator:
+        yield authenticator
 
 
-def fill(door: Door, count: int) -> None:
+def fill(authenticator: Authenticator, count: int) -> None:
     """Have so many devices registered, as if the registry had just been read."""
     records = {}
     for number in range(count):
@@ -63,15 +63,15 @@ def fill(door: Door, count: int) -> None:
         made = presence.register(None, device, WallTime(0.0))
         assert made is not None
         records[made.slug] = replace(made, index=number + 1)
-    door.fleet.reset(records, count)
+    authenticator.fleet.reset(records, count)
 
 
 async def asked(
-    door: Door, role: str, path: str, method: str = "GET", **more: Any
+    authenticator: Authenticator, role: str, path: str, method: str = "GET", **more: Any
 ) -> tuple[int, Any]:
     """The status and body of one request with the token of this role."""
-    async with door.client.request(
-        method, door.base + path, headers=HEADERS[role], **more
+    async with authenticator.client.request(
+        method, authenticator.base + path, headers=HEADERS[role], **more
     ) as answer:
         return answer.status, await answer.json()
 
@@ -88,7 +88,7 @@ async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
     # On a busy machine the searches get little processor time: a small budget is used up all the same.
     small = settings(tmp_path, read_share=0.01, read_burst="500ms")
     async with AsyncExitStack() as stack:
-        guarded = await stack.enter_async_context(served(tmp_path, door=door_of(small)))
+        guarded = await stack.enter_async_context(served(tmp_path, authenticator=door_of(small)))
         fill(guarded, FLEET)
         timeout = aiohttp.ClientTimeout(total=150)
         client = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
@@ -146,7 +146,7 @@ async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
         )
 
 
-async def test_replicas_have_streams_of_their_own(guarded: Door) -> None:
+async def test_replicas_have_streams_of_their_own(guarded: Authenticator) -> None:
     """Operators that have all their streams leave a replica its own; a viewer can't pass for a replica."""
     async with AsyncExitStack() as stack:
 
@@ -161,15 +161,15 @@ async def test_replicas_have_streams_of_their_own(guarded: Door) -> None:
         assert f"{most} event streams already" in await over.text()
         assert (await follow("operator", "&marks=true")).status == 200
         assert (await follow("viewer", "&marks=true")).status == 403
-        assert most < MOST_FOLLOWERS
+        assert most < MAX_FOLLOWERS
 
 
 async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
     """A token with a small budget is refused after reads that cost more, whatever they read; another token is
     not, nor is a request that reads nothing."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
-    async with served(tmp_path, door=door_of(tiny)) as door:
-        fill(door, 2_000)
+    async with served(tmp_path, authenticator=door_of(tiny)) as authenticator:
+        fill(authenticator, 2_000)
         for path in (
             "/v1/devices?limit=1000",
             "/v1/devices/camera%2000001/explain",
@@ -178,33 +178,35 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
         ):
             async with asyncio.timeout(30):
                 while (
-                    answer := await door.client.get(door.base + path, headers=HEADERS["viewer"])
+                    answer := await authenticator.client.get(
+                        authenticator.base + path, headers=HEADERS["viewer"]
+                    )
                 ).status != 429:
                     assert answer.status == 200
             assert int(answer.headers["Retry-After"]) >= 1
             assert "or for less at a time" in (await answer.json())["error"]["message"]
-        status, _ = await asked(door, "operator", "/v1/devices/camera%2000001")
+        status, _ = await asked(authenticator, "operator", "/v1/devices/camera%2000001")
         assert status == 200
-        status, _ = await asked(door, "device", "/v1/heartbeats", "POST", json={"ids": []})
+        status, _ = await asked(authenticator, "device", "/v1/heartbeats", "POST", json={"ids": []})
         assert status == 200
 
 
 async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
     """/metrics costs a token nothing, and is answered when the budget of that token is used up."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
-    async with served(tmp_path, door=door_of(tiny)) as door:
-        fill(door, 1_000)
-        costs = door.app_door.costs
+    async with served(tmp_path, authenticator=door_of(tiny)) as authenticator:
+        fill(authenticator, 1_000)
+        costs = authenticator.app_door.costs
         assert costs is not None
 
         async def scrape(role: str) -> int:
-            url = door.base + "/metrics"
-            async with door.client.get(url, headers=HEADERS[role]) as answer:
+            url = authenticator.base + "/metrics"
+            async with authenticator.client.get(url, headers=HEADERS[role]) as answer:
                 return answer.status
 
         for role in ("viewer", "operator"):
             async with asyncio.timeout(30):
-                while (await asked(door, role, "/v1/devices?limit=1000"))[0] != 429:
+                while (await asked(authenticator, role, "/v1/devices?limit=1000"))[0] != 429:
                     pass
             before = costs.spent_s
             assert [await scrape(role) for _ in range(5)] == [200] * 5
@@ -214,7 +216,7 @@ async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
 @pytest.mark.slow_because("sends some hundred requests one after another")
 @pytest.mark.attack("H8", "register and remove device after device with a device token")
 async def test_a_device_token_registers_no_more_than_its_quota(
-    guarded: Door, attack: Attack
+    guarded: Authenticator, attack: Attack
 ) -> None:
     """Removed devices count until their records are deleted; an operator registers beside it, and when the
     tombstones are gone the token may register again, at higher epochs."""
@@ -265,7 +267,9 @@ async def test_a_device_token_registers_no_more_than_its_quota(
 @pytest.mark.attack(
     "H5", "an agent's reports with 32 new repair attempts each, to push out the audit"
 )
-async def test_a_flood_of_repairs_displaces_no_audit_event(guarded: Door, attack: Attack) -> None:
+async def test_a_flood_of_repairs_displaces_no_audit_event(
+    guarded: Authenticator, attack: Attack
+) -> None:
     """The attempts of one device are stored up to its bound, the rest is counted and stated once; the audit and the
     events of other devices stay, and an operator's change is audited beside the flood."""
     body = {"address": "127.0.0.1"}
@@ -275,7 +279,7 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(guarded: Door, attack
     slug = slug_of(DeviceId("pump"))
     stored = await fleet.commit([presence.advance(fleet.records[slug], Epoch(1))])
     fleet.learn([one for one in stored if one is not None])
-    reports = MOST_EVENTS // 32 + 20
+    reports = MAX_EVENTS // 32 + 20
     took = []
     for sequence in range(reports):
         attempts = [
@@ -301,7 +305,7 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(guarded: Door, attack
     assert kinds.count("repair.failed") <= AT_ONCE
     assert fleet.allowance.total >= 32 * (reports - 2) - AT_ONCE
     fleet.allowance._buckets.spend(slug, -1000.0, fleet.clock.monotonic())
-    fleet.chronicle.settle()
+    fleet.recorder.settle()
     (left_out,) = [one for one in fleet.history.recent() if one.kind == LEFT_OUT]
     assert left_out.data["count"] == fleet.allowance.total
     attack.tried = 32 * reports
@@ -312,7 +316,7 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(guarded: Door, attack
 
 
 async def test_changes_beyond_the_rate_of_a_token_are_counted_and_stated(
-    guarded: Door, monkeypatch: pytest.MonkeyPatch
+    guarded: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token that changes more than its rate has no event for the rest, and one that states how many; another
     token's changes are audited beside it."""

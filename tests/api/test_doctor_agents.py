@@ -65,9 +65,9 @@ async def test_only_so_many_are_asked_and_only_at_an_address() -> None:
         odd = dict.fromkeys(claimed, "odd")
         ((_, found, text, _),) = await doctor_agents.checks(many | odd, runs=True)
         assert (found, text) == ("ok", f"0 of {len(many) + len(odd)} agents answer here")
-        first = {f"127.0.0.{n}:1": str(n) for n in range(1, doctor_agents.MOST_ASKED + 1)}
+        first = {f"127.0.0.{n}:1": str(n) for n in range(1, doctor_agents.MAX_ASKED + 1)}
         ((_, _, text, _),) = await doctor_agents.checks(first | {at: "last"}, runs=True)
-        assert text == f"0 of {doctor_agents.MOST_ASKED} agents answer here"
+        assert text == f"0 of {doctor_agents.MAX_ASKED} agents answer here"
     finally:
         await listener.stop()
 

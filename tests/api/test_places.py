@@ -10,8 +10,14 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from nomad_watchdog.api.body_memory import Bodies
-from nomad_watchdog.api.connection_limits import Pace, Place, Places, Rank, network_of
+from nomad_watchdog.api.body_memory import BodyMemory
+from nomad_watchdog.api.connection_limits import (
+    AcceptRate,
+    ConnectionLimits,
+    Place,
+    Rank,
+    network_of,
+)
 from nomad_watchdog.metrics import Closing
 
 MOST, PER_ADDRESS = 16, 8
@@ -29,8 +35,12 @@ class World:
     reasons: list[Closing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.places = Places(
-            self.most, self.per_address, Pace(self.rate), lambda: self.now, self.reasons.append
+        self.places = ConnectionLimits(
+            self.most,
+            self.per_address,
+            AcceptRate(self.rate),
+            lambda: self.now,
+            self.reasons.append,
         )
 
     def admit(self, address: str = "10.0.0.1", rank: Rank = Rank.UNAUTHENTICATED) -> Place | None:
@@ -188,7 +198,7 @@ def test_bodies_are_bounded_and_slow_ones_make_room() -> None:
     """Unauthenticated bodies get a quarter, operators all of it; one that arrives slowly is given up for another,
     and all is given back."""
     world = World()
-    bodies = Bodies(100, lambda: world.now)
+    bodies = BodyMemory(100, lambda: world.now)
     places = [Place(None, "", close=lambda: None) for _ in range(30)]
     stranger = Rank.UNAUTHENTICATED
     taken = [place for place in places[:10] if bodies.take(place, stranger, 5)]

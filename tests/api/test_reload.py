@@ -17,14 +17,14 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.controllers.expiry import Departures
-from nomad_watchdog.controllers.inventory import Inventory
+from nomad_watchdog.controllers.expiry import ExpiryController
+from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.core.settings_diff import words
 from nomad_watchdog.daemon.reload import Reloader, applicable
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import AgentSpec
-from nomad_watchdog.schedulers.multi import Moving
-from tests.api.conftest import Door, served
+from nomad_watchdog.schedulers.multi import MultiScheduler
+from tests.api.conftest import Authenticator, served
 from tests.simulation.fakes import REFUSED, Cluster, FakeScheduler
 
 FILE = """\
@@ -58,7 +58,7 @@ class Picky(FakeScheduler):
 class Service:
     """The API, a reconciler that does not run, and a configuration file."""
 
-    door: Door
+    authenticator: Authenticator
     folder: Path
     reloader: Reloader
     scheduler: Picky
@@ -69,7 +69,7 @@ class Service:
 
     async def asked_with(self, token: str) -> int:
         headers = {"Authorization": f"Bearer {token}"}
-        return (await self.door.ask("GET", "/v1/status", headers=headers))[0]
+        return (await self.authenticator.ask("GET", "/v1/status", headers=headers))[0]
 
 
 @pytest.fixture
@@ -85,22 +85,34 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     settings = read()
     root = logging.getLogger()
     level = root.level
-    async with served(tmp_path, door=door_of(settings.api)) as door:
+    async with served(tmp_path, authenticator=door_of(settings.api)) as authenticator:
         picky = Picky(Cluster())
-        moving = Moving("local", lambda _name: picky, settings.spec_on)
-        reconciler = Reconciler(door.fleet, moving, settings.specs(), door.metrics)
-        departures = Departures(door.fleet, door.metrics, reconciler.territory)
-        inventory = Inventory((), door.fleet, departures, door.metrics)
-        made = Reloader(settings, read, reconciler, moving, inventory, door.app_door, door.metrics)
-        door.app[CONTEXT].reloads = made
-        yield Service(door, tmp_path, made, picky)
+        moving = MultiScheduler("local", lambda _name: picky, settings.spec_on)
+        reconciler = Reconciler(
+            authenticator.fleet, moving, settings.specs(), authenticator.metrics
+        )
+        departures = ExpiryController(
+            authenticator.fleet, authenticator.metrics, reconciler.ownership
+        )
+        inventory = InventoryController((), authenticator.fleet, departures, authenticator.metrics)
+        made = Reloader(
+            settings,
+            read,
+            reconciler,
+            moving,
+            inventory,
+            authenticator.app_door,
+            authenticator.metrics,
+        )
+        authenticator.app[CONTEXT].reloads = made
+        yield Service(authenticator, tmp_path, made, picky)
     root.setLevel(level)
 
 
 async def test_tokens_limits_and_the_log_level_are_applied(service: Service) -> None:
     """The new token counts and the old one does not, windows and graces are the new ones, and the answer
     names each change; without one the next reload changes nothing."""
-    fleet = service.door.fleet
+    fleet = service.authenticator.fleet
     assert await service.asked_with("first-token-of-the-api") == 200
     (service.folder / "other").write_text("second-token-of-the-api")
     (service.folder / "watcher").write_text("third-token-of-the-api")
@@ -122,7 +134,7 @@ log { level = "warning" }""",
     text = (service.folder / "watchdog.hcl").read_text()
     (service.folder / "watchdog.hcl").write_text(text.replace('/token"', '/other"'))
     headers = {"Authorization": "Bearer first-token-of-the-api"}
-    status, answer = await service.door.ask("POST", "/v1/config:reload", headers=headers)
+    status, answer = await service.authenticator.ask("POST", "/v1/config:reload", headers=headers)
     assert (status, answer["needs_restart"]) == (200, [])
     assert answer["changed"] == [
         "api.rate 1000 → 500",
@@ -140,11 +152,11 @@ log { level = "warning" }""",
     assert await service.asked_with("third-token-of-the-api") == 200
     assert fleet.limits.replace_at_once == 7
     assert fleet.attendance.rules.grace_s == 120.0
-    assert fleet.chronicle.starts.grace("default").seconds == 90.0
-    assert fleet.chronicle.correlator.limits.least == 9
+    assert fleet.recorder.starts.grace("default").seconds == 90.0
+    assert fleet.recorder.correlator.limits.least == 9
     assert service.reloader.reconciler.informer.until_resync_s <= 17.0
-    assert service.door.app_door.buckets is not None
-    assert service.door.app_door.buckets.rate == 500
+    assert service.authenticator.app_door.buckets is not None
+    assert service.authenticator.app_door.buckets.rate == 500
     assert logging.getLogger().level == logging.WARNING
     assert (await service.reloader.reload()).changed == ()
 
@@ -161,19 +173,27 @@ async def test_what_is_wrong_changes_nothing_at_all(
     service: Service, api: str, more: str, rest: str
 ) -> None:
     """A wrong setting, a missing secret, a file that ends in the middle: no part is applied."""
-    before = service.reloader.settings, service.door.fleet.limits, service.door.fleet.classes
+    before = (
+        service.reloader.settings,
+        service.authenticator.fleet.limits,
+        service.authenticator.fleet.classes,
+    )
     hashes = dict(service.reloader.reconciler.hashes)
     service.write(api, more, rest + "\nrollout { at_once = 7 }")
     with pytest.raises(UserError):
         await service.reloader.reload()
-    after = service.reloader.settings, service.door.fleet.limits, service.door.fleet.classes
+    after = (
+        service.reloader.settings,
+        service.authenticator.fleet.limits,
+        service.authenticator.fleet.classes,
+    )
     assert after == before
     assert service.reloader.reconciler.hashes == hashes
     assert service.reloader.problem
-    status = service.door.fleet.status()["config"]
+    status = service.authenticator.fleet.status()["config"]
     assert isinstance(status, dict)
     assert status["problem"] == service.reloader.problem
-    kinds = [event.kind for event in service.door.fleet.history.after(0, 99)[0]]
+    kinds = [event.kind for event in service.authenticator.fleet.history.after(0, 99)[0]]
     assert kinds.count("config.rejected") == 1
     service.write(rest="rollout { at_once = 7 }")
     assert (await service.reloader.reload()).changed == ("rollout.at_once 5 → 7",)
@@ -188,7 +208,7 @@ async def test_classes_that_the_scheduler_refuses_change_nothing(service: Servic
     with pytest.raises(UserError, match="no such driver"):
         await service.reloader.reload()
     assert service.reloader.reconciler.hashes == hashes
-    assert service.door.fleet.limits.replace_at_once == 5
+    assert service.authenticator.fleet.limits.replace_at_once == 5
     service.scheduler.error = TransientError("no leader")
     changed = (await service.reloader.reload()).changed
     assert changed == ("agent_class.default.memory 64Mi → 96Mi", "rollout.at_once 5 → 7")
@@ -207,11 +227,11 @@ def class_two(more: str) -> str:
 async def test_a_class_whose_template_is_missing_affects_only_itself(service: Service) -> None:
     """The rest is applied, its devices may be registered, and the answer, `status` and the plan have the
     reason. It is read again by itself, from the settings of the reload, and by the next reload."""
-    reconciler, fleet = service.reloader.reconciler, service.door.fleet
+    reconciler, fleet = service.reloader.reconciler, service.authenticator.fleet
     file = service.folder / "agent.hcl"
     service.write(rest=class_two(f' template = "{file}"'))
     headers = {"Authorization": "Bearer first-token-of-the-api"}
-    status, answer = await service.door.ask("POST", "/v1/config:reload", headers=headers)
+    status, answer = await service.authenticator.ask("POST", "/v1/config:reload", headers=headers)
     assert status == 200
     assert "rollout.at_once 5 → 7" in answer["changed"]
     assert "No such file" in answer["unprepared_classes"]["two"]
@@ -220,7 +240,7 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
     assert service.reloader.inventory.classes == fleet.classes
     assert reconciler.hashes.keys() == {"default"}
     assert fleet.status()["unprepared_classes"] == answer["unprepared_classes"]
-    assert reconciler.planning.view()["unprepared_classes"] == answer["unprepared_classes"]
+    assert reconciler.plan_builder.view()["unprepared_classes"] == answer["unprepared_classes"]
     file.write_text("job {}")
     await reconciler._prepare_again()
     assert reconciler.hashes.keys() == {"default", "two"}
@@ -243,7 +263,7 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
 async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: Service) -> None:
     """Its version in force is the new one and nothing is started with it; a reload that mends it is enough.
     Meanwhile the scheduler is not asked again at every look."""
-    reconciler, fleet = service.reloader.reconciler, service.door.fleet
+    reconciler, fleet = service.reloader.reconciler, service.authenticator.fleet
     refused = f' variables = {{ {REFUSED} = "no such pool" }}'
     service.write(rest=class_two(refused))
     done = await service.reloader.reload()
@@ -252,11 +272,11 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
     assert fleet.limits.replace_at_once == 7
     assert fleet.classes == frozenset({"default", "two"})
     assert reconciler.hashes.keys() == {"default"}
-    assert reconciler.planning.behind_rollouts() == frozenset()
+    assert reconciler.plan_builder.behind_rollouts() == frozenset()
     service.scheduler.error = TransientError("no leader")
     service.write(rest=class_two(""))
     await service.reloader.reload()
-    assert reconciler.planning.behind_rollouts() == frozenset({"two"})
+    assert reconciler.plan_builder.behind_rollouts() == frozenset({"two"})
     service.scheduler.error = None
     await reconciler._roll()
     assert reconciler.hashes.keys() == {"default", "two"}
@@ -273,11 +293,11 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
 
 async def test_a_class_that_comes_or_goes(service: Service) -> None:
     """A new class may be asked for at once; one that is gone may not, and does not stop anything."""
-    assert service.door.fleet.classes == frozenset({"default"})
+    assert service.authenticator.fleet.classes == frozenset({"default"})
     two = 'agent_class "two" {\n probe "tcp" { port = 81 }\n}'
     service.write(rest=two)
     assert (await service.reloader.reload()).changed == ("agent_class.two added",)
-    assert service.door.fleet.classes == frozenset({"default", "two"})
+    assert service.authenticator.fleet.classes == frozenset({"default", "two"})
     assert service.reloader.reconciler.specs.keys() == {"default", "two"}
     service.write()
     assert (await service.reloader.reload()).changed == ("agent_class.two removed",)

@@ -14,17 +14,17 @@ from watchdog_agent import wire
 from nomad_watchdog.core import presence
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, Epoch, Presence
-from tests.api.conftest import Door
+from tests.api.conftest import Authenticator
 from tests.core.world import placement
 
 WISH: dict[str, Any] = {"address": "127.0.0.1"}
 
 
 @pytest.fixture
-def two(door: Door) -> Door:
+def two(authenticator: Authenticator) -> Authenticator:
     """The API where the classes camera and gateway are configured, and no default."""
-    door.fleet.classes = frozenset({"camera", "gateway"})
-    return door
+    authenticator.fleet.classes = frozenset({"camera", "gateway"})
+    return authenticator
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def two(door: Door) -> Door:
     ],
 )
 async def test_a_class_that_is_not_configured_is_400(
-    two: Door, more: dict[str, str], words: list[str]
+    two: Authenticator, more: dict[str, str], words: list[str]
 ) -> None:
     """By PUT, webhook and bulk alike: the answer names the classes, and the one that was meant."""
     webhook = {"event": "connected", "device": WISH | more | {"id": "cam"}}
@@ -57,7 +57,7 @@ async def test_a_class_that_is_not_configured_is_400(
     assert not two.fleet.records
 
 
-async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: Door) -> None:
+async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: Authenticator) -> None:
     """The valid ones are stored; the index counts within `devices` and within `delete`."""
     body = {
         "devices": [
@@ -86,7 +86,7 @@ async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: Door) -> N
     ("left", "status"), [(None, 200), (Departure.EXPIRED, 201), (Departure.REMOVED, 400)]
 )
 async def test_a_device_of_a_class_that_vanished_stays_usable(
-    two: Door, left: Departure | None, status: int
+    two: Authenticator, left: Departure | None, status: int
 ) -> None:
     """One that is registered, or blinked, may be registered again with the class that it had; one that was
     removed may not, and none may be moved to such a class."""
@@ -104,7 +104,7 @@ async def test_a_device_of_a_class_that_vanished_stays_usable(
     assert (await two.ask("DELETE", "/v1/devices/cam"))[0] == 200
 
 
-async def test_a_pause_of_what_is_not_there_is_refused(two: Door) -> None:
+async def test_a_pause_of_what_is_not_there_is_refused(two: Authenticator) -> None:
     """Devices that were never registered are 404 with a similar id, an unknown class 400; a device that
     another replica has just registered is known; nothing is kept of a refused pause."""
     await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
@@ -121,7 +121,7 @@ async def test_a_pause_of_what_is_not_there_is_refused(two: Door) -> None:
     assert (await two.ask("POST", "/v1/pauses", json={"devices": ["cam-1"]}))[0] == 201
 
 
-async def test_events_of_a_device_that_was_never_there_are_404(two: Door) -> None:
+async def test_events_of_a_device_that_was_never_there_are_404(two: Authenticator) -> None:
     """As a page and as a stream; a device that was removed still has its events."""
     await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
     for query in ("device=cam-2", "device=cam-2&follow=true", "device=cam-2&own=true"):
@@ -134,7 +134,9 @@ async def test_events_of_a_device_that_was_never_there_are_404(two: Door) -> Non
     assert (status, bool(page["items"])) == (200, True)
 
 
-async def test_a_device_that_the_registry_has_lost_was_registered_before(two: Door) -> None:
+async def test_a_device_that_the_registry_has_lost_was_registered_before(
+    two: Authenticator,
+) -> None:
     """`devices get` and `explain` say so, as long as an event about it is kept; also while its agent still runs,
     whose events have the device's id. Of a device that was never there they say nothing of the kind."""
     await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
@@ -157,7 +159,7 @@ async def test_a_device_that_the_registry_has_lost_was_registered_before(two: Do
     assert [event["device"] for event in page["items"]] == ["cam-1"]
 
 
-async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Door) -> None:
+async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Authenticator) -> None:
     """The hint stands where every id may be read: a heartbeat for an unknown device has none."""
     await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
     status, answer = await two.ask("POST", "/v1/devices/cam-2/heartbeat")
@@ -167,19 +169,25 @@ async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Door) -> No
 
 
 @pytest.mark.parametrize("path", ["/v1/devices", "/v1/agents"])
-async def test_a_query_with_two_values_of_a_label_is_400(door: Door, path: str) -> None:
+async def test_a_query_with_two_values_of_a_label_is_400(
+    authenticator: Authenticator, path: str
+) -> None:
     """No device has both, so that an empty list would mislead; the answer names the key."""
-    status, answer = await door.ask("GET", f"{path}?label=site=a&label=site=b")
+    status, answer = await authenticator.ask("GET", f"{path}?label=site=a&label=site=b")
     assert status == 400
     assert "'site' is given twice" in answer["error"]["message"]
-    assert (await door.ask("GET", f"{path}?label=site=a&label=rack=b&label=site=a"))[0] == 200
-    assert (await door.ask("GET", f"{path}?label=site"))[0] == 400
+    assert (await authenticator.ask("GET", f"{path}?label=site=a&label=rack=b&label=site=a"))[
+        0
+    ] == 200
+    assert (await authenticator.ask("GET", f"{path}?label=site"))[0] == 400
 
 
-async def test_the_verdict_departed_lists_devices_that_have_left(door: Door) -> None:
+async def test_the_verdict_departed_lists_devices_that_have_left(
+    authenticator: Authenticator,
+) -> None:
     """Without `presence` the verdict alone picks; with one both must match."""
-    await door.ask("PUT", "/v1/devices/cam", json=WISH)
-    await door.ask("DELETE", "/v1/devices/cam")
+    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
+    await authenticator.ask("DELETE", "/v1/devices/cam")
     for query, ids in (
         ("verdict=departed", ["cam"]),
         ("verdict=departed&presence=any", ["cam"]),
@@ -187,19 +195,21 @@ async def test_the_verdict_departed_lists_devices_that_have_left(door: Door) -> 
         ("verdict=starting", []),
         ("", []),
     ):
-        status, answer = await door.ask("GET", f"/v1/devices?{query}")
+        status, answer = await authenticator.ask("GET", f"/v1/devices?{query}")
         assert (status, [one["id"] for one in answer["items"]]) == (200, ids), query
 
 
-async def test_the_last_report_of_a_replaced_agent_is_no_alarm(door: Door) -> None:
+async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
+    authenticator: Authenticator,
+) -> None:
     """A report of an older epoch from an instance that the scheduler lists is refused and noted as a replacement;
     one of an instance that nobody knows is a refusal."""
-    await door.ask("PUT", "/v1/devices/cam", json=WISH)
-    record = door.fleet.records[slug_of(DeviceId("cam"))]
-    (moved,) = await door.fleet.commit([presence.advance(record, Epoch(2))])
+    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
+    record = authenticator.fleet.records[slug_of(DeviceId("cam"))]
+    (moved,) = await authenticator.fleet.commit([presence.advance(record, Epoch(2))])
     assert moved is not None
-    door.fleet.learn([moved])
-    door.fleet.placements[record.slug] = (placement("cam", 1),)
+    authenticator.fleet.learn([moved])
+    authenticator.fleet.placements[record.slug] = (placement("cam", 1),)
     config = {"device_id": "cam", "epoch": 1, "agent_class": "default", "version": "1"}
     said: dict[str, Any] = {
         "sequence": 1, "ready": True, "state": "ok", "was_ready": True, "misses": 0,
@@ -207,9 +217,11 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(door: Door) -> No
     }  # fmt: skip
     for instance in ("i-cam-1", "i-stranger"):
         body = wire.report(config, instance=instance, **said)
-        assert (await door.ask("POST", "/v1/agents/report", json=body))[0] == 410
+        assert (await authenticator.ask("POST", "/v1/agents/report", json=body))[0] == 410
     told = [
-        one for one in door.fleet.events(0, 100)[0] if one.kind in ("agent.replaced", "refused")
+        one
+        for one in authenticator.fleet.events(0, 100)[0]
+        if one.kind in ("agent.replaced", "refused")
     ]
     assert [one.kind for one in told] == ["agent.replaced", "refused"]
     assert (
@@ -219,40 +231,45 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(door: Door) -> No
 
 @pytest.mark.parametrize(("count", "others"), [(1, 0), (20, 0), (23, 3)])
 async def test_an_audit_event_of_a_bulk_request_names_devices(
-    door: Door, count: int, others: int
+    authenticator: Authenticator, count: int, others: int
 ) -> None:
     """The first 20 that changed, and how many others; one that did not change is not named."""
-    await door.ask("PUT", "/v1/devices/same", json=WISH)
+    await authenticator.ask("PUT", "/v1/devices/same", json=WISH)
     devices = [WISH | {"id": f"d{number:02}"} for number in range(count)]
     body = {"devices": [WISH | {"id": "same"}, *devices], "delete": ["never"]}
-    assert (await door.ask("POST", "/v1/devices:bulk", json=body))[0] == 200
-    (event,) = (await door.ask("GET", "/v1/events?kind=audit.bulk"))[1]["items"]
+    assert (await authenticator.ask("POST", "/v1/devices:bulk", json=body))[0] == 200
+    (event,) = (await authenticator.ask("GET", "/v1/events?kind=audit.bulk"))[1]["items"]
     names = [f"d{number:02}" for number in range(min(count, 20))]
     assert (event["data"]["devices"], event["data"]["others"]) == (names, others)
     assert event["data"]["changed"] == count
     assert event["text"].endswith(", ".join(names) + (f" and {others} more" if others else ""))
 
 
-async def test_ready_gives_a_reason_only_when_it_is_not(door: Door) -> None:
+async def test_ready_gives_a_reason_only_when_it_is_not(authenticator: Authenticator) -> None:
     """Whoever reaches the service may report to it: what else is wrong is a warning."""
-    assert (await door.ask("GET", "/ready"))[1]["reason"]
-    door.fleet.ready_event.set()
-    door.fleet.ready_reason = ""
-    assert await door.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
-    door.fleet.registry_unreadable, door.fleet.registry_problem = True, "the registry can't be read"
-    status, answer = await door.ask("GET", "/ready")
+    assert (await authenticator.ask("GET", "/ready"))[1]["reason"]
+    authenticator.fleet.ready_event.set()
+    authenticator.fleet.ready_reason = ""
+    assert await authenticator.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
+    authenticator.fleet.registry_unreadable, authenticator.fleet.registry_problem = (
+        True,
+        "the registry can't be read",
+    )
+    status, answer = await authenticator.ask("GET", "/ready")
     assert (status, answer) == (
         200, {"ready": True, "reason": "", "warning": "the registry can't be read"},
     )  # fmt: skip
 
 
-async def test_the_examples_in_the_documentation_are_accepted(door: Door, repository: Path) -> None:
+async def test_the_examples_in_the_documentation_are_accepted(
+    authenticator: Authenticator, repository: Path
+) -> None:
     """Each curl command of docs/presence.md: its path exists, and its body is taken."""
     text = (repository / "docs/presence.md").read_text()
     examples = re.findall(r"http://127\.0\.0\.1:9670(\S+) \\\n\s+-d '([^']+)'", text)
     assert [path for path, _ in examples] == ["/v1/webhook", "/v1/devices:bulk"]
     for path, body in examples:
-        status, answer = await door.ask("POST", path, json=json.loads(body))
+        status, answer = await authenticator.ask("POST", path, json=json.loads(body))
         assert status in (200, 201), answer
         assert all(one["status"] == 200 for one in answer.get("results", ())), answer
-    assert door.fleet.records[slug_of(DeviceId("pump-8"))].presence is Presence.PRESENT
+    assert authenticator.fleet.records[slug_of(DeviceId("pump-8"))].presence is Presence.PRESENT

@@ -19,18 +19,18 @@ import trustme
 from nomad_watchdog.api import Runner
 from nomad_watchdog.api import listener as serving
 from nomad_watchdog.api.auth import door_of
-from nomad_watchdog.api.listener import Listener
+from nomad_watchdog.api.listener import ApiListener
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli.main import _code
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.core.agent_token import Claim, issue
+from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import AgentState, Device, Epoch
-from nomad_watchdog.replicas.leases import Replica, Undivided
-from nomad_watchdog.replicas.report_replication import Peers
+from nomad_watchdog.replicas.leases import Replica, SoleOwner
+from nomad_watchdog.replicas.report_replication import ReportReplicator
 from tests.api.conftest import served
 from tests.api.test_api import WISH, _report
 
@@ -52,7 +52,7 @@ class Secure:
 
     folder: Path
     url: str
-    listener: Listener
+    listener: ApiListener
     fleet: Fleet
 
     def trust(self, authority: trustme.CA, name: str = "") -> ssl.SSLContext:
@@ -85,22 +85,22 @@ async def secure(folder: Path, authority: trustme.CA, **changes: Any) -> AsyncIt
     """The API over TLS on a free port, following its files."""
     write_pair(folder, authority)
     authority.cert_pem.write_to_path(folder / "ca.pem")
-    api = Api(
+    api = ApiSettings(
         listen="127.0.0.1:0",
         tls_cert=str(folder / "server.cert"),
         tls_key=str(folder / "server.key"),
         **changes,
     )
-    async with served(folder, door=door_of(api)) as door:
-        runner = Runner(door.app, shutdown_timeout=2.0)
+    async with served(folder, authenticator=door_of(api)) as authenticator:
+        runner = Runner(authenticator.app, shutdown_timeout=2.0)
         await runner.setup()
-        listener = Listener(runner, api, door.metrics)
+        listener = ApiListener(runner, api, authenticator.metrics)
         await listener.start()
         async with asyncio.TaskGroup() as group:
             following = group.create_task(listener.follow())
             try:
                 url = f"https://127.0.0.1:{listener.port}"
-                yield Secure(folder, url, listener, door.fleet)
+                yield Secure(folder, url, listener, authenticator.fleet)
             finally:
                 following.cancel()
                 await runner.cleanup()
@@ -194,7 +194,7 @@ async def test_client_certificates_are_asked_for(tmp_path: Path, authority: trus
             assert await api.get(path, nobody) == 403
         assert await api.get("/v1/devices/cam", nobody, "PUT", json=WISH) == 403
         assert await api.get("/v1/devices/cam", alice, "PUT", json=WISH) == 201
-        claim = Claim(slug_of(DeviceId("cam")), Epoch(0))
+        claim = TokenClaim(slug_of(DeviceId("cam")), Epoch(0))
         headers = {"Authorization": f"Bearer {issue(KEY.encode(), claim)}"}
         report: dict[str, Any] = {"json": _report(), "headers": headers}
         assert await api.get("/v1/agents/report", nobody, "POST", **report) == 200
@@ -295,7 +295,7 @@ async def test_certificates_that_are_none_are_refused_at_start(
     (tmp_path / file).unlink()
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    api = Api(
+    api = ApiSettings(
         listen="127.0.0.1:0",
         tls_cert=str(tmp_path / "server.cert"),
         tls_key=str(tmp_path / "server.key"),
@@ -348,7 +348,7 @@ async def test_the_cli_speaks_tls(
     capsys.readouterr()
 
 
-class OnePeer(Undivided):
+class OnePeer(SoleOwner):
     """Leases that know of one other replica."""
 
     def __init__(self, api: str) -> None:
@@ -375,7 +375,9 @@ async def test_replicas_speak_tls_to_each_other(tmp_path: Path, authority: trust
         await fleet.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
         said = ReportIn.model_validate_json(json.dumps(_report())).report()
         assert (await fleet.report(said)).kind is AcceptanceKind.ACCEPTED
-        peers = Peers(fleet, OnePeer(api.url), gate.own_token, lambda: api.listener.outgoing)
+        peers = ReportReplicator(
+            fleet, OnePeer(api.url), gate.own_token, lambda: api.listener.outgoing
+        )
         later = replace(said, sequence=9, state=AgentState.SUSPECT, reason="heard from a peer")
         peers.note(later)
         telling = asyncio.ensure_future(peers.run())

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.api.auth import Door as Gate
+from nomad_watchdog.api.auth import Authenticator as Gate
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.api import Api
-from nomad_watchdog.core.webhook_signature import Signed, sign
+from nomad_watchdog.config.api import ApiSettings
+from nomad_watchdog.core.webhook_signature import SignatureHeaders, sign
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence, WallTime
-from tests.api.conftest import Door, served
+from tests.api.conftest import Authenticator, served
 
 SECRETS = [b"s" * 32, b"t" * 32]
 CONNECTED = {"event": "connected", "device": {"id": "gw/1", "address": "10.0.0.1"}}
@@ -38,19 +38,19 @@ def gate(folder: Path) -> Gate:
     lines = ["whsec_" + base64.b64encode(secret).decode() for secret in SECRETS]
     (folder / "secrets").write_text("\n".join(lines))
     return door_of(
-        Api(token_file=str(folder / "token"), webhook_secrets_file=str(folder / "secrets"))
+        ApiSettings(token_file=str(folder / "token"), webhook_secrets_file=str(folder / "secrets"))
     )
 
 
 @pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Door]:
-    async with served(tmp_path, door=gate(tmp_path)) as it:
+async def authenticator(tmp_path: Path) -> AsyncIterator[Authenticator]:
+    async with served(tmp_path, authenticator=gate(tmp_path)) as it:
         it.fleet.clock = Wall()
         yield it
 
 
 async def send(
-    door: Door,
+    authenticator: Authenticator,
     body: object,
     *,
     message: str = "msg_1",
@@ -60,7 +60,7 @@ async def send(
 ) -> tuple[int, Any]:
     """A signed call; `later`: seconds after the clock's start; changes: of the headers."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    signed = Signed(message, int(Wall.at) + later)
+    signed = SignatureHeaders(message, int(Wall.at) + later)
     headers = {
         "Content-Type": "application/json",
         "webhook-id": signed.id,
@@ -69,31 +69,33 @@ async def send(
         **{name.replace("_", "-"): value for name, value in changes.items()},
     }
     headers = {name: value for name, value in headers.items() if value}
-    return await door.ask("POST", "/v1/webhook", data=data, headers=headers)
+    return await authenticator.ask("POST", "/v1/webhook", data=data, headers=headers)
 
 
-def presence(door: Door) -> Presence | None:
-    record = door.fleet.records.get(slug_of(DeviceId("gw/1")))
+def presence(authenticator: Authenticator) -> Presence | None:
+    record = authenticator.fleet.records.get(slug_of(DeviceId("gw/1")))
     return None if record is None else record.presence
 
 
-async def loaded(door: Door) -> tuple[dict[Slug, DeviceRecord], int]:
+async def loaded(authenticator: Authenticator) -> tuple[dict[Slug, DeviceRecord], int]:
     """What a start reads: the record of our device."""
-    record = await door.fleet.registry.get(slug_of(DeviceId("gw/1")))
+    record = await authenticator.fleet.registry.get(slug_of(DeviceId("gw/1")))
     assert record is not None
     return {record.slug: record}, record.index
 
 
-async def test_a_signed_event_needs_no_token(door: Door) -> None:
+async def test_a_signed_event_needs_no_token(authenticator: Authenticator) -> None:
     """An event signed with either secret is applied and audited as signed."""
-    assert (await send(door, CONNECTED))[0] == 201
-    assert (await send(door, GONE, message="msg_2", secret=SECRETS[1], later=1))[0] == 200
-    assert presence(door) is Presence.ABSENT
-    kinds = [(e.kind, e.data.get("role")) for e in door.fleet.history.after(0, 99)[0]]
+    assert (await send(authenticator, CONNECTED))[0] == 201
+    assert (await send(authenticator, GONE, message="msg_2", secret=SECRETS[1], later=1))[0] == 200
+    assert presence(authenticator) is Presence.ABSENT
+    kinds = [(e.kind, e.data.get("role")) for e in authenticator.fleet.history.after(0, 99)[0]]
     assert kinds.count(("audit.webhook", "signed")) == 2
 
 
-async def test_what_is_not_signed_well_is_401_and_does_nothing(door: Door) -> None:
+async def test_what_is_not_signed_well_is_401_and_does_nothing(
+    authenticator: Authenticator,
+) -> None:
     """Without a signature, with a wrong one, an old or future one, or over another body: 401, and the
     answer and the metric say so."""
     cases: list[dict[str, Any]] = [
@@ -112,63 +114,69 @@ async def test_what_is_not_signed_well_is_401_and_does_nothing(door: Door) -> No
         {"later": 301},
     ]
     for case in cases:
-        status, body = await send(door, CONNECTED, **case)
+        status, body = await send(authenticator, CONNECTED, **case)
         assert status == 401, case
         assert body["error"]["code"] == "unauthorized"
-    assert presence(door) is None
-    text = door.metrics.render().decode()
+    assert presence(authenticator) is None
+    text = authenticator.metrics.render().decode()
     assert f'api_refusals_total{{reason="unauthorized"}} {len(cases)}.0' in text
 
 
-async def test_the_signature_is_checked_before_the_body_is_read(door: Door) -> None:
+async def test_the_signature_is_checked_before_the_body_is_read(
+    authenticator: Authenticator,
+) -> None:
     """A body that is no JSON is 401 unsigned and 400 signed; signed over the bytes as they came, blanks
     and all."""
-    assert (await send(door, b"{", webhook_signature="v1,AAAA"))[0] == 401
-    assert (await send(door, b"{"))[0] == 400
+    assert (await send(authenticator, b"{", webhook_signature="v1,AAAA"))[0] == 401
+    assert (await send(authenticator, b"{"))[0] == 400
     spaced = json.dumps(CONNECTED, indent=7).encode() + b" \n"
-    assert (await send(door, spaced))[0] == 201
+    assert (await send(authenticator, spaced))[0] == 201
 
 
-async def test_a_token_may_stand_for_the_signature(door: Door) -> None:
+async def test_a_token_may_stand_for_the_signature(authenticator: Authenticator) -> None:
     """With an operator's token an unsigned call is applied; a signature that is sent beside it counts."""
     token = {"Authorization": "Bearer operators-s3cret-token"}
-    asked = await door.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
+    asked = await authenticator.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
     assert asked[0] == 201
-    assert (await send(door, GONE, Authorization="Bearer operators-s3cret-token"))[0] == 409
+    assert (await send(authenticator, GONE, Authorization="Bearer operators-s3cret-token"))[
+        0
+    ] == 409
     wrong = {"Authorization": "Bearer operators-s3cret-token", "webhook_signature": "v1,AAAA"}
-    assert (await send(door, GONE, **wrong))[0] == 401
-    assert (await send(door, GONE, Authorization="Bearer nope"))[0] == 401
+    assert (await send(authenticator, GONE, **wrong))[0] == 401
+    assert (await send(authenticator, GONE, Authorization="Bearer nope"))[0] == 401
 
 
-async def test_s5_a_replay_has_no_effect(door: Door) -> None:
+async def test_s5_a_replay_has_no_effect(authenticator: Authenticator) -> None:
     """The same call again says `duplicate` and changes nothing, also after the device has gone; the id
     with another body is 409."""
-    status, first = await send(door, CONNECTED)
+    status, first = await send(authenticator, CONNECTED)
     assert (status, first["duplicate"]) == (201, False)
-    assert (await send(door, GONE, message="msg_2", later=1))[0] == 200
-    status, again = await send(door, CONNECTED)
+    assert (await send(authenticator, GONE, message="msg_2", later=1))[0] == 200
+    status, again = await send(authenticator, CONNECTED)
     assert (status, again["duplicate"], again["changed"]) == (200, True, False)
-    assert presence(door) is Presence.ABSENT
-    status, body = await send(door, GONE)
+    assert presence(authenticator) is Presence.ABSENT
+    status, body = await send(authenticator, GONE)
     assert status == 409
     assert "another body" in body["error"]["message"]
 
 
-async def test_a_failed_event_may_be_sent_again(door: Door) -> None:
+async def test_a_failed_event_may_be_sent_again(authenticator: Authenticator) -> None:
     """An event that was refused for its content leaves its id free for the mended one."""
-    assert (await send(door, {"event": "connected", "device": {"id": "gw/1"}}))[0] == 400
-    assert (await send(door, CONNECTED))[0] == 201
-    assert (await send(door, {"event": "disconnected", "device": {"id": "x"}}, message="m"))[
-        0
-    ] == 404
+    assert (await send(authenticator, {"event": "connected", "device": {"id": "gw/1"}}))[0] == 400
+    assert (await send(authenticator, CONNECTED))[0] == 201
+    assert (
+        await send(authenticator, {"event": "disconnected", "device": {"id": "x"}}, message="m")
+    )[0] == 404
 
 
-async def test_s5_a_replay_has_no_effect_after_a_restart(tmp_path: Path, door: Door) -> None:
+async def test_s5_a_replay_has_no_effect_after_a_restart(
+    tmp_path: Path, authenticator: Authenticator
+) -> None:
     """A service that remembers nothing refuses an older event with 409 and knows the last one as a
     duplicate; a later one is applied."""
-    await send(door, CONNECTED)
-    await send(door, GONE, message="msg_2", later=5)
-    async with served(tmp_path, door=gate(tmp_path)) as other:
+    await send(authenticator, CONNECTED)
+    await send(authenticator, GONE, message="msg_2", later=5)
+    async with served(tmp_path, authenticator=gate(tmp_path)) as other:
         other.fleet.clock = Wall()
         other.fleet.reset(*await loaded(other))
         status, body = await send(other, CONNECTED)
@@ -180,16 +188,18 @@ async def test_s5_a_replay_has_no_effect_after_a_restart(tmp_path: Path, door: D
         assert (await send(other, CONNECTED, message="msg_3", later=6))[0] == 201
 
 
-async def test_w1_a_late_event_changes_nothing(tmp_path: Path, door: Door) -> None:
+async def test_w1_a_late_event_changes_nothing(
+    tmp_path: Path, authenticator: Authenticator
+) -> None:
     """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays, also on a
     replica that has just started; the event that changed nothing is known as a duplicate there."""
-    assert (await send(door, CONNECTED, message="a", later=-10))[0] == 201
-    status, second = await send(door, CONNECTED, message="b", later=-2)
+    assert (await send(authenticator, CONNECTED, message="a", later=-10))[0] == 201
+    status, second = await send(authenticator, CONNECTED, message="b", later=-2)
     assert (status, second["changed"], second["duplicate"]) == (200, False, False)
-    async with served(tmp_path, door=gate(tmp_path)) as other:
+    async with served(tmp_path, authenticator=gate(tmp_path)) as other:
         other.fleet.clock = Wall()
         other.fleet.reset(*await loaded(other))
-        for replica in (door, other):
+        for replica in (authenticator, other):
             status, body = await send(replica, GONE, message="c", later=-3)
             assert status == 409
             assert "1 s before" in body["error"]["message"]
@@ -200,50 +210,58 @@ async def test_w1_a_late_event_changes_nothing(tmp_path: Path, door: Door) -> No
         assert generation == 1
 
 
-async def test_w1_two_events_of_one_second_leave_the_device_watched(door: Door) -> None:
+async def test_w1_two_events_of_one_second_leave_the_device_watched(
+    authenticator: Authenticator,
+) -> None:
     """A disconnect that was signed in the second of a connect is refused and says why; a connect signed in
     the second of a disconnect brings the device back."""
-    assert (await send(door, CONNECTED, message="a"))[0] == 201
-    status, body = await send(door, GONE, message="b")
+    assert (await send(authenticator, CONNECTED, message="a"))[0] == 201
+    status, body = await send(authenticator, GONE, message="b")
     assert status == 409
     assert "the device stays watched" in body["error"]["message"]
-    assert (await send(door, GONE, message="c", later=5))[0] == 200
-    assert (await send(door, CONNECTED, message="d", later=5))[0] == 201
-    assert presence(door) is Presence.PRESENT
+    assert (await send(authenticator, GONE, message="c", later=5))[0] == 200
+    assert (await send(authenticator, CONNECTED, message="d", later=5))[0] == 201
+    assert presence(authenticator) is Presence.PRESENT
 
 
-async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(door: Door) -> None:
+async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(
+    authenticator: Authenticator,
+) -> None:
     """After a PUT that changed nothing, an event that was signed before it is refused."""
-    assert (await send(door, CONNECTED, message="a", later=-10))[0] == 201
+    assert (await send(authenticator, CONNECTED, message="a", later=-10))[0] == 201
     token = {"Authorization": "Bearer operators-s3cret-token"}
     wish = {"address": "10.0.0.1"}
-    status, same = await door.ask("PUT", "/v1/devices/gw%2F1", json=wish, headers=token)
+    status, same = await authenticator.ask("PUT", "/v1/devices/gw%2F1", json=wish, headers=token)
     assert (status, same["changed"]) == (200, False)
-    assert (await send(door, GONE, message="b", later=-3))[0] == 409
-    assert presence(door) is Presence.PRESENT
+    assert (await send(authenticator, GONE, message="b", later=-3))[0] == 409
+    assert presence(authenticator) is Presence.PRESENT
 
 
-async def test_the_window_is_bounded_and_the_record_still_guards(door: Door) -> None:
+async def test_the_window_is_bounded_and_the_record_still_guards(
+    authenticator: Authenticator,
+) -> None:
     """With a window of two ids a replay of a forgotten event is refused by its device's record."""
-    door.app_door.window.most = 2
-    await send(door, CONNECTED)
-    await send(door, GONE, message="msg_2", later=1)
+    authenticator.app_door.window.most = 2
+    await send(authenticator, CONNECTED)
+    await send(authenticator, GONE, message="msg_2", later=1)
     for number in range(3):
         other = {"event": "connected", "device": {"id": f"n{number}", "address": "a"}}
-        assert (await send(door, other, message=f"other_{number}"))[0] == 201
-    assert (await send(door, CONNECTED))[0] == 409
-    assert len(door.app_door.window) <= 2
+        assert (await send(authenticator, other, message=f"other_{number}"))[0] == 201
+    assert (await send(authenticator, CONNECTED))[0] == 409
+    assert len(authenticator.app_door.window) <= 2
 
 
 async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) -> None:
     """Without any token configured, an unsigned webhook is 401 and other routes stay open."""
     secret = "whsec_" + base64.b64encode(SECRETS[0]).decode()
     (tmp_path / "secrets").write_text(secret)
-    api = Api(webhook_secrets_file=str(tmp_path / "secrets"))
-    async with served(tmp_path, door=door_of(api)) as door:
-        door.fleet.clock = Wall()
-        assert (await door.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
+    api = ApiSettings(webhook_secrets_file=str(tmp_path / "secrets"))
+    async with served(tmp_path, authenticator=door_of(api)) as authenticator:
+        authenticator.fleet.clock = Wall()
+        assert (await authenticator.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
         none = {"Authorization": "Bearer anything"}
-        assert (await door.ask("POST", "/v1/webhook", json=CONNECTED, headers=none))[0] == 401
-        assert (await send(door, CONNECTED))[0] == 201
-        assert (await door.ask("GET", "/v1/status"))[0] == 200
+        assert (await authenticator.ask("POST", "/v1/webhook", json=CONNECTED, headers=none))[
+            0
+        ] == 401
+        assert (await send(authenticator, CONNECTED))[0] == 201
+        assert (await authenticator.ask("GET", "/v1/status"))[0] == 200

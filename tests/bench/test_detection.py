@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 from bench import detection
-from nomad_watchdog.config.probes import Probe
+from nomad_watchdog.config.probes import ProbeSettings
 from nomad_watchdog.model import Limits
 
 
 def world(seed: int = 1) -> detection.World:
-    return detection.World(random.Random(seed), Limits(), Probe(kind="tcp", port=80), 2.0)
+    return detection.World(random.Random(seed), Limits(), ProbeSettings(kind="tcp", port=80), 2.0)
 
 
 def test_one_seed_gives_one_result() -> None:

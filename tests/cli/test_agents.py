@@ -15,7 +15,7 @@ from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli._agent_logs import nomad_log
 from nomad_watchdog.cli.main import _code
-from nomad_watchdog.config.settings import Nomad, Settings
+from nomad_watchdog.config.settings import NomadSettings, Settings
 from nomad_watchdog.demo.process import clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 from servers.nomad import NomadServer
@@ -110,12 +110,12 @@ async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path)
 
 async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: Path) -> None:
     """When nobody listens at the agent's address any more, `exec-probe` ends with 69 and says so."""
-    from nomad_watchdog.cli._api_client import Api
+    from nomad_watchdog.cli._api_client import ApiClient
     from nomad_watchdog.cli.agents import _probed
 
     port = free_port()
     with pytest.raises(TerminalError, match="no answer"):
-        await asyncio.to_thread(_probed, Api(f"http://127.0.0.1:{port}"))
+        await asyncio.to_thread(_probed, ApiClient(f"http://127.0.0.1:{port}"))
 
 
 def job(name: str, *, disabled: bool) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def job(name: str, *, disabled: bool) -> dict[str, Any]:
 @pytest.mark.servers
 async def test_logs_of_a_nomad_agent_or_what_to_set(nomad: NomadServer) -> None:
     """What the task said comes from Nomad's client; where the job disables logs the error says so."""
-    settings = Settings(backend="nomad", nomad=Nomad(address=nomad.http_addr))
+    settings = Settings(backend="nomad", nomad=NomadSettings(address=nomad.http_addr))
     found: dict[str, str] = {}
     try:
         for name, disabled in (("logs-with", False), ("logs-without", True)):

@@ -18,7 +18,7 @@ from aiohttp import web
 from nomad_watchdog.cli.main import VERBS, LazyGroup, _code, cli
 from nomad_watchdog.config.load import load
 from nomad_watchdog.daemon.factory import open_registry
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 from nomad_watchdog.terminal import clean
 from nomad_watchdog.units import age
 
@@ -346,7 +346,7 @@ def test_doctor_tells_an_unreadable_migration_from_an_unreadable_registry(
     async def written() -> None:
         async with open_registry(load(None, os.environ)) as registry:
             await registry.initialise()
-            await registry.commit_document("migration", Document(b'{"v": 9}'))
+            await registry.commit_document("migration", RegistryDocument(b'{"v": 9}'))
 
     asyncio.run(written())
     assert _code(["doctor", "-o", "json"]) == 69

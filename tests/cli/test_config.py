@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.config.agent_classes import AgentClass, Elsewhere, Repair
-from nomad_watchdog.config.api import Token
-from nomad_watchdog.config.escalation import Escalate, Loki, Sink
+from nomad_watchdog.config.agent_classes import AgentClassSettings, BackendOverrides, RepairSettings
+from nomad_watchdog.config.api import TokenSettings
+from nomad_watchdog.config.escalation import EscalationSettings, LokiSettings, SinkSettings
 from nomad_watchdog.config.hcl import read
 from nomad_watchdog.config.load import load
-from nomad_watchdog.config.pools import Metric
-from nomad_watchdog.config.probes import Gateway, Probe
+from nomad_watchdog.config.pools import MetricSettings
+from nomad_watchdog.config.probes import GatewaySettings, ProbeSettings
 from nomad_watchdog.config.problems import model_of
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import UserError
@@ -250,16 +250,16 @@ def test_docs_name_every_setting_and_no_other() -> None:
     for name, field in Settings.model_fields.items():
         block = model_of(field.annotation)
         wanted |= {f"{name}.{inner}" for inner in block.model_fields} if block else {name}
-    assert {f"agent_class.{name}" for name in AgentClass.model_fields} <= wanted
-    wanted |= {f"on.{name}" for name in Elsewhere.model_fields}
-    wanted |= {f"probe.{name}" for name in Probe.model_fields}
-    wanted |= {f"metric.{name}" for name in Metric.model_fields}
-    wanted |= {f"gateway.{name}" for name in Gateway.model_fields}
-    wanted |= {f"repair.{name}" for name in Repair.model_fields}
-    wanted |= {f"escalate.{name}" for name in Escalate.model_fields}
-    wanted |= {f"sink.{name}" for name in Sink.model_fields}
-    wanted |= {f"loki.{name}" for name in Loki.model_fields}
-    wanted |= {f"token.{name}" for name in Token.model_fields}
+    assert {f"agent_class.{name}" for name in AgentClassSettings.model_fields} <= wanted
+    wanted |= {f"on.{name}" for name in BackendOverrides.model_fields}
+    wanted |= {f"probe.{name}" for name in ProbeSettings.model_fields}
+    wanted |= {f"metric.{name}" for name in MetricSettings.model_fields}
+    wanted |= {f"gateway.{name}" for name in GatewaySettings.model_fields}
+    wanted |= {f"repair.{name}" for name in RepairSettings.model_fields}
+    wanted |= {f"escalate.{name}" for name in EscalationSettings.model_fields}
+    wanted |= {f"sink.{name}" for name in SinkSettings.model_fields}
+    wanted |= {f"loki.{name}" for name in LokiSettings.model_fields}
+    wanted |= {f"token.{name}" for name in TokenSettings.model_fields}
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", text, re.MULTILINE)) == wanted
 

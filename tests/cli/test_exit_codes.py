@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.api.middleware import answer_to
-from nomad_watchdog.cli._api_client import Api, refusal
+from nomad_watchdog.cli._api_client import ApiClient, refusal
 from nomad_watchdog.cli._apply import apply_by_service
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import (
@@ -76,6 +76,6 @@ def test_apply_with_a_wrong_token_is_denied(served: str) -> None:
     running = [Replica("plane-1", served, 0.0, 1, "1")]
     asked: list[Any] = [running, {"actions": [], "waiting_rollout": 0}]
     with pytest.raises(DeniedError, match="missing or unknown token"):
-        apply_by_service(Api(served, "another-token-0000"), Settings(), *asked, stops=0)
+        apply_by_service(ApiClient(served, "another-token-0000"), Settings(), *asked, stops=0)
     with pytest.raises(TransientError, match="does not answer"):
-        apply_by_service(Api("http://127.0.0.1:1", ""), Settings(), *asked, stops=0)
+        apply_by_service(ApiClient("http://127.0.0.1:1", ""), Settings(), *asked, stops=0)

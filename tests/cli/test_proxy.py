@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.cli._proxy import proxy_for
 from nomad_watchdog.errors import DeniedError, TerminalError, UserError
 
@@ -67,7 +67,7 @@ def test_a_loopback_address_is_called_directly(
     for one in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(one, raising=False)
     monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-    client = Api(f"http://{host}:{api.port}", "operators-token")
+    client = ApiClient(f"http://{host}:{api.port}", "operators-token")
     if host == "127.1.2.3":
         with pytest.raises(TerminalError, match=r"no answer from the API at http://127\.1\.2\.3"):
             client.get("/v1/status")
@@ -80,7 +80,7 @@ def test_a_loopback_address_is_called_directly(
 def test_another_address_goes_through_the_proxy(proxy: Recorder) -> None:
     """A proxy is heeded where it is meant, for a name that only the proxy can resolve."""
     env = {"http_proxy": f"127.0.0.1:{proxy.port}"}
-    Api("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
+    ApiClient("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
     assert proxy.heads[0].startswith("GET http://watchdog.invalid:9670/v1/status")
 
 
@@ -91,7 +91,7 @@ def test_a_failure_names_the_proxy_and_not_its_password() -> None:
         port = unused.getsockname()[1]
         env = {"HTTP_PROXY": f"http://joe:s3cret@127.0.0.1:{port}"}
         with pytest.raises(TerminalError) as caught:
-            Api("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
+            ApiClient("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
     said = str(caught.value)
     assert f"through the proxy http://127.0.0.1:{port} (from HTTP_PROXY)" in said
     assert "name the API's host in no_proxy" in said
@@ -100,7 +100,7 @@ def test_a_failure_names_the_proxy_and_not_its_password() -> None:
     try:
         env = {"http_proxy": f"http://127.0.0.1:{refusing.port}"}
         with pytest.raises(DeniedError, match="through the proxy http://127"):
-            Api("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
+            ApiClient("http://watchdog.invalid:9670", "t", env=env).get("/v1/status")
     finally:
         refusing.close()
 

@@ -14,7 +14,7 @@ from nomad_watchdog.api import make_app
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
@@ -33,8 +33,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         fleet.reset({}, 0)
         fleet.classes = frozenset({"default", "gateway"})
         (tmp_path / "asked").write_text("secret-token-of-the-api")
-        door = door_of(Api(token_file=str(tmp_path / "asked")))
-        app = make_app(fleet, metrics=Metrics(), artifact=None, door=door)
+        authenticator = door_of(ApiSettings(token_file=str(tmp_path / "asked")))
+        app = make_app(fleet, metrics=Metrics(), artifact=None, authenticator=authenticator)
         runner = web.AppRunner(app, shutdown_timeout=2.0)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -11,8 +11,8 @@ import pytest
 from nomad_watchdog import text_files
 from nomad_watchdog.api.listener import outgoing_context, tls_context
 from nomad_watchdog.clients import hashicorp_environment
-from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.clients._kubernetes_settings import KubernetesAccess
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.types import certificates
 from nomad_watchdog.controllers import inventory_file
@@ -48,7 +48,7 @@ async def test_a_kubeconfig_with_wrapped_base64_is_taken(tmp_path: Path) -> None
             rows = [packed[i : i + width] for i in range(0, len(packed), width)]
             wrapped = end.join(rows) + end
             file = kubeconfig(tmp_path, **{"certificate-authority-data": wrapped})
-            settings = KubernetesSettings.discover(file)
+            settings = KubernetesAccess.discover(file)
             assert settings.ca == plain.decode()
             settings.ssl_context()
 
@@ -56,8 +56,8 @@ async def test_a_kubeconfig_with_wrapped_base64_is_taken(tmp_path: Path) -> None
 def test_a_proxy_of_a_kubeconfig_is_refused_in_words(tmp_path: Path) -> None:
     """A cluster behind a proxy is not called past it; an empty setting is none (C7)."""
     with pytest.raises(UserError, match="proxy-url of the cluster is not supported"):
-        KubernetesSettings.discover(kubeconfig(tmp_path, **{"proxy-url": "http://p:3128"}))
-    assert KubernetesSettings.discover(kubeconfig(tmp_path, **{"proxy-url": ""})).token == "t"
+        KubernetesAccess.discover(kubeconfig(tmp_path, **{"proxy-url": "http://p:3128"}))
+    assert KubernetesAccess.discover(kubeconfig(tmp_path, **{"proxy-url": ""})).token == "t"
 
 
 async def test_comments_between_certificates_are_left_out(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ async def test_certificates_with_a_byte_order_mark_are_shown(tmp_path: Path, key
     if key == "in the same file":
         cert.write_bytes(cert.read_bytes() + own.read_bytes().removeprefix(BOM))
     files = {"tls_cert": str(cert), "tls_key": str(own if key == "of its own" else cert)}
-    api = Api(**files, client_ca=str(authority.cert), ca_cert=str(authority.cert))
+    api = ApiSettings(**files, client_ca=str(authority.cert), ca_cert=str(authority.cert))
     assert tls_context(api) is not None
     assert outgoing_context(api) is not None
     own_key = str(own) if key == "of its own" else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nomad_watchdog.core.mass_stop_breaker import Breaker, held_id
+from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker, held_id
 from nomad_watchdog.core.planner import Plan, Stop
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch
@@ -13,7 +13,7 @@ B: Stop = (Slug("b-1"), Epoch(1), "ref-b")
 
 def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
     """Strays are confirmed by nobody's reading; an operator who spoke meanwhile has confirmed them."""
-    breaker = Breaker()
+    breaker = MassStopBreaker()
     breaker.settle(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
     held = breaker.held
     assert breaker.confirm() == 2
@@ -23,7 +23,7 @@ def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
 
 def test_a_second_read_confirms_only_what_is_registered() -> None:
     """What nobody has registered waits for an operator, and says what to type."""
-    breaker = Breaker()
+    breaker = MassStopBreaker()
     breaker.settle(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
     assert breaker.wants_second_read
     breaker.read_again(breaker.held, registered={A[0]})
@@ -37,12 +37,12 @@ def test_the_id_names_exactly_these_stops() -> None:
     assert held_id(frozenset({A, B})) == held_id(frozenset({B, A}))
     assert held_id(frozenset({A})) != held_id(frozenset({A, B}))
     assert held_id(frozenset({A})) != held_id(frozenset({(A[0], Epoch(2), A[2])}))
-    assert held_id(frozenset()) == Breaker().mend == ""
+    assert held_id(frozenset()) == MassStopBreaker().mend == ""
 
 
 def test_a_stray_that_is_registered_meanwhile_is_read_once_more() -> None:
     """Records were lost and are registered anew: no operator is needed for what a second read can say."""
-    breaker = Breaker()
+    breaker = MassStopBreaker()
     plan = Plan((), held=frozenset({A, B}), hold_reason="two of two")
     breaker.settle(plan)
     breaker.read_again(breaker.held, registered=())

@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from nomad_watchdog.core.circuit_breaker import (
     FIRST_S,
     LONGEST_S,
-    MOST_RETRY_AFTER_S,
+    MAX_RETRY_AFTER_S,
     TOGETHER,
-    Circuit,
+    CircuitBreaker,
 )
 from nomad_watchdog.ids import Slug
 
 CAMS = [Slug(f"cam-{n}") for n in range(TOGETHER)]
 
 
-def opened(now: float = 0.0, retry_after_s: float = 0.0, jitter: float = 1.0) -> Circuit:
-    circuit = Circuit()
+def opened(now: float = 0.0, retry_after_s: float = 0.0, jitter: float = 1.0) -> CircuitBreaker:
+    circuit = CircuitBreaker()
     for slug in CAMS:
         circuit.failed(slug, now, retry_after_s, jitter)
     return circuit
@@ -27,7 +27,7 @@ def opened(now: float = 0.0, retry_after_s: float = 0.0, jitter: float = 1.0) ->
 @given(st.lists(st.floats(0, 1e6), max_size=50))
 def test_s9_a_device_that_fails_alone_opens_nothing(times: list[float]) -> None:
     """Fewer different devices than TOGETHER, however often each fails, leave the allowance whole."""
-    circuit = Circuit()
+    circuit = CircuitBreaker()
     for now in sorted(times):
         for slug in CAMS[:-1]:
             assert not circuit.failed(slug, now, 0.0, 0.5)
@@ -63,8 +63,8 @@ def test_it_waits_longer_each_time_up_to_a_bound(jitters: list[float], asked_s: 
         now += circuit.wait_s(now)
         assert circuit.failed(CAMS[0], now, asked_s, jitter)
         wait_s = circuit.wait_s(now)
-        bound = max(LONGEST_S, min(asked_s, MOST_RETRY_AFTER_S))
-        assert min(asked_s, MOST_RETRY_AFTER_S) - 1e-6 <= wait_s <= bound + 1e-6
+        bound = max(LONGEST_S, min(asked_s, MAX_RETRY_AFTER_S))
+        assert min(asked_s, MAX_RETRY_AFTER_S) - 1e-6 <= wait_s <= bound + 1e-6
 
 
 def test_calls_under_way_when_it_opened_do_not_prolong_it() -> None:

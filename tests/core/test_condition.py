@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.core import device_condition, presence
 from nomad_watchdog.core.verdict import Evidence, judge, of_agent
 from nomad_watchdog.model import (
-    MOST_REASON,
+    MAX_REASON,
     AgentState,
     Condition,
     ConditionState,
@@ -31,7 +31,7 @@ conditions = st.builds(
     Condition,
     st.sampled_from(ConditionState),
     st.floats(0, 2e9).map(WallTime),
-    st.text(max_size=MOST_REASON),
+    st.text(max_size=MAX_REASON),
     st.integers(0, 9),
 )
 DEAD = Condition(ConditionState.OFFLINE, BEGAN, "tcp:80 and icmp: no answer", 3)
@@ -67,7 +67,7 @@ def test_only_an_accepted_agents_word_ends_a_condition(seen: Evidence, kept: Con
         assert shown.agent is found.state
     if after is not None:
         assert after.since == (kept.since if after.state is kept.state else 5.0)
-        assert len(after.reason) <= MOST_REASON
+        assert len(after.reason) <= MAX_REASON
 
 
 @settings(max_examples=300, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.flap_damping import Flap, changed, is_flapping, is_forgotten
+from nomad_watchdog.core.flap_damping import FlapDamper, changed, is_flapping, is_forgotten
 from nomad_watchdog.model import Monotonic, PresenceRules
 
 rules_of = st.builds(
@@ -15,7 +15,7 @@ rules_of = st.builds(
 )
 
 
-def after(rules: PresenceRules, gaps: list[float]) -> tuple[Flap | None, float]:
+def after(rules: PresenceRules, gaps: list[float]) -> tuple[FlapDamper | None, float]:
     flap, now = None, 0.0
     for gap in gaps:
         now += gap

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.core import event_order, presence
-from nomad_watchdog.core.agent_token import Claim, claim_of, issue
+from nomad_watchdog.core.agent_token import TokenClaim, claim_of, issue
 from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.core.roles import Right, Role, may, roles_with
 from nomad_watchdog.core.webhook_signature import (
     TOLERANCE_S,
+    ReplayWindow,
     Seen,
     SignatureError,
-    Signed,
-    Window,
+    SignatureHeaders,
     secret_of,
     sign,
     verify,
@@ -44,7 +44,9 @@ IDS = st.text(string.ascii_letters + string.digits + "-/ ", min_size=1, max_size
     lambda text: text == text.strip()
 )
 CLAIMS = st.builds(
-    lambda name, epoch: Claim(slug_of(DeviceId(name)), Epoch(epoch)), IDS, st.integers(0, 2**62)
+    lambda name, epoch: TokenClaim(slug_of(DeviceId(name)), Epoch(epoch)),
+    IDS,
+    st.integers(0, 2**62),
 )
 
 
@@ -64,7 +66,7 @@ def test_what_each_role_may_do(role: Role, rights: set[Right]) -> None:
 
 
 @given(CLAIMS)
-def test_a_credential_is_good_for_its_claim_under_any_of_the_keys(claim: Claim) -> None:
+def test_a_credential_is_good_for_its_claim_under_any_of_the_keys(claim: TokenClaim) -> None:
     """What a key issued is recognised by it, beside others too, and by no other key."""
     given_one = issue(KEY, claim)
     assert claim_of([KEY], given_one) == claim
@@ -74,7 +76,7 @@ def test_a_credential_is_good_for_its_claim_under_any_of_the_keys(claim: Claim) 
 
 
 @given(CLAIMS, CLAIMS)
-def test_a_credential_does_not_turn_into_another(one: Claim, other: Claim) -> None:
+def test_a_credential_does_not_turn_into_another(one: TokenClaim, other: TokenClaim) -> None:
     """The mac of one device or epoch does not fit the name of another."""
     mac = issue(KEY, one).rpartition(".")[2]
     forged = f"wda1.{other.slug}.{other.epoch}.{mac}"
@@ -82,7 +84,7 @@ def test_a_credential_does_not_turn_into_another(one: Claim, other: Claim) -> No
 
 
 @given(CLAIMS, st.data())
-def test_no_change_of_a_credential_is_accepted(claim: Claim, data: st.DataObject) -> None:
+def test_no_change_of_a_credential_is_accepted(claim: TokenClaim, data: st.DataObject) -> None:
     """A credential with one character changed, added or taken away is nobody's."""
     good = issue(KEY, claim)
     at = data.draw(st.integers(0, len(good) - 1))
@@ -101,7 +103,7 @@ def test_any_text_is_no_credential(text: str) -> None:
 
 def test_the_published_vector_of_standard_webhooks() -> None:
     """The signature of the scheme's own test vector is made and accepted."""
-    signed = Signed(HEADERS[0], int(HEADERS[1]))
+    signed = SignatureHeaders(HEADERS[0], int(HEADERS[1]))
     assert sign(secret_of(SECRET), signed, BODY) == HEADERS[2]
     assert verify([secret_of(SECRET)], HEADERS, BODY, SENT) == signed
 
@@ -167,7 +169,7 @@ def test_weak_or_wrong_secrets_are_refused(text: str) -> None:
 def test_a_window_tells_new_busy_done_and_other() -> None:
     """An id is new once, busy until it is settled, done after that; another body is told; a failed one
     is new again."""
-    window, signed = Window(), Signed("m", 1000)
+    window, signed = ReplayWindow(), SignatureHeaders("m", 1000)
     assert window.claim(signed, b"a", 1000.0) is Seen.NEW
     assert window.claim(signed, b"a", 1000.0) is Seen.BUSY
     window.settle(signed, done=False)
@@ -181,11 +183,11 @@ def test_a_window_tells_new_busy_done_and_other() -> None:
 def test_a_window_is_bounded_and_keeps_what_could_be_replayed(calls: list[tuple[int, int]]) -> None:
     """It never holds more than its bound, and while it is not full no applied event passes twice as long
     as its signature is accepted."""
-    small, large = Window(most=5), Window()
+    small, large = ReplayWindow(most=5), ReplayWindow()
     applied: dict[int, int] = {}
     for number, later in sorted(calls, key=lambda call: call[1]):
         at = applied.get(number, later)
-        signed = Signed(str(number), at)
+        signed = SignatureHeaders(str(number), at)
         small.claim(signed, b"", float(later))
         assert len(small) <= 5
         if abs(later - at) > TOLERANCE_S:
@@ -200,7 +202,7 @@ DEVICE = Device(DeviceId("d"), "default", "10.0.0.1")
 
 
 def step(
-    stored: DeviceRecord | None, connected: bool, event: event_order.Event | None, now: float
+    stored: DeviceRecord | None, connected: bool, event: event_order.SignedEvent | None, now: float
 ) -> DeviceRecord | None:
     """As the ledger does it: the record afterwards."""
     if connected:
@@ -220,10 +222,12 @@ def test_s5_no_replay_of_an_event_changes_a_record(
     record can be sent again with an effect, by a process that remembers nothing."""
     stored: DeviceRecord | None = None
     now = 1000.0
-    applied: list[tuple[bool, event_order.Event]] = []
+    applied: list[tuple[bool, event_order.SignedEvent]] = []
     for number, (connected, gap) in enumerate(steps):
         now += gap
-        event = event_order.Event(f"m{number}", int(now)) if data.draw(st.booleans()) else None
+        event = (
+            event_order.SignedEvent(f"m{number}", int(now)) if data.draw(st.booleans()) else None
+        )
         try:
             after = step(stored, connected, event, now)
         except OutOfDateError:
@@ -245,15 +249,15 @@ def test_s5_no_replay_of_an_event_changes_a_record(
 
 def test_events_are_ordered_by_their_senders_time() -> None:
     """A later event is applied, an earlier one refused, each once."""
-    first = step(None, True, event_order.Event("a", 98), 103.0)
+    first = step(None, True, event_order.SignedEvent("a", 98), 103.0)
     assert first is not None
-    gone = step(first, False, event_order.Event("b", 100), 103.1)
+    gone = step(first, False, event_order.SignedEvent("b", 100), 103.1)
     assert gone is not None
     assert (gone.presence, gone.event_at, len(gone.event_marks)) == (Presence.ABSENT, 100, 1)
-    assert event_order.is_replay(gone, event_order.Event("b", 100))
+    assert event_order.is_replay(gone, event_order.SignedEvent("b", 100))
     with pytest.raises(OutOfDateError, match="1 s before"):
-        step(gone, True, event_order.Event("c", 99), 104.0)
-    back = step(gone, True, event_order.Event("d", 101), 104.0)
+        step(gone, True, event_order.SignedEvent("c", 99), 104.0)
+    back = step(gone, True, event_order.SignedEvent("d", 101), 104.0)
     assert back is not None
     assert back.presence is Presence.PRESENT
 
@@ -261,28 +265,28 @@ def test_events_are_ordered_by_their_senders_time() -> None:
 def test_w1_an_event_older_than_one_that_changed_nothing_is_late() -> None:
     """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays; and the
     other way round, a late connect does not bring back a device that was reported gone twice."""
-    stored = step(None, True, event_order.Event("a", 90), 100.0)
-    again = step(stored, True, event_order.Event("b", 98), 100.0)
+    stored = step(None, True, event_order.SignedEvent("a", 90), 100.0)
+    again = step(stored, True, event_order.SignedEvent("b", 98), 100.0)
     assert again is not None
     assert event_order.is_mark_only(stored, again)
     with pytest.raises(OutOfDateError, match="1 s before"):
-        step(again, False, event_order.Event("c", 97), 100.0)
-    gone = step(again, False, event_order.Event("d", 110), 111.0)
-    gone = step(gone, False, event_order.Event("e", 120), 121.0)
+        step(again, False, event_order.SignedEvent("c", 97), 100.0)
+    gone = step(again, False, event_order.SignedEvent("d", 110), 111.0)
+    gone = step(gone, False, event_order.SignedEvent("e", 120), 121.0)
     with pytest.raises(OutOfDateError):
-        step(gone, True, event_order.Event("f", 115), 122.0)
+        step(gone, True, event_order.SignedEvent("f", 115), 122.0)
 
 
 def test_w1_an_unsigned_request_that_changes_nothing_makes_older_events_late() -> None:
     """A PUT that confirms a device counts as the last event of it where events are signed, and is written
     once per second; where none were signed it costs no write."""
-    stored = step(None, True, event_order.Event("a", 90), 100.0)
+    stored = step(None, True, event_order.SignedEvent("a", 90), 100.0)
     confirmed = step(stored, True, None, 105.5)
     assert confirmed is not None
     assert (confirmed.event_at, confirmed.event_marks) == (105, ())
     assert step(confirmed, True, None, 105.9) is confirmed
     with pytest.raises(OutOfDateError):
-        step(confirmed, False, event_order.Event("b", 104), 106.0)
+        step(confirmed, False, event_order.SignedEvent("b", 104), 106.0)
     plain = step(None, True, None, 100.0)
     assert step(plain, True, None, 200.0) is plain
 
@@ -293,11 +297,11 @@ def test_events_of_one_second_leave_the_device_watched_in_any_order(
 ) -> None:
     """Whether the device was there before or not: with a connect among the events of one second it is
     watched afterwards, whichever came first, and a replay of any of them has no effect."""
-    stored = step(None, True, event_order.Event("first", 10), 10.0)
-    stored = stored if watched else step(stored, False, event_order.Event("gone", 20), 20.0)
+    stored = step(None, True, event_order.SignedEvent("first", 10), 10.0)
+    stored = stored if watched else step(stored, False, event_order.SignedEvent("gone", 20), 20.0)
     for name in order * 2:
         try:
-            stored = step(stored, name != "disconnected", event_order.Event(name, 100), 100.0)
+            stored = step(stored, name != "disconnected", event_order.SignedEvent(name, 100), 100.0)
         except OutOfDateError:
             assert name == "disconnected"
     assert stored is not None
@@ -310,10 +314,10 @@ def test_the_newest_event_decides_in_whatever_order_they_arrive(
 ) -> None:
     """After any arrivals the device is in the state of the newest event; connected, when events of both
     kinds share the newest second."""
-    stored = step(None, True, event_order.Event("start", 1), 1.0)
+    stored = step(None, True, event_order.SignedEvent("start", 1), 1.0)
     for number, (connected, at) in enumerate(arrivals):
         with suppress(OutOfDateError):
-            stored = step(stored, connected, event_order.Event(str(number), 100 + at), 200.0)
+            stored = step(stored, connected, event_order.SignedEvent(str(number), 100 + at), 200.0)
     assert stored is not None
     newest = max(at for _, at in arrivals)
     expected = any(connected for connected, at in arrivals if at == newest)
@@ -330,40 +334,40 @@ def test_a_blink_reported_in_the_second_of_an_expiry_is_watched() -> None:
             first, presence.deregister(first, WallTime(100.7), left), None, WallTime(100.7)
         )
         if back:
-            there = step(gone, True, event_order.Event("a", 100), 101.0)
+            there = step(gone, True, event_order.SignedEvent("a", 100), 101.0)
             assert there is not None
             assert there.presence is Presence.PRESENT
         else:
             with pytest.raises(OutOfDateError):
-                step(gone, True, event_order.Event("a", 100), 101.0)
+                step(gone, True, event_order.SignedEvent("a", 100), 101.0)
 
 
 def test_a_change_by_hand_is_dated_by_our_clock() -> None:
     """After an operator's change, events that were signed before it are refused, later ones applied; a
     sender whose clock is ahead does not get its own event back."""
-    first = step(None, True, event_order.Event("a", 100), 100.0)
+    first = step(None, True, event_order.SignedEvent("a", 100), 100.0)
     by_hand = step(first, False, None, 150.0)
     assert by_hand is not None
     assert (by_hand.event_at, by_hand.event_marks) == (0, ())
     with pytest.raises(OutOfDateError):
-        step(by_hand, True, event_order.Event("b", 149), 151.0)
-    assert step(by_hand, True, event_order.Event("c", 151), 151.0) != by_hand
-    ahead = step(None, True, event_order.Event("f", 300), 100.0)
+        step(by_hand, True, event_order.SignedEvent("b", 149), 151.0)
+    assert step(by_hand, True, event_order.SignedEvent("c", 151), 151.0) != by_hand
+    ahead = step(None, True, event_order.SignedEvent("f", 300), 100.0)
     gone = step(ahead, False, None, 150.0)
-    assert step(gone, True, event_order.Event("f", 300), 151.0) is gone
+    assert step(gone, True, event_order.SignedEvent("f", 300), 151.0) is gone
 
 
 def test_a_restored_wish_is_guarded_as_it_was() -> None:
     """When a backup's wish replaces an older one, a replay of the event behind it has no effect."""
-    old = step(None, True, event_order.Event("a", 100), 100.0)
-    saved = step(old, False, event_order.Event("b", 200), 200.0)
+    old = step(None, True, event_order.SignedEvent("a", 100), 100.0)
+    saved = step(old, False, event_order.SignedEvent("b", 200), 200.0)
     assert saved is not None
     restored = presence.restore(old, saved)
     assert restored is not None
     with pytest.raises(OutOfDateError):
-        step(restored, True, event_order.Event("a", 100), 300.0)
-    assert step(restored, False, event_order.Event("b", 200), 300.0) is restored
-    confirmed = step(saved, False, event_order.Event("c", 250), 250.0)
+        step(restored, True, event_order.SignedEvent("a", 100), 300.0)
+    assert step(restored, False, event_order.SignedEvent("b", 200), 300.0) is restored
+    confirmed = step(saved, False, event_order.SignedEvent("c", 250), 250.0)
     assert confirmed is not None
     assert presence.restore(saved, confirmed) == replace(
         saved, event_at=250, event_marks=confirmed.event_marks
@@ -373,30 +377,30 @@ def test_a_restored_wish_is_guarded_as_it_was() -> None:
 def test_a_device_that_flaps_within_a_second_is_told_to_wait() -> None:
     """The seventeenth change within one second is refused for now, not for good."""
     stored: DeviceRecord | None = None
-    for number in range(event_order.MOST_AT_ONCE):
+    for number in range(event_order.MAX_AT_ONCE):
         device = replace(DEVICE, address=f"10.0.0.{number}")
         wanted = presence.register(stored, device, WallTime(100.0))
         stored = event_order.stamp(
-            stored, wanted, event_order.Event(str(number), 100), WallTime(100.0)
+            stored, wanted, event_order.SignedEvent(str(number), 100), WallTime(100.0)
         )
     with pytest.raises(TransientError):
-        step(stored, True, event_order.Event("one more", 100), 100.0)
+        step(stored, True, event_order.SignedEvent("one more", 100), 100.0)
 
 
 def test_an_event_that_changes_nothing_writes_its_mark_and_no_more() -> None:
     """An old event, and a replay, are not written at all; a newer one writes when it was signed, at most
     sixteen times per second of its sender's clock."""
-    stored = step(None, True, event_order.Event("a", 100), 100.0)
-    for event in (event_order.Event("old", 1), event_order.Event("a", 100)):
+    stored = step(None, True, event_order.SignedEvent("a", 100), 100.0)
+    for event in (event_order.SignedEvent("old", 1), event_order.SignedEvent("a", 100)):
         assert step(stored, True, event, 201.0) is stored
     writes = 0
-    for number in range(3 * event_order.MOST_AT_ONCE):
-        after = step(stored, True, event_order.Event(f"b{number}", 200), 201.0)
+    for number in range(3 * event_order.MAX_AT_ONCE):
+        after = step(stored, True, event_order.SignedEvent(f"b{number}", 200), 201.0)
         writes += after is not stored
         stored = after
         assert stored is not None
         assert (stored.generation, stored.event_at) == (1, 200)
-    assert writes == event_order.MOST_AT_ONCE
+    assert writes == event_order.MAX_AT_ONCE
 
 
 @given(

@@ -14,7 +14,7 @@ from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.fleet.fleet import AgentReport, Fleet
-from nomad_watchdog.fleet.listing_freshness import Freshness
+from nomad_watchdog.fleet.listing_freshness import ListingFreshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -38,7 +38,7 @@ def start(of: DeviceRecord, epoch: int) -> Action:
 
 def test_s8_a_listing_under_way_is_too_old() -> None:
     """A record that is learned while a listing is under way blocks the next epoch until another one."""
-    fresh = Freshness()
+    fresh = ListingFreshness()
     fresh.begins()
     assert fresh.learned([BOUND]) == {BOUND.slug}
     fresh.listed(None)
@@ -50,7 +50,7 @@ def test_s8_a_listing_under_way_is_too_old() -> None:
 
 def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
     """A listing of other devices leaves this one unseen."""
-    fresh = Freshness()
+    fresh = ListingFreshness()
     fresh.learned([BOUND])
     fresh.begins()
     fresh.listed({record("other").slug})
@@ -62,7 +62,7 @@ def test_s8_a_partial_listing_tells_of_its_own_devices_only() -> None:
 
 def test_s8_a_rival_makes_what_was_listed_old_once() -> None:
     """What was listed before it was heard of, or was under way, may show the instance that it replaces."""
-    fresh = Freshness()
+    fresh = ListingFreshness()
     fresh.learned([BOUND])
     fresh.begins()
     fresh.listed(None)
@@ -81,7 +81,7 @@ def test_s8_a_rival_makes_what_was_listed_old_once() -> None:
 
 def test_a_new_device_waits_for_no_listing() -> None:
     """A device that was never placed starts at once; a repetition of its own epoch does not."""
-    fresh = Freshness()
+    fresh = ListingFreshness()
     new = record("new")
     assert fresh.learned([new]) == set()
     assert not fresh.premature(start(new, 1))
@@ -92,7 +92,7 @@ def test_a_new_device_waits_for_no_listing() -> None:
 @given(st.lists(st.sampled_from(["learn", "begin", "list", "forget"]), max_size=30))
 def test_s8_never_fresh_without_a_listing_begun_after(steps: list[str]) -> None:
     """In any order of steps, fresh means that a listing was begun after the last news, and came."""
-    fresh = Freshness()
+    fresh = ListingFreshness()
     epoch = 0
     begun_after = came = True
     for step in steps:
@@ -135,7 +135,7 @@ async def test_s3_an_epoch_that_another_replica_committed_is_not_started_beside_
         reconciler.reconcile()
         return [action.kind for _, action in reconciler.queue.take_nowait(9)]
 
-    assert [a.epoch for a in reconciler.planning.make(NO_STOPS).actions] == [6]
+    assert [a.epoch for a in reconciler.plan_builder.make(NO_STOPS).actions] == [6]
     assert queued() == []
     await reconciler.informer.read()
     assert queued() == [ActionKind.RETIRE]

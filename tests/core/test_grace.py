@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.startup_grace import BINS, ENOUGH, MOST_CLASSES, GraceLimits, StartTimes
+from nomad_watchdog.core.startup_grace import BINS, ENOUGH, MAX_CLASSES, GraceLimits, StartTimes
 from nomad_watchdog.model import Monotonic
 
 LIMITS = GraceLimits(fallback_s=60.0, least_s=15.0, most_s=900.0)
@@ -108,13 +108,13 @@ def test_a_class_borrows_from_the_fleet_until_it_has_samples() -> None:
 def test_memory_is_bounded_by_classes() -> None:
     """More class names than are kept change nothing but the fleet's measure."""
     found = StartTimes(LIMITS)
-    for number in range(10 * MOST_CLASSES):
+    for number in range(10 * MAX_CLASSES):
         for _ in range(2):
             found.add(f"class-{number}", 5.0, Monotonic(number))
             found.grace(f"class-{number}")
 
-    assert len(found._classes) == MOST_CLASSES
-    assert len(found._known) <= 2 * MOST_CLASSES
+    assert len(found._classes) == MAX_CLASSES
+    assert len(found._known) <= 2 * MAX_CLASSES
     assert all(len(one.bins) == BINS for one in found._classes.values())
     assert found.grace("class-639").source == "fleet"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nomad_watchdog.core.placement_gc import MOST, REST_S, Graveyard
+from nomad_watchdog.core.placement_gc import MOST, REST_S, PlacementGc
 from nomad_watchdog.model import Monotonic, PlacementState
 from tests.core.world import placement, record
 
@@ -13,7 +13,7 @@ OLD = placement("cam", 2, DEAD)
 
 def test_s2_a_dead_placement_rests_before_it_is_forgotten() -> None:
     """An over placement is due REST_S after it was first seen dead, and not a second before."""
-    yard = Graveyard()
+    yard = PlacementGc()
     seen = {OLD.slug: (OLD,)}
     assert yard.due({HERE.slug: HERE}, seen, Monotonic(10.0)) == []
     assert yard.due({HERE.slug: HERE}, seen, Monotonic(9.0 + REST_S)) == []
@@ -22,7 +22,7 @@ def test_s2_a_dead_placement_rests_before_it_is_forgotten() -> None:
 
 def test_what_lives_or_is_current_is_never_due() -> None:
     """Neither a live placement nor a dead one at the registry's epoch is ever due."""
-    yard = Graveyard()
+    yard = PlacementGc()
     seen = {OLD.slug: (placement("cam", 1), placement("cam", 3, DEAD))}
     for now in (0.0, REST_S, 10 * REST_S):
         assert yard.due({HERE.slug: HERE}, seen, Monotonic(now)) == []
@@ -30,7 +30,7 @@ def test_what_lives_or_is_current_is_never_due() -> None:
 
 def test_the_departed_and_the_unknown_are_due_in_small_numbers() -> None:
     """Of a device that left, or that nobody registered, all dead ones are due, MOST at a time."""
-    yard = Graveyard()
+    yard = PlacementGc()
     gone = record("gone", epoch=1, present=False)
     seen = {gone.slug: (placement("gone", 1, DEAD),)}
     seen |= {p.slug: (p,) for p in (placement(f"stray {i}", 1, DEAD) for i in range(2 * MOST))}
@@ -42,7 +42,7 @@ def test_the_departed_and_the_unknown_are_due_in_small_numbers() -> None:
 
 def test_one_that_came_back_rests_again() -> None:
     """A placement that was seen alive in between starts its rest anew."""
-    yard = Graveyard()
+    yard = PlacementGc()
     yard.due({HERE.slug: HERE}, {OLD.slug: (OLD,)}, Monotonic(0.0))
     yard.due({HERE.slug: HERE}, {OLD.slug: (placement("cam", 2),)}, Monotonic(REST_S / 2))
     assert yard.due({HERE.slug: HERE}, {OLD.slug: (OLD,)}, Monotonic(REST_S)) == []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.config_precedence import MOST_SUPERSEDED, Standing, succeed, wins
+from nomad_watchdog.core.config_precedence import MAX_SUPERSEDED, ConfigStanding, succeed, wins
 
 NAMES = [f"r{n}" for n in range(4)]
 DIGESTS = [f"c{n}" for n in range(4)]
@@ -21,7 +21,7 @@ class World:
     """Replicas that start (again), reload and crash, one after the other."""
 
     living: dict[str, str] = field(default_factory=dict)
-    standing: Standing | None = None
+    standing: ConfigStanding | None = None
     changes: int = 0
 
     def start(self, name: str, own: str) -> None:
@@ -155,10 +155,10 @@ def test_what_is_remembered_is_bounded_and_makes_sense(steps: list[tuple[str, st
 def test_the_oldest_is_forgotten_first() -> None:
     """Of more sets than are remembered the last ones are."""
     standing = None
-    for number in range(MOST_SUPERSEDED + 5):
+    for number in range(MAX_SUPERSEDED + 5):
         standing = succeed(standing, f"c{number}")
     assert standing is not None
-    assert standing.superseded == tuple(f"c{n}" for n in range(4, MOST_SUPERSEDED + 4))
+    assert standing.superseded == tuple(f"c{n}" for n in range(4, MAX_SUPERSEDED + 4))
 
 
 def test_a_replica_that_does_not_say_is_no_witness() -> None:

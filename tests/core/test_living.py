@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nomad_watchdog.core.planner import plan
-from nomad_watchdog.core.report_addresses import MOST, Reach, is_at, living, stranded
+from nomad_watchdog.core.report_addresses import MOST, Reachability, is_at, living, stranded
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import ActionKind, Limits, PlacementState
 from nomad_watchdog.schedulers.agent_document import addressed, api_of
@@ -66,7 +66,7 @@ def test_only_agents_that_depend_on_a_replica_that_is_gone_are_replaced_for_it(
     whoever does depend on one is replaced whatever the window of a roll-out."""
     world, silent = world_of(fleet)
     made = plan(
-        world.records, world.placements, HASHES, NARROW, reach=Reach(there, silent)
+        world.records, world.placements, HASHES, NARROW, reach=Reachability(there, silent)
     )  # fmt: skip
     replaced = {action.slug for action in made.actions if action.at_once}
     waiting = {
@@ -97,7 +97,8 @@ def test_without_the_list_of_replicas_the_plan_is_as_if_there_were_no_addresses(
     world, silent = world_of(fleet)
     without = plan(world.records, world.placements, HASHES, NARROW)
     assert (
-        plan(world.records, world.placements, HASHES, NARROW, reach=Reach(silent=silent)) == without
+        plan(world.records, world.placements, HASHES, NARROW, reach=Reachability(silent=silent))
+        == without
     )
 
 
@@ -108,18 +109,23 @@ def test_a_replacement_ends_the_dependence(fleet: list, there: frozenset[str]) -
     world, silent = world_of(fleet)
     for turn in range(20):
         quiet = silent if turn == 0 else frozenset()
-        made = plan(world.records, world.placements, HASHES, Limits(), reach=Reach(there, quiet))
+        made = plan(
+            world.records, world.placements, HASHES, Limits(), reach=Reachability(there, quiet)
+        )
         for action in made.actions:
             world.apply(action)
         world.settle()
-    assert plan(world.records, world.placements, HASHES, Limits(), reach=Reach(there)).actions == ()
+    assert (
+        plan(world.records, world.placements, HASHES, Limits(), reach=Reachability(there)).actions
+        == ()
+    )
 
 
 def test_the_reason_names_the_address() -> None:
     """An operator reads which replica an agent depends on."""
     waits = replace(placement("a", 1), state=PlacementState.STARTING, source=URLS[0] + FILE)
-    assert URLS[0] in stranded(waits, Reach(frozenset(URLS[1:])))
-    assert stranded(waits, Reach(frozenset(URLS))) == ""
+    assert URLS[0] in stranded(waits, Reachability(frozenset(URLS[1:])))
+    assert stranded(waits, Reachability(frozenset(URLS))) == ""
 
 
 def test_a_longer_port_is_another_address() -> None:

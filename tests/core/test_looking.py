@@ -13,8 +13,8 @@ from nomad_watchdog.core.resync_schedule import (
     QUIET_S,
     REST_S,
     URGENT_S,
-    Agenda,
-    Look,
+    Read,
+    ResyncSchedule,
 )
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Monotonic
@@ -27,24 +27,24 @@ def slugs(count: int, kind: str = "d") -> frozenset[Slug]:
     return frozenset(Slug(f"{kind}{n}") for n in range(count))
 
 
-def looked(cost_s: float = 1.0, at: float = 100.0) -> Agenda:
+def looked(cost_s: float = 1.0, at: float = 100.0) -> ResyncSchedule:
     """An agenda whose last full look ended at `at` and took cost_s."""
-    agenda = Agenda(RESYNC_S)
+    agenda = ResyncSchedule(RESYNC_S)
     look = agenda.take(Monotonic(at - cost_s))
     assert look is not None
     agenda.done(look, Monotonic(at - cost_s), Monotonic(at))
     return agenda
 
 
-def due(agenda: Agenda, now: float) -> float:
+def due(agenda: ResyncSchedule, now: float) -> float:
     return now + agenda.wait_s(Monotonic(now))
 
 
 def test_the_first_look_is_at_everything() -> None:
     """Nothing is known at the start, so that a look at some devices can't be the first."""
-    agenda = Agenda(RESYNC_S)
+    agenda = ResyncSchedule(RESYNC_S)
     agenda.devices(slugs(1), Monotonic(0.0), calm=False)
-    assert agenda.take(Monotonic(0.0)) == Look(None, "start")
+    assert agenda.take(Monotonic(0.0)) == Read(None, "start")
 
 
 def test_few_devices_are_looked_at_at_once() -> None:
@@ -52,7 +52,7 @@ def test_few_devices_are_looked_at_at_once() -> None:
     agenda = looked()
     agenda.devices(slugs(2), AT, calm=True)
     agenda.devices(slugs(1, "u"), AT, calm=False)
-    assert agenda.take(Monotonic(100.0)) == Look(slugs(2) | slugs(1, "u"), "news")
+    assert agenda.take(Monotonic(100.0)) == Read(slugs(2) | slugs(1, "u"), "news")
     assert agenda.take(Monotonic(100.0)) is None
 
 
@@ -62,7 +62,7 @@ def test_the_first_starts_of_a_storm_are_not_worth_a_look() -> None:
     agenda.devices(slugs(3), AT, calm=True)
     assert agenda.take(AT) is None
     assert agenda.wait_s(AT) == pytest.approx(REST_S)
-    assert agenda.take(Monotonic(AT + REST_S)) == Look(slugs(3), "news")
+    assert agenda.take(Monotonic(AT + REST_S)) == Read(slugs(3), "news")
     agenda.devices(slugs(NARROW + 1), AT, calm=True)
     assert agenda.take(Monotonic(AT + REST_S)) is None
 
@@ -72,9 +72,9 @@ def test_urgent_news_does_not_wait_for_a_storm_of_calm_news() -> None:
     agenda = looked(cost_s=2.0)
     agenda.devices(slugs(5000), AT, calm=True)
     agenda.devices(slugs(1, "u"), AT, calm=False)
-    assert agenda.take(Monotonic(100.0)) == Look(slugs(1, "u"), "news")
+    assert agenda.take(Monotonic(100.0)) == Read(slugs(1, "u"), "news")
     assert due(agenda, 100.0) == 100.0 + CALM_S
-    assert agenda.take(Monotonic(100.0 + CALM_S)) == Look(None, "news")
+    assert agenda.take(Monotonic(100.0 + CALM_S)) == Read(None, "news")
     assert agenda.take(Monotonic(100.0 + CALM_S)) is None
 
 
@@ -87,7 +87,7 @@ def test_a_storm_is_confirmed_when_it_is_over_or_lasts_long() -> None:
             break
         agenda.devices(slugs(NARROW + 1 + tenth), now, calm=True)
     assert abs(now - 100.0 - CALM_S) < 0.2
-    agenda.done(Look(None), now, now)
+    agenda.done(Read(None), now, now)
     agenda.devices(slugs(NARROW + 1), now, calm=True)
     assert abs(due(agenda, now) - now - QUIET_S) < 1e-6
 
@@ -107,14 +107,14 @@ def test_a_gap_is_looked_into_soon_and_at_once_in_a_hurry() -> None:
     agenda.everything("hint")
     assert due(agenda, 100.0) == 100.0 + URGENT_S
     agenda.everything("lease", hurry=True)
-    assert agenda.take(Monotonic(100.0)) == Look(None, "hint")
+    assert agenda.take(Monotonic(100.0)) == Read(None, "hint")
 
 
 def test_without_news_everything_is_looked_at_again() -> None:
     """The timer makes a full look, and says that it was the timer."""
     agenda = looked()
     assert agenda.take(Monotonic(100.0 + RESYNC_S - 1)) is None
-    assert agenda.take(Monotonic(100.0 + RESYNC_S)) == Look(None, "timer")
+    assert agenda.take(Monotonic(100.0 + RESYNC_S)) == Read(None, "timer")
 
 
 def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
@@ -124,8 +124,8 @@ def test_what_could_not_be_read_is_still_to_be_looked_at() -> None:
     look = agenda.take(Monotonic(100.0))
     assert look is not None
     agenda.failed(look)
-    assert agenda.take(Monotonic(100.0)) == Look(slugs(3), "news")
-    assert agenda.take(Monotonic(100.0 + URGENT_S)) == Look(None, "error")
+    assert agenda.take(Monotonic(100.0)) == Read(slugs(3), "news")
+    assert agenda.take(Monotonic(100.0 + URGENT_S)) == Read(None, "error")
 
 
 @given(

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.controllers.migration import Kept, decode, encode, hint
+from nomad_watchdog.controllers.migration import MigrationState, decode, encode, hint
 from nomad_watchdog.core import migration, planner
-from nomad_watchdog.core.migration import Homes, Move
+from nomad_watchdog.core.migration import BackendAssignment, Migration
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import ConflictError
@@ -31,12 +31,12 @@ SHARDS = 4
 
 
 @st.composite
-def moves(draw: st.DrawFn) -> Move:
+def moves(draw: st.DrawFn) -> Migration:
     """Any move between two of three schedulers. One that is done is not paused: ending it ends the pause."""
     done = draw(st.booleans())
     source, goal = draw(st.permutations(BACKENDS))[:2]
     some = draw(st.frozensets(st.sampled_from(NAMES), min_size=1))
-    return Move(
+    return Migration(
         id="m",
         source=source,
         goal=goal,
@@ -52,14 +52,14 @@ def moves(draw: st.DrawFn) -> Move:
     )
 
 
-Fleet = tuple[Homes, dict[Slug, DeviceRecord], dict[Slug, tuple[Placement, ...]]]
+Fleet = tuple[BackendAssignment, dict[Slug, DeviceRecord], dict[Slug, tuple[Placement, ...]]]
 
 
 @st.composite
 def fleets(draw: st.DrawFn) -> Fleet:
     """Homes, and records with placements where their epochs' homes are."""
     some = tuple(draw(st.lists(moves(), max_size=3)))
-    homes = Homes(draw(st.sampled_from(BACKENDS)), "a", some, frozenset(BACKENDS))
+    homes = BackendAssignment(draw(st.sampled_from(BACKENDS)), "a", some, frozenset(BACKENDS))
     records, placements = {}, {}
     for name in NAMES:
         one = record(name, epoch=draw(st.integers(0, 3)), present=draw(st.booleans()))
@@ -160,22 +160,22 @@ def test_every_scheduler_with_agents_is_looked_at(fleet: Fleet) -> None:
 
 
 @given(st.lists(moves(), max_size=4), st.frozensets(st.sampled_from(BACKENDS)))
-def test_what_is_kept_is_read_back(some: list[Move], backends: frozenset[str]) -> None:
+def test_what_is_kept_is_read_back(some: list[Migration], backends: frozenset[str]) -> None:
     """The document of the registry loses nothing."""
-    kept = Kept("a", backends, tuple(some))
+    kept = MigrationState("a", backends, tuple(some))
     assert decode(encode(kept)) == kept
 
 
 @given(moves())
-def test_a_move_that_is_done_is_not_read_as_paused(move: Move) -> None:
+def test_a_move_that_is_done_is_not_read_as_paused(move: Migration) -> None:
     """A document that says both, edited by a person, say, does not send new devices to the old scheduler."""
-    edited = Kept("a", frozenset(BACKENDS), (replace(move, done=True, paused=True),))
+    edited = MigrationState("a", frozenset(BACKENDS), (replace(move, done=True, paused=True),))
     (read,) = decode(encode(edited)).moves
     assert (read.done, read.paused) == (True, False)
 
 
 @given(moves(), moves())
-def test_one_move_at_a_time(first: Move, second: Move) -> None:
+def test_one_move_at_a_time(first: Migration, second: Migration) -> None:
     """While one is under way, paused too, another is refused; afterwards an undone one is forgotten."""
     if first.done:
         after = migration.begin([first], second)
@@ -189,19 +189,19 @@ def test_one_move_at_a_time(first: Move, second: Move) -> None:
 def test_a_finished_move_says_what_to_change_and_moves_nothing_back() -> None:
     """With the old `backend` after a move of all, new devices go to the new one, the others stay there, and
     the hint names the setting."""
-    done = Move("m", "a", "b", WallTime(0.0), "", done=True)
-    homes = Homes("a", "a", (done,), frozenset({"a", "b"}))
+    done = Migration("m", "a", "b", WallTime(0.0), "", done=True)
+    homes = BackendAssignment("a", "a", (done,), frozenset({"a", "b"}))
     there = replace(record("x", epoch=2), home="b")
     assert homes.goal(there) == homes.for_start(there) == homes.for_start(record("new")) == "b"
     assert homes.for_start(record("back again", epoch=1)) == "b"
-    assert 'backend = "b"' in hint(Kept("a", frozenset({"b"}), (done,)), "a")
-    assert hint(Kept("a", frozenset({"b"}), (done,)), "b") == ""
+    assert 'backend = "b"' in hint(MigrationState("a", frozenset({"b"}), (done,)), "a")
+    assert hint(MigrationState("a", frozenset({"b"}), (done,)), "b") == ""
 
 
 def test_a_device_that_cannot_move_holds_up_no_other() -> None:
     """A paused device, or one whose class is not configured, is passed over."""
-    move = Move("m", "a", "b", WallTime(0.0), "")
-    homes = Homes("a", "a", (move,), frozenset({"a", "b"}))
+    move = Migration("m", "a", "b", WallTime(0.0), "")
+    homes = BackendAssignment("a", "a", (move,), frozenset({"a", "b"}))
     ordered = sorted((record(name, epoch=1) for name in NAMES), key=lambda one: shard(one.slug))
     records = {one.slug: one for one in ordered}
     placements = {one.slug: (placement(one.device.id, 1),) for one in ordered}
@@ -213,8 +213,8 @@ def test_a_device_that_cannot_move_holds_up_no_other() -> None:
 
 def test_progress_counts_what_has_not_ended() -> None:
     """A move is over only when every device is there and no agent is left where it leaves."""
-    move = Move("m", "a", "b", WallTime(0.0), "")
-    homes = Homes("a", "a", (move,), frozenset({"a", "b"}))
+    move = Migration("m", "a", "b", WallTime(0.0), "")
+    homes = BackendAssignment("a", "a", (move,), frozenset({"a", "b"}))
     gone = replace(record("x", epoch=2), home="b")
     stays = record("y", epoch=1)
     old, late = placement("x", 1, PlacementState.STOPPING), placement("y", 1)
@@ -231,7 +231,7 @@ def test_progress_counts_what_has_not_ended() -> None:
 
 def test_a_device_of_an_unknown_scheduler_is_left_alone() -> None:
     """Where nobody looks nothing may be taken for gone."""
-    homes = Homes("a", "a", (), frozenset({"a"}))
+    homes = BackendAssignment("a", "a", (), frozenset({"a"}))
     there = replace(record("x", epoch=2), home="z")
     assert list(homes.strangers({there.slug: there})) == [slug_of(there.device.id)]
 
@@ -239,8 +239,8 @@ def test_a_device_of_an_unknown_scheduler_is_left_alone() -> None:
 def test_an_epoch_that_may_be_on_its_way_is_repeated_where_it_belongs() -> None:
     """A start in the north whose answer is out when its device leaves: back after the move is over, the device
     starts there at that epoch. A new one in the south could come up beside the late one."""
-    move = Move("m", "north", "south", WallTime(0.0), "", done=True)
-    homes = Homes("north", "north", (move,), frozenset({"north", "south"}))
+    move = Migration("m", "north", "south", WallTime(0.0), "", done=True)
+    homes = BackendAssignment("north", "north", (move,), frozenset({"north", "south"}))
     back = record("x", epoch=5)
     (action,) = planner.decide(back, (), HASHES, homes)
     assert (action.kind, action.epoch, action.home) == (ActionKind.START, 5, "north")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.agent_token import Claim, claim_of, claimed, issue
-from nomad_watchdog.fleet.refused_reports import LATELY_S, MOST, Refusal, Refusals
+from nomad_watchdog.core.agent_token import TokenClaim, claim_of, claimed, issue
+from nomad_watchdog.fleet.refused_reports import LATELY_S, MOST, RefusedReport, RefusedReports
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Epoch, Monotonic
 
@@ -14,14 +14,14 @@ CAM = slug_of(DeviceId("cam"))
 NOW = Monotonic(1_000.0)
 
 
-def refused(status: int = 401, epoch: int | None = 3, peer: str = "10.0.0.7") -> Refusal:
-    return Refusal(status, None if epoch is None else Epoch(epoch), peer, NOW)
+def refused(status: int = 401, epoch: int | None = 3, peer: str = "10.0.0.7") -> RefusedReport:
+    return RefusedReport(status, None if epoch is None else Epoch(epoch), peer, NOW)
 
 
 def test_a_refusal_explains_the_silence_of_its_own_agent_only() -> None:
     """It is found by device and epoch; an older agent's says nothing of the present one, nor does an old one or
     one before an accepted report."""
-    memory = Refusals()
+    memory = RefusedReports()
     memory.note(CAM, refused())
     assert memory.of(CAM, Epoch(3), [], NOW) == (
         "HTTP 401 from 10.0.0.7: its credential or token is unknown here; was api.agent_key_file or the token "
@@ -36,7 +36,7 @@ def test_a_refusal_explains_the_silence_of_its_own_agent_only() -> None:
 
 def test_who_names_no_device_is_known_by_the_address() -> None:
     """An agent with a token of its own names no device; its address is where the device's agent listens."""
-    memory = Refusals()
+    memory = RefusedReports()
     memory.note(None, refused(403, None))
     assert memory.of(CAM, Epoch(3), ["10.0.0.7"], NOW).startswith("HTTP 403 from 10.0.0.7: ")
     assert memory.of(CAM, Epoch(3), ["10.0.0.8"], NOW) == ""
@@ -46,7 +46,7 @@ def test_who_names_no_device_is_known_by_the_address() -> None:
 @given(st.integers(0, 50))
 def test_memory_is_bounded(more: int) -> None:
     """Whoever makes up devices and addresses pushes out the oldest, and no more."""
-    memory = Refusals()
+    memory = RefusedReports()
     for number in range(MOST + more):
         memory.note(Slug(f"s{number}"), refused())
         memory.note(None, refused(peer=f"p{number}"))
@@ -56,7 +56,7 @@ def test_memory_is_bounded(more: int) -> None:
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 2**62))
 def test_what_a_credential_claims_is_read_without_its_key(key: bytes, epoch: int) -> None:
     """The claim of a credential that another key made is known, and good for nothing."""
-    claim = Claim(CAM, Epoch(epoch))
+    claim = TokenClaim(CAM, Epoch(epoch))
     given_ = issue(key, claim)
     assert claimed(given_) == claim
     assert claim_of([key], given_) == claim

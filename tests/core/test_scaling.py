@@ -10,12 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nomad_watchdog.core.pool_scaling import (
-    Decision,
     Measure,
-    Memory,
-    Rules,
-    Verb,
-    Why,
+    ScalingDecision,
+    ScalingReason,
+    ScalingRules,
+    ScalingState,
+    ScalingVerb,
     advise,
     changed,
     decide,
@@ -24,10 +24,10 @@ from nomad_watchdog.model import Monotonic
 
 
 @st.composite
-def rules_of(draw: st.DrawFn) -> Rules:
+def rules_of(draw: st.DrawFn) -> ScalingRules:
     measure = draw(st.sampled_from(Measure))
     least = draw(st.integers(0 if measure is Measure.ALL else 1, 20))
-    return Rules(
+    return ScalingRules(
         minimum=least,
         maximum=draw(st.integers(max(1, least), 40)),
         target=draw(st.floats(0.01, 1e6)),
@@ -45,7 +45,7 @@ values = st.floats(0, 1e9)
 anything = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True))
 looks = st.lists(st.tuples(st.floats(0, 200), anything), min_size=1, max_size=40)
 
-QUEUE = Rules(
+QUEUE = ScalingRules(
     minimum=1,
     maximum=10,
     target=10.0,
@@ -60,10 +60,10 @@ QUEUE = Rules(
 
 
 def play(
-    rules: Rules, count: int, steps: list[tuple[float, float | None]]
-) -> list[tuple[float, int, Decision]]:
+    rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
+) -> list[tuple[float, int, ScalingDecision]]:
     """What an obedient pool does: (when, how many there were, what was decided)."""
-    memory, now, told = Memory(), 0.0, []
+    memory, now, told = ScalingState(), 0.0, []
     for gap, value in steps:
         now += gap
         found = decide(rules, count, value, memory, Monotonic(now))
@@ -77,10 +77,10 @@ def play(
 
 @given(rules_of(), st.integers(0, 60), anything)
 def test_whatever_is_seen_the_answer_is_within_bounds(
-    rules: Rules, count: int, value: float | None
+    rules: ScalingRules, count: int, value: float | None
 ) -> None:
     """One look is enough to ask for a number within min and max, also from outside of them."""
-    found = decide(rules, count, value, Memory(), Monotonic(0.0))
+    found = decide(rules, count, value, ScalingState(), Monotonic(0.0))
 
     assert rules.minimum <= found.count <= rules.maximum
     assert rules.minimum <= found.advised <= rules.maximum
@@ -88,24 +88,24 @@ def test_whatever_is_seen_the_answer_is_within_bounds(
 
 @given(rules_of(), st.integers(0, 60), looks)
 def test_no_history_leads_out_of_bounds_or_takes_too_large_a_step(
-    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+    rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
     """A change inside the bounds is never larger than its step, after whatever came before."""
     for _, before, found in play(rules, count, steps):
         assert rules.minimum <= found.count <= rules.maximum
-        if found.why is Why.METRIC:
+        if found.why is ScalingReason.METRIC:
             assert -rules.step_down <= found.count - before <= rules.step_up
 
 
 @given(rules_of(), st.integers(0, 60), looks)
 def test_two_changes_by_the_metric_are_a_cool_down_apart(
-    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+    rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
     """After any change, growing waits for cooldown_up_s and shrinking for cooldown_down_s."""
     last = -math.inf
     for now, _, found in play(rules, count, steps):
-        if found.why is Why.METRIC and found.acts:
-            least = rules.cooldown_up_s if found.verb is Verb.UP else rules.cooldown_down_s
+        if found.why is ScalingReason.METRIC and found.acts:
+            least = rules.cooldown_up_s if found.verb is ScalingVerb.UP else rules.cooldown_down_s
             assert now - last >= least - 1e-6
         if found.acts:
             last = now
@@ -114,16 +114,17 @@ def test_two_changes_by_the_metric_are_a_cool_down_apart(
 @example(replace(QUEUE, settle_s=0.0), 5, [(0.0, 0.0)])
 @given(rules_of(), st.integers(0, 60), looks)
 def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
-    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+    rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
     """No worker goes that this look, or some look within settle_s, advised to keep."""
     told = play(rules, count, steps)
     for number, (now, before, found) in enumerate(told):
-        if found.why is Why.METRIC and found.verb is Verb.DOWN:
+        if found.why is ScalingReason.METRIC and found.verb is ScalingVerb.DOWN:
             lately = [
                 one.advised
                 for at, _, one in told[:number]
-                if now - at < rules.settle_s and one.why not in (Why.NO_METRIC, Why.BOUNDS)
+                if now - at < rules.settle_s
+                and one.why not in (ScalingReason.NO_METRIC, ScalingReason.BOUNDS)
             ]
             assert found.count >= min(before, max([found.advised, *lately]))
 
@@ -135,18 +136,22 @@ def test_a_pool_shrinks_only_below_what_nothing_asked_for_lately(
     st.one_of(st.none(), st.just(math.nan), st.just(math.inf), st.floats(max_value=-1e-9)),
 )
 def test_a_metric_that_is_missing_or_no_number_changes_nothing(
-    inside: tuple[Rules, int], value: float | None
+    inside: tuple[ScalingRules, int], value: float | None
 ) -> None:
     """Inside the bounds nothing moves on None, NaN, infinity or a negative number."""
     rules, count = inside
-    found = decide(rules, count, value, Memory(), Monotonic(0.0))
+    found = decide(rules, count, value, ScalingState(), Monotonic(0.0))
 
-    assert (found.count, found.verb, found.why) == (count, Verb.KEEP, Why.NO_METRIC)
+    assert (found.count, found.verb, found.why) == (
+        count,
+        ScalingVerb.KEEP,
+        ScalingReason.NO_METRIC,
+    )
 
 
 @given(rules_of(), st.integers(0, 60), looks)
 def test_what_is_kept_of_a_pool_is_bounded(
-    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+    rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
     """However often it is looked at, at most one piece of advice for each number of workers stays (S9)."""
     for _, _, found in play(rules, count, steps):
@@ -156,7 +161,7 @@ def test_what_is_kept_of_a_pool_is_bounded(
 
 @given(rules_of(), st.integers(0, 60), looks)
 def test_a_dry_run_decides_the_same_and_does_nothing(
-    rules: Rules, count: int, steps: list[tuple[float, float | None]]
+    rules: ScalingRules, count: int, steps: list[tuple[float, float | None]]
 ) -> None:
     """The first decision is word for word that of the real thing, and no look acts."""
     dry = play(replace(rules, dry_run=True), count, steps)
@@ -168,7 +173,7 @@ def test_a_dry_run_decides_the_same_and_does_nothing(
 
 @given(rules_of(), st.integers(0, 40), values, values)
 def test_more_of_the_metric_never_advises_fewer_workers(
-    rules: Rules, count: int, one: float, other: float
+    rules: ScalingRules, count: int, one: float, other: float
 ) -> None:
     """The advice grows with the metric."""
     low, high = sorted((one, other))
@@ -188,14 +193,14 @@ def test_within_tolerance_nothing_is_advised(count: int, off: float, measure: Me
 
 @given(rules_of(), st.integers(0, 40), values)
 def test_a_metric_that_stays_ends_in_a_count_that_stays(
-    rules: Rules, count: int, load: float
+    rules: ScalingRules, count: int, load: float
 ) -> None:
     """A queue of a depth that nothing changes is met by one number of workers, and then by no other."""
     rules = replace(rules, measure=Measure.ALL)
     steps: list[tuple[float, float | None]] = [(301.0, load)] * 120
     told = play(rules, count, steps)
 
-    assert {found.verb for _, _, found in told[-10:]} == {Verb.KEEP}
+    assert {found.verb for _, _, found in told[-10:]} == {ScalingVerb.KEEP}
     last = told[-1][1]
     assert advise(rules, last, load) == last
 
@@ -208,8 +213,8 @@ def test_a_deep_queue_grows_the_pool_in_steps_and_an_empty_one_shrinks_it_late()
     counts = {now: found.count for now, _, found in told if found.acts}
 
     assert counts == {0: 5, 30: 8, 130: 6, 190: 4, 250: 2, 310: 1}
-    assert told[1][2].why is Why.COOL_DOWN
-    assert told[3][2].why is Why.SETTLING
+    assert told[1][2].why is ScalingReason.COOL_DOWN
+    assert told[3][2].why is ScalingReason.SETTLING
 
 
 def test_a_pool_without_a_worker_gets_the_first_one_for_anything_that_waits() -> None:
@@ -229,19 +234,19 @@ def test_who_takes_over_takes_no_worker_before_it_has_watched_for_a_while() -> N
 
 def test_a_change_by_hand_starts_the_cool_down() -> None:
     """A pool that somebody scaled is left to show the effect before the metric counts again."""
-    first = decide(QUEUE, 5, 50.0, Memory(), Monotonic(0.0))
+    first = decide(QUEUE, 5, 50.0, ScalingState(), Monotonic(0.0))
     by_hand = decide(QUEUE, 2, 50.0, first.memory, Monotonic(100.0))
     later = decide(QUEUE, 2, 50.0, by_hand.memory, Monotonic(130.0))
 
-    assert by_hand.why is Why.COOL_DOWN
-    assert (later.why, later.count) == (Why.METRIC, 5)
+    assert by_hand.why is ScalingReason.COOL_DOWN
+    assert (later.why, later.count) == (ScalingReason.METRIC, 5)
 
 
 def test_a_clock_that_runs_backwards_ends_no_cool_down() -> None:
     """Time before the last change counts as no time."""
-    memory = changed(Memory(), 1, Monotonic(100.0))
+    memory = changed(ScalingState(), 1, Monotonic(100.0))
 
-    assert decide(QUEUE, 1, 90.0, memory, Monotonic(10.0)).why is Why.COOL_DOWN
+    assert decide(QUEUE, 1, 90.0, memory, Monotonic(10.0)).why is ScalingReason.COOL_DOWN
 
 
 @pytest.mark.parametrize(

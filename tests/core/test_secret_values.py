@@ -26,7 +26,7 @@ def test_a_known_secret_is_hidden_in_every_form(
     for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")):
         assert form not in hide(f"{before}{form}{after}") or form in before + REDACTED + after
     half = (len(secret) + 1) // 2
-    piece = secret[: max(secret_values.LEAST_HEAD, half, cut)]
+    piece = secret[: max(secret_values.MIN_HEAD, half, cut)]
     assert piece not in hide(f"~{piece}") or piece in REDACTED
 
 

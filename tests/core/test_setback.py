@@ -69,9 +69,9 @@ def test_the_text_counts_and_names_devices() -> None:
     one = (record("cam 1"),)
     many = tuple(record(f"pump {number:02}") for number in range(25))
 
-    text = registry_rollback.Setback(one, many, pauses=True).text
+    text = registry_rollback.RegistryRollback(one, many, pauses=True).text
 
     assert "1 device has an older record than before (cam 1)" in text
     assert "25 devices have no record any more (pump 00, " in text
-    assert text.count("pump") == registry_rollback.MOST_NAMED
+    assert text.count("pump") == registry_rollback.MAX_NAMED
     assert text.partition("; register")[0].endswith(", ...); the pauses are older than before")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.rollout_soak import Run, Soak, SoakLimits
+from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, Monotonic
 
@@ -14,8 +14,8 @@ LIMITS = SoakLimits(soak_s=60.0, deaths=3)
 
 def run(
     slug: str, life: int = 0, *, ready: bool = True, node: str = "n1", lost: bool = False
-) -> Run:
-    return Run(Slug(slug), Epoch(2), f"i{slug}", life, node, ready, lost)
+) -> ObservedRun:
+    return ObservedRun(Slug(slug), Epoch(2), f"i{slug}", life, node, ready, lost)
 
 
 def slugs(*names: str) -> set[Slug]:

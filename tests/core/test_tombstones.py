@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.controllers.agents.executor import Performer
+from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner, tombstones
-from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S, Graveyard
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S, PlacementGc
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.fleet import records
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.records import Ledger
+from nomad_watchdog.fleet.records import RecordCache
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, DeviceRecord, Epoch, Limits, Monotonic, Presence, WallTime
 from nomad_watchdog.registry import epoch_floor
@@ -34,7 +34,7 @@ T = TypeVar("T")
 PUMP = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")
 SLUG = slug_of(PUMP.id)
 HASHES = {SPEC.agent_class: SPEC.spec_hash}
-MOST_SCHEDULES = 5_000
+MAX_SCHEDULES = 5_000
 
 
 class Turns(Line):
@@ -72,7 +72,7 @@ class World:
         for fleet in self.fleets:
             fleet.reset({SLUG: self.stored()}, self.store.index)
         self.performers = [
-            Performer(
+            ActionExecutor(
                 fleet,
                 FakeScheduler(Cluster(), self.line),
                 {SPEC.agent_class: SPEC},
@@ -96,14 +96,14 @@ class World:
         self.peak = max(self.peak, after.epoch)
 
     async def expire(self, at: int) -> None:
-        """Replica `at` deletes the tombstone, as `Upkeep` does on its timer."""
+        """Replica `at` deletes the tombstone, as `PeriodicJobs` does on its timer."""
         fleet = self.fleets[at]
         ours = tombstones.expired(fleet.records.values(), (), WallTime(1e12), 3600.0, 9)
         await fleet.forget(ours)
 
     async def live(self, at: int, *, leave: bool = False) -> None:
         """Replica `at` is asked to watch the device, starts an agent, and is asked to stop watching it."""
-        fleet, performer = self.fleets[at], self.performers[at]
+        fleet, executor = self.fleets[at], self.performers[at]
         for _ in range(4):
             try:
                 await fleet.register([PUMP])
@@ -114,7 +114,7 @@ class World:
             known = fleet.records.get(SLUG)
             if known is None or known.presence is Presence.ABSENT or known.epoch > self.peak:
                 break
-            done = await performer._fence(list(planner.decide(known, (), HASHES)))
+            done = await executor._fence(list(planner.decide(known, (), HASHES)))
             if any(isinstance(one, DeviceRecord) for one in done):
                 break
         if leave:
@@ -168,7 +168,7 @@ async def one(choices: Sequence[int]) -> list[int]:
 def every_schedule() -> int:
     """Play all schedules, depth first; how many there are."""
     prefix: list[int] = []
-    for number in range(1, MOST_SCHEDULES):
+    for number in range(1, MAX_SCHEDULES):
         widths = asyncio.run(one(prefix))
         taken = prefix + [0] * (len(widths) - len(prefix))
         while taken and taken[-1] + 1 >= widths[len(taken) - 1]:
@@ -185,15 +185,15 @@ def test_s2_no_interleaving_brings_an_epoch_back() -> None:
     assert every_schedule() > 10
 
 
-async def _forget_first(self: Ledger, gone: Sequence[DeviceRecord]) -> int:
-    """As `Ledger.forget`, but the floor comes after the deletion: it is dropped too early."""
+async def _forget_first(self: RecordCache, gone: Sequence[DeviceRecord]) -> int:
+    """As `RecordCache.forget`, but the floor comes after the deletion: it is dropped too early."""
     await self.registry.forget(gone)
-    await epoch_floor.raise_floor(self.registry, Floor().over(gone))
+    await epoch_floor.raise_floor(self.registry, EpochFloor().over(gone))
     return 0
 
 
-async def _remembered(self: Ledger) -> Floor:
-    """As `Ledger.read_floor`, but from memory."""
+async def _remembered(self: RecordCache) -> EpochFloor:
+    """As `RecordCache.read_floor`, but from memory."""
     return self.floor
 
 
@@ -204,8 +204,8 @@ async def _nothing(*_: Any) -> bool:
 @pytest.mark.parametrize(
     ("of", "name", "bug"),
     [
-        pytest.param(Ledger, "forget", _forget_first, id="the tombstone is dropped too early"),
-        pytest.param(Ledger, "read_floor", _remembered, id="the floor is not read again"),
+        pytest.param(RecordCache, "forget", _forget_first, id="the tombstone is dropped too early"),
+        pytest.param(RecordCache, "read_floor", _remembered, id="the floor is not read again"),
         pytest.param(records, "raise_floor", _nothing, id="no floor is kept"),
     ],
 )
@@ -246,21 +246,21 @@ def test_only_what_left_long_ago_and_is_listed_nowhere_may_go() -> None:
     assert due(150.0) == [gone]
     assert due(150.0, gone) == []
     assert due(1e9, here) == [gone]
-    assert Floor(Epoch(3), 9).over([replace(gone, epoch=Epoch(5), generation=2)]) == Floor(
-        Epoch(5), 9
-    )
+    assert EpochFloor(Epoch(3), 9).over(
+        [replace(gone, epoch=Epoch(5), generation=2)]
+    ) == EpochFloor(Epoch(5), 9)
 
 
 def test_s2_a_clock_that_is_set_deletes_nothing_at_once() -> None:
     """A tombstone that is due, by a wall clock that was set forward say, rests by the monotonic clock first, and one
     that has changed meanwhile rests again: a start of it may be on its way."""
-    graveyard, gone = Graveyard(), replace(record("a"), presence=Presence.ABSENT, index=3)
+    placement_gc, gone = PlacementGc(), replace(record("a"), presence=Presence.ABSENT, index=3)
     rest = TOMBSTONE_REST_S
-    assert graveyard.rested([gone], Monotonic(0.0)) == []
-    assert graveyard.rested([gone], Monotonic(rest - 1)) == []
-    assert graveyard.rested([gone], Monotonic(rest)) == [gone]
-    assert graveyard.rested([replace(gone, index=4)], Monotonic(rest + 1)) == []
-    assert graveyard.rested([gone], Monotonic(2 * rest)) == []
+    assert placement_gc.rested([gone], Monotonic(0.0)) == []
+    assert placement_gc.rested([gone], Monotonic(rest - 1)) == []
+    assert placement_gc.rested([gone], Monotonic(rest)) == [gone]
+    assert placement_gc.rested([replace(gone, index=4)], Monotonic(rest + 1)) == []
+    assert placement_gc.rested([gone], Monotonic(2 * rest)) == []
 
 
 async def test_the_floor_outlives_its_writers() -> None:
@@ -268,6 +268,6 @@ async def test_the_floor_outlives_its_writers() -> None:
     store = Store()
     store.initialise("test")
     registry = FakeRegistry(store)
-    assert await epoch_floor.raise_floor(registry, Floor(Epoch(5), 2))
-    assert await epoch_floor.raise_floor(registry, Floor(Epoch(3), 4))
-    assert floor_of(await registry.document(FLOOR)) == Floor(Epoch(5), 4)
+    assert await epoch_floor.raise_floor(registry, EpochFloor(Epoch(5), 2))
+    assert await epoch_floor.raise_floor(registry, EpochFloor(Epoch(3), 4))
+    assert floor_of(await registry.document(FLOOR)) == EpochFloor(Epoch(5), 4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.core.planner import Plan, plan
 from nomad_watchdog.core.rollout import Readiness
-from nomad_watchdog.core.stuck_placements import BACKOFF_S, MOST_DOUBLINGS, WAITING, Waits
+from nomad_watchdog.core.stuck_placements import BACKOFF_S, MAX_DOUBLINGS, WAITING, StuckPlacements
 from nomad_watchdog.model import (
     ActionKind,
     Limits,
@@ -20,21 +20,21 @@ from nomad_watchdog.model import (
 )
 from tests.core.world import HASHES, OLD_SPEC, World, placement, record
 
-MOST_S = 180.0
+MAX_S = 180.0
 NAMES = [f"device-{n}" for n in range(8)]
 STATES = st.sampled_from(list(PlacementState))
 waiting_states = st.sampled_from(sorted(WAITING))
 
 
-def seen(waits: Waits, at: float, *found: Placement) -> None:
+def seen(waits: StuckPlacements, at: float, *found: Placement) -> None:
     waits.seen({one.slug: (one,) for one in found}, None, Monotonic(at))
 
 
-def stalled(waits: Waits, one: Placement, at: float) -> bool:
-    return waits.is_stalled(one, MOST_S, Monotonic(at))
+def stalled(waits: StuckPlacements, one: Placement, at: float) -> bool:
+    return waits.is_stalled(one, MAX_S, Monotonic(at))
 
 
-def passing(waits: Waits, found: list[Placement], at: float, **more: object) -> Plan:
+def passing(waits: StuckPlacements, found: list[Placement], at: float, **more: object) -> Plan:
     """A plan at a time, over devices that all have their record at the placement's epoch."""
     world = World([record(str(one.device_id), epoch=one.epoch) for one in found], found)
     now = Monotonic(at)
@@ -43,7 +43,7 @@ def passing(waits: Waits, found: list[Placement], at: float, **more: object) -> 
         world.placements,
         HASHES,
         Limits(),
-        stalled=lambda one: "no progress" if waits.is_stalled(one, MOST_S, now) else "",
+        stalled=lambda one: "no progress" if waits.is_stalled(one, MAX_S, now) else "",
         **more,  # type: ignore[arg-type]
     )
 
@@ -59,7 +59,7 @@ def test_only_a_wait_without_progress_is_given_up(
 ) -> None:
     """Whatever a scheduler lists, a placement is given up exactly when it has waited unchanged for longer than
     its limit, and is not in its scheduler's queue."""
-    waits, now, since = Waits(), 0.0, 0.0
+    waits, now, since = StuckPlacements(), 0.0, 0.0
     before: tuple[PlacementState, int] | None = None
     for wait_s, state, restarts, queued in steps:
         now += wait_s
@@ -67,8 +67,8 @@ def test_only_a_wait_without_progress_is_given_up(
         if (state, restarts) != before:
             since, before = now, (state, restarts)
         seen(waits, now, one)
-        for later in (0.0, MOST_S + 1.0, MOST_S + BACKOFF_S + 1.0):
-            most_s = MOST_S + (BACKOFF_S if state is PlacementState.RESTARTING else 0.0)
+        for later in (0.0, MAX_S + 1.0, MAX_S + BACKOFF_S + 1.0):
+            most_s = MAX_S + (BACKOFF_S if state is PlacementState.RESTARTING else 0.0)
             expected = state in WAITING and not queued and now + later - since > most_s
             assert stalled(waits, one, now + later) == expected
             assert not waits.is_stalled(one, 0.0, Monotonic(now + later))
@@ -76,7 +76,7 @@ def test_only_a_wait_without_progress_is_given_up(
 
 def test_a_new_allocation_is_progress() -> None:
     """An allocation or pod that the scheduler makes anew for the same placement gets the whole time again."""
-    waits, one = Waits(), placement("a", 1, PlacementState.STARTING)
+    waits, one = StuckPlacements(), placement("a", 1, PlacementState.STARTING)
     seen(waits, 0.0, one)
     moved = replace(one, waits_since=WallTime(5.0))
     seen(waits, 170.0, moved)
@@ -87,7 +87,7 @@ def test_a_new_allocation_is_progress() -> None:
 def test_a_partial_listing_leaves_the_others_as_they_are() -> None:
     """A listing of some devices says nothing about the waits of others."""
     waits, a, b = (
-        Waits(),
+        StuckPlacements(),
         placement("a", 1, PlacementState.STARTING),
         placement("b", 1, PlacementState.STARTING),
     )
@@ -100,19 +100,19 @@ def test_a_partial_listing_leaves_the_others_as_they_are() -> None:
 
 def test_the_limit_doubles_with_each_that_was_given_up() -> None:
     """A start that really takes long gets more time with each attempt, and one that runs begins anew."""
-    waits, now = Waits(), 0.0
+    waits, now = StuckPlacements(), 0.0
     limits = []
-    for epoch in range(1, MOST_DOUBLINGS + 3):
+    for epoch in range(1, MAX_DOUBLINGS + 3):
         one = placement("a", epoch, PlacementState.STARTING)
         seen(waits, now, one)
-        limits.append(waits.limit_s(one, MOST_S))
+        limits.append(waits.limit_s(one, MAX_S))
         assert stalled(waits, one, now + limits[-1] + 1)
         now += limits[-1] + 1
         waits.given_up(one.slug, Monotonic(now))
         seen(waits, now)
-    assert limits == [MOST_S, 2 * MOST_S, 4 * MOST_S, 8 * MOST_S, 8 * MOST_S]
+    assert limits == [MAX_S, 2 * MAX_S, 4 * MAX_S, 8 * MAX_S, 8 * MAX_S]
     seen(waits, now, placement("a", 9))
-    assert waits.limit_s(placement("a", 9, PlacementState.STARTING), MOST_S) == MOST_S
+    assert waits.limit_s(placement("a", 9, PlacementState.STARTING), MAX_S) == MAX_S
 
 
 @settings(max_examples=100, deadline=None)
@@ -127,7 +127,7 @@ def test_only_what_makes_no_progress_is_replaced_and_no_more_than_there_is_room_
         for name, (state, queued, _) in zip(NAMES, found, strict=False)
     ]
     alive = {one.slug for one, (_, _, ready) in zip(some, found, strict=False) if ready}
-    waits = Waits()
+    waits = StuckPlacements()
     seen(waits, 0.0, *some)
     full = Readiness(unready=100, ready=lambda slug: slug in alive)
     made = passing(waits, some, 1_000.0, stalled_room=room, readiness=full)
@@ -144,7 +144,7 @@ def test_an_agent_that_is_ready_is_given_up_only_with_room_in_the_window() -> No
     """Where the device is watched by an agent that its scheduler does not know, the next epoch costs the device
     its agent for a moment: as many at a time as a roll-out may."""
     some = [placement(name, 1, PlacementState.STARTING) for name in NAMES]
-    waits = Waits()
+    waits = StuckPlacements()
     seen(waits, 0.0, *some)
     made = passing(
         waits,
@@ -158,7 +158,7 @@ def test_an_agent_that_is_ready_is_given_up_only_with_room_in_the_window() -> No
 
 def test_the_fleet_gives_up_so_many_in_a_period() -> None:
     """What was given up lately takes room, whatever became of it, and no longer than the period."""
-    waits = Waits()
+    waits = StuckPlacements()
     for n in range(4):
         waits.given_up(placement(f"d{n}", 1).slug, Monotonic(n))
     assert waits.room(5, 180.0, Monotonic(10.0)) == 1
@@ -169,7 +169,7 @@ def test_the_fleet_gives_up_so_many_in_a_period() -> None:
 def test_a_roll_out_that_waits_for_its_turn_does_not_keep_what_is_stalled() -> None:
     """A placement of an old spec that makes no progress is given up for that, not as part of the roll-out."""
     one = placement("a", 1, PlacementState.STARTING, spec=OLD_SPEC)
-    waits = Waits()
+    waits = StuckPlacements()
     seen(waits, 0.0, one)
     full = Readiness(unready=100, halted=frozenset({"default"}))
     assert not passing(waits, [one], 10.0, stalled_room=5, readiness=full).actions

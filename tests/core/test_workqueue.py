@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nomad_watchdog.controllers.agents.retry_budget import Budget
+from nomad_watchdog.controllers.agents.retry_budget import RetryBudget
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.model import Limits, Monotonic, WallTime
 
@@ -113,7 +113,7 @@ async def test_take_wakes_for_a_put() -> None:
 def test_s9_a_device_never_gets_more_starts_than_its_budget(gaps: list[float]) -> None:
     """However often a start is asked for, at most 20 happen within any hour."""
     limits = Limits(starts_per_hour=20)
-    budget = Budget()
+    budget = RetryBudget()
     now = 0.0
     started: list[float] = []
     for gap in gaps * 3:
@@ -129,7 +129,7 @@ def test_s9_a_device_never_gets_more_starts_than_its_budget(gaps: list[float]) -
 def test_backoff_stays_within_its_ceiling(failures: int) -> None:
     """The wait after n failures is at least half the first delay and never above the maximum."""
     limits = Limits(backoff_initial_s=1.0, backoff_max_s=30.0)
-    budget = Budget()
+    budget = RetryBudget()
     for _ in range(failures):
         again = budget.failed(limits, Monotonic(1000.0))
         assert 0.5 <= again - 1000.0 <= 30.0

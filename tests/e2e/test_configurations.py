@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.demo.process import clean_environment
 from nomad_watchdog.registry.consul import ConsulRegistry
 from servers.consul import ConsulServer
@@ -149,7 +149,7 @@ async def pair(folder: Path, nomad: NomadServer, consul: ConsulServer) -> AsyncI
     config = CONFIG
     for word, value in words.items():
         config = config.replace(word, value)
-    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    client = ConsulClient(ConsulAccess(address=consul.http_addr))
     try:
         await ConsulRegistry(client=client, prefix=prefix).initialise()
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.registry.consul import ConsulRegistry
 from servers.consul import ConsulServer
 from servers.nomad import NomadServer
@@ -109,7 +109,7 @@ async def on_nomad(
     folder: Path, nomad: NomadServer, consul: ConsulServer, strategy: str, shards: int = 1
 ) -> AsyncIterator[Site]:
     prefix = f"v{uuid.uuid4().hex[:8]}"
-    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    client = ConsulClient(ConsulAccess(address=consul.http_addr))
     try:
         await ConsulRegistry(client=client, prefix=prefix).initialise()
     finally:

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.process import free_port
-from nomad_watchdog.demo.stage import BRISK, Agent, Stage, open_stage
+from nomad_watchdog.demo.stage import BRISK, Stage, StageAgent, open_stage
 from tests.e2e.test_migrate import START_S, STOP_S, Watch, move_of, until, verb
 
 pytestmark = [pytest.mark.servers, pytest.mark.busy, pytest.mark.timeout(600)]
@@ -31,7 +31,7 @@ async def fleet() -> AsyncIterator[SimulatedFleet]:
 def doubled(stage: Stage) -> list[str]:
     """Devices with two agent processes at the same moment, of whichever scheduler (S3)."""
 
-    def twice(agents: Iterable[Agent]) -> set[str]:
+    def twice(agents: Iterable[StageAgent]) -> set[str]:
         return {slug for slug, n in Counter(one.slug for one in agents).items() if n > 1}
 
     first = stage.agents()

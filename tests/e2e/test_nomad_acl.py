@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor.checks import Check, Status, examine
 from nomad_watchdog.errors import DeniedError
@@ -58,7 +58,7 @@ async def test_the_shipped_policy_is_enough(
     """Parents, starts, looks, hints, stops and sweeps all work with the policy in jobs/."""
     rules = (repository / "jobs/policies/nomad-reconciler.hcl").read_text()
     token = await token_for(guarded, "reconciler", rules)
-    settings = NomadSettings(address=guarded.http_addr, token=token)
+    settings = NomadAccess(address=guarded.http_addr, token=token)
     prefix = f"acl-{strategy}"
     scheduler = NomadScheduler(settings=settings, strategy=strategy, prefix=prefix)  # type: ignore[arg-type]
     spec = AgentSpec("default", "1", "h1", template=str(MOCK))
@@ -115,7 +115,7 @@ async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: P
 async def test_a_denied_call_says_which_right_is_missing(guarded: NomadServer) -> None:
     """The error of a dispatch without the right names the capability."""
     token = await token_for(guarded, "reader", READ_ONLY)
-    client = NomadClient(NomadSettings(address=guarded.http_addr, token=token))
+    client = NomadClient(NomadAccess(address=guarded.http_addr, token=token))
     try:
         with pytest.raises(DeniedError, match="dispatch-job"):
             await client.dispatch("nobody", {})
@@ -130,7 +130,7 @@ async def test_a_token_that_nomad_does_not_know_is_not_explained_as_lacking_righ
     body = {"Name": "short", "Type": "management"}
     made = await guarded.request("PUT", "/v1/acl/token", body=body)
     await guarded.request("DELETE", f"/v1/acl/token/{made['AccessorID']}")
-    client = NomadClient(NomadSettings(address=guarded.http_addr, token=made["SecretID"]))
+    client = NomadClient(NomadAccess(address=guarded.http_addr, token=made["SecretID"]))
     try:
         with pytest.raises(
             DeniedError, match=r"Nomad does not know this token; check nomad\.token_file"

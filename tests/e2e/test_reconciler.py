@@ -175,7 +175,7 @@ async def test_s7_what_a_plan_shows_as_held_can_be_confirmed(
         await eventually(lambda: plane.settled() and len(plane.pids()) == 12)
         reconciler = plane.reconciler
         plane.fleet.records.clear()  # as the watch shows it, before the next pass
-        shown: Any = reconciler.planning.view()
+        shown: Any = reconciler.plan_builder.view()
         assert reconciler.breaker.held_id != shown["held"]["id"]
         reconciler.hold_now()
         assert reconciler.breaker.held_id == shown["held"]["id"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.demo.process import clean_environment
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.registry.consul import ConsulRegistry
@@ -105,7 +105,7 @@ async def replicas(
         "TEMPLATE": str(TEMPLATE),
     }.items():
         config = config.replace(word, value)
-    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    client = ConsulClient(ConsulAccess(address=consul.http_addr))
     try:
         await ConsulRegistry(client=client, prefix=prefix).initialise()
     finally:
@@ -317,7 +317,7 @@ async def test_s7_each_replica_holds_the_stops_of_its_own_shards(
             return await running() == 40
 
         await eventually(all_up, 40.0)
-        client = ConsulClient(ConsulSettings(address=consul.http_addr))
+        client = ConsulClient(ConsulAccess(address=consul.http_addr))
         folder = f"{world.prefix}/devices/"
         _, rows = await client.kv_tree(folder)
         gone = [{"Verb": "delete", "Key": row.key} for row in rows if row.key != f"{folder}meta"]

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.registry.consul import ConsulRegistry
 from servers.consul import ConsulServer
 from servers.nomad import NomadServer
@@ -55,7 +55,7 @@ async def test_s1_epochs_do_not_go_back_with_the_store(tmp_path: Path) -> None:
         aiohttp.ClientSession() as http,
         AsyncExitStack() as ended,
     ):
-        client = ConsulClient(ConsulSettings(address=consul.http_addr))
+        client = ConsulClient(ConsulAccess(address=consul.http_addr))
         ended.push_async_callback(client.close)
         registry = ConsulRegistry(client=client)
         await registry.initialise()

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from nomad_watchdog.cli.main import _code
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.registry.consul import ConsulRegistry
 from servers.consul import ConsulServer
 from servers.replica import ControlPlane
@@ -59,7 +59,7 @@ async def test_lost_rights_are_reported_at_once_and_stop_nothing(
                 found: dict[str, Any] = await answer.json()
                 return found
 
-        owner = ConsulClient(ConsulSettings(address=consul.http_addr, token=consul.token))
+        owner = ConsulClient(ConsulAccess(address=consul.http_addr, token=consul.token))
         await ConsulRegistry(client=owner).initialise()
         await owner.close()
         name, rights = f"p-{uuid.uuid4()}", consul.sessions(rules)
@@ -121,7 +121,7 @@ async def test_a_registry_that_may_only_be_read_and_a_deleted_token_are_reported
                 assert answer.status == 200, await answer.text()
                 return await answer.json()
 
-        owner = ConsulClient(ConsulSettings(address=consul.http_addr, token=consul.token))
+        owner = ConsulClient(ConsulAccess(address=consul.http_addr, token=consul.token))
         await ConsulRegistry(client=owner).initialise()
         await owner.close()
         name, rights = f"p-{uuid.uuid4()}", consul.sessions(rules)

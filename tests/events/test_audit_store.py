@@ -14,8 +14,8 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.events import _sql as sql
 from nomad_watchdog.events import log as history_module
 from nomad_watchdog.events.audit_store import SplitStore
-from nomad_watchdog.events.device_limits import AT_ONCE, LEFT_OUT, PER_S, Allowance
-from nomad_watchdog.events.log import Event, EventFilter, History
+from nomad_watchdog.events.device_limits import AT_ONCE, LEFT_OUT, PER_S, DeviceLimits
+from nomad_watchdog.events.log import Event, EventFilter, EventLog
 from nomad_watchdog.events.store import EventStore
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Monotonic, WallTime
@@ -32,7 +32,7 @@ class Clock(SystemClock):
         return Monotonic(self.at)
 
 
-def see(history: History, kind: str, actor: str = "token:a", device: str = "pump") -> Event:
+def see(history: EventLog, kind: str, actor: str = "token:a", device: str = "pump") -> Event:
     """One event of now."""
     name = DeviceId(device)
     data = {"actor": actor}
@@ -54,11 +54,11 @@ async def test_no_other_event_displaces_an_audit_event(tmp_path: Path, stored: b
     """More other events than ring and file hold leave each audit event where it was, in order, also when none
     of them can be stored, and also in the next run."""
     store = store_in(tmp_path)
-    history = History("o", store if stored else None)
+    history = EventLog("o", store if stored else None)
     if stored:
         await store.open()
     first = see(history, "audit.register")
-    for _ in range(history_module.MOST_EVENTS + 5):
+    for _ in range(history_module.MAX_EVENTS + 5):
         see(history, "repair.failed")
     last = see(history, "audit.pause")
     assert [e.seq for e in (await history.page(0, 10, AUDITS))[0]] == [first.seq, last.seq]
@@ -73,7 +73,7 @@ async def test_no_other_event_displaces_an_audit_event(tmp_path: Path, stored: b
     await store.close()
     again = store_in(tmp_path)
     found = await again.open()
-    later = History("o", again)
+    later = EventLog("o", again)
     later.resume(found.seq, found.events)
     assert found.seq >= last.seq
     assert [e.seq for e in (await later.page(0, 10, AUDITS))[0]] == [first.seq, last.seq]
@@ -82,10 +82,10 @@ async def test_no_other_event_displaces_an_audit_event(tmp_path: Path, stored: b
 
 async def test_no_actor_displaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that changes a lot pushes out its own audit events only, in memory and on disk."""
-    monkeypatch.setattr(history_module, "MOST_PER_ACTOR", 50)
+    monkeypatch.setattr(history_module, "MAX_PER_ACTOR", 50)
     store = store_in(tmp_path)
     await store.open()
-    history = History("o", store)
+    history = EventLog("o", store)
     mine = see(history, "audit.pause", "token:operator")
     for _ in range(2_500):
         see(history, "audit.register", "token:device")
@@ -107,7 +107,7 @@ async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None
     for data in ({"x": float("nan")}, {"x": [float("inf")]}, {"x": 2**70}, {"x": 10**5_000}):
         store = EventStore(path, origin="o", most=100, per_actor=True)
         found = await store.open()  # its first events also delete old ones
-        history = History("o", store)
+        history = EventLog("o", store)
         history.resume(found.seq, found.events)
         history.add(
             at=WallTime(time.time()),
@@ -135,8 +135,8 @@ async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None
 def test_a_device_has_a_bound_and_its_last_state_is_published() -> None:
     """Beyond its bound events are counted; the latest verdict waits for room, then one event states how many were
     left out. Other devices are not affected."""
-    history, clock = History(), Clock()
-    allowance = Allowance(history, clock)
+    history, clock = EventLog(), Clock()
+    allowance = DeviceLimits(history, clock)
 
     def add(kind: str, device: str = "pump") -> Event | None:
         name = DeviceId(device)

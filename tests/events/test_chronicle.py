@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.events.log import History
+from nomad_watchdog.events.log import EventLog
 from nomad_watchdog.events.store import EventStore
 from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
@@ -51,7 +51,7 @@ class TestClock:
 class Site:
     """A fleet whose placements and reports the test makes; the registry is real."""
 
-    def __init__(self, registry: SqliteRegistry, history: History | None = None) -> None:
+    def __init__(self, registry: SqliteRegistry, history: EventLog | None = None) -> None:
         self.clock = TestClock()
         self.fleet = Fleet(registry, Limits(), self.clock, history)
         self.sequence = 0
@@ -140,10 +140,10 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
     singles = [e for e in site.fleet.history.recent() if e.kind == "verdict.offline"]
 
     assert len(singles) == 1_000
-    (incident,) = site.fleet.chronicle.incidents()
+    (incident,) = site.fleet.recorder.incidents()
     assert {event.incident for event in singles} == {incident.id}
     assert site.kinds()["incident.opened"] == 1
-    assert site.fleet.chronicle.open_by_kind() == {"gateway": 0, "host": 1, "site": 0, "class": 0}
+    assert site.fleet.recorder.open_by_kind() == {"gateway": 0, "host": 1, "site": 0, "class": 0}
     (opened,) = [e for e in site.fleet.history.recent() if e.kind == "incident.opened"]
     assert (opened.data["group"], opened.data["subsumed"]) == ("n1", 1_000)
     assert opened.text == "1000 of 1000 devices of host n1"
@@ -159,7 +159,7 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
         0,
         1,
     )
-    assert site.fleet.chronicle.open_by_kind()["host"] == 0
+    assert site.fleet.recorder.open_by_kind()["host"] == 0
 
 
 async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
@@ -177,7 +177,7 @@ async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
         for _ in range(2):
             site.clock.now += 2.0
             site.fleet.refresh_all()
-        assert site.fleet.chronicle.open_by_kind()["host"] == still_open
+        assert site.fleet.recorder.open_by_kind()["host"] == still_open
     events = list(site.fleet.history.recent())
     singles = [event for event in events if event.kind == "verdict.degraded"]
     (opened,) = [event for event in events if event.kind == "incident.opened"]
@@ -235,7 +235,7 @@ async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site:
     slugs = site.add(40, "n1")
     unseen = site.add(41, "n1")[40]
     for slug in slugs:
-        site.fleet.chronicle.placed(slug, 1)
+        site.fleet.recorder.placed(slug, 1)
     site.clock.now += 1.0
     await site.say(slugs[0], ready=False)
     site.clock.now += 3.0
@@ -262,11 +262,11 @@ async def test_a_start_within_the_measured_grace_is_never_more_than_starting(sit
     slugs = site.add(61, "n1")
     late = slugs.pop()
     for slug in slugs:
-        site.fleet.chronicle.placed(slug, 1)
+        site.fleet.recorder.placed(slug, 1)
     for slug in slugs:
         site.clock.now += 1.0
         await site.say(slug)
-    site.fleet.chronicle.placed(late, 1)
+    site.fleet.recorder.placed(late, 1)
     site.clock.now += 100.0
 
     assert site.fleet.refresh(late).state is VerdictState.STARTING
@@ -288,7 +288,7 @@ async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
     for slug in dead:
         await site.say(slug, AgentState.OFFLINE)
     site.fleet.refresh_all()
-    (incident,) = site.fleet.chronicle.incidents()
+    (incident,) = site.fleet.recorder.incidents()
     for _ in range(3_000):
         site.fleet.note(dead[0], "filler", "")
     await store.close()
@@ -296,20 +296,20 @@ async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
     for goes_on in (True, False):
         store = EventStore(tmp_path / "events.db")
         found = await store.open()
-        again = Site(site.fleet.registry, History(found.origin, store))  # type: ignore[arg-type]
+        again = Site(site.fleet.registry, EventLog(found.origin, store))  # type: ignore[arg-type]
         again.clock.now = site.clock.now + 500.0
         again.fleet.history.resume(found.seq, found.events)
-        again.fleet.chronicle.follow(store.status, store.left_open)
+        again.fleet.recorder.follow(store.status, store.left_open)
         dead = again.add(10, "n1")
-        for left in again.fleet.chronicle.incidents():
-            age_s = again.fleet.chronicle.shown_incident(left, str)["first_age_s"]
+        for left in again.fleet.recorder.incidents():
+            age_s = again.fleet.recorder.shown_incident(left, str)["first_age_s"]
             assert age_s == pytest.approx(500.0, abs=1.0)
         for wait_s in (30.0, 31.0):
             for slug in dead:
                 await again.say(slug, AgentState.OFFLINE if goes_on else AgentState.OK)
             again.clock.now += wait_s
             again.fleet.refresh_all()
-        open_now = [one.id for one in again.fleet.chronicle.incidents() if one.closed_at is None]
+        open_now = [one.id for one in again.fleet.recorder.incidents() if one.closed_at is None]
         assert open_now == goes_on * [incident.id]
         for slug in dead:
             await again.say(slug)
@@ -338,33 +338,33 @@ async def test_an_incident_of_agents_that_no_node_takes_has_the_reason_of_the_sc
     site.clock.now += fleet.limits.startup_grace_s + 1.0
     fleet.refresh_all()
     assert fleet.refresh(slugs[0]).reason.startswith(f"agent pending: {why}; for ")
-    (incident,) = fleet.chronicle.incidents()
-    assert fleet.chronicle.shown_incident(incident, str)["reason"] == why
+    (incident,) = fleet.recorder.incidents()
+    assert fleet.recorder.shown_incident(incident, str)["reason"] == why
     (opened,) = [event for event in fleet.history.recent() if event.kind == "incident.opened"]
     assert opened.text == f"10 of 10 devices of class default; no agent runs: {why}"
 
     again = Site(fleet.registry)  # type: ignore[arg-type]
     left = {incident.id: (opened.text, float(opened.at))}
-    again.fleet.chronicle.follow(lambda: {"stored": True, "reason": ""}, left)
-    (goes_on,) = again.fleet.chronicle.incidents()
+    again.fleet.recorder.follow(lambda: {"stored": True, "reason": ""}, left)
+    (goes_on,) = again.fleet.recorder.incidents()
     assert (goes_on.id, goes_on.kind, goes_on.group) == (incident.id, "class", "default")
 
     place(PlacementState.RUNNING, "")
     fleet.refresh_all()
-    assert fleet.chronicle.shown_incident(incident, str)["reason"] == ""
+    assert fleet.recorder.shown_incident(incident, str)["reason"] == ""
     for number, slug in enumerate(slugs):
         (one,) = fleet.placements[slug]
         fleet.placements[slug] = (
             replace(one, state=PlacementState.PENDING, reason=f"reason {number}"),
         )
     fleet.refresh_all()
-    assert fleet.chronicle.shown_incident(incident, str)["reason"] == ""
+    assert fleet.recorder.shown_incident(incident, str)["reason"] == ""
 
 
 async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
     """When the disk fails and when it works again there is one event each, and the metrics follow."""
     state: dict[str, object] = {"stored": True, "reason": "", "dropped": 0, "waiting": 0}
-    site.fleet.chronicle.follow(lambda: state, {})
+    site.fleet.recorder.follow(lambda: state, {})
     metrics = Metrics()
     for stored, reason, dropped in ((False, "disk is full", 7), (False, "x", 9), (True, "", 9)):
         state |= {"stored": stored, "reason": reason, "dropped": dropped}
@@ -396,5 +396,5 @@ async def test_devices_that_leave_leave_their_groups(site: Site) -> None:
         await site.say(slug, AgentState.OFFLINE)
     site.fleet.refresh_all()
 
-    (incident,) = site.fleet.chronicle.incidents()
+    (incident,) = site.fleet.recorder.incidents()
     assert (incident.size, incident.count) == (4, 3)

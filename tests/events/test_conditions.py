@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.controllers import condition_writer
-from nomad_watchdog.controllers.condition_writer import Conditions
+from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.core import presence
 from nomad_watchdog.errors import TransientError
-from nomad_watchdog.events.log import History
+from nomad_watchdog.events.log import EventLog
 from nomad_watchdog.fleet.fleet import AgentReport, Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.model import (
@@ -27,10 +27,10 @@ from nomad_watchdog.model import (
     Unheard,
     VerdictState,
 )
-from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.leases import Term, Undivided
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.leases import SoleOwner, Term
+from nomad_watchdog.replicas.ownership import ShardOwnership
 from tests.events.test_chronicle import Site
 
 
@@ -45,7 +45,7 @@ class Counting(SqliteRegistry):
         """What happens while the next commit is under way."""
 
     async def commit(
-        self, records: Sequence[DeviceRecord], guards: Sequence[Guard] = ()
+        self, records: Sequence[DeviceRecord], guards: Sequence[CommitGuard] = ()
     ) -> Sequence[DeviceRecord | None]:
         if self.away:
             raise TransientError("the registry is away")
@@ -63,12 +63,12 @@ class Plant(Site):
     def __init__(self, registry: Counting) -> None:
         super().__init__(registry)
         self.registry = registry
-        self.leases = Undivided()
+        self.leases = SoleOwner()
         self._serve(self.fleet)
 
     def _serve(self, fleet: Fleet) -> None:
-        self.territory = Territory(self.leases)
-        self.writer = Conditions(fleet, self.territory, self.leases)
+        self.ownership = ShardOwnership(self.leases)
+        self.writer = ConditionWriter(fleet, self.ownership, self.leases)
 
     async def grow(self, count: int, node: str = "n") -> list[Slug]:
         names = [DeviceId(f"{node}-{number}") for number in range(count)]
@@ -94,7 +94,7 @@ class Plant(Site):
             ),
         )  # fmt: skip
 
-    async def restart(self, *, history: History | None = None) -> None:
+    async def restart(self, *, history: EventLog | None = None) -> None:
         """Another control plane on the same registry, 100 s later."""
         self.clock.now += 100.0
         placements = self.fleet.placements
@@ -284,7 +284,7 @@ async def test_an_outage_of_the_registry_loses_no_condition(plant: Plant) -> Non
     assert stored.device.address == "10.0.0.2"
 
 
-class Nobody(Undivided):
+class Nobody(SoleOwner):
     """Holds no shard until it is told to."""
 
     held = False

@@ -19,19 +19,19 @@ from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.api import Api
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.events._sql import TAIL
-from nomad_watchdog.events.log import Event, History
-from nomad_watchdog.events.merged_log import Told
+from nomad_watchdog.events.log import Event, EventLog
+from nomad_watchdog.events.merged_log import MergedLog
 from nomad_watchdog.events.store import EventStore
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits, Monotonic
-from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.event_replication import MOST, EventFeed
+from nomad_watchdog.replicas.event_replication import MOST, EventReplicator
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 
@@ -62,7 +62,7 @@ class Leases:
         ours = self.board.holder == self.replica and not self.blind
         return {Shard(0): Term(self.board.term, Monotonic(0.0))} if ours else {}
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:
         return ()
 
     def all(self) -> Sequence[Lease]:
@@ -90,9 +90,9 @@ class Plane:
 
     name: str
     fleet: Fleet
-    told: Told
+    told: MergedLog
     leases: Leases
-    feed: EventFeed
+    feed: EventReplicator
     api: str
     task: asyncio.Task[None]
     end: Callable[[], Awaitable[None]]
@@ -129,17 +129,19 @@ async def plane(folder: Path, board: Board, name: str, token: str = "") -> Async
     await registry.initialise()
     store = EventStore(root / "told.db", origin=name)
     found = await store.open()
-    told = Told(History(name, store, is_copied=True))
+    told = MergedLog(EventLog(name, store, is_copied=True))
     told.resume(found.events, found.verdicts, found.origins)
-    fleet = Fleet(registry, Limits(), SystemClock(), History(name))
+    fleet = Fleet(registry, Limits(), SystemClock(), EventLog(name))
     fleet.reset({}, 0)
     leases = Leases(board, name)
-    door = None
+    authenticator = None
     if token:
         (root / "token").write_text("operator-token-of-all")
-        door = door_of(Api(token_file=str(root / "token")))
-    feed = EventFeed(fleet, told, leases, lambda: token)
-    app = make_app(fleet, metrics=Metrics(), artifact=None, leases=leases, door=door)
+        authenticator = door_of(ApiSettings(token_file=str(root / "token")))
+    feed = EventReplicator(fleet, told, leases, lambda: token)
+    app = make_app(
+        fleet, metrics=Metrics(), artifact=None, leases=leases, authenticator=authenticator
+    )
     app[CONTEXT].feed = feed
     runner = Runner(app, shutdown_timeout=1.0)
     await runner.setup()
@@ -337,10 +339,10 @@ async def test_the_last_number_of_each_replica_survives_a_restart(tmp_path: Path
     for run in range(2):
         store = EventStore(tmp_path / "told.db", origin="a")
         found = await store.open()
-        log = Told(History("a", store, is_copied=True))
+        log = MergedLog(EventLog("a", store, is_copied=True))
         log.resume(found.events, found.verdicts, found.origins)
         if run == 0:
-            other, own = History("b"), History("a")
+            other, own = EventLog("b"), EventLog("a")
             told = [note(other, "audit.pause") for _ in range(3)]
             told += [note(own, "audit.pause") for _ in range(TAIL + 10)]
             assert all(log.tell(event, 1) for event in told)
@@ -349,7 +351,7 @@ async def test_the_last_number_of_each_replica_survives_a_restart(tmp_path: Path
         await store.close()
 
 
-def note(history: History, kind: str) -> Event:
+def note(history: EventLog, kind: str) -> Event:
     return history.add(
         at=SystemClock().wall(), kind=kind, device_id="", slug=Slug(""), text="", data={}
     )
@@ -412,18 +414,18 @@ async def test_marks_and_names_of_incidents_are_the_same_everywhere(tmp_path: Pa
     id also where another opens it for itself."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
         for one in (b, a):
-            correlator, now = one.fleet.chronicle.correlator, one.fleet.clock.monotonic()
+            correlator, now = one.fleet.recorder.correlator, one.fleet.clock.monotonic()
             groups = ((GroupKind.HOST, "n1"),)
             for number in range(30):
                 seq = one.see(f"d{number}", "verdict.offline").seq
                 slug = slug_of(DeviceId(f"d{number}"))
                 correlator.observe(slug, groups, bad=False, now=now)
                 correlator.observe(slug, groups, bad=True, now=now, ref=seq)
-        b.fleet.chronicle.settle()
-        a.fleet.chronicle.settle()
+        b.fleet.recorder.settle()
+        a.fleet.recorder.settle()
         await until(lambda: ("", "incident.opened") in b.log())
-        (mine,) = b.fleet.chronicle.incidents()
-        (theirs,) = a.fleet.chronicle.incidents()
+        (mine,) = b.fleet.recorder.incidents()
+        (theirs,) = a.fleet.recorder.incidents()
         assert mine.id == theirs.id
         assert mine.id.startswith("a:incident-")
         for one in (a, b):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.events import store as event_store
-from nomad_watchdog.events.log import MOST_EVENTS, Event, EventFilter, History
+from nomad_watchdog.events.log import MAX_EVENTS, Event, EventFilter, EventLog
 from nomad_watchdog.events.store import RESERVE, EventStore
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import WallTime
@@ -36,10 +36,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def opened(path: Path, **options: float | str) -> AsyncIterator[tuple[History, EventStore]]:
+async def opened(path: Path, **options: float | str) -> AsyncIterator[tuple[EventLog, EventStore]]:
     store = EventStore(path, **options)  # type: ignore[arg-type]
     found = await store.open()
-    history = History(found.origin, store)
+    history = EventLog(found.origin, store)
     history.resume(found.seq, found.events)
     try:
         yield history, store
@@ -47,7 +47,7 @@ async def opened(path: Path, **options: float | str) -> AsyncIterator[tuple[Hist
         await store.close()
 
 
-def note(history: History, device: str, kind: str = "verdict.offline", at: float = 0.0) -> Event:
+def note(history: EventLog, device: str, kind: str = "verdict.offline", at: float = 0.0) -> Event:
     """`at`: seconds after now, so that no event is too old to keep."""
     name = DeviceId(device)
     return history.add(
@@ -127,7 +127,7 @@ async def test_kill_9_loses_nothing_that_was_stored_and_repeats_no_number(tmp_pa
 async def test_pages_join_what_is_on_disk_with_what_is_in_memory(tmp_path: Path) -> None:
     """More events than memory holds come back page by page, each once, in order, with and without a
     filter."""
-    count = MOST_EVENTS + 2_500
+    count = MAX_EVENTS + 2_500
     async with opened(tmp_path / "events.db") as (history, store):
         for number in range(count):
             note(history, f"d{number % 7}", at=float(number))
@@ -157,7 +157,7 @@ async def test_filters_mean_the_same_on_disk_and_in_memory(tmp_path: Path, in_me
         ):
             note(history, device, kind, at)
         if not in_memory:
-            for _ in range(MOST_EVENTS):
+            for _ in range(MAX_EVENTS):
                 note(history, "filler", "filler")
             await until(lambda: store.waiting == 0)
 
@@ -283,7 +283,7 @@ async def test_a_full_disk_drops_the_oldest_counts_them_and_recovers(
 ) -> None:
     """While no file may grow, events are taken without a wait and without an error, what finds no room
     is counted, and the rest is stored once there is room."""
-    monkeypatch.setattr(event_store, "MOST_WAITING", 3_000)
+    monkeypatch.setattr(event_store, "MAX_WAITING", 3_000)
     path = tmp_path / "events.db"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     async with opened(path) as (history, store):

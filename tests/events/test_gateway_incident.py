@@ -38,7 +38,7 @@ async def test_twelve_devices_behind_a_dead_gateway_are_one_incident(site: Site)
     site.clock.now += 2.0
     site.fleet.refresh_all()
 
-    (incident,) = site.fleet.chronicle.incidents()
+    (incident,) = site.fleet.recorder.incidents()
     assert (incident.kind, incident.group) == (GroupKind.GATEWAY, "10.0.0.1")
     assert (incident.count, incident.size) == (12, 12)
     told = [e for e in site.fleet.history.recent() if e.kind == "verdict.suspect"]

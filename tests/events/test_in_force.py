@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.controllers.class_set import READ_EVERY_S, ClassesInForce, Own, as_it_is
+from nomad_watchdog.controllers.class_set import (
+    READ_EVERY_S,
+    ClassSetController,
+    OwnClasses,
+    as_it_is,
+)
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.leases import Undivided
+from nomad_watchdog.replicas.leases import SoleOwner
 from tests.events.test_chronicle import Site
 
 
@@ -25,7 +30,7 @@ def specs(version: str, *more: str) -> dict[str, AgentSpec]:
 
 
 @dataclass
-class Leases(Undivided):
+class Leases(SoleOwner):
     """One replica's; the test says who else is there."""
 
     config: str = ""
@@ -37,10 +42,10 @@ class Leases(Undivided):
 class Part:
     """One replica."""
 
-    def __init__(self, site: Site, name: str, own: Own) -> None:
+    def __init__(self, site: Site, name: str, own: OwnClasses) -> None:
         self.leases = Leases(replica=name)
         self.metrics = Metrics()
-        self.classes = ClassesInForce(site.fleet, self.leases, self.metrics, own)
+        self.classes = ClassSetController(site.fleet, self.leases, self.metrics, own)
 
     async def look(self, others: list[Part]) -> None:
         self.leases.others = [one.leases.config for one in others]
@@ -70,9 +75,9 @@ def events(site: Site) -> list[str]:
 async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
     """A second replica with the older set follows the newer one, class by class, with its own addresses in it, and
     reports the difference in words once; when it is configured with it, that is over."""
-    first = Part(site, "r1", Own(specs("1")))
+    first = Part(site, "r1", OwnClasses(specs("1")))
     await first.look([])
-    newer = Part(site, "r2", Own(specs("2", "b")))
+    newer = Part(site, "r2", OwnClasses(specs("2", "b")))
     await newer.look([first])
     assert events(site) == ["classes.in_force"]
 
@@ -80,7 +85,7 @@ async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
         return replace(spec, agent_config='{"api": ["here"]}')
 
     first.leases.others = [newer.leases.config]
-    await first.classes.go_by(Own(specs("1"), place=place), 0.0)
+    await first.classes.go_by(OwnClasses(specs("1"), place=place), 0.0)
     for _ in range(3):
         site.clock.now += READ_EVERY_S
         await first.look([newer])
@@ -93,16 +98,16 @@ async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
     status = site.fleet.status()["classes_in_force"]
     assert isinstance(status, dict)
     assert (status["number"], status["by"]) == (2, "r2")
-    await first.classes.go_by(Own(specs("2", "b")), 0.0)
+    await first.classes.go_by(OwnClasses(specs("2", "b")), 0.0)
     assert (first.classes.differs, first.reports) == (False, False)
     assert events(site) == ["classes.in_force", "classes.differ", "classes.agree"]
 
 
 async def test_nothing_is_decided_before_the_others_are_known(site: Site) -> None:
     """A replica that does not know who else is there goes by what is in force, and decides when it knows."""
-    first = Part(site, "r1", Own(specs("1")))
+    first = Part(site, "r1", OwnClasses(specs("1")))
     await first.look([])
-    second = Part(site, "r2", Own(specs("2")))
+    second = Part(site, "r2", OwnClasses(specs("2")))
     second.leases.others = None  # type: ignore[assignment]
     await second.classes.start(0.0)
     assert (second.versions, second.reports) == ({"a": "1"}, False)
@@ -113,9 +118,9 @@ async def test_nothing_is_decided_before_the_others_are_known(site: Site) -> Non
 async def test_an_unreadable_class_keeps_what_is_in_force(site: Site) -> None:
     """A replica that lacks a template file changes nothing and reports no difference: it takes the class from the
     registry, unless it was itself that brought it into force. Once it can read the file, it is as ever."""
-    first = Part(site, "r1", Own(specs("1", "b")))
+    first = Part(site, "r1", OwnClasses(specs("1", "b")))
     await first.look([])
-    lacking = Own(specs("1"), {"b": "no such file"})
+    lacking = OwnClasses(specs("1"), {"b": "no such file"})
     second = Part(site, "r2", lacking)
     await second.look([first])
     assert second.versions == {"a": "1", "b": "1"}
@@ -133,7 +138,7 @@ async def test_an_outage_of_the_registry_changes_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was read stands, the reason is in the status, and what is to be decided is decided afterwards."""
-    part = Part(site, "r1", Own(specs("1")))
+    part = Part(site, "r1", OwnClasses(specs("1")))
     await part.look([])
     real = site.fleet.registry.document
 
@@ -141,7 +146,7 @@ async def test_an_outage_of_the_registry_changes_nothing(
         raise TransientError("no leader")
 
     monkeypatch.setattr(site.fleet.registry, "document", broken)
-    await part.classes.go_by(Own(specs("2"), place=as_it_is), 0.0)
+    await part.classes.go_by(OwnClasses(specs("2"), place=as_it_is), 0.0)
     assert (part.versions, part.classes.problem) == ({"a": "1"}, "no leader")
     monkeypatch.setattr(site.fleet.registry, "document", real)
     await part.look([])
@@ -150,9 +155,9 @@ async def test_an_outage_of_the_registry_changes_nothing(
 
 async def test_a_command_looks_without_deciding(site: Site) -> None:
     """It goes by what would be in force if a replica started with its configuration, and writes nothing."""
-    first = Part(site, "r1", Own(specs("1")))
+    first = Part(site, "r1", OwnClasses(specs("1")))
     await first.look([])
-    command = Part(site, "plan", Own(specs("2")))
+    command = Part(site, "plan", OwnClasses(specs("2")))
     command.leases.others = [first.leases.config]
     await command.classes.once(bring=False)
     assert command.versions == {"a": "2"}
@@ -160,7 +165,7 @@ async def test_a_command_looks_without_deciding(site: Site) -> None:
     await first.look([])
     assert first.versions == {"a": "1"}
     await command.classes.once(bring=True)
-    back = Part(site, "plan", Own(specs("1")))
+    back = Part(site, "plan", OwnClasses(specs("1")))
     back.leases.others = ["another"]
     await back.classes.once(bring=False)
     assert back.versions == {"a": "1"}, "nobody who runs is configured with what is in force"

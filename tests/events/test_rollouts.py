@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.controllers.rollout import READ_EVERY_S, Rollouts
+from nomad_watchdog.controllers.rollout import READ_EVERY_S, RolloutController
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.leases import FIRST, Leases, Term, Undivided
+from nomad_watchdog.replicas.leases import FIRST, Leases, SoleOwner, Term
 from tests.events.test_chronicle import Site
 
 GIVEN_UP = "nomad_watchdog_rollouts_given_up 1.0"
 
 
-class Onlooker(Undivided):
+class Onlooker(SoleOwner):
     """Holds nothing."""
 
     def terms(self) -> Mapping[Shard, Term]:
@@ -28,7 +28,7 @@ class Onlooker(Undivided):
 
 
 @dataclass
-class OneOfTwo(Undivided):
+class OneOfTwo(SoleOwner):
     """Holds one shard."""
 
     first: Shard = field(default_factory=lambda: Shard(0))
@@ -50,9 +50,9 @@ class Stage:
     def spec(self, version: str) -> AgentSpec:
         return AgentSpec("default", version, f"h{version}", template=str(self.template))
 
-    def rollouts(self, version: str, leases: Leases | None = None) -> Rollouts:
+    def rollouts(self, version: str, leases: Leases | None = None) -> RolloutController:
         wished = {"default": self.spec(version)}
-        return Rollouts(self.site.fleet, wished, leases or Undivided(), self.metrics)
+        return RolloutController(self.site.fleet, wished, leases or SoleOwner(), self.metrics)
 
     async def run(self, version: str, *, restarts: int = 0) -> None:
         """All agents are of this version now, and ready."""
@@ -66,7 +66,7 @@ class Stage:
     def events(self) -> list[str]:
         return [e.kind for e in self.site.fleet.history.recent() if e.kind.startswith("rollout")]
 
-    async def lasts(self, rollouts: Rollouts) -> None:
+    async def lasts(self, rollouts: RolloutController) -> None:
         await rollouts.look()
         self.site.clock.now += 11.0
         for slug in self.slugs:

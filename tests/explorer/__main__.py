@@ -27,7 +27,7 @@ from tests.explorer.world import World
 
 __all__ = ["DEEP", "QUICK", "Found", "Guard", "Scope", "explore"]
 
-MOST_ROUNDS: Final = 60
+MAX_ROUNDS: Final = 60
 """L1: with faults off a state is settled after so many fair rounds, or never."""
 
 
@@ -108,7 +108,7 @@ class Settling:
         path = []
         epoch, generation, _, buried = state[4]
         state = (*state[:2], 0, 0, (epoch, generation, 0, buried))
-        for _ in range(MOST_ROUNDS):
+        for _ in range(MAX_ROUNDS):
             if state in self._good:
                 break
             path.append(state)

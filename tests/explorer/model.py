@@ -19,9 +19,9 @@ from typing import Any, Final
 
 from nomad_watchdog.core import acceptance, planner, presence, tombstones
 from nomad_watchdog.core.acceptance import AcceptanceKind
-from nomad_watchdog.core.mass_stop_breaker import Breaker
+from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Stop
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
     ActionKind,
@@ -146,7 +146,7 @@ def advanced(device: int, rec: Rec, epoch: int) -> Rec:
 @cache
 def first(device: int, rec: Rec, floor: int) -> int:
     """`core.tombstones` on the first epoch of a record."""
-    return int(Floor(Epoch(floor)).first(record_of(device, rec), Epoch(rec[2] + 1)))
+    return int(EpochFloor(Epoch(floor)).first(record_of(device, rec), Epoch(rec[2] + 1)))
 
 
 @cache
@@ -157,14 +157,14 @@ def due(device: int, rec: Rec, jobs: Jobs) -> bool:
 
 
 def raised(state: State, d: int, rec: Rec) -> State:
-    """`Ledger.forget`, first half: the floor is at the tombstone's epoch or above."""
+    """`RecordCache.forget`, first half: the floor is at the tombstone's epoch or above."""
     epoch, generation, left, buried = state[4]
-    floor = Floor(Epoch(epoch), generation).over([record_of(d, rec)])
+    floor = EpochFloor(Epoch(epoch), generation).over([record_of(d, rec)])
     return (*state[:4], (int(floor.epoch), floor.generation, left, buried))
 
 
 def deleted(state: State, d: int) -> State:
-    """`Ledger.forget`, second half: the tombstone is gone."""
+    """`RecordCache.forget`, second half: the tombstone is gone."""
     rec = state[0][d][0]
     epoch, generation, left, buried = state[4]
     below = (*buried[:d], max(buried[d], rec[2]), *buried[d + 1 :])
@@ -214,7 +214,7 @@ def planned(
 
 
 def settled(rep: Rep, breaker: bool) -> Rep:
-    """The replica after the pass that follows news: `Breaker.settle` on the new plan."""
+    """The replica after the pass that follows news: `MassStopBreaker.settle` on the new plan."""
     read, looked, views, listing, confirmed, twice = rep
     if not (read and looked and (confirmed or twice)):
         return rep
@@ -224,8 +224,8 @@ def settled(rep: Rep, breaker: bool) -> Rep:
 
 
 def read_again(views: Iterable[View], held: Keys, confirmed: Keys) -> tuple[Keys, Keys]:
-    """`Breaker.read_again`: what is confirmed and what has been read twice."""
-    breaker = Breaker(held=_stops(held), confirmed=_stops(confirmed))
+    """`MassStopBreaker.read_again`: what is confirmed and what has been read twice."""
+    breaker = MassStopBreaker(held=_stops(held), confirmed=_stops(confirmed))
     breaker.read_again(_stops(held), {SLUGS[i] for i, view in enumerate(views) if view[0]})
     return _keys(breaker.confirmed), _keys(breaker.read_twice)
 
@@ -302,7 +302,7 @@ def with_hand(state: State, r: int, d: int, hand: tuple[int, ...]) -> State:
 
 
 def learned(state: State, r: int, d: int, rec: Rec) -> State:
-    """`Ledger.learn`, and `Freshness.learned`."""
+    """`RecordCache.learn`, and `ListingFreshness.learned`."""
     known, jobs, unseen, expects, hand = state[1][r][2][d]
     if known == rec:
         return state
@@ -318,7 +318,7 @@ def listing_of(devices: tuple[Dev, ...]) -> tuple[tuple[Jobs, int], ...]:
 
 
 def listed(rep: Rep) -> Rep:
-    """`Reconciler._take` and `Freshness.listed`."""
+    """`Reconciler._take` and `ListingFreshness.listed`."""
     read, _, views, listing, confirmed, twice = rep
     seen = tuple(
         (rec, jobs, 0 if young else unseen, 0 if young else expects, hand)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from nomad_watchdog.core.config_precedence import Standing, succeed, wins
+from nomad_watchdog.core.config_precedence import ConfigStanding, succeed, wins
 
 SETS = ("a", "b")
 
@@ -23,7 +23,7 @@ class Replica:
     """What it is configured with and has announced; "" = it is not there."""
     view: tuple[str, ...] = ()
     """The announcements that it has read, by replica."""
-    read: Standing | None = None
+    read: ConfigStanding | None = None
     open: bool = False
     """It has not decided yet whether its own set comes into force."""
 
@@ -31,7 +31,7 @@ class Replica:
 @dataclass(frozen=True, slots=True)
 class World:
     replicas: tuple[Replica, ...]
-    standing: Standing | None = None
+    standing: ConfigStanding | None = None
     starts: int = 0
     """Starts and reloads so far."""
     crashes: int = 0

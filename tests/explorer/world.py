@@ -211,7 +211,7 @@ class World:
     def _fence(
         self, state: State, r: int, d: int, hand: tuple[int, int], *, calm: bool
     ) -> Iterator[Step]:
-        """`Performer._fence`: commit the epoch, or read the record again."""
+        """`ActionExecutor._fence`: commit the epoch, or read the record again."""
         kind, epoch = hand
         known: Rec = state[1][r][2][d][0]
         truth: Rec = state[0][d][0]
@@ -257,7 +257,7 @@ class World:
         yield from self._commit(state, r, d, (START, epoch), f"{word}, {epoch}", calm=calm)
 
     def _act(self, state: State, r: int, d: int, *, calm: bool) -> Iterator[Step]:
-        """`Performer._apply`, and what is remembered of it."""
+        """`ActionExecutor._apply`, and what is remembered of it."""
         kind, epoch = state[1][r][2][d][4]
         if kind == FIRST:
             yield from self._first(state, r, d, epoch, calm=calm)
@@ -312,7 +312,7 @@ class World:
         return epoch in state[0][d][3] or any(rep[2][d][4] == (START, epoch) for rep in state[1])
 
     def _bury(self, state: State, r: int, d: int) -> Iterator[Step]:
-        """`Upkeep._forget_tombstones`, up to the floor."""
+        """`PeriodicJobs._forget_tombstones`, up to the floor."""
         rec, jobs, *_ = state[1][r][2][d]
         if self.has(Guard.REST) and self._under_way(state, d, rec[2]):
             return

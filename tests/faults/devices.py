@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
-from nomad_watchdog.demo.listener import Listener
+from nomad_watchdog.demo.listener import DeviceListener
 from nomad_watchdog.demo.process import free_port
 
 DNS_PORT: Final = 53
@@ -33,7 +33,9 @@ class Device:
         self.address = own_address()
         self.ports = tuple(ports)
         self.posted: list[Any] = []
-        self._listeners = {port: Listener(self._answer, self.address, port) for port in self.ports}
+        self._listeners = {
+            port: DeviceListener(self._answer, self.address, port) for port in self.ports
+        }
 
     async def up(self) -> None:
         """Answer on every port."""

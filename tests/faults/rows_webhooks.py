@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from nomad_watchdog.core.webhook_signature import Signed, secret_of, sign
+from nomad_watchdog.core.webhook_signature import SignatureHeaders, secret_of, sign
 from tests.faults.matrix import row
 from tests.faults.site import BrokenRowError, until
 from tests.faults.world import World, webhook_secret
@@ -28,7 +28,7 @@ class Gateway:
         self.number += 1
         said = {"event": event, "device": {"id": name, "address": self.world.site.ops.address}}
         body = json.dumps(said).encode()
-        signed = Signed(id_ or f"{name}-{self.number}", int(time.time() - ago_s))
+        signed = SignatureHeaders(id_ or f"{name}-{self.number}", int(time.time() - ago_s))
         return body, {
             "Content-Type": "application/json",
             "webhook-id": signed.id,

@@ -14,7 +14,7 @@ import aiohttp
 import watchdog_agent
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.demo.listener import Listener
+from nomad_watchdog.demo.listener import DeviceListener
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import WatchdogError
 from servers.kubelet.__main__ import Kubelet
@@ -167,7 +167,7 @@ class ServiceProxy:
     def __init__(
         self, client: KubernetesClient, namespace: str, service: str, *, scheme: str = "http"
     ) -> None:
-        self._listener = Listener(self._answer, "127.0.0.1", free_port())
+        self._listener = DeviceListener(self._answer, "127.0.0.1", free_port())
         self.address = f"{scheme}://127.0.0.1:{self._listener.port}"
         self._client, self._namespace, self._service = client, namespace, service
         self._pods: list[tuple[str, int]] = []

@@ -16,8 +16,8 @@ from nomad_watchdog.clients import kubernetes as module
 from nomad_watchdog.clients.kubernetes import (
     PAGE,
     FieldConflictError,
+    KubernetesAccess,
     KubernetesClient,
-    KubernetesSettings,
 )
 from nomad_watchdog.errors import ConflictError, DeniedError, NotFoundError, TransientError
 from servers.kubernetes import KubernetesCluster
@@ -161,7 +161,7 @@ async def test_a_certificate_of_another_authority_is_not_trusted(
 ) -> None:
     """Without the cluster's authority the server is not believed; the error is one to try again."""
     good = api.settings()
-    client = KubernetesClient(KubernetesSettings(good.server, token="x"))
+    client = KubernetesClient(KubernetesAccess(good.server, token="x"))
     try:
         with pytest.raises(TransientError, match="does not answer"):
             await client.list(MAPS)
@@ -182,7 +182,7 @@ async def test_a_plugin_may_give_a_certificate(api: KubernetesCluster, tmp_path:
     )
     plugin.chmod(0o755)
     client = KubernetesClient(
-        KubernetesSettings(admin.server, ca=admin.ca, exec_plugin=module_plugin(str(plugin)))
+        KubernetesAccess(admin.server, ca=admin.ca, exec_plugin=module_plugin(str(plugin)))
     )
     try:
         assert (await client.list(MAPS)).version

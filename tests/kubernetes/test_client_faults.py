@@ -15,8 +15,8 @@ from aiohttp import web
 from nomad_watchdog.clients.kubernetes import (
     ExpiredError,
     FieldConflictError,
+    KubernetesAccess,
     KubernetesClient,
-    KubernetesSettings,
 )
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import (
@@ -46,7 +46,7 @@ async def served(handler: Handler, **settings: Any) -> AsyncIterator[KubernetesC
     await runner.setup()
     port = free_port()
     await web.TCPSite(runner, "127.0.0.1", port).start()
-    client = KubernetesClient(KubernetesSettings(f"http://127.0.0.1:{port}", **settings))
+    client = KubernetesClient(KubernetesAccess(f"http://127.0.0.1:{port}", **settings))
     try:
         yield client
     finally:

@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from nomad_watchdog.cli._agent_logs import kubernetes_log
 from nomad_watchdog.clients.kubernetes import FieldConflictError, KubernetesClient
-from nomad_watchdog.config.settings import Kubernetes, Settings
+from nomad_watchdog.config.settings import KubernetesSettings, Settings
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
@@ -508,7 +508,9 @@ async def test_the_log_of_an_agent_comes_from_its_kubelet(site: Site) -> None:
     await site.until(record, lambda one: one.state is RUNNING)
     settings = Settings(
         backend="kubernetes",
-        kubernetes=Kubernetes(kubeconfig=str(site.kube.kubeconfig), namespace=site.namespace),
+        kubernetes=KubernetesSettings(
+            kubeconfig=str(site.kube.kubeconfig), namespace=site.namespace
+        ),
     )
     said = ""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.clients._kubernetes_credentials import HOLD_S, Credentials
-from nomad_watchdog.clients._kubernetes_settings import KubernetesSettings, in_cluster
+from nomad_watchdog.clients._kubernetes_settings import KubernetesAccess, in_cluster
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import Monotonic, WallTime
 
@@ -47,10 +47,10 @@ def test_a_kubeconfig_gives_the_current_or_the_named_context(tmp_path: Path) -> 
     """Without a name the file's current context counts, with one that one; another is refused by name."""
     file = str(kubeconfig(tmp_path / "config"))
 
-    assert KubernetesSettings.discover(file).namespace == "n1"
-    assert KubernetesSettings.discover(file, "two").namespace == ""
+    assert KubernetesAccess.discover(file).namespace == "n1"
+    assert KubernetesAccess.discover(file, "two").namespace == ""
     with pytest.raises(UserError, match="no context 'three'; there are: one, two"):
-        KubernetesSettings.discover(file, "three")
+        KubernetesAccess.discover(file, "three")
 
 
 def test_places_are_tried_in_order(tmp_path: Path) -> None:
@@ -62,11 +62,11 @@ def test_places_are_tried_in_order(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
     both = {**home, "KUBECONFIG": f"{tmp_path}/missing:{other}"}
 
-    assert KubernetesSettings.discover(str(explicit), env=both).token == "explicit"
-    assert KubernetesSettings.discover(env=both).token == "other"
-    assert KubernetesSettings.discover(env=home).token == "home"
+    assert KubernetesAccess.discover(str(explicit), env=both).token == "explicit"
+    assert KubernetesAccess.discover(env=both).token == "other"
+    assert KubernetesAccess.discover(env=home).token == "home"
     with pytest.raises(UserError, match=r"set kubernetes.kubeconfig or KUBECONFIG"):
-        KubernetesSettings.discover(env={})
+        KubernetesAccess.discover(env={})
 
 
 def test_several_files_are_merged_and_the_first_wins(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_several_files_are_merged_and_the_first_wins(tmp_path: Path) -> None:
     two.write_text(
         json.dumps({"contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}]})
     )
-    found = KubernetesSettings.discover(env={"KUBECONFIG": f"{one}:{two}"}, context="x")
+    found = KubernetesAccess.discover(env={"KUBECONFIG": f"{one}:{two}"}, context="x")
 
     assert found.token == "first"
 
@@ -86,7 +86,7 @@ def test_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("-- a PEM --")
     file = kubeconfig(tmp_path / "config", **{"certificate-authority": "ca.pem"})
 
-    assert KubernetesSettings.discover(str(file)).ca == "-- a PEM --"
+    assert KubernetesAccess.discover(str(file)).ca == "-- a PEM --"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_is_no_kubeconfig_is_refused(tmp_path: Path, text: str, words: str)
     file = tmp_path / "config"
     file.write_text(text)
     with pytest.raises(UserError, match=words):
-        KubernetesSettings.discover(str(file))
+        KubernetesAccess.discover(str(file))
 
 
 def test_a_secret_is_not_in_messages_or_in_repr(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_secret_is_not_in_messages_or_in_repr(tmp_path: Path) -> None:
     file = tmp_path / "config"
     file.write_text("users: [{token: hunter2, x: }}")
     with pytest.raises(UserError) as error:
-        KubernetesSettings.discover(str(file))
-    good = KubernetesSettings.discover(str(kubeconfig(tmp_path / "good", {"token": "hunter2"})))
+        KubernetesAccess.discover(str(file))
+    good = KubernetesAccess.discover(str(kubeconfig(tmp_path / "good", {"token": "hunter2"})))
 
     assert "hunter2" not in str(error.value) + repr(good)
 
@@ -122,11 +122,11 @@ def test_a_secret_is_not_in_messages_or_in_repr(tmp_path: Path) -> None:
 def test_a_wrong_certificate_is_a_user_error(tmp_path: Path) -> None:
     """Data that is no base64, and PEM that is no certificate, are told as wrong settings."""
     with pytest.raises(UserError, match="is not base64"):
-        KubernetesSettings.discover(
+        KubernetesAccess.discover(
             str(kubeconfig(tmp_path / "a", **{"certificate-authority-data": "%"}))
         )
     data = base64.b64encode(b"nonsense").decode()
-    found = KubernetesSettings.discover(
+    found = KubernetesAccess.discover(
         str(kubeconfig(tmp_path / "b", **{"certificate-authority-data": data}))
     )
     with pytest.raises(UserError, match="can't load the TLS certificates"):
@@ -145,7 +145,7 @@ def test_the_service_account_of_a_pod(tmp_path: Path) -> None:
 
     assert (found.server, found.namespace) == ("https://[fd00::1]:443", "where")
     assert found.token_file == str(tmp_path / "token")
-    assert KubernetesSettings.discover("", "", env, service_account=str(tmp_path)) == found
+    assert KubernetesAccess.discover("", "", env, service_account=str(tmp_path)) == found
 
 
 async def test_a_token_file_is_read_again_after_a_minute_and_when_refused(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ async def test_a_token_file_is_read_again_after_a_minute_and_when_refused(tmp_pa
     file = tmp_path / "token"
     file.write_text("one")
     clock = HandClock()
-    credentials = Credentials(KubernetesSettings("http://x", token_file=str(file)), clock)
+    credentials = Credentials(KubernetesAccess("http://x", token_file=str(file)), clock)
 
     assert (await credentials.current()).token == "one"
     file.write_text("two")
@@ -189,7 +189,7 @@ async def test_an_exec_credential_is_kept_until_it_expires(tmp_path: Path) -> No
         "env": [{"name": "WORD", "value": "token-"}],
         "apiVersion": "client.authentication.k8s.io/v1",
     }
-    settings = KubernetesSettings.discover(str(kubeconfig(tmp_path / "config", {"exec": block})))
+    settings = KubernetesAccess.discover(str(kubeconfig(tmp_path / "config", {"exec": block})))
     clock = HandClock(3580.0)
     credentials = Credentials(settings, clock)
 
@@ -219,7 +219,7 @@ async def test_a_plugin_that_gives_nothing_is_named(
     plugin.write_text(f"#!/bin/sh\n{script}\n")
     plugin.chmod(0o755)
     block = {"exec": {"command": str(plugin)}}
-    settings = KubernetesSettings.discover(str(kubeconfig(tmp_path / "config", block)))
+    settings = KubernetesAccess.discover(str(kubeconfig(tmp_path / "config", block)))
     with pytest.raises(kind, match=words):
         await Credentials(settings, HandClock()).current()
 
@@ -243,15 +243,15 @@ def test_a_kubeconfig_of_another_shape_is_refused(
     """What stands in the place of a text, a list or a mapping is named; nothing else is raised."""
     file = kubeconfig(tmp_path / "config", user, **cluster)
     with pytest.raises(UserError, match=words):
-        KubernetesSettings.discover(str(file))
+        KubernetesAccess.discover(str(file))
 
 
-def counting_plugin(tmp_path: Path, then: str) -> tuple[KubernetesSettings, Path]:
+def counting_plugin(tmp_path: Path, then: str) -> tuple[KubernetesAccess, Path]:
     plugin, runs = tmp_path / "plugin", tmp_path / "runs"
     plugin.write_text(f"#!/bin/sh\necho >> {runs}\nsleep 0.2\n{then}\n")
     plugin.chmod(0o755)
     block = {"exec": {"command": str(plugin)}}
-    return KubernetesSettings.discover(str(kubeconfig(tmp_path / "config", block))), runs
+    return KubernetesAccess.discover(str(kubeconfig(tmp_path / "config", block))), runs
 
 
 async def test_who_waits_for_a_plugin_that_fails_gets_its_failure(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from nomad_watchdog.clients.kubernetes import ExpiredError, KubernetesClient, KubernetesSettings
+from nomad_watchdog.clients.kubernetes import ExpiredError, KubernetesAccess, KubernetesClient
 from nomad_watchdog.errors import DeniedError, TransientError
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
@@ -153,7 +153,7 @@ async def test_after_a_write_of_ours_all_is_read_again(
 @pytest.mark.parametrize("failed", [False, True])
 async def test_a_list_that_was_begun_before_a_write_ended_does_not_count(failed: bool) -> None:
     """Whether it shows the write nobody knows; a write that failed may have arrived as well."""
-    client = KubernetesClient(KubernetesSettings("http://127.0.0.1:9"))
+    client = KubernetesClient(KubernetesAccess("http://127.0.0.1:9"))
     one = still.Stillness(client, "")
     began = one.begins()
     with contextlib.suppress(TransientError), one.writing():
@@ -304,6 +304,6 @@ async def test_any_other_word_is_a_no(kind: str) -> None:
 
 async def test_a_watch_that_has_not_its_time_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off early, by a server that ends, say; or never ended."""
-    monkeypatch.setattr(still, "_MOST_S", 2.0)
+    monkeypatch.setattr(still, "_MAX_S", 2.0)
     for length_s in (0.0, 0.7, 20.0):
         assert not await holds(watched(b"", length_s))

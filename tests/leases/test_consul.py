@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import FencedError
 from nomad_watchdog.ids import Shard, shard_of
@@ -20,7 +20,7 @@ from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
 from nomad_watchdog.replicas.leases import check
-from nomad_watchdog.replicas.report_addresses import Living
+from nomad_watchdog.replicas.report_addresses import ReportAddresses
 from servers.consul import ConsulServer
 from tests.registry.records import record
 
@@ -43,7 +43,7 @@ class Part:
     def __init__(
         self, consul: ConsulServer, prefix: str, name: str, shards: int, ttl_s: float
     ) -> None:
-        self.client = ConsulClient(ConsulSettings(address=consul.http_addr))
+        self.client = ConsulClient(ConsulAccess(address=consul.http_addr))
         self.clock = Clock()
         self.leases = ConsulLeases(
             self.client,
@@ -118,7 +118,7 @@ async def test_one_shard_is_plain_leader_election(consul: ConsulServer) -> None:
 async def test_a_command_sees_who_runs_without_taking_part(consul: ConsulServer) -> None:
     """`apply` asks which replicas there are: none before the first, and none after the last has left."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
-    client = ConsulClient(ConsulSettings(address=consul.http_addr))
+    client = ConsulClient(ConsulAccess(address=consul.http_addr))
     try:
         assert await read_replicas(client, prefix) == []
         async with parts(consul, "a", "b", prefix=prefix) as both:
@@ -191,7 +191,7 @@ async def test_the_addresses_that_agents_are_given_follow_the_replicas(
         for name, part in (("one", first), ("two", second)):
             part.leases.advertise = f"http://{name}:9670"
             part.start()
-        one, two = Living(first.leases), Living(second.leases)
+        one, two = ReportAddresses(first.leases), ReportAddresses(second.leases)
         await until(
             lambda: one.vouched() == two.vouched() == {"http://one:9670", "http://two:9670"}
         )
@@ -388,7 +388,7 @@ async def test_beating_writes_nothing(consul: ConsulServer) -> None:
 def test_guards_name_each_shard_once() -> None:
     """A batch of devices is guarded by the locks of its shards, whatever their number."""
     leases = ConsulLeases(
-        ConsulClient(ConsulSettings(address="http://127.0.0.1:1")),
+        ConsulClient(ConsulAccess(address="http://127.0.0.1:1")),
         prefix="p",
         shards=2,
         replica="r",

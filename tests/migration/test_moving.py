@@ -13,7 +13,7 @@ from nomad_watchdog.errors import StaleError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers import Hint, Scheduler, Snapshot
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.multi import MultiScheduler
 from nomad_watchdog.testing.conformance import CHECKS
 from tests.core.world import record
 from tests.schedulers.test_fake_conformance import fake_rig
@@ -48,7 +48,9 @@ class Both:
         self.clusters = {"north": Cluster(), "south": Cluster()}
         self.refused = ""
         self.made: dict[str, Site] = {}
-        self.moving = Moving("north", self.make, lambda site, spec: replace(spec, version=site))
+        self.moving = MultiScheduler(
+            "north", self.make, lambda site, spec: replace(spec, version=site)
+        )
 
     def make(self, name: str) -> Site:
         if self.refused == name:
@@ -189,9 +191,9 @@ async def test_two_of_them_keep_the_contract_of_one(name: str) -> None:
     async with fake_rig() as rig:
         beside = Cluster()
 
-        def both() -> Moving:
+        def both() -> MultiScheduler:
             parts = {"fake": rig.scheduler, "beside": lambda: FakeScheduler(beside)}
-            moving = Moving("fake", lambda name: parts[name]())
+            moving = MultiScheduler("fake", lambda name: parts[name]())
             moving.require(["beside"])
             return moving
 

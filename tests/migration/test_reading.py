@@ -10,19 +10,19 @@ import pytest
 
 from nomad_watchdog.controllers import migration
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.core.migration import Move
+from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.core.placement_gc import REST_S
 from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.daemon import one_shot
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Epoch, Presence, WallTime
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 from nomad_watchdog.testing.conformance import record_of
 from tests.migration.two_sites import TwoSites
 from tests.simulation.virtual_time import VirtualLoop
 
-MOVE = Move("m", "north", "south", WallTime(0.0), "test")
+MOVE = Migration("m", "north", "south", WallTime(0.0), "test")
 
 
 def replica_of(world: TwoSites) -> Reconciler:
@@ -64,11 +64,11 @@ def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
         reconciler = replica_of(world)
         await reconciler.fleet.commit([replace(record_of("cam 1"), index=0)])
         await slow_listing(reconciler, lambda: None)
-        assert [a.kind.value for a in reconciler.planning.make(NO_STOPS).actions] == ["start"]
-        kept = migration.Kept("north", frozenset({"north", "south"}), (MOVE,))
+        assert [a.kind.value for a in reconciler.plan_builder.make(NO_STOPS).actions] == ["start"]
+        kept = migration.MigrationState("north", frozenset({"north", "south"}), (MOVE,))
 
         def begun() -> None:
-            world.store.commit_document(migration.NAME, Document(migration.encode(kept)))
+            world.store.commit_document(migration.NAME, RegistryDocument(migration.encode(kept)))
 
         with pytest.raises(ConflictError, match="a migration has changed"):
             await slow_listing(reconciler, begun)
@@ -84,15 +84,17 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
         for word in ("begin", "undo"):
             reconciler = replica_of(world)
             await one_shot.look(reconciler)
-            assert reconciler.territory.shards()
+            assert reconciler.ownership.shards()
             if word == "begin":
                 await reconciler.migrations.begin(MOVE)
             else:
                 await reconciler.migrations.say("undo")
-            assert not reconciler.territory.shards(), word
+            assert not reconciler.ownership.shards(), word
             await reconciler.informer.read()
-            assert reconciler.territory.shards()
-            over = migration.Kept("north", frozenset({"south"}), (replace(MOVE, done=True),))
+            assert reconciler.ownership.shards()
+            over = migration.MigrationState(
+                "north", frozenset({"south"}), (replace(MOVE, done=True),)
+            )
             world.usual = "south"
             found = world.store.document(migration.NAME)
             stored = replace(found, body=migration.encode(over))
@@ -106,8 +108,10 @@ def test_a_tombstone_is_buried_once() -> None:
 
     async def story(world: TwoSites) -> None:
         gone = replace(record_of("cam 1"), presence=Presence.ABSENT, epoch=Epoch(3), index=0)
-        kept = migration.Kept("north", frozenset({"north", "south"}), (replace(MOVE, done=True),))
-        world.store.commit_document(migration.NAME, Document(migration.encode(kept)))
+        kept = migration.MigrationState(
+            "north", frozenset({"north", "south"}), (replace(MOVE, done=True),)
+        )
+        world.store.commit_document(migration.NAME, RegistryDocument(migration.encode(kept)))
         reconciler = replica_of(world)
         await reconciler.fleet.commit([gone])
         await one_shot.look(reconciler)
@@ -133,7 +137,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         await reconciler.fleet.commit([replace(one, index=0)])
         await one_shot.look(reconciler)
         assert reconciler.migrations.status() == {}
-        world.store.documents[migration.NAME] = Document(b'{"v": 9}', 98)
+        world.store.documents[migration.NAME] = RegistryDocument(b'{"v": 9}', 98)
         await asyncio.sleep(migration.FRESH_S + 1.0)
         await reconciler.migrations.look()
         told = str(reconciler.migrations.status()["migration"])
@@ -141,7 +145,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         (explain,) = reconciler.fleet.explain_parts[-1:]
         assert "nothing is decided" in str(explain(one.slug)["next"])
         assert "version 9" in str(explain(one.slug)["next"])
-        world.store.documents[migration.NAME] = Document(b"", 99)
+        world.store.documents[migration.NAME] = RegistryDocument(b"", 99)
         await reconciler.migrations.look()
         assert reconciler.migrations.status() == {}
         assert str(explain(one.slug)["next"]).startswith("start")

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 
 from nomad_watchdog.controllers import migration
-from nomad_watchdog.controllers.migration import Migrations
-from nomad_watchdog.core.migration import Move
+from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.multi import MultiScheduler
 from nomad_watchdog.testing.conformance import record_of
 from tests.migration.two_sites import TwoSites, run_seed
 from tests.simulation.simulator import BEAT_S
@@ -80,7 +80,7 @@ class Calm(TwoSites):
                 self.gaps[name] = self.audit.now() - self._without_since.pop(name)
 
         self.store.on_write = written
-        move = Move("m", "north", "south", WallTime(0.0), "test")
+        move = Migration("m", "north", "south", WallTime(0.0), "test")
         replica = self.replicas[0]
         assert await replica.serve(replica.reconciler.migrations.begin(move)) is not None
         for _ in range(400):
@@ -109,7 +109,7 @@ def test_the_simulation_sees_an_agent_that_starts_elsewhere_than_its_record_says
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If a start went by chance to one of the schedulers, some history would have an epoch on both."""
-    monkeypatch.setattr(Moving, "ensure", _ensure_anywhere)
+    monkeypatch.setattr(MultiScheduler, "ensure", _ensure_anywhere)
     begin = 30  # showed it when this was written
     seeds = (*range(begin, 100), *range(begin))
     wrong = (one for seed in seeds for one in run_seed(seed).wrong)
@@ -130,7 +130,7 @@ async def _starts(home: str, read_ago_s: float) -> list[str]:
     reconciler.migrations.seen(fleet.records.values())
     await asyncio.sleep(read_ago_s)
     fleet.placements = {}
-    return [one.kind.value for one in reconciler.planning.make(NO_STOPS).actions]
+    return [one.kind.value for one in reconciler.plan_builder.make(NO_STOPS).actions]
 
 
 def test_nothing_is_decided_without_knowing_both(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +144,13 @@ def test_nothing_is_decided_without_knowing_both(monkeypatch: pytest.MonkeyPatch
     assert starts("", 0.0) == ["start"]
     assert starts("", migration.FRESH_S + 1.0) == []
     assert starts("south", 0.0) == []
-    monkeypatch.setattr(Migrations, "unsure", lambda _self, _records: frozenset())
+    monkeypatch.setattr(MigrationController, "unsure", lambda _self, _records: frozenset())
     assert starts("", migration.FRESH_S + 1.0) == ["start"]
     assert starts("south", 0.0) == ["start"]
 
 
 async def _ensure_anywhere(
-    self: Moving, record: DeviceRecord, epoch: Epoch, spec: AgentSpec
+    self: MultiScheduler, record: DeviceRecord, epoch: Epoch, spec: AgentSpec
 ) -> int:
     name = random.choice(sorted(self.parts))
     await self.parts[name].ensure(record, epoch, spec)

@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from nomad_watchdog.controllers.migration import Kept, decode
-from nomad_watchdog.core.migration import Move, tombs
+from nomad_watchdog.controllers.migration import MigrationState, decode
+from nomad_watchdog.core.migration import Migration, tombs
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -23,10 +23,10 @@ from nomad_watchdog.model import (
     Presence,
     WallTime,
 )
-from nomad_watchdog.registry import Document
-from nomad_watchdog.replicas.leases import Leases, Undivided
+from nomad_watchdog.registry import RegistryDocument
+from nomad_watchdog.replicas.leases import Leases, SoleOwner
 from nomad_watchdog.schedulers import Snapshot
-from nomad_watchdog.schedulers.multi import Moving
+from nomad_watchdog.schedulers.multi import MultiScheduler
 from tests.simulation.fakes import FakeRegistry
 from tests.simulation.faults import BadLine
 from tests.simulation.lease_board import BoardLeases
@@ -79,9 +79,11 @@ class MovingReplica(Replica):
         self._line = BadLine(world.weather, self.crash)
         registry = FakeRegistry(world.store, self._line)
         line = self._line
-        scheduler = Moving(world.usual, lambda site: SiteScheduler(world, site, line, self.name))
+        scheduler = MultiScheduler(
+            world.usual, lambda site: SiteScheduler(world, site, line, self.name)
+        )
         self.fleet = Fleet(registry, world.limits, self.clock)
-        self.leases: Leases = Undivided()
+        self.leases: Leases = SoleOwner()
         if world.board is not None:
             self.leases = BoardLeases(world.board, self.name, self.clock, world.weather)
         specs = {world.spec.agent_class: world.spec}
@@ -106,7 +108,7 @@ class TwoSites(World):
         self.said: list[str] = []
         commit = self.store.commit_document
 
-        def traced(name: str, document: Document) -> Document | None:
+        def traced(name: str, document: RegistryDocument) -> RegistryDocument | None:
             stored = commit(name, document)
             if stored is not None and name == "migration":
                 moves = [f"{m.source} to {m.goal} {m.state}" for m in self.kept().moves]
@@ -133,7 +135,7 @@ class TwoSites(World):
             self.sites[ref] = site
         return index
 
-    def kept(self) -> Kept:
+    def kept(self) -> MigrationState:
         return decode(self.store.document("migration").body)
 
     # -- the operator ---------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class TwoSites(World):
                 self.chance.sample(self.names, self.chance.randint(1, len(self.names)))
             )
             target = None if whole or self.chance.random() < 0.5 else Target(devices=some)
-            move = Move(
+            move = Migration(
                 f"{self.chance.getrandbits(48):012x}", source, goal, WallTime(1.0), "test",
                 target=target, at_once=self.chance.choice((0, 0, 1)),
             )  # fmt: skip

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import NotFoundError, TerminalError
 from nomad_watchdog.pools import Driver
 
 
-async def a_pool_of_another_is_left_alone(driver: Driver, other: Driver, pool: AgentPool) -> None:
+async def a_pool_of_another_is_left_alone(
+    driver: Driver, other: Driver, pool: PoolSettings
+) -> None:
     """`other`: of another installation; closed at the end."""
     await other.ensure("p", pool)
     try:

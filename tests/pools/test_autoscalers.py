@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from servers.autoscaler import NomadAutoscaler
@@ -198,8 +198,8 @@ async def test_by_cpu_a_metrics_server_says_who_is_busy(
     driver = KubernetesPools(client, namespace="cpu", installation="i-1")
     cpu = {"kind": "cpu", "target": 50.0}
     settings = {"cpu": 20, "max": 3, "metric": (cpu,), "cooldown_up": 1.0}
-    busy = AgentPool.model_validate(settings | {"image": "test/burn", "scaler": "external"})
-    idle = AgentPool.model_validate(settings | {"image": "test/nap", "scaler": "builtin"})
+    busy = PoolSettings.model_validate(settings | {"image": "test/burn", "scaler": "external"})
+    idle = PoolSettings.model_validate(settings | {"image": "test/nap", "scaler": "builtin"})
     try:
         async with MetricsServer(cluster, tmp_path), asyncio.timeout(150.0):
             await driver.ensure("busy", busy)

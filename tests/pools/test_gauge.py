@@ -12,9 +12,9 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.config.pools import AgentPool, Metric
+from nomad_watchdog.config.pools import MetricSettings, PoolSettings
 from nomad_watchdog.pools import Usage
-from nomad_watchdog.pools.metric_reader import Gauge, number_at
+from nomad_watchdog.pools.metric_reader import MetricReader, number_at
 
 TREE = {"streams": [{"name": "a", "n": 1}, {"name": "b.c", "n": 2.5}], "deep": [[3, 4]], "ok": True}
 
@@ -66,7 +66,7 @@ class Drive:
 
     used: Usage | None = Usage(80.0, 20.0)
 
-    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+    async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
         return self.used
 
 
@@ -93,8 +93,8 @@ async def page() -> AsyncIterator[tuple[str, dict[str, Any]]]:
 
 
 async def read(metric: Mapping[str, Any], drive: Drive | None = None) -> tuple[float | None, str]:
-    pool = AgentPool(command=("x",), max=3, metric=(Metric(**metric),))
-    gauge = Gauge(drive or Drive(), lambda: {"offline": 7})  # type: ignore[arg-type]
+    pool = PoolSettings(command=("x",), max=3, metric=(MetricSettings(**metric),))
+    gauge = MetricReader(drive or Drive(), lambda: {"offline": 7})  # type: ignore[arg-type]
     try:
         found = await gauge.read("p", pool)
     finally:

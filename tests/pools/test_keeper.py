@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import (
     ConflictError,
     NotFoundError,
@@ -22,9 +22,9 @@ from nomad_watchdog.ids import Shard
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
 from nomad_watchdog.pools import Usage, View
-from nomad_watchdog.pools.controller import Keeper
+from nomad_watchdog.pools.controller import PoolController
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.leases import FIRST, Term, Undivided
+from nomad_watchdog.replicas.leases import FIRST, SoleOwner, Term
 
 
 class Memory:
@@ -47,7 +47,7 @@ class Memory:
             raise self.bug
         return (await self.look()).get(name)
 
-    async def ensure(self, name: str, pool: AgentPool) -> None:
+    async def ensure(self, name: str, pool: PoolSettings) -> None:
         if self.broken:
             raise TransientError(self.broken)
         self.counts.setdefault(name, pool.min)
@@ -61,7 +61,7 @@ class Memory:
     async def remove(self, name: str) -> None:
         self.counts.pop(name, None)
 
-    async def usage(self, name: str, pool: AgentPool) -> Usage | None:
+    async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
         return None if self.cpu is None else Usage(self.cpu, 0.0)
 
     async def run(self, ours: object) -> None:
@@ -71,7 +71,7 @@ class Memory:
         return
 
 
-class Held(Undivided):
+class Held(SoleOwner):
     """Leases of which shard 0 can be taken away."""
 
     mine = True
@@ -80,8 +80,8 @@ class Held(Undivided):
         return {Shard(0): FIRST} if self.mine else {Shard(1): FIRST}
 
 
-def pool(**more: object) -> AgentPool:
-    return AgentPool.model_validate(
+def pool(**more: object) -> PoolSettings:
+    return PoolSettings.model_validate(
         {
             "command": ("x",),
             "max": 9,
@@ -98,8 +98,8 @@ class World:
         self.fleet = Fleet(registry, Limits(), SystemClock())
         self.metrics, self.leases, self.driver = Metrics(), Held(), Memory()
 
-    def keeper(self, **pools: AgentPool) -> Keeper:
-        return Keeper(self.fleet, self.metrics, self.leases, self.driver, pools)
+    def keeper(self, **pools: PoolSettings) -> PoolController:
+        return PoolController(self.fleet, self.metrics, self.leases, self.driver, pools)
 
     def events(self) -> list[tuple[str, str]]:
         return [(event.kind, event.text) for event in self.fleet.history.recent()]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import DeniedError, NotFoundError, TerminalError, UserError
 from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, number, used
 from nomad_watchdog.pools.kubernetes import KubernetesPools
@@ -25,7 +25,7 @@ from tests.kubernetes.test_manifests import USER, install
 from tests.pools.shared import a_pool_of_another_is_left_alone
 
 
-def pool(**more: object) -> AgentPool:
+def pool(**more: object) -> PoolSettings:
     values: dict[str, Any] = {
         "image": "registry/encoder:1",
         "command": ("--queue", "jobs"),
@@ -34,10 +34,10 @@ def pool(**more: object) -> AgentPool:
         "metric": ({"kind": "cpu", "target": 70.0},),
         "scaler": "external",
     }
-    return AgentPool.model_validate(values | more)
+    return PoolSettings.model_validate(values | more)
 
 
-def made(one: AgentPool) -> list[dict[str, Any]]:
+def made(one: PoolSettings) -> list[dict[str, Any]]:
     return manifests("encoder", one, namespace="watch", installation="i-1")
 
 
@@ -194,7 +194,7 @@ async def deployment(driver: KubernetesPools) -> dict[str, Any]:
     return await driver._client.get(driver._path("p"))
 
 
-def plain(**more: object) -> AgentPool:
+def plain(**more: object) -> PoolSettings:
     return pool(scaler="none", metric=(), **more)
 
 

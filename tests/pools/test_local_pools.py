@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import NotFoundError, TerminalError
 from nomad_watchdog.pools.local import LocalPools
 
@@ -26,8 +26,8 @@ time.sleep(600)
 DEAF = (sys.executable, "-c", DEAF_TEXT)
 
 
-def pool(command: tuple[str, ...] = NAP, **more: object) -> AgentPool:
-    return AgentPool.model_validate(
+def pool(command: tuple[str, ...] = NAP, **more: object) -> PoolSettings:
+    return PoolSettings.model_validate(
         {"command": command, "max": 4, "scaler": "none", "kill_timeout": 5.0} | more
     )
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
-from nomad_watchdog.config.pools import AgentPool
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
+from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import ConflictError, NotFoundError, UserError
 from nomad_watchdog.pools.nomad import NomadPools, scaling_block, used
 from servers.nomad import NomadServer
@@ -21,8 +21,8 @@ from tests.pools.shared import a_pool_of_another_is_left_alone
 NAP = (sys.executable, "-c", "import time; time.sleep(600)")
 
 
-def pool(**more: object) -> AgentPool:
-    return AgentPool.model_validate(
+def pool(**more: object) -> PoolSettings:
+    return PoolSettings.model_validate(
         {"command": NAP, "max": 4, "scaler": "none", "kill_timeout": 2.0, "memory": "64Mi"} | more
     )
 
@@ -36,7 +36,7 @@ def prefix() -> str:
 async def pools(nomad: NomadServer, prefix: str) -> AsyncIterator[NomadPools]:
     """A driver with jobs of its own, which are stopped at the end."""
     driver = NomadPools(
-        NomadClient(NomadSettings(address=nomad.http_addr)), installation="me", prefix=prefix
+        NomadClient(NomadAccess(address=nomad.http_addr)), installation="me", prefix=prefix
     )
     yield driver
     for name in await driver.look():
@@ -126,7 +126,7 @@ async def test_a_job_of_somebody_else_is_left_alone(
     pools: NomadPools, nomad: NomadServer, prefix: str
 ) -> None:
     """Another installation's pool of that name is no pool of ours, and is neither changed nor stopped."""
-    client = NomadClient(NomadSettings(address=nomad.http_addr))
+    client = NomadClient(NomadAccess(address=nomad.http_addr))
     other = NomadPools(client, installation="other", prefix=prefix)
     await a_pool_of_another_is_left_alone(pools, other, pool())
 
@@ -272,7 +272,7 @@ async def test_the_policy_for_nomad_autoscaler_is_what_nomad_makes_of_hcl(
 ) -> None:
     """The block that we write is, value for value, the one that Nomad's parser makes of a hand-written
     `scaling` block as the Autoscaler documents it."""
-    client = NomadClient(NomadSettings(address=nomad.http_addr))
+    client = NomadClient(NomadAccess(address=nomad.http_addr))
     try:
         parsed = await client.parse(EXTERNAL % words, "")
     finally:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.acceptance import AcceptanceKind, accept
-from nomad_watchdog.fleet.heartbeats import Attendance
+from nomad_watchdog.fleet.heartbeats import Heartbeats
 from nomad_watchdog.model import Departure, Monotonic, Presence, PresenceRules, WallTime
 from tests.core.world import record
 
@@ -22,7 +22,7 @@ steps = st.lists(
 def test_damping_never_loses_the_last_wish(history: list[tuple[float, str]]) -> None:
     """At every moment a present or removed device is held by nothing; and once it is quiet, neither
     is one that left in another way: the planner acts on what was asked last."""
-    attendance, stored, now = Attendance(RULES), record("a"), 0.0
+    attendance, stored, now = Heartbeats(RULES), record("a"), 0.0
     attendance.learned(None, stored, Monotonic(now))
     for gap, step in history:
         now += gap
@@ -49,7 +49,7 @@ def test_damping_never_loses_the_last_wish(history: list[tuple[float, str]]) -> 
 @given(st.floats(0, 29.9))
 def test_a_blink_within_the_grace_is_nothing(gap: float) -> None:
     """The agent is kept from the departure to the return, and its reports are accepted meanwhile."""
-    attendance, stored = Attendance(RULES), record("a", epoch=1, instance="i")
+    attendance, stored = Heartbeats(RULES), record("a", epoch=1, instance="i")
     attendance.learned(None, stored, Monotonic(0.0))
     gone = presence.deregister(stored, NOW, Departure.EXPIRED)
     assert gone is not None
@@ -64,7 +64,7 @@ def test_a_blink_within_the_grace_is_nothing(gap: float) -> None:
 
 def test_a_report_of_an_expired_device_is_no_sign_of_life() -> None:
     """What answers at the address of a device that has left may be another device."""
-    attendance, stored = Attendance(RULES), record("a")
+    attendance, stored = Heartbeats(RULES), record("a")
     attendance.learned(None, stored, Monotonic(0.0))
     attendance.answers(stored.slug, Monotonic(7.0))
     assert attendance.heard[stored.slug] == 7.0

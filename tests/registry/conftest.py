@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
@@ -38,7 +38,7 @@ class Store:
         elif self.address == FAKE:
             registry = fakes.FakeRegistry(self.memory)
         else:
-            client = ConsulClient(ConsulSettings(address=self.address))
+            client = ConsulClient(ConsulAccess(address=self.address))
             self._clients.append(client)
             registry = ConsulRegistry(client=client, prefix=self.prefix)
         self._opened.append(registry)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.core import presence
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import NEVER, DeviceRecord, Epoch, Presence
 from nomad_watchdog.registry import Registry, backup
@@ -81,7 +81,7 @@ async def test_s1_no_epoch_of_a_record_that_was_deleted_since_comes_back(
     saved = await fill(registry)
     parsed = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     gone, again, kept, above = saved[6], saved[7], saved[8], saved[16]
-    assert await raise_floor(registry, Floor(Epoch(10), 1))
+    assert await raise_floor(registry, EpochFloor(Epoch(10), 1))
     assert await registry.forget([gone, again, above]) == [True] * 3
     assert await registry.commit([record(again.device.id)]) != [None]
     assert (await backup.restore(registry, *parsed, dry_run=True)).changed == 2
@@ -99,7 +99,7 @@ async def test_a_wiped_registry_takes_epochs_below_the_floor_of_the_backup(
 ) -> None:
     """Records that were there beside a higher floor come back with their epochs, and the floor with them."""
     await fill(registry)
-    assert await raise_floor(registry, Floor(Epoch(50), 3))
+    assert await raise_floor(registry, EpochFloor(Epoch(50), 3))
     kept = await whole(registry)
     lines = await backup.lines(registry)
     fresh = Store(store.path.parent / "other", store.address)
@@ -109,7 +109,7 @@ async def test_a_wiped_registry_takes_epochs_below_the_floor_of_the_backup(
         done = await backup.restore(new, *backup.parse(io.StringIO("\n".join(lines))))
         assert done.changed == len(kept)
         assert await whole(new) == kept
-        assert floor_of(await new.document(FLOOR)) == Floor(Epoch(50), 3)
+        assert floor_of(await new.document(FLOOR)) == EpochFloor(Epoch(50), 3)
     finally:
         await fresh.close()
 

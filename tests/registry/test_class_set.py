@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.config import class_set
-from nomad_watchdog.config.class_set import InForce, Reading
-from nomad_watchdog.core.config_precedence import Standing
+from nomad_watchdog.config.class_set import ClassSetRead, InForce
+from nomad_watchdog.core.config_precedence import ConfigStanding
 from nomad_watchdog.errors import StaleError
 from nomad_watchdog.model import AgentSpec, Variant
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 from tests.simulation.fakes import FakeRegistry, Store
 
 WORDS = st.text(max_size=20)
@@ -33,7 +33,7 @@ async def registry() -> FakeRegistry:
 
 def in_force(specs: dict[str, AgentSpec], number: int = 1) -> InForce:
     digest = class_set.digest(specs)
-    return InForce(Standing(number, digest, ("a", "b")), specs, "replica", 12.5)
+    return InForce(ConfigStanding(number, digest, ("a", "b")), specs, "replica", 12.5)
 
 
 @given(st.dictionaries(WORDS, SPECS, max_size=4))
@@ -41,8 +41,8 @@ async def test_what_is_written_is_read(specs: dict[str, AgentSpec]) -> None:
     """All of a spec comes back, its settings too, and what was read is not decoded again while it is the same."""
     store = await registry()
     wanted = in_force(specs)
-    assert await class_set.write(store, Reading(), wanted) is not None
-    read = await class_set.read(store, Document(), None)
+    assert await class_set.write(store, ClassSetRead(), wanted) is not None
+    read = await class_set.read(store, RegistryDocument(), None)
     assert read.kept == wanted
     settings = {name: spec.settings for name, spec in specs.items()}
     assert {name: spec.settings for name, spec in read.kept.specs.items()} == settings
@@ -58,21 +58,21 @@ async def test_a_large_set_has_documents_of_its_own() -> None:
     """They are written before what names them, and emptied when they are superseded; who reads in between is told
     to read again."""
     store = await registry()
-    first = await class_set.write(store, Reading(), in_force(large(1)))
+    first = await class_set.write(store, ClassSetRead(), in_force(large(1)))
     assert first is not None
     assert first.kept is not None
     assert len(first.kept.parts) > 1
-    assert (await class_set.read(store, Document(), None)).kept == in_force(large(1))
+    assert (await class_set.read(store, RegistryDocument(), None)).kept == in_force(large(1))
     second = await class_set.write(store, first, in_force(large(2), 2))
     assert second is not None
     for name in first.kept.parts:
         assert (await store.document(name)).body == b""
-    assert (await class_set.read(store, Document(), None)).kept == in_force(large(2), 2)
+    assert (await class_set.read(store, RegistryDocument(), None)).kept == in_force(large(2), 2)
     assert second.kept is not None
     part = second.kept.parts[0]
     await store.commit_document(part, replace(await store.document(part), body=b""))
     try:
-        await class_set.read(store, Document(), None)
+        await class_set.read(store, RegistryDocument(), None)
     except StaleError:
         return
     raise AssertionError("half a set was read")
@@ -81,9 +81,9 @@ async def test_a_large_set_has_documents_of_its_own() -> None:
 async def test_of_two_writers_one_wins() -> None:
     """Who was slower writes nothing."""
     store = await registry()
-    assert await class_set.write(store, Reading(), in_force({})) is not None
-    assert await class_set.write(store, Reading(), in_force(large(1), 2)) is None
-    assert (await class_set.read(store, Document(), None)).kept == in_force({})
+    assert await class_set.write(store, ClassSetRead(), in_force({})) is not None
+    assert await class_set.write(store, ClassSetRead(), in_force(large(1), 2)) is None
+    assert (await class_set.read(store, RegistryDocument(), None)).kept == in_force({})
 
 
 @given(SPECS)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.model import MOST_REASON, Condition, ConditionState, WallTime
+from nomad_watchdog.model import MAX_REASON, Condition, ConditionState, WallTime
 from nomad_watchdog.registry.codec import PoisonError, decode, encode
 from tests.registry.records import record
 
@@ -34,7 +34,7 @@ def test_an_events_mark_survives(at: int, marks: tuple[str, ...]) -> None:
 @given(
     st.sampled_from(ConditionState),
     st.floats(allow_nan=False, allow_infinity=False).map(WallTime),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=MOST_REASON),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_REASON),
     st.integers(0, 2**62),
 )
 def test_a_condition_survives(

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings, cas
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient, cas
 from nomad_watchdog.clients.consul_sessions import ConsulSessions
 from nomad_watchdog.errors import DeniedError, TerminalError, TransientError, UserError
 from nomad_watchdog.registry.consul import ConsulRegistry
@@ -26,7 +26,7 @@ from tests.registry.records import record
 async def client_of(
     server: ConsulServer, token: str = "", **more: Any
 ) -> AsyncIterator[ConsulClient]:
-    client = ConsulClient(ConsulSettings(address=server.http_addr, token=token, **more))
+    client = ConsulClient(ConsulAccess(address=server.http_addr, token=token, **more))
     try:
         yield client
     finally:
@@ -204,7 +204,7 @@ async def test_explicit_token_beats_the_environment(
 ) -> None:
     """CONSUL_HTTP_TOKEN, which the library itself prefers, does not override an explicit token."""
     monkeypatch.setenv("CONSUL_HTTP_TOKEN", str(uuid.uuid4()))
-    settings = ConsulSettings.from_env(address=acl_consul.http_addr, token=acl_consul.token)
+    settings = ConsulAccess.from_env(address=acl_consul.http_addr, token=acl_consul.token)
     client = ConsulClient(settings)
     assert await client.kv_get("any") is None
     await client.txn([cas(f"any-{uuid.uuid4()}/x", b"1", 0)])
@@ -226,14 +226,14 @@ def test_address_comes_from_consul_variables(
     env: dict[str, str], expected: tuple[str, str, int]
 ) -> None:
     """CONSUL_HTTP_ADDR is read in all forms that Consul's own tools take over TCP."""
-    assert ConsulSettings.from_env(env).endpoint() == expected
+    assert ConsulAccess.from_env(env).endpoint() == expected
 
 
 @pytest.mark.parametrize("address", ["unix:///x", "http://", "http://h:99999", "h:x", "::1"])
 def test_strange_address_is_a_user_error(address: str) -> None:
     """An address that can't be used is refused at once, with the form that is allowed."""
     with pytest.raises(UserError, match="http://"):
-        ConsulSettings.from_env({}, address=address)
+        ConsulAccess.from_env({}, address=address)
 
 
 async def test_s9_poison_hides_nobody(consul_client: ConsulClient) -> None:
@@ -337,7 +337,7 @@ async def test_refused_connection_is_transient(consul_client: ConsulClient) -> N
     """Nobody listening is a TransientError that names the address."""
     from nomad_watchdog.demo.process import free_port
 
-    client = ConsulClient(ConsulSettings(address=f"http://127.0.0.1:{free_port()}"))
+    client = ConsulClient(ConsulAccess(address=f"http://127.0.0.1:{free_port()}"))
     with pytest.raises(TransientError, match=r"127\.0\.0\.1"):
         await client.kv_get("x")
     await client.close()

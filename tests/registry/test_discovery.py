@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.fleet.consul_health import ConsulHealth
 from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Health
@@ -253,7 +253,7 @@ async def test_s7_a_frozen_consul_never_empties_the_view(tmp_path: Path, targets
         ConsulServer(tmp_path) as server,
         agents_on(server.http_addr, targets) as agents,
     ):
-        client = ConsulClient(ConsulSettings(address=server.http_addr, timeout_s=1.0))
+        client = ConsulClient(ConsulAccess(address=server.http_addr, timeout_s=1.0))
         slug = await agents.register("steady")
         async with watching(client, agents.service) as watcher:
             await watcher.until(lambda v: v[slug].status == "passing")

@@ -16,7 +16,7 @@ from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet.pauses import Pauses, decode, encode
 from nomad_watchdog.model import Departure, Presence, WallTime
-from nomad_watchdog.registry import MAX_DOCUMENT, Document, Registry, codec
+from nomad_watchdog.registry import MAX_DOCUMENT, Registry, RegistryDocument, codec
 from tests.registry.conftest import Store
 from tests.registry.records import record
 
@@ -25,18 +25,18 @@ async def test_a_document_is_created_changed_and_never_overwritten_blindly(
     registry: Registry, store: Store
 ) -> None:
     """Only the index that was read changes it; another handle sees what was stored; no record shows."""
-    assert await registry.document("pauses") == Document()
-    first = await registry.commit_document("pauses", Document(b"one"))
+    assert await registry.document("pauses") == RegistryDocument()
+    first = await registry.commit_document("pauses", RegistryDocument(b"one"))
     assert first is not None
-    assert await registry.commit_document("pauses", Document(b"blind")) is None
+    assert await registry.commit_document("pauses", RegistryDocument(b"blind")) is None
     second = await registry.commit_document("pauses", replace(first, body=b"two"))
     assert second is not None
     assert second.index > first.index
     assert await registry.commit_document("pauses", replace(first, body=b"late")) is None
-    assert await registry.commit_document("other", Document(b"x", second.index)) is None
+    assert await registry.commit_document("other", RegistryDocument(b"x", second.index)) is None
 
     assert await store.open().document("pauses") == second
-    assert await registry.document("other") == Document()
+    assert await registry.document("other") == RegistryDocument()
     assert (await registry.read()).records == {}
 
 
@@ -44,7 +44,7 @@ async def test_documents_leave_records_alone(registry: Registry) -> None:
     """A record and a document of the same name are two things."""
     (stored,) = await registry.commit([record("pauses")])
     assert stored is not None
-    assert await registry.commit_document("pauses", Document(b"x")) is not None
+    assert await registry.commit_document("pauses", RegistryDocument(b"x")) is not None
     assert (await registry.read()).records == {stored.slug: stored}
     assert await registry.get(stored.slug) == stored
 
@@ -72,7 +72,7 @@ async def test_a_store_that_was_never_initialised_has_no_documents(store: Store)
     with pytest.raises(UserError, match="init"):
         await store.open().document("pauses")
     with pytest.raises(UserError, match="init"):
-        await store.open().commit_document("pauses", Document(b"x"))
+        await store.open().commit_document("pauses", RegistryDocument(b"x"))
 
 
 async def test_names_and_sizes_are_bounded(registry: Registry) -> None:
@@ -81,7 +81,7 @@ async def test_names_and_sizes_are_bounded(registry: Registry) -> None:
         with pytest.raises(UserError, match="document name"):
             await registry.document(name)
     with pytest.raises(UserError, match="at most 65536"):
-        await registry.commit_document("pauses", Document(b"x" * (MAX_DOCUMENT + 1)))
+        await registry.commit_document("pauses", RegistryDocument(b"x" * (MAX_DOCUMENT + 1)))
 
 
 async def test_a_document_that_was_spoilt_leaves_the_last_good_pauses(registry: Registry) -> None:

@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.controllers.agents.executor import Performer
+from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import DamagedError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import NEVER, Device, DeviceRecord, Limits
-from nomad_watchdog.registry import Document, Registry, backup
+from nomad_watchdog.registry import Registry, RegistryDocument, backup
 from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of
 from tests.registry.conftest import Store
 from tests.registry.test_backup import fill, whole
@@ -26,8 +26,8 @@ from tests.simulation.simulator import SPEC
 HASHES = {SPEC.agent_class: SPEC.spec_hash}
 
 
-def performer_of(fleet: Fleet) -> Performer:
-    return Performer(
+def performer_of(fleet: Fleet) -> ActionExecutor:
+    return ActionExecutor(
         fleet,
         fakes.FakeScheduler(fakes.Cluster()),
         {SPEC.agent_class: SPEC},
@@ -56,7 +56,7 @@ async def test_s1_an_import_repairs_a_damaged_floor(registry: Registry, body: by
     old = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     assert await registry.forget([saved[6]]) == [True]
     stored = await registry.document(FLOOR)
-    assert await registry.commit_document(FLOOR, Document(body, stored.index))
+    assert await registry.commit_document(FLOOR, RegistryDocument(body, stored.index))
     with pytest.raises(DamagedError, match=r"epoch-floor .*registry export.*registry import"):
         floor_of(await registry.document(FLOOR))
     highest = max(record.epoch for record in saved)
@@ -77,7 +77,7 @@ async def test_a_floor_of_a_newer_program_is_left_alone(registry: Registry) -> N
     await fill(registry)
     old = backup.parse(io.StringIO("\n".join(await backup.lines(registry))))
     body = b'{"v": 2, "epoch": 9}'
-    stored = await registry.commit_document(FLOOR, Document(body, 0))
+    stored = await registry.commit_document(FLOOR, RegistryDocument(body, 0))
     assert stored is not None
     with pytest.raises(UserError, match="epoch-floor is of version 2"):
         await backup.restore(registry, *old)
@@ -105,7 +105,7 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
             await first.register([replace(device, address=f"127.0.{life}.{generation}")])
         await first.deregister([device.id])
         assert await first.forget([first.records[slug]]) == 1
-        second.floor = Floor()  # it has not read the registry since
+        second.floor = EpochFloor()  # it has not read the registry since
         gone = await second.registry.read()
         second.reset(gone.records, gone.index)
         assert slug not in second.records
@@ -117,15 +117,15 @@ async def test_s9_a_damaged_floor_costs_the_first_starts_only(registry: Registry
     fleet = Fleet(registry, Limits(), SystemClock())
     devices = [Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in ("old", "new")]
     await fleet.register(devices[:1])
-    performer = performer_of(fleet)
+    executor = performer_of(fleet)
     slugs = [slug_of(device.id) for device in devices]
-    await performer._fence(list(planner.decide(fleet.records[slugs[0]], (), HASHES)))
+    await executor._fence(list(planner.decide(fleet.records[slugs[0]], (), HASHES)))
     bound = replace(fleet.records[slugs[0]], instance="i-1")
     fleet.learn([one for one in await fleet.commit([bound]) if one is not None])
     await fleet.register(devices[1:])
-    assert await registry.commit_document(FLOOR, Document(b"{", 0))
+    assert await registry.commit_document(FLOOR, RegistryDocument(b"{", 0))
     batch = [one for slug in slugs for one in planner.decide(fleet.records[slug], (), HASHES)]
-    done, failed = await performer._fence(batch)
+    done, failed = await executor._fence(batch)
     assert isinstance(done, DeviceRecord)
     assert done.epoch == 2
     assert isinstance(failed, DamagedError)

@@ -12,7 +12,7 @@ from nomad_watchdog.errors import DeniedError, TransientError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
-from nomad_watchdog.registry import Document, Registry
+from nomad_watchdog.registry import Registry, RegistryDocument
 
 
 async def test_the_check_writes_nothing(registry: Registry) -> None:
@@ -23,7 +23,7 @@ async def test_the_check_writes_nothing(registry: Registry) -> None:
     await writes.check()
     await writes.check()
     assert fleet.registry_unwritable == ""
-    assert (await registry.document("write-check")) == Document()
+    assert (await registry.document("write-check")) == RegistryDocument()
     assert (await registry.read()).index == before
 
 
@@ -36,7 +36,7 @@ async def test_a_refusal_is_shown_until_it_is_over(
     writes = RegistryWrites(fleet, metrics)
     answer: list[Exception] = [TransientError("no answer")]
 
-    async def refuse(_name: str, _document: Document) -> Document | None:
+    async def refuse(_name: str, _document: RegistryDocument) -> RegistryDocument | None:
         if answer:
             raise answer[0]
         return None

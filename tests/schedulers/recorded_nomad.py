@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 
 PAGE = 2
 """Rows of a page that is paged by create index."""
@@ -154,7 +154,7 @@ class RecordedNomad:
             ]
         )
         async with TestServer(app) as server:
-            one = NomadClient(NomadSettings(address=str(server.make_url("")).rstrip("/")))
+            one = NomadClient(NomadAccess(address=str(server.make_url("")).rstrip("/")))
             try:
                 yield one
             finally:

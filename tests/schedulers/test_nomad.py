@@ -17,10 +17,10 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings, translate
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient, translate
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.core.agent_token import Claim, issue
+from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -36,7 +36,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Device, Epoch, Limits, PlacementState
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.schedulers import job_templates
-from nomad_watchdog.schedulers.credentialed import Credentialed
+from nomad_watchdog.schedulers.credentialed import TokenIssuingScheduler
 from nomad_watchdog.schedulers.nomad import NomadScheduler
 from nomad_watchdog.secret_files import SecretFile, read_keys
 from nomad_watchdog.testing.conformance import record_of
@@ -49,7 +49,7 @@ MOCK = str(Path(__file__).with_name("mock.nomad.hcl"))
 @pytest_asyncio.fixture(loop_scope="session")
 async def scheduler(nomad: NomadServer) -> AsyncIterator[NomadScheduler]:
     one = NomadScheduler(
-        settings=NomadSettings(address=nomad.http_addr),
+        settings=NomadAccess(address=nomad.http_addr),
         prefix=f"t-{uuid.uuid4().hex[:8]}",
         installation="test",
         blocked_limit=2,
@@ -125,11 +125,11 @@ async def test_s10_a_credential_is_in_the_document_and_nowhere_else(
     the meta, the arguments or the job's id; and a repeated start is still the same child."""
     (tmp_path / "keys").write_text("k" * 40)
     keys = SecretFile("keys", tmp_path / "keys", read_keys).required()
-    settings, prefix = NomadSettings(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
+    settings, prefix = NomadAccess(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
     inner = NomadScheduler(settings=settings, prefix=prefix, installation="test", strategy=strategy)
-    scheduler = Credentialed(inner, keys, SystemClock())
+    scheduler = TokenIssuingScheduler(inner, keys, SystemClock())
     record, spec = record_of("guarded"), mock_spec()
-    credential = issue(b"k" * 40, Claim(record.slug, Epoch(1)))
+    credential = issue(b"k" * 40, TokenClaim(record.slug, Epoch(1)))
     try:
         await scheduler.prepare([spec])
         for _ in range(2):
@@ -192,7 +192,7 @@ async def test_what_an_agent_really_got_counts_as_its_spec(
 ) -> None:
     """A child that is dispatched for one version from the parent job of another has neither: it is no agent of the
     class, whichever of the two is in force. With its own parent job it is."""
-    settings, prefix = NomadSettings(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
+    settings, prefix = NomadAccess(address=nomad.http_addr), f"t-{uuid.uuid4().hex[:8]}"
     scheduler = NomadScheduler(settings=settings, prefix=prefix, strategy=strategy)
     old, new = mock_spec(), replace(mock_spec(), spec_hash="new")
     record = record_of("mixed")
@@ -360,7 +360,7 @@ async def test_oversized_payload_is_refused(scheduler: NomadScheduler) -> None:
 @pytest.mark.parametrize("name", ["device-watchdog", "device-watchdog-docker"])
 async def test_builtin_templates_have_no_finding(nomad: NomadServer, name: str) -> None:
     """What we ship passes our own lint and Nomad's validation."""
-    client = NomadClient(NomadSettings(address=nomad.http_addr))
+    client = NomadClient(NomadAccess(address=nomad.http_addr))
     try:
         job = await client.parse(job_templates.load(name).text, "")
         await client.validate(job)
@@ -373,7 +373,7 @@ async def test_hostile_variables_stay_text(nomad: NomadServer) -> None:
     """A variable with HCL in it comes back from Nomad's parser as the same text; one that is text here and a
     bool there is taken as such."""
     value = 'a"b\\c ${upper("x")} %{ if true }y%{ endif } \n\t機'
-    client = NomadClient(NomadSettings(address=nomad.http_addr))
+    client = NomadClient(NomadAccess(address=nomad.http_addr))
     try:
         text = job_templates.load("").text
         job = await client.parse(text, job_templates.variables_text({"agent_path": value}))
@@ -426,7 +426,7 @@ async def test_answers_become_our_errors(status: int, text: str, kind: type[Exce
 async def test_explicit_beats_environment() -> None:
     """An explicit address wins over NOMAD_ADDR, and a token never shows in a repr."""
     env = {"NOMAD_ADDR": "http://other:4646", "NOMAD_TOKEN": "secret-1"}
-    found = NomadSettings.from_env(env, address="http://127.0.0.1:1")
+    found = NomadAccess.from_env(env, address="http://127.0.0.1:1")
     assert (found.address, found.token) == ("http://127.0.0.1:1", "secret-1")
     assert "secret-1" not in repr(found)
 

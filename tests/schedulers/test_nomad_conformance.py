@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nomad_watchdog.clients.nomad import NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, Placement
 from nomad_watchdog.schedulers.nomad import NomadScheduler
@@ -59,7 +59,7 @@ def make_rig(nomad: NomadServer, folder: Path, strategy: str) -> Rig:
 
     def scheduler() -> NomadScheduler:
         return NomadScheduler(
-            settings=NomadSettings(address=nomad.http_addr),
+            settings=NomadAccess(address=nomad.http_addr),
             strategy=strategy,  # type: ignore[arg-type]
             installation="test",
             prefix=prefix,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.clients.nomad_features import Feature
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TransientError
@@ -68,7 +68,7 @@ async def test_no_start_is_forgotten_when_server_and_control_plane_crash(tmp_pat
     although nobody repeats their starts (L2). Servers that write both at once leave none."""
     prefix = f"t-{uuid.uuid4().hex[:8]}"
     async with NomadServer(tmp_path / "nomad") as nomad:
-        client = NomadClient(NomadSettings(address=nomad.http_addr))
+        client = NomadClient(NomadAccess(address=nomad.http_addr))
         clock = Ahead()
         first = NomadScheduler(client=client, prefix=prefix)
         left: list[str] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nomad_watchdog.model import PlacementState
-from nomad_watchdog.schedulers._vanished import MOST_ASKED, Memory
+from nomad_watchdog.schedulers._vanished import MAX_ASKED, Vanished
 from nomad_watchdog.schedulers.nomad._list_check import unlisted
 from tests.core.world import placement
 
@@ -34,7 +34,7 @@ def test_a_running_allocation_of_an_unlisted_job_gives_the_list_away() -> None:
 def test_what_was_alive_and_is_listed_no_more_is_asked_for() -> None:
     """A full look remembers all that is alive, a narrow one only its own; the dead may go."""
     a, b = placement("a", 1, ref="job-a"), placement("b", 1, ref="job-b")
-    memory = Memory()
+    memory = Vanished()
     memory.take({a.slug: (a,), b.slug: (b,)}, None)
     assert memory.vanished({"job-a"}, None) == ["job-b"]
     assert memory.vanished(set(), frozenset({a.slug})) == ["job-a"]
@@ -46,8 +46,8 @@ def test_what_was_alive_and_is_listed_no_more_is_asked_for() -> None:
 
 def test_a_whole_fleet_that_vanished_costs_few_questions() -> None:
     """A thousand missing jobs are not a thousand calls."""
-    memory = Memory()
+    memory = Vanished()
     found = [placement(f"d{n}", 1, ref=f"job-{n}") for n in range(1000)]
     memory.take({one.slug: (one,) for one in found}, None)
 
-    assert len(memory.vanished(set(), None)) == MOST_ASKED
+    assert len(memory.vanished(set(), None)) == MAX_ASKED

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.daemon.doctor import nodes as doctor_nodes
 from nomad_watchdog.ids import slug_of
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
@@ -113,7 +113,7 @@ def test_closed_nodes_are_those_that_an_operator_has_closed() -> None:
 
 def test_an_event_of_a_node_is_news_only_if_it_shows_another_state() -> None:
     """A drain, an eligibility, a new and a removed node; not a node that registers again as it was."""
-    seen = NodeList(NomadClient(NomadSettings(address="http://127.0.0.1:1")))
+    seen = NodeList(NomadClient(NomadAccess(address="http://127.0.0.1:1")))
     seen.now = Nodes.of([node_of(row("a" * 36, "n1")), node_of(DRAINED)])
 
     def is_news(node: dict[str, Any], kind: str = "NodeEvent", topic: str = "Node") -> bool:
@@ -139,7 +139,7 @@ async def test_a_drain_is_seen_by_the_next_look_and_ends(nomad: NomadServer) -> 
     """A node that is drained is news for a thrifty look, though nothing has happened to the agent yet; its
     reason has the deadline that Nomad gave. After the drain it is gone."""
     scheduler = NomadScheduler(
-        settings=NomadSettings(address=nomad.http_addr), prefix=f"t-{uuid.uuid4().hex[:8]}"
+        settings=NomadAccess(address=nomad.http_addr), prefix=f"t-{uuid.uuid4().hex[:8]}"
     )
     record, spec = record_of("drained"), AgentSpec("default", "1", "h", template=MOCK)
 
@@ -209,7 +209,7 @@ async def test_a_client_that_lost_its_data_directory_is_named_by_both_ids(tmp_pa
         assert text.startswith(f"2 nodes are named {new['Name']}: ")
         assert f"{down['ID'][:8]} (down)" in text
         assert f"{new['ID'][:8]} (ready)" in text
-        client = NomadClient(NomadSettings(address=nomad.http_addr))
+        client = NomadClient(NomadAccess(address=nomad.http_addr))
         try:
             seen = NodeList(client)
             await seen.refresh()

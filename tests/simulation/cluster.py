@@ -20,7 +20,7 @@ from nomad_watchdog.schedulers import Capacity
 
 FAILS: Final = "fails"
 """The variable of a spec whose agent exits 1 at once."""
-_MOST_RESTART_DELAY_S: Final = 30.0
+_MAX_RESTART_DELAY_S: Final = 30.0
 
 
 class News:
@@ -355,7 +355,7 @@ class Cluster:
         job.restarts += 1
         job.reason = reason
         self._changed(job)
-        most = min(_MOST_RESTART_DELAY_S, self.pace.restart[1] * 2 ** min(job.restarts, 16))
+        most = min(_MAX_RESTART_DELAY_S, self.pace.restart[1] * 2 ** min(job.restarts, 16))
         self._later((self.pace.restart[0], most), self._start, job, run)
 
     def _move(self, job: Job, run: Run) -> None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from nomad_watchdog.errors import StaleError, TransientError, UserError
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.registry import Document, Guard, RegistrySnapshot, check_document
+from nomad_watchdog.registry import CommitGuard, RegistryDocument, RegistrySnapshot, check_document
 from nomad_watchdog.registry.codec import Decoder, decode, encode
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
 from tests.simulation.cluster import Cluster, News
@@ -52,7 +52,7 @@ class Store:
         self.installation = ""
         self.index = 0
         self.rows: dict[Slug, tuple[int, bytes]] = {}
-        self.documents: dict[str, Document] = {}
+        self.documents: dict[str, RegistryDocument] = {}
         self.news = News()
         self.on_write: Written = lambda _before, _after: None
         self.on_forget: Callable[[DeviceRecord], None] = lambda _record: None
@@ -80,16 +80,16 @@ class Store:
         row = self.rows.get(slug)
         return None if row is None else decode(row[1], slug=slug, index=row[0])
 
-    def document(self, name: str) -> Document:
+    def document(self, name: str) -> RegistryDocument:
         self.check()
-        return self.documents.get(name, Document())
+        return self.documents.get(name, RegistryDocument())
 
-    def commit_document(self, name: str, document: Document) -> Document | None:
+    def commit_document(self, name: str, document: RegistryDocument) -> RegistryDocument | None:
         """Compare and set one document."""
         if self.document(name).index != document.index:
             return None
         self.index += 1
-        stored = self.documents[name] = Document(document.body, self.index)
+        stored = self.documents[name] = RegistryDocument(document.body, self.index)
         return stored
 
     def commit(self, rows: Sequence[tuple[Slug, int, bytes]]) -> list[int | None]:
@@ -156,7 +156,7 @@ class FakeRegistry:
     async def commit(
         self,
         records: Sequence[DeviceRecord],
-        guards: Sequence[Guard] = (),  # no lock lives in this store
+        guards: Sequence[CommitGuard] = (),  # no lock lives in this store
     ) -> Sequence[DeviceRecord | None]:
         rows = [(record.slug, record.index, encode(record)) for record in records]
         if not rows:
@@ -188,11 +188,13 @@ class FakeRegistry:
                         continue
                 await ear.wait()
 
-    async def document(self, name: str) -> Document:
+    async def document(self, name: str) -> RegistryDocument:
         check_document(name)
         return await self._line.call("registry.document", lambda: self._store.document(name))
 
-    async def commit_document(self, name: str, document: Document) -> Document | None:
+    async def commit_document(
+        self, name: str, document: RegistryDocument
+    ) -> RegistryDocument | None:
         check_document(name, document.body)
         return await self._line.call(
             "registry.commit_document", lambda: self._store.commit_document(name, document)

@@ -14,7 +14,7 @@ from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import shard_assignment
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import Monotonic
-from nomad_watchdog.registry import Guard
+from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
 from tests.simulation.faults import Weather
 
@@ -60,7 +60,7 @@ class BoardLeases:
     def terms(self) -> Mapping[Shard, Term]:
         return self._terms if self._clock.monotonic() < self._until else {}
 
-    def guards(self, slugs: Collection[Slug]) -> Sequence[Guard]:  # as the protocol has it
+    def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:  # as the protocol has it
         return ()
 
     def all(self) -> Sequence[Lease]:

@@ -14,7 +14,7 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, Limits, Placement, PlacementState
-from nomad_watchdog.replicas.leases import Leases, Undivided
+from nomad_watchdog.replicas.leases import Leases, SoleOwner
 from tests.simulation.auditor import Auditor
 from tests.simulation.cluster import Cluster
 from tests.simulation.fakes import FakeRegistry, FakeScheduler, Store
@@ -97,7 +97,7 @@ class Replica:
         scheduler = WatchedScheduler(world.cluster, self._line, self.name, world.audit)
         self.fleet = Fleet(registry, world.limits, self.clock)
         specs = {world.spec.agent_class: world.spec}
-        self.leases: Leases = Undivided()
+        self.leases: Leases = SoleOwner()
         if world.board is not None:
             self.leases = BoardLeases(world.board, self.name, self.clock, world.weather)
         reconciler = WatchedReconciler(self.fleet, scheduler, specs, world.metrics, self.leases)

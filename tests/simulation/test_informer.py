@@ -8,7 +8,7 @@ from collections.abc import Collection
 import pytest
 
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.controllers.agents.placement_informer import Informer
+from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
@@ -40,9 +40,9 @@ class Counted(FakeScheduler):
         return await super().still(snapshot)
 
 
-def looking(scheduler: FakeScheduler) -> tuple[Informer, list[Snapshot]]:
+def looking(scheduler: FakeScheduler) -> tuple[PlacementInformer, list[Snapshot]]:
     taken: list[Snapshot] = []
-    informer = Informer(
+    informer = PlacementInformer(
         scheduler, SystemClock(), 0.02, Metrics(), taken.append, lambda _reason: None
     )
     return informer, taken

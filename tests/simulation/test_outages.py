@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nomad_watchdog.controllers.condition_writer import Conditions
+from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.core import device_condition, verdict
 from nomad_watchdog.model import Verdict, VerdictState
 from tests.simulation.outages import run_seed
@@ -30,7 +30,7 @@ def _forgetful(found: Verdict, *_: object, **__: object) -> Verdict:
     return found
 
 
-async def _writes_nothing(_self: Conditions) -> int:
+async def _writes_nothing(_self: ConditionWriter) -> int:
     return 0
 
 
@@ -50,7 +50,7 @@ PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
     "a condition is not shown while its agent is replaced": (
         device_condition, "shown", _forgetful, {"V1"},
     ),
-    "conditions are not written": (Conditions, "write", _writes_nothing, {"V3"}),
+    "conditions are not written": (ConditionWriter, "write", _writes_nothing, {"V3"}),
     "a suspicion never ends": (verdict, "_suspect", _patient, {"V3"}),
     "silence is taken for death": (verdict, "_silent", _silence_is_death, {"S6"}),
     "silence is taken for health": (verdict, "_silent", _silence_is_health, {"V2"}),

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from nomad_watchdog.controllers.agents.executor import FENCE_S, Performer
+from nomad_watchdog.controllers.agents.executor import FENCE_S, ActionExecutor
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
 from nomad_watchdog.errors import TransientError
@@ -44,7 +44,7 @@ async def start_two(first_takes_s: float) -> list[str]:
     clock = VirtualClock(asyncio.get_running_loop())
     fleet = Fleet(FakeRegistry(store), Limits(concurrency=1), clock)
     done: list[str] = []
-    performer = Performer(
+    executor = ActionExecutor(
         fleet,
         FakeScheduler(cluster, SlowLine(first_takes_s)),
         {SPEC.agent_class: SPEC},
@@ -56,7 +56,7 @@ async def start_two(first_takes_s: float) -> list[str]:
     actions: list[Action] = []
     for record in fleet.records.values():
         actions.extend(planner.decide(record, (), hashes))
-    await performer.perform(actions)
+    await executor.perform(actions)
     assert len(cluster.jobs) == done.count("ok")
     return done
 
@@ -90,7 +90,7 @@ async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
         for action in planner.decide(fleet.records[slug], (), hashes):
             queue.put(slug, action)
 
-    performer = Performer(
+    executor = ActionExecutor(
         fleet,
         FakeScheduler(cluster, line),
         {SPEC.agent_class: SPEC},
@@ -104,7 +104,7 @@ async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
         wish(slug)
     with suppress(TimeoutError):
         async with asyncio.timeout(lasts_s):
-            await performer.run()
+            await executor.run()
     return line.calls
 
 
@@ -139,7 +139,7 @@ async def starts_before(urgent: bool) -> int:
     fleet = Fleet(FakeRegistry(store), Limits(concurrency=4), clock)
     queue: WorkQueue[Slug, Action] = WorkQueue(clock)
     done: list[Slug] = []
-    performer = Performer(
+    executor = ActionExecutor(
         fleet,
         FakeScheduler(cluster, SlowLine(0.01)),
         {SPEC.agent_class: SPEC},
@@ -156,7 +156,7 @@ async def starts_before(urgent: bool) -> int:
 
     for record in storm:
         wish(record, urgent=False)
-    task = asyncio.ensure_future(performer.run())
+    task = asyncio.ensure_future(executor.run())
     await asyncio.sleep(1.0)
     before = len(done)
     wish(single, urgent=urgent)
@@ -183,7 +183,7 @@ async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
     clock = VirtualClock(asyncio.get_running_loop())
     fleet = Fleet(FakeRegistry(store), Limits(), clock)
     done: list[str] = []
-    performer = Performer(
+    executor = ActionExecutor(
         fleet,
         FakeScheduler(cluster),
         {SPEC.agent_class: SPEC},
@@ -194,7 +194,7 @@ async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
     (record,) = fleet.records.values()
     (action,) = planner.decide(record, (), {SPEC.agent_class: SPEC.spec_hash})
     fleet.records.clear()
-    await performer.perform([replace(action, kind=kind)])
+    await executor.perform([replace(action, kind=kind)])
     return done, len(cluster.jobs)
 
 

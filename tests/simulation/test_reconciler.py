@@ -31,7 +31,7 @@ from nomad_watchdog.model import (
     PresenceRules,
     WallTime,
 )
-from nomad_watchdog.replicas.leases import Replica, Term, Undivided
+from nomad_watchdog.replicas.leases import Replica, SoleOwner, Term
 from nomad_watchdog.schedulers import Capacity
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from tests.simulation.simulator import SPEC
@@ -122,7 +122,7 @@ class Overtaken(Line):
 
 
 @dataclass
-class Late(Undivided):
+class Late(SoleOwner):
     """Holds its shard since a moment after the start."""
 
     since: Monotonic | None = None
@@ -296,7 +296,7 @@ async def started_after_the_parent(how: str) -> float:
     if line.armed:
         await asyncio.sleep(200.0)
         assert not cluster.jobs
-        assert "no parent job" in reconciler.performer.obstacles[slug_of(ONE)]
+        assert "no parent job" in reconciler.executor.obstacles[slug_of(ONE)]
     back = clock.monotonic()
     line.armed = False
     if how == "operator":
@@ -374,7 +374,7 @@ async def pauses_of_a_device_that_never_starts() -> list[float]:
     await asyncio.wait_for(fleet.ready_event.wait(), 10.0)
     await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(7200.0)
-    (budget,) = reconciler.performer.budgets.values()
+    (budget,) = reconciler.executor.budgets.values()
     assert budget.failures == len(tries)
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -518,7 +518,7 @@ async def what_comes_next() -> dict[str, str]:
     await reconciler.configure({SPEC.agent_class: SPEC})
     await asyncio.sleep(limits.startup_grace_s)
     note("late", "cam 1")
-    fleet.chronicle.forget(slug_of(DeviceId("cam 1")))  # as after a restart
+    fleet.recorder.forget(slug_of(DeviceId("cam 1")))  # as after a restart
     note("unseen", "cam 1")
     slug = slug_of(DeviceId("cam 1"))
     (agent,) = fleet.placements[slug]
@@ -546,11 +546,11 @@ async def what_comes_next() -> dict[str, str]:
     )
     note("paused", "cam 4")
     cluster.parents.clear()
-    reconciler.scheduler = reconciler.performer.scheduler = FakeScheduler(cluster, Refusing())
+    reconciler.scheduler = reconciler.executor.scheduler = FakeScheduler(cluster, Refusing())
     await fleet.register([device("bad")])
     await asyncio.sleep(2.0)
     note("failed", "bad")
-    reconciler.scheduler = reconciler.performer.scheduler = FakeScheduler(cluster, line)
+    reconciler.scheduler = reconciler.executor.scheduler = FakeScheduler(cluster, line)
     slug = slug_of(DeviceId("cam 6"))
     for number, believed in enumerate(
         (AgentState.SUSPECT, AgentState.UNABLE, AgentState.DEGRADED), 1

@@ -17,7 +17,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from tests.simulation.simulator import SPEC
 from tests.simulation.virtual_time import VirtualClock, VirtualLoop
@@ -64,10 +64,10 @@ class World:
         )
         await asyncio.sleep(5.0)
 
-    def backup(self) -> tuple[int, dict[Any, Any], dict[str, Document]]:
+    def backup(self) -> tuple[int, dict[Any, Any], dict[str, RegistryDocument]]:
         return self.store.index, dict(self.store.rows), dict(self.store.documents)
 
-    def restore(self, backup: tuple[int, dict[Any, Any], dict[str, Document]]) -> None:
+    def restore(self, backup: tuple[int, dict[Any, Any], dict[str, RegistryDocument]]) -> None:
         self.store.index, self.store.rows, self.store.documents = backup
         self.store.news.tell(frozenset())
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from nomad_watchdog.core import planner
-from nomad_watchdog.fleet.listing_freshness import Freshness
+from nomad_watchdog.fleet.listing_freshness import ListingFreshness
 from nomad_watchdog.ids import Slug
 from tests.simulation.fakes import Store
 from tests.simulation.planted import assert_found
@@ -84,7 +84,7 @@ def _no_breaker(*call: object) -> object:
 
 PLANTED: dict[str, tuple[object, str, Callable[..., object], set[str]]] = {
     "a listing older than the record is believed": (
-        Freshness, "premature", lambda *_: False, {"S3", "S2"},
+        ListingFreshness, "premature", lambda *_: False, {"S3", "S2"},
     ),
     "the registry stores without comparing": (Store, "commit", _no_cas, {"S1", "S2", "S4", "S5"}),
     "no breaker": (planner, "_breaker", _no_breaker, {"S7"}),

@@ -14,7 +14,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Device, Limits, PlacementState
-from nomad_watchdog.replicas.leases import Term, Undivided
+from nomad_watchdog.replicas.leases import SoleOwner, Term
 from nomad_watchdog.schedulers import Snapshot
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 from tests.simulation.simulator import SPEC
@@ -27,7 +27,7 @@ TTL_S = 300.0
 
 
 @dataclass
-class Idle(Undivided):
+class Idle(SoleOwner):
     """Holds no shard."""
 
     def terms(self) -> Mapping[Shard, Term]:
@@ -40,7 +40,7 @@ async def lives() -> None:
     clock = VirtualClock(asyncio.get_running_loop())
     limits, specs = Limits(tombstone_ttl_s=TTL_S), {SPEC.agent_class: SPEC}
     fleets = [Fleet(FakeRegistry(store), limits, clock) for _ in range(2)]
-    leases = (Undivided(), Idle())
+    leases = (SoleOwner(), Idle())
     tasks = [
         asyncio.ensure_future(
             Reconciler(fleet, FakeScheduler(cluster), specs, Metrics(), one).run()
@@ -104,7 +104,7 @@ async def cut_off() -> None:
         VirtualClock(asyncio.get_running_loop()),
     )
     scheduler = CutOff(Cluster())
-    reconciler = Reconciler(fleet, scheduler, {SPEC.agent_class: SPEC}, Metrics(), Undivided())
+    reconciler = Reconciler(fleet, scheduler, {SPEC.agent_class: SPEC}, Metrics(), SoleOwner())
     task = asyncio.ensure_future(reconciler.run())
     try:
         await fleet.register([PUMP])

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 from nomad_watchdog.model import Monotonic, WallTime
 
-MOST_TURNS: Final = 200_000
+MAX_TURNS: Final = 200_000
 """So many turns without a step of time are a livelock, not work."""
 
 
@@ -40,7 +40,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self._turns = 0
         else:
             self._turns += 1
-            if self._turns > MOST_TURNS:
+            if self._turns > MAX_TURNS:
                 raise StuckError(f"time stands at {self._now:.3f} s: a loop that never sleeps")
         return ()
 

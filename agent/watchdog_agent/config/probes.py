@@ -26,7 +26,7 @@ MODULES = {
 """Kind → the module that knows it: it has `check(probe, where)` and `start(loop, probe, address, ended)`.
 tcp, http and icmp are in `probes.builtin`."""
 KINDS = ("tcp", "http", "icmp", *MODULES)
-MOST_STATUSES = 32
+MAX_STATUSES = 32
 
 
 def module_of(kind: str) -> Any:
@@ -86,9 +86,9 @@ def check_http(probe: Probe, where: str) -> None:
         raise ConfigError(f"{where}: path is {path!r}; it must begin with / and be printable ASCII")
     wanted = probe.setdefault("expect_status", 200)
     several = wanted if isinstance(wanted, list) else [wanted]
-    if not 0 < len(several) <= MOST_STATUSES or any(type(one) is not int for one in several):
+    if not 0 < len(several) <= MAX_STATUSES or any(type(one) is not int for one in several):
         raise ConfigError(
-            f"{where}: expect_status is {wanted!r}; it must be a number, or a list of 1 to {MOST_STATUSES}"
+            f"{where}: expect_status is {wanted!r}; it must be a number, or a list of 1 to {MAX_STATUSES}"
         )
     validators.text(probe, "expect_body", None)
 

@@ -29,7 +29,7 @@ TARGETS: Final = {
 }
 """Kind of step → the one setting that says on what it is done."""
 WHEN: Final = ("suspect", "degraded", "offline")
-MOST_TRIES: Final = 64
+MAX_TRIES: Final = 64
 """Attempts of one episode, so that the record of it is bounded."""
 
 
@@ -42,8 +42,8 @@ def check(config: Config) -> None:
     seen = [step["id"] for step in config["repairs"]]
     if len(set(seen)) != len(seen):
         raise ConfigError("repairs: the same step stands there twice; give it tries instead")
-    if sum(step["tries"] for step in config["repairs"]) > MOST_TRIES:
-        raise ConfigError(f"repairs: the tries of all steps are more than {MOST_TRIES}")
+    if sum(step["tries"] for step in config["repairs"]) > MAX_TRIES:
+        raise ConfigError(f"repairs: the tries of all steps are more than {MAX_TRIES}")
     policy = config.setdefault("repair_policy", {})
     if not isinstance(policy, dict):
         raise ConfigError("repair_policy must be an object")

@@ -25,8 +25,8 @@ class ConsulState:
 
     READ_S = 1.0
     EVERY_S = 10.0
-    MOST_WAIT_S = 120.0
-    MOST_BYTES = 2048
+    MAX_WAIT_S = 120.0
+    MAX_BYTES = 2048
     TRIES = 3
 
     def __init__(self, loop: Loop, config: Config, log: Callable[..., None]) -> None:
@@ -129,7 +129,7 @@ class ConsulState:
         state = self.wanted
         assert state is not None
         body = {"epoch": self.epoch, "state": state}
-        if len(json.dumps(body)) > self.MOST_BYTES:
+        if len(json.dumps(body)) > self.MAX_BYTES:
             # What is open is the only part that grows; told again is better than forgotten belief.
             body["state"] = {name: value for name, value in state.items() if name != "escalations"}
 
@@ -158,7 +158,7 @@ class ConsulState:
     def _next(self, *, good: bool) -> None:
         self.busy = False
         self.failures = 0 if good else self.failures + 1
-        wait = min(self.MOST_WAIT_S, self.EVERY_S * 2 ** min(self.failures, 8))
+        wait = min(self.MAX_WAIT_S, self.EVERY_S * 2 ** min(self.failures, 8))
         self.timer = self.loop.later(wait * between(1.0, 1.2), self._write)
 
 

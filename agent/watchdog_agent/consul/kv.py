@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Config, Document, Fetched
 
 TIMEOUT_S = 2.0
-MOST_BYTES = 4 << 20
+MAX_BYTES = 4 << 20
 """Of a listing; what is beyond it is not seen. About 8,000 notes."""
 
 
@@ -36,8 +36,8 @@ class Kv:
         body: Document | None,
         done: Fetched,
         timeout_s: float = TIMEOUT_S,
-        most: int = MOST_BYTES,
-    ) -> http.Fetch:
+        most: int = MAX_BYTES,
+    ) -> http.HttpRequest:
         """`path` begins after /v1. The token goes in a header and is read anew (S10)."""
         token = registration.read_token()
         headers = [("X-Consul-Token", token)] if token else []
@@ -50,7 +50,7 @@ class Kv:
 
     def put(
         self, key: str, query: str, body: Document, done: Callable[[bool | None, str], None]
-    ) -> http.Fetch:
+    ) -> http.HttpRequest:
         """`done(taken, reason)`: None = Consul did not say, and why."""
 
         def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
@@ -65,8 +65,8 @@ class Kv:
         self,
         key: str,
         done: Callable[[list[Document] | None, str], None],
-        most: int = MOST_BYTES,
-    ) -> http.Fetch:
+        most: int = MAX_BYTES,
+    ) -> http.HttpRequest:
         """All entries whose key begins so, each with its decoded ``value`` and its key below our folder
         as ``name``; [] when there is none. Of a listing of more than `most` bytes the beginning."""
 
@@ -84,7 +84,7 @@ class Kv:
 
     def delete(
         self, key: str, done: Callable[[bool], None], index: int | None = None
-    ) -> http.Fetch:
+    ) -> http.HttpRequest:
         """`index`: only if it is still as it was then. `done(gone)`."""
         path = f"/kv/{self.folder}/{key}" + ("" if index is None else f"?cas={index}")
 
@@ -94,7 +94,7 @@ class Kv:
         return self.call("DELETE", path, None, answered)
 
 
-def entries(body: bytes, folder: str, most: int = MOST_BYTES) -> list[Document] | None:
+def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[Document] | None:
     """Consul's listing, decoded; of one that was cut at `most` bytes the whole entries. None of what is no
     listing: to take that for an empty one would make each agent of many the only one."""
     import base64

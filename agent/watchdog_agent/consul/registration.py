@@ -24,7 +24,7 @@ class Registration:
 
     TIMEOUT_S = 2.0
     CLOSE_S = 1.0
-    MOST_WAIT_S = 30.0
+    MAX_WAIT_S = 30.0
 
     def __init__(  # called in one place
         self,
@@ -50,7 +50,7 @@ class Registration:
         self.body = json.dumps(registration(config, instance, listen)).encode()
         self.failures = 0
         self.closing: Callable[[], None] | None = None
-        self.fetch: http.Fetch | None = None
+        self.fetch: http.HttpRequest | None = None
         self.timer: Timer | None = None
         self.put_off = True
 
@@ -82,7 +82,7 @@ class Registration:
             text = "registered"
         else:
             self.failures += 1
-            wait = min(self.MOST_WAIT_S, 0.5 * 2 ** min(self.failures, 8))
+            wait = min(self.MAX_WAIT_S, 0.5 * 2 ** min(self.failures, 8))
         if text != self.last:
             self.last = text
             self.said(f"consul: {text}")

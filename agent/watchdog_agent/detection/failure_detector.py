@@ -12,7 +12,7 @@
 - **unable**: a probe could not be asked `need` times in a row, or two confirmations could not be asked. Nothing
   that was not asked counts as a miss, as an answer or as a confirmation.
 
-A device that has answered before leaves `suspect` after MOST_ROUNDS missed rounds of all its probes at the
+A device that has answered before leaves `suspect` after MAX_ROUNDS missed rounds of all its probes at the
 latest, each of which asks its gateway or the confirmation. One that never answered stays suspect while its
 confirmations fail.
 """
@@ -32,12 +32,12 @@ BEFORE = ""
 """In the place of a probe's name: what an earlier run, or a predecessor, found."""
 
 
-class Suspicion:
+class FailureDetector:
     """The belief about one device. `need`: misses in a row of one probe that make it suspect."""
 
     ROUNDS = 2
     """Confirmations in a row that must fail, or be impossible to ask."""
-    MOST_ROUNDS = 4
+    MAX_ROUNDS = 4
     """Missed rounds after which a device is no longer suspect: fail, dead gateway, fail, dead gateway."""
 
     def __init__(self, need: int, *, was_ready: bool = False) -> None:

@@ -7,11 +7,11 @@ the misses before the suspicion come at the usual interval, and two confirmation
 from __future__ import annotations
 
 FASTER = 4
-MOST_QUICK = 40
+MAX_QUICK = 40
 """Quick probes in a row: a device that never answers is not asked at the quick pace for ever."""
 ENOUGH = 20
 """Earlier results that a path must have before it is called lossy."""
-MOST_LOSS = 0.3
+MAX_LOSS = 0.3
 """A device that misses more than this is not well, whatever its path."""
 CHANCE = 0.001
 """So rarely may a run of misses be what the path always loses."""
@@ -21,7 +21,7 @@ def interval(interval_s: float, min_interval_s: float, state: str, quick: int) -
     """Seconds from the start of this probe to the start of the next; never more than interval_s.
 
     `quick`: quick probes in a row until now."""
-    if state != "suspect" or quick >= MOST_QUICK:
+    if state != "suspect" or quick >= MAX_QUICK:
         return interval_s
     return min(interval_s, max(min_interval_s, interval_s / FASTER))
 
@@ -31,7 +31,7 @@ def need(misses: int, seen: int, loss: float) -> int:
     A class that says 1 wants to hear of each.
 
     `seen` earlier results, of which the share `loss` was lost, leave out the run of misses at hand."""
-    if seen < ENOUGH or loss > MOST_LOSS or misses == 1:
+    if seen < ENOUGH or loss > MAX_LOSS or misses == 1:
         return misses
     wanted, chance = misses, loss**misses
     while wanted < 2 * misses and chance > CHANCE:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 KEPT = 60
 _LOST = 0xFFFFFFFF
-_MOST_US = _LOST - 1
+_MAX_US = _LOST - 1
 
 
 class Stats:
@@ -26,7 +26,7 @@ class Stats:
 
     def add(self, ok: bool, took_s: float) -> None:  # as a probe's callback says it
         """Take one result; the oldest goes when there are KEPT."""
-        value = min(_MOST_US, max(0, int(took_s * 1e6))) if ok else _LOST
+        value = min(_MAX_US, max(0, int(took_s * 1e6))) if ok else _LOST
         struct.pack_into("=I", self._ring, 4 * self._next, value)
         self._next = (self._next + 1) % KEPT
         self.count = min(KEPT, self.count + 1)

@@ -9,7 +9,7 @@ import time
 
 from watchdog_agent.config import probes
 from watchdog_agent.detection import probe_interval
-from watchdog_agent.detection.failure_detector import Suspicion
+from watchdog_agent.detection.failure_detector import FailureDetector
 from watchdog_agent.detection.probe_stats import Stats
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import outcome as outcomes
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def watch_ready(self) -> None: ...
 
 
-MOST_AGE_S = 10 * 365 * 86400.0
+MAX_AGE_S = 10 * 365 * 86400.0
 """An age beyond it is taken for this much."""
 
 
@@ -47,7 +47,7 @@ _WEIGHT = (True, False, None)
 not be asked counts only where no other was."""
 
 
-class Diagnosis:
+class Prober:
     """Probes the device of `agent`, and tells it what changed."""
 
     def __init__(self, agent: Host) -> None:
@@ -66,7 +66,7 @@ class Diagnosis:
         self.confirm_began = self.confirmed_at = float("-inf")
         self.confirmations: list[tuple[str, Outcome, str]] = []
         self.episode = 0
-        self.suspicion = Suspicion(min(int(p["misses"]) for p in self.config["probes"]))
+        self.suspicion = FailureDetector(min(int(p["misses"]) for p in self.config["probes"]))
         self.since = time.monotonic()
         """When the state of the belief began; before our start for one that was taken over."""
         self._state = self.suspicion.state
@@ -136,7 +136,7 @@ class Diagnosis:
         return True
 
     def _began(self, age_s: float) -> None:
-        self.since = time.monotonic() - min(max(0.0, age_s), MOST_AGE_S)
+        self.since = time.monotonic() - min(max(0.0, age_s), MAX_AGE_S)
 
     def _reworded(self) -> bool:
         """Whether the cause of a state that lasts is another one, and this is to be reported now: the first time
@@ -261,7 +261,7 @@ class Diagnosis:
         # At the quick pace too they stay an interval apart: see pace.
         apart_s = spec["interval_s"] * (1 - spec["jitter"])
         soon = time.monotonic() - self.confirm_began < apart_s
-        quick = 0 < self.quick.get(name, 0) < probe_interval.MOST_QUICK
+        quick = 0 < self.quick.get(name, 0) < probe_interval.MAX_QUICK
         held = self.confirming or (soon and quick)
         if self.suspicion.wants_confirmation() and not held:
             self._confirm()

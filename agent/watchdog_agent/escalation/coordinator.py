@@ -21,7 +21,7 @@ import time
 
 from watchdog_agent.consul.kv import Kv
 from watchdog_agent.escalation import election
-from watchdog_agent.escalation.election_round import Round
+from watchdog_agent.escalation.election_round import ElectionRound
 from watchdog_agent.runtime import parsing
 
 TYPE_CHECKING = False
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Config, Document, Timer
 
 
-class Coordination:
+class Coordinator:
     """The session of this agent, and its rounds: one for each anomaly that is not told yet."""
 
     CLOSE_S = 0.4
@@ -44,15 +44,17 @@ class Coordination:
         self.kv = Kv(loop, config, "anomalies")
         rules = config["escalate"]
         self.ttl_s: float = rules["session_ttl_s"]
-        self.rounds: list[Round] = []
+        self.rounds: list[ElectionRound] = []
         self.session = ""
         self.waiting: list[Callable[[str], None]] = []
         self.timer: Timer | None = None
         self.closed = False
 
-    def begin(self, entry: Document, group: tuple[str, str], done: Callable[..., None]) -> Round:
+    def begin(
+        self, entry: Document, group: tuple[str, str], done: Callable[..., None]
+    ) -> ElectionRound:
         """Take part. `done(episode, coordinated)` when this anomaly is told, by us or by another."""
-        it = Round(self, entry, group, done)
+        it = ElectionRound(self, entry, group, done)
         self.rounds.append(it)
         it.start()
         return it
@@ -66,7 +68,7 @@ class Coordination:
         """Take away what agents that are gone have left."""
         sweep(self.kv)
 
-    def end(self, it: Round) -> None:
+    def end(self, it: ElectionRound) -> None:
         """A round is over; with the last one the session goes."""
         if it in self.rounds:
             self.rounds.remove(it)
@@ -173,20 +175,20 @@ def recovered(
     kv.delete(f"{folder}/{slug}", deleted)
 
 
-MOST_CLEANED = 64
-MOST_SWEPT = 1 << 18
+MAX_CLEANED = 64
+MAX_SWEPT = 1 << 18
 """Bytes of the listing of all groups that are looked at."""
 
 
 def clean(kv: Kv, found: list[Document]) -> None:
     """Take away what agents that are gone have left in this listing, if it is still as it was read."""
-    for one in election.stale(found, time.time())[:MOST_CLEANED]:
+    for one in election.stale(found, time.time())[:MAX_CLEANED]:
         kv.delete(one["name"], lambda _ok: None, one["index"])
 
 
 def sweep(kv: Kv) -> None:
     """The same over all groups: of one whose agents are all gone nobody else looks at the keys."""
-    kv.listed("", lambda found, _reason: clean(kv, found or []), MOST_SWEPT)
+    kv.listed("", lambda found, _reason: clean(kv, found or []), MAX_SWEPT)
 
 
 def note_of(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from watchdog_agent.runtime.types import Document
 
-MOST_NAMED = 500
+MAX_NAMED = 500
 """Devices that an escalation names; of more it says the number."""
 OLD_S = 2700.0
 """What was told so long ago, and has no note left, is taken away."""
@@ -84,7 +84,7 @@ def _document(
 ) -> Document:
     ids: list[Any] = list(before["ids"]) if before else []
     named: list[Any] = list(before["members"]) if before else []
-    room = max(0, MOST_NAMED - len(named))
+    room = max(0, MAX_NAMED - len(named))
     return {
         "episode": episode,
         "rev": rev,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from watchdog_agent.escalation.coordinator import Coordination
-    from watchdog_agent.escalation.election_round import Round
+    from watchdog_agent.escalation.coordinator import Coordinator
+    from watchdog_agent.escalation.election_round import ElectionRound
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Config, Document, Timer
 
@@ -40,8 +40,8 @@ class Escalations:
         self.rules: Document = config["escalate"]
         self.sinks = [Sink(loop, one, config, instance, log) for one in self.rules["sinks"]]
         self.open: dict[str, Document] = {}
-        self.rounds: dict[str, Round] = {}
-        self.coordination: Coordination | None = None
+        self.rounds: dict[str, ElectionRound] = {}
+        self.coordination: Coordinator | None = None
         self.leaving = 0
         """Ends that wait for Consul's word on whether others of the episode are still away."""
         self.over = "recovered"
@@ -89,9 +89,9 @@ class Escalations:
             return
         entry["group"] = list(group)
         if self.coordination is None:
-            from watchdog_agent.escalation.coordinator import Coordination
+            from watchdog_agent.escalation.coordinator import Coordinator
 
-            self.coordination = Coordination(self.loop, self.config, self._tell_document)
+            self.coordination = Coordinator(self.loop, self.config, self._tell_document)
         key = entry["key"]
 
         def done(episode: str, *, coordinated: bool) -> None:
@@ -242,7 +242,7 @@ class Escalations:
             it.withdraw()
         self.changed()
 
-    def _leave(self, entry: Document, it: Round | None) -> None:
+    def _leave(self, entry: Document, it: ElectionRound | None) -> None:
         if entry["group"] is None:
             self._resolve(entry)
             return

@@ -32,7 +32,7 @@ class Sink:
     """One receiver. Delivers one alert at a time, in order."""
 
     TIMEOUT_S = 5.0
-    MOST_WAIT_S = 60.0
+    MAX_WAIT_S = 60.0
     MOST = 64
 
     def __init__(
@@ -63,7 +63,7 @@ class Sink:
         self.waiting: deque[tuple[Document, float, Callable[[bool], None]]] = deque()
         self.sent = self.failed = self.dropped = self.tries = 0
         self.last_error = ""
-        self.fetch: http.Fetch | None = None
+        self.fetch: http.HttpRequest | None = None
         self.timer: Timer | None = None
 
     def put(self, alert: Document, done: Callable[[bool], None]) -> None:
@@ -117,8 +117,8 @@ class Sink:
             self._ended(False)
             return
         self.tries += 1
-        wait = between(0.5, 1.0) * min(self.MOST_WAIT_S, self.retry_s * 2 ** min(self.tries - 1, 8))
-        wait = max(wait, http.retry_after(headers, self.MOST_WAIT_S))
+        wait = between(0.5, 1.0) * min(self.MAX_WAIT_S, self.retry_s * 2 ** min(self.tries - 1, 8))
+        wait = max(wait, http.retry_after(headers, self.MAX_WAIT_S))
         self.timer = self.loop.later(wait, self._send)
 
     def _ended(self, taken: bool) -> None:

@@ -73,7 +73,7 @@ def _http(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 def _plain(
     loop: Loop, place: Address, data: bytes, spec: Probe, answered: Fetched, max_body: int
 ) -> None:
-    http.Fetch(loop, place, data, spec["timeout_s"], answered, max_body)
+    http.HttpRequest(loop, place, data, spec["timeout_s"], answered, max_body)
 
 
 def http_probe(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Ended, Probe
 
-MOST_OUTPUT = 1 << 20
+MAX_OUTPUT = 1 << 20
 """Bytes after which a program that talks on is killed."""
 KEPT = 4096
 """Bytes of the end of its output that are kept."""
@@ -80,7 +80,7 @@ class _Command:
                 (os.POSIX_SPAWN_DUP2, write, 2),
             ]
             # A group of its own, so that its children end with it.
-            self.program = child_guard.Guarded(argv, environ, actions)
+            self.program = child_guard.GuardedProcess(argv, environ, actions)
         except BaseException:
             os.close(read)
             raise
@@ -104,7 +104,7 @@ class _Command:
         if not data:
             self.loop.forget(self.pipe)
             self.pipe = None
-        elif self.size > MOST_OUTPUT:
+        elif self.size > MAX_OUTPUT:
             self._end(False, "it wrote more than 1 MiB")
 
     def _exited(self) -> None:

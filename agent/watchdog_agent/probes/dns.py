@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Ended, Probe
 
 TYPES = {"A": 1, "AAAA": 28}
-MOST_RECORDS = 64
+MAX_RECORDS = 64
 """Records of an answer that are looked at."""
 _FAMILY = {1: socket.AF_INET, 28: socket.AF_INET6}
 _RCODES = ("", "bad query", "server failure", "no such name", "not implemented", "refused")
@@ -76,7 +76,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         return True, f"{spec['name']} is {shown}"
 
     place = (spec.get("server") or address, spec["port"])
-    udp_query.Ask(loop, place, query, spec["timeout_s"], judge, ended)
+    udp_query.UdpQuery(loop, place, query, spec["timeout_s"], judge, ended)
 
 
 def encode_name(name: str) -> bytes:
@@ -110,7 +110,7 @@ def addresses(data: bytes, query: bytes) -> list[bytes] | str:
     size = 4 if kind == 1 else 16
     at = 12 + len(asked)
     found: list[bytes] = []
-    for _ in range(min(answers, MOST_RECORDS)):
+    for _ in range(min(answers, MAX_RECORDS)):
         at = skip_name(data, at)
         if at + 10 > len(data):
             raise DnsError("a record is cut off")

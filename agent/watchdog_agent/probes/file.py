@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Ended, Probe
 
-MOST_ROUND = 256 * 1024
+MAX_ROUND = 256 * 1024
 """Bytes read in one round; a log that grows faster is skipped to its end, and that is said."""
 
 
@@ -34,7 +34,7 @@ def check(probe: Probe, where: str) -> None:
         raise errors.ConfigError(
             f"{where}: file needs one of expect_text, forbid_text and max_age_s"
         )
-    probe["follower"] = Follower(path)
+    probe["follower"] = FileFollower(path)
 
 
 def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
@@ -49,7 +49,7 @@ def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
     loop.later(0, lambda: ended(*answer))
 
 
-def look(spec: Probe, follower: Follower, now: float) -> tuple[bool, str]:
+def look(spec: Probe, follower: FileFollower, now: float) -> tuple[bool, str]:
     """(ok, reason) of one round at `now`, seconds since 1970. Raises OSError."""
     name = os.path.basename(spec["file"])
     facts = os.stat(spec["file"])
@@ -74,7 +74,7 @@ def look(spec: Probe, follower: Follower, now: float) -> tuple[bool, str]:
     return True, f"{name} says {wanted!r}" if wanted else f"{name} does not say {unwanted!r}"
 
 
-class Follower:
+class FileFollower:
     """Where the last look at a log ended. Holds the file open, so that what was written just before a
     rotation is read too."""
 
@@ -105,9 +105,9 @@ class Follower:
         # What was seen before counts once: without the new there is nothing to find in the old.
         return (whole, skipped) if new else (b"", skipped)
 
-    def peek(self) -> Follower:
+    def peek(self) -> FileFollower:
         """One that stands where this one does, for a look in between that takes nothing from the next."""
-        other = Follower(self.path)
+        other = FileFollower(self.path)
         other.tail = self.tail
         if self.file is not None:
             # By number: under its name there may be another file already.
@@ -126,8 +126,8 @@ class Follower:
         if size < at:  # truncated, and written anew
             at = file.seek(0)
             self.tail = b""
-        skipped = max(0, size - at - MOST_ROUND)
+        skipped = max(0, size - at - MAX_ROUND)
         if skipped:
             file.seek(skipped, os.SEEK_CUR)
             self.tail = b""
-        return file.read(MOST_ROUND) or b"", skipped
+        return file.read(MAX_ROUND) or b"", skipped

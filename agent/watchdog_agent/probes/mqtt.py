@@ -68,7 +68,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     def answered(status: int | None, text: str) -> None:
         ended(status == 0, text)
 
-    def begin(level: int, wait_s: float, told: Fetched) -> http.Fetch:
+    def begin(level: int, wait_s: float, told: Fetched) -> http.HttpRequest:
         packet = connect(f"watchdog-{os.urandom(6).hex()}", spec.get("user"), password, level)
         place = (address, spec["port"])
         if spec["tls"]:
@@ -90,7 +90,7 @@ class Talk:
         self,
         spec: Any,
         timeout_s: float,
-        begin: Callable[[int, float, Fetched], http.Fetch],
+        begin: Callable[[int, float, Fetched], http.HttpRequest],
         answered: Callable[[int | None, str], None],
     ) -> None:
         """`begin(level, timeout_s, done)` connects at this protocol level, 4 or 5. `answered(code, reason)`:
@@ -160,7 +160,7 @@ def connack(got: bytes, *, closed: bool) -> int | None:
     return None
 
 
-class Dialogue(http.Fetch):
+class Dialogue(http.HttpRequest):
     """Its answer is CONNACK, whose code becomes the status."""
 
     got = b""

@@ -41,7 +41,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         timer[2] = None
         ended(ok, reason)
 
-    guard = plugins.Guard(loop, done)
+    guard = plugins.PluginGuard(loop, done)
     timer = loop.later(
         timeout_s, lambda: guard.end(False, f"the plugin gave no answer within {timeout_s:g} s")
     )

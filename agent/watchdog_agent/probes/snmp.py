@@ -51,7 +51,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         return None if answer is None else (True, f"up for {answer // 100} s")
 
     packet = get(community, ident)
-    udp_query.Ask(loop, (address, spec["port"]), packet, spec["timeout_s"], judge, ended)
+    udp_query.UdpQuery(loop, (address, spec["port"]), packet, spec["timeout_s"], judge, ended)
 
 
 def get(community: bytes, ident: int) -> bytes:

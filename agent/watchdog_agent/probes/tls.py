@@ -17,12 +17,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from watchdog_agent.runtime.http import Fetch
+    from watchdog_agent.runtime.http import HttpRequest
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Address, Ended, Fetched, Probe
 
 DAY_S = 86400
-LEAST_PATIENCE_S = 0.05
+MIN_PATIENCE_S = 0.05
 UTC_TIME, GENERALIZED_TIME = 0x17, 0x18
 
 
@@ -71,7 +71,7 @@ def judge(der: bytes, now: float, warn_days: float) -> tuple[bool, str, str]:
     return True, reason, f"{reason} (warn_days is {warn_days:g})" if left < warn_days else ""
 
 
-def named(fetch: tls.SecureFetch, spec: Probe) -> None:
+def named(fetch: tls.SecureRequest, spec: Probe) -> None:
     """Ask for the name of the configuration instead of the address."""
     # Nothing has been sent yet: the loop has not run since.
     if spec.get("server_name"):
@@ -82,7 +82,7 @@ _secure: dict[type, type] = {}
 
 
 def secured(
-    kind: type[Fetch],
+    kind: type[HttpRequest],
     loop: Loop,
     place: Address,
     packet: bytes,
@@ -92,13 +92,13 @@ def secured(
 ) -> Any:
     """An instance of `kind`, an exchange over TCP, that begins with a handshake as the probe or step says."""
     if kind not in _secure:
-        _secure[kind] = type(f"Secure{kind.__name__}", (kind, tls.SecureFetch), {})
+        _secure[kind] = type(f"Secure{kind.__name__}", (kind, tls.SecureRequest), {})
     fetch = _secure[kind](loop, place, packet, timeout_s, answered, spec["trust"].now())
     named(fetch, spec)
     return fetch
 
 
-class _Handshake(tls.SecureFetch):
+class _Handshake(tls.SecureRequest):
     """Ends with the certificate of the other side instead of an answer."""
 
     began = 0.0
@@ -114,7 +114,7 @@ class _Handshake(tls.SecureFetch):
             self.certificate = self.sock.getpeercert(binary_form=True) or b""
             if self.doubtful and self.sock.version() == "TLSv1.3":
                 took_s = time.monotonic() - self.began
-                self.patience = self.loop.later(LEAST_PATIENCE_S + 2 * took_s, self._good)
+                self.patience = self.loop.later(MIN_PATIENCE_S + 2 * took_s, self._good)
             else:
                 self.doubtful = False
         if self.doubtful:
@@ -135,7 +135,7 @@ class _Handshake(tls.SecureFetch):
 def _Https(  # noqa: N802  # stands in for the class Fetch
     loop: Loop, place: Any, data: bytes, spec: Probe, answered: Any, max_body: int
 ) -> None:
-    fetch = tls.SecureFetch(
+    fetch = tls.SecureRequest(
         loop, place, data, spec["timeout_s"], answered, spec["trust"].now(), max_body
     )
     named(fetch, spec)

@@ -21,7 +21,7 @@ MOST = 4096
 """Bytes of an answer that are looked at."""
 
 
-class Ask:
+class UdpQuery:
     """`judge(answer)` gives (ok, reason), or None for a packet that answers something else."""
 
     def __init__(

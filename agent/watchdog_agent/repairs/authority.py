@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ASK = "the last acceptance is too old; asking"
 
 
-class Standing:
+class ActAuthority:
     """What the control plane said last. Times are seconds of one clock."""
 
     def __init__(self, fresh_s: float, alone_s: float) -> None:

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document, Ended, Step
 
 
-def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Run:
+def start(loop: Loop, step: Step, device: Document, ended: Ended) -> CommandRun:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
     if step["kind"] == "unit":
         argv = ["systemctl", "--no-ask-password", "restart", step["unit"]]
     else:
         argv = step["command"]
-    return Run(loop, argv, device, ended)
+    return CommandRun(loop, argv, device, ended)
 
 
-class Run:
+class CommandRun:
     """One program in a process group of its own."""
 
     def __init__(self, loop: Loop, argv: list[str], device: Document, ended: Ended) -> None:
         self.ended: Ended | None = ended
-        self.program: child_guard.Guarded | None = None
+        self.program: child_guard.GuardedProcess | None = None
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
         try:
-            self.program = child_guard.Guarded(argv, environment(device), null)
+            self.program = child_guard.GuardedProcess(argv, environment(device), null)
         except (OSError, ValueError) as error:
             text = reason_of(error) if isinstance(error, OSError) else str(error)
             loop.later(0, lambda: self._end(False, f"can't be run: {text}"))

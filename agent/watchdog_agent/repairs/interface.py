@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HOLD_S: Final = 1.0
 """How long the link stays down: a switch and a device at the other end must notice."""
-MOST_KEPT: Final = 128
+MAX_KEPT: Final = 128
 """Routes and addresses that are put back."""
 
 _ROUTE: Final = 0  # NETLINK_ROUTE
@@ -50,7 +50,7 @@ def prepare(step: Step) -> Document:
     return {
         "kind": "interface",
         "interface": step["interface"],
-        "kept": [binascii.b2a_base64(one, newline=False).decode() for one in kept[:MOST_KEPT]],
+        "kept": [binascii.b2a_base64(one, newline=False).decode() for one in kept[:MAX_KEPT]],
     }
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from watchdog_agent.runtime.types import Decision, Document, Step
 
-MOST_ATTEMPTS: Final = 32
+MAX_ATTEMPTS: Final = 32
 """So many attempts are kept for people; what the budgets need is kept apart."""
 
 BEHIND: Final = "the gateway does not answer; repairing the device would not help"
@@ -202,7 +202,7 @@ class Ladder:
 
     def _forget(self) -> None:
         """Bound the record; what this episode's tries are counted from goes last."""
-        while len(self.attempts) > MOST_ATTEMPTS:
+        while len(self.attempts) > MAX_ATTEMPTS:
             old = next(
                 (n for n, a in enumerate(self.attempts) if a["episode"] != self.episode), None
             )
@@ -259,7 +259,7 @@ class Ladder:
         # Whoever took it did not live to say how it ended.
         self.interrupted("the agent ended in the middle of it", now)
 
-    def shown(self, now: float, most: int = MOST_ATTEMPTS) -> list[Document]:
+    def shown(self, now: float, most: int = MAX_ATTEMPTS) -> list[Document]:
         """The last attempts, for a status page or a report."""
         return [
             {

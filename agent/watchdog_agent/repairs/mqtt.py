@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 _PUBACK: Final = b"\x40\x02\x00\x01"
 
 
-def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Run:
+def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> MqttRun:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled. Raises OSError."""
-    return Run(loop, step, ended)
+    return MqttRun(loop, step, ended)
 
 
-class Run:
+class MqttRun:
     """One message over one connection, or over a second one in MQTT 5."""
 
     def __init__(self, loop: Loop, step: Step, ended: Ended) -> None:
@@ -37,7 +37,7 @@ class Run:
         # The time-out is the caller's; this one is only never shorter.
         self.talk = mqtt.Talk(step, step["timeout_s"] + 1.0, self._begin, self._answered)
 
-    def _begin(self, level: int, wait_s: float, done: Fetched) -> http.Fetch:
+    def _begin(self, level: int, wait_s: float, done: Fetched) -> http.HttpRequest:
         step, packet = self.step, connect(self.step, level)
         place = step["broker_at"]
         if step.get("tls"):

@@ -29,7 +29,7 @@ class Plugin:
 
     def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
         self.running: Any = None
-        self.guard = plugins.Guard(loop, ended)
+        self.guard = plugins.PluginGuard(loop, ended)
 
         def begin() -> None:
             found = plugins.load(GROUP, step["plugin"])

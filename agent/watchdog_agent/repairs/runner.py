@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Final, Protocol
 
-    from watchdog_agent.detection.prober import Diagnosis
+    from watchdog_agent.detection.prober import Prober
     from watchdog_agent.escalation.escalations import Escalations
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Config, Decision, Document, Outcome, Step, Timer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         instance: str
         folder: str
         exit_code: int | None
-        diagnosis: Diagnosis
+        diagnosis: Prober
         escalations: Escalations | None
 
         def log(self, message: str, **facts: object) -> None: ...
@@ -49,11 +49,11 @@ UNDO_TRIES: Final = 12
 KEY: Final = "offline"
 DEGRADED: Final = "degraded"
 """What kinds of anomaly are escalated."""
-MOST_TOLD: Final = 5
+MAX_TOLD: Final = 5
 """Attempts in a report."""
 
 
-class Repairs:
+class RepairRunner:
     """The repairs of one agent."""
 
     def __init__(self, agent: Host, kept: Any) -> None:
@@ -62,7 +62,7 @@ class Repairs:
         policy = config["repair_policy"]
         self.dry_run: bool = policy["dry_run"]
         self.ladder = ladder.Ladder(config["repairs"])
-        self.standing = authority.Standing(
+        self.standing = authority.ActAuthority(
             policy["accepted_beats"] * config["beat_s"], policy["alone_s"]
         )
         self.running: Any = None
@@ -356,7 +356,7 @@ class Repairs:
                 "state": agent.diagnosis.suspicion.state,
                 "misses": agent.diagnosis.suspicion.misses,
                 "probes": agent.diagnosis.results,
-                "repairs": self.ladder.shown(time.monotonic(), MOST_TOLD),
+                "repairs": self.ladder.shown(time.monotonic(), MAX_TOLD),
             }
             agent.escalations.raise_(KEY, agent.diagnosis.suspicion.reason[:400], evidence)
         agent.save()
@@ -366,7 +366,7 @@ class Repairs:
         """If the class says so. A device that was offline before is escalated anew when it is again."""
         if self.standing.doubt or self.agent.escalations is None:
             return
-        evidence = {"repairs": self.ladder.shown(time.monotonic(), MOST_TOLD)}
+        evidence = {"repairs": self.ladder.shown(time.monotonic(), MAX_TOLD)}
         if self.agent.escalate_degraded(evidence):
             self.ladder.escalated = False
 
@@ -417,7 +417,7 @@ class Repairs:
             "active": self.active(),
             "exhausted": self.ladder.exhausted,
             "dry_run": self.dry_run,
-            "attempts": self.ladder.shown(now, MOST_TOLD),
+            "attempts": self.ladder.shown(now, MAX_TOLD),
         }
 
     def status(self) -> Document:

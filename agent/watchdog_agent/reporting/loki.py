@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Config, Document, Timer
 
 
-class Shipper:
+class LokiShipper:
     """Takes lines at once, sends them in batches. While Loki does not take them MOST are kept; then the
     oldest goes, and is counted."""
 
@@ -29,7 +29,7 @@ class Shipper:
     BATCH = 200
     EVERY_S = 2.0
     TIMEOUT_S = 5.0
-    MOST_WAIT_S = 60.0
+    MAX_WAIT_S = 60.0
     CLOSE_S = 0.5
 
     def __init__(self, loop: Loop, config: Config) -> None:
@@ -50,7 +50,7 @@ class Shipper:
         self.on_the_way = 0
         self.shipped = self.dropped = self.refused = self.failures = 0
         self.last_ns = 0
-        self.fetch: http.Fetch | None = None
+        self.fetch: http.HttpRequest | None = None
         self.timer: Timer | None = None
         self.closing: Callable[[], None] | None = None
 
@@ -102,8 +102,8 @@ class Shipper:
         wait = 0.0 if self.closing is not None else self.EVERY_S * between(0.5, 1.0)
         if later:
             self.failures += 1
-            wait = between(0.5, 1.0) * min(self.MOST_WAIT_S, 2.0 ** min(self.failures, 8))
-            wait = max(wait, http.retry_after(headers, self.MOST_WAIT_S))
+            wait = between(0.5, 1.0) * min(self.MAX_WAIT_S, 2.0 ** min(self.failures, 8))
+            wait = max(wait, http.retry_after(headers, self.MAX_WAIT_S))
         if self.lines:
             self.timer = self.loop.later(wait, self._send)
 

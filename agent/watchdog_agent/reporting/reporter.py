@@ -33,8 +33,8 @@ class Reporter:
 
     TIMEOUT_S = 3.0
     BUFFER = 64
-    MOST_WAIT_S = 30.0
-    MOST_KNOWN = 8
+    MAX_WAIT_S = 30.0
+    MAX_KNOWN = 8
     TROUBLE_AFTER = 3
     """Failures in a row after which missing answers are trouble; a refusal is at once."""
     REMIND_S = 3600.0
@@ -68,7 +68,7 @@ class Reporter:
         self.waiting: deque[Document] = deque()
         self._aged_at = 0.0
         """When `state_age_s` of what waits was last brought up to date."""
-        self.fetch: http.Fetch | None = None
+        self.fetch: http.HttpRequest | None = None
         self.failures = 0
         self.chosen = 0
         self.last_error = ""
@@ -207,9 +207,9 @@ class Reporter:
             self._closed()
             return
         self.chosen += 1
-        wait = between(0.1, min(self.MOST_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
+        wait = between(0.1, min(self.MAX_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
         self.timer = self.loop.later(
-            max(wait, http.retry_after(headers, self.MOST_WAIT_S)), self._send
+            max(wait, http.retry_after(headers, self.MAX_WAIT_S)), self._send
         )
 
     def _troubled(self, status: int | None, body: Any) -> None:
@@ -239,7 +239,7 @@ class Reporter:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
         in use does not answer. They are as secure as those, or not taken."""
         try:
-            told = answer["api"][: self.MOST_KNOWN]
+            told = answer["api"][: self.MAX_KNOWN]
             found = self.given + [one for one in told if one not in self.given]
             if found == self.known:
                 return

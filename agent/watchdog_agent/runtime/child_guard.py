@@ -34,7 +34,7 @@ _left: list[int] = []
 """Process groups of which something was alive when their leader was reaped."""
 
 
-class Guarded:
+class GuardedProcess:
     """A program in a process group of its own. Raises OSError when it can't be started, and ValueError when an
     argument or a variable holds a null character."""
 

@@ -57,7 +57,7 @@ class Url:
         self.host_header = host_header(self.host, self.port, secure=self.secure)
 
 
-class Fetch:
+class HttpRequest:
     """One request over one new connection. `done(status, headers, body)`, with status None and the
     reason as body when it failed; exactly once, never after `cancel`."""
 
@@ -199,7 +199,7 @@ class Server:
     MOST = 256
     BACKLOG = 256
     TIMEOUT_S = 5.0
-    LEAST_S = 1.0
+    MIN_S = 1.0
     PUBLIC = ("/healthz", "/ready")
 
     def __init__(
@@ -255,7 +255,7 @@ class Server:
     def _made_room(self) -> bool:
         """Close the oldest connection, if it has had its time; else take no other one before it has."""
         oldest = next(iter(self.open))
-        left_s: float = self.open[oldest][0][0] - time.monotonic() - self.TIMEOUT_S + self.LEAST_S
+        left_s: float = self.open[oldest][0][0] - time.monotonic() - self.TIMEOUT_S + self.MIN_S
         if left_s <= 0:
             self._close(oldest)
             return True

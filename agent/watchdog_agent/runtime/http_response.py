@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 MAX_HEAD = 8192
 """Bytes of the status line and the header fields of one response, and of the line before a chunk."""
 MAX_BODY = 65536
-MOST_FIELDS = 256
-MOST_INTERIM = 16
+MAX_FIELDS = 256
+MAX_INTERIM = 16
 """Maximum number of 1xx responses before the final one."""
 _ZLIB = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Content coding → `wbits` of zlib."""
@@ -96,16 +96,16 @@ class Reader:
             if self._name:
                 text, before = value.strip().decode("latin-1"), self.headers.get(self._name)
                 self.headers[self._name] = text if before is None else f"{before}, {text}"
-            if len(self.headers) > MOST_FIELDS:
-                raise HttpError(f"its answer has more than {MOST_FIELDS} header fields")
+            if len(self.headers) > MAX_FIELDS:
+                raise HttpError(f"its answer has more than {MAX_FIELDS} header fields")
         return True
 
     def _headed(self) -> None:
         """The header is complete: find how the body ends (RFC 9112, 6.3)."""
         if self.status < 200 and self.status != 101:
             self._interim += 1
-            if self._interim > MOST_INTERIM:
-                raise HttpError(f"it sends more than {MOST_INTERIM} answers before the final one")
+            if self._interim > MAX_INTERIM:
+                raise HttpError(f"it sends more than {MAX_INTERIM} answers before the final one")
             self.status, self.headers, self._head, self._name = 0, {}, 0, ""
             self._step = Reader._begin
             return

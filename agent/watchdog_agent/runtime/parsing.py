@@ -12,18 +12,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-MOST_DIGITS = 20
+MAX_DIGITS = 20
 """As many as 64 bits have."""
-MOST_CHARS = 400
+MAX_CHARS = 400
 """Longest text of a number with a point or an exponent."""
-MOST_NESTING = 64
+MAX_NESTING = 64
 """Lists and objects within each other."""
 _NUMBER = frozenset("0123456789+-.eE")
 
 
 def whole(text: str, low: int = 0, high: int = 2**63 - 1) -> int:
     """The whole number from `low` to `high` that is written here in ASCII digits. Raises ValueError."""
-    if 0 < len(text) <= MOST_DIGITS and text.isascii() and text.isdigit():
+    if 0 < len(text) <= MAX_DIGITS and text.isascii() and text.isdigit():
         number = int(text)
         if low <= number <= high:
             return number
@@ -32,7 +32,7 @@ def whole(text: str, low: int = 0, high: int = 2**63 - 1) -> int:
 
 def finite(text: str) -> float:
     """The number that is written here, never infinity. Raises ValueError."""
-    if 0 < len(text) <= MOST_CHARS and _NUMBER.issuperset(text):
+    if 0 < len(text) <= MAX_CHARS and _NUMBER.issuperset(text):
         try:
             number = float(text)
         except ValueError:
@@ -58,7 +58,7 @@ def bounded(value: Any) -> Any:
     """The value of a JSON text. Raises ValueError when it holds a number of more than 64 bits, an infinite one,
     or more than 64 lists and objects within each other."""
     level = [value]
-    for _ in range(MOST_NESTING + 1):
+    for _ in range(MAX_NESTING + 1):
         inner: list[Any] = []
         for one in level:
             if isinstance(one, dict):

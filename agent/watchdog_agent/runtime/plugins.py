@@ -58,7 +58,7 @@ def _find(group: str, name: str) -> Any:
     return found[name]
 
 
-class Guard:
+class PluginGuard:
     """In the loop's place for a plugin: what its callbacks raise ends its run, not the agent. After the end
     none of them is called, and what it watched is closed."""
 

@@ -61,7 +61,7 @@ def from_file(path: str, load: Callable[[str], None]) -> None:
         os.close(copy)
 
 
-class SecureFetch(http.Fetch):
+class SecureRequest(http.HttpRequest):
     """A Fetch over TLS: the handshake too is steps of the loop, within the same time-out."""
 
     def __init__(  # as Fetch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from watchdog_agent.runtime.http import Fetch, Url
+from watchdog_agent.runtime.http import HttpRequest, Url
 from watchdog_agent.runtime.http_response import MAX_BODY
 
 TYPE_CHECKING = False
@@ -32,14 +32,14 @@ def ask(  # one place for all that goes to an address of the configuration
     done: Fetched,
     trusted: Any,
     max_body: int = MAX_BODY,
-) -> Fetch:
+) -> HttpRequest:
     """A Fetch of this address, with TLS if it is https. `trusted`: what `trust` gave for it."""
     where = (url.host, url.port)
     if not url.secure:
-        return Fetch(loop, where, request, timeout_s, done, max_body)
+        return HttpRequest(loop, where, request, timeout_s, done, max_body)
     from watchdog_agent.runtime import tls
 
-    fetch = tls.SecureFetch(loop, where, request, timeout_s, done, trusted, max_body)
+    fetch = tls.SecureRequest(loop, where, request, timeout_s, done, trusted, max_body)
     if url.server_name:
         fetch.name = url.server_name.encode("ascii")
     return fetch

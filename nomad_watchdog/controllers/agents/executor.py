@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from nomad_watchdog import failpoints
-from nomad_watchdog.controllers.agents.retry_budget import Budget
+from nomad_watchdog.controllers.agents.retry_budget import RetryBudget
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import presence
-from nomad_watchdog.core.circuit_breaker import Circuit
-from nomad_watchdog.core.tombstones import Floor
+from nomad_watchdog.core.circuit_breaker import CircuitBreaker
+from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import (
     FencedError,
     TerminalError,
@@ -38,7 +38,7 @@ from nomad_watchdog.model import (
     Monotonic,
     PlacementState,
 )
-from nomad_watchdog.replicas.leases import Leases, Undivided, check
+from nomad_watchdog.replicas.leases import Leases, SoleOwner, check
 from nomad_watchdog.schedulers import Scheduler
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class _Ready:
 
 
 @dataclass(slots=True)
-class Performer:
+class ActionExecutor:
     """Takes actions from the queue and does them. `done` is called after each, with its outcome."""
 
     fleet: Fleet
@@ -88,20 +88,20 @@ class Performer:
     specs: Mapping[str, AgentSpec]
     queue: WorkQueue[Slug, Action]
     done: Callable[[Action, str, float], None]
-    leases: Leases = field(default_factory=Undivided)
+    leases: Leases = field(default_factory=SoleOwner)
     told: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
     """The spec with what its agents are told at the moment of their start."""
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     stops: dict[str, tuple[Action, Monotonic]] = field(default_factory=dict)
     """By the ref of the placement: stops that were answered, and when."""
     obstacles: dict[Slug, str] = field(default_factory=dict)
-    budgets: dict[Slug, Budget] = field(default_factory=dict)
+    budgets: dict[Slug, RetryBudget] = field(default_factory=dict)
     unprepared: set[Slug] = field(default_factory=set)
     """Devices whose last start failed for want of what `Scheduler.prepare` makes."""
     on_unprepared: Callable[[], None] = lambda: None
-    circuit: Circuit = field(default_factory=Circuit)
+    circuit: CircuitBreaker = field(default_factory=CircuitBreaker)
     """Of the scheduler."""
-    registry_circuit: Circuit = field(default_factory=Circuit)
+    registry_circuit: CircuitBreaker = field(default_factory=CircuitBreaker)
     _ready: asyncio.PriorityQueue[_Ready] = field(default_factory=asyncio.PriorityQueue)
     _number: int = 0
     _in_hand: int = 0
@@ -202,7 +202,7 @@ class Performer:
         results: list[DeviceRecord | WatchdogError | None] = [None] * len(batch)
         commits: list[tuple[int, DeviceRecord]] = []
         # After their records are known, and not from memory (`core.tombstones`).
-        floor = await self.fleet.try_floor() if any(map(self._is_first, batch)) else Floor()
+        floor = await self.fleet.try_floor() if any(map(self._is_first, batch)) else EpochFloor()
         for position, action in enumerate(batch):
             try:
                 check(self.leases, action.slug)
@@ -218,7 +218,7 @@ class Performer:
                 continue
             target = _epoch_after(action)
             if known is not None and target > known.epoch:
-                if isinstance(floor, Floor):
+                if isinstance(floor, EpochFloor):
                     target = floor.first(known, target)
                 elif known.epoch == NEVER:
                     results[position] = floor
@@ -315,7 +315,7 @@ class Performer:
         spec = self.specs.get(record.device.agent_class)
         if spec is None:
             raise TerminalError(f"agent class {record.device.agent_class!r} is not configured")
-        budget = self.budgets.setdefault(record.slug, Budget())
+        budget = self.budgets.setdefault(record.slug, RetryBudget())
         allowed = budget.may_start(self.fleet.limits, now)
         if allowed > now:
             self.queue.delay(record.slug, allowed)
@@ -324,7 +324,7 @@ class Performer:
                 f"next try in {allowed - now:.0f} s",
                 retry_after_s=allowed - now,
             )
-        self.fleet.chronicle.placed(record.slug, record.epoch)
+        self.fleet.recorder.placed(record.slug, record.epoch)
         failpoints.reached("K6")
         told = self.told(spec)
         index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, told))
@@ -348,7 +348,9 @@ class Performer:
         self.circuit.answered()
         return answer
 
-    def _refused(self, circuit: Circuit, who: str, slug: Slug, error: TransientError) -> None:
+    def _refused(
+        self, circuit: CircuitBreaker, who: str, slug: Slug, error: TransientError
+    ) -> None:
         now = self.fleet.clock.monotonic()
         jitter = random.random()  # noqa: S311  # jitter
         if circuit.failed(slug, now, error.retry_after_s or 0.0, jitter):
@@ -385,7 +387,7 @@ class Performer:
 
     def _failed(self, action: Action, error: WatchdogError) -> None:
         now = self.fleet.clock.monotonic()
-        budget = self.budgets.setdefault(action.slug, Budget())
+        budget = self.budgets.setdefault(action.slug, RetryBudget())
         again = budget.failed(self.fleet.limits, now)
         if isinstance(error, TransientError) and error.retry_after_s:
             again = Monotonic(max(again, now + error.retry_after_s))

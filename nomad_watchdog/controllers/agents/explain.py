@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from nomad_watchdog.controllers.agents.executor import Performer
-from nomad_watchdog.controllers.agents.placement_informer import Informer
+from nomad_watchdog.controllers.agents.executor import ActionExecutor
+from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.mass_stop_breaker import Breaker
-from nomad_watchdog.core.migration import Homes
+from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
+from nomad_watchdog.core.migration import BackendAssignment
 from nomad_watchdog.core.planner import Changes, Plan, Stalled, no_words, none_stalled
-from nomad_watchdog.core.report_addresses import UNKNOWN, Reach
+from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -26,27 +26,27 @@ from nomad_watchdog.model import (
     VerdictState,
 )
 from nomad_watchdog.replicas.leases import Lease, Leases
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import waiting
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class LoopStatus:
     """The parts of one reconciler, and what it decided last."""
 
     fleet: Fleet
     backend: str
     hashes: Mapping[str, str]
     queue: WorkQueue[Slug, Action]
-    performer: Performer
-    breaker: Breaker
-    informer: Informer
+    executor: ActionExecutor
+    breaker: MassStopBreaker
+    informer: PlacementInformer
     leases: Leases
-    territory: Territory
+    ownership: ShardOwnership
     last_plan: Callable[[], Plan]
     no_room: Callable[[], str]
     """Why no start is made now, in words; "" when there is room."""
-    homes: Callable[[], Homes | None] = lambda: None
+    homes: Callable[[], BackendAssignment | None] = lambda: None
     unprepared: Mapping[str, str] = field(default_factory=dict)
     """Agent class → why it can't be prepared."""
     changes: Changes = no_words
@@ -54,7 +54,7 @@ class Outlook:
     """Schedulers without room, and why."""
     window: Callable[[Action], str] = lambda _action: ""
     """Why a replacement waits for its turn, in words; "" = it does not."""
-    reach: Callable[[], Reach] = lambda: UNKNOWN
+    reach: Callable[[], Reachability] = lambda: UNKNOWN
     blind: Callable[[], str] = lambda: ""
     """Why nothing is decided for any device now, in words; "" when that is not so."""
     stalled: Stalled = none_stalled
@@ -77,7 +77,7 @@ class Outlook:
                 f"its agent lives on {homes.of(record)}, which is neither `backend` nor part of a "
                 "migration: move it with `nomad-watchdog migrate`"
             )
-        return self.performer.obstacles.get(slug, "") or self.no_room()
+        return self.executor.obstacles.get(slug, "") or self.no_room()
 
     def status(self) -> dict[str, object]:
         """The loop's part of the status."""
@@ -110,7 +110,7 @@ class Outlook:
         """What comes next for one device, and when."""
         wait_s = self.queue.wait_s(slug)
         held = any(stop[0] == slug for stop in self.breaker.held)
-        lease = self.leases.all()[self.territory.shard(slug)]
+        lease = self.leases.all()[self.ownership.shard(slug)]
         if not self.leases.current:
             lease = replace(lease, holder="", api="")
         return {
@@ -143,7 +143,7 @@ class Outlook:
             )
         if slug in self.fleet.unreadable:
             return "nothing until its registry record can be read; its agent is left as it is"
-        expected = self.performer.expectations.get(slug)
+        expected = self.executor.expectations.get(slug)
         if expected is not None:
             return (
                 f"the agent of epoch {expected.epoch} has been started; waiting until the scheduler "
@@ -185,7 +185,7 @@ class Outlook:
         """Why this step is not taken at once, in words; "" = it is."""
         now = self.fleet.clock.monotonic()
         wait_s = self.queue.wait_s(step.slug)
-        if wait_s > 0 and (why := self.performer.obstacles.get(step.slug)):
+        if wait_s > 0 and (why := self.executor.obstacles.get(step.slug)):
             return f"; {why}; next try in {wait_s:.0f} s"
         if wait_s > 0:
             return f"; it was started often lately: not before {wait_s:.0f} s from now"
@@ -193,7 +193,7 @@ class Outlook:
             return f"; waits for room: {full}"
         if step.kind is ActionKind.REPLACE and (waits := self.window(step)):
             return f"; {waits}"
-        circuits = (self.performer.circuit, self.performer.registry_circuit)
+        circuits = (self.executor.circuit, self.executor.registry_circuit)
         if refused := max(one.wait_s(now) for one in circuits):
             return f"; the server refuses calls for all devices: next try in {refused:.0f} s"
         if self.informer.freshness.premature(step):
@@ -297,8 +297,8 @@ class Outlook:
 
     def _until_ready(self, record: DeviceRecord, state: PlacementState) -> str:
         fleet = self.fleet
-        placed_at = fleet.chronicle.placed_at(record)
-        grace_s = fleet.chronicle.grace(record).seconds
+        placed_at = fleet.recorder.placed_at(record)
+        grace_s = fleet.recorder.grace(record).seconds
         left_s = 0.0 if placed_at is None else placed_at + grace_s - fleet.clock.monotonic()
         waiting = f"waiting for the agent to report that it is ready (it is {state.value})"
         if placed_at is None:

@@ -8,18 +8,18 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from nomad_watchdog.controllers.agents.executor import Performer
-from nomad_watchdog.controllers.agents.placement_informer import Informer
+from nomad_watchdog.controllers.agents.executor import ActionExecutor
+from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import tombstones
-from nomad_watchdog.core.placement_gc import REST_S, TOMBSTONE_REST_S, Graveyard
+from nomad_watchdog.core.placement_gc import REST_S, TOMBSTONE_REST_S, PlacementGc
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, AgentSpec, PlacementState
 from nomad_watchdog.replicas.leases import Leases
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import Scheduler
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ PRESENCE_EVERY_S: Final = 1.0
 PREPARE_FIRST_S: Final = 0.5
 """From the first start that fails because the scheduler is not prepared to the next `prepare`."""
 SWEEP_EVERY_S: Final = 30.0
-MOST_FORGOTTEN: Final = 2_000
+MAX_FORGOTTEN: Final = 2_000
 """Tombstones that are deleted at a time."""
 LISTED_S: Final = (TOMBSTONE_REST_S - REST_S) / 2
 """Tombstones are deleted only on a listing of at most this age, in seconds: by then every request that was under
@@ -49,7 +49,7 @@ async def every(period_s: float, call: Callable[[], Awaitable[object]]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Upkeep:
+class PeriodicJobs:
     """The parts of one reconciler that need it."""
 
     fleet: Fleet
@@ -59,10 +59,10 @@ class Upkeep:
     """Has the scheduler prepared for the specs in force."""
     metrics: Metrics
     queue: WorkQueue[Slug, Action]
-    performer: Performer
-    informer: Informer
+    executor: ActionExecutor
+    informer: PlacementInformer
     leases: Leases
-    territory: Territory
+    ownership: ShardOwnership
     wake: Callable[[], None]
     """Have a pass made soon."""
     doubt: Callable[[], None]
@@ -71,7 +71,7 @@ class Upkeep:
     """The last pass made fewer starts than it wanted."""
     stalls: Callable[[], int] = lambda: 0
     """Placements of ours that wait for longer than they may."""
-    graveyard: Graveyard = field(default_factory=Graveyard)
+    placement_gc: PlacementGc = field(default_factory=PlacementGc)
 
     def timers(self) -> Iterable[Coroutine[None, None, None]]:
         """What is to run as long as the loop does."""
@@ -111,8 +111,8 @@ class Upkeep:
         metrics.unheard(fleet.unheard())
         metrics.unlisted(fleet.unlisted())
         metrics.stalled(self.stalls())
-        metrics.incidents(fleet.chronicle.open_by_kind())
-        metrics.events(fleet.chronicle.status_of_store())
+        metrics.incidents(fleet.recorder.open_by_kind())
+        metrics.events(fleet.recorder.status_of_store())
         metrics.events_left_out(fleet.allowance.total)
 
     async def settle_presence(self) -> None:
@@ -139,13 +139,13 @@ class Upkeep:
         except WatchdogError as error:
             log.warning("prepare failed", extra={"reason": str(error)})
         else:
-            self.performer.end_backoff()
+            self.executor.end_backoff()
 
     async def _prepare_when_needed(self) -> None:
         """Prepare soon after a start failed for want of it, and then less and less often while that goes on:
         the devices' own back-off ends with the repair."""
-        performer, needed = self.performer, asyncio.Event()
-        performer.on_unprepared = needed.set
+        executor, needed = self.executor, asyncio.Event()
+        executor.on_unprepared = needed.set
         pause_s, ended = PREPARE_FIRST_S, float("-inf")
         while True:
             needed.clear()
@@ -162,13 +162,13 @@ class Upkeep:
         fleet = self.fleet
         if not fleet.ready or self.informer.age_s > LISTED_S:
             return
-        ours = self.territory.of(fleet.records)
+        ours = self.ownership.of(fleet.records)
         ttl_s, now = fleet.limits.tombstone_ttl_s, fleet.clock.wall()
         dead = PlacementState.DEAD
         placed = fleet.placements.items()
         listed = {slug for slug, found in placed if any(one.state is not dead for one in found)}
-        due = tombstones.expired(ours.values(), listed, now, ttl_s, MOST_FORGOTTEN)
-        old = self.graveyard.rested(due, fleet.clock.monotonic())
+        due = tombstones.expired(ours.values(), listed, now, ttl_s, MAX_FORGOTTEN)
+        old = self.placement_gc.rested(due, fleet.clock.monotonic())
         try:
             count = await fleet.forget(old)
         except WatchdogError as error:
@@ -180,8 +180,8 @@ class Upkeep:
     async def sweep(self) -> None:
         """Have the scheduler forget some dead placements, and forget what nobody asks for any more."""
         now = self.fleet.clock.monotonic()
-        placements = self.territory.of(self.fleet.placements)
-        dead = self.graveyard.due(self.fleet.records, placements, now)
+        placements = self.ownership.of(self.fleet.placements)
+        dead = self.placement_gc.due(self.fleet.records, placements, now)
         if dead:
             try:
                 await self.scheduler.sweep(dead)
@@ -189,8 +189,8 @@ class Upkeep:
                 log.warning("sweep failed", extra={"reason": str(error)})
         await self._forget_tombstones()
         self.informer.freshness.forget(self.fleet.records.keys())
-        budgets = self.performer.budgets
-        # A back-off is forgotten by `Budget.failed` first: a device that never started keeps its own.
+        budgets = self.executor.budgets
+        # A back-off is forgotten by `RetryBudget.failed` first: a device that never started keeps its own.
         kept_s = max(BUDGET_KEPT_S, 2 * self.fleet.limits.backoff_max_s)
         for slug, budget in list(budgets.items()):
             if budget.is_idle(now, kept_s):

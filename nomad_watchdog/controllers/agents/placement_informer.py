@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import Final
 
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.core.resync_schedule import Agenda
+from nomad_watchdog.core.resync_schedule import ResyncSchedule
 from nomad_watchdog.errors import StaleError, WatchdogError
-from nomad_watchdog.fleet.listing_freshness import Freshness
+from nomad_watchdog.fleet.listing_freshness import ListingFreshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Monotonic
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 _FOLLOWED_S: Final = 1.0
 """The first look waits so long for the watch to begin, seconds."""
-_MOST_STILL: Final = 9
+_MAX_STILL: Final = 9
 """So many looks in a row may be the scheduler's word that nothing has changed; then all is read again, in
 case that what was read was wrong."""
 
 
-class Informer:
+class PlacementInformer:
     """Gives each snapshot to `take`, and each failure in words to `failed`."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Informer:
         self._metrics = metrics
         self._take = take
         self._failed = failed
-        self._agenda = Agenda(resync_s)
+        self._agenda = ResyncSchedule(resync_s)
         self._news = asyncio.Event()
         self._followed = asyncio.Event()
         self._wakes_at = math.inf
@@ -57,7 +57,7 @@ class Informer:
         self._one_at_a_time = asyncio.Lock()
         self._whole: Snapshot | None = None
         self._stills = 0
-        self.freshness = Freshness()
+        self.freshness = ListingFreshness()
         self.began_at = Monotonic(0.0)
         """When the full snapshot that was last begun was begun."""
         self.read_began_at = Monotonic(0.0)
@@ -162,7 +162,7 @@ class Informer:
     async def _unchanged(self) -> Snapshot | None:
         """The last full snapshot, if the scheduler says that it would be the same now."""
         whole = self._whole
-        if whole is None or self._stills >= _MOST_STILL or not await still(self._scheduler, whole):
+        if whole is None or self._stills >= _MAX_STILL or not await still(self._scheduler, whole):
             return None
         self._stills += 1
         return whole

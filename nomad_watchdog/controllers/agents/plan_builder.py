@@ -9,31 +9,31 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nomad_watchdog.controllers.migration import Migrations
-from nomad_watchdog.controllers.rollout import Rollouts
+from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.rollout import RolloutController
 from nomad_watchdog.core import planner, rollout
-from nomad_watchdog.core.mass_stop_breaker import Breaker
+from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Changes, Plan, Stop, no_words
-from nomad_watchdog.core.report_addresses import UNKNOWN, Reach
+from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
 from nomad_watchdog.core.rollout import Readiness
-from nomad_watchdog.core.stuck_placements import Waits
+from nomad_watchdog.core.stuck_placements import StuckPlacements
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.serializers import shown_plan
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, AgentSpec, Placement, PlacementState, Presence
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.ownership import ShardOwnership
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Planning:
+class PlanBuilder:
     """The plans of one reconciler."""
 
     fleet: Fleet
-    territory: Territory
-    rollouts: Rollouts
+    ownership: ShardOwnership
+    rollouts: RolloutController
     specs: Mapping[str, AgentSpec]
     """By class, those that the scheduler was last asked to be prepared for."""
     hashes: Mapping[str, str]
@@ -41,22 +41,22 @@ class Planning:
     unprepared: Mapping[str, str]
     """Agent class → why it can't be prepared."""
     metrics: Metrics
-    migrations: Migrations
+    migrations: MigrationController
     changes: Changes = no_words
     """What the spec of a class changes for agents of another hash, in words."""
-    breaker: Breaker = field(default_factory=Breaker)
-    waiting: Waits = field(default_factory=Waits)
+    breaker: MassStopBreaker = field(default_factory=MassStopBreaker)
+    waiting: StuckPlacements = field(default_factory=StuckPlacements)
     """How long placements have made no progress."""
     no_room: Callable[[], str] = lambda: ""
     """Why no start is made now, in words; "" when there is room."""
     differs: Callable[[], Sequence[str]] = tuple
     """Classes that are configured here otherwise than they are in force."""
-    reach: Callable[[], Reach] = lambda: UNKNOWN
+    reach: Callable[[], Reachability] = lambda: UNKNOWN
 
     def make(self, confirmed: frozenset[Stop]) -> Plan:
         """Decide for every device of ours; the `confirmed` stops are not held."""
         fleet = self.fleet
-        records, placements = self.territory.of(fleet.records), self.territory.of(fleet.placements)
+        records, placements = self.ownership.of(fleet.records), self.ownership.of(fleet.placements)
         homes = self.migrations.homes()
         resting = fleet.resting() | fleet.unreadable | self.migrations.unsure(records)
         readiness = Readiness(
@@ -101,7 +101,7 @@ class Planning:
 
     def stalls(self) -> int:
         """Placements of ours that wait for longer than they may."""
-        found = self.territory.of(
+        found = self.ownership.of(
             {s: self.fleet.placements.get(s, ()) for s in self.waiting.slugs()}
         )
         return sum(bool(self.stalled(one)) for some in found.values() for one in some)
@@ -119,7 +119,7 @@ class Planning:
         most_s = fleet.limits.start_max_s
         if not most_s or record is None:
             return most_s
-        grace = fleet.chronicle.grace(record)
+        grace = fleet.recorder.grace(record)
         return most_s if grace.source == "setting" else max(most_s, grace.seconds)
 
     def _stalled_room(self) -> int:
@@ -216,5 +216,5 @@ class Planning:
                 one.epoch == record.epoch and one.state is PlacementState.RUNNING
                 for one in fleet.placements.get(slug, ())
             )
-            for slug, record in self.territory.of(fleet.records).items()
+            for slug, record in self.ownership.of(fleet.records).items()
         )

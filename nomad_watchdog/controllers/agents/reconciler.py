@@ -15,23 +15,23 @@ from contextlib import suppress
 from typing import Final
 
 from nomad_watchdog.config.spec_history import SpecHistory
-from nomad_watchdog.controllers.agents.executor import Performer
-from nomad_watchdog.controllers.agents.explain import Outlook
-from nomad_watchdog.controllers.agents.periodic import Upkeep, every
-from nomad_watchdog.controllers.agents.placement_informer import Informer
-from nomad_watchdog.controllers.agents.plan_builder import Planning
-from nomad_watchdog.controllers.agents.record_informer import DOUBT_EVERY_S, Follower
+from nomad_watchdog.controllers.agents.executor import ActionExecutor
+from nomad_watchdog.controllers.agents.explain import LoopStatus
+from nomad_watchdog.controllers.agents.periodic import PeriodicJobs, every
+from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
+from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
+from nomad_watchdog.controllers.agents.record_informer import DOUBT_EVERY_S, RecordInformer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
-from nomad_watchdog.controllers.class_set import ClassesInForce, Own, Place, as_it_is
-from nomad_watchdog.controllers.condition_writer import Conditions
-from nomad_watchdog.controllers.migration import Migrations
-from nomad_watchdog.controllers.rollout import LOOK_EVERY_S, Rollouts
+from nomad_watchdog.controllers.class_set import ClassSetController, OwnClasses, Place, as_it_is
+from nomad_watchdog.controllers.condition_writer import ConditionWriter
+from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.rollout import LOOK_EVERY_S, RolloutController
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.planner import Plan
-from nomad_watchdog.core.report_addresses import Reach
+from nomad_watchdog.core.report_addresses import Reachability
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.hosts import Hosts
+from nomad_watchdog.fleet.hosts import HostWatcher
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -42,9 +42,9 @@ from nomad_watchdog.model import (
     Monotonic,
     Presence,
 )
-from nomad_watchdog.replicas.leases import Leases, Undivided
-from nomad_watchdog.replicas.ownership import Territory
-from nomad_watchdog.replicas.report_addresses import Living
+from nomad_watchdog.replicas.leases import Leases, SoleOwner
+from nomad_watchdog.replicas.ownership import ShardOwnership
+from nomad_watchdog.replicas.report_addresses import ReportAddresses
 from nomad_watchdog.schedulers import Scheduler, Snapshot
 
 log = logging.getLogger(__name__)
@@ -78,15 +78,15 @@ class Reconciler:
         """`unreadable`: agent class → why it has no spec; `read_specs` reads them again. `place`: see
         `in_force.Own`."""
         self.fleet = fleet
-        self.leases = leases or Undivided()
-        self.territory = Territory(self.leases)
-        self.living = Living(self.leases)
+        self.leases = leases or SoleOwner()
+        self.ownership = ShardOwnership(self.leases)
+        self.living = ReportAddresses(self.leases)
         self._prepared_with: tuple[str, ...] = ()
         """The replicas' addresses that the scheduler was last prepared with."""
         self.scheduler = scheduler
-        own = Own(dict(specs), dict(unreadable or {}), place)
-        self.in_force = ClassesInForce(fleet, self.leases, metrics, own)
-        self.rollouts = Rollouts(fleet, specs, self.leases, metrics)
+        own = OwnClasses(dict(specs), dict(unreadable or {}), place)
+        self.in_force = ClassSetController(fleet, self.leases, metrics, own)
+        self.rollouts = RolloutController(fleet, specs, self.leases, metrics)
         self.specs = dict(specs)
         """In force; the performer and the upkeep look into the same one."""
         self.metrics = metrics
@@ -101,14 +101,16 @@ class Reconciler:
         """A shard of ours was prepared for once."""
         self.hashes = {name: spec.spec_hash for name, spec in specs.items()}
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
-        self.performer = Performer(
+        self.executor = ActionExecutor(
             fleet, scheduler, self.specs, self.queue, self._done, self.leases, self.living.told
         )
-        self.migrations = Migrations(fleet, scheduler, self.territory, metrics, self._look_anew)
+        self.migrations = MigrationController(
+            fleet, scheduler, self.ownership, metrics, self._look_anew
+        )
         self.spec_history = SpecHistory(fleet.registry)
-        self.planning = Planning(
+        self.plan_builder = PlanBuilder(
             fleet,
-            self.territory,
+            self.ownership,
             self.rollouts,
             self.specs,
             self.hashes,
@@ -120,12 +122,12 @@ class Reconciler:
             differs=self.in_force.differences,
             reach=self.reach,
         )
-        self.breaker = self.planning.breaker
-        self.hosts = Hosts(fleet)
-        self.conditions = Conditions(fleet, self.territory, self.leases)
+        self.breaker = self.plan_builder.breaker
+        self.hosts = HostWatcher(fleet)
+        self.conditions = ConditionWriter(fleet, self.ownership, self.leases)
         self.last_plan = Plan(())
-        self.follower = Follower(fleet, self.territory, metrics, self._taken, self.migrations)
-        self.informer = Informer(
+        self.follower = RecordInformer(fleet, self.ownership, metrics, self._taken, self.migrations)
+        self.informer = PlacementInformer(
             scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._take, self._not_seen
         )
         self._wake = asyncio.Event()
@@ -137,82 +139,82 @@ class Reconciler:
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.classes = frozenset(specs) | self.unreadable.keys()
         fleet.observe_with(self, self.metrics.report)
-        fleet.plan_view = self.planning.view
+        fleet.plan_view = self.plan_builder.view
         self._show()
 
     def _show(self) -> None:
         """Let the fleet ask what comes next, and what is in the way."""
-        outlook = Outlook(
+        loop_status = LoopStatus(
             fleet=self.fleet,
             backend=self.scheduler.name,
             hashes=self.hashes,
             queue=self.queue,
-            performer=self.performer,
+            executor=self.executor,
             breaker=self.breaker,
             informer=self.informer,
             leases=self.leases,
-            territory=self.territory,
+            ownership=self.ownership,
             last_plan=lambda: self.last_plan,
             no_room=lambda: self._no_room,
             homes=self.migrations.homes,
             unprepared=self.unprepared,
             changes=self.changes,
             full=lambda: self._full,
-            window=lambda action: self.planning.waits(action, self.last_plan),
+            window=lambda action: self.plan_builder.waits(action, self.last_plan),
             reach=self.reach,
             blind=self.migrations.blind,
-            stalled=self.planning.stalled,
-            patience=self.planning.patience,
+            stalled=self.plan_builder.stalled,
+            patience=self.plan_builder.patience,
         )
-        self.fleet.obstacle = outlook.obstacle
-        self.fleet.status_parts.append(outlook.status)
-        self.fleet.explain_parts.append(outlook.explain)
+        self.fleet.obstacle = loop_status.obstacle
+        self.fleet.status_parts.append(loop_status.status)
+        self.fleet.explain_parts.append(loop_status.explain)
 
     # -- life -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
-        self.territory.prepared = {}
+        self.ownership.prepared = {}
         await self.in_force.start()
         self._follow_classes()
         await self._roll()
         await self._patiently(self._prepare_in_turn, "prepare")
-        upkeep = Upkeep(
+        periodic_jobs = PeriodicJobs(
             fleet=self.fleet,
             scheduler=self.scheduler,
             specs=self.specs,
             prepare=self._prepare_again,
             metrics=self.metrics,
             queue=self.queue,
-            performer=self.performer,
+            executor=self.executor,
             informer=self.informer,
             leases=self.leases,
-            territory=self.territory,
+            ownership=self.ownership,
             wake=self._wake.set,
             doubt=self.follower.doubt_at_once,
             waits_for_room=lambda: bool(
                 self._no_room
                 or self._full
                 or self.last_plan.waiting_rollout
-                or self.planning.stalls()
+                or self.plan_builder.stalls()
             ),
-            stalls=self.planning.stalls,
+            stalls=self.plan_builder.stalls,
         )
-        self._judge = upkeep.judge
+        self._judge = periodic_jobs.judge
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
             group.create_task(self._take_over())
             group.create_task(self.conditions.run())
             group.create_task(self.informer.run())
             group.create_task(self._pass_when_woken())
-            for timer in upkeep.timers():
+            for timer in periodic_jobs.timers():
                 group.create_task(timer)
             group.create_task(self._remember_specs())
             group.create_task(every(LOOK_EVERY_S, self._roll))
             if self.migrations.on:
                 group.create_task(every(LOOK_EVERY_S, self._follow_migration))
             group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
-            group.create_task(self.performer.run())
+            group.create_task(self.executor.run())
 
     async def _patiently(self, call: Callable[[], object], what: str) -> None:
         """Repeat a call that may fail for now; a lasting refusal is raised."""
@@ -234,7 +236,7 @@ class Reconciler:
 
     def _look_anew(self) -> None:
         """More schedulers have agents than those that were looked at: nothing is decided until all were."""
-        self.territory.looked_at = NEVER_LOOKED
+        self.ownership.looked_at = NEVER_LOOKED
         self.informer.resync("migration", now=True)
 
     async def _roll(self) -> None:
@@ -243,7 +245,7 @@ class Reconciler:
             self._follow_classes()
         if await self.rollouts.look():
             self._wake.set()
-        if self.planning.behind_rollouts():
+        if self.plan_builder.behind_rollouts():
             try:
                 await self._prepare_in_turn()
             except WatchdogError as error:
@@ -256,7 +258,7 @@ class Reconciler:
         self.fleet.classes = frozenset(specs) | self.unreadable.keys()
         if anew or specs != self.rollouts.configured:
             self.rollouts.want(specs)
-            self.performer.end_backoff()
+            self.executor.end_backoff()
             self._wake.set()
 
     async def go_by_classes(self, *, bring: bool) -> None:
@@ -287,7 +289,7 @@ class Reconciler:
         A class that the scheduler refuses waits with that reason, and a scheduler that does not answer now is
         prepared later. Raises UserError or TerminalError when it refuses to be prepared at all, and then
         nothing has changed."""
-        own = Own(dict(specs), dict(unreadable or {}), place)
+        own = OwnClasses(dict(specs), dict(unreadable or {}), place)
         async with self._preparing:
             refused: Mapping[str, str] | None = None
             wanted: Mapping[str, AgentSpec] | None = None
@@ -314,12 +316,12 @@ class Reconciler:
                     await self._prepare()
                 except WatchdogError as error:
                     log.warning("prepare failed", extra={"reason": str(error)})
-        self.performer.end_backoff()
+        self.executor.end_backoff()
         self._wake.set()
 
-    def reach(self) -> Reach:
+    def reach(self) -> Reachability:
         """The replicas that are there, and the agents that are not heard."""
-        return Reach(self.living.vouched() or frozenset(), self.fleet.silent)
+        return Reachability(self.living.vouched() or frozenset(), self.fleet.silent)
 
     def changes(self, agent_class: str, spec_hash: str) -> str:
         """What the spec of a class that is in force changes for an agent of this hash, in words."""
@@ -344,7 +346,7 @@ class Reconciler:
         terms, addresses = dict(self.leases.terms()), self.living.addresses()
         told = [self.living.told(spec) for spec in specs.values()]
         refused = await self.scheduler.prepare(told, shards=terms.keys()) or {}
-        self.territory.prepare(terms)
+        self.ownership.prepare(terms)
         self._prepared_with = addresses
         self._has_prepared = self._has_prepared or bool(terms)
         return refused
@@ -412,9 +414,9 @@ class Reconciler:
         if unseen := {slug for slug in unseen if not self.queue.is_active(slug)}:
             self.informer.look_again(unseen)
         if self.follower.has_read and self._observed and len(records) <= QUICK:
-            ours = self.territory.shards()
+            ours = self.ownership.shards()
             for record in records:
-                if self.territory.shard(record.slug) in ours:
+                if self.ownership.shard(record.slug) in ours:
                     self._start_quickly(record)
         # Epochs that we raise ourselves are no news: the outcome of the action is.
         if not records or not all(self.queue.is_active(record.slug) for record in records):
@@ -457,9 +459,9 @@ class Reconciler:
             self.leases.changed.clear()
             living = self.living.vouched()
             gone = living is not None and not living.issuperset(self._prepared_with)
-            if self.territory.unprepared() or (gone and self.leases.terms()):
+            if self.ownership.unprepared() or (gone and self.leases.terms()):
                 await self._prepare_taken()
-            if self.territory.unseen():
+            if self.ownership.unseen():
                 self.informer.resync("lease", now=True)
                 try:
                     await self.follower.read()
@@ -482,9 +484,9 @@ class Reconciler:
                 raise
             # Refused for good. Agents can still be stopped, and started from what is there.
             log.warning("prepare failed", extra={"reason": str(error)})
-            self.territory.prepare(terms)
+            self.ownership.prepare(terms)
         else:
-            self.performer.end_backoff()
+            self.executor.end_backoff()
 
     def _taken(self, news: bool) -> None:
         if news:
@@ -508,7 +510,7 @@ class Reconciler:
         if snapshot.only is None:
             fleet.placements = dict(snapshot.placements)
             self._observed = True
-            self.territory.looked_at = self.informer.began_at
+            self.ownership.looked_at = self.informer.began_at
             self.hosts.seen(snapshot.closed_hosts)
         else:
             for slug in snapshot.only:
@@ -517,16 +519,16 @@ class Reconciler:
                     fleet.placements[slug] = found
                 else:
                     fleet.placements.pop(slug, None)
-        self.planning.waiting.seen(snapshot.placements, snapshot.only, fleet.clock.monotonic())
-        self.performer.remember_stops(self.informer.read_began_at)
-        seen = snapshot.only if snapshot.only is not None else list(self.performer.expectations)
+        self.plan_builder.waiting.seen(snapshot.placements, snapshot.only, fleet.clock.monotonic())
+        self.executor.remember_stops(self.informer.read_began_at)
+        seen = snapshot.only if snapshot.only is not None else list(self.executor.expectations)
         for slug in seen:
             if slug in snapshot.behind:
                 continue
-            expected = self.performer.expectations.get(slug)
+            expected = self.executor.expectations.get(slug)
             if expected is not None and snapshot.index >= expected.index:
                 # Shown, or a phantom: either way the planner may decide again.
-                del self.performer.expectations[slug]
+                del self.executor.expectations[slug]
         for slug in snapshot.only or ():
             if slug in fleet.records:
                 fleet.refresh(slug)
@@ -537,7 +539,7 @@ class Reconciler:
 
     def _undecided(self, slug: Slug) -> bool:
         return (
-            slug in self.performer.expectations
+            slug in self.executor.expectations
             or self.queue.is_active(slug)
             or self.fleet.is_resting(slug)
         )
@@ -562,7 +564,7 @@ class Reconciler:
 
     def reconcile(self) -> Plan:
         """One pass: decide for every device and hand the actions to the queue. No I/O."""
-        plan = self.planning.make(self.breaker.confirmed)
+        plan = self.plan_builder.make(self.breaker.confirmed)
         actions = [a for a in plan.actions if not self._undecided(a.slug)]
         urgent = len(actions) <= QUICK // 2
         wanted: set[Slug] = set()
@@ -579,7 +581,7 @@ class Reconciler:
         for action in set(plan.refused) - set(self.last_plan.refused):
             log.error("unsafe start refused", extra={"slug": action.slug, "epoch": action.epoch})
             self.metrics.unsafe_start()
-        self.planning.hold(plan)
+        self.plan_builder.hold(plan)
         self.last_plan = plan
         self.metrics.queue(len(self.queue), self.queue.oldest_s())
         return plan
@@ -601,7 +603,7 @@ class Reconciler:
     def hold_now(self) -> None:
         """Hold what the views of this moment would stop. A plan that is shown is made of them, and the last
         pass may be some seconds older: what an operator was shown is what can be confirmed."""
-        self.planning.hold(self.planning.make(self.breaker.confirmed))
+        self.plan_builder.hold(self.plan_builder.make(self.breaker.confirmed))
 
     def confirm_stops(self) -> int:
         """An operator's word that all held stops are meant. Returns how many."""
@@ -628,7 +630,7 @@ class Reconciler:
     def _done(self, action: Action, outcome: str, took_s: float) -> None:
         self.metrics.action(action.kind.value, outcome)
         if outcome == "ok" and action.stalled:
-            self.planning.waiting.given_up(action.slug, self.fleet.clock.monotonic())
+            self.plan_builder.waiting.given_up(action.slug, self.fleet.clock.monotonic())
         began = self._changed_at.pop(action.slug, None)
         if outcome == "ok" and action.kind is ActionKind.START and began is not None:
             self.metrics.event_to_dispatch(self.fleet.clock.monotonic() - began)

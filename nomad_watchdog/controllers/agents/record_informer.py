@@ -11,8 +11,8 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Final
 
-from nomad_watchdog.controllers.migration import Migrations
-from nomad_watchdog.core.registry_rollback import Setback
+from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.core.registry_rollback import RegistryRollback
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
@@ -20,7 +20,7 @@ from nomad_watchdog.logs import Lasting
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.registry import RegistrySnapshot
-from nomad_watchdog.replicas.ownership import Territory
+from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.units import utc
 
 log = logging.getLogger(__name__)
@@ -29,23 +29,23 @@ DOUBT_EVERY_S: Final = 5.0
 """Twice so long, at most, a store that was put back may look like a watch that is late."""
 AGAIN_S: Final = 1.0
 """From a failed read to the next one."""
-MOST_IDS: Final = 100
+MAX_IDS: Final = 100
 """Devices in the data of an event."""
 
 
-class Follower:
+class RecordInformer:
     """Gives the fleet each snapshot of the registry, and then tells `taken` whether it was news."""
 
     def __init__(
         self,
         fleet: Fleet,
-        territory: Territory,
+        ownership: ShardOwnership,
         metrics: Metrics,
         taken: Callable[[bool], None],
-        migrations: Migrations,
+        migrations: MigrationController,
     ) -> None:
         self.fleet = fleet
-        self.territory = territory
+        self.ownership = ownership
         self.metrics = metrics
         self.has_read = False
         """Whether the registry has been read since this process began."""
@@ -156,7 +156,7 @@ class Follower:
             self._take(snapshot)
         # Of two reads at once the older may end last, and a shard that the younger has freed would be
         # nobody's again until the next lease changes.
-        self.territory.registry_read_at = max(self.territory.registry_read_at, began)
+        self.ownership.registry_read_at = max(self.ownership.registry_read_at, began)
 
     async def doubt(self) -> None:
         """Read the registry anew when its watch has shown less than we know for a whole period: a store
@@ -188,13 +188,13 @@ class Follower:
     def _note_setback(self) -> None:
         """Report a registry that went back in time."""
         fleet = self.fleet
-        found = fleet.setback or Setback(
+        found = fleet.setback or RegistryRollback(
             missing=tuple(record for record in self._lost if record.slug not in fleet.records)
         )
         self._lost = () if fleet.setback is not None or found.missing else fleet.vanished
         found = replace(found, pauses=self._older_pauses)
         self._older_pauses = False
-        if found == Setback():
+        if found == RegistryRollback():
             return
         self.metrics.registry_restored()
         log.error("registry went back in time", extra={"reason": found.text})
@@ -208,7 +208,7 @@ class Follower:
             missing=len(found.missing),
             pauses=found.pauses,
             index=max((record.index for record in before), default=fleet.index),
-            devices=ids[:MOST_IDS],
+            devices=ids[:MAX_IDS],
         )
 
     def _note(self, kind: str, text: str, **data: object) -> None:

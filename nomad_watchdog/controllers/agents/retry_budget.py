@@ -10,7 +10,7 @@ from nomad_watchdog.model import Limits, Monotonic
 
 
 @dataclass(slots=True)
-class Budget:
+class RetryBudget:
     """Failures and starts of one device. Made on the first failure or second start; dropped when idle."""
 
     failures: int = 0

@@ -14,18 +14,18 @@ from yarl import URL
 Found = tuple[str, str, str, str]
 """Name, status (ok, warn, fail), what was found, and how to fix it."""
 
-MOST_ASKED: Final = 64
+MAX_ASKED: Final = 64
 _AT_ONCE: Final = 16
 _TIMEOUT_S: Final = 2.0
-_MOST_BYTES: Final = 256 * 1024
-_MOST_NAMED: Final = 3
+_MAX_BYTES: Final = 256 * 1024
+_MAX_NAMED: Final = 3
 _NAME: Final = "agents asked"
 
 
 async def checks(agents: Mapping[str, str], *, runs: bool) -> list[Found]:
     """One finding; none without an agent. `agents`: `host:port` of an agent → its device, those of most interest
     first. `runs`: a control plane answers, so that an agent that can't reach it is a failure."""
-    asked = dict(islice(agents.items(), MOST_ASKED))
+    asked = dict(islice(agents.items(), MAX_ASKED))
     if not asked:
         return []
     room = asyncio.Semaphore(_AT_ONCE)
@@ -42,8 +42,8 @@ async def checks(agents: Mapping[str, str], *, runs: bool) -> list[Found]:
     troubled = sorted((device, trouble) for device, trouble in said if trouble)
     if not troubled:
         return [(_NAME, "ok", f"{counted}; their reports arrive" if said else counted, "")]
-    named = "; ".join(f"{device}: {trouble}" for device, trouble in troubled[:_MOST_NAMED])
-    more = f" and {len(troubled) - _MOST_NAMED} more" if len(troubled) > _MOST_NAMED else ""
+    named = "; ".join(f"{device}: {trouble}" for device, trouble in troubled[:_MAX_NAMED])
+    more = f" and {len(troubled) - _MAX_NAMED} more" if len(troubled) > _MAX_NAMED else ""
     what = f"{counted}; the reports of {len(troubled)} of them do not arrive: {named}{more}"
     mend = "see docs/runbooks.md, AgentsUnheard" if runs else "run doctor again while it runs"
     return [(_NAME, "fail" if runs else "warn", what, mend)]
@@ -58,7 +58,7 @@ async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
         url = URL.build(scheme="http", host=host.strip("[]"), port=number, path="/status")
         async with session.get(url, allow_redirects=False) as answer:
             body = b""
-            while len(body) < _MOST_BYTES and (chunk := await answer.content.read(_MOST_BYTES)):
+            while len(body) < _MAX_BYTES and (chunk := await answer.content.read(_MAX_BYTES)):
                 body += chunk
             said = loads(body)["reports"]["trouble"]
     except (

@@ -16,7 +16,7 @@ import aiohttp
 from watchdog_agent import wire
 
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.core.agent_token import Claim, issue
+from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Epoch, Monotonic
@@ -149,7 +149,7 @@ async def _believed(
         return name, "warn", str(error), f"run doctor where the files of {setting} are"
     token = secret.decode()
     if api.agent_key_file:
-        token = issue(secret, Claim(slug_of(DeviceId("doctor")), Epoch(0)))
+        token = issue(secret, TokenClaim(slug_of(DeviceId("doctor")), Epoch(0)))
     try:
         status, _ = await _call(session, "POST", settings.advertise + wire.REPORT_PATH, tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:

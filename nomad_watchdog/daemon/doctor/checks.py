@@ -21,15 +21,15 @@ from typing import Any, Final
 import aiohttp
 
 from nomad_watchdog.clients import consul, nomad
-from nomad_watchdog.clients.consul import ConsulSettings
+from nomad_watchdog.clients.consul import ConsulAccess
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.clients.nomad_features import MINIMUM as NOMAD_MINIMUM
 from nomad_watchdog.clients.nomad_features import versions
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers import migration
-from nomad_watchdog.controllers.migration import Kept
+from nomad_watchdog.controllers.migration import MigrationState
 from nomad_watchdog.daemon import preflight
 from nomad_watchdog.daemon.doctor import agents as doctor_agents
 from nomad_watchdog.daemon.doctor import api as doctor_api
@@ -94,7 +94,7 @@ class _Server:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        settings: NomadSettings | ConsulSettings,
+        settings: NomadAccess | ConsulAccess,
         params: Mapping[str, str],
     ) -> None:
         self._session, self._settings, self._params = session, settings, params
@@ -129,9 +129,9 @@ class _Server:
             return answer.status, text
 
 
-def _unknown_token(settings: NomadSettings | ConsulSettings, said: str) -> str:
+def _unknown_token(settings: NomadAccess | ConsulAccess, said: str) -> str:
     """What is wrong, if the server does not know the token: then no check says anything about its rights."""
-    if isinstance(settings, ConsulSettings):
+    if isinstance(settings, ConsulAccess):
         return consul.NOT_KNOWN if consul.is_unknown_token(said) else ""
     return nomad.NOT_KNOWN if nomad.is_unknown_token(said) else ""
 
@@ -171,7 +171,7 @@ async def _examine(settings: Settings, env: Mapping[str, str], config: Path | No
     except UserError as error:
         mend = "nothing is decided until it can be read"
         checks.append(Check("migration", Status.FAIL, str(error), mend))
-        kept = Kept()
+        kept = MigrationState()
     if kept.base:
         checks.append(_migration(settings, kept))
     backends = {settings.backend, *kept.backends}
@@ -233,7 +233,7 @@ def _refused(name: str, error: DeniedError) -> Check:
 
 @asynccontextmanager
 async def _server(
-    settings: NomadSettings | ConsulSettings,
+    settings: NomadAccess | ConsulAccess,
     headers: Mapping[str, str],
     params: Mapping[str, str] | None = None,
 ) -> AsyncIterator[_Server]:
@@ -347,7 +347,7 @@ async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
     return Check("registry", Status.OK, found), document.body
 
 
-def _migration(settings: Settings, kept: Kept) -> Check:
+def _migration(settings: Settings, kept: MigrationState) -> Check:
     """Where the fleet lives, and whether `backend` says so."""
     lives = " and ".join(sorted(kept.backends))
     if hint := migration.hint(kept, settings.backend):
@@ -386,7 +386,7 @@ async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
         return checks
 
 
-async def _nomad_place(server: _Server, reached: NomadSettings) -> Check | None:
+async def _nomad_place(server: _Server, reached: NomadAccess) -> Check | None:
     """What is wrong with the region or the namespace; None when both are there."""
     status, regions = await server.call("GET", "/v1/regions", params={})
     if reached.region and status == 200 and reached.region not in regions:

@@ -11,10 +11,10 @@ from typing import Final
 from nomad_watchdog.config import class_set
 from nomad_watchdog.config.class_set import InForce, in_words
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.controllers.class_set import Own
+from nomad_watchdog.controllers.class_set import OwnClasses
 from nomad_watchdog.daemon.factory import consul_client, open_registry
 from nomad_watchdog.errors import WatchdogError
-from nomad_watchdog.registry import Document
+from nomad_watchdog.registry import RegistryDocument
 from nomad_watchdog.replicas.consul_leases import read_replicas
 from nomad_watchdog.replicas.leases import Replica
 from nomad_watchdog.units import utc
@@ -39,7 +39,7 @@ async def checks(settings: Settings) -> list[Found]:
         return []
     try:
         async with asyncio.timeout(TIMEOUT_S), open_registry(settings) as registry:
-            kept = (await class_set.read(registry, Document(), None)).kept
+            kept = (await class_set.read(registry, RegistryDocument(), None)).kept
             replicas = await _replicas(settings)
         specs, unreadable = settings.readable_specs()
     except (WatchdogError, TimeoutError, OSError) as error:
@@ -47,7 +47,7 @@ async def checks(settings: Settings) -> list[Found]:
     if kept is None:
         what = "none yet: the first control plane that starts brings its own into force"
         return [(_NAME, "ok", what, "")]
-    return [_compared(kept, Own(specs, unreadable), replicas)]
+    return [_compared(kept, OwnClasses(specs, unreadable), replicas)]
 
 
 async def _replicas(settings: Settings) -> list[Replica]:
@@ -60,7 +60,7 @@ async def _replicas(settings: Settings) -> list[Replica]:
         await client.close()
 
 
-def _compared(kept: InForce, own: Own, replicas: list[Replica]) -> Found:
+def _compared(kept: InForce, own: OwnClasses, replicas: list[Replica]) -> Found:
     here = f"configuration {kept.standing.digest}, since {utc(kept.since)}"
     wrong = [
         f"{one.id} is configured with {one.config or 'an older version of nomad-watchdog'}"

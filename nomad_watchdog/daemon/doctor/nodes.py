@@ -14,7 +14,7 @@ Ask = Callable[[str, str], Awaitable[tuple[int, Any]]]
 """(method, path) → HTTP status and the parsed body."""
 
 _DRIVERS: Final = ("raw_exec", "exec", "docker")
-_MOST_NAMED: Final = 10
+_MAX_NAMED: Final = 10
 """Nodes that one check names."""
 _TWINS: Final = (
     "give each host its own `name` in the configuration of its Nomad agent; if a client has lost its data "
@@ -48,8 +48,8 @@ def _states(nodes: Sequence[Node]) -> Found:
     others = sorted(f"{one.name} ({one.state})" for one in nodes if not one.takes_agents)
     text = f"{takers} of {len(nodes)} take agents"
     if others:
-        more = len(others) - _MOST_NAMED
-        named = ", ".join(others[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+        more = len(others) - _MAX_NAMED
+        named = ", ".join(others[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
         text += f"; the others: {named}"
     if takers:
         return "nomad nodes", "ok", text, ""

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog.clients.kubernetes import KubernetesClient, KubernetesSettings, Listed
+from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient, Listed
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import (
     ConflictError,
@@ -30,7 +30,7 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
-from nomad_watchdog.schedulers._vanished import Memory
+from nomad_watchdog.schedulers._vanished import Vanished
 from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _objects, _view, _watch
 from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
@@ -46,7 +46,7 @@ _FEW: Final = 64
 _TRIES: Final = 5
 _PAUSE_S: Final = 0.1
 _UNMADE_S: Final = 3.0
-_MOST_UNMADE: Final = 8
+_MAX_UNMADE: Final = 8
 
 
 class KubernetesScheduler:
@@ -59,7 +59,7 @@ class KubernetesScheduler:
     def __init__(  # noqa: PLR0913  # keyword settings of an entry point; each has a default
         self,
         *,
-        settings: KubernetesSettings | None = None,
+        settings: KubernetesAccess | None = None,
         namespace: str = "",
         namespaces: int = 1,
         shards: int = 1,
@@ -72,7 +72,7 @@ class KubernetesScheduler:
             raise UserError(f"namespaces is {namespaces} and shards {shards}; at least 1 is needed")
         self.capabilities = Capabilities(replaces_in_place=True, drains=True, logs=True)
         self._clock = clock or SystemClock()
-        chosen = settings or (client.settings if client else KubernetesSettings.discover())
+        chosen = settings or (client.settings if client else KubernetesAccess.discover())
         self._first = names.check_namespace(namespace or chosen.namespace or names.DOMAIN)
         self._client = client or KubernetesClient(chosen, self._clock)
         self._spread = namespaces
@@ -84,7 +84,7 @@ class KubernetesScheduler:
         self._built: dict[tuple[str, str], _objects.Built] = {}
         self._still = Stillness(self._client, self._selector)
         self._cordons = Cordons(self._client)
-        self._memory = Memory()
+        self._memory = Vanished()
         self._index = 0
         self._listed = False
         self.malformed = 0
@@ -366,7 +366,7 @@ class KubernetesScheduler:
             for one in objects
             if _view.key_of(one) not in placed
             and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _UNMADE_S
-        ][:_MOST_UNMADE]
+        ][:_MAX_UNMADE]
         paths = [path for one in unmade if (path := _path_of(one))]
         there = await asyncio.gather(*(self._client.find(path) for path in paths))
         whole = {one["metadata"]["uid"]: one for one in there if one is not None}

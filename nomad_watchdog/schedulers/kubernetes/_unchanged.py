@@ -23,11 +23,11 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.schedulers import Snapshot
 
 _WATCH_S: Final = 1.0
-_LEAST_S: Final = 0.95
+_MIN_S: Final = 0.95
 """A watch that is ended sooner was not ended because its time was over."""
 _FRESH_S: Final = 2.0
 """After three seconds the API server asks its store instead of its memory, and nothing is known of that."""
-_MOST_S: Final = 5.0
+_MAX_S: Final = 5.0
 
 
 class Stillness:
@@ -88,8 +88,8 @@ class Stillness:
         watch = self._client.watch(
             path, since, labels=self._labels, metadata=True, length_s=_WATCH_S
         )
-        async with asyncio.timeout(_MOST_S), aclosing(watch) as events:  # type: ignore[type-var]
+        async with asyncio.timeout(_MAX_S), aclosing(watch) as events:  # type: ignore[type-var]
             async for event in events:
                 if event.kind != "BOOKMARK":
                     return False
-        return time.monotonic() - began > _LEAST_S
+        return time.monotonic() - began > _MIN_S

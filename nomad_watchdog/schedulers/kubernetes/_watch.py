@@ -9,7 +9,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-from nomad_watchdog.clients.kubernetes import Event, KubernetesClient
+from nomad_watchdog.clients.kubernetes import KubernetesClient, WatchEvent
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.schedulers import Hint
@@ -140,7 +140,7 @@ async def _follow_watch(  # one task's own things
         await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
 
 
-def _say(event: Event, kind: names.Kind, pending: Pending) -> None:
+def _say(event: WatchEvent, kind: names.Kind, pending: Pending) -> None:
     if event.kind == "BOOKMARK":
         return
     slug = (event.object.get("metadata", {}).get("labels") or {}).get(names.SLUG, "")

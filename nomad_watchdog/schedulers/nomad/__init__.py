@@ -16,7 +16,7 @@ from contextlib import aclosing, suppress
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
-from nomad_watchdog.clients.nomad import Answer, NomadClient, NomadSettings
+from nomad_watchdog.clients.nomad import Answer, NomadAccess, NomadClient
 from nomad_watchdog.clients.nomad_features import Feature
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.core.report_addresses import is_at
@@ -34,7 +34,7 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Shard, Slug, is_slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, agent_document
-from nomad_watchdog.schedulers._vanished import Memory
+from nomad_watchdog.schedulers._vanished import Vanished
 from nomad_watchdog.schedulers.nomad import _jobs
 from nomad_watchdog.schedulers.nomad._list_check import unlisted
 from nomad_watchdog.schedulers.nomad._view import (
@@ -71,7 +71,7 @@ class NomadScheduler:
     def __init__(  # noqa: PLR0913  # keyword settings of an entry point; each has a default
         self,
         *,
-        settings: NomadSettings | None = None,
+        settings: NomadAccess | None = None,
         strategy: Literal["dispatch", "register"] = "dispatch",
         shards: int = 1,
         installation: str = "",
@@ -91,7 +91,7 @@ class NomadScheduler:
         self._shards = shards
         self._installation = installation
         self._prefix = prefix
-        self._client = client or NomadClient(settings or NomadSettings.from_env())
+        self._client = client or NomadClient(settings or NomadAccess.from_env())
         self._blocked_limit = blocked_limit
         self._clock = clock or SystemClock()
         self._built: dict[tuple[str, str], dict[str, Any]] = {}
@@ -105,7 +105,7 @@ class NomadScheduler:
         self._read: tuple[Snapshot, tuple[int, ...]] | None = None
         """The last whole snapshot, and the indexes of the tables that it was read from; None while it shows
         what a second look may show otherwise, with nothing new in Nomad."""
-        self._memory = Memory()
+        self._memory = Vanished()
         self._nodes = NodeList(self._client)
         self.malformed = 0
         """Jobs in the last full snapshot that claim to be ours and make no sense."""

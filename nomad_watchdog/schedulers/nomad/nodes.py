@@ -56,7 +56,7 @@ class Node:
         return "ready" if self.eligible else "ineligible"
 
     @property
-    def outlook(self) -> tuple[str, bool, bool]:
+    def loop_status(self) -> tuple[str, bool, bool]:
         """What an operator or a lost connection changes, and a heartbeat does not."""
         return self.status, self.draining, self.eligible
 
@@ -182,7 +182,7 @@ class NodeList:
         known = self.now.by_id.get(found["ID"])
         if event.get("Type") == "NodeDeregistration":
             return known is not None
-        return known is None or known.outlook != node_of(found).outlook
+        return known is None or known.loop_status != node_of(found).loop_status
 
     async def changed(self) -> bool:
         """Whether the nodes are no longer as they were read; False while they can't be seen."""
