@@ -15,8 +15,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.model import Epoch
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes import _objects as objects
+from nomad_watchdog.schedulers.kubernetes import names, objects
 from nomad_watchdog.testing.conformance import record_of
 from servers.kubernetes import KubernetesCluster
 

@@ -26,7 +26,7 @@ from bench.plane import plane
 from bench.rows import Row
 from nomad_watchdog.clients.kubernetes import MANAGER, KubernetesClient
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import names
 from servers.kubernetes import KubernetesCluster
 
 RAW = """

@@ -16,7 +16,7 @@ from bench.idle import GATEWAY, share, until_settled, while_beating
 from bench.restart import Versions
 from bench.rows import Row
 from nomad_watchdog.demo.process import Process, clean_environment
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import names
 from servers.kubernetes import KubernetesCluster
 from servers.replica import ControlPlane
 

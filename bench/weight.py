@@ -41,7 +41,7 @@ from nomad_watchdog.ids import parse_device_id, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers.agent_zipapp import build_agent
 from nomad_watchdog.schedulers.local import LocalScheduler
-from nomad_watchdog.schedulers.nomad._jobs import dispatch_body, meta, payload
+from nomad_watchdog.schedulers.nomad.jobs import dispatch_body, meta, payload
 from nomad_watchdog.testing.conformance import record_of
 from servers.consul import ConsulServer
 from servers.nomad import NomadServer

@@ -59,7 +59,7 @@ async def kubernetes_log(settings: Settings, slug: str) -> str:
     is no pod."""
     from nomad_watchdog.clients.kubernetes import KubernetesClient
     from nomad_watchdog.daemon.factory import kubernetes_settings
-    from nomad_watchdog.schedulers.kubernetes._namespaces import newest_pod
+    from nomad_watchdog.schedulers.kubernetes.namespaces import newest_pod
 
     client = KubernetesClient(kubernetes_settings(settings))
     try:

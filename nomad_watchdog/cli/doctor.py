@@ -21,7 +21,8 @@ EXIT_UNAVAILABLE = 69
 def doctor(ctx: click.Context, output: str) -> None:
     """Check the environment and say what to mend. Exits 69 if a check fails."""
     from nomad_watchdog.config.load import find_file
-    from nomad_watchdog.daemon.doctor.checks import Check, Status, examine
+    from nomad_watchdog.daemon.doctor.base import Check, Status
+    from nomad_watchdog.daemon.doctor.checks import examine
 
     try:
         settings = settings_of(ctx)

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from nomad_watchdog import schedulers, secret_file_rules
 from nomad_watchdog.clients import hashicorp_environment
+from nomad_watchdog.config.blocks import ConsulSettings
 from nomad_watchdog.config.hcl import NAMED, HclDocument, Path, Problem, read
 from nomad_watchdog.config.problems import in_words, message, model_of, step_into
-from nomad_watchdog.config.settings import FILE_NAME, PREFIX, ConsulSettings, Settings
+from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Settings
 from nomad_watchdog.config.types import from_text
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.text_files import did_you_mean

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from nomad_watchdog import private_files, schedulers
 from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.clock import Clock, SystemClock
-from nomad_watchdog.config.settings import ConsulSettings, NomadSettings, Settings
+from nomad_watchdog.config.blocks import ConsulSettings, NomadSettings
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.events.audit_store import SplitStore
 from nomad_watchdog.events.log import EventLog
 from nomad_watchdog.events.merged_log import MergedLog

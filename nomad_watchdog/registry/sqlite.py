@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 from nomad_watchdog import private_files
 from nomad_watchdog.clock import steps
-from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
+from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.registry import (
@@ -33,13 +33,18 @@ from nomad_watchdog.registry import (
     check_document,
 )
 from nomad_watchdog.registry import _sqlite_documents as documents
+from nomad_watchdog.registry._sqlite_file import (
+    _SCHEMA,
+    _Connection,
+    _counter,
+    _installation,
+    _open,
+    _version,
+)
 from nomad_watchdog.registry._sqlite_rows import Row
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _T = TypeVar("_T")
-_SCHEMA: Final = 1
-_BUSY_S: Final = 5.0
-"""How long a write waits for another process's."""
 _POLL_S: Final = 0.25
 """How often a watch looks whether another process wrote: one pragma, no read of the file's pages."""
 _GAP_PER_COST: Final = 20.0
@@ -60,13 +65,6 @@ _FOR_NOW: Final = frozenset(
     {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
     | {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_PROTOCOL}
 )
-
-
-class _Connection(sqlite3.Connection):
-    """Knows which file it has open."""
-
-    file: tuple[int, int] = (0, 0)
-    """Device and inode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,92 +388,6 @@ def _settle(told: Sequence[tuple[_Write, list[int | None] | Exception]]) -> None
             write.done.set_exception(said)
         else:
             write.done.set_result(said)
-
-
-def _open(path: Path) -> _Connection:
-    """A connection in autocommit; never makes the file."""
-    if not path.exists():
-        raise NoRegistryError(
-            f"there is no registry at {path}: check the path; bring lost records back with "
-            "`nomad-watchdog registry import FILE`; only for a new installation run "
-            "`nomad-watchdog init`"
-        )
-    private_files.close_to_others(path)
-    uri = f"{path.absolute().as_uri()}?mode=rw"
-    connection = sqlite3.connect(
-        uri,
-        uri=True,
-        timeout=_BUSY_S,
-        isolation_level=None,
-        check_same_thread=False,
-        factory=_Connection,
-    )
-    try:
-        connection.file = _file_at(path)
-        _to_wal(connection)
-        connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
-
-
-def _to_wal(connection: sqlite3.Connection) -> None:
-    """Where two change a new file's mode at once, SQLite says busy to one without waiting."""
-    deadline = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            threading.Event().wait(0.02)
-        else:
-            return
-
-
-def _version(connection: sqlite3.Connection, path: Path) -> int:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version not in {0, _SCHEMA}:
-        raise UserError(
-            f"the registry {path} has schema {version}; this program knows {_SCHEMA}: it was made by "
-            "another version of nomad-watchdog, use that one"
-        )
-    return int(version)
-
-
-def _file_at(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return found.st_dev, found.st_ino
-
-
-def _installation(connection: _Connection, path: Path) -> str:
-    if connection.file != _file_at(path):
-        # SQLite goes on with the old file, and what is acknowledged would be lost at the next start (S4).
-        raise UserError(
-            f"the registry {path} was replaced or removed while this service had it open, so nothing is "
-            "written any more: stop the service, put the right file there, delete the files with its name "
-            "and -wal or -shm at the end unless they were restored with it, and start the service"
-        )
-    row = None
-    if _version(connection, path) == _SCHEMA:
-        found = connection.execute("SELECT value FROM meta WHERE name = 'installation'")
-        row = found.fetchone()
-    if row is None:
-        raise NoRegistryError(
-            f"the registry {path} was never initialised, or was wiped; bring lost records back with "
-            "`nomad-watchdog registry import FILE`; only for a new installation run "
-            "`nomad-watchdog init`"
-        )
-    return str(row[0])
-
-
-def _counter(connection: _Connection) -> int:
-    (index,) = connection.execute("SELECT value FROM meta WHERE name = 'idx'").fetchone()
-    return int(index)
 
 
 def _apply(connection: _Connection, path: Path, group: Sequence[_Write]) -> list[list[int | None]]:

@@ -15,7 +15,8 @@ from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli._agent_logs import nomad_log
 from nomad_watchdog.cli.main import _code
-from nomad_watchdog.config.settings import NomadSettings, Settings
+from nomad_watchdog.config.blocks import NomadSettings
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.demo.process import clean_environment, free_port
 from nomad_watchdog.errors import TerminalError
 from servers.nomad import NomadServer

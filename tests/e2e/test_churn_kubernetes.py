@@ -25,7 +25,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.demo.devices import SimulatedFleet
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.demo.stage import Stage, open_stage
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import names
 from tests.e2e import audit
 from tests.e2e.churn import SEED, Churn, Watch, play
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog.config.load import load
-from nomad_watchdog.daemon.doctor.checks import Check, examine
+from nomad_watchdog.daemon.doctor.base import Check
+from nomad_watchdog.daemon.doctor.checks import examine
 from servers.nomad import NomadServer
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.servers]

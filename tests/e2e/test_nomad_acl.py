@@ -10,7 +10,8 @@ import pytest_asyncio
 
 from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.daemon.doctor.checks import Check, Status, examine
+from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.doctor.checks import examine
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import AgentSpec, PlacementState
 from nomad_watchdog.schedulers.nomad import NomadScheduler

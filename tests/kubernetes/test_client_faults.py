@@ -27,8 +27,7 @@ from nomad_watchdog.errors import (
     UserError,
 )
 from nomad_watchdog.model import AgentSpec, Epoch
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, _watch
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, _watch, names
 from nomad_watchdog.testing.conformance import record_of
 
 PODS = "/api/v1/namespaces/n/pods"

@@ -17,11 +17,11 @@ import pytest_asyncio
 
 from nomad_watchdog.cli._agent_logs import kubernetes_log
 from nomad_watchdog.clients.kubernetes import FieldConflictError, KubernetesClient
-from nomad_watchdog.config.settings import KubernetesSettings, Settings
+from nomad_watchdog.config.blocks import KubernetesSettings
+from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError, TransientError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, names
 from nomad_watchdog.testing.conformance import record_of
 from servers.kubelet.__main__ import Kubelet
 from servers.kubernetes import KubernetesCluster

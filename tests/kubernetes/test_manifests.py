@@ -14,12 +14,12 @@ import yaml
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.daemon.doctor.checks import Status, examine
+from nomad_watchdog.daemon.doctor.base import Status
+from nomad_watchdog.daemon.doctor.checks import examine
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import Epoch, Placement
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, names
 from nomad_watchdog.testing.conformance import record_of
 from servers.kubernetes import KubernetesCluster
 from tests.kubernetes.hosted import apply

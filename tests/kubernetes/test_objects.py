@@ -14,8 +14,7 @@ import yaml
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes import _objects as objects
+from nomad_watchdog.schedulers.kubernetes import names, objects
 from nomad_watchdog.testing.conformance import hostile_device_ids, record_of
 
 SPEC = AgentSpec("camera", "1.0+b2", "h1", kill_timeout_s=7.5)

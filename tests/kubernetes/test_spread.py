@@ -16,9 +16,8 @@ from nomad_watchdog.errors import DeniedError, NotFoundError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Hint
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes._namespaces import known_namespaces, newest_pod
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, names
+from nomad_watchdog.schedulers.kubernetes.namespaces import known_namespaces, newest_pod
 from nomad_watchdog.testing.conformance import record_of
 from servers.kubernetes import KubernetesCluster
 from tests.schedulers.kubernetes_rig import MOCK, kubelet, processes_of, spec_of

@@ -20,11 +20,10 @@ from nomad_watchdog.clients.kubernetes import ExpiredError, KubernetesAccess, Ku
 from nomad_watchdog.errors import DeniedError, TransientError
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
-from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
-from nomad_watchdog.schedulers.kubernetes import _names as names
+from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, names
 from nomad_watchdog.schedulers.kubernetes import _unchanged as still
 from nomad_watchdog.schedulers.kubernetes import _view as view
-from nomad_watchdog.schedulers.kubernetes._names import Ref
+from nomad_watchdog.schedulers.kubernetes.names import Ref
 from nomad_watchdog.testing.conformance import record_of
 from servers.kubelet.__main__ import Kubelet
 from servers.kubernetes import KubernetesCluster

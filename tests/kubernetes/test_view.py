@@ -8,8 +8,8 @@ import pytest
 
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Placement, PlacementState, WallTime
-from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _view as view
+from nomad_watchdog.schedulers.kubernetes import names
 
 DEVICE = DeviceId("device-1")
 SLUG = slug_of(DEVICE)

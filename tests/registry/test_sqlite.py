@@ -78,7 +78,7 @@ async def test_s4_acknowledged_writes_survive_kill_9(
 
 async def test_commits_are_synced_fully(sqlite: SqliteRegistry, path: Path) -> None:
     """The file is in WAL mode and the writing connection syncs fully, which S4 rests on."""
-    from nomad_watchdog.registry.sqlite import _open
+    from nomad_watchdog.registry._sqlite_file import _open
 
     with closing(_open(path)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nomad_watchdog.model import PlacementState
-from nomad_watchdog.schedulers._vanished import MAX_ASKED, Vanished
 from nomad_watchdog.schedulers.nomad._list_check import unlisted
+from nomad_watchdog.schedulers.vanished import MAX_ASKED, Vanished
 from tests.core.world import placement
 
 

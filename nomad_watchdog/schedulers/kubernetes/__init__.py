@@ -30,14 +30,14 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
-from nomad_watchdog.schedulers._vanished import Vanished
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes import _objects, _view, _watch
-from nomad_watchdog.schedulers.kubernetes._names import Kind, Ref
-from nomad_watchdog.schedulers.kubernetes._namespaces import remember_namespaces
+from nomad_watchdog.schedulers.kubernetes import _view, _watch, names
+from nomad_watchdog.schedulers.kubernetes import objects as _objects
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
 from nomad_watchdog.schedulers.kubernetes._unchanged import Stillness
+from nomad_watchdog.schedulers.kubernetes.names import Kind, Ref
+from nomad_watchdog.schedulers.kubernetes.namespaces import remember_namespaces
+from nomad_watchdog.schedulers.vanished import Vanished
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
-from nomad_watchdog.schedulers.kubernetes._names import Ref
-from nomad_watchdog.schedulers.kubernetes._objects import expecting
+from nomad_watchdog.schedulers.kubernetes.names import Ref
+from nomad_watchdog.schedulers.kubernetes.objects import expecting
 
 
 def secret_name(ref: Ref, epoch: int) -> str:

@@ -15,8 +15,8 @@ from typing import Any, Final
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Epoch, Placement, PlacementState, WallTime
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes._names import KINDS, Kind, Ref
+from nomad_watchdog.schedulers.kubernetes import names
+from nomad_watchdog.schedulers.kubernetes.names import KINDS, Kind, Ref
 
 OVERDUE_S: Final = 5.0
 """A pod that is still there so long after its grace period is on a node that does not answer."""

@@ -13,8 +13,8 @@ from nomad_watchdog.clients.kubernetes import KubernetesClient, WatchEvent
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.schedulers import Hint
-from nomad_watchdog.schedulers.kubernetes import _names as names
 from nomad_watchdog.schedulers.kubernetes import _view as view
+from nomad_watchdog.schedulers.kubernetes import names
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 
 log = logging.getLogger(__name__)

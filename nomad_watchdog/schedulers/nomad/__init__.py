@@ -34,8 +34,7 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Shard, Slug, is_slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot, agent_document
-from nomad_watchdog.schedulers._vanished import Vanished
-from nomad_watchdog.schedulers.nomad import _jobs
+from nomad_watchdog.schedulers.nomad import jobs as _jobs
 from nomad_watchdog.schedulers.nomad._list_check import unlisted
 from nomad_watchdog.schedulers.nomad._view import (
     SECOND_LOOK_S,
@@ -50,6 +49,7 @@ from nomad_watchdog.schedulers.nomad._view import (
     unplaced,
 )
 from nomad_watchdog.schedulers.nomad.nodes import NodeList
+from nomad_watchdog.schedulers.vanished import Vanished
 
 log = logging.getLogger(__name__)
 

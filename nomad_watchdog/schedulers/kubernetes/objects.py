@@ -15,8 +15,8 @@ import yaml
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
 from nomad_watchdog.schedulers import agent_document, job_templates
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes._names import KINDS, Kind
+from nomad_watchdog.schedulers.kubernetes import names
+from nomad_watchdog.schedulers.kubernetes.names import KINDS, Kind
 
 DEFAULTS: Final[Mapping[str, str]] = {
     "image": "agntup/watchdog-agent",

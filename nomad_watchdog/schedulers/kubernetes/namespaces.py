@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.errors import ConflictError, NotFoundError, TransientError
-from nomad_watchdog.schedulers.kubernetes import _names as names
-from nomad_watchdog.schedulers.kubernetes._objects import expecting
+from nomad_watchdog.schedulers.kubernetes import names
+from nomad_watchdog.schedulers.kubernetes.objects import expecting
 
 _TRIES: Final = 4
 

@@ -1,0 +1,132 @@
+"""Checks of Kubernetes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Final
+
+from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.factory import kubernetes_settings
+from nomad_watchdog.errors import DeniedError, NotFoundError, UserError
+from nomad_watchdog.schedulers.kubernetes import names, objects
+from nomad_watchdog.schedulers.kubernetes.namespaces import known_namespaces
+
+KUBERNETES_MINIMUM: Final = (1, 34)
+_ALL: Final = ("get", "list", "watch", "create", "patch", "delete")
+KUBERNETES_RIGHTS: Final = (
+    ("apps", "deployments", _ALL),
+    ("apps", "statefulsets", _ALL),
+    ("", "pods", _ALL),
+    ("", "pods/log", ("get",)),
+    ("", "secrets", ("create", "patch", "delete")),
+)
+_RECORD_RIGHTS: Final = (("create", ""), ("get", names.RECORD), ("patch", names.RECORD))
+"""On the ConfigMap of the first namespace that remembers how many there are: verb and name."""
+
+
+async def _kubernetes(settings: Settings) -> list[Check]:
+    client = KubernetesClient(kubernetes_settings(settings))
+    try:
+        version = str((await client.get("/version")).get("gitVersion", "?"))
+        found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        good = found >= KUBERNETES_MINIMUM
+        mend = "" if good else "upgrade the control plane to 1.34 or later"
+        status = Status.OK if good else Status.WARN
+        checks = [
+            Check(
+                "kubernetes api", Status.OK, f"{client.settings.server}, {client.settings.source}"
+            ),
+            Check("kubernetes version", status, version, mend),
+        ]
+        first, spread = settings.kubernetes.namespace, settings.kubernetes.namespaces
+        try:
+            known = await known_namespaces(client, first, spread)
+        except DeniedError:
+            known = spread  # the rights in the first one, below, say which is missing
+        for number in range(known):
+            space = names.namespace_of(first, number)
+            checks += await _kubernetes_namespace(client, space, first=number == 0)
+        return checks + _kubernetes_images(settings)
+    finally:
+        await client.close()
+
+
+def _kubernetes_images(settings: Settings) -> list[Check]:
+    """Whether the SHA-256 of what runs is verified: the container runtime does it for an image with a digest."""
+    checks = []
+    for name, spec in settings.readable_specs()[0].items():
+        try:
+            image = objects.unverified_image(objects.build(settings.spec_on("kubernetes", spec)))
+        except UserError as error:
+            mend = f'fix agent_class "{name}"; until then its devices get no agent'
+            checks.append(Check(f"class {name}", Status.FAIL, str(error), mend))
+            continue
+        what = f"{image!a} has no digest, so that nothing verifies which agent runs"
+        mend = "set the variable image to NAME@sha256:..."
+        checks.append(
+            Check(f"image of class {name}", Status.WARN, what, mend)
+            if image
+            else Check(f"image of class {name}", Status.OK, "is verified by its digest")
+        )
+    return checks
+
+
+async def _kubernetes_namespace(
+    client: KubernetesClient, namespace: str, *, first: bool
+) -> list[Check]:
+    name = f"kubernetes namespace {namespace}"
+    try:
+        await client.get(f"/api/v1/namespaces/{namespace}")
+        there = Check(name, Status.OK, "is there")
+    except NotFoundError:
+        return [Check(name, Status.FAIL, "is not there", f"kubectl create namespace {namespace}")]
+    except DeniedError:
+        mend = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
+        there = Check(name, Status.WARN, "may not be looked at", mend)
+    return [there, await _kubernetes_rights(client, namespace, first=first)]
+
+
+async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first: bool) -> Check:
+    name = f"kubernetes rights in {namespace}"
+    asked = [
+        (verb, group, resource, "")
+        for group, resource, verbs in KUBERNETES_RIGHTS
+        for verb in verbs
+    ]
+    if first:
+        asked += [(verb, "", "configmaps", record) for verb, record in _RECORD_RIGHTS]
+    answers = await asyncio.gather(
+        *(
+            _kubernetes_allows(client, namespace, group, resource, verb, only)
+            for verb, group, resource, only in asked
+        )
+    )
+    missing = [
+        f"{verb} {resource}" + (f"/{only}" if only else "")
+        for (verb, _, resource, only), allowed in zip(asked, answers, strict=True)
+        if not allowed
+    ]
+    if not missing:
+        return Check(name, Status.OK, "all that is needed")
+    mend = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
+    return Check(name, Status.FAIL, f"lacks {', '.join(missing)}", mend)
+
+
+async def _kubernetes_allows(  # the parts of one question
+    client: KubernetesClient, namespace: str, group: str, resource: str, verb: str, only: str
+) -> bool:
+    kind, _, below = resource.partition("/")
+    asked = {"namespace": namespace, "group": group, "resource": kind, "verb": verb}
+    asked |= {"subresource": below} if below else {}
+    asked |= {"name": only} if only else {}
+    # every user may ask this of themselves, and it changes nothing
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": asked},
+    }
+    told = await client.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+    return bool((told.get("status") or {}).get("allowed"))

@@ -1,0 +1,57 @@
+"""Checks of this machine."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import Final
+
+from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.daemon.doctor.base import Check, Status
+
+WANTED_FILES: Final = 1024
+
+
+def _machine(settings: Settings) -> list[Check]:
+    checks = []
+    folders = {"state directory": settings.registry_path.parent}
+    if settings.backend == "local":
+        folders["agents directory"] = settings.local_directory
+    for name, folder in folders.items():
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        good = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        mend = "" if good else f"make {there} a directory that uid {os.getuid()} can write to"
+        checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), mend))
+    # The service raises its soft limit as far as the hard one allows.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(WANTED_FILES, 2 * settings.api.max_connections)
+    enough = most == resource.RLIM_INFINITY or most >= wanted
+    found = "unlimited" if most == resource.RLIM_INFINITY else str(most)
+    mend = (
+        "" if enough else f"ulimit -Hn {wanted} (systemd: LimitNOFILE=), twice api.max_connections"
+    )
+    checks.append(Check("open files", Status.OK if enough else Status.WARN, found, mend))
+    if any(p.kind == "icmp" for c in settings.agent_class.values() for p in (*c.probe, *c.confirm)):
+        checks.append(_ping())
+    return checks
+
+
+def _ping() -> Check:
+    try:
+        text = Path("/proc/sys/net/ipv4/ping_group_range").read_text(encoding="ascii")
+        low, high = (int(part) for part in text.split())
+    except (OSError, ValueError):
+        return Check("icmp", Status.WARN, "net.ipv4.ping_group_range is not readable")
+    groups = {os.getegid(), *os.getgroups()}
+    if os.geteuid() == 0:
+        return Check("icmp", Status.OK, "agents may ping: they run as root")
+    if any(low <= group <= high for group in groups):
+        return Check("icmp", Status.OK, f"agents may ping: ping_group_range {low} {high}")
+    mend = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
+    return Check(
+        "icmp",
+        Status.WARN,
+        f"agents may not ping: ping_group_range {low} {high} does not include their group",
+        mend,
+    )
