@@ -121,12 +121,12 @@ async def fleet_in_storm(world: World) -> None:
 
 
 @asynccontextmanager
-async def _full(folder: Path) -> AsyncIterator[None]:
-    """No byte is free in this file system."""
+async def _full(folder: Path) -> AsyncIterator[Callable[[], None]]:
+    """No byte is free in this file system. What is given takes what a server has freed meanwhile, too."""
     ballast = folder / "ballast"
 
     def fill() -> None:
-        with ballast.open("wb", buffering=0) as file:
+        with ballast.open("ab", buffering=0) as file:
             for size in (1 << 20, 4096, 1):
                 with suppress(OSError):
                     while True:
@@ -134,7 +134,7 @@ async def _full(folder: Path) -> AsyncIterator[None]:
 
     await asyncio.to_thread(fill)
     try:
-        yield
+        yield fill
     finally:
         ballast.unlink()
 
@@ -143,12 +143,13 @@ async def _with_full_disk(world: World, folder: Path, mend: Callable[[], Awaitab
     names = await watched(world, 4)
     before = world.pids()
     async with asyncio.TaskGroup() as group:
-        async with _full(folder):
+        async with _full(folder) as fill:
             group.create_task(world.wishes(*world.names(3, "new")))
             group.create_task(world.wish(names[0], present=False))
             # logs and stores of the server grow by it, so that it notices
             for _ in range(15):
                 await asyncio.sleep(1.0)
+                await asyncio.to_thread(fill)
                 stats = os.statvfs(folder)
                 if stats.f_bavail * stats.f_frsize > 1 << 20:
                     raise BrokenRowError("the disk was not full")

@@ -82,7 +82,7 @@ class LocalScheduler:
         agents forked by one parent, so that they share memory."""
         home = Path(directory).absolute()
         self._parents = Parents(python=python, directory=home, fork=fork)
-        self._settings = steps.LocalSettings(
+        self._settings = steps.PlacementSettings(
             home,
             python,
             token_file,

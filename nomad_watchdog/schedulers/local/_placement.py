@@ -45,7 +45,7 @@ _SITES = {"site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True, slots=True)
-class LocalSettings:
+class PlacementSettings:
     """Where and how agents run. Seconds are float."""
 
     directory: Path
@@ -64,7 +64,7 @@ def _now() -> float:
     return float(SystemClock().wall())
 
 
-def _ours(settings: LocalSettings) -> list[str]:
+def _ours(settings: PlacementSettings) -> list[str]:
     """Without the working folder, whose files are not ours (-P)."""
     return [settings.python, "-P", "-m", "watchdog_agent"]
 
@@ -74,7 +74,7 @@ def _isolated(argv: list[str]) -> list[str]:
     return [argv[0], "-P", *argv[1:]] if argv[1:] == ["-m", "watchdog_agent"] else argv
 
 
-def argv_of(settings: LocalSettings, spec: AgentSpec) -> list[str]:
+def argv_of(settings: PlacementSettings, spec: AgentSpec) -> list[str]:
     """The agent's command line: ours, or the operator's variable `command` (a JSON list of texts)."""
     return command_of(spec) or _ours(settings)
 
@@ -112,7 +112,7 @@ def config_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> str:
     return json.dumps(agent_document.document(record, epoch, part))
 
 
-def ensure(settings: LocalSettings, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> Entry:
+def ensure(settings: PlacementSettings, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> Entry:
     """Make the placement exist. ConflictError: a later epoch is there, or an earlier one still runs."""
     argv = argv_of(settings, spec)
     config = config_of(record, epoch, spec)
@@ -146,7 +146,7 @@ def ensure(settings: LocalSettings, record: DeviceRecord, epoch: Epoch, spec: Ag
         raise translated(error, f"cannot place {record.slug} in {settings.directory}") from error
 
 
-def retire(settings: LocalSettings, slug: Slug, epoch: Epoch, grace_s: float) -> Entry | None:
+def retire(settings: PlacementSettings, slug: Slug, epoch: Epoch, grace_s: float) -> Entry | None:
     """Say the stop on disk first, then to the process. None = it is gone already."""
     home = settings.home(slug)
     try:
@@ -173,7 +173,7 @@ def retire(settings: LocalSettings, slug: Slug, epoch: Epoch, grace_s: float) ->
         raise translated(error, f"cannot stop {slug}") from error
 
 
-def step(settings: LocalSettings, slug: Slug) -> Entry | None:
+def step(settings: PlacementSettings, slug: Slug) -> Entry | None:
     """Bring one placement forward as far as it goes now; how it stands then."""
     home = settings.home(slug)
     if not home.is_dir():
@@ -186,7 +186,7 @@ def step(settings: LocalSettings, slug: Slug) -> Entry | None:
         return _stepped(settings, home, _located(home, entry))
 
 
-def sweep(settings: LocalSettings, slug: Slug, epoch: Epoch) -> bool:
+def sweep(settings: PlacementSettings, slug: Slug, epoch: Epoch) -> bool:
     """Remove the files of a dead placement; never while a process holds its lock."""
     home = settings.home(slug)
     if not home.is_dir():
@@ -251,7 +251,7 @@ def _located(home: Path, entry: Entry) -> Entry:
     return entry
 
 
-def _stepped(settings: LocalSettings, home: Path, entry: Entry) -> Entry:
+def _stepped(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
     alive = process.is_same(entry.pid, entry.pid_start)
     if entry.state == PlacementState.STOPPING:
         if alive:
@@ -266,7 +266,7 @@ def _stepped(settings: LocalSettings, home: Path, entry: Entry) -> Entry:
     return entry
 
 
-def _dead(settings: LocalSettings, home: Path, entry: Entry, reason: str) -> Entry:
+def _dead(settings: PlacementSettings, home: Path, entry: Entry, reason: str) -> Entry:
     done = replace(entry, state=PlacementState.DEAD, pid=0, pid_start=0, reason=reason)
     write_entry(home, done)
     if entry.pid:
@@ -274,7 +274,7 @@ def _dead(settings: LocalSettings, home: Path, entry: Entry, reason: str) -> Ent
     return done
 
 
-def _ended(settings: LocalSettings, home: Path, entry: Entry) -> Entry:
+def _ended(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
     """Exit 0 was retirement by the API: dead for good. Anything else is started again, later."""
     code = settings.parents.exit_code(entry.pid)
     foreign = code is None and not settings.parents.are(entry.parent)
@@ -297,7 +297,7 @@ def _ended(settings: LocalSettings, home: Path, entry: Entry) -> Entry:
     return _later(settings, home, entry, said)
 
 
-def _later(settings: LocalSettings, home: Path, entry: Entry, said: str) -> Entry:
+def _later(settings: PlacementSettings, home: Path, entry: Entry, said: str) -> Entry:
     fast = entry.fast_crashes + 1
     if _now() - entry.started_at >= settings.stable_after_s:
         fast = 1
@@ -318,7 +318,7 @@ def _later(settings: LocalSettings, home: Path, entry: Entry, said: str) -> Entr
     return done
 
 
-def _started(settings: LocalSettings, home: Path, entry: Entry) -> Entry:
+def _started(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
         "LANG": "C.UTF-8",
@@ -359,6 +359,6 @@ def _started(settings: LocalSettings, home: Path, entry: Entry) -> Entry:
     return done
 
 
-def slugs(settings: LocalSettings) -> list[Slug]:
+def slugs(settings: PlacementSettings) -> list[Slug]:
     """Every device that has files here."""
     return [Slug(one.name) for one in os.scandir(settings.directory) if is_slug(one.name)]
