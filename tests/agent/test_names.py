@@ -370,21 +370,21 @@ async def test_an_agent_reaches_servers_at_the_second_address(
 CONTROL = """
 import asyncio, sys
 import aiohttp
-from nomad_watchdog.clients.consul import ConsulClient, ConsulSettings
-from nomad_watchdog.clients.nomad import NomadClient, NomadSettings
-from nomad_watchdog.cli._api_client import Api
+from nomad_watchdog.clients.consul import ConsulClient, ConsulAccess
+from nomad_watchdog.clients.nomad import NomadClient, NomadAccess
+from nomad_watchdog.cli._api_client import ApiClient
 async def main(base):
-    consul = ConsulClient(ConsulSettings(address=base))
+    consul = ConsulClient(ConsulAccess(address=base))
     print(await consul.kv_get("a"))
     await consul.close()
-    nomad = NomadClient(NomadSettings(address=base))
+    nomad = NomadClient(NomadAccess(address=base))
     print(await nomad.job("a"))
     await nomad.close()
     async with aiohttp.ClientSession() as session, session.get(base) as answer:
         print(answer.status)
 for base in sys.argv[1:]:
     asyncio.run(main(base))
-    print(Api(base, None, tls=lambda: None).get("/v1/status"))
+    print(ApiClient(base, None, tls=lambda: None).get("/v1/status"))
 """
 
 

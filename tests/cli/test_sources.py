@@ -241,7 +241,7 @@ def test_a_crash_of_a_command_shows_no_secret(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(f"header was Bearer {token}")
 
-    monkeypatch.setattr("nomad_watchdog.cli._api_client.Api.get", broken)
+    monkeypatch.setattr("nomad_watchdog.cli._api_client.ApiClient.get", broken)
     assert _code(["status"]) == 70
     said = capsys.readouterr().err
     assert token not in said

@@ -40,8 +40,8 @@ SCREEN = [
         r"and logged it"
     ),
     (
-        r"a device stops responding: offline, two probes agree: http:\d+: connection refused, "
-        r"\d times; tcp:\d+: connection refused"
+        r"a device stops responding: offline, two probes agree: http:\d+: connection refused; "
+        r"tcp:\d+: connection refused"
     ),
     r"a device reboots: detected; the same agent watches it again",
     r"a new device is registered: watched after \d+\.\d s",

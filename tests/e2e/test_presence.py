@@ -189,7 +189,7 @@ async def test_an_inventory_is_followed_and_a_bad_file_changes_nothing(
         await eventually(lambda: _says(inventory, "conflicts"), 60.0)
         assert (await inventory())["conflicting"] == ["mine"]
         code, _, err = await program("devices", "rm", "a")
-        assert (code, "inventory:" in err) == (75, True)
+        assert (code, "inventory:" in err) == (64, True)
 
         write("a", "b", "mine")
         await eventually(lambda: not pids(directory, "c"), 60.0)

@@ -339,7 +339,7 @@ PARSERS = [
     plain("Kubernetes' status", lambda text: _kubernetes_errors.translate(429, text.encode("utf-8", "replace"), "x", text), numbers | with_token({"code": 1, "reason": "r", "details": {"retryAfterSeconds": 1}})),
     plain("quantity", _kubernetes_objects.number, numbers.map("{}Mi".format), ValueError),
     plain("Prometheus' answer", lambda text: metric_reader._sample(parsing.loads(text)), with_token(PROMETHEUS), ValueError),
-    plain("Consul's refusal", lambda text: consul._txn_refusal("x", text), with_token({"Errors": [{"OpIndex": 0, "What": "x"}]})),
+    plain("Consul's refusal", lambda text: consul._txn_refusal("x", text, ""), with_token({"Errors": [{"OpIndex": 0, "What": "x"}]})),
     plain("credential plugin", lambda text: _kubernetes_credentials._parse(text.encode("utf-8", "replace"), "p"), with_token(PLUGIN), UserError),
     plain("roll-out", lambda text: rollout._decoded(text.encode("utf-8", "replace")), with_token({"v": 1, "good": None})),
     plain("event's data", lambda text: event_sql._event((1, 1.0, "k", "d", "s", "t", text, "o", "i", 1)), with_token({"a": 1})),
