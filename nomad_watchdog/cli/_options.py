@@ -33,7 +33,7 @@ def output_option(*formats: str) -> Callable[[F], F]:
         type=click.Choice(formats or ("table", "json", "wide")),
         default=(formats or ("table",))[0],
         show_default=True,
-        help="Form of what is printed.",
+        help="Output format.",
     )
 
 

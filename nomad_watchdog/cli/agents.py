@@ -27,7 +27,7 @@ PROBE_S = 60.0
 
 @click.group()
 def agents() -> None:
-    """List agents, read their logs, have one probe now."""
+    """List agents, print their logs, run their probes now."""
 
 
 @agents.command("ls")
@@ -57,7 +57,7 @@ def list_agents(ctx: click.Context, output: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def logs(ctx: click.Context, device: str, lines: int, output: str) -> None:
-    """Print the last lines that the agent of a device has logged.
+    """Print the last log lines of a device's agent.
 
     With the local backend they are read from its file, so this must run where the agents do; with Nomad they
     are asked for from Nomad, which has them if the job's template collects logs; with Kubernetes from the API
@@ -106,7 +106,7 @@ def _check_registered(ctx: click.Context, device: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def exec_probe(ctx: click.Context, device: str, output: str) -> None:
-    """Have the agent of a device run all its probes now, and show each result.
+    """Run all probes of a device's agent now, and show each result.
 
     The agent is asked directly, so its address must be reachable from here. What it finds is shown and
     changes no verdict. Exits 69 if a probe fails or could not be asked."""

@@ -20,7 +20,7 @@ def config() -> None:
 @click.argument("file", required=False)
 @click.pass_context
 def check(ctx: click.Context, file: str | None) -> None:
-    """Check FILE, or the one that would be used, and the files that it names.
+    """Check FILE, or the configuration in use, and the files that it names.
 
     Reports all errors at once (exit 64)."""
     from nomad_watchdog.config.load import find_file
@@ -34,7 +34,7 @@ def check(ctx: click.Context, file: str | None) -> None:
 @output_option("table", "json")
 @click.pass_context
 def show(ctx: click.Context, output: str) -> None:
-    """Show every setting as it is in force; seconds and bytes are plain numbers. Holds no secret."""
+    """Show all effective settings; durations in seconds, sizes in bytes. Contains no secrets."""
     values = settings_of(ctx).model_dump(mode="json")
     if output == "json":
         print_json(values)

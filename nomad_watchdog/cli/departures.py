@@ -20,15 +20,14 @@ DEPARTURES: Final = Kind(
 
 @click.group()
 def departures() -> None:
-    """Show or confirm the devices that are held from leaving because they are too many (S7)."""
+    """List or approve departures that are on hold because too many devices would leave at once."""
 
 
 @departures.command("ls")
 @output_option("table", "json")
 @click.pass_context
 def list_departures(ctx: click.Context, output: str) -> None:
-    """List the devices that are held, why, and the id that confirms them; with several replicas, an id
-    each."""
+    """List the departures on hold, and the ID that approves them; each replica has its own ID."""
     DEPARTURES.show(api_of(ctx), output, no_color=no_color(ctx))
 
 
@@ -36,7 +35,7 @@ def list_departures(ctx: click.Context, output: str) -> None:
 @click.argument("held_id", metavar="ID")
 @click.pass_context
 def confirm(ctx: click.Context, held_id: str) -> None:
-    """Let those leave that ID names, as `departures ls` and `status` show it.
+    """Approve the held departures with this ID, as `departures ls` and `status` show it.
 
-    Exits 75 when others are held by now."""
+    Exits 75 if other departures are on hold by now."""
     DEPARTURES.confirm(api_of(ctx), held_id)

@@ -34,13 +34,13 @@ def devices() -> None:
 
 @devices.command()
 @click.argument("device_id", metavar="ID")
-@click.option("--address", required=True, help="Host name or IP address that is probed.")
+@click.option("--address", required=True, help="Host name or IP address to probe.")
 @click.option("--class", "agent_class", help='Agent class [default: "default"].')
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option(
     "--ttl",
     metavar="DURATION",
-    help='It leaves when it gives no sign of life for so long ("90s"); 0s = never.',
+    help='Expires if no heartbeat arrives within this time ("90s"); 0s = never.',
 )
 @output_option("table", "json")
 @click.pass_context
@@ -72,8 +72,8 @@ def add(  # click hands over one argument an option
 @click.option("--class", "agent_class", help="Only this agent class.")
 @click.option("--verdict", help="Only this verdict.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
-@click.option("-q", "--query", help="Only ids that hold this text.")
-@click.option("--limit", type=click.IntRange(1, 2**31), help="At most so many.")
+@click.option("-q", "--query", help="Only IDs containing this text.")
+@click.option("--limit", type=click.IntRange(1, 2**31), help="Maximum number of rows.")
 @output_option()
 @click.pass_context
 def list_devices(  # click hands over one argument an option
@@ -163,7 +163,7 @@ def import_devices(ctx: click.Context, file: TextIO) -> None:
 @devices.command("export")
 @click.pass_context
 def export(ctx: click.Context) -> None:
-    """Print the devices that are present, one JSON object a line, for `devices import`."""
+    """Print the registered devices as JSON lines, for `devices import`."""
     for item in api_of(ctx).devices():
         if item.get("presence", "present") == "present":
             wanted = {key: item.get(key) for key in ("id", "class", "address", "labels")}

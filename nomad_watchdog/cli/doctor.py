@@ -19,7 +19,7 @@ EXIT_UNAVAILABLE = 69
 @output_option("table", "json")
 @click.pass_context
 def doctor(ctx: click.Context, output: str) -> None:
-    """Check the environment and say what to mend. Exits 69 if a check fails."""
+    """Check the environment and suggest fixes. Exits 69 if a check fails."""
     from nomad_watchdog.config.load import find_file
     from nomad_watchdog.daemon.doctor.base import Check, Status
     from nomad_watchdog.daemon.doctor.checks import examine

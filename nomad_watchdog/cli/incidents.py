@@ -10,11 +10,11 @@ from nomad_watchdog.units import age
 
 
 @click.command()
-@click.option("--open", "only_open", is_flag=True, help="Only those that are not over.")
+@click.option("--open", "only_open", is_flag=True, help="Only open incidents.")
 @output_option("table", "json", "wide")
 @click.pass_context
 def incidents(ctx: click.Context, only_open: bool, output: str) -> None:
-    """Show the open incidents, then the last that are over."""
+    """List open incidents, then the last closed ones."""
     answer = api_of(ctx).get("/v1/incidents", open="true" if only_open else None)
     if output == "json":
         print_json(answer)

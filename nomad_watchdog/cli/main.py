@@ -23,28 +23,28 @@ EXIT_INTERNAL: Final = 70
 EXIT_INTERRUPTED: Final = 130
 
 VERBS: Final[dict[str, tuple[str, str]]] = {
-    "run": ("run:run", "Run the control plane until it is told to stop."),
+    "run": ("run:run", "Run the control plane."),
     "init": ("run:init", "Prepare a new, empty registry."),
     "devices": ("devices:devices", "Add, list and remove devices."),
-    "agents": ("agents:agents", "List agents, read their logs, have one probe now."),
-    "status": ("status:status", "Show the fleet in one screen."),
-    "explain": ("status:explain", "Say why a device is in its state."),
-    "leader": ("status:leader", "Show which replica reconciles what, and since when."),
-    "plan": ("plan:plan", "Show what would be started, replaced and stopped."),
-    "apply": ("plan:apply", "Carry out a plan, roll-outs included."),
-    "stops": ("stops:stops", "Show or confirm the stops that are held."),
-    "departures": ("departures:departures", "Show or confirm devices held from leaving."),
+    "agents": ("agents:agents", "List agents, print their logs, run their probes now."),
+    "status": ("status:status", "Show the state of the fleet."),
+    "explain": ("status:explain", "Explain the state of a device."),
+    "leader": ("status:leader", "Show which replica holds each shard."),
+    "plan": ("plan:plan", "Show pending starts, replacements and stops."),
+    "apply": ("plan:apply", "Apply the pending changes, including roll-outs."),
+    "stops": ("stops:stops", "List or approve stops that are on hold."),
+    "departures": ("departures:departures", "List or approve departures that are on hold."),
     "migrate": ("migrate:migrate", "Move agents to another scheduler."),
-    "pools": ("pools:pools", "List, scale and remove pools of workers."),
-    "pause": ("pauses:pause", "Do nothing for devices, for a while."),
+    "pools": ("pools:pools", "List, scale and remove worker pools."),
+    "pause": ("pauses:pause", "Pause all actions for devices."),
     "resume": ("pauses:resume", "End a pause."),
-    "maintenance": ("pauses:maintenance", "Plan windows in which nothing is done."),
-    "events": ("status:events", "Print events, and follow them with -f."),
-    "incidents": ("incidents:incidents", "Show what many devices have in common."),
+    "maintenance": ("pauses:maintenance", "Manage maintenance windows."),
+    "events": ("status:events", "Print events; -f follows them."),
+    "incidents": ("incidents:incidents", "List incidents: problems that many devices share."),
     "registry": ("registry:registry", "Back up and restore the registry."),
-    "doctor": ("doctor:doctor", "Check the environment and say what to mend."),
+    "doctor": ("doctor:doctor", "Check the environment and suggest fixes."),
     "config": ("config:config", "Check or show the configuration."),
-    "demo": ("run:demo", "Run a demo on this machine with simulated devices."),
+    "demo": ("run:demo", "Run a demo with simulated devices."),
     "completion": ("completion:completion", "Print the completion script of a shell."),
     "version": ("completion:version", "Print the version."),
 }
@@ -82,11 +82,11 @@ class LazyGroup(click.Group):
 @click.option(
     "--config", metavar="FILE", help="Configuration [default: ./nomad-watchdog.hcl if any]."
 )
-@click.option("--backend", metavar="NAME", help="Scheduler backend, over the configuration's.")
+@click.option("--backend", metavar="NAME", help="Scheduler backend; overrides the configuration.")
 @click.option(
     "--address", metavar="URL", envvar="NOMAD_WATCHDOG_ADDR", help="Address of the running API."
 )
-@click.option("--no-color", is_flag=True, help="No colours.")
+@click.option("--no-color", is_flag=True, help="Disable colours.")
 @click.pass_context
 def cli(
     ctx: click.Context, config: str | None, backend: str | None, address: str | None, no_color: bool

@@ -18,9 +18,11 @@ POLL_S: Final = 1.0
 
 
 @click.group(invoke_without_command=True)
-@click.option("--from", "source", metavar="BACKEND", help="Where the agents are.")
-@click.option("--to", "goal", metavar="BACKEND", help="Where they should be.")
-@click.option("--device", "devices", metavar="ID", multiple=True, help="Only this one; repeatable.")
+@click.option("--from", "source", metavar="BACKEND", help="Backend that runs the agents now.")
+@click.option("--to", "goal", metavar="BACKEND", help="Backend to move them to.")
+@click.option(
+    "--device", "devices", metavar="ID", multiple=True, help="Only this device; may be repeated."
+)
 @click.option("--class", "agent_class", help="Only devices of this agent class.")
 @click.option(
     "--selector",
@@ -29,15 +31,17 @@ POLL_S: Final = 1.0
     metavar="KEY=VALUE",
     help="Only devices with this label; may be repeated, all must match.",
 )
-@click.option("--shard", "shards", type=int, multiple=True, help="Only this shard; repeatable.")
+@click.option(
+    "--shard", "shards", type=int, multiple=True, help="Only this shard; may be repeated."
+)
 @click.option(
     "--at-once",
     type=click.IntRange(min=1),
-    help="So many may be on their way [default: as in a roll-out].",
+    help="Maximum number of moves in progress [default: as in a roll-out].",
 )
-@click.option("--dry-run", is_flag=True, help="Look at both, and say what would move.")
+@click.option("--dry-run", is_flag=True, help="Show what would move, and change nothing.")
 @click.option(
-    "--wait", is_flag=True, help="Return when all is moved; Ctrl-C stops the waiting only."
+    "--wait", is_flag=True, help="Wait until all agents have moved; Ctrl-C ends only the wait."
 )
 @output_option("table", "json")
 @click.pass_context
@@ -87,11 +91,11 @@ def _refuse_options(ctx: click.Context) -> None:
 
 
 @migrate.command("status")
-@click.option("--wait", is_flag=True, help="Return when all is moved.")
+@click.option("--wait", is_flag=True, help="Wait until all agents have moved.")
 @output_option("table", "json")
 @click.pass_context
 def show(ctx: click.Context, wait: bool, output: str) -> None:
-    """Show what was moved, and how far it has come."""
+    """Show the progress of the migration."""
     if wait:
         _wait(ctx)
     answer = api_of(ctx).get("/v1/migration")
@@ -114,7 +118,7 @@ def show(ctx: click.Context, wait: bool, output: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def pause(ctx: click.Context, output: str) -> None:
-    """Move no further device; those on their way arrive, and everything else goes on."""
+    """Stop starting new moves; moves in progress finish."""
     _say(ctx, "pause", output)
 
 
@@ -122,7 +126,7 @@ def pause(ctx: click.Context, output: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def resume(ctx: click.Context, output: str) -> None:
-    """Go on where a pause began."""
+    """Resume a paused migration."""
     _say(ctx, "resume", output)
 
 
@@ -130,7 +134,7 @@ def resume(ctx: click.Context, output: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def undo(ctx: click.Context, output: str) -> None:
-    """Move back what has been moved, in the same windows; of a migration that is over, too."""
+    """Move the agents back, within the same limits; also after the migration has ended."""
     _say(ctx, "undo", output)
 
 

@@ -63,13 +63,13 @@ def _with_an_end(command: Command) -> Command:
 
     return _with(
         inner,
-        click.option("--for", "lasts", metavar="DURATION", help='How long, as "2h" or "30m".'),
+        click.option("--for", "lasts", metavar="DURATION", help='Duration, such as "2h" or "30m".'),
         click.option(
             "--until",
             metavar="TIME",
-            help="When it ends: 2026-01-31T22:00, with a zone or in this machine's.",
+            help="End time: 2026-01-31T22:00, in the given or the local time zone.",
         ),
-        click.option("--reason", default="", help="Why; shown by explain."),
+        click.option("--reason", default="", help="Reason; shown by `explain`."),
     )
 
 
@@ -97,7 +97,7 @@ def _time(text: str | None, option: str) -> str | None:
 @output_option("table", "json")
 @click.pass_context
 def pause(ctx: click.Context, target: dict[str, Any], how: dict[str, Any], output: str) -> None:
-    """Do nothing for devices until `resume`, or for a while: no start, no stop, no replacement.
+    """Pause all actions for devices, until `resume` or for a time: no start, stop or replacement.
 
     All that is named must match. The same again moves the end."""
     _print_made(api_of(ctx).post("/v1/pauses", target | how), output)
@@ -107,20 +107,20 @@ def pause(ctx: click.Context, target: dict[str, Any], how: dict[str, Any], outpu
 @_of_devices
 @click.pass_context
 def resume(ctx: click.Context, target: dict[str, Any]) -> None:
-    """End the pause of exactly these devices, class or selector; devices may leave a list one by one."""
+    """End the pause of exactly these devices, class or selector; devices of a list can be resumed one by one."""
     api_of(ctx).post("/v1/pauses:resume", target)
     click.echo("resumed")
 
 
 @click.group()
 def maintenance() -> None:
-    """Plan windows in which nothing is done for devices."""
+    """Manage maintenance windows: times in which no action is taken for devices."""
 
 
 @maintenance.command()
 @_of_devices
 @_with_an_end
-@click.option("--from", "begins", metavar="TIME", help="When it begins; now without it.")
+@click.option("--from", "begins", metavar="TIME", help="Start time [default: now].")
 @output_option("table", "json")
 @click.pass_context
 def add(
@@ -140,7 +140,7 @@ def add(
 @output_option("table", "json")
 @click.pass_context
 def list_windows(ctx: click.Context, output: str) -> None:
-    """List windows and pauses that are not over."""
+    """List current and future windows and pauses."""
     answer = api_of(ctx).get("/v1/pauses")
     if output == "json":
         print_json(answer)
@@ -167,7 +167,7 @@ def list_windows(ctx: click.Context, output: str) -> None:
 @click.argument("pause_id", metavar="ID")
 @click.pass_context
 def rm(ctx: click.Context, pause_id: str) -> None:
-    """End a window or pause by its id."""
+    """End a window or pause by its ID."""
     api_of(ctx).delete(f"/v1/pauses/{quoted(pause_id)}")
     click.echo(f"{clean(pause_id)}: removed")
 

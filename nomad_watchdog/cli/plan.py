@@ -26,7 +26,7 @@ MAX_NAMED: Final = 5
 @output_option("table", "json")
 @click.pass_context
 def plan(ctx: click.Context, detailed_exitcode: bool, output: str) -> None:
-    """Show what would be started, replaced and stopped with this configuration, and why. Changes nothing.
+    """Show which agents this configuration would start, replace and stop, and why. Changes nothing.
 
     A changed class is a roll-out: all its devices are counted, with the change in words. `plan -o json >
     FILE` and `apply FILE` carries it out, or refuses if the registry has moved.
@@ -39,12 +39,12 @@ def plan(ctx: click.Context, detailed_exitcode: bool, output: str) -> None:
 
 @click.command()
 @click.argument("plan_file", required=False, type=click.Path(dir_okay=False))
-@click.option("--auto-approve", is_flag=True, help="Do not ask.")
+@click.option("--auto-approve", is_flag=True, help="Skip the interactive approval.")
 @click.option(
     "--allow-stops",
     type=click.IntRange(1),
     metavar="COUNT",
-    help="Also do the stops that the mass-change breaker holds; COUNT must be their number.",
+    help="Also approve the stops that the mass-change breaker holds; COUNT must be their number.",
 )
 @output_option("table", "json")
 @click.pass_context

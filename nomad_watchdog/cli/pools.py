@@ -13,14 +13,14 @@ from nomad_watchdog.terminal import clean, print_json, print_table
 
 @click.group()
 def pools() -> None:
-    """List pools of workers, scale one by hand, stop one that is no longer configured."""
+    """List worker pools, scale one manually, stop one that is no longer configured."""
 
 
 @pools.command("ls")
 @output_option("table", "json")
 @click.pass_context
 def list_pools(ctx: click.Context, output: str) -> None:
-    """List the pools with their workers, their metric, and why they have so many."""
+    """List pools with their workers, their metric, and the reason for the count."""
     items = _pools(api_of(ctx))[1]["items"]
     if output == "json":
         print_json({"items": items})
@@ -34,7 +34,7 @@ def list_pools(ctx: click.Context, output: str) -> None:
 @click.argument("count", metavar="COUNT", type=click.IntRange(0))
 @click.pass_context
 def scale(ctx: click.Context, pool: str, count: int) -> None:
-    """Have COUNT workers in POOL, within its bounds.
+    """Scale POOL to COUNT workers, within its bounds.
 
     With the built-in scaler the metric has its say again after the cool-down."""
     _keeper(api_of(ctx)).post(f"/v1/pools/{quoted(pool)}/scale", {"count": count})
@@ -45,7 +45,7 @@ def scale(ctx: click.Context, pool: str, count: int) -> None:
 @click.argument("pool", metavar="POOL")
 @click.pass_context
 def rm(ctx: click.Context, pool: str) -> None:
-    """Stop a pool whose block is no longer in the configuration."""
+    """Stop a pool that is no longer configured."""
     _keeper(api_of(ctx)).delete(f"/v1/pools/{quoted(pool)}")
     click.echo(f"{clean(pool)}: removed")
 

@@ -19,18 +19,18 @@ def registry() -> None:
 @registry.command("export")
 @click.pass_context
 def export(ctx: click.Context) -> None:
-    """Print the whole registry: every record with its epoch, those of devices that have left too."""
+    """Print the whole registry: every record with its epoch, including those of devices that have left."""
     for line in asyncio.run(one_shot.export_registry(settings_of(ctx))):
         click.echo(line)
 
 
 @registry.command("import")
 @click.argument("file", type=click.File("r", encoding="utf-8"))
-@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+@click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
 @output_option("table", "json")
 @click.pass_context
 def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> None:
-    """Bring a backup into the registry: FILE, or "-" for standard input. All of it is checked first.
+    """Restore a backup into the registry: FILE, or "-" for standard input. All of it is checked first.
 
     A newer wish stands, and no epoch goes back. A registry that is new takes the backup's installation,
     and so goes on with the agents that run."""

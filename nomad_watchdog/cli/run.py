@@ -14,9 +14,9 @@ from nomad_watchdog.daemon import one_shot
 @click.command()
 @click.pass_context
 def run(ctx: click.Context) -> None:
-    """Run the control plane until SIGTERM or SIGINT: API, planner, reconciler.
+    """Run the control plane until SIGTERM or SIGINT.
 
-    SIGHUP reads the configuration again, and applies what can be applied at run time."""
+    SIGHUP reloads the configuration and applies what can be applied at run time."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the service has its own handler
     from nomad_watchdog.daemon import serve
 
@@ -26,10 +26,10 @@ def run(ctx: click.Context) -> None:
 @click.command()
 @click.pass_context
 def init(ctx: click.Context) -> None:
-    """Prepare a new, empty registry. Doing it again changes nothing.
+    """Prepare a new, empty registry. Idempotent.
 
     Without it nothing is decided: an empty store is taken for a wiped or a wrong one, and an empty
-    registry would mean «stop every agent»."""
+    registry would stop every agent."""
     click.echo(asyncio.run(one_shot.initialise(settings_of(ctx))))
 
 

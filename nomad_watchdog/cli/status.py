@@ -23,7 +23,7 @@ from nomad_watchdog.units import age, utc
 @output_option("table", "json")
 @click.pass_context
 def status(ctx: click.Context, output: str) -> None:
-    """Show the fleet in one screen."""
+    """Show the state of the fleet."""
     answer = api_of(ctx).get("/v1/status")
     print_json(answer) if output == "json" else _print_tree(answer)
 
@@ -33,7 +33,7 @@ def status(ctx: click.Context, output: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def explain(ctx: click.Context, device_id: str, output: str) -> None:
-    """Say why a device is in its state: the verdict, what it was made from, the last decisions."""
+    """Explain the state of a device: its verdict, the evidence, the last decisions."""
     answer = api_of(ctx).get(device_path(device_id, "explain"))
     if output == "json":
         print_json(answer)
@@ -49,7 +49,7 @@ def explain(ctx: click.Context, device_id: str, output: str) -> None:
 @output_option("table", "json")
 @click.pass_context
 def leader(ctx: click.Context, output: str) -> None:
-    """Show which replica holds which shard and since when: with one shard, the leader."""
+    """Show which replica holds each shard, and since when."""
     answer = api_of(ctx).get("/v1/leases")
     if output == "json":
         print_json(answer)
@@ -89,14 +89,19 @@ def _held(lease: dict[str, Any], now: float) -> str:
 
 
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on until interrupted.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new events until interrupted.")
 @click.option(
-    "--since", default="0", metavar="N|AGE", help="After this number, or 90s, 1h, 2d ago."
+    "--since",
+    default="0",
+    metavar="N|AGE",
+    help="Only events after this number, or newer than 90s, 1h, 2d.",
 )
 @click.option("--device", metavar="ID", help="Only events about this device.")
-@click.option("--kind", metavar="START", help="Only kinds that begin so, such as verdict.")
+@click.option("--kind", metavar="START", help="Only kinds with this prefix, such as verdict.")
 @click.option("--verdict", metavar="STATE", help="Only changes to this verdict.")
-@click.option("--own", is_flag=True, help="Only what the replica that is asked saw itself.")
+@click.option(
+    "--own", is_flag=True, help="Only events that the replica at this address observed itself."
+)
 @output_option("table", "json")
 @click.pass_context
 def events(

@@ -20,14 +20,14 @@ STOPS: Final = Kind(
 
 @click.group()
 def stops() -> None:
-    """Show or confirm the stops that are held because they are too many at once (S7)."""
+    """List or approve stops that are on hold because too many agents would stop at once."""
 
 
 @stops.command("ls")
 @output_option("table", "json")
 @click.pass_context
 def list_stops(ctx: click.Context, output: str) -> None:
-    """List the stops that are held, and the id that confirms them; with several replicas, an id each."""
+    """List the stops on hold, and the ID that approves them; each replica has its own ID."""
     STOPS.show(api_of(ctx), output, no_color=no_color(ctx))
 
 
@@ -35,7 +35,7 @@ def list_stops(ctx: click.Context, output: str) -> None:
 @click.argument("held_id", metavar="ID")
 @click.pass_context
 def confirm(ctx: click.Context, held_id: str) -> None:
-    """Let the held stops go that ID names, as `stops ls` and `status` show it.
+    """Approve the held stops with this ID, as `stops ls` and `status` show it.
 
-    Exits 75 when others are held by now."""
+    Exits 75 if other stops are on hold by now."""
     STOPS.confirm(api_of(ctx), held_id)

@@ -112,7 +112,9 @@ def config_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> str:
     return json.dumps(agent_document.document(record, epoch, part))
 
 
-def ensure(settings: PlacementSettings, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> Entry:
+def ensure(
+    settings: PlacementSettings, record: DeviceRecord, epoch: Epoch, spec: AgentSpec
+) -> Entry:
     """Make the placement exist. ConflictError: a later epoch is there, or an earlier one still runs."""
     argv = argv_of(settings, spec)
     config = config_of(record, epoch, spec)
