@@ -112,38 +112,21 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`.
     `reach`: see `living.stranded`.
     """
-    starts: list[Action] = []
-    stops: list[Action] = []
-    replacements: list[Action] = []
-    at_once: list[Action] = []
-    present = 0
-    for slug, record in records.items():
-        found = placements.get(slug, ())
-        if record.presence is _PRESENT:
-            present += 1
-            if len(found) == 1:
-                only = found[0]
-                if (
-                    only.state is _RUNNING
-                    and only.epoch == record.epoch
-                    and only.spec_hash == spec_hashes.get(record.device.agent_class)
-                    and (homes is None or homes.at(only) == homes.goal(record))
-                    and slug not in reach.silent
-                ):
-                    continue
-        elif not found:
-            continue
-        if slug in resting:
-            continue
-        for action in decide(record, found, spec_hashes, homes, changes, stalled, reach):
-            if action.kind is ActionKind.START:
-                starts.append(action)
-            elif action.kind is ActionKind.RETIRE:
-                stops.append(action)
-            elif action.at_once:
-                at_once.append(action)
-            else:
-                replacements.append(action)
+    present, decided = _decided(
+        records,
+        placements,
+        spec_hashes,
+        resting=resting,
+        homes=homes,
+        changes=changes,
+        stalled=stalled,
+        reach=reach,
+    )
+    starts = [action for action in decided if action.kind is ActionKind.START]
+    stops = [action for action in decided if action.kind is ActionKind.RETIRE]
+    turns = [action for action in decided if action.kind is ActionKind.REPLACE]
+    at_once = [action for action in turns if action.at_once]
+    replacements = [action for action in turns if not action.at_once]
     stops.extend(_strays(records, placements, resting))
     admitted = rollout.admit(
         [action for action in replacements if not action.stalled],
@@ -172,6 +155,42 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
         waiting=tuple(a for a in (*at_once, *replacements) if a.slug not in begun),
         refused=tuple(refused),
     )
+
+
+def _decided(  # noqa: PLR0913  # as `plan`
+    records: Mapping[Slug, DeviceRecord],
+    placements: Placements,
+    spec_hashes: Mapping[str, str],
+    *,
+    resting: AbstractSet[Slug],
+    homes: BackendAssignment | None,
+    changes: Changes,
+    stalled: Stalled,
+    reach: Reachability,
+) -> tuple[int, list[Action]]:
+    """How many devices are present, and the next steps of each one that needs any."""
+    decided: list[Action] = []
+    present = 0
+    for slug, record in records.items():
+        found = placements.get(slug, ())
+        if record.presence is _PRESENT:
+            present += 1
+            if len(found) == 1:
+                only = found[0]
+                if (
+                    only.state is _RUNNING
+                    and only.epoch == record.epoch
+                    and only.spec_hash == spec_hashes.get(record.device.agent_class)
+                    and (homes is None or homes.at(only) == homes.goal(record))
+                    and slug not in reach.silent
+                ):
+                    continue
+        elif not found:
+            continue
+        if slug in resting:
+            continue
+        decided.extend(decide(record, found, spec_hashes, homes, changes, stalled, reach))
+    return present, decided
 
 
 def is_safe(start: Action, record: DeviceRecord, found: tuple[Placement, ...]) -> bool:
