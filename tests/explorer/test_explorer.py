@@ -6,7 +6,7 @@ import pytest
 
 from tests.explorer.__main__ import DEEP, QUICK, Guard, Scope, explore, main
 
-pytestmark = pytest.mark.usefixtures("yielding")
+pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 FOUND = {
     Guard.INSTANCE: ("S1", Scope(devices=1, wishes=1, faults=1)),
     Guard.CAS: ("S2", Scope(wishes=1, faults=0)),

@@ -21,7 +21,7 @@ from tests.migration.two_sites import TwoSites, run_seed
 from tests.simulation.simulator import BEAT_S
 from tests.simulation.virtual_time import VirtualLoop
 
-pytestmark = pytest.mark.usefixtures("yielding")
+pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 SEEDS = 120
 CHUNK = 20
 OFTEN = 40

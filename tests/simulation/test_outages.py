@@ -12,7 +12,7 @@ from nomad_watchdog.model import Verdict, VerdictState
 from tests.simulation.outages import run_seed
 from tests.simulation.planted import assert_found
 
-pytestmark = pytest.mark.usefixtures("yielding")
+pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 SEEDS = 24
 
 

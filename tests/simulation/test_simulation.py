@@ -19,7 +19,7 @@ from tests.simulation.planted import assert_found
 from tests.simulation.simulator import check_seeds, main, run_seed
 from tests.simulation.virtual_time import StuckError, VirtualLoop
 
-pytestmark = pytest.mark.usefixtures("yielding")
+pytestmark = [pytest.mark.usefixtures("yielding"), pytest.mark.timeout(900)]
 SEEDS = 300
 CHUNK = 25
 OFTEN = 75
