@@ -455,6 +455,29 @@ async def test_the_page_begins_with_what_is_worst(authenticator: Authenticator) 
     ]  # fmt: skip
 
 
+async def test_a_degraded_device_is_shown_everywhere(authenticator: Authenticator) -> None:
+    """A device whose service is dead while its host answers: on the page, in the list of its verdict, in the counts
+    of the status, and in explain."""
+    await authenticator.ask("PUT", "/v1/devices/web", json=WISH)
+    record = authenticator.fleet.records[slug_of(DeviceId("web"))]
+    ill = Condition(ConditionState.DEGRADED, WallTime(0.0), "http:80: no answer; but icmp answers")
+    (stored,) = await authenticator.fleet.commit([replace(record, condition=ill)])
+    assert stored is not None
+    authenticator.fleet.learn([stored])
+    authenticator.fleet.refresh_all()
+    async with authenticator.client.get(authenticator.base + "/") as response:
+        text = await response.text()
+    assert re.findall(r"<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi>", text) == [
+        ("web", "degraded")
+    ]
+    _, listed = await authenticator.ask("GET", "/v1/devices?verdict=degraded")
+    assert [(one["id"], one["verdict"]) for one in listed["items"]] == [("web", "degraded")]
+    _, status = await authenticator.ask("GET", "/v1/status")
+    assert status["verdicts"]["degraded"] == 1
+    _, explained = await authenticator.ask("GET", "/v1/devices/web/explain")
+    assert explained["verdict"] == "degraded"
+
+
 async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
     authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
