@@ -13,7 +13,10 @@ async def forward(reader: Reader, writer: Writer, host: str, port: int) -> None:
     """Both ways until both sides have ended; closed at once when nobody is there."""
     try:
         there = await asyncio.open_connection(host, port)
-        await asyncio.gather(_pipe(reader, there[1]), _pipe(there[0], writer))
+        try:
+            await asyncio.gather(_pipe(reader, there[1]), _pipe(there[0], writer))
+        finally:
+            there[1].close()  # a pipe that was cancelled before its first step closes nothing
     except OSError:
         pass
     finally:
