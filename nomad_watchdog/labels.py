@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from nomad_watchdog.errors import UserError
 
 
-def labels_of(pairs: Iterable[str]) -> dict[str, str]:
+def parse_labels(pairs: Iterable[str]) -> dict[str, str]:
     """KEY=VALUE texts as a mapping.
 
     Raises UserError for a text of another form, and for a key with two values: no device has both."""

@@ -1,4 +1,4 @@
-"""The agent of one device: probes, believes, tells; and stops when it is told to."""
+"""The agent of one device: probes it, judges what it finds, reports, and stops on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from watchdog_agent.probes import builtin
 from watchdog_agent.reporting import prometheus, reporter
 from watchdog_agent.runtime import http
 from watchdog_agent.runtime import state_file as state
-from watchdog_agent.runtime.log import _ships, log
+from watchdog_agent.runtime.log import log, shippers
 from watchdog_agent.runtime.loop import Loop, between
 from watchdog_agent.runtime.stdlib_light import deque, json, signal
 
@@ -99,7 +99,7 @@ class Agent:
             from watchdog_agent.reporting import loki
 
             self.shipper = loki.LokiShipper(self.loop, self.config)
-            _ships.append(self.shipper.put)
+            shippers.append(self.shipper.put)
         if "escalate" in self.config:
             from watchdog_agent.escalation import escalations
 

@@ -1,4 +1,4 @@
-"""The agent of one device: probes, believes, tells; and stops when it is told to."""
+"""How the process of an agent begins and ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from watchdog_agent.agent import Agent
 from watchdog_agent.config import document as configuration
 from watchdog_agent.runtime import http
 from watchdog_agent.runtime.log import log
-
-TYPE_CHECKING = False
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.fleet.fleet import DeviceView, Fleet
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.labels import labels_of
+from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.model import DeviceRecord, Presence, VerdictState
 
 MAX_ITEMS: Final = 1_000
@@ -84,7 +84,7 @@ class _Filter:
 
 def _filter(request: web.Request) -> _Filter:
     query = request.query
-    labels = labels_of(query.getall("label", []))
+    labels = parse_labels(query.getall("label", []))
     # A departed device is absent: without a presence the verdict alone picks.
     departed = query.get("verdict") == VerdictState.DEPARTED
     presence = query.get("presence", "absent" if departed else "present")

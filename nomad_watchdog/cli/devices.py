@@ -12,7 +12,7 @@ from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
-from nomad_watchdog.labels import labels_of
+from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
 from nomad_watchdog.units import age, span
 
@@ -58,7 +58,7 @@ def add(  # click hands over one argument an option
     Exits 64 if the agent class is not configured."""
     parse_device_id(device_id)
     address = device_address(address)
-    body: dict[str, Any] = {"address": address, "labels": labels_of(labels)}
+    body: dict[str, Any] = {"address": address, "labels": parse_labels(labels)}
     body |= {"class": agent_class} if agent_class is not None else {}
     body |= {"ttl": ttl} if ttl else {}
     answer = api_of(ctx).put(device_path(device_id), body)
@@ -86,7 +86,7 @@ def list_devices(  # click hands over one argument an option
     output: str,
 ) -> None:
     """List devices with their verdicts."""
-    labels_of(labels)
+    parse_labels(labels)
     found = api_of(ctx).devices(
         **{"class": agent_class, "verdict": verdict, "label": labels, "q": query}
     )

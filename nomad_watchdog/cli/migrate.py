@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
-from nomad_watchdog.labels import labels_of
+from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 POLL_S: Final = 1.0
@@ -59,7 +59,7 @@ def migrate(ctx: click.Context, /, source: str | None, goal: str | None, **how: 
         "from": source,
         "to": goal,
         "devices": list(how["devices"]),
-        "labels": labels_of(how["labels"]),
+        "labels": parse_labels(how["labels"]),
         "shards": list(how["shards"]),
         "dry_run": how["dry_run"],
         "by": caller(),

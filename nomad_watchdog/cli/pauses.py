@@ -12,7 +12,7 @@ import click
 from nomad_watchdog.cli._api_client import quoted
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.labels import labels_of
+from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 Command = Callable[..., Any]
@@ -31,7 +31,7 @@ def _of_devices(command: Command) -> Command:
     ) -> object:
         if not (device_ids or agent_class or labels):
             raise UserError("name devices, --class or --selector")
-        target: dict[str, Any] = {"devices": list(device_ids), "labels": labels_of(labels)}
+        target: dict[str, Any] = {"devices": list(device_ids), "labels": parse_labels(labels)}
         target |= {"class": agent_class} if agent_class else {}
         return command(*args, target=target, **rest)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-_ships: list[Callable[[str], None]] = []
+shippers: list[Callable[[str], None]] = []
 """Where log lines go besides stderr; one agent a process."""
 
 
@@ -25,7 +25,7 @@ def log(message: str, **facts: object) -> None:
     # RFC 3339, UTC, as in the control plane's log
     facts = {"ts": f"{stamp}.{int(now % 1 * 1000):03d}Z", "msg": message[:300], **cut}
     try:
-        for ship in _ships:
+        for ship in shippers:
             ship(json.dumps(facts))
         # Writable means 4 KiB free in a pipe: a reader that stopped reading can't stop us.
         if select.select((), (2,), (), 0)[1]:
