@@ -24,7 +24,7 @@ from nomad_watchdog.registry.sqlite import SqliteRegistry
 
 
 @dataclass
-class Authenticator:
+class ServedApi:
     """A real server on a free port, a real client, a real registry."""
 
     fleet: Fleet
@@ -54,7 +54,7 @@ def token() -> str | None:
 @asynccontextmanager
 async def served(
     folder: Path, *, max_body_bytes: int = 65_536, **options: Any
-) -> AsyncIterator[Authenticator]:
+) -> AsyncIterator[ServedApi]:
     """The API on a free port, over the registry of this folder; options as `make_app` takes them."""
     registry = SqliteRegistry(path=folder / "registry.db")
     await registry.initialise()
@@ -72,14 +72,14 @@ async def served(
     host, port = runner.addresses[0][:2]
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
-            yield Authenticator(fleet, metrics, client, f"http://{host}:{port}", runner, app)
+            yield ServedApi(fleet, metrics, client, f"http://{host}:{port}", runner, app)
     finally:
         await runner.cleanup()
         await registry.close()
 
 
 @pytest.fixture
-async def authenticator(tmp_path: Path, token: str | None) -> AsyncIterator[Authenticator]:
+async def served_api(tmp_path: Path, token: str | None) -> AsyncIterator[ServedApi]:
     gate = None
     if token is not None:
         (tmp_path / "token").write_text(token)

@@ -14,7 +14,7 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.replicas.leases import Replica
 from nomad_watchdog.replicas.report_replication import VIA, AgentFiles
 from nomad_watchdog.schedulers import agent_zipapp
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 from tests.attacks.table import Attack
 
 BODY = b"#!/usr/bin/env python3\nPK" + b"x" * 100_000
@@ -22,7 +22,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @asynccontextmanager
-async def replicas(folder: Path) -> AsyncIterator[tuple[Authenticator, Authenticator, Path, Path]]:
+async def replicas(folder: Path) -> AsyncIterator[tuple[ServedApi, ServedApi, Path, Path]]:
     """Two that know each other, and where each keeps its files; the second has the file."""
     homes = [folder / "one", folder / "two"]
     for home in homes:
@@ -36,9 +36,9 @@ async def replicas(folder: Path) -> AsyncIterator[tuple[Authenticator, Authentic
         yield first, second, homes[0], homes[1]
 
 
-async def got(authenticator: Authenticator, sha256: str, **headers: str) -> tuple[int, bytes]:
-    path = f"{authenticator.base}/artifacts/{sha256}/watchdog-agent.pyz"
-    async with authenticator.client.get(path, headers=headers) as answer:
+async def got(served_api: ServedApi, sha256: str, **headers: str) -> tuple[int, bytes]:
+    path = f"{served_api.base}/artifacts/{sha256}/watchdog-agent.pyz"
+    async with served_api.client.get(path, headers=headers) as answer:
         return answer.status, await answer.read()
 
 
@@ -55,9 +55,9 @@ async def test_a_file_of_another_replica_is_served_by_any(tmp_path: Path) -> Non
 async def test_no_replica_asks_for_ever(tmp_path: Path) -> None:
     """For a file that none has the answer is 404: each asks the others once, and they ask no further."""
     async with replicas(tmp_path) as (first, second, *_):
-        for authenticator in (first, second):
-            assert (await got(authenticator, "0" * 64))[0] == 404
-            assert (await got(authenticator, "../" * 3))[0] == 404
+        for served_api in (first, second):
+            assert (await got(served_api, "0" * 64))[0] == 404
+            assert (await got(served_api, "../" * 3))[0] == 404
 
 
 @pytest.mark.attack("H15", "a replica that serves another agent file under the SHA-256 of a job")

@@ -19,28 +19,28 @@ from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.errors import ConflictError, TransientError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Condition, ConditionState, Presence, WallTime
-from tests.api.conftest import Authenticator
+from tests.api.conftest import ServedApi
 
 WISH: dict[str, Any] = {"class": "default", "address": "127.0.0.1", "labels": {"site": "a"}}
 
 
-async def test_put_get_delete(authenticator: Authenticator) -> None:
+async def test_put_get_delete(served_api: ServedApi) -> None:
     """A device is new once, unchanged the second time, gone after DELETE, and new again after that."""
     path = "/v1/devices/cam-1"
-    assert (await authenticator.ask("GET", path))[0] == 404
-    assert (await authenticator.ask("PUT", path, json=WISH))[0] == 201
-    status, again = await authenticator.ask("PUT", path, json=WISH)
+    assert (await served_api.ask("GET", path))[0] == 404
+    assert (await served_api.ask("PUT", path, json=WISH))[0] == 201
+    status, again = await served_api.ask("PUT", path, json=WISH)
     assert (status, again["changed"]) == (200, False)
-    status, item = await authenticator.ask("GET", path)
+    status, item = await served_api.ask("GET", path)
     assert status == 200
     assert item["labels"] == {"site": "a"}
     assert item["class"] == "default"
-    assert (await authenticator.ask("POST", path + "/heartbeat"))[0] == 204
-    status, gone = await authenticator.ask("DELETE", path)
+    assert (await served_api.ask("POST", path + "/heartbeat"))[0] == 204
+    status, gone = await served_api.ask("DELETE", path)
     assert (status, gone["presence"]) == (200, "absent")
-    assert (await authenticator.ask("PUT", path, json=WISH))[0] == 201
-    assert (await authenticator.ask("DELETE", "/v1/devices/never"))[0] == 404
-    assert (await authenticator.ask("POST", "/v1/devices/never/heartbeat"))[0] == 404
+    assert (await served_api.ask("PUT", path, json=WISH))[0] == 201
+    assert (await served_api.ask("DELETE", "/v1/devices/never"))[0] == 404
+    assert (await served_api.ask("POST", "/v1/devices/never/heartbeat"))[0] == 404
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ async def test_put_get_delete(authenticator: Authenticator) -> None:
         "../../x",
     ],
 )
-async def test_s11_ids_round_trip_through_paths(authenticator: Authenticator, name: str) -> None:
+async def test_s11_ids_round_trip_through_paths(served_api: ServedApi, name: str) -> None:
     """Any printable id is stored and found again exactly as it was sent, and explained."""
     path = "/v1/devices/" + quote(name, safe="").replace(".", "%2E")
-    status, body = await authenticator.ask("PUT", path, json=WISH)
+    status, body = await served_api.ask("PUT", path, json=WISH)
     assert (status, body["id"]) == (201, name)
-    assert (await authenticator.ask("GET", path))[1]["id"] == name
-    status, body = await authenticator.ask("GET", path + "/explain")
+    assert (await served_api.ask("GET", path))[1]["id"] == name
+    status, body = await served_api.ask("GET", path + "/explain")
     assert (status, body["id"]) == (200, name)
 
 
@@ -96,17 +96,17 @@ HOSTILE: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("body", "says"), HOSTILE)
 async def test_hostile_bodies_are_refused_with_words(
-    authenticator: Authenticator, body: Any, says: str
+    served_api: ServedApi, body: Any, says: str
 ) -> None:
     """Each wrong body is answered 400 with a message that names what is wrong, and stores nothing."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, answer = await authenticator.ask(
+    status, answer = await served_api.ask(
         "PUT", "/v1/devices/x", data=data, headers={"Content-Type": "application/json"}
     )
     assert status == 400
     assert says in answer["error"]["message"]
     assert "Traceback" not in answer["error"]["message"]
-    assert authenticator.fleet.view(slug_of("x")) is None  # type: ignore[arg-type]
+    assert served_api.fleet.view(slug_of("x")) is None  # type: ignore[arg-type]
 
 
 @settings(
@@ -145,7 +145,7 @@ def test_no_body_breaks_the_schemas(body: Any, path: str) -> None:
         assert problem(error, model[path])
 
 
-async def test_refusals_of_form(authenticator: Authenticator) -> None:
+async def test_refusals_of_form(served_api: ServedApi) -> None:
     """Wrong size, type, coding, method, path, id and query are 4xx JSON with their own codes."""
     put = {"Content-Type": "application/json"}
     x = "/v1/devices/x"
@@ -169,57 +169,55 @@ async def test_refusals_of_form(authenticator: Authenticator) -> None:
         (403, "DELETE", x, {"headers": {"Sec-Fetch-Site": "cross-site"}}),
     ]
     for expected, method, path, options in cases:
-        status, body = await authenticator.ask(method, path, **options)
+        status, body = await served_api.ask(method, path, **options)
         assert status == expected, (path, body)
         assert set(body["error"]) == {"code", "message"}
 
 
-async def test_list_pages_stay_stable_under_inserts(authenticator: Authenticator) -> None:
+async def test_list_pages_stay_stable_under_inserts(served_api: ServedApi) -> None:
     """Walking the pages shows every device once, also when others are added on the way."""
     names = [f"d{n:02}" for n in range(0, 20, 2)]
-    await authenticator.ask(
+    await served_api.ask(
         "POST", "/v1/devices:bulk", json={"devices": [{"id": n, **WISH} for n in names]}
     )
     seen: list[str] = []
     path = "/v1/devices?limit=3&label=site%3Da&q=D"
     following: str | None = ""
     while following is not None:
-        _, page = await authenticator.ask(
-            "GET", path + (f"&cursor={following}" if following else "")
-        )
+        _, page = await served_api.ask("GET", path + (f"&cursor={following}" if following else ""))
         seen += [item["id"] for item in page["items"]]
         following = page["next"]
-        await authenticator.ask("PUT", f"/v1/devices/a{len(seen)}", json=WISH)
+        await served_api.ask("PUT", f"/v1/devices/a{len(seen)}", json=WISH)
     assert seen == names
-    _, page = await authenticator.ask("GET", "/v1/devices?label=site%3Db")
+    _, page = await served_api.ask("GET", "/v1/devices?label=site%3Db")
     assert page["items"] == []
 
 
-async def test_bulk_answers_each_item(authenticator: Authenticator) -> None:
+async def test_bulk_answers_each_item(served_api: ServedApi) -> None:
     """Good items are stored though others are wrong, doubled or unknown; each is told."""
     body = {
         "devices": [{"id": "a", **WISH}, {"id": "b"}, 7, {"id": "a", **WISH}, {"id": "c", **WISH}],
         "delete": ["c", "gone", "", 3],
     }
-    status, answer = await authenticator.ask("POST", "/v1/devices:bulk", json=body)
+    status, answer = await served_api.ask("POST", "/v1/devices:bulk", json=body)
     assert status == 200
     assert [r["status"] for r in answer["results"]] == [200, 400, 400, 400, 200, 400, 404, 400, 400]
     many = {"delete": [str(n) for n in range(5001)]}
-    assert (await authenticator.ask("POST", "/v1/devices:bulk", json=many))[0] == 400
+    assert (await served_api.ask("POST", "/v1/devices:bulk", json=many))[0] == 400
 
 
-async def test_webhook_is_put_and_delete(authenticator: Authenticator) -> None:
+async def test_webhook_is_put_and_delete(served_api: ServedApi) -> None:
     """A connected event makes a device present, a disconnected one absent."""
     event = {"event": "connected", "device": {"id": "gw/1", "address": "10.0.0.1"}}
-    assert (await authenticator.ask("POST", "/v1/webhook", json=event))[0] == 201
-    assert (await authenticator.ask("POST", "/v1/webhook", json=event))[0] == 200
+    assert (await served_api.ask("POST", "/v1/webhook", json=event))[0] == 201
+    assert (await served_api.ask("POST", "/v1/webhook", json=event))[0] == 200
     gone = {"event": "disconnected", "device": {"id": "gw/1"}}
-    assert (await authenticator.ask("POST", "/v1/webhook", json=gone))[0] == 200
-    view = authenticator.fleet.view(slug_of("gw/1"))  # type: ignore[arg-type]
+    assert (await served_api.ask("POST", "/v1/webhook", json=gone))[0] == 200
+    view = served_api.fleet.view(slug_of("gw/1"))  # type: ignore[arg-type]
     assert view is not None
     assert view.record.presence is Presence.ABSENT
     bad = {"event": "connected", "device": {"id": "x"}}
-    assert (await authenticator.ask("POST", "/v1/webhook", json=bad))[0] == 400
+    assert (await served_api.ask("POST", "/v1/webhook", json=bad))[0] == 400
 
 
 def _report(**changed: Any) -> dict[str, Any]:
@@ -233,31 +231,27 @@ def _report(**changed: Any) -> dict[str, Any]:
     return {**wire.report(config, **said), **changed}
 
 
-async def test_s1_reports_at_the_door(authenticator: Authenticator) -> None:
+async def test_s1_reports_at_the_door(served_api: ServedApi) -> None:
     """The first instance is accepted; without a record, and at a future epoch, it has to wait; once the
     device has left it is told to stop."""
     path = "/v1/agents/report"
-    assert (await authenticator.ask("POST", path, json=_report()))[0] == 409
-    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
-    assert (await authenticator.ask("POST", path, json=_report()))[0] == 200
-    async with authenticator.client.post(
-        authenticator.base + path, json=_report(epoch=9)
-    ) as response:
+    assert (await served_api.ask("POST", path, json=_report()))[0] == 409
+    await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
+    assert (await served_api.ask("POST", path, json=_report()))[0] == 200
+    async with served_api.client.post(served_api.base + path, json=_report(epoch=9)) as response:
         assert response.status == 409
         assert int(response.headers["Retry-After"]) > 0
     for wrong in (5, "x" * 33):
-        assert (await authenticator.ask("POST", path, json=_report(state=wrong)))[0] == 400
-    assert (await authenticator.ask("POST", path, json=_report(state="of a newer agent")))[0] == 200
-    assert (await authenticator.ask("GET", "/v1/agents"))[1]["items"][0]["state"] == "suspect"
+        assert (await served_api.ask("POST", path, json=_report(state=wrong)))[0] == 400
+    assert (await served_api.ask("POST", path, json=_report(state="of a newer agent")))[0] == 200
+    assert (await served_api.ask("GET", "/v1/agents"))[1]["items"][0]["state"] == "suspect"
     for wrong_age in (-1.0, 1e9, "5"):
-        assert (await authenticator.ask("POST", path, json=_report(state_age_s=wrong_age)))[
-            0
-        ] == 400
-    assert (await authenticator.ask("POST", path, json=_report(newer=1)))[0] == 200
-    _, agents = await authenticator.ask("GET", "/v1/agents")
+        assert (await served_api.ask("POST", path, json=_report(state_age_s=wrong_age)))[0] == 400
+    assert (await served_api.ask("POST", path, json=_report(newer=1)))[0] == 200
+    _, agents = await served_api.ask("GET", "/v1/agents")
     assert [a["id"] for a in agents["items"]] == ["cam"]
-    await authenticator.ask("DELETE", "/v1/devices/cam")
-    assert (await authenticator.ask("POST", path, json=_report()))[0] == 410
+    await served_api.ask("DELETE", "/v1/devices/cam")
+    assert (await served_api.ask("POST", path, json=_report()))[0] == 410
 
 
 @pytest.mark.parametrize(
@@ -265,19 +259,19 @@ async def test_s1_reports_at_the_door(authenticator: Authenticator) -> None:
     [("", 200), (":8080", 200), ("[::1]:8080", 200), (":x", 400), (":0/path", 400), (":", 400)],
 )
 async def test_an_agent_may_listen_on_all_addresses(
-    authenticator: Authenticator, listen: str, status: int
+    served_api: ServedApi, listen: str, status: int
 ) -> None:
     """A report names a port alone where the agent listens on every address of its machine, and nothing after it."""
-    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
+    await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
     report = _report(listen=listen)
-    assert (await authenticator.ask("POST", "/v1/agents/report", json=report))[0] == status
+    assert (await served_api.ask("POST", "/v1/agents/report", json=report))[0] == status
 
 
-async def test_repairs_of_a_report_are_shown_and_told_once(authenticator: Authenticator) -> None:
+async def test_repairs_of_a_report_are_shown_and_told_once(served_api: ServedApi) -> None:
     """What an agent says of its repairs stands in explain; each that ended is one event; control
     characters and endless texts in it are made harmless, and another shape is refused."""
     path = "/v1/agents/report"
-    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
+    await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
 
     def told(outcome: str, **more: Any) -> dict[str, Any]:
         attempt = {
@@ -288,30 +282,28 @@ async def test_repairs_of_a_report_are_shown_and_told_once(authenticator: Authen
         }
         return _report(repairs={"active": "", "attempts": [attempt], "newer": 1, **more})
 
-    assert (await authenticator.ask("POST", path, json=_report()))[0] == 200
+    assert (await served_api.ask("POST", path, json=_report()))[0] == 200
     for outcome in ("running", "no help", "no help"):
-        assert (await authenticator.ask("POST", path, json=told(outcome)))[0] == 200
-    _, explained = await authenticator.ask("GET", "/v1/devices/cam/explain")
+        assert (await served_api.ask("POST", path, json=told(outcome)))[0] == 200
+    _, explained = await served_api.ask("GET", "/v1/devices/cam/explain")
     (attempt,) = explained["report"]["repairs"]["attempts"]
     assert attempt["step"] == "interface \N{REPLACEMENT CHARACTER}eth1"
     assert len(attempt["reason"]) < 999
     kinds = [event["kind"] for event in explained["events"]]
     assert kinds.count("repair.no_help") == 1
-    assert (await authenticator.ask("POST", path, json=told("<b>")))[0] == 400
-    assert (await authenticator.ask("POST", path, json=told("failed", attempts=[{}] * 33)))[
-        0
-    ] == 400
-    assert (await authenticator.ask("POST", path, json=_report(repairs=None)))[0] == 200
+    assert (await served_api.ask("POST", path, json=told("<b>")))[0] == 400
+    assert (await served_api.ask("POST", path, json=told("failed", attempts=[{}] * 33)))[0] == 400
+    assert (await served_api.ask("POST", path, json=_report(repairs=None)))[0] == 200
 
 
-async def test_openapi_and_routes_agree(authenticator: Authenticator) -> None:
+async def test_openapi_and_routes_agree(served_api: ServedApi) -> None:
     """Every route is described, every described operation is routed, and every reference resolves."""
-    status, spec = await authenticator.ask("GET", "/v1/openapi.json")
+    status, spec = await served_api.ask("GET", "/v1/openapi.json")
     assert status == 200
     described = {(m.upper(), path) for path, ops in spec["paths"].items() for m in ops}
     routed = {
         (route.method, route.resource.canonical)
-        for route in authenticator.app.router.routes()
+        for route in served_api.app.router.routes()
         if route.resource is not None and route.method != "HEAD"
     }
     assert described == routed
@@ -319,50 +311,48 @@ async def test_openapi_and_routes_agree(authenticator: Authenticator) -> None:
         assert ref.split('"')[0] in spec["components"]["schemas"]
 
 
-async def test_head_answers_as_get_does_without_a_body(authenticator: Authenticator) -> None:
+async def test_head_answers_as_get_does_without_a_body(served_api: ServedApi) -> None:
     """HEAD of what GET answers has its status and no body, and never begins an endless stream."""
     for path in ("/", "/healthz", "/v1/devices", "/v1/events?follow=true", "/v1/openapi.json"):
         async with (
             asyncio.timeout(60),
-            authenticator.client.head(authenticator.base + path) as response,
+            served_api.client.head(served_api.base + path) as response,
         ):
             assert (response.status, await response.read()) == (200, b""), path
-    async with authenticator.client.head(authenticator.base + "/v1/devices/none") as response:
+    async with served_api.client.head(served_api.base + "/v1/devices/none") as response:
         assert response.status == 404
 
 
-async def test_confirming_where_nothing_is_held_is_a_conflict(authenticator: Authenticator) -> None:
+async def test_confirming_where_nothing_is_held_is_a_conflict(served_api: ServedApi) -> None:
     """Without held stops, 409; an id that is none, 400."""
-    assert (await authenticator.ask("POST", "/v1/plan:confirm", json={"id": "0" * 12}))[0] == 409
-    assert (await authenticator.ask("POST", "/v1/plan:confirm", json={"id": "all"}))[0] == 400
+    assert (await served_api.ask("POST", "/v1/plan:confirm", json={"id": "0" * 12}))[0] == 409
+    assert (await served_api.ask("POST", "/v1/plan:confirm", json={"id": "all"}))[0] == 400
 
 
-async def test_events_follow_and_end_with_the_server(authenticator: Authenticator) -> None:
+async def test_events_follow_and_end_with_the_server(served_api: ServedApi) -> None:
     """A follower sees an event made after it came, and a shutdown ends its stream at once."""
-    async with authenticator.client.get(authenticator.base + "/v1/events?follow=true") as response:
-        await authenticator.ask("PUT", "/v1/devices/a", json=WISH)
+    async with served_api.client.get(served_api.base + "/v1/events?follow=true") as response:
+        await served_api.ask("PUT", "/v1/devices/a", json=WISH)
         async with asyncio.timeout(60):
             while not (line := (await response.content.readline()).strip()):
                 pass
         assert json.loads(line)["device"] == "a"
-        authenticator.runner._shutdown_timeout = (
-            3600.0  # for a stream that would have to be cut off
-        )
+        served_api.runner._shutdown_timeout = 3600.0  # for a stream that would have to be cut off
         async with asyncio.timeout(60):
-            await authenticator.runner.cleanup()
+            await served_api.runner.cleanup()
 
 
 async def test_events_are_filtered_by_device_kind_verdict_and_age(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """Each filter picks its events, with and without follow; what is not allowed is refused in words."""
-    now = authenticator.fleet.clock.wall()
+    now = served_api.fleet.clock.wall()
     for device, kind, age_s in (
         ("a", "verdict.offline", 7200),
         ("a", "verdict.watched", 5),
         ("b", "error", 5),
     ):
-        authenticator.fleet.history.add(
+        served_api.fleet.history.add(
             at=WallTime(now - age_s),
             kind=kind,
             device_id=device,
@@ -372,7 +362,7 @@ async def test_events_are_filtered_by_device_kind_verdict_and_age(
         )
 
     async def seqs(query: str) -> list[int]:
-        status, body = await authenticator.ask("GET", f"/v1/events?{query}")
+        status, body = await served_api.ask("GET", f"/v1/events?{query}")
         assert status == 200, body
         return [item["seq"] for item in body["items"]]
 
@@ -382,32 +372,32 @@ async def test_events_are_filtered_by_device_kind_verdict_and_age(
     assert await seqs("within_s=3600") == [2, 3]
     assert await seqs("device=a&within_s=3600&since=1") == [2]
     assert await seqs("device=b&kind=verdict") == []
-    status, body = await authenticator.ask("GET", "/v1/events?device=nobody")
+    status, body = await served_api.ask("GET", "/v1/events?device=nobody")
     assert (status, "'nobody'" in body["error"]["message"]) == (404, True)
     for query in ("verdict=gone", "within_s=0", "within_s=1h", "devices=a"):
-        status, body = await authenticator.ask("GET", f"/v1/events?{query}")
+        status, body = await served_api.ask("GET", f"/v1/events?{query}")
         assert status == 400
         assert "allowed" in body["error"]["message"]
-    async with authenticator.client.get(
-        authenticator.base + "/v1/events?follow=true&device=b"
+    async with served_api.client.get(
+        served_api.base + "/v1/events?follow=true&device=b"
     ) as response:
         async with asyncio.timeout(60):
             line = await response.content.readline()
         assert (json.loads(line)["id"], json.loads(line)["origin"]) == ("local:3", "local")
 
 
-async def test_incidents_are_listed_and_shown_on_the_page(authenticator: Authenticator) -> None:
+async def test_incidents_are_listed_and_shown_on_the_page(served_api: ServedApi) -> None:
     """An open incident is in the list and, escaped, on the page; a closed one only in the list."""
-    correlator = authenticator.fleet.recorder.correlator
+    correlator = served_api.fleet.recorder.correlator
     group = ((GroupKind.SITE, "<b>north</b>"),)
     names = [Slug(f"d{n}") for n in range(4)]
     for bad in (False, True):
         for slug in names:
-            correlator.observe(slug, group, bad=bad, now=authenticator.fleet.clock.monotonic())
-    assert (await authenticator.ask("GET", "/v1/incidents"))[1] == {"items": []}
-    authenticator.fleet.refresh_all()
+            correlator.observe(slug, group, bad=bad, now=served_api.fleet.clock.monotonic())
+    assert (await served_api.ask("GET", "/v1/incidents"))[1] == {"items": []}
+    served_api.fleet.refresh_all()
 
-    _, body = await authenticator.ask("GET", "/v1/incidents?open=true")
+    _, body = await served_api.ask("GET", "/v1/incidents?open=true")
     (item,) = body["items"]
     assert (item["kind"], item["group"], item["count"], item["open"]) == (
         "site",
@@ -415,39 +405,39 @@ async def test_incidents_are_listed_and_shown_on_the_page(authenticator: Authent
         4,
         True,
     )
-    async with authenticator.client.get(authenticator.base + "/") as response:
+    async with served_api.client.get(served_api.base + "/") as response:
         text = await response.text()
     assert "site <bdi>&lt;b&gt;north&lt;/b&gt;</bdi>" in text
     for slug in names:
-        correlator.observe(slug, group, bad=False, now=authenticator.fleet.clock.monotonic())
-    authenticator.fleet.refresh_all()
-    assert (await authenticator.ask("GET", "/v1/incidents?open=true"))[1] == {"items": []}
-    _, body = await authenticator.ask("GET", "/v1/incidents")
+        correlator.observe(slug, group, bad=False, now=served_api.fleet.clock.monotonic())
+    served_api.fleet.refresh_all()
+    assert (await served_api.ask("GET", "/v1/incidents?open=true"))[1] == {"items": []}
+    _, body = await served_api.ask("GET", "/v1/incidents")
     assert [item["open"] for item in body["items"]] == [False]
-    assert (await authenticator.ask("GET", "/v1/incidents?open=maybe"))[0] == 400
+    assert (await served_api.ask("GET", "/v1/incidents?open=maybe"))[0] == 400
 
 
-async def test_s9_followers_are_bounded(authenticator: Authenticator) -> None:
+async def test_s9_followers_are_bounded(served_api: ServedApi) -> None:
     """One follower more than the most is told to come later, and room is made when one leaves."""
-    url = authenticator.base + "/v1/events?follow=true"
-    open_ones = [await authenticator.client.get(url) for _ in range(MAX_FOLLOWERS)]
-    assert (await authenticator.ask("GET", "/v1/events?follow=true"))[0] == 503
+    url = served_api.base + "/v1/events?follow=true"
+    open_ones = [await served_api.client.get(url) for _ in range(MAX_FOLLOWERS)]
+    assert (await served_api.ask("GET", "/v1/events?follow=true"))[0] == 503
     for response in open_ones:
         response.close()
 
 
-async def test_the_page_begins_with_what_is_worst(authenticator: Authenticator) -> None:
+async def test_the_page_begins_with_what_is_worst(served_api: ServedApi) -> None:
     """A device that is offline stands above one whose agent is missing, and that above one that starts."""
     for name in ("a-new", "b-unwatched", "c-offline"):
-        await authenticator.ask("PUT", f"/v1/devices/{name}", json=WISH)
-    authenticator.fleet.obstacle = lambda slug: "no node has room" if slug.startswith("b-") else ""
-    record = authenticator.fleet.records[slug_of(DeviceId("c-offline"))]
+        await served_api.ask("PUT", f"/v1/devices/{name}", json=WISH)
+    served_api.fleet.obstacle = lambda slug: "no node has room" if slug.startswith("b-") else ""
+    record = served_api.fleet.records[slug_of(DeviceId("c-offline"))]
     dead = Condition(ConditionState.OFFLINE, WallTime(0.0), "no answer")
-    (stored,) = await authenticator.fleet.commit([replace(record, condition=dead)])
+    (stored,) = await served_api.fleet.commit([replace(record, condition=dead)])
     assert stored is not None
-    authenticator.fleet.learn([stored])
-    authenticator.fleet.refresh_all()
-    async with authenticator.client.get(authenticator.base + "/") as response:
+    served_api.fleet.learn([stored])
+    served_api.fleet.refresh_all()
+    async with served_api.client.get(served_api.base + "/") as response:
         text = await response.text()
     rows = re.findall(r"<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi>", text)
     assert rows == [
@@ -455,31 +445,31 @@ async def test_the_page_begins_with_what_is_worst(authenticator: Authenticator) 
     ]  # fmt: skip
 
 
-async def test_a_degraded_device_is_shown_everywhere(authenticator: Authenticator) -> None:
+async def test_a_degraded_device_is_shown_everywhere(served_api: ServedApi) -> None:
     """A device whose service is dead while its host answers: on the page, in the list of its verdict, in the counts
     of the status, and in explain."""
-    await authenticator.ask("PUT", "/v1/devices/web", json=WISH)
-    record = authenticator.fleet.records[slug_of(DeviceId("web"))]
+    await served_api.ask("PUT", "/v1/devices/web", json=WISH)
+    record = served_api.fleet.records[slug_of(DeviceId("web"))]
     ill = Condition(ConditionState.DEGRADED, WallTime(0.0), "http:80: no answer; but icmp answers")
-    (stored,) = await authenticator.fleet.commit([replace(record, condition=ill)])
+    (stored,) = await served_api.fleet.commit([replace(record, condition=ill)])
     assert stored is not None
-    authenticator.fleet.learn([stored])
-    authenticator.fleet.refresh_all()
-    async with authenticator.client.get(authenticator.base + "/") as response:
+    served_api.fleet.learn([stored])
+    served_api.fleet.refresh_all()
+    async with served_api.client.get(served_api.base + "/") as response:
         text = await response.text()
     assert re.findall(r"<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi>", text) == [
         ("web", "degraded")
     ]
-    _, listed = await authenticator.ask("GET", "/v1/devices?verdict=degraded")
+    _, listed = await served_api.ask("GET", "/v1/devices?verdict=degraded")
     assert [(one["id"], one["verdict"]) for one in listed["items"]] == [("web", "degraded")]
-    _, status = await authenticator.ask("GET", "/v1/status")
+    _, status = await served_api.ask("GET", "/v1/status")
     assert status["verdicts"]["degraded"] == 1
-    _, explained = await authenticator.ask("GET", "/v1/devices/web/explain")
+    _, explained = await served_api.ask("GET", "/v1/devices/web/explain")
     assert explained["verdict"] == "degraded"
 
 
 async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
-    authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+    served_api: ServedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 20 requests that are there before the first page is ready, one makes it."""
     come, all_there, made = 0, asyncio.Event(), 0
@@ -502,7 +492,7 @@ async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
     monkeypatch.setattr(page, "MADE_EVERY_S", 3600.0)
 
     async def ask() -> str:
-        async with authenticator.client.get(authenticator.base + "/") as response:
+        async with served_api.client.get(served_api.base + "/") as response:
             return await response.text()
 
     async with asyncio.timeout(60):
@@ -511,54 +501,52 @@ async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
     assert len(set(texts)) == 1
 
 
-async def test_page_escapes_what_devices_say(authenticator: Authenticator) -> None:
+async def test_page_escapes_what_devices_say(served_api: ServedApi) -> None:
     """Markup in an id reaches the page as text only, and the page allows no script."""
     path = "/v1/devices/" + quote("<script>alert(1)</script>", safe="")
-    await authenticator.ask("PUT", path, json=WISH)
-    async with authenticator.client.get(authenticator.base + "/") as response:
+    await served_api.ask("PUT", path, json=WISH)
+    async with served_api.client.get(served_api.base + "/") as response:
         text = await response.text()
         assert "<script" not in text
         assert "&lt;script&gt;" in text
         assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
 
 
-async def test_small_endpoints(authenticator: Authenticator) -> None:
+async def test_small_endpoints(served_api: ServedApi) -> None:
     """Health, readiness, status, plan, artifact and metrics answer as they should."""
-    assert (await authenticator.ask("GET", "/healthz"))[0] == 200
-    assert (await authenticator.ask("GET", "/ready"))[0] == 503
-    authenticator.fleet.ready_event.set()
-    assert (await authenticator.ask("GET", "/ready"))[0] == 200
+    assert (await served_api.ask("GET", "/healthz"))[0] == 200
+    assert (await served_api.ask("GET", "/ready"))[0] == 503
+    served_api.fleet.ready_event.set()
+    assert (await served_api.ask("GET", "/ready"))[0] == 200
     for path in ("/v1/status", "/v1/plan"):
-        assert (await authenticator.ask("GET", path))[0] == 200
-    async with authenticator.client.get(
-        authenticator.base + "/artifacts/watchdog-agent.pyz"
-    ) as response:
+        assert (await served_api.ask("GET", path))[0] == 200
+    async with served_api.client.get(served_api.base + "/artifacts/watchdog-agent.pyz") as response:
         assert await response.read() == b"PK-agent"
-    async with authenticator.client.get(authenticator.base + "/metrics") as response:
+    async with served_api.client.get(served_api.base + "/metrics") as response:
         text = await response.text()
     assert 'api_requests_total{route="/healthz",status="2xx"} 1.0' in text
     assert 'api_requests_total{route="/ready",status="5xx"} 1.0' in text
 
 
 @pytest.mark.parametrize("token", ["s3cret-token-of-the-api"])
-async def test_token_is_asked_for(authenticator: Authenticator, token: str) -> None:
+async def test_token_is_asked_for(served_api: ServedApi, token: str) -> None:
     """Without the right token all but the two health paths answer 401, and the token is never told."""
-    assert (await authenticator.ask("GET", "/healthz"))[0] == 200
+    assert (await served_api.ask("GET", "/healthz"))[0] == 200
     for headers in ({}, {"Authorization": "Bearer nope"}, {"Authorization": f"Basic {token}"}):
         for path in ("/v1/status", "/metrics", "/", "/nothing"):
-            status, body = await authenticator.ask("GET", path, headers=headers)
+            status, body = await served_api.ask("GET", path, headers=headers)
             assert status == 401
             assert token not in json.dumps(body)
     good = {"Authorization": f"Bearer {token}"}
-    assert (await authenticator.ask("GET", "/v1/status", headers=good))[0] == 200
+    assert (await served_api.ask("GET", "/v1/status", headers=good))[0] == 200
 
 
 async def test_slow_senders_are_let_go(
-    authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+    served_api: ServedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A body that trickles is answered 408, and headers that never end get the connection closed."""
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.3)
-    app = make_app(authenticator.fleet, metrics=authenticator.metrics, artifact=None)
+    app = make_app(served_api.fleet, metrics=served_api.metrics, artifact=None)
     runner = Runner(app, keepalive_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -578,24 +566,24 @@ async def test_slow_senders_are_let_go(
 
 
 async def test_our_own_faults_tell_no_details(
-    authenticator: Authenticator, caplog: pytest.LogCaptureFixture
+    served_api: ServedApi, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An unexpected exception is a 500 without its text, logged once, and counted."""
 
     def broken() -> dict[str, object]:
         raise RuntimeError("canary")
 
-    authenticator.fleet.plan_view = broken
-    status, body = await authenticator.ask("GET", "/v1/plan")
+    served_api.fleet.plan_view = broken
+    status, body = await served_api.ask("GET", "/v1/plan")
     assert status == 500
     assert "canary" not in json.dumps(body)
     assert [r.message for r in caplog.records if r.name.startswith("nomad_watchdog.api")] == [
         "request failed"
     ]
-    assert b'{route="/v1/plan",status="5xx"} 1.0' in authenticator.metrics.render()
+    assert b'{route="/v1/plan",status="5xx"} 1.0' in served_api.metrics.render()
 
 
-async def test_errors_of_the_stores_become_statuses(authenticator: Authenticator) -> None:
+async def test_errors_of_the_stores_become_statuses(served_api: ServedApi) -> None:
     """A transient error is 503 with Retry-After, a conflict 409 with Retry-After, both with words."""
     for error, status in (
         (TransientError("the store is away", retry_after_s=2.5), 503),
@@ -605,8 +593,8 @@ async def test_errors_of_the_stores_become_statuses(authenticator: Authenticator
         def failing(error: Exception = error) -> dict[str, object]:
             raise error
 
-        authenticator.fleet.plan_view = failing
-        async with authenticator.client.get(authenticator.base + "/v1/plan") as response:
+        served_api.fleet.plan_view = failing
+        async with served_api.client.get(served_api.base + "/v1/plan") as response:
             assert response.status == status
             assert response.headers["Retry-After"] in {"1", "3"}
             assert (await response.json())["error"]["message"] == str(error)
@@ -616,11 +604,11 @@ async def test_errors_of_the_stores_become_statuses(authenticator: Authenticator
     "path", ["/v1/devices", "/v1/agents", "/v1/devices/a", "/v1/devices/a/explain"]
 )
 async def test_before_the_registry_is_read_nothing_is_called_unknown(
-    authenticator: Authenticator, path: str
+    served_api: ServedApi, path: str
 ) -> None:
     """A control plane that has just started does not know yet whether there are devices."""
-    authenticator.fleet.loaded = False
-    async with authenticator.client.get(authenticator.base + path) as answer:
+    served_api.fleet.loaded = False
+    async with served_api.client.get(served_api.base + path) as answer:
         assert answer.status == 503
         assert "has not been read yet" in (await answer.json())["error"]["message"]
         assert answer.headers["Retry-After"] == "1"

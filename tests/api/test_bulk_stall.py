@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from nomad_watchdog import clock
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 
 ITEMS = 1_000
 
 
-async def longest(authenticator: Authenticator, count: int, name: str) -> float:
+async def longest(served_api: ServedApi, count: int, name: str) -> float:
     """CPU seconds of the longest step of the loop while so many items are registered, and removed; each third is
     refused."""
     steps: list[float] = []
@@ -38,7 +38,7 @@ async def longest(authenticator: Authenticator, count: int, name: str) -> float:
             {"devices": items},
             {"delete": ["x", *(one["id"] for one in items[1:] if "/" not in one["address"])]},
         ):
-            status, answer = await authenticator.ask("POST", "/v1/devices:bulk", json=body)
+            status, answer = await served_api.ask("POST", "/v1/devices:bulk", json=body)
             assert status == 200
             results = answer["results"]
             assert [one["status"] for one in results[:2]] in ([400, 200], [404, 200])
@@ -55,12 +55,12 @@ async def test_l4_no_step_of_a_bulk_request_grows_with_its_items(
 ) -> None:
     """The longest step of the loop with 1,000 items is a fraction of that with the items in one piece, and near that
     of 100 items."""
-    async with served(tmp_path, max_body_bytes=1 << 20) as authenticator:
+    async with served(tmp_path, max_body_bytes=1 << 20) as served_api:
         # The lesser of two: what another process does to the cache is not the question.
-        cut = min([await longest(authenticator, ITEMS, f"cut{n}") for n in range(2)])
-        small = min([await longest(authenticator, clock.STEP, f"small{n}") for n in range(2)])
+        cut = min([await longest(served_api, ITEMS, f"cut{n}") for n in range(2)])
+        small = min([await longest(served_api, clock.STEP, f"small{n}") for n in range(2)])
         monkeypatch.setattr(clock, "STEP", ITEMS)
-        whole = min([await longest(authenticator, ITEMS, f"whole{n}") for n in range(2)])
+        whole = min([await longest(served_api, ITEMS, f"whole{n}") for n in range(2)])
     figures = f"{cut * 1e3:.1f} ms, of 100 {small * 1e3:.1f} ms, in one piece {whole * 1e3:.1f} ms"
     assert cut < whole / 2, figures
     assert cut < 5 * small, figures

@@ -26,7 +26,7 @@ from nomad_watchdog.events.log import MAX_EVENTS
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Device, Epoch, WallTime
 from nomad_watchdog.registry.codec import decode, encode
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 from tests.attacks.table import Attack
 
 FLEET = 10_000
@@ -47,13 +47,13 @@ def settings(folder: Path, **more: Any) -> ApiSettings:
 
 
 @pytest.fixture
-async def guarded(tmp_path: Path) -> AsyncIterator[Authenticator]:
+async def guarded(tmp_path: Path) -> AsyncIterator[ServedApi]:
     """The API with tokens."""
-    async with served(tmp_path, authenticator=door_of(settings(tmp_path))) as authenticator:
-        yield authenticator
+    async with served(tmp_path, authenticator=door_of(settings(tmp_path))) as served_api:
+        yield served_api
 
 
-def fill(authenticator: Authenticator, count: int) -> None:
+def fill(served_api: ServedApi, count: int) -> None:
     """Have so many devices registered, as if the registry had just been read."""
     records = {}
     for number in range(count):
@@ -63,15 +63,15 @@ def fill(authenticator: Authenticator, count: int) -> None:
         made = presence.register(None, device, WallTime(0.0))
         assert made is not None
         records[made.slug] = replace(made, index=number + 1)
-    authenticator.fleet.reset(records, count)
+    served_api.fleet.reset(records, count)
 
 
 async def asked(
-    authenticator: Authenticator, role: str, path: str, method: str = "GET", **more: Any
+    served_api: ServedApi, role: str, path: str, method: str = "GET", **more: Any
 ) -> tuple[int, Any]:
     """The status and body of one request with the token of this role."""
-    async with authenticator.client.request(
-        method, authenticator.base + path, headers=HEADERS[role], **more
+    async with served_api.client.request(
+        method, served_api.base + path, headers=HEADERS[role], **more
     ) as answer:
         return answer.status, await answer.json()
 
@@ -146,7 +146,7 @@ async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
         )
 
 
-async def test_replicas_have_streams_of_their_own(guarded: Authenticator) -> None:
+async def test_replicas_have_streams_of_their_own(guarded: ServedApi) -> None:
     """Operators that have all their streams leave a replica its own; a viewer can't pass for a replica."""
     async with AsyncExitStack() as stack:
 
@@ -168,8 +168,8 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
     """A token with a small budget is refused after reads that cost more, whatever they read; another token is
     not, nor is a request that reads nothing."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
-    async with served(tmp_path, authenticator=door_of(tiny)) as authenticator:
-        fill(authenticator, 2_000)
+    async with served(tmp_path, authenticator=door_of(tiny)) as served_api:
+        fill(served_api, 2_000)
         for path in (
             "/v1/devices?limit=1000",
             "/v1/devices/camera%2000001/explain",
@@ -178,35 +178,35 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
         ):
             async with asyncio.timeout(30):
                 while (
-                    answer := await authenticator.client.get(
-                        authenticator.base + path, headers=HEADERS["viewer"]
+                    answer := await served_api.client.get(
+                        served_api.base + path, headers=HEADERS["viewer"]
                     )
                 ).status != 429:
                     assert answer.status == 200
             assert int(answer.headers["Retry-After"]) >= 1
             assert "or for less at a time" in (await answer.json())["error"]["message"]
-        status, _ = await asked(authenticator, "operator", "/v1/devices/camera%2000001")
+        status, _ = await asked(served_api, "operator", "/v1/devices/camera%2000001")
         assert status == 200
-        status, _ = await asked(authenticator, "device", "/v1/heartbeats", "POST", json={"ids": []})
+        status, _ = await asked(served_api, "device", "/v1/heartbeats", "POST", json={"ids": []})
         assert status == 200
 
 
 async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
     """/metrics costs a token nothing, and is answered when the budget of that token is used up."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
-    async with served(tmp_path, authenticator=door_of(tiny)) as authenticator:
-        fill(authenticator, 1_000)
-        costs = authenticator.app_door.costs
+    async with served(tmp_path, authenticator=door_of(tiny)) as served_api:
+        fill(served_api, 1_000)
+        costs = served_api.app_door.costs
         assert costs is not None
 
         async def scrape(role: str) -> int:
-            url = authenticator.base + "/metrics"
-            async with authenticator.client.get(url, headers=HEADERS[role]) as answer:
+            url = served_api.base + "/metrics"
+            async with served_api.client.get(url, headers=HEADERS[role]) as answer:
                 return answer.status
 
         for role in ("viewer", "operator"):
             async with asyncio.timeout(30):
-                while (await asked(authenticator, role, "/v1/devices?limit=1000"))[0] != 429:
+                while (await asked(served_api, role, "/v1/devices?limit=1000"))[0] != 429:
                     pass
             before = costs.spent_s
             assert [await scrape(role) for _ in range(5)] == [200] * 5
@@ -216,7 +216,7 @@ async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
 @pytest.mark.slow_because("sends some hundred requests one after another")
 @pytest.mark.attack("H8", "register and remove device after device with a device token")
 async def test_a_device_token_registers_no_more_than_its_quota(
-    guarded: Authenticator, attack: Attack
+    guarded: ServedApi, attack: Attack
 ) -> None:
     """Removed devices count until their records are deleted; an operator registers beside it, and when the
     tombstones are gone the token may register again, at higher epochs."""
@@ -268,7 +268,7 @@ async def test_a_device_token_registers_no_more_than_its_quota(
     "H5", "an agent's reports with 32 new repair attempts each, to push out the audit"
 )
 async def test_a_flood_of_repairs_displaces_no_audit_event(
-    guarded: Authenticator, attack: Attack
+    guarded: ServedApi, attack: Attack
 ) -> None:
     """The attempts of one device are stored up to its bound, the rest is counted and stated once; the audit and the
     events of other devices stay, and an operator's change is audited beside the flood."""
@@ -316,7 +316,7 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(
 
 
 async def test_changes_beyond_the_rate_of_a_token_are_counted_and_stated(
-    guarded: Authenticator, monkeypatch: pytest.MonkeyPatch
+    guarded: ServedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token that changes more than its rate has no event for the rest, and one that states how many; another
     token's changes are audited beside it."""

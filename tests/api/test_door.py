@@ -63,9 +63,9 @@ def settings(folder: Path, **changes: Any) -> ApiSettings:
 
 @pytest.fixture
 def secured(tmp_path: Path) -> Authenticator:
-    authenticator = door_of(settings(tmp_path))
-    authenticator.clock = Later()
-    return authenticator
+    served_api = door_of(settings(tmp_path))
+    served_api.clock = Later()
+    return served_api
 
 
 def paths() -> Iterator[tuple[str, str, Right]]:
@@ -79,14 +79,14 @@ async def test_each_role_gets_what_the_table_says_and_no_more(
 ) -> None:
     """Over every route that is not public: 401 without a token and with an unknown one, 403 with a role
     that has no right, which names one that has, and neither with a role that has."""
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
         for method, path, right in paths():
             for headers in ({}, bearer("nope"), {"Authorization": "Basic abc"}):
-                status, body = await authenticator.ask(method, path, headers=headers)
+                status, body = await served_api.ask(method, path, headers=headers)
                 assert status == 401, (method, path)
             for role in Role:
-                url, headers = authenticator.base + path, bearer(SECRETS[role])
-                async with authenticator.client.request(method, url, headers=headers) as response:
+                url, headers = served_api.base + path, bearer(SECRETS[role])
+                async with served_api.client.request(method, url, headers=headers) as response:
                     may = (
                         right
                         in {
@@ -125,9 +125,9 @@ def test_what_changes_something_is_for_operators_unless_it_says_otherwise() -> N
 
 async def test_openapi_tells_the_roles(tmp_path: Path, secured: Authenticator) -> None:
     """The description names for each operation the roles that may use it, and public ones have none."""
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
         url = "/v1/openapi.json"
-        _, spec = await authenticator.ask("GET", url, headers=bearer(SECRETS[Role.VIEWER]))
+        _, spec = await served_api.ask("GET", url, headers=bearer(SECRETS[Role.VIEWER]))
     assert spec["paths"]["/v1/devices"]["get"]["x-roles"] == ["viewer", "operator"]
     assert spec["paths"]["/v1/webhook"]["post"]["x-roles"] == ["device", "operator"]
     assert spec["paths"]["/v1/agents/report"]["post"]["x-roles"] == ["agent", "operator"]
@@ -139,19 +139,19 @@ async def test_a_prefix_limits_a_device_token(tmp_path: Path, secured: Authentic
     """A token with a prefix changes devices of that prefix, one by one, in bulk and by webhook, and is
     refused for others."""
     headers = bearer(SECRETS[Role.DEVICE])
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
         for name, status in (("gw-1", 201), ("other", 403)):
             path = f"/v1/devices/{name}"
-            assert (await authenticator.ask("PUT", path, json=WISH, headers=headers))[0] == status
-            beat = await authenticator.ask("POST", f"{path}/heartbeat", headers=headers)
+            assert (await served_api.ask("PUT", path, json=WISH, headers=headers))[0] == status
+            beat = await served_api.ask("POST", f"{path}/heartbeat", headers=headers)
             assert beat[0] == (204 if status == 201 else 403)
             gone = {"event": "disconnected", "device": {"id": name}}
-            told = await authenticator.ask("POST", "/v1/webhook", json=gone, headers=headers)
+            told = await served_api.ask("POST", "/v1/webhook", json=gone, headers=headers)
             assert told[0] == (200 if status == 201 else 403)
         body = {"devices": [{"id": "gw-2", **WISH}, {"id": "x", **WISH}], "delete": ["y"]}
-        _, answer = await authenticator.ask("POST", "/v1/devices:bulk", json=body, headers=headers)
+        _, answer = await served_api.ask("POST", "/v1/devices:bulk", json=body, headers=headers)
         assert [r["status"] for r in answer["results"]] == [200, 403, 403]
-        assert authenticator.fleet.view(slug_of(DeviceId("x"))) is None
+        assert served_api.fleet.view(slug_of(DeviceId("x"))) is None
 
 
 def labelled(folder: Path) -> Authenticator:
@@ -171,10 +171,10 @@ async def test_labels_limit_a_device_token(tmp_path: Path) -> None:
     site by giving it its own label, nor gives one of its own away, nor brings back one that has left."""
     north, every = bearer("north-token-" + "n" * 20), bearer("all-token-" + "a" * 20)
     mine, other = {**WISH, "labels": {"site": "n"}}, {**WISH, "labels": {"site": "s"}}
-    async with served(tmp_path, authenticator=labelled(tmp_path)) as authenticator:
+    async with served(tmp_path, authenticator=labelled(tmp_path)) as served_api:
 
         async def ask(method: str, path: str, body: Any = None, who: Any = north) -> int:
-            return (await authenticator.ask(method, path, json=body, headers=who))[0]
+            return (await served_api.ask(method, path, json=body, headers=who))[0]
 
         assert await ask("PUT", "/v1/devices/a", mine) == 201
         assert await ask("PUT", "/v1/devices/a", other) == 403
@@ -196,7 +196,7 @@ async def test_labels_limit_a_device_token(tmp_path: Path) -> None:
             "devices": [{"id": name, **wish} for name, wish in (("d", mine), ("b", mine))],
             "delete": ["c", "a"],
         }
-        _, answer = await authenticator.ask("POST", "/v1/devices:bulk", json=body, headers=north)
+        _, answer = await served_api.ask("POST", "/v1/devices:bulk", json=body, headers=north)
         assert [one["status"] for one in answer["results"]] == [200, 403, 403, 200]
 
 
@@ -204,19 +204,19 @@ async def test_labels_are_asked_of_what_is_stored_now(tmp_path: Path) -> None:
     """A replica that has not heard yet that another one registered the device for site s lets a token of
     site n neither take nor remove it: it is asked again when the compare-and-set is lost."""
     mine = {**WISH, "labels": {"site": "n"}}
-    async with served(tmp_path, authenticator=labelled(tmp_path)) as authenticator:
+    async with served(tmp_path, authenticator=labelled(tmp_path)) as served_api:
         north = bearer("north-token-" + "n" * 20)
         device_id = DeviceId("a")
         wish = Device(device_id, "default", WISH["address"], {"site": "s"})
-        other = RecordCache(authenticator.fleet.registry, SystemClock())
+        other = RecordCache(served_api.fleet.registry, SystemClock())
         await other.register([wish])
-        assert authenticator.fleet.records.get(slug_of(device_id)) is None
-        assert (await authenticator.ask("PUT", "/v1/devices/a", json=mine, headers=north))[0] == 403
+        assert served_api.fleet.records.get(slug_of(device_id)) is None
+        assert (await served_api.ask("PUT", "/v1/devices/a", json=mine, headers=north))[0] == 403
         stored = await other.registry.get(slug_of(device_id))
         assert stored is not None
         assert stored.device == wish
         bulk = {"devices": [{"id": "a", **mine}]}
-        assert (await authenticator.ask("POST", "/v1/devices:bulk", json=bulk, headers=north))[
+        assert (await served_api.ask("POST", "/v1/devices:bulk", json=bulk, headers=north))[
             0
         ] == 403
 
@@ -228,11 +228,11 @@ async def test_a_changed_file_counts_and_a_missing_one_revokes(
     401 too, and the others go on."""
     clock = secured.clock
     assert isinstance(clock, Later)
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
 
         async def status(secret: str) -> int:
             clock.ahead += 2
-            return (await authenticator.ask("GET", "/v1/status", headers=bearer(secret)))[0]
+            return (await served_api.ask("GET", "/v1/status", headers=bearer(secret)))[0]
 
         assert await status(SECRETS[Role.VIEWER]) == 200
         (tmp_path / "viewer").write_text("a-new-token-for-the-viewer")
@@ -251,15 +251,13 @@ async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
     401; it opens no other route; and S1 still judges: who has left is 410, who has no record 409."""
     path = "/v1/agents/report"
     operator = bearer(SECRETS[Role.OPERATOR])
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
         for name in ("cam", "other"):
-            await authenticator.ask("PUT", f"/v1/devices/{name}", json=WISH, headers=operator)
+            await served_api.ask("PUT", f"/v1/devices/{name}", json=WISH, headers=operator)
         good = bearer(credential("cam", 0))
 
         async def told(headers: dict[str, str], **changed: Any) -> int:
-            return (
-                await authenticator.ask("POST", path, json=_report(**changed), headers=headers)
-            )[0]
+            return (await served_api.ask("POST", path, json=_report(**changed), headers=headers))[0]
 
         assert await told(good) == 200
         assert await told(good, device_id="other") == 403
@@ -267,13 +265,13 @@ async def test_s1_a_credential_reports_for_its_device_and_epoch_only(
         assert await told(bearer(credential("cam", 1))) == 403
         assert await told(bearer(credential("cam", 0, "f" * 40))) == 401
         assert await told(bearer(credential("never", 0)), device_id="never") == 409
-        await authenticator.ask("DELETE", "/v1/devices/other", headers=operator)
+        await served_api.ask("DELETE", "/v1/devices/other", headers=operator)
         assert await told(bearer(credential("other", 0)), device_id="other") == 410
         assert await told(bearer(SECRETS[Role.AGENT])) == 200
         assert await told(bearer(SECRETS[Role.VIEWER])) == 403
         for method, other, _ in paths():
             if other != path:
-                assert (await authenticator.ask(method, other, headers=good))[0] == 403, other
+                assert (await served_api.ask(method, other, headers=good))[0] == 403, other
 
 
 async def test_credentials_outlive_a_change_of_key(tmp_path: Path, secured: Authenticator) -> None:
@@ -281,8 +279,8 @@ async def test_credentials_outlive_a_change_of_key(tmp_path: Path, secured: Auth
     assert isinstance(secured.clock, Later)
     operator = bearer(SECRETS[Role.OPERATOR])
     old, new = bearer(credential("cam", 0)), bearer(credential("cam", 0, "n" * 40))
-    async with served(tmp_path, authenticator=secured) as authenticator:
-        await authenticator.ask("PUT", "/v1/devices/cam", json=WISH, headers=operator)
+    async with served(tmp_path, authenticator=secured) as served_api:
+        await served_api.ask("PUT", "/v1/devices/cam", json=WISH, headers=operator)
         for lines, status_old, status_new in (
             (KEY, 200, 401),
             (f"{'n' * 40}\n{KEY}", 200, 200),
@@ -291,7 +289,7 @@ async def test_credentials_outlive_a_change_of_key(tmp_path: Path, secured: Auth
             (tmp_path / "keys").write_text(lines)
             secured.clock.ahead += 2
             for headers, status in ((old, status_old), (new, status_new)):
-                asked = await authenticator.ask(
+                asked = await served_api.ask(
                     "POST", "/v1/agents/report", json=_report(), headers=headers
                 )
                 assert asked[0] == status, lines
@@ -301,14 +299,14 @@ async def test_an_open_api_still_checks_credentials(tmp_path: Path) -> None:
     """Without tokens, on this machine, a credential that is sent must be good, and fit."""
     api = ApiSettings(agent_key_file=str(tmp_path / "keys"))
     (tmp_path / "keys").write_text(KEY)
-    async with served(tmp_path, authenticator=door_of(api)) as authenticator:
-        await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
+    async with served(tmp_path, authenticator=door_of(api)) as served_api:
+        await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
         for headers, status in (
             (bearer(credential("cam", 0)), 200),
             (bearer(credential("cam", 0, "f" * 40)), 401),
             (bearer(credential("dog", 0)), 403),
         ):
-            asked = await authenticator.ask(
+            asked = await served_api.ask(
                 "POST", "/v1/agents/report", json=_report(), headers=headers
             )
             assert asked[0] == status
@@ -320,31 +318,30 @@ async def test_s9_each_client_has_its_own_share(tmp_path: Path, secured: Authent
     assert isinstance(secured.clock, Later)
     secured.buckets = Buckets(0.5, 3)
     viewer, operator = bearer(SECRETS[Role.VIEWER]), bearer(SECRETS[Role.OPERATOR])
-    async with served(tmp_path, authenticator=secured) as authenticator:
-        asked = [await authenticator.ask("GET", "/v1/status", headers=viewer) for _ in range(4)]
+    async with served(tmp_path, authenticator=secured) as served_api:
+        asked = [await served_api.ask("GET", "/v1/status", headers=viewer) for _ in range(4)]
         assert [status for status, _ in asked] == [200, 200, 200, 429]
-        async with authenticator.client.get(
-            authenticator.base + "/v1/status", headers=viewer
+        async with served_api.client.get(
+            served_api.base + "/v1/status", headers=viewer
         ) as response:
             wait = int(response.headers["Retry-After"])
         assert 1 <= wait <= 2
-        assert (await authenticator.ask("GET", "/v1/status", headers=operator))[0] == 200
+        assert (await served_api.ask("GET", "/v1/status", headers=operator))[0] == 200
         for name in ("a", "b", "c", "d", "e"):
             headers = bearer(credential(name, 0))
             report = _report(device_id=name)
             asked = [
-                await authenticator.ask("POST", "/v1/agents/report", json=report, headers=headers)
+                await served_api.ask("POST", "/v1/agents/report", json=report, headers=headers)
             ]
             assert asked[0][0] == 409
-        assert [(await authenticator.ask("GET", "/healthz"))[0] for _ in range(9)] == [200] * 9
+        assert [(await served_api.ask("GET", "/healthz"))[0] for _ in range(9)] == [200] * 9
         guesses = [
-            (await authenticator.ask("GET", "/v1/status", headers=bearer("guess")))[0]
-            for _ in "1234"
+            (await served_api.ask("GET", "/v1/status", headers=bearer("guess")))[0] for _ in "1234"
         ]
         assert guesses == [401, 401, 401, 429]
         secured.clock.ahead += wait
-        assert (await authenticator.ask("GET", "/v1/status", headers=viewer))[0] == 200
-        text = authenticator.metrics.render().decode()
+        assert (await served_api.ask("GET", "/v1/status", headers=viewer))[0] == 200
+        text = served_api.metrics.render().decode()
         assert 'api_refusals_total{reason="limited"} 3.0' in text
         assert 'api_refusals_total{reason="unauthorized"} 3.0' in text
 
@@ -356,18 +353,18 @@ async def test_each_change_is_audited_once_with_who_and_what(
     and outcome; a repeat that changes nothing makes none; no token stands in either (S10)."""
     caplog.set_level(logging.INFO)
     headers, gateway = bearer(SECRETS[Role.OPERATOR]), bearer(SECRETS[Role.DEVICE])
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
         for _ in range(2):
-            await authenticator.ask("PUT", "/v1/devices/gw-1", json=WISH, headers=headers)
+            await served_api.ask("PUT", "/v1/devices/gw-1", json=WISH, headers=headers)
         other = {**WISH, "address": "127.0.0.2"}
-        await authenticator.ask("PUT", "/v1/devices/gw-1", json=other, headers=gateway)
+        await served_api.ask("PUT", "/v1/devices/gw-1", json=other, headers=gateway)
         gone = {"event": "disconnected", "device": {"id": "gw-1"}}
         for _ in range(2):
-            await authenticator.ask("POST", "/v1/webhook", json=gone, headers=gateway)
+            await served_api.ask("POST", "/v1/webhook", json=gone, headers=gateway)
         bulk = {"devices": [{"id": "a", **WISH}, {"id": "b", **WISH}], "delete": ["gw-1"]}
-        await authenticator.ask("POST", "/v1/devices:bulk", json=bulk, headers=headers)
-        await authenticator.ask("DELETE", "/v1/devices/a", headers=headers)
-        _, page = await authenticator.ask("GET", "/v1/events", headers=headers)
+        await served_api.ask("POST", "/v1/devices:bulk", json=bulk, headers=headers)
+        await served_api.ask("DELETE", "/v1/devices/a", headers=headers)
+        _, page = await served_api.ask("GET", "/v1/events", headers=headers)
     audits = [item for item in page["items"] if item["kind"].startswith("audit.")]
     assert [(a["kind"], a["device"], a["data"]["actor"], a["data"]["outcome"]) for a in audits] == [
         ("audit.register", "gw-1", "token:operator", "created"),
@@ -393,13 +390,13 @@ async def test_refusals_are_logged_as_one_line(
     """Fifty refused requests are counted, and make one line in ten seconds; the next line says how many
     it stands for, and neither holds what was sent."""
     assert isinstance(secured.clock, Later)
-    async with served(tmp_path, authenticator=secured) as authenticator:
+    async with served(tmp_path, authenticator=secured) as served_api:
         for _ in range(50):
-            await authenticator.ask("GET", "/v1/status", headers=bearer("guessed-secret"))
+            await served_api.ask("GET", "/v1/status", headers=bearer("guessed-secret"))
         secured.clock.ahead += 11
         headers = bearer(SECRETS[Role.VIEWER])
-        assert (await authenticator.ask("DELETE", "/v1/devices/x", headers=headers))[0] == 403
-        text = authenticator.metrics.render().decode()
+        assert (await served_api.ask("DELETE", "/v1/devices/x", headers=headers))[0] == 403
+        text = served_api.metrics.render().decode()
     assert 'api_refusals_total{reason="unauthorized"} 50.0' in text
     assert 'api_refusals_total{reason="forbidden"} 1.0' in text
     lines = [vars(record) for record in caplog.records if record.message == "request refused"]
@@ -428,10 +425,8 @@ async def test_hostile_authorization_headers_are_401(
     tmp_path: Path, secured: Authenticator, value: str
 ) -> None:
     """Whatever stands in the header, the answer is 401 in our form, and does not repeat it."""
-    async with served(tmp_path, authenticator=secured) as authenticator:
-        status, body = await authenticator.ask(
-            "GET", "/v1/status", headers={"Authorization": value}
-        )
+    async with served(tmp_path, authenticator=secured) as served_api:
+        status, body = await served_api.ask("GET", "/v1/status", headers={"Authorization": value})
     assert status == 401
     assert set(body["error"]) == {"code", "message"}
     assert "wda1" not in body["error"]["message"]
@@ -443,8 +438,8 @@ async def test_two_authorization_headers_do_not_add_up(
     """A second header changes nothing: the first one counts."""
     headers = [("Authorization", "Bearer nope"), *bearer(SECRETS[Role.OPERATOR]).items()]
     async with (
-        served(tmp_path, authenticator=secured) as authenticator,
-        authenticator.client.get(authenticator.base + "/v1/status", headers=headers) as response,
+        served(tmp_path, authenticator=secured) as served_api,
+        served_api.client.get(served_api.base + "/v1/status", headers=headers) as response,
     ):
         assert response.status in {400, 401}
 

@@ -26,7 +26,7 @@ from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.listener import ApiListener
 from nomad_watchdog.config.api import ApiSettings
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 from tests.api.test_api import WISH
 from tests.api.test_malformed import asked
 from tests.api.test_tls import write_pair
@@ -42,7 +42,7 @@ OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 class Front:
     """The API with a token on a listener of ours."""
 
-    authenticator: Authenticator
+    served_api: ServedApi
     port: int
 
     @property
@@ -61,7 +61,7 @@ class Front:
 
     def counted(self, text: str) -> float:
         """A series of the metrics."""
-        lines = self.authenticator.metrics.render().decode().splitlines()
+        lines = self.served_api.metrics.render().decode().splitlines()
         (value,) = (line.split()[-1] for line in lines if line.startswith(text))
         return float(value)
 
@@ -79,13 +79,13 @@ async def front(folder: Path, **changes: Any) -> AsyncIterator[Front]:
         unauthenticated_rate=100_000.0,
         **guarded,
     ).model_copy(update=changes)
-    async with served(folder, authenticator=door_of(api)) as authenticator:
-        runner = Runner(authenticator.app, shutdown_timeout=2.0)
+    async with served(folder, authenticator=door_of(api)) as served_api:
+        runner = Runner(served_api.app, shutdown_timeout=2.0)
         await runner.setup()
-        listener = ApiListener(runner, api, authenticator.metrics)
+        listener = ApiListener(runner, api, served_api.metrics)
         await listener.start()
         try:
-            yield Front(authenticator, listener.port)
+            yield Front(served_api, listener.port)
         finally:
             await runner.cleanup()
 
@@ -197,7 +197,7 @@ async def test_a_client_that_does_not_read_is_closed(
     async with front(tmp_path) as it:
         (tmp_path / "agent.pyz").write_bytes(bytes(10_000_000))
         await connect(it.port, wires, 5, attackers.deaf()[:400])
-        it.authenticator.app[CONTEXT].page = (float("inf"), "x" * 10_000_000)
+        it.served_api.app[CONTEXT].page = (float("inf"), "x" * 10_000_000)
         await connect(it.port, wires, 5, page)
         async with asyncio.timeout(120):
             while it.counted('nomad_watchdog_api_connections_closed_total{reason="slow"}') < 10:
@@ -279,7 +279,7 @@ async def test_a_body_is_not_read_before_its_headers_are_plausible(
             assert await answers(it.port, sent, 3) == {"401": 3}
         assert await answers(it.port, small, 20) == {"401": 20}
         grown = (peak_kb() - before) / 1000
-        assert it.authenticator.app[CONTEXT].bodies.used == 0
+        assert it.served_api.app[CONTEXT].bodies.used == 0
     assert grown < 40  # ours and that of the attackers, who are in this process too
     attack.tried = 149
     attack.result = f"refused before the body is read; memory +{grown:.0f} MB with the attackers'"
@@ -288,7 +288,7 @@ async def test_a_body_is_not_read_before_its_headers_are_plausible(
 async def test_memory_for_bodies_is_bounded(tmp_path: Path) -> None:
     """Where it is used up a request is 503 and comes again later; nothing is lost of a token's request."""
     async with front(tmp_path) as it:
-        bodies = it.authenticator.app[CONTEXT].bodies
+        bodies = it.served_api.app[CONTEXT].bodies
         bodies.most = 10
         wish: dict[str, Any] = {"json": WISH, "headers": OPERATOR}
         assert await it.status("/v1/devices/cam", "PUT", **wish) == 503
@@ -463,7 +463,7 @@ async def test_a_body_that_breaks_off_is_no_error_of_ours(
         for _ in range(50):
             _, writer = await asyncio.open_connection("127.0.0.1", it.port)
             writer.write(sent)
-            while not it.authenticator.app[CONTEXT].bodies.used:
+            while not it.served_api.app[CONTEXT].bodies.used:
                 await asyncio.sleep(0.001)
             writer.close()
             while it.counted(opened):

@@ -20,7 +20,7 @@ from nomad_watchdog import logs
 from nomad_watchdog.api import malformed
 from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.config.api import ApiSettings
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 from tests.attacks.table import Attack
 
 KNOWN, UNKNOWN = secrets.token_hex(20), secrets.token_hex(20)
@@ -90,12 +90,12 @@ async def test_h3_no_malformed_request_gets_into_the_log(tmp_path: Path, attack:
         for shape in SHAPES
     ][:540]
     with no_quarrel_with_pytest(), logged() as out:
-        async with guarded(tmp_path) as authenticator:  # type: ignore[attr-defined]
-            port = authenticator.runner.addresses[0][1]
+        async with guarded(tmp_path) as served_api:  # type: ignore[attr-defined]
+            port = served_api.runner.addresses[0][1]
             answers = await asyncio.to_thread(
                 lambda: [asked(port, [request]) for request in requests]
             )
-            said = await everything(authenticator)
+            said = await everything(served_api)
     lines = [line for line in out.getvalue().splitlines() if "malformed requests" in line]
     answered = [answer for answer in answers if answer]  # a reset may overtake the answer
     assert answered
@@ -112,12 +112,12 @@ async def test_h3_no_malformed_request_gets_into_the_log(tmp_path: Path, attack:
     )
 
 
-async def everything(authenticator: Authenticator) -> str:
+async def everything(served_api: ServedApi) -> str:
     """What people see: events, a device and its explanation, metrics."""
     bearer = {"Authorization": f"Bearer {KNOWN}", "Connection": "close"}
     found = []
     for path in ("/v1/events", "/v1/devices", "/v1/devices/pump/explain", "/v1/status", "/metrics"):
-        async with authenticator.client.get(authenticator.base + path, headers=bearer) as answer:
+        async with served_api.client.get(served_api.base + path, headers=bearer) as answer:
             found.append(await answer.text())
     return "\n".join(found)
 
@@ -183,8 +183,8 @@ async def test_no_request_that_the_parser_rejects_leaves_a_token_behind(
     """Whatever is wrong with a request, its token is neither in the answer nor in the log at any level, nor in
     a traceback, event or explanation."""
     with no_quarrel_with_pytest(), logged(style) as out:
-        async with guarded(tmp_path) as authenticator:  # type: ignore[attr-defined]
-            port = authenticator.runner.addresses[0][1]
+        async with guarded(tmp_path) as served_api:  # type: ignore[attr-defined]
+            port = served_api.runner.addresses[0][1]
 
             @settings(max_examples=40)
             @given(malformed_requests())
@@ -193,7 +193,7 @@ async def test_no_request_that_the_parser_rejects_leaves_a_token_behind(
                 assert not any(piece in answer for piece in PIECES), answer
 
             await asyncio.to_thread(fuzz)
-            said = await everything(authenticator)
+            said = await everything(served_api)
     for text in (said, out.getvalue()):
         assert [line for line in text.splitlines() if any(piece in line for piece in PIECES)] == []
     assert "nomad_watchdog_api_malformed_total 0.0" not in said
@@ -205,31 +205,31 @@ async def test_errors_of_handlers_name_no_known_token(
     """A token inside an exception, its traceback, an argument of a log call, an event or a wrong body is gone
     from log and answer; one that was only presented is gone from the log while its request is handled."""
     with logged() as out:
-        async with guarded(tmp_path) as authenticator:  # type: ignore[attr-defined]
+        async with guarded(tmp_path) as served_api:  # type: ignore[attr-defined]
 
             def broken() -> dict[str, object]:
                 logging.getLogger("x").debug("plan for %s", KNOWN, extra={"odd": f"'{KNOWN}'"})
                 raise RuntimeError(f"said {KNOWN[:-3]}")
 
-            authenticator.fleet.plan_view = broken
-            authenticator.fleet.history.add(
+            served_api.fleet.plan_view = broken
+            served_api.fleet.history.add(
                 at=0.0, kind="x", device_id="", slug="", text=f"a {KNOWN}", data={"b": [KNOWN]}
             )
             bearer = {"Authorization": f"Bearer {KNOWN}"}
-            assert (await authenticator.ask("GET", "/v1/plan", headers=bearer))[0] == 500
-            _, wrong = await authenticator.ask(
+            assert (await served_api.ask("GET", "/v1/plan", headers=bearer))[0] == 500
+            _, wrong = await served_api.ask(
                 "PUT", "/v1/devices/a", headers=bearer, json={KNOWN: KNOWN}
             )
-            _, events = await authenticator.ask("GET", "/v1/events", headers=bearer)
+            _, events = await served_api.ask("GET", "/v1/events", headers=bearer)
 
-            gate = authenticator.app_door
+            gate = served_api.app_door
 
             def quoting(*_: object) -> None:
                 raise RuntimeError(f"no holder of {UNKNOWN}")
 
             monkeypatch.setattr(type(gate.keyring), "holder_of", quoting)
             given_ = {"Authorization": f"Bearer {UNKNOWN}"}
-            assert (await authenticator.ask("GET", "/v1/plan", headers=given_))[0] == 500
+            assert (await served_api.ask("GET", "/v1/plan", headers=given_))[0] == 500
     for text in (out.getvalue(), json.dumps(wrong), json.dumps(events)):
         assert [line for line in text.splitlines() if any(piece in line for piece in PIECES)] == []
         assert "[redacted]" in text
@@ -237,11 +237,11 @@ async def test_errors_of_handlers_name_no_known_token(
 
 
 async def test_malformed_requests_are_one_line_per_minute(
-    authenticator: Authenticator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    served_api: ServedApi, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is logged at once, those of the next minute together, and what is left at the end."""
     monkeypatch.setattr(malformed, "LOG_EVERY_S", 0.05)
-    counter = malformed.MalformedRequests(authenticator.metrics)
+    counter = malformed.MalformedRequests(served_api.metrics)
     counter.add("192.0.2.1")
     for _ in range(1000):
         counter.add("192.0.2.2")
@@ -250,4 +250,4 @@ async def test_malformed_requests_are_one_line_per_minute(
     counter.add("192.0.2.3")
     counter.close()
     assert [record.requests for record in caplog.records] == [1, 1000, 1]  # type: ignore[attr-defined]
-    assert b"nomad_watchdog_api_malformed_total 1002.0" in authenticator.metrics.render()
+    assert b"nomad_watchdog_api_malformed_total 1002.0" in served_api.metrics.render()

@@ -24,7 +24,7 @@ from nomad_watchdog.daemon.reload import Reloader, applicable
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.schedulers.multi import MultiScheduler
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 from tests.simulation.fakes import REFUSED, Cluster, FakeScheduler
 
 FILE = """\
@@ -58,7 +58,7 @@ class Picky(FakeScheduler):
 class Service:
     """The API, a reconciler that does not run, and a configuration file."""
 
-    authenticator: Authenticator
+    served_api: ServedApi
     folder: Path
     reloader: Reloader
     scheduler: Picky
@@ -69,7 +69,7 @@ class Service:
 
     async def asked_with(self, token: str) -> int:
         headers = {"Authorization": f"Bearer {token}"}
-        return (await self.authenticator.ask("GET", "/v1/status", headers=headers))[0]
+        return (await self.served_api.ask("GET", "/v1/status", headers=headers))[0]
 
 
 @pytest.fixture
@@ -85,34 +85,30 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     settings = read()
     root = logging.getLogger()
     level = root.level
-    async with served(tmp_path, authenticator=door_of(settings.api)) as authenticator:
+    async with served(tmp_path, authenticator=door_of(settings.api)) as served_api:
         picky = Picky(Cluster())
         moving = MultiScheduler("local", lambda _name: picky, settings.spec_on)
-        reconciler = Reconciler(
-            authenticator.fleet, moving, settings.specs(), authenticator.metrics
-        )
-        departures = ExpiryController(
-            authenticator.fleet, authenticator.metrics, reconciler.ownership
-        )
-        inventory = InventoryController((), authenticator.fleet, departures, authenticator.metrics)
+        reconciler = Reconciler(served_api.fleet, moving, settings.specs(), served_api.metrics)
+        departures = ExpiryController(served_api.fleet, served_api.metrics, reconciler.ownership)
+        inventory = InventoryController((), served_api.fleet, departures, served_api.metrics)
         made = Reloader(
             settings,
             read,
             reconciler,
             moving,
             inventory,
-            authenticator.app_door,
-            authenticator.metrics,
+            served_api.app_door,
+            served_api.metrics,
         )
-        authenticator.app[CONTEXT].reloads = made
-        yield Service(authenticator, tmp_path, made, picky)
+        served_api.app[CONTEXT].reloads = made
+        yield Service(served_api, tmp_path, made, picky)
     root.setLevel(level)
 
 
 async def test_tokens_limits_and_the_log_level_are_applied(service: Service) -> None:
     """The new token counts and the old one does not, windows and graces are the new ones, and the answer
     names each change; without one the next reload changes nothing."""
-    fleet = service.authenticator.fleet
+    fleet = service.served_api.fleet
     assert await service.asked_with("first-token-of-the-api") == 200
     (service.folder / "other").write_text("second-token-of-the-api")
     (service.folder / "watcher").write_text("third-token-of-the-api")
@@ -134,7 +130,7 @@ log { level = "warning" }""",
     text = (service.folder / "watchdog.hcl").read_text()
     (service.folder / "watchdog.hcl").write_text(text.replace('/token"', '/other"'))
     headers = {"Authorization": "Bearer first-token-of-the-api"}
-    status, answer = await service.authenticator.ask("POST", "/v1/config:reload", headers=headers)
+    status, answer = await service.served_api.ask("POST", "/v1/config:reload", headers=headers)
     assert (status, answer["needs_restart"]) == (200, [])
     assert answer["changed"] == [
         "api.rate 1000 → 500",
@@ -155,8 +151,8 @@ log { level = "warning" }""",
     assert fleet.recorder.starts.grace("default").seconds == 90.0
     assert fleet.recorder.correlator.limits.least == 9
     assert service.reloader.reconciler.informer.until_resync_s <= 17.0
-    assert service.authenticator.app_door.buckets is not None
-    assert service.authenticator.app_door.buckets.rate == 500
+    assert service.served_api.app_door.buckets is not None
+    assert service.served_api.app_door.buckets.rate == 500
     assert logging.getLogger().level == logging.WARNING
     assert (await service.reloader.reload()).changed == ()
 
@@ -175,8 +171,8 @@ async def test_what_is_wrong_changes_nothing_at_all(
     """A wrong setting, a missing secret, a file that ends in the middle: no part is applied."""
     before = (
         service.reloader.settings,
-        service.authenticator.fleet.limits,
-        service.authenticator.fleet.classes,
+        service.served_api.fleet.limits,
+        service.served_api.fleet.classes,
     )
     hashes = dict(service.reloader.reconciler.hashes)
     service.write(api, more, rest + "\nrollout { at_once = 7 }")
@@ -184,16 +180,16 @@ async def test_what_is_wrong_changes_nothing_at_all(
         await service.reloader.reload()
     after = (
         service.reloader.settings,
-        service.authenticator.fleet.limits,
-        service.authenticator.fleet.classes,
+        service.served_api.fleet.limits,
+        service.served_api.fleet.classes,
     )
     assert after == before
     assert service.reloader.reconciler.hashes == hashes
     assert service.reloader.problem
-    status = service.authenticator.fleet.status()["config"]
+    status = service.served_api.fleet.status()["config"]
     assert isinstance(status, dict)
     assert status["problem"] == service.reloader.problem
-    kinds = [event.kind for event in service.authenticator.fleet.history.after(0, 99)[0]]
+    kinds = [event.kind for event in service.served_api.fleet.history.after(0, 99)[0]]
     assert kinds.count("config.rejected") == 1
     service.write(rest="rollout { at_once = 7 }")
     assert (await service.reloader.reload()).changed == ("rollout.at_once 5 → 7",)
@@ -208,7 +204,7 @@ async def test_classes_that_the_scheduler_refuses_change_nothing(service: Servic
     with pytest.raises(UserError, match="no such driver"):
         await service.reloader.reload()
     assert service.reloader.reconciler.hashes == hashes
-    assert service.authenticator.fleet.limits.replace_at_once == 5
+    assert service.served_api.fleet.limits.replace_at_once == 5
     service.scheduler.error = TransientError("no leader")
     changed = (await service.reloader.reload()).changed
     assert changed == ("agent_class.default.memory 64Mi → 96Mi", "rollout.at_once 5 → 7")
@@ -227,11 +223,11 @@ def class_two(more: str) -> str:
 async def test_a_class_whose_template_is_missing_affects_only_itself(service: Service) -> None:
     """The rest is applied, its devices may be registered, and the answer, `status` and the plan have the
     reason. It is read again by itself, from the settings of the reload, and by the next reload."""
-    reconciler, fleet = service.reloader.reconciler, service.authenticator.fleet
+    reconciler, fleet = service.reloader.reconciler, service.served_api.fleet
     file = service.folder / "agent.hcl"
     service.write(rest=class_two(f' template = "{file}"'))
     headers = {"Authorization": "Bearer first-token-of-the-api"}
-    status, answer = await service.authenticator.ask("POST", "/v1/config:reload", headers=headers)
+    status, answer = await service.served_api.ask("POST", "/v1/config:reload", headers=headers)
     assert status == 200
     assert "rollout.at_once 5 → 7" in answer["changed"]
     assert "No such file" in answer["unprepared_classes"]["two"]
@@ -263,7 +259,7 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
 async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: Service) -> None:
     """Its version in force is the new one and nothing is started with it; a reload that mends it is enough.
     Meanwhile the scheduler is not asked again at every look."""
-    reconciler, fleet = service.reloader.reconciler, service.authenticator.fleet
+    reconciler, fleet = service.reloader.reconciler, service.served_api.fleet
     refused = f' variables = {{ {REFUSED} = "no such pool" }}'
     service.write(rest=class_two(refused))
     done = await service.reloader.reload()
@@ -293,11 +289,11 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
 
 async def test_a_class_that_comes_or_goes(service: Service) -> None:
     """A new class may be asked for at once; one that is gone may not, and does not stop anything."""
-    assert service.authenticator.fleet.classes == frozenset({"default"})
+    assert service.served_api.fleet.classes == frozenset({"default"})
     two = 'agent_class "two" {\n probe "tcp" { port = 81 }\n}'
     service.write(rest=two)
     assert (await service.reloader.reload()).changed == ("agent_class.two added",)
-    assert service.authenticator.fleet.classes == frozenset({"default", "two"})
+    assert service.served_api.fleet.classes == frozenset({"default", "two"})
     assert service.reloader.reconciler.specs.keys() == {"default", "two"}
     service.write()
     assert (await service.reloader.reload()).changed == ("agent_class.two removed",)

@@ -14,17 +14,17 @@ from watchdog_agent import wire
 from nomad_watchdog.core import presence
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Departure, Device, Epoch, Presence
-from tests.api.conftest import Authenticator
+from tests.api.conftest import ServedApi
 from tests.core.world import placement
 
 WISH: dict[str, Any] = {"address": "127.0.0.1"}
 
 
 @pytest.fixture
-def two(authenticator: Authenticator) -> Authenticator:
+def two(served_api: ServedApi) -> ServedApi:
     """The API where the classes camera and gateway are configured, and no default."""
-    authenticator.fleet.classes = frozenset({"camera", "gateway"})
-    return authenticator
+    served_api.fleet.classes = frozenset({"camera", "gateway"})
+    return served_api
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def two(authenticator: Authenticator) -> Authenticator:
     ],
 )
 async def test_a_class_that_is_not_configured_is_400(
-    two: Authenticator, more: dict[str, str], words: list[str]
+    two: ServedApi, more: dict[str, str], words: list[str]
 ) -> None:
     """By PUT, webhook and bulk alike: the answer names the classes, and the one that was meant."""
     webhook = {"event": "connected", "device": WISH | more | {"id": "cam"}}
@@ -57,7 +57,7 @@ async def test_a_class_that_is_not_configured_is_400(
     assert not two.fleet.records
 
 
-async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: Authenticator) -> None:
+async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: ServedApi) -> None:
     """The valid ones are stored; the index counts within `devices` and within `delete`."""
     body = {
         "devices": [
@@ -86,7 +86,7 @@ async def test_each_invalid_item_of_a_bulk_request_has_its_index(two: Authentica
     ("left", "status"), [(None, 200), (Departure.EXPIRED, 201), (Departure.REMOVED, 400)]
 )
 async def test_a_device_of_a_class_that_vanished_stays_usable(
-    two: Authenticator, left: Departure | None, status: int
+    two: ServedApi, left: Departure | None, status: int
 ) -> None:
     """One that is registered, or blinked, may be registered again with the class that it had; one that was
     removed may not, and none may be moved to such a class."""
@@ -104,7 +104,7 @@ async def test_a_device_of_a_class_that_vanished_stays_usable(
     assert (await two.ask("DELETE", "/v1/devices/cam"))[0] == 200
 
 
-async def test_a_pause_of_what_is_not_there_is_refused(two: Authenticator) -> None:
+async def test_a_pause_of_what_is_not_there_is_refused(two: ServedApi) -> None:
     """Devices that were never registered are 404 with a similar id, an unknown class 400; a device that
     another replica has just registered is known; nothing is kept of a refused pause."""
     await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
@@ -121,7 +121,7 @@ async def test_a_pause_of_what_is_not_there_is_refused(two: Authenticator) -> No
     assert (await two.ask("POST", "/v1/pauses", json={"devices": ["cam-1"]}))[0] == 201
 
 
-async def test_events_of_a_device_that_was_never_there_are_404(two: Authenticator) -> None:
+async def test_events_of_a_device_that_was_never_there_are_404(two: ServedApi) -> None:
     """As a page and as a stream; a device that was removed still has its events."""
     await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
     for query in ("device=cam-2", "device=cam-2&follow=true", "device=cam-2&own=true"):
@@ -135,7 +135,7 @@ async def test_events_of_a_device_that_was_never_there_are_404(two: Authenticato
 
 
 async def test_a_device_that_the_registry_has_lost_was_registered_before(
-    two: Authenticator,
+    two: ServedApi,
 ) -> None:
     """`devices get` and `explain` say so, as long as an event about it is kept; also while its agent still runs,
     whose events have the device's id. Of a device that was never there they say nothing of the kind."""
@@ -159,7 +159,7 @@ async def test_a_device_that_the_registry_has_lost_was_registered_before(
     assert [event["device"] for event in page["items"]] == ["cam-1"]
 
 
-async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Authenticator) -> None:
+async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: ServedApi) -> None:
     """The hint stands where every id may be read: a heartbeat for an unknown device has none."""
     await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
     status, answer = await two.ask("POST", "/v1/devices/cam-2/heartbeat")
@@ -169,25 +169,21 @@ async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: Authenticat
 
 
 @pytest.mark.parametrize("path", ["/v1/devices", "/v1/agents"])
-async def test_a_query_with_two_values_of_a_label_is_400(
-    authenticator: Authenticator, path: str
-) -> None:
+async def test_a_query_with_two_values_of_a_label_is_400(served_api: ServedApi, path: str) -> None:
     """No device has both, so that an empty list would mislead; the answer names the key."""
-    status, answer = await authenticator.ask("GET", f"{path}?label=site=a&label=site=b")
+    status, answer = await served_api.ask("GET", f"{path}?label=site=a&label=site=b")
     assert status == 400
     assert "'site' is given twice" in answer["error"]["message"]
-    assert (await authenticator.ask("GET", f"{path}?label=site=a&label=rack=b&label=site=a"))[
-        0
-    ] == 200
-    assert (await authenticator.ask("GET", f"{path}?label=site"))[0] == 400
+    assert (await served_api.ask("GET", f"{path}?label=site=a&label=rack=b&label=site=a"))[0] == 200
+    assert (await served_api.ask("GET", f"{path}?label=site"))[0] == 400
 
 
 async def test_the_verdict_departed_lists_devices_that_have_left(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """Without `presence` the verdict alone picks; with one both must match."""
-    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
-    await authenticator.ask("DELETE", "/v1/devices/cam")
+    await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
+    await served_api.ask("DELETE", "/v1/devices/cam")
     for query, ids in (
         ("verdict=departed", ["cam"]),
         ("verdict=departed&presence=any", ["cam"]),
@@ -195,21 +191,21 @@ async def test_the_verdict_departed_lists_devices_that_have_left(
         ("verdict=starting", []),
         ("", []),
     ):
-        status, answer = await authenticator.ask("GET", f"/v1/devices?{query}")
+        status, answer = await served_api.ask("GET", f"/v1/devices?{query}")
         assert (status, [one["id"] for one in answer["items"]]) == (200, ids), query
 
 
 async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """A report of an older epoch from an instance that the scheduler lists is refused and noted as a replacement;
     one of an instance that nobody knows is a refusal."""
-    await authenticator.ask("PUT", "/v1/devices/cam", json=WISH)
-    record = authenticator.fleet.records[slug_of(DeviceId("cam"))]
-    (moved,) = await authenticator.fleet.commit([presence.advance(record, Epoch(2))])
+    await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
+    record = served_api.fleet.records[slug_of(DeviceId("cam"))]
+    (moved,) = await served_api.fleet.commit([presence.advance(record, Epoch(2))])
     assert moved is not None
-    authenticator.fleet.learn([moved])
-    authenticator.fleet.placements[record.slug] = (placement("cam", 1),)
+    served_api.fleet.learn([moved])
+    served_api.fleet.placements[record.slug] = (placement("cam", 1),)
     config = {"device_id": "cam", "epoch": 1, "agent_class": "default", "version": "1"}
     said: dict[str, Any] = {
         "sequence": 1, "ready": True, "state": "ok", "was_ready": True, "misses": 0,
@@ -217,10 +213,10 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
     }  # fmt: skip
     for instance in ("i-cam-1", "i-stranger"):
         body = wire.report(config, instance=instance, **said)
-        assert (await authenticator.ask("POST", "/v1/agents/report", json=body))[0] == 410
+        assert (await served_api.ask("POST", "/v1/agents/report", json=body))[0] == 410
     told = [
         one
-        for one in authenticator.fleet.events(0, 100)[0]
+        for one in served_api.fleet.events(0, 100)[0]
         if one.kind in ("agent.replaced", "refused")
     ]
     assert [one.kind for one in told] == ["agent.replaced", "refused"]
@@ -231,45 +227,45 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
 
 @pytest.mark.parametrize(("count", "others"), [(1, 0), (20, 0), (23, 3)])
 async def test_an_audit_event_of_a_bulk_request_names_devices(
-    authenticator: Authenticator, count: int, others: int
+    served_api: ServedApi, count: int, others: int
 ) -> None:
     """The first 20 that changed, and how many others; one that did not change is not named."""
-    await authenticator.ask("PUT", "/v1/devices/same", json=WISH)
+    await served_api.ask("PUT", "/v1/devices/same", json=WISH)
     devices = [WISH | {"id": f"d{number:02}"} for number in range(count)]
     body = {"devices": [WISH | {"id": "same"}, *devices], "delete": ["never"]}
-    assert (await authenticator.ask("POST", "/v1/devices:bulk", json=body))[0] == 200
-    (event,) = (await authenticator.ask("GET", "/v1/events?kind=audit.bulk"))[1]["items"]
+    assert (await served_api.ask("POST", "/v1/devices:bulk", json=body))[0] == 200
+    (event,) = (await served_api.ask("GET", "/v1/events?kind=audit.bulk"))[1]["items"]
     names = [f"d{number:02}" for number in range(min(count, 20))]
     assert (event["data"]["devices"], event["data"]["others"]) == (names, others)
     assert event["data"]["changed"] == count
     assert event["text"].endswith(", ".join(names) + (f" and {others} more" if others else ""))
 
 
-async def test_ready_gives_a_reason_only_when_it_is_not(authenticator: Authenticator) -> None:
+async def test_ready_gives_a_reason_only_when_it_is_not(served_api: ServedApi) -> None:
     """Whoever reaches the service may report to it: what else is wrong is a warning."""
-    assert (await authenticator.ask("GET", "/ready"))[1]["reason"]
-    authenticator.fleet.ready_event.set()
-    authenticator.fleet.ready_reason = ""
-    assert await authenticator.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
-    authenticator.fleet.registry_unreadable, authenticator.fleet.registry_problem = (
+    assert (await served_api.ask("GET", "/ready"))[1]["reason"]
+    served_api.fleet.ready_event.set()
+    served_api.fleet.ready_reason = ""
+    assert await served_api.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
+    served_api.fleet.registry_unreadable, served_api.fleet.registry_problem = (
         True,
         "the registry can't be read",
     )
-    status, answer = await authenticator.ask("GET", "/ready")
+    status, answer = await served_api.ask("GET", "/ready")
     assert (status, answer) == (
         200, {"ready": True, "reason": "", "warning": "the registry can't be read"},
     )  # fmt: skip
 
 
 async def test_the_examples_in_the_documentation_are_accepted(
-    authenticator: Authenticator, repository: Path
+    served_api: ServedApi, repository: Path
 ) -> None:
     """Each curl command of docs/presence.md: its path exists, and its body is taken."""
     text = (repository / "docs/presence.md").read_text()
     examples = re.findall(r"http://127\.0\.0\.1:9670(\S+) \\\n\s+-d '([^']+)'", text)
     assert [path for path, _ in examples] == ["/v1/webhook", "/v1/devices:bulk"]
     for path, body in examples:
-        status, answer = await authenticator.ask("POST", path, json=json.loads(body))
+        status, answer = await served_api.ask("POST", path, json=json.loads(body))
         assert status in (200, 201), answer
         assert all(one["status"] == 200 for one in answer.get("results", ())), answer
-    assert authenticator.fleet.records[slug_of(DeviceId("pump-8"))].presence is Presence.PRESENT
+    assert served_api.fleet.records[slug_of(DeviceId("pump-8"))].presence is Presence.PRESENT

@@ -70,11 +70,11 @@ async def test_h14_a_change_in_place_is_noticed(tmp_path: Path, attack: Attack) 
     path.write_text(old)
     async with served(
         tmp_path, authenticator=door_of(ApiSettings(token_file=str(path)))
-    ) as authenticator:
+    ) as served_api:
 
         async def status(token: str) -> int:
             headers = {"Authorization": f"Bearer {token}"}
-            return (await authenticator.ask("GET", "/v1/status", headers=headers))[0]
+            return (await served_api.ask("GET", "/v1/status", headers=headers))[0]
 
         assert await status(old) == 200
         loop = asyncio.get_running_loop()

@@ -91,16 +91,16 @@ async def secure(folder: Path, authority: trustme.CA, **changes: Any) -> AsyncIt
         tls_key=str(folder / "server.key"),
         **changes,
     )
-    async with served(folder, authenticator=door_of(api)) as authenticator:
-        runner = Runner(authenticator.app, shutdown_timeout=2.0)
+    async with served(folder, authenticator=door_of(api)) as served_api:
+        runner = Runner(served_api.app, shutdown_timeout=2.0)
         await runner.setup()
-        listener = ApiListener(runner, api, authenticator.metrics)
+        listener = ApiListener(runner, api, served_api.metrics)
         await listener.start()
         async with asyncio.TaskGroup() as group:
             following = group.create_task(listener.follow())
             try:
                 url = f"https://127.0.0.1:{listener.port}"
-                yield Secure(folder, url, listener, authenticator.fleet)
+                yield Secure(folder, url, listener, served_api.fleet)
             finally:
                 following.cancel()
                 await runner.cleanup()

@@ -17,7 +17,7 @@ from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.core.webhook_signature import SignatureHeaders, sign
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import DeviceRecord, Presence, WallTime
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 
 SECRETS = [b"s" * 32, b"t" * 32]
 CONNECTED = {"event": "connected", "device": {"id": "gw/1", "address": "10.0.0.1"}}
@@ -43,14 +43,14 @@ def gate(folder: Path) -> Gate:
 
 
 @pytest.fixture
-async def authenticator(tmp_path: Path) -> AsyncIterator[Authenticator]:
+async def served_api(tmp_path: Path) -> AsyncIterator[ServedApi]:
     async with served(tmp_path, authenticator=gate(tmp_path)) as it:
         it.fleet.clock = Wall()
         yield it
 
 
 async def send(
-    authenticator: Authenticator,
+    served_api: ServedApi,
     body: object,
     *,
     message: str = "msg_1",
@@ -69,32 +69,32 @@ async def send(
         **{name.replace("_", "-"): value for name, value in changes.items()},
     }
     headers = {name: value for name, value in headers.items() if value}
-    return await authenticator.ask("POST", "/v1/webhook", data=data, headers=headers)
+    return await served_api.ask("POST", "/v1/webhook", data=data, headers=headers)
 
 
-def presence(authenticator: Authenticator) -> Presence | None:
-    record = authenticator.fleet.records.get(slug_of(DeviceId("gw/1")))
+def presence(served_api: ServedApi) -> Presence | None:
+    record = served_api.fleet.records.get(slug_of(DeviceId("gw/1")))
     return None if record is None else record.presence
 
 
-async def loaded(authenticator: Authenticator) -> tuple[dict[Slug, DeviceRecord], int]:
+async def loaded(served_api: ServedApi) -> tuple[dict[Slug, DeviceRecord], int]:
     """What a start reads: the record of our device."""
-    record = await authenticator.fleet.registry.get(slug_of(DeviceId("gw/1")))
+    record = await served_api.fleet.registry.get(slug_of(DeviceId("gw/1")))
     assert record is not None
     return {record.slug: record}, record.index
 
 
-async def test_a_signed_event_needs_no_token(authenticator: Authenticator) -> None:
+async def test_a_signed_event_needs_no_token(served_api: ServedApi) -> None:
     """An event signed with either secret is applied and audited as signed."""
-    assert (await send(authenticator, CONNECTED))[0] == 201
-    assert (await send(authenticator, GONE, message="msg_2", secret=SECRETS[1], later=1))[0] == 200
-    assert presence(authenticator) is Presence.ABSENT
-    kinds = [(e.kind, e.data.get("role")) for e in authenticator.fleet.history.after(0, 99)[0]]
+    assert (await send(served_api, CONNECTED))[0] == 201
+    assert (await send(served_api, GONE, message="msg_2", secret=SECRETS[1], later=1))[0] == 200
+    assert presence(served_api) is Presence.ABSENT
+    kinds = [(e.kind, e.data.get("role")) for e in served_api.fleet.history.after(0, 99)[0]]
     assert kinds.count(("audit.webhook", "signed")) == 2
 
 
 async def test_what_is_not_signed_well_is_401_and_does_nothing(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """Without a signature, with a wrong one, an old or future one, or over another body: 401, and the
     answer and the metric say so."""
@@ -114,68 +114,66 @@ async def test_what_is_not_signed_well_is_401_and_does_nothing(
         {"later": 301},
     ]
     for case in cases:
-        status, body = await send(authenticator, CONNECTED, **case)
+        status, body = await send(served_api, CONNECTED, **case)
         assert status == 401, case
         assert body["error"]["code"] == "unauthorized"
-    assert presence(authenticator) is None
-    text = authenticator.metrics.render().decode()
+    assert presence(served_api) is None
+    text = served_api.metrics.render().decode()
     assert f'api_refusals_total{{reason="unauthorized"}} {len(cases)}.0' in text
 
 
 async def test_the_signature_is_checked_before_the_body_is_read(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """A body that is no JSON is 401 unsigned and 400 signed; signed over the bytes as they came, blanks
     and all."""
-    assert (await send(authenticator, b"{", webhook_signature="v1,AAAA"))[0] == 401
-    assert (await send(authenticator, b"{"))[0] == 400
+    assert (await send(served_api, b"{", webhook_signature="v1,AAAA"))[0] == 401
+    assert (await send(served_api, b"{"))[0] == 400
     spaced = json.dumps(CONNECTED, indent=7).encode() + b" \n"
-    assert (await send(authenticator, spaced))[0] == 201
+    assert (await send(served_api, spaced))[0] == 201
 
 
-async def test_a_token_may_stand_for_the_signature(authenticator: Authenticator) -> None:
+async def test_a_token_may_stand_for_the_signature(served_api: ServedApi) -> None:
     """With an operator's token an unsigned call is applied; a signature that is sent beside it counts."""
     token = {"Authorization": "Bearer operators-s3cret-token"}
-    asked = await authenticator.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
+    asked = await served_api.ask("POST", "/v1/webhook", json=CONNECTED, headers=token)
     assert asked[0] == 201
-    assert (await send(authenticator, GONE, Authorization="Bearer operators-s3cret-token"))[
-        0
-    ] == 409
+    assert (await send(served_api, GONE, Authorization="Bearer operators-s3cret-token"))[0] == 409
     wrong = {"Authorization": "Bearer operators-s3cret-token", "webhook_signature": "v1,AAAA"}
-    assert (await send(authenticator, GONE, **wrong))[0] == 401
-    assert (await send(authenticator, GONE, Authorization="Bearer nope"))[0] == 401
+    assert (await send(served_api, GONE, **wrong))[0] == 401
+    assert (await send(served_api, GONE, Authorization="Bearer nope"))[0] == 401
 
 
-async def test_s5_a_replay_has_no_effect(authenticator: Authenticator) -> None:
+async def test_s5_a_replay_has_no_effect(served_api: ServedApi) -> None:
     """The same call again says `duplicate` and changes nothing, also after the device has gone; the id
     with another body is 409."""
-    status, first = await send(authenticator, CONNECTED)
+    status, first = await send(served_api, CONNECTED)
     assert (status, first["duplicate"]) == (201, False)
-    assert (await send(authenticator, GONE, message="msg_2", later=1))[0] == 200
-    status, again = await send(authenticator, CONNECTED)
+    assert (await send(served_api, GONE, message="msg_2", later=1))[0] == 200
+    status, again = await send(served_api, CONNECTED)
     assert (status, again["duplicate"], again["changed"]) == (200, True, False)
-    assert presence(authenticator) is Presence.ABSENT
-    status, body = await send(authenticator, GONE)
+    assert presence(served_api) is Presence.ABSENT
+    status, body = await send(served_api, GONE)
     assert status == 409
     assert "another body" in body["error"]["message"]
 
 
-async def test_a_failed_event_may_be_sent_again(authenticator: Authenticator) -> None:
+async def test_a_failed_event_may_be_sent_again(served_api: ServedApi) -> None:
     """An event that was refused for its content leaves its id free for the mended one."""
-    assert (await send(authenticator, {"event": "connected", "device": {"id": "gw/1"}}))[0] == 400
-    assert (await send(authenticator, CONNECTED))[0] == 201
-    assert (
-        await send(authenticator, {"event": "disconnected", "device": {"id": "x"}}, message="m")
-    )[0] == 404
+    assert (await send(served_api, {"event": "connected", "device": {"id": "gw/1"}}))[0] == 400
+    assert (await send(served_api, CONNECTED))[0] == 201
+    assert (await send(served_api, {"event": "disconnected", "device": {"id": "x"}}, message="m"))[
+        0
+    ] == 404
 
 
 async def test_s5_a_replay_has_no_effect_after_a_restart(
-    tmp_path: Path, authenticator: Authenticator
+    tmp_path: Path, served_api: ServedApi
 ) -> None:
     """A service that remembers nothing refuses an older event with 409 and knows the last one as a
     duplicate; a later one is applied."""
-    await send(authenticator, CONNECTED)
-    await send(authenticator, GONE, message="msg_2", later=5)
+    await send(served_api, CONNECTED)
+    await send(served_api, GONE, message="msg_2", later=5)
     async with served(tmp_path, authenticator=gate(tmp_path)) as other:
         other.fleet.clock = Wall()
         other.fleet.reset(*await loaded(other))
@@ -188,18 +186,16 @@ async def test_s5_a_replay_has_no_effect_after_a_restart(
         assert (await send(other, CONNECTED, message="msg_3", later=6))[0] == 201
 
 
-async def test_w1_a_late_event_changes_nothing(
-    tmp_path: Path, authenticator: Authenticator
-) -> None:
+async def test_w1_a_late_event_changes_nothing(tmp_path: Path, served_api: ServedApi) -> None:
     """Connected at -10, connected at -2 (changes nothing), disconnected at -3: the device stays, also on a
     replica that has just started; the event that changed nothing is known as a duplicate there."""
-    assert (await send(authenticator, CONNECTED, message="a", later=-10))[0] == 201
-    status, second = await send(authenticator, CONNECTED, message="b", later=-2)
+    assert (await send(served_api, CONNECTED, message="a", later=-10))[0] == 201
+    status, second = await send(served_api, CONNECTED, message="b", later=-2)
     assert (status, second["changed"], second["duplicate"]) == (200, False, False)
     async with served(tmp_path, authenticator=gate(tmp_path)) as other:
         other.fleet.clock = Wall()
         other.fleet.reset(*await loaded(other))
-        for replica in (authenticator, other):
+        for replica in (served_api, other):
             status, body = await send(replica, GONE, message="c", later=-3)
             assert status == 409
             assert "1 s before" in body["error"]["message"]
@@ -211,44 +207,44 @@ async def test_w1_a_late_event_changes_nothing(
 
 
 async def test_w1_two_events_of_one_second_leave_the_device_watched(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """A disconnect that was signed in the second of a connect is refused and says why; a connect signed in
     the second of a disconnect brings the device back."""
-    assert (await send(authenticator, CONNECTED, message="a"))[0] == 201
-    status, body = await send(authenticator, GONE, message="b")
+    assert (await send(served_api, CONNECTED, message="a"))[0] == 201
+    status, body = await send(served_api, GONE, message="b")
     assert status == 409
     assert "the device stays watched" in body["error"]["message"]
-    assert (await send(authenticator, GONE, message="c", later=5))[0] == 200
-    assert (await send(authenticator, CONNECTED, message="d", later=5))[0] == 201
-    assert presence(authenticator) is Presence.PRESENT
+    assert (await send(served_api, GONE, message="c", later=5))[0] == 200
+    assert (await send(served_api, CONNECTED, message="d", later=5))[0] == 201
+    assert presence(served_api) is Presence.PRESENT
 
 
 async def test_w1_a_request_that_confirms_the_device_makes_older_events_late(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """After a PUT that changed nothing, an event that was signed before it is refused."""
-    assert (await send(authenticator, CONNECTED, message="a", later=-10))[0] == 201
+    assert (await send(served_api, CONNECTED, message="a", later=-10))[0] == 201
     token = {"Authorization": "Bearer operators-s3cret-token"}
     wish = {"address": "10.0.0.1"}
-    status, same = await authenticator.ask("PUT", "/v1/devices/gw%2F1", json=wish, headers=token)
+    status, same = await served_api.ask("PUT", "/v1/devices/gw%2F1", json=wish, headers=token)
     assert (status, same["changed"]) == (200, False)
-    assert (await send(authenticator, GONE, message="b", later=-3))[0] == 409
-    assert presence(authenticator) is Presence.PRESENT
+    assert (await send(served_api, GONE, message="b", later=-3))[0] == 409
+    assert presence(served_api) is Presence.PRESENT
 
 
 async def test_the_window_is_bounded_and_the_record_still_guards(
-    authenticator: Authenticator,
+    served_api: ServedApi,
 ) -> None:
     """With a window of two ids a replay of a forgotten event is refused by its device's record."""
-    authenticator.app_door.window.most = 2
-    await send(authenticator, CONNECTED)
-    await send(authenticator, GONE, message="msg_2", later=1)
+    served_api.app_door.window.most = 2
+    await send(served_api, CONNECTED)
+    await send(served_api, GONE, message="msg_2", later=1)
     for number in range(3):
         other = {"event": "connected", "device": {"id": f"n{number}", "address": "a"}}
-        assert (await send(authenticator, other, message=f"other_{number}"))[0] == 201
-    assert (await send(authenticator, CONNECTED))[0] == 409
-    assert len(authenticator.app_door.window) <= 2
+        assert (await send(served_api, other, message=f"other_{number}"))[0] == 201
+    assert (await send(served_api, CONNECTED))[0] == 409
+    assert len(served_api.app_door.window) <= 2
 
 
 async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) -> None:
@@ -256,12 +252,10 @@ async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) 
     secret = "whsec_" + base64.b64encode(SECRETS[0]).decode()
     (tmp_path / "secrets").write_text(secret)
     api = ApiSettings(webhook_secrets_file=str(tmp_path / "secrets"))
-    async with served(tmp_path, authenticator=door_of(api)) as authenticator:
-        authenticator.fleet.clock = Wall()
-        assert (await authenticator.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
+    async with served(tmp_path, authenticator=door_of(api)) as served_api:
+        served_api.fleet.clock = Wall()
+        assert (await served_api.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
         none = {"Authorization": "Bearer anything"}
-        assert (await authenticator.ask("POST", "/v1/webhook", json=CONNECTED, headers=none))[
-            0
-        ] == 401
-        assert (await send(authenticator, CONNECTED))[0] == 201
-        assert (await authenticator.ask("GET", "/v1/status"))[0] == 200
+        assert (await served_api.ask("POST", "/v1/webhook", json=CONNECTED, headers=none))[0] == 401
+        assert (await send(served_api, CONNECTED))[0] == 201
+        assert (await served_api.ask("GET", "/v1/status"))[0] == 200

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from nomad_watchdog import device_fields
 from nomad_watchdog.api import schemas
 from nomad_watchdog.config.problems import PATTERNS
-from tests.api.conftest import Authenticator
+from tests.api.conftest import ServedApi
 from tests.cli.test_config_words import LIBRARYS_WORDS
 
 BODIES: list[type[BaseModel]] = [
@@ -128,13 +128,13 @@ def test_every_pattern_of_a_body_has_words() -> None:
     assert found <= PATTERNS.keys()
 
 
-async def test_the_answer_of_the_api_says_it(authenticator: Authenticator) -> None:
+async def test_the_answer_of_the_api_says_it(served_api: ServedApi) -> None:
     """Alone and in bulk."""
     wrong = {"address": "10.0.0.1", "ttl": 5}
     words = "ttl: found 5; expected text between double quotes, at most 32 characters"
-    status, answer = await authenticator.ask("PUT", "/v1/devices/x", json=wrong)
+    status, answer = await served_api.ask("PUT", "/v1/devices/x", json=wrong)
     assert (status, answer["error"]["message"]) == (400, words)
-    _, answer = await authenticator.ask(
+    _, answer = await served_api.ask(
         "POST", "/v1/devices:bulk", json={"devices": [{"id": "x", **wrong}]}
     )
     assert answer["results"][0]["error"] == words

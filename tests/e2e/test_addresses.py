@@ -15,11 +15,11 @@ from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import AgentSpec, Device, Epoch, VerdictState
 from nomad_watchdog.schedulers import agent_document
 from nomad_watchdog.testing.conformance import record_of
-from tests.api.conftest import Authenticator, authenticator, token
+from tests.api.conftest import ServedApi, served_api, token
 from tests.e2e.test_reconciler import control_plane
 from tests.schedulers.conftest import directory, eventually
 
-__all__ = ["authenticator", "directory", "token"]
+__all__ = ["directory", "served_api", "token"]
 
 GOOD = [
     ("gerät.local", "xn--gert-noa.local"),
@@ -40,51 +40,51 @@ BAD = [
 ]
 
 
-async def stored(authenticator: Authenticator, name: str = "x") -> str | None:
-    status, answer = await authenticator.ask("GET", f"/v1/devices/{name}")
+async def stored(served_api: ServedApi, name: str = "x") -> str | None:
+    status, answer = await served_api.ask("GET", f"/v1/devices/{name}")
     return answer["address"] if status == 200 else None
 
 
 @pytest.mark.parametrize(("text", "wanted"), GOOD)
 async def test_addresses_are_stored_in_one_form(
-    authenticator: Authenticator, text: str, wanted: str
+    served_api: ServedApi, text: str, wanted: str
 ) -> None:
     """PUT, bulk and webhook store the form that agents take; the same address again changes nothing."""
     item: dict[str, Any] = {"id": "x", "address": text}
-    assert (await authenticator.ask("PUT", "/v1/devices/x", json={"address": text}))[0] == 201
-    assert await stored(authenticator) == wanted
+    assert (await served_api.ask("PUT", "/v1/devices/x", json={"address": text}))[0] == 201
+    assert await stored(served_api) == wanted
     for form in (text, wanted):
-        _, answer = await authenticator.ask("PUT", "/v1/devices/x", json={"address": form})
+        _, answer = await served_api.ask("PUT", "/v1/devices/x", json={"address": form})
         assert answer["changed"] is False
-        _, answer = await authenticator.ask("POST", "/v1/devices:bulk", json={"devices": [item]})
+        _, answer = await served_api.ask("POST", "/v1/devices:bulk", json={"devices": [item]})
         assert [one["changed"] for one in answer["results"]] == [False]
         event = {"event": "connected", "device": item | {"address": form}}
-        _, answer = await authenticator.ask("POST", "/v1/webhook", json=event)
+        _, answer = await served_api.ask("POST", "/v1/webhook", json=event)
         assert answer["changed"] is False
 
 
 @pytest.mark.parametrize(("text", "words"), BAD)
 async def test_what_is_no_address_is_refused_at_the_api(
-    authenticator: Authenticator, text: str, words: str
+    served_api: ServedApi, text: str, words: str
 ) -> None:
     """PUT and webhook answer 400 with what to write; in bulk that item alone is refused."""
-    status, answer = await authenticator.ask("PUT", "/v1/devices/x", json={"address": text})
+    status, answer = await served_api.ask("PUT", "/v1/devices/x", json={"address": text})
     assert (status, words in answer["error"]["message"]) == (400, True), answer
     event = {"event": "connected", "device": {"id": "x", "address": text}}
-    status, answer = await authenticator.ask("POST", "/v1/webhook", json=event)
+    status, answer = await served_api.ask("POST", "/v1/webhook", json=event)
     assert (status, words in answer["error"]["message"]) == (400, True), answer
     items = [{"id": "x", "address": text}, {"id": "y", "address": "10.0.0.1"}]
-    status, answer = await authenticator.ask("POST", "/v1/devices:bulk", json={"devices": items})
+    status, answer = await served_api.ask("POST", "/v1/devices:bulk", json={"devices": items})
     assert [one["status"] for one in answer["results"]] == [400, 200]
     assert words in answer["results"][0]["error"]
-    assert (await stored(authenticator), await stored(authenticator, "y")) == (None, "10.0.0.1")
+    assert (await stored(served_api), await stored(served_api, "y")) == (None, "10.0.0.1")
 
 
-async def test_a_device_can_leave_whatever_its_address(authenticator: Authenticator) -> None:
+async def test_a_device_can_leave_whatever_its_address(served_api: ServedApi) -> None:
     """A gateway that repeats a wrong address when a device disconnects is understood."""
-    await authenticator.ask("PUT", "/v1/devices/x", json={"address": "10.0.0.1"})
+    await served_api.ask("PUT", "/v1/devices/x", json={"address": "10.0.0.1"})
     gone = {"event": "disconnected", "device": {"id": "x", "address": "10.0.0.9:8080"}}
-    assert (await authenticator.ask("POST", "/v1/webhook", json=gone))[0] == 200
+    assert (await served_api.ask("POST", "/v1/webhook", json=gone))[0] == 200
 
 
 @pytest.mark.parametrize("suffix", ["hcl", "json"])

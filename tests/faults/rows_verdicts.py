@@ -152,18 +152,18 @@ def _mute(over: asyncio.Event) -> Fault:
 @asynccontextmanager
 async def _advertised(world: World) -> AsyncIterator[Proxy]:
     """What agents are told to report to, in front of the API."""
-    async with Proxy(world.program.api) as authenticator:
-        world.api["advertise"] = authenticator.url
+    async with Proxy(world.program.api) as served_api:
+        world.api["advertise"] = served_api.url
         world.configure()
-        yield authenticator
+        yield served_api
         await world.finish()
-        authenticator.clear()
+        served_api.clear()
 
 
-async def _deaf(world: World, authenticator: Proxy, fault: Fault) -> None:
+async def _deaf(world: World, served_api: Proxy, fault: Fault) -> None:
     names = await watched(world, 4)
     before = world.pids()
-    rule = authenticator.when("*", ".", fault)
+    rule = served_api.when("*", ".", fault)
     took_s = await all_are(world, names, "unwatched", "no report has reached this control plane")
     if not rule.hits:
         raise BrokenRowError("no agent has tried to report")
@@ -182,9 +182,9 @@ def _add(name: str, words: str, fault: Any) -> None:
     @row(f"37-{name}", f"the API port that agents are told {words}", stake="S6 L3")
     async def play(world: World) -> None:
         over = asyncio.Event()
-        async with _advertised(world) as authenticator:
+        async with _advertised(world) as served_api:
             try:
-                await _deaf(world, authenticator, fault(over))
+                await _deaf(world, served_api, fault(over))
             finally:
                 over.set()
             before = world.pids()

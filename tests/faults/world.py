@@ -226,14 +226,14 @@ class World:
         said: object = "nothing"
         doors = cycle([self.speaks_to] if self.speaks_to else [self.program, *self.others])
         while time.monotonic() < deadline:
-            authenticator = next(doors)
+            served_api = next(doors)
             with suppress(aiohttp.ClientError, TimeoutError):
                 if present:
                     address = self.addresses.get(name, self.site.ops.address)
                     body = {"address": address, "class": kind}
-                    status, said = await self.call("PUT", path, body, to=authenticator)
+                    status, said = await self.call("PUT", path, body, to=served_api)
                 else:
-                    status, said = await self.call("DELETE", path, to=authenticator)
+                    status, said = await self.call("DELETE", path, to=served_api)
                 if status < 300:
                     self.wanted[name] = present
                     self.unsure.discard(name)

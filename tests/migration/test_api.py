@@ -21,7 +21,7 @@ from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import AgentSpec, Device
 from nomad_watchdog.schedulers.multi import MultiScheduler
-from tests.api.conftest import Authenticator, served
+from tests.api.conftest import ServedApi, served
 from tests.simulation.fakes import Cluster, FakeScheduler
 
 SPEC = AgentSpec("default", "1", "h")
@@ -30,16 +30,16 @@ SPEC = AgentSpec("default", "1", "h")
 class Plane:
     """The loop over two sites, and the API on top."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
-        self.authenticator = authenticator
+    def __init__(self, served_api: ServedApi) -> None:
+        self.authenticator = served_api
         self.sites = {"north": Cluster(), "south": Cluster()}
         self.reconciler = Reconciler(
-            authenticator.fleet,
+            served_api.fleet,
             MultiScheduler("north", self._made),
             {"default": SPEC},
-            authenticator.metrics,
+            served_api.metrics,
         )
-        authenticator.app[CONTEXT].migrations = self.reconciler.migrations
+        served_api.app[CONTEXT].migrations = self.reconciler.migrations
 
     def _made(self, name: str) -> FakeScheduler:
         if name not in self.sites:
@@ -47,23 +47,23 @@ class Plane:
         return FakeScheduler(self.sites[name])
 
     async def post(self, path: str, **body: object) -> tuple[int, Any]:
-        return await self.authenticator.ask("POST", path, json=body)
+        return await self.served_api.ask("POST", path, json=body)
 
     async def newest(self) -> dict[str, Any]:
-        _, answer = await self.authenticator.ask("GET", "/v1/migration")
+        _, answer = await self.served_api.ask("GET", "/v1/migration")
         found: dict[str, Any] = answer["items"][-1]
         return found
 
 
 @pytest.fixture
 async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
-    async with served(tmp_path) as authenticator:
-        one = Plane(authenticator)
+    async with served(tmp_path) as served_api:
+        one = Plane(served_api)
         devices = [
             Device(DeviceId(f"d{n}"), "default", "127.0.0.1", {"part": "ab"[n % 2]})
             for n in range(6)
         ]
-        await authenticator.fleet.register(devices)
+        await served_api.fleet.register(devices)
         running = asyncio.ensure_future(one.reconciler.run())
         try:
             async with asyncio.timeout(10.0):
@@ -97,8 +97,8 @@ async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: 
         assert text in json.dumps(answer)
     for word in ("pause", "resume", "undo"):
         assert (await plane.post(f"{begin}:{word}"))[0] == 404
-    assert (await plane.authenticator.ask("GET", begin))[1]["items"] == []
-    assert (await plane.authenticator.fleet.registry.document("migration")).index == 0
+    assert (await plane.served_api.ask("GET", begin))[1]["items"] == []
+    assert (await plane.served_api.fleet.registry.document("migration")).index == 0
     assert set(plane.reconciler.migrations._needed().parts) == {"north"}
 
 
@@ -128,11 +128,11 @@ async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> N
     assert (await plane.post("/v1/migration:undo"))[0] == 409
     # no agent has ever reported here, so that it can't be over
     assert (await plane.newest())["ready"] == 0
-    kinds = [event.kind for event in plane.authenticator.fleet.history.recent()]
+    kinds = [event.kind for event in plane.served_api.fleet.history.recent()]
     assert [kind for kind in kinds if kind.startswith("migration.")] == [
         "migration.started", "migration.paused", "migration.resumed", "migration.undoing",
     ]  # fmt: skip
-    assert plane.authenticator.metrics.render().count(b"nomad_watchdog_migration_devices{") == 3
+    assert plane.served_api.metrics.render().count(b"nomad_watchdog_migration_devices{") == 3
 
 
 async def test_the_command_line_says_the_same(
@@ -141,7 +141,7 @@ async def test_the_command_line_says_the_same(
     """`migrate` and its verbs print tables and JSON, and end with the code of what is wrong."""
 
     async def verb(*words: str) -> tuple[int, str, str]:
-        code = await asyncio.to_thread(_code, ["--address", plane.authenticator.base, *words])
+        code = await asyncio.to_thread(_code, ["--address", plane.served_api.base, *words])
         out = capsys.readouterr()
         return code, out.out, out.err
 
@@ -175,7 +175,7 @@ async def test_waiting_for_what_somebody_undoes_is_no_success(
     migrations = plane.reconciler.migrations
 
     def waiting(*words: str) -> asyncio.Task[int]:
-        argv = ["--address", plane.authenticator.base, "migrate", *words, "--wait"]
+        argv = ["--address", plane.served_api.base, "migrate", *words, "--wait"]
         return asyncio.create_task(asyncio.to_thread(_code, argv))
 
     async def end() -> None:
