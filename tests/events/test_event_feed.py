@@ -134,12 +134,14 @@ async def plane(folder: Path, board: Board, name: str, token: str = "") -> Async
     fleet = Fleet(registry, Limits(), SystemClock(), EventLog(name))
     fleet.reset({}, 0)
     leases = Leases(board, name)
-    served_api = None
+    authenticator = None
     if token:
         (root / "token").write_text("operator-token-of-all")
-        served_api = door_of(ApiSettings(token_file=str(root / "token")))
+        authenticator = door_of(ApiSettings(token_file=str(root / "token")))
     feed = EventReplicator(fleet, told, leases, lambda: token)
-    app = make_app(fleet, metrics=Metrics(), artifact=None, leases=leases, served_api=served_api)
+    app = make_app(
+        fleet, metrics=Metrics(), artifact=None, leases=leases, authenticator=authenticator
+    )
     app[CONTEXT].feed = feed
     runner = Runner(app, shutdown_timeout=1.0)
     await runner.setup()

@@ -31,7 +31,7 @@ class Plane:
     """The loop over two sites, and the API on top."""
 
     def __init__(self, served_api: ServedApi) -> None:
-        self.authenticator = served_api
+        self.served_api = served_api
         self.sites = {"north": Cluster(), "south": Cluster()}
         self.reconciler = Reconciler(
             served_api.fleet,
