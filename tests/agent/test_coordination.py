@@ -314,6 +314,38 @@ async def test_the_last_device_of_an_episode_that_leaves_ends_it(
     assert [one["Key"] for one in left if "/_" not in one["Key"]] == []
 
 
+async def test_the_last_device_back_ends_the_episode_though_its_agent_did_not_know_of_it(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Two are told of together, by the one agent; the other, that looks rarely, does not know it yet when its
+    device, the last one, is back: the episode ends."""
+    agents = [member(world, receiver, consul.http_addr, n, gather_s=1.0) for n in range(2)]
+    agents[1].config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
+    agents[1].config["escalate"] |= {"gather_s": 120.0, "window_s": 120.0}
+    await all_started(agents)
+    await world.peer.stop()
+    await agents[1].is_in("away", SOON_S, state="offline")
+    await world.device.stop()
+    (alert,) = await until(lambda: receiver.told("firing"), "an alert", SOON_S)
+    assert alert["count"] == 2
+    await told_to_all(agents[:1], alert["episode"])
+    assert (await agents[1].status())["escalations"]["open"][0]["told"] is False
+    await world.device.start()
+    prefix = agents[0].config["prefix"]
+
+    def notes() -> set[str]:
+        return {
+            one["Key"].rpartition("/")[2] for one in kv(consul, prefix) if "/_" not in one["Key"]
+        }
+
+    await until(lambda: notes() == {"pump-1"}, "the note of the one that is back is gone", SOON_S)
+    assert receiver.told("resolved") == []
+    await world.peer.start()
+    (ended,) = await until(lambda: receiver.told("resolved"), "the end", SOON_S)
+    assert ended["key"] == f"{alert['episode']}.resolved"
+    await until(lambda: notes() == set(), "no note is left", SOON_S)
+
+
 @pytest.mark.slow_because("a note of a dead agent grows old in real time")
 async def test_the_note_of_a_dead_agent_holds_up_no_end_for_long(
     world: World, receiver: Receiver, consul: ConsulServer

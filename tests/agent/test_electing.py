@@ -212,6 +212,40 @@ def test_a_note_counts_while_it_is_locked_or_young(one: dict[str, Any], alive: b
     assert election.counts(one, 1000.0) is alive
 
 
+@pytest.mark.parametrize(
+    "knows", [True, False], ids=["knows that it was told", "does not know yet"]
+)
+@pytest.mark.parametrize(
+    ("others", "last"),
+    [
+        ([], True),
+        ([entry("g/pump-2", {"id": "2", "told": "", "until": 1005.0})], False),
+        ([entry("g/pump-2", {"id": "2", "told": "e", "until": 1005.0})], False),
+        ([entry("g/pump-2", {"id": "2", "told": "e", "until": 995.0})], True),
+        ([entry("g/pump-2", {"id": "3", "told": "", "until": 1005.0})], True),
+        ([entry("g/pump-2", {"id": "3", "told": "f", "until": 1005.0})], True),
+    ],
+)
+@pytest.mark.parametrize("state", ["telling", "told"])
+def test_the_last_of_an_episode_ends_it(
+    state: str, others: list[dict[str, Any]], last: bool, knows: bool
+) -> None:
+    """Whether it knows that others told of it or not; an agent that counts for nothing, or of another episode,
+    holds up no end."""
+    told = {"episode": "e", "rev": 1, "state": state, "at": 990.0, "ids": ["1", "2"], "members": []}
+    mine = {"id": "1", "told": knows, "episode": "e" if knows else ""}
+    found = [entry("g/_told", told), *others]
+    assert election.ended(found, mine, 1000.0) == ("e" if last else "")
+
+
+def test_who_nobody_told_of_ends_nothing() -> None:
+    """Its device recovered before anybody told of it, with an episode of others there or not."""
+    told = {"episode": "e", "rev": 1, "state": "told", "at": 990.0, "ids": ["2"], "members": []}
+    mine = {"id": "1", "told": False, "episode": ""}
+    assert election.ended([], mine, 1000.0) == ""
+    assert election.ended([entry("g/_told", told)], mine, 1000.0) == ""
+
+
 def test_only_what_the_gone_have_left_is_taken_away() -> None:
     """Old notes go, and with the last note of a group its old document and its free lock; what is young,
     locked, or of a group where somebody lives, stays."""
@@ -238,6 +272,6 @@ def test_only_what_the_gone_have_left_is_taken_away() -> None:
 @given(st.text(), st.text())
 def test_a_place_is_made_of_safe_characters(key: str, value: str) -> None:
     """No key and no value of a group reaches a path as it is (S11)."""
-    place = election.folder_of(key, ("site", value))
+    place = election.folder_of({"key": key, "group": ["site", value]})
     assert set(place) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert len(place) == 25

@@ -23,6 +23,7 @@ from watchdog_agent.consul.kv import Kv
 from watchdog_agent.escalation import election
 from watchdog_agent.escalation.election_round import ElectionRound
 from watchdog_agent.runtime import parsing
+from watchdog_agent.runtime.loop import between
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -153,26 +154,21 @@ class Coordinator:
         self._drop(then)
 
 
-def recovered(
-    kv: Kv, slug: str, key: str, group: tuple[str, str], episode: str, done: Callable[[bool], None]
-) -> None:
-    """Take our note away after a recovery; `done(last)`: whether no other device of the episode is away, or
-    Consul does not say: a second «resolved» has the same key, a missing one would stay."""
-    folder = election.folder_of(key, group)
+ENDED_TRIES = 20
+
+
+def ended(kv: Kv, entry: Document, done: Callable[[str], None], tries: int = ENDED_TRIES) -> None:
+    """`done(episode)`: the one that our anomaly, whose note is gone, was the last one of, or "". If Consul does
+    not answer, the one that we know: a second «resolved» has the same key, a missing one would stay."""
 
     def listed(found: list[Document] | None, _reason: str) -> None:
-        _, told, _ = election.read_group(found or [])
-        same = told["ids"] if told is not None and told["episode"] == episode else ()
-        now = time.time()
-        notes = [one["value"] for one in found or [] if election.counts(one, now)]
-        # those who were told of, but have not seen it yet, count as well
+        if found is None and not entry["told"] and tries > 1:
+            kv.loop.later(between(1.0, 2.0), lambda: ended(kv, entry, done, tries - 1))
+            return
         clean(kv, found or [])
-        done(not any(one.get("told") == episode or one.get("id") in same for one in notes))
+        done(election.ended(found or [], entry, time.time()))
 
-    def deleted(_ok: bool) -> None:
-        kv.listed(f"{folder}/", listed)
-
-    kv.delete(f"{folder}/{slug}", deleted)
+    kv.listed(f"{election.folder_of(entry)}/", listed)
 
 
 MAX_CLEANED = 64
@@ -204,14 +200,10 @@ def note_of(
     }
 
 
-def say_again(kv: Kv, slug: str, entry: Document, note: Document, gone: Callable[[], bool]) -> None:
-    """Write the note of what is told anew. `gone()`: whether the anomaly is over; then a note that was on its
-    way while it ended is taken away again."""
-    key = f"{election.folder_of(entry['key'], (entry['group'][0], entry['group'][1]))}/{slug}"
-
-    def written(_taken: bool | None, _reason: str) -> None:
-        if gone():
-            kv.delete(key, lambda _ok: None)
-
+def say_again(
+    kv: Kv, slug: str, entry: Document, note: Document, written: Callable[[], None]
+) -> None:
+    """Write the note of what is told anew; `written` when Consul has answered, or has not."""
     # A lock that is on it stays: only a key with a session of its own in the query changes that.
-    kv.put(key, "flags=0", note, written)
+    query = "flags=0"
+    kv.put(f"{election.folder_of(entry)}/{slug}", query, note, lambda *_: written())

@@ -138,6 +138,21 @@ def counts(one: Document, now: float) -> bool:
     return bool(one["session"]) or fresh
 
 
+def ended(found: list[Document], entry: Document, now: float) -> str:
+    """The episode that this anomaly was the last one of, or "". `found`: the group's keys without our note;
+    `entry`: our anomaly, with the `episode` that we know of if it was `told`. `now`: wall seconds."""
+    _, told, _ = read_group(found)
+    episode: str = entry["episode"] if entry["told"] else ""
+    if not episode and told is not None and entry["id"] in told["ids"]:
+        # Somebody has told of us, or was about to and may have.
+        episode = told["episode"]
+    same = told["ids"] if told is not None and told["episode"] == episode else ()
+    # Those who were told of, but have not seen it yet, count as well.
+    notes = [one["value"] for one in found if counts(one, now)]
+    left = any(one.get("told") == episode or one.get("id") in same for one in notes)
+    return "" if left else episode
+
+
 def stale(found: list[Document], now: float) -> list[Document]:
     """Of a listing what agents that are gone have left: notes that count for nothing, and what was told and
     the lock of a group without any other."""
@@ -161,10 +176,12 @@ def stale(found: list[Document], now: float) -> list[Document]:
     return out
 
 
-def folder_of(key: str, group: tuple[str, str]) -> str:
-    """The group's place: readable kind, and a hash of what came from outside (S11)."""
+def folder_of(entry: Document) -> str:
+    """The place of an anomaly's group: readable kind, and a hash of what came from outside (S11)."""
     import hashlib
 
-    kind, value = group
-    digest = hashlib.blake2b(f"{key}\0{kind}\0{value}".encode(), digest_size=10).hexdigest()
+    kind, value = entry["group"]
+    digest = hashlib.blake2b(
+        f"{entry['key']}\0{kind}\0{value}".encode(), digest_size=10
+    ).hexdigest()
     return f"{kind}-{digest}"

@@ -51,10 +51,12 @@ class ElectionRound:
         self.gather_s: float = rules["gather_s"]
         self.window_s: float = rules["window_s"]
         self.consul_wait_s: float = rules["consul_wait_s"]
-        self.folder = election.folder_of(entry["key"], group)
+        self.folder = election.folder_of(entry)
         self.note = f"{self.folder}/{owner.config['slug']}"
         self.reached = time.monotonic()
-        self.leading = self.telling = self.over = False
+        self.leading = self.telling = self.over = self.settling = False
+        self.withdrawn: Callable[[], None] | None = None
+        """What comes after the withdrawal that waits until what is under way is done."""
         self.began = self.newest = 0.0
         self.seen: set[str] = set()
         self.polls = 0
@@ -215,9 +217,9 @@ class ElectionRound:
         self.telling = False
         if self.over:
             return
-        if not taken and self.entry.get("cleared"):
-            self.withdraw()
-        elif not taken:
+        if not taken and self._withdraws():
+            return
+        if not taken:
             # Our way to the sinks may be broken and another's not: step back for a while.
             self.resigned_until = time.monotonic() + 2 * self.window_s
             self._release(f"{self.folder}/_leader")
@@ -226,6 +228,7 @@ class ElectionRound:
         else:
             self._tell_owner(document["episode"])
             self._mark(document)
+            self._withdraws()
 
     def _mark(self, document: Document, tries: int = 0) -> None:
         """Write that it is told; whoever took over meanwhile has the same document, and says it again."""
@@ -267,12 +270,14 @@ class ElectionRound:
             self.window_s,
         )
         assert document is not None
-        self.owner.tell(
-            document,
-            None,
-            self.entry,
-            lambda ok: self._tell_owner(self.entry["id"], coordinated=False) if ok else None,
-        )
+
+        def told(ok: bool) -> None:
+            self.telling = False
+            if ok:
+                self._tell_owner(self.entry["id"], coordinated=False)
+            self._withdraws()
+
+        self.owner.tell(document, None, self.entry, told)
 
     def _settle(self, episode: str) -> None:
         """It is told: leave the note without a lock, as a sign that this device is still away."""
@@ -281,8 +286,14 @@ class ElectionRound:
             self._release(f"{self.folder}/_leader")
         session = self.owner.session
         query = f"release={session}" if session else "flags=0"
-        self.kv.put(self.note, query, self._value(episode), lambda *_: self.owner.end(self))
+        self.settling = True
+        self.kv.put(self.note, query, self._value(episode), self._has_settled)
         self._tell_owner(episode)
+
+    def _has_settled(self, *_: object) -> None:
+        self.settling = False
+        if not self._withdraws():
+            self.owner.end(self)
 
     def _release(self, key: str) -> None:
         if session := self.owner.session:
@@ -296,12 +307,27 @@ class ElectionRound:
         if self.fetch is not None:
             self.fetch.cancel()
 
-    def withdraw(self) -> None:
-        """The device has recovered before anybody told of it."""
+    def withdraw(self, then: Callable[[], None]) -> None:
+        """The device has recovered: take our note away, and `then` go on. While a receiver hears of the
+        beginning, or our last note is on its way to Consul, this waits for it."""
+        if self.telling or self.settling:
+            self.withdrawn = then
+            return
         self.stop()
         if self.leading:
             self._release(f"{self.folder}/_leader")
-        self.kv.delete(self.note, lambda _ok: self.owner.end(self))
+
+        def deleted(_ok: bool) -> None:
+            self.owner.end(self)
+            then()
+
+        self.kv.delete(self.note, deleted)
+
+    def _withdraws(self) -> bool:
+        then, self.withdrawn = self.withdrawn, None
+        if then is not None:
+            self.withdraw(then)
+        return then is not None
 
     def _later(self, delay_s: float, callback: Callable[[], None]) -> None:
         if self.timer is not None:

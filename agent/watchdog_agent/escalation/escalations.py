@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from watchdog_agent.consul.kv import Kv
     from watchdog_agent.escalation.coordinator import Coordinator
     from watchdog_agent.escalation.election_round import ElectionRound
     from watchdog_agent.runtime.loop import Loop
@@ -43,7 +44,7 @@ class Escalations:
         self.rounds: dict[str, ElectionRound] = {}
         self.coordination: Coordinator | None = None
         self.leaving = 0
-        """Ends that wait for Consul's word on whether others of the episode are still away."""
+        """Ends of which it is not known yet whether others of the episode are still away."""
         self.over = "recovered"
         self.reminding: Timer | None = None
         self.changed: Callable[[], object] = lambda: None
@@ -100,8 +101,6 @@ class Escalations:
             entry["told"], entry["episode"] = True, episode
             entry["group"] = list(group) if coordinated else None
             self.log("escalated", key=key, episode=episode, coordinated=coordinated)
-            if entry.pop("cleared", False):
-                self._leave(entry, it)
             self._remind()
             self.changed()
 
@@ -117,20 +116,20 @@ class Escalations:
             self.reminding = self.loop.later(wait * between(0.8, 1.0), self._say_again)
 
     def _say_again(self) -> None:
-        from watchdog_agent.consul.kv import Kv
         from watchdog_agent.escalation import coordinator
 
         self.reminding = None
-        kv = Kv(self.loop, self.config, "anomalies")
+        kv = self._kv()
         for entry in self.open.values():
             if entry["told"] and entry["group"]:
                 name, every_s = self.config["device_id"], self.rules["note_s"]
                 note = coordinator.note_of(entry, name, every_s)
 
-                def gone(entry: Document = entry) -> bool:
-                    return self.open.get(entry["key"]) is not entry
+                def written(entry: Document = entry) -> None:
+                    if self._is_over(entry):  # it ended while the note was on its way
+                        self._leave(entry, None)
 
-                coordinator.say_again(kv, self.config["slug"], entry, note, gone)
+                coordinator.say_again(kv, self.config["slug"], entry, note, written)
         self._remind()
 
     def _group(self, entry: Document) -> tuple[str, str] | None:
@@ -155,7 +154,7 @@ class Escalations:
         assert document is not None
 
         def done(taken: bool) -> None:
-            if taken and self.open.get(entry["key"]) is entry:
+            if taken and not self._is_over(entry):
                 entry["told"], entry["episode"] = True, entry["id"]
                 self.changed()
 
@@ -231,41 +230,48 @@ class Escalations:
         entry = self.open.pop(key, None)
         if entry is None:
             return
-        it = self.rounds.pop(key, None)
-        if entry["told"] or it is None:
-            self._leave(entry, it)
-        elif it.telling:
-            entry["cleared"] = (
-                True  # the receiver hears of the beginning just now: the end comes then
-            )
-        else:
-            it.withdraw()
+        self._leave(entry, self.rounds.pop(key, None))
         self.changed()
 
+    def _is_over(self, entry: Document) -> bool:
+        return self.open.get(entry["key"]) is not entry
+
     def _leave(self, entry: Document, it: ElectionRound | None) -> None:
-        if entry["group"] is None:
-            self._resolve(entry)
-            return
-        from watchdog_agent.consul.kv import Kv
-        from watchdog_agent.escalation import coordinator
+        """Take our note away, and tell the end if no other device of the episode is left. Another agent may
+        have told of our device, and we do not know it yet."""
+        self.leaving += 1
+        if it is not None:
+            it.withdraw(lambda: self._look(entry))
+        elif entry["group"] is None:
+            self._look(entry)
+        else:
+            kv, slug = self._kv(), self.config["slug"]
+            kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._look(entry))
 
-        if it is not None and not it.over:
-            it.withdraw()
-        kv = Kv(self.loop, self.config, "anomalies")
-        group = (entry["group"][0], entry["group"][1])
+    def _look(self, entry: Document) -> None:
+        """With our note gone."""
 
-        def looked(last: bool) -> None:  # as Consul's answer says it
+        def ended(episode: str) -> None:
             self.leaving -= 1
-            if last:
+            if episode:
+                entry["episode"] = episode
                 self._resolve(entry)
 
-        self.leaving += 1
-        slug = self.config["slug"]
-        coordinator.recovered(kv, slug, entry["key"], group, entry["episode"], looked)
+        if entry["group"] is None:
+            ended(entry["episode"] or entry["id"])
+        else:
+            from watchdog_agent.escalation import coordinator
+
+            coordinator.ended(self._kv(), entry, ended)
+
+    def _kv(self) -> Kv:
+        from watchdog_agent.consul.kv import Kv
+
+        return Kv(self.loop, self.config, "anomalies")
 
     def _resolve(self, entry: Document) -> None:
         document = {
-            "episode": entry["episode"] or entry["id"],
+            "episode": entry["episode"],
             "rev": 0,
             "ids": [entry["id"]],
             "members": [[self.config["device_id"], self.over]],
