@@ -211,8 +211,8 @@ RECORD = DeviceRecord(
     WallTime(0.0), 1,
 )  # fmt: skip
 READY = Report(
-    Epoch(1), "i", ready=True, state=AgentState.OK, was_ready=True, misses=0, confirmed=False, reason="",
-    version="1", address="", received_at=Monotonic(0.0),
+    PLACED.device_id, PLACED.slug, Epoch(1), "i", 0, ready=True, state=AgentState.OK, was_ready=True, misses=0, confirmed=False, reason="",
+    listen="", version="1", received_at=Monotonic(0.0),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ async def latencies(
         await web.TCPSite(runner, "127.0.0.1", port).start()
         try:
             async with ours.running():
-                await ours.fleet.ready_event.wait()
+                await ours.fleet.readiness.event.wait()
                 for number in range(count):
                     began = time.perf_counter()
                     await raw(number)

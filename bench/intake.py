@@ -109,7 +109,7 @@ async def measure(count: int, rounds: int) -> list[Row]:
         registry = SqliteRegistry(path=Path(folder) / "registry.db")
         await registry.initialise()
         fleet = Fleet(registry, Limits(), SystemClock())
-        fleet.reset({}, 0)
+        fleet.records.reset({}, 0)
         api = ApiSettings(webhook_secrets_file=str(secrets), rate=1_000_000, burst=1_000_000)
         app = make_app(fleet, metrics=Metrics(), artifact=None, authenticator=door_of(api))
         ours: list[tuple[float, float]] = []

@@ -84,17 +84,19 @@ async def measure(counts: tuple[int, ...]) -> list[Row]:
             chosen, _ = settings(server, root / prefix, prefix)
             false_alerts = 0
             async with plane(chosen) as ours, ours.running():
-                await ours.fleet.ready_event.wait()
+                await ours.fleet.readiness.event.wait()
                 began = time.time()
                 await ours.register(names)
                 waiting = asyncio.ensure_future(ours.until_started(count, LIMIT_S))
                 while not waiting.done():
                     await asyncio.sleep(0.1)
-                    false_alerts = max(false_alerts, ours.fleet.counts()[VerdictState.OFFLINE])
+                    false_alerts = max(
+                        false_alerts, ours.fleet.verdicts.counts()[VerdictState.OFFLINE]
+                    )
                 await waiting
                 # as long as the naive one had to change its mind
                 await asyncio.sleep(ALERT_S)
-                false_alerts = max(false_alerts, ours.fleet.counts()[VerdictState.OFFLINE])
+                false_alerts = max(false_alerts, ours.fleet.verdicts.counts()[VerdictState.OFFLINE])
             mine = await _lags(server, prefix, began)
             assert len(mine) == count, (len(mine), count)
             rows += [

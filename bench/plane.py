@@ -92,7 +92,7 @@ class Plane:
 
     async def register(self, names: list[str]) -> None:
         for first in range(0, len(names), 1000):
-            await self.fleet.register(
+            await self.fleet.records.register(
                 [Device(DeviceId(n), "default", "127.0.0.1") for n in names[first : first + 1000]]
             )
 

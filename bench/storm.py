@@ -68,7 +68,7 @@ async def measure(count: int) -> list[Row]:
         async with bare_client(server, "before", "after") as client:
             bare_s = await bare_loop(client, "before", count, at_once)
             async with plane(chosen) as ours, ours.running():
-                await ours.fleet.ready_event.wait()
+                await ours.fleet.readiness.event.wait()
                 quiet = [await _one(ours, f"quiet {n}") for n in range(QUIET)]
                 mid: list[float] = []
                 storm = asyncio.ensure_future(_singles(ours, mid))
@@ -87,8 +87,10 @@ async def measure(count: int) -> list[Row]:
 
                 began = time.perf_counter()
                 for first in range(0, count, 1000):
-                    await ours.fleet.deregister([DeviceId(n) for n in names[first : first + 1000]])
-                await ours.fleet.deregister(
+                    await ours.fleet.records.deregister(
+                        [DeviceId(n) for n in names[first : first + 1000]]
+                    )
+                await ours.fleet.records.deregister(
                     [
                         r.device.id
                         for r in ours.fleet.records.values()

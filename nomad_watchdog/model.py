@@ -276,10 +276,14 @@ class Repairs:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The last accepted report of an agent."""
+    """A report of an agent, checked."""
 
+    device_id: DeviceId
+    slug: Slug
     epoch: Epoch
     instance: str
+    sequence: int
+    """Increases with each report of an instance."""
     ready: bool
     state: AgentState
     was_ready: bool
@@ -288,19 +292,22 @@ class Report:
     confirmed: bool
     """A second, independent kind of probe failed too (S6)."""
     reason: str
+    listen: str
+    """Host and port where the agent listens."""
     version: str
-    address: str
-    received_at: Monotonic
-    sequence: int = 0
+    dropped: int = 0
+    """Reports that the agent has discarded since its start."""
     stopping: bool = False
     repairs: Repairs | None = None
-    """None: its class has none, or it is older than they are."""
+    """None: its class has none, or the agent is older than repairs."""
     gateway: str = ""
-    """Address of what stands before the device; empty when the agent knows of none."""
+    """Address of the device's gateway; empty when the agent knows of none."""
     gateway_dead: bool = False
     state_age_s: float = 0.0
     """How long the state had lasted when it was reported, seconds, by the agent's clock; 0 = it has just
     begun, or an older agent that does not report it."""
+    received_at: Monotonic = Monotonic(0.0)
+    """When this control plane accepted it."""
 
 
 class VerdictState(StrEnum):

@@ -16,7 +16,9 @@ from nomad_watchdog.api.responses import error_response, json_response
 from nomad_watchdog.api.schemas import MAX_AGE_S, MAX_REPORT, ReportIn
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.agent_token import TokenClaim
-from nomad_watchdog.fleet.fleet import AgentReport, DeviceView, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.fleet.views import DeviceView
+from nomad_watchdog.model import Report
 from nomad_watchdog.replicas.report_addresses import ReportAddresses
 
 RETRY_S: Final = 2
@@ -32,7 +34,7 @@ async def report(request: web.Request) -> web.StreamResponse:
         error.claim = TokenClaim(said.slug, said.epoch)
         raise error
     fleet = request.app[CONTEXT].fleet
-    result = await fleet.report(said)
+    result = await fleet.reports.receive(said)
     if result.kind is AcceptanceKind.ACCEPTED:
         return json_response({"accepted": True, **_replicas(request), **_handed_down(fleet, said)})
     if result.kind is AcceptanceKind.REFUSED:
@@ -41,9 +43,9 @@ async def report(request: web.Request) -> web.StreamResponse:
     return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
 
 
-def _handed_down(fleet: Fleet, said: AgentReport) -> dict[str, object]:
+def _handed_down(fleet: Fleet, said: Report) -> dict[str, object]:
     """What the agent's predecessor knew of the device, for one that has not found out for itself yet."""
-    found = fleet.handed_down(said)
+    found = fleet.reports.inherited(said)
     if found is None:
         return {}
     age_s = min(max(0.0, fleet.clock.wall() - found.since), MAX_AGE_S)
@@ -84,7 +86,7 @@ def _shown_agent(fleet: Fleet, view: DeviceView) -> dict[str, object] | None:
         "ready": said.ready if said is not None else False,
         "state": said.state.value if said is not None else None,
         "version": said.version if said is not None else "",
-        "listen": said.address if said is not None else "",
+        "listen": said.listen if said is not None else "",
         "report_age_s": None
         if said is None
         else round(fleet.clock.monotonic() - said.received_at, 1),

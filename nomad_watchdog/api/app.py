@@ -109,7 +109,7 @@ async def _close(app: web.Application) -> None:
 
 
 async def status(request: web.Request) -> web.StreamResponse:
-    return json_response({**request.app[CONTEXT].fleet.status(), "version": __version__})
+    return json_response({**request.app[CONTEXT].fleet.views.status(), "version": __version__})
 
 
 async def healthz(_request: web.Request) -> web.StreamResponse:
@@ -119,10 +119,10 @@ async def healthz(_request: web.Request) -> web.StreamResponse:
 async def ready(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     # While the registry is gone or can't be read the status is not ready, but who reports here or looks must reach us.
-    known = fleet.ready_event.is_set()
-    answer = {"ready": known, "reason": "" if known else fleet.reason}
-    if known and not fleet.ready:
-        answer["warning"] = fleet.reason
+    known = fleet.readiness.event.is_set()
+    answer = {"ready": known, "reason": "" if known else fleet.readiness.reason}
+    if known and not fleet.readiness.ready:
+        answer["warning"] = fleet.readiness.reason
     return json_response(answer, status=200 if known else 503)
 
 

@@ -50,7 +50,7 @@ def audit(
     if actor.certificate:
         who["certificate"] = actor.certificate
     if context.audits.admits(actor.name, fleet.clock.monotonic()):
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(),
             kind=f"{AUDIT}{verb}",
             device_id=device_id or "",
@@ -71,7 +71,7 @@ def audit(
 def _say_left_out(context: Context, actor: str) -> None:
     """One event for the changes of a token that have none, so that an audit shows where it has a gap."""
     count = context.audits.left_out.pop(actor, 0)
-    context.fleet.history.add(
+    context.fleet.events.own.add(
         at=context.fleet.clock.wall(),
         kind=f"{AUDIT}left_out",
         device_id="",

@@ -40,7 +40,7 @@ class QuotaClaim(AbstractContextManager["QuotaClaim"]):
         )
         if not self.token or known:
             return
-        if self._fleet.owned[source] + self._claims[source] >= self._most:
+        if self._fleet.records.owned[source] + self._claims[source] >= self._most:
             raise RequestError(
                 403,
                 "device_quota",

@@ -24,9 +24,10 @@ from nomad_watchdog.core.event_order import SignedEvent, is_replay
 from nomad_watchdog.core.roles import Right, may
 from nomad_watchdog.device_fields import DeviceIn, DeviceItem, problem
 from nomad_watchdog.errors import ConflictError, UserError, WatchdogError
-from nomad_watchdog.fleet.fleet import DeviceView, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.records import Registered
-from nomad_watchdog.fleet.serializers import shown_placement
+from nomad_watchdog.fleet.serializers import placement_json
+from nomad_watchdog.fleet.views import DeviceView
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
 from nomad_watchdog.model import (
     Departure,
@@ -75,7 +76,7 @@ def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
         "agent_age_s": age_s,
         "placement_state": placement.state.value if placement is not None else None,
         "instance": record.instance,
-        **fleet.shown_presence(record),
+        **fleet.presence.serialize(record),
     }
 
 
@@ -99,7 +100,7 @@ async def list_devices(request: web.Request) -> web.StreamResponse:
 async def get_device(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     device_id = device_id_of(request)
-    view = fleet.view(slug_of(device_id))
+    view = fleet.views.device(slug_of(device_id))
     if view is None:
         raise await missing(fleet, device_id)
     return json_response(shown_device(fleet, view))
@@ -108,7 +109,7 @@ async def get_device(request: web.Request) -> web.StreamResponse:
 async def explain_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     fleet = request.app[CONTEXT].fleet
-    explained = fleet.explain(slug_of(device_id)) or await _explain_stray(fleet, device_id)
+    explained = fleet.views.explain(slug_of(device_id)) or await _explain_stray(fleet, device_id)
     if not explained:
         raise await missing(fleet, device_id)
     return json_response(hide_in(explained))
@@ -130,9 +131,9 @@ async def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]
         "reason": f"the device is not registered, and {agents} there"
         + (f"; {before}" if before else ""),
         "desired": None,
-        "observed": [shown_placement(placement) for placement in found],
-        "events": [event.shown() for event in fleet.told.of_device(slug)],
-    } | {name: value for part in fleet.explain_parts for name, value in part(slug).items()}
+        "observed": [placement_json(placement) for placement in found],
+        "events": [event.shown() for event in fleet.events.all.of_device(slug)],
+    } | fleet.views.explain_parts(slug)
 
 
 async def put_device(request: web.Request) -> web.StreamResponse:
@@ -149,15 +150,15 @@ async def store(
     """Ask for a device to be watched; 201 when it was not. verb: as the audit names it."""
     check_prefix(request, device.id)
     fleet = request.app[CONTEXT].fleet
-    before = fleet.view(slug_of(device.id))
+    before = fleet.views.device(slug_of(device.id))
     if before is None or before.record.device != device:
-        fleet.own(device.id)
+        fleet.presence.ensure_not_from_inventory(device.id)
     with QuotaClaim(request) as claim:
         claim.check(device.id)
-        (done,) = await fleet.register(
+        (done,) = await fleet.records.register(
             [device], event=event, permit=permit_of(request), token=claim.token
         )
-    fleet.sign([device.id])
+    fleet.presence.touch([device.id])
     new = done.changed and (before is None or before.record.presence is Presence.ABSENT)
     if done.changed:
         audit(request, verb, "created" if new else "changed", device.id)
@@ -189,8 +190,10 @@ async def remove(
     """Say that a device has left; NotFoundError for one that never was."""
     check_prefix(request, device_id)
     fleet = request.app[CONTEXT].fleet
-    fleet.own(device_id)
-    (done,) = await fleet.deregister([device_id], left, event=event, permit=permit_of(request))
+    fleet.presence.ensure_not_from_inventory(device_id)
+    (done,) = await fleet.records.deregister(
+        [device_id], left, event=event, permit=permit_of(request)
+    )
     if done is None:
         raise unknown(device_id, _readable(request))
     if done.changed:
@@ -218,16 +221,16 @@ async def bulk(request: web.Request) -> web.StreamResponse:
     with QuotaClaim(request) as claim:
         puts = await _puts(body.devices, results, seen, fleet, permit, claim)
         stored = (
-            await fleet.register(list(puts.values()), permit=permit, token=claim.token)
+            await fleet.records.register(list(puts.values()), permit=permit, token=claim.token)
             if puts
             else []
         )
     deletes = await _deletes(request, body.delete, results, seen, permit)
     async for some in steps([device.id for device in puts.values()]):
-        fleet.sign(some)
+        fleet.presence.touch(some)
     for at, done in zip(puts, stored, strict=True):
         results[at].changed = done.changed
-    left = await fleet.deregister(list(deletes.values()), permit=permit) if deletes else []
+    left = await fleet.records.deregister(list(deletes.values()), permit=permit) if deletes else []
     for at, was in zip(deletes, left, strict=True):
         results[at].changed = was is not None and was.changed
         if was is None:
@@ -300,14 +303,14 @@ def _check_put(fleet: Fleet, device: Device, permit: Callable[[Device], None]) -
     if known is not None:
         permit(known.device)
     if known is None or known.device != device:
-        fleet.own(device.id)
+        fleet.presence.ensure_not_from_inventory(device.id)
 
 
 def _check_delete(fleet: Fleet, device_id: DeviceId, permit: Callable[[Device], None]) -> None:
     known = fleet.records.get(slug_of(device_id))
     if known is not None:
         permit(known.device)
-    fleet.own(device_id)
+    fleet.presence.ensure_not_from_inventory(device_id)
 
 
 def _once(device_id: str, seen: set[str]) -> DeviceId:

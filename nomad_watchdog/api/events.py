@@ -84,7 +84,7 @@ def _flag(request: web.Request, name: str) -> bool:
 
 def _history(request: web.Request) -> EventLog:
     fleet = request.app[CONTEXT].fleet
-    return fleet.history if _flag(request, "own") else fleet.told
+    return fleet.events.own if _flag(request, "own") else fleet.events.all
 
 
 def _filter(request: web.Request) -> EventFilter:
@@ -113,7 +113,9 @@ async def list_incidents(request: web.Request) -> web.StreamResponse:
         record = fleet.records.get(slug)
         return record.device.id if record is not None else ""
 
-    found = [fleet.recorder.shown_incident(i, device_of) for i in fleet.recorder.incidents()]
+    found = [
+        fleet.recorder.incidents.serialize(i, device_of) for i in fleet.recorder.incidents.all()
+    ]
     items = [item for item in found if wanted == "any" or item["open"] == (wanted == "true")]
     return json_response({"items": items})
 

@@ -23,11 +23,11 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     _check(request, device_id)
     fleet = request.app[CONTEXT].fleet
-    if await fleet.beat([device_id]) != [True]:
+    if await fleet.presence.record_heartbeats([device_id]) != [True]:
         fresh = await fleet.registry.get(slug_of(device_id))
-        fleet.learn([fresh] if fresh is not None else [])
+        fleet.records.learn([fresh] if fresh is not None else [])
         _check(request, device_id)
-        if await fleet.beat([device_id]) != [True]:
+        if await fleet.presence.record_heartbeats([device_id]) != [True]:
             raise unknown(device_id)
     return web.Response(status=204)
 
@@ -37,7 +37,7 @@ async def heartbeats(request: web.Request) -> web.StreamResponse:
     body = await read(request, HeartbeatsIn)
     for name in body.ids:
         _check(request, DeviceId(name))
-    heard = await request.app[CONTEXT].fleet.beat(body.ids)
+    heard = await request.app[CONTEXT].fleet.presence.record_heartbeats(body.ids)
     strangers = [name for name, known in zip(body.ids, heard, strict=True) if not known]
     return json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
 
@@ -48,7 +48,7 @@ def _check(request: web.Request, device_id: DeviceId) -> None:
     check_prefix(request, device_id)
     if request[ACTOR].labels:
         fleet = request.app[CONTEXT].fleet
-        slug = fleet.slug_by_id.get(device_id)
+        slug = fleet.records.slug_by_id.get(device_id)
         record = None if slug is None else fleet.records.get(slug)
         if record is not None:
             permit_of(request)(record.device)

@@ -127,7 +127,7 @@ def _remember(request: web.Request, error: RequestError) -> None:
     claim = error.claim or claim
     slug, epoch = (claim.slug, claim.epoch) if claim is not None else (None, None)
     why = error.message if error.status == 403 else ""
-    context.fleet.refuse(error.status, slug, epoch, peer=peer, why=why)
+    context.fleet.reports.refused(error.status, slug, epoch, peer=peer, why=why)
 
 
 async def _acknowledge(request: web.Request, response: web.StreamResponse) -> None:

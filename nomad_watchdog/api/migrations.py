@@ -38,7 +38,7 @@ async def begin(request: web.Request) -> web.StreamResponse:
     body = await read(request, MigrateIn)
     context = request.app[CONTEXT]
     migrations = _migrations(request)
-    if not context.fleet.ready:
+    if not context.fleet.readiness.ready:
         raise TransientError("the fleet is not known yet", retry_after_s=1.0)
     shards = context.leases.shards if context.leases is not None else 1
     if wrong := [one for one in body.shards if one >= shards]:

@@ -78,11 +78,11 @@ async def check_events_of(fleet: Fleet, device_id: str) -> None:
     """Raises NotFoundError (404) for a device that was never registered, of which no agent runs, and about
     which no event is kept."""
     slug = slug_of(DeviceId(device_id))
-    if slug in fleet.records or slug in fleet.placements or fleet.told.of_device(slug):
+    if slug in fleet.records or slug in fleet.placements or fleet.events.all.of_device(slug):
         return
     try:
         found = await fleet.registry.get(slug) is not None
-        found = found or bool((await fleet.told.page(0, 1, EventFilter(device=device_id)))[0])
+        found = found or bool((await fleet.events.all.page(0, 1, EventFilter(device=device_id)))[0])
     except WatchdogError:
         return  # what is kept can be shown while the registry can't be read
     if not found:
@@ -93,7 +93,7 @@ async def missing(fleet: Fleet, device_id: str) -> NotFoundError:
     """As `unknown`, and says so if the device was registered before: an old record may be lost.
 
     Raises TransientError before the registry has been read."""
-    fleet.check_loaded()
+    fleet.records.check_loaded()
     if not (before := await known_before(fleet, device_id)):
         return unknown(device_id, fleet)
     return NotFoundError(
@@ -103,9 +103,9 @@ async def missing(fleet: Fleet, device_id: str) -> NotFoundError:
 
 async def known_before(fleet: Fleet, device_id: str) -> str:
     """When a device that is not registered was seen last, in words; "" = no event is kept about it."""
-    found = fleet.told.of_device(slug_of(DeviceId(device_id)))
+    found = fleet.events.all.of_device(slug_of(DeviceId(device_id)))
     try:
-        found = found or (await fleet.told.page(0, 1, EventFilter(device=device_id)))[0]
+        found = found or (await fleet.events.all.page(0, 1, EventFilter(device=device_id)))[0]
     except WatchdogError:
         return ""
     if not found:
@@ -128,7 +128,7 @@ def unknown(device_id: str, fleet: Fleet | None = None) -> NotFoundError:
 
 
 def _candidates(fleet: Fleet, device_id: str) -> list[str]:
-    ids = fleet.slug_by_id
+    ids = fleet.records.slug_by_id
     if len(ids) <= MAX_COMPARED:
         return list(ids)
     start = device_id[:3]

@@ -16,7 +16,8 @@ from watchdog_agent.runtime.parsing import whole
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet.fleet import DeviceView, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.fleet.views import DeviceView
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.model import DeviceRecord, Presence, VerdictState
@@ -120,13 +121,13 @@ async def scan(
     """Every device, tombstones included, whose record is admitted, in the order of the ids. Lets others have
     their turn on the event loop."""
     began = time.monotonic()
-    for device_id in sorted([one for one in fleet.slug_by_id if one > after]):
+    for device_id in sorted([one for one in fleet.records.slug_by_id if one > after]):
         if time.monotonic() - began > BREATH_S:
             await asyncio.sleep(0)
             began = time.monotonic()
-        record = fleet.records.get(fleet.slug_by_id.get(device_id, Slug("")))
+        record = fleet.records.get(fleet.records.slug_by_id.get(device_id, Slug("")))
         if record is not None and admits(record):
-            view = fleet.view(record.slug)
+            view = fleet.views.device(record.slug)
             if view is not None:
                 yield view
 
@@ -139,7 +140,7 @@ async def page_of(
     limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MAX_ITEMS)
     wanted = _filter(request)
     fleet = request.app[CONTEXT].fleet
-    fleet.check_loaded()
+    fleet.records.check_loaded()
     items: list[dict[str, object]] = []
     following: str | None = None
     last = ""
@@ -154,4 +155,4 @@ async def page_of(
             break
         items.append(item)
         last = view.record.device.id
-    return json_response({"items": items, "next": following, "index": fleet.index})
+    return json_response({"items": items, "next": following, "index": fleet.records.index})

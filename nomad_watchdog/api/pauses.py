@@ -17,7 +17,7 @@ from nomad_watchdog.core.pauses import Pause
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.pauses import new_id
-from nomad_watchdog.fleet.presence import shown_pause
+from nomad_watchdog.fleet.presence import pause_json
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 from nomad_watchdog.units import parse_duration
@@ -28,15 +28,15 @@ MAX_AHEAD_S: Final = 366 * 86400.0
 def _shown(fleet: Fleet, pause: Pause) -> dict[str, object]:
     now = fleet.clock.wall()
     covered = sum(pause.target.matches(record.device) for record in fleet.records.values())
-    return shown_pause(pause) | {"active": pause.is_active(now), "covers": covered}
+    return pause_json(pause) | {"active": pause.is_active(now), "covers": covered}
 
 
 async def list_pauses(request: web.Request) -> web.StreamResponse:
     """Those that are not over, in the order of their making."""
     fleet = request.app[CONTEXT].fleet
-    await fleet.pauses.refresh()
+    await fleet.presence.pauses.refresh()
     now = fleet.clock.wall()
-    items = [_shown(fleet, pause) for pause in fleet.pauses.all if not pause.is_over(now)]
+    items = [_shown(fleet, pause) for pause in fleet.presence.pauses.all if not pause.is_over(now)]
     return json_response({"items": items})
 
 
@@ -69,7 +69,7 @@ async def add_pause(request: web.Request) -> web.StreamResponse:
         by=_by(request, body.by),
         window=body.window,
     )
-    kept = await fleet.pauses.add(pause)
+    kept = await fleet.presence.pauses.add(pause)
     what = "maintenance" if kept.window else "pause"
     by = f" by {kept.by}" if kept.by else ""
     text = f"{what} {kept.id}{by}: {kept.reason or 'no reason given'}"
@@ -84,8 +84,8 @@ async def resume(request: web.Request) -> web.StreamResponse:
     Raises NotFoundError (404) when no such pause is there: it says which one covers the device."""
     body = await read(request, TargetIn)
     fleet = request.app[CONTEXT].fleet
-    if not await fleet.pauses.resume(body.target()):
-        others = ", ".join(pause.id for pause in fleet.pauses.in_force())
+    if not await fleet.presence.pauses.resume(body.target()):
+        others = ", ".join(pause.id for pause in fleet.presence.pauses.in_force())
         raise NotFoundError(
             "no pause of exactly these is in force"
             + (
@@ -103,7 +103,7 @@ async def remove_pause(request: web.Request) -> web.StreamResponse:
     """End one by its id."""
     pause_id = request.match_info["id"]
     fleet = request.app[CONTEXT].fleet
-    if not await fleet.pauses.remove(pause_id):
+    if not await fleet.presence.pauses.remove(pause_id):
         raise NotFoundError(f"no pause or window {ascii(pause_id)[:40]} is there")
     _note(fleet, "resumed", f"the pause {pause_id} was ended", {"pause": pause_id})
     audit(request, "resume", "resumed", pause=pause_id)
@@ -117,6 +117,6 @@ def _by(request: web.Request, claimed: str) -> str:
 
 
 def _note(fleet: Fleet, kind: str, text: str, data: dict[str, object]) -> None:
-    fleet.history.add(
+    fleet.events.own.add(
         at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
     )

@@ -16,8 +16,8 @@ async def overhear(request: web.Request) -> web.StreamResponse:
     that it heard."""
     body = await read(request, HearsayIn)
     fleet = request.app[CONTEXT].fleet
-    fleet.hear(body.beats)
-    taken = sum(fleet.overhear(one.report()) for one in body.reports)
+    fleet.presence.touch_many(body.beats)
+    taken = sum(fleet.reports.accept_replicated(one.report()) for one in body.reports)
     return json_response({"taken": taken})
 
 

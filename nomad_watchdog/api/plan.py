@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
-    return json_response(request.app[CONTEXT].fleet.plan())
+    return json_response(request.app[CONTEXT].fleet.views.plan())
 
 
 async def confirm(request: web.Request) -> web.StreamResponse:
@@ -40,7 +40,7 @@ async def confirm(request: web.Request) -> web.StreamResponse:
         )
     count = operator.confirm_stops()
     log.warning("stops confirmed", extra={"count": count, "held_id": now, "reason": reason})
-    context.fleet.history.add(
+    context.fleet.events.own.add(
         at=context.fleet.clock.wall(),
         kind="breaker.confirmed",
         device_id="",

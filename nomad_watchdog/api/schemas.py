@@ -29,9 +29,8 @@ from nomad_watchdog.device_fields import (
     printable,
 )
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, slug_of
-from nomad_watchdog.model import AgentState, Epoch, RepairAttempt, Repairs
+from nomad_watchdog.model import AgentState, Epoch, RepairAttempt, Repairs, Report
 
 MAX_HEARD: Final = 500
 """Reports that one replica tells another at once."""
@@ -253,10 +252,10 @@ class ReportIn(BaseModel):
     gateway_dead: bool = False
     state_age_s: Annotated[float, Field(ge=0, le=MAX_AGE_S, allow_inf_nan=False)] = 0.0
 
-    def report(self) -> AgentReport:
+    def report(self) -> Report:
         """As the value that goes inside."""
         device_id = DeviceId(self.device_id)
-        return AgentReport(
+        return Report(
             slug=slug_of(device_id),
             device_id=device_id,
             epoch=Epoch(self.epoch),

@@ -11,7 +11,8 @@ from aiohttp import web
 
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.pagination import check_query, scan
-from nomad_watchdog.fleet.fleet import DeviceView, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.fleet.views import DeviceView
 from nomad_watchdog.model import Presence, VerdictState
 
 MAX_ROWS: Final = 200
@@ -79,7 +80,7 @@ async def _made(fleet: Fleet) -> str:
     rest = len(views) - MAX_ROWS
     more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
     empty = "" if views else "<p>No devices are registered.</p>"
-    ready = "ready" if fleet.ready else f"not ready: {escape(fleet.reason)}"
+    ready = "ready" if fleet.readiness.ready else f"not ready: {escape(fleet.readiness.reason)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>nomad-watchdog</title>'
@@ -93,12 +94,13 @@ async def _made(fleet: Fleet) -> str:
 
 
 def _incidents(fleet: Fleet) -> str:
-    opened = fleet.recorder.correlator.opened.values()
+    incidents = fleet.recorder.incidents
+    opened = incidents.opened()
     lines = "".join(
         f"<li><b>{incident.kind.value} <bdi>{escape(incident.group)}</bdi></b>: {incident.count} of "
         f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})"
-        f"{_no_agent(fleet.recorder.reason(incident))}</li>"
-        for incident in list(opened)[:MAX_INCIDENTS]
+        f"{_no_agent(incidents.reason(incident))}</li>"
+        for incident in opened[:MAX_INCIDENTS]
     )
     rest = len(opened) - MAX_INCIDENTS
     more = f"<p>{rest} more incidents are not shown here.</p>" if rest > 0 else ""

@@ -97,7 +97,7 @@ class ClassSetController:
         self._specs: Specs = dict(own.specs)
         self.problem = ""
         """Why what is in force can't be read now; what was read before stands."""
-        fleet.status_parts.append(self.status)
+        fleet.views.add_status(self.status)
 
     # -- what is in force -----------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class ClassSetController:
             self._tell("classes.agree", text, told)
 
     def _tell(self, kind: str, text: str, data: Mapping[str, object]) -> None:
-        self._fleet.history.add(
+        self._fleet.events.own.add(
             at=self._fleet.clock.wall(),
             kind=kind,
             device_id="",

@@ -43,7 +43,7 @@ class ConditionWriter:
 
     async def run(self) -> None:
         """Write until cancelled. An outage of the registry is waited out."""
-        news, delay_s = self._fleet.conditions.news, RETRY_S[0]
+        news, delay_s = self._fleet.verdicts.conditions.news, RETRY_S[0]
         trouble = Lasting(log, "conditions not written")
         while True:
             try:
@@ -75,15 +75,15 @@ class ConditionWriter:
         Raises as `Registry.commit`."""
         fleet = self._fleet
         ours = self._territory.shards()
-        waiting = fleet.conditions.slugs()
+        waiting = fleet.verdicts.conditions.slugs()
         others = [slug for slug in waiting if self._territory.shard(slug) not in ours]
         then = Monotonic(fleet.clock.monotonic() - fleet.limits.report_stale_s)
-        fleet.conditions.forget_before(then, others)
+        fleet.verdicts.conditions.forget_before(then, others)
         mine = iter([slug for slug in waiting if self._territory.shard(slug) in ours])
         lost = 0
         while batch := list(islice(mine, MOST)):
             wanted = [
-                replace(record, condition=fleet.condition(record))
+                replace(record, condition=fleet.verdicts.condition(record))
                 for slug in batch
                 if (record := fleet.records.get(slug)) is not None
             ]
@@ -96,19 +96,19 @@ class ConditionWriter:
         fleet = self._fleet
         guards = self._leases.guards([record.slug for record in wanted])
         try:
-            with fleet.conditions.writing(wanted):
-                stored = await fleet.commit(wanted, guards)
-                fleet.learn([record for record in stored if record is not None])
+            with fleet.verdicts.conditions.writing(wanted):
+                stored = await fleet.records.commit(wanted, guards)
+                fleet.records.learn([record for record in stored if record is not None])
         except UserError as error:
             if len(wanted) > 1:  # one that can't be stored must not hold up the others (S9)
                 return sum([await self._commit([record]) for record in wanted])
             log.warning(
                 "condition not stored", extra={"slug": wanted[0].slug, "reason": str(error)}
             )
-            fleet.conditions.park(wanted[0])
+            fleet.verdicts.conditions.park(wanted[0])
             return 0
         lost = [record.slug for record, one in zip(wanted, stored, strict=True) if one is None]
         for slug in lost:
             fresh = await fleet.registry.get(slug)
-            fleet.learn([fresh] if fresh is not None else [])
+            fleet.records.learn([fresh] if fresh is not None else [])
         return len(lost)

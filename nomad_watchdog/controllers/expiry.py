@@ -54,8 +54,8 @@ class ExpiryController:
         """Those that were ours at the last look."""
         self.metrics = metrics
         self._causes: dict[str, _Cause] = {}
-        fleet.status_parts.append(self.status)
-        fleet.explain_parts.append(self.explain)
+        fleet.views.add_status(self.status)
+        fleet.views.add_explain(self.explain)
 
     async def run(self) -> None:
         """Let the silent ones go, until cancelled."""
@@ -69,12 +69,12 @@ class ExpiryController:
 
     async def expire(self) -> float:
         """One look; seconds until the next device may be overdue."""
-        fleet, attendance = self.fleet, self.fleet.attendance
+        fleet, attendance = self.fleet, self.fleet.presence.heartbeats
         now = fleet.clock.monotonic()
         records = self.ownership.of(fleet.records)
         self._begin_anew(records, now)
         # What is paused is not expected to beat: its ttl begins anew when the pause ends.
-        for slug in fleet.paused():
+        for slug in fleet.presence.paused():
             attendance.answers(slug, now)
         found = expiry.overdue(records.values(), attendance.heard, attendance.rules, now)
         attendance.heard.update(dict.fromkeys(found.unheard, now))  # a store that was put back, say
@@ -90,13 +90,13 @@ class ExpiryController:
         # A heartbeat that came while this was being written must not be lost.
         late = [slug for slug in found.slugs if attendance.beats.get(slug, 0.0) > now]
         if late:
-            await fleet.adjust(late, presence.revive)
+            await fleet.records.adjust(late, presence.revive)
         return found.next_at - now
 
     def _begin_anew(self, records: Mapping[Slug, DeviceRecord], now: Monotonic) -> None:
         gained, self._shards = self.ownership.shards() - self._shards, self.ownership.shards()
         if gained:
-            heard = self.fleet.attendance.heard
+            heard = self.fleet.presence.heartbeats.heard
             for slug in records:
                 if slug in heard and self.ownership.shard(slug) in gained:
                     heard[slug] = now
@@ -141,7 +141,7 @@ class ExpiryController:
             return presence.deregister(record, at, left) if still(record) else None
 
         unasked = len(gate.go - state.confirmed)
-        count = await fleet.adjust(sorted(gate.go), change)
+        count = await fleet.records.adjust(sorted(gate.go), change)
         state.recent.extend([now] * min(unasked, count))
         return count
 
@@ -155,7 +155,7 @@ class ExpiryController:
 
     def _note(self, kind: str, text: str) -> None:
         fleet = self.fleet
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data={}
         )
 

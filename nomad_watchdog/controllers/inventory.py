@@ -68,7 +68,7 @@ class InventoryController:
         self.files: list[_File] = []
         self._now = asyncio.Event()
         self.configure(paths, classes)
-        fleet.status_parts.append(self.status)
+        fleet.views.add_status(self.status)
 
     def configure(self, paths: Sequence[str], classes: Collection[str] | None) -> None:
         """Follow these files from now on. The devices of a file that is no longer followed stay registered,
@@ -78,7 +78,7 @@ class InventoryController:
             self.look_now()  # what was good may be bad now, and the other way round
         known = {file.path: file for file in self.files}
         self.files = [known.get(path) or _File(path) for path in paths]
-        self.fleet.inventories = frozenset(map(source_of, paths))
+        self.fleet.presence.inventories = frozenset(map(source_of, paths))
         self._now.set()
 
     def look_now(self) -> None:
@@ -89,7 +89,7 @@ class InventoryController:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        await self.fleet.ready_event.wait()
+        await self.fleet.readiness.event.wait()
         clock, due = self.fleet.clock, float("-inf")
         while True:
             changed = [await self._look(file) for file in self.files]
@@ -139,7 +139,7 @@ class InventoryController:
 
     def _note(self, kind: str, text: str, data: dict[str, object]) -> None:
         fleet = self.fleet
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
         )
 
@@ -161,7 +161,7 @@ class InventoryController:
         fleet, source = self.fleet, source_of(file.path)
         # Every replica reads the files, and each brings in line what it is to decide about.
         ours = self.departures.ownership.of
-        changes = compare(ours(listed), ours(fleet.records), source, fleet.inventories)
+        changes = compare(ours(listed), ours(fleet.records), source, fleet.presence.inventories)
         if changes.conflicts and changes.conflicts != file.conflicts:
             self._note(
                 "inventory.conflict",
@@ -175,7 +175,7 @@ class InventoryController:
 
         await self.departures.leave(source, changes.depart, Departure.REMOVED, still=still)
         for first in range(0, len(changes.register), BATCH):
-            await fleet.register(changes.register[first : first + BATCH], source)
+            await fleet.records.register(changes.register[first : first + BATCH], source)
 
     def status(self) -> dict[str, object]:
         """Our part of the status."""

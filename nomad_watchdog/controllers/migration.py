@@ -93,7 +93,7 @@ class MigrationController:
         self.problem = ""
         """Why the document can't be read now; what was read before stands."""
         if self.on:
-            fleet.status_parts.append(self.status)
+            fleet.views.add_status(self.status)
 
     @property
     def on(self) -> bool:
@@ -170,7 +170,7 @@ class MigrationController:
     def _measure(self, move: Migration, homes: BackendAssignment) -> MigrationProgress:
         fleet = self._fleet
         return migration.progress(
-            move, homes, fleet.records, fleet.placements, fleet.has_ready_agent
+            move, homes, fleet.records, fleet.placements, fleet.verdicts.has_ready_agent
         )
 
     # -- what the registry keeps ----------------------------------------------------------------
@@ -221,7 +221,7 @@ class MigrationController:
         return now.there - now.on_way, now.on_way, now.covered - now.there
 
     async def _judge(self, homes: BackendAssignment) -> None:
-        if not self._fleet.ready or _JUDGE not in self._territory.shards():
+        if not self._fleet.readiness.ready or _JUDGE not in self._territory.shards():
             self._done_since = None
             return
         move = homes.active
@@ -260,8 +260,8 @@ class MigrationController:
                 if now - since >= REST_S:
                     due.append(presence.advance(one, Epoch(one.epoch + 1), move.heads_for))
             for first in range(0, len(due), _TOMBS):
-                stored = await self._fleet.commit(due[first : first + _TOMBS])
-                self._fleet.learn([record for record in stored if record is not None])
+                stored = await self._fleet.records.commit(due[first : first + _TOMBS])
+                self._fleet.records.learn([record for record in stored if record is not None])
 
     async def _leave(self, homes: BackendAssignment) -> None:
         """Note that schedulers need not be looked at any more, once that has been so for EMPTY_S."""
@@ -393,7 +393,7 @@ class MigrationController:
     def _tell(self, what: str, move: Migration, more: str) -> None:
         text = f"from {move.source} to {move.goal}" + (f": {more}" if more else "")
         log.warning("migration", extra={"state": what, "reason": text})
-        self._fleet.history.add(
+        self._fleet.events.own.add(
             at=self._fleet.clock.wall(),
             kind=f"migration.{what}",
             device_id="",

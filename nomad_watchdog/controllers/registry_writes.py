@@ -52,9 +52,9 @@ class RegistryWrites:
         fleet = self._fleet
         self._trouble.goes_on(fleet.clock.monotonic(), why)
         self._metrics.registry_unwritable(True)
-        if not fleet.registry_unwritable:
+        if not fleet.readiness.registry_unwritable:
             self._note("registry.unwritable", why)
-        fleet.registry_unwritable = (
+        fleet.readiness.registry_unwritable = (
             "the registry can be read and not written: no device can be added or removed, and no agent started "
             f"or replaced; running agents continue. ({why})"
         )
@@ -62,14 +62,14 @@ class RegistryWrites:
     def _accepted(self) -> None:
         fleet = self._fleet
         lasted_s = self._trouble.over(fleet.clock.monotonic())
-        if fleet.registry_unwritable:
+        if fleet.readiness.registry_unwritable:
             text = f"the registry can be written again, after {lasted_s:g} s"
             self._note("registry.writable", text, lasted_s=lasted_s)
-        fleet.registry_unwritable = ""
+        fleet.readiness.registry_unwritable = ""
         self._metrics.registry_unwritable(False)
 
     def _note(self, kind: str, text: str, **data: object) -> None:
-        self._fleet.history.add(
+        self._fleet.events.own.add(
             at=self._fleet.clock.wall(),
             kind=kind,
             device_id="",

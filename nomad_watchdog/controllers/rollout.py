@@ -68,7 +68,7 @@ class RolloutController:
         """Until the documents have been read nobody knows which version was given up."""
         self.problem = ""
         """Why the documents can't be read now; what was read before stands."""
-        fleet.status_parts.append(self.status)
+        fleet.views.add_status(self.status)
 
     @property
     def on(self) -> bool:
@@ -136,7 +136,7 @@ class RolloutController:
         before the scheduler shows it counts: whoever is not known to run an older version."""
         return sum(
             slug not in soak.lasted
-            and self._fleet.has_ready_agent(slug)
+            and self._fleet.verdicts.has_ready_agent(slug)
             and not self._is_old(slug, self._wished[name])
             for name, soak in self._soaks.items()
             for slug in self._wanted(name)
@@ -180,7 +180,7 @@ class RolloutController:
             if now - self._read_at >= READ_EVERY_S:
                 await self._read()
                 self._read_at = now
-            if self._fleet.ready:
+            if self._fleet.readiness.ready:
                 for name, spec in self._wished.items():
                     await self._watch(name, spec)
         except WatchdogError as error:
@@ -260,7 +260,7 @@ class RolloutController:
 
     def _tell(self, name: str, kind: str, text: str) -> None:
         log.warning(text, extra={"agent_class": name, "kind": kind})
-        self._fleet.history.add(
+        self._fleet.events.own.add(
             at=self._fleet.clock.wall(),
             kind=kind,
             device_id="",
@@ -290,7 +290,7 @@ class RolloutController:
                         ",".join(one.instances),
                         one.restarts,
                         one.node,
-                        ready=fleet.has_ready_agent(slug),
+                        ready=fleet.verdicts.has_ready_agent(slug),
                         lost=one.state is PlacementState.LOST,
                     )
 

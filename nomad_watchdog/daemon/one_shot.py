@@ -24,6 +24,7 @@ from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.daemon.factory import open_leases, open_registry, open_scheduler, replicas
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
+from nomad_watchdog.fleet.verdicts import VerdictTracker
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, PlacementState, Presence
@@ -37,32 +38,32 @@ TRIES: Final = 3
 """Failed actions of one device after which it is left out."""
 
 
-class Unreported(Fleet):
-    """A fleet whose agents report elsewhere or nowhere: one is ready when the scheduler says that it runs."""
+class UnreportedAgents(VerdictTracker):
+    """Agents that report elsewhere or not at all: an agent is ready when the scheduler runs it."""
 
     def has_ready_agent(self, slug: Slug) -> bool:
-        record = self.records.get(slug)
+        record = self._records.get(slug)
         return record is not None and any(
             one.epoch == record.epoch
             and one.state is PlacementState.RUNNING
             and one.ready is not False
-            for one in self.placements.get(slug, ())
+            for one in self._placements.get(slug, ())
         )
 
     def unready(self) -> int:
-        resting = self.paused()
+        resting = self._presence.paused()
         return sum(
             record.presence is Presence.PRESENT
             and slug not in resting
             and not self.has_ready_agent(slug)
-            for slug, record in self.records.items()
+            for slug, record in self._records.items()
         )
 
     def is_stuck(self, slug: Slug) -> bool:
         return any(
             one.state is PlacementState.RESTARTING
             and one.restarts >= self.limits.crash_loop_restarts
-            for one in self.placements.get(slug, ())
+            for one in self._placements.get(slug, ())
         )
 
 
@@ -74,10 +75,10 @@ async def look(reconciler: Reconciler, *, bring: bool = False) -> None:
     fleet = reconciler.fleet
     await reconciler.follower.read()
     # Who looks once knows nothing of when a device left: waiting is for those who stay.
-    fleet.attendance.leaving.clear()
+    fleet.presence.heartbeats.leaving.clear()
     await reconciler.informer.read()
     await reconciler.go_by_classes(bring=bring)
-    fleet.refresh_all()
+    fleet.verdicts.judge_all()
     # Reading may take longer than what moves there are is known for.
     if await reconciler.migrations.refresh():
         raise ConflictError("a migration has changed meanwhile; try again")
@@ -119,9 +120,9 @@ async def apply(
     makes no progress, is held, or devices failed TRIES times.
     """
     fleet = reconciler.fleet
-    if registry_index is not None and registry_index != fleet.index:
+    if registry_index is not None and registry_index != fleet.records.index:
         raise ConflictError(
-            f"the registry has moved from {registry_index} to {fleet.index} since the plan "
+            f"the registry has moved from {registry_index} to {fleet.records.index} since the plan "
             "was made; make a new plan"
         )
     plan = reconciler.plan_builder.make(NO_STOPS)
@@ -207,7 +208,9 @@ async def _follow(
 
 def _is_done(fleet: Fleet, slug: Slug) -> bool:
     record = fleet.records.get(slug)
-    return record is None or record.presence is Presence.ABSENT or fleet.has_ready_agent(slug)
+    return (
+        record is None or record.presence is Presence.ABSENT or fleet.verdicts.has_ready_agent(slug)
+    )
 
 
 def _kill_timeout_s(reconciler: Reconciler) -> float:
@@ -330,7 +333,7 @@ async def _configs(settings: Settings) -> list[str]:
 async def _look_once(
     settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
 ) -> Reconciler:
-    fleet = Unreported(registry, settings.limits(), SystemClock())
+    fleet = Fleet(registry, settings.limits(), SystemClock(), tracker=UnreportedAgents)
     specs, unreadable = settings.readable_specs()
     reconciler = Reconciler(
         fleet,

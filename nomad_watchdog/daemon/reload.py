@@ -107,7 +107,7 @@ class Reloader:
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.reconciler.fleet.status_parts.append(self.status)
+        self.reconciler.fleet.views.add_status(self.status)
 
     async def run(self) -> None:
         """Reload whenever it is asked for, until cancelled. Nothing that a reload raises gets out."""
@@ -116,7 +116,7 @@ class Reloader:
             self.asked.clear()
             self.renew()
             self.inventory.look_now()
-            ready = self.reconciler.fleet.ready_event.is_set()
+            ready = self.reconciler.fleet.readiness.event.is_set()
             if ready:
                 systemd.reloading(self.reconciler.fleet.clock.monotonic())
             try:
@@ -162,7 +162,7 @@ class Reloader:
         limits = wanted.limits()
         was = fleet.limits
         self.scheduler.adapt_by(wanted.spec_on)
-        fleet.go_by(limits)
+        fleet.configure(limits)
         try:
             in_force = self.reconciler.in_force
             waits = bool(unreadable or self.reconciler.unprepared or in_force.differs)
@@ -175,7 +175,7 @@ class Reloader:
                 )
         except BaseException:
             self.scheduler.adapt_by(before.spec_on)
-            fleet.go_by(was)
+            fleet.configure(was)
             raise
         self.reconciler.informer.look_every(limits.resync_s)
         self.authenticator.take_over(authenticator)
@@ -202,7 +202,7 @@ class Reloader:
                 "changed": list(done.changed[:MAX_TOLD]),
                 "needs_restart": list(done.needs_restart[:MAX_TOLD]),
             }
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(),
             kind=kind,
             device_id="",

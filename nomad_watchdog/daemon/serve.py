@@ -96,9 +96,9 @@ async def serve(settings: Settings, load: Callable[[], Settings] | None = None) 
             ):
                 metrics = Metrics()
                 fleet = Fleet(registry, settings.limits(), clock, history)
-                fleet.recorder.follow(store.status, store.left_open)
-                fleet.resume(verdicts)
-                fleet.on_commit = metrics.committed
+                fleet.recorder.use_store(store.status, store.left_open)
+                fleet.verdicts.restore(verdicts)
+                fleet.records.committed.connect(metrics.committed)
                 specs, unreadable = settings.readable_specs()
                 reconciler = Reconciler(
                     fleet,
@@ -268,7 +268,7 @@ async def _reconcile_until(
 
 
 async def _say_ready(fleet: Fleet) -> None:
-    await fleet.ready_event.wait()
+    await fleet.readiness.event.wait()
     log.info("ready", extra={"devices": len(fleet.records)})
     systemd.ready()
     while True:
@@ -284,7 +284,7 @@ async def _follow_health(settings: Settings, fleet: Fleet, metrics: Metrics) -> 
         while True:
             with suppress(WatchdogError):
                 async for view in health.watch():
-                    fleet.health = view
+                    fleet.verdicts.health = view
                     metrics.consul_view_age(health.age_s)
             await asyncio.sleep(1.0)
     finally:

@@ -20,7 +20,7 @@ class HostWatcher:
         self._closed: Mapping[str, ClosedHost] = {}
         self._kinds: dict[str, str] | None = None
         """Closed host → the kind of its last event. None: nothing has been read since the start."""
-        fleet.status_parts.append(self.status)
+        fleet.views.add_status(self.status)
 
     def status(self) -> dict[str, object]:
         """For the status: each of these hosts, its state, and the number of agents there."""
@@ -51,7 +51,7 @@ class HostWatcher:
     def _published(self) -> dict[str, str]:
         """What the stored events of an earlier run say, so that a restart publishes nothing again."""
         found: dict[str, str] = {}
-        for event in self._fleet.told.recent():
+        for event in self._fleet.events.all.recent():
             if event.kind.startswith("node."):
                 found[str(event.data.get("node"))] = event.kind
         return {name: kind for name, kind in found.items() if kind != "node.open"}
@@ -65,7 +65,7 @@ class HostWatcher:
 
     def _note(self, kind: str, name: str, text: str) -> None:
         fleet = self._fleet
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(),
             kind=kind,
             device_id="",

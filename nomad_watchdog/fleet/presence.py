@@ -1,24 +1,23 @@
-"""The records, and who is really here: heartbeats, grace, flapping and pauses come together.
+"""Which devices are present: heartbeats, grace periods, flapping and pauses.
 
-A heartbeat costs two entries in dictionaries. Only one that brings an expired device back is written.
+A heartbeat costs two dictionary entries. Only a heartbeat that brings an expired device back is written to the
+registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import pauses as rules
 from nomad_watchdog.core import presence
 from nomad_watchdog.core.pauses import Pause
-from nomad_watchdog.errors import PreconditionError, TransientError
-from nomad_watchdog.events.device_limits import DeviceLimits
-from nomad_watchdog.events.log import EVERYTHING, Event, EventFilter, EventLog
+from nomad_watchdog.errors import PreconditionError
+from nomad_watchdog.fleet.events import FleetEvents
 from nomad_watchdog.fleet.heartbeats import Heartbeats
 from nomad_watchdog.fleet.pauses import Pauses
-from nomad_watchdog.fleet.records import RecordCache
-from nomad_watchdog.fleet.serializers import device_of
+from nomad_watchdog.fleet.records import RecordCache, RecordChange
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
     Departure,
@@ -28,123 +27,103 @@ from nomad_watchdog.model import (
     Presence,
     PresenceRules,
 )
-from nomad_watchdog.registry import Registry
+from nomad_watchdog.signals import Signal
 
 _NOTHING: Final[Mapping[Slug, Pause]] = {}
 
 
-class PresenceView(RecordCache):
-    """The devices as the registry has them, and what is known of their coming and going."""
+class PresenceView:
+    """Which devices are present, which of them are paused, and whose agents wait for them to return."""
 
     def __init__(
-        self, registry: Registry, clock: Clock, rules: PresenceRules, history: EventLog
-    ) -> None:
-        super().__init__(registry, clock)
-        self.history = history
-        self.allowance = DeviceLimits(history, clock)
-        """How many events a device may cause."""
-        self.told = history
-        """The events of all replicas; with one replica its own."""
-        self.placements: dict[Slug, tuple[Placement, ...]] = {}
-        self.loaded = False
-        """The registry has been read once; its first snapshot is no news to those who read events."""
-        self.attendance = Heartbeats(rules)
-        self.pauses = Pauses(registry, clock)
-        self.slug_by_id: dict[str, Slug] = {}
-        """By id: an id that is known need not be checked and hashed again."""
-        self.on_beat: Callable[[Sequence[str]], None] = lambda _ids: None
-        """Told of the devices that were heard here, not of those that another replica heard."""
-        self._changes = 0
-        """Goes up whenever a record is another one."""
-        self._paused: tuple[object, int, Mapping[Slug, Pause]] = (None, 0, _NOTHING)
-        self.inventories: frozenset[str] = frozenset()
-        """The sources of the static inventories that are configured."""
-
-    def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
-        """Remember who came and went, and say so."""
-        now = self.clock.monotonic()
-        self._changes += 1
-        for before, record in news:
-            if before is None:
-                self.slug_by_id[record.device.id] = record.slug
-            begins_to_flap = self.attendance.learned(before, record, now)
-            if self.loaded and (before is None or before.generation != record.generation):
-                self.note(record.slug, *_said_of(before, record), generation=record.generation)
-            if begins_to_flap:
-                self.note(record.slug, "flapping", "the device comes and goes too often")
-
-    def reset(
         self,
-        records: Mapping[Slug, DeviceRecord],
-        index: int,
-        unreadable: frozenset[Slug] = frozenset(),
-    ) -> bool:
-        """As `RecordCache.reset`; a store that was put back changes records without telling of each."""
-        news = super().reset(records, index, unreadable)
-        self._changes += 1
-        if len(self.slug_by_id) != len(self.records):
-            self.slug_by_id = {str(r.device.id): slug for slug, r in self.records.items()}
-        return news
+        records: RecordCache,
+        placements: Mapping[Slug, tuple[Placement, ...]],
+        events: FleetEvents,
+        clock: Clock,
+        rules: PresenceRules,
+    ) -> None:
+        self._records = records
+        self._placements = placements
+        self._events = events
+        self._clock = clock
+        self.heartbeats = Heartbeats(rules)
+        self.pauses = Pauses(records.registry, clock)
+        self.inventories: frozenset[str] = frozenset()
+        """The sources of the configured static inventories."""
+        self.heard: Signal[[Sequence[str]]] = Signal()
+        """This replica received heartbeats of these device IDs."""
+        self.recorded: Signal[[Sequence[str]]] = Signal()
+        """Heartbeats of these device IDs were recorded, including those that another replica received."""
+        self._paused: tuple[object, int, Mapping[Slug, Pause]] = (None, 0, _NOTHING)
+        """Paused devices, with the pauses in force and the version of the records that they were derived from."""
+        records.changed.connect(self._records_changed)
+        records.forgotten.connect(self._records_forgotten)
 
-    def forgotten(self, slugs: Sequence[Slug]) -> None:
-        """Drop what was known of devices whose record is gone."""
+    def _records_changed(self, changes: Sequence[RecordChange]) -> None:
+        now = self._clock.monotonic()
+        for before, record in changes:
+            begins_to_flap = self.heartbeats.learned(before, record, now)
+            if self._records.loaded and (before is None or before.generation != record.generation):
+                kind, text = _event_of(before, record)
+                self._events.note(record.slug, kind, text, generation=record.generation)
+            if begins_to_flap:
+                self._events.note(record.slug, "flapping", "the device comes and goes too often")
+
+    def _records_forgotten(self, slugs: Sequence[Slug]) -> None:
         for slug in slugs:
-            self.attendance.forgotten(slug)
-            self.allowance.forget(slug)
-        self._changes += 1
-        gone = set(slugs)
-        self.slug_by_id = {name: slug for name, slug in self.slug_by_id.items() if slug not in gone}
+            self.heartbeats.forgotten(slug)
+            self._events.limits.forget(slug)
 
-    def check_loaded(self) -> None:
-        """Raises TransientError before the registry has been read: until then no device is known, and none unknown."""
-        if not self.loaded:
-            raise TransientError("the registry has not been read yet", retry_after_s=1.0)
+    async def record_heartbeats(self, ids: Sequence[str]) -> list[bool]:
+        """Record heartbeats in memory. False for a device that is unknown or was removed.
 
-    async def beat(self, ids: Sequence[str]) -> list[bool]:
-        """Signs of life, in memory only; False for a device that is unknown or was told to leave.
-
-        One that had expired is registered again with the wish that it had. Raises as `register`, and
-        TransientError before the registry has been read: nobody is unknown then."""
-        self.check_loaded()
-        found, expired = self.hear(ids)
-        self.on_beat([name for name, known in zip(ids, found, strict=True) if known])
+        A device that had expired is registered again as it was. Raises as `RecordCache.register`, and
+        TransientError until the registry has been read."""
+        self._records.check_loaded()
+        found, expired = self.touch_many(ids)
+        self.heard.emit([name for name, known in zip(ids, found, strict=True) if known])
         if expired:
-            await self.adjust(expired, presence.revive)
+            await self._records.adjust(expired, presence.revive)
         return found
 
-    def sign(self, ids: Sequence[str]) -> None:
-        """Signs of life of devices that have just been registered here."""
-        self.hear(ids, beats=False)
-        self.on_beat(ids)
+    def touch(self, ids: Sequence[str]) -> None:
+        """Record that these devices exist: a client has just registered them here."""
+        self.touch_many(ids, are_heartbeats=False)
+        self.heard.emit(ids)
 
-    def hear(self, ids: Iterable[str], *, beats: bool = True) -> tuple[list[bool], list[Slug]]:
-        """Note signs of life: whether each is of a device that may be there, and who of them had
-        expired. `beats`: the device itself was heard, not somebody who speaks of it."""
-        now = self.clock.monotonic()
+    def touch_many(
+        self, ids: Sequence[str], *, are_heartbeats: bool = True
+    ) -> tuple[list[bool], list[Slug]]:
+        """Record signs of life; for each ID whether the device may be present, and the devices that had expired.
+        `are_heartbeats`: the device itself sent them, not a client that registers it."""
+        now = self._clock.monotonic()
         found: list[bool] = []
         expired: list[Slug] = []
-        heard = self.attendance.heard
-        told = self.attendance.beats if beats else {}
+        heard, slug_by_id = self.heartbeats.heard, self._records.slug_by_id
+        beats = self.heartbeats.beats if are_heartbeats else {}
         for device_id in ids:
-            slug = self.slug_by_id.get(device_id)
-            record = None if slug is None else self.records.get(slug)
+            slug = slug_by_id.get(device_id)
+            record = None if slug is None else self._records.get(slug)
             if slug is None or record is None:
                 found.append(False)
             elif record.presence is Presence.PRESENT:
-                heard[slug] = told[slug] = now
+                heard[slug] = beats[slug] = now
                 found.append(True)
             else:
                 came_back = record.left is Departure.EXPIRED
                 if came_back:
                     expired.append(slug)
-                    told[slug] = now
+                    beats[slug] = now
                 found.append(came_back)
+        if are_heartbeats:
+            self.recorded.emit(ids)
         return found, expired
 
-    def own(self, device_id: DeviceId) -> None:
-        """Raises PreconditionError when a static inventory that is configured asks for this device: what
-        the API changed it would change back."""
-        record = self.records.get(slug_of(device_id))
+    def ensure_not_from_inventory(self, device_id: DeviceId) -> None:
+        """Raises PreconditionError when a configured static inventory lists this device: the inventory would
+        revert a change through the API."""
+        record = self._records.get(slug_of(device_id))
         if (
             record is not None
             and record.presence is Presence.PRESENT
@@ -159,9 +138,9 @@ class PresenceView(RecordCache):
         found = self.pauses.in_force()
         if not found:
             return _NOTHING
-        if self._paused[0] is not found or self._paused[1] != self._changes:
-            covered = rules.paused(self.records.values(), found)
-            self._paused = (found, self._changes, covered)
+        if self._paused[0] is not found or self._paused[1] != self._records.version:
+            covered = rules.paused(self._records.values(), found)
+            self._paused = (found, self._records.version, covered)
         return self._paused[2]
 
     def pause_of(self, record: DeviceRecord) -> Pause | None:
@@ -174,107 +153,89 @@ class PresenceView(RecordCache):
         return "" if pause is None else pause.id
 
     def is_resting(self, slug: Slug) -> bool:
-        """Whether nothing is done for the device now: it is paused, or its agent waits for it."""
-        record = self.records.get(slug)
+        """Whether no action is taken for the device now: it is paused, or its agent waits for it to return."""
+        record = self._records.get(slug)
         if record is None:
             return False
-        return bool(self.attendance.keeps(slug, self.clock.monotonic()) or self.pause_of(record))
+        return bool(self.heartbeats.keeps(slug, self._clock.monotonic()) or self.pause_of(record))
 
     def kept_for(self, slug: Slug) -> str:
-        """Why the agent of a device that has left is kept, in words; "" = none is: where no agent is, nothing is
-        kept, whatever the time since the device left."""
-        found = self.placements.get(slug, ())
+        """Why the agent of a device that has left still runs; "" = no agent runs, or it does not wait."""
+        found = self._placements.get(slug, ())
         if all(placement.state is PlacementState.DEAD for placement in found):
             return ""
-        return self.attendance.keeps(slug, self.clock.monotonic())
+        return self.heartbeats.keeps(slug, self._clock.monotonic())
 
     def resting(self) -> frozenset[Slug]:
-        """Devices for which nothing is done now: paused, or gone with an agent that waits for them.
-        One of another epoch waits for nobody."""
+        """Devices for which no action is taken now: paused, or left with an agent that waits for them. Only an
+        agent of the record's epoch waits."""
         waiting = {
             slug
-            for slug in self.attendance.kept(self.clock.monotonic())
+            for slug in self.heartbeats.kept(self._clock.monotonic())
             if all(
-                placement.epoch == self.records[slug].epoch
-                for placement in self.placements.get(slug, ())
+                placement.epoch == self._records[slug].epoch
+                for placement in self._placements.get(slug, ())
                 if placement.state is not PlacementState.DEAD
             )
         }
         return frozenset(waiting.union(self.paused()))
 
-    def settle_presence(self) -> bool:
-        """Let time do its part: end what flapped and waited; whether an agent may go by it."""
-        steady, over = self.attendance.settle(self.clock.monotonic())
+    def expire(self) -> bool:
+        """End flapping and waiting whose time is over; whether an agent may be stopped because of it."""
+        steady, over = self.heartbeats.settle(self._clock.monotonic())
         for slug in steady:
-            self.note(slug, "steady", "the device has ceased to flap")
+            self._events.note(slug, "steady", "the device no longer flaps")
         return over
 
-    def shown_presence(self, record: DeviceRecord) -> dict[str, object]:
-        """The public fields of how a device is there."""
-        slug, now = record.slug, self.clock.monotonic()
-        ttl_s = self.attendance.rules.ttl_of(record.device)
-        heard = self.attendance.heard.get(slug)
+    def serialize(self, record: DeviceRecord) -> dict[str, object]:
+        """The presence fields of a device in the API."""
+        slug, now = record.slug, self._clock.monotonic()
+        ttl_s = self.heartbeats.rules.ttl_of(record.device)
+        heard = self.heartbeats.heard.get(slug)
         pause = self.pause_of(record)
         gone = record.presence is Presence.ABSENT
         return {
             "source": record.source,
-            "ttl": shown_duration(record.device.ttl_s),
+            "ttl": duration_json(record.device.ttl_s),
             "expires_in_s": None
             if not ttl_s or heard is None or gone
             else round(max(0.0, ttl_s - (now - heard)), 1),
             "left": record.left.value if gone else None,
-            "flapping": self.attendance.is_flapping(slug, now),
+            "flapping": self.heartbeats.is_flapping(slug, now),
             "paused": None if pause is None else pause.id,
         }
 
-    def explain_presence(self, slug: Slug) -> dict[str, object]:
-        """Why the device counts as being there or not, and who keeps hands off it."""
-        record = self.records.get(slug)
+    def explain(self, slug: Slug) -> dict[str, object]:
+        """Why the device counts as present or not, and whether it is paused."""
+        record = self._records.get(slug)
         if record is None:
             return {}
         pause = self.pause_of(record)
-        flap = self.attendance.flaps.get(slug)
+        flap = self.heartbeats.flaps.get(slug)
         return {
-            "attendance": self.shown_presence(record)
+            "attendance": self.serialize(record)
             | {
                 "agent_kept": self.kept_for(slug),
                 "changes_counted": 0.0 if flap is None else round(flap.penalty, 2),
-                "paused": None if pause is None else shown_pause(pause),
+                "paused": None if pause is None else pause_json(pause),
             }
         }
 
-    # -- events ---------------------------------------------------------------------------------
 
-    def note(self, slug: Slug, kind: str, text: str, **data: object) -> None:
-        """Add an event about a device, which may be known from its agents only, as far as it has room for it."""
-        record = self.records.get(slug)
-        device_id = record.device.id if record is not None else device_of(self.placements, slug)
-        self.allowance.add(
-            at=self.clock.wall(), kind=kind, device_id=device_id, slug=slug, text=text, data=data
-        )
-
-    def events(
-        self, since: int, limit: int, wanted: EventFilter = EVERYTHING
-    ) -> tuple[list[Event], int]:
-        """Events in memory after sequence number `since`, oldest first, and the number to ask with
-        next."""
-        return self.told.after(since, limit, wanted)
-
-
-def _said_of(before: DeviceRecord | None, record: DeviceRecord) -> tuple[str, str]:
-    """Kind and text of the event that tells of a changed wish. An outage that ends with the device is named."""
+def _event_of(before: DeviceRecord | None, record: DeviceRecord) -> tuple[str, str]:
+    """Kind and text of the event of a changed registration. An outage that ends by it is named."""
     if record.presence is Presence.PRESENT:
         return "present", f"device registered ({record.device.address})"
     if record.left is Departure.EXPIRED:
         ill = before.condition if before is not None else None
         was = f"; it was {ill.state.value}: {ill.reason}" if ill is not None else ""
-        return "expired", f"the device has left: no sign of life for its whole ttl{was}"
+        return "expired", f"the device has left: no heartbeat within its ttl{was}"
     if record.left is Departure.DISCONNECTED:
         return "absent", "the device has left: its gateway says that it is disconnected"
     return "absent", "the device has left"
 
 
-def shown_pause(pause: Pause) -> dict[str, object]:
+def pause_json(pause: Pause) -> dict[str, object]:
     """A pause as JSON."""
     return {
         "id": pause.id,
@@ -287,8 +248,8 @@ def shown_pause(pause: Pause) -> dict[str, object]:
     }
 
 
-def shown_duration(seconds: float | None) -> str | None:
-    """As it may be given again: "90s", "1500ms"."""
+def duration_json(seconds: float | None) -> str | None:
+    """In the syntax of a request: "90s", "1500ms"."""
     if seconds is None:
         return None
     return f"{seconds:.0f}s" if seconds == int(seconds) else f"{seconds * 1000:.0f}ms"

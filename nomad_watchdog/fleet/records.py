@@ -1,13 +1,21 @@
-"""The registry's records as we know them, and the one durable way to change them.
+"""The registry's records as this control plane knows them, and the only way to change them durably.
 
-A wish goes to the registry first and is acknowledged only when it is durable (S4). What is in memory may
-be behind, never wrong: a guess from it loses its compare-and-set and is read again.
+A change is written to the registry first and acknowledged when it is durable (S4). The copy in memory may be
+behind: a change that is based on an old record loses its compare-and-set, and the record is read again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from dataclasses import dataclass
 
 from nomad_watchdog import failpoints
@@ -15,7 +23,13 @@ from nomad_watchdog.clock import Clock, steps
 from nomad_watchdog.core import event_order, presence, registry_rollback
 from nomad_watchdog.core.registry_rollback import RegistryRollback
 from nomad_watchdog.core.tombstones import EpochFloor
-from nomad_watchdog.errors import ConflictError, DamagedError, UserError, WatchdogError
+from nomad_watchdog.errors import (
+    ConflictError,
+    DamagedError,
+    TransientError,
+    UserError,
+    WatchdogError,
+)
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Departure, Device, DeviceRecord, Presence, WallTime
 from nomad_watchdog.registry import (
@@ -25,6 +39,7 @@ from nomad_watchdog.registry import (
     RegistrySnapshot,
 )
 from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of, raise_floor
+from nomad_watchdog.signals import Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +52,80 @@ class Registered:
     """It was stored, at least to remember when its last event was signed (`core.event_order`)."""
 
 
-def _anything(_device: Device) -> None:
-    """The permit of those who may change every device."""
+RecordChange = tuple[DeviceRecord | None, DeviceRecord]
+"""A record before (None: it was not known) and now."""
 
 
-class RecordCache:
-    """Records by slug, kept in step with a registry."""
+def _permit_all(_device: Device) -> None:
+    """The permit of a caller that may change every device."""
+
+
+class RecordCache(Mapping[Slug, DeviceRecord]):
+    """Slug → record, kept in step with a registry."""
 
     def __init__(self, registry: Registry, clock: Clock) -> None:
         self.registry = registry
         self.clock = clock
-        self.records: dict[Slug, DeviceRecord] = {}
+        self._records: dict[Slug, DeviceRecord] = {}
+        self.slug_by_id: dict[str, Slug] = {}
+        """By device ID: a known ID need not be checked and hashed again."""
+        self.version = 0
+        """Increases whenever a record changes."""
+        self.loaded = False
+        """The registry has been read completely at least once."""
         self.index = 0
-        """The registry's index at the last snapshot of it."""
+        """The registry's index of the last complete snapshot."""
         self.reached = 0
-        """The highest index that the registry has shown us, our own writes included: a read that is begun
-        now and answers with less comes from a store that was put back."""
+        """The highest index that the registry has returned, for writes too. A read that begins now and returns
+        a lower one comes from a store that was restored from a backup."""
         self.unreadable: frozenset[Slug] = frozenset()
         """Devices whose record could not be decoded in that snapshot."""
         self.vanished: tuple[DeviceRecord, ...] = ()
-        """Records of present devices that we knew and that snapshot left out. No replica deletes those, and an answer that was cut short has an index as good as any: it is to be read again."""
+        """Records of present devices that were known and that snapshot lacks. No replica deletes those, and a
+        truncated answer cannot be told from a complete one by its index: the registry must be read again."""
         self.setback: RegistryRollback | None = None
         """What that snapshot took back, because the registry went back in time; None = nothing."""
         self.floor = EpochFloor()
-        """As it was last read. Good for generations; an epoch needs a fresh read (`read_floor`)."""
+        """As last read. Sufficient for generations; an epoch needs a fresh read (`read_floor`)."""
         self.owned: Counter[str] = Counter()
-        """Source → its records, tombstones included."""
-        self.on_commit: Callable[[str, int], None] = lambda _outcome, _count: None
+        """Source → number of its records, tombstones included."""
+        self.changed: Signal[[Sequence[RecordChange]]] = Signal()
+        """Records were stored or read."""
+        self.forgotten: Signal[[Sequence[Slug]]] = Signal()
+        """The registry no longer has a record for these devices."""
+        self.committed: Signal[[str, int]] = Signal()
+        """A write has ended: its outcome (`stored`, `conflict` or `error`) and the number of records."""
 
-    def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
-        """Called with (before, now) of each record that was stored or read; for subclasses."""
+    def __getitem__(self, slug: Slug) -> DeviceRecord:
+        return self._records[slug]
 
-    def forgotten(self, slugs: Sequence[Slug]) -> None:
-        """Called with those whose record the registry no longer has; for subclasses."""
+    def __iter__(self) -> Iterator[Slug]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, slug: object) -> bool:
+        return slug in self._records
+
+    # Mapping's own views call __getitem__ for each record: too slow for 100,000 devices.
+    def keys(self) -> KeysView[Slug]:
+        """The devices."""
+        return self._records.keys()
+
+    def values(self) -> ValuesView[DeviceRecord]:
+        """The records."""
+        return self._records.values()
+
+    def items(self) -> ItemsView[Slug, DeviceRecord]:
+        """Devices and records."""
+        return self._records.items()
+
+    def check_loaded(self) -> None:
+        """Raises TransientError until the registry has been read: before that no device is known, and none
+        is known to be missing."""
+        if not self.loaded:
+            raise TransientError("the registry has not been read yet", retry_after_s=1.0)
 
     async def register(
         self,
@@ -77,36 +133,36 @@ class RecordCache:
         source: str | None = None,
         *,
         event: event_order.SignedEvent | None = None,
-        permit: Callable[[Device], None] = _anything,
+        permit: Callable[[Device], None] = _permit_all,
         token: str = "",
     ) -> list[Registered]:
-        """Ask for these devices to be watched. Durable when it returns (S4), idempotent (S5).
-        `source`: the inventory that asks, None = the API. `token`: the device token that asks, if it is one.
+        """Register these devices or change them. Durable when it returns (S4), idempotent (S5).
 
-        `event`: the signed event that says so. Raises OutOfDateError for one that is over, UserError for a device id whose slug belongs to another id, ConflictError when other
-        writers won COMMIT_TRIES times in a row, and what the registry raises.
+        `source`: the inventory that lists them, None = the API. `token`: the device token of the caller, if it
+        has one. `event`: the signed event of the request. `permit` is called with each requested and each stored
+        device, also one that has left, and raises what it likes; after a lost compare-and-set it is called again.
 
-        `permit` is asked about each wish and each device that is stored, also one that has left, and
-        raises what it likes. Who asked too little because of an old cache loses the compare-and-set, and is
-        asked again.
+        Raises OutOfDateError for an event that is out of date, UserError for a device ID whose slug belongs to
+        another ID, ConflictError when other writers won COMMIT_TRIES times in a row, and what the registry
+        raises.
         """
-        wishes = {slug_of(device.id): device for device in devices}
+        requested = {slug_of(device.id): device for device in devices}
         now = self.clock.wall()
 
         def change(slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
-            wish = wishes[slug]
-            if stored is not None and stored.device.id != wish.id:
-                raise UserError(f"{wish.id!r} has the same slug as {stored.device.id!r}")
-            permit(wish)
+            device = requested[slug]
+            if stored is not None and stored.device.id != device.id:
+                raise UserError(f"{device.id!r} has the same slug as {stored.device.id!r}")
+            permit(device)
             if stored is not None:
                 permit(stored.device)
             wanted = presence.register(
-                stored, wish, now, source, token=token, generation=self.floor.generation
+                stored, device, now, source, token=token, generation=self.floor.generation
             )
             return event_order.stamp(stored, wanted, event, now)
 
-        outcome = await self._change(list(wishes), change)
-        return [found for slug in wishes if (found := outcome[slug]) is not None]
+        outcome = await self._change(list(requested), change)
+        return [found for slug in requested if (found := outcome[slug]) is not None]
 
     async def deregister(
         self,
@@ -114,10 +170,10 @@ class RecordCache:
         left: Departure = Departure.REMOVED,
         *,
         event: event_order.SignedEvent | None = None,
-        permit: Callable[[Device], None] = _anything,
+        permit: Callable[[Device], None] = _permit_all,
     ) -> list[Registered | None]:
-        """Say that these devices have left; None for one that was never registered. `event` and `permit`:
-        as above."""
+        """Record that these devices have left; None for one that was never registered. `event`, `permit` and
+        exceptions: as `register`."""
         now = self.clock.wall()
         slugs = [slug_of(device_id) for device_id in ids]
 
@@ -135,8 +191,8 @@ class RecordCache:
         slugs: Sequence[Slug],
         change: Callable[[DeviceRecord, WallTime], DeviceRecord | None],
     ) -> int:
-        """Change these records where `change` gives another one; how many it did. It may be asked
-        again when a compare-and-set lost. Raises as `register`."""
+        """Change these records where `change` returns another one; the number of changed records. After a lost
+        compare-and-set `change` is called again. Raises as `register`."""
         now = self.clock.wall()
 
         def stamped(_slug: Slug, stored: DeviceRecord | None) -> DeviceRecord | None:
@@ -155,7 +211,7 @@ class RecordCache:
         failpoints.reached("K1")
         todo = list(dict.fromkeys(slugs))
         # The cache may be behind, never wrong: a stale guess loses its compare-and-set and is read.
-        stored = {slug: self.records.get(slug) for slug in todo}
+        stored = {slug: self.get(slug) for slug in todo}
         for _ in range(COMMIT_TRIES):
             wanted = {
                 slug: change(slug, stored[slug]) async for some in steps(todo) for slug in some
@@ -186,15 +242,15 @@ class RecordCache:
         try:
             stored = await self.registry.commit(records, guards)
         except WatchdogError:
-            self.on_commit("error", len(records))
+            self.committed.emit("error", len(records))
             raise
         lost = sum(record is None for record in stored)
-        self.on_commit("stored", len(records) - lost)
-        self.on_commit("conflict", lost)
+        self.committed.emit("stored", len(records) - lost)
+        self.committed.emit("conflict", lost)
         return stored
 
     async def _unchanged(self, slug: Slug, stored: DeviceRecord | None) -> Registered | None:
-        # «Nothing to do» from a cache that is behind would acknowledge what is not stored (S4).
+        # If the cache is behind, "nothing to do" would acknowledge what is not stored (S4).
         fresh = await self.registry.get(slug)
         if fresh == stored:
             return None if fresh is None else Registered(fresh, changed=False)
@@ -203,44 +259,50 @@ class RecordCache:
         raise ConflictError("the record has just been changed by another writer; try again")
 
     async def read_floor(self) -> EpochFloor:
-        """The floor below which no first epoch may be, as the registry has it now."""
+        """The floor that every first epoch must be above, as the registry has it now."""
         self.floor = floor_of(await self.registry.document(FLOOR))
         return self.floor
 
     async def try_floor(self) -> EpochFloor | DamagedError:
-        """As `read_floor`; a damaged one as a value: it stops the first starts, and nothing else (S9)."""
+        """As `read_floor`; a damaged floor is returned, not raised: it only blocks first starts (S9)."""
         try:
             return await self.read_floor()
         except DamagedError as error:
             return error
 
     async def forget(self, tombstones: Sequence[DeviceRecord]) -> int:
-        """Delete these tombstones; how many it did. Their epochs do not come again: the floor is raised
-        first (`core.tombstones`). Raises as `Registry.forget`."""
+        """Delete these tombstones; the number of deleted ones. The floor is raised first, so that their epochs are
+        never used again (`core.tombstones`). Raises as `Registry.forget`."""
         if not tombstones or not await raise_floor(self.registry, EpochFloor().over(tombstones)):
             return 0
         await self.read_floor()
         gone = await self.registry.forget(tombstones)
-        # One that was registered again meanwhile is known by a higher index.
+        # A device that was registered again meanwhile has a higher index.
         slugs = [
             record.slug
             for record, won in zip(tombstones, gone, strict=True)
-            if won and self.records.get(record.slug, record).index == record.index
+            if won and self.get(record.slug, record).index == record.index
         ]
         for slug in slugs:
-            record = self.records.pop(slug, None)
+            record = self._records.pop(slug, None)
             if record is not None:
                 self.owned[record.source] -= 1
-        if slugs:
-            self.forgotten(slugs)
+        self._forget(slugs)
         return len(slugs)
 
-    async def reread(self) -> RegistrySnapshot | None:
-        """Everything, read anew; None when the answer was overtaken on its way: what we know is newer.
+    def _forget(self, slugs: Sequence[Slug]) -> None:
+        if not slugs:
+            return
+        self.version += 1
+        gone = set(slugs)
+        self.slug_by_id = {name: slug for name, slug in self.slug_by_id.items() if slug not in gone}
+        self.forgotten.emit(slugs)
 
-        An index that went backwards means a restored store only if it is behind what was known when the
-        read began. An overtaken answer looks the same, and taking it would forget what came meanwhile,
-        until the store changes again (S8)."""
+    async def reread(self) -> RegistrySnapshot | None:
+        """Read the whole registry; None when a newer snapshot arrived during the read.
+
+        A lower index means a restored store only if it is lower than the index known when the read began.
+        Otherwise the answer is merely late, and applying it would forget newer changes (S8)."""
         known, reached = self.index, self.reached
         snapshot = await self.registry.read()
         if snapshot.index < reached:
@@ -249,20 +311,21 @@ class RecordCache:
         return None if known <= snapshot.index < self.index else snapshot
 
     def learn(self, records: Sequence[DeviceRecord]) -> bool:
-        """Take records that are known to be stored (our own writes included: S8); whether any was
-        news."""
+        """Apply records that are known to be stored, including our own writes (S8); whether any is new."""
         news = []
         for record in records:
-            before = self.records.get(record.slug)
+            before = self.get(record.slug)
             if before is None or before.index < record.index:
-                self.records[record.slug] = record
+                self._records[record.slug] = record
+                self.slug_by_id[record.device.id] = record.slug
                 self.owned[record.source] += 1
                 if before is not None:
                     self.owned[before.source] -= 1
                 self.reached = max(self.reached, record.index)
                 news.append((before, record))
         if news:
-            self.learned(news)
+            self.version += 1
+            self.changed.emit(news)
         return bool(news)
 
     def reset(
@@ -271,27 +334,28 @@ class RecordCache:
         index: int,
         unreadable: frozenset[Slug] = frozenset(),
     ) -> bool:
-        """Take a whole snapshot of the registry, unless our own writes are newer in a record; whether
-        it told anything new."""
+        """Apply a complete snapshot of the registry, except where our own writes are newer; whether anything
+        changed."""
         fresh = dict(records)
-        for slug, ours in self.records.items():
+        for slug, ours in self._records.items():
             theirs = fresh.get(slug)
-            # Our own write is newer than this snapshot: keep it (S8). An index that went backwards
-            # means a restored or wiped store, and then the store's word stands.
+            # Our own write is newer than this snapshot: keep it (S8). A lower index means a restored or
+            # wiped store, which takes precedence.
             if ours.index > index >= self.index and (theirs is None or theirs.index < ours.index):
                 fresh[slug] = ours
-        news = self.learn([r for slug, r in fresh.items() if self.records.get(slug) is not r])
-        gone = [slug for slug in self.records if slug not in fresh]
-        self.setback = registry_rollback.of(self.records, fresh, self.index, index)
+        news = self.learn([r for slug, r in fresh.items() if self.get(slug) is not r])
+        gone = [slug for slug in self._records if slug not in fresh]
+        self.setback = registry_rollback.of(self._records, fresh, self.index, index)
         # A tombstone that is gone was deleted by another replica.
-        left = (self.records[slug] for slug in gone)
+        left = (self._records[slug] for slug in gone)
         self.vanished = tuple(one for one in left if one.presence is Presence.PRESENT)
         self.reached = index if index < self.index else max(self.reached, index)
-        self.records = fresh
+        self._records = fresh
+        self.version += 1  # a restored store changes records without announcing each
         if gone or self.setback is not None:
             self.owned = Counter(record.source for record in fresh.values())
         self.index = index
         self.unreadable = unreadable
-        if gone:
-            self.forgotten(gone)
+        self._forget(gone)
+        self.loaded = True
         return news or bool(gone) or self.setback is not None

@@ -1,4 +1,4 @@
-"""Values as the API, `explain` and `plan` show them: plain JSON with stable keys."""
+"""Values as JSON with stable keys, for the API, `explain` and `plan`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from nomad_watchdog.model import (
 )
 
 MAX_HELD: Final = 1_000
-"""So many held stops are shown one by one; all are counted."""
+"""Maximum number of held stops that are listed; all are counted."""
 MAX_WAITING: Final = 100
-"""Devices that are named as waiting for their turn in a roll-out; all are counted."""
+"""Maximum number of devices that are listed as waiting in a roll-out; all are counted."""
 
 
-def shown_placement(placement: Placement) -> dict[str, object]:
+def placement_json(placement: Placement) -> dict[str, object]:
     """A placement."""
     return {
         "ref": placement.ref,
@@ -42,8 +42,8 @@ def shown_placement(placement: Placement) -> dict[str, object]:
     }
 
 
-def shown_desired(record: DeviceRecord) -> dict[str, object]:
-    """What the registry asks for."""
+def desired_json(record: DeviceRecord) -> dict[str, object]:
+    """The desired state in the registry."""
     return {
         "presence": record.presence.value,
         "class": record.device.agent_class,
@@ -55,8 +55,8 @@ def shown_desired(record: DeviceRecord) -> dict[str, object]:
     }
 
 
-def shown_health(health: Health | None) -> dict[str, object] | None:
-    """What Consul says."""
+def health_json(health: Health | None) -> dict[str, object] | None:
+    """Consul's health check."""
     if health is None:
         return None
     return {
@@ -68,54 +68,54 @@ def shown_health(health: Health | None) -> dict[str, object] | None:
 
 
 def device_of(placements: Mapping[Slug, tuple[Placement, ...]], slug: Slug) -> str:
-    """The id of the device that these placements are for, as the scheduler tells it; "" = unknown."""
+    """The ID of the device of these placements, as the scheduler has it; "" = unknown."""
     return next((placement.device_id for placement in placements.get(slug, ())), "")
 
 
-def shown_repairs(repairs: Repairs | None, most: int = 32) -> dict[str, object]:
-    """What an agent says of its repairs, and of the last `most` attempts; nothing for a class without."""
+def repairs_json(repairs: Repairs | None, most: int = 32) -> dict[str, object]:
+    """An agent's repairs and its last `most` attempts; empty for a class without repairs."""
     if repairs is None:
         return {}
     return {"repairs": asdict(replace(repairs, attempts=repairs.attempts[-most:]))}
 
 
-def shown_report(report: Report | None, now: Monotonic) -> dict[str, object] | None:
+def report_json(report: Report | None, now: Monotonic) -> dict[str, object] | None:
     """A report and its age in seconds."""
     if report is None:
         return None
-    shown: dict[str, object] = {
+    fields: dict[str, object] = {
         name: getattr(report, name)
         for name in ("epoch", "instance", "ready", "was_ready", "misses", "confirmed", "reason")
     }
-    shown |= shown_repairs(report.repairs)
-    return {**shown, "state": report.state.value, "age_s": round(now - report.received_at, 1)}
+    fields |= repairs_json(report.repairs)
+    return {**fields, "state": report.state.value, "age_s": round(now - report.received_at, 1)}
 
 
-def shown_rollouts(plan: Plan, window: int, changes: Changes = no_words) -> list[dict[str, object]]:
-    """Replacements by agent class and by what changes: how many there are, and how many of them wait."""
+def rollouts_json(plan: Plan, window: int, changes: Changes = no_words) -> list[dict[str, object]]:
+    """Replacements by agent class and by change: their number, and how many of them wait."""
     found: dict[tuple[str, str], list[bool]] = {}
     waiting = {action.slug for action in plan.waiting}
     for action in (*plan.actions, *plan.waiting):
         if action.kind is not ActionKind.REPLACE or action.placement is None or action.home:
             continue
         of = action.placement
-        said = changes(of.agent_class, of.spec_hash)
-        found.setdefault((of.agent_class, said), []).append(action.slug in waiting)
+        change = changes(of.agent_class, of.spec_hash)
+        found.setdefault((of.agent_class, change), []).append(action.slug in waiting)
     return [
         {
             "class": name,
             "devices": len(waits),
             "waiting": sum(waits),
             "at_a_time": window,
-            "changes": said or "settings before are not known",
+            "changes": change or "the former settings are not known",
             "text": f"class {name}: {len(waits)} to replace ({window} at a time)"
-            + (f": {said}" if said else ""),
+            + (f": {change}" if change else ""),
         }
-        for (name, said), waits in sorted(found.items())
+        for (name, change), waits in sorted(found.items())
     ]
 
 
-def shown_plan(
+def plan_json(
     plan: Plan,
     registry_index: int,
     placements: Mapping[Slug, tuple[Placement, ...]],
@@ -123,7 +123,7 @@ def shown_plan(
     window: int,
     changes: Changes = no_words,
 ) -> dict[str, object]:
-    """A plan as JSON: the actions, a summary line, and the index that it was made at.
+    """A plan as JSON: the actions, a summary line, and the registry index it was made at.
 
     `window`: the number of devices that may be between two versions at a time; `changes`: as of
     `planner.plan`."""
@@ -161,6 +161,6 @@ def shown_plan(
         },
         "waiting_rollout": plan.waiting_rollout,
         "waiting": [action.device_id for action in plan.waiting[:MAX_WAITING]],
-        "rollouts": shown_rollouts(plan, window, changes),
+        "rollouts": rollouts_json(plan, window, changes),
         "registry_index": registry_index,
     }

@@ -11,6 +11,7 @@ from nomad_watchdog.model import (
     PlacementState,
     Report,
     Unheard,
+    Verdict,
     VerdictState,
 )
 
@@ -27,25 +28,25 @@ class Track:
     """See `verdict.Evidence`."""
     epoch: int = -1
     """The record's epoch when it was last judged."""
-    state: VerdictState | None = None
+    verdict: Verdict | None = None
+    """As last judged; None = not judged yet."""
     agent: VerdictState | None = None
-    """The state without the kept condition."""
+    """The state without the stored condition."""
     ready: bool = False
     unheard: Unheard | None = None
     unlisted: bool = False
     unlisted_since: Monotonic | None = None
-    reason: str = ""
     since: Monotonic = field(default=Monotonic(0.0))
     suspect_since: Monotonic | None = None
     report: Report | None = None
     overruled_at: Monotonic = field(default=Monotonic(float("-inf")))
-    """When another replica's word on the condition came; older reports do not decide about it."""
-    judged: bool = False
+    """When another replica's condition arrived; older reports do not change it."""
+    is_conclusive: bool = False
     """It has had a state other than `starting` since this control plane began."""
     confirmed: int = -1
     """The epoch whose agent has decided about the condition."""
     carried: VerdictState | None = None
-    """The verdict of the last run on the agent that runs still, until something is heard of it."""
+    """The verdict of the last run about the agent that still runs, until a report of it arrives."""
 
     renewals: int = 0
     """How often the reason of the condition has been replaced since it began."""
@@ -61,10 +62,15 @@ class Track:
     restarted_at: Monotonic = field(default=Monotonic(float("-inf")))
     """When a restart was last published."""
     died_of: str = ""
-    """Why the scheduler restarts, or last restarted, the agent; "" = it does not say."""
+    """Why the scheduler restarts, or last restarted, the agent; "" = it gives no reason."""
+
+    @property
+    def state(self) -> VerdictState | None:
+        """As last judged; None = not judged yet."""
+        return None if self.verdict is None else self.verdict.state
 
     def ran(self, placement: Placement | None, now: Monotonic) -> None:
-        """Take the placement of the present epoch: when this run of it was first seen."""
+        """Note when this run of the current epoch's placement was first seen."""
         if placement is None or placement.state is not PlacementState.RUNNING:
             return
         run = (placement.epoch, placement.instances, placement.restarts)
@@ -72,14 +78,14 @@ class Track:
             self.run, self.running_since = run, now
 
     def restarted(self, placement: Placement | None, now: Monotonic) -> int:
-        """Take the placement of the present epoch; how many restarts of it are to be published now."""
+        """The number of restarts of the current epoch's placement to publish now."""
         if placement is None:
             return 0
         if placement.state is PlacementState.RESTARTING and placement.reason:
             self.died_of = placement.reason
         epoch, known = self.restarts
         if epoch != placement.epoch or placement.restarts < known:
-            # Of the first one that is seen nothing is known to be new.
+            # Restarts before the placement was first seen are not new.
             self.restarts = (placement.epoch, placement.restarts)
             return 0
         new = placement.restarts - known

@@ -1,13 +1,13 @@
-"""The verdict of each device, judged anew whenever something came in, and as time goes by.
+"""The verdict of each device: judged whenever one of its inputs changes, and periodically.
 
-`core.verdict` decides; here stands what it is given: the record, the placement, the last accepted report,
-Consul's word, and since when.
+`core.verdict` decides. This module collects its inputs: the record, the placement, the last accepted report,
+Consul's health check, and when each of them began.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -15,10 +15,12 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import device_condition as condition
 from nomad_watchdog.core import verdict
-from nomad_watchdog.events.log import EventLog
 from nomad_watchdog.fleet.event_recorder import Change, EventRecorder
+from nomad_watchdog.fleet.events import FleetEvents
 from nomad_watchdog.fleet.pending_conditions import PendingConditions
 from nomad_watchdog.fleet.presence import PresenceView
+from nomad_watchdog.fleet.reconcile_loop import NoLoop, ReconcileLoop
+from nomad_watchdog.fleet.records import RecordCache, RecordChange
 from nomad_watchdog.fleet.refused_reports import RefusedReports
 from nomad_watchdog.fleet.track import Track
 from nomad_watchdog.ids import Slug
@@ -29,6 +31,7 @@ from nomad_watchdog.model import (
     Health,
     Limits,
     Monotonic,
+    Placement,
     PlacementState,
     Report,
     Unheard,
@@ -36,100 +39,154 @@ from nomad_watchdog.model import (
     VerdictState,
     WallTime,
 )
-from nomad_watchdog.registry import Registry
 
 _NEVER_READY: Final = (VerdictState.STARTING.value, VerdictState.DEPARTED.value)
 _STUCK: Final = (VerdictState.UNWATCHED, VerdictState.FAILING)
 
 
-class Verdicts(PresenceView):
-    """The devices as the registry has them, and the verdict of each."""
+class VerdictTracker:
+    """The last verdict of each device, and what is remembered between two judgements of it."""
 
-    def __init__(self, registry: Registry, limits: Limits, clock: Clock, history: EventLog) -> None:
-        super().__init__(registry, clock, limits.presence, history)
+    def __init__(  # the components of one fleet
+        self,
+        records: RecordCache,
+        placements: Mapping[Slug, tuple[Placement, ...]],
+        presence: PresenceView,
+        recorder: EventRecorder,
+        events: FleetEvents,
+        limits: Limits,
+        clock: Clock,
+    ) -> None:
         self.limits = limits
-        self.recorder = EventRecorder(self.history, limits, clock)
-        self.recorder.paused = self.paused_by
-        self.recorder.allowance = self.allowance
         self.health: Mapping[Slug, Health] = {}
-        """Consul's word on each agent; empty when Consul is not asked."""
-        self.obstacle: Callable[[Slug], str] = lambda _slug: ""
-        """Why a device can't have an agent now, in words."""
+        """Consul's health check of each agent; empty when Consul is not used."""
         self.refusals = RefusedReports()
         """Reports that the API refused."""
         self.conditions = PendingConditions()
         """Conditions that are not in the registry yet."""
+        self.silent: set[Slug] = set()
+        """Devices whose agent runs, has had its time, and of which no report arrives, as last judged."""
+        self._records = records
+        self._placements = placements
+        self._presence = presence
+        self._recorder = recorder
+        self._events = events
+        self._clock = clock
+        self._loop: ReconcileLoop = NoLoop()
         self._tracks: dict[Slug, Track] = {}
         self._by_state: Counter[VerdictState] = Counter()
         self._unheard: Counter[Unheard] = Counter()
         self._unlisted = 0
-        self.silent: set[Slug] = set()
-        """Devices whose agent runs, has had its time, and of which no report arrives, as last judged."""
         self._settled = 0
         self._before: dict[Slug, tuple[str, WallTime]] = {}
-        """Of devices that have not been judged for good since the start: the verdict of the last run, and
-        when it began."""
+        """Of devices without a conclusive verdict since the start: the verdict of the last run, and when it
+        began."""
+        records.changed.connect(self._records_changed)
+        records.forgotten.connect(self._records_forgotten)
+        presence.recorded.connect(self._heartbeats_recorded)
 
-    def resume(self, verdicts: Iterable[tuple[Slug, str, float]]) -> None:
-        """Go on with the last verdict event of each device: slug, kind and unix seconds."""
+    def attach(self, loop: ReconcileLoop) -> None:
+        """Ask this loop from now on why a device cannot have an agent."""
+        self._loop = loop
+
+    def restore(self, verdicts: Iterable[tuple[Slug, str, float]]) -> None:
+        """Continue with the last verdict event of each device: slug, kind and Unix seconds."""
         self._before = {slug: (kind.partition(".")[2], WallTime(at)) for slug, kind, at in verdicts}
 
-    def learned(self, news: Sequence[tuple[DeviceRecord | None, DeviceRecord]]) -> None:
-        """Forget what was to be written and now stands in the registry. What another replica has written
-        rests on a later report than those that we have."""
-        super().learned(news)
-        for before, record in news:
+    def _records_changed(self, changes: Sequence[RecordChange]) -> None:
+        for before, record in changes:
             known = None if before is None else self.conditions.of(before)
             differs = before is not None and not condition.same(known, record.condition)
             if differs and not self.conditions.is_ours(record):
-                self._track(record.slug).overruled_at = self.clock.monotonic()
+                # What another replica has written rests on a later report than ours.
+                self._track(record.slug).overruled_at = self._clock.monotonic()
             self.conditions.stored(record)
+            if self._records.loaded and self._is_due(before, record):
+                self.judge(record.slug)
 
-    def forgotten(self, slugs: Sequence[Slug]) -> None:
-        """Drop what was known of devices whose record is gone."""
-        super().forgotten(slugs)
+    def _is_due(self, before: DeviceRecord | None, record: DeviceRecord) -> bool:
+        """Whether a changed record is judged at once. A device whose agent is being replaced has no ready agent from
+        this moment on: a roll-out must not count it as ready until the next periodic judgement."""
+        if before is None or before.generation != record.generation:
+            return True
+        return before.epoch != record.epoch and self.has_ready_agent(record.slug)
+
+    def _records_forgotten(self, slugs: Sequence[Slug]) -> None:
         for slug in slugs:
-            self.recorder.forget(slug)
+            self._recorder.forget(slug)
             self.conditions.forget(slug)
             self._before.pop(slug, None)
             self.silent.discard(slug)
             track = self._tracks.pop(slug, None)
-            if track is not None and track.state is not None:
+            if track is None:
+                continue
+            if track.state is not None:
                 self._by_state[track.state] -= 1
                 self._settled -= track.settled
-            if track is not None and track.unheard is not None:
+            if track.unheard is not None:
                 self._unheard[track.unheard] -= 1
-            if track is not None:
-                self._unlisted -= track.unlisted
+            self._unlisted -= track.unlisted
 
-    def hear(self, ids: Iterable[str], *, beats: bool = True) -> tuple[list[bool], list[Slug]]:
-        """As `PresenceView.hear`; that a device lives that was thought offline is not told two seconds late."""
-        names = list(ids)
-        answer = super().hear(names, beats=beats)
-        if beats and self._by_state[VerdictState.OFFLINE]:
-            for name in names:
-                slug = self.slug_by_id.get(name)
-                track = None if slug is None else self._tracks.get(slug)
-                if slug is not None and track is not None and track.state is VerdictState.OFFLINE:
-                    self.refresh(slug)
-        return answer
+    def _heartbeats_recorded(self, ids: Sequence[str]) -> None:
+        """Judge devices that were offline at once, instead of at the next periodic judgement."""
+        if not self._by_state[VerdictState.OFFLINE]:
+            return
+        for device_id in ids:
+            slug = self._records.slug_by_id.get(device_id)
+            track = None if slug is None else self._tracks.get(slug)
+            if slug is not None and track is not None and track.state is VerdictState.OFFLINE:
+                self.judge(slug)
 
     def _track(self, slug: Slug) -> Track:
         track = self._tracks.get(slug)
         if track is None:
-            now = self.clock.monotonic()
+            now = self._clock.monotonic()
             track = self._tracks[slug] = Track(waiting_since=now, quiet_since=now)
         return track
 
+    def last(self, slug: Slug) -> tuple[Verdict, Monotonic]:
+        """The verdict of a known device as last judged, and when its state began. A device that was not judged yet
+        has its stored condition."""
+        track, record = self._tracks.get(slug), self._records[slug]
+        now = self._clock.monotonic()
+        if track is not None and track.verdict is not None:
+            return track.verdict, track.since
+        if record.condition is None:
+            return Verdict(VerdictState.STARTING, "not judged yet"), now
+        state = VerdictState(record.condition.state.value)
+        since = self._monotonic(record.condition.since, now)
+        return Verdict(state, record.condition.reason), since
+
+    def last_report(self, slug: Slug) -> Report | None:
+        """The last accepted report about a device, of whatever agent."""
+        track = self._tracks.get(slug)
+        return None if track is None else track.report
+
+    def report_of_agent(self, record: DeviceRecord) -> Report | None:
+        """The last report of the accepted agent."""
+        report = self.last_report(record.slug)
+        if report is None or (report.epoch, report.instance) != (record.epoch, record.instance):
+            return None
+        return report
+
+    def health_of(self, record: DeviceRecord) -> Health | None:
+        """Consul's health check of the agent of the record's epoch."""
+        health = self.health.get(record.slug)
+        return health if health is not None and health.epoch == record.epoch else None
+
+    def reported(self, report: Report) -> None:
+        """A report was accepted; the caller has the device judged."""
+        self._track(report.slug).report = report
+
     def condition(self, record: DeviceRecord) -> Condition | None:
-        """What is wrong with a device: as it will be in the registry, if it is not there yet."""
+        """What is wrong with a device: as it will be in the registry if it is not stored yet."""
         return self.conditions.of(record)
 
-    def refresh(self, slug: Slug) -> Verdict:
+    def judge(self, slug: Slug) -> Verdict:
         """Judge one device now; a changed state is an event."""
-        record = self.records[slug]
+        record = self._records[slug]
         track = self._track(slug)
-        now = self.clock.monotonic()
+        now = self._clock.monotonic()
         if track.epoch != record.epoch:
             track.carried = self._carried(record) if track.state is None else None
             track.epoch = record.epoch
@@ -151,12 +208,14 @@ class Verdicts(PresenceView):
         if found.unlisted is not track.unlisted:
             track.unlisted = found.unlisted
             self._unlisted += 1 if found.unlisted else -1
-            self.note(slug, "agent.unlisted" if found.unlisted else "agent.listed", found.reason)
+            self._events.note(
+                slug, "agent.unlisted" if found.unlisted else "agent.listed", found.reason
+            )
         if not found.suspected:
             track.suspect_since = None
         elif track.suspect_since is None:
             track.suspect_since = now
-        self.recorder.look(record, evidence, track.state or judged.state)
+        self._recorder.incidents.observe(record, evidence, track.state or judged.state)
         was_settled = track.settled
         track.agent, track.ready = found.state, judged.ready
         if judged.state is not track.state:
@@ -165,13 +224,14 @@ class Verdicts(PresenceView):
             if was is not None:
                 self._by_state[was] -= 1
             lasted_s = now - track.since if was is not None else 0.0
-            since, told = self._began(record, judged, kept, evidence.report, now)
-            self.recorder.changed(Change(record, judged, evidence, was, lasted_s, told=told))
-            track.state, track.since = judged.state, since
+            since, is_published = self._began(record, judged, kept, evidence.report, now)
+            change = Change(record, judged, evidence, was, lasted_s, is_published=is_published)
+            self._recorder.verdict_changed(change)
+            track.verdict, track.since = judged, since
             if was is not None:
                 failpoints.reached("K9")
+        track.verdict = judged
         self._settled += track.settled - was_settled
-        track.reason = judged.reason
         return judged
 
     def _say_unheard(self, slug: Slug, found: Verdict, was: Unheard | None) -> None:
@@ -183,17 +243,17 @@ class Verdicts(PresenceView):
         else:
             self.silent.discard(slug)
         if found.unheard is not None:
-            self.note(slug, "agent.unheard", found.reason, why=found.unheard.value)
+            self._events.note(slug, "agent.unheard", found.reason, why=found.unheard.value)
         else:
             self._say_heard(slug, found)
 
     def _say_heard(self, slug: Slug, found: Verdict) -> None:
         """Why the silence is over: a report was accepted, or none is expected any more."""
-        track, now = self._tracks[slug], self.clock.monotonic()
+        track, now = self._tracks[slug], self._clock.monotonic()
         report = track.report
         fresh = report is not None and now - report.received_at <= self.limits.report_stale_s
         said = "a report has reached this control plane" if fresh else "no report is expected now"
-        self.note(slug, "agent.heard", f"{said}: {found.reason}" if found.reason else said)
+        self._events.note(slug, "agent.heard", f"{said}: {found.reason}" if found.reason else said)
 
     def _say_restarted(self, slug: Slug, track: Track, new: int) -> None:
         total = track.restarts[1]
@@ -201,7 +261,7 @@ class Verdicts(PresenceView):
         why = f": {track.died_of}" if track.died_of else ""
         text = f"the scheduler restarted the agent (restart {total} of its placement{times}){why}"
         track.died_of = ""
-        self.note(slug, "agent.restarted", text, restarts=total, epoch=track.restarts[0])
+        self._events.note(slug, "agent.restarted", text, restarts=total, epoch=track.restarts[0])
 
     def _condition(
         self, record: DeviceRecord, found: Verdict, evidence: verdict.Evidence, now: Monotonic
@@ -211,7 +271,7 @@ class Verdicts(PresenceView):
             return kept
         report = evidence.report
         age_s = _age_of(found.state, report, now)
-        began_at = WallTime(self.clock.wall() - age_s)
+        began_at = WallTime(self._clock.wall() - age_s)
         track = self._tracks[record.slug]
         misses = report.misses if report is not None else 0
         renew = track.confirmed != record.epoch or now >= track.renew_at
@@ -225,7 +285,7 @@ class Verdicts(PresenceView):
             track.renew_at = Monotonic(now + after_s)
             if renewed and fresh is not None and kept is not None:
                 data = {"state": fresh.state.value, "reason": fresh.reason, "was": kept.reason}
-                self.note(record.slug, "condition.changed", fresh.reason, **data)
+                self._events.note(record.slug, "condition.changed", fresh.reason, **data)
         return fresh
 
     def _began(
@@ -236,23 +296,24 @@ class Verdicts(PresenceView):
         report: Report | None,
         now: Monotonic,
     ) -> tuple[Monotonic, bool]:
-        """When the new state began, by our own clock; whether an earlier run has told it already.
+        """When the new state began, by our own clock, and whether an earlier run has published it.
 
-        The first state of a device in this run may have begun long before: then the registry, the stored
-        events and the agent know when."""
+        The first state of a device in this run may have begun long before. The registry, the stored events and the
+        agent know when."""
         track, before = self._tracks[record.slug], self._before.get(record.slug)
-        first = not track.judged
+        first = not track.is_conclusive
         if judged.state is not VerdictState.STARTING:
-            track.judged = True
+            track.is_conclusive = True
             self._before.pop(record.slug, None)
-        told = first and before is not None and before[0] == judged.state.value
+        is_published = first and before is not None and before[0] == judged.state.value
         if kept is not None and judged.state.value == kept.state.value:
-            return self._monotonic(kept.since, now), told
+            return self._monotonic(kept.since, now), is_published
         age_s = _age_of(judged.state, report, now) if first else 0.0
-        if told and before is not None:
+        if is_published and before is not None:
             stored = self._monotonic(before[1], now)
-            # The agent knows better when the state ended and began again while nobody looked.
-            return (max(stored, Monotonic(now - age_s)) if age_s else stored), True
+            # The agent knows whether the state ended and began again while no control plane ran.
+            began = max(stored, Monotonic(now - age_s)) if age_s else stored
+            return began, True
         return Monotonic(now - age_s), False
 
     def _carried(self, record: DeviceRecord) -> VerdictState | None:
@@ -264,20 +325,18 @@ class Verdicts(PresenceView):
 
     def _monotonic(self, at: WallTime, now: Monotonic) -> Monotonic:
         """A moment of the past by the wall clock, by ours: for people, never to decide."""
-        return Monotonic(now - max(0.0, self.clock.wall() - at))
+        return Monotonic(now - max(0.0, self._clock.wall() - at))
 
     def _evidence(self, record: DeviceRecord, track: Track) -> verdict.Evidence:
-        found = self.placements.get(record.slug, ())
+        found = self._placements.get(record.slug, ())
         live = [p for p in found if p.state is not PlacementState.DEAD]
         current = next((p for p in live if p.epoch == record.epoch), None)
-        report = track.report
-        track.ran(current, self.clock.monotonic())
-        quiet_since, now = track.quiet_since, self.clock.monotonic()
+        track.ran(current, self._clock.monotonic())
+        quiet_since, now = track.quiet_since, self._clock.monotonic()
         before = self._before.get(record.slug)
-        if report is not None:
-            quiet_since = max(quiet_since, report.received_at)
-            if (report.epoch, report.instance) != (record.epoch, record.instance):
-                report = None
+        if track.report is not None:
+            quiet_since = max(quiet_since, track.report.received_at)
+        report = self.report_of_agent(record)
         unlisted = (
             current is not None and report is not None and report.instance not in current.instances
         )
@@ -285,18 +344,18 @@ class Verdicts(PresenceView):
             track.unlisted_since = None
         elif track.unlisted_since is None:
             track.unlisted_since = now
-        health = self.health.get(record.slug)
+        health = self.health_of(record)
         return verdict.Evidence(
             placement=current,
             report=report,
-            health=health if health is not None and health.epoch == record.epoch else None,
+            health=health,
             waiting_since=track.waiting_since,
             leaving=bool(live),
-            obstacle=self.obstacle(record.slug),
-            placed_at=self.recorder.placed_at(record),
-            beat_at=self.attendance.beats.get(record.slug),
-            grace_s=self.recorder.grace(record).seconds,
-            kept=self.attendance.keeps(record.slug, now) if live else "",
+            obstacle=self._loop.obstacle(record.slug),
+            placed_at=self._recorder.dispatched_at(record),
+            beat_at=self._presence.heartbeats.beats.get(record.slug),
+            grace_s=self._recorder.grace(record).seconds,
+            kept=self._presence.heartbeats.keeps(record.slug, now) if live else "",
             condition=self.condition(record),
             quiet_since=quiet_since,
             running_since=track.running_since,
@@ -309,20 +368,25 @@ class Verdicts(PresenceView):
             before=track.carried,
             refusal=""
             if now - quiet_since <= self.limits.report_stale_s
-            else self.refusals.of(record.slug, record.epoch, _addresses(track.report, health), now),
+            else self.refusals.of(
+                record.slug,
+                record.epoch,
+                _addresses(track.report, self.health.get(record.slug)),
+                now,
+            ),
         )
 
-    def refresh_all(self) -> None:
+    def judge_all(self) -> None:
         """Judge every device: time alone changes verdicts (grace, staleness)."""
-        for slug in self.records:
-            self.refresh(slug)
-        self.recorder.settle()
+        for slug in self._records:
+            self.judge(slug)
+        self._recorder.tick()
 
     def unready(self) -> int:
         """Present devices without a ready accepted agent, as last judged, but for those that are
         paused: somebody else is at work there. Constant time when nothing is paused."""
-        resting = sum(not track.settled for track in map(self._track, self.paused()))
-        return max(0, len(self.records) - self._settled - resting)
+        resting = sum(not track.settled for track in map(self._track, self._presence.paused()))
+        return max(0, len(self._records) - self._settled - resting)
 
     def has_ready_agent(self, slug: Slug) -> bool:
         """Whether the accepted agent is ready, as last judged."""
@@ -333,7 +397,7 @@ class Verdicts(PresenceView):
         """Whether the agent at the record's epoch is surely not ready and has had its time, as last judged:
         it has never said anything, or says now that it is not ready. One that has reported and is not
         heard may be well, and only cut off from us."""
-        record, track = self.records.get(slug), self._tracks.get(slug)
+        record, track = self._records.get(slug), self._tracks.get(slug)
         if record is None or track is None or track.agent not in _STUCK:
             return False
         if track.agent is VerdictState.FAILING or not record.instance:
@@ -343,12 +407,12 @@ class Verdicts(PresenceView):
             report is not None
             and (report.epoch, report.instance) == (record.epoch, record.instance)
             and not report.ready
-            and self.clock.monotonic() - report.received_at <= self.limits.report_stale_s
+            and self._clock.monotonic() - report.received_at <= self.limits.report_stale_s
         )
 
     def paused_counts(self) -> Counter[VerdictState]:
         """Paused devices by the state last judged."""
-        tracks = map(self._track, self.paused())
+        tracks = map(self._track, self._presence.paused())
         return Counter(track.state for track in tracks if track.state is not None)
 
     def unheard(self) -> dict[Unheard, int]:
@@ -361,11 +425,11 @@ class Verdicts(PresenceView):
     def refused(self, slug: Slug) -> str:
         """Why the reports of a device's agent are refused now, although its silence is not long enough yet for a
         verdict; "" = they are not. Only for one that comes from where the agent is: its claim is not verified."""
-        record, track = self.records.get(slug), self._tracks.get(slug)
+        record, track = self._records.get(slug), self._tracks.get(slug)
         if record is None or track is None or track.unheard is not None:
             return ""
         known = _addresses(track.report, self.health.get(slug))
-        return self.refusals.at(slug, record.epoch, known, self.clock.monotonic())
+        return self.refusals.at(slug, record.epoch, known, self._clock.monotonic())
 
     def unlisted(self) -> int:
         """Devices whose agent reports and is not known to its scheduler, as last judged."""
@@ -388,7 +452,7 @@ _SAME: Final = {
 
 def _addresses(report: Report | None, health: Health | None) -> list[str]:
     """Where an agent is, as far as is known."""
-    listens = report.address.rpartition(":")[0].strip("[]") if report is not None else ""
+    listens = report.listen.rpartition(":")[0].strip("[]") if report is not None else ""
     return [one for one in (listens, health.address if health is not None else "") if one]
 
 

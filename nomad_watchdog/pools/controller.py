@@ -68,7 +68,9 @@ class PoolController:
         self._leases = leases
         self._driver = driver
         self.pools = pools
-        self._gauge = MetricReader(driver, lambda: {s.value: n for s, n in fleet.counts().items()})
+        self._gauge = MetricReader(
+            driver, lambda: {s.value: n for s, n in fleet.verdicts.counts().items()}
+        )
         self._kept = {name: _Kept() for name in pools}
         metrics.pools(pools)
 
@@ -240,7 +242,7 @@ class PoolController:
         kept.said = problem
 
     def _note(self, name: str, kind: str, text: str, data: Mapping[str, object]) -> None:
-        self._fleet.history.add(
+        self._fleet.events.own.add(
             at=self._fleet.clock.wall(),
             kind=kind,
             device_id="",

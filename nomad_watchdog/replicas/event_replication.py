@@ -65,7 +65,7 @@ class EventReplicator:
         certified: str = "",
     ) -> None:
         self._chronicle = fleet.recorder
-        self._own = fleet.history
+        self._own = fleet.events.own
         self._told = told
         self._leases = leases
         self._token = token
@@ -81,10 +81,10 @@ class EventReplicator:
         self._following: tuple[str, asyncio.Task[None]] | None = None
         self.problem = "nobody tells yet"
         """Why what is told may not have come here; "" = it has."""
-        fleet.told = told.log
-        fleet.history.on_add = self._added
-        fleet.history.on_mark = self._marked
-        fleet.status_parts.append(self.status)
+        fleet.events.read_from(told.log)
+        fleet.events.own.on_add = self._added
+        fleet.events.own.on_mark = self._marked
+        fleet.views.add_status(self.status)
 
     def status(self) -> dict[str, object]:
         """For the status: who tells, and why we may be behind."""
@@ -196,7 +196,7 @@ class EventReplicator:
         self._pending.clear()
         for (_, about), (incident, text) in left:
             _, kind, name = about.split(" ", 2)
-            self._chronicle.end(kind, name, incident, text)
+            self._chronicle.incidents.close_foreign(kind, name, incident, text)
         log.info("telling events", extra={"term": term.number})
 
     async def _last_words(self) -> None:
@@ -273,7 +273,7 @@ class EventReplicator:
         if event.kind.startswith("incident.") and event.data.get("kind"):
             over = event.kind == "incident.closed"
             kind, group = str(event.data["kind"]), str(event.data.get("group"))
-            self._chronicle.adopt(kind, group, "" if over else event.incident)
+            self._chronicle.incidents.adopt(kind, group, "" if over else event.incident)
 
     def _forget(self, upto: int) -> None:
         """Of what waits for the teller: all up to this number of ours is told."""

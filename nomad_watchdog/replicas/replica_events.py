@@ -67,7 +67,7 @@ class ReplicaWatcher:
 
     def _note(self, kind: str, name: str, text: str, **data: object) -> None:
         fleet = self._fleet
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(),
             kind=kind,
             device_id="",

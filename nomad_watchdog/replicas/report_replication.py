@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import aiohttp
 
-from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
+from nomad_watchdog.model import Report
 from nomad_watchdog.replicas.leases import Leases, Replica
 from nomad_watchdog.schedulers import agent_zipapp
 
@@ -43,10 +44,10 @@ _MAX_SEARCHES: Final = 32
 """Requests that wait for a search; more are answered that the file is not there."""
 
 
-def document(report: AgentReport) -> dict[str, Any]:
+def document(report: Report) -> dict[str, Any]:
     """A report as it came, in the words of `watchdog_agent.wire`."""
     said = asdict(report)
-    del said["slug"]
+    del said["slug"], said["received_at"]
     return {"v": 1, **said}
 
 
@@ -67,15 +68,15 @@ class ReportReplicator:
         self._token = token
         self._tls = tls
         self._certified = certified or None
-        self._fresh: dict[Slug, AgentReport] = {}
+        self._fresh: dict[Slug, Report] = {}
         self._news = asyncio.Event()
         self._silent: set[str] = set()
         self._beats: dict[str, None] = {}
         """Ids of devices that were heard here, oldest first."""
-        fleet.on_accepted = self.note
-        fleet.on_beat = self.note_beats
+        fleet.reports.accepted.connect(self.note)
+        fleet.presence.heard.connect(self.note_beats)
 
-    def note(self, report: AgentReport) -> None:
+    def note(self, report: Report) -> None:
         """Tell this on; the newest of a device is enough."""
         self._fresh.pop(report.slug, None)
         self._fresh[report.slug] = report

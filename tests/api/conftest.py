@@ -59,7 +59,7 @@ async def served(
     registry = SqliteRegistry(path=folder / "registry.db")
     await registry.initialise()
     fleet, metrics = Fleet(registry, Limits(), SystemClock()), Metrics()
-    fleet.reset({}, 0)
+    fleet.records.reset({}, 0)
     artifact = folder / "agent.pyz"
     artifact.write_bytes(b"PK-agent")
     app = make_app(

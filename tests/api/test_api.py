@@ -20,6 +20,7 @@ from nomad_watchdog.errors import ConflictError, TransientError
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import Condition, ConditionState, Presence, WallTime
 from tests.api.conftest import ServedApi
+from tests.fixed_loop import FixedLoop
 
 WISH: dict[str, Any] = {"class": "default", "address": "127.0.0.1", "labels": {"site": "a"}}
 
@@ -106,7 +107,7 @@ async def test_hostile_bodies_are_refused_with_words(
     assert status == 400
     assert says in answer["error"]["message"]
     assert "Traceback" not in answer["error"]["message"]
-    assert served_api.fleet.view(slug_of("x")) is None  # type: ignore[arg-type]
+    assert served_api.fleet.views.device(slug_of("x")) is None  # type: ignore[arg-type]
 
 
 @settings(
@@ -213,7 +214,7 @@ async def test_webhook_is_put_and_delete(served_api: ServedApi) -> None:
     assert (await served_api.ask("POST", "/v1/webhook", json=event))[0] == 200
     gone = {"event": "disconnected", "device": {"id": "gw/1"}}
     assert (await served_api.ask("POST", "/v1/webhook", json=gone))[0] == 200
-    view = served_api.fleet.view(slug_of("gw/1"))  # type: ignore[arg-type]
+    view = served_api.fleet.views.device(slug_of("gw/1"))  # type: ignore[arg-type]
     assert view is not None
     assert view.record.presence is Presence.ABSENT
     bad = {"event": "connected", "device": {"id": "x"}}
@@ -352,7 +353,7 @@ async def test_events_are_filtered_by_device_kind_verdict_and_age(
         ("a", "verdict.watched", 5),
         ("b", "error", 5),
     ):
-        served_api.fleet.history.add(
+        served_api.fleet.events.own.add(
             at=WallTime(now - age_s),
             kind=kind,
             device_id=device,
@@ -388,14 +389,14 @@ async def test_events_are_filtered_by_device_kind_verdict_and_age(
 
 async def test_incidents_are_listed_and_shown_on_the_page(served_api: ServedApi) -> None:
     """An open incident is in the list and, escaped, on the page; a closed one only in the list."""
-    correlator = served_api.fleet.recorder.correlator
+    correlator = served_api.fleet.recorder.incidents._correlator
     group = ((GroupKind.SITE, "<b>north</b>"),)
     names = [Slug(f"d{n}") for n in range(4)]
     for bad in (False, True):
         for slug in names:
             correlator.observe(slug, group, bad=bad, now=served_api.fleet.clock.monotonic())
     assert (await served_api.ask("GET", "/v1/incidents"))[1] == {"items": []}
-    served_api.fleet.refresh_all()
+    served_api.fleet.verdicts.judge_all()
 
     _, body = await served_api.ask("GET", "/v1/incidents?open=true")
     (item,) = body["items"]
@@ -410,7 +411,7 @@ async def test_incidents_are_listed_and_shown_on_the_page(served_api: ServedApi)
     assert "site <bdi>&lt;b&gt;north&lt;/b&gt;</bdi>" in text
     for slug in names:
         correlator.observe(slug, group, bad=False, now=served_api.fleet.clock.monotonic())
-    served_api.fleet.refresh_all()
+    served_api.fleet.verdicts.judge_all()
     assert (await served_api.ask("GET", "/v1/incidents?open=true"))[1] == {"items": []}
     _, body = await served_api.ask("GET", "/v1/incidents")
     assert [item["open"] for item in body["items"]] == [False]
@@ -430,13 +431,16 @@ async def test_the_page_begins_with_what_is_worst(served_api: ServedApi) -> None
     """A device that is offline stands above one whose agent is missing, and that above one that starts."""
     for name in ("a-new", "b-unwatched", "c-offline"):
         await served_api.ask("PUT", f"/v1/devices/{name}", json=WISH)
-    served_api.fleet.obstacle = lambda slug: "no node has room" if slug.startswith("b-") else ""
+    served_api.fleet.attach(
+        FixedLoop(obstacle=lambda slug: "no node has room" if slug.startswith("b-") else "")
+    )
+    served_api.fleet.verdicts.judge_all()
     record = served_api.fleet.records[slug_of(DeviceId("c-offline"))]
     dead = Condition(ConditionState.OFFLINE, WallTime(0.0), "no answer")
-    (stored,) = await served_api.fleet.commit([replace(record, condition=dead)])
+    (stored,) = await served_api.fleet.records.commit([replace(record, condition=dead)])
     assert stored is not None
-    served_api.fleet.learn([stored])
-    served_api.fleet.refresh_all()
+    served_api.fleet.records.learn([stored])
+    served_api.fleet.verdicts.judge_all()
     async with served_api.client.get(served_api.base + "/") as response:
         text = await response.text()
     rows = re.findall(r"<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi>", text)
@@ -451,10 +455,10 @@ async def test_a_degraded_device_is_shown_everywhere(served_api: ServedApi) -> N
     await served_api.ask("PUT", "/v1/devices/web", json=WISH)
     record = served_api.fleet.records[slug_of(DeviceId("web"))]
     ill = Condition(ConditionState.DEGRADED, WallTime(0.0), "http:80: no answer; but icmp answers")
-    (stored,) = await served_api.fleet.commit([replace(record, condition=ill)])
+    (stored,) = await served_api.fleet.records.commit([replace(record, condition=ill)])
     assert stored is not None
-    served_api.fleet.learn([stored])
-    served_api.fleet.refresh_all()
+    served_api.fleet.records.learn([stored])
+    served_api.fleet.verdicts.judge_all()
     async with served_api.client.get(served_api.base + "/") as response:
         text = await response.text()
     assert re.findall(r"<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi>", text) == [
@@ -516,7 +520,7 @@ async def test_small_endpoints(served_api: ServedApi) -> None:
     """Health, readiness, status, plan, artifact and metrics answer as they should."""
     assert (await served_api.ask("GET", "/healthz"))[0] == 200
     assert (await served_api.ask("GET", "/ready"))[0] == 503
-    served_api.fleet.ready_event.set()
+    served_api.fleet.readiness.event.set()
     assert (await served_api.ask("GET", "/ready"))[0] == 200
     for path in ("/v1/status", "/v1/plan"):
         assert (await served_api.ask("GET", path))[0] == 200
@@ -573,7 +577,7 @@ async def test_our_own_faults_tell_no_details(
     def broken() -> dict[str, object]:
         raise RuntimeError("canary")
 
-    served_api.fleet.plan_view = broken
+    served_api.fleet.attach(FixedLoop(plan=broken))
     status, body = await served_api.ask("GET", "/v1/plan")
     assert status == 500
     assert "canary" not in json.dumps(body)
@@ -593,7 +597,7 @@ async def test_errors_of_the_stores_become_statuses(served_api: ServedApi) -> No
         def failing(error: Exception = error) -> dict[str, object]:
             raise error
 
-        served_api.fleet.plan_view = failing
+        served_api.fleet.attach(FixedLoop(plan=failing))
         async with served_api.client.get(served_api.base + "/v1/plan") as response:
             assert response.status == status
             assert response.headers["Retry-After"] in {"1", "3"}
@@ -607,7 +611,7 @@ async def test_before_the_registry_is_read_nothing_is_called_unknown(
     served_api: ServedApi, path: str
 ) -> None:
     """A control plane that has just started does not know yet whether there are devices."""
-    served_api.fleet.loaded = False
+    served_api.fleet.records.loaded = False
     async with served_api.client.get(served_api.base + path) as answer:
         assert answer.status == 503
         assert "has not been read yet" in (await answer.json())["error"]["message"]

@@ -63,7 +63,7 @@ def fill(served_api: ServedApi, count: int) -> None:
         made = presence.register(None, device, WallTime(0.0))
         assert made is not None
         records[made.slug] = replace(made, index=number + 1)
-    served_api.fleet.reset(records, count)
+    served_api.fleet.records.reset(records, count)
 
 
 async def asked(
@@ -246,13 +246,13 @@ async def test_a_device_token_registers_no_more_than_its_quota(
     assert operator[0] == 201
     fleet = guarded.fleet
     left = [one for one in fleet.records.values() if one.presence.value == "absent"]
-    moved = await fleet.commit([presence.advance(one, Epoch(9)) for one in left])
+    moved = await fleet.records.commit([presence.advance(one, Epoch(9)) for one in left])
     old = [one for one in moved if one is not None]
-    fleet.learn(old)
-    assert await fleet.forget(old) == len(left)
+    fleet.records.learn(old)
+    assert await fleet.records.forget(old) == len(left)
     assert fleet.records.keys() == {slug_of(DeviceId(one)) for one in ("x1", "op")}
     assert (await fleet.registry.read()).records.keys() == fleet.records.keys()
-    assert (await fleet.read_floor()).epoch == 9
+    assert (await fleet.records.read_floor()).epoch == 9
     status, _ = await asked(
         guarded, "device", "/v1/devices/z", "PUT", json={"address": "127.0.0.1"}
     )
@@ -277,8 +277,8 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(
     await asked(guarded, "operator", "/v1/devices/pump", "PUT", json=body)
     fleet = guarded.fleet
     slug = slug_of(DeviceId("pump"))
-    stored = await fleet.commit([presence.advance(fleet.records[slug], Epoch(1))])
-    fleet.learn([one for one in stored if one is not None])
+    stored = await fleet.records.commit([presence.advance(fleet.records[slug], Epoch(1))])
+    fleet.records.learn([one for one in stored if one is not None])
     reports = MAX_EVENTS // 32 + 20
     took = []
     for sequence in range(reports):
@@ -301,16 +301,16 @@ async def test_a_flood_of_repairs_displaces_no_audit_event(
     devices = [one["device"] for one in answer["items"]]
     assert devices[:2] == ["first", "pump"]
     assert len(devices) == 2 + len(took)
-    kinds = [one.kind for one in fleet.history.recent() if one.slug == slug]
+    kinds = [one.kind for one in fleet.events.own.recent() if one.slug == slug]
     assert kinds.count("repair.failed") <= AT_ONCE
-    assert fleet.allowance.total >= 32 * (reports - 2) - AT_ONCE
-    fleet.allowance._buckets.spend(slug, -1000.0, fleet.clock.monotonic())
-    fleet.recorder.settle()
-    (left_out,) = [one for one in fleet.history.recent() if one.kind == LEFT_OUT]
-    assert left_out.data["count"] == fleet.allowance.total
+    assert fleet.events.limits.total >= 32 * (reports - 2) - AT_ONCE
+    fleet.events.limits._buckets.spend(slug, -1000.0, fleet.clock.monotonic())
+    fleet.recorder.tick()
+    (left_out,) = [one for one in fleet.events.own.recent() if one.kind == LEFT_OUT]
+    assert left_out.data["count"] == fleet.events.limits.total
     attack.tried = 32 * reports
     attack.result = (
-        f"{kinds.count('repair.failed')} attempts stored, {fleet.allowance.total} counted; all "
+        f"{kinds.count('repair.failed')} attempts stored, {fleet.events.limits.total} counted; all "
         f"{len(devices)} audit events there; operator p50 {median(took) * 1e3:.0f} ms"
     )
 
@@ -327,7 +327,7 @@ async def test_changes_beyond_the_rate_of_a_token_are_counted_and_stated(
     for number in range(5):
         await asked(guarded, "device", f"/v1/devices/d{number}", "PUT", json=body)
     await asked(guarded, "operator", "/v1/devices/op", "PUT", json=body)
-    history, seen = guarded.fleet.history, 0
+    history, seen = guarded.fleet.events.own, 0
     async with asyncio.timeout(30):
         while not any(one.kind == "audit.left_out" for one in history.recent()):
             await history.wait(seen, 5.0)

@@ -151,7 +151,7 @@ async def test_a_prefix_limits_a_device_token(tmp_path: Path, secured: Authentic
         body = {"devices": [{"id": "gw-2", **WISH}, {"id": "x", **WISH}], "delete": ["y"]}
         _, answer = await served_api.ask("POST", "/v1/devices:bulk", json=body, headers=headers)
         assert [r["status"] for r in answer["results"]] == [200, 403, 403]
-        assert served_api.fleet.view(slug_of(DeviceId("x"))) is None
+        assert served_api.fleet.views.device(slug_of(DeviceId("x"))) is None
 
 
 def labelled(folder: Path) -> Authenticator:

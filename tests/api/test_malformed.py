@@ -22,6 +22,7 @@ from nomad_watchdog.api.auth import door_of
 from nomad_watchdog.config.api import ApiSettings
 from tests.api.conftest import ServedApi, served
 from tests.attacks.table import Attack
+from tests.fixed_loop import FixedLoop
 
 KNOWN, UNKNOWN = secrets.token_hex(20), secrets.token_hex(20)
 PIECES = (KNOWN, UNKNOWN, KNOWN[:24], UNKNOWN[:24])
@@ -211,8 +212,8 @@ async def test_errors_of_handlers_name_no_known_token(
                 logging.getLogger("x").debug("plan for %s", KNOWN, extra={"odd": f"'{KNOWN}'"})
                 raise RuntimeError(f"said {KNOWN[:-3]}")
 
-            served_api.fleet.plan_view = broken
-            served_api.fleet.history.add(
+            served_api.fleet.attach(FixedLoop(plan=broken))
+            served_api.fleet.events.own.add(
                 at=0.0, kind="x", device_id="", slug="", text=f"a {KNOWN}", data={"b": [KNOWN]}
             )
             bearer = {"Authorization": f"Bearer {KNOWN}"}

@@ -16,7 +16,7 @@ WISH: dict[str, Any] = {"address": "127.0.0.1"}
 
 
 async def leave(served_api: ServedApi, name: str, left: Departure) -> None:
-    await served_api.fleet.deregister([DeviceId(name)], left)
+    await served_api.fleet.records.deregister([DeviceId(name)], left)
 
 
 async def test_a_ttl_is_stored_shown_and_changed(served_api: ServedApi) -> None:
@@ -86,7 +86,7 @@ async def test_a_gateway_beats_for_many_and_hears_who_is_unknown(
 
 async def test_nobody_is_unknown_before_the_registry_was_read(served_api: ServedApi) -> None:
     """503 and when to try again, not a 404 that a gateway would believe."""
-    served_api.fleet.loaded = False
+    served_api.fleet.records.loaded = False
     for path, body in (("/v1/devices/cam/heartbeat", None), ("/v1/heartbeats", {"ids": ["cam"]})):
         assert (await served_api.ask("POST", path, json=body))[0] == 503
     assert (await served_api.ask("PUT", "/v1/devices/cam", json=WISH))[0] == 201
@@ -95,7 +95,7 @@ async def test_nobody_is_unknown_before_the_registry_was_read(served_api: Served
 async def test_a_heartbeat_is_not_refused_by_an_old_cache(served_api: ServedApi) -> None:
     """A device that another replica registered a moment ago is found in the registry."""
     other = Fleet(served_api.fleet.registry, Limits(), SystemClock())
-    await other.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
+    await other.records.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
     assert slug_of(DeviceId("cam")) not in served_api.fleet.records
     assert (await served_api.ask("POST", "/v1/devices/cam/heartbeat"))[0] == 204
 
@@ -113,17 +113,17 @@ async def test_a_disconnect_may_be_a_blink_and_a_removal_is_not(
 ) -> None:
     """The webhook and `now=false` leave the agent its grace; DELETE ends it, also afterwards."""
     path, slug = "/v1/devices/cam", slug_of(DeviceId("cam"))
-    served_api.fleet.attendance.rules = PresenceRules(grace_s=60.0)
+    served_api.fleet.presence.heartbeats.rules = PresenceRules(grace_s=60.0)
     event = {"event": "connected", "device": {"id": "cam", "ttl": "5m"} | WISH}
     assert (await served_api.ask("POST", "/v1/webhook", json=event))[0] == 201
     gone = {"event": "disconnected", "device": {"id": "cam"}}
     assert (await served_api.ask("POST", "/v1/webhook", json=gone))[0] == 200
-    assert served_api.fleet.is_resting(slug)
+    assert served_api.fleet.presence.is_resting(slug)
     assert (await served_api.ask("DELETE", path))[1]["changed"]
-    assert not served_api.fleet.is_resting(slug)
+    assert not served_api.fleet.presence.is_resting(slug)
     await served_api.ask("POST", "/v1/webhook", json=event)
     assert (await served_api.ask("DELETE", path + "?now=false"))[1]["changed"]
-    assert served_api.fleet.is_resting(slug)
+    assert served_api.fleet.presence.is_resting(slug)
     assert (await served_api.ask("DELETE", path + "?now=maybe"))[0] == 400
     assert (await served_api.ask("DELETE", path + "?later=true"))[0] == 400
 
@@ -149,8 +149,10 @@ async def test_what_an_inventory_lists_is_changed_there(served_api: ServedApi) -
     """409 for every other wish while the file is configured; the same wish is no conflict, and without
     the file the API may change the device."""
     source = "inventory:/etc/devices.json"
-    await served_api.fleet.register([Device(DeviceId("cam"), "default", "127.0.0.1")], source)
-    served_api.fleet.inventories = frozenset({source})
+    await served_api.fleet.records.register(
+        [Device(DeviceId("cam"), "default", "127.0.0.1")], source
+    )
+    served_api.fleet.presence.inventories = frozenset({source})
     path = "/v1/devices/cam"
     assert (await served_api.ask("PUT", path, json=WISH))[0] == 200
     status, answer = await served_api.ask("PUT", path, json={"address": "::1"})
@@ -164,7 +166,7 @@ async def test_what_an_inventory_lists_is_changed_there(served_api: ServedApi) -
     _, item = await served_api.ask("GET", path)
     assert (item["address"], item["source"]) == ("127.0.0.1", source)
 
-    served_api.fleet.inventories = frozenset()
+    served_api.fleet.presence.inventories = frozenset()
     assert (await served_api.ask("PUT", path, json={"address": "::1"}))[0] == 200
     assert (await served_api.ask("GET", path))[1]["source"] == ""
 
@@ -238,4 +240,4 @@ async def test_pauses_are_bounded(served_api: ServedApi) -> None:
     status, answer = await served_api.ask("POST", "/v1/pauses", json={"labels": {"n": "one more"}})
 
     assert (status, "at most 256" in answer["error"]["message"]) == (400, True)
-    assert len(served_api.fleet.pauses.all) == 256
+    assert len(served_api.fleet.presence.pauses.all) == 256

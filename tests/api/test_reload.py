@@ -147,9 +147,9 @@ log { level = "warning" }""",
     assert await service.asked_with("second-token-of-the-api") == 200
     assert await service.asked_with("third-token-of-the-api") == 200
     assert fleet.limits.replace_at_once == 7
-    assert fleet.attendance.rules.grace_s == 120.0
-    assert fleet.recorder.starts.grace("default").seconds == 90.0
-    assert fleet.recorder.correlator.limits.least == 9
+    assert fleet.presence.heartbeats.rules.grace_s == 120.0
+    assert fleet.recorder._start_times.grace("default").seconds == 90.0
+    assert fleet.recorder.incidents._correlator.limits.least == 9
     assert service.reloader.reconciler.informer.until_resync_s <= 17.0
     assert service.served_api.app_door.buckets is not None
     assert service.served_api.app_door.buckets.rate == 500
@@ -186,10 +186,10 @@ async def test_what_is_wrong_changes_nothing_at_all(
     assert after == before
     assert service.reloader.reconciler.hashes == hashes
     assert service.reloader.problem
-    status = service.served_api.fleet.status()["config"]
+    status = service.served_api.fleet.views.status()["config"]
     assert isinstance(status, dict)
     assert status["problem"] == service.reloader.problem
-    kinds = [event.kind for event in service.served_api.fleet.history.after(0, 99)[0]]
+    kinds = [event.kind for event in service.served_api.fleet.events.own.after(0, 99)[0]]
     assert kinds.count("config.rejected") == 1
     service.write(rest="rollout { at_once = 7 }")
     assert (await service.reloader.reload()).changed == ("rollout.at_once 5 → 7",)
@@ -235,19 +235,19 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
     assert fleet.classes == frozenset({"default", "two"})
     assert service.reloader.inventory.classes == fleet.classes
     assert reconciler.hashes.keys() == {"default"}
-    assert fleet.status()["unprepared_classes"] == answer["unprepared_classes"]
+    assert fleet.views.status()["unprepared_classes"] == answer["unprepared_classes"]
     assert reconciler.plan_builder.view()["unprepared_classes"] == answer["unprepared_classes"]
     file.write_text("job {}")
     await reconciler._prepare_again()
     assert reconciler.hashes.keys() == {"default", "two"}
-    assert fleet.status()["unprepared_classes"] == {}
+    assert fleet.views.status()["unprepared_classes"] == {}
     file.unlink()
     assert (await service.reloader.reload()).unprepared.keys() == {"two"}
     assert reconciler.hashes.keys() == {"default"}
     file.write_text("job {}")
     assert (await service.reloader.reload()).unprepared == {}
     assert reconciler.hashes.keys() == {"default", "two"}
-    kinds = [event.kind for event in fleet.history.after(0, 99)[0]]
+    kinds = [event.kind for event in fleet.events.own.after(0, 99)[0]]
     assert [kind for kind in kinds if kind.startswith("class.")] == [
         "class.unprepared",
         "class.prepared",
@@ -276,11 +276,11 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
     service.scheduler.error = None
     await reconciler._roll()
     assert reconciler.hashes.keys() == {"default", "two"}
-    assert fleet.status()["unprepared_classes"] == {}
+    assert fleet.views.status()["unprepared_classes"] == {}
     service.write(more=refused, rest=class_two(""))
     await service.reloader.reload()
     assert reconciler.hashes.keys() == {"two"}
-    assert fleet.status()["unprepared_classes"] == {"default": "no such pool"}
+    assert fleet.views.status()["unprepared_classes"] == {"default": "no such pool"}
     service.write(more=refused, rest="rollout { at_once = 7 }")
     await service.reloader.reload()
     assert reconciler.hashes.keys() == set()

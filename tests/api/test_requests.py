@@ -91,9 +91,11 @@ async def test_a_device_of_a_class_that_vanished_stays_usable(
     """One that is registered, or blinked, may be registered again with the class that it had; one that was
     removed may not, and none may be moved to such a class."""
     device = Device(DeviceId("cam"), "old", "127.0.0.1")
-    await two.fleet.register([device, replace(device, id=DeviceId("other"), agent_class="camera")])
+    await two.fleet.records.register(
+        [device, replace(device, id=DeviceId("other"), agent_class="camera")]
+    )
     if left is not None:
-        await two.fleet.deregister([device.id], left)
+        await two.fleet.records.deregister([device.id], left)
     answer = await two.ask("PUT", "/v1/devices/cam", json=WISH | {"class": "old"})
     assert answer[0] == status
     present = two.fleet.records[slug_of(device.id)].presence is Presence.PRESENT
@@ -107,7 +109,7 @@ async def test_a_device_of_a_class_that_vanished_stays_usable(
 async def test_a_pause_of_what_is_not_there_is_refused(two: ServedApi) -> None:
     """Devices that were never registered are 404 with a similar id, an unknown class 400; a device that
     another replica has just registered is known; nothing is kept of a refused pause."""
-    await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
+    await two.fleet.records.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
     for body, status, word in (
         ({"devices": ["cam-2"]}, 404, "did you mean 'cam-1'?"),
         ({"devices": ["cam-1", "x", "y"]}, 404, "'x', 'y'"),
@@ -116,8 +118,8 @@ async def test_a_pause_of_what_is_not_there_is_refused(two: ServedApi) -> None:
     ):
         found, answer = await two.ask("POST", "/v1/pauses", json=body)
         assert (found, word in answer["error"]["message"]) == (status, True), answer
-    assert not two.fleet.pauses.all
-    two.fleet.reset({}, two.fleet.index + 1)  # our view is behind the registry
+    assert not two.fleet.presence.pauses.all
+    two.fleet.records.reset({}, two.fleet.records.index + 1)  # our view is behind the registry
     assert (await two.ask("POST", "/v1/pauses", json={"devices": ["cam-1"]}))[0] == 201
 
 
@@ -129,7 +131,7 @@ async def test_events_of_a_device_that_was_never_there_are_404(two: ServedApi) -
         assert (status, "did you mean 'cam-1'?" in answer["error"]["message"]) == (404, True)
     assert (await two.ask("GET", "/v1/events?device=%07"))[0] == 400
     await two.ask("DELETE", "/v1/devices/cam-1")
-    two.fleet.reset({}, two.fleet.index + 1)
+    two.fleet.records.reset({}, two.fleet.records.index + 1)
     status, page = await two.ask("GET", "/v1/events?device=cam-1")
     assert (status, bool(page["items"])) == (200, True)
 
@@ -140,7 +142,7 @@ async def test_a_device_that_the_registry_has_lost_was_registered_before(
     """`devices get` and `explain` say so, as long as an event about it is kept; also while its agent still runs,
     whose events have the device's id. Of a device that was never there they say nothing of the kind."""
     await two.ask("PUT", "/v1/devices/cam-1", json=WISH | {"class": "camera"})
-    two.fleet.reset({}, two.fleet.reached + 1)
+    two.fleet.records.reset({}, two.fleet.records.reached + 1)
     for path in ("/v1/devices/cam-1", "/v1/devices/cam-1/explain"):
         status, answer = await two.ask("GET", path)
         said = answer["error"]["message"]
@@ -154,14 +156,14 @@ async def test_a_device_that_the_registry_has_lost_was_registered_before(
     assert (status, answer["verdict"]) == (200, None)
     start = "the device is not registered, and 1 agent of it is there; it was registered before (event `"
     assert answer["reason"].startswith(start)
-    two.fleet.note(slug, "plan.retire", "no such device is registered")
+    two.fleet.events.note(slug, "plan.retire", "no such device is registered")
     status, page = await two.ask("GET", "/v1/events?device=cam-1&kind=plan.retire")
     assert [event["device"] for event in page["items"]] == ["cam-1"]
 
 
 async def test_a_device_token_learns_no_ids_from_a_misspelt_one(two: ServedApi) -> None:
     """The hint stands where every id may be read: a heartbeat for an unknown device has none."""
-    await two.fleet.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
+    await two.fleet.records.register([Device(DeviceId("cam-1"), "camera", "127.0.0.1")])
     status, answer = await two.ask("POST", "/v1/devices/cam-2/heartbeat")
     assert (status, "cam-1" in answer["error"]["message"]) == (404, False)
     status, answer = await two.ask("GET", "/v1/devices/cam-2")
@@ -202,9 +204,9 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
     one of an instance that nobody knows is a refusal."""
     await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
     record = served_api.fleet.records[slug_of(DeviceId("cam"))]
-    (moved,) = await served_api.fleet.commit([presence.advance(record, Epoch(2))])
+    (moved,) = await served_api.fleet.records.commit([presence.advance(record, Epoch(2))])
     assert moved is not None
-    served_api.fleet.learn([moved])
+    served_api.fleet.records.learn([moved])
     served_api.fleet.placements[record.slug] = (placement("cam", 1),)
     config = {"device_id": "cam", "epoch": 1, "agent_class": "default", "version": "1"}
     said: dict[str, Any] = {
@@ -216,7 +218,7 @@ async def test_the_last_report_of_a_replaced_agent_is_no_alarm(
         assert (await served_api.ask("POST", "/v1/agents/report", json=body))[0] == 410
     told = [
         one
-        for one in served_api.fleet.events(0, 100)[0]
+        for one in served_api.fleet.events.after(0, 100)[0]
         if one.kind in ("agent.replaced", "refused")
     ]
     assert [one.kind for one in told] == ["agent.replaced", "refused"]
@@ -244,10 +246,10 @@ async def test_an_audit_event_of_a_bulk_request_names_devices(
 async def test_ready_gives_a_reason_only_when_it_is_not(served_api: ServedApi) -> None:
     """Whoever reaches the service may report to it: what else is wrong is a warning."""
     assert (await served_api.ask("GET", "/ready"))[1]["reason"]
-    served_api.fleet.ready_event.set()
-    served_api.fleet.ready_reason = ""
+    served_api.fleet.readiness.event.set()
+    served_api.fleet.readiness.waits_for = ""
     assert await served_api.ask("GET", "/ready") == (200, {"ready": True, "reason": ""})
-    served_api.fleet.registry_unreadable, served_api.fleet.registry_problem = (
+    served_api.fleet.readiness.registry_unreadable, served_api.fleet.readiness.registry_problem = (
         True,
         "the registry can't be read",
     )

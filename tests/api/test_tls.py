@@ -372,9 +372,9 @@ async def test_replicas_speak_tls_to_each_other(tmp_path: Path, authority: trust
     }
     async with secure(tmp_path, authority, **changes) as api:
         fleet, gate = api.fleet, door_of(api.listener.api)
-        await fleet.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
+        await fleet.records.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
         said = ReportIn.model_validate_json(json.dumps(_report())).report()
-        assert (await fleet.report(said)).kind is AcceptanceKind.ACCEPTED
+        assert (await fleet.reports.receive(said)).kind is AcceptanceKind.ACCEPTED
         peers = ReportReplicator(
             fleet, OnePeer(api.url), gate.own_token, lambda: api.listener.outgoing
         )
@@ -383,7 +383,7 @@ async def test_replicas_speak_tls_to_each_other(tmp_path: Path, authority: trust
         telling = asyncio.ensure_future(peers.run())
         try:
             async with asyncio.timeout(20):
-                while "heard from a peer" not in str(fleet.explain(said.slug)["report"]):
+                while "heard from a peer" not in str(fleet.views.explain(said.slug)["report"]):
                     await asyncio.sleep(0.02)
         finally:
             telling.cancel()

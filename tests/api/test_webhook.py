@@ -45,7 +45,7 @@ def gate(folder: Path) -> Gate:
 @pytest.fixture
 async def served_api(tmp_path: Path) -> AsyncIterator[ServedApi]:
     async with served(tmp_path, authenticator=gate(tmp_path)) as it:
-        it.fleet.clock = Wall()
+        it.fleet.clock = it.fleet.records.clock = Wall()
         yield it
 
 
@@ -89,7 +89,7 @@ async def test_a_signed_event_needs_no_token(served_api: ServedApi) -> None:
     assert (await send(served_api, CONNECTED))[0] == 201
     assert (await send(served_api, GONE, message="msg_2", secret=SECRETS[1], later=1))[0] == 200
     assert presence(served_api) is Presence.ABSENT
-    kinds = [(e.kind, e.data.get("role")) for e in served_api.fleet.history.after(0, 99)[0]]
+    kinds = [(e.kind, e.data.get("role")) for e in served_api.fleet.events.own.after(0, 99)[0]]
     assert kinds.count(("audit.webhook", "signed")) == 2
 
 
@@ -175,8 +175,8 @@ async def test_s5_a_replay_has_no_effect_after_a_restart(
     await send(served_api, CONNECTED)
     await send(served_api, GONE, message="msg_2", later=5)
     async with served(tmp_path, authenticator=gate(tmp_path)) as other:
-        other.fleet.clock = Wall()
-        other.fleet.reset(*await loaded(other))
+        other.fleet.clock = other.fleet.records.clock = Wall()
+        other.fleet.records.reset(*await loaded(other))
         status, body = await send(other, CONNECTED)
         assert status == 409
         assert "5 s before" in body["error"]["message"]
@@ -193,8 +193,8 @@ async def test_w1_a_late_event_changes_nothing(tmp_path: Path, served_api: Serve
     status, second = await send(served_api, CONNECTED, message="b", later=-2)
     assert (status, second["changed"], second["duplicate"]) == (200, False, False)
     async with served(tmp_path, authenticator=gate(tmp_path)) as other:
-        other.fleet.clock = Wall()
-        other.fleet.reset(*await loaded(other))
+        other.fleet.clock = other.fleet.records.clock = Wall()
+        other.fleet.records.reset(*await loaded(other))
         for replica in (served_api, other):
             status, body = await send(replica, GONE, message="c", later=-3)
             assert status == 409
@@ -253,7 +253,7 @@ async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) 
     (tmp_path / "secrets").write_text(secret)
     api = ApiSettings(webhook_secrets_file=str(tmp_path / "secrets"))
     async with served(tmp_path, authenticator=door_of(api)) as served_api:
-        served_api.fleet.clock = Wall()
+        served_api.fleet.clock = served_api.fleet.records.clock = Wall()
         assert (await served_api.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
         none = {"Authorization": "Bearer anything"}
         assert (await served_api.ask("POST", "/v1/webhook", json=CONNECTED, headers=none))[0] == 401

@@ -30,7 +30,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         registry = SqliteRegistry(path=tmp_path / "registry.db")
         await registry.initialise()
         fleet = Fleet(registry, Limits(), SystemClock())
-        fleet.reset({}, 0)
+        fleet.records.reset({}, 0)
         fleet.classes = frozenset({"default", "gateway"})
         (tmp_path / "asked").write_text("secret-token-of-the-api")
         authenticator = door_of(ApiSettings(token_file=str(tmp_path / "asked")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +12,9 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.planner import NO_STOPS
-from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.listing_freshness import ListingFreshness
+from nomad_watchdog.fleet.reconcile_loop import NoLoop
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -25,6 +25,7 @@ from nomad_watchdog.model import (
     DeviceRecord,
     Epoch,
     Limits,
+    Report,
 )
 from tests.core.world import placement, record
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
@@ -141,20 +142,16 @@ async def test_s3_an_epoch_that_another_replica_committed_is_not_started_beside_
     assert queued() == [ActionKind.RETIRE]
 
 
-class Behind:
-    """An observer whose listing is as old as it is told."""
+class Behind(NoLoop):
+    """A loop whose listing is as old as the test says."""
 
     def __init__(self, *, behind: bool, first: bool) -> None:
         self.behind, self.first = behind, first
 
-    def records_changed(self, records: Sequence[DeviceRecord]) -> None: ...
-
-    def look_again(self, slug: Slug) -> None: ...
-
-    def is_behind(self, slug: Slug) -> bool:
+    def is_behind(self, _slug: Slug) -> bool:
         return self.behind
 
-    def rivals(self, slug: Slug, instance: str) -> bool:
+    def is_new_rival(self, _slug: Slug, _instance: str) -> bool:
         return self.first
 
 
@@ -165,17 +162,17 @@ async def judged(
     store = Store()
     store.initialise("test")
     fleet = Fleet(FakeRegistry(store), Limits(), SystemClock())
-    (stored,) = await fleet.commit([replace(BOUND, instance=bound, index=0)])
+    (stored,) = await fleet.records.commit([replace(BOUND, instance=bound, index=0)])
     assert stored is not None
-    fleet.learn([stored])
-    fleet.observe_with(Behind(behind=behind, first=first), lambda _outcome: None)
+    fleet.records.learn([stored])
+    fleet.attach(Behind(behind=behind, first=first))
     old = placement("cam", 3)
-    fleet.placements = {old.slug: (old,)}
-    report = AgentReport(
+    fleet.apply_placements({old.slug: (old,)})
+    report = Report(
         BOUND.device.id, BOUND.slug, Epoch(3), says or old.instances[0], 1, ready=True, state=AgentState.OK,
         was_ready=True, misses=0, confirmed=False, reason="", listen="", version="1",
     )  # fmt: skip
-    return (await fleet.report(report)).kind
+    return (await fleet.reports.receive(report)).kind
 
 
 async def test_s1_an_old_listing_binds_no_instance_back() -> None:

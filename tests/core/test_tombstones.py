@@ -70,7 +70,7 @@ class World:
             Fleet(FakeRegistry(self.store, self.line), Limits(), clock) for _ in range(replicas)
         ]
         for fleet in self.fleets:
-            fleet.reset({SLUG: self.stored()}, self.store.index)
+            fleet.records.reset({SLUG: self.stored()}, self.store.index)
         self.performers = [
             ActionExecutor(
                 fleet,
@@ -99,14 +99,14 @@ class World:
         """Replica `at` deletes the tombstone, as `PeriodicJobs` does on its timer."""
         fleet = self.fleets[at]
         ours = tombstones.expired(fleet.records.values(), (), WallTime(1e12), 3600.0, 9)
-        await fleet.forget(ours)
+        await fleet.records.forget(ours)
 
     async def live(self, at: int, *, leave: bool = False) -> None:
         """Replica `at` is asked to watch the device, starts an agent, and is asked to stop watching it."""
         fleet, executor = self.fleets[at], self.performers[at]
         for _ in range(4):
             try:
-                await fleet.register([PUMP])
+                await fleet.records.register([PUMP])
                 break
             except ConflictError:
                 await self.read(at)
@@ -119,16 +119,16 @@ class World:
                 break
         if leave:
             try:
-                await fleet.deregister([PUMP.id])
+                await fleet.records.deregister([PUMP.id])
             except ConflictError:
                 return
 
     async def read(self, at: int) -> None:
         """Replica `at` reads the registry anew."""
         fleet = self.fleets[at]
-        snapshot = await fleet.reread()
+        snapshot = await fleet.records.reread()
         if snapshot is not None:
-            fleet.reset(snapshot.records, snapshot.index)
+            fleet.records.reset(snapshot.records, snapshot.index)
 
     async def play(
         self, work: Sequence[Awaitable[None]], choose: Callable[[int], int]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nomad_watchdog.core.verdict import CARRIED, Evidence, judge
+from nomad_watchdog.ids import DeviceId, Slug
 from nomad_watchdog.model import (
     AgentState,
     Epoch,
@@ -25,8 +26,11 @@ LIMITS = Limits(startup_grace_s=60.0, report_stale_s=45.0)
 
 def report(**changes: object) -> Report:
     base: dict = {
+        "device_id": DeviceId("d"),
+        "slug": Slug("d"),
         "epoch": Epoch(1),
         "instance": "i",
+        "sequence": 0,
         "ready": True,
         "state": AgentState.OK,
         "was_ready": True,
@@ -34,7 +38,7 @@ def report(**changes: object) -> Report:
         "confirmed": False,
         "reason": "",
         "version": "1",
-        "address": "",
+        "listen": "",
         "received_at": Monotonic(100.0),
     }
     return Report(**{**base, **changes})

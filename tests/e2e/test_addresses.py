@@ -127,12 +127,12 @@ async def test_an_address_that_was_stored_before_the_rule(tmp_path: Path, direct
     brackets gets its agent, and so does a device that is put right."""
     async with control_plane(tmp_path, directory) as plane:
         bad, brackets = DeviceId("bad"), DeviceId("brackets")
-        await plane.fleet.register(
+        await plane.fleet.records.register(
             [Device(bad, "default", "10.0.0.0/24"), Device(brackets, "default", "[::1]")]
         )
 
         def judged() -> bool:
-            found = plane.fleet.view(slug_of(bad))
+            found = plane.fleet.views.device(slug_of(bad))
             return found is not None and (
                 found.verdict.state is VerdictState.UNWATCHED
                 and "'10.0.0.0/24' is a network" in found.verdict.reason
@@ -141,7 +141,7 @@ async def test_an_address_that_was_stored_before_the_rule(tmp_path: Path, direct
         await eventually(judged)
         await eventually(lambda: len(plane.pids("brackets")) == 1)
         assert plane.pids("bad") == set()
-        await plane.fleet.register([Device(bad, "default", "10.0.0.1")])
+        await plane.fleet.records.register([Device(bad, "default", "10.0.0.1")])
         await eventually(lambda: len(plane.pids("bad")) == 1)
 
 

@@ -174,7 +174,7 @@ async def _register(path: Path, *names: str) -> None:
 
     registry = SqliteRegistry(path=path)
     fleet = Fleet(registry, Limits(), SystemClock())
-    await fleet.register([Device(DeviceId(name), "default", "127.0.0.1") for name in names])
+    await fleet.records.register([Device(DeviceId(name), "default", "127.0.0.1") for name in names])
     await registry.close()
 
 

@@ -18,7 +18,7 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.errors import ConflictError
-from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -29,6 +29,7 @@ from nomad_watchdog.model import (
     Limits,
     PlacementState,
     Presence,
+    Report,
     VerdictState,
 )
 from nomad_watchdog.registry.sqlite import SqliteRegistry
@@ -58,7 +59,7 @@ class Plane:
         self.reconciler = Reconciler(self.fleet, self.scheduler, by_name, self.metrics)
 
     async def register(self, *names: str, kind: str = "default") -> None:
-        await self.fleet.register([Device(DeviceId(n), kind, "127.0.0.1") for n in names])
+        await self.fleet.records.register([Device(DeviceId(n), kind, "127.0.0.1") for n in names])
 
     def pids(self, name: str = "") -> set[int]:
         return pids_of(self.agents, slug_of(DeviceId(name)) if name else "")
@@ -87,7 +88,7 @@ async def control_plane(
     await plane.registry.initialise()
     task = asyncio.get_running_loop().create_task(plane.reconciler.run())
     try:
-        await asyncio.wait_for(plane.fleet.ready_event.wait(), 10.0)
+        await asyncio.wait_for(plane.fleet.readiness.event.wait(), 10.0)
         yield plane
     finally:
         task.cancel()
@@ -107,7 +108,7 @@ async def test_l1_each_present_device_gets_one_agent_and_loses_it_when_it_leaves
         names = [f"d{n}" for n in range(20)]
         await plane.register(*names)
         await eventually(lambda: plane.settled() and len(plane.pids()) == 20)
-        await plane.fleet.deregister([DeviceId(n) for n in names[:5]])
+        await plane.fleet.records.deregister([DeviceId(n) for n in names[:5]])
         await eventually(lambda: plane.settled() and len(plane.pids()) == 15)
 
         assert all(r.epoch == 1 for r in plane.fleet.records.values())
@@ -138,7 +139,7 @@ async def test_l2_a_crash_between_commit_and_start_uses_the_epoch_that_was_commi
     registry = SqliteRegistry(path=tmp_path / "registry.db")
     await registry.initialise()
     fleet = Fleet(registry, LIMITS, SystemClock())
-    (made,) = await fleet.register([Device(DeviceId("a"), "default", "127.0.0.1")])
+    (made,) = await fleet.records.register([Device(DeviceId("a"), "default", "127.0.0.1")])
     from nomad_watchdog.core import presence
 
     await registry.commit([presence.advance(made.record, Epoch(4))])
@@ -157,12 +158,12 @@ async def test_s7_a_mass_departure_is_held_until_a_second_read_agrees(
         names = [f"d{n}" for n in range(40)]
         await plane.register(*names)
         await eventually(lambda: plane.settled() and len(plane.pids()) == 40)
-        await plane.fleet.deregister([DeviceId(n) for n in names[:30]])
+        await plane.fleet.records.deregister([DeviceId(n) for n in names[:30]])
         await eventually(lambda: plane.reconciler.breaker.held)
         assert len(plane.pids()) == 40
         await eventually(lambda: plane.settled() and len(plane.pids()) == 10, 60.0)
 
-        kinds = [e.kind for e in plane.fleet.events(0, 10_000)[0]]
+        kinds = [e.kind for e in plane.fleet.events.after(0, 10_000)[0]]
         assert kinds.count("breaker.held") == 1
 
 
@@ -174,7 +175,9 @@ async def test_s7_what_a_plan_shows_as_held_can_be_confirmed(
         await plane.register(*(f"d{n}" for n in range(12)))
         await eventually(lambda: plane.settled() and len(plane.pids()) == 12)
         reconciler = plane.reconciler
-        plane.fleet.records.clear()  # as the watch shows it, before the next pass
+        plane.fleet.records.reset(
+            {}, plane.fleet.records.index
+        )  # as the watch shows it, before the next pass
         shown: Any = reconciler.plan_builder.view()
         assert reconciler.breaker.held_id != shown["held"]["id"]
         reconciler.hold_now()
@@ -222,9 +225,9 @@ async def test_s9_a_poison_device_delays_nobody(tmp_path: Path, directory: Path)
         poison = slug_of(DeviceId("poison"))
         await eventually(
             lambda: (
-                plane.fleet.refresh(poison).state
+                plane.fleet.verdicts.judge(poison).state
                 in {VerdictState.UNWATCHED, VerdictState.FAILING, VerdictState.STARTING}
-                and plane.fleet.refresh(poison).reason
+                and plane.fleet.verdicts.judge(poison).reason
             )
         )
         epochs = plane.fleet.records[poison].epoch
@@ -277,14 +280,14 @@ async def test_s1_the_second_instance_at_an_epoch_is_refused(
     registry; it is accepted at no time."""
     slug = slug_of(DeviceId("a"))
 
-    def told(instance: str, epoch: int = 1) -> AgentReport:
-        return AgentReport(
+    def told(instance: str, epoch: int = 1) -> Report:
+        return Report(
             DeviceId("a"), slug, Epoch(epoch), instance, 1, True, AgentState.OK, True, 0, False,
             "", "", "1",
         )  # fmt: skip
 
     async def refused(plane: Plane) -> bool:
-        said = (await plane.fleet.report(told("impostor"))).kind
+        said = (await plane.fleet.reports.receive(told("impostor"))).kind
         assert said in {AcceptanceKind.UNSURE, AcceptanceKind.REFUSED}
         return said is AcceptanceKind.REFUSED
 
@@ -292,14 +295,14 @@ async def test_s1_the_second_instance_at_an_epoch_is_refused(
         await plane.register("a")
         await eventually(plane.settled)
         (mine,) = plane.fleet.placements[slug][0].instances
-        assert (await plane.fleet.report(told(mine))).kind is AcceptanceKind.ACCEPTED
+        assert (await plane.fleet.reports.receive(told(mine))).kind is AcceptanceKind.ACCEPTED
         await eventually(lambda: refused(plane))
-        assert plane.fleet.refresh(slug).state is VerdictState.WATCHED
+        assert plane.fleet.verdicts.judge(slug).state is VerdictState.WATCHED
     async with control_plane(tmp_path, directory) as again:
         await eventually(lambda: refused(again))
-        assert (await again.fleet.report(told(mine))).kind is AcceptanceKind.ACCEPTED
-        assert (await again.fleet.report(told(mine, 0))).kind is AcceptanceKind.REFUSED
-        assert (await again.fleet.report(told(mine, 2))).kind is AcceptanceKind.UNSURE
+        assert (await again.fleet.reports.receive(told(mine))).kind is AcceptanceKind.ACCEPTED
+        assert (await again.fleet.reports.receive(told(mine, 0))).kind is AcceptanceKind.REFUSED
+        assert (await again.fleet.reports.receive(told(mine, 2))).kind is AcceptanceKind.UNSURE
 
 
 async def test_s2_two_reconcilers_at_once_make_one_agent_each(
@@ -327,8 +330,8 @@ async def test_a_wish_is_not_acknowledged_from_an_old_cache(
         slug = slug_of(DeviceId("a"))
         stored = await other.registry.get(slug)
         assert stored is not None
-        other.learn([stored])
-        await other.deregister([DeviceId("a")])
+        other.records.learn([stored])
+        await other.records.deregister([DeviceId("a")])
         for _ in range(5):
             try:
                 await plane.register("a")
@@ -360,7 +363,7 @@ async def main():
     await registry.initialise()
     fleet = Fleet(registry, Limits(), SystemClock())
     for n in range({number}):
-        await fleet.register([Device(DeviceId(f"d{{n}}"), "default", "127.0.0.1")])
+        await fleet.records.register([Device(DeviceId(f"d{{n}}"), "default", "127.0.0.1")])
     print("registered", flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())

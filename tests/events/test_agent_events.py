@@ -24,6 +24,7 @@ from nomad_watchdog.model import (
 )
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.events.test_chronicle import Site
+from tests.fixed_loop import FixedLoop
 
 NO_NODE = "no node takes it: 1 node is not eligible"
 
@@ -44,23 +45,23 @@ def place(site: Site, slug: Slug, state: PlacementState, **changes: object) -> N
 
 def judge(site: Site, slug: Slug, seconds: int = 0) -> list[VerdictState]:
     """The states that the device has now and within so many seconds."""
-    states = [site.fleet.refresh(slug).state]
+    states = [site.fleet.verdicts.judge(slug).state]
     for _ in range(seconds):
         site.clock.now += 1.0
-        site.fleet.refresh_all()
-        states.append(site.fleet.refresh(slug).state)
+        site.fleet.verdicts.judge_all()
+        states.append(site.fleet.verdicts.judge(slug).state)
     return states
 
 
 def texts(site: Site, kind: str) -> list[str]:
-    return [event.text for event in site.fleet.history.recent() if event.kind == kind]
+    return [event.text for event in site.fleet.events.own.recent() if event.kind == kind]
 
 
 def begin_anew(site: Site, slug: Slug) -> None:
     """The device gets the next epoch, whose agent waits for a node."""
     record = site.fleet.records[slug]
     epoch = Epoch(record.epoch + 1)
-    site.fleet.records[slug] = replace(record, epoch=epoch, instance="")
+    site.change(slug, epoch=epoch, instance="")
     place(site, slug, PlacementState.PENDING, epoch=epoch, instances=(), node="", queued=True)
 
 
@@ -79,7 +80,7 @@ async def test_an_agent_that_waited_for_a_node_is_not_silent_when_it_starts(site
     assert silent.startswith(
         "no report has reached this control plane for 46 s although the agent runs"
     )
-    site.fleet.records[slug] = replace(site.fleet.records[slug], instance="j")
+    site.change(slug, instance="j")
     await site.say(slug, ready=False)
     (heard,) = texts(site, "agent.heard")
     assert heard.startswith("a report has reached this control plane: the agent is not ready yet")
@@ -117,10 +118,10 @@ async def test_a_watched_device_whose_agent_finds_no_node_is_unwatched_once(
     however long the scheduler thinks first; starting when a node has it."""
     (slug,) = site.add(1, "n")
     await site.say(slug)
-    site.fleet.obstacle = lambda _slug: "10 agents wait for a node"
+    site.fleet.attach(FixedLoop(obstacle=lambda _slug: "10 agents wait for a node"))
     kept = site.fleet.placements.pop(slug)
     judge(site, slug, 1)
-    site.fleet.obstacle = lambda _slug: ""
+    site.fleet.attach(FixedLoop())
     judge(site, slug, 1)
     site.fleet.placements[slug] = kept
     begin_anew(site, slug)
@@ -129,15 +130,15 @@ async def test_a_watched_device_whose_agent_finds_no_node_is_unwatched_once(
     states = judge(site, slug, 90)
     assert set(states) == {VerdictState.UNWATCHED}
     kinds = [
-        event.kind for event in site.fleet.history.recent() if event.kind.startswith("verdict")
+        event.kind for event in site.fleet.events.own.recent() if event.kind.startswith("verdict")
     ]
     assert kinds == ["verdict.watched", "verdict.unwatched"]
-    assert NO_NODE in site.fleet.refresh(slug).reason
-    view = site.fleet.view(slug)
+    assert NO_NODE in site.fleet.verdicts.judge(slug).reason
+    view = site.fleet.views.device(slug)
     assert view is not None
     assert view.since_s >= 90
     place(site, slug, PlacementState.RUNNING, instances=("j",), queued=False, reason="")
-    site.fleet.records[slug] = replace(site.fleet.records[slug], instance="j")
+    site.change(slug, instance="j")
     await site.say(slug)
     assert judge(site, slug) == [VerdictState.WATCHED]
 
@@ -189,21 +190,21 @@ async def test_refused_reports_count_at_once_and_decide_nothing_alone(site: Site
     here, elsewhere, older = site.add(3, "n")
     for slug in (here, elsewhere, older):
         await site.say(slug, listen="10.0.0.7:8080")
-    site.fleet.refuse(401, here, Epoch(1), peer="10.0.0.7")
-    site.fleet.refuse(401, elsewhere, Epoch(1), peer="10.0.0.8")
-    site.fleet.refuse(401, older, Epoch(0), peer="10.0.0.7")
-    assert site.fleet.unheard()[Unheard.REFUSED] == 1
-    assert site.fleet.status()["unheard"] == {"silent": 0, "refused": 1}
-    assert "401" in site.fleet.refused(here)
+    site.fleet.reports.refused(401, here, Epoch(1), peer="10.0.0.7")
+    site.fleet.reports.refused(401, elsewhere, Epoch(1), peer="10.0.0.8")
+    site.fleet.reports.refused(401, older, Epoch(0), peer="10.0.0.7")
+    assert site.fleet.verdicts.unheard()[Unheard.REFUSED] == 1
+    assert site.fleet.views.status()["unheard"] == {"silent": 0, "refused": 1}
+    assert "401" in site.fleet.verdicts.refused(here)
     assert judge(site, here) == [VerdictState.WATCHED]
     await site.say(here)
-    assert site.fleet.unheard()[Unheard.REFUSED] == 0
-    site.fleet.refuse(401, here, Epoch(1), peer="10.0.0.7")
+    assert site.fleet.verdicts.unheard()[Unheard.REFUSED] == 0
+    site.fleet.reports.refused(401, here, Epoch(1), peer="10.0.0.7")
     for slug in (elsewhere, older):
         await site.say(slug)
     assert judge(site, here, 46)[-1] is VerdictState.UNWATCHED
-    assert site.fleet.unheard()[Unheard.REFUSED] >= 1
-    assert site.fleet.refused(here) == ""
+    assert site.fleet.verdicts.unheard()[Unheard.REFUSED] >= 1
+    assert site.fleet.verdicts.refused(here) == ""
 
 
 @pytest.mark.parametrize("left", [Departure.EXPIRED, Departure.DISCONNECTED])
@@ -212,18 +213,18 @@ async def test_nothing_is_kept_where_there_is_no_agent(site: Site, left: Departu
     nothing is kept, and where it is there, it is."""
     gone, there = site.add(2, "n")
     site.fleet.placements.pop(gone)
-    site.fleet.attendance.rules = PresenceRules(grace_s=30.0)
+    site.fleet.presence.heartbeats.rules = PresenceRules(grace_s=30.0)
     records = {
         slug: replace(record, presence=Presence.ABSENT, left=left, index=2)
         for slug, record in site.fleet.records.items()
     }
-    site.fleet.reset(records, 2)
-    kept = {slug: site.fleet.explain_presence(slug)["attendance"] for slug in (gone, there)}
+    site.fleet.records.reset(records, 2)
+    kept = {slug: site.fleet.presence.explain(slug)["attendance"] for slug in (gone, there)}
     assert kept[gone]["agent_kept"] == ""  # type: ignore[index]
     assert "its agent waits" in kept[there]["agent_kept"]  # type: ignore[index]
-    assert site.fleet.refresh(gone).reason == "the device has left"
+    assert site.fleet.verdicts.judge(gone).reason == "the device has left"
     place(site, there, PlacementState.DEAD)
-    assert site.fleet.kept_for(there) == ""
+    assert site.fleet.presence.kept_for(there) == ""
 
 
 @pytest.mark.parametrize("ill", [True, False])
@@ -231,13 +232,13 @@ async def test_the_expiry_of_a_dead_device_names_its_outage(site: Site, ill: boo
     """A device with a ttl dies and expires: the event says that it was offline, and why; that of one that was well
     says nothing of the kind."""
     (slug,) = site.add(1, "n")
-    site.fleet.loaded = True
+    site.fleet.records.loaded = True
     record = site.fleet.records[slug]
     if ill:
         dead = Condition(ConditionState.OFFLINE, WallTime(5.0), "tcp:80: no answer", 4)
-        site.fleet.learn([replace(record, condition=dead, index=2)])
+        site.fleet.records.learn([replace(record, condition=dead, index=2)])
     gone = presence.deregister(site.fleet.records[slug], WallTime(9.0), Departure.EXPIRED)
     assert gone is not None
-    site.fleet.learn([replace(gone, index=3)])
+    site.fleet.records.learn([replace(gone, index=3)])
     (told,) = texts(site, "expired")
     assert told.endswith("; it was offline: tcp:80: no answer") is ill

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.events.log import EventLog
 from nomad_watchdog.events.store import EventStore
-from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -26,6 +27,7 @@ from nomad_watchdog.model import (
     Placement,
     PlacementState,
     Presence,
+    Report,
     VerdictState,
     WallTime,
 )
@@ -55,6 +57,11 @@ class Site:
         self.clock = TestClock()
         self.fleet = Fleet(registry, Limits(), self.clock, history)
         self.sequence = 0
+
+    def change(self, slug: Slug, **changes: Any) -> None:
+        """The device's record has these other values."""
+        record = self.fleet.records[slug]
+        self.fleet.records.learn([replace(record, index=record.index + 1, **changes)])
 
     def add(self, count: int, node: str, *, at_epoch: int = 1) -> list[Slug]:
         slugs = []
@@ -86,13 +93,13 @@ class Site:
                 ),
             )
             slugs.append(slug)
-        self.fleet.reset(records, 1)
+        self.fleet.records.reset(records, 1)
         return slugs
 
     async def say(self, slug: Slug, state: AgentState = AgentState.OK, **more: object) -> None:
         record = self.fleet.records[slug]
         self.sequence += 1
-        base = AgentReport(
+        base = Report(
             record.device.id,
             slug,
             record.epoch,
@@ -107,11 +114,11 @@ class Site:
             listen="",
             version="1",
         )
-        result = await self.fleet.report(replace(base, **more))  # type: ignore[arg-type]
+        result = await self.fleet.reports.receive(replace(base, **more))  # type: ignore[arg-type]
         assert result.kind is AcceptanceKind.ACCEPTED
 
     def kinds(self) -> Counter[str]:
-        return Counter(event.kind for event in self.fleet.history.recent())
+        return Counter(event.kind for event in self.fleet.events.own.recent())
 
 
 @pytest.fixture
@@ -129,29 +136,34 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
     others = site.add(600, "n2")
     for slug in (*dead, *others):
         await site.say(slug)
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
 
     site.clock.now += 10.0
     for slug in dead:
         await site.say(slug, AgentState.OFFLINE)
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
     site.clock.now += 2.0
-    site.fleet.refresh_all()
-    singles = [e for e in site.fleet.history.recent() if e.kind == "verdict.offline"]
+    site.fleet.verdicts.judge_all()
+    singles = [e for e in site.fleet.events.own.recent() if e.kind == "verdict.offline"]
 
     assert len(singles) == 1_000
-    (incident,) = site.fleet.recorder.incidents()
+    (incident,) = site.fleet.recorder.incidents.all()
     assert {event.incident for event in singles} == {incident.id}
     assert site.kinds()["incident.opened"] == 1
-    assert site.fleet.recorder.open_by_kind() == {"gateway": 0, "host": 1, "site": 0, "class": 0}
-    (opened,) = [e for e in site.fleet.history.recent() if e.kind == "incident.opened"]
+    assert site.fleet.recorder.incidents.open_by_kind() == {
+        "gateway": 0,
+        "host": 1,
+        "site": 0,
+        "class": 0,
+    }
+    (opened,) = [e for e in site.fleet.events.own.recent() if e.kind == "incident.opened"]
     assert (opened.data["group"], opened.data["subsumed"]) == ("n1", 1_000)
     assert opened.text == "1000 of 1000 devices of host n1"
 
     site.clock.now += 10.0
     for slug in dead:
         await site.say(slug)
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
 
     kinds = site.kinds()
     assert (kinds["incident.opened"], kinds["incident.updated"], kinds["incident.closed"]) == (
@@ -159,7 +171,7 @@ async def test_a_host_that_goes_down_is_one_incident_of_marked_events(site: Site
         0,
         1,
     )
-    assert site.fleet.recorder.open_by_kind()["host"] == 0
+    assert site.fleet.recorder.incidents.open_by_kind()["host"] == 0
 
 
 async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
@@ -169,16 +181,16 @@ async def test_degraded_devices_of_a_host_are_one_incident(site: Site) -> None:
     others = site.add(30, "n2")
     for slug in (*some, *others):
         await site.say(slug)
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
     for state, still_open in ((AgentState.DEGRADED, 1), (AgentState.OK, 0)):
         site.clock.now += 10.0
         for slug in some:
             await site.say(slug, state)
         for _ in range(2):
             site.clock.now += 2.0
-            site.fleet.refresh_all()
-        assert site.fleet.recorder.open_by_kind()["host"] == still_open
-    events = list(site.fleet.history.recent())
+            site.fleet.verdicts.judge_all()
+        assert site.fleet.recorder.incidents.open_by_kind()["host"] == still_open
+    events = list(site.fleet.events.own.recent())
     singles = [event for event in events if event.kind == "verdict.degraded"]
     (opened,) = [event for event in events if event.kind == "incident.opened"]
     assert (len(singles), opened.data["group"], opened.data["subsumed"]) == (10, "n1", 10)
@@ -196,7 +208,7 @@ async def test_a_verdict_event_carries_its_evidence(site: Site) -> None:
 
     await site.say(slug, AgentState.OFFLINE)
 
-    event = site.fleet.history.of_device(slug)[-1]
+    event = site.fleet.events.own.of_device(slug)[-1]
     assert event.kind == "verdict.offline"
     assert event.text == "because"
     assert event.data["was"] == "watched"
@@ -219,14 +231,16 @@ async def test_a_device_that_beats_is_suspect_and_told_at_once(site: Site) -> No
     when it gets old and the agent says the same, the device is offline again."""
     (slug,) = site.add(1, "n1")
     await site.say(slug, AgentState.OFFLINE)
-    assert site.fleet.counts()[VerdictState.OFFLINE] == 1
+    assert site.fleet.verdicts.counts()[VerdictState.OFFLINE] == 1
 
-    assert await site.fleet.beat([site.fleet.records[slug].device.id]) == [True]
-    assert site.fleet.counts()[VerdictState.SUSPECT] == 1
+    assert await site.fleet.presence.record_heartbeats([site.fleet.records[slug].device.id]) == [
+        True
+    ]
+    assert site.fleet.verdicts.counts()[VerdictState.SUSPECT] == 1
 
     site.clock.now += 16.0
-    site.fleet.refresh_all()
-    assert site.fleet.counts()[VerdictState.OFFLINE] == 1
+    site.fleet.verdicts.judge_all()
+    assert site.fleet.verdicts.counts()[VerdictState.OFFLINE] == 1
 
 
 async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site: Site) -> None:
@@ -235,7 +249,7 @@ async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site:
     slugs = site.add(40, "n1")
     unseen = site.add(41, "n1")[40]
     for slug in slugs:
-        site.fleet.recorder.placed(slug, 1)
+        site.fleet.recorder.dispatched(slug, 1)
     site.clock.now += 1.0
     await site.say(slugs[0], ready=False)
     site.clock.now += 3.0
@@ -245,7 +259,7 @@ async def test_starts_are_measured_from_dispatch_to_the_first_ready_report(site:
     for slug in slugs:
         await site.say(slug)
 
-    explained = site.fleet.explain(slugs[0])
+    explained = site.fleet.views.explain(slugs[0])
 
     assert explained["grace"] == {
         "seconds": 15.0,
@@ -262,16 +276,16 @@ async def test_a_start_within_the_measured_grace_is_never_more_than_starting(sit
     slugs = site.add(61, "n1")
     late = slugs.pop()
     for slug in slugs:
-        site.fleet.recorder.placed(slug, 1)
+        site.fleet.recorder.dispatched(slug, 1)
     for slug in slugs:
         site.clock.now += 1.0
         await site.say(slug)
-    site.fleet.recorder.placed(late, 1)
+    site.fleet.recorder.dispatched(late, 1)
     site.clock.now += 100.0
 
-    assert site.fleet.refresh(late).state is VerdictState.STARTING
+    assert site.fleet.verdicts.judge(late).state is VerdictState.STARTING
     site.clock.now += 900.0
-    assert site.fleet.refresh(late).state is VerdictState.UNWATCHED
+    assert site.fleet.verdicts.judge(late).state is VerdictState.UNWATCHED
 
 
 async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
@@ -281,16 +295,16 @@ async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
     many events came after it; it ends when they are well again, once."""
     store = EventStore(tmp_path / "events.db")
     await store.open()
-    site.fleet.history.store = store
+    site.fleet.events.own.store = store
     dead = site.add(10, "n1")
     for slug in dead:
         await site.say(slug)
     for slug in dead:
         await site.say(slug, AgentState.OFFLINE)
-    site.fleet.refresh_all()
-    (incident,) = site.fleet.recorder.incidents()
+    site.fleet.verdicts.judge_all()
+    (incident,) = site.fleet.recorder.incidents.all()
     for _ in range(3_000):
-        site.fleet.note(dead[0], "filler", "")
+        site.fleet.events.note(dead[0], "filler", "")
     await store.close()
 
     for goes_on in (True, False):
@@ -298,23 +312,25 @@ async def test_what_was_open_when_we_died_goes_on_in_the_next_run(
         found = await store.open()
         again = Site(site.fleet.registry, EventLog(found.origin, store))  # type: ignore[arg-type]
         again.clock.now = site.clock.now + 500.0
-        again.fleet.history.resume(found.seq, found.events)
-        again.fleet.recorder.follow(store.status, store.left_open)
+        again.fleet.events.own.resume(found.seq, found.events)
+        again.fleet.recorder.use_store(store.status, store.left_open)
         dead = again.add(10, "n1")
-        for left in again.fleet.recorder.incidents():
-            age_s = again.fleet.recorder.shown_incident(left, str)["first_age_s"]
+        for left in again.fleet.recorder.incidents.all():
+            age_s = again.fleet.recorder.incidents.serialize(left, str)["first_age_s"]
             assert age_s == pytest.approx(500.0, abs=1.0)
         for wait_s in (30.0, 31.0):
             for slug in dead:
                 await again.say(slug, AgentState.OFFLINE if goes_on else AgentState.OK)
             again.clock.now += wait_s
-            again.fleet.refresh_all()
-        open_now = [one.id for one in again.fleet.recorder.incidents() if one.closed_at is None]
+            again.fleet.verdicts.judge_all()
+        open_now = [one.id for one in again.fleet.recorder.incidents.all() if one.closed_at is None]
         assert open_now == goes_on * [incident.id]
         for slug in dead:
             await again.say(slug)
-        again.fleet.refresh_all()
-        told = [e for e in again.fleet.events(found.seq, 100)[0] if e.kind.startswith("incident.")]
+        again.fleet.verdicts.judge_all()
+        told = [
+            e for e in again.fleet.events.after(found.seq, 100)[0] if e.kind.startswith("incident.")
+        ]
         ends = [(e.kind, e.incident) for e in told]
         assert ends == goes_on * [("incident.closed", incident.id)]
         await store.close()
@@ -334,44 +350,44 @@ async def test_an_incident_of_agents_that_no_node_takes_has_the_reason_of_the_sc
             fleet.placements[slug] = (replace(one, state=state, reason=reason, node=""),)
 
     place(PlacementState.PENDING, why)
-    fleet.refresh_all()
+    fleet.verdicts.judge_all()
     site.clock.now += fleet.limits.startup_grace_s + 1.0
-    fleet.refresh_all()
-    assert fleet.refresh(slugs[0]).reason.startswith(f"agent pending: {why}; for ")
-    (incident,) = fleet.recorder.incidents()
-    assert fleet.recorder.shown_incident(incident, str)["reason"] == why
-    (opened,) = [event for event in fleet.history.recent() if event.kind == "incident.opened"]
+    fleet.verdicts.judge_all()
+    assert fleet.verdicts.judge(slugs[0]).reason.startswith(f"agent pending: {why}; for ")
+    (incident,) = fleet.recorder.incidents.all()
+    assert fleet.recorder.incidents.serialize(incident, str)["reason"] == why
+    (opened,) = [event for event in fleet.events.own.recent() if event.kind == "incident.opened"]
     assert opened.text == f"10 of 10 devices of class default; no agent runs: {why}"
 
     again = Site(fleet.registry)  # type: ignore[arg-type]
     left = {incident.id: (opened.text, float(opened.at))}
-    again.fleet.recorder.follow(lambda: {"stored": True, "reason": ""}, left)
-    (goes_on,) = again.fleet.recorder.incidents()
+    again.fleet.recorder.use_store(lambda: {"stored": True, "reason": ""}, left)
+    (goes_on,) = again.fleet.recorder.incidents.all()
     assert (goes_on.id, goes_on.kind, goes_on.group) == (incident.id, "class", "default")
 
     place(PlacementState.RUNNING, "")
-    fleet.refresh_all()
-    assert fleet.recorder.shown_incident(incident, str)["reason"] == ""
+    fleet.verdicts.judge_all()
+    assert fleet.recorder.incidents.serialize(incident, str)["reason"] == ""
     for number, slug in enumerate(slugs):
         (one,) = fleet.placements[slug]
         fleet.placements[slug] = (
             replace(one, state=PlacementState.PENDING, reason=f"reason {number}"),
         )
-    fleet.refresh_all()
-    assert fleet.recorder.shown_incident(incident, str)["reason"] == ""
+    fleet.verdicts.judge_all()
+    assert fleet.recorder.incidents.serialize(incident, str)["reason"] == ""
 
 
 async def test_a_store_that_fails_is_an_event_and_a_metric(site: Site) -> None:
     """When the disk fails and when it works again there is one event each, and the metrics follow."""
     state: dict[str, object] = {"stored": True, "reason": "", "dropped": 0, "waiting": 0}
-    site.fleet.recorder.follow(lambda: state, {})
+    site.fleet.recorder.use_store(lambda: state, {})
     metrics = Metrics()
     for stored, reason, dropped in ((False, "disk is full", 7), (False, "x", 9), (True, "", 9)):
         state |= {"stored": stored, "reason": reason, "dropped": dropped}
-        site.fleet.refresh_all()
+        site.fleet.verdicts.judge_all()
         metrics.events(state)
 
-    assert [(e.kind, e.text) for e in site.fleet.history.recent()] == [
+    assert [(e.kind, e.text) for e in site.fleet.events.own.recent()] == [
         ("events.degraded", "disk is full"),
         ("events.stored", "events are stored"),
     ]
@@ -390,11 +406,11 @@ async def test_devices_that_leave_leave_their_groups(site: Site) -> None:
         del records[slug]
     for slug in slugs[12:]:
         records[slug] = replace(records[slug], presence=Presence.ABSENT, generation=2, index=2)
-    site.fleet.reset(records, 3)
-    site.fleet.refresh_all()
+    site.fleet.records.reset(records, 3)
+    site.fleet.verdicts.judge_all()
     for slug in slugs[:3]:
         await site.say(slug, AgentState.OFFLINE)
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
 
-    (incident,) = site.fleet.recorder.incidents()
+    (incident,) = site.fleet.recorder.incidents.all()
     assert (incident.size, incident.count) == (4, 3)

@@ -13,7 +13,7 @@ from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.core import presence
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.events.log import EventLog
-from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.model import (
     AgentState,
@@ -24,6 +24,7 @@ from nomad_watchdog.model import (
     Monotonic,
     Placement,
     PlacementState,
+    Report,
     Unheard,
     VerdictState,
 )
@@ -72,7 +73,7 @@ class Plant(Site):
 
     async def grow(self, count: int, node: str = "n") -> list[Slug]:
         names = [DeviceId(f"{node}-{number}") for number in range(count)]
-        await self.fleet.register([Device(name, "default", "10.0.0.1") for name in names])
+        await self.fleet.records.register([Device(name, "default", "10.0.0.1") for name in names])
         slugs = [slug_of(name) for name in names]
         await self.replace_agents(slugs, node)
         return slugs
@@ -81,8 +82,10 @@ class Plant(Site):
         """The next epoch of each, bound to a new instance that runs."""
         records = [self.fleet.records[slug] for slug in slugs]
         moved = [presence.advance(one, Epoch(one.epoch + 1)) for one in records]
-        stored = await self.fleet.commit([presence.bind(one, f"i{one.epoch}") for one in moved])
-        self.fleet.learn([one for one in stored if one is not None])
+        stored = await self.fleet.records.commit(
+            [presence.bind(one, f"i{one.epoch}") for one in moved]
+        )
+        self.fleet.records.learn([one for one in stored if one is not None])
         for record in map(self.fleet.records.__getitem__, slugs):
             self.run(record, PlacementState.RUNNING, node)
 
@@ -101,16 +104,16 @@ class Plant(Site):
         self.fleet = Fleet(self.registry, Limits(), self.clock, history)
         self._serve(self.fleet)
         snapshot = await self.registry.read()
-        self.fleet.reset(snapshot.records, snapshot.index)
-        self.fleet.placements = placements
+        self.fleet.records.reset(snapshot.records, snapshot.index)
+        self.fleet.apply_placements(placements)
 
     def since(self, slug: Slug) -> float:
-        view = self.fleet.view(slug)
+        view = self.fleet.views.device(slug)
         assert view is not None
         return self.clock.now - view.since_s
 
     def state(self, slug: Slug) -> VerdictState:
-        return self.fleet.refresh(slug).state
+        return self.fleet.verdicts.judge(slug).state
 
 
 @pytest.fixture
@@ -139,9 +142,9 @@ async def test_an_outage_outlives_agents_and_control_planes(plant: Plant) -> Non
     plant.fleet.placements.pop(dead)
     plant.clock.now += 500.0
     assert plant.state(dead) is VerdictState.OFFLINE
-    assert plant.fleet.unready() == 1
+    assert plant.fleet.verdicts.unready() == 1
     await plant.replace_agents([dead])
-    assert plant.fleet.refresh(dead).reason == (
+    assert plant.fleet.verdicts.judge(dead).reason == (
         "no answer of tcp:80, icmp; its agent can't check this now (agent running, no report of it; for 500 s)"
     )
     plant.run(plant.fleet.records[dead], PlacementState.LOST)
@@ -204,7 +207,7 @@ async def test_the_agent_that_confirms_a_condition_renews_its_reason_once(plant:
     assert plant.since(slug) == pytest.approx(began)
     assert plant.kinds() - events == {"condition.changed": 1}
     plant.run(stored, PlacementState.STOPPING)
-    assert plant.fleet.refresh(slug).reason.startswith("http:80: refused; ")
+    assert plant.fleet.verdicts.judge(slug).reason.startswith("http:80: refused; ")
 
     await plant.replace_agents([slug])
     plant.registry.commits.clear()
@@ -242,7 +245,7 @@ async def test_what_is_reported_while_a_condition_is_stored_is_newer(
     assert stored is not None
     assert (stored.condition.state.value if stored.condition else "watched") == wanted.value
     assert plant.state(slug) is wanted
-    assert plant.fleet.conditions.slugs() == []
+    assert plant.fleet.verdicts.conditions.slugs() == []
 
 
 async def test_outages_at_once_are_few_transactions(
@@ -275,7 +278,7 @@ async def test_an_outage_of_the_registry_loses_no_condition(plant: Plant) -> Non
     plant.registry.away = False
 
     other = Fleet(plant.registry, Limits(), plant.clock)
-    await other.register([Device(DeviceId("n-0"), "default", "10.0.0.2")])
+    await other.records.register([Device(DeviceId("n-0"), "default", "10.0.0.2")])
     assert await plant.writer.write() == 1
     assert await plant.writer.write() == 0
     stored = await plant.registry.get(slug)
@@ -321,20 +324,20 @@ async def test_what_is_handed_down_to_a_new_agent(plant: Plant) -> None:
     await plant.writer.write()
     await plant.replace_agents([slug])
 
-    def said(state: AgentState, *, ready: bool) -> AgentReport:
+    def said(state: AgentState, *, ready: bool) -> Report:
         record = plant.fleet.records[slug]
-        return AgentReport(
+        return Report(
             record.device.id, slug, record.epoch, record.instance, 1, ready=ready, state=state,
             was_ready=False, misses=0, confirmed=False, reason="", listen="", version="1",
         )  # fmt: skip
 
-    told = plant.fleet.handed_down(said(AgentState.OK, ready=False))
+    told = plant.fleet.reports.inherited(said(AgentState.OK, ready=False))
     assert told is not None
     assert (told.state.value, told.reason, told.misses) == ("offline", "no answer", 4)
     for state in (AgentState.SUSPECT, AgentState.REPAIRING, AgentState.UNABLE):
-        assert plant.fleet.handed_down(said(state, ready=True)) == told
+        assert plant.fleet.reports.inherited(said(state, ready=True)) == told
     for state in (AgentState.OK, AgentState.DEGRADED, AgentState.OFFLINE):
-        assert plant.fleet.handed_down(said(state, ready=True)) is None
+        assert plant.fleet.reports.inherited(said(state, ready=True)) is None
 
 
 async def test_since_is_as_it_was_after_a_restart(plant: Plant) -> None:
@@ -348,20 +351,20 @@ async def test_since_is_as_it_was_after_a_restart(plant: Plant) -> None:
     plant.clock.now += 100.0
     for slug in (fine, newer):
         await plant.say(slug)
-    plant.fleet.refresh_all()
+    plant.fleet.verdicts.judge_all()
     await plant.say(dead, AgentState.DEGRADED)
     before = {slug: plant.since(slug) for slug in slugs}
     assert plant.state(lonely) is VerdictState.UNWATCHED
     await plant.writer.write()
     told = [
         (event.slug, event.kind, event.at)
-        for event in plant.fleet.history.recent()
+        for event in plant.fleet.events.own.recent()
         if event.kind.startswith("verdict.")
     ]
 
     await plant.restart()
-    plant.fleet.resume(told)
-    plant.fleet.refresh_all()
+    plant.fleet.verdicts.restore(told)
+    plant.fleet.verdicts.judge_all()
     await plant.say(fine, state_age_s=210.0)
     await plant.say(newer, state_age_s=30.0)
     await plant.say(dead, AgentState.SUSPECT)
@@ -390,20 +393,20 @@ async def test_a_restart_of_the_control_plane_is_no_start_of_an_agent(plant: Pla
     before = {slug: plant.since(slug) for slug in slugs}
     told = [
         (event.slug, event.kind, event.at)
-        for event in plant.fleet.history.recent()
+        for event in plant.fleet.events.own.recent()
         if event.kind.startswith("verdict.")
     ]
     await plant.replace_agents([moved])
     record = presence.advance(plant.fleet.records[moved], Epoch(9))
-    await plant.fleet.commit([record])
+    await plant.fleet.records.commit([record])
 
     await plant.restart()
     plant.run(plant.fleet.records[moved], PlacementState.RUNNING)
-    plant.fleet.resume(sorted(told, key=lambda one: one[2]))
+    plant.fleet.verdicts.restore(sorted(told, key=lambda one: one[2]))
     assert plant.state(doubtful) is plant.state(mute) is VerdictState.SUSPECT
     assert plant.state(blind) is VerdictState.UNWATCHED
     assert plant.state(moved) is VerdictState.STARTING
-    assert plant.fleet.refresh(blind).reason == (
+    assert plant.fleet.verdicts.judge(blind).reason == (
         "unwatched before this control plane started; its agent has not reported here yet"
     )
     plant.clock.now += 10.0
@@ -414,7 +417,7 @@ async def test_a_restart_of_the_control_plane_is_no_start_of_an_agent(plant: Pla
     await plant.say(doubtful)
     assert plant.state(doubtful) is VerdictState.WATCHED
     plant.clock.now += Limits().report_stale_s
-    found = plant.fleet.refresh(mute)
+    found = plant.fleet.verdicts.judge(mute)
     assert (found.state, found.unheard) == (VerdictState.UNWATCHED, Unheard.SILENT)
 
 
@@ -428,16 +431,16 @@ async def test_a_reason_of_another_kind_is_stored_told_and_outlives_a_restart(pl
     plant.clock.now += 1.0
     new = "http:80: status 503, not 200; but icmp answers"
     await plant.say(slug, AgentState.DEGRADED, reason=new)
-    shown = plant.fleet.explain(slug)
+    shown = plant.fleet.views.explain(slug)
     assert shown["reason"] == new
     assert isinstance(shown["condition"], dict)
     assert shown["condition"]["reason"] == new
     assert await plant.writer.write() == 0
-    (event,) = [one for one in plant.fleet.history.recent() if one.kind == "condition.changed"]
+    (event,) = [one for one in plant.fleet.events.own.recent() if one.kind == "condition.changed"]
     assert event.text == new
     assert event.data["was"] == "http:80: no route to host; but icmp answers"
     await plant.restart()
-    found = plant.fleet.refresh(slug)
+    found = plant.fleet.verdicts.judge(slug)
     assert (found.state, found.reason[: len(new)]) == (VerdictState.DEGRADED, new)
     assert plant.since(slug) == pytest.approx(began)
 
@@ -459,7 +462,7 @@ async def test_reasons_that_alternate_or_count_are_few_writes(plant: Plant) -> N
         await plant.say(counts, AgentState.DEGRADED, reason=slow)
         await plant.writer.write()
     assert 5 <= sum(plant.registry.commits) <= 20
-    told = [one for one in plant.fleet.history.recent() if one.kind == "condition.changed"]
+    told = [one for one in plant.fleet.events.own.recent() if one.kind == "condition.changed"]
     assert len([one for one in told if one.slug == counts]) == 1
 
 
@@ -469,9 +472,9 @@ async def test_a_record_that_can_not_hold_a_condition_holds_up_no_other(plant: P
     record = plant.fleet.records[large]
     labels = {f"label-{number}": "x" * 150 for number in range(93)}
     wide = replace(record, device=replace(record.device, labels=labels))
-    (stored,) = await plant.fleet.commit([wide])
+    (stored,) = await plant.fleet.records.commit([wide])
     assert stored is not None
-    plant.fleet.learn([stored])
+    plant.fleet.records.learn([stored])
     for slug in (large, small):
         await plant.say(slug, AgentState.OFFLINE, reason="\N{SNOWMAN}" * 300)
     await plant.writer.write()
@@ -480,6 +483,6 @@ async def test_a_record_that_can_not_hold_a_condition_holds_up_no_other(plant: P
     assert snapshot.records[large].condition is None
     plant.registry.commits.clear()
     await plant.say(large, AgentState.OFFLINE)
-    assert plant.fleet.conditions.slugs() == []
+    assert plant.fleet.verdicts.conditions.slugs() == []
     plant.fleet.placements.pop(large)
     assert plant.state(large) is VerdictState.OFFLINE

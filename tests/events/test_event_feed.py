@@ -99,7 +99,7 @@ class Plane:
 
     def see(self, device: str, what: str, /, **data: object) -> Event:
         slug = slug_of(DeviceId(device)) if device else Slug("")
-        return self.fleet.history.add(
+        return self.fleet.events.own.add(
             at=self.fleet.clock.wall(), kind=what, device_id=device, slug=slug, text="", data=data
         )
 
@@ -111,7 +111,7 @@ class Plane:
 
     @property
     def tells(self) -> bool:
-        return self.fleet.status()["event_feed"] == {"teller": self.name, "problem": ""}
+        return self.fleet.views.status()["event_feed"] == {"teller": self.name, "problem": ""}
 
     async def read(self, query: str) -> list[dict[str, object]]:
         async with aiohttp.ClientSession() as client:  # noqa: SIM117
@@ -132,7 +132,7 @@ async def plane(folder: Path, board: Board, name: str, token: str = "") -> Async
     told = MergedLog(EventLog(name, store, is_copied=True))
     told.resume(found.events, found.verdicts, found.origins)
     fleet = Fleet(registry, Limits(), SystemClock(), EventLog(name))
-    fleet.reset({}, 0)
+    fleet.records.reset({}, 0)
     leases = Leases(board, name)
     authenticator = None
     if token:
@@ -414,18 +414,18 @@ async def test_marks_and_names_of_incidents_are_the_same_everywhere(tmp_path: Pa
     id also where another opens it for itself."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
         for one in (b, a):
-            correlator, now = one.fleet.recorder.correlator, one.fleet.clock.monotonic()
+            correlator, now = one.fleet.recorder.incidents._correlator, one.fleet.clock.monotonic()
             groups = ((GroupKind.HOST, "n1"),)
             for number in range(30):
                 seq = one.see(f"d{number}", "verdict.offline").seq
                 slug = slug_of(DeviceId(f"d{number}"))
                 correlator.observe(slug, groups, bad=False, now=now)
                 correlator.observe(slug, groups, bad=True, now=now, ref=seq)
-        b.fleet.recorder.settle()
-        a.fleet.recorder.settle()
+        b.fleet.recorder.tick()
+        a.fleet.recorder.tick()
         await until(lambda: ("", "incident.opened") in b.log())
-        (mine,) = b.fleet.recorder.incidents()
-        (theirs,) = a.fleet.recorder.incidents()
+        (mine,) = b.fleet.recorder.incidents.all()
+        (theirs,) = a.fleet.recorder.incidents.all()
         assert mine.id == theirs.id
         assert mine.id.startswith("a:incident-")
         for one in (a, b):

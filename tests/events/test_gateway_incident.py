@@ -31,21 +31,21 @@ async def test_twelve_devices_behind_a_dead_gateway_are_one_incident(site: Site)
     slugs = site.add(100, "n1")
     for number, slug in enumerate(slugs):
         await site.say(slug, **({"gateway": "10.0.0.1"} if number < 12 else {}))
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
     site.clock.now += 10.0
     for slug in slugs[:12]:
         await site.say(slug, AgentState.SUSPECT, gateway_dead=True, **BEHIND)
     site.clock.now += 2.0
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
 
-    (incident,) = site.fleet.recorder.incidents()
+    (incident,) = site.fleet.recorder.incidents.all()
     assert (incident.kind, incident.group) == (GroupKind.GATEWAY, "10.0.0.1")
     assert (incident.count, incident.size) == (12, 12)
-    told = [e for e in site.fleet.history.recent() if e.kind == "verdict.suspect"]
+    told = [e for e in site.fleet.events.own.recent() if e.kind == "verdict.suspect"]
     assert {e.text for e in told} == {BEHIND["reason"]}
     assert {e.data["evidence"]["report"]["gateway_dead"] for e in told} == {"10.0.0.1"}
-    assert not [e for e in site.fleet.history.recent() if e.kind == "verdict.offline"]
-    views = [site.fleet.view(slug) for slug in slugs[:12]]
+    assert not [e for e in site.fleet.events.own.recent() if e.kind == "verdict.offline"]
+    views = [site.fleet.views.device(slug) for slug in slugs[:12]]
     assert {view.verdict.state for view in views if view} == {VerdictState.SUSPECT}
 
 
@@ -54,7 +54,7 @@ async def test_what_one_replica_tells_another_keeps_the_gateway(site: Site) -> N
     an older agent's, and is taken."""
     slugs = site.add(1, "n1")
     heard = []
-    site.fleet.on_accepted = heard.append
+    site.fleet.reports.accepted.connect(heard.append)
     await site.say(slugs[0], AgentState.SUSPECT, gateway_dead=True, **BEHIND)
     said = document(heard[0])
 

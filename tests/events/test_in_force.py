@@ -69,7 +69,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 def events(site: Site) -> list[str]:
-    return [one.kind for one in site.fleet.history.recent() if one.kind.startswith("classes")]
+    return [one.kind for one in site.fleet.events.own.recent() if one.kind.startswith("classes")]
 
 
 async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
@@ -95,7 +95,7 @@ async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
     assert first.classes.differences() == ("a (version 2 → 1)", "b (removed)")
     assert (first.reports, newer.reports) == (True, False)
     assert events(site) == ["classes.in_force", "classes.differ"]
-    status = site.fleet.status()["classes_in_force"]
+    status = site.fleet.views.status()["classes_in_force"]
     assert isinstance(status, dict)
     assert (status["number"], status["by"]) == (2, "r2")
     await first.classes.go_by(OwnClasses(specs("2", "b")), 0.0)

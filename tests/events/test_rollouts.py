@@ -61,10 +61,10 @@ class Stage:
             (old,) = fleet.placements[slug]
             fleet.placements[slug] = (replace(old, spec_hash=f"h{version}", restarts=restarts),)
             await self.site.say(slug)
-        fleet.refresh_all()
+        fleet.verdicts.judge_all()
 
     def events(self) -> list[str]:
-        return [e.kind for e in self.site.fleet.history.recent() if e.kind.startswith("rollout")]
+        return [e.kind for e in self.site.fleet.events.own.recent() if e.kind.startswith("rollout")]
 
     async def lasts(self, rollouts: RolloutController) -> None:
         await rollouts.look()
@@ -80,8 +80,8 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     await registry.initialise()
     site = Site(registry)
     site.fleet.limits = Limits(soak_s=10.0, soak_deaths=3)
-    site.fleet.ready_event = asyncio.Event()
-    site.fleet.ready_event.set()
+    site.fleet.readiness.event = asyncio.Event()
+    site.fleet.readiness.event.set()
     template = tmp_path / "agent.nomad.hcl"
     template.write_text("job {}")
     yield Stage(site, template, site.add(6, "n"))
@@ -171,7 +171,7 @@ async def test_without_a_soak_nothing_is_judged_or_kept(stage: Stage) -> None:
     """With `rollout.soak` at 0 no class is ever halted, and no document is read or written."""
     stage.site.fleet.limits = Limits()
     judge = stage.rollouts("1")
-    stage.site.fleet.registry = None  # type: ignore[assignment]  # whoever asks it fails
+    stage.site.fleet.records.registry = None  # type: ignore[assignment]  # whoever asks it fails
     await stage.run("1")
     await judge.look()
     assert (judge.on, judge.halted(), judge.soaking()) == (False, set(), 0)

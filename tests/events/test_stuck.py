@@ -25,18 +25,18 @@ async def test_an_agent_that_has_had_its_time_is_stuck(site: Site) -> None:
     """One that never reported, one that says after its grace that it is not ready, and one in a crash loop
     are stuck; within the grace none of them is."""
     silent, unready, looping = site.add(3, "n")
-    site.fleet.records[silent] = replace(site.fleet.records[silent], instance="")
+    site.change(silent, instance="")
     (run,) = site.fleet.placements[looping]
     site.fleet.placements[looping] = (
         replace(run, state=PlacementState.RESTARTING, restarts=9, reason="exit 1"),
     )
-    site.fleet.refresh_all()
+    site.fleet.verdicts.judge_all()
     await site.say(unready, ready=False)
-    assert [site.fleet.is_stuck(slug) for slug in (silent, unready)] == [False, False]
+    assert [site.fleet.verdicts.is_stuck(slug) for slug in (silent, unready)] == [False, False]
     site.clock.now += 1_000
     await site.say(unready, ready=False)
-    site.fleet.refresh_all()
-    assert all(site.fleet.is_stuck(slug) for slug in (silent, unready, looping))
+    site.fleet.verdicts.judge_all()
+    assert all(site.fleet.verdicts.is_stuck(slug) for slug in (silent, unready, looping))
 
 
 async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
@@ -47,9 +47,9 @@ async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
         await site.say(slug)
     site.clock.now += 1_000
     await site.say(well)
-    site.fleet.refresh_all()
-    assert site.fleet.counts()["unwatched"] == 1  # type: ignore[index]
-    assert not any(site.fleet.is_stuck(slug) for slug in (cut_off, well))
+    site.fleet.verdicts.judge_all()
+    assert site.fleet.verdicts.counts()["unwatched"] == 1  # type: ignore[index]
+    assert not any(site.fleet.verdicts.is_stuck(slug) for slug in (cut_off, well))
 
 
 async def test_whose_agent_is_being_replaced_is_not_ready_at_once(site: Site) -> None:
@@ -58,7 +58,7 @@ async def test_whose_agent_is_being_replaced_is_not_ready_at_once(site: Site) ->
     slugs = site.add(3, "n")
     for slug in slugs:
         await site.say(slug)
-    assert site.fleet.unready() == 0
+    assert site.fleet.verdicts.unready() == 0
     record = site.fleet.records[slugs[0]]
-    site.fleet.learn([replace(record, epoch=Epoch(record.epoch + 1), instance="", index=2)])
-    assert site.fleet.unready() == 1
+    site.fleet.records.learn([replace(record, epoch=Epoch(record.epoch + 1), instance="", index=2)])
+    assert site.fleet.verdicts.unready() == 1

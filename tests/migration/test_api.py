@@ -63,7 +63,7 @@ async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
             Device(DeviceId(f"d{n}"), "default", "127.0.0.1", {"part": "ab"[n % 2]})
             for n in range(6)
         ]
-        await served_api.fleet.register(devices)
+        await served_api.fleet.records.register(devices)
         running = asyncio.ensure_future(one.reconciler.run())
         try:
             async with asyncio.timeout(10.0):
@@ -128,7 +128,7 @@ async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> N
     assert (await plane.post("/v1/migration:undo"))[0] == 409
     # no agent has ever reported here, so that it can't be over
     assert (await plane.newest())["ready"] == 0
-    kinds = [event.kind for event in plane.served_api.fleet.history.recent()]
+    kinds = [event.kind for event in plane.served_api.fleet.events.own.recent()]
     assert [kind for kind in kinds if kind.startswith("migration.")] == [
         "migration.started", "migration.paused", "migration.resumed", "migration.undoing",
     ]  # fmt: skip

@@ -62,7 +62,7 @@ def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
 
     async def story(world: TwoSites) -> None:
         reconciler = replica_of(world)
-        await reconciler.fleet.commit([replace(record_of("cam 1"), index=0)])
+        await reconciler.fleet.records.commit([replace(record_of("cam 1"), index=0)])
         await slow_listing(reconciler, lambda: None)
         assert [a.kind.value for a in reconciler.plan_builder.make(NO_STOPS).actions] == ["start"]
         kept = migration.MigrationState("north", frozenset({"north", "south"}), (MOVE,))
@@ -80,7 +80,7 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
     """A listing that never had the other scheduler's agents is no licence for the replica that opens it."""
 
     async def story(world: TwoSites) -> None:
-        await replica_of(world).fleet.commit([replace(record_of("cam 1"), index=0)])
+        await replica_of(world).fleet.records.commit([replace(record_of("cam 1"), index=0)])
         for word in ("begin", "undo"):
             reconciler = replica_of(world)
             await one_shot.look(reconciler)
@@ -113,9 +113,9 @@ def test_a_tombstone_is_buried_once() -> None:
         )
         world.store.commit_document(migration.NAME, RegistryDocument(migration.encode(kept)))
         reconciler = replica_of(world)
-        await reconciler.fleet.commit([gone])
+        await reconciler.fleet.records.commit([gone])
         await one_shot.look(reconciler)
-        reconciler.fleet.ready_event.set()
+        reconciler.fleet.readiness.event.set()
         for _ in range(int(REST_S) + 60):
             await reconciler.migrations.look()
             await asyncio.sleep(1.0)
@@ -134,7 +134,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
     async def story(world: TwoSites) -> None:
         reconciler = replica_of(world)
         one = record_of("cam 1")
-        await reconciler.fleet.commit([replace(one, index=0)])
+        await reconciler.fleet.records.commit([replace(one, index=0)])
         await one_shot.look(reconciler)
         assert reconciler.migrations.status() == {}
         world.store.documents[migration.NAME] = RegistryDocument(b'{"v": 9}', 98)
@@ -142,7 +142,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         await reconciler.migrations.look()
         told = str(reconciler.migrations.status()["migration"])
         assert "version 9" in told
-        (explain,) = reconciler.fleet.explain_parts[-1:]
+        explain = reconciler.fleet.views.explain_parts
         assert "nothing is decided" in str(explain(one.slug)["next"])
         assert "version 9" in str(explain(one.slug)["next"])
         world.store.documents[migration.NAME] = RegistryDocument(b"", 99)

@@ -126,10 +126,10 @@ async def _starts(home: str, read_ago_s: float) -> list[str]:
     reconciler, fleet = replica.reconciler, replica.fleet
     await reconciler.migrations.refresh()
     at = {"epoch": Epoch(3), "instance": "i", "home": home, "index": 1}
-    fleet.learn([replace(record_of("cam 1"), **at)])
+    fleet.records.learn([replace(record_of("cam 1"), **at)])
     reconciler.migrations.seen(fleet.records.values())
     await asyncio.sleep(read_ago_s)
-    fleet.placements = {}
+    fleet.apply_placements({})
     return [one.kind.value for one in reconciler.plan_builder.make(NO_STOPS).actions]
 
 

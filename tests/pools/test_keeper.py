@@ -102,7 +102,7 @@ class World:
         return PoolController(self.fleet, self.metrics, self.leases, self.driver, pools)
 
     def events(self) -> list[tuple[str, str]]:
-        return [(event.kind, event.text) for event in self.fleet.history.recent()]
+        return [(event.kind, event.text) for event in self.fleet.events.own.recent()]
 
     def metric(self, line: str) -> float:
         text = self.metrics.render().decode()

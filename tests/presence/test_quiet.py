@@ -37,10 +37,10 @@ async def fleet_of(folder: Path, clock: Clock, names: list[str], site: str) -> F
     registry = SqliteRegistry(path=folder / "registry.db")
     await registry.initialise()
     fleet = Fleet(registry, Limits(presence=PresenceRules()), clock)
-    fleet.reset({}, 0)
+    fleet.records.reset({}, 0)
     wishes = [Device(DeviceId(n), "default", "127.0.0.1", {"site": site}) for n in names]
-    await fleet.register(wishes)
-    fleet.refresh_all()
+    await fleet.records.register(wishes)
+    fleet.verdicts.judge_all()
     return fleet
 
 
@@ -50,13 +50,13 @@ async def told(folder: Path, *, paused: bool) -> tuple[Fleet, list[dict[str, Any
     fleet = await fleet_of(folder, clock, [f"d{n}" for n in range(12)], "north")
     if paused:
         target = Target(labels={"site": "north"})
-        await fleet.pauses.add(Pause("p1", target, clock.wall(), None, "", ""))
+        await fleet.presence.pauses.add(Pause("p1", target, clock.wall(), None, "", ""))
     clock.ahead_s = 3600.0
-    fleet.refresh_all()
+    fleet.verdicts.judge_all()
     clock.ahead_s += 60.0
-    fleet.refresh_all()
+    fleet.verdicts.judge_all()
     await fleet.registry.close()
-    events = [event.shown() for event in fleet.events(0, 1000)[0]]
+    events = [event.shown() for event in fleet.events.after(0, 1000)[0]]
     return fleet, events
 
 
@@ -68,8 +68,8 @@ async def test_a_paused_device_is_told_and_alerts_nobody(tmp_path: Path) -> None
 
     assert len(changed) == 12
     assert {event["data"]["paused"] for event in changed} == {"p1"}
-    assert fleet.paused_counts() == {VerdictState.UNWATCHED: 12}
-    assert fleet.unready() == 0
+    assert fleet.verdicts.paused_counts() == {VerdictState.UNWATCHED: 12}
+    assert fleet.verdicts.unready() == 0
     assert not [event for event in events if event["kind"].startswith("incident")]
 
 
@@ -77,8 +77,8 @@ async def test_without_a_pause_the_same_is_an_incident(tmp_path: Path) -> None:
     """What the pause keeps quiet would have been told as trouble of the whole site."""
     fleet, events = await told(tmp_path, paused=False)
 
-    assert fleet.unready() == 12
-    assert not fleet.paused_counts()
+    assert fleet.verdicts.unready() == 12
+    assert not fleet.verdicts.paused_counts()
     assert [event for event in events if event["kind"].startswith("incident")]
     assert not [event for event in events if "paused" in event.get("data", {})]
 
@@ -89,12 +89,12 @@ async def test_a_pause_ends_with_the_clock_even_when_it_is_set_back(tmp_path: Pa
     fleet = await fleet_of(tmp_path, clock, ["d"], "north")
     slug = slug_of(DeviceId("d"))
     end = WallTime(clock.wall() + 100.0)
-    await fleet.pauses.add(Pause("p", Target(frozenset({"d"})), clock.wall(), end, "", ""))
-    assert fleet.is_resting(slug)
+    await fleet.presence.pauses.add(Pause("p", Target(frozenset({"d"})), clock.wall(), end, "", ""))
+    assert fleet.presence.is_resting(slug)
     clock.ahead_s = 101.0
-    assert not fleet.is_resting(slug)
+    assert not fleet.presence.is_resting(slug)
     clock.ahead_s = 50.0
-    assert fleet.is_resting(slug)
+    assert fleet.presence.is_resting(slug)
     clock.ahead_s = 100.0
-    assert not fleet.resting()
+    assert not fleet.presence.resting()
     await fleet.registry.close()

@@ -93,7 +93,7 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
     device = Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")
     slug, highest = slug_of(device.id), 0
     for life in range(1, 4):
-        await second.register([device])
+        await second.records.register([device])
         action = planner.decide(second.records[slug], (), HASHES)
         (record,) = await performer_of(second)._fence(list(action))
         assert isinstance(record, DeviceRecord)
@@ -101,13 +101,13 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
         highest = record.epoch
         for generation in range(3):  # its generation is well above what comes next
             snapshot = await first.registry.read()
-            first.reset(snapshot.records, snapshot.index)
-            await first.register([replace(device, address=f"127.0.{life}.{generation}")])
-        await first.deregister([device.id])
-        assert await first.forget([first.records[slug]]) == 1
-        second.floor = EpochFloor()  # it has not read the registry since
+            first.records.reset(snapshot.records, snapshot.index)
+            await first.records.register([replace(device, address=f"127.0.{life}.{generation}")])
+        await first.records.deregister([device.id])
+        assert await first.records.forget([first.records[slug]]) == 1
+        second.records.floor = EpochFloor()  # it has not read the registry since
         gone = await second.registry.read()
-        second.reset(gone.records, gone.index)
+        second.records.reset(gone.records, gone.index)
         assert slug not in second.records
 
 
@@ -116,13 +116,13 @@ async def test_s9_a_damaged_floor_costs_the_first_starts_only(registry: Registry
     the document and the repair."""
     fleet = Fleet(registry, Limits(), SystemClock())
     devices = [Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in ("old", "new")]
-    await fleet.register(devices[:1])
+    await fleet.records.register(devices[:1])
     executor = performer_of(fleet)
     slugs = [slug_of(device.id) for device in devices]
     await executor._fence(list(planner.decide(fleet.records[slugs[0]], (), HASHES)))
     bound = replace(fleet.records[slugs[0]], instance="i-1")
-    fleet.learn([one for one in await fleet.commit([bound]) if one is not None])
-    await fleet.register(devices[1:])
+    fleet.records.learn([one for one in await fleet.records.commit([bound]) if one is not None])
+    await fleet.records.register(devices[1:])
     assert await registry.commit_document(FLOOR, RegistryDocument(b"{", 0))
     batch = [one for slug in slugs for one in planner.decide(fleet.records[slug], (), HASHES)]
     done, failed = await executor._fence(batch)

@@ -22,7 +22,7 @@ async def test_the_check_writes_nothing(registry: Registry) -> None:
     writes = RegistryWrites(fleet, Metrics())
     await writes.check()
     await writes.check()
-    assert fleet.registry_unwritable == ""
+    assert fleet.readiness.registry_unwritable == ""
     assert (await registry.document("write-check")) == RegistryDocument()
     assert (await registry.read()).index == before
 
@@ -32,7 +32,7 @@ async def test_a_refusal_is_shown_until_it_is_over(
 ) -> None:
     """One log line and one event when it begins and when it is over; no answer in time says nothing."""
     fleet, metrics = Fleet(registry, Limits(), SystemClock()), Metrics()
-    fleet.ready_event.set()
+    fleet.readiness.event.set()
     writes = RegistryWrites(fleet, metrics)
     answer: list[Exception] = [TransientError("no answer")]
 
@@ -44,20 +44,20 @@ async def test_a_refusal_is_shown_until_it_is_over(
     monkeypatch.setattr(registry, "commit_document", refuse)
     with caplog.at_level(logging.WARNING):
         await writes.check()
-        assert fleet.ready
+        assert fleet.readiness.ready
         answer[0] = DeniedError("Consul: permission denied")
         await writes.check()
         await writes.check()
-        assert not fleet.ready
-        assert "permission denied" in fleet.reason
+        assert not fleet.readiness.ready
+        assert "permission denied" in fleet.readiness.reason
         assert b"nomad_watchdog_registry_unwritable 1.0" in metrics.render()
         answer[0] = TransientError("no answer")
         await writes.check()
-        assert not fleet.ready, "no answer does not give a right back"
+        assert not fleet.readiness.ready, "no answer does not give a right back"
         answer.clear()
         await writes.check()
-    assert fleet.ready
+    assert fleet.readiness.ready
     assert b"nomad_watchdog_registry_unwritable 0.0" in metrics.render()
-    kinds = [event.kind for event in fleet.events(0, 10)[0]]
+    kinds = [event.kind for event in fleet.events.after(0, 10)[0]]
     assert kinds == ["registry.unwritable", "registry.writable"]
     assert len(caplog.records) == 2

@@ -253,16 +253,18 @@ async def test_w6_a_device_added_while_the_parent_is_stopped_is_started_with_the
     reconciler = Reconciler(fleet, scheduler, {"default": mock_spec()}, Metrics())
     task = asyncio.ensure_future(reconciler.run())
     try:
-        await asyncio.wait_for(fleet.ready_event.wait(), 20.0)
+        await asyncio.wait_for(fleet.readiness.event.wait(), 20.0)
         await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}")
         device = Device(DeviceId("late"), "default", "127.0.0.1")
-        await fleet.register([device])
+        await fleet.records.register([device])
 
         async def runs() -> bool:
             return PlacementState.RUNNING in await states(scheduler, slug_of(device.id))
 
         await until(runs)
-        assert [event.kind for event in fleet.history.of_device(slug_of(device.id))].count("error")
+        assert [event.kind for event in fleet.events.own.of_device(slug_of(device.id))].count(
+            "error"
+        )
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

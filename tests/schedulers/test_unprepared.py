@@ -110,16 +110,18 @@ async def fleet_with(
     )
     task = asyncio.ensure_future(reconciler.run())
     devices = [Device(GOOD, SPEC.agent_class, "127.0.0.1"), Device(BAD, "other", "127.0.0.2")]
-    await fleet.register(devices)
+    await fleet.records.register(devices)
     await asyncio.sleep(120.0)
     found["good"] = states(fleet, GOOD)
     found["bad"] = states(fleet, BAD)
-    found["reason"] = fleet.obstacle(slug_of(BAD))
-    found["status"] = fleet.status()["unprepared_classes"]
+    found["reason"] = reconciler.obstacle(slug_of(BAD))
+    found["status"] = fleet.views.status()["unprepared_classes"]
     readable.update(later)
     await asyncio.sleep(120.0)
     found["bad later"] = states(fleet, BAD)
-    found["events"] = [one.kind for one in fleet.history.recent() if one.kind.startswith("class.")]
+    found["events"] = [
+        one.kind for one in fleet.events.own.recent() if one.kind.startswith("class.")
+    ]
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
@@ -167,7 +169,7 @@ async def kept_while_refused() -> tuple[int, int]:
         fleet = Fleet(FakeRegistry(store), Limits(), clock)
         reconciler = Reconciler(fleet, FakeScheduler(cluster), {"default": spec}, Metrics())
         task = asyncio.ensure_future(reconciler.run())
-        await fleet.register([Device(GOOD, SPEC.agent_class, "127.0.0.1")])
+        await fleet.records.register([Device(GOOD, SPEC.agent_class, "127.0.0.1")])
         await asyncio.sleep(120.0)
         (one,) = fleet.placements[slug_of(GOOD)]
         assert one.state is PlacementState.RUNNING

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -30,6 +29,7 @@ from nomad_watchdog.model import (
     ConditionState,
     DeviceRecord,
     Presence,
+    Report,
     VerdictState,
 )
 from tests.simulation.cluster import Process
@@ -114,27 +114,27 @@ class OutageWorld(World):
         if weather.hits(weather.refused):
             return None
         if slug in self.refused:
-            replica.fleet.refuse(401, slug, process.epoch)
+            replica.fleet.reports.refused(401, slug, process.epoch)
             return None
         mind = self._minds.setdefault(process.pid, Mind())
         state, confirmed = AgentState.UNABLE, False
         if process.node not in self.blind:
             state, confirmed = mind.look(self.truth[slug])
         asked_at = self.audit.now()
-        report = AgentReport(
+        report = Report(
             process.device_id, slug, process.epoch, process.instance, sequence,
             ready=True, state=state, was_ready=mind.answered, misses=mind.misses,
             confirmed=confirmed, reason=f"the truth is {self.truth[slug]}", listen="", version="1",
         )  # fmt: skip
         fleet = replica.fleet
-        answer = await replica.serve(fleet.report(report))
+        answer = await replica.serve(fleet.reports.receive(report))
         if answer is not None and answer.kind is AcceptanceKind.ACCEPTED:
             self.audit.accepted(process, asked_at)
             self._heard[replica.name, slug] = self.audit.now()
         if weather.hits(weather.lost):
             return None
         if answer is not None and answer.kind is AcceptanceKind.ACCEPTED:
-            known = fleet.handed_down(report)
+            known = fleet.reports.inherited(report)
             if known is not None:
                 mind.adopt(known)
         return answer
@@ -209,7 +209,7 @@ class OutageWorld(World):
     def _check(self, replica: Replica) -> None:
         fleet, now = replica.fleet, self.audit.now()
         for slug, record in list(fleet.records.items()):
-            view = fleet.view(slug)
+            view = fleet.views.device(slug)
             if view is None or record.presence is not Presence.PRESENT:
                 continue
             state, truth = view.verdict.state, self.truth[slug]
@@ -262,7 +262,7 @@ class OutageWorld(World):
             for replica in self.replicas
             for slug in slugs
             if replica.up
-            and (view := replica.fleet.view(slug)) is not None
+            and (view := replica.fleet.views.device(slug)) is not None
             and view.verdict.state is not _TRUE[truth]
         ]
         for slug in slugs:

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from nomad_watchdog.core.acceptance import Acceptance, AcceptanceKind
-from nomad_watchdog.fleet.fleet import AgentReport
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence
+from nomad_watchdog.model import AgentSpec, AgentState, Device, Limits, Presence, Report
 from tests.simulation.auditor import Auditor, BrokenPromiseError
 from tests.simulation.cluster import Cluster, Pace, Process
 from tests.simulation.fakes import Store
@@ -139,12 +138,12 @@ class World:
         if weather.hits(weather.refused):
             return None
         asked_at = self.audit.now()
-        report = AgentReport(
+        report = Report(
             process.device_id, process.slug, process.epoch, process.instance, sequence,
             ready=True, state=AgentState.OK, was_ready=True, misses=0, confirmed=False,
             reason="", listen="", version="1",
         )  # fmt: skip
-        answer = await replica.serve(replica.fleet.report(report))
+        answer = await replica.serve(replica.fleet.reports.receive(report))
         if answer is not None and answer.kind is AcceptanceKind.ACCEPTED:
             self.audit.accepted(process, asked_at)
         return None if weather.hits(weather.lost) else answer
@@ -181,8 +180,8 @@ class World:
     async def _ask(self, replica: Replica, name: str, *, present: bool) -> bool:
         if present:
             device = Device(DeviceId(name), SPEC.agent_class, "127.0.0.1")
-            return bool(await replica.serve(replica.fleet.register([device])))
-        return await replica.serve(replica.fleet.deregister([DeviceId(name)])) is not None
+            return bool(await replica.serve(replica.fleet.records.register([device])))
+        return await replica.serve(replica.fleet.records.deregister([DeviceId(name)])) is not None
 
     def _check_kept(self, name: str, *, present: bool) -> None:
         record = self.store.record(slug_of(DeviceId(name)))

@@ -33,16 +33,16 @@ async def overtaken() -> tuple[Fleet, Store]:
     clock = VirtualClock(asyncio.get_running_loop())
     fleet = Fleet(FakeRegistry(store, SlowAnswers()), Limits(), clock)
     other = Fleet(FakeRegistry(store), Limits(), clock)
-    await other.register([Device(DeviceId("first"), "default", "127.0.0.1")])
+    await other.records.register([Device(DeviceId("first"), "default", "127.0.0.1")])
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(fleet.reread())
+        reading = group.create_task(fleet.records.reread())
         await asyncio.sleep(0.5)
-        await other.register([Device(LATE, "default", "127.0.0.1")])
+        await other.records.register([Device(LATE, "default", "127.0.0.1")])
         news = await FakeRegistry(store).read()
-        fleet.reset(news.records, news.index)
+        fleet.records.reset(news.records, news.index)
     answer = reading.result()
     if answer is not None:
-        fleet.reset(answer.records, answer.index)
+        fleet.records.reset(answer.records, answer.index)
     return fleet, store
 
 
@@ -51,9 +51,9 @@ async def restored() -> tuple[Fleet, Store]:
     fleet, store = await overtaken()
     first = store.rows.pop(slug_of(LATE))
     store.index = first[0] - 1
-    answer = await fleet.reread()
+    answer = await fleet.records.reread()
     assert answer is not None
-    fleet.reset(answer.records, answer.index)
+    fleet.records.reset(answer.records, answer.index)
     return fleet, store
 
 
@@ -63,18 +63,18 @@ async def put_back_before_our_write() -> tuple[Fleet, Store]:
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
     fleet = Fleet(FakeRegistry(store), Limits(), clock)
-    await fleet.register([Device(DeviceId("first"), "default", "127.0.0.1")])
+    await fleet.records.register([Device(DeviceId("first"), "default", "127.0.0.1")])
     seen = await FakeRegistry(store).read()
-    fleet.reset(seen.records, seen.index)
-    await fleet.register([Device(LATE, "default", "127.0.0.1")])
+    fleet.records.reset(seen.records, seen.index)
+    await fleet.records.register([Device(LATE, "default", "127.0.0.1")])
     store.rows.pop(slug_of(LATE))
     store.index = seen.index
-    fleet.reset(seen.records, seen.index)  # as a watch that is late would show it
+    fleet.records.reset(seen.records, seen.index)  # as a watch that is late would show it
     assert slug_of(LATE) in fleet.records
-    assert fleet.index < fleet.reached
-    answer = await fleet.reread()
+    assert fleet.records.index < fleet.records.reached
+    answer = await fleet.records.reread()
     assert answer is not None
-    fleet.reset(answer.records, answer.index)
+    fleet.records.reset(answer.records, answer.index)
     return fleet, store
 
 
@@ -83,7 +83,7 @@ def test_s8_an_answer_that_was_overtaken_takes_nothing_back() -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, store = runner.run(overtaken())
     assert slug_of(LATE) in fleet.records
-    assert fleet.index == store.index
+    assert fleet.records.index == store.index
 
 
 def test_a_restored_store_is_believed() -> None:
@@ -91,7 +91,7 @@ def test_a_restored_store_is_believed() -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, store = runner.run(restored())
     assert slug_of(LATE) not in fleet.records
-    assert fleet.index == store.index
+    assert fleet.records.index == store.index
 
 
 def test_a_store_put_back_to_before_our_own_write_is_believed() -> None:
@@ -99,4 +99,4 @@ def test_a_store_put_back_to_before_our_own_write_is_believed() -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         fleet, store = runner.run(put_back_before_our_write())
     assert slug_of(LATE) not in fleet.records
-    assert fleet.index == fleet.reached == store.index
+    assert fleet.records.index == fleet.records.reached == store.index

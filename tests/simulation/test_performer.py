@@ -51,7 +51,9 @@ async def start_two(first_takes_s: float) -> list[str]:
         WorkQueue(clock),
         lambda _action, outcome, _took_s: done.append(outcome),
     )
-    await fleet.register([Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in "ab"])
+    await fleet.records.register(
+        [Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in "ab"]
+    )
     hashes = {SPEC.agent_class: SPEC.spec_hash}
     actions: list[Action] = []
     for record in fleet.records.values():
@@ -98,8 +100,8 @@ async def calls_into_a_storm(dead: str, devices: int, lasts_s: float) -> int:
         lambda action, _outcome, _took_s: wish(action.slug),
     )
     names = [DeviceId(f"cam {number}") for number in range(devices)]
-    await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
-    fleet.registry = FakeRegistry(store, line)
+    await fleet.records.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    fleet.records.registry = FakeRegistry(store, line)
     for slug in fleet.records:
         wish(slug)
     with suppress(TimeoutError):
@@ -147,7 +149,7 @@ async def starts_before(urgent: bool) -> int:
         lambda action, _outcome, _took_s: done.append(action.slug),
     )
     names = [DeviceId(f"cam {number}") for number in range(601)]
-    await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    await fleet.records.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
     *storm, single = fleet.records.values()
 
     def wish(record: DeviceRecord, *, urgent: bool) -> None:
@@ -190,10 +192,10 @@ async def started_without_record(kind: ActionKind) -> tuple[list[str], int]:
         WorkQueue(clock),
         lambda _action, outcome, _took_s: done.append(outcome),
     )
-    await fleet.register([Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")])
+    await fleet.records.register([Device(DeviceId("pump"), SPEC.agent_class, "127.0.0.1")])
     (record,) = fleet.records.values()
     (action,) = planner.decide(record, (), {SPEC.agent_class: SPEC.spec_hash})
-    fleet.records.clear()
+    fleet.records.reset({}, fleet.records.reached)
     await executor.perform([replace(action, kind=kind)])
     return done, len(cluster.jobs)
 

@@ -18,7 +18,7 @@ from nomad_watchdog.errors import (
     UnpreparedError,
     WatchdogError,
 )
-from nomad_watchdog.fleet.fleet import AgentReport, Fleet
+from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Shard, Slug, slug_of
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import (
@@ -29,6 +29,7 @@ from nomad_watchdog.model import (
     Monotonic,
     PlacementState,
     PresenceRules,
+    Report,
     WallTime,
 )
 from nomad_watchdog.replicas.leases import Replica, SoleOwner, Term
@@ -86,12 +87,12 @@ async def stopped_beside_a_list() -> tuple[int, bool]:
     specs = {SPEC.agent_class: SPEC}
     reconciler = Reconciler(fleet, FakeScheduler(cluster, line), specs, Metrics())
     task = asyncio.ensure_future(reconciler.run())
-    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await fleet.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(30.0)
     assert fleet.placements[slug_of(ONE)]
     reconciler.informer.resync("test", now=True)
     await asyncio.sleep(1.0)
-    await fleet.deregister([ONE])
+    await fleet.records.deregister([ONE])
     await asyncio.sleep(30.0)
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -145,7 +146,7 @@ async def lease_beside_a_read() -> bool:
     leases.since = clock.monotonic()
     leases.changed.set()
     await asyncio.sleep(5.0)
-    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await fleet.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(60.0)
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -170,11 +171,11 @@ async def cut_short() -> tuple[bool, bool]:
         Reconciler(fleet, FakeScheduler(cluster, Refusing()), specs, Metrics()).run()
     )
     other = Fleet(FakeRegistry(store), Limits(), clock)
-    await other.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await other.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(60.0)
     assert slug_of(ONE) in fleet.records
     line.armed = True
-    await other.register([Device(DeviceId("two"), SPEC.agent_class, "127.0.0.1")])
+    await other.records.register([Device(DeviceId("two"), SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(0.5)
     lost = slug_of(ONE) not in fleet.records
     line.armed = False
@@ -226,7 +227,7 @@ async def prepared_for_a_shard() -> tuple[list[str], list[int]]:
     scheduler = FakeScheduler(cluster, line)
     reconciler = Reconciler(fleet, scheduler, specs, Metrics(), leases)
     task = asyncio.ensure_future(reconciler.run())
-    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await fleet.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(5.0)
     line.refuses = True
     line.done.clear()
@@ -289,10 +290,10 @@ async def started_after_the_parent(how: str) -> float:
     line.armed = False
     reconciler = Reconciler(fleet, FakeScheduler(cluster, line), specs, Metrics())
     task = asyncio.ensure_future(reconciler.run())
-    await asyncio.wait_for(fleet.ready_event.wait(), 10.0)
+    await asyncio.wait_for(fleet.readiness.event.wait(), 10.0)
     cluster.parents.clear()
     line.armed = how != "lost"
-    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await fleet.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     if line.armed:
         await asyncio.sleep(200.0)
         assert not cluster.jobs
@@ -336,8 +337,8 @@ async def tries_of_a_broken_class(error: WatchdogError) -> int:
     specs = {SPEC.agent_class: SPEC}
     reconciler = Reconciler(fleet, FakeScheduler(cluster, Liar()), specs, Metrics())
     task = asyncio.ensure_future(reconciler.run())
-    await asyncio.wait_for(fleet.ready_event.wait(), 10.0)
-    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await asyncio.wait_for(fleet.readiness.event.wait(), 10.0)
+    await fleet.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(1800.0)
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -371,8 +372,8 @@ async def pauses_of_a_device_that_never_starts() -> list[float]:
     specs = {SPEC.agent_class: SPEC}
     reconciler = Reconciler(fleet, FakeScheduler(cluster, Refuses()), specs, Metrics())
     task = asyncio.ensure_future(reconciler.run())
-    await asyncio.wait_for(fleet.ready_event.wait(), 10.0)
-    await fleet.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
+    await asyncio.wait_for(fleet.readiness.event.wait(), 10.0)
+    await fleet.records.register([Device(ONE, SPEC.agent_class, "127.0.0.1")])
     await asyncio.sleep(7200.0)
     (budget,) = reconciler.executor.budgets.values()
     assert budget.failures == len(tries)
@@ -403,7 +404,7 @@ async def wiped(how: str) -> tuple[Fleet, bool, str]:
     specs = {SPEC.agent_class: SPEC}
     task = asyncio.ensure_future(Reconciler(fleet, FakeScheduler(cluster), specs, Metrics()).run())
     names = [DeviceId(f"cam {number}") for number in range(12)]
-    await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    await fleet.records.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
     await asyncio.sleep(30.0)
     kept, rows = store.installation, dict(store.rows)
     if how == "all":
@@ -417,17 +418,17 @@ async def wiped(how: str) -> tuple[Fleet, bool, str]:
     store.news.tell(frozenset(rows))
     await asyncio.sleep(60.0)
     assert sum(not job.dead for job in cluster.jobs.values()) == 12, "nothing is stopped"
-    status = fleet.status()
+    status = fleet.views.status()
     breaker = status["breaker"]
     assert isinstance(breaker, dict)
-    ready, said = fleet.ready, f"{status['reason']} {breaker['next']}"
+    ready, said = fleet.readiness.ready, f"{status['reason']} {breaker['next']}"
     assert status["ready"] is ready
     store.installation, down.armed = kept, False
     store.rows.update(rows)
     store.index += 1
     store.news.tell(frozenset(rows))
     await asyncio.sleep(60.0)
-    assert fleet.ready
+    assert fleet.readiness.ready
     assert len(fleet.records) == 12
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -455,7 +456,7 @@ def test_w5_a_registry_that_is_gone_is_not_ready_and_asks_for_an_import() -> Non
     assert not ready
     assert "registry import" in said
     assert "12 devices" in said
-    assert [event.kind for event in fleet.history.after(0, 999)[0]].count("registry.gone") == 1
+    assert [event.kind for event in fleet.events.own.after(0, 999)[0]].count("registry.gone") == 1
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         _, ready, said = runner.run(wiped("rows"))
     assert "if records were lost: nomad-watchdog registry import FILE" in said
@@ -479,12 +480,12 @@ async def drained(reconciler: Reconciler, slug: Slug) -> None:
     """The agent of this device is ready and well, and its node is being drained."""
     fleet = reconciler.fleet
     record, (agent, *_) = fleet.records[slug], fleet.placements[slug]
-    well = AgentReport(
+    well = Report(
         record.device.id, slug, record.epoch, agent.instances[0], 1, ready=True,
         state=AgentState.OK, was_ready=True, misses=0, confirmed=False, reason="", listen="", version="1",
     )  # fmt: skip
-    await fleet.report(well)
-    assert "running and ready" in str(fleet.explain(slug)["next"])
+    await fleet.reports.receive(well)
+    assert "running and ready" in str(fleet.views.explain(slug)["next"])
     fleet.placements[slug] = (replace(agent, reason="node n1 is being drained"),)
 
 
@@ -503,13 +504,13 @@ async def what_comes_next() -> dict[str, str]:
     said: dict[str, str] = {}
 
     def note(name: str, device: str) -> None:
-        said[name] = str(fleet.explain(slug_of(DeviceId(device)))["next"])
+        said[name] = str(fleet.views.explain(slug_of(DeviceId(device)))["next"])
 
     def device(name: str) -> Device:
         return Device(DeviceId(name), SPEC.agent_class, "127.0.0.1")
 
-    await asyncio.wait_for(fleet.ready_event.wait(), 10.0)
-    await fleet.register([device(f"cam {number}") for number in range(12)])
+    await asyncio.wait_for(fleet.readiness.event.wait(), 10.0)
+    await fleet.records.register([device(f"cam {number}") for number in range(12)])
     await asyncio.sleep(5.0)
     note("grace", "cam 1")
     await reconciler.configure({SPEC.agent_class: replace(SPEC, spec_hash="other")})
@@ -527,27 +528,27 @@ async def what_comes_next() -> dict[str, str]:
         note(state.value, "cam 1")
     fleet.placements[slug] = (agent,)
     line.armed = True
-    await fleet.register([device("one"), device("two")])
+    await fleet.records.register([device("one"), device("two")])
     await asyncio.sleep(1.0)
-    await fleet.register([device("late")])
+    await fleet.records.register([device("late")])
     await asyncio.sleep(1.0)
     note("full", "late")
     line.armed = False
     await asyncio.sleep(60.0)
-    await fleet.deregister([DeviceId("cam 2")], Departure.DISCONNECTED)
+    await fleet.records.deregister([DeviceId("cam 2")], Departure.DISCONNECTED)
     note("kept", "cam 2")
-    await fleet.deregister([DeviceId("cam 3")])
+    await fleet.records.deregister([DeviceId("cam 3")])
     await asyncio.sleep(60.0)
     note("left", "cam 3")
     now = clock.wall()
     target = Target(devices=frozenset({"cam 4"}))
-    await fleet.pauses.add(
+    await fleet.presence.pauses.add(
         Pause(id="p1", target=target, begins=now, ends=WallTime(now + 90.0), reason="", by="me")
     )
     note("paused", "cam 4")
     cluster.parents.clear()
     reconciler.scheduler = reconciler.executor.scheduler = FakeScheduler(cluster, Refusing())
-    await fleet.register([device("bad")])
+    await fleet.records.register([device("bad")])
     await asyncio.sleep(2.0)
     note("failed", "bad")
     reconciler.scheduler = reconciler.executor.scheduler = FakeScheduler(cluster, line)
@@ -557,8 +558,8 @@ async def what_comes_next() -> dict[str, str]:
     ):
         record, (agent, *_) = fleet.records[slug], fleet.placements[slug]
         fleet.placements[slug] = (replace(agent, node="n1"),)
-        await fleet.report(
-            AgentReport(
+        await fleet.reports.receive(
+            Report(
                 record.device.id,
                 slug,
                 record.epoch,
@@ -617,14 +618,14 @@ async def metrics_when_ready() -> str:
     store.initialise("test")
     clock = VirtualClock(asyncio.get_running_loop())
     before = Fleet(FakeRegistry(store), Limits(), clock)
-    before.reset({}, 0)
-    await before.register(
+    before.records.reset({}, 0)
+    await before.records.register(
         [Device(DeviceId(name), SPEC.agent_class, "127.0.0.1") for name in ("a", "b", "c")]
     )
     metrics, fleet = Metrics(), Fleet(FakeRegistry(store), Limits(), clock)
     specs = {SPEC.agent_class: SPEC}
     task = asyncio.ensure_future(Reconciler(fleet, FakeScheduler(cluster), specs, metrics).run())
-    await asyncio.wait_for(fleet.ready_event.wait(), 10.0)
+    await asyncio.wait_for(fleet.readiness.event.wait(), 10.0)
     found = metrics.render().decode()
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -656,14 +657,14 @@ async def never_started() -> tuple[list[float], list[str], str, set[PlacementSta
     reconciler = Reconciler(fleet, FakeScheduler(cluster), specs, Metrics())
     task = asyncio.ensure_future(reconciler.run())
     names = [DeviceId(f"device {n}") for n in range(12)]
-    await fleet.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
+    await fleet.records.register([Device(name, SPEC.agent_class, "127.0.0.1") for name in names])
     began = clock.wall()
     await asyncio.sleep(100.0)
-    explained = str(fleet.explain(slug_of(names[0]))["next"])
+    explained = str(fleet.views.explain(slug_of(names[0]))["next"])
     await asyncio.sleep(200.0)
     cluster.pace.start = (0.0, 0.02)
     await asyncio.sleep(900.0)
-    given_up = [e for e in fleet.history.after(0, 10_000)[0] if e.kind == "plan.replace"]
+    given_up = [e for e in fleet.events.own.after(0, 10_000)[0] if e.kind == "plan.replace"]
     states: set[PlacementState] = {
         one.state
         for found in fleet.placements.values()

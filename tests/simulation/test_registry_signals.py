@@ -55,11 +55,11 @@ class World:
         return found
 
     def events(self) -> list[str]:
-        events, _ = self.fleet.history.after(0, 999)
+        events, _ = self.fleet.events.own.after(0, 999)
         return [event.kind for event in events if event.kind.startswith("registry.")]
 
     async def register(self, *names: str) -> None:
-        await self.fleet.register(
+        await self.fleet.records.register(
             [Device(DeviceId(n), SPEC.agent_class, "127.0.0.1") for n in names]
         )
         await asyncio.sleep(5.0)
@@ -78,7 +78,7 @@ async def world() -> AsyncIterator[World]:
     specs = {SPEC.agent_class: SPEC}
     reconciler = Reconciler(made.fleet, FakeScheduler(made.cluster), specs, made.metrics)
     task = asyncio.ensure_future(reconciler.run())
-    await asyncio.wait_for(made.fleet.ready_event.wait(), 10.0)
+    await asyncio.wait_for(made.fleet.readiness.event.wait(), 10.0)
     await made.register("cam 1", "cam 2", "cam 3")
     try:
         yield made
@@ -102,18 +102,18 @@ def test_a_restored_backup_is_reported_once_with_what_it_took_back() -> None:
 
     async def scenario(made: World) -> None:
         backup = made.backup()
-        await made.fleet.deregister([DeviceId("cam 2")])
+        await made.fleet.records.deregister([DeviceId("cam 2")])
         await made.register("pump 1")
-        assert made.fleet.status()["registry_restored"] == ""
+        assert made.fleet.views.status()["registry_restored"] == ""
         made.restore(backup)
         await asyncio.sleep(1.0)
-        said = str(made.fleet.status()["registry_restored"])
+        said = str(made.fleet.views.status()["registry_restored"])
         assert "1 device has an older record than before (cam 2)" in said
         assert "1 device has no record any more (pump 1)" in said
         await asyncio.sleep(60.0)
         assert made.events() == ["registry.restored"]
         assert made.metric("registry_restores_total") == 1
-        assert made.fleet.ready
+        assert made.fleet.readiness.ready
 
     played(scenario)
 
@@ -129,7 +129,7 @@ def test_deleted_records_are_reported_after_a_second_read() -> None:
         assert made.events() == []
         await asyncio.sleep(10.0)
         assert made.events() == ["registry.restored"]
-        assert "1 device has no record any more (cam 3)" in str(made.fleet.status())
+        assert "1 device has no record any more (cam 3)" in str(made.fleet.views.status())
 
     played(scenario)
 
@@ -138,7 +138,7 @@ def test_a_lost_pause_is_reported() -> None:
     """A backup that differs in the pauses only is noticed, too: nothing protects those devices any more."""
 
     async def scenario(made: World) -> None:
-        clock, pauses = made.fleet.clock, made.fleet.pauses
+        clock, pauses = made.fleet.clock, made.fleet.presence.pauses
         target = Target(devices=frozenset({"cam 1"}))
         backup = made.backup()
         await pauses.add(Pause("0" * 12, target, clock.wall(), None, "work", "me"))
@@ -146,7 +146,7 @@ def test_a_lost_pause_is_reported() -> None:
         made.restore(backup)
         await asyncio.sleep(3.0)
         assert made.events() == ["registry.restored"]
-        assert "the pauses are older than before" in str(made.fleet.status())
+        assert "the pauses are older than before" in str(made.fleet.views.status())
         assert pauses.in_force() == ()
 
     played(scenario)
@@ -166,19 +166,19 @@ def test_an_unreadable_registry_is_not_ready_at_once(
         caplog.set_level(logging.WARNING)
         made.line.denied = denied
         await asyncio.sleep(2.0)
-        status = made.fleet.status()
+        status = made.fleet.views.status()
         assert status["ready"] is False
         assert "denied" in str(status["reason"])
         assert made.metric("registry_unreadable") == 1
         await asyncio.sleep(590.0)  # with many reads of the scheduler in between
-        assert "denied" in str(made.fleet.status()["reason"])
+        assert "denied" in str(made.fleet.views.status()["reason"])
         assert logged() == 1
         await asyncio.sleep(20.0)
         assert logged() == 2
         made.line.denied = "nothing"
         await asyncio.sleep(3.0)
-        assert made.fleet.ready
-        assert made.fleet.status()["reason"] == ""
+        assert made.fleet.readiness.ready
+        assert made.fleet.views.status()["reason"] == ""
         assert made.metric("registry_unreadable") == 0
         assert made.events() == ["registry.unreadable", "registry.readable"]
         assert logged() == 3
@@ -193,13 +193,13 @@ def test_an_outage_of_the_registry_stays_ready_and_says_why() -> None:
     async def scenario(made: World) -> None:
         made.line.error, made.line.denied = TransientError("no leader"), "registry"
         await asyncio.sleep(60.0)
-        assert made.fleet.ready
-        assert "no leader" in str(made.fleet.status()["reason"])
+        assert made.fleet.readiness.ready
+        assert "no leader" in str(made.fleet.views.status()["reason"])
         assert made.metric("registry_unreadable") == 1
         assert made.events() == []
         made.line.denied = "nothing"
         await asyncio.sleep(3.0)
-        assert made.fleet.status()["reason"] == ""
+        assert made.fleet.views.status()["reason"] == ""
 
     played(scenario)
 
@@ -210,8 +210,8 @@ def test_a_document_of_another_version_is_not_a_wiped_registry() -> None:
     async def scenario(made: World) -> None:
         made.line.error, made.line.denied = UserError("version 9"), "registry.document"
         await asyncio.sleep(2.0)
-        assert not made.fleet.ready
-        assert "import" not in str(made.fleet.status()["reason"])
+        assert not made.fleet.readiness.ready
+        assert "import" not in str(made.fleet.views.status()["reason"])
         assert made.events() == ["registry.unreadable"]
 
     played(scenario)

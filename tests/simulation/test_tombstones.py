@@ -48,7 +48,7 @@ async def lives() -> None:
         for fleet, one in zip(fleets, leases, strict=True)
     ]
     try:
-        await fleets[0].register([PUMP, OTHER])
+        await fleets[0].records.register([PUMP, OTHER])
         highest = 0
         for _ in range(3):
             await asyncio.sleep(60.0)
@@ -56,7 +56,7 @@ async def lives() -> None:
             assert placement.state is PlacementState.RUNNING
             assert placement.epoch == fleets[0].records[SLUG].epoch > highest
             highest = placement.epoch
-            await fleets[0].deregister([PUMP.id])
+            await fleets[0].records.deregister([PUMP.id])
             await asyncio.sleep(TTL_S - 10.0)
             assert all(SLUG in fleet.records for fleet in fleets)
             await asyncio.sleep(TOMBSTONE_REST_S + 200.0)
@@ -64,10 +64,10 @@ async def lives() -> None:
             assert not any(SLUG in fleet.records for fleet in fleets)
             assert slug_of(OTHER.id) in fleets[1].records
             # On the replica that has not deleted it.
-            await fleets[1].register([PUMP])
+            await fleets[1].records.register([PUMP])
         for fleet in fleets:
-            assert not [e for e in fleet.history.recent() if e.kind.startswith("registry.")]
-        assert fleets[0].floor.epoch == highest
+            assert not [e for e in fleet.events.own.recent() if e.kind.startswith("registry.")]
+        assert fleets[0].records.floor.epoch == highest
     finally:
         for task in tasks:
             task.cancel()
@@ -107,9 +107,9 @@ async def cut_off() -> None:
     reconciler = Reconciler(fleet, scheduler, {SPEC.agent_class: SPEC}, Metrics(), SoleOwner())
     task = asyncio.ensure_future(reconciler.run())
     try:
-        await fleet.register([PUMP])
+        await fleet.records.register([PUMP])
         await asyncio.sleep(60.0)
-        await fleet.deregister([PUMP.id])
+        await fleet.records.deregister([PUMP.id])
         await asyncio.sleep(60.0)
         scheduler.away = True
         await asyncio.sleep(TTL_S + TOMBSTONE_REST_S + 1200.0)

@@ -202,7 +202,11 @@ class ActionExecutor:
         results: list[DeviceRecord | WatchdogError | None] = [None] * len(batch)
         commits: list[tuple[int, DeviceRecord]] = []
         # After their records are known, and not from memory (`core.tombstones`).
-        floor = await self.fleet.try_floor() if any(map(self._is_first, batch)) else EpochFloor()
+        floor = (
+            await self.fleet.records.try_floor()
+            if any(map(self._is_first, batch))
+            else EpochFloor()
+        )
         for position, action in enumerate(batch):
             try:
                 check(self.leases, action.slug)
@@ -228,16 +232,16 @@ class ActionExecutor:
                 results[position] = await self._reread(action)
         records = [record for _, record in commits]
         guards = self.leases.guards([record.slug for record in records])
-        stored = await self.fleet.commit(records, guards) if commits else ()
+        stored = await self.fleet.records.commit(records, guards) if commits else ()
         if commits:
             failpoints.reached("K5")
         for (position, wanted), record in zip(commits, stored, strict=True):
             if record is None:
                 results[position] = FencedError("another writer has changed the record")
                 fresh = await self.fleet.registry.get(wanted.slug)
-                self.fleet.learn([fresh] if fresh is not None else [])
+                self.fleet.records.learn([fresh] if fresh is not None else [])
             else:
-                self.fleet.learn([record])
+                self.fleet.records.learn([record])
                 results[position] = record
         return results
 
@@ -248,7 +252,7 @@ class ActionExecutor:
     async def _reread(self, action: Action) -> DeviceRecord | FencedError | None:
         fresh = await self.fleet.registry.get(action.slug)
         if (fresh.index if fresh is not None else 0) != action.index:
-            self.fleet.learn([fresh] if fresh is not None else [])
+            self.fleet.records.learn([fresh] if fresh is not None else [])
             return FencedError("the record has changed since the decision")
         return fresh
 
@@ -270,7 +274,7 @@ class ActionExecutor:
             epoch = action.epoch
             if action.kind is not ActionKind.RETIRE and isinstance(ready.record, DeviceRecord):
                 epoch = ready.record.epoch  # a first one is above the floor
-            self.fleet.note(
+            self.fleet.events.note(
                 action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(epoch)
             )
             self.done(action, "ok", took_s)
@@ -324,7 +328,7 @@ class ActionExecutor:
                 f"next try in {allowed - now:.0f} s",
                 retry_after_s=allowed - now,
             )
-        self.fleet.recorder.placed(record.slug, record.epoch)
+        self.fleet.recorder.dispatched(record.slug, record.epoch)
         failpoints.reached("K6")
         told = self.told(spec)
         index = await self._ask(record.slug, self.scheduler.ensure(record, record.epoch, told))
@@ -406,7 +410,7 @@ class ActionExecutor:
                 "retry_in_s": round(again - now, 3),
             },
         )
-        self.fleet.note(action.slug, "error", f"{action.kind.value}: {error}")
+        self.fleet.events.note(action.slug, "error", f"{action.kind.value}: {error}")
         self.done(action, "failed", 0.0)
 
 

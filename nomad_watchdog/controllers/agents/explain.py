@@ -133,7 +133,9 @@ class LoopStatus:
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         """What happens next for a device, and what it waits for; never empty."""
-        if self.fleet.registry_gone:  # and the leases with it, if they are in the same store
+        if (
+            self.fleet.readiness.registry_gone
+        ):  # and the leases with it, if they are in the same store
             return "nothing until the registry is back; its agent goes on (see `status`)"
         if lease.shard not in self.leases.terms():
             return (
@@ -141,7 +143,7 @@ class LoopStatus:
                 if lease.holder
                 else "nothing until a replica takes its shard; no replica holds it now"
             )
-        if slug in self.fleet.unreadable:
+        if slug in self.fleet.records.unreadable:
             return "nothing until its registry record can be read; its agent is left as it is"
         expected = self.executor.expectations.get(slug)
         if expected is not None:
@@ -174,11 +176,11 @@ class LoopStatus:
         """Why nothing is done for a device now, and until when; "" = something may be."""
         fleet = self.fleet
         record = fleet.records.get(slug)
-        pause = fleet.pause_of(record) if record is not None else None
+        pause = fleet.presence.pause_of(record) if record is not None else None
         if pause is not None:
             left = "" if pause.ends is None else f", in {pause.ends - fleet.clock.wall():.0f} s"
             return f"nothing until the pause {pause.id} ends{left or ' (`nomad-watchdog resume`)'}"
-        kept = fleet.kept_for(slug)
+        kept = fleet.presence.kept_for(slug)
         return f"its agent is stopped unless the device comes back: {kept}" if kept else ""
 
     def _held_back(self, step: Action) -> str:
@@ -245,18 +247,18 @@ class LoopStatus:
 
     def _of_running(self, record: DeviceRecord, agent: Placement) -> str:
         """What follows for a device whose agent is running."""
-        judged = self.fleet.refresh(record.slug)
+        judged = self.fleet.verdicts.last(record.slug)[0]
         if judged.unheard is Unheard.REFUSED:
             return (
                 "nothing until a report of the agent is accepted: fix what the reason names; "
                 "`nomad-watchdog doctor` checks the way of the reports (docs/runbooks.md, AgentsUnheard)"
             )
-        if refused := self.fleet.refused(record.slug):
+        if refused := self.fleet.verdicts.refused(record.slug):
             return (
                 f"the agent's reports are refused: {refused}; if none is accepted within "
                 f"{self.fleet.limits.report_stale_s:g} s after the last one, the device is unwatched"
             )
-        if self.fleet.has_ready_agent(record.slug):
+        if self.fleet.verdicts.has_ready_agent(record.slug):
             next_ = self._of_device(judged.state, agent.node)
         else:
             next_ = self._until_ready(record, agent.state)
@@ -297,7 +299,7 @@ class LoopStatus:
 
     def _until_ready(self, record: DeviceRecord, state: PlacementState) -> str:
         fleet = self.fleet
-        placed_at = fleet.recorder.placed_at(record)
+        placed_at = fleet.recorder.dispatched_at(record)
         grace_s = fleet.recorder.grace(record).seconds
         left_s = 0.0 if placed_at is None else placed_at + grace_s - fleet.clock.monotonic()
         waiting = f"waiting for the agent to report that it is ready (it is {state.value})"

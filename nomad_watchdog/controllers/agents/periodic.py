@@ -95,11 +95,12 @@ class PeriodicJobs:
     def judge(self) -> None:
         """Judge every device, and tell the metrics how the fleet stands."""
         fleet, metrics = self.fleet, self.metrics
-        fleet.refresh_all()
-        paused = fleet.paused_counts()
-        metrics.devices({s.value: n - paused[s] for s, n in fleet.counts().items()})
+        fleet.verdicts.judge_all()
+        paused = fleet.verdicts.paused_counts()
+        metrics.devices({s.value: n - paused[s] for s, n in fleet.verdicts.counts().items()})
         metrics.attendance(
-            flapping=fleet.attendance.flapping(fleet.clock.monotonic()), paused=paused.total()
+            flapping=fleet.presence.heartbeats.flapping(fleet.clock.monotonic()),
+            paused=paused.total(),
         )
         states: dict[str, int] = dict.fromkeys(PlacementState, 0)
         for found in fleet.placements.values():
@@ -108,21 +109,21 @@ class PeriodicJobs:
         metrics.placements(states)
         metrics.snapshot_age(self.informer.age_s)
         metrics.queue(len(self.queue), self.queue.oldest_s())
-        metrics.unheard(fleet.unheard())
-        metrics.unlisted(fleet.unlisted())
+        metrics.unheard(fleet.verdicts.unheard())
+        metrics.unlisted(fleet.verdicts.unlisted())
         metrics.stalled(self.stalls())
-        metrics.incidents(fleet.recorder.open_by_kind())
+        metrics.incidents(fleet.recorder.incidents.open_by_kind())
         metrics.events(fleet.recorder.status_of_store())
-        metrics.events_left_out(fleet.allowance.total)
+        metrics.events_left_out(fleet.events.limits.total)
 
     async def settle_presence(self) -> None:
         """See which graces and pauses have ended or begun, and have a pass made for it."""
         try:
-            changed = await self.fleet.pauses.refresh()
+            changed = await self.fleet.presence.pauses.refresh()
         except WatchdogError:
             changed = False  # the last view stands
             self.doubt()  # reports the reason, once
-        if self.fleet.settle_presence() or changed:
+        if self.fleet.presence.expire() or changed:
             self.wake()
 
     async def _prepare_for_ever(self) -> None:
@@ -160,7 +161,7 @@ class PeriodicJobs:
     async def _forget_tombstones(self) -> None:
         """Delete the records of devices that left long ago."""
         fleet = self.fleet
-        if not fleet.ready or self.informer.age_s > LISTED_S:
+        if not fleet.readiness.ready or self.informer.age_s > LISTED_S:
             return
         ours = self.ownership.of(fleet.records)
         ttl_s, now = fleet.limits.tombstone_ttl_s, fleet.clock.wall()
@@ -170,7 +171,7 @@ class PeriodicJobs:
         due = tombstones.expired(ours.values(), listed, now, ttl_s, MAX_FORGOTTEN)
         old = self.placement_gc.rested(due, fleet.clock.monotonic())
         try:
-            count = await fleet.forget(old)
+            count = await fleet.records.forget(old)
         except WatchdogError as error:
             log.warning("tombstones not deleted", extra={"reason": str(error)})
             return

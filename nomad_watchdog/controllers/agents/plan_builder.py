@@ -18,7 +18,7 @@ from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.core.stuck_placements import StuckPlacements
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.serializers import shown_plan
+from nomad_watchdog.fleet.serializers import plan_json
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, AgentSpec, Placement, PlacementState, Presence
@@ -58,13 +58,15 @@ class PlanBuilder:
         fleet = self.fleet
         records, placements = self.ownership.of(fleet.records), self.ownership.of(fleet.placements)
         homes = self.migrations.homes()
-        resting = fleet.resting() | fleet.unreadable | self.migrations.unsure(records)
+        resting = (
+            fleet.presence.resting() | fleet.records.unreadable | self.migrations.unsure(records)
+        )
         readiness = Readiness(
-            fleet.unready(),
-            fleet.is_stuck,
+            fleet.verdicts.unready(),
+            fleet.verdicts.is_stuck,
             self.rollouts.soaking(),
             self.rollouts.halted() | self.behind_rollouts(),
-            ready=fleet.has_ready_agent,
+            ready=fleet.verdicts.has_ready_agent,
         )
         if homes is not None:
             readiness = self.migrations.with_moves(readiness, homes, resting, self.hashes)
@@ -157,7 +159,7 @@ class PlanBuilder:
             return f"waits: the roll-out of class {name} is halted, see `nomad-watchdog status`"
         if name in self.behind_rollouts():
             return f"waits until the scheduler is prepared for class {name}"
-        most, unready = rollout.window(self._present(), fleet.limits), fleet.unready()
+        most, unready = rollout.window(self._present(), fleet.limits), fleet.verdicts.unready()
         soaking = self.rollouts.soaking()
         soak = f", {soaking} soak" if soaking else ""
         return (
@@ -173,7 +175,7 @@ class PlanBuilder:
             self.metrics.breaker_held(held=not was)
         if plan.held and not was:
             log.error("stops held", extra={"reason": plan.hold_reason})
-            self.fleet.history.add(
+            self.fleet.events.own.add(
                 at=self.fleet.clock.wall(),
                 kind="breaker.held",
                 device_id="",
@@ -189,9 +191,9 @@ class PlanBuilder:
     def shown(self, plan: Plan) -> dict[str, object]:
         """A plan as JSON."""
         fleet = self.fleet
-        shown = shown_plan(
+        shown = plan_json(
             plan,
-            fleet.index,
+            fleet.records.index,
             fleet.placements,
             window=rollout.window(self._present(), fleet.limits),
             changes=self.changes,
@@ -208,7 +210,7 @@ class PlanBuilder:
         """Present devices of ours without a running agent at the registry's epoch, but for those that are
         left alone."""
         fleet = self.fleet
-        resting = fleet.resting()
+        resting = fleet.presence.resting()
         return sum(
             record.presence is Presence.PRESENT
             and slug not in resting

@@ -138,13 +138,14 @@ class Reconciler:
         self._full: Mapping[str, str] = {}
         self._changed_at: dict[Slug, Monotonic] = {}
         fleet.classes = frozenset(specs) | self.unreadable.keys()
-        fleet.observe_with(self, self.metrics.report)
-        fleet.plan_view = self.plan_builder.view
-        self._show()
+        self._loop_status = self._make_status()
+        fleet.attach(self)
+        fleet.reports.judged.connect(self.metrics.report)
+        fleet.views.add_status(self._loop_status.status)
+        fleet.views.add_explain(self._loop_status.explain)
 
-    def _show(self) -> None:
-        """Let the fleet ask what comes next, and what is in the way."""
-        loop_status = LoopStatus(
+    def _make_status(self) -> LoopStatus:
+        return LoopStatus(
             fleet=self.fleet,
             backend=self.scheduler.name,
             hashes=self.hashes,
@@ -166,9 +167,6 @@ class Reconciler:
             stalled=self.plan_builder.stalled,
             patience=self.plan_builder.patience,
         )
-        self.fleet.obstacle = loop_status.obstacle
-        self.fleet.status_parts.append(loop_status.status)
-        self.fleet.explain_parts.append(loop_status.explain)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -224,7 +222,7 @@ class Reconciler:
                 await call()  # type: ignore[misc]  # a Callable[[], Awaitable] by its only uses
             except TransientError as error:
                 log.warning("will try again", extra={"action": what, "reason": str(error)})
-                self.fleet.ready_reason = f"{what}: {error}"
+                self.fleet.readiness.waits_for = f"{what}: {error}"
                 await asyncio.sleep(error.retry_after_s or delay_s)
                 delay_s = min(delay_s * 2, 10.0)
             else:
@@ -321,7 +319,7 @@ class Reconciler:
 
     def reach(self) -> Reachability:
         """The replicas that are there, and the agents that are not heard."""
-        return Reachability(self.living.vouched() or frozenset(), self.fleet.silent)
+        return Reachability(self.living.vouched() or frozenset(), self.fleet.verdicts.silent)
 
     def changes(self, agent_class: str, spec_hash: str) -> str:
         """What the spec of a class that is in force changes for an agent of this hash, in words."""
@@ -392,7 +390,7 @@ class Reconciler:
             if why
             else f"agent class {name} is prepared"
         )
-        self.fleet.history.add(
+        self.fleet.events.own.add(
             at=self.fleet.clock.wall(),
             kind="class.unprepared" if why else "class.prepared",
             device_id="",
@@ -434,7 +432,15 @@ class Reconciler:
             if action.kind is ActionKind.START and not premature and not full:
                 self.queue.put(record.slug, action, urgent=True)
 
-    def look_again(self, slug: Slug) -> None:
+    def obstacle(self, slug: Slug) -> str:
+        """Why the device cannot have an agent now; "" = it can."""
+        return self._loop_status.obstacle(slug)
+
+    def plan(self) -> dict[str, object]:
+        """What the next pass would do, as JSON."""
+        return self.plan_builder.view()
+
+    def read_again(self, slug: Slug) -> None:
         """Read the placements of one device soon."""
         self.informer.look_again({slug})
 
@@ -442,7 +448,7 @@ class Reconciler:
         """Whether the placements known of a device are older than its record (S8)."""
         return self.informer.freshness.is_behind(slug)
 
-    def rivals(self, slug: Slug, instance: str) -> bool:
+    def is_new_rival(self, slug: Slug, instance: str) -> bool:
         """Whether this instance is heard of for the first time beside the accepted one: then the device is
         listed anew before one of them is refused (S8)."""
         first = self.informer.freshness.rivals(slug, instance)
@@ -495,30 +501,23 @@ class Reconciler:
 
     def _say_if_ready(self) -> None:
         if self.follower.has_read and self._observed:
-            if not self.fleet.ready_event.is_set():
+            if not self.fleet.readiness.event.is_set():
                 # A scrape right after a restart must not see 0 devices offline: alerts would resolve.
                 self._judge()
-            self.fleet.ready_event.set()
-            self.fleet.ready_reason = ""
+            self.fleet.readiness.event.set()
+            self.fleet.readiness.waits_for = ""
 
     def _not_seen(self, reason: str) -> None:
         if not self._observed:
-            self.fleet.ready_reason = reason
+            self.fleet.readiness.waits_for = reason
 
     def _take(self, snapshot: Snapshot) -> None:
         fleet = self.fleet
+        fleet.apply_placements(snapshot.placements, snapshot.only)
         if snapshot.only is None:
-            fleet.placements = dict(snapshot.placements)
             self._observed = True
             self.ownership.looked_at = self.informer.began_at
             self.hosts.seen(snapshot.closed_hosts)
-        else:
-            for slug in snapshot.only:
-                found = snapshot.placements.get(slug)
-                if found:
-                    fleet.placements[slug] = found
-                else:
-                    fleet.placements.pop(slug, None)
         self.plan_builder.waiting.seen(snapshot.placements, snapshot.only, fleet.clock.monotonic())
         self.executor.remember_stops(self.informer.read_began_at)
         seen = snapshot.only if snapshot.only is not None else list(self.executor.expectations)
@@ -529,9 +528,6 @@ class Reconciler:
             if expected is not None and snapshot.index >= expected.index:
                 # Shown, or a phantom: either way the planner may decide again.
                 del self.executor.expectations[slug]
-        for slug in snapshot.only or ():
-            if slug in fleet.records:
-                fleet.refresh(slug)
         self._say_if_ready()
         self._wake.set()
 
@@ -541,7 +537,7 @@ class Reconciler:
         return (
             slug in self.executor.expectations
             or self.queue.is_active(slug)
-            or self.fleet.is_resting(slug)
+            or self.fleet.presence.is_resting(slug)
         )
 
     async def _pass_when_woken(self) -> None:

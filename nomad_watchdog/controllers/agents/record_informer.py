@@ -58,8 +58,8 @@ class RecordInformer:
         """Records that the last snapshot left out without proof that the registry went back in time."""
         self._older_pauses = False
         self._restored = ""
-        fleet.pauses.on_older = self._pauses_went_back
-        fleet.status_parts.append(lambda: {"registry_restored": self._restored})
+        fleet.presence.pauses.on_older = self._pauses_went_back
+        fleet.views.add_status(lambda: {"registry_restored": self._restored})
 
     async def run(self) -> None:
         """Follow the registry until cancelled."""
@@ -94,10 +94,10 @@ class RecordInformer:
 
     async def _take_all(self) -> None:
         async with aclosing(
-            self.fleet.registry.watch(self.fleet.index)  # type: ignore[type-var]
+            self.fleet.registry.watch(self.fleet.records.index)  # type: ignore[type-var]
         ) as snapshots:
             async for snapshot in snapshots:
-                if snapshot.index >= self.fleet.index:
+                if snapshot.index >= self.fleet.records.index:
                     self._take(snapshot)
                     continue
                 # overtaken by a read, or another history: only a fresh read tells
@@ -117,10 +117,10 @@ class RecordInformer:
         self._trouble.goes_on(fleet.clock.monotonic(), str(error))
         self.metrics.registry_unreadable(True)
         if gone:
-            if not fleet.registry_gone:
+            if not fleet.readiness.registry_gone:
                 log.error("registry is gone", extra={"reason": str(error), "known": known})
                 self._note("registry.gone", str(error), known=known)
-            fleet.registry_gone = (
+            fleet.readiness.registry_gone = (
                 f"the registry was wiped or replaced while the service ran; {known} devices are known here, "
                 "and their agents keep running. Bring the records back with `nomad-watchdog registry "
                 "import FILE`. Without a backup, save what this service still knows with `nomad-watchdog "
@@ -128,30 +128,32 @@ class RecordInformer:
             )
             return
         if not isinstance(error, TransientError):
-            if not fleet.registry_unreadable:
+            if not fleet.readiness.registry_unreadable:
                 self._note("registry.unreadable", str(error), known=known)
-            fleet.registry_unreadable = True
-        fleet.registry_problem = f"the registry can't be read: {error}"
+            fleet.readiness.registry_unreadable = True
+        fleet.readiness.registry_problem = f"the registry can't be read: {error}"
 
     def _readable(self) -> None:
         """The registry has just been read."""
         fleet = self.fleet
         lasted_s = self._trouble.over(fleet.clock.monotonic())
-        if fleet.registry_gone or fleet.registry_unreadable:
+        if fleet.readiness.registry_gone or fleet.readiness.registry_unreadable:
             text = f"the registry can be read again, after {lasted_s:g} s"
             self._note("registry.readable", text, lasted_s=lasted_s)
         self.metrics.registry_unreadable(False)
-        fleet.registry_gone = fleet.registry_problem = ""
-        fleet.registry_unreadable = False
+        fleet.readiness.registry_gone = fleet.readiness.registry_problem = ""
+        fleet.readiness.registry_unreadable = False
 
     async def read(self) -> None:
         """Read the registry in full. Raises as `Registry.read`."""
         began = self.fleet.clock.monotonic()
-        await self.fleet.pauses.refresh()  # before anything is decided about a paused device
+        await (
+            self.fleet.presence.pauses.refresh()
+        )  # before anything is decided about a paused device
         await self._migrations.refresh()  # or about one whose agent lives elsewhere
         with suppress(UserError):  # only first starts need it, and those read it again
-            await self.fleet.read_floor()
-        snapshot = await self.fleet.reread()
+            await self.fleet.records.read_floor()
+        snapshot = await self.fleet.records.reread()
         if snapshot is not None:
             self._take(snapshot)
         # Of two reads at once the older may end last, and a shard that the younger has freed would be
@@ -163,10 +165,12 @@ class RecordInformer:
         that was put back to just before our last write shows nothing more until somebody writes. And when
         the last answer left out what we knew: the watch won't show it again either."""
         fleet = self.fleet
-        behind = fleet.index if fleet.index < fleet.reached else None
-        if fleet.vanished or (behind is not None and behind == self._behind):
+        behind = fleet.records.index if fleet.records.index < fleet.records.reached else None
+        if fleet.records.vanished or (behind is not None and behind == self._behind):
             why = (
-                "it left out what was known" if fleet.vanished else "its watch is behind our writes"
+                "it left out what was known"
+                if fleet.records.vanished
+                else "its watch is behind our writes"
             )
             log.warning("registry read anew", extra={"reason": why})
             self.doubt_at_once()
@@ -178,7 +182,7 @@ class RecordInformer:
 
     def _take(self, snapshot: RegistrySnapshot) -> None:
         # The registry shows us our own writes too: those are no reason to go through the fleet again.
-        news = self.fleet.reset(snapshot.records, snapshot.index, snapshot.unreadable)
+        news = self.fleet.records.reset(snapshot.records, snapshot.index, snapshot.unreadable)
         self.metrics.poisoned(len(self.fleet.registry.poisoned))
         first, self.has_read = not self.has_read, True
         self._readable()
@@ -188,10 +192,12 @@ class RecordInformer:
     def _note_setback(self) -> None:
         """Report a registry that went back in time."""
         fleet = self.fleet
-        found = fleet.setback or RegistryRollback(
+        found = fleet.records.setback or RegistryRollback(
             missing=tuple(record for record in self._lost if record.slug not in fleet.records)
         )
-        self._lost = () if fleet.setback is not None or found.missing else fleet.vanished
+        self._lost = (
+            () if fleet.records.setback is not None or found.missing else fleet.records.vanished
+        )
         found = replace(found, pauses=self._older_pauses)
         self._older_pauses = False
         if found == RegistryRollback():
@@ -207,12 +213,12 @@ class RecordInformer:
             older=len(found.older),
             missing=len(found.missing),
             pauses=found.pauses,
-            index=max((record.index for record in before), default=fleet.index),
+            index=max((record.index for record in before), default=fleet.records.index),
             devices=ids[:MAX_IDS],
         )
 
     def _note(self, kind: str, text: str, **data: object) -> None:
         fleet = self.fleet
-        fleet.history.add(
+        fleet.events.own.add(
             at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
         )
