@@ -12,22 +12,23 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Final
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+from pydantic import BaseModel
 
 from nomad_watchdog.core.config_precedence import ConfigStanding
 from nomad_watchdog.core.settings_diff import words
 from nomad_watchdog.errors import StaleError
-from nomad_watchdog.model import AgentSpec, Variant
-from nomad_watchdog.registry import Registry, RegistryDocument, read_document
+from nomad_watchdog.model import AgentSpec
+from nomad_watchdog.registry import Registry
+from nomad_watchdog.registry.document import Document, DocumentFormat
 
-NAME: Final = "classes"
-VERSION: Final = 1
 _PART: Final = 60_000
 """Bytes of the specs in one document, so that it stays below `MAX_DOCUMENT`."""
 _INLINE: Final = 40_000
 """Bytes up to which they are in the document itself, before they are written as text."""
-_MEND: Final = "delete it: the next replica that starts writes it anew"
+_REPAIR: Final = "delete it: the next replica that starts writes it again"
 
 Specs = Mapping[str, AgentSpec]
 
@@ -43,8 +44,6 @@ class InForce:
     """The replica that brought it into force."""
     since: float
     """Wall time of that, by that replica's clock."""
-    parts: tuple[str, ...] = field(default=(), compare=False)
-    """Names of the documents that hold the specs; none = they are in the document itself."""
 
 
 def digest(specs: Specs) -> str:
@@ -74,107 +73,108 @@ def differences(before: Specs, after: Specs) -> list[str]:
     return found
 
 
-async def read(registry: Registry, known: RegistryDocument, kept: InForce | None) -> ClassSetRead:
-    """What is in force now. `known`, `kept`: the last reading, which is not decoded again. Raises as the registry,
-    UserError when it can't be understood, and StaleError while it is being written."""
-    document = await registry.document(NAME)
-    if document.index == known.index and document.body == known.body:
-        return ClassSetRead(known, kept)
-    if not document.body:
-        return ClassSetRead(document, None)
-    head = read_document(NAME, document.body, VERSION, _Head.read, _MEND)
-    body = head.body
-    if head.parts:
-        body = b"".join([(await registry.document(name)).body for name in head.parts])
-    if _sum(body) != head.sum:
-        raise StaleError("the specs in force are just being changed; they are read again soon")
-    specs = read_document(NAME, zlib.decompress(body), VERSION, _specs, _MEND)
-    return ClassSetRead(document, InForce(head.standing, specs, head.by, head.since, head.parts))
-
-
-@dataclass(frozen=True, slots=True)
-class ClassSetRead:
-    """The document as it was read, and what it says; None = no set was ever in force."""
-
-    document: RegistryDocument = field(default_factory=RegistryDocument)
-    kept: InForce | None = None
-
-
-async def write(registry: Registry, before: ClassSetRead, wanted: InForce) -> ClassSetRead | None:
-    """Bring a set into force in place of `before`; None where another replica was faster. Raises as the registry,
-    and UserError when it is too large."""
-    body = zlib.compress(_text({"v": VERSION, "specs": _encoded(wanted.specs)}), 9)
-    names: tuple[str, ...] = ()
-    if len(body) > _INLINE:
-        pieces = [body[at : at + _PART] for at in range(0, len(body), _PART)]
-        names = tuple(f"{NAME}-{_sum(body)[:12]}-{number}" for number in range(len(pieces)))
-        for name, piece in zip(names, pieces, strict=True):
-            await _put(registry, name, piece)
-    head = {
-        "v": VERSION,
-        "number": wanted.standing.number,
-        "digest": wanted.standing.digest,
-        "superseded": list(wanted.standing.superseded),
-        "by": wanted.by,
-        "since": wanted.since,
-        "sum": _sum(body),
-        "parts": list(names),
-        "body": "" if names else base64.b64encode(body).decode(),
-    }
-    stored = await registry.commit_document(NAME, replace(before.document, body=_text(head)))
-    if stored is None:
-        return None
-    for name in before.kept.parts if before.kept else ():
-        if name not in names:
-            await _put(registry, name, b"")
-    return ClassSetRead(stored, replace(wanted, parts=names))
-
-
-async def _put(registry: Registry, name: str, body: bytes) -> None:
-    """Whoever writes this name at the same time writes the same, but for one that clears it, which a reader sees by
-    the sum."""
-    found = await registry.document(name)
-    if found.body != body:
-        await registry.commit_document(name, replace(found, body=body))
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    standing: ConfigStanding
+class _HeadFields(BaseModel):
+    number: int
+    digest: str
+    superseded: tuple[str, ...]
     by: str
     since: float
     sum: str
+    """Of the compressed specs, to notice that the parts were read while they were written."""
     parts: tuple[str, ...]
-    body: bytes
+    """Names of the documents that hold the compressed specs; none = they are in `body`."""
+    body: str
+    """In base64."""
 
-    @classmethod
-    def read(cls, said: Any) -> _Head:
-        superseded = tuple(map(str, said["superseded"]))
-        return cls(
-            ConfigStanding(int(said["number"]), str(said["digest"]), superseded),
-            str(said["by"]),
-            float(said["since"]),
-            str(said["sum"]),
-            tuple(map(str, said["parts"])),
-            base64.b64decode(said["body"]),
+
+class _SpecsFields(BaseModel):
+    """Fields that only a later version of this program knows are left out."""
+
+    specs: dict[str, AgentSpec]
+
+
+HEAD: Final[DocumentFormat[_HeadFields | None]] = DocumentFormat(
+    name="classes",
+    empty=None,
+    parse=_HeadFields.model_validate,
+    serialize=lambda head: {} if head is None else head.model_dump(mode="json"),
+    repair=_REPAIR,
+)
+_SPECS: Final[DocumentFormat[Specs]] = DocumentFormat(
+    name="classes",
+    empty={},
+    parse=lambda fields: _SpecsFields.model_validate(fields).specs,
+    serialize=lambda specs: {"specs": {name: asdict(spec) for name, spec in specs.items()}},
+    repair=_REPAIR,
+)
+
+
+class ClassSetStore:
+    """The set in force, as one replica last read it."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._document = Document(registry, HEAD)
+        self._read: _HeadFields | None = None
+        self.in_force: InForce | None = None
+        """None = no set was ever in force, or none was read yet."""
+
+    async def read(self) -> InForce | None:
+        """Read what is in force now. Raises as `Document.refresh`, and StaleError while it is being written."""
+        await self._document.refresh()
+        head = self._document.value
+        if head is self._read:
+            return self.in_force
+        self.in_force, self._read = None if head is None else await self._decoded(head), head
+        return self.in_force
+
+    async def _decoded(self, head: _HeadFields) -> InForce:
+        body = base64.b64decode(head.body)
+        if head.parts:
+            body = b"".join([(await self._registry.document(name)).body for name in head.parts])
+        if _sum(body) != head.sum:
+            raise StaleError("the specs in force are just being changed; they are read again soon")
+        standing = ConfigStanding(head.number, head.digest, head.superseded)
+        specs = _SPECS.decode(zlib.decompress(body))
+        return InForce(standing, specs, head.by, head.since)
+
+    async def write(self, wanted: InForce) -> bool:
+        """Bring a set into force in place of the one that was last read; False where another replica was faster.
+        Raises as `Document.replace`, and UserError when it is too large."""
+        before = self._document.value
+        body = zlib.compress(_SPECS.encode(wanted.specs), 9)
+        parts: tuple[str, ...] = ()
+        if len(body) > _INLINE:
+            pieces = [body[at : at + _PART] for at in range(0, len(body), _PART)]
+            parts = tuple(
+                f"{HEAD.name}-{_sum(body)[:12]}-{number}" for number in range(len(pieces))
+            )
+            for name, piece in zip(parts, pieces, strict=True):
+                await self._put(name, piece)
+        head = _HeadFields(
+            number=wanted.standing.number,
+            digest=wanted.standing.digest,
+            superseded=wanted.standing.superseded,
+            by=wanted.by,
+            since=wanted.since,
+            sum=_sum(body),
+            parts=parts,
+            body="" if parts else base64.b64encode(body).decode(),
         )
+        if not await self._document.replace(head):
+            return False
+        self._read, self.in_force = head, wanted
+        for name in before.parts if before else ():
+            if name not in parts:
+                await self._put(name, b"")
+        return True
 
-
-def _encoded(specs: Specs) -> dict[str, Any]:
-    return {name: asdict(spec) for name, spec in specs.items()}
-
-
-def _specs(said: Any) -> dict[str, AgentSpec]:
-    """What a later version of this program says besides is left out."""
-    found = {}
-    for name, one in said["specs"].items():
-        on = {backend: Variant(**_known(Variant, part)) for backend, part in one["on"].items()}
-        found[str(name)] = AgentSpec(**{**_known(AgentSpec, one), "on": on})
-    return found
-
-
-def _known(kind: type[AgentSpec | Variant], said: Mapping[str, Any]) -> dict[str, Any]:
-    return {one.name: said[one.name] for one in fields(kind) if one.name in said}
+    async def _put(self, name: str, body: bytes) -> None:
+        """Replicas that write a document of this name at the same time write the same body, except one that
+        clears it, which a reader notices by the sum."""
+        found = await self._registry.document(name)
+        if found.body != body:
+            await self._registry.commit_document(name, replace(found, body=body))
 
 
 def _sum(body: bytes) -> str:

@@ -10,22 +10,26 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Final
+from functools import partial
+from typing import Final
+
+from pydantic import BaseModel
 
 from nomad_watchdog.core.settings_diff import words
-from nomad_watchdog.errors import UserError, WatchdogError
+from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.model import AgentSpec
-from nomad_watchdog.registry import MAX_DOCUMENT, Registry, read_document
+from nomad_watchdog.registry import MAX_DOCUMENT, Registry
+from nomad_watchdog.registry.document import Document, DocumentFormat
 
 log = logging.getLogger(__name__)
 
 MAX_KEPT: Final = 4
-VERSION: Final = 1
-TRIES: Final = 3
-"""Rounds of compare-and-set that other replicas may win; they write the same."""
+_MAX_BYTES: Final = MAX_DOCUMENT - 1_000
+"""Of the specs as JSON; the rest is for the fields around them."""
 
 Settings = Mapping[str, str]
+History = Mapping[str, Settings]
+"""Hash of a spec → its settings, the newest last."""
 
 
 class SpecHistory:
@@ -33,7 +37,7 @@ class SpecHistory:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._known: dict[str, dict[str, Settings]] = {}
+        self._known: dict[str, History] = {}
 
     def change(self, agent_class: str, spec_hash: str, spec: AgentSpec | None) -> str:
         """What `spec` changes for an agent of another hash, in words; "" when that is not known."""
@@ -43,66 +47,53 @@ class SpecHistory:
         return "" if before is None or spec is None else words(before, spec.settings)
 
     async def read(self, classes: Iterable[str]) -> None:
-        """Read what is kept of these classes. What can't be read is logged: a change without its words
-        is rolled out all the same."""
+        """Read what is stored for these classes. A failure is only logged: changes are rolled out
+        without it, too."""
         for name in classes:
+            document = self._document(name)
             try:
-                found = await self._registry.document(_document(name))
-                self._known[name] = self._known.get(name, {}) | _decoded(name, found.body)
+                await document.refresh()
+                self._known[name] = _merged(document.value, self._known.get(name, {}))
             except WatchdogError as error:
                 log.warning("spec history not read", extra={"reason": str(error)})
 
     async def remember(self, specs: Iterable[AgentSpec]) -> None:
-        """Keep the settings of specs that are in force now; one that is kept already costs nothing."""
+        """Store the settings of specs that are in force now; nothing is done for those already stored."""
         for spec in specs:
-            known = self._known.setdefault(spec.agent_class, {})
+            name, added = spec.agent_class, {spec.spec_hash: spec.settings}
+            known = self._known.get(name, {})
             if spec.spec_hash in known or not spec.settings:
                 continue
+            document = self._document(name)
             try:
-                await self._store(spec)
-                known[spec.spec_hash] = spec.settings
+                await document.update(partial(_merged, added))
+                self._known[name] = _merged(document.value, known)
             except WatchdogError as error:
-                log.warning("spec history not kept", extra={"reason": str(error)})
+                log.warning("spec history not stored", extra={"reason": str(error)})
 
-    async def _store(self, spec: AgentSpec) -> None:
-        name = _document(spec.agent_class)
-        for _ in range(TRIES):
-            found = await self._registry.document(name)
-            kept = _decoded(spec.agent_class, found.body)
-            self._known[spec.agent_class].update(kept)
-            if spec.spec_hash in kept:
-                return
-            wanted = replace(found, body=_encoded({**kept, spec.spec_hash: spec.settings}))
-            if await self._registry.commit_document(name, wanted) is not None:
-                return
+    def _document(self, agent_class: str) -> Document[History]:
+        name = f"specs-{hashlib.sha256(agent_class.encode()).hexdigest()[:16]}"
+        return Document(
+            self._registry,
+            DocumentFormat(name, {}, _parsed, _serialized, "delete it", replaceable=True),
+        )
 
 
-def _document(agent_class: str) -> str:
-    return f"specs-{hashlib.sha256(agent_class.encode()).hexdigest()[:16]}"
+def _merged(newer: History, older: History) -> History:
+    return {**older, **newer}
 
 
-def _encoded(kept: dict[str, Settings]) -> bytes:
-    """The newest of them, as many as fit."""
-    newest = list(kept.items())[-MAX_KEPT:]
-    while True:
-        body = json.dumps({"v": VERSION, "specs": [[h, dict(s)] for h, s in newest]}).encode()
-        if len(body) <= MAX_DOCUMENT or not newest:
-            return body
+class _HistoryFields(BaseModel):
+    specs: list[tuple[str, dict[str, str]]]
+
+
+def _parsed(fields: object) -> History:
+    return dict(_HistoryFields.model_validate(fields).specs)
+
+
+def _serialized(history: History) -> dict[str, object]:
+    """The newest specs, as many as fit."""
+    newest = list(history.items())[-MAX_KEPT:]
+    while newest and len(json.dumps(newest)) > _MAX_BYTES:
         newest = newest[1:]
-
-
-def _decoded(agent_class: str, body: bytes) -> dict[str, Settings]:
-    if not body:
-        return {}
-    try:
-        return read_document(_document(agent_class), body, VERSION, _specs, "delete it")
-    except UserError as error:
-        log.warning("spec history can't be used", extra={"reason": str(error)})
-        return {}
-
-
-def _specs(said: Any) -> dict[str, Settings]:
-    return {
-        str(spec_hash): {str(name): str(value) for name, value in settings.items()}
-        for spec_hash, settings in said["specs"]
-    }
+    return {"specs": newest}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nomad_watchdog.config import class_set
-from nomad_watchdog.config.class_set import ClassSetRead, InForce, in_words
+from nomad_watchdog.config.class_set import ClassSetStore, InForce, in_words
 from nomad_watchdog.core.config_precedence import succeed, wins
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -88,7 +88,7 @@ class ClassSetController:
         self._leases = leases
         self._metrics = metrics
         self._own = own
-        self._reading = ClassSetRead()
+        self._store = ClassSetStore(fleet.registry)
         self._open = True
         """A start or a reload has not been decided yet."""
         self._read_at = float("-inf")
@@ -125,7 +125,7 @@ class ClassSetController:
 
     def _settle(self) -> None:
         """See what follows from what was read."""
-        self._specs = self._own.in_force(self._reading.kept, self._leases.replica)
+        self._specs = self._own.in_force(self._store.in_force, self._leases.replica)
         if not self._open:
             self._report()
 
@@ -159,7 +159,7 @@ class ClassSetController:
         others = self._leases.configs()
         if others is None:
             return None
-        kept = (await self._read()).kept
+        kept = await self._store.read()
         if own.wins(kept, others):
             return own.specs
         return own.in_force(kept, self._leases.replica)
@@ -185,10 +185,10 @@ class ClassSetController:
     async def once(self, *, bring: bool) -> None:
         """For a command that looks once: what is in force, or would be if a replica started with our configuration.
         `bring`: as such a replica, bring it into force. Raises as the registry."""
-        self._reading = await self._read()
+        await self._store.read()
         if bring:
             await self._decide()
-        kept, own = self._reading.kept, self._own
+        kept, own = self._store.in_force, self._own
         if own.wins(kept, self._leases.configs() or ()):
             self._specs, self._differing = own.specs, ()
         else:
@@ -197,7 +197,7 @@ class ClassSetController:
 
     async def _look(self) -> None:
         try:
-            self._reading = await self._read()
+            await self._store.read()
             await self._announce()
             if self._open:
                 await self._decide()
@@ -209,13 +209,8 @@ class ClassSetController:
             self.problem = ""
         self._settle()
 
-    async def _read(self) -> ClassSetRead:
-        return await class_set.read(
-            self._fleet.registry, self._reading.document, self._reading.kept
-        )
-
     async def _announce(self) -> None:
-        if (now := self._own.digest(self._reading.kept)) != self._announced:
+        if (now := self._own.digest(self._store.in_force)) != self._announced:
             await self._leases.announce(now)
             self._announced = now
 
@@ -224,7 +219,7 @@ class ClassSetController:
             others = self._leases.configs()
             if others is None:
                 return
-            kept, own = self._reading.kept, self._own
+            kept, own = self._store.in_force, self._own
             if not own.wins(kept, others):
                 self._open = False
                 return
@@ -234,12 +229,11 @@ class ClassSetController:
                 self._leases.replica,
                 self._fleet.clock.wall(),
             )
-            stored = await class_set.write(self._fleet.registry, self._reading, wanted)
-            if stored is not None:
-                self._reading, self._open = stored, False
+            if await self._store.write(wanted):
+                self._open = False
                 self._say_changed(kept, wanted)
                 return
-            self._reading = await self._read()
+            await self._store.read()
 
     # -- saying so ------------------------------------------------------------------------------
 
@@ -255,7 +249,7 @@ class ClassSetController:
 
     def _report(self) -> None:
         """Say when we begin or end to be configured differently."""
-        kept = self._reading.kept
+        kept = self._store.in_force
         if kept is None:
             return
         now = self._own.differences(kept)
@@ -288,7 +282,7 @@ class ClassSetController:
 
     def status(self) -> dict[str, object]:
         """Our part of the status."""
-        kept = self._reading.kept
+        kept = self._store.in_force
         if kept is None:
             return {"classes_in_force": {"problem": self.problem}} if self.problem else {}
         return {

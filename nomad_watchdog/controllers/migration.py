@@ -6,20 +6,18 @@ when is decided by `core.migration`; the holder of shard 0 says when a move is o
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
+from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState, hint, shown
 from nomad_watchdog.core import migration, presence
 from nomad_watchdog.core.migration import BackendAssignment, Migration, MigrationProgress
-from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.placement_gc import REST_S
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import (
-    ConflictError,
     NotFoundError,
     PreconditionError,
     UserError,
@@ -29,16 +27,13 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord, Epoch, Monotonic, Presence, WallTime
-from nomad_watchdog.registry import RegistryDocument, read_document
+from nomad_watchdog.registry.document import Document
 from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.multi import MultiScheduler
 
 log = logging.getLogger(__name__)
 
-NAME: Final = "migration"
-VERSION: Final = 1
-TRIES: Final = 5
 MOST: Final = 16
 """Moves that are kept; one of the whole fleet takes the place of all."""
 FRESH_S: Final = 5.0
@@ -51,16 +46,6 @@ IDLE_S: Final = 10.0
 """So often, with no move under way, all records are gone through for what is left of those that are over."""
 _TOMBS: Final = 64
 _JUDGE: Final = Shard(0)
-
-
-@dataclass(frozen=True, slots=True)
-class MigrationState:
-    """What the registry knows. No `base`: the fleet was never moved."""
-
-    base: str = ""
-    backends: frozenset[str] = frozenset()
-    """Schedulers that have agents or may get some: whoever decides must look at them all."""
-    moves: tuple[Migration, ...] = ()
 
 
 class MigrationController:
@@ -80,8 +65,7 @@ class MigrationController:
         self._territory = ownership
         self._metrics = metrics
         self._grown = grown
-        self._kept = MigrationState()
-        self._index = -1
+        self._document = Document(fleet.registry, FORMAT)
         self._read_at = Monotonic(float("-inf"))
         self._changed_at = Monotonic(float("-inf"))
         self._unburied: dict[Slug, tuple[int, Monotonic]] = {}
@@ -94,6 +78,10 @@ class MigrationController:
         """Why the document can't be read now; what was read before stands."""
         if self.on:
             fleet.views.add_status(self.status)
+
+    @property
+    def _kept(self) -> MigrationState:
+        return self._document.value
 
     @property
     def on(self) -> bool:
@@ -181,21 +169,18 @@ class MigrationController:
         if self._moving is None:
             return False
         began = self._now()
-        changed = self._take(await self._fleet.registry.document(NAME))
+        changed = await self._document.refresh()
+        if changed:
+            self._on_changed(self._moving)
         self._read_at = Monotonic(max(self._read_at, began))
         return changed
 
-    def _take(self, document: RegistryDocument) -> bool:
-        if document.index == self._index or self._moving is None:
-            return False
-        kept = decode(document.body)
-        self._kept, self._index = kept, document.index
+    def _on_changed(self, moving: MultiScheduler) -> None:
         self._changed_at = self._now()
-        if kept.base:
-            self._moving.base = kept.base
-        if self._moving.require(kept.backends):
+        if self._kept.base:
+            moving.base = self._kept.base
+        if moving.require(self._kept.backends):
             self._grown()
-        return True
 
     async def look(self) -> bool:
         """Read the document and, as the judge, say what is over; whether something has changed."""
@@ -278,20 +263,13 @@ class MigrationController:
         await self._change(lambda kept: replace(kept, backends=needed) if kept == before else kept)
 
     async def _change(self, how: Callable[[MigrationState], MigrationState]) -> bool:
-        """Store what `how` makes of what is kept; whether that was a change. Durable when it returns."""
-        for _ in range(TRIES):
-            found = await self._fleet.registry.document(NAME)
-            before = decode(found.body)
-            after = how(before)
-            if after == before:
-                self._take(found)
-                return False
-            wanted = replace(found, body=encode(after))
-            stored = await self._fleet.registry.commit_document(NAME, wanted)
-            if stored is not None:
-                self._take(stored)
-                return True
-        raise ConflictError("the migration is being changed by others; try again")
+        """Store what `how` makes of the stored state; whether that was a change. Durable when it returns."""
+        known = self._document.index
+        try:
+            return await self._document.update(how)
+        finally:
+            if self._document.index != known:
+                self._on_changed(self._needed())
 
     # -- what an operator says ------------------------------------------------------------------
 
@@ -454,17 +432,6 @@ class MigrationController:
         return {"migration": told} if told else {}
 
 
-def hint(kept: MigrationState, usual: str) -> str:
-    """What follows from a finished migration for the setting `backend`; "" = nothing."""
-    last = next((m for m in reversed(kept.moves) if m.done and m.is_whole), None)
-    if last is None or any(not m.done for m in kept.moves) or usual == last.heads_for:
-        return ""
-    return (
-        f"the fleet lives on {last.heads_for} and `backend` is still {usual}: set backend = "
-        f'"{last.heads_for}" and restart'
-    )
-
-
 def _said(move: Migration, what: str) -> Migration:
     if what == "undo":
         if move.back:
@@ -475,61 +442,3 @@ def _said(move: Migration, what: str) -> Migration:
     if not move.paused:
         raise PreconditionError(f"the migration to {move.goal} is not paused, it is {move.state}")
     return replace(move, paused=False)
-
-
-def shown(move: Migration) -> dict[str, object]:
-    """A move as the API shows it."""
-    return {
-        "id": move.id,
-        "from": move.source,
-        "to": move.goal,
-        "state": move.state,
-        "all": move.is_whole,
-        "target": (move.target or Target()).shown(),
-        "shards": sorted(move.shards),
-        "at_once": move.at_once,
-        "back": move.back,
-        "began": move.began,
-        "by": move.by,
-    }
-
-
-def encode(kept: MigrationState) -> bytes:
-    """As the registry keeps it."""
-    moves = [
-        shown(move) | {"of_shards": move.of_shards, "paused": move.paused, "done": move.done}
-        for move in kept.moves
-    ]
-    body = {"v": VERSION, "base": kept.base, "backends": sorted(kept.backends), "moves": moves}
-    return json.dumps(body, separators=(",", ":")).encode()
-
-
-def decode(body: bytes) -> MigrationState:
-    """What a document says; nothing, of an empty one.
-
-    Raises UserError when it is not what `encode` writes: nothing may be decided then."""
-    mend = "put back what nomad-watchdog wrote"
-    return read_document(NAME, body, VERSION, _kept, mend) if body else MigrationState()
-
-
-def _kept(said: Any) -> MigrationState:
-    backends = frozenset(map(str, said["backends"]))
-    return MigrationState(str(said["base"]), backends, tuple(map(_move, said["moves"])))
-
-
-def _move(item: Mapping[str, Any]) -> Migration:
-    wanted = Target.read(item["target"])
-    return Migration(
-        id=str(item["id"]),
-        source=str(item["from"]),
-        goal=str(item["to"]),
-        began=WallTime(float(item["began"])),
-        by=str(item["by"]),
-        target=None if wanted == Target() else wanted,
-        shards=frozenset(map(int, item["shards"])),
-        of_shards=int(item["of_shards"]),
-        at_once=int(item["at_once"]),
-        back=item["back"] is True,
-        paused=item["paused"] is True and item["done"] is not True,  # what has ended is not paused
-        done=item["done"] is True,
-    )

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
-from watchdog_agent.runtime.parsing import loads
+from pydantic import TypeAdapter
 
 from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.errors import WatchdogError
@@ -23,7 +22,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, PlacementState, Presence
-from nomad_watchdog.registry import RegistryDocument
+from nomad_watchdog.registry.document import Document, DocumentFormat
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.schedulers import job_templates
 
@@ -48,6 +47,9 @@ class RolloutState:
     why: str = ""
 
 
+_STATE: Final = TypeAdapter(RolloutState)
+
+
 class RolloutController:
     """The specs in force. `wished`: as they are configured."""
 
@@ -59,8 +61,7 @@ class RolloutController:
         self._leases = leases
         self._metrics = metrics
         self._limits = SoakLimits(fleet.limits.soak_s, fleet.limits.soak_deaths)
-        self._kept: dict[str, RolloutState] = {}
-        self._documents: dict[str, RegistryDocument] = {}
+        self._documents: dict[str, Document[RolloutState]] = {}
         self._soaks: dict[str, Soak] = {}
         self._read_at = float("-inf")
         self._now = dict(wished)
@@ -117,7 +118,7 @@ class RolloutController:
         self._metrics.rollouts_given_up(sum(map(self._is_given_up, self._wished)))
 
     async def _in_force(self, name: str, wished: AgentSpec) -> AgentSpec:
-        kept = self._kept.get(name, RolloutState())
+        kept = self._kept(name)
         back = kept.good if self._is_given_up(name) else None
         if back is None:
             return wished
@@ -129,7 +130,15 @@ class RolloutController:
         return wished
 
     def _is_given_up(self, name: str) -> bool:
-        return self._kept.get(name, RolloutState()).bad == self._wished[name].spec_hash
+        return self._kept(name).bad == self._wished[name].spec_hash
+
+    def _kept(self, name: str) -> RolloutState:
+        return self._document(name).value
+
+    def _document(self, name: str) -> Document[RolloutState]:
+        if name not in self._documents:
+            self._documents[name] = Document(self._fleet.registry, document_format(name))
+        return self._documents[name]
 
     def soaking(self) -> int:
         """Agents of new versions that are ready now and have not proved themselves yet. One that reports
@@ -155,7 +164,7 @@ class RolloutController:
             return {}
         shown: dict[str, object] = {}
         for name, spec in self._wished.items():
-            kept, soak = self._kept.get(name, RolloutState()), self._soaks.get(name)
+            kept, soak = self._kept(name), self._soaks.get(name)
             if soak is None and not self._is_given_up(name):
                 continue
             shown[name] = {
@@ -197,27 +206,20 @@ class RolloutController:
 
     async def _read(self) -> None:
         for name in self._wished:
-            found = await self._fleet.registry.document(_document(name))
-            known = self._documents.get(name)
-            if known is None or known.index != found.index:
-                self._kept[name] = _decoded(found.body)
-                self._documents[name] = found
+            await self._document(name).refresh()
         await self._settle()
 
     async def _write(self, name: str, kept: RolloutState) -> bool:
-        wanted = replace(self._documents.get(name, RegistryDocument()), body=_encoded(kept))
-        stored = await self._fleet.registry.commit_document(_document(name), wanted)
-        if stored is None:
-            self._read_at = float("-inf")  # another judge was faster: go by what it wrote
+        if not await self._document(name).replace(kept):
+            self._read_at = float("-inf")  # another leader was faster: read what it wrote
             return False
-        self._documents[name], self._kept[name] = stored, kept
         await self._settle()
         return True
 
     # -- watching and judging -------------------------------------------------------------------
 
     async def _watch(self, name: str, spec: AgentSpec) -> None:
-        kept = self._kept.get(name, RolloutState())
+        kept = self._kept(name)
         settled = kept.good is not None and kept.good.spec_hash == spec.spec_hash
         if settled or self._is_given_up(name):
             self._soaks.pop(name, None)
@@ -230,7 +232,7 @@ class RolloutController:
 
     async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:
         name = spec.agent_class
-        kept = self._kept.get(name, RolloutState())
+        kept = self._kept(name)
         # The first version of all has nothing before it: it is only waited for until it is good.
         if soak.is_bad(len(wanted)) and kept.good is not None:
             await self._give_up(name, spec, kept, soak)
@@ -295,10 +297,6 @@ class RolloutController:
                     )
 
 
-def _document(name: str) -> str:
-    return f"rollout-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
 def _digest(spec: AgentSpec) -> str:
     """Of the template's text; "" when it can't be read."""
     try:
@@ -308,22 +306,20 @@ def _digest(spec: AgentSpec) -> str:
         return ""
 
 
-def _encoded(kept: RolloutState) -> bytes:
-    said = asdict(kept)
-    if said["good"]:
-        for name in ("settings", "text", "on"):  # unknown to older versions
-            said["good"].pop(name)
-    return json.dumps({"v": 1, **said}, sort_keys=True).encode()
+def document_format(agent_class: str) -> DocumentFormat[RolloutState]:
+    """Of the document that stores the roll-out state of this class."""
+    return DocumentFormat(
+        name=f"rollout-{hashlib.sha256(agent_class.encode()).hexdigest()[:16]}",
+        empty=RolloutState(),
+        parse=_STATE.validate_python,
+        serialize=_serialized,
+        repair="the roll-out is judged without it",
+        replaceable=True,
+    )
 
 
-def _decoded(body: bytes) -> RolloutState:
-    """What was kept; nothing, of a document that is not ours or of a later version."""
-    try:
-        said: dict[str, Any] = loads(body) if body else {}
-        if not said or said.pop("v") != 1:
-            return RolloutState()
-        good = said.pop("good")
-        return RolloutState(good=AgentSpec(**good) if good else None, **said)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        log.warning("a roll-out's document can't be read", extra={"reason": str(error)})
-        return RolloutState()
+def _serialized(state: RolloutState) -> dict[str, object]:
+    # Older versions reject a spec with fields that they do not know.
+    unknown_before = {"good": {"settings", "text", "on"}} if state.good is not None else None
+    fields: dict[str, object] = _STATE.dump_python(state, mode="json", exclude=unknown_before)
+    return fields

@@ -7,17 +7,13 @@ store knows nothing of their meaning. Nothing that beats is written here.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol
 
-from watchdog_agent.runtime.parsing import loads
-
-from nomad_watchdog.errors import DamagedError, UserError
+from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +55,6 @@ def check_document(name: str, body: bytes = b"") -> None:
         raise UserError(
             f"document {name} would take {len(body)} bytes; at most {MAX_DOCUMENT} are allowed"
         )
-
-
-def read_document(name: str, body: bytes, version: int, read: Callable[[Any], _T], mend: str) -> _T:
-    """What `read` makes of the JSON in a document's body, which says its version as `v`.
-
-    Raises UserError when it is of another version, DamagedError when it is not what we write; `mend`: what to do
-    then."""
-    try:
-        said = loads(body)
-        if not isinstance(said["v"], int):
-            raise TypeError  # noqa: TRY301  # damaged, and no other version
-        if said["v"] != version:
-            raise UserError(
-                f"the registry's document {name} is of version {said['v']!a}; this program reads {version}"
-            )
-        return read(said)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"the registry's document {name} can't be used ({type(error).__name__}); {mend}"
-        ) from error
 
 
 class Registry(Protocol):

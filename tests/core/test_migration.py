@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.controllers.migration import MigrationState, decode, encode, hint
+from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState, hint
 from nomad_watchdog.core import migration, planner
 from nomad_watchdog.core.migration import BackendAssignment, Migration
 from nomad_watchdog.core.pauses import Target
@@ -163,14 +163,14 @@ def test_every_scheduler_with_agents_is_looked_at(fleet: Fleet) -> None:
 def test_what_is_kept_is_read_back(some: list[Migration], backends: frozenset[str]) -> None:
     """The document of the registry loses nothing."""
     kept = MigrationState("a", backends, tuple(some))
-    assert decode(encode(kept)) == kept
+    assert FORMAT.decode(FORMAT.encode(kept)) == kept
 
 
 @given(moves())
 def test_a_move_that_is_done_is_not_read_as_paused(move: Migration) -> None:
     """A document that says both, edited by a person, say, does not send new devices to the old scheduler."""
     edited = MigrationState("a", frozenset(BACKENDS), (replace(move, done=True, paused=True),))
-    (read,) = decode(encode(edited)).moves
+    (read,) = FORMAT.decode(FORMAT.encode(edited)).moves
     assert (read.done, read.paused) == (True, False)
 
 

@@ -41,16 +41,17 @@ from nomad_watchdog.clients import (
     hashicorp_environment,
 )
 from nomad_watchdog.clock import SystemClock
-from nomad_watchdog.config import load
+from nomad_watchdog.config import class_set, load
 from nomad_watchdog.config.types import checked_listen
-from nomad_watchdog.controllers import inventory_file, rollout
+from nomad_watchdog.controllers import inventory_file, migration_state, rollout
 from nomad_watchdog.core import agent_token, webhook_signature
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
 from nomad_watchdog.events import _sql as event_sql
 from nomad_watchdog.events import merged_log
+from nomad_watchdog.fleet import pauses
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.pools import _kubernetes_objects, local, metric_reader
-from nomad_watchdog.registry import backup, codec, read_document
+from nomad_watchdog.registry import backup, codec, epoch_floor
 from nomad_watchdog.replicas.file_lease import FileLeases
 from nomad_watchdog.schedulers.local import _placement, files
 from nomad_watchdog.units import parse_duration, parse_size
@@ -146,6 +147,34 @@ KEPT = {
     "escalated": False,
     "attempts": [],
     "times": {"a": [1.5]},
+}
+PAUSES = {
+    "v": 1,
+    "pauses": [
+        {
+            "id": "p",
+            "devices": ["d"],
+            "class": "",
+            "labels": {},
+            "begins": 1.0,
+            "ends": None,
+            "reason": "",
+            "by": "",
+            "window": False,
+        }
+    ],
+}
+MIGRATIONS = {"v": 1, "base": "a", "backends": ["a"], "moves": []}
+CLASSES = {
+    "v": 1,
+    "number": 1,
+    "digest": "d",
+    "superseded": [],
+    "by": "r",
+    "since": 1.0,
+    "sum": "s",
+    "parts": [],
+    "body": "",
 }
 PROMETHEUS = {"status": "success", "data": {"resultType": "scalar", "result": [1, "2"]}}
 PLUGIN = {"status": {"token": "t", "expirationTimestamp": "2026-01-01T00:00:00+00:00"}}
@@ -331,7 +360,10 @@ PARSERS = [
     plain("credential", agent_token.claimed, numbers.map("wda1.a.{}.x".format)),
     plain("webhook", lambda text: webhook_signature.verify([b"k"], ("id", text, "v1,x"), b"", 0.0), numbers, webhook_signature.SignatureError),
     plain("record", lambda text: codec.decode(text.encode("utf-8", "replace")), with_token({"v": 1, "epoch": 1}), codec.PoisonError),
-    plain("registry document", lambda text: read_document("n", text.encode("utf-8", "replace"), 1, lambda said: int(said["number"]), "m"), with_token({"v": 1, "number": 1}), UserError),
+    plain("registry document", lambda text: epoch_floor.FORMAT.decode(text.encode("utf-8", "replace")), with_token({"v": 1, "epoch": 1, "generation": 1}), UserError),
+    plain("pauses", lambda text: pauses.FORMAT.decode(text.encode("utf-8", "replace")), with_token(PAUSES), UserError),
+    plain("migrations", lambda text: migration_state.FORMAT.decode(text.encode("utf-8", "replace")), with_token(MIGRATIONS), UserError),
+    plain("class set", lambda text: class_set.HEAD.decode(text.encode("utf-8", "replace")), with_token(CLASSES), UserError),
     plain("backup", lambda text: backup.parse(io.StringIO(text)), with_token(RECORD), UserError),
     file("plan file", "plan.json", plan._read, with_token({"v": 1, "actions": []}), UserError),
     plain("--since", status._since, numbers, UserError),
@@ -341,7 +373,7 @@ PARSERS = [
     plain("Prometheus' answer", lambda text: metric_reader._sample(parsing.loads(text)), with_token(PROMETHEUS), ValueError),
     plain("Consul's refusal", lambda text: consul._txn_refusal("x", text, ""), with_token({"Errors": [{"OpIndex": 0, "What": "x"}]})),
     plain("credential plugin", lambda text: _kubernetes_credentials._parse(text.encode("utf-8", "replace"), "p"), with_token(PLUGIN), UserError),
-    plain("roll-out", lambda text: rollout._decoded(text.encode("utf-8", "replace")), with_token({"v": 1, "good": None})),
+    plain("roll-out", lambda text: rollout.document_format("c").decode(text.encode("utf-8", "replace")), with_token({"v": 1, "good": None})),
     plain("event's data", lambda text: event_sql._event((1, 1.0, "k", "d", "s", "t", text, "o", "i", 1)), with_token({"a": 1})),
     plain("command of a class", lambda text: _placement.command_of(spec_with(text)), with_token(["a"]), UserError),
     file("placement", "placement.json", lambda path: files.read_entry(path.parent), with_token(ENTRY), files.CorruptError),

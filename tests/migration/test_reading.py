@@ -10,6 +10,7 @@ import pytest
 
 from nomad_watchdog.controllers import migration
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
 from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.core.placement_gc import REST_S
 from nomad_watchdog.core.planner import NO_STOPS
@@ -65,10 +66,10 @@ def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
         await reconciler.fleet.records.commit([replace(record_of("cam 1"), index=0)])
         await slow_listing(reconciler, lambda: None)
         assert [a.kind.value for a in reconciler.plan_builder.make(NO_STOPS).actions] == ["start"]
-        kept = migration.MigrationState("north", frozenset({"north", "south"}), (MOVE,))
+        kept = MigrationState("north", frozenset({"north", "south"}), (MOVE,))
 
         def begun() -> None:
-            world.store.commit_document(migration.NAME, RegistryDocument(migration.encode(kept)))
+            world.store.commit_document(FORMAT.name, RegistryDocument(FORMAT.encode(kept)))
 
         with pytest.raises(ConflictError, match="a migration has changed"):
             await slow_listing(reconciler, begun)
@@ -92,13 +93,11 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
             assert not reconciler.ownership.shards(), word
             await reconciler.informer.read()
             assert reconciler.ownership.shards()
-            over = migration.MigrationState(
-                "north", frozenset({"south"}), (replace(MOVE, done=True),)
-            )
+            over = MigrationState("north", frozenset({"south"}), (replace(MOVE, done=True),))
             world.usual = "south"
-            found = world.store.document(migration.NAME)
-            stored = replace(found, body=migration.encode(over))
-            assert world.store.commit_document(migration.NAME, stored)
+            found = world.store.document(FORMAT.name)
+            stored = replace(found, body=FORMAT.encode(over))
+            assert world.store.commit_document(FORMAT.name, stored)
 
     in_virtual_time(story)
 
@@ -108,10 +107,8 @@ def test_a_tombstone_is_buried_once() -> None:
 
     async def story(world: TwoSites) -> None:
         gone = replace(record_of("cam 1"), presence=Presence.ABSENT, epoch=Epoch(3), index=0)
-        kept = migration.MigrationState(
-            "north", frozenset({"north", "south"}), (replace(MOVE, done=True),)
-        )
-        world.store.commit_document(migration.NAME, RegistryDocument(migration.encode(kept)))
+        kept = MigrationState("north", frozenset({"north", "south"}), (replace(MOVE, done=True),))
+        world.store.commit_document(FORMAT.name, RegistryDocument(FORMAT.encode(kept)))
         reconciler = replica_of(world)
         await reconciler.fleet.records.commit([gone])
         await one_shot.look(reconciler)
@@ -137,7 +134,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         await reconciler.fleet.records.commit([replace(one, index=0)])
         await one_shot.look(reconciler)
         assert reconciler.migrations.status() == {}
-        world.store.documents[migration.NAME] = RegistryDocument(b'{"v": 9}', 98)
+        world.store.documents[FORMAT.name] = RegistryDocument(b'{"v": 9}', 98)
         await asyncio.sleep(migration.FRESH_S + 1.0)
         await reconciler.migrations.look()
         told = str(reconciler.migrations.status()["migration"])
@@ -145,7 +142,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         explain = reconciler.fleet.views.explain_parts
         assert "nothing is decided" in str(explain(one.slug)["next"])
         assert "version 9" in str(explain(one.slug)["next"])
-        world.store.documents[migration.NAME] = RegistryDocument(b"", 99)
+        world.store.documents[FORMAT.name] = RegistryDocument(b"", 99)
         await reconciler.migrations.look()
         assert reconciler.migrations.status() == {}
         assert str(explain(one.slug)["next"]).startswith("start")

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from nomad_watchdog.controllers.migration import MigrationState, decode
+from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
 from nomad_watchdog.core.migration import Migration, tombs
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import TransientError
@@ -136,7 +136,7 @@ class TwoSites(World):
         return index
 
     def kept(self) -> MigrationState:
-        return decode(self.store.document("migration").body)
+        return FORMAT.decode(self.store.document("migration").body)
 
     # -- the operator ---------------------------------------------------------------------------
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nomad_watchdog.config import class_set
-from nomad_watchdog.config.class_set import ClassSetRead, InForce
+from nomad_watchdog.config.class_set import ClassSetStore, InForce
 from nomad_watchdog.core.config_precedence import ConfigStanding
 from nomad_watchdog.errors import StaleError
 from nomad_watchdog.model import AgentSpec, Variant
-from nomad_watchdog.registry import RegistryDocument
 from tests.simulation.fakes import FakeRegistry, Store
 
 WORDS = st.text(max_size=20)
@@ -41,12 +41,19 @@ async def test_what_is_written_is_read(specs: dict[str, AgentSpec]) -> None:
     """All of a spec comes back, its settings too, and what was read is not decoded again while it is the same."""
     store = await registry()
     wanted = in_force(specs)
-    assert await class_set.write(store, ClassSetRead(), wanted) is not None
-    read = await class_set.read(store, RegistryDocument(), None)
-    assert read.kept == wanted
+    assert await ClassSetStore(store).write(wanted)
+    reader = ClassSetStore(store)
+    read = await reader.read()
+    assert read == wanted
     settings = {name: spec.settings for name, spec in specs.items()}
-    assert {name: spec.settings for name, spec in read.kept.specs.items()} == settings
-    assert (await class_set.read(store, read.document, read.kept)).kept is read.kept
+    assert {name: spec.settings for name, spec in read.specs.items()} == settings
+    assert await reader.read() is read
+
+
+async def parts(store: FakeRegistry) -> tuple[str, ...]:
+    head = class_set.HEAD.decode((await store.document("classes")).body)
+    assert head is not None
+    return head.parts
 
 
 def large(seed: int) -> dict[str, AgentSpec]:
@@ -58,32 +65,29 @@ async def test_a_large_set_has_documents_of_its_own() -> None:
     """They are written before what names them, and emptied when they are superseded; who reads in between is told
     to read again."""
     store = await registry()
-    first = await class_set.write(store, ClassSetRead(), in_force(large(1)))
-    assert first is not None
-    assert first.kept is not None
-    assert len(first.kept.parts) > 1
-    assert (await class_set.read(store, RegistryDocument(), None)).kept == in_force(large(1))
-    second = await class_set.write(store, first, in_force(large(2), 2))
-    assert second is not None
-    for name in first.kept.parts:
+    writer = ClassSetStore(store)
+    assert await writer.write(in_force(large(1)))
+    first = await parts(store)
+    assert len(first) > 1
+    assert await ClassSetStore(store).read() == in_force(large(1))
+    assert await writer.write(in_force(large(2), 2))
+    for name in first:
         assert (await store.document(name)).body == b""
-    assert (await class_set.read(store, RegistryDocument(), None)).kept == in_force(large(2), 2)
-    assert second.kept is not None
-    part = second.kept.parts[0]
+    assert await ClassSetStore(store).read() == in_force(large(2), 2)
+    (part, *_) = await parts(store)
     await store.commit_document(part, replace(await store.document(part), body=b""))
-    try:
-        await class_set.read(store, RegistryDocument(), None)
-    except StaleError:
-        return
-    raise AssertionError("half a set was read")
+    reader = ClassSetStore(store)
+    for _ in range(2):
+        with pytest.raises(StaleError):
+            await reader.read()
 
 
 async def test_of_two_writers_one_wins() -> None:
     """Who was slower writes nothing."""
     store = await registry()
-    assert await class_set.write(store, ClassSetRead(), in_force({})) is not None
-    assert await class_set.write(store, ClassSetRead(), in_force(large(1), 2)) is None
-    assert (await class_set.read(store, RegistryDocument(), None)).kept == in_force({})
+    assert await ClassSetStore(store).write(in_force({}))
+    assert not await ClassSetStore(store).write(in_force(large(1), 2))
+    assert await ClassSetStore(store).read() == in_force({})
 
 
 @given(SPECS)

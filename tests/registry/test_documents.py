@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.core.pauses import Pause, Target
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.fleet.pauses import Pauses, decode, encode
+from nomad_watchdog.fleet.pauses import FORMAT, Pauses
 from nomad_watchdog.model import Departure, Presence, WallTime
 from nomad_watchdog.registry import MAX_DOCUMENT, Registry, RegistryDocument, codec
 from tests.registry.conftest import Store
@@ -139,7 +139,7 @@ texts = st.text(max_size=8)
 )
 def test_pauses_are_read_as_they_were_written(made: list[Pause]) -> None:
     """Whatever people wrote into them."""
-    assert decode(encode(made)) == tuple(made)
+    assert FORMAT.decode(FORMAT.encode(tuple(made))) == tuple(made)
 
 
 @given(

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.controllers import migration
-from nomad_watchdog.controllers.migration import MigrationState
+from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
 from nomad_watchdog.daemon import preflight
 from nomad_watchdog.daemon.doctor import agents as doctor_agents
 from nomad_watchdog.daemon.doctor import api as doctor_api
@@ -63,7 +62,7 @@ async def _examine(settings: Settings, env: Mapping[str, str], config: Path | No
     for name, status, found, mend in await classes.checks(settings):
         checks.append(Check(name, Status(status), found, mend))
     try:
-        kept = migration.decode(document)
+        kept = FORMAT.decode(document)
     except UserError as error:
         mend = "nothing is decided until it can be read"
         checks.append(Check("migration", Status.FAIL, str(error), mend))

@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from nomad_watchdog.config import class_set
-from nomad_watchdog.config.class_set import InForce, in_words
+from nomad_watchdog.config.class_set import ClassSetStore, InForce, in_words
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.class_set import OwnClasses
 from nomad_watchdog.daemon.factory import consul_client, open_registry
 from nomad_watchdog.errors import WatchdogError
-from nomad_watchdog.registry import RegistryDocument
 from nomad_watchdog.replicas.consul_leases import read_replicas
 from nomad_watchdog.replicas.leases import Replica
 from nomad_watchdog.units import utc
@@ -39,7 +37,7 @@ async def checks(settings: Settings) -> list[Found]:
         return []
     try:
         async with asyncio.timeout(TIMEOUT_S), open_registry(settings) as registry:
-            kept = (await class_set.read(registry, RegistryDocument(), None)).kept
+            kept = await ClassSetStore(registry).read()
             replicas = await _replicas(settings)
         specs, unreadable = settings.readable_specs()
     except (WatchdogError, TimeoutError, OSError) as error:

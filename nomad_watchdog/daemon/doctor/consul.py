@@ -11,8 +11,8 @@ import aiohttp
 
 from nomad_watchdog.clients.nomad_features import versions
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.controllers import migration
-from nomad_watchdog.controllers.migration import MigrationState
+from nomad_watchdog.controllers import migration_state
+from nomad_watchdog.controllers.migration_state import MigrationState
 from nomad_watchdog.daemon.doctor.base import (
     TIMEOUT_S,
     Check,
@@ -115,7 +115,7 @@ async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
         async with asyncio.timeout(TIMEOUT_S * 2), open_registry(settings) as registry:
             installation = await registry.installation()
             count = len((await registry.read()).records)
-            document = await registry.document(migration.NAME)
+            document = await registry.document(migration_state.FORMAT.name)
     except NoRegistryError:
         if runs:
             what = "the registry was wiped or replaced while the control plane runs"
@@ -136,7 +136,7 @@ async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
 def _migration(settings: Settings, kept: MigrationState) -> Check:
     """Where the fleet lives, and whether `backend` says so."""
     lives = " and ".join(sorted(kept.backends))
-    if hint := migration.hint(kept, settings.backend):
+    if hint := migration_state.hint(kept, settings.backend):
         return Check("migration", Status.WARN, f"the fleet has moved to {lives}", hint)
     under_way = [move for move in kept.moves if not move.done]
     state = f", one from {under_way[0].source} is {under_way[0].state}" if under_way else ""
