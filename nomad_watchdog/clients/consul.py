@@ -270,6 +270,22 @@ class ConsulClient:
         )
         return [_kv_row(result["KV"]) for result in answer["Results"] or ()]
 
+    async def check_writable(self, key: str) -> None:
+        """Whether our token may write this key. Raises DeniedError if not.
+
+        Consul checks the rights of all operations of a transaction before it adds an entry to its log, and rejects
+        the transaction if one operation is invalid: the second one has no key."""
+        operations = [cas(key, b"", 1), cas("", b"", 1)]
+        try:
+            await self.call(
+                lambda: self.library.txn.put([{"KV": operation} for operation in operations]),
+                what=f"check of the rights to write {key}",
+                needs=f'key_prefix "{_folder(operations)}" {{ policy = "write" }}',
+            )
+        except TerminalError as error:
+            if _NO_KEY not in str(error):
+                raise
+
     async def health_checks(
         self, service: str, expression: str = "", index: int = 0, wait_s: float = 30.0
     ) -> tuple[int, list[Any]]:
@@ -434,6 +450,9 @@ def _txn_refusal(what: str, body: str, needs: str) -> TerminalError | ConflictEr
             return TerminalError(f"Consul: {what} was refused: {reason[:200]}")
     lost = frozenset(position for position, _ in errors)
     return TxnConflictError(f"Consul: {what}: {len(lost)} lost against another writer", lost)
+
+
+_NO_KEY: Final = "Must provide key"
 
 
 def cas(key: str, value: bytes, index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether the registry can be written, found out before a device is added or an agent has to be replaced."""
+"""Checks that the registry can be written, before a device is added or an agent has to be replaced."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.registry import RegistryDocument
 
 log = logging.getLogger(__name__)
 
 EVERY_S: Final = 5.0
-"""Between two checks."""
-NAME: Final = "write-check"
-"""A document that is never there."""
-_NEVER: Final = 1
-"""An index that no document of that name has: a compare-and-set with it asks for the right and writes nothing."""
+"""Time between two checks, seconds."""
 
 
 class RegistryWrites:
@@ -38,9 +33,9 @@ class RegistryWrites:
             await asyncio.sleep(EVERY_S)
 
     async def check(self) -> None:
-        """Ask the registry once. An answer that is late or missing says nothing about rights."""
+        """Check once. A time-out leaves the last result as it is."""
         try:
-            await self._fleet.registry.commit_document(NAME, RegistryDocument(b"{}", _NEVER))
+            await self._fleet.registry.check_writable()
         except TerminalError as error:
             self._refused(str(error))
         except WatchdogError:

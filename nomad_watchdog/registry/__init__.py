@@ -124,6 +124,11 @@ class Registry(Protocol):
         `watch` need not tell of it."""
         ...
 
+    async def check_writable(self) -> None:
+        """Raise what a write would raise that is refused whatever it contains. Writes nothing: Consul adds no entry
+        to its log."""
+        ...
+
     async def close(self) -> None: ...
 
     @property

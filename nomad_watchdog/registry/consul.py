@@ -190,6 +190,9 @@ class ConsulRegistry:
             return None
         return replace(document, index=row.index)
 
+    async def check_writable(self) -> None:
+        await self._client.check_writable(self._documents + "write-check")
+
     async def close(self) -> None:
         """Nothing is held; the client belongs to whoever made it."""
 

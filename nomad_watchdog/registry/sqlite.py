@@ -194,6 +194,9 @@ class SqliteRegistry:
         index = await self._in_reader(lambda: self._commit_document(name, document))
         return None if index is None else replace(document, index=index)
 
+    async def check_writable(self) -> None:
+        await self._in_reader(self._check_writable)
+
     async def close(self) -> None:
         """Write what was handed in, then let go of the file. Idempotent."""
         if self._closed:
@@ -312,6 +315,14 @@ class SqliteRegistry:
                 connection.execute("ROLLBACK")
             raise
         return index if won else None
+
+    def _check_writable(self) -> None:
+        connection = self._connected()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            _installation(connection, self._path)
+        finally:
+            connection.execute("ROLLBACK")
 
     def _forget(self, rows: Sequence[tuple[str, int]]) -> list[bool]:
         connection = self._connected()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
+import uuid
+from collections.abc import Awaitable, Callable
 
+import aiohttp
 import pytest
 
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.registry_writes import RegistryWrites
 from nomad_watchdog.errors import DeniedError, TransientError
@@ -13,10 +18,15 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
 from nomad_watchdog.registry import Registry, RegistryDocument
+from nomad_watchdog.registry.consul import ConsulRegistry
+from servers.consul import ConsulServer
+from tests.registry.conftest import Store
 
 
-async def test_the_check_writes_nothing(registry: Registry) -> None:
+async def test_the_check_writes_nothing(store: Store) -> None:
     """In every store it neither makes a document nor moves the index, however often it is made."""
+    registry = store.open()
+    await registry.initialise()
     fleet = Fleet(registry, Limits(), SystemClock())
     before = (await registry.read()).index
     writes = RegistryWrites(fleet, Metrics())
@@ -25,6 +35,35 @@ async def test_the_check_writes_nothing(registry: Registry) -> None:
     assert fleet.readiness.registry_unwritable == ""
     assert (await registry.document("write-check")) == RegistryDocument()
     assert (await registry.read()).index == before
+    if not store.address:
+        with sqlite3.connect(store.path) as db:
+            names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        db.close()
+        assert "document" not in names
+
+
+async def test_the_check_adds_no_entry_to_consuls_log(consul: ConsulServer) -> None:
+    """Of five rounds of ten checks on real Consul, the quietest one leaves the raft index where it was; ten lost
+    compare-and-sets of a document move it by ten at least."""
+    client = ConsulClient(ConsulAccess(address=consul.http_addr))
+    registry = ConsulRegistry(client=client, prefix=f"test-{uuid.uuid4()}")
+    async with aiohttp.ClientSession(consul.http_addr) as http:
+
+        async def raft_index() -> int:
+            async with http.get("/v1/agent/self") as answer:
+                return int((await answer.json())["Stats"]["raft"]["last_log_index"])
+
+        async def entries(call: Callable[[], Awaitable[object]]) -> int:
+            before = await raft_index()
+            for _ in range(10):
+                await call()
+            return await raft_index() - before
+
+        await registry.initialise()
+        lost = RegistryDocument(b"{}", 1)
+        assert min([await entries(registry.check_writable) for _ in range(5)]) == 0
+        assert await entries(lambda: registry.commit_document("write-check", lost)) >= 10
+    await client.close()
 
 
 async def test_a_refusal_is_shown_until_it_is_over(
@@ -36,12 +75,11 @@ async def test_a_refusal_is_shown_until_it_is_over(
     writes = RegistryWrites(fleet, metrics)
     answer: list[Exception] = [TransientError("no answer")]
 
-    async def refuse(_name: str, _document: RegistryDocument) -> RegistryDocument | None:
+    async def refuse() -> None:
         if answer:
             raise answer[0]
-        return None
 
-    monkeypatch.setattr(registry, "commit_document", refuse)
+    monkeypatch.setattr(registry, "check_writable", refuse)
     with caplog.at_level(logging.WARNING):
         await writes.check()
         assert fleet.readiness.ready

@@ -200,6 +200,9 @@ class FakeRegistry:
             "registry.commit_document", lambda: self._store.commit_document(name, document)
         )
 
+    async def check_writable(self) -> None:
+        await self._line.call("registry.check_writable", self._store.check)
+
     async def close(self) -> None:
         """Nothing is held."""
 
