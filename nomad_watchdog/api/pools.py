@@ -10,7 +10,8 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
 from nomad_watchdog.api.schemas import PoolScaleIn
 from nomad_watchdog.errors import ConflictError, NotFoundError
-from nomad_watchdog.pools.controller import SHARD, PoolController
+from nomad_watchdog.pools.controller import PoolController
+from nomad_watchdog.replicas.ownership import LEADER_SHARD
 
 
 async def list_pools(request: web.Request) -> web.StreamResponse:
@@ -41,5 +42,7 @@ def _keeper(request: web.Request) -> PoolController:
     if keeper is None:
         raise NotFoundError("this backend has no pools")
     if not keeper.ours():
-        raise ConflictError(f"another replica keeps the pools: the holder of shard {SHARD}")
+        raise ConflictError(
+            f"another replica keeps the pools: the leader, which holds shard {LEADER_SHARD}"
+        )
     return keeper

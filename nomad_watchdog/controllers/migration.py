@@ -24,7 +24,7 @@ from nomad_watchdog.errors import (
     WatchdogError,
 )
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Shard, Slug
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord, Epoch, Monotonic, Presence, WallTime
 from nomad_watchdog.registry.document import Document
@@ -45,7 +45,6 @@ action that is older travels (`graveyard.REST_S`)."""
 IDLE_S: Final = 10.0
 """So often, with no move under way, all records are gone through for what is left of those that are over."""
 _TOMBS: Final = 64
-_JUDGE: Final = Shard(0)
 
 
 class MigrationController:
@@ -206,7 +205,7 @@ class MigrationController:
         return now.there - now.on_way, now.on_way, now.covered - now.there
 
     async def _judge(self, homes: BackendAssignment) -> None:
-        if not self._fleet.readiness.ready or _JUDGE not in self._territory.shards():
+        if not self._fleet.readiness.ready or not self._territory.may_lead():
             self._done_since = None
             return
         move = homes.active

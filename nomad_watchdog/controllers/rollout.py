@@ -19,11 +19,12 @@ from pydantic import TypeAdapter
 from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Shard, Slug
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, PlacementState, Presence
 from nomad_watchdog.registry.document import Document, DocumentFormat
 from nomad_watchdog.replicas.leases import Leases
+from nomad_watchdog.replicas.ownership import is_leader
 from nomad_watchdog.schedulers import job_templates
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S: Final = 1.0
 READ_EVERY_S: Final = 5.0
 """So late at most another replica goes by what the judge wrote."""
-_JUDGE: Final = Shard(0)
 _UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
 
 
@@ -227,7 +227,7 @@ class RolloutController:
         wanted = frozenset(self._wanted(name))
         soak = self._soaks.setdefault(name, Soak(self._limits))
         soak.look(self._runs(spec, wanted), wanted, self._fleet.clock.monotonic())
-        if _JUDGE in self._leases.terms():
+        if is_leader(self._leases):
             await self._judge(spec, soak, wanted)
 
     async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:

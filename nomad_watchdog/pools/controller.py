@@ -1,6 +1,6 @@
 """Keeps the pools of one installation: looks, asks the decider, and does what it says.
 
-Only one replica acts, the holder of shard 0, so that two never pull at one pool; where the lease is in
+Only the leader acts, so that two never pull at one pool; where the lease is in
 doubt nobody does. A new holder knows no history, and with none a pool grows but does not shrink
 (`core.pool_scaling`). Each pool has a task of its own: one whose metric hangs delays no other (S9).
 """
@@ -24,16 +24,15 @@ from nomad_watchdog.errors import (
     WatchdogError,
 )
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Shard, Slug
+from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.pools import Driver, View
 from nomad_watchdog.pools.metric_reader import MetricReader, Reading
 from nomad_watchdog.replicas.leases import Leases
+from nomad_watchdog.replicas.ownership import is_leader
 
 log = logging.getLogger(__name__)
 
-SHARD: Final = Shard(0)
-"""Whose holder keeps the pools. It is there whatever `shards` is."""
 MIN_WAIT_S: Final = 0.1
 
 
@@ -76,7 +75,7 @@ class PoolController:
 
     def ours(self) -> bool:
         """Whether this replica is the one that keeps the pools."""
-        return SHARD in self._leases.terms()
+        return is_leader(self._leases)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -24,15 +24,13 @@ from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.events.log import Event, is_audit
 from nomad_watchdog.events.merged_log import MergedLog, event_of
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Shard
 from nomad_watchdog.replicas.leases import Leases, Replica
+from nomad_watchdog.replicas.ownership import is_leader, leader, leader_term
 
 log = logging.getLogger(__name__)
 
 PATH: Final = "/v1/peers/events"
 EVENTS: Final = "/v1/events"
-SHARD: Final = Shard(0)
-"""Its holder tells."""
 LOOK_EVERY_S: Final = 0.1
 MAX_PENDING: Final = 2_000
 """Own events that wait for a teller; of more the oldest are only in our own log."""
@@ -126,9 +124,9 @@ class EventReplicator:
         if self._stopped:
             return ""
         ours = self._leases.replica
-        if SHARD in self._leases.terms():
+        if is_leader(self._leases):
             return ours
-        holder = self._leases.all()[SHARD].holder
+        holder = leader(self._leases)
         return ours if self._term is not None and holder in ("", ours) else holder
 
     def _peer(self, name: str) -> Replica | None:
@@ -183,7 +181,7 @@ class EventReplicator:
         self._unfollow()
         peers = [one for one in self._leases.replicas() if one.id != self._leases.replica]
         logs = await asyncio.gather(*(self._rest(session, one) for one in peers))
-        term = self._leases.terms().get(SHARD)
+        term = leader_term(self._leases)
         if term is None:
             return
         for event in sorted((e for events in logs for e in events), key=lambda event: event.seq):

@@ -1,38 +1,55 @@
-"""Which devices we may decide about now: those of our shards that both stores were read for since.
+"""Which shards this replica may decide about now, and which replica is the leader.
 
-A lease that has just been taken is no licence yet: its last holder may have written after what we know. So
-a shard counts from the moment that the registry and the scheduler were both read, in full, after its term
-began (S8), and that the scheduler was prepared for it: its last holder's parent jobs may name that one's
-address.
+A lease that was just acquired is not enough: the last holder may have written after our last read. So a shard
+counts only once the registry and the scheduler were both read in full after its term began (S8), and once the
+scheduler was prepared for it: the parent jobs of the last holder may name that replica's address.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.replicas.leases import Leases, Term
 
 _T = TypeVar("_T")
-_MAX_KNOWN = 1_000_000
-"""Slugs whose shard is remembered; hashing one costs 2 µs."""
+LEADER_SHARD: Final = Shard(0)
+"""Its holder is the leader: it alone publishes the events of all replicas, judges roll-outs and migrations, and
+scales the pools. There is a shard 0 whatever the number of shards is."""
+_MAX_KNOWN: Final = 1_000_000
+"""Maximum number of slugs whose shard is cached; hashing one takes 2 µs."""
+
+
+def leader(leases: Leases) -> str:
+    """The replica's id; "" = no replica holds the lease."""
+    return leases.all()[LEADER_SHARD].holder
+
+
+def leader_term(leases: Leases) -> Term | None:
+    """Our term as the leader; None = we are not the leader."""
+    return leases.terms().get(LEADER_SHARD)
+
+
+def is_leader(leases: Leases) -> bool:
+    """Whether we hold the lease of the leader."""
+    return leader_term(leases) is not None
 
 
 class ShardOwnership:
-    """The reader of `leases` for one fleet."""
+    """The shards of one replica, by its leases."""
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
         self._known: dict[Slug, Shard] = {}
         self.registry_read_at = Monotonic(0.0)
-        """When the last full read of the registry was begun."""
+        """When the last full read of the registry began."""
         self.looked_at = Monotonic(0.0)
-        """When the last full snapshot of the scheduler was begun."""
+        """When the last full snapshot of the scheduler began."""
         self.prepared: dict[Shard, int] | None = None
-        """Shard → number of the term in which the scheduler was prepared for it; None = it is not asked for, by
-        a command that looks once."""
+        """Shard → number of the term in which the scheduler was prepared for it; None = not required, for a
+        command that decides once."""
 
     def shard(self, slug: Slug) -> Shard:
         found = self._known.get(slug)
@@ -43,13 +60,17 @@ class ShardOwnership:
         return found
 
     def shards(self) -> frozenset[Shard]:
-        """Those that we may decide about."""
+        """The shards that we may decide about."""
         read_at = min(self.registry_read_at, self.looked_at)
         return frozenset(
             shard
             for shard, term in self._leases.terms().items()
             if term.began_at <= read_at and self._is_prepared(shard, term)
         )
+
+    def may_lead(self) -> bool:
+        """Whether we are the leader and may decide as such: about shard 0."""
+        return LEADER_SHARD in self.shards()
 
     def _is_prepared(self, shard: Shard, term: Term) -> bool:
         return self.prepared is None or self.prepared.get(shard) == term.number
