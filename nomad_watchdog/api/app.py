@@ -13,10 +13,10 @@ from nomad_watchdog.api import (
 )
 from nomad_watchdog.api import (
     agents,
-    departures,
     devices,
     events,
     heartbeats,
+    holds,
     migrations,
     openapi,
     pagination,
@@ -253,14 +253,14 @@ ROUTES: Final = (
     Route(
         "GET",
         "/v1/departures",
-        departures.held,
+        holds.departures,
         "Devices that are held from leaving because they are too many at once",
         {200: AnyOut},
     ),
     Route(
         "POST",
         "/v1/departures:confirm",
-        departures.confirm,
+        holds.confirm_departures,
         "Let those leave who are held",
         {202: AnyOut, 409: "nobody is held, or others than `id` names"},
         body=ConfirmIn,
@@ -328,7 +328,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/plan:confirm",
-        plan.confirm,
+        holds.confirm_stops,
         "Let the stops go that the mass-change breaker holds; the next pass does them",
         {202: AnyOut, 409: "nothing is held, or other stops than `id` names"},
         body=ConfirmIn,

@@ -1,4 +1,4 @@
-"""Heartbeats, and an operator's word on devices that are held from leaving (S7)."""
+"""Heartbeats of devices."""
 
 from __future__ import annotations
 

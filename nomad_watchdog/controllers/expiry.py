@@ -1,22 +1,22 @@
-"""Lets devices go that were silent or are listed no more, and holds what would be too many (S7).
+"""Lets devices leave that sent no heartbeat or are no longer listed, and puts too many departures on hold (S7).
 
-A replica lets go only those of its own shards. Heartbeats are in memory, so replicas tell each other of
-them (`peers`); and a shard that has just become ours begins with a whole ttl for everybody, for what its
-last holder heard may not have come through.
+A replica decides only about the devices of its own shards. Heartbeats are kept in memory and replicated
+(`replicas/report_replication.py`). Replication may have missed some, so when a shard becomes ours, the ttl of all
+its devices begins again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from nomad_watchdog.core import expiry, presence
-from nomad_watchdog.core.expiry import NOBODY
+from nomad_watchdog.controllers.held_changes import report_hold
+from nomad_watchdog.core import expiry, holds, presence
+from nomad_watchdog.core.holds import DEPARTURES, Hold, HoldDecision
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard, Slug
@@ -27,64 +27,63 @@ from nomad_watchdog.replicas.ownership import ShardOwnership
 log = logging.getLogger(__name__)
 
 EXPIRED: Final = "expired"
-LOOK_EVERY_S: Final = 2.0
-"""A device leaves at most so long after its ttl; sooner when its end was known at the last look."""
+MAX_GAP_S: Final = 2.0
+"""Maximum time between two checks. It is shorter when the last check knew that a device expires before."""
 MIN_GAP_S: Final = 0.25
-MAX_SHOWN: Final = 1_000
+MAX_LISTED: Final = 1_000
+_Key = tuple[str, Slug]
+"""The cause of a departure, and the device."""
 
 
 @dataclass(slots=True)
-class _Cause:
-    """One reason for leaving, and what is held of it."""
+class _Cause(Hold[_Key]):
+    """The departures with one cause."""
 
-    held: frozenset[Slug] = NOBODY
-    reason: str = ""
-    confirmed: frozenset[Slug] = NOBODY
     recent: deque[Monotonic] = field(default_factory=deque)
-    """When devices left without an operator's word."""
+    """When devices left without a confirmation."""
 
 
 class ExpiryController:
-    """Who leaves, and who is held."""
+    """The departures of one replica's devices."""
 
     def __init__(self, fleet: Fleet, metrics: Metrics, ownership: ShardOwnership) -> None:
         self.fleet = fleet
         self.ownership = ownership
         self._shards: frozenset[Shard] = frozenset()
-        """Those that were ours at the last look."""
+        """Those that were ours at the last check."""
         self.metrics = metrics
         self._causes: dict[str, _Cause] = {}
         fleet.views.add_status(self.status)
         fleet.views.add_explain(self.explain)
 
     async def run(self) -> None:
-        """Let the silent ones go, until cancelled."""
+        """Let overdue devices leave, until cancelled."""
         while True:
             try:
                 wait_s = await self.expire()
             except WatchdogError as error:
                 log.warning("expiry failed", extra={"reason": str(error)})
-                wait_s = LOOK_EVERY_S
-            await asyncio.sleep(min(max(wait_s, MIN_GAP_S), LOOK_EVERY_S))
+                wait_s = MAX_GAP_S
+            await asyncio.sleep(min(max(wait_s, MIN_GAP_S), MAX_GAP_S))
 
     async def expire(self) -> float:
-        """One look; seconds until the next device may be overdue."""
+        """Check once; seconds until the next device may be overdue."""
         fleet, attendance = self.fleet, self.fleet.presence.heartbeats
         now = fleet.clock.monotonic()
         records = self.ownership.of(fleet.records)
-        self._begin_anew(records, now)
-        # What is paused is not expected to beat: its ttl begins anew when the pause ends.
+        self._restart_ttls(records, now)
+        # A paused device need not send heartbeats: its ttl begins again when the pause ends.
         for slug in fleet.presence.paused():
             attendance.answers(slug, now)
         found = expiry.overdue(records.values(), attendance.heard, attendance.rules, now)
-        attendance.heard.update(dict.fromkeys(found.unheard, now))  # a store that was put back, say
+        attendance.heard.update(dict.fromkeys(found.unheard, now))  # from a restored registry
 
-        def silent(record: DeviceRecord) -> bool:
+        def is_silent(record: DeviceRecord) -> bool:
             heard = attendance.heard.get(record.slug)
             return heard is not None and heard <= now
 
         left = await self.leave(
-            EXPIRED, found.slugs, Departure.EXPIRED, still=silent, window_s=found.window_s
+            EXPIRED, found.slugs, Departure.EXPIRED, still=is_silent, window_s=found.window_s
         )
         self.metrics.expired(left)
         # A heartbeat that came while this was being written must not be lost.
@@ -93,7 +92,7 @@ class ExpiryController:
             await fleet.records.adjust(late, presence.revive)
         return found.next_at - now
 
-    def _begin_anew(self, records: Mapping[Slug, DeviceRecord], now: Monotonic) -> None:
+    def _restart_ttls(self, records: Mapping[Slug, DeviceRecord], now: Monotonic) -> None:
         gained, self._shards = self.ownership.shards() - self._shards, self.ownership.shards()
         if gained:
             heard = self.fleet.presence.heartbeats.heard
@@ -110,104 +109,85 @@ class ExpiryController:
         still: Callable[[DeviceRecord], bool],
         window_s: float = 0.0,
     ) -> int:
-        """Let these go, or hold them when they are too many; how many went. `still`: asked of each
-        stored record, at the last moment. `window_s`: see `departures.gate`.
+        """Let these devices leave, or hold them if they are too many; how many left. `still`: checked for each
+        stored record immediately before it is changed. `window_s`: departures within this time count together.
 
         Raises what the registry raises, and ConflictError."""
-        fleet = self.fleet
-        state = self._causes.setdefault(cause, _Cause())
+        fleet, state = self.fleet, self._causes.setdefault(cause, _Cause())
         now = fleet.clock.monotonic()
         while state.recent and now - state.recent[0] > window_s:
             state.recent.popleft()
-        state.confirmed &= wanted
-        if not wanted:
-            self._hold(cause, state, NOBODY, "")
-            return 0
-        gate = expiry.gate(
-            wanted,
-            present=sum(
-                record.presence is Presence.PRESENT
-                for record in self.ownership.of(fleet.records).values()
-            ),
+        keys = {(cause, slug) for slug in wanted}
+        state.confirmed &= keys
+        decision = holds.decide(
+            DEPARTURES,
+            keys,
+            state.confirmed,
+            fleet.limits,
+            total=self._present() if keys else 0,
             recent=len(state.recent),
-            limits=fleet.limits,
-            confirmed=state.confirmed,
         )
-        self._hold(cause, state, gate.held, gate.reason)
-        if not gate.go:
+        self._hold(cause, state, decision)
+        if not decision.go:
             return 0
 
         def change(record: DeviceRecord, at: WallTime) -> DeviceRecord | None:
             return presence.deregister(record, at, left) if still(record) else None
 
-        unasked = len(gate.go - state.confirmed)
-        count = await fleet.records.adjust(sorted(gate.go), change)
-        state.recent.extend([now] * min(unasked, count))
+        unconfirmed = len(decision.go - state.confirmed)
+        count = await fleet.records.adjust(sorted(slug for _, slug in decision.go), change)
+        state.recent.extend([now] * min(unconfirmed, count))
         return count
 
-    def _hold(self, cause: str, state: _Cause, held: frozenset[Slug], reason: str) -> None:
-        begins = bool(held) and not state.held
-        state.held, state.reason = held, reason
-        self.metrics.departures_held(sum(len(c.held) for c in self._causes.values()))
-        if begins:
-            log.error("departures held", extra={"cause": cause, "reason": reason})
-            self._note("departures.held", f"{cause}: {reason}")
+    def _present(self) -> int:
+        records = self.ownership.of(self.fleet.records).values()
+        return sum(record.presence is Presence.PRESENT for record in records)
 
-    def _note(self, kind: str, text: str) -> None:
-        fleet = self.fleet
-        fleet.events.own.add(
-            at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data={}
-        )
+    def _hold(self, cause: str, state: _Cause, decision: HoldDecision[_Key]) -> None:
+        begins = bool(decision.held) and not state.held
+        state.held, state.reason = decision.held, decision.reason
+        self.metrics.departures_held(len(list(self._held())))
+        if begins:
+            report_hold(self.fleet, DEPARTURES, f"{cause}: {decision.reason}")
+
+    def _held(self) -> Iterator[_Key]:
+        for _, state in sorted(self._causes.items()):
+            yield from sorted(state.held)
 
     @property
     def held_id(self) -> str:
-        """Twelve hexadecimal digits that name exactly those who are held; "" = nobody is."""
-        text = "\n".join(
-            f"{cause} {slug}"
-            for cause, state in sorted(self._causes.items())
-            for slug in sorted(state.held)
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
+        """Identifies exactly the departures that are held; "" = there are none."""
+        return holds.hold_id(self._held())
 
     def confirm(self) -> int:
-        """An operator's word that all who are held have left. Returns how many; they go at the next
-        look."""
-        count = 0
-        for state in self._causes.values():
-            state.confirmed |= state.held
-            count += len(state.held)
-        self._note("departures.confirmed", f"an operator confirmed {count} departures")
-        return count
+        """An operator confirms all held departures. Returns how many; the devices leave at the next check."""
+        return sum(state.confirm() for state in self._causes.values())
+
+    def _summary(self, name: str) -> dict[str, object]:
+        reasons = (f"{c}: {s.reason}" for c, s in sorted(self._causes.items()) if s.held)
+        return {
+            name: len(list(self._held())),
+            "reason": "; ".join(reasons),
+            "id": self.held_id,
+        }
 
     def status(self) -> dict[str, object]:
-        """Our part of the status."""
-        reasons = {c: s.reason for c, s in sorted(self._causes.items()) if s.held}
-        return {
-            "departures": {
-                "held": sum(len(state.held) for state in self._causes.values()),
-                "reason": "; ".join(f"{cause}: {reason}" for cause, reason in reasons.items()),
-                "id": self.held_id,
-            }
-        }
+        """For the status of this replica."""
+        return {"departures": self._summary("held")}
 
     def explain(self, slug: Slug) -> dict[str, object]:
-        """Whether this device is held from leaving."""
+        """Whether the departure of this device is held."""
         for cause, state in self._causes.items():
-            if slug in state.held:
-                mend = f"if it is meant: nomad-watchdog departures confirm {self.held_id}"
-                return {"departure": f"held ({cause}): {state.reason}; {mend}"}
+            if (cause, slug) in state.held:
+                command = holds.confirm_command(DEPARTURES, self.held_id)
+                return {"departure": f"held ({cause}): {state.reason}; {command}"}
         return {}
 
-    def shown(self) -> dict[str, object]:
-        """Who is held, one by one."""
+    def held_json(self) -> dict[str, object]:
+        """The held departures, for the API."""
         rows = [
             {"device": record.device.id, "cause": cause}
-            for cause, state in sorted(self._causes.items())
-            for slug in sorted(state.held)
+            for cause, slug in self._held()
             if (record := self.fleet.records.get(slug)) is not None
         ]
-        found = self.status()["departures"]
-        assert isinstance(found, dict)
-        return {"count": found["held"], "reason": found["reason"], "id": found["id"]} | {
-            "devices": rows[:MAX_SHOWN]
-        }
+        return self._summary("count") | {"devices": rows[:MAX_LISTED]}

@@ -1,20 +1,12 @@
-"""Who has left by silence, and how many may leave at once (S7).
-
-A dead gateway, a stopped clock or a torn inventory looks like a fleet that left. So what would take more
-than the breaker's share of the devices within one window waits for them to be heard, or for an operator.
-"""
+"""Which devices have sent no heartbeat for their whole ttl."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Final
 
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import DeviceRecord, Limits, Monotonic, Presence, PresenceRules
-
-NOBODY: Final[frozenset[Slug]] = frozenset()
+from nomad_watchdog.model import DeviceRecord, Monotonic, Presence, PresenceRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,33 +45,3 @@ def overdue(
         else:
             next_at = min(next_at, sign + ttl_s)
     return Overdue(frozenset(found), Monotonic(next_at), window_s, tuple(unheard))
-
-
-@dataclass(frozen=True, slots=True)
-class ExpiryGate:
-    """Who may leave now, who must wait, and why."""
-
-    go: frozenset[Slug]
-    held: frozenset[Slug] = NOBODY
-    reason: str = ""
-
-
-def gate(
-    wanted: AbstractSet[Slug],
-    *,
-    present: int,
-    recent: int,
-    limits: Limits,
-    confirmed: AbstractSet[Slug],
-) -> ExpiryGate:
-    """`present`: devices that are present, the wanted ones among them; `recent`: how many left for the
-    same cause within the window; `confirmed`: an operator means these."""
-    fresh = frozenset(wanted - confirmed)
-    allowed = max(limits.breaker_min, int((present + recent) * limits.breaker_fraction))
-    if not fresh or len(fresh) + recent <= allowed:
-        return ExpiryGate(frozenset(wanted))
-    reason = (
-        f"{len(fresh) + recent} of {present + recent} devices would leave at once; at most {allowed} "
-        "may without an operator's word"
-    )
-    return ExpiryGate(frozenset(wanted & confirmed), fresh, reason)

@@ -24,7 +24,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from nomad_watchdog.core import rollout
+from nomad_watchdog.core import holds, rollout
 from nomad_watchdog.core.migration import BackendAssignment
 from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability, stranded
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
@@ -356,17 +356,9 @@ def _breaker(
     if len(stops) <= limits.breaker_min:
         return stops, NO_STOPS, ""
     live = sum(p.state is not _DEAD for found in placements.values() for p in found)
-    allowed = max(limits.breaker_min, int(live * limits.breaker_fraction))
-    fresh = [a for a in stops if stop_key(a) not in confirmed]
-    if len(fresh) <= allowed:
-        return stops, NO_STOPS, ""
-    reason = (
-        f"{len(stops)} of {live} agents would be stopped in one pass; at most {allowed} may be "
-        "without a second read that agrees"
-    )
-    # The confirmed ones may go: a slow trickle of new ones must not keep them for ever.
-    released = [a for a in stops if stop_key(a) in confirmed]
-    return released, frozenset(map(stop_key, fresh)), reason
+    wanted = {stop_key(action) for action in stops}
+    found = holds.decide(holds.STOPS, wanted, confirmed, limits, total=live)
+    return [a for a in stops if stop_key(a) in found.go], found.held, found.reason
 
 
 def stop_key(action: Action) -> Stop:

@@ -209,6 +209,10 @@ class EventLog:
             self.on_add(event)
         return event
 
+    def note(self, at: WallTime, kind: str, text: str, **data: object) -> Event:
+        """Append an event of the whole fleet: it belongs to no device."""
+        return self.add(at=at, kind=kind, device_id="", slug=Slug(""), text=text, data=data)
+
     def take(self, event: Event) -> None:
         """Append one that has a number above all that are here; the oldest falls out."""
         self._keep(event)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Final
 
-from nomad_watchdog.core.mass_stop_breaker import held_id
+from nomad_watchdog.core.holds import hold_id
 from nomad_watchdog.core.planner import Changes, Plan, no_words
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -153,7 +153,7 @@ def plan_json(
         "held": {
             "count": len(plan.held),
             "reason": plan.hold_reason,
-            "id": held_id(plan.held),
+            "id": hold_id(plan.held),
             "stops": [
                 {"device": device, "slug": slug, "epoch": epoch, "placement": ref}
                 for device, slug, epoch, ref in held[:MAX_HELD]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker, held_id
+from nomad_watchdog.core.holds import hold_id
+from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Plan, Stop
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Epoch
@@ -14,7 +15,7 @@ B: Stop = (Slug("b-1"), Epoch(1), "ref-b")
 def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
     """Strays are confirmed by nobody's reading; an operator who spoke meanwhile has confirmed them."""
     breaker = MassStopBreaker()
-    breaker.settle(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
+    breaker.update(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
     held = breaker.held
     assert breaker.confirm() == 2
     breaker.read_again(held, registered={A[0]})
@@ -24,31 +25,31 @@ def test_an_operators_word_during_the_second_read_is_not_lost() -> None:
 def test_a_second_read_confirms_only_what_is_registered() -> None:
     """What nobody has registered waits for an operator, and says what to type."""
     breaker = MassStopBreaker()
-    breaker.settle(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
+    breaker.update(Plan((), held=frozenset({A, B}), hold_reason="two of two"))
     assert breaker.wants_second_read
     breaker.read_again(breaker.held, registered={A[0]})
     assert breaker.confirmed == {A}
     assert not breaker.wants_second_read
-    assert breaker.held_id in breaker.mend
+    assert breaker.held_id in breaker.next_step
 
 
 def test_the_id_names_exactly_these_stops() -> None:
     """Order does not matter, another epoch or placement does, and nothing has no id."""
-    assert held_id(frozenset({A, B})) == held_id(frozenset({B, A}))
-    assert held_id(frozenset({A})) != held_id(frozenset({A, B}))
-    assert held_id(frozenset({A})) != held_id(frozenset({(A[0], Epoch(2), A[2])}))
-    assert held_id(frozenset()) == MassStopBreaker().mend == ""
+    assert hold_id(frozenset({A, B})) == hold_id(frozenset({B, A}))
+    assert hold_id(frozenset({A})) != hold_id(frozenset({A, B}))
+    assert hold_id(frozenset({A})) != hold_id(frozenset({(A[0], Epoch(2), A[2])}))
+    assert hold_id(frozenset()) == MassStopBreaker().next_step == ""
 
 
 def test_a_stray_that_is_registered_meanwhile_is_read_once_more() -> None:
     """Records were lost and are registered anew: no operator is needed for what a second read can say."""
     breaker = MassStopBreaker()
     plan = Plan((), held=frozenset({A, B}), hold_reason="two of two")
-    breaker.settle(plan)
+    breaker.update(plan)
     breaker.read_again(breaker.held, registered=())
-    breaker.settle(plan)
+    breaker.update(plan)
     assert not breaker.wants_second_read
-    breaker.settle(plan, {A[0]})
+    breaker.update(plan, {A[0]})
     assert breaker.wants_second_read
     breaker.read_again(breaker.held, registered={A[0]})
     assert breaker.confirmed == {A}

@@ -7,7 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.core.expiry import gate, overdue
+from nomad_watchdog.core.expiry import overdue
+from nomad_watchdog.core.holds import DEPARTURES, HoldDecision, decide
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord, Limits, Monotonic, PresenceRules
 from tests.core.world import CLASS, record
@@ -66,6 +67,16 @@ def test_the_ttl_is_the_devices_then_its_classs_then_the_default() -> None:
     assert rules.ttl_of(replace(leased("a", None).device, agent_class="other")) == 30.0
 
 
+def keys(devices: set[Slug]) -> set[tuple[Slug]]:
+    return {(slug,) for slug in devices}
+
+
+def leave(
+    wanted: set[Slug], confirmed: set[Slug], limits: Limits, *, present: int, recent: int
+) -> HoldDecision[tuple[Slug]]:
+    return decide(DEPARTURES, keys(wanted), keys(confirmed), limits, total=present, recent=recent)
+
+
 @given(slugs, slugs, st.integers(0, 50), st.integers(0, 50))
 def test_s7_who_leaves_is_within_the_limit_or_confirmed(
     wanted: set[Slug], confirmed: set[Slug], others: int, recent: int
@@ -75,15 +86,15 @@ def test_s7_who_leaves_is_within_the_limit_or_confirmed(
     limits = Limits()
     present = len(wanted) + others
 
-    found = gate(wanted, present=present, recent=recent, limits=limits, confirmed=confirmed)
+    found = leave(wanted, confirmed, limits, present=present, recent=recent)
 
-    assert found.go | found.held == wanted
+    assert found.go | found.held == keys(wanted)
     assert not found.go & found.held
     allowed = max(limits.breaker_min, int((present + recent) * limits.breaker_fraction))
     unasked = wanted - confirmed
-    if found.go - confirmed:
+    if found.go - keys(confirmed):
         assert len(unasked) + recent <= allowed
-    assert wanted & confirmed <= found.go
+    assert keys(wanted & confirmed) <= found.go
     assert bool(found.reason) == bool(found.held)
 
 
@@ -92,9 +103,7 @@ def test_s7_a_trickle_is_one_outage() -> None:
     limits = Limits()
     gone, present = 0, 100
     for n in range(50):
-        found = gate(
-            {Slug(f"d{n}")}, present=present, recent=gone, limits=limits, confirmed=frozenset()
-        )
+        found = leave({Slug(f"d{n}")}, set(), limits, present=present, recent=gone)
         gone += len(found.go)
         present -= len(found.go)
 

@@ -214,7 +214,7 @@ def planned(
 
 
 def settled(rep: Rep, breaker: bool) -> Rep:
-    """The replica after the pass that follows news: `MassStopBreaker.settle` on the new plan."""
+    """The replica after the pass that follows news: `MassStopBreaker.update` on the new plan."""
     read, looked, views, listing, confirmed, twice = rep
     if not (read and looked and (confirmed or twice)):
         return rep

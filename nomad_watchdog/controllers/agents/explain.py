@@ -89,7 +89,7 @@ class LoopStatus:
                 "held": len(self.breaker.held),
                 "reason": self.breaker.reason,
                 "id": self.breaker.held_id,
-                "next": self.breaker.mend,
+                "next": self.breaker.next_step,
             },
             "unprepared_classes": dict(self.unprepared),
             "waiting_rollout": self.last_plan().waiting_rollout,
@@ -114,7 +114,7 @@ class LoopStatus:
         if not self.leases.current:
             lease = replace(lease, holder="", api="")
         return {
-            "next": f"held: {self.breaker.reason}; {self.breaker.mend}"
+            "next": f"held: {self.breaker.reason}; {self.breaker.next_step}"
             if held
             else self._next(slug, lease),
             "next_in_s": round(wait_s, 1) if wait_s > 0 else None,

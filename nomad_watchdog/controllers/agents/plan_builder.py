@@ -5,13 +5,14 @@ No I/O: the views are the fleet's, and `core.planner` decides.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.controllers.rollout import RolloutController
 from nomad_watchdog.core import planner, rollout
+from nomad_watchdog.core.holds import STOPS
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Changes, Plan, Stop, no_words
 from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
@@ -19,12 +20,9 @@ from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.core.stuck_placements import StuckPlacements
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.serializers import plan_json
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Action, AgentSpec, Placement, PlacementState, Presence
 from nomad_watchdog.replicas.ownership import ShardOwnership
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -170,19 +168,11 @@ class PlanBuilder:
     def hold(self, plan: Plan) -> None:
         """Hold what this plan holds, and say so when that begins."""
         was = bool(self.breaker.held)
-        self.breaker.settle(plan, self.fleet.records)
+        self.breaker.update(plan, self.fleet.records)
         if was != bool(plan.held):
             self.metrics.breaker_held(held=not was)
         if plan.held and not was:
-            log.error("stops held", extra={"reason": plan.hold_reason})
-            self.fleet.events.own.add(
-                at=self.fleet.clock.wall(),
-                kind="breaker.held",
-                device_id="",
-                slug=Slug(""),
-                text=plan.hold_reason,
-                data={},
-            )
+            report_hold(self.fleet, STOPS, plan.hold_reason)
 
     def view(self) -> dict[str, object]:
         """What the next pass would do, for the API and the CLI."""
