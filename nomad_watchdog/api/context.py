@@ -17,7 +17,7 @@ from nomad_watchdog.api.body_memory import BodyMemory
 from nomad_watchdog.api.routing import Route
 from nomad_watchdog.api.services import Operator, Reloads
 from nomad_watchdog.controllers.expiry import ExpiryController
-from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.pools.controller import PoolController
@@ -51,7 +51,7 @@ class Context:
     """Who keeps pools; None where the backend has none."""
     reloads: Reloads | None = None
     """Who reads the configuration again; None where there is none."""
-    migrations: MigrationController | None = None
+    migrations: MigrationRequests | None = None
     """Who moves the fleet between schedulers; None where nobody reconciles."""
     page_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     page: tuple[float, str] = (float("-inf"), "")

@@ -10,31 +10,29 @@ from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.name_checks import check_class_name, check_devices
 from nomad_watchdog.api.schemas import MigrateIn
-from nomad_watchdog.controllers.migration import MigrationController
+from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError
 from nomad_watchdog.fleet.pauses import new_id
 
 
-def _migrations(request: web.Request) -> MigrationController:
+def _migrations(request: web.Request) -> MigrationRequests:
     found = request.app[CONTEXT].migrations
     if found is None:
-        raise NotFoundError("this server moves nothing")
+        raise NotFoundError("this control plane has no migrations")
     return found
 
 
 async def show(request: web.Request) -> web.StreamResponse:
-    """All that was asked for and is in force, the newest last."""
-    migrations = _migrations(request)
-    await migrations.refresh()
-    return web.json_response(migrations.view())
+    """All migrations that are in force, the newest last."""
+    return web.json_response(await _migrations(request).view())
 
 
 async def begin(request: web.Request) -> web.StreamResponse:
-    """Both schedulers are listed first: nothing moves to one that doesn't answer.
+    """Both schedulers are listed first: nothing moves to one that does not answer.
 
-    Raises UserError (400) when nothing that is meant lives there, ConflictError (409) while another migration
-    is under way, TransientError (503) before the fleet is known."""
+    Raises UserError (400) when no device of the migration lives there, ConflictError (409) while another migration
+    is in progress, TransientError (503) before the fleet is known."""
     body = await read(request, MigrateIn)
     context = request.app[CONTEXT]
     migrations = _migrations(request)
@@ -60,24 +58,24 @@ async def begin(request: web.Request) -> web.StreamResponse:
     )
     if body.dry_run:
         return web.json_response(await migrations.preview(move))
-    told = await migrations.begin(move)
+    begun = await migrations.begin(move)
     audit(request, "migrate", "started", migration=move.id)
-    return web.json_response(told, status=201)
+    return web.json_response(begun, status=201)
 
 
 async def pause(request: web.Request) -> web.StreamResponse:
-    return await _say(request, "pause")
+    return await _control(request, "pause")
 
 
 async def resume(request: web.Request) -> web.StreamResponse:
-    return await _say(request, "resume")
+    return await _control(request, "resume")
 
 
 async def undo(request: web.Request) -> web.StreamResponse:
-    return await _say(request, "undo")
+    return await _control(request, "undo")
 
 
-async def _say(request: web.Request, what: str) -> web.StreamResponse:
-    told = await _migrations(request).say(what)
-    audit(request, "migrate", what, migration=told["id"])
-    return web.json_response(told)
+async def _control(request: web.Request, what: str) -> web.StreamResponse:
+    changed = await _migrations(request).control(what)
+    audit(request, "migrate", what, migration=changed["id"])
+    return web.json_response(changed)

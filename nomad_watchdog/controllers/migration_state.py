@@ -25,10 +25,10 @@ class MigrationState:
     moves: tuple[Migration, ...] = ()
 
 
-def hint(kept: MigrationState, usual: str) -> str:
-    """What follows from a finished migration for the setting `backend`; "" = nothing."""
-    last = next((m for m in reversed(kept.moves) if m.done and m.is_whole), None)
-    if last is None or any(not m.done for m in kept.moves) or usual == last.heads_for:
+def settings_hint(state: MigrationState, usual: str) -> str:
+    """How to change the setting `backend` after a migration that is over; "" = leave it."""
+    last = next((m for m in reversed(state.moves) if m.done and m.is_whole), None)
+    if last is None or any(not m.done for m in state.moves) or usual == last.heads_for:
         return ""
     return (
         f"the fleet lives on {last.heads_for} and `backend` is still {usual}: set backend = "
@@ -36,8 +36,8 @@ def hint(kept: MigrationState, usual: str) -> str:
     )
 
 
-def shown(move: Migration) -> dict[str, object]:
-    """A move as the API shows it."""
+def migration_json(move: Migration) -> dict[str, object]:
+    """A migration in the API."""
     return {
         "id": move.id,
         "from": move.source,
@@ -98,7 +98,8 @@ def _parsed(fields: object) -> MigrationState:
 
 def _serialized(state: MigrationState) -> dict[str, object]:
     moves = [
-        shown(move) | {"of_shards": move.of_shards, "paused": move.paused, "done": move.done}
+        migration_json(move)
+        | {"of_shards": move.of_shards, "paused": move.paused, "done": move.done}
         for move in state.moves
     ]
     return {"base": state.base, "backends": sorted(state.backends), "moves": moves}

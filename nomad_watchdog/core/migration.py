@@ -130,6 +130,10 @@ class BackendAssignment:
             return move.heads_for
         return here
 
+    def is_at_goal(self, placement: Placement, record: DeviceRecord) -> bool:
+        """Whether the placement is on the scheduler where the record's agent should be."""
+        return self.at(placement) == self.goal(record)
+
     def is_known(self, record: DeviceRecord) -> bool:
         """Whether the scheduler that has the record's agent is one that we look at. One that is not is news
         that we have not read yet, or a setting that is missing."""
@@ -140,6 +144,22 @@ class BackendAssignment:
         for slug, record in records.items():
             if not self.is_known(record):
                 yield slug
+
+
+class _NeverMigrated(BackendAssignment):
+    """Of a fleet that was never migrated: there is one scheduler, and records do not name it."""
+
+    def of(self, record: DeviceRecord) -> str:  # noqa: ARG002  # as of any record
+        return ""
+
+    def is_at_goal(self, placement: Placement, record: DeviceRecord) -> bool:  # noqa: ARG002
+        return True
+
+    def is_known(self, record: DeviceRecord) -> bool:  # noqa: ARG002
+        return True
+
+
+NEVER_MIGRATED: Final = _NeverMigrated("", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import holds, rollout
-from nomad_watchdog.core.migration import BackendAssignment
+from nomad_watchdog.core.migration import NEVER_MIGRATED, BackendAssignment
 from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability, stranded
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
@@ -95,7 +95,7 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     readiness: Readiness = ALL_READY,
     confirmed: frozenset[Stop] = NO_STOPS,
     resting: AbstractSet[Slug] = NO_SLUGS,
-    homes: BackendAssignment | None = None,
+    homes: BackendAssignment = NEVER_MIGRATED,
     changes: Changes = no_words,
     stalled: Stalled = none_stalled,
     stalled_room: int = 0,
@@ -107,7 +107,7 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     there is left as it is. `readiness`: see `rollout.admit`. `confirmed`: stops that an earlier pass
     held and that these, independently read, inputs still ask for. `resting`: devices for which
     nothing is done now: paused, gone for so short that they may come back, or with a record that can't
-    be read, so that nobody knows what is wished of them. `homes`: None while the fleet has one scheduler.
+    be read, so that nobody knows what is wished of them. `homes`: where agents live and should live.
     `changes`: (agent class, hash of a spec) → what the class's spec changes in it, in words.
     `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`.
     `reach`: see `living.stranded`.
@@ -163,7 +163,7 @@ def _decided(  # noqa: PLR0913  # as `plan`
     spec_hashes: Mapping[str, str],
     *,
     resting: AbstractSet[Slug],
-    homes: BackendAssignment | None,
+    homes: BackendAssignment,
     changes: Changes,
     stalled: Stalled,
     reach: Reachability,
@@ -181,7 +181,7 @@ def _decided(  # noqa: PLR0913  # as `plan`
                     only.state is _RUNNING
                     and only.epoch == record.epoch
                     and only.spec_hash == spec_hashes.get(record.device.agent_class)
-                    and (homes is None or homes.at(only) == homes.goal(record))
+                    and homes.is_at_goal(only, record)
                     and slug not in reach.silent
                 ):
                     continue
@@ -209,7 +209,7 @@ def decide(
     record: DeviceRecord,
     found: tuple[Placement, ...],
     spec_hashes: Mapping[str, str],
-    homes: BackendAssignment | None = None,
+    homes: BackendAssignment = NEVER_MIGRATED,
     changes: Changes = no_words,
     stalled: Stalled = none_stalled,
     reach: Reachability = UNKNOWN,
@@ -239,7 +239,7 @@ def _keep(
     record: DeviceRecord,
     current: list[Placement],
     spec_hashes: Mapping[str, str],
-    homes: BackendAssignment | None,
+    homes: BackendAssignment,
     changes: Changes,
     stalled: Stalled,
     reach: Reachability,
@@ -283,22 +283,19 @@ def _outdated(record: DeviceRecord, keeper: Placement, changes: Changes) -> str:
     return f"agent runs an old version of class `{name}`" + (f" ({said})" if said else "")
 
 
-def _elsewhere(record: DeviceRecord, keeper: Placement, homes: BackendAssignment | None) -> str:
+def _elsewhere(record: DeviceRecord, keeper: Placement, homes: BackendAssignment) -> str:
     """The scheduler that the agent should move to; "" = it is where it should be."""
     # What runs on a lost node may be the accepted agent still, and nothing could start beside it (S3).
-    if homes is None or keeper.state is PlacementState.LOST:
+    if keeper.state is PlacementState.LOST or homes.is_at_goal(keeper, record):
         return ""
-    goal = homes.goal(record)
-    return "" if homes.at(keeper) == goal else goal
+    return homes.goal(record)
 
 
-def _start(
-    record: DeviceRecord, dead: tuple[Placement, ...], homes: BackendAssignment | None
-) -> Action:
+def _start(record: DeviceRecord, dead: tuple[Placement, ...], homes: BackendAssignment) -> Action:
     highest = max((p.epoch for p in dead), default=Epoch(0))
     # Its start may still be on the way to the epoch's home: it is repeated there, whatever has moved since.
     unused = record.epoch > highest and not record.instance and record.epoch > 0
-    home = "" if homes is None else homes.of(record) if unused else homes.for_start(record)
+    home = homes.of(record) if unused else homes.for_start(record)
     epoch = record.epoch if unused else Epoch(max(record.epoch, highest) + 1)
     if unused:
         reason = f"no agent has reported at epoch {epoch} yet"

@@ -24,6 +24,7 @@ from nomad_watchdog.controllers import inventory_file
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.inventory import InventoryController
+from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.registry_writes import RegistryWrites
 from nomad_watchdog.daemon import preflight, systemd
 from nomad_watchdog.daemon.factory import (
@@ -188,7 +189,7 @@ async def _run(
     )
     app[CONTEXT].departures = departures
     app[CONTEXT].pools = keeper
-    app[CONTEXT].migrations = reconciler.migrations
+    app[CONTEXT].migrations = MigrationRequests(fleet, reconciler.migrations)
     runner = Runner(app, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     listener = ApiListener(runner, settings.api, metrics)

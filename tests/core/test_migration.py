@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState, hint
+from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState, settings_hint
 from nomad_watchdog.core import migration, planner
 from nomad_watchdog.core.migration import BackendAssignment, Migration
 from nomad_watchdog.core.pauses import Target
@@ -194,8 +194,8 @@ def test_a_finished_move_says_what_to_change_and_moves_nothing_back() -> None:
     there = replace(record("x", epoch=2), home="b")
     assert homes.goal(there) == homes.for_start(there) == homes.for_start(record("new")) == "b"
     assert homes.for_start(record("back again", epoch=1)) == "b"
-    assert 'backend = "b"' in hint(MigrationState("a", frozenset({"b"}), (done,)), "a")
-    assert hint(MigrationState("a", frozenset({"b"}), (done,)), "b") == ""
+    assert 'backend = "b"' in settings_hint(MigrationState("a", frozenset({"b"}), (done,)), "a")
+    assert settings_hint(MigrationState("a", frozenset({"b"}), (done,)), "b") == ""
 
 
 def test_a_device_that_cannot_move_holds_up_no_other() -> None:

@@ -17,6 +17,8 @@ from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.config.load import load
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.migration_requests import MigrationRequests
+from nomad_watchdog.core.migration import NEVER_MIGRATED
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.model import AgentSpec, Device
@@ -39,7 +41,9 @@ class Plane:
             {"default": SPEC},
             served_api.metrics,
         )
-        served_api.app[CONTEXT].migrations = self.reconciler.migrations
+        served_api.app[CONTEXT].migrations = MigrationRequests(
+            served_api.fleet, self.reconciler.migrations
+        )
 
     def _made(self, name: str) -> FakeScheduler:
         if name not in self.sites:
@@ -90,7 +94,7 @@ async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: 
         ({"from": "north", "to": "../x"}, "to"),
         (way | {"shards": [1]}, "there is no shard 1"),
         (way | {"class": "camera"}, "unknown agent class 'camera'"),
-        (way | {"devices": ["d0"], "labels": {"part": "b"}}, "no device that is meant"),
+        (way | {"devices": ["d0"], "labels": {"part": "b"}}, "no device of this migration"),
     ):
         status, answer = await plane.post(begin, **body)
         assert status in (400, 422), (body, answer)
@@ -99,7 +103,7 @@ async def test_what_makes_no_sense_is_refused_before_anything_is_written(plane: 
         assert (await plane.post(f"{begin}:{word}"))[0] == 404
     assert (await plane.served_api.ask("GET", begin))[1]["items"] == []
     assert (await plane.served_api.fleet.registry.document("migration")).index == 0
-    assert set(plane.reconciler.migrations._needed().parts) == {"north"}
+    assert set(plane.reconciler.migrations.scheduler().parts) == {"north"}
 
 
 async def test_a_dry_run_says_what_would_move_and_moves_nothing(plane: Plane) -> None:
@@ -112,7 +116,7 @@ async def test_a_dry_run_says_what_would_move_and_moves_nothing(plane: Plane) ->
         200, 3, {"default": 3}, {"0": 3},
     )  # fmt: skip
     assert plane.sites["south"].jobs == {}
-    assert plane.reconciler.migrations.homes() is None
+    assert plane.reconciler.migrations.homes() is NEVER_MIGRATED
 
 
 async def test_a_move_is_paused_resumed_and_undone_by_the_api(plane: Plane) -> None:
@@ -180,8 +184,8 @@ async def test_waiting_for_what_somebody_undoes_is_no_success(
 
     async def end() -> None:
         # No agent has reported here, so that the judge never says this.
-        over = [replace(one, done=True) for one in migrations._kept.moves]
-        await migrations._change(lambda kept: replace(kept, moves=tuple(over)))
+        over = [replace(one, done=True) for one in migrations.state.moves]
+        await migrations.change(lambda kept: replace(kept, moves=tuple(over)))
 
     async def told(state: str, by: int) -> None:
         """So many of those who wait have said that it is in this state."""

@@ -10,6 +10,7 @@ import pytest
 
 from nomad_watchdog.controllers import migration
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
 from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.core.placement_gc import REST_S
@@ -31,6 +32,10 @@ def replica_of(world: TwoSites) -> Reconciler:
     replica = world.replicas[0]
     replica.build()
     return replica.reconciler
+
+
+def requests_of(reconciler: Reconciler) -> MigrationRequests:
+    return MigrationRequests(reconciler.fleet, reconciler.migrations)
 
 
 def in_virtual_time(story: Callable[[TwoSites], Awaitable[None]]) -> None:
@@ -87,9 +92,9 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
             await one_shot.look(reconciler)
             assert reconciler.ownership.shards()
             if word == "begin":
-                await reconciler.migrations.begin(MOVE)
+                await requests_of(reconciler).begin(MOVE)
             else:
-                await reconciler.migrations.say("undo")
+                await requests_of(reconciler).control("undo")
             assert not reconciler.ownership.shards(), word
             await reconciler.informer.read()
             assert reconciler.ownership.shards()
@@ -114,7 +119,7 @@ def test_a_tombstone_is_buried_once() -> None:
         await one_shot.look(reconciler)
         reconciler.fleet.readiness.event.set()
         for _ in range(int(REST_S) + 60):
-            await reconciler.migrations.look()
+            await reconciler.migrations.poll()
             await asyncio.sleep(1.0)
         assert not reconciler.migrations.problem
         buried = world.store.record(gone.slug)
@@ -136,14 +141,14 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         assert reconciler.migrations.status() == {}
         world.store.documents[FORMAT.name] = RegistryDocument(b'{"v": 9}', 98)
         await asyncio.sleep(migration.FRESH_S + 1.0)
-        await reconciler.migrations.look()
+        await reconciler.migrations.poll()
         told = str(reconciler.migrations.status()["migration"])
         assert "version 9" in told
         explain = reconciler.fleet.views.explain_parts
         assert "nothing is decided" in str(explain(one.slug)["next"])
         assert "version 9" in str(explain(one.slug)["next"])
         world.store.documents[FORMAT.name] = RegistryDocument(b"", 99)
-        await reconciler.migrations.look()
+        await reconciler.migrations.poll()
         assert reconciler.migrations.status() == {}
         assert str(explain(one.slug)["next"]).startswith("start")
 

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
-from nomad_watchdog.core.migration import Migration, tombs
+from nomad_watchdog.core.migration import NEVER_MIGRATED, Migration, tombs
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -183,8 +184,8 @@ class TwoSites(World):
         up = [one for one in self.replicas if one.up]
         if not up:
             return False
-        migrations = self.chance.choice(up).reconciler.migrations
-        replica = next(one for one in up if one.reconciler.migrations is migrations)
+        replica = self.chance.choice(up)
+        requests = MigrationRequests(replica.reconciler.fleet, replica.reconciler.migrations)
         if what == "begin":
             source, goal = self.chance.sample(SITES, 2)
             some = frozenset(
@@ -195,9 +196,9 @@ class TwoSites(World):
                 f"{self.chance.getrandbits(48):012x}", source, goal, WallTime(1.0), "test",
                 target=target, at_once=self.chance.choice((0, 0, 1)),
             )  # fmt: skip
-            answer: Any = await replica.serve(migrations.begin(move))
+            answer: Any = await replica.serve(requests.begin(move))
         else:
-            answer = await replica.serve(migrations.say(what))
+            answer = await replica.serve(requests.control(what))
         if answer is not None:
             self.said.append(what)
             self.audit.trace.say(f"operator: {what} {answer['from']} to {answer['to']}")
@@ -249,11 +250,12 @@ class TwoSites(World):
 
     def _unburied(self) -> list[str]:
         """Devices that have left and would come back to where no other is."""
-        homes = next((one.reconciler.migrations.homes() for one in self.replicas if one.up), None)
+        up = (one.reconciler.migrations.homes() for one in self.replicas if one.up)
+        homes = next(up, NEVER_MIGRATED)
         records = {slug: one for slug in self.store.rows if (one := self.store.record(slug))}
         return [
             f"{one.device.id}, which has left, would come back to {move.leaves}"
-            for move in (homes.moves if homes is not None else ())
+            for move in homes.moves
             for one in tombs(move, homes, records)
         ]
 

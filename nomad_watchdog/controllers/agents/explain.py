@@ -10,7 +10,7 @@ from nomad_watchdog.controllers.agents.placement_informer import PlacementInform
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
-from nomad_watchdog.core.migration import BackendAssignment
+from nomad_watchdog.core.migration import NEVER_MIGRATED, BackendAssignment
 from nomad_watchdog.core.planner import Changes, Plan, Stalled, no_words, none_stalled
 from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
 from nomad_watchdog.fleet.fleet import Fleet
@@ -46,7 +46,7 @@ class LoopStatus:
     last_plan: Callable[[], Plan]
     no_room: Callable[[], str]
     """Why no start is made now, in words; "" when there is room."""
-    homes: Callable[[], BackendAssignment | None] = lambda: None
+    homes: Callable[[], BackendAssignment] = lambda: NEVER_MIGRATED
     unprepared: Mapping[str, str] = field(default_factory=dict)
     """Agent class → why it can't be prepared."""
     changes: Changes = no_words
@@ -72,7 +72,7 @@ class LoopStatus:
             known = ", ".join(sorted(self.hashes))
             return f"agent class {record.device.agent_class!r} is not configured; known: {known}"
         homes = self.homes()
-        if homes is not None and record is not None and not homes.is_known(record):
+        if record is not None and not homes.is_known(record):
             return (
                 f"its agent lives on {homes.of(record)}, which is neither `backend` nor part of a "
                 "migration: move it with `nomad-watchdog migrate`"
@@ -125,11 +125,11 @@ class LoopStatus:
         }
 
     def _home(self, slug: Slug) -> dict[str, object]:
-        """Where the agent lives and should live, in a fleet that was ever moved."""
+        """Where the agent lives and should live, in a fleet that was ever migrated."""
         homes, record = self.homes(), self.fleet.records.get(slug)
-        if homes is None or record is None:
+        if record is None or not (home := homes.of(record)):
             return {}
-        return {"home": homes.of(record), "should_live_on": homes.goal(record)}
+        return {"home": home, "should_live_on": homes.goal(record)}
 
     def _next(self, slug: Slug, lease: Lease) -> str:
         """What happens next for a device, and what it waits for; never empty."""

@@ -66,8 +66,7 @@ class PlanBuilder:
             self.rollouts.halted() | self.behind_rollouts(),
             ready=fleet.verdicts.has_ready_agent,
         )
-        if homes is not None:
-            readiness = self.migrations.with_moves(readiness, homes, resting, self.hashes)
+        readiness = self.migrations.with_moves(readiness, homes, resting, self.hashes)
         return planner.plan(
             records,
             placements,

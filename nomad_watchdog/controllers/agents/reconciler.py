@@ -229,7 +229,7 @@ class Reconciler:
                 return
 
     async def _follow_migration(self) -> None:
-        if await self.migrations.look():
+        if await self.migrations.poll():
             self._wake.set()
 
     def _look_anew(self) -> None:

@@ -136,7 +136,7 @@ async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
 def _migration(settings: Settings, kept: MigrationState) -> Check:
     """Where the fleet lives, and whether `backend` says so."""
     lives = " and ".join(sorted(kept.backends))
-    if hint := migration_state.hint(kept, settings.backend):
+    if hint := migration_state.settings_hint(kept, settings.backend):
         return Check("migration", Status.WARN, f"the fleet has moved to {lives}", hint)
     under_way = [move for move in kept.moves if not move.done]
     state = f", one from {under_way[0].source} is {under_way[0].state}" if under_way else ""
