@@ -16,11 +16,12 @@ from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.daemon.factory import open_registry, open_scheduler
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Action, ActionKind, Device
+from nomad_watchdog.model import Device
 from servers.nomad import NomadServer
 
 TEMPLATE = Path(__file__).with_name("mock.nomad.hcl")

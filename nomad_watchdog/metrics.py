@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from nomad_watchdog import __version__
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.incidents import GroupKind
-from nomad_watchdog.model import ActionKind, PlacementState, Unheard, VerdictState
+from nomad_watchdog.model import PlacementState, Unheard, VerdictState
 
 _FAST: Final = (0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

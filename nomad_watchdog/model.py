@@ -199,34 +199,6 @@ class AgentSpec:
     no secret; `credentials` adds the one of a single agent, for the moment of its start."""
 
 
-class ActionKind(StrEnum):
-    START = "start"
-    RETIRE = "retire"
-    REPLACE = "replace"
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One step for one device, and why."""
-
-    kind: ActionKind
-    slug: Slug
-    device_id: DeviceId
-    reason: str
-    epoch: Epoch
-    """START: the epoch to place. RETIRE, REPLACE: the epoch of the placement that goes."""
-    index: int = 0
-    """Of the record that the decision was made on; another index means decide again. 0 = no record."""
-    placement: Placement | None = None
-    urgent: bool = False
-    stalled: bool = False
-    """REPLACE: the placement makes no progress (`core.stuck_placements`)."""
-    home: str = ""
-    """START: the scheduler to place on, REPLACE: the one to move to; "" = as it is (`core.migration`)."""
-    at_once: bool = False
-    """REPLACE: it does not wait for its turn in a roll-out, as the device has no agent that is heard."""
-
-
 @dataclass(frozen=True, slots=True)
 class Health:
     """What Consul says about the accepted agent of a device: evidence, never existence."""

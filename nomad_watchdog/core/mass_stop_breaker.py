@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.holds import STOPS, Hold, confirm_command
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop, stop_key
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import ActionKind
 
 
 @dataclass(slots=True)

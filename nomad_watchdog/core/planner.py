@@ -25,20 +25,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from nomad_watchdog.core import holds, rollout
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.migration import NEVER_MIGRATED, BackendAssignment
 from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability, stranded
 from nomad_watchdog.core.rollout import ALL_READY, Readiness
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import (
-    Action,
-    ActionKind,
-    DeviceRecord,
-    Epoch,
-    Limits,
-    Placement,
-    PlacementState,
-    Presence,
-)
+from nomad_watchdog.model import DeviceRecord, Epoch, Limits, Placement, PlacementState, Presence
 
 Placements = Mapping[Slug, tuple[Placement, ...]]
 Stop = tuple[Slug, Epoch, str]

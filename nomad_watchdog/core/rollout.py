@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from nomad_watchdog.core.actions import Action
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import Action, Limits
+from nomad_watchdog.model import Limits
 
 
 @dataclass(frozen=True, slots=True)

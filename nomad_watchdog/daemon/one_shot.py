@@ -19,6 +19,7 @@ from nomad_watchdog.controllers.agents.executor import BATCH
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.inventory import source_of
 from nomad_watchdog.core import inventory_diff
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.planner import NO_STOPS, Plan, Stop
 from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.daemon.factory import open_leases, open_registry, open_scheduler, replicas
@@ -27,7 +28,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.verdicts import VerdictTracker
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, PlacementState, Presence
+from nomad_watchdog.model import Device, DeviceRecord, PlacementState, Presence
 from nomad_watchdog.registry import Registry, backup
 from nomad_watchdog.replicas.leases import SoleOwner
 from nomad_watchdog.schedulers import Scheduler

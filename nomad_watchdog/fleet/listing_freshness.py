@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Final
 
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import Action, ActionKind, DeviceRecord, Epoch
+from nomad_watchdog.model import DeviceRecord, Epoch
 
 _MAX_RIVALS: Final = 10_000
 

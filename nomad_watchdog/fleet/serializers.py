@@ -6,18 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Final
 
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.holds import hold_id
 from nomad_watchdog.core.planner import Changes, Plan, no_words
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import (
-    ActionKind,
-    DeviceRecord,
-    Health,
-    Monotonic,
-    Placement,
-    Repairs,
-    Report,
-)
+from nomad_watchdog.model import DeviceRecord, Health, Monotonic, Placement, Repairs, Report
 
 MAX_HELD: Final = 1_000
 """Maximum number of held stops that are listed; all are counted."""

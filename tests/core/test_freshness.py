@@ -11,22 +11,14 @@ from hypothesis import strategies as st
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.planner import NO_STOPS
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.listing_freshness import ListingFreshness
 from nomad_watchdog.fleet.reconcile_loop import NoLoop
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import (
-    Action,
-    ActionKind,
-    AgentSpec,
-    AgentState,
-    DeviceRecord,
-    Epoch,
-    Limits,
-    Report,
-)
+from nomad_watchdog.model import AgentSpec, AgentState, DeviceRecord, Epoch, Limits, Report
 from tests.core.world import placement, record
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Store
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.planner import plan
 from nomad_watchdog.core.report_addresses import MOST, Reachability, is_at, living, stranded
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import ActionKind, Limits, PlacementState
+from nomad_watchdog.model import Limits, PlacementState
 from nomad_watchdog.schedulers.agent_document import addressed, api_of
 from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
 

@@ -10,19 +10,13 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState, settings_hint
 from nomad_watchdog.core import migration, planner
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.migration import BackendAssignment, Migration
 from nomad_watchdog.core.pauses import Target
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.errors import ConflictError
 from nomad_watchdog.ids import Shard, Slug, shard_of, slug_of
-from nomad_watchdog.model import (
-    ActionKind,
-    DeviceRecord,
-    Limits,
-    Placement,
-    PlacementState,
-    WallTime,
-)
+from nomad_watchdog.model import DeviceRecord, Limits, Placement, PlacementState, WallTime
 from tests.core.world import HASHES, placement, record
 
 BACKENDS = ("a", "b", "c")

@@ -11,18 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.planner import Plan, plan, stop_key
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.ids import DeviceId, slug_of
-from nomad_watchdog.model import (
-    Action,
-    ActionKind,
-    DeviceRecord,
-    Limits,
-    PlacementState,
-    Presence,
-    WallTime,
-)
+from nomad_watchdog.model import DeviceRecord, Limits, PlacementState, Presence, WallTime
 from tests.core.world import HASHES, OLD_SPEC, SPEC, World, placement, record
 
 WIDE = Limits(breaker_min=10_000, replace_at_once=10_000)

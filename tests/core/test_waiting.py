@@ -7,17 +7,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.planner import Plan, plan
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.core.stuck_placements import BACKOFF_S, MAX_DOUBLINGS, WAITING, StuckPlacements
-from nomad_watchdog.model import (
-    ActionKind,
-    Limits,
-    Monotonic,
-    Placement,
-    PlacementState,
-    WallTime,
-)
+from nomad_watchdog.model import Limits, Monotonic, Placement, PlacementState, WallTime
 from tests.core.world import HASHES, OLD_SPEC, World, placement, record
 
 MAX_S = 180.0

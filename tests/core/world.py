@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nomad_watchdog.core import presence
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
-    Action,
-    ActionKind,
     Device,
     DeviceRecord,
     Epoch,

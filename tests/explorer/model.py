@@ -19,12 +19,12 @@ from typing import Any, Final
 
 from nomad_watchdog.core import acceptance, planner, presence, tombstones
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Stop
 from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.ids import DeviceId, Slug, slug_of
 from nomad_watchdog.model import (
-    ActionKind,
     Device,
     DeviceRecord,
     Epoch,

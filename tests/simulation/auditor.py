@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.planner import Plan, stop_key
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import ActionKind, DeviceRecord, Epoch, Limits, PlacementState, Presence
+from nomad_watchdog.model import DeviceRecord, Epoch, Limits, PlacementState, Presence
 from tests.simulation.cluster import Cluster, Job, Process
 from tests.simulation.fakes import Store
 from tests.simulation.faults import SLOWEST_S

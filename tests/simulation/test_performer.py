@@ -13,10 +13,11 @@ import pytest
 from nomad_watchdog.controllers.agents.executor import FENCE_S, ActionExecutor
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId, Slug
-from nomad_watchdog.model import Action, ActionKind, Device, DeviceRecord, Limits
+from nomad_watchdog.model import Device, DeviceRecord, Limits
 from tests.simulation.fakes import Cluster, FakeRegistry, FakeScheduler, Line, Store
 from tests.simulation.simulator import SPEC
 from tests.simulation.virtual_time import VirtualClock, VirtualLoop

@@ -17,6 +17,7 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.controllers.agents.retry_budget import RetryBudget
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import presence
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.circuit_breaker import CircuitBreaker
 from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import (
@@ -28,16 +29,7 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import (
-    NEVER,
-    Action,
-    ActionKind,
-    AgentSpec,
-    DeviceRecord,
-    Epoch,
-    Monotonic,
-    PlacementState,
-)
+from nomad_watchdog.model import NEVER, AgentSpec, DeviceRecord, Epoch, Monotonic, PlacementState
 from nomad_watchdog.replicas.leases import Leases, SoleOwner, check
 from nomad_watchdog.schedulers import Scheduler
 

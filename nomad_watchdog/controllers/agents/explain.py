@@ -9,6 +9,7 @@ from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.migration import NEVER_MIGRATED, BackendAssignment
 from nomad_watchdog.core.planner import Changes, Plan, Stalled, no_words, none_stalled
@@ -16,8 +17,6 @@ from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
-    Action,
-    ActionKind,
     DeviceRecord,
     Placement,
     PlacementState,

@@ -12,12 +12,13 @@ from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import tombstones
+from nomad_watchdog.core.actions import Action
 from nomad_watchdog.core.placement_gc import REST_S, TOMBSTONE_REST_S, PlacementGc
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Action, AgentSpec, PlacementState
+from nomad_watchdog.model import AgentSpec, PlacementState
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import Scheduler

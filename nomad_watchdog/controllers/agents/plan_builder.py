@@ -12,6 +12,7 @@ from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.controllers.rollout import RolloutController
 from nomad_watchdog.core import planner, rollout
+from nomad_watchdog.core.actions import Action
 from nomad_watchdog.core.holds import STOPS
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 from nomad_watchdog.core.planner import Changes, Plan, Stop, no_words
@@ -21,7 +22,7 @@ from nomad_watchdog.core.stuck_placements import StuckPlacements
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.serializers import plan_json
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Action, AgentSpec, Placement, PlacementState, Presence
+from nomad_watchdog.model import AgentSpec, Placement, PlacementState, Presence
 from nomad_watchdog.replicas.ownership import ShardOwnership
 
 

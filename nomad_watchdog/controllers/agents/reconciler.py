@@ -27,6 +27,7 @@ from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.controllers.rollout import LOOK_EVERY_S, RolloutController
 from nomad_watchdog.core import planner
+from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.core.report_addresses import Reachability
 from nomad_watchdog.errors import TransientError, WatchdogError
@@ -34,14 +35,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.hosts import HostWatcher
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import (
-    Action,
-    ActionKind,
-    AgentSpec,
-    DeviceRecord,
-    Monotonic,
-    Presence,
-)
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Monotonic, Presence
 from nomad_watchdog.replicas.leases import Leases, SoleOwner
 from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.replicas.report_addresses import ReportAddresses

@@ -1,0 +1,37 @@
+"""What the planner decides to do for one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from nomad_watchdog.ids import DeviceId, Slug
+from nomad_watchdog.model import Epoch, Placement
+
+
+class ActionKind(StrEnum):
+    START = "start"
+    RETIRE = "retire"
+    REPLACE = "replace"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step for one device, and why."""
+
+    kind: ActionKind
+    slug: Slug
+    device_id: DeviceId
+    reason: str
+    epoch: Epoch
+    """START: the epoch to place. RETIRE, REPLACE: the epoch of the placement that goes."""
+    index: int = 0
+    """Of the record that the decision was made on; another index means decide again. 0 = no record."""
+    placement: Placement | None = None
+    urgent: bool = False
+    stalled: bool = False
+    """REPLACE: the placement makes no progress (`core.stuck_placements`)."""
+    home: str = ""
+    """START: the scheduler to place on, REPLACE: the one to move to; "" = as it is (`core.migration`)."""
+    at_once: bool = False
+    """REPLACE: it does not wait for its turn in a roll-out, as the device has no agent that is heard."""
