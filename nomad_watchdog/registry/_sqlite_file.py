@@ -1,19 +1,27 @@
-"""Opens the file of an SQLite registry, and reads what it says of itself."""
+"""The file of an SQLite registry: connections, transactions, errors, and the data about the registry itself."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from nomad_watchdog import private_files
-from nomad_watchdog.errors import NoRegistryError, UserError
+from nomad_watchdog.errors import NoRegistryError, TerminalError, TransientError, UserError
 
 _SCHEMA: Final = 1
 _BUSY_S: Final = 5.0
 """How long a write waits for another process's."""
+
+
+_TEMPORARY: Final = frozenset(
+    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+    | {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_PROTOCOL}
+)
 
 
 class _Connection(sqlite3.Connection):
@@ -107,3 +115,30 @@ def _installation(connection: _Connection, path: Path) -> str:
 def _counter(connection: _Connection) -> int:
     (index,) = connection.execute("SELECT value FROM meta WHERE name = 'idx'").fetchone()
     return int(index)
+
+
+def _set_counter(connection: _Connection, index: int) -> None:
+    connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
+
+
+@contextmanager
+def _transaction(connection: _Connection, path: Path) -> Iterator[None]:
+    """One transaction that writes, on the registry that was opened. Raises UserError if it is another one by now."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        _installation(connection, path)
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _translate(error: Exception, path: Path) -> Exception:
+    """An error of SQLite as one of ours; any other error as it is."""
+    if not isinstance(error, sqlite3.Error):
+        return error
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extension
+    message = f"the registry {path}: {error}"
+    return TransientError(message) if code in _TEMPORARY else TerminalError(message)

@@ -7,29 +7,25 @@ takes what has gathered meanwhile into one transaction, so that a burst shares i
 from __future__ import annotations
 
 import asyncio
-import queue
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
-from itertools import islice
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 from nomad_watchdog import private_files
 from nomad_watchdog.clock import steps
-from nomad_watchdog.errors import TerminalError, TransientError, UserError
+from nomad_watchdog.errors import TerminalError, UserError
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import DeviceRecord
 from nomad_watchdog.registry import (
     CommitGuard,
     RegistryDocument,
     RegistrySnapshot,
-    _sqlite_rows,
     check_document,
 )
 from nomad_watchdog.registry import _sqlite_documents as documents
@@ -39,9 +35,12 @@ from nomad_watchdog.registry._sqlite_file import (
     _counter,
     _installation,
     _open,
+    _set_counter,
+    _transaction,
+    _translate,
     _version,
 )
-from nomad_watchdog.registry._sqlite_rows import Row
+from nomad_watchdog.registry._sqlite_writer import GroupWriter
 from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _T = TypeVar("_T")
@@ -54,24 +53,11 @@ _GAP_OWN_S: Final = 2.0
 """And a hundredth while the last write was ours; then what another process wrote just before it is seen so
 much later at most. Below the period after which a watch that shows no news is doubted (`controllers/agents/record_informer.py`)."""
 _NEVER: Final = -1, -1
-_GROUP: Final = 1000
-"""Commits that may share a transaction."""
 _TABLES: Final = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE device (slug TEXT PRIMARY KEY, idx INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {_SCHEMA};
 """
-_FOR_NOW: Final = frozenset(
-    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-    | {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_PROTOCOL}
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    rows: list[Row]
-    done: asyncio.Future[list[int | None]]
-    """Of the loop that waits."""
 
 
 class SqliteRegistry:
@@ -90,10 +76,7 @@ class SqliteRegistry:
         """Installation and index of the last read."""
         self._read_last = -1, _NEVER
         """Index and state of the file of the last read."""
-        self._fresh: list[_Write] = []
-        """Of this turn of the loop."""
-        self._writes: queue.SimpleQueue[list[_Write] | None] = queue.SimpleQueue()
-        self._writer: threading.Thread | None = None
+        self._writer = GroupWriter(self._path)
         self._wakes: set[asyncio.Event] = set()
         self._closed = False
 
@@ -130,18 +113,7 @@ class SqliteRegistry:
             for record in some
         ]
         self._check_open()
-        if self._writer is None:
-            self._writer = threading.Thread(
-                target=self._write_all, name="registry-write", daemon=True
-            )
-            self._writer.start()
-        loop = asyncio.get_running_loop()
-        write = _Write(rows, loop.create_future())
-        # Those of one turn of the loop at once: each wake-up of the writer costs the loop the interpreter.
-        if not self._fresh:
-            loop.call_soon(self._hand_over)
-        self._fresh.append(write)
-        indexes = await write.done
+        indexes = await self._writer.write(rows)
         self._written = max((one for one in indexes if one is not None), default=self._written)
         for wake in self._wakes:
             wake.set()
@@ -202,17 +174,9 @@ class SqliteRegistry:
         if self._closed:
             return
         self._closed = True
-        self._hand_over()
-        self._writes.put(None)
-        if self._writer is not None:
-            await asyncio.to_thread(self._writer.join)
+        await self._writer.close()
         await asyncio.get_running_loop().run_in_executor(self._reader, self._disconnect)
         self._reader.shutdown()
-
-    def _hand_over(self) -> None:
-        if self._fresh:
-            self._writes.put(self._fresh)
-            self._fresh = []
 
     def _check_open(self) -> None:
         if self._closed:
@@ -302,132 +266,28 @@ class SqliteRegistry:
 
     def _commit_document(self, name: str, document: RegistryDocument) -> int | None:
         connection = self._connected()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            _installation(connection, self._path)
+        with _transaction(connection, self._path):
             index = _counter(connection) + 1
-            won = documents.write(connection, name, document, index)
-            if won:
-                connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        return index if won else None
+            if not documents.write(connection, name, document, index):
+                return None
+            _set_counter(connection, index)
+        return index
 
     def _check_writable(self) -> None:
-        connection = self._connected()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            _installation(connection, self._path)
-        finally:
-            connection.execute("ROLLBACK")
+        with _transaction(self._connected(), self._path):
+            pass
 
     def _forget(self, rows: Sequence[tuple[str, int]]) -> list[bool]:
         connection = self._connected()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            _installation(connection, self._path)
+        with _transaction(connection, self._path):
             index = _counter(connection)
             for row in rows:
                 delete = "DELETE FROM device WHERE slug = ? AND idx = ?"
                 index += connection.execute(delete, row).rowcount
             left = "SELECT 1 FROM device WHERE slug = ?"
             gone = [connection.execute(left, row[:1]).fetchone() is None for row in rows]
-            connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+            _set_counter(connection, index)
         return gone
-
-    def _write_all(self) -> None:
-        """The writer thread: until it takes the None that `close` puts last."""
-        connection: _Connection | None = None
-        try:
-            while (first := self._writes.get()) is not None:
-                group, last = self._gather(first)
-                try:
-                    if connection is None:
-                        connection = _open(self._path)
-                    results = _apply(connection, self._path, group)
-                except Exception as error:  # noqa: BLE001  # the thread's boundary: who waits gets it
-                    raised = _translate(error, self._path)
-                    raised.__cause__ = error if raised is not error else None
-                    _tell(group, raised)
-                else:
-                    _tell(group, results)
-                if last:
-                    return
-        finally:
-            if connection is not None:
-                connection.close()
-
-    def _gather(self, first: list[_Write]) -> tuple[list[_Write], bool]:
-        """What waits now, without what was cancelled meanwhile; whether the end was among it."""
-        taken, last = list(first), False
-        while len(taken) < _GROUP and not last:
-            try:
-                more = self._writes.get_nowait()
-            except queue.Empty:
-                break
-            if more is None:
-                last = True
-            else:
-                taken += more
-        return [write for write in taken if not write.done.cancelled()], last
-
-
-def _tell(group: Sequence[_Write], results: Sequence[list[int | None]] | Exception) -> None:
-    """Wake those who wait: each loop once, for a wake-up from another thread costs a system call."""
-    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Write, list[int | None] | Exception]]] = {}
-    for number, write in enumerate(group):
-        said = results if isinstance(results, Exception) else results[number]
-        loops.setdefault(write.done.get_loop(), []).append((write, said))
-    for loop, told in loops.items():
-        with suppress(RuntimeError):  # it was closed: nobody waits any more
-            loop.call_soon_threadsafe(_settle, told)
-
-
-def _settle(told: Sequence[tuple[_Write, list[int | None] | Exception]]) -> None:
-    for write, said in told:
-        if write.done.done():
-            continue
-        if isinstance(said, Exception):
-            write.done.set_exception(said)
-        else:
-            write.done.set_result(said)
-
-
-def _apply(connection: _Connection, path: Path, group: Sequence[_Write]) -> list[list[int | None]]:
-    """All writes of the group in one transaction; new indexes, None where a compare-and-set lost."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        _installation(connection, path)
-        index = _counter(connection)
-        written = _sqlite_rows.write(connection, [row for one in group for row in one.rows], index)
-        index += sum(one is not None for one in written)
-        rest = iter(written)
-        results = [list(islice(rest, len(one.rows))) for one in group]
-        connection.execute("UPDATE meta SET value = ? WHERE name = 'idx'", (str(index),))
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-    return results
-
-
-def _translate(error: Exception, path: Path) -> Exception:
-    if not isinstance(error, sqlite3.Error):
-        return error
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without the extension
-    message = f"the registry {path}: {error}"
-    if code in _FOR_NOW:
-        return TransientError(message)
-    return TerminalError(message)
 
 
 async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
