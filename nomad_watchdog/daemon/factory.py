@@ -25,8 +25,9 @@ from nomad_watchdog.pools.local import LocalPools
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.consul import ConsulRegistry
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
+from nomad_watchdog.replicas.consul_leases import ConsulLeases
 from nomad_watchdog.replicas.file_lease import FileLeases
+from nomad_watchdog.replicas.lease_keys import read_replicas
 from nomad_watchdog.replicas.leases import Leases, Replica
 from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.schedulers.credentialed import TokenIssuingScheduler

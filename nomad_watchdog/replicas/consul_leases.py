@@ -1,11 +1,8 @@
-"""Leases as locks in Consul's store, so that any number of replicas share the work.
+"""Leases as locks in Consul's key-value store, so that any number of replicas share the work (`lease_keys.py`).
 
-Keys below ``<prefix>/leadership/``: ``replicas/<id>`` says that a control plane is there, ``shards/<n>`` who
-holds a shard; both are locked by the session of the one they name, so that they end with it.
-
-The session hangs on a TTL check of our own, passed four times per TTL. A replica that dies or freezes lets
-its check fail, and its locks are free at once, with no lock delay: its own right had ended half a beat
-before, by its own clock (`_valid_until`), counted from before the beat was sent.
+The session depends on a TTL check of our own, which is renewed four times per TTL. When a replica dies or freezes, its
+check fails and its locks are free at once, without a lock delay: by its own clock its leases ended half a renewal
+interval before (`_valid_until`), counted from before the last renewal was sent.
 """
 
 from __future__ import annotations
@@ -15,15 +12,11 @@ import json
 import logging
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
-from watchdog_agent.runtime.parsing import loads, whole
-
 from nomad_watchdog import __version__
-from nomad_watchdog.clients.consul import ConsulClient, KvRow
+from nomad_watchdog.clients.consul import ConsulClient
 from nomad_watchdog.clients.consul_sessions import ConsulSessions
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import shard_assignment
@@ -32,6 +25,7 @@ from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry import CommitGuard
+from nomad_watchdog.replicas.lease_keys import LeaseKeys, LeaseView
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 log = logging.getLogger(__name__)
@@ -51,18 +45,6 @@ _LEFT_LYING: Final = 2.0
 _AT_ONCE: Final = 8
 _TXN: Final = 60
 _RELEASE_S: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """What the keys say. Written by others too, so that whatever makes no sense is left out."""
-
-    replicas: Mapping[str, Replica] = field(default_factory=dict)
-    """By session."""
-    leases: Mapping[Shard, Lease] = field(default_factory=dict)
-    sessions: Mapping[Shard, str] = field(default_factory=dict, repr=False)
-    stale: tuple[str, ...] = ()
-    """Keys of replicas whose session is over."""
 
 
 class ConsulLeases:
@@ -88,7 +70,7 @@ class ConsulLeases:
         self.changed = asyncio.Event()
         self._client = client
         self._sessions = ConsulSessions(client)
-        self._folder = f"{prefix}/leadership/"
+        self._keys = LeaseKeys(prefix)
         self._api = api
         self._clock = clock
         self._ttl_s = ttl_s
@@ -98,7 +80,7 @@ class ConsulLeases:
         self._session = ""
         self._valid_until = Monotonic(0.0)
         self._terms: dict[Shard, Term] = {}
-        self._view = _View()
+        self._view = LeaseView()
         self._free_since: dict[Shard, Monotonic] = {}
         self._leaving = False
         self._unread = "the leases have not been read yet"
@@ -111,7 +93,7 @@ class ConsulLeases:
 
     def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:
         shards = {shard_of(slug, self.shards) for slug in slugs}
-        return [CommitGuard(self._lock(shard), self._session) for shard in sorted(shards)]
+        return [CommitGuard(self._keys.shard(shard), self._session) for shard in sorted(shards)]
 
     def all(self) -> Sequence[Lease]:
         known = self._view.leases
@@ -208,7 +190,9 @@ class ConsulLeases:
             "config": self._config,
             "advertise": self.advertise,
         }
-        await self._sessions.lock(self._member, json.dumps(said).encode(), session)
+        await self._sessions.lock(
+            self._keys.replica(self.replica), json.dumps(said).encode(), session
+        )
 
     async def _beat(self, session: str) -> None:
         while True:
@@ -234,7 +218,9 @@ class ConsulLeases:
         index = 0
         while True:
             try:
-                index, rows = await self._client.kv_tree(self._folder, index, self._patience_s())
+                index, rows = await self._client.kv_tree(
+                    self._keys.folder, index, self._patience_s()
+                )
             except FencedError:
                 raise
             except WatchdogError as error:
@@ -249,7 +235,7 @@ class ConsulLeases:
             if self.problem == self._unread:
                 self.problem = ""
             self._unread = ""
-            self._see(_read(self._folder, rows), session)
+            self._apply(self._keys.view(rows), session)
             own = self._view.replicas.get(session)
             if own is not None and own.config != self._config:
                 await self._say(session)
@@ -261,8 +247,8 @@ class ConsulLeases:
 
     # -- what is seen ---------------------------------------------------------------------------
 
-    def _see(self, view: _View, session: str) -> None:
-        if _addresses(view) != _addresses(self._view):
+    def _apply(self, view: LeaseView, session: str) -> None:
+        if view.addresses != self._view.addresses:
             self.changed.set()
         self._view = view
         now = self._clock.monotonic()
@@ -299,7 +285,7 @@ class ConsulLeases:
         if wanted.give:
             # First the right, then the lock: nothing is begun under a lock that is going.
             self._drop(set(wanted.give) & self._terms.keys())
-            await self._sessions.unlock([self._lock(s) for s in wanted.give[:_TXN]], session)
+            await self._sessions.unlock([self._keys.shard(s) for s in wanted.give[:_TXN]], session)
         now = self._clock.monotonic()
         lying = [
             shard
@@ -315,7 +301,7 @@ class ConsulLeases:
 
         async def one(shard: Shard) -> None:
             async with room:
-                await self._sessions.lock(self._lock(shard), value, session)
+                await self._sessions.lock(self._keys.shard(shard), value, session)
 
         # What was won is seen in the watch, with its term, as everybody sees it.
         async with asyncio.TaskGroup() as group:
@@ -334,7 +320,7 @@ class ConsulLeases:
 
     async def release(self) -> None:
         self._leaving = True
-        session, held = self._session, [self._lock(shard) for shard in self._terms]
+        session, held = self._session, [self._keys.shard(shard) for shard in self._terms]
         self._drop(self._terms.keys())
         self._valid_until = Monotonic(0.0)
         if not session:
@@ -342,27 +328,13 @@ class ConsulLeases:
         try:
             async with asyncio.timeout(_RELEASE_S):
                 for first in range(0, len(held), _TXN):
-                    gone = [self._member] if first == 0 else []
+                    gone = [self._keys.replica(self.replica)] if first == 0 else []
                     await self._sessions.unlock(held[first : first + _TXN], session, forget=gone)
                 await self._sessions.destroy(session)
                 await self._sessions.retract(f"{SERVICE}-{self.replica}")
         except (WatchdogError, TimeoutError) as error:
             # The check fails soon, and then others have it.
             log.warning("leases not released", extra={"reason": str(error) or "no answer in time"})
-
-    @property
-    def _member(self) -> str:
-        return f"{self._folder}replicas/{self.replica}"
-
-    def _lock(self, shard: Shard) -> str:
-        return f"{self._folder}shards/{shard}"
-
-
-async def read_replicas(client: ConsulClient, prefix: str) -> list[Replica]:
-    """The control planes that are there, for a command that takes no part. Raises as `ConsulClient`."""
-    folder = f"{prefix}/leadership/"
-    _, rows = await client.kv_tree(folder)
-    return sorted(_read(folder, rows).replicas.values(), key=lambda one: one.id)
 
 
 def _machine(replica: str) -> str:
@@ -374,53 +346,3 @@ def _first(group: BaseException) -> BaseException:
     while isinstance(group, BaseExceptionGroup):
         group = group.exceptions[0]
     return group
-
-
-def _read(folder: str, rows: Iterable[KvRow]) -> _View:
-    there, locks, stale = {}, {}, []
-    for row in rows:
-        kind, _, name = row.key.removeprefix(folder).partition("/")
-        said = _document(row)
-        if kind == "replicas" and row.session:
-            there[row.session] = Replica(
-                id=name,
-                api=str(said.get("api", "")),
-                since=_number(said.get("since")),
-                shards=int(_number(said.get("shards"))),
-                version=str(said.get("version", "")),
-                config=str(said.get("config", "")),
-                advertise=str(said.get("advertise", "")),
-            )
-        elif kind == "replicas":
-            stale.append(row.key)
-        elif kind == "shards" and row.session:
-            with suppress(ValueError):
-                locks[Shard(whole(name, 0, 2**31))] = (row, said)
-    leases = {}
-    for shard, (row, said) in locks.items():
-        holder = there.get(row.session)
-        leases[shard] = Lease(
-            shard=shard,
-            # A session without a replica's key is one that comes or goes.
-            holder=holder.id if holder is not None else str(said.get("replica") or "?"),
-            api=holder.api if holder is not None else "",
-            since=_number(said.get("since")),
-            term=row.lock_index,
-        )
-    return _View(there, leases, {s: row.session for s, (row, _) in locks.items()}, tuple(stale))
-
-
-def _addresses(view: _View) -> set[str]:
-    return {one.address for one in view.replicas.values()}
-
-
-def _document(row: KvRow) -> Mapping[str, Any]:
-    try:
-        said = loads(row.value)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

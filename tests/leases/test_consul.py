@@ -18,7 +18,8 @@ from nomad_watchdog.errors import FencedError
 from nomad_watchdog.ids import Shard, shard_of
 from nomad_watchdog.model import Monotonic
 from nomad_watchdog.registry.consul import ConsulRegistry
-from nomad_watchdog.replicas.consul_leases import ConsulLeases, read_replicas
+from nomad_watchdog.replicas.consul_leases import ConsulLeases
+from nomad_watchdog.replicas.lease_keys import read_replicas
 from nomad_watchdog.replicas.leases import check
 from nomad_watchdog.replicas.report_addresses import ReportAddresses
 from servers.consul import ConsulServer

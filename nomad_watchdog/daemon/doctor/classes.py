@@ -13,7 +13,7 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.class_set import OwnClasses
 from nomad_watchdog.daemon.factory import consul_client, open_registry
 from nomad_watchdog.errors import WatchdogError
-from nomad_watchdog.replicas.consul_leases import read_replicas
+from nomad_watchdog.replicas.lease_keys import read_replicas
 from nomad_watchdog.replicas.leases import Replica
 from nomad_watchdog.units import utc
 
