@@ -324,7 +324,11 @@ async def test_the_last_device_back_ends_the_episode_though_its_agent_did_not_kn
     agents[1].config["escalate"] |= {"gather_s": 120.0, "window_s": 120.0}
     await all_started(agents)
     await world.peer.stop()
-    await agents[1].is_in("away", SOON_S, state="offline")
+
+    async def waits() -> bool:
+        return bool((await agents[1].status())["escalations"]["open"])
+
+    await until(waits, "it takes part", SOON_S)
     await world.device.stop()
     (alert,) = await until(lambda: receiver.told("firing"), "an alert", SOON_S)
     assert alert["count"] == 2
