@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
 
 from bench.plane import FLEET
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.model import Epoch
@@ -61,7 +61,7 @@ def settings(
     return load(file, {}), file
 
 
-def bodies(chosen: Settings, count: int) -> list[dict[str, Any]]:
+def bodies(chosen: Settings, count: int) -> list[KubernetesObject]:
     """What ours would apply, made before the clock runs."""
     spec = chosen.specs()["default"]
     built = objects.build(spec)
@@ -79,7 +79,7 @@ def bodies(chosen: Settings, count: int) -> list[dict[str, Any]]:
 
 
 async def bare_loop(
-    client: KubernetesClient, first: str, things: list[dict[str, Any]], at_once: int
+    client: KubernetesClient, first: str, things: list[KubernetesObject], at_once: int
 ) -> float:
     """Seconds for these applies, `at_once` under way at a time, spread over the namespaces."""
     paths = [names.collection(space, "deployment") for space in spaces(first, len(things))]

@@ -15,7 +15,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ async def events(count: int) -> list[Row]:
     return event.rows_of("Kubernetes: event → apply", "one raw apply", ours_s, raw_s)
 
 
-def _ours_in(meta: dict[str, Any]) -> tuple[str, ...]:
+def _ours_in(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """When we last wrote to an object: others write to its status."""
     fields = meta.get("managedFields") or []
     return tuple(one["time"] for one in fields if one["manager"] == MANAGER)

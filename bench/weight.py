@@ -36,6 +36,7 @@ from bench.agent import (
 )
 from bench.rows import Row
 from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
+from nomad_watchdog.clients.nomad_rows import Job
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.ids import parse_device_id, slug_of
 from nomad_watchdog.model import AgentSpec, Epoch
@@ -289,11 +290,12 @@ def below(pid: int) -> list[int]:
     return found
 
 
-def unshaped(job: dict[str, Any]) -> dict[str, Any]:
+def unshaped(job: Job) -> Job:
     """The job as Nomad's defaults make it: 300 MB of disk, and logs collected."""
-    group = job["TaskGroups"][0]
-    group["EphemeralDisk"] = None
-    group["Tasks"][0]["LogConfig"] = None
+    for group in job["TaskGroups"] or []:
+        group["EphemeralDisk"] = None
+        for task in group["Tasks"] or []:
+            task["LogConfig"] = None
     return job
 
 

@@ -17,8 +17,8 @@ from nomad_watchdog.replicas.ownership import LEADER_SHARD
 async def list_pools(request: web.Request) -> web.StreamResponse:
     """Of a replica that does not keep them only the counts are told: it decides nothing."""
     keeper = request.app[CONTEXT].pools
-    items = await keeper.shown() if keeper is not None else []
-    return json_response({"items": items, "keeper": keeper is not None and keeper.ours()})
+    items = await keeper.rows() if keeper is not None else []
+    return json_response({"items": items, "keeper": keeper is not None and keeper.is_leader()})
 
 
 async def scale_pool(request: web.Request) -> web.StreamResponse:
@@ -41,8 +41,8 @@ def _keeper(request: web.Request) -> PoolController:
     keeper = request.app[CONTEXT].pools
     if keeper is None:
         raise NotFoundError("this backend has no pools")
-    if not keeper.ours():
+    if not keeper.is_leader():
         raise ConflictError(
-            f"another replica keeps the pools: the leader, which holds shard {LEADER_SHARD}"
+            f"another replica manages the pools: the leader, which holds shard {LEADER_SHARD}"
         )
     return keeper

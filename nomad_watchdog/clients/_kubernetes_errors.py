@@ -1,8 +1,9 @@
-"""What the API server's answers mean as our errors."""
+"""Responses of the API server as errors of this project."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Final, TypedDict, cast
 
 from watchdog_agent.runtime.parsing import loads, whole
 
@@ -14,28 +15,58 @@ from nomad_watchdog.errors import (
     TerminalError,
     TransientError,
     UserError,
+    WatchdogError,
 )
 
 
 class ExpiredError(StaleError):
-    """410: the version that was asked for is forgotten; list again."""
+    """410: the server no longer has the requested version; list again."""
 
 
 class FieldConflictError(TerminalError):
-    """Another field manager owns what we would set, and it is not ours to take."""
+    """Another field manager owns a field that should be set."""
 
 
-def status_of(raw: bytes) -> dict[str, Any]:
-    """The Status object of an answer; empty when it is none."""
+class Cause(TypedDict, total=False):
+    field: str
+    message: str
+    reason: str
+
+
+class StatusDetails(TypedDict, total=False):
+    causes: list[Cause] | None
+
+
+class Status(TypedDict, total=False):
+    """The Status object of an error response."""
+
+    code: int
+    details: StatusDetails | None
+    message: str
+    reason: str
+
+
+_PERMANENT: Final[Mapping[int, type[WatchdogError]]] = {
+    404: NotFoundError,
+    410: ExpiredError,
+    400: UserError,
+    413: UserError,
+    415: UserError,
+    422: UserError,
+}
+
+
+def status_of(raw: bytes) -> Status:
+    """The Status object of a response; empty if it has none."""
     try:
         found = loads(raw)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return cast("Status", found) if isinstance(found, dict) else {}
 
 
 def seconds_of(retry_after: str) -> float | None:
-    """Of a Retry-After header; None for one that is no number of seconds below a day."""
+    """Value of a Retry-After header; None unless it is a number of seconds up to a day."""
     try:
         return float(whole(retry_after, 0, 86_400))
     except ValueError:
@@ -43,37 +74,34 @@ def seconds_of(retry_after: str) -> float | None:
 
 
 def translate(status: int, raw: bytes, what: str, retry_after: str = "") -> Exception:
-    """`what`: verb and path, for a message that says which right is missing."""
-    told = status_of(raw)
-    text = str(told.get("message") or raw[:300].decode(errors="replace"))
-    said = " ".join(text.split())[:400] or f"HTTP {status}"
-    reason = told.get("reason") or ""
-    after = seconds_of(retry_after)
+    """The error for a response. `what`: verb and path, so that the message says which right is missing."""
+    details = status_of(raw)
+    text = str(details.get("message") or raw[:300].decode(errors="replace"))
+    message = " ".join(text.split())[:400] or f"HTTP {status}"
     if status == 401:
         return DeniedError(f"kubernetes refuses the credentials ({what})")
     if status == 403:
-        if "exceeded quota" in said or "because it is being terminated" in said:
-            return TransientError(f"kubernetes: {said}")
-        return DeniedError(f"kubernetes: {said}")
-    if status == 404:
-        return NotFoundError(f"kubernetes: {said}")
+        # a quota or a namespace that is being deleted; both may change
+        if "exceeded quota" in message or "because it is being terminated" in message:
+            return TransientError(f"kubernetes: {message}")
+        return DeniedError(f"kubernetes: {message}")
     if status == 409:
-        return _conflict(told, said)
-    if status == 410 or reason == "Expired":
-        return ExpiredError(f"kubernetes: {said}")
-    if status in (400, 413, 415, 422):
-        return UserError(f"kubernetes: {said}")
+        return _conflict(details, message)
+    if details.get("reason") == "Expired" and status != 404:
+        return ExpiredError(f"kubernetes: {message}")
+    if kind := _PERMANENT.get(status):
+        return kind(f"kubernetes: {message}")
     if status == 429 or status >= 500:
-        return TransientError(f"kubernetes: {said}", retry_after_s=after)
-    return TerminalError(f"kubernetes answers HTTP {status} to {what}: {said}")
+        return TransientError(f"kubernetes: {message}", retry_after_s=seconds_of(retry_after))
+    return TerminalError(f"kubernetes answers HTTP {status} to {what}: {message}")
 
 
-def _conflict(told: dict[str, Any], said: str) -> Exception:
-    causes = (told.get("details") or {}).get("causes") or []
+def _conflict(status: Status, message: str) -> Exception:
+    causes = (status.get("details") or {}).get("causes") or []
     taken = [one for one in causes if one.get("reason") == "FieldManagerConflict"]
     if not taken:
-        return ConflictError(f"kubernetes: {said}")
-    # "conflict with \"kubectl\" using apps/v1", and the field beside it
+        return ConflictError(f"kubernetes: {message}")
+    # the field, and a message such as: conflict with "kubectl" using apps/v1
     words = [f"{one.get('field', '?')}: {one.get('message', '')}" for one in taken[:4]]
     return FieldConflictError(
         f"kubernetes: {'; '.join(words)[:400]}; undo that change, or delete the object"

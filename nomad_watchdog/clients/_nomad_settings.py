@@ -1,4 +1,4 @@
-"""How to reach Nomad, and what its answers mean as our errors."""
+"""How to reach Nomad, and its error responses as errors of this project."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from watchdog_agent.runtime.parsing import whole
 
@@ -19,10 +19,11 @@ from nomad_watchdog.errors import (
     TerminalError,
     TransientError,
     UserError,
+    WatchdogError,
 )
 
 READ_S: Final = 15.0
-"""Above the 5.2 s that a server without a leader holds a request."""
+"""Longer than the 5.2 s after which a server without a leader answers a request."""
 
 _TERMINAL: Final = (
     "parameterized job not found",
@@ -46,7 +47,7 @@ _USER: Final = (
 
 @dataclass(frozen=True, slots=True)
 class NomadAccess:
-    """Where Nomad is and how to speak to it."""
+    """Address, credentials and TLS settings of Nomad."""
 
     address: str = "http://127.0.0.1:4646"
     token: str = field(default="", repr=False)
@@ -63,32 +64,33 @@ class NomadAccess:
     timeout_s: float = READ_S
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> NomadAccess:
-        """Nomad's own variables (`hashicorp.NOMAD` and NOMAD_TOKEN); what is given explicitly beats them.
+    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: object) -> NomadAccess:
+        """From Nomad's own variables (`hashicorp_environment.NOMAD` and NOMAD_TOKEN); `explicit` overrides them.
 
-        Raises UserError for a value that won't do."""
+        Raises UserError for an invalid value."""
         env = os.environ if env is None else env
-        settings = cls(**hashicorp_environment.settings_with("nomad", "NOMAD_TOKEN", env, explicit))
+        values = hashicorp_environment.settings_with("nomad", "NOMAD_TOKEN", env, explicit)
+        settings = cls(**values)
         settings.check()
         return settings
 
     def check(self) -> None:
-        """Raises UserError for an address or a combination that won't do."""
+        """Raises UserError for an invalid address or combination."""
         try:
             hashicorp_environment.checked_address(self.address)
         except ValueError as error:
             raise UserError(f"nomad address: {error}") from None
         if bool(self.client_cert) != bool(self.client_key):
-            raise UserError("nomad: client_cert and client_key belong together; one is missing")
+            raise UserError("nomad: set both client_cert and client_key, or neither")
 
     def read_token(self) -> str:
-        """The token now. Raises UserError when its file can't be read."""
+        """The current token. Raises UserError when its file cannot be read."""
         return (
             text_files.token("nomad.token_file", self.token_file) if self.token_file else self.token
         )
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over http. Raises UserError when a certificate can't be read."""
+        """None for http. Raises UserError when a certificate cannot be read."""
         if not self.address.startswith("https://"):
             return None
         return hashicorp_environment.trust(
@@ -102,50 +104,58 @@ class NomadAccess:
 
 
 NOT_KNOWN: Final = "Nomad does not know this token; check nomad.token_file (or NOMAD_TOKEN)"
-"""Of a token that was deleted, that has expired, or that is of another cluster."""
-
+"""Message for a token that was deleted, has expired, or belongs to another cluster."""
 
 _NO_SUCH_TOKEN: Final = (
     "acl token not found",
     "acl token expired",
-    "acl token lookup failed",  # not of a token's form
+    "acl token lookup failed",  # for a text that cannot be a token
 )
 
 
-def is_unknown_token(said: str) -> bool:
-    """Whether Nomad refuses a token because there is none of its name, whatever its rights were. Most calls are only
-    denied then; `/v1/acl/token/self` and calls of the agent say so (measured on Nomad 1.6.3)."""
-    lower = said.lower()
+def is_unknown_token(text: str) -> bool:
+    """Whether Nomad refuses a token because it does not exist, not because of its rights. Most calls only report
+    a denial; `/v1/acl/token/self` and the calls of the agent report this (measured on Nomad 1.6.3)."""
+    lower = text.lower()
     return any(one in lower for one in _NO_SUCH_TOKEN)
 
 
 def translate(status: int, text: str, capability: str, retry_after: str = "") -> Exception:
-    """Nomad's answer as one of our errors. Almost everything is a 500 with plain text, permanent and
-    passing trouble alike, so the text decides."""
-    said = " ".join(text.split())[:300] or f"HTTP {status}"
-    lower = said.lower()
-    if is_unknown_token(said):
+    """The error for a response. Nomad uses status 500 with plain text for nearly all errors, permanent and
+    temporary ones, so the text decides. `capability`: the one that the call needs."""
+    message = " ".join(text.split())[:300] or f"HTTP {status}"
+    if is_unknown_token(message):
         return DeniedError(NOT_KNOWN)
-    if status == 403 or "permission denied" in lower:
+    if status == 403 or "permission denied" in message.lower():
         return DeniedError(
-            f"nomad refuses the token: {said}; needed is the capability {capability}"
+            f"nomad refuses the token: {message}; it needs the capability {capability}"
         )
     if status == 404:
-        return NotFoundError(f"nomad: {said}")
+        return NotFoundError(f"nomad: {message}")
     if status == 429:
-        try:
-            after = float(whole(retry_after, 0, 86_400))
-        except ValueError:
-            after = 1.0
         return TransientError(
-            f"nomad has too many connections from here: {said}", retry_after_s=after
+            f"nomad has too many connections from this address: {message}",
+            retry_after_s=_seconds(retry_after),
         )
+    if kind := _kind_of(status, message.lower()):
+        return kind(f"nomad: {message}")
+    return TerminalError(f"nomad answers HTTP {status}: {message}")
+
+
+def _kind_of(status: int, lower: str) -> type[WatchdogError] | None:
+    """The kind of error, by its text in lower case; None for an unknown one below status 500."""
     if "enforcing job modify index" in lower:
-        return ConflictError(f"nomad: {said}")
+        return ConflictError
     if any(one in lower for one in _TERMINAL):
-        return TerminalError(f"nomad: {said}")
+        return TerminalError
     if status in (400, 413) or (status == 500 and any(one in lower for one in _USER)):
-        return UserError(f"nomad: {said}")
-    if status >= 500:
-        return TransientError(f"nomad: {said}")
-    return TerminalError(f"nomad answers HTTP {status}: {said}")
+        return UserError
+    return TransientError if status >= 500 else None
+
+
+def _seconds(retry_after: str) -> float:
+    """Value of a Retry-After header; 1 s unless it is a number of seconds up to a day."""
+    try:
+        return float(whole(retry_after, 0, 86_400))
+    except ValueError:
+        return 1.0

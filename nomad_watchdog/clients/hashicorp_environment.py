@@ -1,8 +1,8 @@
-"""The variables of Nomad and Consul, read as their own command lines read them.
+"""The environment variables of Nomad and Consul, with the same meaning as in their own command lines.
 
-The rules are those of `DefaultConfig` and `NewClient` in the packages `api` of Nomad 1.6 and Consul
-1.14; tests/cli/test_hashicorp_variables.py compares with the real programs. This is the only module
-that reads these variables for the control plane, the agents' document, doctor and the CLI.
+The rules are those of `DefaultConfig` and `NewClient` in the packages `api` of Nomad 1.6 and Consul 1.14;
+tests/cli/test_hashicorp_variables.py compares with the real programs. This is the only module that reads these
+variables, for the control plane, the agents' document, doctor and the CLI.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from nomad_watchdog import secret_file_rules, text_files
 from nomad_watchdog.errors import UserError
@@ -34,7 +34,7 @@ NOMAD: Final[Mapping[str, str]] = {
     "NOMAD_SKIP_VERIFY": "tls_skip_verify",
     "NOMAD_TLS_SERVER_NAME": "tls_server_name",
 }
-"""Variable → setting of the block `nomad`. NOMAD_TOKEN_FILE is ours: the CLI has only NOMAD_TOKEN."""
+"""Variable → setting of the block `nomad`. NOMAD_TOKEN_FILE is an addition: the CLI has only NOMAD_TOKEN."""
 CONSUL: Final[Mapping[str, str]] = {
     "CONSUL_HTTP_ADDR": "address",
     "CONSUL_NAMESPACE": "namespace",
@@ -63,7 +63,7 @@ _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "FALSE", "false", "False"})
 _BRACKETS: Final = re.compile(r"\[[^\[\]]+\](:[0-9]*)?")
 _LINK_LOCAL: Final = ("fe8", "fe9", "fea", "feb")
-"""How IPv6 addresses of fe80::/10 begin."""
+"""Beginnings of IPv6 addresses in fe80::/10."""
 ADDRESS: Final = "write http://HOST:PORT or https://HOST:PORT"
 
 
@@ -77,67 +77,77 @@ def is_true(text: str) -> bool:
 
 
 def checked_address(text: str) -> str:
-    """An address of a server with its scheme (http when it has none) and without a slash at its end.
+    """An address of a server with its scheme (http if it has none) and without a slash at its end.
 
-    Without a port it means that of the scheme, 80 or 443. Raises ValueError."""
+    Without a port it means the port of the scheme, 80 or 443. Raises ValueError."""
     if text.startswith("unix:"):
         raise ValueError(
             f"{text_files.shown(text)} is a Unix socket, which is not supported; {ADDRESS}"
         )
     whole = text if "://" in text else f"http://{text}"
-    place = whole.partition("://")[2].partition("/")[0]
-    if _is_bare_ipv6(place):
-        scheme = whole.partition("://")[0]
+    scheme, _, rest = whole.partition("://")
+    authority = rest.partition("/")[0]
+    if _is_bare_ipv6(authority):
         raise ValueError(
-            f"{text_files.shown(text)}: an IPv6 address needs brackets: write {scheme}://{_bracketed(place)}, or "
+            f"{text_files.shown(text)}: an IPv6 address needs brackets: write {scheme}://{_bracketed(authority)}, or "
             "http://[ADDRESS]:PORT"
         )
-    try:
-        parts = urlsplit(whole)
-        port = parts.port
-    except ValueError:
-        raise ValueError(f"{text_files.shown(text)} is not an address; {ADDRESS}") from None
-    brackets = "[" in place and not _BRACKETS.fullmatch(place)
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or brackets:
+    parts = _split(whole, authority)
+    if parts is None:
         raise ValueError(f"{text_files.shown(text)} is not an address; {ADDRESS}")
     if any(not "!" <= character <= "~" for character in whole):
         raise ValueError(
-            f"{text_files.shown(text)} holds characters that no address has; {ADDRESS}"
+            f"{text_files.shown(text)} contains characters that are not allowed in an address; {ADDRESS}"
         )
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("an address holds no user, password, query or fragment")
-    if parts.hostname.startswith(_LINK_LOCAL) and ":" in parts.hostname and "%" not in place:
-        zoned = f"{parts.scheme}://[{parts.hostname}%25eth0]" + (f":{port}" if port else "")
+        raise ValueError("an address must not contain a user, password, query or fragment")
+    host = parts.hostname or ""
+    if host.startswith(_LINK_LOCAL) and ":" in host and "%" not in authority:
+        port = f":{parts.port}" if parts.port else ""
         raise ValueError(
-            f"{text_files.shown(text)}: a link-local address needs the network interface with it: write {zoned}"
+            f"{text_files.shown(text)}: a link-local address needs its network interface: "
+            f"write {parts.scheme}://[{host}%25eth0]{port}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
-def _is_bare_ipv6(place: str) -> bool:
-    """Whether it is an IPv6 address without brackets, perhaps with a port behind it."""
-    if place.count(":") < 2 or "[" in place or "@" in place:
+def _split(whole: str, authority: str) -> SplitResult | None:
+    """The parts of an HTTP URL; None if it is not one, or if its host or port is not valid."""
+    try:
+        parts = urlsplit(whole)
+        port = parts.port
+    except ValueError:
+        return None
+    if "[" in authority and not _BRACKETS.fullmatch(authority):
+        return None
+    valid = parts.scheme in ("http", "https") and parts.hostname and port != 0
+    return parts if valid else None
+
+
+def _is_bare_ipv6(authority: str) -> bool:
+    """Whether it is an IPv6 address without brackets, possibly followed by a port."""
+    if authority.count(":") < 2 or "[" in authority or "@" in authority:
         return False
     try:
-        ipaddress.IPv6Address(place.partition("%")[0])
+        ipaddress.IPv6Address(authority.partition("%")[0])
     except ValueError:
-        return all(part.isalnum() or not part for part in place.split(":"))
+        return all(part.isalnum() or not part for part in authority.split(":"))
     return True
 
 
-def _bracketed(place: str) -> str:
-    """A bare IPv6 address in brackets. What stands behind its last colon is a port if it looks like one and
-    an address is left: of ::1:8500 hardly anybody means the address."""
-    host, _, port = place.rpartition(":")
+def _bracketed(authority: str) -> str:
+    """A bare IPv6 address in brackets. The part after the last colon counts as a port if it looks like one and
+    the rest is an address: ::1:8500 most likely means port 8500."""
+    host, _, port = authority.rpartition(":")
     if port.isascii() and port.isdigit() and (len(port) > 3 or port in ("80", "443")):
         with contextlib.suppress(ValueError):
             ipaddress.IPv6Address(host.partition("%")[0])
             return f"[{host}]:{port}"
-    return f"[{place}]"
+    return f"[{authority}]"
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Of a checked address: the host as a URL has it, and the port, by default the scheme's."""
+    """Host and port of a checked address: the host as in a URL; the port is by default that of the scheme."""
     parts = urlsplit(address)
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -145,13 +155,13 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def value_of(variable: str, text: str) -> str | bool:
-    """What a variable says, as the value of its setting. Raises ValueError in words."""
+    """The value of a variable as the value of its setting. Raises ValueError with a message for the user."""
     if variable == "NOMAD_SKIP_VERIFY":
         return is_true(text)
     if variable == "CONSUL_HTTP_SSL_VERIFY":
         return not is_true(text)
     if variable == "NOMAD_ADDR":
-        # Nomad's CLI asks below /v1 of the host, whatever path the address has.
+        # Nomad's CLI ignores the path of the address and uses /v1 of the host.
         parts = urlsplit(checked_address(text))
         return f"{parts.scheme}://{parts.netloc}"
     if variable == "CONSUL_HTTP_ADDR":
@@ -160,7 +170,7 @@ def value_of(variable: str, text: str) -> str | bool:
 
 
 def secured(address: str, env: Mapping[str, str]) -> str:
-    """The address of Consul, over https when CONSUL_HTTP_SSL asks for it, whatever its scheme is.
+    """The address of Consul, with https instead of http if CONSUL_HTTP_SSL is true.
 
     Raises ValueError when that variable is not a boolean."""
     if env.get(SSL) and is_true(env[SSL]) and address.startswith("http://"):
@@ -169,12 +179,12 @@ def secured(address: str, env: Mapping[str, str]) -> str:
 
 
 def settings_with(
-    block: str, token: str, env: Mapping[str, str], explicit: Mapping[str, Any]
+    block: str, token: str, env: Mapping[str, str], explicit: Mapping[str, object]
 ) -> dict[str, Any]:
-    """The settings of the block, "nomad" or "consul": what is given explicitly takes precedence over the variables.
-    `token`: the variable with the token itself. Raises UserError that names a variable that won't do."""
+    """The settings of the block "nomad" or "consul"; `explicit` overrides the variables. `token`: the variable with
+    the token itself. Raises UserError that names an invalid variable."""
     refuse_unsupported(block, env)
-    values: dict[str, Any] = dict(settings_from({"nomad": NOMAD, "consul": CONSUL}[block], env))
+    values: dict[str, object] = dict(settings_from({"nomad": NOMAD, "consul": CONSUL}[block], env))
     if "token" in explicit:
         values.pop("token_file", None)
     elif env.get(token):
@@ -184,7 +194,7 @@ def settings_with(
 
 
 def settings_from(names: Mapping[str, str], env: Mapping[str, str]) -> dict[str, str | bool]:
-    """The settings that the variables `names` give. Raises UserError that names the variable."""
+    """The settings from these variables. Raises UserError that names an invalid variable."""
     found: dict[str, str | bool] = {}
     for variable, setting in names.items():
         if env.get(variable):
@@ -196,7 +206,7 @@ def settings_from(names: Mapping[str, str], env: Mapping[str, str]) -> dict[str,
 
 
 def refuse_unsupported(block: str, env: Mapping[str, str]) -> None:
-    """Raises UserError for a variable that changes what the vendor's CLI does, and that is not heeded here."""
+    """Raises UserError for a variable that the vendor's CLI supports but this project does not."""
     for variable, what in _UNSUPPORTED[block].items():
         if env.get(variable):
             raise UserError(f"{variable}: {what} is not supported; unset it")
@@ -211,8 +221,8 @@ def trust(  # the parts of one context
     client_key: str = "",
     skip_verify: bool = False,
 ) -> ssl.SSLContext:
-    """The TLS context of a client. A file of authorities takes precedence over a folder, of which every
-    file counts, as in the vendors' CLIs. Raises UserError that names the file that can't be used."""
+    """The TLS context of a client. A file of authorities takes precedence over a folder, of which all files are
+    loaded, as in the vendors' CLIs. Raises UserError that names the file that cannot be used."""
     if ca_cert or ca_path:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for file in [Path(ca_cert)] if ca_cert else files_of(f"{who}.ca_path", ca_path):
@@ -232,25 +242,25 @@ def trust(  # the parts of one context
 
 
 def files_of(setting: str, folder: str) -> list[Path]:
-    """The files of a folder of authorities. Raises UserError when it can't be listed or has none."""
+    """The files of a folder of authorities. Raises UserError when it cannot be listed or is empty."""
     try:
         found = sorted(path for path in Path(folder).iterdir() if path.is_file())
     except OSError as error:
         raise UserError(f"{setting} {text_files.shown(folder)}: {_reason(error)}") from error
     if not found:
-        raise UserError(f"{setting} {text_files.shown(folder)} holds no file")
+        raise UserError(f"{setting} {text_files.shown(folder)} contains no file")
     return found
 
 
 def load_chain(context: ssl.SSLContext, cert: str, key: str = "") -> None:
-    """The certificate that is shown, and its key, which may be in the same file. Either file may begin with a byte
-    order mark, which OpenSSL does not skip. Raises OSError, and never asks for a password."""
+    """Load a certificate and its key, which may be in the same file. Either file may begin with a byte order mark,
+    which OpenSSL does not skip. Raises OSError; never prompts for a password."""
     secret_file_rules.check(key or cert)
     raw = [Path(path).read_bytes() for path in (cert, key) if path]
     if not any(one.startswith(codecs.BOM_UTF8) for one in raw):
         context.load_cert_chain(cert, key or None, password="")
         return
-    # OpenSSL reads a chain from a file only: one that nobody else can read, and that is gone at once.
+    # OpenSSL reads a chain only from a file. The temporary file is private and deleted at once.
     with tempfile.NamedTemporaryFile(prefix="nomad-watchdog-") as file:
         file.write(b"\n".join(one.removeprefix(codecs.BOM_UTF8) for one in raw))
         file.flush()
@@ -258,8 +268,8 @@ def load_chain(context: ssl.SSLContext, cert: str, key: str = "") -> None:
 
 
 def load_authorities(setting: str, file: Path, context: ssl.SSLContext) -> None:
-    """Trust the certificates of a file, with a byte order mark and comments between them or without. Raises UserError
-    that begins with `setting`."""
+    """Trust the certificates of a file, which may contain a byte order mark and comments. Raises UserError that
+    begins with `setting`."""
     certificates = text_files.only_pem(text_files.read(setting, file))
     try:
         context.load_verify_locations(cadata=certificates)
@@ -269,5 +279,5 @@ def load_authorities(setting: str, file: Path, context: ssl.SSLContext) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
-        return "holds no certificate or key in PEM form that can be used"
-    return error.strerror or "can't be read"
+        return "contains no usable certificate or key in PEM format"
+    return error.strerror or "cannot be read"

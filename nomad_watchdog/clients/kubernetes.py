@@ -1,7 +1,7 @@
-"""The Kubernetes API over bare aiohttp: list, watch, server-side apply, delete.
+"""The Kubernetes API over aiohttp: list, watch, server-side apply, delete.
 
-A whole client library costs several times the memory and the CPU of a list, and the watches of those
-that were tried have neither time-outs nor bookmarks.
+A client library takes several times the memory and CPU time for a list, and the watches of the libraries that
+were tried have neither timeouts nor bookmarks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiohttp
 import orjson
@@ -24,6 +24,7 @@ from nomad_watchdog.clients._kubernetes_errors import (
     translate,
 )
 from nomad_watchdog.clients._kubernetes_settings import KubernetesAccess
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject, ObjectMeta
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import NotFoundError, StaleError, TransientError, UserError
 from nomad_watchdog.fast_json import as_json
@@ -39,78 +40,78 @@ __all__ = [
 ]
 
 MANAGER: Final = "nomad-watchdog"
-"""Our name as a field manager."""
+"""Name of this project as a field manager."""
 PAGE: Final = 500
-"""As kubectl's: larger pages hold the server's memory for longer than they save calls."""
+"""Page size of lists, the same as kubectl's. Larger pages occupy the server's memory longer."""
 SILENCE_S: Final = 90.0
-"""The server sends a bookmark about once a minute; a watch that is silent for longer is dead."""
+"""Timeout of a watch without any event. The server sends a bookmark about once per minute."""
 _WATCH_S: Final = (240.0, 300.0)
-"""A watch is ended by the server after so long (chance spreads the new ones), and goes on where it was."""
+"""Range of the duration of a watch in seconds. It is random, so that watches do not restart together."""
 _CONNECT_S: Final = 3.0
 _MAX_CONNECTIONS: Final = 32
 _RELISTS: Final = 3
 _LINE: Final = 8 * 1024 * 1024
-"""An object of etcd has at most 1.5 MiB, and grows as JSON."""
+"""Maximum length of a line of a watch. An object in etcd has at most 1.5 MiB, and is larger as JSON."""
 
 _JSON: Final = "application/json"
 _METADATA: Final = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
-Object = Mapping[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A whole list as of one version of the store."""
+    """A complete list at one version of the store."""
 
-    items: tuple[Object, ...]
+    items: tuple[KubernetesObject, ...]
     version: str
 
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
-    """One step of a watch. ``kind``: ADDED, MODIFIED, DELETED or BOOKMARK (only its version counts)."""
+    """One event of a watch. `kind`: ADDED, MODIFIED, DELETED or BOOKMARK (which has only a version)."""
 
     kind: str
-    object: Object
+    object: KubernetesObject
 
     @property
     def version(self) -> str:
-        return str((self.object.get("metadata") or {}).get("resourceVersion", ""))
+        meta: ObjectMeta = self.object.get("metadata") or {}
+        return meta.get("resourceVersion", "")
 
 
 class KubernetesClient:
-    """Every call has a time-out and raises only our errors."""
+    """Every call has a timeout. Methods raise only the errors of `nomad_watchdog.errors`."""
 
     def __init__(self, settings: KubernetesAccess, clock: Clock | None = None) -> None:
         self.settings = settings
         self._credentials = Credentials(settings, clock or SystemClock())
         self._http: aiohttp.ClientSession | None = None
-        self._watching: aiohttp.ClientSession | None = None
+        self._watch_http: aiohttp.ClientSession | None = None
         self._tls_of = Credential()
         self._tls: ssl.SSLContext | bool = True
         if settings.server.startswith("https"):
             self._tls = settings.ssl_context()
 
     async def close(self) -> None:
-        for session in (self._http, self._watching):
+        for session in (self._http, self._watch_http):
             if session is not None:
                 await session.close()
-        self._http = self._watching = None
+        self._http = self._watch_http = None
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Raises NotFoundError when there is no such object."""
         return await self.call("GET", path, params=params)
 
-    async def find(self, path: str, *, metadata: bool = False) -> dict[str, Any] | None:
-        """None when there is none. `metadata`: only that part of it."""
+    async def find(self, path: str, *, metadata: bool = False) -> KubernetesObject | None:
+        """None when it does not exist. `metadata`: return only its metadata."""
         try:
-            return await self.call("GET", path, accept=_METADATA if metadata else _JSON)
+            found = await self.call("GET", path, accept=_METADATA if metadata else _JSON)
         except NotFoundError:
             return None
+        return cast("KubernetesObject", found)
 
     async def version_of(self, path: str) -> str:
-        """The version of the store now, for a watch of this list to begin at."""
+        """The current version of the store, at which a watch of this list can begin."""
         found = await self.call("GET", path, params={"limit": "1"}, accept=_METADATA_LIST)
         return str((found.get("metadata") or {}).get("resourceVersion", ""))
 
@@ -118,28 +119,28 @@ class KubernetesClient:
         self, path: str, *, labels: str = "", fields: str = "", metadata: bool = False
     ) -> Listed:
         """All pages, consistent with each other and not older than any write before the call.
-        `metadata`: only that part of each object, a third of the bytes of a Deployment.
+        `metadata`: return only the metadata of each object, a third of the bytes of a Deployment.
 
-        Raises StaleError rather than give a part."""
+        Raises StaleError instead of returning an incomplete list."""
         for _ in range(_RELISTS):
             try:
                 return await self._pages(
                     path, _selectors(labels, fields), _METADATA_LIST if metadata else _JSON
                 )
             except ExpiredError:
-                continue  # the list took longer than the server remembers: begin again
-        raise StaleError(f"kubernetes: the list of {path} expires before its end is read")
+                continue  # the pages took longer than the server keeps the version: start again
+        raise StaleError(f"kubernetes: the list of {path} expires before all of it is read")
 
     async def _pages(self, path: str, selectors: Mapping[str, str], accept: str) -> Listed:
-        ask = {"limit": str(PAGE), **selectors}
-        items: list[Object] = []
+        params = {"limit": str(PAGE), **selectors}
+        items: list[KubernetesObject] = []
         while True:
-            page = await self.call("GET", path, params=ask, accept=accept)
+            page = await self.call("GET", path, params=params, accept=accept)
             items.extend(page.get("items") or [])
-            told = page.get("metadata") or {}
-            if not told.get("continue"):
-                return Listed(tuple(items), str(told.get("resourceVersion", "")))
-            ask["continue"] = told["continue"]
+            meta = page.get("metadata") or {}
+            if not meta.get("continue"):
+                return Listed(tuple(items), str(meta.get("resourceVersion", "")))
+            params["continue"] = meta["continue"]
 
     async def watch(
         self,
@@ -151,11 +152,11 @@ class KubernetesClient:
         metadata: bool = False,
         length_s: float | None = None,
     ) -> AsyncIterator[WatchEvent]:
-        """What happens after `version`, bookmarks included, until the server ends the watch, which it
-        does after `length_s` or else every few minutes: then watch again from the last event's version.
+        """Events after `version`, including bookmarks, until the server ends the watch after `length_s` seconds
+        (by default a few minutes). Then watch again from the version of the last event.
 
-        Raises ExpiredError when `version` is forgotten (list again), TransientError when the connection
-        breaks or is silent for longer than bookmarks allow."""
+        Raises ExpiredError when the server no longer has `version` (list again), TransientError when the connection
+        breaks or no bookmark arrives in time."""
         length_s = length_s or random.uniform(*_WATCH_S)  # noqa: S311  # jitter
         params = {
             "watch": "1",
@@ -181,18 +182,19 @@ class KubernetesClient:
             raise TransientError(f"kubernetes: the watch of {path} broke: {kind}") from error
 
     async def apply(
-        self, path: str, body: Object, *, manager: str = MANAGER, force: bool = False
-    ) -> dict[str, Any]:
-        """Server-side apply: the object exists with our fields as given, others' are left alone.
+        self, path: str, body: Mapping[str, object], *, manager: str = MANAGER, force: bool = False
+    ) -> KubernetesObject:
+        """Server-side apply: create the object, or set its fields that are in the body and no others.
 
-        With ``metadata.resourceVersion`` in the body it is a compare-and-set. Raises FieldConflictError
-        when another manager has set one of our fields, ConflictError when the version is another."""
+        With ``metadata.resourceVersion`` in the body it is a compare-and-set. Raises FieldConflictError when
+        another manager owns one of these fields, ConflictError when the version differs."""
         params = {"fieldManager": manager, "force": "true" if force else "false"}
-        return await self.call(
+        applied = await self.call(
             "PATCH", path, params=params, body=body, content="application/apply-patch+yaml"
         )
+        return cast("KubernetesObject", applied)
 
-    async def create(self, path: str, body: Object) -> dict[str, Any]:
+    async def create(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
         """Raises ConflictError when it exists."""
         return await self.call("POST", path, params={"fieldManager": MANAGER}, body=body)
 
@@ -205,8 +207,8 @@ class KubernetesClient:
         version: str = "",
         propagation: str = "",
     ) -> bool:
-        """Whether it was there. `uid` and `version`: only that one, else ConflictError."""
-        options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        """Whether it existed. `uid` and `version`: delete only an object with these; else ConflictError."""
+        options: dict[str, object] = {"apiVersion": "v1", "kind": "DeleteOptions"}
         if grace_s is not None:
             options["gracePeriodSeconds"] = max(0, round(grace_s))
         if propagation:
@@ -220,7 +222,7 @@ class KubernetesClient:
         return True
 
     async def text(self, path: str, params: Mapping[str, str] | None = None) -> str:
-        """An answer that is no JSON: a log, say."""
+        """A response that is not JSON, such as a log."""
         raw = await self._fetch("GET", path, params or {}, None, "", "*/*")
         return raw.decode(errors="replace")
 
@@ -230,20 +232,22 @@ class KubernetesClient:
         path: str,
         *,
         params: Mapping[str, str] | None = None,
-        body: Object | None = None,
+        body: Mapping[str, object] | None = None,
         content: str = "application/json",
         accept: str = "application/json",
     ) -> dict[str, Any]:
-        """One call that answers JSON. Raises our errors for everything else."""
-        # not in ASCII: an apply is read as YAML, which knows no surrogate pairs in escapes
+        """One call with a JSON object as its response."""
+        # not escaped to ASCII: the server parses an apply as YAML, which has no escaped surrogate pairs
         data = None if body is None else as_json(body)
         raw = await self._fetch(method, path, params or {}, data, content, accept)
         try:
             found = orjson.loads(raw)
         except ValueError as error:
-            raise TransientError(f"kubernetes: the answer to {path} is cut off") from error
+            raise TransientError(
+                f"kubernetes: the response to {path} is not complete JSON"
+            ) from error
         if not isinstance(found, dict):
-            raise TransientError(f"kubernetes: the answer to {path} is no object")
+            raise TransientError(f"kubernetes: the response to {path} is not an object")
         return found
 
     async def _fetch(  # the parts of one request
@@ -293,7 +297,7 @@ class KubernetesClient:
         content: str = "",
         accept: str = _JSON,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer; a refused credential that has changed meanwhile is tried once more."""
+        """The response. After a refusal (401) the call is repeated once if there is a new credential."""
         async with AsyncExitStack() as stack:
             for attempt in range(2):
                 who = await self._credentials.current()
@@ -302,7 +306,7 @@ class KubernetesClient:
                     headers["Authorization"] = f"Bearer {who.token}"
                 if data is not None:
                     headers["Content-Type"] = content
-                session = self._open_watching() if "watch" in params else self._open()
+                session = self._watch_session() if "watch" in params else self._session()
                 answer = await stack.enter_async_context(
                     session.request(
                         method,
@@ -327,7 +331,7 @@ class KubernetesClient:
             self._tls_of = who
         return self._tls
 
-    def _open(self) -> aiohttp.ClientSession:
+    def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS),
@@ -335,13 +339,13 @@ class KubernetesClient:
             )
         return self._http
 
-    def _open_watching(self) -> aiohttp.ClientSession:
-        """Apart, for each watch holds a connection: three a namespace would leave none for the calls."""
-        if self._watching is None:
-            self._watching = aiohttp.ClientSession(
+    def _watch_session(self) -> aiohttp.ClientSession:
+        """A separate session: each watch occupies a connection, three per namespace, and calls need some as well."""
+        if self._watch_http is None:
+            self._watch_http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
             )
-        return self._watching
+        return self._watch_http
 
 
 def _selectors(labels: str, fields: str) -> dict[str, str]:
@@ -349,14 +353,14 @@ def _selectors(labels: str, fields: str) -> dict[str, str]:
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """A watch's lines, however long: aiohttp's own reader of lines stops at 64 KiB."""
+    """The lines of a watch. aiohttp's own reader limits lines to 64 KiB."""
     rest = b""
     async for chunk in stream.iter_any():
         *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
         for line in whole:
             yield line
         if len(rest) > _LINE:
-            raise ValueError("a line of the watch has no end")
+            raise ValueError("a line of the watch is too long")
 
 
 def _event(line: bytes, path: str) -> WatchEvent:
@@ -364,11 +368,11 @@ def _event(line: bytes, path: str) -> WatchEvent:
     kind, thing = found["type"], found["object"]
     meta = thing.get("metadata", {})
     if not isinstance(meta, dict) or not isinstance(labels := meta.get("labels") or {}, dict):
-        raise TypeError("an object's metadata or its labels are no object")
+        raise TypeError("an object's metadata or its labels are not an object")
     if not all(isinstance(one, str) for one in labels.values()):
-        raise TypeError("an object's label is no text")
+        raise TypeError("an object's label is not text")
     if kind == "ERROR":
         raise translate(int(thing.get("code") or 500), as_json(thing), f"watch {path}")
     if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):
-        raise UserError(f"kubernetes: the watch of {path} says {kind[:40]!r}")
+        raise UserError(f"kubernetes: the watch of {path} sent an unknown event {kind[:40]!r}")
     return WatchEvent(kind, thing)

@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import quote
 
 import aiohttp
@@ -38,6 +38,7 @@ from nomad_watchdog.clients.nomad_features import (
     of_members,
     of_parsed,
 )
+from nomad_watchdog.clients.nomad_rows import Frame, Job
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -171,7 +172,7 @@ class NomadClient:
 
     # what is rare, through the library
 
-    async def parse(self, text: str, variables: str) -> dict[str, Any]:
+    async def parse(self, text: str, variables: str) -> Job:
         """A template's text as a job, by Nomad's own parser. Raises UserError with its complaint, also when
         the parser crashes and answers nothing (Nomad 1.6 does for a duration that is null)."""
         body = {"JobHCL": text, "Variables": variables, "Canonicalize": False}
@@ -191,9 +192,9 @@ class NomadClient:
                 ) from error
         if not isinstance(job, dict):
             raise UserError("nomad parsed no job from the template")
-        return job
+        return cast("Job", job)
 
-    async def validate(self, job: Mapping[str, Any]) -> None:
+    async def validate(self, job: Job) -> None:
         """Raises UserError with Nomad's complaint."""
         body = {"Job": job}
         answer = await self._call("read-job", lambda: self._validate.validate_job(body).json())
@@ -201,7 +202,7 @@ class NomadClient:
             said = answer.get("Error") or "; ".join(answer["ValidationErrors"])
             raise UserError(f"nomad refuses the template: {' '.join(said.split())[:600]}")
 
-    async def register(self, job: Mapping[str, Any], *, enforce: int | None = None) -> int:
+    async def register(self, job: Job, *, enforce: int | None = None) -> int:
         """The index of the registration. `enforce`: the job's modify index now, 0 = it must not
         exist; else ConflictError."""
         body: dict[str, Any] = {"Job": job}
@@ -212,13 +213,15 @@ class NomadClient:
         )
         return int(answer["JobModifyIndex"])
 
-    async def job(self, job_id: str) -> dict[str, Any] | None:
+    async def job(self, job_id: str) -> Job | None:
         """None when there is none."""
         try:
-            found = await self._call("read-job", lambda: self._job.get_job(quote(job_id, safe="")))
+            found: Job = await self._call(
+                "read-job", lambda: self._job.get_job(quote(job_id, safe=""))
+            )
         except NotFoundError:
             return None
-        return dict(found)
+        return found
 
     async def _call(self, capability: str, function: Callable[[], _T]) -> _T:
         await self._read_token(again=False)
@@ -318,7 +321,7 @@ class NomadClient:
             ask["next_token"] = following
         raise StaleError(f"nomad lists more than {_MAX_PAGES * PER_PAGE} entries of {path}")
 
-    async def events(self, params: list[tuple[str, str]]) -> AsyncIterator[list[Mapping[str, Any]]]:
+    async def events(self, params: list[tuple[str, str]]) -> AsyncIterator[list[Frame]]:
         """Frames of the event stream, as many at a time as have come; ``{}`` is its heartbeat. Raises TransientError when the
         connection ends, is silent for 45 s, or sends what is no frame (an empty line, say)."""
         await self._read_token(again=False)
@@ -444,7 +447,7 @@ class NomadClient:
         return changed
 
 
-async def _frames(stream: aiohttp.StreamReader) -> AsyncIterator[list[Mapping[str, Any]]]:
+async def _frames(stream: aiohttp.StreamReader) -> AsyncIterator[list[Frame]]:
     """Newline-delimited JSON. A single frame may exceed aiohttp's line limit, so lines are cut here."""
     rest = b""
     async for chunk in stream.iter_any():

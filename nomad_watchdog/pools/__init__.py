@@ -1,7 +1,7 @@
-"""Agent pools: workers that are not one a device, but as many as a metric asks for.
+"""Worker pools: workers that are not tied to a device; a metric determines their number.
 
-A driver says how a scheduler keeps a pool; `keeper` joins it with the decider (`core.pool_scaling`). How many
-workers there should be is kept by the scheduler itself, so that it outlives us and is no copy of anything.
+A driver manages the pools of one scheduler; `controller` connects it with `core.pool_scaling`. The number of
+workers is stored only by the scheduler, so it survives the control plane.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from nomad_watchdog.config.pools import PoolSettings
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A pool as its scheduler sees it."""
+class PoolStatus:
+    """The state of a pool in its scheduler."""
 
     count: int
-    """So many workers are asked for."""
+    """Desired number of workers."""
     running: int
     worker_hash: str = ""
-    """What the workers were last told to be (`PoolSettings.worker_hash`)."""
+    """Hash of the workers' configuration (`PoolSettings.worker_hash`)."""
     workers: tuple[str, ...] = ()
-    """The names of those that run; empty where the scheduler tells only how many."""
-    trouble: str = ""
-    """Why fewer run than are asked for, if the scheduler says so."""
+    """Names of the running workers; empty if the scheduler reports only their number."""
+    problem: str = ""
+    """Why fewer workers run than desired, if the scheduler reports it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The average of the running workers, as a share in percent of what one was given."""
+    """Average over the running workers, in percent of a worker's share."""
 
     cpu: float
     memory: float
 
 
 def average(shares: Sequence[tuple[float, float]], running: int) -> Usage | None:
-    """Of (cpu, memory) of the workers that could be measured; None unless that is all that run."""
+    """The average of (cpu, memory) of the measured workers; None unless all running workers were measured."""
     if not running or len(shares) < running:
         return None
     cpu, memory = map(fmean, zip(*shares, strict=True))
@@ -46,38 +46,38 @@ def average(shares: Sequence[tuple[float, float]], running: int) -> Usage | None
 
 
 class Driver(Protocol):
-    """Raises WatchdogError where the scheduler can't be asked, UserError for what it refuses."""
+    """Methods raise WatchdogError when the scheduler cannot be reached, UserError when it rejects something."""
 
-    async def look(self) -> Mapping[str, View]:
-        """All pools of this installation, also those that the configuration no longer names."""
+    async def list_pools(self) -> Mapping[str, PoolStatus]:
+        """All pools of this installation, including those that are no longer configured."""
         ...
 
-    async def view(self, name: str) -> View | None:
-        """One pool of this installation; None when there is none."""
+    async def status(self, name: str) -> PoolStatus | None:
+        """One pool of this installation; None when it does not exist."""
         ...
 
     async def ensure(self, name: str, pool: PoolSettings) -> None:
-        """Make the pool exist as configured. The number of workers is kept, but within the bounds; a new
-        pool has the least number. Idempotent."""
+        """Create or update the pool as configured. The number of workers stays, within the bounds; a new pool
+        starts with the minimum. Idempotent."""
         ...
 
     async def scale(self, name: str, count: int, reason: str) -> None:
-        """Ask for so many workers. Raises NotFoundError for a pool that is not there, ConflictError while
-        its workers are being replaced."""
+        """Set the number of workers. Raises NotFoundError for a pool that does not exist, ConflictError while its
+        workers are being replaced."""
         ...
 
     async def remove(self, name: str) -> None:
-        """Stop the workers and forget the pool. Idempotent."""
+        """Stop the workers and delete the pool. Idempotent."""
         ...
 
     async def usage(self, name: str, pool: PoolSettings) -> Usage | None:
-        """None when there is no worker, or one that runs can't be measured (yet)."""
+        """None when there is no worker, or a running one cannot be measured (yet)."""
         ...
 
-    async def run(self, ours: Callable[[], bool]) -> None:
-        """Do until cancelled what a scheduler would do by itself, while `ours()`."""
+    async def run(self, is_leader: Callable[[], bool]) -> None:
+        """Until cancelled: do what a scheduler does by itself, while `is_leader()`."""
         ...
 
     async def close(self) -> None:
-        """Release connections; workers run on."""
+        """Release connections. Workers keep running."""
         ...

@@ -1,7 +1,7 @@
 """A pool as Kubernetes objects: a Deployment, and for `scaler = "external"` a HorizontalPodAutoscaler.
 
-Pure: values in, manifests out. The Deployment never says `replicas`: whoever applies it must not take the
-count from the one who scales it (server-side apply would).
+Pure: values in, manifests out. The Deployment has no `replicas`, because server-side apply would overwrite the
+number that the scaler has set.
 """
 
 from __future__ import annotations
@@ -9,30 +9,40 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from watchdog_agent.runtime.parsing import finite
 
+from nomad_watchdog.clients.kubernetes_objects import PodMetrics
 from nomad_watchdog.config.pools import MetricSettings, PoolSettings
 from nomad_watchdog.core.pool_scaling import Measure
 from nomad_watchdog.errors import UserError
 
 LABEL: Final = "nomad-watchdog/pool"
 INSTALLATION: Final = "nomad-watchdog/pool-of"
-"""Not the label of agents: what is listed by that is an agent."""
+"""Differs from the label of agents, so that lists of agents do not include workers."""
 POOL_HASH: Final = "nomad-watchdog/pool-hash"
 WORKER_HASH: Final = "nomad-watchdog/worker-hash"
 _MAX_WINDOW_S: Final = 3600
 _MAX_PERIOD_S: Final = 1800
-"""Of `behavior`, by the API's own validation (autoscaling/v2)."""
+"""Maximum values of `behavior` in the API (autoscaling/v2)."""
 
 
-def manifests(
-    name: str, pool: PoolSettings, *, namespace: str, installation: str
-) -> list[dict[str, Any]]:
-    """The objects of a pool, in the order in which they are applied. The first is the Deployment.
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """The objects of a pool, for server-side apply."""
 
-    Raises UserError for a pool that Kubernetes can't have."""
+    unfinished_deployment: Mapping[str, object]
+    """Without the hash of the pool: applied until the pool is complete."""
+    deployment: Mapping[str, object]
+    autoscaler: Mapping[str, object] | None
+    pool_hash: str
+    """Annotation POOL_HASH of the complete Deployment."""
+
+
+def manifests(name: str, pool: PoolSettings, *, namespace: str, installation: str) -> Manifests:
+    """The objects of a pool. Raises UserError for a pool that is not possible on Kubernetes."""
     if not pool.image:
         raise UserError(f"pool {name}: kubernetes needs an image")
     labels = {
@@ -42,31 +52,38 @@ def manifests(
         INSTALLATION: installation,
     }
     meta = {"name": object_name(name), "namespace": namespace, "labels": labels}
-    found = [_deployment(name, pool, meta, labels)]
-    if pool.scaler == "external":
-        found.append(_autoscaler(name, pool, meta))
-    return found
-
-
-def unfinished(deployment: Mapping[str, Any]) -> dict[str, Any]:
-    """As it stands until all objects of the pool are as the settings say."""
-    meta = deployment["metadata"]
-    annotations = {key: told for key, told in meta["annotations"].items() if key != POOL_HASH}
-    return {**deployment, "metadata": {**meta, "annotations": annotations}}
+    spec = _deployment_spec(name, pool, labels)
+    pool_hash = hashlib.sha256(pool.model_dump_json().encode()).hexdigest()[:16]
+    workers = {WORKER_HASH: pool.worker_hash("")}
+    return Manifests(
+        _deployment(meta, workers, spec),
+        _deployment(meta, {**workers, POOL_HASH: pool_hash}, spec),
+        _autoscaler(name, pool, meta) if pool.scaler == "external" else None,
+        pool_hash,
+    )
 
 
 def object_name(name: str) -> str:
-    """No agent's object is called so: their names are slugs, which end in a hash."""
+    """The name of a pool's objects. It differs from every agent's name, which ends in a hash."""
     return f"pool-{name}"
 
 
 def _deployment(
-    name: str, pool: PoolSettings, meta: dict[str, Any], labels: dict[str, str]
-) -> dict[str, Any]:
+    meta: Mapping[str, object], annotations: Mapping[str, str], spec: Mapping[str, object]
+) -> dict[str, object]:
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {**meta, "annotations": annotations},
+        "spec": spec,
+    }
+
+
+def _deployment_spec(name: str, pool: PoolSettings, labels: Mapping[str, str]) -> dict[str, object]:
     env = [{"name": key, "value": value} for key, value in sorted(pool.env.items())]
     env.append({"name": "WORKER_POOL", "value": name})
     share = {"cpu": f"{pool.cpu}m", "memory": str(pool.memory)}
-    container: dict[str, Any] = {
+    container: dict[str, object] = {
         "name": "worker",
         "image": pool.image,
         "env": env,
@@ -85,23 +102,18 @@ def _deployment(
         "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
     }
-    whole = hashlib.sha256(pool.model_dump_json().encode()).hexdigest()[:16]
-    annotations = {WORKER_HASH: pool.worker_hash(""), POOL_HASH: whole}
     return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": meta | {"annotations": annotations},
-        "spec": {
-            "selector": {"matchLabels": {key: labels[key] for key in (LABEL, INSTALLATION)}},
-            "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
-            "template": {"metadata": {"labels": labels}, "spec": spec},
-        },
+        "selector": {"matchLabels": {key: labels[key] for key in (LABEL, INSTALLATION)}},
+        "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+        "template": {"metadata": {"labels": labels}, "spec": spec},
     }
 
 
-def _autoscaler(name: str, pool: PoolSettings, meta: dict[str, Any]) -> dict[str, Any]:
+def _autoscaler(name: str, pool: PoolSettings, meta: Mapping[str, object]) -> dict[str, object]:
     if pool.min < 1:
-        raise UserError(f"pool {name}: min must be 1 or more, as kubernetes scales none to 0")
+        raise UserError(
+            f"pool {name}: min must be at least 1, because kubernetes does not scale to 0"
+        )
     return {
         "apiVersion": "autoscaling/v2",
         "kind": "HorizontalPodAutoscaler",
@@ -119,8 +131,8 @@ def _autoscaler(name: str, pool: PoolSettings, meta: dict[str, Any]) -> dict[str
     }
 
 
-def _rules(window_s: float, step: int, cooldown_s: float) -> dict[str, Any]:
-    """A step once a cool-down; the API allows no period below a second."""
+def _rules(window_s: float, step: int, cooldown_s: float) -> dict[str, object]:
+    """At most one step per cool-down. The API allows no period below one second."""
     period_s = max(1, min(_MAX_PERIOD_S, math.ceil(cooldown_s)))
     return {
         "stabilizationWindowSeconds": min(_MAX_WINDOW_S, math.ceil(window_s)),
@@ -129,15 +141,18 @@ def _rules(window_s: float, step: int, cooldown_s: float) -> dict[str, Any]:
     }
 
 
-def _metric(name: str, metric: MetricSettings) -> dict[str, Any]:
+def _metric(name: str, metric: MetricSettings) -> dict[str, object]:
     if metric.kind in ("cpu", "memory"):
-        target = {"type": "Utilization", "averageUtilization": max(1, round(metric.target))}
+        target: dict[str, object] = {
+            "type": "Utilization",
+            "averageUtilization": max(1, round(metric.target)),
+        }
         return {"type": "Resource", "resource": {"name": metric.kind, "target": target}}
     if not metric.name:
         raise UserError(
-            f'pool {name}: metric "{metric.kind}" needs name: what the metrics adapter calls it'
+            f'pool {name}: metric "{metric.kind}" needs `name`, the name in the metrics adapter'
         )
-    # AverageValue is the sum shared by the pods, Value what is compared as it is.
+    # AverageValue is divided by the number of pods before it is compared, Value is not.
     kind = "AverageValue" if metric.measure is Measure.ALL else "Value"
     key = "averageValue" if kind == "AverageValue" else "value"
     external = {
@@ -148,18 +163,18 @@ def _metric(name: str, metric: MetricSettings) -> dict[str, Any]:
 
 
 def _quantity(value: float) -> str:
-    """As Kubernetes writes numbers: whole, or in thousandths; the least is one thousandth."""
+    """A number as Kubernetes writes it: whole, or in thousandths; the minimum is one thousandth."""
     if value.is_integer():
         return str(int(value))
     return f"{max(1, round(value * 1000))}m"
 
 
-def used(item: Any, pool: PoolSettings) -> tuple[float, float]:
-    """(CPU, memory) of one pod of the metrics API, in percent of what a worker is given.
+def used(pod: PodMetrics, pool: PoolSettings) -> tuple[float, float]:
+    """(CPU, memory) of one pod of the metrics API, in percent of a worker's share.
 
-    Raises ValueError for what makes no sense."""
+    Raises ValueError for a pod without valid usage."""
     try:
-        shares = [one["usage"] for one in item["containers"]]
+        shares = [one["usage"] for one in pod["containers"]]
         cpu = sum(number(one["cpu"]) for one in shares)
         memory = sum(number(one["memory"]) for one in shares)
     except (KeyError, TypeError) as error:
@@ -182,7 +197,7 @@ _SUFFIX: Final = {
 
 
 def number(quantity: str) -> float:
-    """What a quantity means: "250m", "12Mi", "31415926n". Raises ValueError."""
+    """The value of a quantity such as "250m", "12Mi" or "31415926n". Raises ValueError."""
     text = quantity.rstrip("abcdefghijklmnopqrstuvwxyzKMGTPE")
     suffix = quantity[len(text) :]
     if suffix not in _SUFFIX:

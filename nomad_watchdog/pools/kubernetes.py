@@ -1,19 +1,19 @@
-"""Pools on Kubernetes: a Deployment each, whose `replicas` is the number of workers.
+"""Pools on Kubernetes: one Deployment per pool; `replicas` is the number of workers.
 
-The count is changed by the scale subresource only, whoever changes it: we, a HorizontalPodAutoscaler
-(`scaler = "external"`), or `kubectl scale`.
+Only the scale subresource changes the count. The control plane, a HorizontalPodAutoscaler
+(`scaler = "external"`) and `kubectl scale` all use it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.config.pools import PoolSettings
 from nomad_watchdog.errors import ConflictError, NotFoundError, TerminalError
-from nomad_watchdog.pools import Usage, View, average
+from nomad_watchdog.pools import PoolStatus, Usage, average
 from nomad_watchdog.pools import _kubernetes_objects as objects
 
 
@@ -30,25 +30,24 @@ class KubernetesPools:
     async def close(self) -> None:
         await self._client.close()
 
-    async def run(self, ours: Callable[[], bool]) -> None:  # noqa: ARG002  # as the protocol has it
-        """Kubernetes minds the workers by itself."""
+    async def run(self, is_leader: Callable[[], bool]) -> None:  # noqa: ARG002  # the protocol's signature
+        """Kubernetes starts and restarts the workers by itself."""
         await asyncio.Event().wait()
 
-    async def look(self) -> Mapping[str, View]:
+    async def list_pools(self) -> Mapping[str, PoolStatus]:
         mine = f"{objects.INSTALLATION}={self._installation}"
         listed = await self._client.list(self._deployments, labels=mine)
         return {
-            one["metadata"]["labels"][objects.LABEL]: _view(one)
+            _labels(one)[objects.LABEL]: _status(one)
             for one in listed.items
-            if not one["metadata"].get("deletionTimestamp")
-            and objects.LABEL in one["metadata"]["labels"]
+            if not one["metadata"].get("deletionTimestamp") and objects.LABEL in _labels(one)
         }
 
-    async def view(self, name: str) -> View | None:
+    async def status(self, name: str) -> PoolStatus | None:
         found = await self._client.find(self._path(name))
         if found is None or not self._is_ours(found) or found["metadata"].get("deletionTimestamp"):
             return None
-        return _view(found)
+        return _status(found)
 
     async def ensure(self, name: str, pool: PoolSettings) -> None:
         wanted = objects.manifests(
@@ -57,25 +56,32 @@ class KubernetesPools:
         found = await self._client.find(self._path(name))
         if found is not None and not self._is_ours(found):
             raise TerminalError(
-                f"deployment {objects.object_name(name)!r} is not of this installation"
+                f"deployment {objects.object_name(name)!r} exists and does not belong to this installation"
             )
         if found is not None and found["metadata"].get("deletionTimestamp"):
             raise ConflictError(f"pool {name!r} is being removed")
-        stands = found is not None and _hash(found) == _hash(wanted[0])
-        if stands and len(wanted) > 1:
-            stands = await self._client.find(self._scaler(name), metadata=True) is not None
-        if not stands:
-            # The scaler first where it goes, last where it comes: never one that has other bounds.
-            if len(wanted) == 1:
-                await self._client.delete(self._scaler(name))
-            made = await self._client.apply(self._path(name), objects.unfinished(wanted[0]))
-            await self._within(name, pool, made, is_new=found is None)
-            for scaler in wanted[1:]:
-                await self._client.apply(self._scaler(name), scaler)
-            # What says that all is done is written when it is: who dies before begins again.
-            await self._client.apply(self._path(name), wanted[0])
+        if found is not None and await self._is_current(name, found, wanted):
+            return
+        # Delete an autoscaler first and create it last, so that there is never one with other bounds.
+        if wanted.autoscaler is None:
+            await self._client.delete(self._scaler(name))
+        made = await self._client.apply(self._path(name), wanted.unfinished_deployment)
+        await self._scale_into_bounds(name, pool, made, is_new=found is None)
+        if wanted.autoscaler is not None:
+            await self._client.apply(self._scaler(name), wanted.autoscaler)
+        # The hash of the finished pool is written last, so that after a crash all of this is done again.
+        await self._client.apply(self._path(name), wanted.deployment)
 
-    async def scale(self, name: str, count: int, reason: str) -> None:  # noqa: ARG002  # as the protocol
+    async def _is_current(
+        self, name: str, found: KubernetesObject, wanted: objects.Manifests
+    ) -> bool:
+        if _annotations(found).get(objects.POOL_HASH) != wanted.pool_hash:
+            return False
+        if wanted.autoscaler is None:
+            return True
+        return await self._client.find(self._scaler(name), metadata=True) is not None
+
+    async def scale(self, name: str, count: int, reason: str) -> None:  # noqa: ARG002  # the protocol's signature
         found = await self._client.find(self._path(name), metadata=True)
         if found is None or not self._is_ours(found) or found["metadata"].get("deletionTimestamp"):
             raise NotFoundError(f"no pool {name!r}")
@@ -102,7 +108,7 @@ class KubernetesPools:
         path = f"/apis/metrics.k8s.io/v1beta1/namespaces/{self._namespace}/pods"
         try:
             measured = await self._client.get(path, {"labelSelector": mine})
-        except NotFoundError:  # nobody serves the metrics API
+        except NotFoundError:  # the metrics API is not installed
             return None
         shares = [
             objects.used(item, pool)
@@ -117,14 +123,13 @@ class KubernetesPools:
     def _scaler(self, name: str) -> str:
         return f"{self._scalers}/{objects.object_name(name)}"
 
-    def _is_ours(self, found: Mapping[str, Any]) -> bool:
-        labels = found["metadata"].get("labels") or {}
-        return bool(labels.get(objects.INSTALLATION) == self._installation)
+    def _is_ours(self, found: KubernetesObject) -> bool:
+        return _labels(found).get(objects.INSTALLATION) == self._installation
 
-    async def _within(
-        self, name: str, pool: PoolSettings, made: Mapping[str, Any], *, is_new: bool
+    async def _scale_into_bounds(
+        self, name: str, pool: PoolSettings, made: KubernetesObject, *, is_new: bool
     ) -> None:
-        """A Deployment that was just made has one replica, as nobody said how many."""
+        """A new Deployment has one replica by default, so it is scaled to the minimum."""
         count = pool.min if is_new else made["spec"].get("replicas", 1)
         goal = max(pool.min, min(pool.max, count))
         if goal != made["spec"].get("replicas", 1):
@@ -139,14 +144,16 @@ class KubernetesPools:
         )
 
 
-def _hash(found: Mapping[str, Any]) -> str:
-    annotations = found["metadata"].get("annotations") or {}
-    return str(annotations.get(objects.POOL_HASH, ""))
+def _labels(found: KubernetesObject) -> Mapping[str, str]:
+    return found["metadata"].get("labels") or {}
 
 
-def _view(found: Mapping[str, Any]) -> View:
+def _annotations(found: KubernetesObject) -> Mapping[str, str]:
+    return found["metadata"].get("annotations") or {}
+
+
+def _status(found: KubernetesObject) -> PoolStatus:
     status = found.get("status") or {}
-    annotations = found["metadata"].get("annotations") or {}
     count = int(found["spec"].get("replicas", 1))
     running = int(status.get("readyReplicas") or 0)
     failing = [
@@ -154,9 +161,9 @@ def _view(found: Mapping[str, Any]) -> View:
         for one in status.get("conditions") or []
         if (one["type"], one["status"]) in (("ReplicaFailure", "True"), ("Progressing", "False"))
     ]
-    return View(
+    return PoolStatus(
         count=count,
         running=running,
-        worker_hash=str(annotations.get(objects.WORKER_HASH, "")),
-        trouble="; ".join(failing)[:300] if running < count else "",
+        worker_hash=_annotations(found).get(objects.WORKER_HASH, ""),
+        problem="; ".join(failing)[:300] if running < count else "",
     )

@@ -1,4 +1,4 @@
-"""Reads the metric that a pool follows. What can't be read is no number and a reason, never a 0."""
+"""Reads the metric of a pool. A metric that cannot be read has no value and a reason; it is never 0."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, TypedDict, cast
 
 import aiohttp
 import orjson
@@ -24,7 +24,7 @@ _PART: Final = re.compile(r"([^.\[\]]+)|\[([^\[\]]*)\]")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """`value` None: `reason` says why there is none."""
+    """`value`: None if it cannot be read; `reason` has the cause."""
 
     value: float | None
     reason: str = ""
@@ -34,7 +34,7 @@ class MetricReader:
     """The metrics of all pools of one control plane."""
 
     def __init__(self, driver: Driver, devices: Callable[[], Mapping[str, int]]) -> None:
-        """`devices`: how many devices there are by verdict."""
+        """`devices`: returns the number of devices per verdict."""
         self._driver = driver
         self._devices = devices
         self._http: aiohttp.ClientSession | None = None
@@ -45,7 +45,7 @@ class MetricReader:
             self._http = None
 
     async def read(self, name: str, pool: PoolSettings) -> Reading:
-        """The pool's metric now. Never raises for what is wrong outside."""
+        """The current value of the pool's metric. Errors of the source are returned as a reason, not raised."""
         metric = pool.metric[0]
         try:
             match metric.kind:
@@ -69,10 +69,10 @@ class MetricReader:
             OSError,
             aiohttp.ClientError,
         ) as error:
-            said = str(error) or type(error).__name__
-            return Reading(None, f"{metric.kind}: {said[:200]}")
+            reason = str(error) or type(error).__name__
+            return Reading(None, f"{metric.kind}: {reason[:200]}")
 
-    async def _get(self, metric: MetricSettings, query: Mapping[str, str]) -> Any:
+    async def _get(self, metric: MetricSettings, query: Mapping[str, str]) -> object:
         """The JSON at the metric's address. Raises ValueError and aiohttp's errors."""
         address = metric.url or ""
         if metric.kind == "prometheus":
@@ -95,56 +95,81 @@ class MetricReader:
             if answer.status != 200:
                 raise ValueError(f"HTTP {answer.status}")
         try:
-            return orjson.loads(raw)
+            found: object = orjson.loads(raw)
         except ValueError as error:
-            raise ValueError("the answer is no JSON") from error
+            raise ValueError("the answer is not JSON") from error
+        return found
 
 
-def number_at(document: Any, path: str) -> float:
+def number_at(document: object, path: str) -> float:
     """The number at ``streams[name=jobs].state.messages`` or ``items[0].depth`` in parsed JSON.
 
-    Raises ValueError that says at which step there is nothing, or no number."""
+    Raises ValueError with the step at which there is no value, or no number."""
     found = document
     walked = ""
-    for key, pick in _PART.findall(path):
-        walked += f".{key}" if key else f"[{pick}]"
-        found = found.get(key) if key and isinstance(found, dict) else _picked(found, key, pick)
+    for key, selector in _PART.findall(path):
+        walked += f".{key}" if key else f"[{selector}]"
+        found = _child(found, key) if key else _item(found, selector)
         if found is None:
-            raise ValueError(f"nothing at {walked.lstrip('.')}")
+            raise ValueError(f"no value at {walked.lstrip('.')}")
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise ValueError(f"no number at {path}")
     return float(found)
 
 
-def _picked(found: Any, key: str, pick: str) -> Any:
-    if key or not isinstance(found, list):
+def _child(found: object, key: str) -> object:
+    """The value of a key; None if there is none."""
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _item(found: object, selector: str) -> object:
+    """The item of a list at an index or, with ``NAME=VALUE``, the first with that value; None if there is none."""
+    if not isinstance(found, list):
         return None
-    name, equals, wanted = pick.partition("=")
+    name, equals, value = selector.partition("=")
     if equals:
-        named = (one for one in found if isinstance(one, dict) and str(one.get(name)) == wanted)
-        return next(named, None)
-    return found[at] if (at := whole(pick)) < len(found) else None
+        matching = (one for one in found if isinstance(one, dict) and str(one.get(name)) == value)
+        return next(matching, None)
+    return found[at] if (at := whole(selector)) < len(found) else None
 
 
-def _sample(answer: Any) -> float:
-    """The one number of Prometheus's answer (HTTP API, "Instant queries"). Raises ValueError."""
+class _QueryData(TypedDict):
+    resultType: str
+    result: list[object]
+
+
+class _Series(TypedDict):
+    value: list[object]
+
+
+class _QueryResponse(TypedDict, total=False):
+    """Response of Prometheus to an instant query (HTTP API, "Instant queries")."""
+
+    status: str
+    error: str
+    data: _QueryData
+
+
+def _sample(response: object) -> float:
+    """The number in Prometheus's response, which must be a scalar or one series. Raises ValueError."""
     try:
+        answer = cast("_QueryResponse", response)
         if answer["status"] != "success":
-            raise ValueError(f"prometheus says: {answer.get('error', 'no success')}")
+            raise ValueError(f"prometheus reports: {answer.get('error', 'an unknown error')}")
         kind, result = answer["data"]["resultType"], answer["data"]["result"]
         if kind == "scalar":
             return _finite(result[1])
         if kind != "vector":
-            raise ValueError(f"the query gives a {kind}; wanted is one number")
+            raise ValueError(f"the query returns a {kind}; expected one number")
         if len(result) != 1:
-            raise ValueError(f"the query gives {len(result)} series; wanted is 1: aggregate it")
-        return _finite(result[0]["value"][1])
+            raise ValueError(f"the query returns {len(result)} series; expected 1: aggregate them")
+        return _finite(cast("_Series", result[0])["value"][1])
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError("the answer is not Prometheus's") from error
+        raise ValueError("the answer is not from Prometheus") from error
 
 
-def _finite(text: Any) -> float:
+def _finite(value: object) -> float:
     try:
-        return finite(text)
+        return finite(cast("str", value))
     except (ValueError, TypeError):
-        raise ValueError(f"the query gives {ascii(text)[:40].lower()}") from None
+        raise ValueError(f"the query returns {ascii(value)[:40].lower()}") from None

@@ -7,8 +7,8 @@ as a suite; a third party runs it unchanged.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
@@ -62,6 +62,23 @@ class Snapshot:
     """Devices of which it does not show what `index` promises: look again."""
     closed_hosts: Mapping[str, ClosedHost] = field(default_factory=dict)
     """By name, in a full snapshot of a backend that knows of its hosts."""
+
+    def part(self, only: Collection[Slug]) -> Snapshot:
+        """What a full snapshot shows of these devices."""
+        slugs = frozenset(only)
+        found = {slug: some for slug, some in self.placements.items() if slug in slugs}
+        return Snapshot(found, self.index, slugs)
+
+
+def by_device(placements: Iterable[Placement]) -> dict[Slug, tuple[Placement, ...]]:
+    """The placements of each device, in the order of their epochs and ages."""
+    found: dict[Slug, list[Placement]] = defaultdict(list)
+    for one in placements:
+        found[one.slug].append(one)
+    return {
+        slug: tuple(sorted(some, key=lambda one: (one.epoch, one.created_at, one.ref)))
+        for slug, some in found.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +171,11 @@ class Scheduler(Protocol):
         ...
 
 
-async def still(scheduler: Scheduler, snapshot: Snapshot) -> bool:
-    """Whether a full snapshot that is begun now would say what this one says. False in doubt, and of a backend that
-    has no method `still`. Raises as `Scheduler.snapshot`."""
-    ask = getattr(scheduler, "still", None)
-    return ask is not None and bool(await ask(snapshot))
+async def unchanged_since(scheduler: Scheduler, snapshot: Snapshot) -> bool:
+    """Whether a full snapshot that is begun now would equal this one, without reading one. False when in doubt,
+    and for a backend without a method `unchanged_since`. Raises as `Scheduler.snapshot`."""
+    probe = getattr(scheduler, "unchanged_since", None)
+    return probe is not None and bool(await probe(snapshot))
 
 
 def check_spec(backend: str, spec: AgentSpec) -> None:

@@ -92,11 +92,11 @@ def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, Any]) -> dic
     )
 
 
-def packed(told: Mapping[str, Any], most: int) -> bytes:
-    """A document as UTF-8, as short as it gets. Raises UserError when it has more than `most` bytes."""
-    data = as_json(told)
-    if len(data) > most:
+def serialize(document: Mapping[str, Any], max_bytes: int) -> bytes:
+    """A document as UTF-8, as short as it gets. Raises UserError when it has more than `max_bytes` bytes."""
+    data = as_json(document)
+    if len(data) > max_bytes:
         raise UserError(
-            f"the agent's configuration is {len(data)} bytes; at most {most} are allowed"
+            f"the agent's configuration is {len(data)} bytes; at most {max_bytes} are allowed"
         )
     return data

@@ -15,7 +15,7 @@ from nomad_watchdog.core.agent_token import TokenClaim, issue
 from nomad_watchdog.errors import TerminalError
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, still
+from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, unchanged_since
 from nomad_watchdog.schedulers.agent_document import class_part
 from nomad_watchdog.secret_files import SecretFile
 from nomad_watchdog.secret_values import present
@@ -51,8 +51,8 @@ class TokenIssuingScheduler:
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         return await self.inner.snapshot(only)
 
-    async def still(self, snapshot: Snapshot) -> bool:
-        return await still(self.inner, snapshot)
+    async def unchanged_since(self, snapshot: Snapshot) -> bool:
+        return await unchanged_since(self.inner, snapshot)
 
     def watch(self) -> AsyncIterator[Hint]:
         return self.inner.watch()

@@ -1,7 +1,7 @@
 """Job templates: found by name or path, filled by Nomad's own HCL parser, linted before use.
 
-Device data never gets here: what varies by device travels as dispatch payload and meta (S11). An
-operator's variables are quoted as HCL string literals, so that none can become an expression.
+Templates never contain device data: it is sent as dispatch payload and meta (S11). An operator's variables are
+quoted as HCL string literals, so none can become an expression.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from nomad_watchdog import text_files
+from nomad_watchdog.clients.nomad_rows import EphemeralDisk, Job, Task, TaskGroup
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.text_files import did_you_mean
 
@@ -22,7 +23,7 @@ DEFAULT: Final = "device-watchdog"
 _SUFFIX: Final = ".nomad.hcl"
 _HERE: Final = Path(__file__).resolve().parent.parent
 _FOLDERS: Final = (_HERE / "_jobs", _HERE.parent / "jobs")
-"""The wheel carries the templates inside the package; a checkout has them at its top."""
+"""The wheel contains the templates inside the package; a checkout has them at its top."""
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _DECLARED: Final = re.compile(
     r"""^[ \t]*variable[ \t]+(?:"([^"\n]+)"|([A-Za-z_]\w*))""", re.MULTILINE
@@ -44,7 +45,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a template does not do as the agents need it."""
+    """One error or warning of a template: where it is, what it is, and what is allowed."""
 
     level: Literal["error", "warning"]
     where: str
@@ -56,7 +57,7 @@ class Finding:
 
 
 class UndeclaredError(UserError):
-    """A template has no such variable. `variable`: its name."""
+    """A template does not declare a variable. `variable`: its name."""
 
     def __init__(self, template: str, variable: str, declared: Iterable[str]) -> None:
         known = sorted(declared)
@@ -68,8 +69,8 @@ class UndeclaredError(UserError):
 
 
 def check_variables(template: Template, given: Iterable[str]) -> None:
-    """Raises UndeclaredError for a variable that a Nomad template does not declare: Nomad itself ignores it
-    without a word (hashicorp/nomad#11149)."""
+    """Raises UndeclaredError for a variable that a Nomad template does not declare: Nomad itself silently ignores
+    it (hashicorp/nomad#11149)."""
     declared = {match[1] or match[2] for match in _DECLARED.finditer(template.text)}
     for name in sorted(given):
         if name not in declared:
@@ -88,10 +89,10 @@ def builtin_names() -> list[str]:
 
 
 def load(name: str, text: str = "") -> Template:
-    """A built-in template by its name (empty = the default), or a file by its path. `text`: of the file, where it
-    is known already.
+    """A built-in template by its name (empty = the default), or a file by its path. `text`: the content of the
+    file, if it is known already.
 
-    A name with a slash or the suffix ``.hcl`` is a path. Raises UserError when there is none.
+    A name with a slash or the suffix ``.hcl`` is a path. Raises UserError when there is no such template.
     """
     chosen = name or DEFAULT
     if text:
@@ -108,7 +109,7 @@ def load(name: str, text: str = "") -> Template:
 
 
 def load_yaml(name: str, text: str = "") -> Template:
-    """As `load`, of a Kubernetes manifest: a name with a slash or the suffix ``.yaml`` is a path."""
+    """As `load`, for a Kubernetes manifest: a name with a slash or the suffix ``.yaml`` or ``.yml`` is a path."""
     chosen = name or DEFAULT
     if text:
         return Template(chosen, text)
@@ -126,7 +127,7 @@ def _read(path: Path) -> str:
 
 
 def quote(value: str) -> str:
-    """An HCL string literal that means exactly value: no escape, no ``${``, no ``%{`` left open."""
+    """An HCL string literal with exactly this value: ``${`` and ``%{`` are escaped."""
     out = []
     for character in value:
         if character in '"\\':
@@ -140,19 +141,19 @@ def quote(value: str) -> str:
 
 
 def variables_text(variables: Mapping[str, str]) -> str:
-    """The ``Variables`` of a parse request. Raises UserError for a name that HCL does not allow."""
+    """The field ``Variables`` of a parse request. Raises UserError for a name that HCL does not allow."""
     for name in variables:
         if not _VARIABLE.fullmatch(name):
             raise UserError(
-                f"template variable {name!r}: a name is letters, digits and _, at most 64"
+                f"template variable {name!r}: allowed are letters, digits and _, at most 64 characters"
             )
     return "\n".join(f"{name} = {quote(value)}" for name, value in sorted(variables.items()))
 
 
-def lint(job: Mapping[str, Any], *, disconnect: bool = True) -> list[Finding]:
-    """What is wrong for an agent with a parsed job (the JSON form of Nomad's API), errors first.
+def lint(job: Job, *, disconnect: bool = True) -> list[Finding]:
+    """Why a parsed job is not suitable for agents, errors first.
 
-    `disconnect`: whether the servers know the block of that name."""
+    `disconnect`: whether the servers support the block of that name."""
     found = [*_lint_job(job)]
     groups = job.get("TaskGroups") or []
     if len(groups) != 1:
@@ -164,13 +165,13 @@ def lint(job: Mapping[str, Any], *, disconnect: bool = True) -> list[Finding]:
     return sorted(found, key=lambda one: one.level)
 
 
-def adapt(job: dict[str, Any], *, disconnect: bool) -> None:
-    """Express what happens on a lost node in the terms of the servers, in place.
+def adapt(job: Job, *, disconnect: bool) -> None:
+    """Express, in place, what happens when a node is lost, in the way that the servers support.
 
-    A template says it with `max_client_disconnect`, which every parser accepts, and with `replace_lost` in
-    the group's meta. From 1.8 on Nomad ignores that word for batch jobs and has the block `disconnect`
-    instead. Before, it replaces what is on a lost node by rescheduling; without that the node keeps its
-    agent, and only the control plane starts another (tried on 1.6.3 and 1.11.3)."""
+    A template uses `max_client_disconnect`, which every parser accepts, and `replace_lost` in the group's meta.
+    From 1.8 on Nomad ignores `max_client_disconnect` for batch jobs and has the block `disconnect` instead.
+    Earlier versions replace the agent of a lost node by rescheduling it. With rescheduling off, the node keeps
+    its agent, and only the control plane starts another one (measured on 1.6.3 and 1.11.3)."""
     for group in job.get("TaskGroups") or []:
         lost_after = group.get("MaxClientDisconnect")
         if not lost_after:
@@ -187,7 +188,7 @@ def adapt(job: dict[str, Any], *, disconnect: bool) -> None:
             group["ReschedulePolicy"] = {"Attempts": 0, "Unlimited": False}
 
 
-def _lint_job(job: Mapping[str, Any]) -> Iterator[Finding]:
+def _lint_job(job: Job) -> Iterator[Finding]:
     if job.get("Type") != "batch":
         yield Finding("error", "type", repr(job.get("Type")), '"batch"')
     parameterized = job.get("ParameterizedJob")
@@ -209,12 +210,12 @@ def _lint_job(job: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "block periodic", "present", "none")
 
 
-def _lint_group(group: Mapping[str, Any], *, disconnect: bool) -> Iterator[Finding]:
+def _lint_group(group: TaskGroup, *, disconnect: bool) -> Iterator[Finding]:
     where = f"group {group.get('Name', '')!r}"
     if group.get("Count") not in (None, 1):
         yield Finding("error", f"{where} count", str(group["Count"]), "1")
     if not (group.get("ReschedulePolicy") or {}).get("Unlimited"):
-        # of a batch job by default: one attempt in 24 h, then dead for good
+        # the default of a batch job: one attempt in 24 h, then it stays dead
         yield Finding(
             "error", f"{where} reschedule", "not unlimited", "unlimited = true, attempts = 0"
         )
@@ -224,26 +225,28 @@ def _lint_group(group: Mapping[str, Any], *, disconnect: bool) -> Iterator[Findi
     if (restart.get("Attempts") or 0) > _MAX_ATTEMPTS:
         found, allowed = str(restart["Attempts"]), f"at most {_MAX_ATTEMPTS}"
         yield Finding("warning", f"{where} restart.attempts", found, allowed)
-    disk = (group.get("EphemeralDisk") or {}).get("SizeMB")
-    if disk is None or disk > _MAX_DISK_MB:
-        found = f"{300 if disk is None else disk} MB"
+    yield from _lint_disk(where, group.get("EphemeralDisk") or {})
+    yield from _lint_disconnect(where, group, disconnect=disconnect)
+
+
+def _lint_disk(where: str, disk: EphemeralDisk) -> Iterator[Finding]:
+    size = disk.get("SizeMB")
+    if size is None or size > _MAX_DISK_MB:
+        found = f"{300 if size is None else size} MB"
         # the default of 300 MB filled a node of 66 GB with 219 agents
         yield Finding(
             "warning", f"{where} ephemeral_disk.size", found, f"at most {_MAX_DISK_MB} MB"
         )
-    if (group.get("EphemeralDisk") or {}).get("Migrate"):
+    if disk.get("Migrate"):
         yield Finding(
             "warning",
             f"{where} ephemeral_disk.migrate",
-            "true: after its node was purged an agent that was moved stays pending",
-            "false; a moved agent waits for the end of the old one all the same",
+            "true: a moved agent stays pending after its node was purged",
+            "false; a moved agent waits for the end of the old one in either case",
         )
-    yield from _lint_disconnect(where, group, disconnect=disconnect)
 
 
-def _lint_disconnect(
-    where: str, group: Mapping[str, Any], *, disconnect: bool
-) -> Iterator[Finding]:
+def _lint_disconnect(where: str, group: TaskGroup, *, disconnect: bool) -> Iterator[Finding]:
     block = group.get("Disconnect") or {}
     lost_after = block.get("LostAfter") or group.get("MaxClientDisconnect")
     if not lost_after:
@@ -262,19 +265,19 @@ def _lint_disconnect(
         yield Finding(
             level,
             f"{where} stop_on_client_after",
-            f"{seconds:g} s: the child then ends for good",
+            f"{seconds:g} s: the child is then never started again",
             f"none, or at least {_HEARTBEAT_S} s",
         )
 
 
-def _lint_task(group: str, task: Mapping[str, Any]) -> Iterator[Finding]:
+def _lint_task(group: str, task: Task) -> Iterator[Finding]:
     where = f"group {group!r} task {task.get('Name', '')!r}"
     logs = task.get("LogConfig") or {}
     if not (logs.get("Disabled") or logs.get("Enabled") is False):
         yield Finding(
             "warning",
             f"{where} logs",
-            "enabled: about 13 MB of memory an agent",
+            "enabled: about 13 MB of memory per agent",
             "disabled = true",
         )
     if task.get("KillTimeout") is None:
@@ -284,7 +287,7 @@ def _lint_task(group: str, task: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"{where} artifact",
-                "without a checksum: whoever can change the file runs code on every client",
+                "without a checksum: anyone who can change the file runs code on every client",
                 "options { checksum = var.agent_checksum }",
             )
     if not task.get("DispatchPayload"):

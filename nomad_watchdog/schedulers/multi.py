@@ -18,7 +18,15 @@ from typing import Final
 from nomad_watchdog.errors import StaleError, TransientError, UserError, WatchdogError
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
-from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Scheduler, Snapshot, still
+from nomad_watchdog.schedulers import (
+    Capabilities,
+    Capacity,
+    Hint,
+    Scheduler,
+    Snapshot,
+    by_device,
+    unchanged_since,
+)
 
 log = logging.getLogger(__name__)
 
@@ -179,27 +187,25 @@ class MultiScheduler:
             self._read = made, snapshots
         return made
 
-    async def still(self, snapshot: Snapshot) -> bool:
+    async def unchanged_since(self, snapshot: Snapshot) -> bool:
         parts, lacks = self._parts, self.lacks
         if self._read is None or self._read[0] is not snapshot or snapshot.behind or lacks:
             return False
         read = self._read[1]
         if parts.keys() != read.keys():
             return False
-        said = await asyncio.gather(*(still(part, read[name]) for name, part in parts.items()))
-        return all(said) and self._parts is parts and not self.lacks
+        answers = await asyncio.gather(
+            *(unchanged_since(part, read[name]) for name, part in parts.items())
+        )
+        return all(answers) and self._parts is parts and not self.lacks
 
     def _merged(self, snapshots: Mapping[str, Snapshot]) -> dict[Slug, tuple[Placement, ...]]:
-        merged: dict[Slug, list[Placement]] = defaultdict(list)
-        for name, one in snapshots.items():
-            for slug, some in one.placements.items():
-                merged[slug].extend(
-                    some if name == self.name else (replace(p, backend=name) for p in some)
-                )
-        return {
-            slug: tuple(sorted(some, key=lambda p: (p.epoch, p.created_at, p.ref)))
-            for slug, some in merged.items()
-        }
+        return by_device(
+            one if name == self.name else replace(one, backend=name)
+            for name, snapshot in snapshots.items()
+            for some in snapshot.placements.values()
+            for one in some
+        )
 
     def _behind(
         self, snapshots: Mapping[str, Snapshot], last: int, only: frozenset[Slug] | None

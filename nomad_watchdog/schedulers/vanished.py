@@ -27,12 +27,12 @@ class Vanished:
         gone = [ref for slug in slugs for ref in self._live[slug] if ref not in listed]
         return gone if len(gone) <= MAX_ASKED else random.sample(gone, MAX_ASKED)
 
-    def take(
+    def remember(
         self,
         placements: Mapping[Slug, Collection[Placement]],
         only: AbstractSet[Slug] | None,
     ) -> None:
-        """Remember what a believed snapshot shows."""
+        """Remember what a plausible snapshot shows."""
         slugs: Collection[Slug] = placements.keys() if only is None else only
         if only is None:
             self._live.clear()

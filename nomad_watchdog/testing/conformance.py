@@ -21,7 +21,7 @@ from nomad_watchdog.model import (
     Epoch,
     PlacementState,
 )
-from nomad_watchdog.schedulers import Hint, Snapshot, still
+from nomad_watchdog.schedulers import Hint, Snapshot, unchanged_since
 from nomad_watchdog.testing.rig import Check, Maker, Rig, bench_of, hostile_device_ids, record_of
 
 __all__ = ["CHECKS", "Check", "Maker", "Rig", "check_scheduler", "hostile_device_ids", "record_of"]
@@ -153,17 +153,19 @@ async def snapshot_only_is_a_part(rig: Rig) -> None:
             assert key(part, slug) == key(full, slug), f"part and whole differ for {slug}"
 
 
-async def still_is_never_wrong(rig: Rig) -> None:
+async def unchanged_since_is_never_wrong(rig: Rig) -> None:
     """A backend that can say that nothing has changed since a snapshot says it of the last full one only,
     and after no start, no stop and no end of an agent."""
     async with bench_of(rig) as bench:
         first, placement = await bench.start("one")
         older = await bench.scheduler.snapshot()
         newer = await bench.scheduler.snapshot()
-        assert not await still(bench.scheduler, older), "said of a snapshot that was not the last"
+        assert not await unchanged_since(bench.scheduler, older), (
+            "said of a snapshot that was not the last"
+        )
         second = bench.device("two")
         index = await bench.scheduler.ensure(second, Epoch(1), bench.spec)
-        assert not await still(bench.scheduler, newer), "said after a start"
+        assert not await unchanged_since(bench.scheduler, newer), "said after a start"
 
         async def shown() -> bool:
             nonlocal newer
@@ -172,13 +174,15 @@ async def still_is_never_wrong(rig: Rig) -> None:
 
         await bench.until("the second device in a snapshot", shown)
         await bench.scheduler.retire(placement, rig.grace_s)
-        assert not await still(bench.scheduler, newer), "said after a stop was asked for"
+        assert not await unchanged_since(bench.scheduler, newer), "said after a stop was asked for"
         newer = await bench.scheduler.snapshot()
         await bench.gone([first.slug])
         seen = await bench.scheduler.snapshot(only=[first.slug])
         states = {one.state for one in seen.placements.get(first.slug, ())}
         if states != {one.state for one in newer.placements.get(first.slug, ())}:
-            assert not await still(bench.scheduler, newer), "said after an agent has ended"
+            assert not await unchanged_since(bench.scheduler, newer), (
+                "said after an agent has ended"
+            )
 
 
 async def snapshot_is_complete_or_raises(rig: Rig) -> None:
@@ -327,7 +331,7 @@ CHECKS: Final[dict[str, Check]] = {
         retire_is_graceful,
         next_epoch_after_dead,
         snapshot_only_is_a_part,
-        still_is_never_wrong,
+        unchanged_since_is_never_wrong,
         snapshot_is_complete_or_raises,
         watch_hints,
         crash_is_restarted,

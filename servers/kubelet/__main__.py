@@ -34,6 +34,7 @@ from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient
 from nomad_watchdog.demo.process import Process, Running, clean_environment, free_port
 from nomad_watchdog.errors import (
     ConflictError,
+    NotFoundError,
     StaleError,
     TerminalError,
     TransientError,
@@ -133,11 +134,11 @@ class Kubelet(Running):
 
     async def _is_ready(self, client: KubernetesClient) -> bool:
         try:
-            node = await client.find(f"/api/v1/nodes/{self.node}")
-        except TransientError:
+            node = await client.get(f"/api/v1/nodes/{self.node}")
+        except (NotFoundError, TransientError):
             return False
-        conditions = ((node or {}).get("status") or {}).get("conditions") or []
-        tainted = ((node or {}).get("spec") or {}).get("taints")
+        conditions = (node.get("status") or {}).get("conditions") or []
+        tainted = (node.get("spec") or {}).get("taints")
         up = any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
         return up and not tainted
 

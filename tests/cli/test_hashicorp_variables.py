@@ -236,7 +236,7 @@ async def test_a_missing_port_is_the_one_that_the_vendors_program_dials(
         ({"NOMAD_ADDR": "http://2001:db8::7:4646"}, "needs brackets"),
         ({"CONSUL_HTTP_ADDR": "ftp://h:1"}, "is not an address"),
         ({"CONSUL_HTTP_ADDR": "h:99999"}, "is not an address"),
-        ({"CONSUL_HTTP_ADDR": "http://u:p@h"}, "no user, password"),
+        ({"CONSUL_HTTP_ADDR": "http://u:p@h"}, "not contain a user, password"),
         ({"CONSUL_HTTP_SSL": "yes"}, 'environment CONSUL_HTTP_SSL: consul > address: "yes" is not'),
         ({"NOMAD_SKIP_VERIFY": "maybe"}, "is not a boolean; write true or false"),
         ({"CONSUL_HTTP_SSL_VERIFY": "on"}, "is not a boolean; write true or false"),

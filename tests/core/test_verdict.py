@@ -382,7 +382,7 @@ def test_the_last_word_of_an_agent_that_has_ended_is_no_reason() -> None:
     """An agent that said that it is shutting down, and that no node takes again: the scheduler's reason is the
     verdict's, at once and after the grace; while it still runs, its own word is."""
     said = report(ready=False, stopping=True)
-    why = "no node takes it: memory (2 nodes)"
+    why = "no node can run it: memory (2 nodes)"
     rec = record("a", epoch=1, instance="i")
     for state in (PlacementState.PENDING, PlacementState.RESTARTING, PlacementState.STARTING):
         waits = replace(placement("a", 1, state), reason=why, queued=True)

@@ -98,7 +98,7 @@ async def test_a_drain_is_reported_when_it_begins_and_when_it_ends(tmp_path: Pat
             assert (await closed("ineligible"))["agents"] == 1
 
             await plane.register("valve")
-            why = "no node takes it: no eligible node in its datacenters and pool"
+            why = "no node can run it: no eligible node in its datacenters and pool"
             held = f"1 agent waits for a node: {why}"
             await plane.until("/v1/status", lambda status: status["starts_held"] == held)
             waits = await plane.call("GET", "/v1/devices/valve")

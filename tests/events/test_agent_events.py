@@ -26,7 +26,7 @@ from nomad_watchdog.registry.sqlite import SqliteRegistry
 from tests.events.test_chronicle import Site
 from tests.fixed_loop import FixedLoop
 
-NO_NODE = "no node takes it: 1 node is not eligible"
+NO_NODE = "no node can run it: 1 node is not eligible"
 
 
 @pytest.fixture

@@ -341,7 +341,7 @@ async def test_an_incident_of_agents_that_no_node_takes_has_the_reason_of_the_sc
 ) -> None:
     """Agents of a class that find no node: event and API carry the scheduler's words, and the next run goes on
     with the incident all the same. Where reasons differ, or agents run, there is none."""
-    fleet, why = site.fleet, "no node takes it: memory (2 nodes)"
+    fleet, why = site.fleet, "no node can run it: memory (2 nodes)"
     slugs = site.add(10, "n1")
 
     def place(state: PlacementState, reason: str) -> None:

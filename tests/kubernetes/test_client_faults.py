@@ -104,7 +104,7 @@ async def test_a_list_that_always_expires_is_stale_and_no_part() -> None:
         return status(410, "Expired") if "continue" in request.query else page(["old"], "late")
 
     async with served(handler) as client:
-        with pytest.raises(StaleError, match="expires before its end"):
+        with pytest.raises(StaleError, match="expires before all of it"):
             await client.list(PODS)
 
 
@@ -186,8 +186,8 @@ async def test_a_rotated_token_is_read_again_after_a_refusal(tmp_path: Path) -> 
         (status(429), TransientError, "said"),
         (status(500), TransientError, "said"),
         (web.Response(status=502, text="<html>proxy"), TransientError, "<html>proxy"),
-        (web.Response(text="{"), TransientError, "cut off"),
-        (web.Response(text="[]"), TransientError, "no object"),
+        (web.Response(text="{"), TransientError, "not complete JSON"),
+        (web.Response(text="[]"), TransientError, "not an object"),
     ],
 )  # fmt: skip
 async def test_an_answer_means(answer: web.Response, kind: type[Exception], words: str) -> None:
@@ -286,7 +286,7 @@ async def test_a_watch_that_breaks_is_one_resync() -> None:
     watches = 0
     resyncs = 0
 
-    class Counted(_watch.Pending):
+    class Counted(_watch.PendingHints):
         def resync(self) -> None:
             nonlocal resyncs
             resyncs += 1
@@ -301,7 +301,9 @@ async def test_a_watch_that_breaks_is_one_resync() -> None:
         return web.Response()
 
     async with served(handler) as client:
-        follow = _watch._follow_watch(client, "n", "pod", "", Counted(), asyncio.Event())
+        follow = _watch._WatchLoop(
+            client, names.collection("n", "pod"), "pod", "", Counted(), asyncio.Event()
+        ).run()
         task = asyncio.ensure_future(follow)
         async with asyncio.timeout(20):
             while watches < 2:
@@ -333,7 +335,7 @@ async def test_a_number_of_namespaces_that_can_not_be_written_is_said() -> None:
 
     async with served(handler) as client:
         scheduler = KubernetesScheduler(client=client, namespace="n")
-        with pytest.raises(TransientError, match="changed by others all the time"):
+        with pytest.raises(TransientError, match="changed by another writer"):
             await scheduler.prepare([])
 
 

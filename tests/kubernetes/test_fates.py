@@ -107,7 +107,7 @@ async def site(kube: KubernetesCluster, nodes: dict[str, Kubelet]) -> AsyncItera
 async def test_a_pod_that_no_node_takes_is_pending(site: Site) -> None:
     """More CPU than there is anywhere: PENDING, with the scheduler's own words."""
     record = await site.start(spec_of(variables={"cpu_request": "900000", "cpu_limit": "900000"}))
-    found = await site.until(record, lambda one: "no node takes it" in one.reason)
+    found = await site.until(record, lambda one: "no node can run it" in one.reason)
 
     assert found.state is PlacementState.PENDING
     assert "Insufficient cpu" in found.reason

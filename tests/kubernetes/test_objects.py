@@ -107,7 +107,7 @@ def test_a_variable_is_a_value_and_nothing_else(tmp_path: Path) -> None:
     assert pod["containers"][0]["image"] == "x\nhostNetwork: true"
     assert "hostNetwork" not in pod
     assert {one["tolerationSeconds"] for one in pod["tolerations"]} == {3}
-    with pytest.raises(UserError, match="is no whole number"):
+    with pytest.raises(UserError, match="is not a whole number"):
         made(replace(SPEC, variables={"lost_after": "soon"}))
 
 
@@ -121,36 +121,36 @@ def test_device_ids_expand_to_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "Pod"}, "is no Deployment"),
+        ({"kind": "Pod"}, "is not a Deployment"),
         ({"spec.replicas": 2}, "a device has one agent"),
         ({"spec.strategy": {"type": "RollingUpdate"}}, "must be Recreate"),
         ({"spec.template.spec.restartPolicy": "Never"}, "must be Always"),
         ({"spec.template.spec.containers": []}, "no container named agent"),
         ({"spec.template.spec.tolerations": []}, "five minutes"),
         ({"spec.template.spec.nodeName": "${nowhere}"}, "'nowhere' is not set"),
-        ({"spec": []}, "spec is no mapping"),
-        ({"spec.strategy": "Recreate"}, "spec.strategy is no mapping"),
-        ({"spec.template": "x"}, "spec.template is no mapping"),
+        ({"spec": []}, "spec is not a mapping"),
+        ({"spec.strategy": "Recreate"}, "spec.strategy is not a mapping"),
+        ({"spec.template": "x"}, "spec.template is not a mapping"),
         ({"spec.template": None}, "no container named agent"),
-        ({"spec.template.metadata": "x"}, "template.metadata is no mapping"),
-        ({"spec.template.metadata": {"labels": ["x"]}}, "metadata.labels is no mapping"),
-        ({"spec.template.spec.containers": {"name": "agent"}}, "spec.containers is no list"),
-        ({"spec.template.spec.containers": [None]}, r"spec.containers\[0\] is no mapping"),
+        ({"spec.template.metadata": "x"}, "template.metadata is not a mapping"),
+        ({"spec.template.metadata": {"labels": ["x"]}}, "metadata.labels is not a mapping"),
+        ({"spec.template.spec.containers": {"name": "agent"}}, "spec.containers is not a list"),
+        ({"spec.template.spec.containers": [None]}, r"spec.containers\[0\] is not a mapping"),
         (
             {"spec.template.spec.containers": [{"name": "agent", "env": {"A": "b"}}]},
-            r"\[0\].env is no list",
+            r"\[0\].env is not a list",
         ),
         (
             {"spec.template.spec.containers": [{"name": "agent", "env": ["A=b"]}]},
-            r"env\[0\] is no mapping",
+            r"env\[0\] is not a mapping",
         ),
         (
             {"spec.template.spec.containers": [{"name": "agent", "volumeMounts": 5}]},
-            "volumeMounts is no list",
+            "volumeMounts is not a list",
         ),
-        ({"spec.template.spec.tolerations": ["x"]}, r"spec.tolerations\[0\] is no mapping"),
-        ({"spec.template.spec.tolerations": [{"key": []}]}, r"tolerations\[0\].key is no text"),
-        ({"spec.template.spec.volumes": "x"}, "spec.volumes is no list"),
+        ({"spec.template.spec.tolerations": ["x"]}, r"spec.tolerations\[0\] is not a mapping"),
+        ({"spec.template.spec.tolerations": [{"key": []}]}, r"tolerations\[0\].key is not text"),
+        ({"spec.template.spec.volumes": "x"}, "spec.volumes is not a list"),
     ],
 )
 def test_a_template_that_would_not_do_is_refused(
@@ -207,7 +207,7 @@ def test_a_ref_is_read_back_and_nothing_else_is() -> None:
     ref = names.Ref("n-1", "statefulset", names.name_of(Slug("a-" + "b" * 20)), Epoch(4))
 
     assert names.Ref.parse(str(ref)) == ref
-    with pytest.raises(UserError, match="is no placement"):
+    with pytest.raises(UserError, match="is not a placement"):
         names.Ref.parse("device-watchdog/dispatch-x")
 
 

@@ -112,7 +112,7 @@ async def test_each_fate_has_its_verdict(kubeconfig: Path, device: int, tmp_path
         "loop": ("failing", "exit code 1"),
         "hog": ("failing", "OOMKilled"),
         "lost": ("unwatched", "nowhere/nothing:1"),
-        "huge": ("unwatched", "no node takes it"),
+        "huge": ("unwatched", "no node can run it"),
     }
     async with ControlPlane(tmp_path, "plane", text) as plane:
         for name in wanted:

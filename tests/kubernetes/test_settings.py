@@ -92,12 +92,12 @@ def test_paths_are_relative_to_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is no YAML, line"),
-        ("[]", "holds no document"),
+        ("{", "is not YAML, line"),
+        ("[]", "contains no document"),
         ("current-context: x", "no context 'x'; there are: none"),
         ("a: 1", "no current-context"),
-        ("users: 5", "users is no list"),
-        ("contexts: [{name: x, context: y}]", "context 'x' is no mapping"),
+        ("users: 5", "users is not a list"),
+        ("contexts: [{name: x, context: y}]", "context 'x' is not a mapping"),
     ],
 )
 def test_what_is_no_kubeconfig_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -129,7 +129,7 @@ def test_a_wrong_certificate_is_a_user_error(tmp_path: Path) -> None:
     found = KubernetesAccess.discover(
         str(kubeconfig(tmp_path / "b", **{"certificate-authority-data": data}))
     )
-    with pytest.raises(UserError, match="can't load the TLS certificates"):
+    with pytest.raises(UserError, match="cannot load the TLS certificates"):
         found.ssl_context()
 
 
@@ -227,9 +227,9 @@ async def test_a_plugin_that_gives_nothing_is_named(
 @pytest.mark.parametrize(
     ("user", "cluster", "words"),
     [
-        ({"exec": ["x"]}, {}, "exec names no command"),
-        ({"exec": {"command": "x", "args": "-v"}}, {}, "exec.args is no list"),
-        ({"exec": {"command": "x", "env": 5}}, {}, "exec.env is no list"),
+        ({"exec": ["x"]}, {}, "exec has no command"),
+        ({"exec": {"command": "x", "args": "-v"}}, {}, "exec.args is not a list"),
+        ({"exec": {"command": "x", "env": 5}}, {}, "exec.env is not a list"),
         ({"exec": {"command": "x", "env": ["A=b"]}}, {}, "needs a name and a value"),
         ({"exec": {"command": "x", "env": [{"name": "A"}]}}, {}, "needs a name and a value"),
         ({"client-certificate": 5}, {}, '/5": No such file'),

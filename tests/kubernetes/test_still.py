@@ -21,7 +21,7 @@ from nomad_watchdog.errors import DeniedError, TransientError
 from nomad_watchdog.model import AgentSpec, Epoch, Placement, PlacementState
 from nomad_watchdog.schedulers import Snapshot
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler, names
-from nomad_watchdog.schedulers.kubernetes import _unchanged as still
+from nomad_watchdog.schedulers.kubernetes import _unchanged as unchanged
 from nomad_watchdog.schedulers.kubernetes import _view as view
 from nomad_watchdog.schedulers.kubernetes.names import Ref
 from nomad_watchdog.testing.conformance import record_of
@@ -76,7 +76,7 @@ async def until_running(one: KubernetesScheduler) -> Snapshot:
             there = placement_of(found)
             # ready is said some time after running, and would be news
             runs = there.state is PlacementState.RUNNING and there.ready
-            if runs and await one.still(found):
+            if runs and await one.unchanged_since(found):
                 return found
             await asyncio.sleep(0.2)
 
@@ -98,7 +98,7 @@ async def test_a_fleet_that_nobody_touches_is_still_again_and_again(
         for number in range(3):
             await kube.add_namespace(f"{SPACE}-noise-{number}")
             await one.prepare([agent(node)])  # as is done at every resync
-            assert await one.still(seen)
+            assert await one.unchanged_since(seen)
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -121,14 +121,14 @@ async def test_whatever_happens_to_an_object_or_a_pod_is_no_stillness(
             patch = {"metadata": {"labels": {"seen": "yes"}}}
             for path in (deployment, pod_path):
                 await client.call("PATCH", path, body=patch, content="application/merge-patch+json")
-                assert not await one.still(seen)
+                assert not await one.unchanged_since(seen)
                 seen = await until_running(one)
             node.pause()
             try:
                 await client.delete(pod_path, grace_s=30)
-                assert not await one.still(seen)
+                assert not await one.unchanged_since(seen)
                 leaving = await one.snapshot()
-                assert not await one.still(leaving)
+                assert not await one.unchanged_since(leaving)
             finally:
                 node.resume()
         finally:
@@ -143,25 +143,25 @@ async def test_after_a_write_of_ours_all_is_read_again(
     async with scheduler_of(kube, node) as one:
         seen = await until_running(one)
         await one.ensure(record_of("device"), Epoch(1), agent(node))
-        assert not await one.still(seen)
+        assert not await one.unchanged_since(seen)
         reading = asyncio.ensure_future(one.snapshot())
         await one.ensure(record_of("device"), Epoch(1), agent(node))
-        assert not await one.still(await reading)
+        assert not await one.unchanged_since(await reading)
 
 
 @pytest.mark.parametrize("failed", [False, True])
 async def test_a_list_that_was_begun_before_a_write_ended_does_not_count(failed: bool) -> None:
     """Whether it shows the write nobody knows; a write that failed may have arrived as well."""
     client = KubernetesClient(KubernetesAccess("http://127.0.0.1:9"))
-    one = still.Stillness(client, "")
-    began = one.begins()
+    one = unchanged.ChangeProbe(client, "")
+    began = one.begin_read()
     with contextlib.suppress(TransientError), one.writing():
         if failed:
             raise TransientError("no answer")
-    one.read(began, EMPTY, {})
-    assert not await one.holds(EMPTY)
-    one.read(one.begins(), EMPTY, {})
-    assert await one.holds(EMPTY)
+    one.end_read(began, EMPTY, {})
+    assert not await one.unchanged_since(EMPTY)
+    one.end_read(one.begin_read(), EMPTY, {})
+    assert await one.unchanged_since(EMPTY)
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -172,9 +172,9 @@ async def test_a_list_that_is_refused_is_no_stillness(
     path = f"/api/v1/namespaces/{SPACE}/pods"
     client, nobody = kube.client(), KubernetesClient(kube.settings(await kube.user("nobody")))
     try:
-        one = still.Stillness(nobody, "")
-        one.read(one.begins(), EMPTY, {path: await client.version_of(path)})
-        assert not await one.holds(EMPTY)
+        one = unchanged.ChangeProbe(nobody, "")
+        one.end_read(one.begin_read(), EMPTY, {path: await client.version_of(path)})
+        assert not await one.unchanged_since(EMPTY)
         with pytest.raises(DeniedError):
             await nobody.version_of(path)
     finally:
@@ -206,7 +206,7 @@ async def test_what_has_become_of_the_store_is_no_stillness(tmp_path: Path) -> N
     store, copy = tmp_path / "kube" / "etcd", tmp_path / "copy"
     async with KubernetesCluster(tmp_path / "kube", controllers=False) as cluster:
         client = cluster.client()
-        one = still.Stillness(client, "")
+        one = unchanged.ChangeProbe(client, "")
 
         async def with_store_at_rest(change: Callable[[], object]) -> None:
             for name in ("kube-apiserver", "etcd"):
@@ -223,24 +223,24 @@ async def test_what_has_become_of_the_store_is_no_stillness(tmp_path: Path) -> N
             await version_of(client, PODS)
             with pytest.raises(ExpiredError):
                 await one._is_silent(PODS, before)
-            one.read(one.begins(), EMPTY, {PODS: before})
-            assert not await one.holds(EMPTY)
+            one.end_read(one.begin_read(), EMPTY, {PODS: before})
+            assert not await one.unchanged_since(EMPTY)
 
             await moved_on(client, "b")
             listed = await version_of(client, PODS)
-            one.read(one.begins(), EMPTY, {PODS: str(listed)})
-            assert await one.holds(EMPTY)
+            one.end_read(one.begin_read(), EMPTY, {PODS: str(listed)})
+            assert await one.unchanged_since(EMPTY)
             cluster.pause_process("etcd")
             assert await one._is_silent(PODS, str(listed))
-            assert not await one.holds(EMPTY)
+            assert not await one.unchanged_since(EMPTY)
             cluster.resume_process("etcd")
             await version_of(client, PODS)
-            assert await one.holds(EMPTY)
+            assert await one.unchanged_since(EMPTY)
 
             await with_store_at_rest(lambda: (shutil.rmtree(store), copy.rename(store)))
             assert await version_of(client, PODS) < listed
             assert await one._is_silent(PODS, str(listed))
-            assert not await one.holds(EMPTY)
+            assert not await one.unchanged_since(EMPTY)
         finally:
             await client.close()
 
@@ -263,9 +263,9 @@ def test_what_time_alone_would_change_is_not_settled() -> None:
 async def holds(handler: Handler) -> bool:
     """What is said of a list of pods at version 7."""
     async with served(handler) as client:
-        one = still.Stillness(client, "a=b")
-        one.read(one.begins(), EMPTY, {PODS: "7"})
-        return await one.holds(EMPTY)
+        one = unchanged.ChangeProbe(client, "a=b")
+        one.end_read(one.begin_read(), EMPTY, {PODS: "7"})
+        return await one.unchanged_since(EMPTY)
 
 
 def event(kind: str) -> bytes:
@@ -303,6 +303,6 @@ async def test_any_other_word_is_a_no(kind: str) -> None:
 
 async def test_a_watch_that_has_not_its_time_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off early, by a server that ends, say; or never ended."""
-    monkeypatch.setattr(still, "_MAX_S", 2.0)
+    monkeypatch.setattr(unchanged, "_MAX_S", 2.0)
     for length_s in (0.0, 0.7, 20.0):
         assert not await holds(watched(b"", length_s))

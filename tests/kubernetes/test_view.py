@@ -68,21 +68,20 @@ def pod(
 
 
 def seen(objects: list[Any], pods: list[Any]) -> tuple[Placement, ...]:
-    found, malformed = view.placements(objects, pods, NOW)
-    assert malformed == 0
+    found = view.placements(objects, pods, NOW)
     return found.get(SLUG, ())
 
 
 WAITING = "CrashLoopBackOff"
 CASES: dict[str, tuple[Any, str, str]] = {
     "runs": (pod(), "running", ""),
-    "no node takes it": (
+    "no node can run it": (
         pod(phase="Pending", node="", conditions=[
             {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
         ]),
-        "pending", "no node takes it: 0/3 nodes",
+        "pending", "no node can run it: 0/3 nodes",
     ),
-    "not looked at yet": (pod(phase="Pending", node="", conditions=[]), "pending", "waits for the scheduler"),
+    "not looked at yet": (pod(phase="Pending", node="", conditions=[]), "pending", "waiting for the scheduler"),
     "image is missing": (
         pod(phase="Pending", conditions=[], state={"waiting": {"reason": "ImagePullBackOff", "message": "x:1"}}),
         "starting", "ImagePullBackOff: x:1",
@@ -93,7 +92,7 @@ CASES: dict[str, tuple[Any, str, str]] = {
     ),
     "out of memory": (
         pod(state={"waiting": {"reason": WAITING}}, last={"terminated": {"exitCode": 137, "reason": "OOMKilled"}}),
-        "restarting", "OOMKilled: it took more memory than its limit (exit code 137); CrashLoopBackOff",
+        "restarting", "OOMKilled: it used more memory than its limit (exit code 137); CrashLoopBackOff",
     ),
     "between two runs": (
         pod(state={"terminated": {"exitCode": 143, "reason": "Error"}}), "restarting", "exit code 143",
@@ -101,7 +100,7 @@ CASES: dict[str, tuple[Any, str, str]] = {
     "a restarted one that runs": (pod(restarts=3), "running", ""),
     "evicted": (
         pod(phase="Failed", status={"reason": "Evicted", "message": "low on memory"}),
-        "restarting", "Evicted: low on memory; another is being started",
+        "restarting", "Evicted: low on memory; its replacement is being started",
     ),
     "drained": (
         pod(deletionTimestamp="2001-09-09T01:46:45Z", conditions=[
@@ -111,11 +110,11 @@ CASES: dict[str, tuple[Any, str, str]] = {
     ),
     "node is silent": (
         pod(conditions=[{"type": "ContainersReady", "status": "True"}, {"type": "Ready", "status": "False"}]),
-        "lost", "node node-1 does not answer; a process may be left there",
+        "lost", "node node-1 does not answer; its process may still run",
     ),
     "overdue": (
         pod(deletionTimestamp="2001-09-09T01:46:30Z"), "lost",
-        "node node-1 does not answer; a process may be left there",
+        "node node-1 does not answer; its process may still run",
     ),
 }  # fmt: skip
 
@@ -151,7 +150,7 @@ def test_a_deployment_without_a_pod_is_pending_and_says_why() -> None:
     }
 
     assert [one.state for one in seen([owner()], [])] == [PlacementState.PENDING]
-    assert seen([broken], [])[0].reason == "no pod can be made: exceeded quota"
+    assert seen([broken], [])[0].reason == "its pod cannot be created: exceeded quota"
 
 
 def test_told_to_stop_is_stopping_until_the_object_is_gone() -> None:
@@ -209,14 +208,14 @@ def test_labels_that_do_not_hold_together_are_counted_and_left_out() -> None:
     strange = owner()
     strange["metadata"]["labels"][names.EPOCH] = "²"
 
-    assert view.placements([wrong, strange], [], NOW) == ({}, 2)
+    assert view.placements([wrong, strange], [], NOW) == {}
 
 
 def test_only_news_that_confirms_is_calm() -> None:
     """A start that is made, placed or runs is calm; an end, a stop, a restart or a crash is not."""
-    calm = [pod(), pod(phase="Pending", node="", conditions=[]), CASES["no node takes it"][0]]
+    calm = [pod(), pod(phase="Pending", node="", conditions=[]), CASES["no node can run it"][0]]
     urgent = [CASES[name][0] for name in ("crash loop", "evicted", "drained", "node is silent")]
 
-    assert [view.is_calm("MODIFIED", one) for one in calm] == [True] * 3
-    assert [view.is_calm("MODIFIED", one) for one in [*urgent, pod(restarts=1)]] == [False] * 5
-    assert not view.is_calm("DELETED", pod())
+    assert [view.confirms_pod("MODIFIED", one) for one in calm] == [True] * 3
+    assert [view.confirms_pod("MODIFIED", one) for one in [*urgent, pod(restarts=1)]] == [False] * 5
+    assert not view.confirms_pod("DELETED", pod())

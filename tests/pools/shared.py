@@ -15,13 +15,13 @@ async def a_pool_of_another_is_left_alone(
     """`other`: of another installation; closed at the end."""
     await other.ensure("p", pool)
     try:
-        assert "p" not in await driver.look()
+        assert "p" not in await driver.list_pools()
         with pytest.raises(TerminalError, match="not of this installation"):
             await driver.ensure("p", pool)
         with pytest.raises(NotFoundError):
             await driver.scale("p", 2, "")
         await driver.remove("p")
-        assert "p" in await other.look()
+        assert "p" in await other.list_pools()
     finally:
         await other.remove("p")
         await other.close()

@@ -204,7 +204,7 @@ async def test_by_cpu_a_metrics_server_says_who_is_busy(
         async with MetricsServer(cluster, tmp_path), asyncio.timeout(150.0):
             await driver.ensure("busy", busy)
             await driver.ensure("idle", idle)
-            while (await driver.look())["busy"].running < 3:
+            while (await driver.list_pools())["busy"].running < 3:
                 await asyncio.sleep(0.5)
             while (burnt := await driver.usage("busy", busy)) is None:
                 await asyncio.sleep(0.5)

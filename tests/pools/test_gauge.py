@@ -31,12 +31,12 @@ def test_a_path_leads_to_its_number(path: str, number: float) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("streams[2].n", r"nothing at streams\[2\]"),
-        ("streams[name=z].n", "nothing at streams"),
-        ("stream", "nothing at stream"),
+        ("streams[2].n", r"no value at streams\[2\]"),
+        ("streams[name=z].n", "no value at streams"),
+        ("stream", "no value at stream"),
         ("ok", "no number at ok"),
         ("streams", "no number"),
-        ("deep.x", "nothing at deep.x"),
+        ("deep.x", "no value at deep.x"),
     ],
 )
 def test_a_path_to_nowhere_says_where_it_ends(path: str, said: str) -> None:
@@ -125,13 +125,13 @@ async def test_prometheus_is_asked_with_the_query_and_the_token(
     ("answer", "status", "said"),
     [
         (vector(), 200, "0 series"),
-        (vector("1", "2"), 200, "2 series; wanted is 1"),
+        (vector("1", "2"), 200, "2 series; expected 1"),
         (vector("NaN"), 200, "nan"),
         ({"status": "error", "error": "bad query"}, 200, "bad query"),
-        ({"data": {}}, 200, "not Prometheus's"),
-        ("<html>", 200, "no JSON"),
-        ("[" * 200_000, 200, "no JSON"),
-        ("1" * 400, 200, "no JSON"),
+        ({"data": {}}, 200, "not from Prometheus"),
+        ("<html>", 200, "not JSON"),
+        ("[" * 200_000, 200, "not JSON"),
+        ("1" * 400, 200, "not JSON"),
         ({}, 503, "HTTP 503"),
         ({}, 302, "HTTP 302"),
     ],

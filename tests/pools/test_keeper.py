@@ -21,7 +21,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Shard
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits
-from nomad_watchdog.pools import Usage, View
+from nomad_watchdog.pools import PoolStatus, Usage
 from nomad_watchdog.pools.controller import PoolController
 from nomad_watchdog.registry.sqlite import SqliteRegistry
 from nomad_watchdog.replicas.leases import FIRST, SoleOwner, Term
@@ -39,13 +39,13 @@ class Memory:
         self.bug: Exception | None = None
         self.busy = False
 
-    async def look(self) -> Mapping[str, View]:
-        return {name: View(count, count) for name, count in self.counts.items()}
+    async def list_pools(self) -> Mapping[str, PoolStatus]:
+        return {name: PoolStatus(count, count) for name, count in self.counts.items()}
 
-    async def view(self, name: str) -> View | None:
+    async def status(self, name: str) -> PoolStatus | None:
         if self.bug:
             raise self.bug
-        return (await self.look()).get(name)
+        return (await self.list_pools()).get(name)
 
     async def ensure(self, name: str, pool: PoolSettings) -> None:
         if self.broken:
@@ -121,14 +121,14 @@ async def test_a_metric_above_its_target_adds_workers_and_says_why(world: World)
     """Twice the target doubles the pool; event, metric and the shown row say so."""
     keeper = world.keeper(p=pool(min=2))
     world.driver.cpu = 100.0
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
 
     assert world.driver.scaled == [("p", 4)]
     (event,) = world.events()
     assert event[0] == "pool.scaled"
-    assert "2 workers became 4: metric 100, 50 a worker" in event[1]
+    assert "scaled from 2 to 4 workers: metric 100, 50 a worker" in event[1]
     assert world.metric('scalings_total{direction="up",pool="p"}') == 1
-    (row,) = await keeper.shown()
+    (row,) = await keeper.rows()
     assert (row["count"], row["value"], row["advised"]) == (4, 100.0, 4)
 
 
@@ -136,7 +136,7 @@ async def test_the_same_look_again_does_nothing(world: World) -> None:
     """On target nothing is scaled and nothing is told (S5)."""
     keeper = world.keeper(p=pool(min=2))
     for _ in range(3):
-        await keeper.look_once("p")
+        await keeper.reconcile("p")
 
     assert (world.driver.scaled, world.events()) == ([], [])
 
@@ -146,7 +146,7 @@ async def test_a_dry_run_tells_once_and_does_nothing(world: World) -> None:
     keeper = world.keeper(p=pool(min=2, dry_run=True))
     world.driver.cpu = 100.0
     for _ in range(5):
-        await keeper.look_once("p")
+        await keeper.reconcile("p")
 
     assert world.driver.scaled == []
     assert [kind for kind, _ in world.events()] == ["pool.would_scale"]
@@ -157,9 +157,9 @@ async def test_a_metric_that_is_lost_is_told_once_and_when_it_is_back(world: Wor
     keeper = world.keeper(p=pool(min=2))
     world.driver.cpu = None
     for _ in range(3):
-        await keeper.look_once("p")
+        await keeper.reconcile("p")
     world.driver.cpu = 50.0
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
 
     assert world.driver.scaled == []
     assert [kind for kind, _ in world.events()] == ["pool.problem", "pool.recovered"]
@@ -170,12 +170,12 @@ async def test_a_scheduler_that_fails_is_a_problem_of_the_pool_alone(world: Worl
     world.driver.counts["q"] = 2
     keeper = world.keeper(p=pool(min=2), q=pool(min=2))
     world.driver.broken = "no answer"
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
     world.driver.broken = ""
     world.driver.cpu = 100.0
-    await keeper.look_once("q")
+    await keeper.reconcile("q")
 
-    assert (await keeper.shown())[0]["problem"] == "no answer"
+    assert (await keeper.rows())[0]["problem"] == "no answer"
     assert world.driver.scaled == [("q", 4)]
 
 
@@ -186,10 +186,10 @@ async def test_a_pool_that_is_being_replaced_is_scaled_later_and_is_no_trouble(
     keeper = world.keeper(p=pool(min=2))
     world.driver.cpu = 100.0
     world.driver.busy = True
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
     assert (world.driver.scaled, world.events()) == ([], [])
     world.driver.busy = False
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
 
     assert world.driver.scaled == [("p", 4)]
 
@@ -198,7 +198,7 @@ async def test_an_external_pool_is_made_and_left_alone(world: World) -> None:
     """Its job is ensured, its metric may be read, and its count is never touched, by hand neither."""
     keeper = world.keeper(p=pool(min=2, scaler="external"))
     world.driver.cpu = 500.0
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
     with pytest.raises(PreconditionError, match="external"):
         await keeper.scale("p", 3, "x")
 
@@ -230,21 +230,21 @@ async def test_a_bug_costs_one_pool_and_not_the_control_plane(world: World) -> N
     """What no driver should raise is told as the pool's trouble, and the next look goes on (S9)."""
     keeper = world.keeper(p=pool(min=2))
     world.driver.bug = KeyError("status")
-    await keeper.look_once("p")
-    (row,) = await keeper.shown()
+    await keeper.reconcile("p")
+    (row,) = await keeper.rows()
     assert row["problem"] == "internal error: KeyError"
     world.driver.bug = None
-    await keeper.look_once("p")
-    (row,) = await keeper.shown()
+    await keeper.reconcile("p")
+    (row,) = await keeper.rows()
     assert row["problem"] == ""
 
 
 async def test_by_hand_a_pool_has_any_number_within_its_bounds(world: World) -> None:
     """Within: done and told; outside, or unknown: refused with the bounds."""
     keeper = world.keeper(p=pool(min=2, scaler="none"))
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
     await keeper.scale("p", 5, "an operator's word")
-    await keeper.look_once("p")
+    await keeper.reconcile("p")
     with pytest.raises(UserError, match="2 to 9"):
         await keeper.scale("p", 10, "x")
     with pytest.raises(NotFoundError):
@@ -258,10 +258,10 @@ async def test_a_pool_that_is_no_longer_configured_waits_for_a_word(world: World
     """It is shown, runs on, and `remove` stops it; a configured one can't be removed."""
     world.driver.counts["old"] = 3
     keeper = world.keeper(p=pool())
-    await keeper.look_once("p")
-    rows = {row["name"]: row["configured"] for row in await keeper.shown()}
+    await keeper.reconcile("p")
+    rows = {row["name"]: row["configured"] for row in await keeper.rows()}
     assert rows == {"old": False, "p": True}
-    with pytest.raises(PreconditionError, match="take its block out first"):
+    with pytest.raises(PreconditionError, match="remove its block first"):
         await keeper.remove("p")
     await keeper.remove("old")
 

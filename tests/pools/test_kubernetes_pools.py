@@ -37,8 +37,9 @@ def pool(**more: object) -> PoolSettings:
     return PoolSettings.model_validate(values | more)
 
 
-def made(one: PoolSettings) -> list[dict[str, Any]]:
-    return manifests("encoder", one, namespace="watch", installation="i-1")
+def made(one: PoolSettings) -> list[Any]:
+    found = manifests("encoder", one, namespace="watch", installation="i-1")
+    return [one for one in (found.deployment, found.autoscaler) if one is not None]
 
 
 def test_the_deployment_has_the_worker_and_no_count() -> None:
@@ -126,14 +127,14 @@ def test_only_an_external_pool_has_an_autoscaler(kind: str) -> None:
         ({"image": None}, "needs an image"),
         (
             {"metric": ({"kind": "queue", "url": "http://q", "value": "n", "target": 1.0},)},
-            "needs name",
+            "needs `name`",
         ),
         (
             {
                 "min": 0,
                 "metric": ({"kind": "queue", "url": "http://q", "value": "n", "target": 1.0},),
             },
-            "scales none to 0",
+            "does not scale to 0",
         ),
     ],
 )
@@ -185,7 +186,7 @@ async def pools(kube: KubernetesCluster) -> AsyncIterator[KubernetesPools]:
     namespace = f"pools-{secrets.token_hex(4)}"
     await kube.add_namespace(namespace)
     yield (driver := KubernetesPools(kube.client(), namespace=namespace, installation="i-1"))
-    for name in await driver.look():
+    for name in await driver.list_pools():
         await driver.remove(name)
     await driver.close()
 
@@ -203,12 +204,12 @@ async def test_a_pool_is_a_deployment_that_begins_with_the_least_number(
 ) -> None:
     """Made with min, scaled up and down by its scale subresource, removed, and removed again."""
     await pools.ensure("p", plain(min=3))
-    assert (await pools.look())["p"].count == 3
+    assert (await pools.list_pools())["p"].count == 3
     await pools.scale("p", 5, "because")
-    assert (await pools.look())["p"].count == 5
+    assert (await pools.list_pools())["p"].count == 5
     await pools.remove("p")
     await pools.remove("p")
-    assert "p" not in await pools.look()
+    assert "p" not in await pools.list_pools()
     with pytest.raises(NotFoundError):
         await pools.scale("p", 2, "")
 
@@ -244,7 +245,7 @@ async def test_a_pool_that_was_half_made_is_made_to_the_end(
         with pytest.raises(TerminalError, match="killed"):
             await pools.ensure("p", pool(min=3))
     await pools.ensure("p", pool(min=3))
-    assert (await pools.look())["p"].count == 3
+    assert (await pools.list_pools())["p"].count == 3
     scaler = pools._scaler("p")
     assert await pools._client.delete(scaler)
     await pools.ensure("p", pool(min=3))
@@ -256,9 +257,9 @@ async def test_bounds_that_moved_move_the_count(pools: KubernetesPools) -> None:
     """Four workers whose most became 2 are two, and whose least became 6 are six."""
     await pools.ensure("p", plain(min=4))
     await pools.ensure("p", plain(min=1, max=2))
-    assert (await pools.look())["p"].count == 2
+    assert (await pools.list_pools())["p"].count == 2
     await pools.ensure("p", plain(min=6, max=9))
-    assert (await pools.look())["p"].count == 6
+    assert (await pools.list_pools())["p"].count == 6
 
 
 async def test_the_api_server_takes_the_autoscaler_and_it_goes_with_the_setting(
@@ -274,7 +275,7 @@ async def test_the_api_server_takes_the_autoscaler_and_it_goes_with_the_setting(
     await pools.ensure("p", plain(min=2))
 
     assert await pools._client.find(path) is None
-    assert (await pools.look())["p"].count >= 1
+    assert (await pools.list_pools())["p"].count >= 1
 
 
 async def test_a_deployment_of_somebody_else_is_left_alone(
@@ -327,7 +328,7 @@ async def test_the_shipped_rights_are_enough(kube: KubernetesCluster, repository
             await admin.apply(path_of(thing), thing, force=True)
         await driver.ensure("q", plain())
         await driver.scale("q", 2, "")
-        assert (await driver.look())["q"].count == 2
+        assert (await driver.list_pools())["q"].count == 2
         await driver.ensure("q", pool(min=2))
         await driver.ensure("q", plain())
         assert await driver.usage("q", plain()) is None

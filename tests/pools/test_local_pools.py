@@ -39,7 +39,7 @@ async def pools(tmp_path: Path) -> AsyncIterator[LocalPools]:
     async with asyncio.TaskGroup() as group:
         task = group.create_task(driver.run(lambda: True))
         yield driver
-        for name in await driver.look():
+        for name in await driver.list_pools():
             await driver.remove(name)
         await until(lambda: not list((tmp_path / "pools").glob("*/pool.json")))
         task.cancel()
@@ -53,7 +53,7 @@ async def until(test: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 async def running(driver: LocalPools, name: str, count: int) -> None:
     async with asyncio.timeout(60.0):
-        while (found := (await driver.look()).get(name)) is None or found.running != count:
+        while (found := (await driver.list_pools()).get(name)) is None or found.running != count:
             await asyncio.sleep(0.02)
 
 
@@ -124,7 +124,7 @@ async def test_a_worker_that_can_not_start_says_why_and_is_tried_less_and_less(
     """A program that is not there is told in the view, and is no busy loop."""
     await pools.ensure("p", pool(("/no/such/program",)))
     async with asyncio.timeout(10):
-        while "No such file" not in (found := (await pools.look())["p"]).trouble:
+        while "No such file" not in (found := (await pools.list_pools())["p"]).problem:
             await asyncio.sleep(0.05)
 
     assert (found.count, found.running) == (1, 0)
@@ -166,7 +166,7 @@ async def test_workers_outlive_the_driver_and_are_adopted(tmp_path: Path) -> Non
     second = LocalPools(tmp_path / "pools")
     second.tick()
     try:
-        assert (await second.look())["p"].running == 2
+        assert (await second.list_pools())["p"].running == 2
         assert pids(tmp_path / "pools" / "p") == before
     finally:
         await second.remove("p")
@@ -260,7 +260,7 @@ async def test_a_damaged_file_is_the_trouble_of_one_pool(pools: LocalPools, tmp_
     (tmp_path / "pools" / "bad" / "pool.json").write_text("{")
     await pools.scale("good", 2, "")
     await running(pools, "good", 2)
-    assert "pool.json is damaged" in (await pools.look())["bad"].trouble
+    assert "pool.json is damaged" in (await pools.list_pools())["bad"].problem
     with pytest.raises(TerminalError, match=r"pool\.json is damaged"):
         await pools.ensure("bad", pool())
     (tmp_path / "pools" / "bad" / "pool.json").unlink()
@@ -275,5 +275,5 @@ async def test_pools_that_come_and_go_are_looked_at_without_an_error(
         await running(pools, "p", 2)
         await pools.remove("p")
         for _ in range(50):
-            await pools.look()
+            await pools.list_pools()
             await pools.usage("p", pool())

@@ -39,14 +39,14 @@ async def pools(nomad: NomadServer, prefix: str) -> AsyncIterator[NomadPools]:
         NomadClient(NomadAccess(address=nomad.http_addr)), installation="me", prefix=prefix
     )
     yield driver
-    for name in await driver.look():
+    for name in await driver.list_pools():
         await driver.remove(name)
     await driver.close()
 
 
 async def running(driver: NomadPools, name: str, count: int) -> None:
     async with asyncio.timeout(40.0):
-        while (found := (await driver.look()).get(name)) is None or found.running != count:
+        while (found := (await driver.list_pools()).get(name)) is None or found.running != count:
             await asyncio.sleep(0.2)
 
 
@@ -71,7 +71,7 @@ async def test_a_pool_is_a_job_whose_count_is_scaled(pools: NomadPools) -> None:
     await scaled(pools, "p", 2)
     await running(pools, "p", 2)
 
-    assert (await pools.look())["p"].count == 2
+    assert (await pools.list_pools())["p"].count == 2
 
 
 async def test_nomad_itself_refuses_what_is_out_of_bounds(pools: NomadPools) -> None:
@@ -107,7 +107,7 @@ async def test_bounds_that_moved_move_the_count(pools: NomadPools) -> None:
     await pools.ensure("p", pool(min=3))
     await pools.ensure("p", pool(min=1, max=2))
 
-    assert (await pools.look())["p"].count == 2
+    assert (await pools.list_pools())["p"].count == 2
 
 
 async def test_a_pool_that_somebody_stopped_is_started_again(
@@ -116,7 +116,7 @@ async def test_a_pool_that_somebody_stopped_is_started_again(
     """`nomad job stop` of a configured pool does not last (L1)."""
     await pools.ensure("p", pool())
     await nomad.request("DELETE", f"/v1/job/{prefix}.pool.p")
-    assert "p" not in await pools.look()
+    assert "p" not in await pools.list_pools()
     await pools.ensure("p", pool())
 
     await running(pools, "p", 1)
@@ -137,7 +137,7 @@ async def test_a_removed_pool_is_gone(pools: NomadPools) -> None:
     await pools.remove("p")
     await pools.remove("p")
 
-    assert "p" not in await pools.look()
+    assert "p" not in await pools.list_pools()
     with pytest.raises(NotFoundError):
         await pools.scale("p", 2, "")
 
@@ -190,10 +190,10 @@ async def test_a_pool_without_room_says_so(pools: NomadPools) -> None:
     """More memory than any node has is told as trouble, and is no error."""
     await pools.ensure("p", pool(memory="2000Gi"))
     async with asyncio.timeout(20):
-        while not (found := (await pools.look())["p"]).trouble:
+        while not (found := (await pools.list_pools())["p"]).problem:
             await asyncio.sleep(0.2)
 
-    assert "no node has room" in found.trouble
+    assert "no node has room" in found.problem
 
 
 TASK = 'task "t" {\n driver = "raw_exec"\n }\n'
@@ -220,7 +220,7 @@ async def test_a_template_that_can_be_no_pool_is_refused(
     with pytest.raises(UserError, match=said):
         await pools.ensure("p", pool(template=str(file)))
 
-    assert await pools.look() == {}
+    assert await pools.list_pools() == {}
 
 
 EXTERNAL = """

@@ -64,7 +64,7 @@ async def by_hand(plane: ControlPlane) -> None:
     """The events, the metrics and the command line tell the same, and an operator has a word."""
     events = await plane.call("GET", "/v1/events?kind=pool.scaled")
     texts = [event["text"] for event in events["items"]]
-    assert any("1 workers became 3: metric" in text for text in texts), texts
+    assert any("scaled from 1 to 3 workers: metric" in text for text in texts), texts
     listed = await cli(plane, "pools", "ls", "-o", "json")
     assert [row["name"] for row in json.loads(listed)["items"]] == ["encoder"]
     assert "encoder" in await cli(plane, "pools", "ls")

@@ -179,7 +179,7 @@ async def test_drained_agent_is_placed_again(nomad: NomadServer, scheduler: Noma
         await scheduler.ensure(record, Epoch(2), mock_spec())
         await until(lambda: are([PlacementState.DEAD, PlacementState.RUNNING]))
         return
-    assert "no node takes it" in ended.reason
+    assert "no node can run it" in ended.reason
     await until(lambda: are([PlacementState.RUNNING]))
     (moved,) = (await scheduler.snapshot()).placements[record.slug]
     assert (moved.ref, moved.epoch, moved.restarts) == (ended.ref, Epoch(1), 0)
@@ -296,7 +296,7 @@ async def test_unplaceable_is_pending_with_a_reason(scheduler: NomadScheduler) -
     seen = await scheduler.snapshot()
     (one,) = seen.placements[records[0].slug]
     assert one.state is PlacementState.PENDING
-    assert "no node takes it" in one.reason
+    assert "no node can run it" in one.reason
     full = await scheduler.capacity()
     assert full.reason == f"2 agents wait for a node: {one.reason}; starts go on below 2"
     for record in records:
@@ -444,11 +444,11 @@ async def test_a_snapshot_of_a_quiet_nomad_holds(scheduler: NomadScheduler) -> N
     async def in_state(state: PlacementState) -> Any:
         seen = await scheduler.snapshot()
         (found,) = seen.placements[record.slug]
-        return found if found.state is state and await scheduler.still(seen) else None
+        return found if found.state is state and await scheduler.unchanged_since(seen) else None
 
     placement = await until(lambda: in_state(PlacementState.RUNNING))
     seen = await scheduler.snapshot()
-    assert await scheduler.still(seen)
+    assert await scheduler.unchanged_since(seen)
     await scheduler.retire(placement, 1.0)
-    assert not await scheduler.still(seen)
+    assert not await scheduler.unchanged_since(seen)
     await until(lambda: in_state(PlacementState.DEAD))

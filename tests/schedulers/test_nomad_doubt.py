@@ -35,12 +35,12 @@ def test_what_was_alive_and_is_listed_no_more_is_asked_for() -> None:
     """A full look remembers all that is alive, a narrow one only its own; the dead may go."""
     a, b = placement("a", 1, ref="job-a"), placement("b", 1, ref="job-b")
     memory = Vanished()
-    memory.take({a.slug: (a,), b.slug: (b,)}, None)
+    memory.remember({a.slug: (a,), b.slug: (b,)}, None)
     assert memory.vanished({"job-a"}, None) == ["job-b"]
     assert memory.vanished(set(), frozenset({a.slug})) == ["job-a"]
-    memory.take({b.slug: (placement("b", 1, PlacementState.DEAD, ref="job-b"),)}, {b.slug})
+    memory.remember({b.slug: (placement("b", 1, PlacementState.DEAD, ref="job-b"),)}, {b.slug})
     assert memory.vanished(set(), None) == ["job-a"]
-    memory.take({}, None)
+    memory.remember({}, None)
     assert memory.vanished(set(), None) == []
 
 
@@ -48,6 +48,6 @@ def test_a_whole_fleet_that_vanished_costs_few_questions() -> None:
     """A thousand missing jobs are not a thousand calls."""
     memory = Vanished()
     found = [placement(f"d{n}", 1, ref=f"job-{n}") for n in range(1000)]
-    memory.take({one.slug: (one,) for one in found}, None)
+    memory.remember({one.slug: (one,) for one in found}, None)
 
     assert len(memory.vanished(set(), None)) == MAX_ASKED

@@ -160,7 +160,7 @@ async def test_a_drain_is_seen_by_the_next_look_and_ends(nomad: NomadServer) -> 
         drain = {"Deadline": 3600 * 10**9, "IgnoreSystemJobs": True}
         await nomad.request("POST", path, {"DrainSpec": drain})
         try:
-            assert not await scheduler.still(before)
+            assert not await scheduler.unchanged_since(before)
             reason = (await agent()).reason
             detail = await nomad.request("GET", f"/v1/node/{node['ID']}")
             until = detail["DrainStrategy"]["ForceDeadline"][:19]

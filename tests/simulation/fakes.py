@@ -257,7 +257,7 @@ class FakeScheduler:
             self._read = seen
         return seen
 
-    async def still(self, snapshot: Snapshot) -> bool:
+    async def unchanged_since(self, snapshot: Snapshot) -> bool:
         index, _ = await self._line.call(
             "scheduler.snapshot", lambda: self._cluster.listing(frozenset())
         )

@@ -35,9 +35,9 @@ class Counted(FakeScheduler):
             self.fourth.set()
         return await super().snapshot(only)
 
-    async def still(self, snapshot: Snapshot) -> bool:
+    async def unchanged_since(self, snapshot: Snapshot) -> bool:
         self.asked += 1
-        return await super().still(snapshot)
+        return await super().unchanged_since(snapshot)
 
 
 def looking(scheduler: FakeScheduler) -> tuple[PlacementInformer, list[Snapshot]]:
@@ -102,7 +102,7 @@ async def test_a_scheduler_that_does_not_answer_is_no_quiet_one() -> None:
 
 
 async def test_a_backend_that_can_not_tell_is_read_each_time() -> None:
-    """`still` is no duty of a backend."""
+    """A backend need not have `unchanged_since`."""
 
     class Plain:
         """The duties alone."""

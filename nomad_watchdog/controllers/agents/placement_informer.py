@@ -21,7 +21,7 @@ from nomad_watchdog.fleet.listing_freshness import ListingFreshness
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Monotonic
-from nomad_watchdog.schedulers import Scheduler, Snapshot, still
+from nomad_watchdog.schedulers import Scheduler, Snapshot, unchanged_since
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,11 @@ class PlacementInformer:
     async def _unchanged(self) -> Snapshot | None:
         """The last full snapshot, if the scheduler says that it would be the same now."""
         whole = self._whole
-        if whole is None or self._stills >= _MAX_STILL or not await still(self._scheduler, whole):
+        if (
+            whole is None
+            or self._stills >= _MAX_STILL
+            or not await unchanged_since(self._scheduler, whole)
+        ):
             return None
         self._stills += 1
         return whole

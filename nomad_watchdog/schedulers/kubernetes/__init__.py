@@ -1,7 +1,7 @@
-"""Agents on Kubernetes: one object a device, named by its slug.
+"""The backend `kubernetes`: one object per device, named by its slug.
 
-A Deployment by default; a StatefulSet or a bare Pod where its class says so (docs/kubernetes.md tells
-when). The API server's lists are the truth, its watches only hints.
+By default it is a Deployment. A class can select a StatefulSet or a bare Pod (docs/kubernetes.md).
+Only the lists of the API server decide; its watches are hints.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import random
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog.clients.kubernetes import KubernetesAccess, KubernetesClient, Listed
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.clock import Clock, SystemClock
 from nomad_watchdog.errors import (
     ConflictError,
@@ -34,7 +35,7 @@ from nomad_watchdog.schedulers.kubernetes import _view, _watch, names
 from nomad_watchdog.schedulers.kubernetes import objects as _objects
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
-from nomad_watchdog.schedulers.kubernetes._unchanged import Stillness
+from nomad_watchdog.schedulers.kubernetes._unchanged import ChangeProbe
 from nomad_watchdog.schedulers.kubernetes.names import Kind, Ref
 from nomad_watchdog.schedulers.kubernetes.namespaces import remember_namespaces
 from nomad_watchdog.schedulers.vanished import Vanished
@@ -42,17 +43,17 @@ from nomad_watchdog.schedulers.vanished import Vanished
 log = logging.getLogger(__name__)
 
 _FEW: Final = 64
-"""Up to so many slugs fit into one selector; for more the full list is asked for."""
+"""Maximum number of slugs in one selector; for more the full list is read."""
 _TRIES: Final = 5
 _PAUSE_S: Final = 0.1
-_UNMADE_S: Final = 3.0
-_MAX_UNMADE: Final = 8
+_WITHOUT_POD_S: Final = 3.0
+"""Age of an object without a pod from which on its status is read, which has the reason."""
+_MAX_WITHOUT_POD: Final = 8
 
 
 class KubernetesScheduler:
-    """The backend `kubernetes`. `namespaces`: devices are spread over so many, the first is `namespace`
-    and the others have -1, -2, … behind. `blocked_limit`: with so many pods that no node takes there is
-    no room."""
+    """`namespaces`: number of namespaces that devices are spread over; the first is `namespace`, the others have
+    the suffix -1, -2, … `blocked_limit`: number of unschedulable pods from which on there is no room."""
 
     name = "kubernetes"
 
@@ -69,7 +70,9 @@ class KubernetesScheduler:
         clock: Clock | None = None,
     ) -> None:
         if namespaces < 1 or shards < 1:
-            raise UserError(f"namespaces is {namespaces} and shards {shards}; at least 1 is needed")
+            raise UserError(
+                f"namespaces is {namespaces} and shards is {shards}; both must be at least 1"
+            )
         self.capabilities = Capabilities(replaces_in_place=True, drains=True, logs=True)
         self._clock = clock or SystemClock()
         chosen = settings or (client.settings if client else KubernetesAccess.discover())
@@ -82,24 +85,22 @@ class KubernetesScheduler:
         self._blocked_limit = blocked_limit
         self._selector = f"{names.INSTALLATION}={self._installation},{names.MANAGED}={names.DOMAIN}"
         self._built: dict[tuple[str, str], _objects.Built] = {}
-        self._still = Stillness(self._client, self._selector)
+        self._probe = ChangeProbe(self._client, self._selector)
         self._cordons = Cordons(self._client)
         self._memory = Vanished()
         self._index = 0
         self._listed = False
-        self.malformed = 0
-        """Objects in the last full snapshot that claim to be ours and make no sense."""
 
     @staticmethod
     def check_spec(spec: AgentSpec) -> None:
-        """Raises UserError for a template, or variables, that won't do."""
+        """Raises UserError for an invalid template or variable."""
         _objects.build(spec)
 
     async def prepare(
         self,
         specs: Collection[AgentSpec],
         *,
-        shards: Collection[Shard] | None = None,  # noqa: ARG002  # no class has an object of its own
+        shards: Collection[Shard] | None = None,  # noqa: ARG002  # classes have no objects
     ) -> Mapping[str, str]:
         built: dict[tuple[str, str], _objects.Built] = {}
         refused: dict[str, str] = {}
@@ -110,12 +111,12 @@ class KubernetesScheduler:
                 refused[spec.agent_class] = str(error)
         known = await remember_namespaces(self._client, self._first, self._spread)
         if known != self._known:
-            self._still.forget()  # there is a namespace that was not listed
+            self._probe.forget()  # a namespace was added that has not been listed
         self._known, self._built = known, built
         return refused
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
-        with self._still.writing():
+        with self._probe.writing():
             built = self._built.get((spec.agent_class, spec.spec_hash))
             if built is None:
                 built = self._built[spec.agent_class, spec.spec_hash] = _objects.build(spec)
@@ -128,8 +129,8 @@ class KubernetesScheduler:
             )  # fmt: skip
             document, credential = _objects.document_of(record, epoch, spec)
             own = secret_name(ref, epoch) if credential else ""
-            held = _objects.token_secret(own, labels, credential) if own else None
-            secret = AgentSecret(self._client, ref, held)
+            secret_body = _objects.token_secret(own, labels, credential) if own else None
+            secret = AgentSecret(self._client, ref, secret_body)
             body = _objects.workload(
                 built,
                 record,
@@ -141,18 +142,18 @@ class KubernetesScheduler:
             try:
                 return await self._place(ref, body, spec, secret)
             except TransientError:
-                raise  # the next try finds it
+                raise  # the next attempt finds the Secret
             except WatchdogError:
-                with suppress(WatchdogError):  # what was wrong at first counts
-                    await secret.drop()
+                with suppress(WatchdogError):  # report the first error
+                    await secret.delete()
                 raise
 
     async def _place(
-        self, ref: Ref, body: dict[str, Any], spec: AgentSpec, secret: AgentSecret
+        self, ref: Ref, body: KubernetesObject, spec: AgentSpec, secret: AgentSecret
     ) -> int:
-        found: dict[str, Any] | None = None  # most are new: only a conflict makes us look
+        found: KubernetesObject | None = None  # most objects are new: read only after a conflict
         for attempt in range(_TRIES):
-            if attempt > 1:  # a controller writes the status of a new object several times at once
+            if attempt > 1:  # a controller writes the status of a new object several times in a row
                 await asyncio.sleep(random.uniform(0.5, 1.0) * _PAUSE_S * (attempt - 1))  # noqa: S311  # jitter
             if attempt:
                 found = await self._client.find(ref.path, metadata=True)
@@ -160,29 +161,29 @@ class KubernetesScheduler:
                 self._check_owner(found, ref)
                 who = _view.identity(found)
                 if who.epoch == ref.epoch:
-                    await secret.adopt(body, found)
+                    await secret.set_owner(body, found)
                     return _version(found)
                 if who.epoch > ref.epoch:
-                    await secret.drop(sure=True)
+                    await secret.delete(any_writer=True)
                     raise ConflictError(f"{who.slug} is at epoch {who.epoch}, not {ref.epoch}")
                 if ref.kind == "pod":
-                    # Its spec can't be changed: when it is gone, ensure is called again.
-                    await secret.drop()
+                    # The spec of a pod cannot be changed: once it is gone, ensure is called again.
+                    await secret.delete()
                     return await self._delete(found, ref, spec.kill_timeout_s)
             try:
-                # before the workload: a pod without it would not start
+                # before the workload: without its Secret the pod would not start
                 await secret.put(new=not attempt)
                 made = await self._client.apply(ref.path, _objects.expecting(body, found))
             except ConflictError:
                 continue
-            await secret.adopt(body, made)
+            await secret.set_owner(body, made)
             if found is not None:
-                await secret.replace(who.epoch)
+                await secret.delete_earlier(who.epoch)
             return _version(made)
-        raise TransientError(f"{ref} is changed by others all the time")
+        raise TransientError(f"{ref} was changed by another writer in each of {_TRIES} attempts")
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
-        with self._still.writing():
+        with self._probe.writing():
             ref = Ref.parse(placement.ref)
             for _ in range(_TRIES):
                 found = await self._client.find(ref.path, metadata=True)
@@ -195,20 +196,18 @@ class KubernetesScheduler:
                 except ConflictError:
                     continue
                 return
-            raise TransientError(f"{ref} is changed by others all the time")
+            raise TransientError(
+                f"{ref} was changed by another writer in each of {_TRIES} attempts"
+            )
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         if only is not None and len(only) <= _FEW and self._listed:
             return await self._read(frozenset(only))
         whole = await self._read(None)
-        if only is None:
-            return whole
-        asked = frozenset(only)
-        part = {slug: found for slug, found in whole.placements.items() if slug in asked}
-        return Snapshot(part, whole.index, asked)
+        return whole if only is None else whole.part(only)
 
-    async def still(self, snapshot: Snapshot) -> bool:
-        return await self._still.holds(snapshot)
+    async def unchanged_since(self, snapshot: Snapshot) -> bool:
+        return await self._probe.unchanged_since(snapshot)
 
     def watch(self) -> AsyncIterator[Hint]:
         return _watch.hints(self._client, self._namespaces, self._selector, self._cordons)
@@ -228,7 +227,7 @@ class KubernetesScheduler:
         return Capacity.beside(reasons, self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
-        with self._still.writing():
+        with self._probe.writing():
             done = 0
             for one in dead:
                 ref = Ref.parse(one.ref)
@@ -254,8 +253,8 @@ class KubernetesScheduler:
         return Ref(namespace, kind, names.name_of(slug), epoch)
 
     async def _move(self, slug: Slug, home: Ref) -> int:
-        """Stop what a device has elsewhere (another workload, another namespace); the index of that, 0
-        when there is none. It must be gone before the next one is made."""
+        """Stop a device's agent in another kind of workload or another namespace. It must be gone before the next
+        one is created. Returns the index of the stop, 0 when there was none."""
         for text in self._memory.live(slug):
             ref = Ref.parse(text)
             if (ref.namespace, ref.kind) == (home.namespace, home.kind):
@@ -266,8 +265,8 @@ class KubernetesScheduler:
                 return await self._delete(found, ref, None)
         return 0
 
-    async def _delete(self, found: Mapping[str, Any], ref: Ref, grace_s: float | None) -> int:
-        """Just this one. In the foreground: the object stays until its pod is gone."""
+    async def _delete(self, found: KubernetesObject, ref: Ref, grace_s: float | None) -> int:
+        """Delete exactly this object, in the foreground: it exists until its pod is gone."""
         meta = found["metadata"]
         pod = ref.kind == "pod"
         if not meta.get("deletionTimestamp"):
@@ -281,7 +280,7 @@ class KubernetesScheduler:
         return _version(found)
 
     async def _delete_pods(self, placement: Placement, ref: Ref, grace_s: float) -> None:
-        """Of an epoch whose object is gone or at another one."""
+        """Delete the pods of an epoch whose object is gone or at another epoch."""
         path = names.collection(ref.namespace, "pod")
         mine = f"{self._selector},{names.SLUG}={placement.slug},{names.EPOCH}={ref.epoch}"
         found = await self._client.list(path, labels=mine)
@@ -291,15 +290,15 @@ class KubernetesScheduler:
                 at = f"{path}/{meta['name']}"
                 await self._client.delete(at, grace_s=math.ceil(grace_s), uid=meta["uid"])
 
-    def _check_owner(self, found: Mapping[str, Any], ref: Ref) -> None:
+    def _check_owner(self, found: KubernetesObject, ref: Ref) -> None:
         self._check_installation(found, ref)
         if found["metadata"].get("deletionTimestamp"):
             raise TransientError(f"{ref.path} is still being shut down", retry_after_s=1.0)
 
-    def _check_installation(self, found: Mapping[str, Any], ref: Ref) -> None:
-        labels = found["metadata"].get("labels") or {}
+    def _check_installation(self, found: KubernetesObject, ref: Ref) -> None:
+        labels = _view.labels_of(found)
         if labels.get(names.MANAGED) != names.DOMAIN:
-            raise TerminalError(f"{ref.path} exists and is not ours")
+            raise TerminalError(f"{ref.path} exists and was not created by nomad-watchdog")
         owner = labels.get(names.INSTALLATION, "")
         if owner != self._installation:
             raise TerminalError(
@@ -307,7 +306,7 @@ class KubernetesScheduler:
             )
 
     async def _read(self, only: frozenset[Slug] | None) -> Snapshot:
-        before, began = self._index, self._still.begins()
+        before, began = self._index, self._probe.begin_read()
         labels = self._selector
         if only is not None:
             labels += f",{names.SLUG} in ({','.join(sorted(only))})"
@@ -315,7 +314,7 @@ class KubernetesScheduler:
         kinds: tuple[Kind, ...] = ("deployment", "statefulset")
         above = [names.collection(space, kind) for space in spaces for kind in kinds]
         below = [names.collection(space, "pod") for space in spaces]
-        # Pods after their objects: a pod that is seen has an object that was there before it.
+        # Pods after their objects: an object is older than its pods.
         owners = await asyncio.gather(
             *(self._client.list(path, labels=labels, metadata=True) for path in above)
         )
@@ -323,62 +322,64 @@ class KubernetesScheduler:
         index = min(int(one.version) for one in (*owners, *pods))
         if index < before:
             self._index = 0
-            raise StaleError(f"kubernetes' version went back from {before} to {index}")
+            raise StaleError(
+                f"the resource version of kubernetes went back from {before} to {index}"
+            )
         objects = await self._with_status(owners, pods)
-        things = _flat(pods)
-        found, malformed = _view.placements(objects, things, self._clock.wall())
-        await self._believe(found, only)
-        self._memory.take(found, only)
+        all_pods = _flat(pods)
+        found = _view.placements(objects, all_pods, self._clock.wall())
+        await self._check_vanished(found, only)
+        self._memory.remember(found, only)
         snapshot = Snapshot(found, index, only)
         if only is None:
             snapshot = replace(snapshot, closed_hosts=await self._cordons.read())
-            self._index, self._listed, self.malformed = index, True, malformed
+            self._index, self._listed = index, True
             lists = zip((*above, *below), (*owners, *pods), strict=True)
             versions = {path: one.version for path, one in lists}
-            settled = _view.is_settled(objects, things)
-            self._still.read(began, snapshot if settled else None, versions)
+            settled = _view.is_settled(objects, all_pods)
+            self._probe.end_read(began, snapshot if settled else None, versions)
         return snapshot
 
-    async def _believe(
+    async def _check_vanished(
         self, found: Mapping[Slug, Sequence[Placement]], only: frozenset[Slug] | None
     ) -> None:
-        """Raise StaleError when a list leaves out what the API server has (S7)."""
+        """Raise StaleError when a list lacks an object that the API server has (S7)."""
         listed = {one.ref for some in found.values() for one in some}
         refs = [Ref.parse(text) for text in self._memory.vanished(listed, only)]
         answers = await asyncio.gather(
             *(self._client.find(ref.path, metadata=True) for ref in refs)
         )
         for ref, there in zip(refs, answers, strict=True):
-            if there is not None and _epoch(there) == ref.epoch:
-                labels = there["metadata"].get("labels") or {}
-                if labels.get(names.INSTALLATION) == self._installation:
-                    raise StaleError(f"kubernetes' lists leave out {ref.path}, which is there")
+            if there is None or _epoch(there) != ref.epoch:
+                continue
+            if _view.labels_of(there).get(names.INSTALLATION) == self._installation:
+                raise StaleError(f"the lists of kubernetes lack {ref.path}, which exists")
 
     async def _with_status(
         self, owners: Sequence[Listed], pods: Sequence[Listed]
-    ) -> list[Mapping[str, Any]]:
-        """The objects; those that have had no pod for a while with their status, which says why."""
+    ) -> list[KubernetesObject]:
+        """The objects. Those that have been without a pod for a while have their status, with the reason."""
         objects = _flat(owners)
         placed = {_view.key_of(pod) for pod in _flat(pods)}
         now = self._clock.wall()
-        unmade = [
+        without_pod = [
             one
             for one in objects
             if _view.key_of(one) not in placed
-            and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _UNMADE_S
-        ][:_MAX_UNMADE]
-        paths = [path for one in unmade if (path := _path_of(one))]
-        there = await asyncio.gather(*(self._client.find(path) for path in paths))
-        whole = {one["metadata"]["uid"]: one for one in there if one is not None}
+            and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _WITHOUT_POD_S
+        ][:_MAX_WITHOUT_POD]
+        paths = [path for one in without_pod if (path := _path_of(one))]
+        found = await asyncio.gather(*(self._client.find(path) for path in paths))
+        whole = {one["metadata"]["uid"]: one for one in found if one is not None}
         return [whole.get(one["metadata"]["uid"], one) for one in objects]
 
 
-def _flat(lists: Sequence[Listed]) -> list[Mapping[str, Any]]:
+def _flat(lists: Sequence[Listed]) -> list[KubernetesObject]:
     return [one for found in lists for one in found.items]
 
 
-def _path_of(thing: Mapping[str, Any]) -> str:
-    """Empty when its labels make no sense."""
+def _path_of(thing: KubernetesObject) -> str:
+    """The path of an object; "" if its labels are inconsistent."""
     meta = thing["metadata"]
     try:
         kind = _view.identity(thing).kind
@@ -387,13 +388,13 @@ def _path_of(thing: Mapping[str, Any]) -> str:
     return f"{names.collection(meta['namespace'], kind)}/{meta['name']}"
 
 
-def _version(thing: Mapping[str, Any]) -> int:
+def _version(thing: KubernetesObject) -> int:
     return whole(thing["metadata"]["resourceVersion"])
 
 
-def _epoch(thing: Mapping[str, Any]) -> int:
-    text = (thing["metadata"].get("labels") or {}).get(names.EPOCH, "")
+def _epoch(thing: KubernetesObject) -> int:
+    """The epoch of an object; -1 if it has none."""
     try:
-        return whole(text)
+        return whole(_view.labels_of(thing).get(names.EPOCH, ""))
     except ValueError:
         return -1

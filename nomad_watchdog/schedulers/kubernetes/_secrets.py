@@ -1,17 +1,15 @@
-"""The Secret with the credential of one agent: made before its workload, and gone with it."""
+"""The Secret with the credential of one agent. It is created before the workload and deleted with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nomad_watchdog.clients.kubernetes import KubernetesClient
+from nomad_watchdog.clients.kubernetes_objects import KubernetesObject
 from nomad_watchdog.schedulers.kubernetes.names import Ref
 from nomad_watchdog.schedulers.kubernetes.objects import expecting
 
 
 def secret_name(ref: Ref, epoch: int) -> str:
-    """One for each epoch: a late start must not overwrite the credential of the accepted agent."""
+    """One Secret per epoch, so that a late start does not overwrite the credential of the accepted agent."""
     return f"{ref.name}-{epoch}"
 
 
@@ -20,11 +18,11 @@ def _path(ref: Ref, epoch: int) -> str:
 
 
 class AgentSecret:
-    """Our right to Secrets is to write them, never to read them: what is there shows in conflicts only.
+    """The control plane may write Secrets but not read them, so it detects existing ones only by conflicts.
 
-    `body`: None for an agent without a credential, of which nothing is written."""
+    `body`: None for an agent without a credential; then no Secret is written."""
 
-    def __init__(self, client: KubernetesClient, ref: Ref, body: Mapping[str, Any] | None) -> None:
+    def __init__(self, client: KubernetesClient, ref: Ref, body: KubernetesObject | None) -> None:
         self._client = client
         self._ref = ref
         self._path = _path(ref, ref.epoch)
@@ -32,37 +30,37 @@ class AgentSecret:
         self._put = False
 
     async def put(self, *, new: bool) -> None:
-        """Write it, yet without an owner; once for all tries.
+        """Write it, without an owner yet. Later calls have no effect.
 
-        `new`: raises ConflictError when there is one of this name, which may have its owner already, or
-        belong to another installation."""
+        `new`: raises ConflictError if a Secret of this name exists, which may already have an owner or belong to
+        another installation."""
         if self._body is None or self._put:
             return
         await self._client.apply(self._path, expecting(self._body, None) if new else self._body)
         self._put = True
 
-    async def adopt(self, body: Mapping[str, Any], made: Mapping[str, Any]) -> None:
-        """Give it to the workload with this body, which is there as `made`: the garbage collector takes the
-        Secret with its owner. What is read as metadata alone has another kind, so that is the body's."""
+    async def set_owner(self, body: KubernetesObject, workload: KubernetesObject) -> None:
+        """Make the workload its owner, so that the garbage collector deletes both together. `body`: what was
+        applied; it has the kind, which differs in `workload` when only metadata was read."""
         if self._body is None:
             return
-        self._put = False  # from here on it is the agent's
+        self._put = False  # from now on it must not be deleted here
         reference = {
             "apiVersion": body["apiVersion"],
             "kind": body["kind"],
-            "name": made["metadata"]["name"],
-            "uid": made["metadata"]["uid"],
+            "name": workload["metadata"]["name"],
+            "uid": workload["metadata"]["uid"],
         }
         meta = {**self._body["metadata"], "ownerReferences": [reference]}
         await self._client.apply(self._path, {**self._body, "metadata": meta})
 
-    async def drop(self, *, sure: bool = False) -> None:
-        """Delete it when it was made here and has no workload; `sure`: it is ours whoever made it."""
-        if self._put or (sure and self._body is not None):
+    async def delete(self, *, any_writer: bool = False) -> None:
+        """Delete it if it was written here and has no workload. `any_writer`: also if another replica wrote it."""
+        if self._put or (any_writer and self._body is not None):
             await self._client.delete(self._path)
             self._put = False
 
-    async def replace(self, epoch: int) -> None:
-        """Delete the one of this earlier epoch."""
+    async def delete_earlier(self, epoch: int) -> None:
+        """Delete the Secret of an earlier epoch."""
         if self._body is not None:
             await self._client.delete(_path(self._ref, epoch))

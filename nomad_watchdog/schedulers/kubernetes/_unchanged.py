@@ -1,13 +1,14 @@
-"""Whether all is as the last full list has it, told without another list: by short watches.
+"""Detects by short watches, without another list, that nothing has changed since the last full list.
 
-A watch from a list's version begins with all that has happened since
-(https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes). It is told from
-the API server's memory; that this is as new as the store is what a list of one object asks for before. A watch
-that then has nothing to say in a second tells that nothing has happened. What this costs does not grow with the
-fleet. A bookmark would be a word, but none is given of a kind that had no event since the API server's start.
+A watch from a list's version begins with everything that has happened since
+(https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes). The API server serves
+it from its cache. A list of one object is read first, because it makes the API server bring its cache up to date.
+If the watch then has no event within a second, nothing has happened. The cost does not grow with the fleet. A
+bookmark would be a positive confirmation, but there is none for a kind without events since the API server started.
 
-Of several API servers behind one address another than the list's may answer the watch, and be behind. So own
-writes count by themselves (S8); what else it could hide comes with its event, or at the next list.
+With several API servers behind one address, the watch may be served by another one, which may be behind. So the
+control plane's own writes count as changes by themselves (S8). Other changes that it misses are seen when their
+events arrive, or at the next list.
 """
 
 from __future__ import annotations
@@ -24,66 +25,67 @@ from nomad_watchdog.schedulers import Snapshot
 
 _WATCH_S: Final = 1.0
 _MIN_S: Final = 0.95
-"""A watch that is ended sooner was not ended because its time was over."""
+"""A watch that ends sooner did not end because of its timeout."""
 _FRESH_S: Final = 2.0
-"""After three seconds the API server asks its store instead of its memory, and nothing is known of that."""
+"""Timeout of the list of one object. After three seconds the API server reads its store instead of its cache, and
+the state of the cache is unknown."""
 _MAX_S: Final = 5.0
 
 
-class Stillness:
-    """`read` after a full snapshot, `writing` around each write of ours; then `holds` may be asked."""
+class ChangeProbe:
+    """Call `begin_read` and `end_read` around each full list, and use `writing` around each write."""
 
     def __init__(self, client: KubernetesClient, labels: str) -> None:
         self._client = client
         self._labels = labels
-        self._of: Snapshot | None = None
+        self._snapshot: Snapshot | None = None
         self._versions: dict[str, str] = {}
         self._writes = 0
 
-    def begins(self) -> int:
-        """Call before a list is read; what it gives is for `read`."""
+    def begin_read(self) -> int:
+        """Call before a list is read. The result is an argument of `end_read`."""
         return self._writes
 
-    def read(self, began: int, snapshot: Snapshot | None, versions: Mapping[str, str]) -> None:
-        """`versions`: path of each list → its version. `snapshot` None: what was read may look otherwise
-        later, with no event."""
-        self._of = snapshot if began == self._writes else None
+    def end_read(self, began: int, snapshot: Snapshot | None, versions: Mapping[str, str]) -> None:
+        """`versions`: path of each list → its version. `snapshot`: None if the placements may change later without
+        an event."""
+        self._snapshot = snapshot if began == self._writes else None
         self._versions = dict(versions)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around a write, whose event may come late, and one that fails may have arrived: only a list that is
-        begun after it shows it."""
+        """Around a write: its event may arrive late, and a write that failed may have taken effect. Only a list that
+        begins after it is certain to include it."""
         try:
             yield
         finally:
             self.forget()
 
     def forget(self) -> None:
-        """Nothing is still before another list was begun."""
-        self._of = None
+        """Report a change until another list has been read."""
+        self._snapshot = None
         self._writes += 1
 
-    async def holds(self, snapshot: Snapshot) -> bool:
-        """Never raises: what can't be learnt is a no."""
-        if self._of is not snapshot:
+    async def unchanged_since(self, snapshot: Snapshot) -> bool:
+        """Whether nothing has changed since this snapshot. False when in doubt; never raises."""
+        if self._snapshot is not snapshot:
             return False
         quiet = await asyncio.gather(*(self._is_quiet(path) for path in self._versions))
-        return all(quiet) and self._of is snapshot
+        return all(quiet) and self._snapshot is snapshot
 
     async def _is_quiet(self, path: str) -> bool:
-        """Whether nothing has happened there since the list."""
+        """Whether nothing below this path has changed since the list."""
         since = self._versions[path]
         try:
             async with asyncio.timeout(_FRESH_S):
                 version = await self._client.version_of(path)
-            # Less is an older store that was put back, whose watches are silent.
+            # A lower version means that an older store was restored, whose watches have no events.
             return int(version) >= int(since) and await self._is_silent(path, since)
         except (WatchdogError, TimeoutError, ValueError):
-            return False  # forgotten, or a broken line: a list will tell
+            return False  # the version has expired, or the connection failed
 
     async def _is_silent(self, path: str, since: str) -> bool:
-        """Whether a watch had its time and nothing to say. Raises TimeoutError and as `KubernetesClient.watch`."""
+        """Whether a watch ended by its timeout without an event. Raises TimeoutError and as `KubernetesClient.watch`."""
         began = time.monotonic()
         watch = self._client.watch(
             path, since, labels=self._labels, metadata=True, length_s=_WATCH_S

@@ -1,4 +1,4 @@
-"""What our objects are called and marked with. Pure."""
+"""Names, labels and annotations of the objects. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARD: Final = f"{DOMAIN}/shard"
 INSTALLATION: Final = f"{DOMAIN}/installation"
 WORKLOAD: Final = f"{DOMAIN}/workload"
 DEVICE_ID: Final = f"{DOMAIN}/device-id"
-"""An annotation, as the hash of the spec is: a label's value may not hold every text."""
+"""An annotation, like the hash of the spec: the value of a label may not contain every character."""
 SPEC_HASH: Final = f"{DOMAIN}/spec-hash"
 API: Final = f"{DOMAIN}/api"
 """An annotation: the addresses that the agent reports to, separated by spaces."""
@@ -31,12 +31,12 @@ APP: Final = "app.kubernetes.io/name"
 AGENT: Final = "watchdog-agent"
 
 RECORD: Final = "nomad-watchdog"
-"""ConfigMap in the first namespace that remembers how many there are."""
+"""ConfigMap in the first namespace that stores the number of namespaces."""
 
-_NAME_MOST: Final = 52
-"""A StatefulSet's name and the hash of its revision make a label of at most 63 characters."""
+_NAME_MAX: Final = 52
+"""The name of a StatefulSet and the hash of its revision form a label of at most 63 characters."""
 _HASH: Final = 21
-"""The end of a slug: a dash and 20 characters of hash."""
+"""Length of the end of a slug: a dash and 20 characters of hash."""
 _LABEL: Final = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _NAMESPACE: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,56}[a-z0-9])?")
 _PATHS: Final[dict[Kind, tuple[str, str]]] = {
@@ -47,10 +47,8 @@ _PATHS: Final[dict[Kind, tuple[str, str]]] = {
 
 
 def name_of(slug: Slug) -> str:
-    """The name of a device's object: its slug, of which the readable part gives way if it is too long."""
-    return (
-        slug if len(slug) <= _NAME_MOST else slug[: _NAME_MOST - _HASH].rstrip("-") + slug[-_HASH:]
-    )
+    """The name of a device's object: its slug. If that is too long, its readable part is cut."""
+    return slug if len(slug) <= _NAME_MAX else slug[: _NAME_MAX - _HASH].rstrip("-") + slug[-_HASH:]
 
 
 def collection(namespace: str, kind: Kind) -> str:
@@ -60,16 +58,17 @@ def collection(namespace: str, kind: Kind) -> str:
 
 
 def label(value: str, what: str) -> str:
-    """Raises UserError when Kubernetes does not take it as a label's value."""
+    """`value`, checked as the value of a label. Raises UserError. `what`: its name in the error."""
     if not _LABEL.fullmatch(value):
         raise UserError(
-            f"{what} {value!r} can't be a label: allowed are letters, digits, . _ and -, at most 63"
+            f"{what} {value!r} is not valid as a label: allowed are letters, digits, . _ and -, at most 63"
+            " characters"
         )
     return value
 
 
 def version_label(version: str) -> str:
-    """As Helm does it: the plus of a build is no character of a label."""
+    """A version as a label, as Helm converts it: a label may not contain the plus sign of a build."""
     return label(version.replace("+", "_").strip("._-")[:63].rstrip("._-"), "version")
 
 
@@ -83,15 +82,17 @@ def record_path(first: str) -> str:
 
 
 def check_namespace(name: str) -> str:
-    """Raises UserError for a name that Kubernetes does not take with a number behind it."""
+    """`name`, checked: it must be valid with a number appended. Raises UserError."""
     if not _NAMESPACE.fullmatch(name):
-        raise UserError(f"kubernetes namespace {name!r}: allowed are a-z, 0-9 and -, at most 58")
+        raise UserError(
+            f"kubernetes namespace {name!r}: allowed are a-z, 0-9 and -, at most 58 characters"
+        )
     return name
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """One placement's handle: an object, and the epoch that it is meant at."""
+    """The reference of a placement: an object and an epoch."""
 
     namespace: str
     kind: Kind
@@ -107,9 +108,9 @@ class Ref:
 
     @classmethod
     def parse(cls, text: str) -> Ref:
-        """Raises UserError when it is none of ours."""
+        """Raises UserError when the text is not a reference of this backend."""
         found = re.fullmatch(r"([a-z0-9-]+)/(deployment|statefulset|pod)/([a-z0-9-]+)#(\d+)", text)
         if found is None:
-            raise UserError(f"{text!r} is no placement of the kubernetes backend")
+            raise UserError(f"{text!r} is not a placement of the kubernetes backend")
         kind = next(one for one in KINDS if one == found[2])
         return cls(found[1], kind, found[3], Epoch(int(found[4])))

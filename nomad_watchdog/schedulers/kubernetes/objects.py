@@ -1,4 +1,4 @@
-"""Specs as Kubernetes objects: one Deployment, StatefulSet or Pod a device."""
+"""Specs as Kubernetes objects: one Deployment, StatefulSet or Pod per device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, cast
 
 import yaml
 
+from nomad_watchdog.clients.kubernetes_objects import (
+    EnvVar,
+    KubernetesObject,
+    ObjectMeta,
+    PodSpec,
+    PodTemplate,
+    WorkloadSpec,
+)
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
 from nomad_watchdog.schedulers import agent_document, job_templates
@@ -27,7 +35,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
 }
 """Variables of the shipped template that a class may set."""
 RESERVED: Final = ("workload", "token_secret")
-"""Variables that are ours, whatever the template."""
+"""Variables that the control plane uses itself; a template need not use them."""
 TOKEN_FOLDER: Final = "/var/run/watchdog"  # noqa: S105  # a folder
 _CREDENTIAL: Final = "credential"
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,63})\}")
@@ -35,7 +43,7 @@ _NUMBERS: Final = re.compile(r".*(Seconds|Threshold|[pP]ort|runAsUser|runAsGroup
 _DIGEST: Final = re.compile(r"@sha256:[0-9a-f]{64}\Z")
 _MIB: Final = 1024 * 1024
 _MAX_DOCUMENT: Final = 72 * 1024
-"""Base64 of it stays below the 128 KiB that Linux allows one variable of the environment."""
+"""In base64 it stays below 128 KiB, Linux's limit of one environment variable."""
 
 _POD: Final = {
     "metadata": {"labels": {}, "annotations": {}},
@@ -46,23 +54,21 @@ _POD: Final = {
     },
 }
 _SHAPE: Final = {"spec": {"strategy": {}, "template": _POD}}
-"""As far as we look into a template or add to it; the rest is the API server's to judge."""
-
-Object = Mapping[str, Any]
+"""The parts of a template that are read or extended here. The API server validates the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A class's template, filled."""
+    """A class's template with its variables replaced."""
 
     kind: Kind
-    pod: Object
+    pod: PodTemplate
     """`spec.template` of the template: metadata and spec of the pod."""
     token_secret: str
 
 
 def build(spec: AgentSpec) -> Built:
-    """The template of a class, parsed, filled and looked through. Raises UserError with all that is wrong."""
+    """The template of a class, with its variables replaced and checked. Raises UserError with all errors."""
     template = job_templates.load_yaml(spec.template, spec.text)
     kind = next((one for one in KINDS if one == spec.variables.get("workload", KINDS[0])), None)
     if kind is None:
@@ -70,22 +76,25 @@ def build(spec: AgentSpec) -> Built:
     try:
         document = yaml.safe_load(template.text)
     except yaml.YAMLError as error:
-        raise UserError(f"template {template.name!r} is no YAML: {str(error)[:300]}") from None
+        raise UserError(f"template {template.name!r} is not YAML: {str(error)[:300]}") from None
     filled, used = _fill(document, _variables(spec))
     unused = spec.variables.keys() - used - set(RESERVED)
     if unused:
         raise job_templates.UndeclaredError(template.name, min(unused), used)
     if wrong := list(_lint(filled)):
         raise UserError(f"template {template.name!r}: {'; '.join(wrong)}")
-    return Built(kind, filled["spec"]["template"], spec.variables.get("token_secret", ""))
+    pod = cast("KubernetesObject", filled)["spec"][
+        "template"
+    ]  # of the shape that _lint has checked
+    assert pod is not None
+    return Built(kind, pod, spec.variables.get("token_secret", ""))
 
 
 def unverified_image(built: Built) -> str:
-    """The image of the agent if it has no digest, so that the container runtime runs whatever its tag means at the
-    time; "" = it has one."""
+    """The image of the agent if it has no digest, so that its tag can change what runs; "" = it has one."""
     image = next(
         str(one.get("image", ""))
-        for one in built.pod["spec"]["containers"]
+        for one in built.pod["spec"]["containers"] or []
         if one.get("name") == "agent"
     )
     return "" if _DIGEST.search(image) else image
@@ -103,12 +112,12 @@ def _variables(spec: AgentSpec) -> dict[str, str]:
     }
 
 
-def _fill(value: Any, variables: Mapping[str, str], key: str = "") -> tuple[Any, set[str]]:
-    """The document with each ``${name}`` in its texts replaced, and the names used. Filled after it was
-    parsed: no value can become another part of the document."""
+def _fill(value: object, variables: Mapping[str, str], key: str = "") -> tuple[object, set[str]]:
+    """The document with each ``${name}`` in its texts replaced, and the names used. Variables are replaced after
+    parsing, so no value can change the structure of the document."""
     used: set[str] = set()
     if isinstance(value, dict):
-        filled: Any = {}
+        filled: dict[object, object] = {}
         for name, one in value.items():
             filled[name], more = _fill(one, variables, str(name))
             used |= more
@@ -122,65 +131,69 @@ def _fill(value: Any, variables: Mapping[str, str], key: str = "") -> tuple[Any,
     def replaced(found: re.Match[str]) -> str:
         if found[1] not in variables:
             known = ", ".join(sorted(variables))
-            raise UserError(f"template variable {found[1]!r} is not set; known are {known}")
+            raise UserError(f"template variable {found[1]!r} is not set; expected one of: {known}")
         used.add(found[1])
         return variables[found[1]]
 
     text = _VARIABLE.sub(replaced, value)
     if _NUMBERS.fullmatch(key) and text != value:
         if not (text.isascii() and text.isdigit()):
-            raise UserError(f"template {key}: {text!r} is no whole number")
+            raise UserError(f"template {key}: {text!r} is not a whole number")
         return int(text), used
     return text, used
 
 
-def _misshapen(value: Any, shape: Any, where: str) -> Iterator[str]:
-    """Where the document is not built as a Deployment is. What is left out, or null, is left out."""
+def _wrong_types(value: object, shape: object, where: str) -> Iterator[str]:
+    """Parts of the document with another type than in `shape`. Keys may be missing, and values null."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            yield f"{where} is no mapping"
+            yield f"{where} is not a mapping"
             return
         for name, one in shape.items():
             if value.get(name) is not None:
-                yield from _misshapen(value[name], one, f"{where}.{name}" if where else name)
+                yield from _wrong_types(value[name], one, f"{where}.{name}" if where else name)
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            yield f"{where} is no list"
+            yield f"{where} is not a list"
             return
         for at, one in enumerate(value):
-            yield from _misshapen(one, shape[0], f"{where}[{at}]")
-    elif not isinstance(value, shape):
-        yield f"{where} is no text"
+            yield from _wrong_types(one, shape[0], f"{where}[{at}]")
+    elif not isinstance(value, str):
+        yield f"{where} is not text"
 
 
-def _lint(document: Any) -> Iterator[str]:
+def _lint(document: object) -> Iterator[str]:
     if not isinstance(document, dict) or document.get("kind") != "Deployment":
-        yield "is no Deployment (for another workload too: its pod template is taken)"
+        yield "is not a Deployment (its pod template is also used for other workloads)"
         return
-    if wrong := list(_misshapen(document, _SHAPE, "")):
+    if wrong := list(_wrong_types(document, _SHAPE, "")):
         yield from wrong
         return
-    spec = document.get("spec") or {}
+    spec = cast("KubernetesObject", document).get("spec") or {}
     if spec.get("replicas", 1) != 1:
-        yield f"replicas is {spec['replicas']}; a device has one agent"
+        yield f"replicas is {spec['replicas']}; it must be 1, as a device has one agent"
     if (spec.get("strategy") or {}).get("type", "Recreate") != "Recreate":
-        yield "strategy must be Recreate: never two at once"
-    pod = ((spec.get("template") or {}).get("spec")) or {}
+        yield "strategy must be Recreate, so that a device never has two agents"
+    yield from _lint_pod((spec.get("template") or {}).get("spec") or {})
+
+
+def _lint_pod(pod: PodSpec) -> Iterator[str]:
     if pod.get("restartPolicy", "Always") != "Always":
-        yield "restartPolicy must be Always: the kubelet restarts a crashed agent"
+        yield "restartPolicy must be Always, so that the kubelet restarts a crashed agent"
     if not [one for one in pod.get("containers") or [] if one.get("name") == "agent"]:
         yield "has no container named agent"
-    asked = {one.get("key") for one in pod.get("tolerations") or []}
+    tolerated = {one.get("key") for one in pod.get("tolerations") or []}
     for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
-        if key not in asked:
-            yield f"no toleration of {key}: Kubernetes would wait five minutes for a lost node"
+        if key not in tolerated:
+            yield f"has no toleration of {key}: Kubernetes would wait five minutes for a lost node"
 
 
 def document_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> tuple[bytes, str]:
-    """The agent's document without its credential, and that. Raises UserError when it is too large."""
+    """The agent's document as UTF-8 without its credential, and the credential. Raises UserError when the document
+    is too large."""
     part = agent_document.class_part(spec)
     credential = str(part.pop(_CREDENTIAL, ""))
-    return agent_document.packed(
+    return agent_document.serialize(
         agent_document.document(record, epoch, part), _MAX_DOCUMENT
     ), credential
 
@@ -194,7 +207,7 @@ def labels_of(
     shard: int,
     installation: str,
 ) -> dict[str, str]:
-    """Of the object and of its pod."""
+    """Labels of the object and of its pod."""
     return {
         names.APP: names.AGENT,
         names.MANAGED: names.DOMAIN,
@@ -216,25 +229,30 @@ def workload(
     labels: Mapping[str, str],
     document: bytes,
     secret: str,
-) -> dict[str, Any]:
-    """The object of one device, for server-side apply. `secret`: the one with the agent's token, or empty."""
+) -> KubernetesObject:
+    """The object of one device, for server-side apply. `secret`: name of the Secret with the agent's token, or ""."""
     name = names.name_of(record.slug)
     annotations = {names.DEVICE_ID: record.device.id, names.SPEC_HASH: spec.spec_hash}
     if api := agent_document.api_of(spec):
         annotations[names.API] = " ".join(api)
-    pod = copy.deepcopy(dict(built.pod))
-    own = pod.get("metadata") or {}
-    pod["metadata"] = {
+    pod = copy.deepcopy(built.pod)
+    own: ObjectMeta = pod.get("metadata") or {}
+    pod_meta: ObjectMeta = {
         **own,
         "labels": {**(own.get("labels") or {}), **labels},
         "annotations": {**(own.get("annotations") or {}), **annotations},
     }
-    _equip(pod["spec"], record, document, secret)
-    meta = {"name": name, "labels": dict(labels), "annotations": annotations}
+    pod["metadata"] = pod_meta
+    _add_to_agent(pod["spec"], record, document, secret)
     if built.kind == "pod":
-        meta = {**pod["metadata"], "name": name}
-        return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod["spec"]}
-    body: dict[str, Any] = {
+        return {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {**pod_meta, "name": name},
+            "spec": cast("WorkloadSpec", pod["spec"]),
+        }
+    meta: ObjectMeta = {"name": name, "labels": dict(labels), "annotations": annotations}
+    body: WorkloadSpec = {
         "replicas": 1,
         "revisionHistoryLimit": 0,
         "selector": {"matchLabels": {names.SLUG: record.slug, names.APP: names.AGENT}},
@@ -243,30 +261,35 @@ def workload(
     if built.kind == "deployment":
         body["strategy"] = {"type": "Recreate"}
         return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": body}
-    # Parallel: with the default a pod that never gets ready would hold up the version that mends it.
+    # Parallel: with the default a pod that never becomes ready would block the version that fixes it.
     body |= {"serviceName": name, "podManagementPolicy": "Parallel"}
     return {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": meta, "spec": body}
 
 
-def _equip(pod: dict[str, Any], record: DeviceRecord, document: bytes, secret: str) -> None:
-    """Give the container named agent what only we know."""
-    agent = next(one for one in pod["containers"] if one.get("name") == "agent")
+def _add_to_agent(pod: PodSpec, record: DeviceRecord, document: bytes, secret: str) -> None:
+    """Add the device's data to the container named agent."""
+    agent = next(one for one in pod["containers"] or [] if one.get("name") == "agent")
     ours = {
-        "DEVICE_ID": record.device.id.replace("$", "$$"),  # no reference to another variable (S11)
+        # escaped, so that it cannot refer to another variable (S11)
+        "DEVICE_ID": record.device.id.replace("$", "$$"),
         "WATCHDOG_CONFIG_B64": base64.b64encode(document).decode(),
     }
     if secret:
         ours["WATCHDOG_TOKEN_FILE"] = f"{TOKEN_FOLDER}/token"
         mount = {"name": "watchdog-token", "mountPath": TOKEN_FOLDER, "readOnly": True}
         agent["volumeMounts"] = [*(agent.get("volumeMounts") or []), mount]
-        volume = {"name": "watchdog-token", "secret": {"secretName": secret, "defaultMode": 0o440}}
+        volume: dict[str, object] = {
+            "name": "watchdog-token",
+            "secret": {"secretName": secret, "defaultMode": 0o440},
+        }
         pod["volumes"] = [*(pod.get("volumes") or []), volume]
-    kept = [one for one in agent.get("env") or [] if one.get("name") not in ours]
-    agent["env"] = [*kept, *({"name": name, "value": value} for name, value in ours.items())]
+    others = [one for one in agent.get("env") or [] if one.get("name") not in ours]
+    own: list[EnvVar] = [{"name": name, "value": value} for name, value in ours.items()]
+    agent["env"] = [*others, *own]
 
 
-def token_secret(name: str, labels: Mapping[str, str], credential: str) -> dict[str, Any]:
-    """The Secret with the credential of one agent, good for its device and epoch only."""
+def token_secret(name: str, labels: Mapping[str, str], credential: str) -> KubernetesObject:
+    """The Secret with the credential of one agent, which is valid only for its device and epoch."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -276,12 +299,11 @@ def token_secret(name: str, labels: Mapping[str, str], credential: str) -> dict[
     }
 
 
-def expecting(body: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The body as a compare-and-set against what was found. Nothing ever has version 1, so that with it
-    an object is made, and one that is there already is a conflict (S2)."""
-    meta = dict(body["metadata"])
-    if found is None:
-        meta["resourceVersion"] = "1"
-    else:
-        meta |= {key: found["metadata"][key] for key in ("uid", "resourceVersion")}
+def expecting(body: KubernetesObject, found: KubernetesObject | None) -> KubernetesObject:
+    """The body as a compare-and-set against what was found. No object ever has version 1: with this version the
+    object is created, and an existing one is a conflict (S2)."""
+    meta: ObjectMeta = {**body["metadata"], "resourceVersion": "1"}
+    if found is not None:
+        meta["uid"] = found["metadata"]["uid"]
+        meta["resourceVersion"] = found["metadata"]["resourceVersion"]
     return {**body, "metadata": meta}

@@ -272,7 +272,7 @@ def _dead(settings: PlacementSettings, home: Path, entry: Entry, reason: str) ->
     done = replace(entry, state=PlacementState.DEAD, pid=0, pid_start=0, reason=reason)
     write_entry(home, done)
     if entry.pid:
-        settings.parents.bury(entry.pid)
+        settings.parents.reap(entry.pid)
     return done
 
 
@@ -316,7 +316,7 @@ def _later(settings: PlacementSettings, home: Path, entry: Entry, said: str) -> 
     )
     write_entry(home, done)
     if entry.pid:
-        settings.parents.bury(entry.pid)
+        settings.parents.reap(entry.pid)
     return done
 
 

@@ -101,9 +101,9 @@ class Parents:
                     return found if isinstance(found, int) else None
         return code
 
-    def bury(self, pid: int) -> None:
+    def reap(self, pid: int) -> None:
         """Reap a dead agent of ours; nothing for any other process."""
-        process.bury(pid)
+        process.reap(pid)
         if self._nursery is not None:
             with suppress(NurseryError), self._lock:
                 if self._nursery is not None:

@@ -57,7 +57,7 @@ def exit_code(pid: int) -> int | None:
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
-def bury(pid: int) -> None:
+def reap(pid: int) -> None:
     """Reap a dead child of ours; nothing for any other process."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)

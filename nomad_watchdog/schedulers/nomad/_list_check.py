@@ -1,7 +1,7 @@
-"""Whether Nomad's lists may be believed: an agent that runs does not leave them without a trace.
+"""Detects a list of jobs that is incomplete.
 
-A list can answer 200 and leave jobs out (a proxy, a bug, a lost page). Taken at its word, it would have
-us start a second agent beside each that it hides (S3): a missing agent needs no breaker.
+A list can have status 200 and lack jobs (a proxy, a bug, a lost page). The control plane would start a second
+agent for each device that is missing from it (S3); the mass-stop breaker does not prevent starts.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
-from nomad_watchdog.schedulers.nomad._view import Row
+from nomad_watchdog.clients.nomad_rows import Allocation
 
 
-def unlisted(listed: AbstractSet[str], allocs: Iterable[Row], index: int) -> set[str]:
-    """Jobs with a running allocation that the list of jobs, read before at `index`, leaves out."""
+def unlisted(listed: AbstractSet[str], allocs: Iterable[Allocation], index: int) -> set[str]:
+    """Jobs with a running allocation that the list of jobs, read before at `index`, lacks."""
     return {
         one["JobID"]
         for one in allocs

@@ -1,41 +1,50 @@
-"""What Nomad's lists say, as placements. Pure: values in, values out.
+"""Placements from Nomad's lists. Pure: values in, values out.
 
-`Job.Status` lies (it is dead before the process has ended, and for a moment between a failure and its
-reschedule), so a state comes from allocations and evaluations.
+`Job.Status` is not reliable: it is dead before the process has ended, and for a moment between a failure and
+the reschedule. So the state is determined from allocations and evaluations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from watchdog_agent.runtime.parsing import whole
 
+from nomad_watchdog.clients.nomad_rows import Allocation, Evaluation, Job, TaskEvent
 from nomad_watchdog.errors import UserError
-from nomad_watchdog.ids import Slug, parse_device_id, slug_of
+from nomad_watchdog.ids import DeviceId, Slug, parse_device_id, slug_of
 from nomad_watchdog.model import Epoch, Placement, PlacementState, WallTime
 from nomad_watchdog.schedulers.nomad.nodes import Nodes
 
 _ENDED: Final = frozenset({"complete", "failed", "lost"})
 _EXPECTED: Final = frozenset({"job-register", "queued-allocs", "max-plan-attempts"})
-"""Triggers of evaluations that a start makes by itself; one that finds no node waits for one anyway. An
-agent that fails shows as an allocation."""
+"""Triggers of the evaluations that a start creates. One that finds no node needs no action either. An agent
+that fails shows as an allocation."""
 _NS: Final = 1_000_000_000
 SECOND_LOOK_S: Final = 2.0
-"""A dead job with a failed allocation counts as dead when it still is so after this long."""
+"""A dead job with a failed allocation counts as dead after it has been so for this time."""
 
 SOURCE: Final = "agent_source"
-"""In the meta of a job: the replica's address that its agent is fetched from; "" = not from a replica."""
+"""Key in a job's meta: address of the replica that its agent is downloaded from; "" = not from a replica."""
 API: Final = "agent_api"
-"""In the meta of an agent's job: the addresses that it reports to, separated by spaces."""
-
-Row = Mapping[str, Any]
+"""Key in the meta of an agent's job: the addresses that it reports to, separated by spaces."""
 
 
-def identity(job: Row, installation: str) -> tuple[Slug, str, Epoch] | None:
-    """Slug, device id and epoch from a job's meta; None when it is not one of our agents.
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The device and epoch of a job."""
 
-    Raises UserError when it claims to be one and its meta does not hold together."""
+    slug: Slug
+    device_id: DeviceId
+    epoch: Epoch
+
+
+def identity(job: Job, installation: str) -> Identity | None:
+    """From a job's meta; None when the job is not one of our agents.
+
+    Raises UserError when its meta is inconsistent."""
     meta = job.get("Meta") or {}
     if "device_id" not in meta or job.get("ParameterizedJob"):
         return None
@@ -49,23 +58,23 @@ def identity(job: Row, installation: str) -> tuple[Slug, str, Epoch] | None:
     except ValueError:
         epoch = -1
     if epoch < 0:
-        raise UserError("meta of a job does not hold together: slug or epoch")
-    return slug, device_id, Epoch(epoch)
+        raise UserError("meta of a job is inconsistent: slug or epoch")
+    return Identity(slug, device_id, Epoch(epoch))
 
 
 def placement(
-    job: Row,
-    who: tuple[Slug, str, Epoch],
-    allocs: Sequence[Row],
-    evals: Sequence[Row],
+    job: Job,
+    who: Identity,
+    allocs: Sequence[Allocation],
+    evals: Sequence[Evaluation],
     *,
     settled: bool,
     nodes: Nodes | None = None,
 ) -> Placement:
-    """One job as a placement. `settled`: it was seen dead before, at least SECOND_LOOK_S ago. `nodes`: what is
-    known of the cluster's."""
+    """One job as a placement. `settled`: it has looked dead for at least SECOND_LOOK_S. `nodes`: the nodes of
+    the cluster, where they are known."""
     state, reason = _state(job, allocs, evals, settled=settled)
-    newest = max(allocs, key=lambda one: one.get("CreateIndex", 0), default=None)
+    newest = max(allocs, key=_created, default=None)
     if nodes is not None:
         reason = nodes.reason(newest, state, reason)
     holding = [
@@ -74,11 +83,11 @@ def placement(
         if one["ClientStatus"] not in _ENDED
         or (one["ClientStatus"] == "lost" and state is PlacementState.LOST)
     ]
-    meta = job["Meta"]
+    meta = job.get("Meta") or {}
     return Placement(
-        slug=who[0],
-        device_id=parse_device_id(who[1]),
-        epoch=who[2],
+        slug=who.slug,
+        device_id=who.device_id,
+        epoch=who.epoch,
         agent_class=meta.get("agent_class", ""),
         spec_hash=_spec_hash(meta),
         state=state,
@@ -88,52 +97,55 @@ def placement(
         restarts=0 if newest is None else _restarts(newest) + _replaced(allocs, newest),
         reason=reason,
         created_at=age(job)[0],
-        waits_since=_began(job, newest),
+        waits_since=_waits_since(job, newest),
         queued=bool(evals) and (newest is None or newest["ClientStatus"] in _ENDED),
         source=meta.get(SOURCE, ""),
         api=tuple(meta.get(API, "").split()),
     )
 
 
-def _began(job: Row, newest: Row | None) -> WallTime:
-    """When the job was submitted, or its newest allocation made, whichever is later."""
+def _created(alloc: Allocation) -> int:
+    return alloc.get("CreateIndex", 0)
+
+
+def _waits_since(job: Job, newest: Allocation | None) -> WallTime:
+    """When the job was submitted, or its newest allocation created, whichever is later."""
     made = 0 if newest is None else newest.get("CreateTime") or 0
     return WallTime(max(job.get("SubmitTime") or 0, made) / _NS)
 
 
-def _spec_hash(meta: Row) -> str:
-    """Of what the agent really runs with: its document comes from the dispatch, its template and resources from
-    the parent job of that moment. Where these are of two specs it is neither of them. A parent of an older version
-    does not say."""
-    told = str(meta.get("spec_hash", ""))
-    parent = str(meta.get("parent_spec", "")) or told
-    return told if parent == told else f"{told}/{parent}"
+def _spec_hash(meta: Mapping[str, str]) -> str:
+    """The spec that the agent runs with: its document comes from the dispatch, its template and resources from
+    the parent job at that moment. Both hashes, if they differ. The parent of an older version has none."""
+    own = str(meta.get("spec_hash", ""))
+    parent = str(meta.get("parent_spec", "")) or own
+    return own if parent == own else f"{own}/{parent}"
 
 
-def age(job: Row) -> tuple[WallTime, str]:
-    """Orders the jobs of one epoch as the planner orders placements: of several the least is kept."""
+def age(job: Job) -> tuple[WallTime, str]:
+    """Sort key that orders the jobs of one epoch as the planner orders placements: it keeps the first."""
     return WallTime((job.get("SubmitTime") or 0) / _NS), job["ID"]
 
 
-def unevaluated(job: Row, allocs: Sequence[Row], evals: Sequence[Row]) -> bool:
-    """Whether no scheduler has looked at a job or is about to. `evals`: those pending or blocked.
+def unevaluated(job: Job, allocs: Sequence[Allocation], evals: Sequence[Evaluation]) -> bool:
+    """Whether no scheduler has evaluated a job or is about to. `evals`: its pending and blocked evaluations.
 
-    True for a moment after each dispatch; for longer only when the server crashed between the job and
+    True for a moment after each dispatch; for longer only when the server crashed between writing the job and
     its evaluation, which are two writes before Nomad 1.10.5."""
     return job.get("Status") == "pending" and not job.get("Stop") and not allocs and not evals
 
 
-def _replaced(allocs: Sequence[Row], newest: Row) -> int:
-    """Earlier allocations that failed. One that a drain has moved to another node did not."""
+def _replaced(allocs: Sequence[Allocation], newest: Allocation) -> int:
+    """Number of earlier allocations that failed, without those that a drain moved to another node."""
     earlier = (one for one in allocs if one is not newest)
     return sum(not (one.get("DesiredTransition") or {}).get("Migrate") for one in earlier)
 
 
-def _restarts(alloc: Row) -> int:
+def _restarts(alloc: Allocation) -> int:
     return sum(task.get("Restarts", 0) for task in (alloc.get("TaskStates") or {}).values())
 
 
-def looks_dead(job: Row, allocs: Sequence[Row], evals: Sequence[Row]) -> bool:
+def looks_dead(job: Job, allocs: Sequence[Allocation], evals: Sequence[Evaluation]) -> bool:
     return (
         job.get("Status") == "dead"
         and all(one["ClientStatus"] in _ENDED for one in allocs)
@@ -142,20 +154,23 @@ def looks_dead(job: Row, allocs: Sequence[Row], evals: Sequence[Row]) -> bool:
 
 
 def _state(
-    job: Row, allocs: Sequence[Row], evals: Sequence[Row], *, settled: bool
+    job: Job, allocs: Sequence[Allocation], evals: Sequence[Evaluation], *, settled: bool
 ) -> tuple[PlacementState, str]:
     live = [one for one in allocs if one["ClientStatus"] not in _ENDED]
     stopped = bool(job.get("Stop"))
-    newest = max(allocs, key=lambda one: one.get("CreateIndex", 0), default=None)
+    newest = max(allocs, key=_created, default=None)
     if live:
-        return _of_live(max(live, key=lambda one: one.get("CreateIndex", 0)), stopped=stopped)
+        return _live_state(max(live, key=_created), stopped=stopped)
     if looks_dead(job, allocs, evals):
-        told = _ending(newest)
+        reason = _ending(newest)
         if stopped or settled or (newest and newest["ClientStatus"] == "complete"):
-            return PlacementState.DEAD, told or "stopped before it was placed"
-        return PlacementState.RESTARTING, told or "ended; looking a second time"
+            return PlacementState.DEAD, reason or "stopped before it was placed"
+        return (
+            PlacementState.RESTARTING,
+            reason or "ended; waiting to see whether Nomad restarts it",
+        )
     if stopped:
-        return PlacementState.STOPPING, "told to stop"
+        return PlacementState.STOPPING, "stop requested"
     if newest is None:
         return PlacementState.PENDING, unplaced(evals)
     if newest["ClientStatus"] == "lost":
@@ -163,12 +178,12 @@ def _state(
     return PlacementState.RESTARTING, f"{_ending(newest)}; {unplaced(evals)}"
 
 
-def _of_live(alloc: Row, *, stopped: bool) -> tuple[PlacementState, str]:
+def _live_state(alloc: Allocation, *, stopped: bool) -> tuple[PlacementState, str]:
     status = alloc["ClientStatus"]
     if status == "unknown":
         return PlacementState.LOST, f"node {alloc.get('NodeName', '')} does not answer"
     if stopped or alloc.get("DesiredStatus") != "run":
-        return PlacementState.STOPPING, alloc.get("DesiredDescription") or "told to stop"
+        return PlacementState.STOPPING, alloc.get("DesiredDescription") or "stop requested"
     if status == "running":
         return PlacementState.RUNNING, ""
     if _restarts(alloc) or _failed(alloc):
@@ -176,32 +191,36 @@ def _of_live(alloc: Row, *, stopped: bool) -> tuple[PlacementState, str]:
     return PlacementState.STARTING, alloc.get("ClientDescription") or ""
 
 
-def is_calm(topic: str, said: Mapping[str, Any]) -> bool:
-    """Whether an event only confirms what was asked for: a start that was registered, is placed, runs."""
-    if topic == "Allocation":
-        if said.get("ClientStatus") in _ENDED or "ClientStatus" not in said:
-            return False
-        return _of_live(said, stopped=False)[0] in {PlacementState.STARTING, PlacementState.RUNNING}
-    return said.get("TriggeredBy") in _EXPECTED
+def confirms_allocation(alloc: Allocation) -> bool:
+    """Whether an event only confirms a requested start: the agent is placed or runs."""
+    if alloc.get("ClientStatus") in _ENDED or "ClientStatus" not in alloc:
+        return False
+    state, _ = _live_state(alloc, stopped=False)
+    return state in {PlacementState.STARTING, PlacementState.RUNNING}
 
 
-def _events(alloc: Row) -> list[Row]:
+def confirms_evaluation(evaluation: Evaluation) -> bool:
+    """Whether an event only confirms that a start was requested."""
+    return evaluation.get("TriggeredBy") in _EXPECTED
+
+
+def _events(alloc: Allocation) -> list[TaskEvent]:
     tasks = (alloc.get("TaskStates") or {}).values()
     found = [event for task in tasks for event in task.get("Events") or []]
     return sorted(found, key=lambda event: event.get("Time", 0))
 
 
-def _failed(alloc: Row) -> bool:
+def _failed(alloc: Allocation) -> bool:
     return any(event.get("Type") in {"Terminated", "Restarting"} for event in _events(alloc))
 
 
-def _ending(alloc: Row | None) -> str:
-    """Why the last run of an allocation ended, in words."""
+def _ending(alloc: Allocation | None) -> str:
+    """Why the last run of an allocation ended; "" when there was none."""
     if alloc is None:
         return ""
     if alloc["ClientStatus"] == "lost":
-        return f"node {alloc.get('NodeName', '')} was lost; a process may be left there"
-    telling = {
+        return f"node {alloc.get('NodeName', '')} was lost; its process may still run"
+    final = {
         "Terminated",
         "Driver Failure",
         "Setup Failure",
@@ -211,13 +230,13 @@ def _ending(alloc: Row | None) -> str:
     words = [
         event.get("DisplayMessage") or event.get("Type", "")
         for event in _events(alloc)
-        if event.get("Type") in telling
+        if event.get("Type") in final
     ]
     return (words[-1] if words else alloc.get("ClientDescription") or "the task failed")[:300]
 
 
-def unplaced(evals: Sequence[Row]) -> str:
-    """Why no node has an agent yet, in words. `evals`: those of its job that are pending or blocked."""
+def unplaced(evals: Sequence[Evaluation]) -> str:
+    """Why an agent is not placed yet. `evals`: pending and blocked evaluations of its job."""
     for one in evals:
         for metric in (one.get("FailedTGAllocs") or {}).values():
             causes = {
@@ -225,9 +244,8 @@ def unplaced(evals: Sequence[Row]) -> str:
                 **(metric.get("DimensionExhausted") or {}),
             }
             words = ", ".join(f"{key} ({count} nodes)" for key, count in sorted(causes.items()))
-            return f"no node takes it: {words or 'no eligible node in its datacenters and pool'}"[
-                :300
-            ]
+            reason = words or "no eligible node in its datacenters and pool"
+            return f"no node can run it: {reason}"[:300]
         if one.get("Status") == "blocked":
-            return "no node takes it: evaluation is blocked"
-    return "waits for the scheduler"
+            return "no node can run it: evaluation is blocked"
+    return "waiting for the scheduler"

@@ -1,4 +1,4 @@
-"""Specs as Nomad jobs: parents for `dispatch`, one service job a device for `register`."""
+"""Specs as Nomad jobs: parents for `dispatch`, one service job per device for `register`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final, TypedDict
 
 from nomad_watchdog.clients.nomad import NomadClient
 from nomad_watchdog.clients.nomad_features import Feature
+from nomad_watchdog.clients.nomad_rows import Job
 from nomad_watchdog.core.report_addresses import is_at
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
@@ -21,31 +22,35 @@ from nomad_watchdog.schedulers.nomad._view import API, SOURCE
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD: Final = 16 * 1024
-"""Nomad's limit on a dispatch payload, bytes before base64."""
+"""Nomad's limit of a dispatch payload, in bytes before base64."""
 _MIB: Final = 1024 * 1024
 PARENT_SPEC: Final = "parent_spec"
-"""In a parent's meta, which its children inherit: the spec that their template and resources come from."""
-
-
+"""Key in a parent's meta, which its children inherit: the spec of their template and resources."""
 OURS: Final = frozenset({"agent_source", "agent_checksum", "token_file", "workload"})
-"""Variables that every class gets, or that are for another scheduler: a template need not declare them."""
+"""Variables that every class gets, or that are for another scheduler. A template need not declare them."""
+
+
+class Dispatch(TypedDict):
+    """Body of a dispatch request."""
+
+    Meta: dict[str, str]
+    Payload: str
+    IdempotencyToken: str
+    IdPrefixTemplate: str
 
 
 def template_of(spec: AgentSpec) -> job_templates.Template:
-    """The template of a class, with the variables that it is given compared. Raises UserError."""
+    """The template of a class. Raises UserError when there is none, or when it lacks a variable of the class."""
     template = job_templates.load(spec.template, spec.text)
     job_templates.check_variables(template, spec.variables.keys() - OURS)
     return template
 
 
-async def build(
-    client: NomadClient, spec: AgentSpec, job_id: str, installation: str
-) -> dict[str, Any]:
-    """The parent job of a class: template parsed, linted and validated by Nomad.
+async def build(client: NomadClient, spec: AgentSpec, job_id: str, installation: str) -> Job:
+    """The parent job of a class: its template parsed and validated by Nomad, and linted.
 
-    Its meta holds a hash of the rest, so that an unchanged one is not registered again, and the URL of the
-    replica that agents are fetched from, which the hash does not cover. Raises UserError with all that is
-    wrong."""
+    Its meta contains a hash of the job, so that an unchanged one is not registered again, and the URL of the
+    replica that agents are downloaded from, which the hash does not cover. Raises UserError with all errors."""
     template = template_of(spec)
     variables = {
         "cpu": str(spec.cpu_mhz),
@@ -71,9 +76,14 @@ async def build(
         log.warning("template warning", extra={"template": template.name, "reason": str(finding)})
     job_templates.adapt(job, disconnect=disconnect)
     job |= {"ID": job_id, "Name": job_id}
-    told = {"installation": installation, PARENT_SPEC: spec.spec_hash}
-    job["Meta"] = {**(job.get("Meta") or {}), **told}
+    meta = {
+        **(job.get("Meta") or {}),
+        "installation": installation,
+        PARENT_SPEC: spec.spec_hash,
+    }
+    job["Meta"] = meta
     parameterized = job["ParameterizedJob"]
+    assert parameterized is not None, "lint reports a job without parameters as an error"
     optional = parameterized.get("MetaOptional") or []
     parameterized["MetaOptional"] = [*optional, *({API} - set(optional))]
     await client.validate(job)
@@ -83,14 +93,14 @@ async def build(
         source = ""
     text = text.replace(source, SOURCE) if source else text
     parent_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
-    job["Meta"] |= {"parent_hash": parent_hash, SOURCE: source}
+    job["Meta"] = {**meta, "parent_hash": parent_hash, SOURCE: source}
     return job
 
 
 def payload(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> bytes:
-    """The agent's document. Raises UserError when it is too large."""
-    told = agent_document.document(record, epoch, agent_document.class_part(spec))
-    return agent_document.packed(told, MAX_PAYLOAD)
+    """The agent's document as UTF-8. Raises UserError when it is too large."""
+    document = agent_document.document(record, epoch, agent_document.class_part(spec))
+    return agent_document.serialize(document, MAX_PAYLOAD)
 
 
 def meta(record: DeviceRecord, epoch: Epoch, spec: AgentSpec, shard: int) -> dict[str, str]:
@@ -106,31 +116,30 @@ def meta(record: DeviceRecord, epoch: Epoch, spec: AgentSpec, shard: int) -> dic
     }
 
 
-def dispatch_body(data: bytes, told: Mapping[str, str]) -> dict[str, Any]:
+def dispatch_body(document: bytes, meta: Mapping[str, str]) -> Dispatch:
+    """`meta` as from `meta`: its slug and epoch make the idempotency token."""
     return {
-        "Meta": dict(told),
-        "Payload": base64.b64encode(data).decode(),
-        "IdempotencyToken": f"{told['slug']}:{told['epoch']}",
-        "IdPrefixTemplate": told["slug"],
+        "Meta": dict(meta),
+        "Payload": base64.b64encode(document).decode(),
+        "IdempotencyToken": f"{meta['slug']}:{meta['epoch']}",
+        "IdPrefixTemplate": meta["slug"],
     }
 
 
-def service_job(
-    parent: Mapping[str, Any], job_id: str, data: bytes, told: Mapping[str, str]
-) -> dict[str, Any]:
-    """The parent as a job of one device: the document goes into the environment."""
-    job = copy.deepcopy(dict(parent))
+def service_job(parent: Job, job_id: str, document: bytes, meta: Mapping[str, str]) -> Job:
+    """The parent as the job of one device, with the document in the environment."""
+    job = copy.deepcopy(parent)
     job |= {"ID": job_id, "Name": job_id, "Type": "service", "ParameterizedJob": None}
-    job["Meta"] = {**(job.get("Meta") or {}), **told}
+    job["Meta"] = {**(job.get("Meta") or {}), **meta}
     # no deployments: a failed one would keep Nomad from rescheduling the agent
     job["Update"] = {"MaxParallel": 0}
-    for group in job["TaskGroups"]:
+    for group in job["TaskGroups"] or []:
         group["Count"] = 1
         group["Update"] = {"MaxParallel": 0}
-        for task in group["Tasks"]:
+        for task in group["Tasks"] or []:
             task["DispatchPayload"] = None
             env = {**(task.get("Env") or {})}
             env.pop("WATCHDOG_CONFIG", None)
-            env["WATCHDOG_CONFIG_B64"] = base64.b64encode(data).decode()
+            env["WATCHDOG_CONFIG_B64"] = base64.b64encode(document).decode()
             task["Env"] = env
     return job

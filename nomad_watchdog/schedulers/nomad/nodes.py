@@ -1,7 +1,7 @@
-"""What Nomad's list of nodes says about the hosts of agents: drains, and two nodes of one name.
+"""The nodes of a Nomad cluster: drains, and several nodes with the same name.
 
-`Nodes` is pure; `NodeList` reads it. The right `node { policy = "read" }` is needed; without it nothing
-is known of nodes, and nothing is reported.
+`Nodes` is pure; `NodeList` reads it. Reading needs the right `node { policy = "read" }`. Without it nodes are
+unknown, and nothing is reported about them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from nomad_watchdog.clients.nomad import NomadClient
+from nomad_watchdog.clients.nomad_rows import Allocation, NodeRow, StreamEvent
 from nomad_watchdog.errors import DeniedError, WatchdogError
 from nomad_watchdog.model import PlacementState
 from nomad_watchdog.schedulers import ClosedHost
@@ -22,10 +23,8 @@ log = logging.getLogger(__name__)
 
 RIGHT: Final = "node:read"
 _SHORT: Final = 8
-"""Nomad's own CLI shows as many characters of an id."""
+"""Number of characters of an id in the output of Nomad's CLI."""
 _NO_TIME: Final = "0001-"
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Node:
     draining: bool = False
     eligible: bool = True
     deadline: str = ""
-    """When its drain ends, RFC 3339; "" = it has no deadline, or it is not known."""
+    """When its drain ends, RFC 3339; "" = no deadline, or unknown."""
 
     @property
     def takes_agents(self) -> bool:
@@ -48,7 +47,7 @@ class Node:
 
     @property
     def state(self) -> str:
-        """In one word or two, for people."""
+        """Short text for people."""
         if self.status != "ready":
             return self.status
         if self.draining:
@@ -56,8 +55,8 @@ class Node:
         return "ready" if self.eligible else "ineligible"
 
     @property
-    def loop_status(self) -> tuple[str, bool, bool]:
-        """What an operator or a lost connection changes, and a heartbeat does not."""
+    def schedulability(self) -> tuple[str, bool, bool]:
+        """The fields that an operator or a lost connection changes, and a heartbeat does not."""
         return self.status, self.draining, self.eligible
 
     @property
@@ -65,8 +64,8 @@ class Node:
         return self.id[:_SHORT]
 
 
-def node_of(row: Row, deadline: str = "") -> Node:
-    """A row of /v1/nodes, or the node of an event, which has the drain itself instead of a mark."""
+def node_of(row: NodeRow, deadline: str = "") -> Node:
+    """From a row of /v1/nodes (`Drain`), or from the node of an event (`DrainStrategy`)."""
     return Node(
         id=row["ID"],
         name=row.get("Name", ""),
@@ -77,12 +76,13 @@ def node_of(row: Row, deadline: str = "") -> Node:
     )
 
 
-def deadline_of(detail: Row) -> str:
+def deadline_of(detail: Mapping[str, object]) -> str:
     """When the drain of a node ends (/v1/node/ID), RFC 3339 in whole seconds; "" = without a deadline."""
-    until = (detail.get("DrainStrategy") or {}).get("ForceDeadline") or ""
+    drain = detail.get("DrainStrategy")
+    until = str(drain.get("ForceDeadline") or "") if isinstance(drain, Mapping) else ""
     if not until or until.startswith(_NO_TIME):
         return ""
-    return f"{until[:19]}Z" if until.endswith("Z") else str(until)
+    return f"{until[:19]}Z" if until.endswith("Z") else until
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Nodes:
         return cls(by_id, {name: tuple(some) for name, some in names.items()})
 
     def twins(self) -> list[str]:
-        """Names that several nodes have, in words; each is one sentence."""
+        """A sentence for each name that several nodes have."""
         return [
             f"{len(some)} nodes are named {name}: "
             + ", ".join(f"{one.short_id} ({one.state})" for one in some)
@@ -123,9 +123,9 @@ class Nodes:
             found[name] = ClosedHost(one.draining, state + (among if len(some) > 1 else ""))
         return found
 
-    def reason(self, alloc: Row | None, state: PlacementState, reason: str) -> str:
-        """The reason of a placement, with what is known of the node of its newest allocation."""
-        node = self.by_id.get((alloc or {}).get("NodeID", ""))
+    def reason(self, alloc: Allocation | None, state: PlacementState, reason: str) -> str:
+        """The reason of a placement, completed with what is known of the node of its newest allocation."""
+        node = self.by_id.get(alloc.get("NodeID", "")) if alloc is not None else None
         if node is None:
             return reason
         if state is PlacementState.RUNNING and node.draining:
@@ -156,8 +156,8 @@ def _drained(node: Node) -> str:
 
 
 class NodeList:
-    """The nodes as they were read last. They are read again when Nomad's table of nodes has changed, which no
-    heartbeat of a node does."""
+    """The nodes as they were read last. They are read again when the index of Nomad's table of nodes has changed;
+    heartbeats of nodes do not change it."""
 
     def __init__(self, client: NomadClient) -> None:
         self._client = client
@@ -165,27 +165,27 @@ class NodeList:
         self._denied = False
         self.now = Nodes()
 
-    def ask_again(self) -> None:
-        """The token may have got the right to see nodes."""
+    def retry_denied(self) -> None:
+        """Read the nodes again although that was denied: the token may have the right now."""
         self._denied = False
 
     async def visible(self) -> bool:
-        """Whether the token may see nodes. True when in doubt."""
+        """Whether the token may read nodes. True when in doubt."""
         await self.changed()
         return not self._denied
 
-    def is_news(self, event: Row) -> bool:
-        """Whether an event of the topic Node shows a node otherwise than it was read last."""
+    def is_news(self, event: StreamEvent) -> bool:
+        """Whether an event of the topic Node changes a node since it was read last."""
         found = (event.get("Payload") or {}).get("Node")
         if event.get("Topic") != "Node" or not found:
             return False
         known = self.now.by_id.get(found["ID"])
         if event.get("Type") == "NodeDeregistration":
             return known is not None
-        return known is None or known.loop_status != node_of(found).loop_status
+        return known is None or known.schedulability != node_of(found).schedulability
 
     async def changed(self) -> bool:
-        """Whether the nodes are no longer as they were read; False while they can't be seen."""
+        """Whether the nodes have changed since they were read; False while they cannot be read."""
         if self._denied:
             return False
         try:
@@ -199,7 +199,7 @@ class NodeList:
         return False
 
     async def refresh(self) -> None:
-        """Read the nodes, if they have changed. Never raises for Nomad: the last view stays."""
+        """Read the nodes if they have changed. If Nomad does not answer, the last view stays; never raises."""
         if not await self.changed():
             return
         try:
@@ -209,7 +209,7 @@ class NodeList:
         except WatchdogError as error:
             log.debug("nodes not read", extra={"reason": str(error)})
 
-    async def _with_deadlines(self, rows: Iterable[Row]) -> list[Node]:
+    async def _with_deadlines(self, rows: Iterable[NodeRow]) -> list[Node]:
         rows = list(rows)
         drained = [row["ID"] for row in rows if row.get("Drain")]
         details = await asyncio.gather(
