@@ -101,14 +101,19 @@ def checked_address(text: str) -> str:
         )
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("an address must not contain a user, password, query or fragment")
+    _check_interface(text, parts)
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def _check_interface(text: str, parts: SplitResult) -> None:
+    """Raises ValueError for a link-local address without a network interface."""
     host = parts.hostname or ""
-    if host.startswith(_LINK_LOCAL) and ":" in host and "%" not in authority:
+    if host.startswith(_LINK_LOCAL) and ":" in host and "%" not in parts.netloc:
         port = f":{parts.port}" if parts.port else ""
         raise ValueError(
             f"{text_files.shown(text)}: a link-local address needs its network interface: "
             f"write {parts.scheme}://[{host}%25eth0]{port}"
         )
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def _split(whole: str, authority: str) -> SplitResult | None:

@@ -6,13 +6,14 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nomad_watchdog.demo.stage import StageDevice
 from nomad_watchdog.terminal import COLOURS
 
 USED_LINES: Final = 18
@@ -27,7 +28,7 @@ class Show:
         self.console = Console(stderr=stderr, no_color=no_color or None, highlight=False)
         self._running = ""
         self._began = 0.0
-        self._devices: Sequence[dict[str, Any]] = ()
+        self._devices: Sequence[StageDevice] = ()
         self._live = Live(
             console=self.console, get_renderable=self._view, refresh_per_second=4, transient=True
         )
@@ -68,8 +69,8 @@ class Show:
         else:
             self.line(f"{mark.plain:<4}  {took_s:4.1f} s  {text}")
 
-    def devices(self, items: Sequence[dict[str, Any]]) -> None:
-        """Take over the devices, as returned by the API, for the live view."""
+    def devices(self, items: Sequence[StageDevice]) -> None:
+        """Display these devices in the live view."""
         self._devices = items
 
     def _view(self) -> RenderableType:
@@ -91,7 +92,7 @@ class Show:
             lines.append(Text(f"  and {len(more)} more"))
         return Group(*lines)
 
-    def _device(self, item: dict[str, Any]) -> Text:
+    def _device(self, item: StageDevice) -> Text:
         """A device in one line: its reason is shortened between words."""
         verdict = str(item["verdict"])
         start = f"  {item['id']}  {verdict:<{VERDICT_WIDTH}}  "

@@ -10,130 +10,42 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 from urllib.parse import quote
 
 import aiohttp
 
+from nomad_watchdog.demo.configuration import BRISK, CALM, Servers, StagePace, configuration
 from nomad_watchdog.demo.process import Process, clean_environment, free_port
 from nomad_watchdog.demo.servers import _consul, _kubernetes, _servers
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.ids import parse_device_id, slug_of
-from servers.kubelet.spec import MARK
 
 if TYPE_CHECKING:
     from servers.kubelet.__main__ import Kubelet
     from servers.kubernetes import KubernetesCluster
 
 CALL_TIMEOUT: Final = aiohttp.ClientTimeout(total=10.0)
-
-CONFIG: Final = """\
-backend  = "{backend}"
-data_dir = "{root}/data"
-resync   = "{pace.resync}"
-
-api {{
-  listen = "127.0.0.1:{api_port}"
-}}
-
-{backend_blocks}
-agent_class "default" {{
-  version      = "0.1.0"
-  kill_timeout = "5s"
-  beat         = "{pace.beat}"
-{class_extra}
-  probe "http" {{
-    port     = {device_port}
-    interval = "{pace.interval}"
-    timeout  = "{pace.timeout}"
-    misses   = 2
-  }}
-  # Loopback addresses always answer ICMP, so only TCP can confirm that a device is offline.
-  confirm "tcp" {{
-    port    = {device_port}
-    timeout = "{pace.timeout}"
-  }}
-}}
-
-presence {{
-  startup_grace = "60s"
-  report_stale  = "10s"
-}}
-
-log {{
-  level  = "info"
-  format = "json"
-}}
-"""
-RAW_EXEC: Final = """\
-  variables = {{
-    python      = "{python}"
-    consul_addr = "$${{meta.consul_http_addr}}"
-  }}
-"""
-LOCAL_BLOCKS: Final = """\
-registry {{
-  kind = "sqlite"
-  path = "{root}/registry.db"
-}}
-
-local {{
-  directory = "{root}/agents"
-}}
-"""
-NOMAD_BLOCKS: Final = """\
-nomad {{
-  address  = "{nomad}"
-  strategy = "{strategy}"
-}}
-
-consul {{
-  address = "{consul}"
-}}
-
-registry {{
-  kind = "consul"
-}}
-"""
-KUBERNETES_BLOCK: Final = """\
-kubernetes {{
-  kubeconfig = "{kubeconfig}"
-}}
-
-"""
-ON_OTHERS: Final = """\
-  on "kubernetes" {
-  }
-  on "local" {
-  }
-"""
-KUBERNETES_BLOCKS: Final = (
-    KUBERNETES_BLOCK
-    + """\
-consul {{
-  address = "{consul}"
-}}
-
-registry {{
-  kind = "consul"
-}}
-"""
-)
+__all__ = ["BRISK", "CALM", "Stage", "StageAgent", "StageDevice", "StagePace", "open_stage"]
 
 
-@dataclass(frozen=True, slots=True)
-class StagePace:
-    """Probe interval and timeout, report interval, and full comparison interval, as in the configuration."""
+class StageDevice(TypedDict):
+    """A device as the API returns it, as far as the demo reads it."""
 
-    interval: str
-    timeout: str
-    beat: str
-    resync: str
+    id: str
+    verdict: str
+    epoch: int
+    reason: str
 
 
-CALM: Final = StagePace(interval="1s", timeout="500ms", beat="2s", resync="5s")
-BRISK: Final = StagePace(interval="500ms", timeout="400ms", beat="1s", resync="1s")
-"""For few agents: steps converge sooner, nothing else differs."""
+class _Service(TypedDict):
+    ID: str
+
+
+class _ServiceEntry(TypedDict):
+    """An instance of a service in Consul's health API."""
+
+    Service: _Service
 
 
 class StageAgent(NamedTuple):
@@ -182,9 +94,9 @@ class Stage:
         """Deregister a device."""
         await self.call("DELETE", f"/v1/devices/{quote(name, safe='')}")
 
-    async def items(self, *, presence: str = "any") -> list[dict[str, Any]]:
+    async def items(self, *, presence: str = "any") -> list[StageDevice]:
         """Return all devices, from all pages of the API."""
-        found: list[dict[str, Any]] = []
+        found: list[StageDevice] = []
         cursor = ""
         while True:
             query = f"?limit=1000&presence={presence}" + (f"&cursor={cursor}" if cursor else "")
@@ -234,12 +146,12 @@ class Stage:
         """Number of agents that pass their check in Consul."""
         return len(await self._in_consul("?passing&near=_agent"))
 
-    async def _in_consul(self, query: str = "") -> list[Any]:
+    async def _in_consul(self, query: str = "") -> list[_ServiceEntry]:
         path = "/v1/health/service/device-watchdog-agent" + query
         try:
             async with self.session.get(self.consul + path) as answer:
                 answer.raise_for_status()
-                found: list[Any] = await answer.json()
+                found: list[_ServiceEntry] = await answer.json()
                 return found
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise TransientError(f"Consul: {error}") from error
@@ -279,6 +191,7 @@ class Stage:
     def agents(self) -> list[StageAgent]:
         """The agent processes that belong to our folder, from /proc."""
         found: list[StageAgent] = []
+        mark = _pod_mark() if self.cluster is not None else b""
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -290,7 +203,7 @@ class Stage:
             if b"watchdog" not in arguments or b"executor" in arguments:
                 continue
             values = dict(pair.split(b"=", 1) for pair in environ if b"=" in pair)
-            if values.get(MARK.encode(), b"").decode(errors="replace").startswith(f"{self.root}/"):
+            if values.get(mark, b"").decode(errors="replace").startswith(f"{self.root}/"):
                 device = parse_device_id(values.get(b"DEVICE_ID", b"").decode())
                 found.append(StageAgent(slug_of(device), int(entry.name), "kubernetes"))
                 continue
@@ -301,6 +214,13 @@ class Stage:
             backend = "nomad" if slug else "local"
             found.append(StageAgent(slug or Path(config).parent.name, int(entry.name), backend))
         return found
+
+
+def _pod_mark() -> bytes:
+    """Environment variable by which the simulated kubelet marks processes. The wheel does not have its module."""
+    from servers.kubelet.spec import MARK
+
+    return MARK.encode()
 
 
 def _lock(process: Path) -> str:
@@ -329,45 +249,29 @@ async def open_stage(
     nodes. `strategy`: the strategy on Nomad, or the workload on Kubernetes. `beside`: with Nomad, start
     Kubernetes as well, so that the fleet can be moved to it."""
     async with AsyncExitStack() as stack:
-        consul = nomad = kubeconfig = ""
+        consul = nomad = ""
         cluster: KubernetesCluster | None = None
         nodes: list[Kubelet] = []
-        blocks, extra = LOCAL_BLOCKS, ""
         if backend == "nomad":
             consul, nomad = await _servers(stack, root, clients)
-            blocks, extra = NOMAD_BLOCKS, RAW_EXEC.format(python=sys.executable)
-            if beside:
-                cluster, nodes = await _kubernetes(stack, root, clients)
-                blocks, extra = NOMAD_BLOCKS + KUBERNETES_BLOCK, extra + ON_OTHERS
-                kubeconfig = str(cluster.kubeconfig)
         elif backend == "kubernetes":
             consul = (await stack.enter_async_context(_consul(root))).http_addr
+        if backend == "kubernetes" or (backend == "nomad" and beside):
             cluster, nodes = await _kubernetes(stack, root, clients)
-            blocks, kubeconfig = KUBERNETES_BLOCKS, str(cluster.kubeconfig)
-            if strategy != "dispatch":
-                extra = f'  workload = "{strategy}"\n'
+        servers = Servers(consul, nomad, str(cluster.kubeconfig) if cluster else "")
         api_port = free_port()
         config = root / "nomad-watchdog.hcl"
-        filled = blocks.format(
-            root=root, nomad=nomad, consul=consul, strategy=strategy, kubeconfig=kubeconfig
-        )
         config.write_text(
-            CONFIG.format(
-                backend=backend,
-                root=root,
-                api_port=api_port,
-                device_port=device_port,
-                backend_blocks=filled,
-                class_extra=extra,
-                pace=pace,
+            configuration(
+                backend, root, servers,
+                api_port=api_port, device_port=device_port, strategy=strategy, pace=pace,
             )
-        )
+        )  # fmt: skip
         if consul:  # a SQLite registry is prepared by `run`
             await _command(config, "init")
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=CALL_TIMEOUT))
-        api = f"http://127.0.0.1:{api_port}"
         stage = Stage(
-            backend, root, config, api, session,
+            backend, root, config, f"http://127.0.0.1:{api_port}", session,
             consul=consul, nomad=nomad, cluster=cluster, nodes=nodes,
         )  # fmt: skip
         try:

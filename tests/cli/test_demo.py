@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,9 @@ def test_unknown_backend_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
     """A backend that the demo can't run is refused with those that it can."""
     assert _code(["--backend", "swarm", "demo"]) == 64
     assert "expected one of local, nomad, kubernetes" in capsys.readouterr().err
+
+
+def test_the_demo_is_imported_without_a_checkout() -> None:
+    """The wheel does not contain `servers`, and the demo on local processes does not need it."""
+    code = "import sys; sys.modules['servers'] = None; import nomad_watchdog.demo"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,8 @@ import pytest
 
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Placement, PlacementState, WallTime
+from nomad_watchdog.schedulers.kubernetes import _pods, names
 from nomad_watchdog.schedulers.kubernetes import _view as view
-from nomad_watchdog.schedulers.kubernetes import names
 
 DEVICE = DeviceId("device-1")
 SLUG = slug_of(DEVICE)
@@ -134,7 +134,7 @@ def test_a_pod_waits_since_it_was_made_and_is_queued_without_a_node() -> None:
     (queued,) = seen([owner()], [pod(node="", state={"waiting": {}})])
     (unmade,) = seen([owner()], [])
     assert (there.state, there.queued) == (PlacementState.STARTING, False)
-    assert there.waits_since == view.time_of(BORN)
+    assert there.waits_since == _pods.time_of(BORN)
     assert queued.queued
     assert unmade.queued
 
@@ -216,6 +216,8 @@ def test_only_news_that_confirms_is_calm() -> None:
     calm = [pod(), pod(phase="Pending", node="", conditions=[]), CASES["no node can run it"][0]]
     urgent = [CASES[name][0] for name in ("crash loop", "evicted", "drained", "node is silent")]
 
-    assert [view.confirms_pod("MODIFIED", one) for one in calm] == [True] * 3
-    assert [view.confirms_pod("MODIFIED", one) for one in [*urgent, pod(restarts=1)]] == [False] * 5
-    assert not view.confirms_pod("DELETED", pod())
+    assert [_pods.confirms_pod("MODIFIED", one) for one in calm] == [True] * 3
+    assert [_pods.confirms_pod("MODIFIED", one) for one in [*urgent, pod(restarts=1)]] == [
+        False
+    ] * 5
+    assert not _pods.confirms_pod("DELETED", pod())

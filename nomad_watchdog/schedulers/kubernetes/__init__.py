@@ -31,7 +31,7 @@ from nomad_watchdog.errors import (
 from nomad_watchdog.ids import Shard, Slug, shard_of
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capabilities, Capacity, Hint, Snapshot
-from nomad_watchdog.schedulers.kubernetes import _view, _watch, names
+from nomad_watchdog.schedulers.kubernetes import _pods, _view, _watch, names
 from nomad_watchdog.schedulers.kubernetes import objects as _objects
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 from nomad_watchdog.schedulers.kubernetes._secrets import AgentSecret, secret_name
@@ -223,7 +223,7 @@ class KubernetesScheduler:
             )
         )
         pods = (pod for found in lists for pod in found.items)
-        reasons = [_view.pod_state(pod)[1] for pod in pods if _view.is_unschedulable(pod)]
+        reasons = [_pods.pod_state(pod)[1] for pod in pods if _pods.is_unschedulable(pod)]
         return Capacity.beside(reasons, self._blocked_limit)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
@@ -366,7 +366,7 @@ class KubernetesScheduler:
             one
             for one in objects
             if _view.key_of(one) not in placed
-            and now - _view.time_of(one["metadata"].get("creationTimestamp")) > _WITHOUT_POD_S
+            and now - _pods.time_of(one["metadata"].get("creationTimestamp")) > _WITHOUT_POD_S
         ][:_MAX_WITHOUT_POD]
         paths = [path for one in without_pod if (path := _path_of(one))]
         found = await asyncio.gather(*(self._client.find(path) for path in paths))

@@ -15,8 +15,7 @@ from nomad_watchdog.clients.kubernetes_objects import ObjectMeta
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.ids import Slug, is_slug
 from nomad_watchdog.schedulers import Hint
-from nomad_watchdog.schedulers.kubernetes import _view as view
-from nomad_watchdog.schedulers.kubernetes import names
+from nomad_watchdog.schedulers.kubernetes import _pods, names
 from nomad_watchdog.schedulers.kubernetes._nodes import Cordons
 
 log = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def _add(event: WatchEvent, kind: names.Kind, pending: PendingHints) -> None:
         return
     index = int(event.version or 0)
     if kind == "pod":
-        pending.add(Slug(slug), index, calm=view.confirms_pod(event.kind, event.object))
+        pending.add(Slug(slug), index, calm=_pods.confirms_pod(event.kind, event.object))
     elif event.kind == "DELETED":
         pending.add(Slug(slug), index, calm=False)
     elif event.kind == "ADDED":

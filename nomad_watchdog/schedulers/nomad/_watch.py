@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator
 from contextlib import aclosing
 from typing import Final
 
@@ -23,51 +23,62 @@ log = logging.getLogger(__name__)
 _RECONNECT_MAX_S: Final = 30.0
 
 
-async def hints(client: NomadClient, names: JobNames, nodes: NodeList) -> AsyncIterator[Hint]:
-    """As `Scheduler.watch`."""
-    failures = 0
-    while True:
+class _Watch:
+    """The event stream, over many connections."""
+
+    def __init__(self, client: NomadClient, names: JobNames, nodes: NodeList) -> None:
+        self._client = client
+        self._names = names
+        self._nodes = nodes
+        self._failures = 0
+
+    async def hints(self) -> AsyncIterator[Hint]:
+        while True:
+            async with aclosing(self._connection()) as found:
+                async for hint in found:
+                    yield hint
+            self._failures += 1
+            ceiling = min(_RECONNECT_MAX_S, 0.5 * 2 ** min(self._failures, 10))
+            await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
+
+    async def _connection(self) -> AsyncGenerator[Hint, None]:
+        """Hints of one connection, the first a resync. Ends when the connection is lost."""
         try:
-            async with aclosing(_connection(client, names, nodes)) as arrivals:
-                async for hint in arrivals:
-                    if hint is None:
-                        failures = 0
-                    else:
+            start = (await self._client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
+            # A snapshot that is begun now includes everything up to `start`; the stream has what comes later.
+            yield Hint(None, start)
+            # Each change of a job creates an evaluation. The topic Job would only repeat it, with the whole job.
+            topics = [("topic", "Allocation"), ("topic", "Evaluation")]
+            if await self._nodes.visible():
+                topics.append(("topic", "Node"))
+            first = True
+            stream = self._client.events([*topics, ("index", str(start))])
+            async with aclosing(stream) as arrivals:  # type: ignore[type-var]
+                async for frames in arrivals:
+                    self._failures = 0
+                    indexes = [index for frame in frames if (index := int(frame.get("Index") or 0))]
+                    if first and indexes:
+                        first = False
+                        if indexes[0] > start + 1:
+                            yield Hint(
+                                None, indexes[0]
+                            )  # the server's buffer may begin after `start`
+                    index = indexes[-1] if indexes else 0
+                    for hint in self._hints_of(frames, index):
                         yield hint
         except (TransientError, TerminalError, UserError, ValueError) as error:
             log.warning("event stream lost", extra={"reason": str(error)})
-        failures += 1
-        ceiling = min(_RECONNECT_MAX_S, 0.5 * 2 ** min(failures, 10))
-        await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
+
+    def _hints_of(self, frames: Collection[Frame], index: int) -> Iterator[Hint]:
+        if any(map(self._nodes.is_news, _events(frames))):
+            yield Hint(None, index)  # only a full snapshot shows which agents are concerned
+        for slugs, calm in _slugs_of(frames, self._names):
+            yield Hint(slugs, index, calm=calm)
 
 
-async def _connection(
-    client: NomadClient, names: JobNames, nodes: NodeList
-) -> AsyncGenerator[Hint | None, None]:
-    """Hints of one connection, the first a resync; None when frames arrived. Raises what the client raises."""
-    start = (await client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
-    # A snapshot that is begun now includes everything up to `start`; the stream has what comes later.
-    yield Hint(None, start)
-    # Each change of a job creates an evaluation. The topic Job would only repeat it, with the whole job.
-    topics = [("topic", "Allocation"), ("topic", "Evaluation")]
-    if await nodes.visible():
-        topics.append(("topic", "Node"))
-    first = True
-    async with aclosing(
-        client.events([*topics, ("index", str(start))])  # type: ignore[type-var]
-    ) as arrivals:
-        async for frames in arrivals:
-            yield None
-            index = 0
-            for frame in frames:
-                index = int(frame.get("Index") or index)
-                if first and index > start + 1:
-                    yield Hint(None, index)  # the server's buffer may begin after `start`
-                first = first and not index
-            if any(map(nodes.is_news, _events(frames))):
-                yield Hint(None, index)  # only a full snapshot shows which agents are concerned
-            for slugs, calm in _slugs_of(frames, names):
-                yield Hint(slugs, index, calm=calm)
+def hints(client: NomadClient, names: JobNames, nodes: NodeList) -> AsyncIterator[Hint]:
+    """As `Scheduler.watch`."""
+    return _Watch(client, names, nodes).hints()
 
 
 def _slugs_of(frames: Iterable[Frame], names: JobNames) -> list[tuple[frozenset[Slug], bool]]:
