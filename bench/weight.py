@@ -242,7 +242,7 @@ def spawned(argv: list[str], folder: Path, place: Stub, consul: str, seconds: fl
 
 async def forked(folder: Path, place: Stub, consul: str) -> list[Row]:
     """The same agents under the local backend."""
-    config = json.dumps(part(place, consul))
+    config = part(place, consul)
     spec = AgentSpec(agent_class="default", version="1", spec_hash="w", agent_config=config)
     directory = folder / "agents"
     local = LocalScheduler(directory=directory)
@@ -307,7 +307,7 @@ async def on_nomad(agent: Path, place: Stub, *, shipped: bool) -> tuple[float, s
         job = await client.parse(JOB.read_text(), text)
         job = job if shipped else unshaped(job)
         await server.request("PUT", "/v1/jobs", {"Job": job})
-        config = json.dumps(part(place, ""))
+        config = part(place, "")
         spec = AgentSpec(agent_class="default", version="1", spec_hash="w", agent_config=config)
         for number in range(ON_NOMAD):
             device = record_of(f"nomad-{'a' if shipped else 'b'}-{number}")

@@ -193,10 +193,10 @@ class AgentSpec:
     settings: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """What the hash is made of, as text by dotted name (`config.settings_text`), for people; "#..." stands for a
     value that is not shown."""
-    agent_config: str = field(default="{}", repr=False)
-    """JSON object of the class part of the agent's configuration (probes, repairs, intervals, API
-    and Consul addresses): merged with the device's part by `wire.agent_config`. As configured it holds
-    no secret; `credentials` adds the one of a single agent, for the moment of its start."""
+    agent_config: Mapping[str, object] = field(default_factory=dict, repr=False)
+    """The class's part of the agent's document (probes, repairs, intervals, API and Consul addresses), as values of
+    JSON; `schedulers.agent_document` adds the device's part. It contains no secret as configured; `credentialed` adds
+    the credential of a single agent for its start."""
 
 
 @dataclass(frozen=True, slots=True)

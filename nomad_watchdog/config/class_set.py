@@ -13,9 +13,9 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from nomad_watchdog.core.config_precedence import ConfigStanding
 from nomad_watchdog.core.settings_diff import words
@@ -23,6 +23,7 @@ from nomad_watchdog.errors import StaleError
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.document import Document, DocumentFormat
+from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 _PART: Final = 60_000
 """Bytes of the specs in one document, so that it stays below `MAX_DOCUMENT`."""
@@ -90,7 +91,7 @@ class _HeadFields(BaseModel):
 class _SpecsFields(BaseModel):
     """Fields that only a later version of this program knows are left out."""
 
-    specs: dict[str, AgentSpec]
+    specs: dict[str, Annotated[AgentSpec, BeforeValidator(spec_fields)]]
 
 
 HEAD: Final[DocumentFormat[_HeadFields | None]] = DocumentFormat(
@@ -104,7 +105,7 @@ _SPECS: Final[DocumentFormat[Specs]] = DocumentFormat(
     name="classes",
     empty={},
     parse=lambda fields: _SpecsFields.model_validate(fields).specs,
-    serialize=lambda specs: {"specs": {name: asdict(spec) for name, spec in specs.items()}},
+    serialize=lambda specs: {"specs": {name: stored_spec(spec) for name, spec in specs.items()}},
     repair=_REPAIR,
 )
 

@@ -8,7 +8,6 @@ setting is for stands in docs/configuration.md; a test keeps the two equal.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
@@ -16,7 +15,6 @@ from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import Field
-from watchdog_agent.runtime.parsing import loads
 
 from nomad_watchdog import text_files
 from nomad_watchdog.clients.hashicorp_environment import files_of
@@ -49,7 +47,7 @@ from nomad_watchdog.config.types import (
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.model import AgentSpec, Limits, PresenceRules, Variant
 from nomad_watchdog.schedulers import agent_zipapp
-from nomad_watchdog.schedulers.agent_document import check_class
+from nomad_watchdog.schedulers.agent_document import check_class, from_text, to_text, with_fields
 
 FILE_NAME: Final = "nomad-watchdog.hcl"
 PREFIX: Final = "NOMAD_WATCHDOG_"
@@ -216,7 +214,7 @@ class Settings(Block):
         gateway = {"gateway": kind.gateway.wire()} if kind.gateway else {}
         telling = kind.telling()
         behaviour |= repairs | gateway | telling
-        digest = hashlib.sha256(_canonical(behaviour).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(to_text(behaviour).encode()).hexdigest()[:12]
         spec = AgentSpec(
             agent_class=name,
             version=kind.version,
@@ -229,21 +227,23 @@ class Settings(Block):
             variables=variables,
             on={backend: _variant(here) for backend, here in kind.on.items()},
             settings=_described(kind, behaviour["template"]),
-            agent_config=_canonical(
-                {
-                    "v": 1,
-                    "agent_class": name,
-                    "version": kind.version,
-                    "spec_hash": digest,
-                    "beat_s": kind.beat,
-                    "probes": behaviour["probes"],
-                    "confirm": behaviour["confirm"],
-                    "metadata": kind.metadata,
-                }
-                | repairs
-                | gateway
-                | telling
-                | self._reached(prefix=bool(telling))
+            agent_config=from_text(
+                to_text(
+                    {
+                        "v": 1,
+                        "agent_class": name,
+                        "version": kind.version,
+                        "spec_hash": digest,
+                        "beat_s": kind.beat,
+                        "probes": behaviour["probes"],
+                        "confirm": behaviour["confirm"],
+                        "metadata": kind.metadata,
+                    }
+                    | repairs
+                    | gateway
+                    | telling
+                    | self._reached(prefix=bool(telling))
+                )
             ),
         )
         check_class(spec)
@@ -268,10 +268,10 @@ class Settings(Block):
         own = self._reached(prefix=True)
 
         def place(spec: AgentSpec) -> AgentSpec:
-            told: dict[str, Any] = loads(spec.agent_config)
-            keys = own.keys() if "prefix" in told else own.keys() - {"prefix"}
-            kept = {name: value for name, value in told.items() if name not in _REACHED}
-            return replace(spec, agent_config=_canonical(kept | {key: own[key] for key in keys}))
+            document = spec.agent_config
+            keys = own.keys() if "prefix" in document else own.keys() - {"prefix"}
+            kept = {name: value for name, value in document.items() if name not in _REACHED}
+            return with_fields(replace(spec, agent_config=kept), **{key: own[key] for key in keys})
 
         return place
 
@@ -349,7 +349,3 @@ def template_text(template: str) -> str:
     if "/" not in template and not template.endswith((".hcl", ".yaml")):
         return f"{BUILT_IN}{template}"
     return text_files.read("template file", template)
-
-
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

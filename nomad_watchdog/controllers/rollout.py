@@ -26,6 +26,7 @@ from nomad_watchdog.registry.document import Document, DocumentFormat
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import is_leader
 from nomad_watchdog.schedulers import job_templates
+from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +321,8 @@ def document_format(agent_class: str) -> DocumentFormat[RolloutState]:
 
 def _serialized(state: RolloutState) -> dict[str, object]:
     # Older versions reject a spec with fields that they do not know.
-    unknown_before = {"good": {"settings", "text", "on"}} if state.good is not None else None
-    fields: dict[str, object] = _STATE.dump_python(state, mode="json", exclude=unknown_before)
-    return fields
+    fields: dict[str, object] = _STATE.dump_python(state, mode="json", exclude={"good"})
+    good = None if state.good is None else stored_spec(state.good)
+    for name in ("settings", "text", "on") if good is not None else ():
+        del good[name]
+    return fields | {"good": good}

@@ -1,12 +1,15 @@
-"""The document that tells an agent what it is: its class's part with its device's laid over it."""
+"""The document that configures an agent: the part of its class, extended by the part of its device.
+
+The class's part is the mapping `AgentSpec.agent_config`. It is shared by all starts and must not be changed in place.
+Documents are serialized only where they leave: to a scheduler, to a file, or to the registry.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, Final
+from dataclasses import asdict, replace
+from typing import Final
 
 from watchdog_agent.config import document as config
 from watchdog_agent.runtime.parsing import loads
@@ -17,49 +20,39 @@ from nomad_watchdog.errors import UserError
 from nomad_watchdog.fast_json import as_json
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch
 
+CREDENTIAL: Final = "credential"
+"""Field of the token of a single agent (watchdog_agent.wire)."""
 _FILES: Final = ("ca_cert", "client_cert", "client_key")
 """Settings of a probe or a repair whose files the agent reads when it checks its document."""
 
 
-def class_part(spec: AgentSpec) -> dict[str, Any]:
-    """Raises UserError when `agent_config` is no JSON object."""
-    try:
-        part = _read(spec.agent_config)
-    except ValueError as error:
-        raise UserError(f"agent_config of class {spec.agent_class} is no JSON: {error}") from None
-    if not isinstance(part, dict):
-        raise UserError(f"agent_config of class {spec.agent_class} must be a JSON object")
-    return dict(part)
-
-
-@lru_cache(maxsize=64)
-def _read(text: str) -> object:
-    # One class's text is asked for at each start of its agents. Shared: to be copied before it is changed.
-    return loads(text)
+def with_fields(spec: AgentSpec, **fields: object) -> AgentSpec:
+    """The spec with these fields in its agents' documents. Its hash stays."""
+    return replace(spec, agent_config=dict(sorted({**spec.agent_config, **fields}.items())))
 
 
 def addressed(spec: AgentSpec, addresses: Sequence[str]) -> AgentSpec:
-    """The spec whose agents report to these addresses (base URLs, tried in this order); the spec itself when
-    there are none or it says so already. Raises UserError when `agent_config` is no JSON object."""
-    part = class_part(spec)
-    if not addresses or part.get("api") == list(addresses):
+    """The spec whose agents report to these addresses (base URLs, tried in this order). The spec itself if there are
+    no addresses or it already has these."""
+    if not addresses or api_of(spec) == tuple(addresses):
         return spec
-    text = json.dumps(part | {"api": list(addresses)}, sort_keys=True, separators=(",", ":"))
-    return replace(spec, agent_config=text)
+    return with_fields(spec, api=list(addresses))
 
 
 def api_of(spec: AgentSpec) -> tuple[str, ...]:
-    """The addresses that the agents of a spec report to. Raises UserError when `agent_config` is no JSON object."""
-    return tuple(class_part(spec).get("api", ()))
+    """The addresses that the agents of a spec report to."""
+    found = spec.agent_config.get("api")
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else ()
 
 
 def check_class(spec: AgentSpec) -> None:
     """Raises UserError when an agent would reject the class's part of its document.
 
-    The agent's own check, but for files that only its host has."""
-    part = class_part(spec)
+    Runs the agent's own check, but not for files that exist only on its host."""
+    part = dict(spec.agent_config)
     for name in ("probes", "confirm", "repairs"):
-        part[name] = [_without_files(one) for one in part.get(name, [])]
+        found = part.get(name)
+        part[name] = [_without_files(one) for one in found] if isinstance(found, list) else []
     part["consul_tls"] = {}
     sample = agent_config(
         part, device_id="device", slug="device", epoch=1, address="127.0.0.1", labels={}
@@ -70,13 +63,15 @@ def check_class(spec: AgentSpec) -> None:
         raise UserError(f"class {spec.agent_class}: its agents would reject {error}") from None
 
 
-def _without_files(part: Mapping[str, Any]) -> dict[str, Any]:
+def _without_files(part: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in part.items() if name not in _FILES}
 
 
-def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one agent; `part` as from `class_part`. Raises UserError when the device's address is none: it may
-    have been stored by a version that knew no rule, and an agent would reject it."""
+def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, object]) -> dict[str, object]:
+    """The document of one agent. `part`: of its class.
+
+    Raises UserError when the device's address is not valid. A version without this check may have stored it, and an
+    agent would reject it."""
     device = record.device
     try:
         address = device_address(device.address)
@@ -92,11 +87,28 @@ def document(record: DeviceRecord, epoch: Epoch, part: Mapping[str, Any]) -> dic
     )
 
 
-def serialize(document: Mapping[str, Any], max_bytes: int) -> bytes:
-    """A document as UTF-8, as short as it gets. Raises UserError when it has more than `max_bytes` bytes."""
+def serialize(document: Mapping[str, object], max_bytes: int) -> bytes:
+    """A document as compact UTF-8. Raises UserError when it has more than `max_bytes` bytes."""
     data = as_json(document)
     if len(data) > max_bytes:
         raise UserError(
-            f"the agent's configuration is {len(data)} bytes; at most {max_bytes} are allowed"
+            f"the agent's configuration has {len(data)} bytes; at most {max_bytes} are allowed"
         )
     return data
+
+
+def stored_spec(spec: AgentSpec) -> dict[str, object]:
+    """The fields of a spec as the registry stores them: the class's part of the agent's document as JSON text with
+    sorted keys."""
+    text = json.dumps(spec.agent_config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return asdict(spec) | {"agent_config": text}
+
+
+def spec_fields(stored: object) -> object:
+    """The fields of a spec as they were before `stored_spec`. Raises ValueError when the text is not a JSON object."""
+    if not isinstance(stored, dict) or not isinstance(text := stored.get("agent_config"), str):
+        return stored
+    part = loads(text)
+    if not isinstance(part, dict):
+        raise ValueError("the configuration of an agent must be a JSON object")  # noqa: TRY004  # as loads
+    return stored | {"agent_config": part}

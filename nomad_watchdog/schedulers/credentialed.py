@@ -1,14 +1,12 @@
-"""Each agent starts with a credential of its own: a scheduler around the one that does the work.
+"""A scheduler that gives each agent its own credential and then calls another scheduler.
 
-It is put into the agent's document at the last moment, so that no backend knows of it and no plan, record
-or log can hold it. It must not change a spec's hash: it differs for each agent of a class.
+The credential is added to the agent's document just before the start, so that no plan, record or log contains it.
+It does not change a spec's hash, because it differs for each agent of a class.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Collection, Mapping
-from dataclasses import replace
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core.agent_token import TokenClaim, issue
@@ -16,16 +14,13 @@ from nomad_watchdog.errors import TerminalError
 from nomad_watchdog.ids import Shard, Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Placement
 from nomad_watchdog.schedulers import Capacity, Hint, Scheduler, Snapshot, unchanged_since
-from nomad_watchdog.schedulers.agent_document import class_part
+from nomad_watchdog.schedulers.agent_document import CREDENTIAL, with_fields
 from nomad_watchdog.secret_files import SecretFile
 from nomad_watchdog.secret_values import present
 
-FIELD = "credential"
-"""In the agent's document (watchdog_agent.wire)."""
-
 
 class TokenIssuingScheduler:
-    """`inner`, whose agents get a credential signed by the first key of `keys`."""
+    """`inner`: the scheduler that starts the agents. `keys`: the first one signs the credentials."""
 
     def __init__(self, inner: Scheduler, keys: SecretFile, clock: Clock) -> None:
         self.inner, self.keys, self.clock = inner, keys, clock
@@ -37,13 +32,15 @@ class TokenIssuingScheduler:
         return await self.inner.prepare(specs, shards=shards)
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
-        """As `Scheduler.ensure`; raises TerminalError when no key is left to sign with."""
+        """As `Scheduler.ensure`; raises TerminalError when there is no key."""
         keys = self.keys.now(self.clock.monotonic())
         if not keys:
-            raise TerminalError("api.agent_key_file holds no key: the agent would not be believed")
+            raise TerminalError(
+                "api.agent_key_file contains no key: the API would refuse the agent's reports"
+            )
         signed = issue(keys[0], TokenClaim(record.slug, epoch))
-        present(signed)  # a scheduler may quote it in an error
-        return await self.inner.ensure(record, epoch, with_credential(spec, signed))
+        present(signed)  # removes it from errors, in which a scheduler may quote it
+        return await self.inner.ensure(record, epoch, with_fields(spec, **{CREDENTIAL: signed}))
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
         await self.inner.retire(placement, grace_s)
@@ -65,9 +62,3 @@ class TokenIssuingScheduler:
 
     async def close(self) -> None:
         await self.inner.close()
-
-
-def with_credential(spec: AgentSpec, credential: str) -> AgentSpec:
-    """The spec with the credential in its document. Raises UserError when that is no JSON object."""
-    text = json.dumps(class_part(spec) | {FIELD: credential}, sort_keys=True, separators=(",", ":"))
-    return replace(spec, agent_config=text)

@@ -1,6 +1,5 @@
 """The configuration file: every mistake at once, units, precedence, hostile text, the docs."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -223,7 +222,7 @@ def test_spec_hash_follows_behaviour_and_template_text(tmp_path: Path) -> None:
     )
     template.write_text("two")
     assert load(file).specs()["a"].spec_hash != first.spec_hash
-    document = json.loads(first.agent_config)
+    document = first.agent_config
     assert document["api"] == ["http://127.0.0.1:9670"]
     assert document["probes"][0] == {
         "kind": "tcp",

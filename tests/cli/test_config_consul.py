@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def told(folder: Path, consul: str) -> tuple[dict[str, Any], str]:
     file = folder / "nomad-watchdog.hcl"
     file.write_text(f'backend = "nomad"\nconsul {{\n{consul}\n}}\n{CLASS}')
     (spec,) = load(file, {}).specs().values()
-    return json.loads(spec.agent_config), spec.spec_hash
+    return dict(spec.agent_config), spec.spec_hash
 
 
 def test_over_https_agents_get_the_authority_and_the_places_of_their_certificate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def spec_of(folder: Path, more: str) -> tuple[str, dict]:
     consul = 'consul {\n  agent_address = "http://127.0.0.1:8500"\n}\n'
     file.write_text(FILE % more + consul)
     spec = load(file).specs()["default"]
-    return spec.spec_hash, json.loads(spec.agent_config)
+    return spec.spec_hash, dict(spec.agent_config)
 
 
 def test_what_the_class_says_is_what_the_agent_takes(tmp_path: Path) -> None:

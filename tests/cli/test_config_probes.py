@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,7 @@ def written(folder: Path, text: str) -> Path:
 def test_every_kind_reaches_the_agent_as_it_takes_it(tmp_path: Path) -> None:
     """What the control plane accepts of each kind, the agent's own check accepts too, with all settings."""
     spec = load(written(tmp_path, ALL)).specs()["a"]
-    told = json.loads(spec.agent_config)
+    told = dict(spec.agent_config)
     got = check({**told, "device_id": "d", "slug": "d-1", "epoch": 1, "address": "10.0.0.7"})
     by_kind = {probe["kind"]: probe for probe in got["probes"]}
     assert len(by_kind) == 9

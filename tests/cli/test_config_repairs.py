@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def spec(folder: Path, body: str) -> Any:
 
 
 def document(folder: Path, body: str) -> dict[str, Any]:
-    part = json.loads(spec(folder, body).agent_config)
+    part = dict(spec(folder, body).agent_config)
     return wire.agent_config(part, device_id="d", slug="d", epoch=1, address="127.0.0.1", labels={})
 
 

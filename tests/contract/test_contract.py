@@ -101,7 +101,7 @@ def test_what_the_control_plane_says_is_in_the_schema() -> None:
     """The document of a default class keeps the schema and has no key that the schema doesn't know."""
     (spec,) = Settings().specs().values()
     document = wire.agent_config(
-        json.loads(spec.agent_config),
+        dict(spec.agent_config),
         device_id="pump-7",
         slug="pump-7-abc",
         epoch=3,

@@ -175,9 +175,7 @@ def test_a_class_whose_agents_would_reject_it(change: dict[str, Any], words: str
     """What agents of a class would reject is found when the class is read, without the files of their hosts."""
     probe = {"kind": "https", "port": 443, "ca_cert": "/nowhere", "client_cert": "/nowhere"}
     good = {"v": 1, "probes": [probe], "consul": "https://x", "consul_tls": {"ca_cert": "/nowhere"}}
-    agent_document.check_class(AgentSpec("camera", "1", "h", agent_config=json.dumps(good)))
+    agent_document.check_class(AgentSpec("camera", "1", "h", agent_config=good))
     with pytest.raises(UserError, match="class camera: its agents would reject") as caught:
-        agent_document.check_class(
-            AgentSpec("camera", "1", "h", agent_config=json.dumps(good | change))
-        )
+        agent_document.check_class(AgentSpec("camera", "1", "h", agent_config=good | change))
     assert words in str(caught.value)

@@ -33,7 +33,7 @@ from nomad_watchdog.testing.conformance import record_of
 PODS = "/api/v1/namespaces/n/pods"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Device = tuple[KubernetesScheduler, list[str]]
-WITH_CREDENTIAL = AgentSpec("default", "1", "h", agent_config='{"v": 1, "credential": "hunter2"}')
+WITH_CREDENTIAL = AgentSpec("default", "1", "h", agent_config={"v": 1, "credential": "hunter2"})
 
 
 @asynccontextmanager

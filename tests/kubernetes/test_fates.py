@@ -372,7 +372,7 @@ async def test_a_credential_is_in_a_secret_that_goes_with_its_owner(
     site: Site, tmp_path: Path
 ) -> None:
     """The agent's token is a file in its pod, in no other object, and is deleted with the agent (S10)."""
-    spec = replace(spec_of(), agent_config='{"v": 1, "credential": "hunter2"}')
+    spec = replace(spec_of(), agent_config={"v": 1, "credential": "hunter2"})
     record = await site.start(spec)
     await site.until(record, lambda one: one.state is RUNNING)
     path = f"/api/v1/namespaces/{site.namespace}/secrets/{names.name_of(record.slug)}-1"
@@ -395,7 +395,7 @@ async def test_a_credential_is_in_a_secret_that_goes_with_its_owner(
 
 
 def with_credential() -> AgentSpec:
-    return replace(spec_of(), agent_config='{"v": 1, "credential": "hunter2"}')
+    return replace(spec_of(), agent_config={"v": 1, "credential": "hunter2"})
 
 
 def secret_of(site: Site, record: DeviceRecord, epoch: int) -> str:
@@ -457,7 +457,7 @@ async def test_the_credential_of_another_installation_is_left_alone(site: Site) 
     other = KubernetesScheduler(
         settings=site.kube.settings(), namespace=site.namespace, installation="other"
     )
-    theirs = replace(with_credential(), agent_config='{"v": 1, "credential": "other"}')
+    theirs = replace(with_credential(), agent_config={"v": 1, "credential": "other"})
     try:
         with pytest.raises(TerminalError, match="belongs to installation 'fates'"):
             await other.ensure(record, Epoch(1), theirs)

@@ -154,7 +154,7 @@ async def test_the_role_is_enough_and_no_more(
     client = KubernetesClient(kube.settings(kubeconfig))
     spec = replace(
         spec_of(variables={"workload": workload}),
-        agent_config='{"v": 1, "credential": "hunter2"}',
+        agent_config={"v": 1, "credential": "hunter2"},
     )
     record = record_of(f"rights-{workload}")
     try:

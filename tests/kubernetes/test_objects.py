@@ -76,7 +76,7 @@ def test_labels_say_whose_agent_it_is() -> None:
 
 def test_the_document_is_the_agents_and_holds_no_credential() -> None:
     """What the agent reads has device and epoch; its credential is not in the object (S10)."""
-    spec = replace(SPEC, agent_config=json.dumps({"v": 1, "credential": "hunter2"}))
+    spec = replace(SPEC, agent_config={"v": 1, "credential": "hunter2"})
     thing = made(spec, secret="some")
     env = {one["name"]: one.get("value") for one in agent_of(thing)["env"]}
     document = json.loads(base64.b64decode(env["WATCHDOG_CONFIG_B64"]))

@@ -21,7 +21,7 @@ MAPS = st.dictionaries(WORDS, WORDS, max_size=3)
 VARIANTS = st.builds(Variant, WORDS, WORDS, MAPS)
 SPECS = st.builds(
     AgentSpec, WORDS, WORDS, WORDS, WORDS, WORDS, st.integers(1, 999), variables=MAPS, settings=MAPS,
-    on=st.dictionaries(WORDS, VARIANTS, max_size=2), agent_config=WORDS,
+    on=st.dictionaries(WORDS, VARIANTS, max_size=2), agent_config=st.dictionaries(WORDS, st.one_of(st.integers(0, 9), WORDS, st.lists(WORDS, max_size=2)), max_size=3),
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ async def test_of_two_writers_one_wins() -> None:
 @given(SPECS)
 def test_equal_behaviour_has_an_equal_digest(spec: AgentSpec) -> None:
     """Paths of files and what is each replica's own make no difference; behaviour and variants do."""
-    moved = replace(spec, template="/elsewhere", agent_config="{}")
+    moved = replace(spec, template="/elsewhere", agent_config={})
     assert class_set.digest({"a": spec}) == class_set.digest({"a": moved})
     assert class_set.differences({"a": spec}, {"a": moved}) == []
     other = replace(spec, spec_hash=spec.spec_hash + "x")

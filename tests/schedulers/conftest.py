@@ -66,8 +66,7 @@ def agent_spec(**overrides: Any) -> AgentSpec:
         "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}],
         **overrides.pop("config", {}),
     }
-    text = json.dumps(config)
-    spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", agent_config=text)
+    spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", agent_config=config)
     return replace(spec, **overrides)
 
 

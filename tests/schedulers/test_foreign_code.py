@@ -23,12 +23,12 @@ from tests.schedulers.conftest import agent_spec, eventually
 
 NAMES = ("watchdog_agent", "nomad_watchdog", "json", "socket", "sitecustomize", "usercustomize")
 OWNER = """
-import asyncio, json, os, sys
+import asyncio, os, sys
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.testing.conformance import record_of
 async def main():
-    config = json.dumps({"v": 1, "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}]})
+    config = {"v": 1, "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}]}
     spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", agent_config=config)
     os.environ["PYTHONPATH"] = os.getcwd()
     scheduler = LocalScheduler(directory=sys.argv[1], fork=sys.argv[2] == "fork")

@@ -23,12 +23,12 @@ from tests.schedulers.conftest import adopted_tended_and_retired, agent_spec, ev
 
 RECORD = record_of("crane-7")
 OWNER = """
-import asyncio, json, sys
+import asyncio, sys
 from nomad_watchdog.model import AgentSpec, Epoch
 from nomad_watchdog.schedulers.local import LocalScheduler
 from nomad_watchdog.testing.conformance import record_of
 async def main():
-    config = json.dumps({"v": 1, "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}]})
+    config = {"v": 1, "probes": [{"kind": "tcp", "port": 9, "interval_s": 30.0}]}
     spec = AgentSpec(agent_class="default", version="1", spec_hash="h1", agent_config=config)
     scheduler = LocalScheduler(directory=sys.argv[1], poll_s=0.1)
     for number in range(5):

@@ -97,7 +97,7 @@ async def test_a_parent_is_written_by_its_holder_and_only_when_it_names_no_livin
             "1",
             "h",
             variables={"agent_source": f"{source}/artifacts/watchdog-agent.pyz"},
-            agent_config=json.dumps({"v": 1, "api": living}),
+            agent_config={"v": 1, "api": list(living)},
         )
         assert await scheduler.prepare([spec], shards=shards) == {}
         job = await nomad.request("GET", path)
@@ -354,7 +354,7 @@ async def test_hints_of_a_start_are_calm_and_those_of_an_end_are_not(
 
 async def test_oversized_payload_is_refused(scheduler: NomadScheduler) -> None:
     """A document over 16 KiB is a UserError before Nomad sees it."""
-    spec = AgentSpec("default", "1", "h", template=MOCK, agent_config='{"x": "%s"}' % ("y" * 17000))
+    spec = AgentSpec("default", "1", "h", template=MOCK, agent_config={"x": "y" * 17000})
     with pytest.raises(UserError, match="16384"):
         await scheduler.ensure(record_of("large"), Epoch(1), spec)
 

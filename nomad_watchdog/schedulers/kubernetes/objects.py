@@ -37,7 +37,6 @@ DEFAULTS: Final[Mapping[str, str]] = {
 RESERVED: Final = ("workload", "token_secret")
 """Variables that the control plane uses itself; a template need not use them."""
 TOKEN_FOLDER: Final = "/var/run/watchdog"  # noqa: S105  # a folder
-_CREDENTIAL: Final = "credential"
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,63})\}")
 _NUMBERS: Final = re.compile(r".*(Seconds|Threshold|[pP]ort|runAsUser|runAsGroup|fsGroup)$")
 _DIGEST: Final = re.compile(r"@sha256:[0-9a-f]{64}\Z")
@@ -191,11 +190,10 @@ def _lint_pod(pod: PodSpec) -> Iterator[str]:
 def document_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> tuple[bytes, str]:
     """The agent's document as UTF-8 without its credential, and the credential. Raises UserError when the document
     is too large."""
-    part = agent_document.class_part(spec)
-    credential = str(part.pop(_CREDENTIAL, ""))
-    return agent_document.serialize(
-        agent_document.document(record, epoch, part), _MAX_DOCUMENT
-    ), credential
+    part = dict(spec.agent_config)
+    credential = str(part.pop(agent_document.CREDENTIAL, ""))
+    document = agent_document.document(record, epoch, part)
+    return agent_document.serialize(document, _MAX_DOCUMENT), credential
 
 
 def labels_of(

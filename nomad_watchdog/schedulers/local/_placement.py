@@ -108,7 +108,7 @@ def config_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> str:
         "version": spec.version,
         "spec_hash": spec.spec_hash,
     }
-    part = agent_document.class_part(spec) | facts
+    part = {**spec.agent_config, **facts}
     return json.dumps(agent_document.document(record, epoch, part))
 
 

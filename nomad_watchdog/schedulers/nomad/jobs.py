@@ -99,7 +99,7 @@ async def build(client: NomadClient, spec: AgentSpec, job_id: str, installation:
 
 def payload(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> bytes:
     """The agent's document as UTF-8. Raises UserError when it is too large."""
-    document = agent_document.document(record, epoch, agent_document.class_part(spec))
+    document = agent_document.document(record, epoch, spec.agent_config)
     return agent_document.serialize(document, MAX_PAYLOAD)
 
 
