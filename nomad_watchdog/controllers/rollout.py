@@ -12,9 +12,9 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
 from nomad_watchdog.core.rollout_soak import ObservedRun, Soak, SoakLimits
 from nomad_watchdog.errors import WatchdogError
@@ -26,7 +26,7 @@ from nomad_watchdog.registry.document import Document, DocumentFormat
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import is_leader
 from nomad_watchdog.schedulers import job_templates
-from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
+from nomad_watchdog.schedulers.agent_document import stored_spec
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
 class RolloutState:
     """What the registry knows of a class."""
 
-    good: AgentSpec | None = None
+    good: Annotated[AgentSpec | None, BeforeValidator(spec_fields)] = None
     template: str = ""
     """Digest of the template that the good spec was made with: its text is not kept."""
     bad: str = ""
@@ -322,7 +322,10 @@ def document_format(agent_class: str) -> DocumentFormat[RolloutState]:
 def _serialized(state: RolloutState) -> dict[str, object]:
     # Older versions reject a spec with fields that they do not know.
     fields: dict[str, object] = _STATE.dump_python(state, mode="json", exclude={"good"})
-    good = None if state.good is None else stored_spec(state.good)
-    for name in ("settings", "text", "on") if good is not None else ():
-        del good[name]
+    if state.good is None:
+        return fields | {"good": None}
+    unknown_before = ("settings", "text", "on")
+    good = {
+        name: value for name, value in stored_spec(state.good).items() if name not in unknown_before
+    }
     return fields | {"good": good}

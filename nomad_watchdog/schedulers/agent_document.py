@@ -100,15 +100,24 @@ def serialize(document: Mapping[str, object], max_bytes: int) -> bytes:
 def stored_spec(spec: AgentSpec) -> dict[str, object]:
     """The fields of a spec as the registry stores them: the class's part of the agent's document as JSON text with
     sorted keys."""
-    text = json.dumps(spec.agent_config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return asdict(spec) | {"agent_config": text}
+    return asdict(spec) | {"agent_config": to_text(spec.agent_config)}
 
 
 def spec_fields(stored: object) -> object:
     """The fields of a spec as they were before `stored_spec`. Raises ValueError when the text is not a JSON object."""
     if not isinstance(stored, dict) or not isinstance(text := stored.get("agent_config"), str):
         return stored
+    return stored | {"agent_config": from_text(text)}
+
+
+def to_text(part: Mapping[str, object]) -> str:
+    """A class's part as JSON with sorted keys."""
+    return json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def from_text(text: str) -> dict[str, object]:
+    """A class's part from its text. Raises ValueError when that is not a JSON object."""
     part = loads(text)
     if not isinstance(part, dict):
         raise ValueError("the configuration of an agent must be a JSON object")  # noqa: TRY004  # as loads
-    return stored | {"agent_config": part}
+    return part
