@@ -59,7 +59,7 @@ def _quietly(agent: Agent) -> None:
     os.dup2(null, 2)
 
     def look() -> None:
-        if agent.diagnosis.runs >= RUNS:
+        if agent.prober.runs >= RUNS:
             agent.loop.stop()
         else:
             agent.loop.later(0.01, look)

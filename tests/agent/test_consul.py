@@ -109,7 +109,7 @@ async def test_retired_agent_leaves_consul(consul: ConsulServer, world: World) -
 async def test_a_signal_after_a_410_does_not_cut_the_deregistration_short(
     world: World, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """A scheduler that stops an agent which is already told to retire, and waits for a slow Consul, stops it no
+    """A scheduler that stops an agent which is already retired by the control plane, and waits for a slow Consul, stops it no
     earlier: it deregisters and ends with 0."""
     async with ConsulServer(tmp_path / "own-consul") as server:
         agent = await world.started(consul=server.http_addr, service=SERVICE)
@@ -117,7 +117,10 @@ async def test_a_signal_after_a_410_does_not_cut_the_deregistration_short(
         server.pause()
         world.peer.status = 410
         await world.device.stop()
-        await until(lambda: any(x["msg"] == "told to retire" for x in agent.log), "told to retire")
+        await until(
+            lambda: any(x["msg"] == "retired by the control plane" for x in agent.log),
+            "retired by the control plane",
+        )
         assert agent.process is not None
         agent.process.send(number)
         await until(lambda: any(x["msg"] == "signal" for x in agent.log), "the signal is seen")
@@ -220,7 +223,7 @@ async def test_a_later_answer_does_not_cancel_the_deregistration(
         config,
         "an-instance",
         "127.0.0.1:1",
-        said=lambda _text: None,
+        log=lambda _text: None,
         registered=lambda: loop.later(0.0, deregister),
     )
     one.start()

@@ -86,7 +86,7 @@ class ConsulState:
         if not self.outdated and not self.busy and self.timer is None and self._changed():
             self._write()
 
-    def forget(self, then: Callable[[], None]) -> None:
+    def delete(self, then: Callable[[], None]) -> None:
         """The device is gone: take its state away, and call back. A newer epoch's stays."""
         self.outdated = True  # nothing is written any more
         self._look_and_drop(self.TRIES, then)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Fetched, Said, Timer
+    from watchdog_agent.runtime.types import Config, Document, Fetched, Log, Timer
 
 
 class Registration:
     """Registers, repeats it (free when unchanged, and it cures a Consul agent that lost us), and
-    deregisters. `said(text)` gets what is worth a log line, once a change."""
+    deregisters. `log(text)` gets what is worth a log line, once a change."""
 
     TIMEOUT_S = 2.0
     CLOSE_S = 1.0
@@ -32,12 +32,12 @@ class Registration:
         config: Config,
         instance: str,
         listen: str,
-        said: Said,
+        log: Log,
         registered: Callable[[], None] = lambda: None,
     ) -> None:
         """`registered()` is called when Consul has taken us for the first time."""
         self.loop = loop
-        self.said = said
+        self.log = log
         self.registered = registered
         self.config = config
         self.url = place(config)
@@ -85,7 +85,7 @@ class Registration:
             wait = min(self.MAX_WAIT_S, 0.5 * 2 ** min(self.failures, 8))
         if text != self.last:
             self.last = text
-            self.said(f"consul: {text}")
+            self.log(f"consul: {text}")
         self.timer = self.loop.later(wait * between(0.8, 1.2), self._again)
 
     def _again(self) -> None:

@@ -311,12 +311,16 @@ class FailureDetector:
         if self._offline:
             return "offline"
         if self._late:
-            if self._alive:
-                return "suspect" if self.to_ask else "degraded"
-            return "unable" if self._blind or self._unasked >= self.ROUNDS else "suspect"
+            return self._judged_late()
         if not self.answered and not self._settled and (self._misses or self._unable):
             return "suspect"
         return "degraded" if self._warned else "ok"
+
+    def _judged_late(self) -> State:
+        """The state while a probe misses."""
+        if self._alive:
+            return "suspect" if self.to_ask else "degraded"
+        return "unable" if self._blind or self._unasked >= self.ROUNDS else "suspect"
 
     def _words(self) -> str:
         if self.state == "ok":

@@ -54,7 +54,7 @@ class OnDemand:
 
         def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
             if number == self.number:
-                self.results[place] = {**said, **outcome.shown(ok, reason, took_s, warning)}
+                self.results[place] = {**said, **outcome.result_json(ok, reason, took_s, warning)}
 
         if "follower" in spec:
             # A log's new lines are judged once: that is left to the usual round.
@@ -66,6 +66,6 @@ class OnDemand:
         told = {"run": self.number, "done": None not in self.results, "results": ready}
         return status, "application/json", json.dumps(told).encode()
 
-    def look(self) -> Answer:
-        """How far the last run is."""
+    def progress(self) -> Answer:
+        """The results of the last run so far."""
         return self._answer(200)

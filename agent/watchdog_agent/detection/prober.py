@@ -14,6 +14,7 @@ from watchdog_agent.detection.probe_stats import Stats
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import outcome as outcomes
 from watchdog_agent.runtime.loop import between
+from watchdog_agent.runtime.stdlib_light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
         def watch_ready(self) -> None: ...
 
 
+MAX_HISTORY = 32
+"""Maximum number of state changes in /status."""
 MAX_AGE_S = 10 * 365 * 86400.0
 """An age beyond it is taken for this much."""
 
@@ -66,10 +69,11 @@ class Prober:
         self.confirm_began = self.confirmed_at = float("-inf")
         self.confirmations: list[tuple[str, Outcome, str]] = []
         self.episode = 0
-        self.suspicion = FailureDetector(min(int(p["misses"]) for p in self.config["probes"]))
+        self.detector = FailureDetector(min(int(p["misses"]) for p in self.config["probes"]))
+        self.history: deque[Document] = deque(maxlen=MAX_HISTORY)
         self.since = time.monotonic()
         """When the state of the belief began; before our start for one that was taken over."""
-        self._state = self.suspicion.state
+        self._state = self.detector.state
         self._cause, self._rewords, self._reword_at = "", 0, 0.0
         self._waiting: dict[str, Any] = {}
         """Probe → the timer of its next run."""
@@ -98,23 +102,49 @@ class Prober:
 
     def noted(self) -> bool:
         """Take the time of a change of state; whether there was one."""
-        changed = self._state != self.suspicion.state
+        changed = self._state != self.detector.state
         if changed:
-            self._state, self.since = self.suspicion.state, time.monotonic()
-            self._cause, self._rewords, self._reword_at = self.suspicion.cause, 0, 0.0
+            self._state, self.since = self.detector.state, time.monotonic()
+            self._cause, self._rewords, self._reword_at = self.detector.cause, 0, 0.0
         return changed
+
+    def record_history(self) -> None:
+        """Add a change of state to the history in /status."""
+        state, reason = self.detector.state, self.detector.reason[:200]
+        if not self.history or self.history[-1]["state"] != state:
+            self.history.append({"at": round(time.time(), 3), "state": state, "reason": reason})
 
     def restore(self, kept: Document) -> None:
         """Go on from what an earlier run kept: the belief, and since when."""
-        believed = self.suspicion
-        believed.was_ready = kept.get("was_ready") is True
-        believed.restore(kept.get("state"), kept.get("reason"), kept.get("misses"))
+        detector = self.detector
+        detector.was_ready = kept.get("was_ready") is True
+        detector.restore(kept.get("state"), kept.get("reason"), kept.get("misses"))
         self.noted()
-        if kept.get("state") == believed.state:
+        if kept.get("state") == detector.state:
             self._began(time.time() - number_of(kept.get("since"), time.time()))
-        if believed.confirmed:
+        if detector.confirmed:
             # when is not kept: if no answer comes now, none may have come then
             self.confirmed_at = time.monotonic()
+
+    def dump(self, *, isolated: bool) -> Document:
+        """The part of the stored state. `isolated`: what was confirmed then is not claimed by the next run, whose
+        reports may be answered at once."""
+        detector = self.detector
+        return {
+            "was_ready": detector.was_ready,
+            "state": "suspect" if isolated and detector.confirmed else detector.state,
+            "reason": detector.reason[:400],
+            "misses": detector.misses,
+            "since": int(time.time() - (time.monotonic() - self.since)),
+        }
+
+    def reconnected(self, isolated: bool) -> None:  # as the reporter calls it
+        """A report was answered again: confirm anew what was found while none was."""
+        if self.agent.exit_code is not None:
+            return
+        self.episode += 1  # ignore confirmations that began while no answer arrived
+        if self.detector.doubt(confirmed_too=isolated):
+            self.agent.changed()
 
     def adopt(self, condition: Any) -> bool:
         """Take over the device's condition from an answer to a report, once; whether it was."""
@@ -127,7 +157,7 @@ class Prober:
         reason, misses = condition.get("reason"), condition.get("misses")
         text = reason[:400] if isinstance(reason, str) else "as its last agent reported"
         count = misses if type(misses) is int else 0
-        if not self.suspicion.adopt(condition["state"], text, count):
+        if not self.detector.adopt(condition["state"], text, count):
             return False
         self.adopted = True
         self.episode += 1  # a confirmation that is under way belongs to what was believed before
@@ -142,9 +172,9 @@ class Prober:
         """Whether the cause of a state that lasts is another one, and this is to be reported now: the first time
         at once, and each time twice as long after the one before, as a cause may alternate."""
         now = time.monotonic()
-        if self.suspicion.cause == self._cause or now < self._reword_at:
+        if self.detector.cause == self._cause or now < self._reword_at:
             return False
-        self._cause = self.suspicion.cause
+        self._cause = self.detector.cause
         self._reword_at = now + self.config.get("beat_s", 15.0) * 2 ** min(self._rewords, 5)
         self._rewords += 1
         return True
@@ -155,11 +185,11 @@ class Prober:
         if self.agent.exit_code is not None:
             return
         self._waiting.pop(name, None)
-        asked_at = self.suspicion.returns
+        asked_at = self.detector.returns
 
         def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
             self._probed(name, spec, ok, reason, took_s, warning, asked_at)
-            overtaken = name in self.suspicion.to_ask and asked_at != self.suspicion.returns
+            overtaken = name in self.detector.to_ask and asked_at != self.detector.returns
             pause = 0.0 if overtaken else self._pace(name, spec) - took_s
             self._probe_in(max(0.05, pause), name, spec)
 
@@ -171,10 +201,10 @@ class Prober:
     def _ask_again(self, returns: int) -> None:
         """Something of an offline device answers, if the count was `returns` before: ask those that missed now,
         not an interval later. One that is under way is asked again when it has ended."""
-        if self.suspicion.returns == returns:
+        if self.detector.returns == returns:
             return
         for name, spec in zip(self.names, self.config["probes"], strict=True):
-            timer = self._waiting.pop(name, None) if name in self.suspicion.to_ask else None
+            timer = self._waiting.pop(name, None) if name in self.detector.to_ask else None
             if timer is not None:
                 timer[2] = None
                 self._probe_in(0.0, name, spec)
@@ -183,9 +213,9 @@ class Prober:
         """Seconds from the start of this probe to the start of the next."""
         quick = self.quick.get(name, 0)
         wanted: float = probe_interval.interval(
-            spec["interval_s"], spec["min_interval_s"], self.suspicion.state, quick
+            spec["interval_s"], spec["min_interval_s"], self.detector.state, quick
         )
-        if self.suspicion.state != "suspect":
+        if self.detector.state != "suspect":
             self.quick.pop(name, None)
         elif wanted < spec["interval_s"]:
             self.quick[name] = quick + 1
@@ -201,30 +231,19 @@ class Prober:
         warning: str,
         asked_at: int,
     ) -> None:
+        was_ready, returns = self.detector.was_ready, self.detector.returns
         first = name not in self.results
-        self.runs += 1
-        self.failures += ok is False
-        self.unable += ok is None
-        was_ready, returns = self.suspicion.was_ready, self.suspicion.returns
-        shown = reason if ok else f"{probes.name_of(spec)}: {reason}"
-        stats = self.stats.setdefault(name, Stats())
-        need = probe_interval.need(int(spec["misses"]), *stats.earlier())
-        if ok is not None:
-            stats.add(ok, took_s)
-        if name in self.thresholds:
-            exceeded = self.thresholds[name].take(ok, took_s, need)
-            warning = "; ".join(one for one in (warning, exceeded) if one)
+        need, warning = self._count(name, spec, ok, took_s, warning)
         self.no_route = isinstance(reason, outcomes.NoRoute)
-        found = outcomes.shown(ok, reason, took_s, warning)
-        self.results[name] = found | {"at": time.time()}
-        if first:  # in the order of the configuration, whichever probe ends first
-            self.results = {n: self.results[n] for n in self.names if n in self.results}
-        words = f"{probes.name_of(spec)}: {warning}" if warning else ""
-        changed = self.suspicion.probed(name, ok, shown, need, words, asked_at)
+        self._record(name, outcomes.result_json(ok, reason, took_s, warning))
+        label = probes.name_of(spec)
+        shown = reason if ok else f"{label}: {reason}"
+        exceeded = f"{label}: {warning}" if warning else ""
+        changed = self.detector.probed(name, ok, shown, need, exceeded, asked_at)
         self.noted()
         self._ask_again(returns)
         self.episode += changed
-        if self._reworded() or changed or self.suspicion.was_ready != was_ready:
+        if self._reworded() or changed or self.detector.was_ready != was_ready:
             self.agent.changed()
         if ok and self.gateway is not None:
             self.gateway.answers = None
@@ -234,12 +253,34 @@ class Prober:
             self.agent.watch_ready()
         self.agent.probed(ok)
 
+    def _count(
+        self, name: str, spec: Probe, ok: Outcome, took_s: float, warning: str
+    ) -> tuple[int, str]:
+        """(misses in a row that make the device suspect, warnings of this result)."""
+        self.runs += 1
+        self.failures += ok is False
+        self.unable += ok is None
+        stats = self.stats.setdefault(name, Stats())
+        need = probe_interval.need(int(spec["misses"]), *stats.earlier())
+        if ok is not None:
+            stats.add(ok, took_s)
+        if name in self.thresholds:
+            exceeded = self.thresholds[name].record(ok, took_s, need)
+            warning = "; ".join(one for one in (warning, exceeded) if one)
+        return need, warning
+
+    def _record(self, name: str, result: Document) -> None:
+        first = name not in self.results
+        self.results[name] = result | {"at": time.time()}
+        if first:  # in the order of the configuration, whichever probe ends first
+            self.results = {n: self.results[n] for n in self.names if n in self.results}
+
     def _doubt(self, name: str, spec: Probe) -> None:
         """A probe was missed: whose fault is it? First what stands before the device is asked."""
-        believed = self.suspicion
-        if self.gateway is None or believed.state in ("offline", "degraded"):
+        detector = self.detector
+        if self.gateway is None or detector.state in ("offline", "degraded"):
             self._want_confirmation(name, spec)
-        elif believed.wants_confirmation() or believed.behind:
+        elif detector.wants_confirmation() or detector.behind:
 
             def asked(alive: Outcome) -> None:
                 if self.behind(alive):
@@ -252,7 +293,7 @@ class Prober:
         assert self.gateway is not None
         if alive:
             self.agent.gateway_answers()
-        if self.suspicion.gateway(alive, self.gateway.words()):
+        if self.detector.gateway(alive, self.gateway.words()):
             self.noted()
             self.agent.changed()
         return bool(alive)
@@ -263,7 +304,7 @@ class Prober:
         soon = time.monotonic() - self.confirm_began < apart_s
         quick = 0 < self.quick.get(name, 0) < probe_interval.MAX_QUICK
         held = self.confirming or (soon and quick)
-        if self.suspicion.wants_confirmation() and not held:
+        if self.detector.wants_confirmation() and not held:
             self._confirm()
 
     def _confirm(self) -> None:
@@ -298,12 +339,12 @@ class Prober:
         def take() -> None:
             if self.episode != episode:
                 return
-            returns = self.suspicion.returns
-            changed = self.suspicion.confirmation(name, ok, reason)
+            returns = self.detector.returns
+            changed = self.detector.confirmation(name, ok, reason)
             self.noted()
             self._ask_again(returns)
             if changed:
-                if self.suspicion.confirmed:
+                if self.detector.confirmed:
                     self.confirmed_at = time.monotonic()
                 self.agent.confirmed()
 
@@ -328,12 +369,24 @@ class Prober:
         instead = all(one.get("instead") for one in self.config["probes"])
         return spec["kind"] != "tcp" or not instead
 
+    def status(self) -> Document:
+        """The part of /status."""
+        return {
+            "was_ready": self.detector.was_ready,
+            "misses": self.detector.misses,
+            "confirmed": self.detector.confirmed,
+            "probes": {n: {**r, "stats": self.stats[n].summary()} for n, r in self.results.items()},
+            "runs": {"total": self.runs, "failed": self.failures, "unable": self.unable},
+            "evidence": self.evidence(),
+            "history": list(self.history),
+        }
+
     def evidence(self) -> Document:
         """What the belief stands on: failing probes, the last confirmation, the gateway."""
         failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
         warned = {name: r["warning"] for name, r in self.results.items() if "warning" in r}
         told: Document = {"failing": failing} | ({"warnings": warned} if warned else {})
-        if self.confirmations and self.suspicion.state != "ok":
+        if self.confirmations and self.detector.state != "ok":
             told["confirm"] = [
                 {"probe": name, "ok": bool(ok), "unable": ok is None, "reason": reason}
                 for name, ok, reason in self.confirmations

@@ -29,7 +29,7 @@ class Thresholds:
         self._stats = Stats()
         self._misses = 0
 
-    def take(self, outcome: Outcome, took_s: float, need: int) -> str:
+    def record(self, outcome: Outcome, took_s: float, need: int) -> str:
         """Take one result; what is exceeded now, in words, or "". `need`: misses that make suspect."""
         if outcome is None:
             return self._words(took_s)

@@ -47,8 +47,8 @@ class Escalations:
         """Ends of which it is not known yet whether others of the episode are still away."""
         self.over = "recovered"
         self.reminding: Timer | None = None
-        self.changed: Callable[[], object] = lambda: None
-        """Called when what is kept has changed."""
+        self.on_change: Callable[[], object] = lambda: None
+        """Called when the stored state has changed."""
 
     def raise_(self, key: str, summary: str, evidence: dict[str, Any]) -> None:
         """Escalate this anomaly, alone or with others'. `key`: its kind, as ``offline``; of letters, digits,
@@ -71,7 +71,7 @@ class Escalations:
         }
         self.open[key] = entry
         self._begin(entry)
-        self.changed()
+        self.on_change()
 
     def _bounded(self, evidence: dict[str, Any]) -> dict[str, Any]:
         from watchdog_agent.runtime.stdlib_light import json
@@ -102,7 +102,7 @@ class Escalations:
             entry["group"] = list(group) if coordinated else None
             self.log("escalated", key=key, episode=episode, coordinated=coordinated)
             self._remind()
-            self.changed()
+            self.on_change()
 
         it = self.coordination.begin(entry, group, done)
         self.rounds[key] = it
@@ -156,7 +156,7 @@ class Escalations:
         def done(taken: bool) -> None:
             if taken and not self._is_over(entry):
                 entry["told"], entry["episode"] = True, entry["id"]
-                self.changed()
+                self.on_change()
 
         self._tell(entry, document, None, "firing", done)
 
@@ -231,7 +231,7 @@ class Escalations:
         if entry is None:
             return
         self._leave(entry, self.rounds.pop(key, None))
-        self.changed()
+        self.on_change()
 
     def _is_over(self, entry: Document) -> bool:
         return self.open.get(entry["key"]) is not entry
@@ -306,7 +306,7 @@ class Escalations:
 
     # -- keeping and showing
 
-    def kept(self) -> list[Document]:
+    def dump(self) -> list[Document]:
         """What is open, to be stored; JSON."""
         return [dict(entry) for entry in self.open.values()]
 

@@ -11,6 +11,8 @@ from watchdog_agent.runtime.stdlib_light import socket, struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Ended, Probe
 
@@ -99,18 +101,23 @@ def encode_query(name: str, kind: int, ident: bytes) -> bytes:
 def addresses(data: bytes, query: bytes) -> list[bytes] | str:
     """The addresses that the answer to our query holds, or in words why it has none. Raises DnsError."""
     flags, questions, answers = struct.unpack_from("!HHH", data, 2)
-    if flags & 15:
-        code = flags & 15
+    if code := flags & 15:
         return _RCODES[code] if code < len(_RCODES) else f"error {code}"
     asked = query[12:]
     # Servers may mix upper and lower case (0x20), no more.
     if questions != 1 or data[12 : 12 + len(asked)].lower() != asked.lower():
         raise DnsError("it answers another question")
     kind = struct.unpack("!H", asked[-4:-2])[0]
+    found = list(_records(data, 12 + len(asked), min(answers, MAX_RECORDS), kind))
+    if not found and flags & 0x0200:
+        return "the answer is too long for UDP"
+    return found
+
+
+def _records(data: bytes, at: int, count: int, kind: int) -> Iterator[bytes]:
+    """The addresses of this type (1 = A, 28 = AAAA) in `count` records from `at` on. Raises DnsError."""
     size = 4 if kind == 1 else 16
-    at = 12 + len(asked)
-    found: list[bytes] = []
-    for _ in range(min(answers, MAX_RECORDS)):
+    for _ in range(count):
         at = skip_name(data, at)
         if at + 10 > len(data):
             raise DnsError("a record is cut off")
@@ -121,11 +128,8 @@ def addresses(data: bytes, query: bytes) -> list[bytes] | str:
         if rtype == kind and rclass == 1:
             if length != size:
                 raise DnsError(f"an address of {length} bytes")
-            found.append(data[at : at + length])
+            yield data[at : at + length]
         at += length
-    if not found and flags & 0x0200:
-        return "the answer is too long for UDP"
-    return found
 
 
 def skip_name(data: bytes, at: int) -> int:

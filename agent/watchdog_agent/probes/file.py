@@ -41,7 +41,7 @@ def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
     """Read it now; the answer comes from the loop, as of any other probe. A file that is not there is a miss;
     one that cannot be read is not."""
     try:
-        answer = look(spec, spec["follower"], time.time())
+        answer = read(spec, spec["follower"], time.time())
     except (FileNotFoundError, NotADirectoryError) as error:
         answer = (False, f"{spec['file']}: {http.reason_of(error)}")
     except OSError as error:
@@ -49,7 +49,7 @@ def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
     loop.later(0, lambda: ended(*answer))
 
 
-def look(spec: Probe, follower: FileFollower, now: float) -> tuple[bool, str]:
+def read(spec: Probe, follower: FileFollower, now: float) -> tuple[bool, str]:
     """(ok, reason) of one round at `now`, seconds since 1970. Raises OSError."""
     name = os.path.basename(spec["file"])
     facts = os.stat(spec["file"])
@@ -67,10 +67,16 @@ def look(spec: Probe, follower: FileFollower, now: float) -> tuple[bool, str]:
     if first:
         return True, f"{name} is watched from its end on"
     tail = f" ({skipped} bytes were skipped)" if skipped else ""
+    ok, reason = _judged(name, new, wanted, unwanted)
+    return ok, reason if ok else reason + tail
+
+
+def _judged(name: str, new: bytes, wanted: str | None, unwanted: str | None) -> tuple[bool, str]:
+    """(ok, reason) for what was appended."""
     if unwanted and unwanted.encode() in new:
-        return False, f"{name} says {unwanted!r}{tail}"
+        return False, f"{name} says {unwanted!r}"
     if wanted and wanted.encode() not in new:
-        return False, f"{name} does not say {wanted!r}{tail}"
+        return False, f"{name} does not say {wanted!r}"
     return True, f"{name} says {wanted!r}" if wanted else f"{name} does not say {unwanted!r}"
 
 

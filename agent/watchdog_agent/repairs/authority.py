@@ -24,20 +24,20 @@ class ActAuthority:
         self.fresh_s = fresh_s
         self.alone_s = alone_s
         self.accepted_at: float | None = None
-        self.unheard_at: float | None = None
+        self.unanswered_at: float | None = None
         """When nobody answered last."""
         self.doubt = ""
 
-    def heard(self, status: int | None, now: float) -> None:
+    def report_answered(self, status: int | None, now: float) -> None:
         """A report was answered with `status`; None = not at all."""
         if status == 200:
-            self.accepted_at, self.unheard_at = now, None
+            self.accepted_at, self.unanswered_at = now, None
             if self.doubt != "refused":
                 self.doubt = ""
         elif status == 410:
             self.doubt = "refused"
         elif status is None or status >= 500 or status in (408, 425, 429):
-            self.unheard_at = now
+            self.unanswered_at = now
         elif self.doubt != "refused":
             self.doubt = f"a report was answered with {status}"
 
@@ -50,13 +50,13 @@ class ActAuthority:
         age_s = now - self.accepted_at
         if age_s <= self.fresh_s:
             return ""
-        if self.unheard_at is None:
+        if self.unanswered_at is None:
             return ASK
         if age_s > self.alone_s:
             return f"no answer of the control plane for {age_s:.0f} s"
         return ""
 
-    def kept(self, epoch: int, instance: str, now: float) -> Document:
+    def dump(self, epoch: int, instance: str, now: float) -> Document:
         """For the state file: an acceptance is of one epoch and one instance."""
         age_s = None if self.accepted_at is None or self.doubt else now - self.accepted_at
         return {"epoch": epoch, "instance": instance, "age_s": age_s}

@@ -18,7 +18,7 @@ from watchdog_agent.runtime.stdlib_light import socket, struct
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Any, Final
+    from typing import Final, Literal
 
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Document, Ended, Step
@@ -159,7 +159,7 @@ def _routes(index: int) -> Iterator[bytes]:
                 yield _NEW_ROUTE.to_bytes(2, "little") + said
 
 
-_ORDER: Final[Any] = "little" if struct.pack("=H", 1) == b"\1\0" else "big"
+_ORDER: Literal["little", "big"] = "little" if struct.pack("=H", 1) == b"\1\0" else "big"
 
 
 def _attribute(data: bytes, wanted: int) -> bytes:
@@ -181,23 +181,28 @@ def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
     try:
         sock.bind((0, 0))
         sock.sendto(_HEAD.pack(_HEAD.size + len(body), kind, flags, 1, 0) + body, (0, 0))
-        while True:
-            data = sock.recv(65536)
-            while len(data) >= _HEAD.size:
-                length, answer, _, _, _ = _HEAD.unpack_from(data)
-                if not _HEAD.size <= length <= len(data):
-                    raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
-                said, data = data[_HEAD.size : length], data[(length + 3) & ~3 :]
-                if answer == _DONE:
-                    return
-                if answer == _ERROR:
-                    code = -int.from_bytes(said[:4], _ORDER, signed=True)
-                    if code:
-                        raise OSError(code, os.strerror(code))
-                    return
-                yield said
+        for answer, found in _messages(sock):
+            if answer == _DONE:
+                return
+            if answer == _ERROR:
+                if code := -int.from_bytes(found[:4], _ORDER, signed=True):
+                    raise OSError(code, os.strerror(code))
+                return
+            yield found
     finally:
         sock.close()
+
+
+def _messages(sock: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """(type, body) of each message that the kernel sends. Raises OSError."""
+    while True:
+        data = sock.recv(65536)
+        while len(data) >= _HEAD.size:
+            length, answer, _, _, _ = _HEAD.unpack_from(data)
+            if not _HEAD.size <= length <= len(data):
+                raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+            yield answer, data[_HEAD.size : length]
+            data = data[(length + 3) & ~3 :]
 
 
 def _reason(error: OSError) -> str:

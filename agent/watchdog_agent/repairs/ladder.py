@@ -74,17 +74,8 @@ class Ladder:
         if not self.open:
             self.open, self.escalated = True, False
             self.episode += 1
-        current = self.current
-        if current is not None:
-            if current["outcome"] == RUNNING:
-                return WAIT, None, None, f"{current['name']} is under way"
-            until = current["ended"] + current["verify_s"]
-            if now < until:
-                return WAIT, None, until, f"whether {current['name']} has helped"
-            blind = current.pop("asked", None) is False
-            current["outcome"] = UNABLE if blind else NO_HELP
-            verb = "could be asked" if blind else "answered"
-            current["reason"] = f"no probe {verb} within {current['verify_s']:g} s"
+        if (current := self.current) is not None and (wait := _wait(current, now)) is not None:
+            return wait
         if state == "unable":
             return WAIT, None, None, "the agent is unable to ask the device"
         return self._choose(state, failing, now, behind)
@@ -212,7 +203,7 @@ class Ladder:
 
     # -- keeping
 
-    def kept(self, now: float) -> Document:
+    def dump(self, now: float) -> Document:
         """For the state file; ages instead of times, as no clock of ours outlives us."""
         return {
             "count": self.count,
@@ -259,7 +250,7 @@ class Ladder:
         # Whoever took it did not live to say how it ended.
         self.interrupted("the agent ended in the middle of it", now)
 
-    def shown(self, now: float, most: int = MAX_ATTEMPTS) -> list[Document]:
+    def attempts_json(self, now: float, most: int = MAX_ATTEMPTS) -> list[Document]:
         """The last attempts, for a status page or a report."""
         return [
             {
@@ -271,6 +262,21 @@ class Ladder:
             }
             for a in self.attempts[-most:]
         ]
+
+
+def _wait(current: Document, now: float) -> Decision | None:
+    """What to wait for while this attempt runs or is verified. None = its verification is over without success,
+    which is recorded."""
+    if current["outcome"] == RUNNING:
+        return WAIT, None, None, f"{current['name']} is under way"
+    until = current["ended"] + current["verify_s"]
+    if now < until:
+        return WAIT, None, until, f"whether {current['name']} has helped"
+    blind = current.pop("asked", None) is False
+    current["outcome"] = UNABLE if blind else NO_HELP
+    verb = "could be asked" if blind else "answered"
+    current["reason"] = f"no probe {verb} within {current['verify_s']:g} s"
+    return None
 
 
 def _fits(step: Step, state: str, failing: Container[str]) -> bool:

@@ -9,48 +9,24 @@ from __future__ import annotations
 
 import time
 
-from watchdog_agent.repairs import authority, kinds, ladder
+from watchdog_agent.repairs import escalation, kinds, ladder
+from watchdog_agent.repairs.authority import ASK, ActAuthority
 from watchdog_agent.runtime.http import reason_of
 from watchdog_agent.runtime.loop import between
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Final, Protocol
+    from typing import Any, Final
 
-    from watchdog_agent.detection.prober import Prober
-    from watchdog_agent.escalation.escalations import Escalations
-    from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Decision, Document, Outcome, Step, Timer
-
-    class Host(Protocol):
-        """Whom repairs are made for: what they read, and whom they tell."""
-
-        loop: Loop
-        config: Config
-        instance: str
-        folder: str
-        exit_code: int | None
-        diagnosis: Prober
-        escalations: Escalations | None
-
-        def log(self, message: str, **facts: object) -> None: ...
-        def save(self) -> bool: ...
-        def tell(self) -> None: ...
-        def round_done(self) -> bool: ...
-        def escalate_degraded(self, more: Document) -> bool: ...
-
+    from watchdog_agent.repairs.host import Host
+    from watchdog_agent.runtime.types import Decision, Document, Outcome, Step, Timer
 
 STOP_S: Final = 0.8
-"""A step that is under way at a signal has so long to end by itself."""
+"""Time limit of a running step after a signal."""
 AGAIN_S: Final = 5.0
-"""When what could not be kept, or undone, is tried again."""
+"""Interval of further tries to store or to undo a step."""
 UNDO_TRIES: Final = 12
-KEY: Final = "offline"
-DEGRADED: Final = "degraded"
-"""What kinds of anomaly are escalated."""
-MAX_TOLD: Final = 5
-"""Attempts in a report."""
 
 
 class RepairRunner:
@@ -62,7 +38,7 @@ class RepairRunner:
         policy = config["repair_policy"]
         self.dry_run: bool = policy["dry_run"]
         self.ladder = ladder.Ladder(config["repairs"])
-        self.standing = authority.ActAuthority(
+        self.authority = ActAuthority(
             policy["accepted_beats"] * config["beat_s"], policy["alone_s"]
         )
         self.running: Any = None
@@ -80,6 +56,7 @@ class RepairRunner:
         self._limit: Timer | None = None
         if kept is not None:
             self._restore(kept)
+        self.escalation = escalation.LadderEscalation(agent, self.ladder, self.authority)
 
     def _restore(self, kept: Any) -> None:
         """Go on from an earlier run, else start clean; an interface left down is put up in both cases."""
@@ -90,7 +67,7 @@ class RepairRunner:
             aged_s = max(0.0, time.time() - float(kept["at"]))
             fresh = ladder.Ladder(config["repairs"])
             fresh.restore(kept["ladder"], aged_s, now)
-            self.standing.restore(
+            self.authority.restore(
                 kept["standing"], config["epoch"], self.agent.instance, now - aged_s
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,9 +81,9 @@ class RepairRunner:
     def start(self) -> None:
         """The loop is about to run: undo first what was left behind."""
         if self.undo is not None:
-            self._put_right()
+            self._undo_again()
 
-    def _put_right(self) -> None:
+    def _undo_again(self) -> None:
         if self.undo is None or self.running is not None:
             return
         try:
@@ -117,47 +94,43 @@ class RepairRunner:
             self.agent.log("an interrupted repair can't be undone", reason=text, again=again)
             self._left -= 1
             if again and self._left > 0:
-                self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self._put_right)
+                self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self._undo_again)
                 return
             # What is gone for good, or was never kept by us, must not hold up the other steps.
         else:
             self.agent.log("an interrupted repair is undone", of=self.undo["kind"])
         self.undo, self._left = None, UNDO_TRIES
         self.agent.save()
-        self.look()
+        self.tick()
 
-    # -- what is heard
+    # -- what happens
 
-    def heard(self, status: int | None) -> None:
-        """A report was answered, or not."""
-        self.standing.heard(status, time.monotonic())
+    def report_answered(self, status: int | None) -> None:
+        """A report was answered with this status; None = there was no answer."""
+        self.authority.report_answered(status, time.monotonic())
         if self.blocked:
-            self.look()
+            self.tick()
 
-    def probed(self, ok: Outcome) -> None:
-        """A probe has ended, and the belief follows it already."""
-        if not ok:
-            self.ladder.missed(asked=ok is False)
-        if ok and self.agent.diagnosis.suspicion.state == "ok":
+    def probed(self, outcome: Outcome) -> None:
+        """A probe has ended, and the state of the device includes its result."""
+        if not outcome:
+            self.ladder.missed(asked=outcome is False)
+        if outcome and self.agent.prober.detector.state == "ok":
             current = self.ladder.current
             if self.ladder.answered(time.monotonic()):
                 self._recovered(current)
-        self.look()
+        self.tick()
 
     def _recovered(self, attempt: Document | None) -> None:
         if attempt is not None:
             self._count(attempt)
-        if self.agent.escalations is not None:
-            if self.ladder.escalated:
-                self.agent.escalations.clear(KEY)
-            self.agent.escalations.clear(DEGRADED)
-        self.ladder.escalated = False
+        self.escalation.recovered()
         self.agent.save()
-        self.agent.tell()
+        self.agent.send_report()
 
     # -- what is done
 
-    def look(self) -> None:
+    def tick(self) -> None:
         """Do what is next, if anything is."""
         agent = self.agent
         if self._timer is not None:
@@ -171,60 +144,51 @@ class RepairRunner:
         if before is not None and before["outcome"] in (ladder.NO_HELP, ladder.UNABLE):
             self._count(before)
             agent.save()
-            agent.tell()
+            agent.send_report()
         if what != ladder.TAKE:
             self.blocked = ""
         self.waits = why if why == ladder.BEHIND else ""
-        if step is not None and self._doubtful(step):
-            self._ask_gateway()
-        elif step is not None:
-            self._may_take(step)
-        elif what == ladder.EXHAUSTED and agent.diagnosis.suspicion.state == "degraded":
-            self._escalate_degraded()
-        elif what == ladder.EXHAUSTED and not self.ladder.escalated:
-            self._escalate(why)
+        if step is not None:
+            self._check_gateway(step)
+        elif what == ladder.EXHAUSTED:
+            self.escalation.exhausted(why)
         elif at is not None:
-            self._timer = agent.loop.later(max(0.01, at - time.monotonic()), self.look)
+            self._timer = agent.loop.later(max(0.01, at - time.monotonic()), self.tick)
 
     def _next(self) -> Decision:
-        believed = self.agent.diagnosis.suspicion
+        detector = self.agent.prober.detector
         failing = {
             name.partition(":")[2]
-            for name, last in self.agent.diagnosis.results.items()
+            for name, last in self.agent.prober.results.items()
             if last["outcome"] == "miss" or "warning" in last
         }
         # A device that never answered may not be there yet: there is nothing to repair (S6).
-        state: str = believed.state if believed.was_ready else "ok"
-        if state == "unable" and believed.behind:
+        state: str = detector.state if detector.was_ready else "ok"
+        if state == "unable" and detector.behind:
             state = "suspect"  # a dead gateway is what there are steps for
-        elif state == "unable" and self.agent.diagnosis.no_route:
+        elif state == "unable" and self.agent.prober.no_route:
             state = "no route"
-        gateway = self.agent.diagnosis.gateway
+        gateway = self.agent.prober.gateway
         behind = gateway is not None and not gateway.answers and gateway.fresh()
         return self.ladder.next(state, failing, time.monotonic(), behind=behind)
 
-    def _doubtful(self, step: Step) -> bool:
-        """Whether the gateway is to be asked before this step: what is repaired behind a dead one was well."""
-        gateway = self.agent.diagnosis.gateway
-        return gateway is not None and not step["even_behind_gateway"] and not gateway.fresh()
+    def _check_gateway(self, step: Step) -> None:
+        """Before a step, probe the gateway: a device behind a dead one may be healthy."""
+        gateway = self.agent.prober.gateway
+        if gateway is None or step["even_behind_gateway"] or gateway.fresh():
+            self._may_take(step)
+        elif not self.asking:
+            self.asking = True
+            gateway.ask(self._gateway_probed)
 
-    def _ask_gateway(self) -> None:
-        gateway = self.agent.diagnosis.gateway
-        assert gateway is not None
-        if self.asking:
-            return
-        self.asking = True
-
-        def asked(alive: Outcome) -> None:
-            self.asking = False
-            self.agent.diagnosis.behind(alive)
-            self.look()
-
-        gateway.ask(asked)
+    def _gateway_probed(self, outcome: Outcome) -> None:
+        self.asking = False
+        self.agent.prober.behind(outcome)
+        self.tick()
 
     def _may_take(self, step: Step) -> None:
         agent = self.agent
-        why = self.standing.why_not(time.monotonic())
+        why = self.authority.why_not(time.monotonic())
         if not agent.folder:
             why = "there is no folder to keep it in before it is taken"
         if not why:
@@ -233,23 +197,10 @@ class RepairRunner:
             return
         if why != self.blocked:
             agent.log("no repair", step=step["name"], reason=why)
-            if why == authority.ASK:
-                agent.tell()
+            if why == ASK:
+                agent.send_report()
         self.blocked = why
-        if self._hopeless(why):
-            if agent.diagnosis.suspicion.state == "offline":
-                self._escalate(why)
-            elif agent.diagnosis.suspicion.state == "degraded":
-                self._escalate_degraded()
-
-    def _hopeless(self, why: str) -> bool:
-        """Nobody is there to say whether a step may be taken, or none ever may: then to be told twice is
-        better than not at all. A doubt is the word of a control plane that knows of the device."""
-        if self.ladder.escalated or self.standing.doubt or why == authority.ASK:
-            return False
-        agent = self.agent
-        alone = self.standing.unheard_at is not None or not agent.config.get("api")
-        return alone or not agent.folder
+        self.escalation.blocked(why)
 
     def _take(self, step: Step) -> None:
         now, dry = time.monotonic(), self.dry_run or step["dry_run"]
@@ -265,17 +216,17 @@ class RepairRunner:
         if not self.agent.save():
             self.ladder.took_back(now)
             self.undo = None
-            self._timer = self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self.look)
+            self._timer = self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self.tick)
             return
         kinds.reached("kept")
         self.agent.log("would repair" if dry else "repair", step=step["name"])
         if dry:
             self._count(attempt)
-            self.agent.tell()
-            self.agent.loop.later(0, self.look)
+            self.agent.send_report()
+            self.agent.loop.later(0, self.tick)
             return
         self._begin(step)
-        self.agent.tell()
+        self.agent.send_report()
 
     def _begin(self, step: Step) -> None:
         device = {name: self.agent.config[name] for name in ("device_id", "slug", "address")}
@@ -313,7 +264,7 @@ class RepairRunner:
             self.running.cancel()
             self.undo = None
         except OSError as error:
-            # What undoes it is still kept: `_put_right` has it later, or the next start.
+            # What undoes it is still kept: `_undo_again` has it later, or the next start.
             self.agent.log("a repair can't be undone", reason=reason_of(error))
 
     def _ended(self, ok: bool, reason: str) -> None:
@@ -337,38 +288,12 @@ class RepairRunner:
         if self.then is not None:
             self._closed()
             return
-        self.agent.tell()
-        self.agent.loop.later(0, self._put_right if self.undo is not None else self.look)
+        self.agent.send_report()
+        self.agent.loop.later(0, self._undo_again if self.undo is not None else self.tick)
 
     def _count(self, attempt: Document) -> None:
         if attempt["outcome"] in self.outcomes:
             self.outcomes[attempt["outcome"]] += 1
-
-    def _escalate(self, why: str) -> None:
-        """Once an episode: said together with what was kept, so that a crash does neither or both."""
-        agent = self.agent
-        if self.standing.doubt:
-            return
-        self.ladder.escalated = True
-        agent.log("repairs are given up", reason=why)
-        if agent.escalations is not None:
-            evidence = {
-                "state": agent.diagnosis.suspicion.state,
-                "misses": agent.diagnosis.suspicion.misses,
-                "probes": agent.diagnosis.results,
-                "repairs": self.ladder.shown(time.monotonic(), MAX_TOLD),
-            }
-            agent.escalations.raise_(KEY, agent.diagnosis.suspicion.reason[:400], evidence)
-        agent.save()
-        agent.tell()
-
-    def _escalate_degraded(self) -> None:
-        """If the class says so. A device that was offline before is escalated anew when it is again."""
-        if self.standing.doubt or self.agent.escalations is None:
-            return
-        evidence = {"repairs": self.ladder.shown(time.monotonic(), MAX_TOLD)}
-        if self.agent.escalate_degraded(evidence):
-            self.ladder.escalated = False
 
     # -- ending
 
@@ -410,14 +335,14 @@ class RepairRunner:
             return f"repairing: {current['name']} was done; waiting for the device to answer"
         return f"repairing: {current['name']}"
 
-    def told(self) -> Document:
+    def report(self) -> Document:
         """The part of a report."""
         now = time.monotonic()
         return {
             "active": self.active(),
             "exhausted": self.ladder.exhausted,
             "dry_run": self.dry_run,
-            "attempts": self.ladder.shown(now, MAX_TOLD),
+            "attempts": self.ladder.attempts_json(now, escalation.MAX_REPORTED),
         }
 
     def status(self) -> Document:
@@ -427,19 +352,19 @@ class RepairRunner:
             "active": self.active(),
             "exhausted": self.ladder.exhausted,
             "dry_run": self.dry_run,
-            "blocked": self.blocked or self.waits or self.standing.why_not(now),
+            "blocked": self.blocked or self.waits or self.authority.why_not(now),
             "steps": [step["name"] for step in self.ladder.steps],
             "outcomes": self.outcomes,
-            "attempts": self.ladder.shown(now),
+            "attempts": self.ladder.attempts_json(now),
         }
 
-    def kept(self) -> Document:
+    def dump(self) -> Document:
         """The part of the state file."""
         now = time.monotonic()
         config = self.agent.config
         return {
             "at": time.time(),
             "undo": self.undo,
-            "ladder": self.ladder.kept(now),
-            "standing": self.standing.kept(config["epoch"], self.agent.instance, now),
+            "ladder": self.ladder.dump(now),
+            "standing": self.authority.dump(config["epoch"], self.agent.instance, now),
         }

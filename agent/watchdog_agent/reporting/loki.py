@@ -107,6 +107,10 @@ class LokiShipper:
         if self.lines:
             self.timer = self.loop.later(wait, self._send)
 
+    def status(self) -> Document:
+        """The part of /status."""
+        return {"shipped": self.shipped, "dropped": self.dropped, "refused": self.refused}
+
     def close(self, then: Callable[[], None]) -> None:
         """Ship what is left, and call back after CLOSE_S at the latest."""
         self.closing = then

@@ -8,7 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from watchdog_agent.runtime.types import Document
+    from watchdog_agent.runtime.types import Answer, Document
 
     Metric = tuple[str, str, str, Iterable[tuple[str, object]]]
     """Name, type, help, and the values: labels and value."""
@@ -23,6 +23,17 @@ def render(known: Document) -> bytes:
             lines.append(f"# TYPE watchdog_agent_{name} {kind}")
             lines.extend(f"watchdog_agent_{name}{labels} {value}" for labels, value in values)
     return ("\n".join(lines) + "\n").encode()
+
+
+def answer(known: Document, accept: str) -> Answer:
+    """The response to a scrape: OpenMetrics if the Accept header asks for it."""
+    text = render(known)
+    if "openmetrics" in accept.lower():
+        from watchdog_agent.reporting import openmetrics
+
+        if openmetrics.wanted(accept):
+            return 200, openmetrics.KIND, openmetrics.converted(text)
+    return 200, "text/plain; version=0.0.4", text
 
 
 def _one(value: object) -> list[tuple[str, object]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Said, Timer
+    from watchdog_agent.runtime.types import Config, Document, Log, Timer
 
 
 _LATER = (408, 409, 425, 429)
@@ -46,13 +46,13 @@ class Reporter:
         config: Config,
         make: Callable[[int, int, bool], Document],
         retire: Callable[[str, bool], None],
-        said: Said,
+        log: Log,
     ) -> None:
         """`make(sequence, dropped, stopping)` gives the report as of now."""
         self.loop = loop
         self.make = make
         self.retire = retire
-        self.said = said
+        self.log = log
         self.given = list(config.get("api", []))
         self.known = self.given
         self.urls = [http.Url(url, tls=True) for url in self.given]
@@ -78,26 +78,26 @@ class Reporter:
         self._logged_at = float("-inf")
         self.timer: Timer | None = None
         self.closing: Callable[[], None] | None = None
-        self.heard: Callable[[int | None], None] | None = None
+        self.on_status: Callable[[int | None], None] | None = None
         """Called with the status of each answer; None = there was none."""
-        self.unheard = False
+        self.unanswered = False
         """The last call had no answer."""
         self.answered_at = float("-inf")
         self.confirmed_since: Callable[[float], bool] = lambda _since: False
         """Whether the device was confirmed to be offline since then."""
-        self.doubt: Callable[[bool], None] = lambda _alone: None
-        """Called when we are heard again; with `alone` as it was until now."""
-        self.answered: Callable[[int | None], None] = lambda _status: None
+        self.on_reconnected: Callable[[bool], None] = lambda _isolated: None
+        """Called when we are heard again; with `isolated` as it was until now."""
+        self.after_answer: Callable[[int | None], None] = lambda _status: None
         """Called with the status of each answer, as `heard`."""
-        self.parted: Callable[[], object] = lambda: None
-        """Called when a call without an answer has made us `alone`."""
-        self.condition: Callable[[Any], None] = lambda _condition: None
+        self.on_isolated: Callable[[], object] = lambda: None
+        """Called when a call without an answer has made us `isolated`."""
+        self.on_condition: Callable[[Any], None] = lambda _condition: None
         """Called with the device's condition, of an answer that has one."""
 
     @property
-    def alone(self) -> bool:
+    def isolated(self) -> bool:
         """Whether what is believed was confirmed while nobody was heard."""
-        return self.unheard and self.confirmed_since(self.answered_at)
+        return self.unanswered and self.confirmed_since(self.answered_at)
 
     def start(self) -> None:
         """Begin to beat."""
@@ -145,102 +145,104 @@ class Reporter:
         self._aged_at = now
 
     def _unclaim(self) -> bool:
-        """`alone`; if so, what waits claims nothing any more."""
-        alone = self.alone
-        for one in self.waiting if alone else ():
+        """`isolated`; if so, what waits claims nothing any more."""
+        isolated = self.isolated
+        for one in self.waiting if isolated else ():
             one["confirmed"] = False
-        return alone
+        return isolated
 
-    def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
+    def _answered(self, status: int | None, headers: dict[str, str], body: bytes | str) -> None:
         self.fetch = None
-        if self.heard is not None:
-            self.heard(status)
-        again, alone = self.unheard and status is not None, self._unclaim()
-        self.unheard = status is None
+        if self.on_status is not None:
+            self.on_status(status)
+        again, isolated = self.unanswered and status is not None, self._unclaim()
+        self.unanswered = status is None
         if status is not None:
             self.answered_at = time.monotonic()
-        self._take(status, headers, body)
-        self.answered(status)
+        self._process(status, headers, body)
+        self.after_answer(status)
         if again:
-            self.doubt(alone)
-        elif self.alone and not alone:
-            self.parted()
+            self.on_reconnected(isolated)
+        elif self.isolated and not isolated:
+            self.on_isolated()
 
-    def _take(self, status: int | None, headers: dict[str, str], body: Any) -> None:
+    def _process(self, status: int | None, headers: dict[str, str], body: bytes | str) -> None:
+        """Take the report off the queue, or retry it. `body` without a status is the reason."""
         if status == 200:
-            self.sent += 1
-            self.failures = 0
-            self.waiting.popleft()
-            self.trouble = self._trouble_is = ""
-            if self.last_error:
-                self.last_error = ""
-                self.said("reports are accepted again")
-            self._learn(body)
-            if self.waiting:
-                self._send()
-            elif self.closing is not None:
-                self._closed()
-            return
-        if status == 410:
+            self._accepted(body)
+        elif status == 410:
             self.waiting.clear()
-            self._troubled(status, body)
+            self._set_trouble(status, body)
             self.retire(reason_of(body), code_of(body) == wire.DEPARTED)
-            if self.closing is not None:
-                self._closed()
-            return
+        else:
+            self._failed(status, headers, body)
+        if self.closing is not None and not (status == 200 and self.waiting):
+            self._closed()
+
+    def _accepted(self, body: bytes | str) -> None:
+        self.sent += 1
+        self.failures = 0
+        self.waiting.popleft()
+        self.trouble = self._trouble_is = ""
+        if self.last_error:
+            self.last_error = ""
+            self.log("reports are accepted again")
+        self._apply(body)
+        if self.waiting:
+            self._send()
+
+    def _failed(self, status: int | None, headers: dict[str, str], body: bytes | str) -> None:
         self.failed += 1
         self.failures += 1
         refused = status is not None and 400 <= status < 500 and status not in _LATER
         if refused:
-            self.waiting.popleft()  # the same report would be refused for ever
+            self.waiting.popleft()  # the same report would be refused again
         if refused or self.failures >= self.TROUBLE_AFTER:
-            self._troubled(status, body)
+            self._set_trouble(status, body)
         error = str(body) if status is None else f"status {status}"
         now = time.monotonic()
         if error != self.last_error or now - self._logged_at >= self.REMIND_S:
             self.last_error, self._logged_at = error, now
             if refused:
-                self.said(f"report refused with {status}: {reason_of(body)}")
+                self.log(f"report refused with {status}: {reason_of(body)}")
             else:
-                self.said(f"report failed: {error}")
+                self.log(f"report failed: {error}")
         if self.closing is not None:
-            self._closed()
             return
         self.chosen += 1
         wait = between(0.1, min(self.MAX_WAIT_S, 0.25 * 2 ** min(self.failures, 8)))
-        self.timer = self.loop.later(
-            max(wait, http.retry_after(headers, self.MAX_WAIT_S)), self._send
-        )
+        wait = max(wait, http.retry_after(headers, self.MAX_WAIT_S))
+        self.timer = self.loop.later(wait, self._send)
 
-    def _troubled(self, status: int | None, body: Any) -> None:
+    def _set_trouble(self, status: int | None, body: bytes | str) -> None:
         if self.trouble and status == self._trouble_is:
             return
         self._trouble_is = status
         where = self.known[self.chosen % len(self.known)]
         if status is None:
-            self.trouble = f"no answer from {where} to its reports: {body}"
+            self.trouble = f"no answer from {where} to its reports: {body!s}"
         elif 400 <= status < 500 and status not in _LATER:
             self.trouble = f"its reports are refused by {where} with {status}: {reason_of(body)}"
         else:
             self.trouble = f"{where} answers its reports with {status}: {reason_of(body)}"
 
-    def _learn(self, body: bytes) -> None:
+    def _apply(self, body: bytes | str) -> None:
         """The device's condition, and other replicas, as far as the answer has them."""
         try:
-            told = parsing.loads(body)
+            answer = parsing.loads(body)
         except ValueError:
             return
-        if isinstance(told, dict):
-            self._replicas(told)
-            if "condition" in told:
-                self.condition(told["condition"])
+        if isinstance(answer, dict):
+            self._replicas(answer)
+            if "condition" in answer:
+                self.on_condition(answer["condition"])
 
     def _replicas(self, answer: Document) -> None:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
         in use does not answer. They are as secure as those, or not taken."""
         try:
-            told = answer["api"][: self.MAX_KNOWN]
-            found = self.given + [one for one in told if one not in self.given]
+            others = answer["api"][: self.MAX_KNOWN]
+            found = self.given + [one for one in others if one not in self.given]
             if found == self.known:
                 return
             urls = [http.Url(url, tls=True) for url in found]
@@ -250,6 +252,15 @@ class Reporter:
             using = self.known[self.chosen % len(self.known)]
             self.known, self.urls = found, urls
             self.chosen = found.index(using) if using in found else 0
+
+    def status(self) -> Document:
+        """The part of /status."""
+        return {
+            "sent": self.sent,
+            "failed": self.failed,
+            "dropped": self.dropped,
+            "trouble": self.trouble,
+        }
 
     def close(self, then: Callable[[], None]) -> None:
         """Send a last report and call back, at the latest after a second."""
@@ -277,15 +288,15 @@ class Reporter:
             then()
 
 
-def reason_of(body: bytes) -> str:
+def reason_of(body: bytes | str) -> str:
     """The message of an answer of our API, else its beginning."""
     try:
         return str(parsing.loads(body)["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError):
-        return ascii(bytes(body[:80]))
+        return ascii(body[:80])
 
 
-def code_of(body: bytes) -> str:
+def code_of(body: bytes | str) -> str:
     """The code of an error of our API; "" when there is none."""
     try:
         return str(parsing.loads(body)["error"]["code"])[:80]

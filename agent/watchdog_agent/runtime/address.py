@@ -26,11 +26,7 @@ def checked(text: object) -> str:
     """The address as it is stored and probed: without brackets, IPv6 in its short form.
 
     Raises AddressError."""
-    if not isinstance(text, str) or not text:
-        raise AddressError(f"there is no address; {_EXAMPLES}")
-    if any(not "!" <= c <= "~" for c in text):
-        hint = "" if text.isascii() else "; write the name as xn--…"
-        raise AddressError(f"{text[:80]!a} is not printable ASCII without blanks{hint}")
+    text = _printable(text)
     bare = text[1:-1] if text[0] == "[" and text[-1] == "]" else text
     core, percent, zone = bare.partition("%")
     raw = packed(core)
@@ -49,6 +45,15 @@ def checked(text: object) -> str:
         raise AddressError(f"{core} is the address of no device; {_EXAMPLES}")
     found = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
     return f"{found}%{zone}" if zone else found
+
+
+def _printable(text: object) -> str:
+    if not isinstance(text, str) or not text:
+        raise AddressError(f"there is no address; {_EXAMPLES}")
+    if any(not "!" <= c <= "~" for c in text):
+        hint = "" if text.isascii() else "; write the name as xn--…"
+        raise AddressError(f"{text[:80]!a} is not printable ASCII without blanks{hint}")
+    return text
 
 
 def endpoint(text: object) -> tuple[str, int]:
@@ -101,19 +106,7 @@ def _check_zone(core: str, raw: bytes, zone: str) -> None:
 def _name(text: str) -> str:
     """A host name, unchanged. Raises AddressError."""
     shown = ascii(text[:80])
-    if "://" in text:
-        raise AddressError(f"{shown} is a URL; {_suggested(text.partition('://')[2])}")
-    host, slash, rest = text.partition("/")
-    if slash:
-        what = "has a path" if not rest or not rest[0].isdigit() else "is a network"
-        hint = "write the address of one device" if what == "is a network" else _suggested(host)
-        raise AddressError(f"{shown} {what}; {hint}")
-    if ":" in text:
-        host, _, port = text.rpartition(":")
-        if port.isdigit() and (":" not in host or (host[0] == "[" and host[-1] == "]")):
-            hint = f"{_suggested(host)} (a port belongs to the probe)"
-            raise AddressError(f"{shown} has a port; {hint}")
-        raise AddressError(f"{shown} is not an IPv6 address; {_EXAMPLES}")
+    _refuse_more(text, shown)
     name = text.removesuffix(".")
     labels = name.split(".")
     last = labels[-1].lower()
@@ -133,6 +126,23 @@ def _name(text: str) -> str:
                 "beginning or end of a part"
             )
     return text
+
+
+def _refuse_more(text: str, shown: str) -> None:
+    """Raises AddressError for a URL, a path, a network or a port."""
+    if "://" in text:
+        raise AddressError(f"{shown} is a URL; {_suggested(text.partition('://')[2])}")
+    host, slash, rest = text.partition("/")
+    if slash:
+        what = "has a path" if not rest or not rest[0].isdigit() else "is a network"
+        hint = "write the address of one device" if what == "is a network" else _suggested(host)
+        raise AddressError(f"{shown} {what}; {hint}")
+    if ":" in text:
+        host, _, port = text.rpartition(":")
+        if port.isdigit() and (":" not in host or (host[0] == "[" and host[-1] == "]")):
+            hint = f"{_suggested(host)} (a port belongs to the probe)"
+            raise AddressError(f"{shown} has a port; {hint}")
+        raise AddressError(f"{shown} is not an IPv6 address; {_EXAMPLES}")
 
 
 def _suggested(text: str) -> str:

@@ -109,6 +109,9 @@ class Reader:
             self.status, self.headers, self._head, self._name = 0, {}, 0, ""
             self._step = Reader._begin
             return
+        self._choose_body()
+
+    def _choose_body(self) -> None:
         codings = words(self.headers.get("transfer-encoding", ""))
         codings = [one for one in codings if one != "identity"]
         chunked = codings[-1:] == ["chunked"]

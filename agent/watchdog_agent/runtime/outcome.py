@@ -59,7 +59,7 @@ def of(ok: bool | None, reason: str) -> Outcome:  # as a probe's callback says i
     return UNABLE if ok is None or isinstance(reason, Unable) else MISS
 
 
-def shown(outcome: Outcome, reason: str, took_s: float, warning: str) -> Document:
+def result_json(outcome: Outcome, reason: str, took_s: float, warning: str) -> Document:
     """One result for /status; `ok` is true for a success only."""
     word = "success" if outcome else "unable" if outcome is None else "miss"
     result = {"ok": bool(outcome), "outcome": word, "reason": reason, "took_s": took_s}

@@ -45,6 +45,12 @@ def save(folder: str, state: Document) -> None:
     write(os.path.join(folder, NAME), text)
 
 
+def save_address(folder: str, listen: str, instance: str) -> None:
+    """Write `agent.json`, by which other programs on this host find the agent. Raises OSError."""
+    address = {"pid": os.getpid(), "listen": listen, "instance": instance}
+    write(os.path.join(folder, "agent.json"), json.dumps(address).encode())
+
+
 def write(path: str, data: bytes) -> None:
     """Write, sync, rename, sync the folder."""
     temporary = f"{path}.{os.getpid()}"

@@ -38,7 +38,7 @@ Fetched: TypeAlias = Callable[[int | None, dict[str, str], Any], None]
 """status, headers, body bytes; or None, {}, the reason as text"""
 Answer: TypeAlias = tuple[int, str, bytes]
 """status, content type, body"""
-Said: TypeAlias = Callable[[str], None]
+Log: TypeAlias = Callable[[str], None]
 Step: TypeAlias = dict[str, Any]
 """One checked step of `repairs`, with its `id` and `name`."""
 Decision: TypeAlias = tuple[str, Step | None, float | None, str]

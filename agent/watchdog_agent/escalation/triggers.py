@@ -1,0 +1,58 @@
+"""Which states of the device are escalated, and when that ends. Loaded only where escalation is configured."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Protocol
+
+    from watchdog_agent.escalation.escalations import Escalations
+
+    class Detector(Protocol):
+        """What is known of the device."""
+
+        reason: str
+        behind: str
+        was_ready: bool
+
+        @property
+        def state(self) -> str: ...
+        @property
+        def well(self) -> bool: ...
+
+
+def update(
+    escalations: Escalations, detector: Detector, results: Mapping[str, object], gateway: str
+) -> None:
+    """Begin or end escalations after a change of state. `results`: of the probes; `gateway`: its address, or "".
+
+    With repairs, the repair runner escalates the device, because repairs come first."""
+    if gateway and detector.behind and detector.was_ready:
+        # Nothing behind a dead gateway can be confirmed to be offline, so the gateway is escalated.
+        evidence = {"probes": results, "gateway": gateway}
+        escalations.raise_("gateway", detector.behind, evidence)
+    elif detector.well:
+        escalations.clear("gateway")
+    if escalations.config.get("repairs"):
+        return
+    if detector.state == "offline":
+        evidence = {"probes": results, "reason": detector.reason}
+        escalations.raise_("offline", detector.reason, evidence)
+    elif detector.state == "degraded":
+        raise_degraded(escalations, detector, {"probes": results})
+    elif detector.well:
+        escalations.clear("offline")
+        escalations.clear("degraded")
+
+
+def raise_degraded(
+    escalations: Escalations, detector: Detector, evidence: Mapping[str, object]
+) -> bool:
+    """Escalate a degraded device if its class says so; return whether it does. The escalation of an offline
+    device ends only then: otherwise nothing would report that the device is unhealthy."""
+    if not escalations.rules["degraded"]:
+        return False
+    escalations.raise_("degraded", detector.reason, {**evidence, "reason": detector.reason})
+    escalations.clear("offline")
+    return True

@@ -1,0 +1,27 @@
+"""What repairs need of their agent; for type checkers only."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from watchdog_agent.detection.prober import Prober
+from watchdog_agent.escalation.escalations import Escalations
+from watchdog_agent.runtime.loop import Loop
+from watchdog_agent.runtime.types import Config
+
+
+class Host(Protocol):
+    """The agent that repairs are made for."""
+
+    loop: Loop
+    config: Config
+    instance: str
+    folder: str
+    exit_code: int | None
+    prober: Prober
+    escalations: Escalations | None
+
+    def log(self, message: str, **facts: object) -> None: ...
+    def save(self) -> bool: ...
+    def send_report(self) -> None: ...
+    def round_done(self) -> bool: ...
