@@ -123,7 +123,7 @@ def problem(error: ValidationError, model: type[BaseModel]) -> str:
     found = error.errors(include_url=False)
     parts: list[str] = []
     for item in found[:5]:
-        path, message = in_body(dict(item), model)
+        path, message = in_body(item, model)
         for words, instead in _AS_JSON.items():
             message = message.replace(words, instead)
         where = ".".join(_printed(part) for part in path)

@@ -82,13 +82,20 @@ class ApiSettings(Block):
         return None if self.agent_key_file else self.token_file
 
     def misfits(self) -> Iterator[tuple[str, str]]:
-        """(setting, what is wrong): what no single setting shows."""
+        """(setting, error) for each contradiction between settings."""
+        yield from self._tls_misfits()
         if not self.loopback and not self.guarded and not self.open:
             text = f"{self.listen} can be reached from other machines, and no token is asked for; "
-            mend = "name one in api.token_file, listen on 127.0.0.1, or say  open = true  if meant"
-            yield "listen", text + mend
+            fix = "name one in api.token_file, listen on 127.0.0.1, or set  open = true"
+            yield "listen", text + fix
         if self.open and self.guarded:
             yield "open", "open = true and a token exclude each other"
+        for name, token in self.token.items():
+            for limit in ("id_prefix", "labels", "max_devices"):
+                if limit in token.model_fields_set and token.role != "device":
+                    yield "token", f"{limit} of token {name} is for the role device only"
+
+    def _tls_misfits(self) -> Iterator[tuple[str, str]]:
         if (self.tls_cert is None) != (self.tls_key is None):
             yield "tls_cert", "tls_cert and tls_key go together"
         if self.client_ca and not self.tls_cert:
@@ -98,7 +105,3 @@ class ApiSettings(Block):
                 "client_ca",
                 "agents have no client certificate, so they need credentials: set agent_key_file",
             )
-        for name, token in self.token.items():
-            for limit in ("id_prefix", "labels", "max_devices"):
-                if limit in token.model_fields_set and token.role != "device":
-                    yield "token", f"{limit} of token {name} is for the role device only"

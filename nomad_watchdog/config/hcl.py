@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import hcl2
 from hcl2 import SerializationOptions
-from hcl2.rules.base import AttributeRule, BlockRule
+from hcl2.rules.base import AttributeRule, BlockRule, BodyRule
+from hcl2.rules.expressions import ExprTermRule
+from lark import Token, Tree
 from lark.exceptions import LarkError, UnexpectedInput
 
 from nomad_watchdog.config.syntax_problems import trouble
@@ -52,7 +54,7 @@ class Problem:
 class HclDocument:
     """What a file says: plain values, the line of each, and what is wrong already."""
 
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, object] = field(default_factory=dict)
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -94,8 +96,8 @@ def _syntax_error(text: str, source: str, error: Exception) -> str:
     )
 
 
-def _body(body: Any, path: Path, document: HclDocument) -> dict[str, Any]:
-    data: dict[str, Any] = {}
+def _body(body: BodyRule, path: Path, document: HclDocument) -> dict[str, object]:
+    data: dict[str, object] = {}
     for child in body.children:
         if not isinstance(child, AttributeRule | BlockRule):
             continue
@@ -115,7 +117,9 @@ def _body(body: Any, path: Path, document: HclDocument) -> dict[str, Any]:
     return data
 
 
-def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: HclDocument) -> None:
+def _block(
+    block: BlockRule, data: dict[str, object], path: Path, line: int, document: HclDocument
+) -> None:
     name, *labels = (str(label.serialize(_options())) for label in block.labels)
     wanted = 1 if name in NAMED | KINDS else 0
     where: Path = (*path, name)
@@ -125,6 +129,10 @@ def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: Hc
         return
     if name in KINDS:
         blocks = data.setdefault(name, [])
+        if not isinstance(blocks, list):
+            message = f"given twice; the first is on line {document.line_of(where)}"
+            document.problems.append(Problem(where, message, line))
+            return
         where = (*where, len(blocks))
         document.lines[where] = line
         blocks.append({"kind": labels[0], **_body(block.body, where, document)})
@@ -144,7 +152,7 @@ def _block(block: Any, data: dict[str, Any], path: Path, line: int, document: Hc
     holder[key] = _body(block.body, where, document)
 
 
-def _value(expression: Any, path: Path, line: int, document: HclDocument) -> Any:
+def _value(expression: ExprTermRule, path: Path, line: int, document: HclDocument) -> object:
     odd = {name for name in _rules(expression.to_lark()) if name not in _PLAIN}
     if odd:
         what = "an expression"
@@ -170,7 +178,7 @@ def _value(expression: Any, path: Path, line: int, document: HclDocument) -> Any
     return _unescaped(value)
 
 
-def _rules(tree: Any) -> Iterator[str]:
+def _rules(tree: Tree[Token]) -> Iterator[str]:
     """Names of the grammar rules below a value; a bare identifier counts as a reference."""
     for subtree in tree.iter_subtrees():
         name = str(subtree.data)
@@ -181,7 +189,7 @@ def _rules(tree: Any) -> Iterator[str]:
         yield name
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value: object) -> object:
     if isinstance(value, str) and (found := _NUMBER.fullmatch(value)):
         return float(found[1])
     if isinstance(value, list):
@@ -191,7 +199,7 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _unescaped(value: Any) -> Any:
+def _unescaped(value: object) -> object:
     if isinstance(value, str):
         return value.replace("$${", "${").replace("%%{", "%{")
     if isinstance(value, list):
@@ -201,7 +209,7 @@ def _unescaped(value: Any) -> Any:
     return value
 
 
-def _options() -> Any:
+def _options() -> SerializationOptions:
     return SerializationOptions(
         strip_string_quotes=True, with_comments=False, explicit_blocks=False
     )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path as FilePath
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -45,7 +45,7 @@ def no_check(_settings: Settings) -> Iterable[tuple[Path, str]]:
 def load(
     path: str | FilePath | None = None,
     env: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     *,
     also: Check = no_check,
     options: Callable[[], Collection[str]] = frozenset,
@@ -56,29 +56,14 @@ def load(
 
     Raises one UserError that names every problem, each with its place."""
     env, overrides = env or {}, overrides or {}
-    file = find_file(path, env)
+    file, document = _read_document(path, env)
     source = str(file) if file else "built-in defaults"
-    document = (
-        _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG"))) if file else HclDocument()
-    )
-    mixed = [] if file is None or path or env.get(f"{PREFIX}CONFIG") else _mixed(document, env)
+    mixed = _mixed(document, env) if file and not _is_named(path, env) else ()
     origins = _merge_env(document, env) | _merge_flags(document.data, overrides)
     if "data_dir" not in document.data:
         document.data["data_dir"] = _state_dir(env)
     problems = [*document.problems, *mixed]
-    settings = None
-    try:
-        settings = Settings.model_validate(document.data)
-    except ValidationError as error:
-        known = {(problem.path, problem.line) for problem in problems}
-        found = (in_words(dict(item), document) for item in error.errors(include_url=False))
-        problems += [problem for problem in found if (problem.path, problem.line) not in known]
-    wrong = {problem.path for problem in problems}
-    sound = settings or _sound_part(document.data)
-    for paths, text in _misfits(sound) if sound else ():
-        # What was left out has its default there, and would be compared in vain.
-        if not any(_overlap(path, bad) for path in paths for bad in wrong):
-            problems.append(Problem(paths[0], text, document.line_of(paths[0])))
+    settings = _validate(document, problems)
     if not problems and settings is not None:
         problems += (Problem(at, text, document.line_of(at)) for at, text in also(settings))
     problems = _without_echoes(problems)
@@ -86,6 +71,36 @@ def load(
     if problems or unknown or settings is None:
         lines = [message(problems, source, origins, document)] if problems else []
         raise UserError("\n".join(lines + unknown))
+    return settings
+
+
+def _is_named(path: str | FilePath | None, env: Mapping[str, str]) -> bool:
+    """Whether the user names the file."""
+    return bool(path or env.get(f"{PREFIX}CONFIG"))
+
+
+def _read_document(
+    path: str | FilePath | None, env: Mapping[str, str]
+) -> tuple[FilePath | None, HclDocument]:
+    file = find_file(path, env)
+    return file, _read_file(file, named=_is_named(path, env)) if file else HclDocument()
+
+
+def _validate(document: HclDocument, problems: list[Problem]) -> Settings | None:
+    """The settings, or None if one is invalid. Adds to `problems`, also settings that contradict each other."""
+    settings = None
+    try:
+        settings = Settings.model_validate(document.data)
+    except ValidationError as error:
+        known = {(problem.path, problem.line) for problem in problems}
+        found = (in_words(item, document) for item in error.errors(include_url=False))
+        problems += [problem for problem in found if (problem.path, problem.line) not in known]
+    wrong = {problem.path for problem in problems}
+    sound = settings or _sound_part(document.data)
+    for paths, text in _misfits(sound) if sound else ():
+        # An invalid setting has its default in `sound`: comparing that would be pointless.
+        if not any(_overlap(path, bad) for path in paths for bad in wrong):
+            problems.append(Problem(paths[0], text, document.line_of(paths[0])))
     return settings
 
 
@@ -105,13 +120,8 @@ def _without_echoes(problems: Sequence[Problem]) -> list[Problem]:
 def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -> Settings | None:
     """The settings of a configuration that is not valid elsewhere, for one who needs only this block of it; None when
     the block is wrong too, or the file can't be read. Everything else in it is a default."""
-    file = find_file(path, env)
     try:
-        document = (
-            _read_file(file, named=bool(path or env.get(f"{PREFIX}CONFIG")))
-            if file
-            else HclDocument()
-        )
+        _, document = _read_document(path, env)
     except UserError:
         return None
     _merge_env(document, env)
@@ -208,7 +218,7 @@ def _overlap(one: Path, other: Path) -> bool:
     return one[:shorter] == other[:shorter]
 
 
-def _sound_part(data: Mapping[str, Any]) -> Settings | None:
+def _sound_part(data: Mapping[str, object]) -> Settings | None:
     """The settings without those that are wrong by themselves, so that the rest can be compared in
     the same run; None when nothing sensible is left."""
     rest = copy.deepcopy(dict(data))
@@ -222,7 +232,7 @@ def _sound_part(data: Mapping[str, Any]) -> Settings | None:
     return None
 
 
-def _drop(data: Any, place: Path) -> None:
+def _drop(data: object, place: Path) -> None:
     """Take out the setting at this place, or the block around it when it is what is missing."""
     holders = [data]
     for step in place[:-1]:
@@ -284,7 +294,7 @@ def _mixed(document: HclDocument, env: Mapping[str, str]) -> Iterator[Problem]:
         given = document.data.get(block)
         file = given if isinstance(given, dict) else {}
 
-        def source(setting: str, block: str = block, file: Mapping[str, Any] = file) -> str:
+        def source(setting: str, block: str = block, file: Mapping[str, object] = file) -> str:
             vendors = (
                 name
                 for name, at in hashicorp_environment.VARIABLES.items()
@@ -345,7 +355,7 @@ def _secure_consul(document: HclDocument, env: Mapping[str, str], origins: dict[
         _put(document.data, ("consul", "address"), secure)
 
 
-def _merge_flags(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Path, str]:
+def _merge_flags(data: dict[str, object], overrides: Mapping[str, object]) -> dict[Path, str]:
     origins: dict[Path, str] = {}
     for dotted, value in overrides.items():
         if value is not None:
@@ -355,7 +365,7 @@ def _merge_flags(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Pat
     return origins
 
 
-def _put(data: dict[str, Any], where: tuple[str, ...], value: object) -> None:
+def _put(data: dict[str, object], where: tuple[str, ...], value: object) -> None:
     *blocks, name = where
     for block in blocks:
         inner = data.setdefault(block, {})

@@ -151,22 +151,27 @@ class PoolSettings(Block):
                 "max",
                 f"can't be kept: backend {backend} knows no pools; {', '.join(BACKENDS)} do",
             )
-        if backend == "local":
-            if not self.command:
-                yield "command", 'is empty; local starts  command = ["PROGRAM", "ARGUMENT"]'
-            if self.scaler == "external":
-                yield "scaler", 'is "external"; local has no other scaler: "builtin" or "none"'
+        yield from self._program_misfits(backend)
+        if backend == "local" and self.scaler == "external":
+            yield "scaler", 'is "external"; local has no other scaler: "builtin" or "none"'
+        if self.scaler != "builtin" and self.dry_run:
+            yield "dry_run", 'is true, which only scaler = "builtin" heeds'
+        if self.scaler == "external" and self.metric:
+            yield from self._external_misfits(backend, self.metric[0])
+
+    def _program_misfits(self, backend: str) -> Iterator[tuple[str, str]]:
+        if backend == "local" and not self.command:
+            yield "command", 'is empty; local starts  command = ["PROGRAM", "ARGUMENT"]'
         if backend == "kubernetes" and not self.image:
             yield "image", 'is missing; kubernetes runs  image = "REGISTRY/NAME:VERSION"'
         if backend == "nomad" and not (self.command or self.template or self.image):
             yield "command", "is empty; nomad needs command, image or template"
-        if self.scaler != "builtin" and self.dry_run:
-            yield "dry_run", 'is true, which only scaler = "builtin" heeds'
-        if self.scaler == "external" and self.metric:
-            kind = self.metric[0].kind
-            if kind == "devices" or (kind == "queue" and backend == "nomad"):
-                yield "scaler", f'is "external", which can\'t read metric "{kind}"; "builtin" can'
-            if backend == "kubernetes" and self.min < 1:
-                yield "min", 'is 0; with scaler = "external" kubernetes needs 1 or more'
-            if backend == "kubernetes" and kind not in _PER_WORKER and not self.metric[0].name:
-                yield "metric", f'"{kind}" needs name: what the metrics adapter calls it'
+
+    def _external_misfits(self, backend: str, metric: MetricSettings) -> Iterator[tuple[str, str]]:
+        kind = metric.kind
+        if kind == "devices" or (kind == "queue" and backend == "nomad"):
+            yield "scaler", f'is "external", which can\'t read metric "{kind}"; "builtin" can'
+        if backend == "kubernetes" and self.min < 1:
+            yield "min", 'is 0; with scaler = "external" kubernetes needs 1 or more'
+        if backend == "kubernetes" and kind not in _PER_WORKER and not metric.name:
+            yield "metric", f'"{kind}" needs name: what the metrics adapter calls it'

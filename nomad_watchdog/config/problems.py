@@ -7,11 +7,13 @@ The words come from the settings' own types, so that none of the library's or of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from types import UnionType
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Final, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from nomad_watchdog.config.hcl import KINDS, NAMED, HclDocument, Path, Problem
 from nomad_watchdog.config.settings import Settings
@@ -52,7 +54,7 @@ DOTTED: Final = 'names and indexes with "." between them, such as "queues[name=j
 """For the pattern of `metric.value`, which is made of parts."""
 
 
-def in_words(item: Mapping[str, Any], document: HclDocument) -> Problem:
+def in_words(item: ErrorDetails, document: HclDocument) -> Problem:
     """One error of pydantic's as a problem of the file."""
     named = tuple(step for step in item["loc"] if step != "[key]")
     path, holder, wanted = _walk(named, Settings)
@@ -65,7 +67,7 @@ def in_words(item: Mapping[str, Any], document: HclDocument) -> Problem:
     return Problem(path, _message(item, path, holder, wanted, found, "setting"), line)
 
 
-def in_body(item: Mapping[str, Any], model: type[BaseModel]) -> tuple[Path, str]:
+def in_body(item: ErrorDetails, model: type[BaseModel]) -> tuple[Path, str]:
     """One error of pydantic's about the body of a request, which is this model: where, and in words."""
     if item["type"] == "json_invalid":
         return (), f"it is not valid JSON: {item['ctx']['error']}"
@@ -78,10 +80,10 @@ _PLAIN_KINDS: Final = ("value_error", "missing", "extra_forbidden")
 
 
 def _message(  # the parts of one error
-    item: Mapping[str, Any],
+    item: ErrorDetails,
     path: Path,
     holder: type[BaseModel],
-    wanted: Any,
+    wanted: object,
     found: object,
     noun: str,
 ) -> str:
@@ -100,7 +102,7 @@ def _message(  # the parts of one error
     return f"found {show(found)}; {hint}expected {_expected(wanted)}"
 
 
-def model_of(annotation: Any) -> type[BaseModel] | None:
+def model_of(annotation: object) -> type[BaseModel] | None:
     """The block that a setting's type is, or holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -108,16 +110,16 @@ def model_of(annotation: Any) -> type[BaseModel] | None:
     return next((model for model in found if model is not None), None)
 
 
-def _walk(path: Path, root: type[BaseModel]) -> tuple[Path, type[BaseModel], Any]:
+def _walk(path: Path, root: type[BaseModel]) -> tuple[Path, type[BaseModel], object]:
     """The part of a path that names settings, the block that holds its end, and the type wanted there. pydantic
     appends the branch of a union that failed, which no setting is called."""
     holder: type[BaseModel] = root
-    here: Any = root
+    here: object = root
     for size, step in enumerate(path):
         inner = _inside(here, step)
         if isinstance(inner, FieldInfo):
             block = _plain(here)
-            assert isinstance(block, type)
+            assert block is not None
             holder = block
             here = Annotated[inner.annotation, inner] if inner.annotation else inner
         elif inner is not None:
@@ -129,7 +131,7 @@ def _walk(path: Path, root: type[BaseModel]) -> tuple[Path, type[BaseModel], Any
     return path, holder, here
 
 
-def _inside(here: Any, step: str | int) -> Any:
+def _inside(here: object, step: str | int) -> object:
     """The type of what `step` names within a value of the type `here`; None = nothing."""
     for one in _branches(here):
         if _is_model(one):
@@ -143,15 +145,15 @@ def _inside(here: Any, step: str | int) -> Any:
     return None
 
 
-def _plain(here: Any) -> Any:
+def _plain(here: object) -> type[BaseModel] | None:
     return next((one for one in _branches(here) if _is_model(one)), None)
 
 
-def _is_model(one: Any) -> bool:
+def _is_model(one: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(one, type) and issubclass(one, BaseModel)
 
 
-def _branches(here: Any) -> Iterator[Any]:
+def _branches(here: object) -> Iterator[object]:
     """The types that a value may have, without annotations and without None."""
     origin = get_origin(here)
     if origin is Annotated:
@@ -163,11 +165,11 @@ def _branches(here: Any) -> Iterator[Any]:
         yield here
 
 
-def _choices(wanted: Any) -> list[Any]:
+def _choices(wanted: object) -> list[object]:
     return [one for b in _branches(wanted) if get_origin(b) is Literal for one in get_args(b)]
 
 
-def _expected(wanted: Any) -> str:
+def _expected(wanted: object) -> str:
     """What a setting of this type may be."""
     origin = get_origin(wanted)
     if origin in (Union, UnionType):
@@ -182,7 +184,7 @@ def _expected(wanted: Any) -> str:
     return _with_rules(wanted, {})
 
 
-def _rules(notes: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def _rules(notes: Iterable[object]) -> Iterator[tuple[str, object]]:
     for note in notes:
         if isinstance(note, FieldInfo):
             yield from _rules(note.metadata)
@@ -193,39 +195,44 @@ def _rules(notes: Iterable[Any]) -> Iterator[tuple[str, Any]]:
                 yield name, value
 
 
-def _with_rules(wanted: Any, rules: Mapping[str, Any]) -> str:
+def _with_rules(wanted: object, rules: Mapping[str, object]) -> str:
     if pattern := rules.get("pattern"):
         return PATTERNS.get(str(pattern), DOTTED)
     if rules.get("reader") is parse_duration:
         return f'a duration such as "10s" or "5m"{_bounds(rules, "s")}'
     if rules.get("reader") is parse_size:
         return 'a size such as "64Mi"'
-    origin = get_origin(wanted)
-    if origin in (Union, UnionType, Annotated):
-        return _expected(wanted)
-    if origin is Literal:
-        choices = ", ".join(show(one) for one in get_args(wanted))
-        return choices if len(get_args(wanted)) == 1 else f"one of {choices}"
-    if origin in (tuple, list):
-        return f"a list of {_expected(get_args(wanted)[0])}{_length(rules, 'elements')}"
-    if origin is dict:
-        what = "blocks" if model_of(wanted) else 'a map such as { name = "value" }'
-        return what + _length(rules, "entries")
+    if get_origin(wanted) is not None:
+        return _with_arguments(wanted, rules)
     if _is_model(wanted):
         return "a block { ... }"
     if wanted is AwareDatetime:
         return 'a time with its zone, such as "2026-01-31T05:00:00Z"'
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number"}
     if wanted is str:
         return "text between double quotes" + _length(rules, "characters")
-    if isinstance(wanted, type) and issubclass(wanted, str):  # an enumeration
-        return f"one of {', '.join(show(str(one)) for one in wanted)}"  # type: ignore[attr-defined]
+    if isinstance(wanted, type) and issubclass(wanted, Enum):
+        return f"one of {', '.join(show(str(one.value)) for one in wanted)}"
     return names.get(wanted, "another value") + _bounds(rules, "")
 
 
-def _bounds(rules: Mapping[str, Any], unit: str) -> str:
+def _with_arguments(wanted: object, rules: Mapping[str, object]) -> str:
+    """What a setting of a type with arguments may be, as Literal, tuple or dict."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        choices = ", ".join(show(one) for one in arguments)
+        return choices if len(arguments) == 1 else f"one of {choices}"
+    if origin in (tuple, list):
+        return f"a list of {_expected(arguments[0])}{_length(rules, 'elements')}"
+    if origin is dict:
+        what = "blocks" if model_of(wanted) else 'a map such as { name = "value" }'
+        return what + _length(rules, "entries")
+    return _expected(wanted) if origin in (Union, UnionType, Annotated) else "another value"
+
+
+def _bounds(rules: Mapping[str, object], unit: str) -> str:
     low, high = rules.get("ge"), rules.get("le")
-    if low is not None and high is not None:
+    if isinstance(low, int | float) and isinstance(high, int | float):
         return (
             f" from {low:g}{unit} to {high:g}{unit}" if high < 10**6 else f" from {low} to {high}"
         )
@@ -237,7 +244,7 @@ def _bounds(rules: Mapping[str, Any], unit: str) -> str:
     return f", {' and '.join(parts)}" if parts else ""
 
 
-def _length(rules: Mapping[str, Any], unit: str) -> str:
+def _length(rules: Mapping[str, object], unit: str) -> str:
     low, high = rules.get("min_length"), rules.get("max_length")
     if low and high:
         return f", {low} to {high} {unit}"
@@ -247,7 +254,7 @@ def _length(rules: Mapping[str, Any], unit: str) -> str:
 def where(path: Path, document: HclDocument) -> str:
     """``agent_class "default" > probe "tcp" > port``."""
     words: list[str] = []
-    value: Any = document.data
+    value: object = document.data
     for number, step in enumerate(path):
         before = path[number - 1] if number else None
         value = step_into(value, step)
@@ -271,7 +278,7 @@ def _last_named(path: Path, number: int) -> int:
     return number - 1 if is_label else -1
 
 
-def step_into(value: Any, step: str | int) -> Any:
+def step_into(value: object, step: str | int) -> object:
     """What a step leads to in a document; None when there is nothing."""
     if isinstance(value, dict):
         return value.get(str(step))
@@ -280,7 +287,7 @@ def step_into(value: Any, step: str | int) -> Any:
     return None
 
 
-def _value_at(data: Any, path: Path) -> Any:
+def _value_at(data: object, path: Path) -> object:
     for step in path:
         data = step_into(data, step)
     return data

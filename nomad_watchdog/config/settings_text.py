@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal, get_origin
+from typing import Final, Literal, get_origin
 
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
@@ -40,7 +40,7 @@ def _walk(
                 yield place, _digest(one) if hidden else _text(one, field)
 
 
-def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(place: str, value: object) -> Iterator[tuple[str, object]]:
     """The values in a setting, each with its name."""
     if isinstance(value, Mapping):
         for key, one in value.items():
@@ -56,12 +56,12 @@ def _parts(place: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _is_open(name: str, value: Any, field: FieldInfo) -> bool:
+def _is_open(name: str, value: object, field: FieldInfo) -> bool:
     literal = get_origin(field.annotation) is Literal
     return literal or name in _OPEN or isinstance(value, bool | int | float)
 
 
-def _text(value: Any, field: FieldInfo) -> str:
+def _text(value: object, field: FieldInfo) -> str:
     readers = {one.func for one in field.metadata if isinstance(one, BeforeValidator)}
     readers |= {
         one.func
@@ -71,9 +71,9 @@ def _text(value: Any, field: FieldInfo) -> str:
     }
     if isinstance(value, bool):
         return "true" if value else "false"
-    if parse_size in readers:
+    if parse_size in readers and isinstance(value, int):
         return size(value)
-    if parse_duration in readers:
+    if parse_duration in readers and isinstance(value, int | float):
         return duration(value)
     if isinstance(value, tuple):
         return ", ".join(map(str, value))

@@ -103,8 +103,7 @@ def _marks(text: str, marks: list[_Mark]) -> int | None:
         place, start = 0, 0
         while place < len(line):
             if is_comment:
-                end = line.find("*/", place)
-                is_comment, place = end < 0, (len(line) if end < 0 else end + 2)
+                is_comment, place = _after_comment(line, place)
                 continue
             character = line[place]
             if character == "#" or line.startswith("//", place):
@@ -126,6 +125,12 @@ def _marks(text: str, marks: list[_Mark]) -> int | None:
         if found := _HEREDOC.search(line):
             heredoc = found[1]
     return None
+
+
+def _after_comment(line: str, place: int) -> tuple[bool, int]:
+    """(whether the comment goes on in the next line, the place after it)."""
+    end = line.find("*/", place)
+    return (True, len(line)) if end < 0 else (False, end + 2)
 
 
 def _end_of_text(line: str, place: int) -> int:

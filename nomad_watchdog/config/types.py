@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Final, get_args, get_origin
+from typing import Annotated, Final, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -140,7 +140,7 @@ def _types(block: type[BaseModel], name: str) -> frozenset[object]:
     """The scalar types that a setting is made of, those of items included; text where a function of ours reads the
     value first."""
 
-    def parts(annotation: Any) -> Iterator[object]:
+    def parts(annotation: object) -> Iterator[object]:
         if isinstance(annotation, BeforeValidator):
             yield str
         elif annotation in {bool, int, float, str}:
