@@ -334,19 +334,10 @@ class Agent:
         self.exit_code = code
         self.limit = self.loop.later(self.SHUT_DOWN_S, self.loop.stop)
         self.save()
-        steps: list[Then] = []
-        if self.repairs is not None:
-            steps.append(self.repairs.close)
-        if report:
-            steps.append(self.reporter.close)
-        if self.escalations is not None:
-            steps.append(self._depart if self.departed else self.escalations.close)
-        if self.consul_state is not None and self.departed:
-            steps.append(self.consul_state.delete)
-        if self.registration is not None:
-            steps.append(self.registration.close)
-        if self.shipper is not None:
-            steps.append(self.shipper.close)
+        steps: list[Then] = [] if self.repairs is None else [self.repairs.close]
+        steps += [self.reporter.close] if report else []
+        steps += [self._end_escalations, self._delete_state]
+        steps += [one.close for one in (self.registration, self.shipper) if one is not None]
         self._run_steps(steps)
 
     def _run_steps(self, steps: list[Then]) -> None:
@@ -355,13 +346,22 @@ class Agent:
             return
         steps[0](lambda: self._run_steps(steps[1:]))
 
-    def _depart(self, then: Callable[[], None]) -> None:
-        """End the alerts of a device that has left. No other agent does, so the time limit is longer, but still
-        below Nomad's kill timeout of 5 s."""
-        self.limit[2] = None
-        self.loop.later(self.DEPART_S, self.loop.stop)
-        assert self.escalations is not None
-        self.escalations.depart(then)
+    def _end_escalations(self, then: Callable[[], None]) -> None:
+        if self.escalations is None:
+            then()
+        elif self.departed:  # the answer to the last report may have stated that
+            # No other agent ends them, so the time limit is longer, but below Nomad's kill timeout of 5 s.
+            self.limit[2] = None
+            self.loop.later(self.DEPART_S, self.loop.stop)
+            self.escalations.depart(then)
+        else:
+            self.escalations.close(then)
+
+    def _delete_state(self, then: Callable[[], None]) -> None:
+        if self.consul_state is not None and self.departed:
+            self.consul_state.delete(then)
+        else:
+            then()
 
     # -- stored state
 

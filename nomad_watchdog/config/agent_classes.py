@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from watchdog_agent.config.table import (
+    MAX_TRIES,
+    TARGETS,
+    Agent,
+    Repair,
+    RepairPolicy,
+    RepairTarget,
+)
+from watchdog_agent.config.validators import place
 from watchdog_agent.detection.failure_detector import FailureDetector
 
 from nomad_watchdog import __version__
@@ -15,26 +24,21 @@ from nomad_watchdog.config.probes import ON_HOST, GatewaySettings, ProbeSettings
 from nomad_watchdog.config.types import (
     Absolute,
     Block,
+    Command,
+    Duration,
     Host,
     Name,
+    Phrase,
+    Plugin,
     Positive,
     Seconds,
     Size,
     Text,
     Url,
+    fitting,
+    within,
 )
-
-REPAIRS: Final[Mapping[str, str]] = {
-    "interface": "interface",
-    "http": "url",
-    "mqtt": "topic",
-    "unit": "unit",
-    "command": "command",
-    "wake": "mac",
-    "plugin": "plugin",
-}
-"""Kind of repair → the one setting that says on what it is done."""
-
+from nomad_watchdog.units import show
 
 REPAIR_EXTRAS: Final[Mapping[str, str]] = {
     "method": "http",
@@ -51,51 +55,54 @@ REPAIR_EXTRAS: Final[Mapping[str, str]] = {
 }
 """Setting → the one kind of repair that knows it."""
 OVER_TLS: Final = ("server_name", "ca_cert", "client_cert", "client_key")
-Place = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
 
 
-MAX_REPAIR_S: Final = 600.0
-MAX_TRIES: Final = 64
-"""Attempts of one episode, as an agent keeps the record of it."""
+def checked_place(value: str) -> str:
+    """HOST or HOST:PORT. Raises ValueError."""
+    place(value, 1)
+    return value
+
+
+Place = Annotated[str, AfterValidator(checked_place)]
 
 
 class RepairSettings(Block):
     """One step of a class's ladder, in the order of the file."""
 
     kind: Literal["interface", "http", "mqtt", "unit", "command", "wake", "plugin"]
-    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$")] | None = None
+    interface: Annotated[str, fitting(RepairTarget.interface)] | None = None
     url: Url | None = None
     method: Literal["GET", "POST"] | None = None
-    topic: Annotated[str, Field(pattern=r"^[!-~]{1,256}$")] | None = None
+    topic: Annotated[str, fitting(RepairTarget.topic)] | None = None
     broker: Place | None = None
     payload: Text | None = None
-    user: Text | None = None
-    password_file: Text | None = None
+    user: Phrase | None = None
+    password_file: Absolute | None = None
     tls: bool | None = None
     server_name: Host | None = None
     ca_cert: Absolute | None = None
     client_cert: Absolute | None = None
     client_key: Absolute | None = None
-    unit: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$")] | None = None
-    command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
-    mac: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")] | None = None
+    unit: Annotated[str, fitting(RepairTarget.unit)] | None = None
+    command: Command | None = None
+    mac: Annotated[str, fitting(RepairTarget.mac)] | None = None
     to: Place | None = None
-    plugin: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    plugin: Plugin | None = None
     when: Literal["suspect", "degraded", "offline"] = "suspect"
-    probe: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,5})?$")] | None = None
-    tries: Annotated[int, Field(ge=1, le=100)] = 1
-    verify: Positive = 30.0
-    dry_run: bool = False
-    even_behind_gateway: bool = False
-    budget: Annotated[int, Field(ge=1, le=1000)] = 3
-    window: Positive = 3600.0
-    cooldown: Seconds = 30.0
-    timeout: Positive = 10.0
+    probe: Text | None = None
+    tries: Annotated[int, within(Repair.tries)] = Repair.tries.default
+    verify: Annotated[Duration, within(Repair.verify_s)] = Repair.verify_s.default
+    dry_run: bool = Repair.dry_run.default
+    even_behind_gateway: bool = Repair.even_behind_gateway.default
+    budget: Annotated[int, within(Repair.budget)] = Repair.budget.default
+    window: Annotated[Duration, within(Repair.window_s)] = Repair.window_s.default
+    cooldown: Annotated[Duration, within(Repair.cooldown_s)] = Repair.cooldown_s.default
+    timeout: Annotated[Duration, within(Repair.timeout_s)] = Repair.timeout_s.default
 
     @model_validator(mode="after")
     def _fits(self) -> RepairSettings:
-        wanted = REPAIRS[self.kind]
-        for setting in REPAIRS.values():
+        wanted = TARGETS[self.kind]
+        for setting in TARGETS.values():
             if (getattr(self, setting) is not None) != (setting == wanted):
                 raise ValueError(
                     f"{self.kind} needs {wanted}"
@@ -105,18 +112,16 @@ class RepairSettings(Block):
         for setting, kind in REPAIR_EXTRAS.items():
             if getattr(self, setting) is not None and kind != self.kind:
                 raise ValueError(f"{self.kind} knows no {setting}; {kind} does")
-        if self.kind == "mqtt" and (self.broker is None or set(self.topic or "") & set("+#")):
-            raise ValueError("mqtt needs broker = HOST:PORT and a topic without + and #")
-        self._secure()
-        if self.timeout > MAX_REPAIR_S:
-            raise ValueError(f"timeout may be at most {MAX_REPAIR_S:g}s")
+        if self.kind == "mqtt" and self.broker is None:
+            raise ValueError("mqtt needs broker = HOST:PORT")
+        self._check_tls()
         if self.timeout >= self.window:
             raise ValueError(
                 f"timeout ({self.timeout:g}s) must be shorter than window ({self.window:g}s)"
             )
         return self
 
-    def _secure(self) -> None:
+    def _check_tls(self) -> None:
         given = [one for one in OVER_TLS if getattr(self, one) is not None]
         if given and not self.tls:
             raise ValueError(f"{given[0]} needs tls = true")
@@ -129,18 +134,20 @@ class RepairSettings(Block):
         more |= {"when": self.when, "probe": self.probe, "tries": self.tries}
         more |= {"verify_s": self.verify, "dry_run": self.dry_run}
         more["even_behind_gateway"] = self.even_behind_gateway
-        usual = {"when": "suspect", "tries": 1, "verify_s": 30.0, "dry_run": False}
-        usual["even_behind_gateway"] = False
-        # What is as it always was is not said, so that a class of an older version keeps its hash.
-        said = {k: v for k, v in more.items() if v is not None and usual.get(k) != v}
-        return said | {
+        # Defaults are left out, so that a class of an older version keeps its hash.
+        given = {k: v for k, v in more.items() if v is not None and _default(Repair, k) != v}
+        return given | {
             "kind": self.kind,
-            REPAIRS[self.kind]: getattr(self, REPAIRS[self.kind]),
+            TARGETS[self.kind]: getattr(self, TARGETS[self.kind]),
             "budget": self.budget,
             "window_s": self.window,
             "cooldown_s": self.cooldown,
             "timeout_s": self.timeout,
         }
+
+
+def _default(rules: type, name: str) -> object:
+    return getattr(getattr(rules, name, None), "default", None)
 
 
 class BackendOverrides(Block):
@@ -179,7 +186,7 @@ class AgentClassSettings(Block):
     kill_timeout: Positive = 10.0
     variables: dict[str, Text] = Field(default_factory=dict)
     metadata: dict[str, Text] = Field(default_factory=dict)
-    beat: Positive = 15.0
+    beat: Annotated[Duration, within(Agent.beat_s)] = Agent.beat_s.default
     ttl: Seconds | None = None
     probe: tuple[ProbeSettings, ...] = ()
     confirm: tuple[ProbeSettings, ...] = ()
@@ -188,9 +195,11 @@ class AgentClassSettings(Block):
     escalate: EscalationSettings | None = None
     loki: LokiSettings | None = None
     state: Literal["folder", "consul"] = "folder"
-    repair_dry_run: bool = False
-    repair_accepted_beats: Annotated[int, Field(ge=1, le=1000)] = 4
-    repair_alone: Seconds = 86400.0
+    repair_dry_run: bool = RepairPolicy.dry_run.default
+    repair_accepted_beats: Annotated[int, within(RepairPolicy.accepted_beats)] = (
+        RepairPolicy.accepted_beats.default
+    )
+    repair_alone: Annotated[Duration, within(RepairPolicy.alone_s)] = RepairPolicy.alone_s.default
     on: dict[Name, BackendOverrides] = Field(default_factory=dict)
 
     def suspect_s(self) -> float:
@@ -215,20 +224,19 @@ class AgentClassSettings(Block):
             "accepted_beats": self.repair_accepted_beats,
             "alone_s": self.repair_alone,
         }
-        usual = {"dry_run": False, "accepted_beats": 4, "alone_s": 86400.0}
-        said = {k: v for k, v in policy.items() if v != usual[k]}
+        given = {k: v for k, v in policy.items() if v != _default(RepairPolicy, k)}
         steps = {"repairs": [step.wire() for step in self.repair]}
-        return steps | ({"repair_policy": said} if said else {})
+        return steps | ({"repair_policy": given} if given else {})
 
     @model_validator(mode="after")
     def _fits(self) -> AgentClassSettings:
         if sum(step.tries for step in self.repair) > MAX_TRIES:
             raise ValueError(f"the tries of all repairs together may be {MAX_TRIES} at most")
-        asked = {p.kind if p.port is None else f"{p.kind}:{p.port}" for p in self.probe}
+        probes = {one.label for one in self.probe}
         for step in self.repair:
-            if step.probe is not None and step.probe not in asked:
+            if step.probe is not None and step.probe not in probes:
                 raise ValueError(
-                    f"repair.probe is {step.probe}; the probes are {', '.join(sorted(asked))}"
+                    f"repair.probe is {show(step.probe)}; the probes are {', '.join(sorted(probes))}"
                 )
         same = {probe.kind for probe in self.probe} & {probe.kind for probe in self.confirm}
         if same:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from watchdog_agent.config import table
+from watchdog_agent.config.table import Escalate
 
-from nomad_watchdog.config.types import Block, Positive, Text, Url
+from nomad_watchdog.config.types import Block, Duration, Text, Url, fitting, within
 
 
 class SinkSettings(Block):
@@ -15,7 +17,7 @@ class SinkSettings(Block):
     kind: Literal["webhook", "alertmanager", "consul_event"]
     url: Url | None = None
     token_file: Text = ""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    name: Annotated[str, fitting(table.NAME)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> SinkSettings:
@@ -34,20 +36,24 @@ class SinkSettings(Block):
 class EscalationSettings(Block):
     """When the agents of a class escalate by themselves, and with whom they do it together."""
 
-    sink: Annotated[tuple[SinkSettings, ...], Field(min_length=1, max_length=8)]
-    degraded: bool = False
+    sink: Annotated[tuple[SinkSettings, ...], Field(min_length=1, max_length=table.MAX_SINKS)]
+    degraded: bool = Escalate.degraded.default
     by: Annotated[tuple[Literal["gateway", "site", "class", "host"], ...], Field(max_length=4)] = (
         "gateway",
         "site",
         "class",
         "host",
     )
-    window: Annotated[Positive, Field(ge=1, le=3600)] = 30.0
-    gather: Annotated[Positive, Field(ge=0.1, le=600)] = 2.0
-    retry: Annotated[Positive, Field(ge=0.1, le=600)] = 1.0
-    give_up: Annotated[Positive, Field(ge=1, le=86400)] = 900.0
-    consul_wait: Annotated[Positive, Field(ge=0.5, le=600)] = 10.0
-    session_ttl: Annotated[Positive, Field(ge=10, le=86400)] = 10.0
+    window: Annotated[Duration, within(Escalate.window_s)] = Escalate.window_s.default
+    gather: Annotated[Duration, within(Escalate.gather_s)] = Escalate.gather_s.default
+    retry: Annotated[Duration, within(Escalate.retry_s)] = Escalate.retry_s.default
+    give_up: Annotated[Duration, within(Escalate.give_up_s)] = Escalate.give_up_s.default
+    consul_wait: Annotated[Duration, within(Escalate.consul_wait_s)] = (
+        Escalate.consul_wait_s.default
+    )
+    session_ttl: Annotated[Duration, within(Escalate.session_ttl_s)] = (
+        Escalate.session_ttl_s.default
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> EscalationSettings:
@@ -78,7 +84,7 @@ class LokiSettings(Block):
 
     url: Url
     token_file: Text = ""
-    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    tenant: Annotated[str, fitting(table.NAME)] | None = None
 
     def wire(self) -> dict[str, Any]:
         """As the agent's document says it, under `loki`."""

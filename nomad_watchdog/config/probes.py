@@ -6,17 +6,42 @@ import ipaddress
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from watchdog_agent.config import table
+from watchdog_agent.config.probes import name_of
+from watchdog_agent.config.table import Probe as Every
+from watchdog_agent.probes.dns import DnsError, encode_name
 
-from nomad_watchdog.config.types import Absolute, Block, Host, Positive, Text
+from nomad_watchdog.config.types import (
+    Absolute,
+    Block,
+    Command,
+    Duration,
+    Host,
+    Phrase,
+    Plugin,
+    Text,
+    fitting,
+    within,
+)
+from nomad_watchdog.units import show
+
+
+def checked_domain(value: str) -> str:
+    """A domain name, as a query holds it. Raises ValueError."""
+    try:
+        encode_name(value)
+    except DnsError as error:
+        raise ValueError(f"{show(value)}: {error}") from None
+    return value
+
 
 Kind = Literal[
     "tcp", "http", "https", "icmp", "tls", "dns", "command", "file", "mqtt", "snmp", "plugin"
 ]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Status = Annotated[int, Field(ge=100, le=599)]
-Domain = Annotated[str, Field(pattern=r"^[!-~]{1,253}$")]
-Words = Annotated[str, Field(min_length=1, max_length=1024)]
+Port = Annotated[int, within(table.PORT)]
+Status = Annotated[int, within(table.STATUS)]
+Domain = Annotated[str, fitting(table.DnsProbe.name), AfterValidator(checked_domain)]
 
 _HTTP: Final = frozenset({"port", "path", "expect_status", "expect_body", "max_time"})
 _TLS: Final = frozenset({"port", "server_name", "verify", "ca_cert", "client_cert", "client_key"})
@@ -54,41 +79,43 @@ RENAMED: Final[Mapping[str, str]] = {"max_time": "warn_time", "min_days": "warn_
 class ProbeSettings(Block):
     kind: Kind
     port: Port | None = None
-    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] | None = None
+    path: Annotated[str, fitting(table.HttpProbe.path)] | None = None
     expect_status: (
-        Status | Annotated[tuple[Status, ...], Field(min_length=1, max_length=32)] | None
+        Status
+        | Annotated[tuple[Status, ...], Field(min_length=1, max_length=table.MAX_STATUSES)]
+        | None
     ) = None
-    expect_body: Words | None = None
-    warn_time: Positive | None = None
-    max_time: Positive | None = None
-    warn_loss: Annotated[float, Field(ge=0.001, le=1)] | None = None
+    expect_body: Phrase | None = None
+    warn_time: Annotated[Duration, within(Every.warn_time_s)] | None = None
+    max_time: Annotated[Duration, within(Every.warn_time_s)] | None = None
+    warn_loss: Annotated[float, within(Every.warn_loss)] | None = None
     server_name: Host | None = None
     verify: bool | None = None
     ca_cert: Absolute | None = None
     client_cert: Absolute | None = None
     client_key: Absolute | None = None
     tls: bool | None = None
-    warn_days: Annotated[float, Field(ge=0, le=3650)] | None = None
-    min_days: Annotated[float, Field(ge=0, le=3650)] | None = None
+    warn_days: Annotated[float, within(table.TlsProbe.warn_days)] | None = None
+    min_days: Annotated[float, within(table.TlsProbe.warn_days)] | None = None
     server: Host | None = None
     name: Domain | None = None
     type: Literal["A", "AAAA"] | None = None
-    expect_address: Domain | None = None
-    command: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
+    expect_address: Text | None = None
+    command: Command | None = None
     file: Absolute | None = None
-    expect_text: Words | None = None
-    forbid_text: Words | None = None
-    max_age: Positive | None = None
-    user: Words | None = None
+    expect_text: Phrase | None = None
+    forbid_text: Phrase | None = None
+    max_age: Annotated[Duration, within(table.FileProbe.max_age_s)] | None = None
+    user: Phrase | None = None
     password_file: Absolute | None = None
     community_file: Absolute | None = None
-    plugin: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
+    plugin: Plugin | None = None
     settings: Annotated[dict[str, Text], Field(max_length=64)] | None = None
-    interval: Positive = 5.0
-    timeout: Positive = 2.0
-    misses: Annotated[int, Field(ge=1, le=100)] = 3
-    jitter: Annotated[float, Field(ge=0, le=0.5)] | None = None
-    min_interval: Annotated[Positive, Field(ge=0.05)] | None = None
+    interval: Annotated[Duration, within(Every.interval_s)] = Every.interval_s.default
+    timeout: Annotated[Duration, within(Every.timeout_s)] = Every.timeout_s.default
+    misses: Annotated[int, within(Every.misses)] = Every.misses.default
+    jitter: Annotated[float, within(Every.jitter)] | None = None
+    min_interval: Annotated[Duration, within(Every.min_interval_s)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ProbeSettings:
@@ -96,21 +123,10 @@ class ProbeSettings(Block):
             raise ValueError(
                 f"timeout ({self.timeout:g}s) must be shorter than interval ({self.interval:g}s)"
             )
-        self._knows()
-        need = NEEDS.get(self.kind)
-        if need and getattr(self, need) is None:
-            raise ValueError(f"{self.kind} needs a {need}")
-        if self.kind == "file" and not (self.expect_text or self.forbid_text or self.max_age):
-            raise ValueError("file needs one of expect_text, forbid_text and max_age")
-        if self.password_file and not self.user:
-            raise ValueError("password_file needs user")
-        if self.client_key and not self.client_cert:
-            raise ValueError("client_key needs client_cert")
-        if self.kind == "mqtt" and not self.tls:
-            given = sorted(one for one in _TLS - {"port"} if getattr(self, one) is not None)
-            if given:
-                raise ValueError(f"{given[0]} of mqtt needs tls = true")
-        self._warns()
+        self._check_known()
+        self._check_needs()
+        self._check_tls()
+        self._check_warnings()
         if self.expect_address:
             wanted = 6 if self.type == "AAAA" else 4
             try:
@@ -118,10 +134,37 @@ class ProbeSettings(Block):
             except ValueError:
                 raise ValueError("expect_address is not an IP address") from None
             if found != wanted:
-                raise ValueError(f"expect_address is no address of an {self.type or 'A'} record")
+                raise ValueError(
+                    f"expect_address is not an address of an {self.type or 'A'} record"
+                )
         return self
 
-    def _warns(self) -> None:
+    def _check_needs(self) -> None:
+        need = NEEDS.get(self.kind)
+        if need and getattr(self, need) is None:
+            raise ValueError(f"{self.kind} needs a {need}")
+        if self.kind == "file" and not (self.expect_text or self.forbid_text or self.max_age):
+            raise ValueError("file needs one of expect_text, forbid_text and max_age")
+        if self.password_file and not self.user:
+            raise ValueError("password_file needs user")
+
+    def _check_tls(self) -> None:
+        if self.client_key and not self.client_cert:
+            raise ValueError("client_key needs client_cert")
+        if self.kind == "mqtt" and not self.tls:
+            given = sorted(one for one in _TLS - {"port"} if getattr(self, one) is not None)
+            if given:
+                raise ValueError(f"{given[0]} of mqtt needs tls = true")
+
+    @property
+    def label(self) -> str:
+        """The name of the probe in reasons and in `repair.probe`: http:8080, icmp, plugin:modbus."""
+        default = table.PORTS.get(self.kind)
+        if self.kind == "mqtt" and self.tls:
+            default = table.MQTT_TLS_PORT
+        return name_of({"kind": self.kind, "plugin": self.plugin, "port": self.port or default})
+
+    def _check_warnings(self) -> None:
         for old, name in RENAMED.items():
             if getattr(self, old) is not None and getattr(self, name) is not None:
                 raise ValueError(f"{old} is the old name of {name}; set {name} only")
@@ -130,7 +173,7 @@ class ProbeSettings(Block):
             if limit and limit >= self.timeout:
                 raise ValueError(f"{name} must be shorter than timeout, which ends the probe")
 
-    def _knows(self) -> None:
+    def _check_known(self) -> None:
         others = frozenset().union(*KNOWS.values()) - KNOWS[self.kind]
         for setting in sorted(others):
             if getattr(self, setting) is not None:
@@ -161,7 +204,7 @@ class GatewaySettings(Block):
     address: Host | None = None
     kind: Literal["icmp", "tcp", "http"] = "icmp"
     port: Port | None = None
-    timeout: Positive = 2.0
+    timeout: Annotated[Duration, within(table.Gateway.timeout_s)] = table.Gateway.timeout_s.default
 
     @model_validator(mode="after")
     def _fits(self) -> GatewaySettings:

@@ -21,28 +21,16 @@ from nomad_watchdog.text_files import did_you_mean
 from nomad_watchdog.units import parse_duration, parse_size, show
 
 MAX_SHOWN: Final = 50
-_ASCII: Final = "ASCII without blanks, at most {} characters"
 PATTERNS: Final[Mapping[str, str]] = {
     r"^[a-z][a-z0-9-]{0,31}$": "a name of a-z, 0-9 and - that begins with a letter, at most 32 characters",
-    r"^/[^\x00]*$": "an absolute path, which begins with /",
     r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*$": (
         'a path such as "nomad-watchdog" or "team/watchdog", of letters, digits, ".", "_", "-" and "/"'
     ),
     r"^[a-z0-9]([a-z0-9-]{0,56}[a-z0-9])?$": "a name of a-z, 0-9 and -, at most 58 characters",
-    r"^[!-~]{1,253}$": _ASCII.format(253),
-    r"^[!-~]{1,256}$": _ASCII.format(256),
-    r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,14}$": "the name of a network interface, at most 15 characters",
-    r"^[A-Za-z0-9][A-Za-z0-9:_.@-]{0,254}$": 'the name of a systemd unit, such as "camera.service"',
-    r"^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$": 'a MAC address such as "52:54:00:12:34:56"',
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$": "the name of a plugin, at most 64 characters",
-    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$": "the name of a plugin, at most 128 characters",
-    r"^[a-z]+(:\d{1,5})?$": 'a kind of probe, with its port if it has one, such as "http:8080"',
     r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$": 'a version such as "1.4.0", at most 64 characters',
-    r"^[A-Za-z0-9_.-]{1,64}$": 'a name of letters, digits, "_", "." and "-", at most 64 characters',
     r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$": (
         'a name of a-z, 0-9, ".", "_" and "-", at most 63 characters'
     ),
-    r"^/[!-~]*$": "a path that begins with / and has no blanks",
     r"^[a-z][a-z0-9_-]{0,63}$": (
         'the name of a scheduler backend, of a-z, 0-9, "_" and "-", at most 64 characters'
     ),

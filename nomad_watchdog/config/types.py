@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import PydanticKnownError
+from watchdog_agent.config import table
 from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog import text_files
@@ -84,6 +85,26 @@ def certificates(setting: str, path: str) -> str:
     return found
 
 
+def within(setting: table.Range) -> object:
+    """The bounds of a number of the agent."""
+    return Field(ge=setting.low, le=setting.high)
+
+
+def fitting(setting: table.Text | table.Command) -> AfterValidator:
+    """The agent's own check of text, or of a command."""
+
+    def check(value: object) -> object:
+        try:
+            setting.check(value)
+        except ValueError as error:
+            raise ValueError(f"found {show(value)}; {error}") from None
+        return value
+
+    return AfterValidator(check)
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+"""Seconds; the bounds are those of the agent."""
 Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -92,7 +113,10 @@ Url = Annotated[str, AfterValidator(checked_url)]
 Host = Annotated[str, Field(max_length=255), AfterValidator(checked_host)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 Text = Annotated[str, Field(max_length=1024)]
-Absolute = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=1024)]
+Absolute = Annotated[str, fitting(table.PATH)]
+Phrase = Annotated[str, fitting(table.PHRASE)]
+Command = Annotated[tuple[str, ...], fitting(table.COMMAND)]
+Plugin = Annotated[str, fitting(table.PLUGIN)]
 
 
 def checked_inventories(value: object) -> object:

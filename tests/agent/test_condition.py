@@ -339,9 +339,9 @@ def test_a_slow_time_begins_and_ends_with_as_many_runs_as_make_suspect() -> None
     """Two slow ones of three are no warning; a fast one in between does not end one."""
     it = Thresholds({"misses": 3, "warn_time_s": 1.0})
     took = [2.0, 2.0, 0.1, 2.0, 2.0, 2.0, 0.1, 0.1, 2.0, 0.1, 0.1, 0.1, 2.0]
-    shown = [bool(it.take(True, one, 3)) for one in took]
+    shown = [bool(it.record(True, one, 3)) for one in took]
     assert shown == [False] * 5 + [True] * 6 + [False] * 2
-    assert it.take(None, 9.0, 3) == ""
+    assert it.record(None, 9.0, 3) == ""
 
 
 def test_loss_is_warned_of_from_twenty_runs_on_and_an_outage_is_none() -> None:
@@ -349,16 +349,16 @@ def test_loss_is_warned_of_from_twenty_runs_on_and_an_outage_is_none() -> None:
     suspect is left out."""
     it = Thresholds({"misses": 3, "warn_loss": 0.05})
     lost = [number % 10 == 0 for number in range(1, 61)]
-    shown = [it.take(not one, 0.1, 3) for one in lost]
+    shown = [it.record(not one, 0.1, 3) for one in lost]
     assert shown[:19] == [""] * 19
     assert shown[19] == "10% of the last 20 probes were lost (warn_loss is 0.05)"
     assert all(shown[19:])
-    healthy = [bool(it.take(True, 0.1, 3)) for _ in range(KEPT)]
+    healthy = [bool(it.record(True, 0.1, 3)) for _ in range(KEPT)]
     assert healthy[0]
     assert not healthy[-1]
     for _ in range(5):
-        it.take(False, 1.0, 3)
-    assert [it.take(True, 0.1, 3) for _ in range(KEPT)] == [""] * KEPT
+        it.record(False, 1.0, 3)
+    assert [it.record(True, 0.1, 3) for _ in range(KEPT)] == [""] * KEPT
 
 
 async def test_a_degraded_device_is_escalated_only_if_the_class_says_so(

@@ -90,7 +90,7 @@ def test_documents_that_are_none(raw: bytes, words: str) -> None:
         ({"probes": []}, "at least one"),
         ({"probes": [5]}, "allowed are tcp, http, icmp"),
         ({"probes": [{"kind": "exec"}]}, "kind is 'exec'"),
-        ({"probes": [{"kind": "tcp"}]}, "port of tcp is None"),
+        ({"probes": [{"kind": "tcp"}]}, "tcp: port is None"),
         ({"probes": [{"kind": "tcp", "port": 70000}]}, "1 to 65535"),
         ({"probes": [{"kind": "http", "port": 1, "path": "/\r\nX: y"}]}, "path is"),
         ({"probes": [{"kind": "http", "port": 1, "path": "x"}]}, "path is 'x'"),

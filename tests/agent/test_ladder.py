@@ -85,7 +85,7 @@ def test_a_step_whose_effect_could_not_be_asked_has_neither_helped_nor_failed() 
         assert ladder.next("unable", (), 5.0)[:2] == (words.WAIT, None)
         assert ladder.attempts[0]["outcome"] == outcome
         assert ladder.next("suspect", (), 6.0)[1]["id"] == "b"
-        assert json.loads(json.dumps(ladder.kept(6.0)))["attempts"][0]["outcome"] == outcome
+        assert json.loads(json.dumps(ladder.dump(6.0)))["attempts"][0]["outcome"] == outcome
 
 
 def test_a_degraded_device_is_left_to_the_steps_that_are_for_that() -> None:
@@ -210,7 +210,7 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
         now += passed
         current = ladder.current
         if what == "kill":
-            was = json.loads(json.dumps(ladder.kept(now)))
+            was = json.loads(json.dumps(ladder.dump(now)))
             ladder = Ladder(made)
             ladder.restore(was, passed, now + passed)
             now += passed
@@ -264,20 +264,20 @@ def test_standing_follows_the_last_contact() -> None:
     until the time alone is over; with a doubt no, until the next 200; refused: never again."""
     standing = ActAuthority(fresh_s=4.0, alone_s=100.0)
     assert standing.why_not(0.0) == "not accepted yet"
-    standing.heard(None, 0.0)
+    standing.report_answered(None, 0.0)
     assert standing.why_not(0.0) == "not accepted yet"
-    standing.heard(200, 1.0)
+    standing.report_answered(200, 1.0)
     assert standing.why_not(5.0) == ""
     assert standing.why_not(5.1) == ASK
-    standing.heard(503, 6.0)
+    standing.report_answered(503, 6.0)
     assert standing.why_not(100.0) == ""
     assert "no answer of the control plane" in standing.why_not(101.1)
-    standing.heard(409, 7.0)
+    standing.report_answered(409, 7.0)
     assert "409" in standing.why_not(7.0)
-    standing.heard(200, 8.0)
+    standing.report_answered(200, 8.0)
     assert standing.why_not(8.0) == ""
-    standing.heard(410, 9.0)
-    standing.heard(200, 9.5)
+    standing.report_answered(410, 9.0)
+    standing.report_answered(200, 9.5)
     assert standing.why_not(9.5) == "refused"
 
 
@@ -294,7 +294,7 @@ def test_s3_no_step_without_an_acceptance_that_stands(
     standing, now, accepted, against = ActAuthority(4.0, 60.0), 0.0, None, True
     for status, passed in heard:
         now += passed
-        standing.heard(status, now)
+        standing.report_answered(status, now)
         if status == 200:
             accepted, against = now, False
         elif status in (409, 410, 403):
@@ -309,8 +309,8 @@ def test_s3_no_step_without_an_acceptance_that_stands(
 def test_standing_is_of_one_run() -> None:
     """A restart in place keeps the acceptance; another instance or epoch has to earn its own."""
     standing = ActAuthority(4.0, 60.0)
-    standing.heard(200, 10.0)
-    kept = standing.kept(3, "i", 12.0)
+    standing.report_answered(200, 10.0)
+    kept = standing.dump(3, "i", 12.0)
     same, other, next_one = (ActAuthority(4.0, 60.0) for _ in range(3))
     same.restore(kept, 3, "i", 100.0)
     other.restore(kept, 3, "j", 100.0)

@@ -796,9 +796,9 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(tmp_path: Path) -> None:
     ("spec", "words"),
     [
         ({"kind": "carrier-pigeon"}, "allowed are tcp, http, icmp, tls"),
-        ({"kind": "dns"}, "name of dns must be"),
+        ({"kind": "dns"}, "name is None; expected ASCII"),
         ({"kind": "dns", "name": "a..b"}, "1 to 63"),
-        ({"kind": "dns", "name": "a", "type": "MX"}, "A and AAAA"),
+        ({"kind": "dns", "name": "a", "type": "MX"}, "allowed are A, AAAA"),
         ({"kind": "dns", "name": "a", "expect_address": "fd00::1"}, "for A records"),
         ({"kind": "command", "command": "rm -rf"}, "list of 1 to 64"),
         ({"kind": "file", "file": "log"}, "begins with /"),

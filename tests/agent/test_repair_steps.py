@@ -525,14 +525,14 @@ def checked(**step: Any) -> dict[str, Any]:
     ("step", "words"),
     [
         ({"kind": "shell"}, "kind is 'shell'; allowed are interface, http, mqtt"),
-        ({"kind": "interface"}, "interface of interface is None"),
-        ({"kind": "interface", "interface": "a" * 16}, "name of an interface"),
+        ({"kind": "interface"}, "interface: interface is None"),
+        ({"kind": "interface", "interface": "a" * 16}, "name of a network interface"),
         ({"kind": "http", "url": "ftp://x"}, "must be http:// or https://"),
-        ({"kind": "http", "url": "http://x", "method": "PUT"}, "allowed are GET, POST"),
-        ({"kind": "unit", "unit": "--force"}, "name of a unit"),
+        ({"kind": "http", "url": "http://x", "method": "PUT"}, "allowed are POST, GET"),
+        ({"kind": "unit", "unit": "--force"}, "name of a systemd unit"),
         ({"kind": "command", "command": "reboot"}, "list of 1 to 64 texts"),
         ({"kind": "command", "command": ["a\0b"]}, "list of 1 to 64 texts"),
-        ({"kind": "wake", "mac": "00:11"}, "must be as 00:11:22:aa:bb:cc"),
+        ({"kind": "wake", "mac": "00:11"}, "a MAC address such as"),
         ({"kind": "wake", "mac": "00:11:22:aa:bb:cc", "to": "x:0"}, "HOST or HOST:PORT"),
         (
             {"kind": "wake", "mac": "00:11:22:aa:bb:cc", "to": "x:" + "9" * 5000},
@@ -540,8 +540,8 @@ def checked(**step: Any) -> dict[str, Any]:
         ),
         ({"kind": "wake", "mac": "00:11:22:aa:bb:cc", "to": "10.0.0.999"}, "not an IPv4 address"),
         ({"kind": "mqtt", "topic": "a", "broker": "http://b:1883"}, "repairs: broker: 'http://b'"),
-        ({"kind": "mqtt", "topic": "a/#", "broker": "b"}, "holds no + or #"),
-        ({"kind": "mqtt", "topic": "a"}, "broker is None"),
+        ({"kind": "mqtt", "topic": "a/#", "broker": "b"}, "without blanks, + and #"),
+        ({"kind": "mqtt", "topic": "a"}, "broker: None is not HOST or HOST:PORT"),
         ({"kind": "command", "command": ["a"], "budget": 0}, "budget is 0; allowed are 1 to 1000"),
         (
             {"kind": "command", "command": ["a"], "when": "ok"},
@@ -549,7 +549,7 @@ def checked(**step: Any) -> dict[str, Any]:
         ),
         ({"kind": "command", "command": ["a"], "probe": "icmp"}, "there are http:80"),
         ({"kind": "command", "command": ["a"], "dry_run": 1}, "allowed are true and false"),
-        ({"kind": "command", "command": ["a"], "tries": 65}, "more than 64"),
+        ({"kind": "command", "command": ["a"], "tries": 65}, "allowed are 1 to 64"),
     ],
 )
 def test_wrong_steps_are_refused_in_words(step: dict[str, Any], words: str) -> None:
@@ -573,6 +573,13 @@ def test_wrong_steps_are_refused_in_words(step: dict[str, Any], words: str) -> N
 def test_a_broker_has_an_address_of_either_version(broker: str, place: tuple[str, int]) -> None:
     """Where a message goes is a name or an IP address, IPv6 with and without brackets, and a port or none."""
     assert checked(kind="mqtt", topic="a", broker=broker)["broker_at"] == place
+
+
+def test_the_tries_of_all_steps_are_bounded() -> None:
+    """The record of an episode has at most 64 attempts, however they are spread over the steps."""
+    steps = [{"kind": "unit", "unit": name, "tries": 40} for name in ("a", "b")]
+    with pytest.raises(config.ConfigError, match="more than 64"):
+        config.check(document(probes=[probe(80)], repairs=steps))
 
 
 def test_a_step_is_known_by_what_it_does() -> None:

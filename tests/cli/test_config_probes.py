@@ -110,7 +110,10 @@ agent_class "a" {
         ),
         ('probe "dns" {}', "dns needs a name"),
         ('probe "file" { file = "/x" }', "needs one of"),
-        ('probe "dns" {\n name = "a"\n expect_address = "fd00::1"\n}', "no address of an A record"),
+        (
+            'probe "dns" {\n name = "a"\n expect_address = "fd00::1"\n}',
+            "not an address of an A record",
+        ),
         ('probe "icmp" { jitter = 0.9 }', "expected a number from 0 to 0.5"),
         ('probe "http" {\n port = 1\n max_time = "9s"\n}', "max_time must be shorter than timeout"),
         ('probe "icmp" { warn_time = "2s" }', "warn_time must be shorter than timeout"),

@@ -30,15 +30,20 @@ def document(folder: Path, body: str) -> dict[str, Any]:
     ("body", "words"),
     [
         ('repair "mqtt" { topic = "a" }', "mqtt needs broker"),
-        ('repair "mqtt" {\n topic = "a/#"\n broker = "b:1"\n}', "without + and #"),
+        ('repair "mqtt" {\n topic = "a/#"\n broker = "b:1"\n}', "without blanks, + and #"),
         ('repair "wake" {\n mac = "00:11:22:33:44:55"\n method = "GET"\n}', "wake knows no method"),
         ('repair "unit" {\n unit = "a"\n probe = "http:80"\n}', "the probes are tcp:22"),
-        ('repair "unit" {\n unit = "a"\n timeout = "11m"\n}', "at most 600s"),
+        ('repair "unit" {\n unit = "a"\n timeout = "11m"\n}', "from 0.01s to 600s"),
         ('repair "unit" {\n unit = "a"\n when = "ok"\n}', "when"),
         ('repair "mqtt" {\n topic = "a"\n broker = "b"\n ca_cert = "/x"\n}', "needs tls = true"),
         ('repair "http" {\n url = "http://a/"\n tls = true\n}', "http knows no tls"),
         ('repair "plugin" {}', "plugin needs plugin"),
-        ('repair "unit" {\n unit = "a"\n tries = 65\n}', "64 at most"),
+        ('repair "unit" {\n unit = "a"\n tries = 65\n}', "from 1 to 64"),
+        (
+            'repair "unit" {\n unit = "a"\n tries = 40\n}\nrepair "unit" {\n unit = "b"\n tries = 40\n}',
+            "64 at most",
+        ),
+        ('repair "mqtt" {\n topic = "a"\n broker = "b:0"\n}', "is not HOST or HOST:PORT"),
     ],
 )
 def test_wrong_repairs_are_refused(tmp_path: Path, body: str, words: str) -> None:

@@ -95,7 +95,7 @@ def test_a_block_that_is_not_closed_is_named_where_it_opens(
         (f'{PROBE}\n variables = ["a"]', 'variables: found ["a"]; expected a map such as { name = "value" }'),
         (f'{PROBE}\n repair_dry_run = "perhaps"', "expected true or false"),
         (f'{PROBE}\n version = "a b"', 'expected a version such as "1.4.0"'),
-        (f'{PROBE}\n beat = "0s"', 'found "0s"; expected a duration such as "10s" or "5m", greater than 0s'),
+        (f'{PROBE}\n kill_timeout = "0s"', 'found "0s"; expected a duration such as "10s" or "5m", greater than 0s'),
         (f'{PROBE}\n state = "nowhere"', 'expected one of "folder", "consul"'),
         (f'{PROBE}\n gateway = "x"', "expected a block { ... }"),
         ('probe "dns" {\n name = "x"\n expect_address = "300.1.1.1"\n }', "is not an IP address"),
@@ -219,7 +219,7 @@ def test_every_pattern_of_a_setting_has_words() -> None:
         p for block in blocks for field in block.model_fields.values() for p in patterns(field)
     }
     assert len(blocks) > 20
-    assert len(found) > 12
+    assert len(found) > 5  # the agent's own texts are described in its table of settings
     without = {pattern for pattern in found if pattern not in PATTERNS}
     assert len(without) == 1, without  # of `metric.value`
     assert "queues" in DOTTED

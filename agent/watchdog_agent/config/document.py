@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from watchdog_agent import errors, wire
-from watchdog_agent.config import probes, validators
+from watchdog_agent.config import probes, table, validators
 from watchdog_agent.config.validators import check_list, check_url
 from watchdog_agent.runtime import parsing
 from watchdog_agent.runtime.http import reason_of
@@ -98,8 +98,7 @@ def check(config: Any) -> Config:
     if config.get("consul"):
         check_url(config["consul"], "http:// or https:// address", tls=True)
     _check_consul_tls(config)
-    validators.number(config, "beat_s", 15.0, 0.1, 3600.0)
-    validators.number(config, "register_every_s", 45.0, 0.1, 3600.0)
+    validators.fill(config, table.Agent)
     config["probes"] = [probes.check(p, "probes") for p in check_list(config, "probes")]
     config["confirm"] = [probes.check(p, "confirm") for p in check_list(config, "confirm")]
     if not config["probes"]:

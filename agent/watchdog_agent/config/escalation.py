@@ -3,7 +3,8 @@ a document has one of them."""
 
 from __future__ import annotations
 
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
+from watchdog_agent.config.table import GROUPS, MAX_SINKS, SINKS
 from watchdog_agent.config.validators import check_list, check_url
 from watchdog_agent.errors import ConfigError
 
@@ -13,17 +14,13 @@ if TYPE_CHECKING:
 
     from watchdog_agent.runtime.types import Config
 
-SINKS = ("webhook", "alertmanager", "consul_event")
-GROUPS = ("gateway", "site", "class", "host")
-NAME = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-
 
 def check(config: Config) -> None:
     """Fill in defaults. Raises ConfigError."""
     if config.get("state", "") not in ("", "consul"):
         raise ConfigError(f"state is {config['state']!r}; allowed is consul")
     prefix = config.get("prefix", "")
-    if not isinstance(prefix, str) or not set(prefix) <= NAME | {"/"}:
+    if not isinstance(prefix, str) or not (table.NAME.allowed or set()) | {"/"} >= set(prefix):
         raise ConfigError("prefix may hold letters, digits, _ . - and / only")
     if "loki" in config:
         _loki(config["loki"])
@@ -35,22 +32,15 @@ def _escalate(rules: Any, config: Config) -> None:
     if not isinstance(rules, dict):
         raise ConfigError("escalate must be an object")
     sinks = check_list(rules, "sinks")
-    if not 0 < len(sinks) <= 8:
-        raise ConfigError("escalate.sinks must hold 1 to 8 sinks")
+    if not 0 < len(sinks) <= MAX_SINKS:
+        raise ConfigError(f"escalate.sinks must have 1 to {MAX_SINKS} sinks")
     for sink in sinks:
         _sink(sink, config)
     rules.setdefault("by", list(GROUPS))
     for kind in check_list(rules, "by"):
         if kind not in GROUPS:
             raise ConfigError(f"escalate.by holds {kind!r}; allowed are {', '.join(GROUPS)}")
-    validators.flag(rules, "degraded", False)
-    validators.number(rules, "window_s", 30.0, 1.0, 3600.0)
-    validators.number(rules, "gather_s", 2.0, 0.1, 600.0)
-    validators.number(rules, "retry_s", 1.0, 0.1, 600.0)
-    validators.number(rules, "give_up_s", 900.0, 1.0, 86400.0)
-    validators.number(rules, "consul_wait_s", 10.0, 0.5, 600.0)
-    validators.number(rules, "session_ttl_s", 10.0, 1.0, 86400.0)
-    validators.number(rules, "note_s", 900.0, 1.0, 86400.0)
+    validators.fill(rules, table.Escalate, "escalate")
 
 
 def _sink(sink: Any, config: Config) -> None:
@@ -62,11 +52,8 @@ def _sink(sink: Any, config: Config) -> None:
     elif not config.get("consul"):
         raise ConfigError("escalate.sinks: consul_event needs a url, or consul in the document")
     if sink["kind"] == "consul_event":
-        name = sink.setdefault("name", "watchdog-escalation")
-        if not isinstance(name, str) or not 0 < len(name) <= 64 or not set(name) <= NAME:
-            raise ConfigError(
-                f"escalate.sinks: name is {name!r}; allowed are letters, digits, _ . -"
-            )
+        sink.setdefault("name", "watchdog-escalation")
+        validators.fill(sink, table.Sink, "escalate.sinks")
     _file(sink, "escalate.sinks")
 
 
@@ -74,9 +61,7 @@ def _loki(loki: Any) -> None:
     if not isinstance(loki, dict):
         raise ConfigError("loki must be an object")
     check_url(loki.get("url"), "http:// or https:// address", tls=True)
-    tenant = loki.get("tenant", "")
-    if not isinstance(tenant, str) or not set(tenant) <= NAME:
-        raise ConfigError("loki.tenant may hold letters, digits, _ . - only")
+    validators.fill(loki, table.Loki, "loki")
     _file(loki, "loki")
 
 

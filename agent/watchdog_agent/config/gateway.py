@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from watchdog_agent import errors
 from watchdog_agent.config import probes as config_probes
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.runtime.address import literal
 
 TYPE_CHECKING = False
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 LABEL = "gateway"
 """A device's label with the address of its gateway; it goes before the class's."""
-TIMEOUT_S = 2.0
 
 
 def check(config: Config) -> None:
@@ -38,5 +37,9 @@ def check(config: Config) -> None:
     address = validators.host(address, "gateway: address")
     if address == config["address"]:
         return
-    spec = {"timeout_s": TIMEOUT_S, **given, "kind": given.get("kind", "icmp")}
+    spec = {
+        "timeout_s": table.Gateway.timeout_s.default,
+        **given,
+        "kind": given.get("kind", "icmp"),
+    }
     config["gateway"] = {**config_probes.check(spec, "gateway"), "address": address}

@@ -3,7 +3,7 @@ module, which is loaded only where the kind is configured."""
 
 from __future__ import annotations
 
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -26,7 +26,6 @@ MODULES = {
 """Kind → the module that knows it: it has `check(probe, where)` and `start(loop, probe, address, ended)`.
 tcp, http and icmp are in `probes.builtin`."""
 KINDS = ("tcp", "http", "icmp", *MODULES)
-MAX_STATUSES = 32
 
 
 def module_of(kind: str) -> Any:
@@ -42,14 +41,9 @@ def check(probe: Any, where: str) -> Probe:
     kind = probe["kind"]
     if kind == "http" and probe.get("tls"):
         kind = probe["kind"] = "https"
-    if kind in ("tcp", "http") or (kind == "icmp" and probe.get("port") is not None):
-        validators.port(probe, where)
-    validators.number(probe, "interval_s", 5.0, 0.05, 86400.0)
-    validators.number(probe, "timeout_s", 2.0, 0.01, 600.0)
-    validators.number(probe, "misses", 3, 1, 1000)
-    validators.number(probe, "jitter", 0.05, 0.0, 0.5)
-    validators.number(probe, "min_interval_s", 0.5, 0.05, 86400.0)
-    _check_warnings(probe, where)
+    _check_port(probe, kind, where)
+    _rename(probe, where)
+    validators.fill(probe, table.Probe, where)
     if kind in ("http", "https"):
         check_http(probe, where)
     if kind in MODULES:
@@ -63,34 +57,33 @@ def check(probe: Any, where: str) -> Probe:
 OLD_NAMES = (("max_time_s", "warn_time_s"), ("min_days", "warn_days"))
 
 
-def _check_warnings(probe: Probe, where: str) -> None:
-    """The thresholds beyond which a success is a warning. Raises ConfigError."""
+def _check_port(probe: Probe, kind: str, where: str) -> None:
+    default = table.PORTS.get(kind)
+    if kind == "mqtt" and probe.get("tls"):
+        default = table.MQTT_TLS_PORT
+    if probe.get("port") is None and default is not None:
+        probe["port"] = default
+    if kind in ("tcp", "http") or probe.get("port") is not None:
+        validators.require(probe, "port", table.PORT, f"{where}: {kind}")
+
+
+def _rename(probe: Probe, where: str) -> None:
+    """Give settings with an old name their name. Raises ConfigError for both at once."""
     for old, name in OLD_NAMES:
         value = probe.pop(old, None)
         if value is not None and probe.setdefault(name, value) != value:
             raise ConfigError(f"{where}: {old} is the old name of {name}; set {name} only")
-    if probe.get("warn_time_s") is not None:
-        validators.number(probe, "warn_time_s", 0.0, 0.001, 600.0)
-    if probe.get("warn_loss") is not None:
-        validators.number(probe, "warn_loss", 0.0, 0.001, 1.0)
 
 
 def check_http(probe: Probe, where: str) -> None:
     """Path and expectations. Raises ConfigError."""
-    path = probe.get("path", "/")
-    if (
-        not isinstance(path, str)
-        or not path.startswith("/")
-        or any(not "!" <= c <= "~" for c in path)
-    ):
-        raise ConfigError(f"{where}: path is {path!r}; it must begin with / and be printable ASCII")
-    wanted = probe.setdefault("expect_status", 200)
+    validators.fill(probe, table.HttpProbe, where)
+    wanted = probe.setdefault("expect_status", table.STATUS.default)
     several = wanted if isinstance(wanted, list) else [wanted]
-    if not 0 < len(several) <= MAX_STATUSES or any(type(one) is not int for one in several):
-        raise ConfigError(
-            f"{where}: expect_status is {wanted!r}; it must be a number, or a list of 1 to {MAX_STATUSES}"
-        )
-    validators.text(probe, "expect_body", None)
+    if not 0 < len(several) <= table.MAX_STATUSES:
+        raise ConfigError(f"{where}: expect_status must be a list of 1 to {table.MAX_STATUSES}")
+    for one in several:
+        validators.require({"expect_status": one}, "expect_status", table.STATUS, where)
 
 
 def name_of(spec: Probe) -> str:

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+from watchdog_agent.config import table
 from watchdog_agent.errors import ConfigError
-from watchdog_agent.runtime import address
+from watchdog_agent.runtime import address, parsing
 from watchdog_agent.runtime.http import Url
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Mapping
+    from typing import Any, Protocol
 
     from watchdog_agent.runtime.types import Config, Probe
 
+    class Rule(Protocol):
+        """A rule of `config.table`."""
 
-def number(config: Config, name: str, default: float, low: float, high: float) -> None:
-    """Fill in the default; a number from low to high. Raises ConfigError."""
-    value = config.setdefault(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}; allowed are {low:g} to {high:g}")
+        def check(self, value: object) -> None: ...
 
 
-def flag(config: Config, name: str, default: bool) -> None:  # a value, not a mode
-    """Fill in the default; true or false. Raises ConfigError."""
-    if type(config.setdefault(name, default)) is not bool:
-        raise ConfigError(f"{name} is {config[name]!r}; allowed are true and false")
+MAX_SHOWN = 80
 
 
-def text(config: Config, name: str, default: str | None, most: int = 1024) -> None:
-    """Fill in the default; printable text of 1 to `most` characters. Raises ConfigError."""
-    value = config.setdefault(name, default)
-    if value is None or value == default:
-        return
-    if not isinstance(value, str) or not 0 < len(value) <= most or not value.isprintable():
-        raise ConfigError(f"{name} must be printable text of 1 to {most} characters")
+def fill(part: dict[str, object], rules: type, where: str = "") -> None:
+    """Check the settings of a class of `config.table`, and fill in its defaults. Raises ConfigError."""
+    for name, rule in vars(rules).items():
+        if name[0] == "_":
+            continue
+        value = part.get(name)
+        default = getattr(rule, "default", None)
+        if name not in part and default is not None:
+            part[name] = default
+        elif value is not None or default is not None:
+            require(part, name, rule, where)
+            if isinstance(rule, table.Whole) and isinstance(value, float):
+                part[name] = int(value)
 
 
-def port(config: Config, where: str, default: int | None = None) -> None:
-    """Fill in the default; a port. Raises ConfigError."""
-    value = config.get("port") if config.get("port") is not None else default
-    if type(value) is not int or not 0 < value < 65536:
-        kind = config["kind"]
-        raise ConfigError(f"{where}: port of {kind} is {value!r}; allowed are 1 to 65535")
-    config["port"] = value
+def require(part: Mapping[str, object], name: str, rule: Rule, where: str = "") -> None:
+    """Check one setting. Raises ConfigError, which repeats the value unless it is long."""
+    try:
+        rule.check(part.get(name))
+    except ValueError as error:
+        before = f"{where}: " if where else ""
+        value = repr(part.get(name))
+        found = f" is {value}" if len(value) <= MAX_SHOWN else ""
+        raise ConfigError(f"{before}{name}{found}; {error}") from None
+
+
+def place(value: object, default_port: int) -> tuple[str, int]:
+    """(host, port) of HOST or HOST:PORT. Raises ValueError."""
+    host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if isinstance(value, str) and (":" not in value or address.literal(value)):
+        host, port = value, str(default_port)
+    try:
+        number = parsing.whole(port, 1, 65535)
+    except ValueError:
+        raise ValueError(f"{value!r} is not HOST or HOST:PORT") from None
+    return address.checked(host), number
 
 
 def host(value: object, name: str) -> str:
@@ -55,7 +72,7 @@ def host(value: object, name: str) -> str:
 def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
     """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
     cannot be used now does not raise; `Trust.now` does, each time until it can."""
-    flag(probe, "verify", True)
+    require({"verify": probe.setdefault("verify", True)}, "verify", table.Flag(True), where)
     for name in ("ca_cert", "client_cert", "client_key"):
         if not isinstance(probe.setdefault(name, ""), str):
             kind = "PEM text or the path of a file" if name == "ca_cert" else "the path of a file"

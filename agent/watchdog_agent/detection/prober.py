@@ -13,6 +13,7 @@ from watchdog_agent.detection.failure_detector import FailureDetector
 from watchdog_agent.detection.probe_stats import Stats
 from watchdog_agent.probes import builtin
 from watchdog_agent.runtime import outcome as outcomes
+from watchdog_agent.runtime import parsing
 from watchdog_agent.runtime.loop import between
 from watchdog_agent.runtime.stdlib_light import deque
 
@@ -121,7 +122,7 @@ class Prober:
         detector.restore(kept.get("state"), kept.get("reason"), kept.get("misses"))
         self.noted()
         if kept.get("state") == detector.state:
-            self._began(time.time() - number_of(kept.get("since"), time.time()))
+            self._began(time.time() - parsing.number_or(kept.get("since"), time.time()))
         if detector.confirmed:
             # when is not kept: if no answer comes now, none may have come then
             self.confirmed_at = time.monotonic()
@@ -162,7 +163,7 @@ class Prober:
         self.adopted = True
         self.episode += 1  # a confirmation that is under way belongs to what was believed before
         self.noted()
-        self._began(number_of(condition.get("age_s"), 0.0))
+        self._began(parsing.number_or(condition.get("age_s"), 0.0))
         return True
 
     def _began(self, age_s: float) -> None:
@@ -394,10 +395,3 @@ class Prober:
         if self.gateway is not None:
             told["gateway"] = self.gateway.evidence()
         return told
-
-
-def number_of(value: object, default: float) -> float:
-    """A finite number from a document that others wrote, else the default."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return default
-    return float(value) if -1e15 < value < 1e15 else default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 
-from watchdog_agent import errors
+from watchdog_agent.config import table, validators
 from watchdog_agent.runtime import child_guard, http, outcome
 from watchdog_agent.runtime.loop import READ
 
@@ -30,11 +30,7 @@ _running: set[_Command] = set()
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    argv = probe.get("command")
-    if not isinstance(argv, list) or not 0 < len(argv) <= 64:
-        raise errors.ConfigError(f"{where}: command must be a list of 1 to 64 texts")
-    if any(not isinstance(a, str) or "\0" in a or len(a) > 4096 for a in argv) or not argv[0]:
-        raise errors.ConfigError(f"{where}: command may hold texts of at most 4096 characters")
+    validators.require(probe, "command", table.COMMAND, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from watchdog_agent import errors
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.probes import udp_query
 from watchdog_agent.runtime.stdlib_light import socket, struct
 
@@ -29,19 +29,13 @@ class DnsError(Exception):
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    validators.port(probe, where, 53)
-    kind = probe.setdefault("type", "A")
-    if kind not in TYPES:
-        raise errors.ConfigError(f"{where}: type is {kind!r}; allowed are A and AAAA")
+    validators.fill(probe, table.DnsProbe, where)
+    validators.require(probe, "name", table.DnsProbe.name, where)
+    kind = probe["type"]
     if probe.get("server") is not None:
         probe["server"] = validators.host(probe["server"], f"{where}: server")
-    name = probe.get("name")
-    if not isinstance(name, str) or not name or any(not "!" <= c <= "~" for c in name):
-        raise errors.ConfigError(
-            f"{where}: name of dns must be printable ASCII without blanks (a name as xn--…)"
-        )
     try:
-        encode_name(name)
+        encode_name(probe["name"])
     except DnsError as error:
         raise errors.ConfigError(f"{where}: name is {probe['name']!r}: {error}") from None
     if probe.get("expect_address") is not None:

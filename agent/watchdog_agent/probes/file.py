@@ -9,7 +9,7 @@ import time
 from io import FileIO
 
 from watchdog_agent import errors
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.runtime import http, outcome
 
 TYPE_CHECKING = False
@@ -23,18 +23,13 @@ MAX_ROUND = 256 * 1024
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    path = probe.get("file")
-    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
-        raise errors.ConfigError(f"{where}: file must be a path that begins with /")
-    for name in ("expect_text", "forbid_text"):
-        validators.text(probe, name, None)
-    if probe.get("max_age_s") is not None:
-        validators.number(probe, "max_age_s", 0.0, 0.1, 365 * 86400.0)
+    validators.require(probe, "file", table.PATH, where)
+    validators.fill(probe, table.FileProbe, where)
     if not any(probe.get(name) for name in ("expect_text", "forbid_text", "max_age_s")):
         raise errors.ConfigError(
             f"{where}: file needs one of expect_text, forbid_text and max_age_s"
         )
-    probe["follower"] = FileFollower(path)
+    probe["follower"] = FileFollower(probe["file"])
 
 
 def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:

@@ -10,7 +10,7 @@ import os
 import time
 
 from watchdog_agent import errors
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.runtime import http, outcome, secrets
 from watchdog_agent.runtime.http_response import HttpError
 from watchdog_agent.runtime.stdlib_light import struct
@@ -46,10 +46,7 @@ DISCONNECT = b"\xe0\x00"
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    validators.flag(probe, "tls", False)
-    validators.port(probe, where, 8883 if probe["tls"] else 1883)
-    validators.text(probe, "user", None)
-    validators.text(probe, "password_file", None)
+    validators.fill(probe, table.Mqtt, where)
     if probe.get("password_file") and not probe.get("user"):
         raise errors.ConfigError(f"{where}: password_file needs user")
     if probe["tls"]:

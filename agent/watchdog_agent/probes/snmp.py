@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.probes import udp_query
 from watchdog_agent.runtime import http, outcome, secrets
 
@@ -25,8 +25,7 @@ class SnmpError(Exception):
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    validators.port(probe, where, 161)
-    validators.text(probe, "community_file", None)
+    validators.fill(probe, table.SnmpProbe, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ssl
 import time
 
-from watchdog_agent.config import validators
+from watchdog_agent.config import table, validators
 from watchdog_agent.config.probes import check_http
 from watchdog_agent.config.validators import check_trust
 from watchdog_agent.probes import builtin
@@ -32,9 +32,8 @@ class CertificateError(Exception):
 
 def check(probe: Probe, where: str) -> None:
     """Raises ConfigError."""
-    validators.port(probe, where, 443)
     if probe["kind"] == "tls":
-        validators.number(probe, "warn_days", 14, 0, 3650)
+        validators.fill(probe, table.TlsProbe, where)
     else:
         check_http(probe, where)
     check_trust(probe, where, later=True)

@@ -42,6 +42,13 @@ def finite(text: str) -> float:
     raise ValueError(f"{_shown(text)} is not a number, or out of range")
 
 
+def number_or(value: object, default: float) -> float:
+    """A finite number from a document that others wrote, else the default."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return default
+    return float(value) if -1e15 < value < 1e15 else default
+
+
 def loads(text: str | bytes | bytearray) -> Any:
     """The one value of a JSON text, as `bounded` allows it. Raises ValueError."""
     try:
