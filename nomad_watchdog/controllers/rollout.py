@@ -26,7 +26,7 @@ from nomad_watchdog.registry.document import Document, DocumentFormat
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import is_leader
 from nomad_watchdog.schedulers import job_templates
-from nomad_watchdog.schedulers.agent_document import stored_spec
+from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 log = logging.getLogger(__name__)
 
