@@ -131,7 +131,7 @@ class Metrics:
             "unlisted_agents", "Agents that report and that their scheduler does not know."
         )
         self._stalled = self._gauge(
-            "stalled_placements", "Placements without progress for longer than presence.start_max."
+            "stalled_placements", "Placements without progress for longer than agents.start_max."
         )
         self._unreadable = self._gauge("registry_unreadable", "1: the registry can't be read.")
         self._unwritable = self._gauge(

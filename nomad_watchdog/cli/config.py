@@ -22,11 +22,13 @@ def config() -> None:
 def check(ctx: click.Context, file: str | None) -> None:
     """Check FILE, or the configuration in use, and the files that it names.
 
-    Reports all errors at once (exit 64)."""
+    Reports all errors at once (exit 64), and warns of deprecated settings."""
     from nomad_watchdog.config.load import find_file
 
-    settings_of(ctx, file, whole=True)
+    settings = settings_of(ctx, file, whole=True)
     found = find_file(file or ctx.obj["config"], os.environ)
+    for warning in settings.deprecated:
+        click.echo(f"warning: {clean(warning)}", err=True)
     click.echo(f"{clean(found or 'built-in defaults')}: valid")
 
 

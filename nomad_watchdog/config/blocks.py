@@ -75,15 +75,18 @@ class RegistrySettings(Block):
     path: Text | None = None
 
 
-class PresenceSettings(Block):
+class AgentSettings(Block):
     startup_grace: Positive = 60.0
     startup_grace_min: Positive = 15.0
     startup_grace_max: Positive = 900.0
     report_stale: Positive = 45.0
-    heartbeat_fresh: Seconds = 15.0
     suspect_max: Positive = 120.0
     repairing_max: Positive = 900.0
     start_max: Seconds = 180.0
+
+
+class PresenceSettings(Block):
+    heartbeat_fresh: Seconds = 15.0
     ttl: Annotated[Positive, Field(ge=1)] | None = None
     grace: Seconds = 30.0
     tombstone_ttl: Annotated[Positive, Field(ge=3_600)] = 7 * 86_400.0
@@ -98,7 +101,7 @@ class RetrySettings(Block):
     concurrency: Annotated[int, Field(ge=1, le=64)] = 16
 
 
-class BreakerSettings(Block):
+class MassChangeSettings(Block):
     min: Annotated[int, Field(ge=0)] = 5
     fraction: Fraction = 0.10
 

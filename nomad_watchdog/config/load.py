@@ -17,6 +17,7 @@ from nomad_watchdog.clients import hashicorp_environment
 from nomad_watchdog.config.blocks import ConsulSettings
 from nomad_watchdog.config.hcl import NAMED, HclDocument, Path, Problem, read
 from nomad_watchdog.config.problems import in_words, message, model_of, step_into
+from nomad_watchdog.config.renamed import RENAMED, use_new_names, variable_warning
 from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Settings
 from nomad_watchdog.config.types import from_text
 from nomad_watchdog.errors import UserError
@@ -59,11 +60,12 @@ def load(
     file, document = _read_document(path, env)
     source = str(file) if file else "built-in defaults"
     mixed = _mixed(document, env) if file and not _is_named(path, env) else ()
-    origins = _merge_env(document, env) | _merge_flags(document.data, overrides)
+    deprecated = use_new_names(document)
+    origins = _merge_env(document, env, deprecated) | _merge_flags(document.data, overrides)
     if "data_dir" not in document.data:
         document.data["data_dir"] = _state_dir(env)
     problems = [*document.problems, *mixed]
-    settings = _validate(document, problems)
+    settings = _validate(document, problems, deprecated)
     if not problems and settings is not None:
         problems += (Problem(at, text, document.line_of(at)) for at, text in also(settings))
     problems = _without_echoes(problems)
@@ -86,11 +88,13 @@ def _read_document(
     return file, _read_file(file, named=_is_named(path, env)) if file else HclDocument()
 
 
-def _validate(document: HclDocument, problems: list[Problem]) -> Settings | None:
+def _validate(
+    document: HclDocument, problems: list[Problem], deprecated: Sequence[str]
+) -> Settings | None:
     """The settings, or None if one is invalid. Adds to `problems`, also settings that contradict each other."""
     settings = None
     try:
-        settings = Settings.model_validate(document.data)
+        settings = Settings.model_validate(document.data, context=tuple(deprecated))
     except ValidationError as error:
         known = {(problem.path, problem.line) for problem in problems}
         found = (in_words(item, document) for item in error.errors(include_url=False))
@@ -124,7 +128,7 @@ def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -
         _, document = _read_document(path, env)
     except UserError:
         return None
-    _merge_env(document, env)
+    _merge_env(document, env, [])
     if any(problem.path[:1] == (name,) for problem in document.problems):
         return None
     part = {key: value for key, value in document.data.items() if key == name}
@@ -137,13 +141,18 @@ def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -
 def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[str]]) -> list[str]:
     """A line for each variable that begins as ours do and that nothing reads."""
     ours = {name for name in env if name.startswith(PREFIX)}
-    known = variables().keys() | {f"{PREFIX}{name}" for name in OTHER_VARIABLES}
+    known = (
+        variables().keys()
+        | _old_variables().keys()
+        | {f"{PREFIX}{name}" for name in OTHER_VARIABLES}
+    )
     odd = sorted(one for one in ours - known if not _OF_OTHERS.fullmatch(one))
     if not odd:
         return []
     known |= set(options())
+    names = sorted(known - _old_variables().keys())
     return [
-        f"environment {show(name)[1:-1]}: no such variable; {did_you_mean(name, sorted(known))}"
+        f"environment {show(name)[1:-1]}: no such variable; {did_you_mean(name, names)}"
         "see docs/configuration.md"
         for name in odd
         if name not in known
@@ -157,11 +166,11 @@ def _misfits(settings: Settings) -> Iterator[Misfit]:
         yield (("backend",),), _not_installed(settings.backend, backends)
     yield from _class_misfits(settings, backends)
     yield from _pool_misfits(settings)
-    least, most = settings.presence.startup_grace_min, settings.presence.startup_grace_max
+    least, most = settings.agents.startup_grace_min, settings.agents.startup_grace_max
     if least > most:
         yield (
-            (("presence", "startup_grace_min"), ("presence", "startup_grace_max")),
-            f"{least:g}s is longer than presence.startup_grace_max ({most:g}s)",
+            (("agents", "startup_grace_min"), ("agents", "startup_grace_max")),
+            f"{least:g}s is longer than agents.startup_grace_max ({most:g}s)",
         )
     if settings.retry.initial > settings.retry.max:
         yield (
@@ -189,16 +198,16 @@ def _class_misfits(settings: Settings, backends: Sequence[str]) -> Iterator[Misf
         where: Path = ("agent_class", name)
         if not kind.probe:
             yield ((*where, "probe"),), 'has no probe; add  probe "tcp" { port = 80 }'
-        stale, start = settings.presence.report_stale, settings.presence.startup_grace
+        stale, start = settings.agents.report_stale, settings.agents.startup_grace
         if stale < 2 * kind.beat:
             yield (
-                (("presence", "report_stale"), (*where, "beat")),
+                (("agents", "report_stale"), (*where, "beat")),
                 f"{stale:g}s is less than two beats of class {name}; at least {2 * kind.beat:g}s",
             )
         if kind.kill_timeout > start:
             yield (
-                ((*where, "kill_timeout"), ("presence", "startup_grace")),
-                f"{kind.kill_timeout:g}s is longer than presence.startup_grace ({start:g}s)",
+                ((*where, "kill_timeout"), ("agents", "startup_grace")),
+                f"{kind.kill_timeout:g}s is longer than agents.startup_grace ({start:g}s)",
             )
         if not settings.agent_consul and (text := kind.needs_consul()):
             yield ((*where, "escalate"), ("consul", "agent_address")), text
@@ -270,6 +279,11 @@ def variables() -> dict[str, tuple[str, ...]]:
     return ours
 
 
+def _old_variables() -> dict[str, tuple[str, ...]]:
+    """The environment variables of renamed settings → the settings that they set."""
+    return {f"{PREFIX}{block}_{name}".upper(): new for (block, name), new in RENAMED.items()}
+
+
 def _read_file(file: FilePath, *, named: bool) -> HclDocument:
     """`named`: the user named this file. One that only lies in the working folder must be the user's or root's,
     and writable by nobody else: it says where tokens are and where they are sent."""
@@ -316,9 +330,11 @@ def _mixed(document: HclDocument, env: Mapping[str, str]) -> Iterator[Problem]:
             )
 
 
-def _merge_env(document: HclDocument, env: Mapping[str, str]) -> dict[Path, str]:
-    """Put what the environment says into the document: first the vendors' variables, then ours. What can't
-    be taken goes to `document.problems`."""
+def _merge_env(
+    document: HclDocument, env: Mapping[str, str], deprecated: list[str]
+) -> dict[Path, str]:
+    """Put the environment's values into the document: first the vendors' variables, then ours. What can't
+    be used goes to `document.problems`, and a warning for each old name to `deprecated`."""
     data, origins = document.data, dict[Path, str]()
     for variable, where in hashicorp_environment.VARIABLES.items():
         if env.get(variable):
@@ -327,8 +343,12 @@ def _merge_env(document: HclDocument, env: Mapping[str, str]) -> dict[Path, str]
                 _put(data, where, hashicorp_environment.value_of(variable, env[variable]))
             except ValueError as error:
                 document.problems.append(Problem(where, str(error)))
-    for variable, setting in variables().items():
+    current = variables()
+    names = {setting: variable for variable, setting in current.items()}
+    for variable, setting in (_old_variables() | current).items():  # a new name takes precedence
         if env.get(variable):
+            if variable not in current:
+                deprecated.append(variable_warning(variable, names[setting]))
             block = model_of(Settings.model_fields[setting[0]].annotation) or Settings
             _put(data, setting, from_text(block, setting[-1], env[variable]))
             origins[setting] = f"environment {variable}"

@@ -21,13 +21,14 @@ from nomad_watchdog.clients.hashicorp_environment import files_of
 from nomad_watchdog.config.agent_classes import AgentClassSettings, BackendOverrides, default_class
 from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.config.blocks import (
-    BreakerSettings,
+    AgentSettings,
     ConsulSettings,
     EventSettings,
     IncidentSettings,
     KubernetesSettings,
     LocalSettings,
     LogSettings,
+    MassChangeSettings,
     NomadSettings,
     PresenceSettings,
     RegistrySettings,
@@ -71,9 +72,10 @@ class Settings(Block):
     registry: RegistrySettings = RegistrySettings()
     agent_class: dict[Name, AgentClassSettings] = Field(default_factory=default_class)
     agent_pool: dict[Name, PoolSettings] = Field(default_factory=dict)
+    agents: AgentSettings = AgentSettings()
     presence: PresenceSettings = PresenceSettings()
     retry: RetrySettings = RetrySettings()
-    breaker: BreakerSettings = BreakerSettings()
+    mass_change: MassChangeSettings = MassChangeSettings()
     rollout: RolloutSettings = RolloutSettings()
     incident: IncidentSettings = IncidentSettings()
     events: EventSettings = EventSettings()
@@ -81,6 +83,17 @@ class Settings(Block):
     lease_ttl: Annotated[Positive, Field(ge=1, le=60)] = 3.0
     inventory: Inventories = ()
     log: LogSettings = LogSettings()
+    _deprecated: tuple[str, ...] = ()
+
+    def model_post_init(self, context: object, /) -> None:
+        """`context`: the warnings of `config.renamed`, if there are any."""
+        if isinstance(context, tuple):
+            self._deprecated = context
+
+    @property
+    def deprecated(self) -> tuple[str, ...]:
+        """A warning for each setting that was given under its old name."""
+        return self._deprecated
 
     @property
     def advertise(self) -> str:
@@ -139,22 +152,22 @@ class Settings(Block):
 
     def limits(self) -> Limits:
         return Limits(
-            breaker_min=self.breaker.min,
-            breaker_fraction=self.breaker.fraction,
+            breaker_min=self.mass_change.min,
+            breaker_fraction=self.mass_change.fraction,
             replace_at_once=self.rollout.at_once,
             replace_fraction=self.rollout.fraction,
             soak_s=self.rollout.soak,
             soak_deaths=self.rollout.deaths,
-            startup_grace_s=self.presence.startup_grace,
-            startup_grace_min_s=self.presence.startup_grace_min,
-            startup_grace_max_s=self.presence.startup_grace_max,
-            report_stale_s=self.presence.report_stale,
+            startup_grace_s=self.agents.startup_grace,
+            startup_grace_min_s=self.agents.startup_grace_min,
+            startup_grace_max_s=self.agents.startup_grace_max,
+            report_stale_s=self.agents.report_stale,
             heartbeat_fresh_s=self.presence.heartbeat_fresh,
             suspect_max_s=max(
-                [self.presence.suspect_max, *(one.suspect_s() for one in self.agent_class.values())]
+                [self.agents.suspect_max, *(one.suspect_s() for one in self.agent_class.values())]
             ),
-            repairing_max_s=self.presence.repairing_max,
-            start_max_s=self.presence.start_max,
+            repairing_max_s=self.agents.repairing_max,
+            start_max_s=self.agents.start_max,
             incident_min=self.incident.min,
             incident_fraction=self.incident.fraction,
             incident_window_s=self.incident.window,

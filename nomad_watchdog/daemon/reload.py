@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 _WHOLE: Final = (
     "agent_class",
+    "agents",
     "presence",
-    "breaker",
+    "mass_change",
     "rollout",
     "incident",
     "resync",
@@ -72,6 +73,12 @@ def applicable(running: Settings, loaded: Settings) -> Settings:
         # A new token rule and the old address, say: together they could open the API to everybody.
         update["api"] = running.api
     return running.model_copy(update=update)
+
+
+def warn_of_old_names(settings: Settings) -> None:
+    """Log each setting that was given under its old name."""
+    for reason in settings.deprecated:
+        log.warning("deprecated setting", extra={"reason": reason})
 
 
 def described(settings: Settings) -> dict[str, str]:
@@ -154,6 +161,7 @@ class Reloader:
 
     async def _reload(self) -> Reloaded:
         loaded = await asyncio.to_thread(self.load)
+        warn_of_old_names(loaded)
         wanted = applicable(self.settings, loaded)
         specs, unreadable = await asyncio.to_thread(wanted.readable_specs)
         place = await asyncio.to_thread(wanted.placer)

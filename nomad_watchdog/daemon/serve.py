@@ -36,7 +36,7 @@ from nomad_watchdog.daemon.factory import (
     open_scheduler,
     open_told,
 )
-from nomad_watchdog.daemon.reload import Reloader
+from nomad_watchdog.daemon.reload import Reloader, warn_of_old_names
 from nomad_watchdog.errors import UserError, WatchdogError
 from nomad_watchdog.events.merged_log import MergedLog
 from nomad_watchdog.fleet.consul_health import ConsulHealth
@@ -83,6 +83,7 @@ async def serve(settings: Settings, load: Callable[[], Settings] | None = None) 
     try:
         failpoints.arm(os.environ)
         await asyncio.to_thread(_check_inventories, settings)
+        warn_of_old_names(settings)
         for setting, found, fix in preflight.exposed(settings):
             log.warning("not private", extra={"setting": setting, "reason": found, "fix": fix})
         async with open_registry(settings) as registry:

@@ -35,7 +35,7 @@ agent_class "default" {{
   }}
 }}
 
-presence {{
+agents {{
   startup_grace = "60s"
   report_stale  = "10s"
 }}

@@ -121,8 +121,8 @@ async def test_tokens_limits_and_the_log_level_are_applied(service: Service) -> 
         rest="""rollout { at_once = 7 }
 presence {
   grace = "2m"
-  startup_grace = "90s"
 }
+agents { startup_grace = "90s" }
 incident { min = 9 }
 resync = "17s"
 log { level = "warning" }""",
@@ -133,13 +133,13 @@ log { level = "warning" }""",
     status, answer = await service.served_api.ask("POST", "/v1/config:reload", headers=headers)
     assert (status, answer["needs_restart"]) == (200, [])
     assert answer["changed"] == [
+        "agents.startup_grace 1m → 90s",
         "api.rate 1000 → 500",
         "api.token added",
         f"api.token_file {service.folder}/token → {service.folder}/other",
         "incident.min 3 → 9",
         "log.level info → warning",
         "presence.grace 30s → 2m",
-        "presence.startup_grace 1m → 90s",
         "resync 30s → 17s",
         "rollout.at_once 5 → 7",
     ]

@@ -95,7 +95,7 @@ def test_unknown_backend_names_those_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('presence { report_stale = "20s" }', "less than two beats of class default; at least 30s"),
+        ('agents { report_stale = "20s" }', "less than two beats of class default; at least 30s"),
         (
             'agent_class "a" {\n kill_timeout = "2m"\n probe "tcp" {\n port = 1\n }\n}',
             "startup_grace",

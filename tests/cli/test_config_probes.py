@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path, block: str, words
 def test_a_suspicion_may_last_as_long_as_the_slowest_probe_needs(
     tmp_path: Path, interval: str, confirm: str, wanted: float
 ) -> None:
-    """`presence.suspect_max` is never shorter than four rounds of a class's probe and its confirmation."""
+    """`agents.suspect_max` is never shorter than four rounds of a class's probe and its confirmation."""
     file = tmp_path / "x.hcl"
     file.write_text(
         f'agent_class "slow" {{\n  probe "http" {{\n    port = 80\n    interval = "{interval}"\n  }}\n'

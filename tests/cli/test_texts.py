@@ -104,8 +104,8 @@ async def test_certificates_with_a_byte_order_mark_are_shown(tmp_path: Path, key
 def test_a_number_may_have_an_exponent(tmp_path: Path, number: str, value: float) -> None:
     """A number is read as HCL has it, in a block and in a list (C7)."""
     file = tmp_path / "w.hcl"
-    file.write_bytes(BOM + f"breaker {{\n  fraction = {number}\n}}\n".encode())
-    assert load(file, {"HOME": "/nowhere"}).breaker.fraction == value
+    file.write_bytes(BOM + f"mass_change {{\n  fraction = {number}\n}}\n".encode())
+    assert load(file, {"HOME": "/nowhere"}).mass_change.fraction == value
 
 
 @pytest.mark.parametrize("name", ["i.json", "array.json", "i.hcl"])

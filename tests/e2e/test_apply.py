@@ -15,7 +15,7 @@ from tests.schedulers.conftest import directory, eventually, pids_of
 
 __all__ = ["directory"]
 
-SHORT = 'presence {\n startup_grace = "8s"\n startup_grace_min = "5s"\n}'
+SHORT = 'agents {\n startup_grace = "8s"\n startup_grace_min = "5s"\n}'
 NAMES = [f"d{number:02}" for number in range(12)]
 
 

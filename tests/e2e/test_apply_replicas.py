@@ -15,7 +15,7 @@ from tests.schedulers.conftest import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.asyncio(loop_scope="module")]
 
-SHORT = 'presence {\n  startup_grace = "6s"\n  startup_grace_min = "5s"\n}\napi {'
+SHORT = 'agents {\n  startup_grace = "6s"\n  startup_grace_min = "5s"\n}\napi {'
 NAMES = [f"pump {number}" for number in range(4)]
 
 

@@ -31,7 +31,7 @@ resync   = "1s"
 api {
   listen = "127.0.0.1:{port}"
 }
-presence {
+agents {
   report_stale      = "4s"
   startup_grace     = "6s"
   startup_grace_min = "2s"

@@ -29,7 +29,7 @@ api {{
   listen = "127.0.0.1:{port}"
   {keys}
 }}
-presence {{
+agents {{
   report_stale  = "2s"
   startup_grace = "30s"
 }}

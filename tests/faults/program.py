@@ -45,10 +45,10 @@ retry {{
   initial = "500ms"
   max     = "5s"
 }}
-presence {{
+agents {{
   startup_grace = "60s"
   report_stale  = "10s"
-  {presence}
+  {agents}
 }}
 log {{
   level = "debug"

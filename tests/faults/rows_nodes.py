@@ -53,7 +53,7 @@ async def on_the_second(world: World, count: int) -> list[str]:
     stake="S1 S3 L1",
     lane="alone",
     deadline_s=300.0,
-    presence='start_max = "30s"',
+    agent_settings='start_max = "30s"',
     variables='lost_after = "8s"',
 )
 async def node_purged(world: World) -> None:
@@ -105,7 +105,7 @@ async def _said_why(world: World, names: list[str]) -> None:
     _, page = await world.call("GET", "/v1/events?limit=1000")
     said = {e["device"]: e["text"] for e in page["items"] if e["kind"] == "plan.replace"}
     world.notes.append(f"{len(said)} of {len(names)} agents were given up")
-    words = "without progress, longer than 30 s (presence.start_max)"
+    words = "without progress, longer than 30 s (agents.start_max)"
     if not said or not all(words in text for text in said.values()):
         raise BrokenRowError(f"the reasons of the replacements are {said}")
 

@@ -28,7 +28,7 @@ from tests.faults.world import World
 INCIDENT = 3
 """`incident.min`: so many devices of a host make one."""
 STALE_S = 10.0
-"""`presence.report_stale` of these worlds."""
+"""`agents.report_stale` of these worlds."""
 TOLD_S = 30.0
 """Within this time a verdict has to be what it should be, on a loaded machine too."""
 MOVED_S = 1.5

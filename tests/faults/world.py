@@ -74,8 +74,8 @@ class World:
     """What the classes probe, and how they confirm and escalate it; "" = a TCP probe, and no confirmation."""
     api: dict[str, str] = field(default_factory=dict)
     """Further settings of the block `api`."""
-    presence: str = ""
-    """Further settings of the block `presence`."""
+    agent_settings: str = ""
+    """Further settings of the block `agents`."""
     variables: str = ""
     """Further variables of the classes' templates."""
     more: str = ""
@@ -162,7 +162,7 @@ class World:
             kv_prefix=self.where.kv_prefix,
             service=self.where.service,
             registry=self.registry,
-            presence=self.presence,
+            agents=self.agent_settings,
             classes=classes + self.more,
             api="\n  ".join(f'{name} = "{value}"' for name, value in self.api.items()),
         )

@@ -36,7 +36,7 @@ registry {
 consul {
   agent_address = ""
 }
-presence {
+agents {
   startup_grace     = "5s"
   startup_grace_min = "1s"
   report_stale      = "5s"

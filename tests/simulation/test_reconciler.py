@@ -678,7 +678,7 @@ async def never_started() -> tuple[list[float], list[str], str, set[PlacementSta
 
 
 def test_agents_that_are_never_started_are_given_up_some_at_a_time() -> None:
-    """After `presence.start_max`, at most five of them within that time (the window of a small fleet), each with the
+    """After `agents.start_max`, at most five of them within that time (the window of a small fleet), each with the
     reason, until all run; `explain` says when that will be."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         times, reasons, explained, states = runner.run(never_started())

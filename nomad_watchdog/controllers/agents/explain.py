@@ -274,7 +274,7 @@ class LoopStatus:
             case VerdictState.SUSPECT:
                 return (
                     "the agent confirms the misses by another path; within "
-                    f"{self.fleet.limits.suspect_max_s:.0f} s (presence.suspect_max, longer for slow probes) the "
+                    f"{self.fleet.limits.suspect_max_s:.0f} s (agents.suspect_max, longer for slow probes) the "
                     "device becomes watched, degraded, offline or unwatched"
                 )
             case VerdictState.REPAIRING:

@@ -96,7 +96,7 @@ class PlanBuilder:
         why = f": {placement.reason}" if placement.reason else ""
         return (
             f"the agent has been {placement.state.value}{where} for {waited} s without progress, longer than "
-            f"{limit:.0f} s (presence.start_max){why}"
+            f"{limit:.0f} s (agents.start_max){why}"
         )
 
     def stalls(self) -> int:

@@ -44,6 +44,7 @@ async def examine(
 
 async def _examine(settings: Settings, env: Mapping[str, str], config: Path | None) -> list[Check]:
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
+    checks += [_deprecated(text) for text in settings.deprecated]
     checks += _files(settings, env)
     for name, found, mend in preflight.exposed(settings, config):
         checks.append(Check(name, Status.WARN, found, mend))
@@ -77,6 +78,11 @@ async def _examine(settings: Settings, env: Mapping[str, str], config: Path | No
     if settings.backend == "local" or settings.registry_kind == "sqlite":
         checks += _machine(settings)
     return checks
+
+
+def _deprecated(text: str) -> Check:
+    found, _, fix = text.partition("; ")
+    return Check("config", Status.WARN, found, fix)
 
 
 def _files(settings: Settings, env: Mapping[str, str]) -> list[Check]:
