@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from ssl import SSLContext
-from typing import Any, Final
+from typing import Final, TypeVar, overload
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 from watchdog_agent.runtime.parsing import loads
 
+from nomad_watchdog.cli._answers import Fields, Leases, NextPage, Page, parse
 from nomad_watchdog.cli._proxy import proxy_for
 from nomad_watchdog.errors import (
     ConflictError,
@@ -31,12 +32,13 @@ SILENCE_S: Final = 90.0
 MAX_BODY: Final = 64 * 1024 * 1024
 MAX_LINE: Final = 1024 * 1024
 PAGE: Final = 500
+T = TypeVar("T")
 
 
 class _NoRedirect(HTTPRedirectHandler):
     """A redirect would carry the token to whoever the answer names."""
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
+    def redirect_request(self, *_: object, **__: object) -> None:
         return None
 
 
@@ -90,48 +92,69 @@ class ApiClient:
 
         Of a control plane that is alone its own address is not asked for: what it is called by others need
         not be what it can be reached by from here."""
-        leases = self.get("/v1/leases")
+        leases = self.get("/v1/leases", Leases)
         if len(leases["replicas"]) < 2:
             return [self]
         found = sorted({one["api"] for one in leases["shards"] if one["api"]})
         return [self.at(address) for address in found] or [self]
 
-    def get(self, path: str, **query: object) -> Any:
-        return self._call("GET", path, query=query)
+    @overload
+    def get(self, path: str, /, **query: object) -> Fields: ...
+    @overload
+    def get(self, path: str, shape: type[T], /, **query: object) -> T: ...
+    def get(self, path: str, shape: type[object] = dict, /, **query: object) -> object:
+        """The answer, which has the form `shape`. Raises TerminalError if it has not."""
+        return self.parsed(self._call("GET", path, query=query), shape)
 
-    def put(self, path: str, body: object) -> Any:
+    def put(self, path: str, body: object) -> Fields:
         return self._call("PUT", path, body=body)
 
-    def post(self, path: str, body: object) -> Any:
-        return self._call("POST", path, body=body)
+    @overload
+    def post(self, path: str, body: object) -> Fields: ...
+    @overload
+    def post(self, path: str, body: object, shape: type[T]) -> T: ...
+    def post(self, path: str, body: object, shape: type[object] = dict) -> object:
+        """As `get`."""
+        return self.parsed(self._call("POST", path, body=body), shape)
 
-    def delete(self, path: str) -> Any:
+    def delete(self, path: str) -> Fields:
         return self._call("DELETE", path)
 
-    def devices(self, **query: object) -> Iterator[dict[str, Any]]:
+    def parsed(self, answer: Fields, shape: type[T]) -> T:
+        """An answer, or an item of one, in the form `shape`. Raises TerminalError if it has another one."""
+        try:
+            return parse(answer, shape)
+        except ValueError as error:
+            raise self._not_the_api(str(error)) from error
+
+    def _not_the_api(self, why: str) -> TerminalError:
+        return TerminalError(f"{self.address} did not answer as the API does: {why}")
+
+    def devices(self, **query: object) -> Iterator[Fields]:
         """All devices that match."""
         return self.pages("/v1/devices", **query)
 
-    def pages(self, path: str, **query: object) -> Iterator[dict[str, Any]]:
+    def pages(self, path: str, **query: object) -> Iterator[Fields]:
         """All items of a list, page by page."""
         cursor: str | None = None
         while True:
-            page = self.get(path, **{"limit": PAGE} | query, cursor=cursor)
-            if "items" not in page:
-                raise TerminalError(f"{self.address} answered something else than the API does")
+            page = self.parsed(
+                self._call("GET", path, query={"limit": PAGE} | query | {"cursor": cursor}),
+                NextPage,
+            )
             yield from page["items"]
             following = page.get("next")
             if not following or following == cursor:
                 return
             cursor = following
 
-    def lines(self, path: str, **query: object) -> Iterator[dict[str, Any]]:
-        """NDJSON as it comes; empty lines are heartbeats."""
+    def lines(self, path: str, **query: object) -> Iterator[Fields]:
+        """The objects of an NDJSON stream; empty lines are heartbeats."""
         try:
             with self._open("GET", path, query=query, timeout_s=SILENCE_S) as answer:
                 while line := answer.readline(MAX_LINE):
                     if line.strip():
-                        yield loads(line)
+                        yield _object(loads(line))
         except (OSError, HTTPException, ValueError) as error:
             raise TransientError(f"event stream of {self.address} broke: {error}") from error
 
@@ -142,21 +165,22 @@ class ApiClient:
         *,
         query: Mapping[str, object] | None = None,
         body: object = None,
-    ) -> Any:
+    ) -> Fields:
         try:
-            with self._open(method, path, query=query, body=body) as answer:
-                data = answer.read(MAX_BODY + 1)
+            with self._open(method, path, query=query, body=body) as response:
+                data = response.read(MAX_BODY + 1)
         except (OSError, HTTPException) as error:
             raise TransientError(f"{self.address} broke off: {error}") from error
         if len(data) > MAX_BODY:
             raise TerminalError(f"{self.address} answered more than {MAX_BODY} bytes")
         try:
-            said = loads(data) if data.strip() else {}
+            answer: object = loads(data) if data.strip() else {}
         except ValueError as error:
             raise TerminalError(f"{self.address} did not answer JSON; is it the API?") from error
-        if not isinstance(said, dict) or not _is_list(said.get("items", [])):
-            raise TerminalError(f"{self.address} answered something else than the API does")
-        return said
+        try:
+            return _object(answer)
+        except ValueError as error:
+            raise self._not_the_api(str(error)) from error
 
     def _open(
         self,
@@ -166,7 +190,7 @@ class ApiClient:
         query: Mapping[str, object] | None = None,
         body: object = None,
         timeout_s: float | None = None,
-    ) -> Any:
+    ) -> HTTPResponse:
         wanted = {key: value for key, value in (query or {}).items() if value not in (None, "", ())}
         url = f"{self.address}{path}" + (f"?{urlencode(wanted, doseq=True)}" if wanted else "")
         request = Request(url, method=method)  # the scheme was checked in __init__
@@ -177,7 +201,9 @@ class ApiClient:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
         try:
-            return self._opener.open(request, timeout=timeout_s or self._timeout_s)
+            response: HTTPResponse = self._opener.open(
+                request, timeout=timeout_s or self._timeout_s
+            )
         except HTTPError as error:
             with error:
                 via = f" through the proxy {self._proxy.shown}" if self._proxy else ""
@@ -194,10 +220,16 @@ class ApiClient:
                 f"no answer from the API at {self.address}: {why}; is `nomad-watchdog run` running "
                 "there? --address or NOMAD_WATCHDOG_ADDR names another"
             ) from error
+        return response
 
 
-def _is_list(items: object) -> bool:
-    return isinstance(items, list) and all(isinstance(one, dict) for one in items)
+def _object(answer: object) -> Fields:
+    """An answer or an event. Raises ValueError if it is not an object, or its items are not a list of objects."""
+    if not isinstance(answer, dict):
+        raise ValueError("it is not a JSON object")  # noqa: TRY004  # the type of an answer is data
+    if "items" in answer:
+        parse(answer, Page)
+    return answer
 
 
 def device_path(device_id: str, *more: str) -> str:

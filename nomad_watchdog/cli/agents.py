@@ -1,15 +1,17 @@
-"""Verbs about agents: list them, read what one said, have one probe now."""
+"""``agents``: list agents, print their logs, run their probes now."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from nomad_watchdog.cli._agent_logs import kubernetes_log, local_log, nomad_log
+from nomad_watchdog.cli._answers import Agent, ProbeResult, ProbeRun, ProbeStarted
 from nomad_watchdog.cli._api_client import ApiClient, device_path
+from nomad_watchdog.cli._fields import field_text, head
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
 from nomad_watchdog.device_address import endpoint
 from nomad_watchdog.errors import NotFoundError, TransientError, UserError, WatchdogError
@@ -20,9 +22,9 @@ from nomad_watchdog.units import age
 if TYPE_CHECKING:
     from nomad_watchdog.config.settings import Settings
 
-EXIT_FAILED = 69
-PROBE_S = 60.0
-"""How long a run of all probes may take: the agent bounds each of them."""
+EXIT_FAILED: Final = 69
+PROBE_S: Final = 60.0
+"""Maximum duration of a run of all probes. The agent limits the duration of each probe."""
 
 
 @click.group()
@@ -44,10 +46,8 @@ def list_agents(ctx: click.Context, output: str) -> None:
     columns = [key for key in preferred if key in known]
     if output == "wide" or not columns:
         columns += [key for key in known if key not in columns]
-    rows = [
-        [age(item.get(c)) if c.endswith("_s") else item.get(c) for c in columns] for item in items
-    ]
-    heads = [column.removesuffix("_s").replace("_", " ").upper() for column in columns]
+    rows = [[field_text(c, item.get(c)) for c in columns] for item in items]
+    heads = [head(column) for column in columns]
     print_table(heads or ["no agents"], rows, no_color=no_color(ctx))
 
 
@@ -59,9 +59,9 @@ def list_agents(ctx: click.Context, output: str) -> None:
 def logs(ctx: click.Context, device: str, lines: int, output: str) -> None:
     """Print the last log lines of a device's agent.
 
-    With the local backend they are read from its file, so this must run where the agents do; with Nomad they
-    are asked for from Nomad, which has them if the job's template collects logs; with Kubernetes from the API
-    server. Exits 66 if the device is not registered, or its agent has no log."""
+    With the local backend the lines are read from a file, so this must run on the machine of the agents. Nomad
+    has them only if the job's template collects logs. Kubernetes returns them through its API server. Exits 66
+    if the device is not registered, or its agent has no log."""
     try:
         text = _log(ctx, settings_of(ctx), device)
     except NotFoundError:
@@ -80,14 +80,14 @@ def _log(ctx: click.Context, settings: Settings, device: str) -> str:
     if settings.backend == "local":
         return local_log(settings.local_directory / slug)
     if settings.backend == "nomad":
-        instance = str(_agent(api_of(ctx), device)["instance"])
+        instance = _agent(api_of(ctx), device)["instance"]
         if not instance:
             raise TransientError(f"no agent of {device!a} has reported yet")
         return asyncio.run(nomad_log(settings, instance))
     if settings.backend == "kubernetes":
         return asyncio.run(kubernetes_log(settings, slug))
     raise UserError(
-        f"backend {settings.backend!a} has no logs here; local, nomad and kubernetes do"
+        f"logs of backend {settings.backend!a} are not supported; those of local, nomad and kubernetes are"
     )
 
 
@@ -98,7 +98,7 @@ def _check_registered(ctx: click.Context, device: str) -> None:
     except NotFoundError:
         raise
     except WatchdogError:
-        return  # without the API it can't be told
+        return  # without the API it is unknown
 
 
 @agents.command("exec-probe")
@@ -108,15 +108,14 @@ def _check_registered(ctx: click.Context, device: str) -> None:
 def exec_probe(ctx: click.Context, device: str, output: str) -> None:
     """Run all probes of a device's agent now, and show each result.
 
-    The agent is asked directly, so its address must be reachable from here. What it finds is shown and
-    changes no verdict. Exits 69 if a probe fails or could not be asked."""
+    Calls the agent directly, so its address must be reachable from here. The results change no verdict. Exits 69
+    if a probe fails or can't be run."""
     listen = _agent(api_of(ctx), device)["listen"]
     if not listen:
         raise TransientError(f"no agent of {device!a} has reported yet")
-    # What the agent said of itself: a host and a port, or nothing is sent. Without our token: it is not for agents.
+    # The address comes from the agent: it must be a host and a port. The API token is not sent to agents.
     agent = ApiClient(f"http://{endpoint(listen)}", timeout_s=5.0)
-    told = _probed(agent)
-    results: list[dict[str, Any]] = told["results"]
+    results = _run_probes(agent)["results"]
     failed = not all(one["ok"] for one in results)
     if output == "json":
         print_json({"device": device, "ok": not failed, "results": results})
@@ -129,31 +128,33 @@ def exec_probe(ctx: click.Context, device: str, output: str) -> None:
     ctx.exit(EXIT_FAILED if failed else 0)
 
 
-def _result(one: dict[str, Any]) -> str:
-    """The outcome of one probe; an older agent reports no third one."""
+def _result(one: ProbeResult) -> str:
+    """The outcome of one probe. Older agents do not report `outcome`."""
     if one["ok"]:
         return "warning" if one.get("warning") else "ok"
     return "unable" if one.get("outcome") == "unable" else "failed"
 
 
-def _probed(agent: ApiClient) -> Any:
-    """The results of one run. Raises TransientError when they are not there in time."""
-    run = agent.post("/probe", None)["run"]
+def _run_probes(agent: ApiClient) -> ProbeRun:
+    """The results of one run. Raises TransientError when they are not available in time."""
+    run = agent.post("/probe", None, ProbeStarted)["run"]
     deadline = time.monotonic() + PROBE_S
     while time.monotonic() < deadline:
-        told = agent.get("/probe")
-        if told["run"] != run:
-            raise TransientError("the agent was asked by somebody else meanwhile")
-        if told["done"]:
-            return told
-        time.sleep(0.1)  # noqa: TID251  # a verb, with a deadline
+        answer = agent.get("/probe", ProbeRun)
+        if answer["run"] != run:
+            raise TransientError("another client has started a new run meanwhile")
+        if answer["done"]:
+            return answer
+        time.sleep(0.1)  # noqa: TID251  # a command, with a deadline
     raise TransientError(f"the probes did not end within {PROBE_S:g} s")
 
 
-def _agent(api: ApiClient, device: str) -> dict[str, Any]:
+def _agent(api: ApiClient, device: str) -> Agent:
     """The agent of a device as the API lists it. Raises NotFoundError."""
     for one in api.pages("/v1/agents", q=device):
-        if one["id"] == device:
-            return one
-    api.get(device_path(device))  # an unknown device is another error than one without an agent
-    raise NotFoundError(f"no agent of {device!a} is known; `nomad-watchdog explain` says why")
+        if one.get("id") == device:
+            return api.parsed(one, Agent)
+    api.get(device_path(device))  # an unknown device has an error of its own
+    raise NotFoundError(
+        f"no agent of {device!a} is known; `nomad-watchdog explain` shows the reason"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
 
 import click
 
@@ -37,7 +37,7 @@ def check(ctx: click.Context, file: str | None) -> None:
 @click.pass_context
 def show(ctx: click.Context, output: str) -> None:
     """Show all effective settings; durations in seconds, sizes in bytes. Contains no secrets."""
-    values = settings_of(ctx).model_dump(mode="json")
+    values: dict[str, object] = settings_of(ctx).model_dump(mode="json")
     if output == "json":
         print_json(values)
         return
@@ -45,8 +45,8 @@ def show(ctx: click.Context, output: str) -> None:
         click.echo(f"{clean(name)} = {clean(value)}")
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def _flat(value: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
     for key, item in value.items():
         name = f"{prefix}{key}"
         rows += _flat(item, f"{name}.") if isinstance(item, dict) and item else [(name, item)]

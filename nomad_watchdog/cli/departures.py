@@ -1,4 +1,4 @@
-"""``departures``: devices that the running replicas hold from leaving, and the word to let them go."""
+"""``departures``: departures that the running replicas have put on hold, and their approval."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from typing import Final
 
 import click
 
-from nomad_watchdog.cli._confirm import Kind
+from nomad_watchdog.cli._answers import Fields, Held, HeldDepartures
+from nomad_watchdog.cli._api_client import ApiClient
+from nomad_watchdog.cli._confirm import HoldKind
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 
-DEPARTURES: Final = Kind(
+
+def _read(api: ApiClient) -> tuple[Held, list[Fields]]:
+    held = api.get("/v1/departures", HeldDepartures)
+    return held, held["devices"]
+
+
+DEPARTURES: Final = HoldKind(
     word="departures",
-    read=lambda api: dict(api.get("/v1/departures")),
+    read=_read,
     rows="devices",
     columns=("device", "cause"),
     confirm_path="/v1/departures:confirm",

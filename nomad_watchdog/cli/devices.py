@@ -1,20 +1,21 @@
-"""``nomad-watchdog devices``: the registry, through the API."""
+"""``devices``: the registry, through the API."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
 import click
 
+from nomad_watchdog.cli._answers import BulkResults, Fields
 from nomad_watchdog.cli._api_client import device_path
+from nomad_watchdog.cli._fields import field_text, head
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.device_address import device_address
 from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.ids import parse_device_id
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
-from nomad_watchdog.units import age, span
 
 COLUMNS: Final = ("id", "class", "verdict", "since_s", "address", "node", "reason")
 WIDE: Final = (
@@ -23,7 +24,7 @@ WIDE: Final = (
 )  # fmt: skip
 BATCH: Final = 500
 MAX_LINE: Final = 64 * 1024
-MAX_REFUSED: Final = 20
+MAX_REJECTED: Final = 20
 """Rejected lines that are printed one by one."""
 
 
@@ -58,7 +59,7 @@ def add(  # click hands over one argument an option
     Exits 64 if the agent class is not configured."""
     parse_device_id(device_id)
     address = device_address(address)
-    body: dict[str, Any] = {"address": address, "labels": parse_labels(labels)}
+    body: Fields = {"address": address, "labels": parse_labels(labels)}
     body |= {"class": agent_class} if agent_class is not None else {}
     body |= {"ttl": ttl} if ttl else {}
     answer = api_of(ctx).put(device_path(device_id), body)
@@ -118,14 +119,14 @@ def get(ctx: click.Context, device_id: str, output: str) -> None:
 )
 @click.pass_context
 def rm(ctx: click.Context, device_ids: tuple[str, ...], now: bool) -> None:
-    """Stop watching devices. A device that is gone already is no error of the API's."""
+    """Stop watching devices. A device that has left already is not an error. Exits 66 if a device is unknown."""
     api = api_of(ctx)
     code = 0
     for device_id in device_ids:
         try:
             api.delete(device_path(device_id) + ("" if now else "?now=false"))
         except NotFoundError as error:
-            # The rest of the list is meant too; the exit code tells of this one.
+            # The other devices are still removed; the exit code reports this one.
             click.echo(f"error: {clean(error)}", err=True)
             code = error.exit_code
         else:
@@ -144,20 +145,19 @@ def import_devices(ctx: click.Context, file: TextIO) -> None:
     Exits 64 if a line is rejected, by this check or by the API; the valid lines are registered."""
     wanted = _items(file)
     api = api_of(ctx)
-    refused: list[str] = []
+    rejected: list[str] = []
     for start in range(0, len(wanted), BATCH):
         batch = wanted[start : start + BATCH]
         devices = [item for _, item in batch]
-        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []})
-        results = answer.get("results") if isinstance(answer, dict) else None
-        for (where, item), one in zip(batch, results or [], strict=False):
-            if one.get("status", 200) >= 400:
-                refused.append(f"{where}: {ascii(item['id'])[:80]}: {one.get('error')}")
-    stored = len(wanted) - len(refused)
+        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []}, BulkResults)
+        for (where, item), one in zip(batch, answer["results"], strict=False):
+            if one["status"] >= 400:
+                rejected.append(f"{where}: {ascii(item['id'])[:80]}: {one.get('error')}")
+    stored = len(wanted) - len(rejected)
     click.echo(f"{stored} device{'s' * (stored != 1)} registered", err=True)
-    if refused:
-        more = [f"and {len(refused) - MAX_REFUSED} more"] if len(refused) > MAX_REFUSED else []
-        raise UserError("\n".join(["rejected:", *refused[:MAX_REFUSED], *more]))
+    if rejected:
+        more = [f"and {len(rejected) - MAX_REJECTED} more"] if len(rejected) > MAX_REJECTED else []
+        raise UserError("\n".join(["rejected:", *rejected[:MAX_REJECTED], *more]))
 
 
 @devices.command("export")
@@ -172,24 +172,17 @@ def export(ctx: click.Context) -> None:
             click.echo(json.dumps(wanted, ensure_ascii=True))
 
 
-def print_devices(items: list[dict[str, Any]], output: str, *, no_color: bool) -> None:
+def print_devices(items: list[Fields], output: str, *, no_color: bool) -> None:
     if output == "json":
         print_json({"items": items})
         return
     columns = WIDE if output == "wide" else COLUMNS
-    rows = [[_shown(name, item.get(name)) for name in columns] for item in items]
-    heads = [name.removesuffix("_s").replace("_", " ").upper() for name in columns]
-    print_table(heads, rows, no_color=no_color)
+    rows = [[field_text(name, item.get(name)) for name in columns] for item in items]
+    print_table([head(name) for name in columns], rows, no_color=no_color)
 
 
-def _shown(name: str, value: Any) -> object:
-    if name == "ttl":
-        return span(value)
-    return age(value) if name.endswith("_s") else value
-
-
-def _items(file: TextIO) -> list[tuple[str, dict[str, Any]]]:
-    """Where each device of the file stands, and what it says. Raises UserError that names all that is wrong."""
+def _items(file: TextIO) -> list[tuple[str, Fields]]:
+    """The devices of the file, each with its line. Raises UserError with all errors."""
     from nomad_watchdog.controllers import inventory_file
 
     try:

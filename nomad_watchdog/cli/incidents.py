@@ -1,9 +1,10 @@
-"""``incidents``: changes of many devices that have one cause."""
+"""``incidents``: problems that many devices share."""
 
 from __future__ import annotations
 
 import click
 
+from nomad_watchdog.cli._answers import Page
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.terminal import print_json, print_table
 from nomad_watchdog.units import age
@@ -15,7 +16,7 @@ from nomad_watchdog.units import age
 @click.pass_context
 def incidents(ctx: click.Context, only_open: bool, output: str) -> None:
     """List open incidents, then the last closed ones."""
-    answer = api_of(ctx).get("/v1/incidents", open="true" if only_open else None)
+    answer = api_of(ctx).get("/v1/incidents", Page, open="true" if only_open else None)
     if output == "json":
         print_json(answer)
         return

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Final, TypedDict, Unpack
 
 import click
 from click.core import ParameterSource
 
+from nomad_watchdog.cli._answers import (
+    Fields,
+    Migration,
+    MigrationBegun,
+    Migrations,
+    MigrationState,
+)
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
 
 POLL_S: Final = 1.0
+
+
+class _Options(TypedDict):
+    """The options of `migrate` itself."""
+
+    devices: tuple[str, ...]
+    agent_class: str | None
+    labels: tuple[str, ...]
+    shards: tuple[int, ...]
+    at_once: int | None
+    dry_run: bool
+    wait: bool
+    output: str
 
 
 @click.group(invoke_without_command=True)
@@ -45,17 +65,21 @@ POLL_S: Final = 1.0
 )
 @output_option("table", "json")
 @click.pass_context
-def migrate(ctx: click.Context, /, source: str | None, goal: str | None, **how: Any) -> None:
-    """Move agents from one scheduler to another, one window of devices after the other.
+def migrate(
+    ctx: click.Context, /, source: str | None, goal: str | None, **how: Unpack[_Options]
+) -> None:
+    """Move agents from one scheduler to another, a limited number of devices at a time.
 
-    Without --device, --class, --selector or --shard the whole fleet moves, shard by shard. The new backend's
-    block must be in the configuration of every replica."""
+    Without --device, --class, --selector or --shard the whole fleet moves, shard by shard. The configuration of
+    every replica must have the block of the new backend."""
     if ctx.invoked_subcommand is not None:
         _refuse_options(ctx)
         return
     if not source or not goal:
-        raise UserError("name both, --from and --to; `migrate status` shows what is under way")
-    body: dict[str, Any] = {
+        raise UserError(
+            "--from and --to are required; `migrate status` shows the migration in progress"
+        )
+    body: Fields = {
         "from": source,
         "to": goal,
         "devices": list(how["devices"]),
@@ -66,7 +90,7 @@ def migrate(ctx: click.Context, /, source: str | None, goal: str | None, **how: 
     }
     body |= {"class": how["agent_class"]} if how["agent_class"] else {}
     body |= {"at_once": how["at_once"]} if how["at_once"] else {}
-    answer = api_of(ctx).post("/v1/migration", body)
+    answer = api_of(ctx).post("/v1/migration", body, MigrationBegun)
     if how["output"] == "json":
         print_json(answer)
     else:
@@ -76,17 +100,17 @@ def migrate(ctx: click.Context, /, source: str | None, goal: str | None, **how: 
 
 
 def _refuse_options(ctx: click.Context) -> None:
-    """What is said of another verb would be done to the whole migration. Raises UserError."""
+    """Raises UserError for options before the name of a subcommand: they would have no effect."""
     given = [
         one.opts[-1]
         for one in ctx.command.params
         if one.name and ctx.get_parameter_source(one.name) is ParameterSource.COMMANDLINE
     ]
     if given:
-        verb = ctx.invoked_subcommand
+        command = ctx.invoked_subcommand
         raise UserError(
-            f"migrate {verb} is about the migration that is under way and takes no {' and no '.join(given)}; "
-            f"its own options come after {verb}"
+            f"migrate {command} applies to the migration in progress and does not support "
+            f"{', '.join(given)}; its own options come after {command}"
         )
 
 
@@ -98,17 +122,27 @@ def show(ctx: click.Context, wait: bool, output: str) -> None:
     """Show the progress of the migration."""
     if wait:
         _wait(ctx)
-    answer = api_of(ctx).get("/v1/migration")
+    answer = api_of(ctx).get("/v1/migration", Migrations)
     if output == "json":
         print_json(answer)
         return
-    columns = ("devices", "there", "ready", "waiting", "ending", "by")
     rows = [
-        [one["from"], one["to"], one["state"], _of(one), *(one[name] for name in columns)]
+        [
+            one["from"],
+            one["to"],
+            one["state"],
+            _of(one),
+            one["devices"],
+            one["there"],
+            one["ready"],
+            one["waiting"],
+            one["ending"],
+            one["by"],
+        ]
         for one in answer["items"]
     ]
     heads = ["FROM", "TO", "STATE", "OF", "DEVICES", "THERE", "READY", "WAITING", "ENDING", "BY"]
-    print_table(heads if rows else ["nothing was ever moved"], rows, no_color=no_color(ctx))
+    print_table(heads if rows else ["no migrations"], rows, no_color=no_color(ctx))
     for text in (answer["hint"], answer["problem"]):
         if text:
             click.echo(clean(text), err=True)
@@ -119,7 +153,7 @@ def show(ctx: click.Context, wait: bool, output: str) -> None:
 @click.pass_context
 def pause(ctx: click.Context, output: str) -> None:
     """Stop starting new moves; moves in progress finish."""
-    _say(ctx, "pause", output)
+    _change(ctx, "pause", output)
 
 
 @migrate.command()
@@ -127,7 +161,7 @@ def pause(ctx: click.Context, output: str) -> None:
 @click.pass_context
 def resume(ctx: click.Context, output: str) -> None:
     """Resume a paused migration."""
-    _say(ctx, "resume", output)
+    _change(ctx, "resume", output)
 
 
 @migrate.command()
@@ -135,18 +169,18 @@ def resume(ctx: click.Context, output: str) -> None:
 @click.pass_context
 def undo(ctx: click.Context, output: str) -> None:
     """Move the agents back, within the same limits; also after the migration has ended."""
-    _say(ctx, "undo", output)
+    _change(ctx, "undo", output)
 
 
-def _say(ctx: click.Context, what: str, output: str) -> None:
-    answer = api_of(ctx).post(f"/v1/migration:{what}", {})
+def _change(ctx: click.Context, what: str, output: str) -> None:
+    answer = api_of(ctx).post(f"/v1/migration:{what}", {}, MigrationState)
     if output == "json":
         print_json(answer)
     else:
         click.echo(f"{clean(answer['from'])} to {clean(answer['to'])}: {clean(answer['state'])}")
 
 
-def _of(one: dict[str, Any]) -> str:
+def _of(one: Migration) -> str:
     target = one["target"]
     parts = [f"class {target['class']}"] if target["class"] else []
     parts += [f"{key}={value}" for key, value in sorted(target["labels"].items())]
@@ -155,54 +189,55 @@ def _of(one: dict[str, Any]) -> str:
     return ", ".join(names) or "all"
 
 
-def _print_begun(answer: dict[str, Any], *, dry_run: bool) -> None:
+def _print_begun(answer: MigrationBegun, *, dry_run: bool) -> None:
     would = "would move" if dry_run else "move"
     click.echo(
         f"{clean(answer['to_move'])} of {clean(answer['devices'])} devices {would} from "
         f"{clean(answer['from'])} to {clean(answer['to'])}"
     )
     if dry_run:
-        for title, counts in (("class", answer["by_class"]), ("shard", answer["by_shard"])):
+        for title, counts in (
+            ("class", answer.get("by_class", {})),
+            ("shard", answer.get("by_shard", {})),
+        ):
             for name, count in counts.items():
                 click.echo(f"  {title} {clean(name)}: {clean(count)}")
 
 
 def _wait(ctx: click.Context, begun: str = "") -> None:
-    """Until the move `begun` is done ("" = until nothing is under way), saying what changes. An API that is away
-    for a while is waited for.
+    """Wait until the migration `begun` is done ("" = until none is in progress), and print its progress. Waits
+    also while the API does not answer.
 
-    Raises ConflictError when somebody undoes what is waited for, or puts another in its place."""
-    said = ""
-    meant = {begun} if begun else None
-    """Those that head for their goal; None = not known yet."""
+    Raises ConflictError when the migration is undone or replaced meanwhile."""
+    printed = ""
+    expected = {begun} if begun else None
+    """The migrations that move devices to their goal; None = not known yet."""
     while True:
         try:
-            answer = api_of(ctx).get("/v1/migration")
+            answer = api_of(ctx).get("/v1/migration", Migrations)
         except TransientError:
-            answer = None
-        items = {one["id"]: one for one in (answer or {}).get("items", [])}
+            time.sleep(POLL_S)  # noqa: TID251  # a command that waits
+            continue
+        items = {one["id"]: one for one in answer["items"]}
         active = [one for one in items.values() if one["state"] not in ("done", "undone")]
-        if answer is not None:
-            if meant is None:
-                meant = {one["id"] for one in active if not one["back"]}
-            _check_meant(meant, items)
-            if not active or items.get(begun, {}).get("state") == "done":
-                return
+        if expected is None:
+            expected = {one["id"] for one in active if not one["back"]}
+        _check_expected(expected, items)
+        if not active or (begun in items and items[begun]["state"] == "done"):
+            return
         for one in active:
             text = f"{one['state']}: {one['ready']} of {one['devices']} ready there"
-            if text != said:
+            if text != printed:
                 click.echo(clean(text), err=True)
-                said = text
-        time.sleep(POLL_S)  # noqa: TID251  # a verb that waits
+                printed = text
+        time.sleep(POLL_S)  # noqa: TID251  # a command that waits
 
 
-def _check_meant(meant: Collection[str], items: Mapping[str, dict[str, Any]]) -> None:
-    for one in meant:
+def _check_expected(expected: Collection[str], items: Mapping[str, Migration]) -> None:
+    for one in expected:
         if one not in items:
             raise ConflictError(
-                "another migration has taken the place of the one that was waited for"
+                "another migration has replaced the one that this command waits for"
             )
         if items[one]["state"] == "undone":
-            raise ConflictError(
-                f"the migration to {clean(items[one]['to'])} was undone by somebody meanwhile"
-            )
+            raise ConflictError(f"the migration to {clean(items[one]['to'])} was undone meanwhile")

@@ -1,21 +1,21 @@
-"""``pause``, ``resume`` and ``maintenance``: keep the reconciler's hands off devices."""
+"""``pause``, ``resume`` and ``maintenance``: take no action for devices for a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
-from typing import Any
 
 import click
 
+from nomad_watchdog.cli._answers import Fields, Pause, Pauses, PauseTarget
 from nomad_watchdog.cli._api_client import quoted
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.labels import parse_labels
 from nomad_watchdog.terminal import clean, print_json, print_table
 
-Command = Callable[..., Any]
+Command = Callable[..., object]
 
 
 def _of_devices(command: Command) -> Command:
@@ -31,7 +31,7 @@ def _of_devices(command: Command) -> Command:
     ) -> object:
         if not (device_ids or agent_class or labels):
             raise UserError("name devices, --class or --selector")
-        target: dict[str, Any] = {"devices": list(device_ids), "labels": parse_labels(labels)}
+        target: Fields = {"devices": list(device_ids), "labels": parse_labels(labels)}
         target |= {"class": agent_class} if agent_class else {}
         return command(*args, target=target, **rest)
 
@@ -56,7 +56,7 @@ def _with_an_end(command: Command) -> Command:
     def inner(
         *args: object, lasts: str | None, until: str | None, reason: str, **rest: object
     ) -> object:
-        how: dict[str, Any] = {"reason": reason, "by": caller()}
+        how: Fields = {"reason": reason, "by": caller()}
         how |= {"for": lasts} if lasts else {}
         how |= {"until": _time(until, "--until")} if until else {}
         return command(*args, how=how, **rest)
@@ -87,7 +87,7 @@ def _time(text: str | None, option: str) -> str | None:
         return datetime.fromisoformat(text).astimezone().isoformat()
     except (ValueError, OverflowError) as error:
         raise UserError(
-            f"{option} {text!a} is no time; write 2026-01-31T22:00 or 2026-01-31T22:00:00Z"
+            f"{option} {text!a} is not a time; write 2026-01-31T22:00 or 2026-01-31T22:00:00Z"
         ) from error
 
 
@@ -96,18 +96,18 @@ def _time(text: str | None, option: str) -> str | None:
 @_with_an_end
 @output_option("table", "json")
 @click.pass_context
-def pause(ctx: click.Context, target: dict[str, Any], how: dict[str, Any], output: str) -> None:
+def pause(ctx: click.Context, target: Fields, how: Fields, output: str) -> None:
     """Pause all actions for devices, until `resume` or for a time: no start, stop or replacement.
 
-    All that is named must match. The same again moves the end."""
-    _print_made(api_of(ctx).post("/v1/pauses", target | how), output)
+    A device must match all conditions. Pausing the same devices again changes the end."""
+    _print_pause(api_of(ctx).post("/v1/pauses", target | how, Pause), output)
 
 
 @click.command()
 @_of_devices
 @click.pass_context
-def resume(ctx: click.Context, target: dict[str, Any]) -> None:
-    """End the pause of exactly these devices, class or selector; devices of a list can be resumed one by one."""
+def resume(ctx: click.Context, target: Fields) -> None:
+    """End the pause of exactly these devices, class or selector. Devices of a list can be resumed one by one."""
     api_of(ctx).post("/v1/pauses:resume", target)
     click.echo("resumed")
 
@@ -125,15 +125,15 @@ def maintenance() -> None:
 @click.pass_context
 def add(
     ctx: click.Context,
-    target: dict[str, Any],
-    how: dict[str, Any],
+    target: Fields,
+    how: Fields,
     begins: str | None,
     output: str,
 ) -> None:
-    """Plan a window; --for or --until is needed."""
+    """Add a maintenance window. Requires --for or --until."""
     body = target | how | {"window": True}
     body |= {"from": _time(begins, "--from")} if begins else {}
-    _print_made(api_of(ctx).post("/v1/pauses", body), output)
+    _print_pause(api_of(ctx).post("/v1/pauses", body, Pause), output)
 
 
 @maintenance.command("ls")
@@ -141,7 +141,7 @@ def add(
 @click.pass_context
 def list_windows(ctx: click.Context, output: str) -> None:
     """List current and future windows and pauses."""
-    answer = api_of(ctx).get("/v1/pauses")
+    answer = api_of(ctx).get("/v1/pauses", Pauses)
     if output == "json":
         print_json(answer)
         return
@@ -152,8 +152,8 @@ def list_windows(ctx: click.Context, output: str) -> None:
             "yes" if item["active"] else "not yet",
             _of(item),
             item["covers"],
-            _shown_time(item["begins"]),
-            _shown_time(item["ends"]),
+            _time_text(item["begins"]),
+            _time_text(item["ends"]),
             item["by"],
             item["reason"],
         ]
@@ -172,19 +172,19 @@ def rm(ctx: click.Context, pause_id: str) -> None:
     click.echo(f"{clean(pause_id)}: removed")
 
 
-def _of(item: dict[str, Any]) -> str:
+def _of(item: PauseTarget) -> str:
     parts = [f"class {item['class']}"] if item["class"] else []
     parts += [f"{key}={value}" for key, value in sorted(item["labels"].items())]
     return ", ".join([*item["devices"][:5], *(["…"] if len(item["devices"]) > 5 else []), *parts])
 
 
-def _shown_time(at: float | None) -> str:
+def _time_text(at: float | None) -> str:
     if at is None:
         return "resumed"
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _print_made(answer: dict[str, Any], output: str) -> None:
+def _print_pause(answer: Pause, output: str) -> None:
     if not answer["covers"]:
         click.echo(
             "warning: no registered device matches; only devices that are registered later are covered",
@@ -193,8 +193,8 @@ def _print_made(answer: dict[str, Any], output: str) -> None:
     if output == "json":
         print_json(answer)
         return
-    end = _shown_time(answer["ends"]) if answer["ends"] is not None else "it is resumed"
+    end = _time_text(answer["ends"]) if answer["ends"] is not None else "it is resumed"
     click.echo(
         f"{clean(answer['id'])}: {clean(answer['covers'])} device{'s' * (answer['covers'] != 1)}, from "
-        f"{_shown_time(answer['begins'])} until {end}"
+        f"{_time_text(answer['begins'])} until {end}"
     )

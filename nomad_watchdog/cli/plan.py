@@ -1,15 +1,16 @@
-"""``plan`` and ``apply``: what a pass would do, and doing it, by the running service if there is one."""
+"""``plan`` and ``apply``: print what a pass would do; do it, through the running service if there is one."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 from watchdog_agent.runtime.parsing import loads
 
+from nomad_watchdog.cli._answers import Plan, parse
 from nomad_watchdog.cli._apply import apply_by_service
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
 from nomad_watchdog.daemon import factory, one_shot
@@ -28,10 +29,10 @@ MAX_NAMED: Final = 5
 def plan(ctx: click.Context, detailed_exitcode: bool, output: str) -> None:
     """Show which agents this configuration would start, replace and stop, and why. Changes nothing.
 
-    A changed class is a roll-out: all its devices are counted, with the change in words. `plan -o json >
-    FILE` and `apply FILE` carries it out, or refuses if the registry has moved.
+    A changed class is a roll-out: all its devices are counted, and the change is described. `apply FILE`
+    applies a plan that was saved with `plan -o json > FILE`, unless the registry has changed since.
     """
-    view = _view(ctx)
+    view = _plan(ctx)
     _print(view, output, ctx)
     if detailed_exitcode and (view["actions"] or view["held"]["count"] or view["waiting_rollout"]):
         ctx.exit(EXIT_CHANGES)
@@ -44,7 +45,7 @@ def plan(ctx: click.Context, detailed_exitcode: bool, output: str) -> None:
     "--allow-stops",
     type=click.IntRange(1),
     metavar="COUNT",
-    help="Also approve the stops that the mass-change breaker holds; COUNT must be their number.",
+    help="Also approve the stops that are on hold; COUNT must be their number.",
 )
 @output_option("table", "json")
 @click.pass_context
@@ -55,66 +56,67 @@ def apply(
     allow_stops: int | None,
     output: str,
 ) -> None:
-    """Carry out a plan: that of PLAN_FILE, or a new one after asking. Waits until all roll-outs in it are
+    """Apply a plan: that of PLAN_FILE, or a new one after confirmation. Waits until all roll-outs in it are
     done.
 
-    While the service runs, it is told to read its configuration again, and carries out the plan itself.
-    Exits 75 when the registry has moved since the plan, when stops are held, when a roll-out makes no
-    progress, or when the service runs another configuration than this one. Exits 64 if an agent class can't
-    be prepared, when all else is done.
+    If the service runs, it reloads its configuration and applies the plan itself.
+    Exits 75 if the registry has changed since the plan was made, stops are on hold, a roll-out makes no
+    progress, or the service has another configuration than this command. Exits 64 if an agent class can't
+    be prepared, after everything else is done.
     """
-    shown = _read(Path(plan_file)) if plan_file else _view(ctx)
-    held, actions = shown["held"], len(shown["actions"]) + shown["waiting_rollout"]
+    planned = _read(Path(plan_file)) if plan_file else _plan(ctx)
+    held, actions = planned["held"], len(planned["actions"]) + planned["waiting_rollout"]
     if allow_stops is not None and allow_stops != held["count"]:
-        raise UserError(f"--allow-stops {allow_stops}: {held['count']} stops are held")
+        raise UserError(f"--allow-stops {allow_stops}: {held['count']} stops are on hold")
     if not actions and not held["count"]:
-        _print(shown, output, ctx)
-        _check_classes(shown)
+        _print(planned, output, ctx)
+        _check_classes(planned)
         return
     if held["count"] and allow_stops is None and not actions:
         raise TransientError(
-            f"{held['count']} stops are held: {held['reason']}; if they are meant: --allow-stops "
+            f"{held['count']} stops are on hold: {held.get('reason', '')}; to approve them: --allow-stops "
             f"{held['count']}"
         )
     if not auto_approve:
-        _ask(shown, allow_stops or 0, ctx)
-
-    settings = settings_of(ctx)
-    running = asyncio.run(factory.replicas(settings))
-    if running:
-        if plan_file and (now := _view(ctx)["registry_index"]) != shown["registry_index"]:
-            raise ConflictError(
-                f"the registry has moved from {shown['registry_index']} to {now} since the plan was "
-                "made; make a new plan"
-            )
-        done = apply_by_service(api_of(ctx), settings, running, shown, stops=allow_stops or 0)
-    else:
-        done = asyncio.run(
-            one_shot.apply_once(
-                settings,
-                registry_index=shown["registry_index"],
-                allow_stops=allow_stops is not None,
-                tell=lambda text: click.echo(clean(text), err=True),
-            )
-        )
+        _confirm(planned, allow_stops or 0, ctx)
+    done = _apply(ctx, planned, from_file=plan_file is not None, allow_stops=allow_stops)
     _print(done, output, ctx)
     _check_classes(done)
 
 
-def _check_classes(done: dict[str, Any]) -> None:
+def _apply(ctx: click.Context, planned: Plan, *, from_file: bool, allow_stops: int | None) -> Plan:
+    """Apply a plan through the running service, or without one. Raises as `apply_by_service` and `apply_once`."""
+    settings = settings_of(ctx)
+    running = asyncio.run(factory.replicas(settings))
+    if not running:
+        done = one_shot.apply_once(
+            settings,
+            registry_index=planned["registry_index"],
+            allow_stops=allow_stops is not None,
+            report_progress=lambda text: click.echo(clean(text), err=True),
+        )
+        return parse(asyncio.run(done), Plan)
+    if from_file and (now := _plan(ctx)["registry_index"]) != planned["registry_index"]:
+        raise ConflictError(
+            f"the registry has moved from {planned['registry_index']} to {now} since the plan was "
+            "made; make a new plan"
+        )
+    return apply_by_service(api_of(ctx), settings, running, planned, stops=allow_stops or 0)
+
+
+def _check_classes(done: Plan) -> None:
     if refused := done.get("unprepared_classes"):
         names = ", ".join(sorted(refused))
         raise UserError(
-            f"agent classes that can't be prepared, whose devices keep the agents that they have: {names}"
+            f"agent classes that can't be prepared; their devices keep their current agents: {names}"
         )
 
 
-def _view(ctx: click.Context) -> dict[str, Any]:
+def _plan(ctx: click.Context) -> Plan:
+    return parse(asyncio.run(one_shot.plan_once(settings_of(ctx))), Plan)
 
-    return asyncio.run(one_shot.plan_once(settings_of(ctx)))
 
-
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Plan:
     name = ascii(str(file))
     try:
         found = loads(file.read_text(encoding="utf-8"))
@@ -122,55 +124,51 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"plan file {name}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"plan file {name} is not what `plan -o json` prints") from error
-    good = (
-        isinstance(found, dict)
-        and isinstance(found.get("registry_index"), int)
-        and isinstance(found.get("actions"), list)
-        and all(isinstance(action, dict) for action in found["actions"])
-        and isinstance(found.get("held"), dict)
-        and isinstance(found["held"].get("count"), int)
-        and isinstance(found.get("waiting_rollout", 0), int)
-    )
-    if not good:
-        raise UserError(f"plan file {name} is not what `plan -o json` prints")
-    return {"summary": "", "waiting_rollout": 0, **found}
+    if isinstance(found, dict):
+        found = {"summary": "", "waiting_rollout": 0, **found}
+    try:
+        return parse(found, Plan)
+    except ValueError as error:
+        raise UserError(f"plan file {name} is not what `plan -o json` prints: {error}") from error
 
 
-def _ask(shown: dict[str, Any], stops: int, ctx: click.Context) -> None:
+def _confirm(planned: Plan, stops: int, ctx: click.Context) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError("no terminal to ask on; --auto-approve applies without asking")
-    _print(shown, "table", ctx)
+        raise UserError("no terminal for the confirmation; --auto-approve skips it")
+    _print(planned, "table", ctx)
     more = f" and {stops} held stops" if stops else ""
-    count = len(shown["actions"]) + shown["waiting_rollout"]
+    count = len(planned["actions"]) + planned["waiting_rollout"]
     click.confirm(f"apply {count} actions{more}?", abort=True, err=True)
 
 
-def _print(view: dict[str, Any], output: str, ctx: click.Context) -> None:
+def _print(view: Plan, output: str, ctx: click.Context) -> None:
     if output == "json":
         print_json(view)
         return
+    _print_actions(view, ctx)
+    for one in [*view.get("rollouts", ()), *view.get("inventory", ())]:
+        click.echo(clean(one["text"]))
+    if differing := view.get("not_in_force"):
+        click.echo(
+            f"not in force, as other replicas are configured differently: {clean(', '.join(differing))}"
+        )
+    for name, why in view.get("unprepared_classes", {}).items():
+        click.echo(f"class {clean(name)} can't be prepared: {clean(why)}")
+    click.echo(f"{clean(view['summary'])} (registry index {view['registry_index']})")
+    if count := view["held"]["count"]:
+        click.echo(f"on hold: {clean(view['held'].get('reason'))}")
+        click.echo(f"to approve: nomad-watchdog apply --allow-stops {count}")
+    for outcome, number in view.get("outcomes", {}).items():
+        click.echo(f"{clean(outcome)}: {number}")
+
+
+def _print_actions(view: Plan, ctx: click.Context) -> None:
     columns = ("kind", "device", "epoch", "placement", "reason")
     rows = [[action.get(name) for name in columns] for action in view["actions"]]
     if rows:
         print_table([name.upper() for name in columns], rows, no_color=no_color(ctx))
     if waiting := view["waiting_rollout"]:
-        ids = view.get("waiting") or ()
+        ids = view.get("waiting", [])
         more = ", …" if waiting > MAX_NAMED else ""
         names = f": {', '.join(map(clean, ids[:MAX_NAMED]))}{more}" if ids else ""
         click.echo(f"{waiting} more wait{'s' * (waiting == 1)} for a turn{names}")
-    for one in view.get("rollouts") or ():
-        click.echo(clean(one.get("text")))
-    for one in view.get("inventory") or ():
-        click.echo(clean(one.get("text")))
-    if differing := view.get("not_in_force"):
-        click.echo(
-            f"not in force, as other replicas are configured differently: {clean(', '.join(differing))}"
-        )
-    for name, why in (view.get("unprepared_classes") or {}).items():
-        click.echo(f"class {clean(name)} can't be prepared: {clean(why)}")
-    click.echo(f"{clean(view['summary'])} (registry index {clean(view['registry_index'])})")
-    if view["held"]["count"]:
-        click.echo(f"held: {clean(view['held'].get('reason'))}")
-        click.echo(f"if they are meant: nomad-watchdog apply --allow-stops {view['held']['count']}")
-    for outcome, count in (view.get("outcomes") or {}).items():
-        click.echo(f"{clean(outcome)}: {clean(count)}")

@@ -1,11 +1,10 @@
-"""``pools``: the pools of workers, how many each has and why, and an operator's word on it."""
+"""``pools``: list worker pools, scale them, remove them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
+from nomad_watchdog.cli._answers import Leases, Pool, Pools
 from nomad_watchdog.cli._api_client import ApiClient, quoted
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.terminal import clean, print_json, print_table
@@ -36,9 +35,9 @@ def list_pools(ctx: click.Context, output: str) -> None:
 def scale(ctx: click.Context, pool: str, count: int) -> None:
     """Scale POOL to COUNT workers, within its bounds.
 
-    With the built-in scaler the metric has its say again after the cool-down."""
-    _keeper(api_of(ctx)).post(f"/v1/pools/{quoted(pool)}/scale", {"count": count})
-    click.echo(f"{clean(pool)}: {count} workers asked for")
+    With the built-in scaler, the autoscaler takes over again after the cool-down."""
+    _controller(api_of(ctx)).post(f"/v1/pools/{quoted(pool)}/scale", {"count": count})
+    click.echo(f"{clean(pool)}: {count} workers requested")
 
 
 @pools.command()
@@ -46,40 +45,43 @@ def scale(ctx: click.Context, pool: str, count: int) -> None:
 @click.pass_context
 def rm(ctx: click.Context, pool: str) -> None:
     """Stop a pool that is no longer configured."""
-    _keeper(api_of(ctx)).delete(f"/v1/pools/{quoted(pool)}")
+    _controller(api_of(ctx)).delete(f"/v1/pools/{quoted(pool)}")
     click.echo(f"{clean(pool)}: removed")
 
 
-def _keeper(api: ApiClient) -> ApiClient:
+def _controller(api: ApiClient) -> ApiClient:
     return _pools(api)[0]
 
 
-def _pools(api: ApiClient) -> tuple[ApiClient, Any]:
-    """The replica that keeps the pools, and what it says of them; the one that was asked when it does, or
-    nobody does now."""
-    said = api.get("/v1/pools")
-    if said["keeper"]:
-        return api, said
-    leases = api.get("/v1/leases")
+def _pools(api: ApiClient) -> tuple[ApiClient, Pools]:
+    """The replica that controls the pools, and its pools. If no replica controls them now: this one."""
+    pools = api.get("/v1/pools", Pools)
+    if pools["keeper"]:
+        return api, pools
+    leases = api.get("/v1/leases", Leases)
     found = [one["api"] for one in leases["shards"] if one["shard"] == 0 and one["api"]]
     if len(leases["replicas"]) < 2 or not found:
-        return api, said
-    keeper = api.at(found[0])
-    return keeper, keeper.get("/v1/pools")
+        return api, pools
+    controller = api.at(found[0])
+    return controller, controller.get("/v1/pools", Pools)
 
 
-def _row(item: dict[str, Any]) -> list[object]:
+def _row(item: Pool) -> list[object]:
     if not item["configured"]:
         return [item["name"], item["count"], item["running"], *[""] * 5, item["problem"]]
-    scaler = f"{item['scaler']}, dry run" if item["dry_run"] else item["scaler"]
+    scaler = item.get("scaler", "")
     return [
         item["name"],
         item["count"],
         item["running"],
-        f"{item['min']} to {item['max']}",
-        item["metric"],
-        "" if item["value"] is None else f"{item['value']:g}",
-        "" if item["target"] is None else f"{item['target']:g}",
-        scaler,
-        item["problem"] or item["reason"],
+        f"{item.get('min')} to {item.get('max')}",
+        item.get("metric"),
+        _number(item.get("value")),
+        _number(item.get("target")),
+        f"{scaler}, dry run" if item.get("dry_run") else scaler,
+        item["problem"] or item.get("reason"),
     ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"

@@ -1,4 +1,4 @@
-"""Verbs that only look: status, agents, explain, events."""
+"""``status``, ``explain``, ``leader`` and ``events``: commands that only read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import random
 import threading
 from collections.abc import Mapping
-from typing import Any, Final
 
 import click
 from watchdog_agent.runtime.parsing import whole
 
+from nomad_watchdog.cli._answers import ConfiguredReplica, EventPage, Fields, KnownLease, Leases
 from nomad_watchdog.cli._api_client import PAGE, ApiClient, device_path
+from nomad_watchdog.cli._fields import leaf, mapping
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import TerminalError, TransientError, UserError
@@ -41,8 +42,8 @@ def explain(ctx: click.Context, device_id: str, output: str) -> None:
     last = answer.pop("events", [])
     _print_tree(answer)
     click.echo("events:")
-    for event in last:
-        click.echo(f"  {_event_line(event)}")
+    for event in last if isinstance(last, list) else []:
+        click.echo(f"  {_event_line(mapping(event))}")
 
 
 @click.command()
@@ -50,13 +51,13 @@ def explain(ctx: click.Context, device_id: str, output: str) -> None:
 @click.pass_context
 def leader(ctx: click.Context, output: str) -> None:
     """Show which replica holds each shard, and since when."""
-    answer = api_of(ctx).get("/v1/leases")
+    answer = api_of(ctx).get("/v1/leases", Leases)
     if output == "json":
         print_json(answer)
         return
     now = SystemClock().wall()
     rows = [
-        [one["shard"], _holder(one), one["api"], _held(one, now), one["term"]]
+        [one["shard"], _holder(one), one["api"], _held_for(one, now), one["term"]]
         for one in answer["shards"]
     ]
     print_table(["SHARD", "HOLDER", "API", "SINCE", "TERM"], rows, no_color=no_color(ctx))
@@ -68,23 +69,25 @@ def leader(ctx: click.Context, output: str) -> None:
         click.echo(f"{clean(answer['replica'])}{state}: {clean(answer['problem'])}", err=True)
 
 
-def _differing(replicas: list[dict[str, Any]]) -> list[str]:
-    """A line per replica, where they are not all configured equally."""
-    known = [one for one in replicas if one.get("config")]
-    if len({one["config"] for one in known}) < 2:
+def _differing(replicas: list[ConfiguredReplica]) -> list[str]:
+    """A line per replica, if their configurations differ."""
+    configs = {one["id"]: config for one in replicas if (config := one.get("config"))}
+    if len(set(configs.values())) < 2:
         return []
-    told = [f"{clean(one['id'])} is configured with {clean(one['config'])}" for one in known]
-    return ["replicas are configured differently; see `status` for the classes:", *told]
+    lines = [
+        f"{clean(name)} is configured with {clean(config)}" for name, config in configs.items()
+    ]
+    return ["replicas are configured differently; see `status` for the classes:", *lines]
 
 
-def _holder(lease: dict[str, Any]) -> str:
+def _holder(lease: KnownLease) -> str:
     if lease["holder"]:
-        return str(lease["holder"])
+        return lease["holder"]
     last = lease.get("last_known")
-    return f"unknown; last known: {last}" if last else "nobody"
+    return f"unknown; last known: {last}" if last else "none"
 
 
-def _held(lease: dict[str, Any], now: float) -> str:
+def _held_for(lease: KnownLease, now: float) -> str:
     return age(max(0.0, now - lease["since"])) if lease["holder"] else ""
 
 
@@ -107,7 +110,7 @@ def _held(lease: dict[str, Any], now: float) -> str:
 def events(
     ctx: click.Context, /, follow: bool, since: str, own: bool, output: str, **wanted: str | None
 ) -> None:
-    """Print events, oldest first; with -f go on, and reconnect when the stream breaks."""
+    """Print events, oldest first. With -f, continue with new events, and reconnect if the stream breaks."""
     api = api_of(ctx)
     after, within_s = _since(since)
     filters: dict[str, object] = {**wanted, "within_s": within_s, "own": "true" if own else None}
@@ -115,7 +118,7 @@ def events(
         _follow(api, after, output, filters)
         return
     while True:
-        page = api.get("/v1/events", since=after, limit=PAGE, **filters)
+        page = api.get("/v1/events", EventPage, since=after, limit=PAGE, **filters)
         for event in page["items"]:
             _print_event(event, output)
         if len(page["items"]) < PAGE or page["next"] <= after:
@@ -139,55 +142,45 @@ def _since(text: str) -> tuple[int, int | None]:
 
 
 def _follow(api: ApiClient, since: int, output: str, filters: Mapping[str, object]) -> None:
-    never, failures, heard = threading.Event(), 0, False
+    never, failures, connected = threading.Event(), 0, False
     while True:
         try:
             for event in api.lines("/v1/events", since=since, follow="true", **filters):
-                since, failures, heard = max(since, _sequence(event)), 0, True
+                since, failures, connected = max(since, _sequence(event)), 0, True
                 _print_event(event, output)
         except (TransientError, TerminalError) as error:
-            # Nobody answered the first time: the address is wrong, so following makes no sense.
-            if not heard and isinstance(error, TerminalError):
+            # The first connection failed: the address is wrong, so there is no point in trying again.
+            if not connected and isinstance(error, TerminalError):
                 raise
             click.echo(f"{clean(error)}; reconnecting", err=True)
         failures = min(failures + 1, 5)
         never.wait(random.uniform(0.1, min(0.5 * 2**failures, 10.0)))  # noqa: S311  # jitter
 
 
-def _sequence(event: dict[str, Any]) -> int:
+def _sequence(event: Fields) -> int:
     found = event.get("seq", 0)
     return found if isinstance(found, int) else 0
 
 
-def _print_event(event: dict[str, Any], output: str) -> None:
+def _print_event(event: Fields, output: str) -> None:
     if output == "json":
         click.echo(json.dumps(event, ensure_ascii=True))
     else:
         click.echo(_event_line(event))
 
 
-def _event_line(event: dict[str, Any]) -> str:
+def _event_line(event: Mapping[str, object]) -> str:
     """One event for people: when (UTC), kind, device, text, and the state before. `-o json` has the rest."""
-    data = event.get("data") or {}
+    data = mapping(event.get("data"))
     was, lasted = data.get("was"), age(data.get("was_for_s"))
     before = f" (was {clean(was)} for {lasted})" if was and lasted else ""
-    parts = [utc(event.get("at")), event.get("kind"), event.get("device"), event.get("text")]
+    parts = [
+        utc(event.get("at")),
+        event.get("kind"),
+        event.get("device"),
+        event.get("text"),
+    ]
     return "  ".join(clean(part) for part in parts if part) + before
-
-
-_MOMENTS: Final = frozenset({"at", "since", "created_at", "begins", "ends"})
-"""Keys whose values are unix seconds."""
-
-
-def _leaf(key: str, value: object) -> tuple[str, str]:
-    """A key and its value for people: moments as UTC, durations with a unit."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and key in _MOMENTS:
-        return key, utc(value)
-    for suffix, ago in (("_s_ago", " ago"), ("since_s", " ago"), ("_s", "")):
-        if key.endswith(suffix) and (value is None or isinstance(value, int | float)):
-            name = "since" if suffix == "since_s" else key.removesuffix(suffix)
-            return name, "" if value is None else f"{age(value)}{ago}"
-    return key, cell(value)
 
 
 def _print_tree(value: object, depth: int = 0) -> None:
@@ -199,12 +192,12 @@ def _print_tree(value: object, depth: int = 0) -> None:
                 click.echo(f"{pad}{clean(key)}:")
                 _print_tree(item, depth + 1)
             else:
-                name, text = _leaf(key, item)
+                name, text = leaf(key, item)
                 click.echo(f"{pad}{clean(name)}: {text or '-'}")
     elif isinstance(value, list):
         for item in value:
             if isinstance(item, dict):
-                leaves = (_leaf(key, inner) for key, inner in item.items())
+                leaves = (leaf(key, inner) for key, inner in item.items())
                 click.echo(f"{pad}" + "  ".join(f"{clean(k)}={v}" for k, v in leaves if v))
             else:
                 click.echo(f"{pad}{cell(item)}")

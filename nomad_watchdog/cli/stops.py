@@ -1,4 +1,4 @@
-"""``stops``: what the mass-change breakers of the running replicas hold, and the word to let it go."""
+"""``stops``: stops that the mass-change breakers of the running replicas have put on hold, and their approval."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from typing import Final
 
 import click
 
-from nomad_watchdog.cli._confirm import Kind
+from nomad_watchdog.cli._answers import Fields, Held, StopPlan
+from nomad_watchdog.cli._api_client import ApiClient
+from nomad_watchdog.cli._confirm import HoldKind
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 
-STOPS: Final = Kind(
+
+def _read(api: ApiClient) -> tuple[Held, list[Fields]]:
+    held = api.get("/v1/plan", StopPlan)["held"]
+    return held, held["stops"]
+
+
+STOPS: Final = HoldKind(
     word="stops",
-    read=lambda api: dict(api.get("/v1/plan")["held"]),
+    read=_read,
     rows="stops",
     columns=("device", "epoch", "placement"),
     confirm_path="/v1/plan:confirm",

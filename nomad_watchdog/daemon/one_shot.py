@@ -112,7 +112,7 @@ async def apply(
     registry_index: int | None,
     *,
     allow_stops: bool,
-    tell: Callable[[str], None] = lambda _text: None,
+    report_progress: Callable[[str], None] = lambda _text: None,
 ) -> dict[str, object]:
     """Carry out one plan, after `look`, with all windows of the roll-outs in it. `allow_stops`: an operator
     means the held ones too. `tell`: is given the progress of a roll-out, in words.
@@ -134,7 +134,7 @@ async def apply(
     reconciler.executor.done = work.done
     await _carry_out(reconciler, plan, work)
     if plan.waiting or work.replaced:
-        await _follow(reconciler, confirmed, work, tell)
+        await _follow(reconciler, confirmed, work, report_progress)
     failed = [slug for slug in work.failures if work.given_up(slug)]
     if failed:
         why = reconciler.executor.obstacles.get(failed[0], "")
@@ -171,7 +171,7 @@ async def _follow(
     reconciler: Reconciler,
     confirmed: frozenset[Stop],
     work: _Work,
-    tell: Callable[[str], None],
+    report_progress: Callable[[str], None],
 ) -> None:
     """Look and act until every replaced device has its new agent, and none waits any more."""
     fleet, limits = reconciler.fleet, reconciler.fleet.limits
@@ -199,7 +199,9 @@ async def _follow(
         now = (len(plan.waiting), len(open_), len(work.replaced))
         if now != before:
             before, since = now, fleet.clock.monotonic()
-            tell(progress(len(work.replaced) - len(open_), len(open_), len(plan.waiting)))
+            report_progress(
+                progress(len(work.replaced) - len(open_), len(open_), len(plan.waiting))
+            )
         elif fleet.clock.monotonic() - since > patience_s:
             raise TransientError(
                 f"no progress for {patience_s:.0f} s: {len(work.replaced) - len(open_)} replaced, "
@@ -310,7 +312,7 @@ async def apply_once(
     *,
     registry_index: int | None = None,
     allow_stops: bool = False,
-    tell: Callable[[str], None] = lambda _text: None,
+    report_progress: Callable[[str], None] = lambda _text: None,
 ) -> dict[str, Any]:
     """Make a plan and carry it out, see `once.apply`, where no service runs that would."""
     async with open_registry(settings) as registry:
@@ -320,7 +322,9 @@ async def apply_once(
             specs = dict(reconciler.specs)
             reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
             await reconciler.spec_history.remember(reconciler.specs.values())
-            return await apply(reconciler, registry_index, allow_stops=allow_stops, tell=tell)
+            return await apply(
+                reconciler, registry_index, allow_stops=allow_stops, report_progress=report_progress
+            )
 
 
 async def _configs(settings: Settings) -> list[str]:

@@ -80,7 +80,8 @@ class StandIn:
         body = await request.json()
         for item in body["devices"]:
             self.devices[item["id"]] = item
-        return web.json_response({})
+        results = [{"id": item["id"], "status": 200, "error": None} for item in body["devices"]]
+        return web.json_response({"results": results})
 
     async def events(self, request: web.Request) -> web.Response:
         return web.json_response({"items": [{"seq": 1, "device": HOSTILE}], "next": 1})
