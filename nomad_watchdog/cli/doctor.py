@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import asdict
 
 import click
 
@@ -27,15 +26,16 @@ def doctor(ctx: click.Context, output: str) -> None:
     try:
         settings = settings_of(ctx)
     except UserError as error:
-        mend = "see docs/configuration.md"
-        checks = [Check("config", Status.FAIL, line, mend) for line in str(error).splitlines()]
+        fix = "see docs/configuration.md"
+        checks = [Check("config", Status.FAIL, line, fix) for line in str(error).splitlines()]
     else:
         file = find_file(ctx.obj["config"], os.environ)
         checks = asyncio.run(examine(settings, os.environ, file))
     failed = any(check.status is Status.FAIL for check in checks)
     if output == "json":
-        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+        # `mend` is the former name of `fix`.
+        found = [check._asdict() | {"mend": check.fix} for check in checks]
+        print_json({"ok": not failed, "checks": found})
     else:
-        rows = [(check.name, check.status, check.found, check.mend) for check in checks]
-        print_table(("CHECK", "STATUS", "FOUND", "FIX"), rows, no_color=no_color(ctx))
+        print_table(("CHECK", "STATUS", "FOUND", "FIX"), checks, no_color=no_color(ctx))
     ctx.exit(EXIT_UNAVAILABLE if failed else 0)

@@ -224,7 +224,7 @@ async def test_doctor_names_what_is_not_private_and_its_fix(tmp_path: Path) -> N
         }
     )
     checks = await examine(settings, {}, config)
-    found = {(check.name, str(check.status)): f"{check.found} | {check.mend}" for check in checks}
+    found = {(check.name, str(check.status)): f"{check.found} | {check.fix}" for check in checks}
     for key, words in (
         (("api.token_file", "warn"), f"can be read by everybody (mode 0644) | chmod 600 {read}"),
         (("api.agent_key_file", "fail"), "can be written by everybody (mode 0666) | chmod 600"),

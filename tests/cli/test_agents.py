@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nomad_watchdog.api.body import parsed
 from nomad_watchdog.api.errors import RequestError
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli._agent_logs import nomad_log
+from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.config.blocks import NomadSettings
 from nomad_watchdog.config.settings import Settings
@@ -111,12 +113,11 @@ async def test_logs_and_probes_of_a_local_agent(tmp_path: Path, directory: Path)
 
 async def test_an_agent_that_is_gone_is_unavailable(tmp_path: Path, directory: Path) -> None:
     """When nobody listens at the agent's address any more, `exec-probe` ends with 69 and says so."""
-    from nomad_watchdog.cli._api_client import ApiClient
-    from nomad_watchdog.cli.agents import _probed
+    from nomad_watchdog.cli.agents import _run_probes
 
     port = free_port()
     with pytest.raises(TerminalError, match="no answer"):
-        await asyncio.to_thread(_probed, ApiClient(f"http://127.0.0.1:{port}"))
+        await asyncio.to_thread(_run_probes, ApiClient(f"http://127.0.0.1:{port}"))
 
 
 def job(name: str, *, disabled: bool) -> dict[str, Any]:
@@ -192,11 +193,12 @@ async def test_h13_exec_probe_posts_to_a_host_and_a_port_only(
     port = server.sockets[0].getsockname()[1]
 
     def tried(listen: str) -> int:
-        class Answers:
-            def pages(self, _path: str, **_query: object) -> list[dict[str, object]]:
-                return [{"id": "pump-7", "listen": listen}]
+        class Answers(ApiClient):
+            def pages(self, _path: str, **_query: object) -> Iterator[dict[str, object]]:
+                yield {"id": "pump-7", "instance": "a", "listen": listen}
 
-        monkeypatch.setattr("nomad_watchdog.cli.agents.api_of", lambda _ctx: Answers())
+        answers = Answers("http://127.0.0.1:1")
+        monkeypatch.setattr("nomad_watchdog.cli.agents.api_of", lambda _ctx: answers)
         return _code(["agents", "exec-probe", "pump-7"])
 
     async with server:

@@ -331,7 +331,7 @@ def test_doctor_tells_what_fails_and_exits_69(
     monkeypatch.setenv("NOMAD_WATCHDOG_CONSUL_AGENT_ADDRESS", "http://127.0.0.1:1")
     assert _code(["--backend", "nomad", "doctor", "-o", "json"]) == 69
     checks = json.loads(capsys.readouterr().out)["checks"]
-    failed = {check["name"]: check["mend"] for check in checks if check["status"] == "fail"}
+    failed = {check["name"]: check["fix"] for check in checks if check["status"] == "fail"}
     assert set(failed) == {"nomad reachable", "consul reachable"}
     assert all(failed.values())
     assert not list(tmp_path.iterdir()), "doctor only looks"

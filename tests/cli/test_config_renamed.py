@@ -114,7 +114,7 @@ def test_config_check_and_doctor_report_old_names(
     )
     examined = runner.invoke(cli, ["--config", str(file), "doctor", "-o", "json"])
     found = [one for one in json.loads(examined.stdout)["checks"] if one["name"] == "config"]
-    assert [(one["status"], one["found"], one["mend"]) for one in found[1:]] == [
+    assert [(one["status"], one["found"], one["fix"]) for one in found[1:]] == [
         ("warn", *one.split("; ")) for one in WARNINGS
     ]
 

@@ -62,7 +62,7 @@ async def test_readme_works_as_written_and_a_wiped_consul_is_not_a_new_one(
 
     code, found = await registry_by_doctor(plane)
     assert (code, found["status"], found["found"]) == (0, "warn", "not initialised yet")
-    assert found["mend"].startswith("for a new installation run `nomad-watchdog init`;")
+    assert found["fix"].startswith("for a new installation run `nomad-watchdog init`;")
     assert (await cli(plane, "init"))[0] == 0
     code, found = await registry_by_doctor(plane)
     assert (code, found["status"]) == (0, "ok")
@@ -86,10 +86,10 @@ async def test_readme_works_as_written_and_a_wiped_consul_is_not_a_new_one(
         code, found = await registry_by_doctor(plane)
         assert (code, found["status"]) == (69, "fail")
         assert "wiped or replaced while the control plane runs" in found["found"]
-        assert found["mend"].startswith(
+        assert found["fix"].startswith(
             "bring the records back with `nomad-watchdog registry import"
         )
-        assert "nomad-watchdog init" not in found["found"] + found["mend"]
+        assert "nomad-watchdog init" not in found["found"] + found["fix"]
         explained = await plane.call("GET", "/v1/devices/pump/explain")
         assert explained["next"].startswith("nothing until the registry is back; its agent goes on")
 

@@ -99,7 +99,7 @@ async def test_doctor_is_content_with_it(
     assert [c for c in checks.values() if c.status is Status.FAIL] == []
     assert checks["nomad jobs"].status is Status.OK
     assert checks["nomad nodes"].found == "1 of 1 take agents"
-    assert "agent" in checks["nomad limits"].mend
+    assert "agent" in checks["nomad limits"].fix
 
 
 async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: P
     check = (await checks_with(guarded, token, tmp_path))["nomad jobs"]
     assert check.status is Status.FAIL
     for capability in ("dispatch-job", "submit-job", "parse-job"):
-        assert capability in check.mend
+        assert capability in check.fix
     assert (await checks_with(guarded, "", tmp_path))["nomad jobs"].status is Status.FAIL
     assert await guarded.request("GET", "/v1/jobs?prefix=device-watchdog") == []
 
@@ -140,7 +140,7 @@ async def test_a_token_that_nomad_does_not_know_is_not_explained_as_lacking_righ
     finally:
         await client.close()
     checks = await checks_with(guarded, made["SecretID"], tmp_path)
-    assert checks["nomad token"].mend == "check nomad.token_file (or NOMAD_TOKEN)"
+    assert checks["nomad token"].fix == "check nomad.token_file (or NOMAD_TOKEN)"
     assert "nomad jobs" not in checks
 
 

@@ -197,7 +197,7 @@ async def test_a_registry_that_may_only_be_read_and_a_deleted_token_are_reported
             for one in (checks["consul token"], checks["registry"]):
                 assert one["status"] == "fail"
                 assert "Consul does not know this token" in one["found"]
-                assert one["mend"] == "check consul.token_file (or CONSUL_HTTP_TOKEN)"
+                assert one["fix"] == "check consul.token_file (or CONSUL_HTTP_TOKEN)"
             assert "consul kv" not in checks
             lines = [json.loads(line) for line in plane.log.read_text().splitlines()]
         said = [line["msg"] for line in lines if line["level"] in {"warning", "error"}]

@@ -219,7 +219,7 @@ async def test_doctor_says_what_is_missing(
     for right in ("lacks get deployments", "get pods/log", "create configmaps",
                   "get configmaps/nomad-watchdog", "patch configmaps/nomad-watchdog"):  # fmt: skip
         assert right in told.found
-    assert "jobs/kubernetes/rbac.yaml" in told.mend
+    assert "jobs/kubernetes/rbac.yaml" in told.fix
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -293,4 +293,4 @@ async def test_doctor_names_a_server_that_does_not_answer(tmp_path: Path) -> Non
 
     assert (told.name, told.status) == ("kubernetes reachable", Status.FAIL)
     assert "does not answer" in told.found
-    assert "kubernetes.kubeconfig" in told.mend
+    assert "kubernetes.kubeconfig" in told.fix

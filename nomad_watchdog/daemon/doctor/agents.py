@@ -1,4 +1,4 @@
-"""What running agents say about their own reports: doctor asks them directly."""
+"""Checks whether the reports of running agents arrive, by calling the agents directly."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import aiohttp
 from watchdog_agent.runtime.parsing import loads
 from yarl import URL
 
-Found = tuple[str, str, str, str]
-"""Name, status (ok, warn, fail), what was found, and how to fix it."""
+from nomad_watchdog.daemon.doctor.base import Check, Status
 
 MAX_ASKED: Final = 64
+"""Agents that are called."""
 _AT_ONCE: Final = 16
 _TIMEOUT_S: Final = 2.0
 _MAX_BYTES: Final = 256 * 1024
@@ -22,9 +22,9 @@ _MAX_NAMED: Final = 3
 _NAME: Final = "agents asked"
 
 
-async def checks(agents: Mapping[str, str], *, runs: bool) -> list[Found]:
-    """One finding; none without an agent. `agents`: `host:port` of an agent → its device, those of most interest
-    first. `runs`: a control plane answers, so that an agent that can't reach it is a failure."""
+async def checks(agents: Mapping[str, str], *, runs: bool) -> list[Check]:
+    """One check; none without an agent. `agents`: `host:port` of an agent → its device, the most important first.
+    `runs`: a control plane answers, so an agent that can't reach it is a failure."""
     asked = dict(islice(agents.items(), MAX_ASKED))
     if not asked:
         return []
@@ -37,21 +37,23 @@ async def checks(agents: Mapping[str, str], *, runs: bool) -> list[Found]:
                 return await _trouble(session, listen)
 
         answers = await asyncio.gather(*map(one, asked))
-    said = [(d, t) for d, t in zip(asked.values(), answers, strict=True) if t is not None]
-    counted = f"{len(said)} of {len(asked)} agents answer here"
-    troubled = sorted((device, trouble) for device, trouble in said if trouble)
+    answered = [(d, t) for d, t in zip(asked.values(), answers, strict=True) if t is not None]
+    counted = f"{len(answered)} of {len(asked)} agents answer here"
+    troubled = sorted((device, trouble) for device, trouble in answered if trouble)
     if not troubled:
-        return [(_NAME, "ok", f"{counted}; their reports arrive" if said else counted, "")]
+        return [
+            Check(_NAME, Status.OK, f"{counted}; their reports arrive" if answered else counted, "")
+        ]
     named = "; ".join(f"{device}: {trouble}" for device, trouble in troubled[:_MAX_NAMED])
     more = f" and {len(troubled) - _MAX_NAMED} more" if len(troubled) > _MAX_NAMED else ""
     what = f"{counted}; the reports of {len(troubled)} of them do not arrive: {named}{more}"
-    mend = "see docs/runbooks.md, AgentsUnheard" if runs else "run doctor again while it runs"
-    return [(_NAME, "fail" if runs else "warn", what, mend)]
+    fix = "see docs/runbooks.md, AgentsUnheard" if runs else "run doctor again while it runs"
+    return [Check(_NAME, Status.FAIL if runs else Status.WARN, what, fix)]
 
 
 async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
-    """Why the reports of an agent do not arrive, in its words; "" = they do, None = it does not answer here. No
-    token of ours is sent: the address is what an agent, or whoever speaks for it, has claimed."""
+    """The agent's reason why its reports do not arrive; "" = they do, None = it does not answer here. No token is
+    sent: the address comes from a report and is not verified."""
     host, _, port = listen.rpartition(":")
     try:
         number = int(port) if len(port) <= 5 else 0
@@ -60,7 +62,7 @@ async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
             body = b""
             while len(body) < _MAX_BYTES and (chunk := await answer.content.read(_MAX_BYTES)):
                 body += chunk
-            said = loads(body)["reports"]["trouble"]
+            trouble = str(loads(body)["reports"]["trouble"])
     except (
         aiohttp.ClientError,
         TimeoutError,
@@ -70,4 +72,4 @@ async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:
         TypeError,
     ):
         return None
-    return str(said)[:300]
+    return trouble[:300]

@@ -1,7 +1,6 @@
-"""Whether agents reach the control plane, and whether their reports are believed: doctor's checks of the API.
+"""Checks whether agents reach the control plane, and whether it accepts their reports.
 
-Each gives (name, "ok", "warn" or "fail", what was found, what to do). Nothing is changed: the report that is sent
-has no content, so that it is refused for that, unless its credential is refused before.
+Nothing is changed: the report that is sent has no content, so it is rejected after its credential was accepted.
 """
 
 from __future__ import annotations
@@ -9,32 +8,38 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 from watchdog_agent import wire
 
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.core.agent_token import TokenClaim, issue
+from nomad_watchdog.daemon.doctor.base import Check, Status, mapping, objects
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Epoch, Monotonic
 from nomad_watchdog.secret_files import SecretFile, read_keys, read_token
 
 TIMEOUT_S: Final = 5.0
-Found = tuple[str, str, str, str]
 
 
-async def checks(settings: Settings) -> list[Found]:
-    """Connect to `api.advertise` as agents do, and ask there how many agents are not heard."""
+async def checks(settings: Settings) -> list[Check]:
+    """Connect to `api.advertise` as agents do, and read how many agents are silent or refused."""
     where = settings.advertise
     try:
         tls = _trust(settings)
     except (OSError, ValueError) as error:
-        what = f"the files that {where} is verified with can't be used: {error}"
+        what = f"the files that verify {where} can't be used: {error}"
         return [
-            ("api.advertise", "fail", what, "set api.ca_cert to the authority that signed api.cert")
+            Check(
+                "api.advertise",
+                Status.FAIL,
+                what,
+                "set api.ca_cert to the authority that signed api.cert",
+            )
         ]
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
@@ -43,31 +48,41 @@ async def checks(settings: Settings) -> list[Found]:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return [await _unreached(settings, _why(error))]
         if "ready" not in answer:
-            what = f"{where} answers, but is no control plane of nomad-watchdog (HTTP {status})"
+            what = f"{where} answers, but is not a control plane of nomad-watchdog (HTTP {status})"
             return [
-                ("api.advertise", "fail", what, "set api.advertise to where agents reach the API")
+                Check(
+                    "api.advertise",
+                    Status.FAIL,
+                    what,
+                    "set api.advertise to where agents reach the API",
+                )
             ]
-        found: list[Found] = [("api.advertise", "ok", f"{where} answers", "")]
+        found: list[Check] = [Check("api.advertise", Status.OK, f"{where} answers", "")]
         if settings.api.agent_key_file or settings.api.agent_token_file:
-            found.append(await _believed(session, settings, tls))
+            found.append(await _credential(session, settings, tls))
         found += await _status(session, settings, tls)
     return found
 
 
 async def agents(settings: Settings) -> dict[str, str]:
-    """Where the control plane says that agents are (`host:port` → device), those first that it has not heard for
-    longest; none if it does not say."""
+    """The addresses of the agents as the control plane lists them (`host:port` → device), those first whose last
+    report is oldest; none if the list can't be read."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     try:
         token, tls = _operator_token(settings), _trust(settings)
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False) as session:
             url = f"{settings.advertise}/v1/agents?limit=1000"
-            _, said = await _call(session, "GET", url, tls, token)
-        found = [(one["report_age_s"], one["listen"], one["id"]) for one in said.get("items", ())]
-        found = sorted((one for one in found if one[1]), reverse=True)
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError, UserError):
+            _, answer = await _call(session, "GET", url, tls, token)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, UserError):
         return {}
-    return {str(listen): str(device) for _, listen, device in found}
+    found = [one for one in objects(answer.get("items")) if one.get("listen")]
+    found.sort(key=_report_age_s, reverse=True)
+    return {str(one["listen"]): str(one.get("id")) for one in found}
+
+
+def _report_age_s(agent: Mapping[str, object]) -> float:
+    age_s = agent.get("report_age_s")
+    return age_s if isinstance(age_s, int | float) else 0.0
 
 
 def _operator_token(settings: Settings) -> str:
@@ -80,7 +95,7 @@ def _operator_token(settings: Settings) -> str:
 
 
 def _why(error: Exception) -> str:
-    """Why a call failed, in words: a system error by its name, without addresses and library names."""
+    """Why a call failed: the text of a system error, without addresses and library names."""
     cause = getattr(error, "os_error", error)
     if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
         return os.strerror(cause.errno).lower()
@@ -99,21 +114,21 @@ async def _call(
     url: str,
     tls: ssl.SSLContext | bool,
     token: str = "",
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, Mapping[str, object]]:
+    """The HTTP status, and the JSON object of the response; an empty one if there is none."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    body: dict[str, Any] | None = {} if method == "POST" else None
+    body: dict[str, object] | None = {} if method == "POST" else None
     async with session.request(
         method, url, json=body, headers=headers, ssl=tls, allow_redirects=False
     ) as answer:
         try:
-            said = await answer.json(content_type=None)
+            return answer.status, mapping(await answer.json(content_type=None))
         except ValueError:
-            said = None
-        return answer.status, said if isinstance(said, dict) else {}
+            return answer.status, {}
 
 
-async def _unreached(settings: Settings, why: str) -> Found:
-    """The control plane may just not be running: that is no mistake of the settings."""
+async def _unreached(settings: Settings, why: str) -> Check:
+    """A failed check if the control plane runs, else a warning: that it does not run is not a wrong setting."""
     host, _, port = settings.api.listen.rpartition(":")
     host = host.strip("[]")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104  # to compare
@@ -121,22 +136,22 @@ async def _unreached(settings: Settings, why: str) -> Found:
         async with asyncio.timeout(TIMEOUT_S):
             _, writer = await asyncio.open_connection(host, int(port))
     except (OSError, TimeoutError):
-        what = f"nothing answers at {settings.advertise}: the control plane does not run ({why})"
-        return "api.advertise", "warn", what, "run doctor again while it runs"
+        what = f"no answer at {settings.advertise}: the control plane does not run ({why})"
+        return Check("api.advertise", Status.WARN, what, "run doctor again while it runs")
     writer.close()
     what = f"the control plane runs at {settings.api.listen}, and agents can't reach it at {settings.advertise}: {why}"
-    return (
+    return Check(
         "api.advertise",
-        "fail",
+        Status.FAIL,
         what,
         "set api.advertise to where agents reach the API, or open its port",
     )
 
 
-async def _believed(
+async def _credential(
     session: aiohttp.ClientSession, settings: Settings, tls: ssl.SSLContext | bool
-) -> Found:
-    """Whether the control plane believes what agents that start now are given."""
+) -> Check:
+    """Whether the control plane accepts the credential that new agents are given."""
     api = settings.api
     name = "agents' credentials" if api.agent_key_file else "agents' token"
     setting = "api.agent_key_file" if api.agent_key_file else "api.agent_token_file"
@@ -146,53 +161,53 @@ async def _believed(
         reader = read_keys if api.agent_key_file else read_token
         (secret, *_) = SecretFile(setting, Path(path), reader).required().now(Monotonic(0.0))
     except UserError as error:
-        return name, "warn", str(error), f"run doctor where the files of {setting} are"
+        return Check(name, Status.WARN, str(error), f"run doctor where the files of {setting} are")
     token = secret.decode()
     if api.agent_key_file:
         token = issue(secret, TokenClaim(slug_of(DeviceId("doctor")), Epoch(0)))
     try:
         status, _ = await _call(session, "POST", settings.advertise + wire.REPORT_PATH, tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        return name, "warn", _why(error), "run doctor again"
+        return Check(name, Status.WARN, _why(error), "run doctor again")
     if status in (401, 403):
-        what = f"the control plane at {settings.advertise} refuses what {setting} signs or holds (HTTP {status})"
-        mend = f"it runs with another {setting}: give both the same, and keep the old key below the new one"
-        return name, "fail", what, mend
-    return name, "ok", f"the control plane believes what comes from {setting}", ""
+        what = f"the control plane at {settings.advertise} rejects the credential from {setting} (HTTP {status})"
+        fix = f"it runs with another {setting}: use the same file for both, and keep the old key below the new one"
+        return Check(name, Status.FAIL, what, fix)
+    return Check(name, Status.OK, f"the control plane accepts the credential from {setting}", "")
 
 
 async def _status(
     session: aiohttp.ClientSession, settings: Settings, tls: ssl.SSLContext | bool
-) -> list[Found]:
-    """What the control plane says of itself: how many running agents are refused or silent, and whether its
-    registry went back in time."""
+) -> list[Check]:
+    """Checks of the status: how many running agents are refused or silent, and whether the registry went back in
+    time."""
     name = "agents heard"
     try:
         token = _operator_token(settings)
     except UserError as error:
-        return [(name, "warn", str(error), "run doctor where api.token_file is")]
+        return [Check(name, Status.WARN, str(error), "run doctor where api.token_file is")]
     try:
-        status, said = await _call(session, "GET", f"{settings.advertise}/v1/status", tls, token)
+        status, answer = await _call(session, "GET", f"{settings.advertise}/v1/status", tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        return [(name, "warn", _why(error), "run doctor again")]
-    if status != 200 or not isinstance(said.get("unheard"), dict):
-        return [(name, "warn", f"the status can't be read (HTTP {status})", "set api.token_file")]
-    found = [_unheard(said["unheard"])]
-    if restored := said.get("registry_restored"):
-        mend = (
-            "see docs/runbooks.md, RegistryRestored; a restart of the control plane ends this line"
-        )
-        found.append(("registry restored", "warn", str(restored), mend))
+        return [Check(name, Status.WARN, _why(error), "run doctor again")]
+    if status != 200 or not isinstance(answer.get("unheard"), dict):
+        return [
+            Check(
+                name, Status.WARN, f"the status can't be read (HTTP {status})", "set api.token_file"
+            )
+        ]
+    found = [_unheard(mapping(answer["unheard"]))]
+    if restored := answer.get("registry_restored"):
+        fix = "see docs/runbooks.md, RegistryRestored; a restart of the control plane ends this warning"
+        found.append(Check("registry restored", Status.WARN, str(restored), fix))
     return found
 
 
-def _unheard(counts: dict[str, Any]) -> Found:
+def _unheard(counts: Mapping[str, object]) -> Check:
     name = "agents heard"
     refused, silent = counts.get("refused", 0), counts.get("silent", 0)
     if not refused and not silent:
-        return name, "ok", "every running agent is heard", ""
+        return Check(name, Status.OK, "the reports of all running agents arrive", "")
     what = f"the reports of {refused} running agents are refused, and {silent} are silent"
-    mend = (
-        "see `devices ls --verdict unwatched` for the reason, and docs/runbooks.md, AgentsUnheard"
-    )
-    return name, "fail", what, mend
+    fix = "see `devices ls --verdict unwatched` for the reason, and docs/runbooks.md, AgentsUnheard"
+    return Check(name, Status.FAIL, what, fix)

@@ -1,13 +1,12 @@
-"""What each check of `doctor` is made of."""
+"""What all checks of `doctor` use."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import aiohttp
 
@@ -27,17 +26,18 @@ class Status(StrEnum):
     FAIL = "fail"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
+    """What one check of `doctor` found, and how to fix it."""
+
     name: str
     status: Status
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
-class _Server:
-    """GET, PUT and POST of JSON as the control plane itself asks: the same address, token, namespace, region
-    and TLS. Nothing is retried: doctor reports what is."""
+class Server:
+    """Calls Nomad or Consul as the control plane does: with the same address, token, namespace, region and TLS.
+    Nothing is retried."""
 
     def __init__(
         self,
@@ -55,7 +55,8 @@ class _Server:
         path: str,
         body: object = None,
         params: Mapping[str, str] | None = None,
-    ) -> tuple[int, Any]:
+    ) -> tuple[int, object]:
+        """The HTTP status, and the body as JSON or else as text."""
         async with self._session.request(
             method,
             f"{self._settings.address}{path}",
@@ -77,54 +78,62 @@ class _Server:
             return answer.status, text
 
 
-def _unknown_token(settings: NomadAccess | ConsulAccess, said: str) -> str:
-    """What is wrong, if the server does not know the token: then no check says anything about its rights."""
+def _unknown_token(settings: NomadAccess | ConsulAccess, text: str) -> str:
+    """The error if the server does not know the token, else "". The rights of such a token can't be checked."""
     if isinstance(settings, ConsulAccess):
-        return consul.NOT_KNOWN if consul.is_unknown_token(said) else ""
-    return nomad.NOT_KNOWN if nomad.is_unknown_token(said) else ""
+        return consul.NOT_KNOWN if consul.is_unknown_token(text) else ""
+    return nomad.NOT_KNOWN if nomad.is_unknown_token(text) else ""
 
 
-async def _guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> list[Check]:
+def mapping(value: object) -> Mapping[str, object]:
+    """The value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects(value: object) -> list[Mapping[str, object]]:
+    """The objects of a JSON list; empty if the value is not a list."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+async def guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> list[Check]:
     try:
         return await checks()
     except (aiohttp.ClientError, TimeoutError, OSError, TransientError) as error:
         why = str(error) or type(error).__name__
         where = "kubeconfig" if name == "kubernetes" else "address, ca_cert and the token"
-        mend = f"start it, or set {name}.{where}"
-        return [Check(f"{name} reachable", Status.FAIL, why, mend)]
+        fix = f"start it, or set {name}.{where}"
+        return [Check(f"{name} reachable", Status.FAIL, why, fix)]
     except DeniedError as error:
-        return [_refused(f"{name} token", error)]
+        return [denied_check(f"{name} token", error)]
     except WatchdogError as error:
         return [Check(f"{name} settings", Status.FAIL, str(error), f"see the {name} block")]
 
 
-def _refused(name: str, error: DeniedError) -> Check:
-    """What the server denies, and what the error says to do about it."""
-    found, _, mend = str(error).rpartition("; ")
-    return Check(
-        name, Status.FAIL, found or mend, mend if found else "grant the rights to the token"
-    )
+def denied_check(name: str, error: DeniedError) -> Check:
+    """A failed check from an error: the text before the last `; ` is what was found, the rest is the fix."""
+    found, _, fix = str(error).rpartition("; ")
+    return Check(name, Status.FAIL, found or fix, fix if found else "grant the rights to the token")
 
 
 @asynccontextmanager
-async def _server(
+async def open_server(
     settings: NomadAccess | ConsulAccess,
     headers: Mapping[str, str],
     params: Mapping[str, str] | None = None,
-) -> AsyncIterator[_Server]:
+) -> AsyncIterator[Server]:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     sent = {name: value for name, value in headers.items() if value}
     async with aiohttp.ClientSession(timeout=timeout, headers=sent) as session:
-        yield _Server(session, settings, params or {})
+        yield Server(session, settings, params or {})
 
 
-def _skew(name: str, date: str) -> Check:
+def clock_check(name: str, date: str) -> Check:
     try:
         there = parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
-        return Check(f"{name} clock", Status.WARN, "the answer had no date")
+        return Check(f"{name} clock", Status.WARN, "the response had no date")
     skew = SystemClock().wall() - there
     if abs(skew) <= SKEW_S:
         return Check(f"{name} clock", Status.OK, f"differs by less than {SKEW_S:g} s")
-    mend = "run a time daemon on both machines: certificates, tokens and ages depend on it"
-    return Check(f"{name} clock", Status.WARN, f"differs by {skew:.0f} s", mend)
+    fix = "run a time daemon on both machines: certificates, tokens and ages depend on it"
+    return Check(f"{name} clock", Status.WARN, f"differs by {skew:.0f} s", fix)

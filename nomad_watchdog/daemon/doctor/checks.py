@@ -1,17 +1,16 @@
-"""Whether the environment will carry us: each check says what was found and how to mend it.
+"""All checks of `doctor`. Each reports what was found and how to fix it.
 
-Checks only look, but for one Consul session that is made and destroyed. They never raise: what a
-check can't do is its finding. Where a limit comes from is said beside it.
+Checks change nothing, except that they create and destroy one Consul session. They do not raise: a failed call
+is the result of its check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
+from nomad_watchdog.controllers.migration_state import FORMAT
 from nomad_watchdog.daemon import preflight
 from nomad_watchdog.daemon.doctor import agents as doctor_agents
 from nomad_watchdog.daemon.doctor import api as doctor_api
@@ -19,12 +18,12 @@ from nomad_watchdog.daemon.doctor import classes
 from nomad_watchdog.daemon.doctor.base import (
     Check,
     Status,
-    _guarded,
+    guarded,
 )
-from nomad_watchdog.daemon.doctor.consul import _consul, _migration, _registry
-from nomad_watchdog.daemon.doctor.kubernetes import _kubernetes
-from nomad_watchdog.daemon.doctor.machine import _machine
-from nomad_watchdog.daemon.doctor.nomad import _nomad
+from nomad_watchdog.daemon.doctor.consul import check_consul, check_migration, check_registry
+from nomad_watchdog.daemon.doctor.kubernetes import check_kubernetes
+from nomad_watchdog.daemon.doctor.machine import check_machine
+from nomad_watchdog.daemon.doctor.nomad import check_nomad
 from nomad_watchdog.errors import (
     UserError,
 )
@@ -37,7 +36,7 @@ async def examine(
     """All checks that make sense for these settings, in the order in which to fix them. `config`: the file that
     was read."""
     return [
-        replace(check, found=hide(check.found), mend=hide(check.mend))
+        check._replace(found=hide(check.found), fix=hide(check.fix))
         for check in await _examine(settings, env, config)
     ]
 
@@ -46,37 +45,52 @@ async def _examine(settings: Settings, env: Mapping[str, str], config: Path | No
     checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
     checks += [_deprecated(text) for text in settings.deprecated]
     checks += _files(settings, env)
-    for name, found, mend in preflight.exposed(settings, config):
-        checks.append(Check(name, Status.WARN, found, mend))
-    api = await doctor_api.checks(settings)
-    checks += [Check(name, Status(status), found, mend) for name, status, found, mend in api]
-    runs = ("api.advertise", "ok") in [one[:2] for one in api]
-    heard, registered = (await doctor_api.agents(settings) if runs else {}), dict[str, str]()
-    if settings.registry_kind == "consul" or settings.agent_consul:
-        checks += await _guarded("consul", lambda: _consul(settings, env, registered))
-    # First those that only Consul knows: no report of them has been accepted here.
-    agents = {k: v for k, v in registered.items() if k not in heard} | heard
-    for name, status, found, mend in await doctor_agents.checks(agents, runs=runs):
-        checks.append(Check(name, Status(status), found, mend))
-    registry, document = await _registry(settings, runs=runs)
+    for name, found, fix in preflight.exposed(settings, config):
+        checks.append(Check(name, Status.WARN, found, fix))
+    api_checks = await doctor_api.checks(settings)
+    checks += api_checks
+    runs = any(one.name == "api.advertise" and one.status is Status.OK for one in api_checks)
+    checks += await _consul_and_agents(settings, env, runs=runs)
+    registry, document = await check_registry(settings, runs=runs)
     checks.append(registry)
-    for name, status, found, mend in await classes.checks(settings):
-        checks.append(Check(name, Status(status), found, mend))
-    try:
-        kept = FORMAT.decode(document)
-    except UserError as error:
-        mend = "nothing is decided until it can be read"
-        checks.append(Check("migration", Status.FAIL, str(error), mend))
-        kept = MigrationState()
-    if kept.base:
-        checks.append(_migration(settings, kept))
-    backends = {settings.backend, *kept.backends}
-    if "nomad" in backends:
-        checks += await _guarded("nomad", lambda: _nomad(settings, env))
-    if "kubernetes" in backends:
-        checks += await _guarded("kubernetes", lambda: _kubernetes(settings))
+    checks += await classes.checks(settings)
+    migration_checks, backends = _migrations(settings, document)
+    checks += migration_checks
+    checks += await _servers(settings, env, {settings.backend, *backends})
     if settings.backend == "local" or settings.registry_kind == "sqlite":
-        checks += _machine(settings)
+        checks += check_machine(settings)
+    return checks
+
+
+async def _consul_and_agents(
+    settings: Settings, env: Mapping[str, str], *, runs: bool
+) -> list[Check]:
+    reported = await doctor_api.agents(settings) if runs else {}
+    registered: dict[str, str] = {}
+    checks: list[Check] = []
+    if settings.registry_kind == "consul" or settings.agent_consul:
+        checks += await guarded("consul", lambda: check_consul(settings, env, registered))
+    # First those that only Consul knows: the control plane has accepted no report of them.
+    agents = {k: v for k, v in registered.items() if k not in reported} | reported
+    return checks + await doctor_agents.checks(agents, runs=runs)
+
+
+def _migrations(settings: Settings, document: bytes) -> tuple[list[Check], frozenset[str]]:
+    """The check of the migrations in the registry, and the backends that they name."""
+    try:
+        state = FORMAT.decode(document)
+    except UserError as error:
+        fix = "the control plane decides nothing until the document can be read"
+        return [Check("migration", Status.FAIL, str(error), fix)], frozenset()
+    return [check_migration(settings, state)] if state.base else [], state.backends
+
+
+async def _servers(settings: Settings, env: Mapping[str, str], backends: set[str]) -> list[Check]:
+    checks: list[Check] = []
+    if "nomad" in backends:
+        checks += await guarded("nomad", lambda: check_nomad(settings, env))
+    if "kubernetes" in backends:
+        checks += await guarded("kubernetes", lambda: check_kubernetes(settings))
     return checks
 
 
@@ -86,13 +100,13 @@ def _deprecated(text: str) -> Check:
 
 
 def _files(settings: Settings, env: Mapping[str, str]) -> list[Check]:
-    """What `run` reads: a finding for each file, class or setting that it could not use."""
-    mend = "see docs/configuration.md; `nomad-watchdog config check` names the lines"
+    """A check per file, class or setting that `run` could not use."""
+    general_fix = "see docs/configuration.md; `nomad-watchdog config check` prints the line numbers"
     found = []
     for path, text in preflight.misfits(settings, env):
         what, separator, fix = text.rpartition("; ")
         if not (separator and fix.startswith(("chmod ", "chown "))):
-            what, fix = text, mend
+            what, fix = text, general_fix
         found.append(Check(".".join(map(str, path)), Status.FAIL, what, fix))
     named = "tokens, keys, certificates, templates and inventories"
     return found or [Check("files", Status.OK, f"{named} can be read")]
@@ -105,6 +119,6 @@ def _api(settings: Settings) -> Check:
     return Check(
         "api",
         Status.WARN,
-        f"listens on {api.listen} and lets everybody do everything (api.open)",
+        f"listens on {api.listen} without authentication (api.open)",
         "set api.token_file, or listen on 127.0.0.1",
     )

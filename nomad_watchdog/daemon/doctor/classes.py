@@ -1,7 +1,4 @@
-"""Whether the replicas, and this configuration, have the class specs that are in force: a check of doctor.
-
-Gives (name, "ok", "warn" or "fail", what was found, what to do). Nothing is changed.
-"""
+"""Checks whether the replicas and this configuration have the class specs that are in force. Changes nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Final
 from nomad_watchdog.config.class_set import ClassSetStore, InForce, in_words
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.class_set import OwnClasses
+from nomad_watchdog.daemon.doctor.base import Check, Status
 from nomad_watchdog.daemon.factory import consul_client, open_registry
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.replicas.lease_keys import read_replicas
@@ -18,16 +16,15 @@ from nomad_watchdog.replicas.leases import Replica
 from nomad_watchdog.units import utc
 
 TIMEOUT_S: Final = 10.0
-Found = tuple[str, str, str, str]
 _NAME: Final = "classes in force"
-_MEND: Final = (
+_FIX: Final = (
     "give all control planes the same file, then reload or restart them; see docs/configuration.md, "
     "Replicas with different configurations"
 )
 
 
-async def checks(settings: Settings) -> list[Found]:
-    """One finding; none where there is no registry yet, or it can't be read, which is a finding of its own."""
+async def checks(settings: Settings) -> list[Check]:
+    """One check; none if there is no registry yet, or it can't be read, which another check reports."""
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
         return []
     try:
@@ -41,10 +38,17 @@ async def checks(settings: Settings) -> list[Found]:
             replicas = await _replicas(settings)
         specs, unreadable = settings.readable_specs()
     except (WatchdogError, TimeoutError, OSError) as error:
-        return [(_NAME, "fail", str(error) or "no answer in time", "each replica goes by its own")]
+        return [
+            Check(
+                _NAME,
+                Status.FAIL,
+                str(error) or "no answer in time",
+                "until then each replica uses its own class specs",
+            )
+        ]
     if kept is None:
-        what = "none yet: the first control plane that starts brings its own into force"
-        return [(_NAME, "ok", what, "")]
+        what = "none yet: the first control plane that starts brings its class specs into force"
+        return [Check(_NAME, Status.OK, what, "")]
     return [_compared(kept, OwnClasses(specs, unreadable), replicas)]
 
 
@@ -58,7 +62,7 @@ async def _replicas(settings: Settings) -> list[Replica]:
         await client.close()
 
 
-def _compared(kept: InForce, own: OwnClasses, replicas: list[Replica]) -> Found:
+def _compared(kept: InForce, own: OwnClasses, replicas: list[Replica]) -> Check:
     here = f"configuration {kept.standing.digest}, since {utc(kept.since)}"
     wrong = [
         f"{one.id} is configured with {one.config or 'an older version of nomad-watchdog'}"
@@ -68,5 +72,5 @@ def _compared(kept: InForce, own: OwnClasses, replicas: list[Replica]) -> Found:
     if differing := own.differences(kept):
         wrong.append(f"this file differs in class {in_words(differing)}")
     if not wrong:
-        return _NAME, "ok", f"{here}; all replicas are configured with it", ""
-    return _NAME, "warn", f"{here}; {'; '.join(wrong)}", _MEND
+        return Check(_NAME, Status.OK, f"{here}; all replicas are configured with it", "")
+    return Check(_NAME, Status.WARN, f"{here}; {'; '.join(wrong)}", _FIX)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 
@@ -16,11 +16,13 @@ from nomad_watchdog.controllers.migration_state import MigrationState
 from nomad_watchdog.daemon.doctor.base import (
     TIMEOUT_S,
     Check,
+    Server,
     Status,
-    _refused,
-    _Server,
-    _server,
-    _skew,
+    clock_check,
+    denied_check,
+    mapping,
+    objects,
+    open_server,
 )
 from nomad_watchdog.daemon.factory import consul_settings, open_registry
 from nomad_watchdog.errors import DeniedError, NoRegistryError, UserError, WatchdogError
@@ -29,43 +31,43 @@ CONSUL_MINIMUM: Final = (1, 14, 0)
 """The oldest Consul that the tests run on."""
 
 
-async def _consul(
+async def check_consul(
     settings: Settings, env: Mapping[str, str], agents: dict[str, str]
 ) -> list[Check]:
-    """Adds the agents that are registered to `agents`: `host:port` → device."""
+    """Also adds the registered agents to `agents`: `host:port` → device."""
     reached = consul_settings(settings, env)
     headers = {"X-Consul-Token": reached.read_token(), "X-Consul-Namespace": reached.namespace}
-    async with _server(reached, headers) as server:
+    async with open_server(reached, headers) as server:
         status, leader = await server.call("GET", "/v1/status/leader")
         if status != 200 or not leader:
-            mend = "look at the Consul servers' logs: they need a majority"
-            return [Check("consul leader", Status.FAIL, f"none (HTTP {status})", mend)]
+            fix = "check the logs of the Consul servers: they need a majority"
+            return [Check("consul leader", Status.FAIL, f"none (HTTP {status})", fix)]
         checks = [
             Check("consul leader", Status.OK, str(leader)),
-            _skew("consul", server.date),
+            clock_check("consul", server.date),
         ]
-        status, self_ = await server.call("GET", "/v1/agent/self")
-        checks.append(_consul_version(status, self_))
+        status, agent = await server.call("GET", "/v1/agent/self")
+        checks.append(_consul_version(status, agent))
         checks.append(await _consul_session(server))
         checks.append(await _consul_kv(server, settings.consul.prefix))
         rows: object = None
         with suppress(
             aiohttp.ClientError, TimeoutError
-        ):  # a large catalogue; the checks above stand
+        ):  # of a large catalogue; the checks above are complete
             _, rows = await server.call("GET", f"/v1/catalog/service/{settings.consul.service}")
-        for row in rows if isinstance(rows, list) else ():
+        for row in objects(rows):
             host = row.get("ServiceAddress") or row.get("Address", "")
-            device = (row.get("ServiceMeta") or {}).get("device_id", row.get("ServiceID", ""))
+            device = mapping(row.get("ServiceMeta")).get("device_id", row.get("ServiceID", ""))
             agents[f"{host}:{row.get('ServicePort', 0)}"] = str(device)
         return checks
 
 
-def _consul_version(status: int, self_: Any) -> Check:
-    if status != 200 or not isinstance(self_, dict):
-        # Nothing else needs that right, so the policy that we ship does not have it.
-        found = "not shown to this token, which needs no right to see it; Consul 1.14 or later is required"
+def _consul_version(status: int, agent: object) -> Check:
+    if status != 200 or not isinstance(agent, dict):
+        # No other call needs that right, so the shipped policy does not grant it.
+        found = "not visible to this token, which does not need that right; Consul 1.14 or later is required"
         return Check("consul version", Status.OK, found)
-    version = str((self_.get("Config") or {}).get("Version", "?"))
+    version = str(mapping(agent.get("Config")).get("Version", "?"))
     if versions([version]) >= [CONSUL_MINIMUM]:
         return Check("consul version", Status.OK, version)
     return Check("consul version", Status.FAIL, version, "upgrade Consul to 1.14 or later")
@@ -74,43 +76,43 @@ def _consul_version(status: int, self_: Any) -> Check:
 _SESSION: Final = 'grant session "NODE" { policy = "write" }, for the node of this Consul agent'
 
 
-async def _consul_session(server: _Server) -> Check:
+async def _consul_session(server: Server) -> Check:
     body = {"Name": "nomad-watchdog-doctor", "TTL": "10s", "Behavior": "delete"}
     status, made = await server.call("PUT", "/v1/session/create", body)
     if status != 200:
         return Check("consul session", Status.FAIL, f"HTTP {status}", _SESSION)
-    status, _ = await server.call("PUT", f"/v1/session/destroy/{made['ID']}")
+    status, _ = await server.call("PUT", f"/v1/session/destroy/{mapping(made).get('ID')}")
     ok = status == 200
-    mend = "" if ok else _SESSION
-    return Check("consul session", Status.OK if ok else Status.FAIL, "made and destroyed", mend)
+    fix = "" if ok else _SESSION
+    return Check("consul session", Status.OK if ok else Status.FAIL, "created and destroyed", fix)
 
 
-async def _consul_kv(server: _Server, prefix: str) -> Check:
-    # A compare-and-set that cannot win (no key has index 1) asks for the right and writes nothing.
+async def _consul_kv(server: Server, prefix: str) -> Check:
+    # A compare-and-set that can't succeed (no key has index 1) needs the right and writes nothing.
     path = f"/v1/kv/{prefix}/doctor?cas=1"
     status, _ = await server.call("PUT", path, "")
     if status == 403:
-        mend = f'grant key_prefix "{prefix}/" write to the token'
-        return Check("consul kv", Status.FAIL, "writing is denied", mend)
+        fix = f'grant key_prefix "{prefix}/" write to the token'
+        return Check("consul kv", Status.FAIL, "writing is denied", fix)
     return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
 
 
 _NO_REGISTRY: Final = (
-    "for a new installation run `nomad-watchdog init`; if there were records here, bring them back with "
+    "for a new installation run `nomad-watchdog init`; if there were records here, restore them with "
     "`nomad-watchdog registry import FILE`"
 )
 _LOST_REGISTRY: Final = (
-    "bring the records back with `nomad-watchdog registry import FILE`; without a backup, save what the control "
-    "plane still knows with `nomad-watchdog devices export` before you restart it"
+    "restore the records with `nomad-watchdog registry import FILE`; without a backup, save the devices that the "
+    "control plane still has in memory with `nomad-watchdog devices export` before you restart it"
 )
 
 
-async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
-    """Whether it can be read, and its document of migrations. `runs`: a control plane answers, which it does only
-    if there was a registry when it started."""
+async def check_registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
+    """The check of the registry, and its document of migrations. `runs`: a control plane answers, so there was a
+    registry when it started."""
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
-        where = f"{settings.registry_path} is not there yet"
-        return Check("registry", Status.OK, where, "the first run, or `init`, makes it"), b""
+        where = f"{settings.registry_path} does not exist yet"
+        return Check("registry", Status.OK, where, "the first run, or `init`, creates it"), b""
     try:
         async with asyncio.timeout(TIMEOUT_S * 2), open_registry(settings) as registry:
             installation = await registry.installation()
@@ -124,20 +126,20 @@ async def _registry(settings: Settings, *, runs: bool) -> tuple[Check, bytes]:
     except UserError as error:
         return Check("registry", Status.FAIL, str(error), "see registry"), b""
     except DeniedError as error:
-        return _refused("registry", error), b""
+        return denied_check("registry", error), b""
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
-        mend = "make the store reachable; see registry"
-        return Check("registry", Status.FAIL, why, mend), b""
+        fix = "make the store reachable; see registry"
+        return Check("registry", Status.FAIL, why, fix), b""
     found = f"installation {installation}, {count} records"
     return Check("registry", Status.OK, found), document.body
 
 
-def _migration(settings: Settings, kept: MigrationState) -> Check:
-    """Where the fleet lives, and whether `backend` says so."""
+def check_migration(settings: Settings, kept: MigrationState) -> Check:
+    """Which backends run the agents, and whether `backend` is one of them."""
     lives = " and ".join(sorted(kept.backends))
     if hint := migration_state.settings_hint(kept, settings.backend):
         return Check("migration", Status.WARN, f"the fleet has moved to {lives}", hint)
     under_way = [move for move in kept.moves if not move.done]
     state = f", one from {under_way[0].source} is {under_way[0].state}" if under_way else ""
-    return Check("migration", Status.OK, f"agents live on {lives}{state}")
+    return Check("migration", Status.OK, f"agents run on {lives}{state}")

@@ -27,19 +27,19 @@ _RECORD_RIGHTS: Final = (("create", ""), ("get", names.RECORD), ("patch", names.
 """On the ConfigMap of the first namespace that remembers how many there are: verb and name."""
 
 
-async def _kubernetes(settings: Settings) -> list[Check]:
+async def check_kubernetes(settings: Settings) -> list[Check]:
     client = KubernetesClient(kubernetes_settings(settings))
     try:
         version = str((await client.get("/version")).get("gitVersion", "?"))
         found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
         good = found >= KUBERNETES_MINIMUM
-        mend = "" if good else "upgrade the control plane to 1.34 or later"
+        fix = "" if good else "upgrade the control plane to 1.34 or later"
         status = Status.OK if good else Status.WARN
         checks = [
             Check(
                 "kubernetes api", Status.OK, f"{client.settings.server}, {client.settings.source}"
             ),
-            Check("kubernetes version", status, version, mend),
+            Check("kubernetes version", status, version, fix),
         ]
         first, spread = settings.kubernetes.namespace, settings.kubernetes.namespaces
         try:
@@ -61,13 +61,13 @@ def _kubernetes_images(settings: Settings) -> list[Check]:
         try:
             image = objects.unverified_image(objects.build(settings.spec_on("kubernetes", spec)))
         except UserError as error:
-            mend = f'fix agent_class "{name}"; until then its devices get no agent'
-            checks.append(Check(f"class {name}", Status.FAIL, str(error), mend))
+            fix = f'fix agent_class "{name}"; until then its devices get no agent'
+            checks.append(Check(f"class {name}", Status.FAIL, str(error), fix))
             continue
         what = f"{image!a} has no digest, so that nothing verifies which agent runs"
-        mend = "set the variable image to NAME@sha256:..."
+        fix = "set the variable image to NAME@sha256:..."
         checks.append(
-            Check(f"image of class {name}", Status.WARN, what, mend)
+            Check(f"image of class {name}", Status.WARN, what, fix)
             if image
             else Check(f"image of class {name}", Status.OK, "is verified by its digest")
         )
@@ -84,8 +84,8 @@ async def _kubernetes_namespace(
     except NotFoundError:
         return [Check(name, Status.FAIL, "is not there", f"kubectl create namespace {namespace}")]
     except DeniedError:
-        mend = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
-        there = Check(name, Status.WARN, "may not be looked at", mend)
+        fix = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
+        there = Check(name, Status.WARN, "may not be looked at", fix)
     return [there, await _kubernetes_rights(client, namespace, first=first)]
 
 
@@ -111,8 +111,8 @@ async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first:
     ]
     if not missing:
         return Check(name, Status.OK, "all that is needed")
-    mend = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
-    return Check(name, Status.FAIL, f"lacks {', '.join(missing)}", mend)
+    fix = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
+    return Check(name, Status.FAIL, f"lacks {', '.join(missing)}", fix)
 
 
 async def _kubernetes_allows(  # the parts of one question

@@ -13,7 +13,7 @@ from nomad_watchdog.daemon.doctor.base import Check, Status
 WANTED_FILES: Final = 1024
 
 
-def _machine(settings: Settings) -> list[Check]:
+def check_machine(settings: Settings) -> list[Check]:
     checks = []
     folders = {"state directory": settings.registry_path.parent}
     if settings.backend == "local":
@@ -21,17 +21,17 @@ def _machine(settings: Settings) -> list[Check]:
     for name, folder in folders.items():
         there = next(place for place in (folder, *folder.parents) if place.exists())
         good = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        mend = "" if good else f"make {there} a directory that uid {os.getuid()} can write to"
-        checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), mend))
+        fix = "" if good else f"make {there} a directory that uid {os.getuid()} can write to"
+        checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), fix))
     # The service raises its soft limit as far as the hard one allows.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(WANTED_FILES, 2 * settings.api.max_connections)
     enough = most == resource.RLIM_INFINITY or most >= wanted
     found = "unlimited" if most == resource.RLIM_INFINITY else str(most)
-    mend = (
+    fix = (
         "" if enough else f"ulimit -Hn {wanted} (systemd: LimitNOFILE=), twice api.max_connections"
     )
-    checks.append(Check("open files", Status.OK if enough else Status.WARN, found, mend))
+    checks.append(Check("open files", Status.OK if enough else Status.WARN, found, fix))
     if any(p.kind == "icmp" for c in settings.agent_class.values() for p in (*c.probe, *c.confirm)):
         checks.append(_ping())
     return checks
@@ -48,10 +48,10 @@ def _ping() -> Check:
         return Check("icmp", Status.OK, "agents may ping: they run as root")
     if any(low <= group <= high for group in groups):
         return Check("icmp", Status.OK, f"agents may ping: ping_group_range {low} {high}")
-    mend = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
+    fix = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
     return Check(
         "icmp",
         Status.WARN,
         f"agents may not ping: ping_group_range {low} {high} does not include their group",
-        mend,
+        fix,
     )

@@ -1,16 +1,14 @@
-"""What `doctor` says about Nomad's nodes: how many take agents, why the others do not, names that several
-nodes have, and drivers."""
+"""Checks of Nomad's nodes: how many accept agents, why the others do not, duplicate names, and drivers."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
 
+from nomad_watchdog.daemon.doctor.base import Check, Status, mapping, objects
 from nomad_watchdog.schedulers.nomad.nodes import Node, Nodes, deadline_of, node_of
 
-Found = tuple[str, str, str, str]
-"""Name, status (ok, warn, fail), what was found, and how to fix it."""
-Ask = Callable[[str, str], Awaitable[tuple[int, Any]]]
+Call = Callable[[str, str], Awaitable[tuple[int, object]]]
 """(method, path) → HTTP status and the parsed body."""
 
 _DRIVERS: Final = ("raw_exec", "exec", "docker")
@@ -23,47 +21,54 @@ _TWINS: Final = (
 )
 
 
-async def checks(ask: Ask) -> list[Found]:
-    """The checks of the nodes. Raises what `ask` raises."""
-    status, rows = await ask("GET", "/v1/nodes")
-    if status != 200 or not isinstance(rows, list):
-        mend = 'grant  node { policy = "read" }  to the token'
-        return [("nomad nodes", "warn", f"HTTP {status}", mend)]
-    nodes = []
+async def checks(call: Call) -> list[Check]:
+    """The checks of the nodes. Raises what `call` raises."""
+    status, answer = await call("GET", "/v1/nodes")
+    if status != 200 or not isinstance(answer, list):
+        fix = 'grant  node { policy = "read" }  to the token'
+        return [Check("nomad nodes", Status.WARN, f"HTTP {status}", fix)]
+    rows, nodes = objects(answer), []
     for row in rows:
-        detail: Any = None
+        detail: object = None
         if row.get("Drain"):
-            _, detail = await ask("GET", f"/v1/node/{row['ID']}")
-        nodes.append(node_of(row, deadline_of(detail if isinstance(detail, dict) else {})))
+            _, detail = await call("GET", f"/v1/node/{row['ID']}")
+        nodes.append(node_of(row, deadline_of(mapping(detail))))
     found = [_states(nodes)]
-    found += [("nomad node names", "warn", text, _TWINS) for text in Nodes.of(nodes).twins()]
+    found += [
+        Check("nomad node names", Status.WARN, text, _TWINS) for text in Nodes.of(nodes).twins()
+    ]
     return [
         *found,
         _drivers([row for row, node in zip(rows, nodes, strict=True) if node.takes_agents]),
     ]
 
 
-def _states(nodes: Sequence[Node]) -> Found:
-    takers = sum(one.takes_agents for one in nodes)
+def _states(nodes: Sequence[Node]) -> Check:
+    count = sum(one.takes_agents for one in nodes)
     others = sorted(f"{one.name} ({one.state})" for one in nodes if not one.takes_agents)
-    text = f"{takers} of {len(nodes)} take agents"
+    text = f"{count} of {len(nodes)} take agents"
     if others:
         more = len(others) - _MAX_NAMED
         named = ", ".join(others[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
         text += f"; the others: {named}"
-    if takers:
-        return "nomad nodes", "ok", text, ""
-    mend = "start a Nomad client, or end a drain: `nomad node drain -disable NODE`"
-    return "nomad nodes", "fail", text, mend
+    if count:
+        return Check("nomad nodes", Status.OK, text, "")
+    fix = "start a Nomad client, or end a drain: `nomad node drain -disable NODE`"
+    return Check("nomad nodes", Status.FAIL, text, fix)
 
 
-def _drivers(takers: Sequence[dict[str, Any]]) -> Found:
+def _drivers(open_nodes: Sequence[Mapping[str, object]]) -> Check:
     counts = {
-        name: sum(bool((row.get("Drivers") or {}).get(name, {}).get("Healthy")) for row in takers)
+        name: sum(
+            bool(mapping(mapping(row.get("Drivers")).get(name)).get("Healthy"))
+            for row in open_nodes
+        )
         for name in _DRIVERS
     }
     text = ", ".join(f"{name} on {count}" for name, count in counts.items() if count)
     if text:
-        return "nomad drivers", "ok", text, ""
-    mend = "start a client with one of these drivers enabled and healthy"
-    return "nomad drivers", "fail", f"no node that takes agents has {', '.join(_DRIVERS)}", mend
+        return Check("nomad drivers", Status.OK, text, "")
+    fix = "start a client with one of these drivers enabled and healthy"
+    return Check(
+        "nomad drivers", Status.FAIL, f"no node that takes agents has {', '.join(_DRIVERS)}", fix
+    )

@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from nomad_watchdog.clients import nomad
 from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.clients.nomad_features import MINIMUM as NOMAD_MINIMUM
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor import nodes
-from nomad_watchdog.daemon.doctor.base import Check, Status, _Server, _server, _skew
+from nomad_watchdog.daemon.doctor.base import (
+    Check,
+    Server,
+    Status,
+    clock_check,
+    mapping,
+    objects,
+    open_server,
+)
 from nomad_watchdog.daemon.factory import nomad_settings
 from nomad_watchdog.errors import DeniedError, UserError
 from nomad_watchdog.schedulers.nomad import jobs as _jobs
 from nomad_watchdog.text_files import did_you_mean
 
 
-async def _nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
+async def check_nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]:
     reached = nomad_settings(settings, env)
     place = {"namespace": reached.namespace}
     place |= {"region": reached.region} if reached.region else {}
     token = reached.read_token()
-    async with _server(reached, {"X-Nomad-Token": token}, place) as server:
+    async with open_server(reached, {"X-Nomad-Token": token}, place) as server:
         if token:  # raises for one that Nomad does not know
             await server.call("GET", nomad.OWN_TOKEN, params={})
         if elsewhere := await _nomad_place(server, reached):
             return [elsewhere]
         status, leader = await server.call("GET", "/v1/status/leader")
         if status != 200 or not leader:
-            mend = "look at the Nomad servers' logs: they need a majority"
-            return [Check("nomad leader", Status.FAIL, f"none (HTTP {status})", mend)]
-        checks = [Check("nomad leader", Status.OK, str(leader)), _skew("nomad", server.date)]
+            fix = "check the logs of the Nomad servers: they need a majority"
+            return [Check("nomad leader", Status.FAIL, f"none (HTTP {status})", fix)]
+        checks = [Check("nomad leader", Status.OK, str(leader)), clock_check("nomad", server.date)]
         checks += await _nomad_features(settings, env)
         checks += await _nomad_classes(settings, env)
-        status, self_ = await server.call("GET", "/v1/agent/self")
+        status, agent = await server.call("GET", "/v1/agent/self")
         if status == 200:
-            checks += _nomad_limits(self_)
+            checks += _nomad_limits(agent)
         else:
-            mend = 'grant  agent { policy = "read" }  to the token to check the limits'
-            checks.append(Check("nomad limits", Status.WARN, f"HTTP {status}", mend))
-        for name, status_, found, mend in await nodes.checks(server.call):
-            checks.append(Check(name, Status(status_), found, mend))
+            fix = 'grant  agent { policy = "read" }  to the token to check the limits'
+            checks.append(Check("nomad limits", Status.WARN, f"HTTP {status}", fix))
+        checks += await nodes.checks(server.call)
         checks.append(await _nomad_rights(server, settings))
         return checks
 
 
-async def _nomad_place(server: _Server, reached: NomadAccess) -> Check | None:
-    """What is wrong with the region or the namespace; None when both are there."""
-    status, regions = await server.call("GET", "/v1/regions", params={})
+async def _nomad_place(server: Server, reached: NomadAccess) -> Check | None:
+    """A failed check if the region or the namespace does not exist, else None."""
+    status, answer = await server.call("GET", "/v1/regions", params={})
+    regions = [str(one) for one in answer] if isinstance(answer, list) else []
     if reached.region and status == 200 and reached.region not in regions:
         hint = did_you_mean(reached.region, regions)
         found = f"there is no region {reached.region!r}; {hint}there are: {', '.join(regions)}"
@@ -56,15 +63,15 @@ async def _nomad_place(server: _Server, reached: NomadAccess) -> Check | None:
     status, _ = await server.call("GET", f"/v1/namespace/{reached.namespace}")
     if status == 404:
         found = f"there is no namespace {reached.namespace!r}"
-        mend = f"nomad namespace apply {reached.namespace}, or set nomad.namespace"
-        return Check("nomad namespace", Status.FAIL, found, mend)
+        fix = f"nomad namespace apply {reached.namespace}, or set nomad.namespace"
+        return Check("nomad namespace", Status.FAIL, found, fix)
     return None
 
 
 async def _nomad_classes(settings: Settings, env: Mapping[str, str]) -> list[Check]:
-    """Whether Nomad takes the job of each class: its template, its variables and its node pool."""
+    """Whether Nomad accepts the job of each class: its template, its variables and its node pool."""
     client = NomadClient(nomad_settings(settings, env))
-    specs, _ = settings.readable_specs()  # those that can't be read are findings already
+    specs, _ = settings.readable_specs()  # those that can't be read are reported already
     checks = []
     try:
         for name, spec in specs.items():
@@ -72,18 +79,18 @@ async def _nomad_classes(settings: Settings, env: Mapping[str, str]) -> list[Che
             try:
                 await _jobs.build(client, adapted, f"{settings.nomad.job_prefix}-doctor", "")
             except UserError as error:
-                mend = f'fix agent_class "{name}"; until then its devices get no agent'
-                checks.append(Check(f"class {name}", Status.FAIL, str(error), mend))
+                fix = f'fix agent_class "{name}"; until then its devices get no agent'
+                checks.append(Check(f"class {name}", Status.FAIL, str(error), fix))
             except DeniedError as error:
-                mend = "grant parse-job and read-job in the namespace"
-                checks.append(Check(f"class {name}", Status.WARN, str(error), mend))
+                fix = "grant parse-job and read-job in the namespace"
+                checks.append(Check(f"class {name}", Status.WARN, str(error), fix))
     finally:
         await client.close()
-    return checks or [Check("classes", Status.OK, f"Nomad takes {', '.join(sorted(specs))}")]
+    return checks or [Check("classes", Status.OK, f"Nomad accepts {', '.join(sorted(specs))}")]
 
 
 async def _nomad_features(settings: Settings, env: Mapping[str, str]) -> list[Check]:
-    """The version of the servers, and what each feature that they lack means."""
+    """The version of the servers, and the consequence of each feature that they lack."""
     client = NomadClient(nomad_settings(settings, env))
     try:
         features = await client.features()
@@ -92,12 +99,12 @@ async def _nomad_features(settings: Settings, env: Mapping[str, str]) -> list[Ch
     finally:
         await client.close()
     if features.version < NOMAD_MINIMUM:
-        mend = "upgrade Nomad to 1.6 or later: it has no node pools"
-        return [Check("nomad version", Status.FAIL, str(features), mend)]
+        fix = "upgrade Nomad to 1.6 or later: it has no node pools"
+        return [Check("nomad version", Status.FAIL, str(features), fix)]
     exact = features.exact
-    mend = "" if exact else 'grant  node { policy = "read" }  to the token to see the exact version'
+    fix = "" if exact else 'grant  node { policy = "read" }  to the token to see the exact version'
     status = Status.OK if exact else Status.WARN
-    checks = [Check("nomad version", status, str(features), mend)]
+    checks = [Check("nomad version", status, str(features), fix)]
     for feature in features.missing():
         since = ".".join(map(str, feature.since))
         found = f"no {feature.title} (from Nomad {since}): {feature.without}"
@@ -105,58 +112,60 @@ async def _nomad_features(settings: Settings, env: Mapping[str, str]) -> list[Ch
     return checks
 
 
-def _nomad_limits(self_: Mapping[str, Any]) -> list[Check]:
-    config = self_.get("config") or {}
+def _nomad_limits(agent: object) -> list[Check]:
+    config = mapping(mapping(agent).get("config"))
     checks = []
-    size = (config.get("Server") or {}).get("EventBufferSize")
+    size = mapping(config.get("Server")).get("EventBufferSize")
     if isinstance(size, int) and size < 100:
-        mend = "raise server.event_buffer_size to 100 or more: hints get lost, passes get slower"
-        checks.append(Check("nomad event buffer", Status.WARN, str(size), mend))
-    limit = (config.get("Limits") or {}).get("HTTPMaxConnsPerClient")
+        fix = (
+            "raise server.event_buffer_size to 100 or more: events get lost, and passes get slower"
+        )
+        checks.append(Check("nomad event buffer", Status.WARN, str(size), fix))
+    limit = mapping(config.get("Limits")).get("HTTPMaxConnsPerClient")
     if isinstance(limit, int):
         low = 0 < limit < 100
-        mend = "raise limits.http_max_conns_per_client to 100 or more, or lower retry.concurrency"
+        fix = "raise limits.http_max_conns_per_client to 100 or more, or lower retry.concurrency"
         status = Status.WARN if low else Status.OK
-        checks.append(Check("nomad connections", status, f"{limit} a client", mend if low else ""))
+        checks.append(Check("nomad connections", status, f"{limit} per client", fix if low else ""))
     return checks
 
 
-async def _nomad_rights(server: _Server, settings: Settings) -> Check:
+async def _nomad_rights(server: Server, settings: Settings) -> Check:
     prefix, namespace = settings.nomad.job_prefix, settings.nomad.namespace
     status, jobs = await server.call("GET", f"/v1/jobs?prefix={prefix}")
     if status != 200 or not isinstance(jobs, list):
-        mend = "grant list-jobs, read-job, submit-job and dispatch-job in the namespace"
-        return Check("nomad jobs", Status.FAIL, f"HTTP {status} in {namespace}", mend)
+        fix = "grant list-jobs, read-job, submit-job and dispatch-job in the namespace"
+        return Check("nomad jobs", Status.FAIL, f"HTTP {status} in {namespace}", fix)
     missing = []
-    for capability, path, body in _asked_for(prefix):
-        # Nomad asks for the right before it looks at anything else, and none of these changes anything.
+    for capability, path, body in _calls(prefix):
+        # Nomad checks the capability first, and none of these calls changes anything.
         status, _ = await server.call("POST", path, body)
         if status == 403:
             missing.append(capability)
     if missing:
         lacks = ", ".join(missing)
-        mend = f"grant {lacks} in the namespace; jobs/policies/nomad-reconciler.hcl has all"
-        return Check("nomad jobs", Status.FAIL, f"the token lacks {lacks}", mend)
-    parents = [job["ID"] for job in jobs if job.get("ParameterizedJob")]
+        fix = f"grant {lacks} in the namespace; jobs/policies/nomad-reconciler.hcl has all"
+        return Check("nomad jobs", Status.FAIL, f"the token lacks {lacks}", fix)
+    parents = [job for job in objects(jobs) if job.get("ParameterizedJob")]
     if settings.nomad.strategy == "register" or parents:
         return Check("nomad jobs", Status.OK, f"{len(jobs)} jobs, {len(parents)} parents")
     return Check("nomad jobs", Status.OK, "no parent job yet", "the first run registers it")
 
 
-def _asked_for(prefix: str) -> list[tuple[str, str, dict[str, Any]]]:
+def _calls(prefix: str) -> list[tuple[str, str, dict[str, object]]]:
     """Capability, path and body of a call that needs it and has no effect."""
-    nobody = f"{prefix}-doctor-asks"
+    missing = f"{prefix}-doctor-asks"
     task = {"Name": "t", "Driver": "raw_exec", "Config": {"command": "/bin/true"}}
     group = {"Name": "g", "Count": 0, "Tasks": [task]}
     job = {
-        "ID": nobody,
-        "Name": nobody,
+        "ID": missing,
+        "Name": missing,
         "Type": "batch",
         "Datacenters": ["*"],
         "TaskGroups": [group],
     }
     return [
-        ("dispatch-job", f"/v1/job/{nobody}/dispatch", {}),
-        ("submit-job", f"/v1/job/{nobody}/plan", {"Job": job}),
+        ("dispatch-job", f"/v1/job/{missing}/dispatch", {}),
+        ("submit-job", f"/v1/job/{missing}/plan", {"Job": job}),
         ("parse-job", "/v1/jobs/parse", {"JobHCL": ""}),
     ]
