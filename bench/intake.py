@@ -23,7 +23,7 @@ from aiohttp import web
 
 from bench.rows import Row
 from nomad_watchdog.api import RUNNER_OPTIONS, make_app
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.demo.process import clean_environment
@@ -111,7 +111,7 @@ async def measure(count: int, rounds: int) -> list[Row]:
         fleet = Fleet(registry, Limits(), SystemClock())
         fleet.records.reset({}, 0)
         api = ApiSettings(webhook_secrets_file=str(secrets), rate=1_000_000, burst=1_000_000)
-        app = make_app(fleet, metrics=Metrics(), artifact=None, authenticator=door_of(api))
+        app = make_app(fleet, metrics=Metrics(), artifact=None, authenticator=authenticator_of(api))
         ours: list[tuple[float, float]] = []
         bare: list[tuple[float, float]] = []
         async with _served(app) as our_url, _served(plain) as bare_url:

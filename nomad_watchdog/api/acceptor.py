@@ -1,4 +1,4 @@
-"""Accepts connections as far as there are places for them (`places`), and closes those that do not move on."""
+"""Accepts connections while there are places for them (`connection_limits`), and closes stuck ones."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import ssl
 import termios
 from array import array
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
-from nomad_watchdog.api.connection_limits import LEAST, ConnectionLimits, Place, network_of
-from nomad_watchdog.api.malformed import HttpHandler
+from nomad_watchdog.api.connection_limits import MIN_PLACES, ConnectionLimits, Place, network_of
+from nomad_watchdog.api.malformed import HttpHandler, RunnerOptions
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.metrics import Closing, Metrics
 
 log = logging.getLogger(__name__)
 
 BATCH: Final = 32
-"""Connections that are accepted before others are served again."""
+"""Maximum number of connections that are accepted in one step of the event loop."""
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 SHUTDOWN_TIMEOUT_S: Final = 5.0
-"""Of TLS, both."""
+"""Both of TLS."""
 WRITE_TIMEOUT_S: Final = 10.0
-"""A connection whose other side takes nothing of a response for this long is closed."""
+"""A connection whose client reads nothing of a response for this time is closed."""
 SWEEP_S: Final = 2.0
 EXHAUSTED_S: Final = 1.0
 """Pause after the process or the system ran out of file descriptors or memory, as in asyncio."""
 CROWDED_S: Final = 0.005
-"""Pause while every unauthenticated connection has sent something that is about to be read."""
+"""Pause while every unauthenticated connection has sent bytes that will be read soon."""
 LOG_EVERY_S: Final = 10.0
 RECEIVED_AT_ONCE: Final = 16 * 1024
-"""Bytes. Of a connection that is not authenticated yet; asyncio's own number is 16 times this."""
+"""Bytes that are read at once; asyncio's default is 16 times this."""
 UNSENT: Final = 16 * 1024
-"""Bytes of responses that may wait in memory for a connection to take them."""
+"""Maximum bytes of responses in memory that a connection has not read."""
 _PLACE: Final = web.RequestKey("place", Place)
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Connection(HttpHandler):
-    """One that has a place."""
+    """A connection that has a place."""
 
     __slots__ = ("_answered", "_hushed", "_stuck_since", "_wire", "place")
 
-    def __init__(self, place: Place, server: web.Server, options: Mapping[str, Any]) -> None:
-        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+    def __init__(self, place: Place, server: web.Server, options: RunnerOptions) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, access_log=None, **options)  # type: ignore[arg-type]  # None disables it
         self.place = place
         self._wire: asyncio.Transport | None = None
         self._answered = False
@@ -72,7 +72,7 @@ class Connection(HttpHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.place.leave()
-        # Of a request that is refused unread nothing is left to do, and its handler would wait for the rest of it.
+        # A request that was refused unread is done, but its handler would wait for the rest of the body.
         lingering = self._task_handler if self._hushed and self._answered else None
         super().connection_lost(exc)
         if lingering is not None:
@@ -89,7 +89,7 @@ class Connection(HttpHandler):
     async def finish_response(
         self, request: web.BaseRequest, response: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        # Also for a response that no handler of ours has made.
+        # Also called for responses that aiohttp makes itself.
         try:
             return await super().finish_response(request, response, start_time)
         finally:
@@ -106,10 +106,10 @@ class Connection(HttpHandler):
         self._stuck_since = None
 
     def hush(self) -> None:
-        """Read nothing more. The response still goes out, and aiohttp closes after `lingering_time`: closing at
-        once would reset the connection, and the response with it."""
+        """Read nothing more. The response is still sent, and aiohttp closes after `lingering_time`: closing at once
+        would reset the connection and lose the response."""
         self._hushed, self._answered = True, False
-        self.place.unread = _nothing  # what it still sends is not waited for
+        self.place.unread = _nothing  # further bytes are not waited for
         self._pause()
 
     def _pause(self) -> None:
@@ -117,7 +117,7 @@ class Connection(HttpHandler):
             self._wire.pause_reading()
 
     def stuck_s(self, now: float) -> float:
-        """How long its other side has taken nothing of what waits for it, seconds."""
+        """Seconds for which the client has read nothing of a response."""
         wire = self._wire
         if wire is not None and wire.is_closing() and self._stuck_since is None:
             self._stuck_since = now  # less than UNSENT is left, so that writing was not paused
@@ -125,7 +125,7 @@ class Connection(HttpHandler):
 
 
 def place_of(request: web.Request) -> Place:
-    """The place of its connection; one without limits where the application is served without `Site`."""
+    """The place of the request's connection; one without limits if the application is served without `Site`."""
     protocol = request.protocol
     if isinstance(protocol, Connection):
         return protocol.place
@@ -139,7 +139,7 @@ def _nothing() -> bool:
 
 
 def _unread(wire: socket.socket) -> bool:
-    """Whether the kernel holds bytes of it that we have not read."""
+    """Whether the kernel has bytes of this socket that were not read."""
     count = array("i", [0])
     try:
         fcntl.ioctl(wire.fileno(), termios.FIONREAD, count)
@@ -158,7 +158,7 @@ class Site(web.BaseSite):
         runner: web.AppRunner,
         listening: socket.socket,
         places: ConnectionLimits,
-        options: Mapping[str, Any],
+        options: RunnerOptions,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(runner, ssl_context=ssl_context)
@@ -249,13 +249,13 @@ class Site(web.BaseSite):
         now = loop.time()
         for one in self._runner.server.connections if self._runner.server else ():
             if isinstance(one, Connection) and one.stuck_s(now) > WRITE_TIMEOUT_S:
-                one.place.give_up()
+                one.place.close_as_slow()
         self._sweeping = loop.call_later(SWEEP_S, self._sweep)
 
 
 @dataclass(slots=True)
 class Closings:
-    """Counts the connections that we close, and logs them: a flood of them is one line per LOG_EVERY_S."""
+    """Counts the connections that the server closes, and logs at most one line about them per LOG_EVERY_S."""
 
     metrics: Metrics
     clock: Clock
@@ -274,8 +274,8 @@ class Closings:
 
 
 def most_connections(wanted: int) -> int:
-    """`wanted`, or less if the process may not have twice as many open files: the other half is for its agents,
-    the registry, the scheduler and the event store. Raises the soft limit of open files as far as is allowed."""
+    """`wanted`, or less if the process may not have twice as many open files. The other half is for its agents,
+    the registry, the scheduler and the event store. Raises the soft limit of open files if necessary."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 2 * wanted
     if soft != resource.RLIM_INFINITY and soft < enough:
@@ -285,7 +285,7 @@ def most_connections(wanted: int) -> int:
             soft = raised
     if soft == resource.RLIM_INFINITY or soft >= enough:
         return wanted
-    most = max(LEAST, soft // 2)
+    most = max(MIN_PLACES, soft // 2)
     log.warning(
         "fewer connections than api.max_connections: the limit of open files is too low",
         extra={"connections": most, "wanted": wanted, "open_files": soft, "needed": enough},

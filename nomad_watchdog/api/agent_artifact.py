@@ -1,4 +1,4 @@
-"""The agent as one file, for nodes that fetch it."""
+"""The agent's file, which nodes download."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from nomad_watchdog.schedulers import agent_zipapp
 
 
 async def agent_artifact(request: web.Request) -> web.StreamResponse:
-    return await _sent(request, request.app[CONTEXT].artifact)
+    return await _send(request, request.app[CONTEXT].artifact)
 
 
 async def agent_file(request: web.Request) -> web.StreamResponse:
     path = request.app[CONTEXT].artifact
     sha256 = request.match_info["id"]
     if path is None or not agent_zipapp.is_checksum(sha256):
-        return await _sent(request, None)
+        return await _send(request, None)
     file, fetch = agent_zipapp.published(path.parent, sha256), request.app[CONTEXT].fetch_file
     if fetch is not None and "Via" not in request.headers and not file.exists():
         await fetch(sha256)
-    return await _sent(request, file)
+    return await _send(request, file)
 
 
-async def _sent(request: web.Request, path: Path | None) -> web.StreamResponse:
+async def _send(request: web.Request, path: Path | None) -> web.StreamResponse:
     body = memoryview(await asyncio.to_thread(_body, path))
     headers = {"Content-Type": "application/zip", **HEADERS}
     if request.method == "HEAD":
         return web.Response(headers={**headers, "Content-Length": str(len(body))})
     response = web.StreamResponse(headers=headers)
     response.content_length = len(body)
-    # Not web.FileResponse: the kernel sends a file for it, and nobody notices that the other side takes none.
+    # Not web.FileResponse: with it the kernel sends the file, and a client that reads nothing is not noticed.
     with suppress(ConnectionError):
         await response.prepare(request)
         place_of(request).rest()
@@ -58,5 +58,5 @@ def _body(path: Path | None) -> bytes:
 
 @lru_cache(maxsize=2)
 def _shared(path: Path, *_of: int) -> bytes:
-    """The file, in memory that all who are sent it share: slow readers are many."""
+    """The file, in memory that all responses share, because there may be many slow clients."""
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Agents: their reports, and how they are."""
+"""Agents: their reports, and their state."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from nomad_watchdog.model import Report
 from nomad_watchdog.replicas.report_addresses import ReportAddresses
 
 RETRY_S: Final = 2
-"""When an agent whose report could not be judged says it again, seconds."""
+"""Seconds after which an agent repeats a report that could not be decided."""
 
 
-async def report(request: web.Request) -> web.StreamResponse:
-    """S1 at the door: 200 accepted, 410 stop, 409 say it again; 403 with another's credential."""
-    said = (await read(request, ReportIn, MAX_REPORT)).report()
+async def receive_report(request: web.Request) -> web.StreamResponse:
+    """S1 (one accepted agent): 200 accepted, 410 stop, 409 repeat later; 403 for the credential of another agent."""
+    report = (await read(request, ReportIn, MAX_REPORT)).report()
     claim = request[ACTOR].claim
-    if claim is not None and claim != TokenClaim(said.slug, said.epoch):
+    if claim is not None and claim != TokenClaim(report.slug, report.epoch):
         error = RequestError(403, "forbidden", "this credential is for another device or epoch")
-        error.claim = TokenClaim(said.slug, said.epoch)
+        error.claim = TokenClaim(report.slug, report.epoch)
         raise error
     fleet = request.app[CONTEXT].fleet
-    result = await fleet.reports.receive(said)
+    result = await fleet.reports.receive(report)
     if result.kind is AcceptanceKind.ACCEPTED:
-        return json_response({"accepted": True, **_replicas(request), **_handed_down(fleet, said)})
+        return json_response({"accepted": True, **_replicas(request), **_condition(fleet, report)})
     if result.kind is AcceptanceKind.REFUSED:
         code = wire.DEPARTED if result.departed else "refused"
         return error_response(410, code, result.reason)
     return error_response(409, "unsure", result.reason, {"Retry-After": str(RETRY_S)})
 
 
-def _handed_down(fleet: Fleet, said: Report) -> dict[str, object]:
-    """What the agent's predecessor knew of the device, for one that has not found out for itself yet."""
-    found = fleet.reports.inherited(said)
+def _condition(fleet: Fleet, report: Report) -> dict[str, object]:
+    """The condition of the device that the agent's predecessor found, if the agent has not determined it yet."""
+    found = fleet.reports.inherited(report)
     if found is None:
         return {}
     age_s = min(max(0.0, fleet.clock.wall() - found.since), MAX_AGE_S)
@@ -60,19 +60,19 @@ def _handed_down(fleet: Fleet, said: Report) -> dict[str, object]:
 
 
 def _replicas(request: web.Request) -> dict[str, list[str]]:
-    """Where else an agent may report, if there is anywhere: replicas come and go after it began."""
+    """The addresses of all replicas, if there are several: they change while an agent runs."""
     leases = request.app[CONTEXT].leases
     found = ReportAddresses(leases).addresses() if leases is not None else ()
     return {"api": list(found)} if len(found) > 1 else {}
 
 
 async def list_agents(request: web.Request) -> web.StreamResponse:
-    return await page_of(request, _shown_agent)
+    return await page_of(request, _agent_json)
 
 
-def _shown_agent(fleet: Fleet, view: DeviceView) -> dict[str, object] | None:
-    placement, said = view.placement, view.report
-    if placement is None and said is None:
+def _agent_json(fleet: Fleet, view: DeviceView) -> dict[str, object] | None:
+    placement, report = view.placement, view.report
+    if placement is None and report is None:
         return None
     return {
         "id": view.record.device.id,
@@ -83,12 +83,12 @@ def _shown_agent(fleet: Fleet, view: DeviceView) -> dict[str, object] | None:
         "node": placement.node if placement is not None else "",
         "placement_state": placement.state.value if placement is not None else None,
         "restarts": placement.restarts if placement is not None else 0,
-        "ready": said.ready if said is not None else False,
-        "state": said.state.value if said is not None else None,
-        "version": said.version if said is not None else "",
-        "listen": said.listen if said is not None else "",
+        "ready": report.ready if report is not None else False,
+        "state": report.state.value if report is not None else None,
+        "version": report.version if report is not None else "",
+        "listen": report.listen if report is not None else "",
         "report_age_s": None
-        if said is None
-        else round(fleet.clock.monotonic() - said.received_at, 1),
+        if report is None
+        else round(fleet.clock.monotonic() - report.received_at, 1),
         "consul": view.health.status if view.health is not None else None,
     }

@@ -1,4 +1,4 @@
-"""Who changed what: one event and one line in the log for each change that came through the API."""
+"""Audit: one event and one log record per change through the API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
-from nomad_watchdog.api.audit_limits import AT_ONCE, PER_S, SAY_EVERY_S
+from nomad_watchdog.api.audit_limits import AT_ONCE, PER_S, REPORT_EVERY_S
 from nomad_watchdog.api.auth import ACTOR
 from nomad_watchdog.api.context import CONTEXT, Context
 from nomad_watchdog.events.log import AUDIT
@@ -30,8 +30,8 @@ def audit(
     devices: Sequence[str] = (),
     **facts: object,
 ) -> None:
-    """Note a change that is done, and durable. What changed nothing is no change. `devices`: those that changed, of
-    a change of many; the first MAX_NAMED are named."""
+    """Record a change that is stored. Call it only if something changed. `devices`: the changed devices of a bulk
+    request; the first MAX_NAMED are listed."""
     actor = request[ACTOR]
     context = request.app[CONTEXT]
     fleet = context.fleet
@@ -62,21 +62,21 @@ def audit(
         context.metrics.audit_left_out()
         if context.audits.left_out[actor.name] == 1:
             later = asyncio.get_running_loop().call_later
-            later(SAY_EVERY_S, _say_left_out, context, actor.name)
-    # "token:NAME" would be taken for a token and its value, and be hidden.
-    told = who | facts | {"actor": actor.name.replace("token:", "token ", 1)}
-    log.info("changed through the API", extra={"verb": verb, "device": device_id or "", **told})
+            later(REPORT_EVERY_S, _report_left_out, context, actor.name)
+    # "token:NAME" would be redacted, as if NAME were the value of a token.
+    logged = who | facts | {"actor": actor.name.replace("token:", "token ", 1)}
+    log.info("changed through the API", extra={"verb": verb, "device": device_id or "", **logged})
 
 
-def _say_left_out(context: Context, actor: str) -> None:
-    """One event for the changes of a token that have none, so that an audit shows where it has a gap."""
+def _report_left_out(context: Context, actor: str) -> None:
+    """Record one event about the changes of a token that have no event of their own."""
     count = context.audits.left_out.pop(actor, 0)
     context.fleet.events.own.add(
         at=context.fleet.clock.wall(),
         kind=f"{AUDIT}left_out",
         device_id="",
         slug=Slug(""),
-        text=f"{count} changes by {actor} have no event: at most {AT_ONCE} at once and {PER_S:g} per "
+        text=f"{count} changes by {actor} have no event: a maximum of {AT_ONCE} at once and {PER_S:g} per "
         "second are stored per token; the log has them all",
         data={"actor": actor, "count": count},
     )

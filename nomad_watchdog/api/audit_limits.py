@@ -1,4 +1,4 @@
-"""How many audit events each token may cause, and how many were left out."""
+"""The limit of audit events per token, and the number of those left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nomad_watchdog.core.rate_limit import Buckets
 
 PER_S: Final = 20.0
 AT_ONCE: Final = 10_000
-SAY_EVERY_S: Final = 60.0
+REPORT_EVERY_S: Final = 60.0
 
 
 @dataclass(slots=True)
@@ -19,10 +19,10 @@ class AuditLimits:
 
     buckets: Buckets = field(default_factory=lambda: Buckets(PER_S, AT_ONCE))
     left_out: Counter[str] = field(default_factory=Counter)
-    """By token, since this was last stated."""
+    """Per token, since the last event about them."""
 
     def admits(self, actor: str, now: float) -> bool:
-        """Whether there is room for an event; one that is left out is counted."""
+        """Whether an event may be stored; if not, it is counted as left out."""
         if not self.buckets.take(actor, now):
             return True
         self.left_out[actor] += 1

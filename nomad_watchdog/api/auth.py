@@ -1,8 +1,8 @@
-"""Who is at the door, what may they do, and how fast: decided before a body is read.
+"""Authentication, authorization and rate limits, before a body is read.
 
-A caller is known by one of: a token of the configuration, an agent's credential (`core.agent_token`), the
-signature of a webhook (`webhook`, which needs the body and so is checked there), or nothing where no token
-is configured. With `client_ca` a certificate is asked for besides.
+A caller is authenticated by a token of the configuration, by the credential of an agent (`core.agent_token`), or by
+the signature of a webhook, which `webhook` verifies because that needs the body. Without configured tokens every
+caller may do everything. With `client_ca` callers need a client certificate in addition.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from nomad_watchdog.secret_values import present
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S: Final = 10.0
-"""A refused request is logged so often at most; the others are counted in that line."""
+"""Minimum interval between log lines about refused requests; a line has the number of those before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who asks. `role` None: nobody that we know (a public route, or a webhook not checked yet)."""
+    """The caller of a request. `role` None: not authenticated (a public route, or a webhook not verified yet)."""
 
     name: str
     role: Role | None
@@ -56,7 +56,7 @@ class Actor:
     id_prefix: str = ""
     labels: tuple[tuple[str, str], ...] = ()
     claim: TokenClaim | None = None
-    """Of an agent's credential: the one device and epoch that it may speak for."""
+    """Of an agent's credential: the one device and epoch that it may report for."""
     most_devices: int = 0
     """Of a device token: the maximum number of devices that it may register."""
     certificate: str = ""
@@ -64,29 +64,29 @@ class Actor:
 
     @property
     def known(self) -> bool:
-        """Whether they have shown a token or a credential."""
-        return self.role is not None and self.name != _NOBODY
+        """Whether the caller has sent a valid token or credential."""
+        return self.role is not None and self.name != _ANONYMOUS
 
     @property
     def rank(self) -> Rank:
-        """Whose share of connections and memory this request takes."""
+        """The rank whose share of connections and memory this request uses."""
         if self.role is None:
             return Rank.UNAUTHENTICATED
         return Rank.OPERATOR if self.known and self.role is Role.OPERATOR else Rank.KNOWN
 
     @property
     def client(self) -> str:
-        """Whose share of the API this request takes."""
+        """The client whose rate limit this request uses."""
         return self.name if self.known else self.peer
 
 
-_NOBODY: Final = "anonymous"
+_ANONYMOUS: Final = "anonymous"
 ACTOR: Final = web.RequestKey("actor", Actor)
 
 
 @dataclass(slots=True)
 class Authenticator:
-    """Lets requests in. `keyring` None: no token is configured, and everybody may do everything."""
+    """Authenticates requests. `keyring` None: no token is configured, and every caller may do everything."""
 
     clock: Clock = field(default_factory=SystemClock)
     keyring: Keyring | None = None
@@ -95,15 +95,15 @@ class Authenticator:
     wants_certificate: bool = False
     buckets: Buckets | None = None
     hosts: frozenset[str] = frozenset()
-    """Names that requests may call us by, besides loopback names and numeric addresses."""
+    """Accepted names in `Host`, in addition to loopback names and IP addresses."""
     costs: CostLimits | None = None
     streams_per_token: int = 8
     window: ReplayWindow = field(default_factory=ReplayWindow)
     _logged_at: float = float("-inf")
     _unlogged: int = 0
 
-    def take_over(self, new: Authenticator) -> None:
-        """Go by the tokens, secrets and rates of another one from now on."""
+    def apply_settings_of(self, new: Authenticator) -> None:
+        """Use the tokens, secrets and rates of another one from now on."""
         self.keyring, self.webhook_secrets = new.keyring, new.webhook_secrets
         old, fresh = self.buckets, new.buckets
         if old is None or fresh is None or (old.rate, old.burst) != (fresh.rate, fresh.burst):
@@ -114,35 +114,35 @@ class Authenticator:
 
     @property
     def guarded(self) -> bool:
-        """Whether callers must say who they are."""
+        """Whether callers must authenticate."""
         return self.keyring is not None
 
     def own_token(self) -> str:
-        """What we say to other replicas, who have the same settings; "" = nothing."""
+        """The token for calls to other replicas, which have the same settings; "" = none."""
         now = self.clock.monotonic()
         return self.keyring.token_of(Role.OPERATOR, now) if self.keyring is not None else ""
 
-    def let_in(self, request: web.Request, route: Route | None) -> None:
-        """Note in the request who this is, if they may come in. route: None = there is no such route.
+    def authenticate(self, request: web.Request, route: Route | None) -> None:
+        """Set the caller of a request (`ACTOR`). `route` None: there is no such route.
 
-        Raises RequestError: 401 who are you, 403 you may not, 421 not our name, 429 not so fast."""
+        Raises RequestError: 401 not authenticated, 403 not permitted, 421 wrong host name, 429 too many requests."""
         peer = peer_of(request)
         if route is not None and route.public:
-            request[ACTOR] = Actor(_NOBODY, None, peer)
+            request[ACTOR] = Actor(_ANONYMOUS, None, peer)
             return
-        # A page of a foreign name has no token of ours. Who shows one may call us by a name that we had before.
-        shows = "Authorization" in request.headers
-        if not shows:
+        # A web page of another site has no token of ours. Callers with a valid token may use any host name.
+        has_credential = "Authorization" in request.headers
+        if not has_credential:
             check_origin(request, self.hosts)
         try:
-            actor = request[ACTOR] = self._who(request, route, peer)
-            if shows and not actor.known:
+            actor = request[ACTOR] = self._identify(request, route, peer)
+            if has_credential and not actor.known:
                 check_origin(request, self.hosts)
         except RequestError:
-            self._take(peer)  # whoever guesses tokens guesses at the rate of one client
+            self._count(peer)  # guessing tokens is limited to the rate of one client
             raise
-        rise(request, actor.rank)
-        self._take(actor.client)
+        promote(request, actor.rank)
+        self._count(actor.client)
         self._check_certificate(actor)
         if route is not None and actor.role is not None and not may(actor.role, route.right):
             needed = " or ".join(roles_with(route.right))
@@ -151,7 +151,7 @@ class Authenticator:
             )
 
     async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Have a request answered. What a caller that is known by a token asks for is charged to that token."""
+        """Handle a request. Its CPU time is charged to the token or credential of the caller."""
         actor = request.get(ACTOR)
         if self.costs is None or actor is None or not actor.known or actor.role is None:
             return await handler(request)
@@ -160,7 +160,8 @@ class Authenticator:
             request, handler, actor.client, actor.role, self.clock, of_one_agent=alone
         )
 
-    def _who(self, request: web.Request, route: Route | None, peer: str) -> Actor:
+    def _identify(self, request: web.Request, route: Route | None, peer: str) -> Actor:
+        """The caller of a request. Raises RequestError (401)."""
         certificate = _common_name(request) if self.wants_certificate else ""
         header = request.headers.get("Authorization")
         if header is None and self.webhook_secrets is not None and route and route.signed:
@@ -168,39 +169,47 @@ class Authenticator:
         scheme, _, text = (header or "").partition(" ")
         given = text.strip() if scheme.lower() == "bearer" else ""
         present(given or text or header or "")
-        now = self.clock.monotonic()
         if self.agent_keys is not None and given.startswith(f"{PREFIX}."):
-            claim = claim_of(self.agent_keys.now(now), given)
-            if claim is not None:
-                return Actor(
-                    f"agent:{claim.slug}",
-                    Role.AGENT,
-                    peer,
-                    claim=claim,
-                    certificate=certificate,
-                )
+            actor = self._agent(self.agent_keys, given, peer, certificate)
         elif self.keyring is None:
-            return Actor(_NOBODY, Role.OPERATOR, peer, certificate=certificate)
-        elif given:
-            holder = self.keyring.holder_of(given.encode("utf-8", "surrogateescape"), now)
-            if holder is not None:
-                return Actor(
-                    f"token:{holder.name}",
-                    holder.role,
-                    peer,
-                    id_prefix=holder.id_prefix,
-                    labels=holder.labels,
-                    most_devices=holder.most_devices,
-                    certificate=certificate,
-                )
-        raise RequestError(
-            401,
-            "unauthorized",
-            "missing or unknown token; send `Authorization: Bearer <token>`",
-            {"WWW-Authenticate": "Bearer"},
+            actor = Actor(_ANONYMOUS, Role.OPERATOR, peer, certificate=certificate)
+        else:
+            actor = self._token_holder(self.keyring, given, peer, certificate)
+        if actor is None:
+            raise RequestError(
+                401,
+                "unauthorized",
+                "missing or unknown token; send `Authorization: Bearer <token>`",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        return actor
+
+    def _agent(self, keys: SecretFile, given: str, peer: str, certificate: str) -> Actor | None:
+        claim = claim_of(keys.now(self.clock.monotonic()), given)
+        if claim is None:
+            return None
+        name = f"agent:{claim.slug}"
+        return Actor(name, Role.AGENT, peer, claim=claim, certificate=certificate)
+
+    def _token_holder(
+        self, keyring: Keyring, given: str, peer: str, certificate: str
+    ) -> Actor | None:
+        secret = given.encode("utf-8", "surrogateescape")
+        holder = keyring.holder_of(secret, self.clock.monotonic()) if given else None
+        if holder is None:
+            return None
+        return Actor(
+            f"token:{holder.name}",
+            holder.role,
+            peer,
+            id_prefix=holder.id_prefix,
+            labels=holder.labels,
+            most_devices=holder.most_devices,
+            certificate=certificate,
         )
 
-    def _take(self, client: str) -> None:
+    def _count(self, client: str) -> None:
+        """Count a request of this client. Raises RequestError (429) above the rate limit."""
         if self.buckets is None:
             return
         wait_s = self.buckets.take(client, self.clock.monotonic())
@@ -208,27 +217,27 @@ class Authenticator:
             raise RequestError(
                 429,
                 "too_many_requests",
-                f"at most {self.buckets.rate:g} requests a second are allowed for long",
+                f"more than {self.buckets.rate:g} requests per second; retry later",
                 {"Retry-After": str(max(1, math.ceil(wait_s)))},
             )
 
     def _check_certificate(self, actor: Actor) -> None:
-        # An agent has no certificate: its credential is worth less than one, and all that it needs.
+        # Agents have no certificate; their credential suffices.
         if self.wants_certificate and not actor.certificate and actor.claim is None:
             raise RequestError(
                 403,
                 "certificate_needed",
-                "a client certificate is asked for here, and none was sent",
+                "this server requires a client certificate, and none was sent",
             )
 
     @staticmethod
     def claimed(request: web.Request) -> tuple[TokenClaim | None, str]:
-        """Whom a caller that was refused claims to speak for, unverified, and its address: for messages."""
+        """The unverified device and epoch in the credential of a refused caller, and its address: for messages."""
         given = request.headers.get("Authorization", "").partition(" ")[2].strip()
         return claimed(given), peer_of(request)
 
     def refused(self, request: web.Request, status: int, code: str, route: str) -> None:
-        """Say in the log that somebody was not let in; a flood of them is one line."""
+        """Log a refused request; at most one line per LOG_EVERY_S."""
         now = self.clock.monotonic()
         if now - self._logged_at < LOG_EVERY_S:
             self._unlogged += 1
@@ -241,7 +250,7 @@ class Authenticator:
 
 
 def secret_files(api: ApiSettings) -> dict[tuple[str, ...], SecretFile]:
-    """The files with secrets that the settings name, by the setting below `api`; none is read."""
+    """The files with secrets that the settings name, by the setting below `api`. Reads none of them."""
     found: dict[tuple[str, ...], SecretFile] = {}
     for name, path, reader in (
         ("token_file", api.token_file, read_token),
@@ -256,8 +265,8 @@ def secret_files(api: ApiSettings) -> dict[tuple[str, ...], SecretFile]:
     return found
 
 
-def door_of(api: ApiSettings) -> Authenticator:
-    """The door that the settings describe. Raises UserError for a file that holds no good secret."""
+def authenticator_of(api: ApiSettings) -> Authenticator:
+    """The authenticator of these settings. Raises UserError for a file without a valid secret."""
     files = {setting: file.required() for setting, file in secret_files(api).items()}
     tokens: dict[Holder, SecretFile] = {}
     if ("token_file",) in files:
@@ -281,25 +290,25 @@ def door_of(api: ApiSettings) -> Authenticator:
     )
 
 
-def rise(request: web.Request, rank: Rank) -> None:
-    """Its connection is at least of this rank from now on, as far as there are places."""
-    if not place_of(request).rise(rank):
+def promote(request: web.Request, rank: Rank) -> None:
+    """Give its connection at least this rank, if there are places of that rank."""
+    if not place_of(request).promote(rank):
         request[LAST] = True
 
 
 def check_prefix(request: web.Request, device_id: DeviceId) -> None:
-    """Raises RequestError (403) when this token may not change this device."""
+    """Raises RequestError (403) if this token may not change this device."""
     prefix = request[ACTOR].id_prefix
     if not device_id.startswith(prefix):
         raise RequestError(
-            403, "forbidden", f"this token is for devices whose id begins with {prefix!a}"
+            403, "forbidden", f"this token may change only devices whose ID begins with {prefix!a}"
         )
 
 
 def permit_of(request: web.Request) -> Callable[[Device], None]:
-    """What raises RequestError (403) for a device that this token may not change: because of its id, or
-    of a label that it has, or would have. To be asked about the record that is stored, too: a token for
-    one site takes no device of another by giving it other labels."""
+    """A check that raises RequestError (403) for a device that this token may not change, because of its ID or of
+    its labels. Call it for the stored record and for the new one: otherwise a token for one site could take over
+    a device of another site by changing its labels."""
     labels = request[ACTOR].labels
 
     def permit(device: Device) -> None:
@@ -309,19 +318,19 @@ def permit_of(request: web.Request) -> Callable[[Device], None]:
                 raise RequestError(
                     403,
                     "forbidden",
-                    f"this token is for devices with the label {key!a} = {value!a}",
+                    f"this token may change only devices with the label {key!a} = {value!a}",
                 )
 
     return permit
 
 
 def peer_of(request: web.Request) -> str:
-    """The other side's address; of IPv6 the network, for one host has 2^64 addresses in it."""
+    """The client's address; for IPv6 its /64 network, because one host has 2^64 addresses in it."""
     return network_of(request.remote or "unknown")
 
 
 def _common_name(request: web.Request) -> str:
-    """Of the client's certificate, which the handshake has verified; "" without one."""
+    """The common name in the client's certificate, which the handshake has verified; "" without one."""
     found = request.get_extra_info("peercert")
     if not found:
         return ""

@@ -1,4 +1,4 @@
-"""Reads the body of a request, bounded in bytes and time, as a model."""
+"""Reads the body of a request as a model, with a limit of bytes and time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from nomad_watchdog.api.malformed import MALFORMED
 from nomad_watchdog.device_fields import problem
 
 BODY_TIMEOUT_S: Final = 20.0
-"""A body must be complete in so long: a slow sender holds no handler."""
+"""Maximum time until a body is complete, so that a slow sender does not occupy a handler."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read(request: web.Request, model: type[Model], most: int | None = None) -> Model:
     """The body, of at most `most` bytes, as this model.
 
-    Raises RequestError (400, 408, 413, 415) that says what is wrong.
+    Raises RequestError (400, 408, 413, 415, 503).
     """
     return parsed(await read_body(request, most), model)
 
@@ -39,37 +39,47 @@ def parsed(body: bytes, model: type[Model]) -> Model:
 
 
 async def read_body(request: web.Request, most: int | None = None) -> bytes:
-    """The bytes that were sent, at most `most` of them. Raises RequestError (408, 413, 415, 503)."""
+    """The bytes of the body, at most `most`. Raises RequestError (400, 408, 413, 415, 503)."""
     if request.content_type != "application/json":
         raise RequestError(
             415, "unsupported_media_type", "the body must be JSON (Content-Type: application/json)"
         )
     context, place = request.app[CONTEXT], place_of(request)
-    limit, length, rank = context.max_body_bytes, request.content_length, request[ACTOR].rank
-    if rank is Rank.UNAUTHENTICATED:
-        limit = min(limit, MAX_UNSIGNED)
-    if most is not None:
-        limit = min(limit, most)
-    too_large = RequestError(
-        413,
-        "request_entity_too_large",
-        f"the body is larger than the {limit} bytes that are allowed",
-    )
+    length, rank = request.content_length, request[ACTOR].rank
+    limit = _limit(context.max_body_bytes, rank, most)
     if length is not None and length > limit:
-        raise too_large
-    if not context.bodies.take(place, rank, limit if length is None else length):
+        raise _too_large(limit)
+    if not context.bodies.reserve(place, rank, limit if length is None else length):
         raise RequestError(
             503, "busy", "too many request bodies are being read; try again", {"Retry-After": "1"}
         )
-    if request.content.is_eof():  # it came with the headers: there is nothing to wait for
-        body = await request.read()
-        if len(body) > limit:
-            raise too_large
-        return body
+    # A body that came with the headers needs no timeout.
+    body = await (request.read() if request.content.is_eof() else _arriving(request))
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _limit(max_bytes: int, rank: Rank, most: int | None) -> int:
+    """The maximum size of a body from a caller of this rank."""
+    limits = [max_bytes]
+    limits += [MAX_UNSIGNED] if rank is Rank.UNAUTHENTICATED else []
+    limits += [most] if most is not None else []
+    return min(limits)
+
+
+def _too_large(limit: int) -> RequestError:
+    message = f"the body is larger than the {limit} bytes that are allowed"
+    return RequestError(413, "request_entity_too_large", message)
+
+
+async def _arriving(request: web.Request) -> bytes:
+    """The body, when it is complete. Raises RequestError (400, 408)."""
+    place = place_of(request)
     place.rest()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await request.read()
+            return await request.read()
     except TimeoutError:
         raise RequestError(
             408,
@@ -77,11 +87,8 @@ async def read_body(request: web.Request, most: int | None = None) -> bytes:
             f"the body was not complete after {BODY_TIMEOUT_S:g} s",
             {"Connection": "close"},
         ) from None
-    except web.RequestPayloadError:  # it quotes the body
+    except web.RequestPayloadError:  # its text quotes the body
         request.app[MALFORMED].add(request.remote or "unknown")
         raise RequestError(400, "malformed", "the body is not valid HTTP/1.1") from None
     finally:
         place.work()
-    if len(body) > limit:
-        raise too_large
-    return body

@@ -1,8 +1,7 @@
-"""What a browser must not be made to do: call us by a name of somebody else, or read or change something for another
-page.
+"""Protection against web pages that use the API through a user's browser (DNS rebinding, cross-site requests).
 
-A page of `evil.example` whose name is made to resolve to our address (DNS rebinding) calls us by that name, so only
-names that are ours are answered. A numeric address can't be rebound: agents, probes and replicas may use any.
+A page of `evil.example` whose name resolves to this server's address sends requests with that name as `Host`, so
+only this server's own names are accepted. An IP address can't be rebound: agents, probes and replicas may use any.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _PORT_DIGITS: Final = 5
 
 
 def names_of(api: ApiSettings) -> frozenset[str]:
-    """The names that are ours: those of the settings, and this machine's own."""
+    """The names of this server: those in the settings, and the host name of this machine."""
     urls = (urlsplit(url).hostname or "" for url in (api.advertise, api.own_address) if url)
     listened = api.listen.rpartition(":")[0]
     found = {*api.hosts, *urls, listened, socket.gethostname()}
@@ -30,16 +29,16 @@ def names_of(api: ApiSettings) -> frozenset[str]:
 
 
 def check_origin(request: web.Request, hosts: frozenset[str]) -> None:
-    """Raises RequestError: 421 for a Host that is not ours, 403 for what another site's page asks for. A link to us
-    on another site's page is followed, but what it leads to is in no frame there.
+    """Raises RequestError: 421 for a `Host` that is not a name of this server, 403 for a request by a page of
+    another site. A link to this server on another site works, but not in a frame.
     https://www.w3.org/TR/fetch-metadata/"""
-    # Health checks of HTTP/1.0 send none; every browser does.
+    # Health checks with HTTP/1.0 send no Host; every browser does.
     host = request.headers.get("Host")
     if host is not None and not _ours(host, hosts):
         raise RequestError(
             421,
             "misdirected_request",
-            "the Host header is not a name of this server; call it by an IP address, or add the name to api.hosts",
+            "the Host header is not a name of this server; use an IP address, or add the name to api.hosts",
         )
     headers = request.headers
     foreign = headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
@@ -49,11 +48,12 @@ def check_origin(request: web.Request, hosts: frozenset[str]) -> None:
     elif (origin := headers.get("Origin")) is not None:
         foreign = foreign or not _same(origin, host or "")
     if foreign:
-        raise RequestError(403, "cross_site", "requests from other sites' pages are refused")
+        raise RequestError(403, "cross_site", "requests from pages of other sites are refused")
 
 
 def _same(origin: str, host: str) -> bool:
-    """The scheme is not compared: behind a proxy that ends TLS we do not know it. `null` is nobody's."""
+    """Whether the origin is this host. The scheme is not compared: behind a proxy that terminates TLS it is unknown.
+    The origin `null` is no host."""
     scheme, separator, place = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme, "")
     return bool(separator and default) and place.removesuffix(default) == (
@@ -62,7 +62,7 @@ def _same(origin: str, host: str) -> bool:
 
 
 def _name_in(host: str) -> str:
-    """Without the port; of an IPv6 address without its brackets. "" if it is neither."""
+    """The host name without port and brackets; "" if the header is malformed."""
     name, separator, port = host.rpartition(":")
     if not separator or host.endswith("]"):
         name, port = host, "0"

@@ -1,10 +1,11 @@
-"""Places for connections: how many there may be, in total and per address, and which one makes room for a new one.
+"""Places for connections: the maximum number in total and per address, and which one makes room for a new one.
 
 A connection is unauthenticated until a request on it was authenticated. Unauthenticated connections have a part of
-the places and are paced per address; the rest is for callers that have shown a token, a credential or a signature.
-Of the unauthenticated ones, the oldest idle one of the address with the most of them makes room; of the others the
-oldest idle one, those of operators and replicas last. A connection is idle unless a request of it is being handled:
-one that sends or reads slowly is idle too. Nothing here does I/O: whoever admits a connection says how it is closed.
+the places and a rate limit per address. The rest is for callers with a valid token, credential or signature.
+Of the unauthenticated connections, the oldest idle one of the address with the most connections makes room. Of the
+others, the oldest idle one does, those of operators and replicas last. A connection is idle unless a request of it
+is being handled: one that sends or reads slowly is idle too. This module does no I/O: the caller of `admit` sets how
+a connection is closed.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from typing import Final
 
 from nomad_watchdog.metrics import Closing
 
-LEAST: Final = 16
-"""Places that there always are."""
+MIN_PLACES: Final = 16
+"""Minimum number of places."""
 
 UNAUTHENTICATED_PART: Final = 8
-"""One place in this many is for unauthenticated connections, and no others are."""
+"""One in this many places is for unauthenticated connections."""
 BURST_S: Final = 4.0
-"""An address may send what it may send in this time at once."""
+"""Burst of an address: the requests that its rate allows in this time."""
 MAX_WAIT_S: Final = 1.0
-"""A connection waits at most this long for its address's turn; one that would wait longer is closed."""
+"""Maximum wait of a connection for the rate of its address; one that would wait longer is closed."""
 MAX_ADDRESSES: Final = 16_384
 
 
 class Rank(IntEnum):
-    """The most that a connection has shown. The lower ones make room first."""
+    """The authentication of a connection. Lower ranks make room first."""
 
     UNAUTHENTICATED = 0
     KNOWN = 1
@@ -47,19 +48,19 @@ class Place:
     places: ConnectionLimits | None
     address: str
     close: Callable[[], object] = lambda: None
-    """Closes it at once. Set by whoever admits it."""
+    """Closes it at once. Set by the caller of `admit`."""
     unread: Callable[[], bool] = lambda: False
-    """Whether it has sent something that was not read yet. Set by whoever admits it."""
+    """Whether it has sent bytes that were not read yet. Set by the caller of `admit`."""
     rank: Rank = Rank.UNAUTHENTICATED
     busy: bool = False
-    """A request is being handled, and waits for nothing of the other side."""
+    """A request is being handled, and does not wait for the client."""
     wait_s: float = 0.0
-    """Before it may be served."""
+    """Wait before it is served, seconds."""
 
     @property
     def idle(self) -> bool:
-        """Whether it may be closed for another. One that has sent a request that we have not read yet may not: that
-        it waits is our fault, unless it waits for its address's rate."""
+        """Whether it may be closed for another. A connection whose request was not read yet may not: the server is
+        late, unless the connection waits for the rate of its address."""
         return not self.busy and (self.wait_s > 0.0 or not self.unread())
 
     def work(self) -> None:
@@ -67,44 +68,44 @@ class Place:
         self.busy = True
 
     def rest(self) -> None:
-        """It waits for the other side."""
+        """It waits for the client."""
         self.busy = False
         if self.places is not None:
             self.places.used(self)
 
-    def rise(self, rank: Rank) -> bool:
-        """Its request was authenticated. False: there is no place for it beyond this request."""
+    def promote(self, rank: Rank) -> bool:
+        """Its request was authenticated. False: it has no place after this request."""
         if self.places is None:
             self.rank = max(self.rank, rank)
             return True
         return self.places.rank(self, rank)
 
     def spend(self) -> bool:
-        """One more unauthenticated request. False: its address must wait before it may send another."""
+        """Count an unauthenticated request. False: its address must wait before the next one."""
         return self.places is None or self.places.pace.spend(self.address, self.places.now()) == 0.0
 
-    def give_up(self) -> None:
-        """Close it: its other side takes nothing."""
+    def close_as_slow(self) -> None:
+        """Close it: the client reads nothing."""
         if self.places is not None:
             self.places.closed(Closing.SLOW)
         self.close()
 
     def leave(self) -> None:
-        """The connection is gone."""
+        """The connection was closed."""
         if self.places is not None:
             self.places.left(self)
 
 
 @dataclass(slots=True)
 class AcceptRate:
-    """Unauthenticated requests of each address: `rate` per second, with a burst. Bounded in memory."""
+    """Rate limit of the unauthenticated requests of each address, per second, with a burst. Bounded in memory."""
 
     rate: float
     _due: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    """Address → when it will have paid for all that it sent, monotonic seconds; the latest last."""
+    """Address → when its budget is full again, monotonic seconds; the latest last."""
 
     def spend(self, address: str, now: float) -> float:
-        """Seconds until the request may be handled; infinite, and nothing is spent, if that is too long."""
+        """Seconds until the request may be handled; infinite if that is too long, and then nothing is counted."""
         due = max(self._due.pop(address, now), now)
         wait = max(0.0, due + 1.0 / self.rate - now - BURST_S)
         late = wait > MAX_WAIT_S
@@ -121,7 +122,7 @@ class AcceptRate:
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """All places. `most` in total, `per_address` of one address, both at least LEAST."""
+    """All places: at most `most` in total and `per_address` per address, both at least MIN_PLACES."""
 
     most: int
     per_address: int
@@ -129,8 +130,8 @@ class ConnectionLimits:
     now: Callable[[], float]
     """Monotonic seconds."""
     closed: Callable[[Closing], None] = lambda _why: None
-    """Called for each connection that is closed for want of a place."""
-    _strangers: dict[str, OrderedDict[Place, None]] = field(default_factory=dict)
+    """Called for each connection that is closed for lack of a place."""
+    _unknown: dict[str, OrderedDict[Place, None]] = field(default_factory=dict)
     """Address → its unauthenticated connections, the longest idle first."""
     _known: dict[Rank, OrderedDict[Place, None]] = field(
         default_factory=lambda: {Rank.KNOWN: OrderedDict(), Rank.OPERATOR: OrderedDict()}
@@ -166,7 +167,7 @@ class ConnectionLimits:
 
     def _room_for(self, address: str) -> bool:
         if self._of[address] >= self.per_address and not (
-            self._evict(self._strangers.get(address)) or self._evict_known(address)
+            self._evict(self._unknown.get(address)) or self._evict_known(address)
         ):
             return False
         if self._unauthenticated >= self._most_unauthenticated:
@@ -174,19 +175,18 @@ class ConnectionLimits:
         return self._unauthenticated + self.authenticated < self.most or self._evict_known()
 
     def room(self) -> bool:
-        """Whether there is a place for a new connection. If not, it is to wait unaccepted: those that have places will
-        be served soon."""
+        """Whether a new connection can be accepted. If not, it waits: current connections are served soon."""
         if self._unauthenticated < self._most_unauthenticated:
             return True
         return any(place.idle for group in self._largest() for place in group)
 
     def _largest(self) -> Iterable[OrderedDict[Place, None]]:
-        """The unauthenticated connections of each address, the address with the most of them first. The others are
-        sorted only if that one has none that may be closed."""
-        most = max(self._strangers.values(), key=len)
+        """The unauthenticated connections of each address, the address with the most first. The others are sorted
+        only if that address has none that may be closed."""
+        most = max(self._unknown.values(), key=len)
         yield most
         yield from sorted(
-            (group for group in self._strangers.values() if group is not most),
+            (group for group in self._unknown.values() if group is not most),
             key=len,
             reverse=True,
         )
@@ -204,7 +204,7 @@ class ConnectionLimits:
         return any(self._evict(group, address) for group in self._known.values())
 
     def rank(self, place: Place, rank: Rank) -> bool:
-        """See `Place.rise`."""
+        """See `Place.promote`."""
         if place.rank >= rank or not self._has(place):
             return True
         self._leave(place)
@@ -217,7 +217,7 @@ class ConnectionLimits:
         return room
 
     def used(self, place: Place) -> None:
-        """Its request was handled: it is the one that was idle for the shortest time."""
+        """Its request was handled: it was idle for the shortest time now."""
         if self._has(place):
             self._group(place).move_to_end(place)
 
@@ -227,12 +227,12 @@ class ConnectionLimits:
 
     def _group(self, place: Place) -> OrderedDict[Place, None]:
         if place.rank is Rank.UNAUTHENTICATED:
-            return self._strangers.setdefault(place.address, OrderedDict())
+            return self._unknown.setdefault(place.address, OrderedDict())
         return self._known[place.rank]
 
     def _has(self, place: Place) -> bool:
         if place.rank is Rank.UNAUTHENTICATED:
-            return place in self._strangers.get(place.address, ())
+            return place in self._unknown.get(place.address, ())
         return place in self._known[place.rank]
 
     def _enter(self, place: Place) -> None:
@@ -249,12 +249,12 @@ class ConnectionLimits:
         if place.rank is Rank.UNAUTHENTICATED:
             self._unauthenticated -= 1
             if not group:
-                del self._strangers[place.address]
+                del self._unknown[place.address]
 
 
 @lru_cache(maxsize=4096)
 def network_of(text: str) -> str:
-    """The address as limits count it; of IPv6 the network, for one host has 2^64 addresses in it."""
+    """The address for limits; for IPv6 its /64 network, because one host has 2^64 addresses in it."""
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""What every handler needs, and the table that routes and their description are both made from."""
+"""The state of the application, which every handler uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nomad_watchdog.api.audit_limits import AuditLimits
 from nomad_watchdog.api.auth import Authenticator
 from nomad_watchdog.api.body_memory import BodyMemory
 from nomad_watchdog.api.routing import Route
-from nomad_watchdog.api.services import Operator, Reloads
+from nomad_watchdog.api.services import ConfigReloader, Operator
 from nomad_watchdog.controllers.expiry import ExpiryController
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.fleet.fleet import Fleet
@@ -37,30 +37,30 @@ class Context:
     authenticator: Authenticator
     routes: tuple[Route, ...]
     routed: dict[web.AbstractRoute, Route] = field(default_factory=dict)
-    """What the router found → the route of the table."""
+    """The router's route → the route of the table."""
     departures: ExpiryController | None = None
-    """Who lets devices leave; None where nobody does."""
+    """Lets devices expire; None if there is no such controller."""
     operator: Operator | None = None
-    """Who holds stops back; None where nobody reconciles."""
+    """Approves held stops; None without a reconciler."""
     leases: Leases | None = None
     fetch_file: Callable[[str], Awaitable[None]] | None = None
-    """Has the agent file with this SHA-256 fetched from another replica, if one has it; None where there are none."""
+    """Fetches the agent file with this SHA-256 from another replica that has it; None if there are no others."""
     feed: EventReplicator | None = None
-    """Who tells what other replicas saw; None where there are none."""
+    """Publishes the events of other replicas; None if there are no others."""
     pools: PoolController | None = None
-    """Who keeps pools; None where the backend has none."""
-    reloads: Reloads | None = None
-    """Who reads the configuration again; None where there is none."""
+    """Controls worker pools; None if the backend has none."""
+    reloads: ConfigReloader | None = None
+    """Reloads the configuration; None if there is none."""
     migrations: MigrationRequests | None = None
-    """Who moves the fleet between schedulers; None where nobody reconciles."""
+    """Moves agents between schedulers; None without a reconciler."""
     page_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     page: tuple[float, str] = (float("-inf"), "")
-    """When the status page was last made (monotonic seconds), and its text."""
+    """When the status page was last rendered (monotonic seconds), and its text."""
     claims: Counter[str] = field(default_factory=Counter)
-    """Source → devices that requests in progress add to it."""
+    """Source → number of devices that requests in progress add to it."""
     audits: AuditLimits = field(default_factory=AuditLimits)
     followers: dict[asyncio.Task[object], tuple[str, str]] = field(default_factory=dict)
-    """Event streams: the task of each, its client, and whose share it takes."""
+    """Event streams: the task of each → its client and the share that it counts for."""
 
 
 CONTEXT: Final = web.AppKey("context", Context)

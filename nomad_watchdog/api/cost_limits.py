@@ -13,7 +13,8 @@ import types
 from asyncio import Lock
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
 from aiohttp import web
 
@@ -25,9 +26,9 @@ from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.core.roles import Role
 
 LARGE_TIMES: Final = 5.0
-"""How many times the budget of a viewer's token that of an operator's and of a device token is."""
+"""The budget of an operator's token and of a device token, as a multiple of a viewer's."""
 MAX_TURNS: Final = 1_024
-"""Tokens whose reads are kept in order."""
+"""Maximum number of tokens whose reads run one after another."""
 _READS: Final = frozenset({"GET", "HEAD"})
 _T = TypeVar("_T")
 
@@ -35,13 +36,13 @@ _T = TypeVar("_T")
 class CostLimits:
     """Budgets: `share` of one processor core over time, `burst` seconds at once.
 
-    Charged are the reads of viewers and operators, and all that device tokens and the credential of one agent do.
-    What operators change is not: it is what they are there for. A token that all agents share has no budget."""
+    Reads by viewers and operators are charged, and all requests with a device token or with the credential of one
+    agent. Changes by operators are not charged. A token that all agents share has no budget."""
 
     def __init__(self, share: float, burst: float) -> None:
         self.share, self.burst = share, burst
         self.spent_s = 0.0
-        """By all tokens since the start."""
+        """CPU seconds of all tokens since the start."""
         self._small = Buckets(share, burst)
         self._large = Buckets(LARGE_TIMES * share, LARGE_TIMES * burst)
         self._turns: OrderedDict[str, Lock] = OrderedDict()
@@ -61,7 +62,7 @@ class CostLimits:
         *,
         of_one_agent: bool = False,
     ) -> web.StreamResponse:
-        """Have a request answered and charged. Raises RequestError (429) when the budget is used up."""
+        """Handle a request and charge it. Raises RequestError (429) if the budget is used up."""
         budgets = self._budgets(request, role, of_one_agent=of_one_agent)
         if budgets is None:
             return await handler(request)
@@ -78,12 +79,12 @@ class CostLimits:
             return await _metered(handler(request), spend)
 
     def _budgets(self, request: web.Request, role: Role, *, of_one_agent: bool) -> Buckets | None:
-        """The budgets of such callers; None = this request is not charged."""
+        """The budgets of callers with this role; None = the request is not charged."""
         if role is Role.AGENT:
             return self._small if of_one_agent else None
         if role is Role.DEVICE:
             return self._large
-        # A scrape costs little, and must not wait for what somebody reads with the same token.
+        # A scrape costs little, and must not wait for other reads with the same token.
         if request.method not in _READS or request.path == "/metrics":
             return None
         replicates = role is Role.OPERATOR and request.query.get("marks") in ("true", "1")
@@ -111,22 +112,21 @@ class CostLimits:
 
 
 @types.coroutine
-def _metered(work: Awaitable[_T], spend: Callable[[float], None]) -> Generator[Any, Any, _T]:
-    """Await `work`, and charge each of its steps as it ends."""
+def _metered(work: Awaitable[_T], spend: Callable[[float], None]) -> Generator[object, object, _T]:
+    """Await `work`, and charge each of its steps when it ends."""
     steps = work.__await__()
-    go: Callable[[Any], Any] = steps.send
-    given: Any = None
+    resume: Callable[[], object] = partial(steps.send, None)
     while True:
         began, token = time.thread_time(), request_meter.SPEND.set(spend)
         try:
-            waits_for = go(given)
+            waits_for = resume()
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]  # of the coroutine
+            value: _T = end.value
+            return value
         finally:
             request_meter.SPEND.reset(token)
             spend(time.thread_time() - began)
         try:
-            given = yield waits_for
-            go = steps.send
-        except BaseException as error:  # noqa: BLE001  # the coroutine decides what becomes of it
-            given, go = error, steps.throw
+            resume = partial(steps.send, (yield waits_for))
+        except BaseException as error:  # noqa: BLE001  # the coroutine handles it
+            resume = partial(steps.throw, error)

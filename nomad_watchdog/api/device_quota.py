@@ -1,7 +1,7 @@
-"""How many devices a device token may register: those that it brought in, tombstones included.
+"""The quota of a device token: the devices that were registered with it, tombstones included.
 
-The registry remembers with each record which token brought the device in (its `source`), so that the count
-survives a restart and is the same on every replica. Requests in progress on one replica are counted with it.
+The registry stores with each record the token that registered the device (`source`), so that the count survives a
+restart and is the same on every replica. Requests in progress on this replica are counted too.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from nomad_watchdog.model import Presence
 
 
 class QuotaClaim(AbstractContextManager["QuotaClaim"]):
-    """What one request adds to the devices of its token, until its records are stored."""
+    """The devices that one request adds to its token, until their records are stored."""
 
     def __init__(self, request: web.Request) -> None:
         actor, context = request[ACTOR], request.app[CONTEXT]
         self._fleet, self._claims = context.fleet, context.claims
         self._most, self._new = actor.most_devices, 0
         self.token = actor.name.removeprefix(BY_TOKEN) if actor.role is Role.DEVICE else ""
-        """The name of the device token; "" = another caller, who has no quota."""
+        """The name of the device token; "" = another kind of caller, without a quota."""
 
     def check(self, device_id: DeviceId) -> None:
-        """Count a device that is to be registered. Raises RequestError (403) for one too many."""
+        """Count a device that will be registered. Raises RequestError (403) above the quota."""
         source = BY_TOKEN + self.token
         record = self._fleet.records.get(slug_of(device_id))
         known = record is not None and (

@@ -1,9 +1,9 @@
-"""Devices: list, read, wish, bulk."""
+"""Devices: list, get, register, deregister, in bulk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
@@ -39,12 +39,12 @@ from nomad_watchdog.model import (
 from nomad_watchdog.secret_values import hide_in
 
 DELETE_QUERY: Final = {
-    "now": "true (default): its agent goes at once; false: it stays for `presence.grace`",
+    "now": "true (default): stop its agent immediately; false: keep it for `presence.grace`",
 }
 
 
 def device_id_of(request: web.Request) -> DeviceId:
-    """The id in the path, decoded by us: the router would let some escapes through undecoded."""
+    """The id in the path. Decoded here, because the router leaves some escapes undecoded."""
     raw = request.rel_url.raw_path.split("/")[3]
     try:
         text = unquote_to_bytes(raw).decode()
@@ -53,7 +53,7 @@ def device_id_of(request: web.Request) -> DeviceId:
     return parse_device_id(text)
 
 
-def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
+def device_json(fleet: Fleet, view: DeviceView) -> dict[str, object]:
     """The public fields of a device."""
     record, placement, report = view.record, view.placement, view.report
     age_s = None
@@ -80,8 +80,8 @@ def shown_device(fleet: Fleet, view: DeviceView) -> dict[str, object]:
     }
 
 
-def shown_change(record: DeviceRecord, *, changed: bool) -> dict[str, object]:
-    """What a write did to a record."""
+def change_json(record: DeviceRecord, *, changed: bool) -> dict[str, object]:
+    """The result of a write."""
     return {
         "id": record.device.id,
         "slug": record.slug,
@@ -94,7 +94,7 @@ def shown_change(record: DeviceRecord, *, changed: bool) -> dict[str, object]:
 
 
 async def list_devices(request: web.Request) -> web.StreamResponse:
-    return await page_of(request, shown_device)
+    return await page_of(request, device_json)
 
 
 async def get_device(request: web.Request) -> web.StreamResponse:
@@ -103,7 +103,7 @@ async def get_device(request: web.Request) -> web.StreamResponse:
     view = fleet.views.device(slug_of(device_id))
     if view is None:
         raise await missing(fleet, device_id)
-    return json_response(shown_device(fleet, view))
+    return json_response(device_json(fleet, view))
 
 
 async def explain_device(request: web.Request) -> web.StreamResponse:
@@ -116,20 +116,19 @@ async def explain_device(request: web.Request) -> web.StreamResponse:
 
 
 async def _explain_stray(fleet: Fleet, device_id: DeviceId) -> dict[str, object]:
-    """Of a device that nobody has registered although agents of it are there; else nothing."""
+    """The explanation of an unregistered device that has agents; else nothing."""
     slug = slug_of(device_id)
     found = fleet.placements.get(slug, ())
     live = sum(placement.state is not PlacementState.DEAD for placement in found)
     if not live:
         return {}
     before = await known_before(fleet, device_id)
-    agents = "1 agent of it is" if live == 1 else f"{live} agents of it are"
+    agents = "1 agent of it runs" if live == 1 else f"{live} agents of it run"
     return {
         "id": device_id,
         "slug": slug,
         "verdict": None,
-        "reason": f"the device is not registered, and {agents} there"
-        + (f"; {before}" if before else ""),
+        "reason": f"the device is not registered, but {agents}" + (f"; {before}" if before else ""),
         "desired": None,
         "observed": [placement_json(placement) for placement in found],
         "events": [event.shown() for event in fleet.events.all.of_device(slug)],
@@ -147,7 +146,7 @@ async def put_device(request: web.Request) -> web.StreamResponse:
 async def store(
     request: web.Request, device: Device, verb: str, event: SignedEvent | None = None
 ) -> web.Response:
-    """Ask for a device to be watched; 201 when it was not. verb: as the audit names it."""
+    """Register or update a device; 201 if it was not present. `verb`: the name for the audit event."""
     check_prefix(request, device.id)
     fleet = request.app[CONTEXT].fleet
     before = fleet.views.device(slug_of(device.id))
@@ -175,7 +174,7 @@ async def delete_device(request: web.Request) -> web.StreamResponse:
 
 
 def _readable(request: web.Request) -> Fleet | None:
-    """The fleet, for a caller who may read all ids and so may be told a similar one."""
+    """The fleet, if the caller may read all ids, so that an error may suggest a similar one."""
     role = request[ACTOR].role
     return request.app[CONTEXT].fleet if role is not None and may(role, Right.READ) else None
 
@@ -187,7 +186,7 @@ async def remove(
     left: Departure,
     event: SignedEvent | None = None,
 ) -> web.Response:
-    """Say that a device has left; NotFoundError for one that never was."""
+    """Deregister a device. Raises NotFoundError if it was never registered."""
     check_prefix(request, device_id)
     fleet = request.app[CONTEXT].fleet
     fleet.presence.ensure_not_from_inventory(device_id)
@@ -202,18 +201,18 @@ async def remove(
 
 
 def _changed(done: Registered, event: SignedEvent | None, status: int) -> web.Response:
-    shown = shown_change(done.record, changed=done.changed)
-    # Known from the record alone: after a restart, or on another replica than the first time.
-    shown["duplicate"] = bool(event and not done.written and is_replay(done.record, event))
-    return json_response(shown, status=status)
+    answer = change_json(done.record, changed=done.changed)
+    # Decided by the record alone, so that it also works after a restart and on another replica.
+    answer["duplicate"] = bool(event and not done.written and is_replay(done.record, event))
+    return json_response(answer, status=status)
 
 
 async def bulk(request: web.Request) -> web.StreamResponse:
-    """Each item is checked by itself; the good ones are stored whatever the others are."""
+    """Each item is checked separately. Valid items are stored even if others are invalid."""
     body = await read(request, BulkEnvelope)
     if len(body.devices) + len(body.delete) > MAX_BULK:
         raise UserError(
-            f"{len(body.devices) + len(body.delete)} items; at most {MAX_BULK} are allowed at once"
+            f"{len(body.devices) + len(body.delete)} items; the maximum is {MAX_BULK} per request"
         )
     results: list[BulkResult] = []
     seen: set[str] = set()
@@ -240,10 +239,9 @@ async def bulk(request: web.Request) -> web.StreamResponse:
             )
     changed = [str(result.id) for result in results if result.changed]
     if changed:
-        items, count = len(results), len(changed)
-        audit(request, "bulk", "changed", devices=changed, items=items, changed=count)
-    shown = [one.model_dump() async for some in steps(results) for one in some]
-    return json_response({"results": shown})
+        audit(request, "bulk", "changed", devices=changed, items=len(results), changed=len(changed))
+    items = [one.model_dump() async for some in steps(results) for one in some]
+    return json_response({"results": items})
 
 
 async def _puts(
@@ -260,13 +258,13 @@ async def _puts(
         for item in some:
             index = len(results)
             try:
-                wish = DeviceItem.model_validate(item)
-                device = wish.device(_once(wish.id, seen))
-                check_class(fleet, device, given=wish.names_class)
+                body = DeviceItem.model_validate(item)
+                device = body.device(_once(body.id, seen))
+                check_class(fleet, device, given=body.names_class)
                 _check_put(fleet, device, permit)
                 claim.check(device.id)
                 puts[index] = device
-                results.append(BulkResult(id=wish.id, action="put", index=index, status=200))
+                results.append(BulkResult(id=body.id, action="put", index=index, status=200))
             except (ValidationError, UserError, ConflictError, RequestError) as error:
                 found = item.get("id") if isinstance(item, dict) else None
                 results.append(_refused("put", index, found, error))
@@ -275,12 +273,12 @@ async def _puts(
 
 async def _deletes(
     request: web.Request,
-    items: Sequence[Any],
+    items: Sequence[object],
     results: list[BulkResult],
     seen: set[str],
     permit: Callable[[Device], None],
 ) -> dict[int, DeviceId]:
-    """As `_puts`, of the devices to remove."""
+    """As `_puts`, for the devices to remove."""
     deletes: dict[int, DeviceId] = {}
     fleet, before = request.app[CONTEXT].fleet, len(results)
     async for some in steps(items):
@@ -291,7 +289,7 @@ async def _deletes(
                 check_prefix(request, device_id)
                 _check_delete(fleet, device_id, permit)
                 deletes[len(results)] = device_id
-                results.append(BulkResult(id=gone, action="delete", index=index, status=200))
+                results.append(BulkResult(id=device_id, action="delete", index=index, status=200))
             except (UserError, ConflictError, RequestError) as error:
                 results.append(_refused("delete", index, gone, error))
     return deletes

@@ -1,4 +1,4 @@
-"""Every failure becomes {"error": {"code", "message"}}; nothing of our insides is told."""
+"""The error of a request: {"error": {"code", "message"}}, without internal details."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 SAFE: Final = frozenset({"GET", "HEAD"})
 LAST: Final = web.RequestKey("last", bool)
-"""The connection has no place beyond this request."""
+"""The connection must be closed after this request, for want of a place."""
 
 
 class RequestError(Exception):
-    """The request is wrong; `message` says what was found and what is allowed."""
+    """The request is invalid; `message` states what was found and what is allowed."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
@@ -27,4 +27,4 @@ class RequestError(Exception):
         self.status, self.code, self.message = status, code, message
         self.headers = dict(headers or {})
         self.claim: TokenClaim | None = None
-        """Of a report that was refused: what it is of, where its body says so."""
+        """Of a refused report: the device and epoch in its body."""

@@ -1,4 +1,4 @@
-"""Events: a page of them, or a stream that goes on."""
+"""Events: a page or a stream."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from nomad_watchdog.model import VerdictState
 log = logging.getLogger(__name__)
 
 MAX_FOLLOWERS: Final = 64
-"""Event streams of all callers of one role. Replicas have as many of their own."""
+"""Maximum number of event streams of all callers of one role, and of replicas."""
 REPLICA: Final = "replica"
 BEAT_S: Final = 15.0
-"""An empty line so often, so that both sides notice a dead connection."""
+"""Interval of empty lines, by which both sides notice a dead connection."""
 WRITE_TIMEOUT_S: Final = 10.0
-"""A reader that takes nothing for so long is let go (S9)."""
+"""The stream of a client that reads nothing for this time is closed (S9, isolation)."""
 MAX_EVENTS: Final = 1_000
 NDJSON: Final = "application/x-ndjson"
 
 FILTERS: Final = {
     "device": "only events about the device of this id",
-    "kind": "only kinds that begin so: verdict, verdict.offline, breaker",
+    "kind": "only kinds with this prefix: verdict, verdict.offline, breaker",
     "verdict": f"only changes to this verdict: {', '.join(VerdictState)}",
-    "within_s": "only events of the last so many seconds, by the server's clock",
+    "within_s": "only events of this many last seconds, by the server's clock",
 }
 QUERY: Final = {
     "since": "only events after this sequence number (default 0)",
     **FILTERS,
-    "limit": f"1 to {MAX_EVENTS}, default 100; how many at once when following",
-    "follow": "true: one JSON object a line (application/x-ndjson), without end",
-    "own": "true: what this replica saw itself, with its own numbers; false (default): what is told for all",
-    "marks": "true: an opened incident has the numbers of the events that it explains; for replicas",
+    "limit": f"1 to {MAX_EVENTS}, default 100; with follow the batch size",
+    "follow": "true: an endless stream of one JSON object per line (application/x-ndjson)",
+    "own": "true: events that this replica observed, with its own numbers; false (default): the published events of all",
+    "marks": "true: opened incidents have the numbers of the events that they explain; for replicas",
 }
 
 
@@ -54,9 +54,9 @@ INCIDENTS_QUERY: Final = {"open": "true, false or any (default)"}
 
 
 async def list_events(request: web.Request) -> web.StreamResponse:
-    """Oldest first. A gap in `seq` means that older events were dropped, or a crash.
+    """Oldest first. A gap in `seq` means that older events were dropped, or that the service crashed.
 
-    Raises NotFoundError (404) for a device that was never registered and about which no event is kept."""
+    Raises NotFoundError (404) for a device that was never registered and has no stored event."""
     check_query(request, set(QUERY))
     since = whole_number(request, "since", 0, 0, 2**53)
     limit = whole_number(request, "limit", 100, 1, MAX_EVENTS)
@@ -65,7 +65,9 @@ async def list_events(request: web.Request) -> web.StreamResponse:
     if device := request.query.get("device", ""):
         await check_events_of(request.app[CONTEXT].fleet, parse_device_id(device))
     if marks and request[ACTOR].role is not Role.OPERATOR:
-        raise RequestError(403, "forbidden", "marks=true is for replicas, which are operators")
+        raise RequestError(
+            403, "forbidden", "marks=true is for replicas, which have the role operator"
+        )
     if follow and request.method == "HEAD":
         return web.Response(content_type=NDJSON)
     if follow:
@@ -132,16 +134,16 @@ async def _follow(request: web.Request, since: int, limit: int) -> web.StreamRes
         raise RequestError(
             429,
             "too_many_followers",
-            f"this token has {most} event streams already (api.streams_per_token); end one, or ask "
-            "without follow",
+            f"this token already has {most} event streams (api.streams_per_token); end one, or send the "
+            "request without follow",
             {"Retry-After": "30"},
         )
     if sum(of == share for _, of in followers.values()) >= MAX_FOLLOWERS:
         raise RequestError(
             503,
             "too_many_followers",
-            f"callers of the role {share} have {MAX_FOLLOWERS} event streams already; ask without "
-            "follow, or try again later",
+            f"callers of the role {share} already have {MAX_FOLLOWERS} event streams; send the request without "
+            "follow, or retry later",
             {"Retry-After": "30"},
         )
     task = asyncio.current_task()
@@ -163,7 +165,7 @@ async def _stream(request: web.Request, since: int, limit: int) -> web.StreamRes
             try:
                 events, since = await history.page(since, limit, wanted)
             except TransientError as error:
-                # Half of an answer has been sent: what is left is to end it, and be asked again.
+                # A part of the response has been sent, so it can only be ended; the client reconnects.
                 log.warning("event stream ends", extra={"reason": str(error)})
                 return response
             lines = b"".join(as_json(event.shown(marks=marks)) + b"\n" for event in events)

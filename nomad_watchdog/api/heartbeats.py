@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 async def heartbeat(request: web.Request) -> web.StreamResponse:
-    """404 for a device that is unknown, or that was told to leave; never by an old cache alone."""
+    """404 for a device that is unknown or was removed. The registry is read before that, because the cache may be
+    old."""
     device_id = device_id_of(request)
     _check(request, device_id)
     fleet = request.app[CONTEXT].fleet
@@ -33,18 +34,18 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
 
 
 async def heartbeats(request: web.Request) -> web.StreamResponse:
-    """A gateway's list; those that are not known are named and cost the others nothing."""
+    """Heartbeats of many devices. Unknown devices are listed and do not affect the others."""
     body = await read(request, HeartbeatsIn)
     for name in body.ids:
         _check(request, DeviceId(name))
-    heard = await request.app[CONTEXT].fleet.presence.record_heartbeats(body.ids)
-    strangers = [name for name, known in zip(body.ids, heard, strict=True) if not known]
-    return json_response({"heard": len(body.ids) - len(strangers), "unknown": strangers})
+    received = await request.app[CONTEXT].fleet.presence.record_heartbeats(body.ids)
+    unknown_ids = [name for name, known in zip(body.ids, received, strict=True) if not known]
+    return json_response({"heard": len(body.ids) - len(unknown_ids), "unknown": unknown_ids})
 
 
 def _check(request: web.Request, device_id: DeviceId) -> None:
-    """Raises RequestError (403) for a device that this token may not speak for; one that is unknown has
-    no labels to go by, and a sign of life of it changes nothing."""
+    """Raises RequestError (403) for a device that this token may not change. An unknown device has no labels, and
+    its heartbeat changes nothing."""
     check_prefix(request, device_id)
     if request[ACTOR].labels:
         fleet = request.app[CONTEXT].fleet

@@ -1,4 +1,4 @@
-"""Who reconciles what, and since when."""
+"""Leases: which replica holds which shard, and since when."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nomad_watchdog.errors import NotFoundError
 
 
 async def list_leases(request: web.Request) -> web.StreamResponse:
-    """Every shard with its holder, and every replica with what it holds. While the leases can't be read no holder is
-    named, but `last_known`."""
+    """Every shard with its holder, and every replica with the number of its shards. While the leases can't be read,
+    `holder` is empty and `last_known` is set."""
     leases = request.app[CONTEXT].leases
     if leases is None:
-        raise NotFoundError("nobody reconciles here")
+        raise NotFoundError("this server has no leases")
     known = list(leases.all())
-    # Leases that can't be read any more may have another holder by now, or none.
+    # Leases that can't be read may have another holder by now, or none.
     held = known if leases.current else []
     now = {one.shard: one for one in held}
     shards = [

@@ -1,7 +1,7 @@
 """The listening socket: plain or TLS, with certificates that can change while it listens.
 
-A new certificate takes effect for new connections: each takes the context of the day while it shakes
-hands, so that nothing is closed or opened anew. Open connections go on with the old one.
+A new certificate takes effect for new connections, during whose handshake the current context is used. Open
+connections continue with the old one.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from nomad_watchdog.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S: Final = 5.0
-"""Certificates are looked at so often, and at once on SIGHUP."""
+CHECK_EVERY_S: Final = 5.0
+"""Interval between checks for changed certificates. SIGHUP causes one at once."""
 BACKLOG: Final = 512
 
 
 class ApiListener:
-    """Serves a runner's application where the settings say."""
+    """Serves a runner's application at the address in the settings."""
 
     def __init__(self, runner: Runner, api: ApiSettings, metrics: Metrics) -> None:
         self.runner, self.api, self.metrics = runner, api, metrics
         self.renew = asyncio.Event()
-        """Set it to have the certificates read again now."""
+        """Set it to reread the certificates now."""
         self.outgoing: ssl.SSLContext | None = None
-        """For calls of other replicas; None = without TLS of our own."""
+        """TLS for calls to other replicas; None = the API is served without TLS."""
         self._socket: socket.socket | None = None
-        self._today: ssl.SSLContext | None = None
+        self._current: ssl.SSLContext | None = None
         self._state: object = None
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port of the listening socket."""
         assert self._socket is not None
         return int(self._socket.getsockname()[1])
 
@@ -61,9 +61,9 @@ class ApiListener:
             raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         self._state = _state_of(self.api)
         if context is not None:
-            self._today = context
+            self._current = context
             # Called in every handshake, also when the client names no server.
-            context.sni_callback = self._take_today
+            context.sni_callback = self._use_current
         await Site(self.runner, self._socket, self._places(), RUNNER_OPTIONS, context).start()
 
     def _places(self) -> ConnectionLimits:
@@ -79,50 +79,52 @@ class ApiListener:
         self.metrics.connections(lambda: (places.unauthenticated, places.authenticated))
         return places
 
-    def _take_today(self, connection: ssl.SSLObject, _name: object, _first: ssl.SSLContext) -> None:
-        assert self._today is not None
-        connection.context = self._today
+    def _use_current(
+        self, connection: ssl.SSLObject, _name: object, _first: ssl.SSLContext
+    ) -> None:
+        assert self._current is not None
+        connection.context = self._current
 
     async def follow(self) -> None:
-        """Take over changed certificates, until cancelled. A pair that does not fit (half of it is
-        written, say) changes nothing, and is looked at again."""
+        """Load changed certificates, until cancelled. A key and certificate that do not match (for example because
+        only one of them was written yet) change nothing and are checked again."""
         while self.api.secure:
             try:
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(CHECK_EVERY_S):
                     await self.renew.wait()
             except TimeoutError:
                 pass
-            asked, state = self.renew.is_set(), _state_of(self.api)
+            requested, state = self.renew.is_set(), _state_of(self.api)
             self.renew.clear()
-            if state == self._state and not asked:
+            if state == self._state and not requested:
                 continue
             try:
-                self._today = await asyncio.to_thread(tls_context, self.api)
+                self._current = await asyncio.to_thread(tls_context, self.api)
                 self.outgoing = await asyncio.to_thread(outgoing_context, self.api)
             except UserError as error:
-                log.warning("certificates were not taken over", extra={"reason": str(error)})
+                log.warning("certificates not reloaded", extra={"reason": str(error)})
             else:
-                log.info("certificates were read again")
+                log.info("certificates reloaded")
                 self._state = state
 
 
 def tls_context(api: ApiSettings) -> ssl.SSLContext | None:
-    """What the settings say of TLS; None = plain HTTP.
+    """TLS as in the settings; None = plain HTTP.
 
-    Client certificates are verified when they are sent, and the door asks for one: the paths that
-    health checks and nodes ask for stay open to those who have none. Raises UserError."""
+    The handshake verifies a client certificate only if the client sends one; `auth` requires it, except on the paths
+    for health checks and nodes. Raises UserError."""
     if api.tls_cert is None or api.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A resumed session would skip what has changed since: which authority may sign clients, say.
+    # A resumed session would skip later changes, for example of the CA for clients.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     try:
         load_chain(context, api.tls_cert, api.tls_key)
     except OSError as error:  # ssl.SSLError too
         raise UserError(
-            f"api.tls_cert {api.tls_cert!r}, api.tls_key {api.tls_key!r}: {_said(error)}"
+            f"api.tls_cert {api.tls_cert!r}, api.tls_key {api.tls_key!r}: {_error_text(error)}"
         ) from error
     if api.client_ca is not None:
         load_authorities("api.client_ca", Path(api.client_ca), context)
@@ -131,19 +133,21 @@ def tls_context(api: ApiSettings) -> ssl.SSLContext | None:
 
 
 def outgoing_context(api: ApiSettings) -> ssl.SSLContext | None:
-    """As a replica that speaks to another: it trusts whom agents trust, and shows its own certificate
-    where one is asked for. Raises UserError."""
+    """TLS for calls to other replicas: with the CA certificates that agents trust, and its own certificate as client
+    certificate. Raises UserError."""
     if api.tls_cert is None or api.tls_key is None:
         return None
     try:
         context = trust("api", ca_cert=api.ca_cert or "")
         load_chain(context, api.tls_cert, api.tls_key)
     except OSError as error:
-        raise UserError(f"api.ca_cert {api.ca_cert!r}, api.tls_cert: {_said(error)}") from error
+        raise UserError(
+            f"api.ca_cert {api.ca_cert!r}, api.tls_cert: {_error_text(error)}"
+        ) from error
     return context
 
 
-def _said(error: OSError) -> str:
+def _error_text(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
         return (error.reason or "not a certificate and its key").replace("_", " ").lower()
     return error.strerror or "cannot be read"

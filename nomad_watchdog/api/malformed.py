@@ -1,14 +1,13 @@
-"""Requests that are not HTTP: counted, answered in one form, and never quoted.
+"""Requests that are not valid HTTP: counted, answered in one form, and never quoted.
 
-aiohttp logs each with the bytes that it could not parse, which may hold a token, and sends those bytes back.
+aiohttp itself would log the bytes that it could not parse, which may contain a token, and send them back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final, TypedDict, Unpack
 
 from aiohttp import web
 
@@ -18,8 +17,21 @@ from nomad_watchdog.metrics import Metrics
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S: Final = 60.0
-RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
-    "access_log": None,
+
+
+class RunnerOptions(TypedDict, total=False):
+    """Options of aiohttp's server for each connection."""
+
+    keepalive_timeout: float
+    lingering_time: float
+    auto_decompress: bool
+    read_bufsize: int
+    max_line_size: int
+    max_field_size: int
+    max_headers: int
+
+
+RUNNER_OPTIONS: Final[RunnerOptions] = {
     "keepalive_timeout": 60.0,
     "lingering_time": 2.0,
     "auto_decompress": False,
@@ -28,9 +40,9 @@ RUNNER_OPTIONS: Final[Mapping[str, Any]] = {
     "max_field_size": 8190,
     "max_headers": 64,
 }
-"""Bodies are never decompressed: a few kilobytes would become megabytes before anybody has asked who sends them.
-aiohttp closes a connection whose headers are not complete after keepalive_timeout seconds; its default of 3,630
-would let slow senders hold sockets for an hour."""
+"""Bodies are never decompressed: a few kilobytes could become megabytes before the sender is authenticated. aiohttp
+closes a connection whose headers are not complete after keepalive_timeout seconds; with its default of 3,630 a slow
+sender could occupy a socket for an hour."""
 
 
 class MalformedRequests:
@@ -43,7 +55,7 @@ class MalformedRequests:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, peer: str) -> None:
-        """One more, from this address."""
+        """Count a request from this address."""
         self._metrics.malformed()
         self._unlogged += 1
         self._last_peer = peer
@@ -59,7 +71,7 @@ class MalformedRequests:
             self._timer = asyncio.get_running_loop().call_later(LOG_EVERY_S, self._report)
 
     def close(self) -> None:
-        """Log what is left."""
+        """Log the requests that were not logged yet."""
         if self._timer is not None:
             self._timer.cancel()
             self._report()
@@ -79,7 +91,7 @@ class HttpHandler(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002  # quotes the request
     ) -> web.StreamResponse:
-        # The other side has gone: aiohttp closes, and writes no traceback.
+        # The client has disconnected: aiohttp closes the connection without a traceback.
         if isinstance(exc, ConnectionError):
             raise exc
         if status >= 500:
@@ -87,7 +99,7 @@ class HttpHandler(web.RequestHandler):
         if isinstance(self._manager, HttpServer):
             self._manager.malformed.add(request.remote or "unknown")
         if request.writer.output_size > 0:
-            raise ConnectionError("an answer was begun")
+            raise ConnectionError("a response was begun")
         answer = error_response(status, "malformed", "the request is not valid HTTP/1.1")
         answer.force_close()
         return answer
@@ -110,16 +122,23 @@ class Runner(web.AppRunner):
 
     __slots__ = ()
 
-    def __init__(self, app: web.Application, **options: Any) -> None:
-        super().__init__(app, **{**RUNNER_OPTIONS, **options})
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        shutdown_timeout: float = 60.0,
+        **options: Unpack[RunnerOptions],
+    ) -> None:
+        merged: RunnerOptions = {**RUNNER_OPTIONS, **options}
+        super().__init__(app, access_log=None, shutdown_timeout=shutdown_timeout, **merged)
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            # Else aiohttp refuses it before our middlewares see it, and sends the header back.
+            # Otherwise aiohttp rejects the request before our middleware runs, and sends the header back.
             if request.headers.get("Expect", "100-continue").lower() != "100-continue":
-                answer = error_response(417, "expectation_failed", "Expect may be 100-continue")
+                answer = error_response(417, "expectation_failed", "Expect must be 100-continue")
                 answer.force_close()
                 return answer
             return await made.request_handler(request)

@@ -1,4 +1,4 @@
-"""From errors to answers, around each handler."""
+"""The middleware around each handler: errors become responses, and responses are counted."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ REFUSALS: Final = {
     429: "limited",
     503: "busy",
 }
-"""Status → how the metric calls it."""
+"""Status → its label value in the metric."""
 LINGER: Final = 16 * 1024
-"""Bytes of a body that are read to their end after its request was refused, so that the connection can be used again."""
+"""A body of at most this many bytes is read to its end after its request was refused, so that the connection can be
+used again."""
 HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 def answer_to(error: WatchdogError) -> web.Response:
-    """The status, code and message of an error that this project raised."""
+    """The response for an error of this project."""
     headers: dict[str, str] = {}
     if isinstance(error, TransientError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))
@@ -57,7 +58,7 @@ def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
         headers["Allow"] = allowed
         message = f"{error.method[:20]} is not allowed here; allowed are: {allowed}"
     elif isinstance(error, web.HTTPNotFound):
-        message = "there is nothing at this path; GET /v1/openapi.json lists what there is"
+        message = "there is nothing at this path; GET /v1/openapi.json lists all paths"
     elif isinstance(error, web.HTTPRequestEntityTooLarge):
         limit = request.app[CONTEXT].max_body_bytes
         message = f"the body is larger than the {limit} bytes that are allowed"
@@ -66,7 +67,7 @@ def _from_http(error: web.HTTPException, request: web.Request) -> web.Response:
 
 @web.middleware
 async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Translate every failure, count every answer."""
+    """Turn every error into a response, and count every response."""
     response: web.StreamResponse
     place = place_of(request)
     place.work()
@@ -80,21 +81,21 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
             request.app[CONTEXT].authenticator.refused(
                 request, error.status, error.code, _route(request)
             )
-            _remember(request, error)
+            _record_refused_report(request, error)
     except WatchdogError as error:
         response = answer_to(error)
     except web.HTTPException as error:
         response = _from_http(error, request)
     except (ConnectionError, asyncio.CancelledError):
         raise
-    except Exception:  # the request's boundary: logged once, counted, told without details
+    except Exception:  # the request's boundary: logged once, counted, answered without details
         log.exception("request failed", extra={"route": _route(request)})
-        response = error_response(500, "internal", "this is our fault; the log says more")
+        response = error_response(500, "internal", "internal error of the server; see its log")
     finally:
-        request.app[CONTEXT].bodies.give(place)
+        request.app[CONTEXT].bodies.release(place)
         place.rest()
     if not response.prepared:
-        _end(request, response, place)
+        _close_if_needed(request, response, place)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
     request.app[CONTEXT].metrics.request(_route(request), response.status)
@@ -103,8 +104,8 @@ async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse
     return response
 
 
-def _end(request: web.Request, response: web.StreamResponse, place: Place) -> None:
-    """Let go of a connection that has no place, or that was refused and goes on sending."""
+def _close_if_needed(request: web.Request, response: web.StreamResponse, place: Place) -> None:
+    """Close a connection that has no place, or whose request was refused and is not read to its end."""
     if place.rank is not Rank.UNAUTHENTICATED:
         if request.get(LAST):
             response.force_close()
@@ -118,8 +119,8 @@ def _end(request: web.Request, response: web.StreamResponse, place: Place) -> No
             request.protocol.hush()
 
 
-def _remember(request: web.Request, error: RequestError) -> None:
-    """A report that was refused explains why nothing is heard of its agent. Its body is not read for that."""
+def _record_refused_report(request: web.Request, error: RequestError) -> None:
+    """Record a refused report: it explains why no report of its agent arrives. Its body is not read for that."""
     if error.status not in (401, 403) or _route(request) != wire.REPORT_PATH:
         return
     context = request.app[CONTEXT]
@@ -131,7 +132,7 @@ def _remember(request: web.Request, error: RequestError) -> None:
 
 
 async def _acknowledge(request: web.Request, response: web.StreamResponse) -> None:
-    """Send the answer to a wish to its last byte, and then say so to the fail point."""
+    """Send the whole response to a change, then reach the failpoint K3 (after the acknowledgement)."""
     if _route(request).startswith(("/v1/devices", "/v1/webhook")):
         await response.prepare(request)
         await response.write_eof()
@@ -145,7 +146,7 @@ def _route(request: web.Request) -> str:
 
 def _check(request: web.Request) -> None:
     context = request.app[CONTEXT]
-    context.authenticator.let_in(request, context.routed.get(request.match_info.route))
+    context.authenticator.authenticate(request, context.routed.get(request.match_info.route))
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding != "identity":
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Moving a fleet from one scheduler to another."""
+"""Migrations from one scheduler to another."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from nomad_watchdog.fleet.pauses import new_id
 def _migrations(request: web.Request) -> MigrationRequests:
     found = request.app[CONTEXT].migrations
     if found is None:
-        raise NotFoundError("this control plane has no migrations")
+        raise NotFoundError("this server has no controller for migrations")
     return found
 
 
-async def show(request: web.Request) -> web.StreamResponse:
+async def list_migrations(request: web.Request) -> web.StreamResponse:
     """All migrations that are in force, the newest last."""
     return web.json_response(await _migrations(request).view())
 
 
 async def begin(request: web.Request) -> web.StreamResponse:
-    """Both schedulers are listed first: nothing moves to one that does not answer.
+    """Start a migration. Both schedulers are listed first, so nothing moves to one that does not answer.
 
-    Raises UserError (400) when no device of the migration lives there, ConflictError (409) while another migration
-    is in progress, TransientError (503) before the fleet is known."""
+    Raises UserError (400) if the source has no agent of these devices, ConflictError (409) while another migration
+    is in progress, TransientError (503) before the fleet has been read."""
     body = await read(request, MigrateIn)
     context = request.app[CONTEXT]
     migrations = _migrations(request)
     if not context.fleet.readiness.ready:
-        raise TransientError("the fleet is not known yet", retry_after_s=1.0)
+        raise TransientError("the fleet has not been read yet", retry_after_s=1.0)
     shards = context.leases.shards if context.leases is not None else 1
     if wrong := [one for one in body.shards if one >= shards]:
         raise UserError(f"there is no shard {min(wrong)}; there are {shards}, counted from 0")
@@ -64,18 +64,18 @@ async def begin(request: web.Request) -> web.StreamResponse:
 
 
 async def pause(request: web.Request) -> web.StreamResponse:
-    return await _control(request, "pause")
+    return await _change(request, "pause")
 
 
 async def resume(request: web.Request) -> web.StreamResponse:
-    return await _control(request, "resume")
+    return await _change(request, "resume")
 
 
 async def undo(request: web.Request) -> web.StreamResponse:
-    return await _control(request, "undo")
+    return await _change(request, "undo")
 
 
-async def _control(request: web.Request, what: str) -> web.StreamResponse:
+async def _change(request: web.Request, what: str) -> web.StreamResponse:
     changed = await _migrations(request).control(what)
     audit(request, "migrate", what, migration=changed["id"])
     return web.json_response(changed)

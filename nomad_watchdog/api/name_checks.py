@@ -1,6 +1,6 @@
-"""What a request may name: agent classes that are configured, devices that are registered.
+"""Checks that the agent classes and devices that a request names exist.
 
-Checked when the request comes in, so that a misspelt name is an error and not a device without an agent.
+A misspelt name is an error of the request, and does not become a device without an agent.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from nomad_watchdog.text_files import did_you_mean
 from nomad_watchdog.units import utc
 
 MAX_COMPARED: Final = 500
-"""Ids that are compared with a misspelt one: a hint must not hold up a large fleet."""
+"""Maximum number of ids that are compared with a misspelt one, so that a hint stays cheap in a large fleet."""
 _DEFAULT: Final = "default"
 
 
 def check_class(fleet: Fleet, device: Device, *, given: bool = True) -> None:
     """Raises UserError for a device of a class that is not configured here.
 
-    `given`: the request named the class. A device that is registered with this class already, or that only
-    blinked, may be registered again: a class that vanished from the configuration must not make gateways'
-    reconnects fail. Its verdict says that the class is missing."""
+    `given`: the request named the class. A device that is already registered with this class, or that was only
+    disconnected, may be registered again: a class that was removed from the configuration must not make reconnects
+    fail. The verdict of the device reports that the class is missing."""
     if fleet.classes is None or device.agent_class in fleet.classes:
         return
     known = fleet.records.get(slug_of(device.id))
@@ -59,8 +59,8 @@ def _unknown_class(name: str, classes: Collection[str], *, given: bool) -> UserE
 
 
 async def check_devices(fleet: Fleet, ids: Iterable[str]) -> None:
-    """Raises NotFoundError (404) that names the devices that were never registered, and similar ids; and
-    as `Registry.get`. The registry is asked about ids that are unknown here: our view may be behind."""
+    """Raises NotFoundError (404) with the devices that were never registered, and similar ids; also raises as
+    `Registry.get`. Unknown ids are looked up in the registry, because the cache may be old."""
     missing = []
     for device_id in ids:
         slug = slug_of(DeviceId(device_id))
@@ -75,8 +75,7 @@ async def check_devices(fleet: Fleet, ids: Iterable[str]) -> None:
 
 
 async def check_events_of(fleet: Fleet, device_id: str) -> None:
-    """Raises NotFoundError (404) for a device that was never registered, of which no agent runs, and about
-    which no event is kept."""
+    """Raises NotFoundError (404) for a device that was never registered and has no agent and no stored event."""
     slug = slug_of(DeviceId(device_id))
     if slug in fleet.records or slug in fleet.placements or fleet.events.all.of_device(slug):
         return
@@ -84,25 +83,25 @@ async def check_events_of(fleet: Fleet, device_id: str) -> None:
         found = await fleet.registry.get(slug) is not None
         found = found or bool((await fleet.events.all.page(0, 1, EventFilter(device=device_id)))[0])
     except WatchdogError:
-        return  # what is kept can be shown while the registry can't be read
+        return  # stored events can be listed while the registry can't be read
     if not found:
         raise unknown(device_id, fleet)
 
 
 async def missing(fleet: Fleet, device_id: str) -> NotFoundError:
-    """As `unknown`, and says so if the device was registered before: an old record may be lost.
+    """As `unknown`; the message states if the device was registered before, because its record may be lost.
 
     Raises TransientError before the registry has been read."""
     fleet.records.check_loaded()
     if not (before := await known_before(fleet, device_id)):
         return unknown(device_id, fleet)
     return NotFoundError(
-        f"no device {ascii(device_id)[:200]} is registered; {before}. Register it again if it is still there"
+        f"no device {ascii(device_id)[:200]} is registered; {before}. Register it again if it still exists"
     )
 
 
 async def known_before(fleet: Fleet, device_id: str) -> str:
-    """When a device that is not registered was seen last, in words; "" = no event is kept about it."""
+    """The last event about a device that is not registered, as text; "" = no event is stored."""
     found = fleet.events.all.of_device(slug_of(DeviceId(device_id)))
     try:
         found = found or (await fleet.events.all.page(0, 1, EventFilter(device=device_id)))[0]
@@ -115,8 +114,8 @@ async def known_before(fleet: Fleet, device_id: str) -> str:
 
 
 def unknown(device_id: str, fleet: Fleet | None = None) -> NotFoundError:
-    """The error for a device that is not registered. `fleet`: name an id of it that is similar, for callers
-    who may read all of them."""
+    """The error for a device that is not registered. `fleet`: suggest a similar id, for callers that may read all
+    ids."""
     if fleet is None:
         return NotFoundError(f"no device {ascii(device_id)[:200]} is registered")
     close = difflib.get_close_matches(device_id, _candidates(fleet, device_id), n=1, cutoff=0.7)

@@ -1,9 +1,9 @@
-"""The description of the API (OpenAPI 3.1), made from the route table and the schemas."""
+"""The description of the API (OpenAPI 3.1), generated from the route table and the schemas."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -14,20 +14,21 @@ from nomad_watchdog.api.schemas import ErrorOut
 from nomad_watchdog.core.roles import roles_with
 
 _REFS: Final = "#/components/schemas/{model}"
+JsonObject = dict[str, object]
 
 
-def describe(routes: Sequence[Route], *, secured: bool) -> dict[str, Any]:
-    """The whole document. `secured`: a bearer token is asked for."""
-    taken = {route.body for route in routes if route.body is not None}
-    given = {a for route in routes for a in route.answers.values() if isinstance(a, type)}
-    ordered = sorted(taken | given | {ErrorOut}, key=lambda model: model.__name__)
+def describe(routes: Sequence[Route], *, secured: bool) -> JsonObject:
+    """The whole document. `secured`: callers need a bearer token."""
+    bodies = {route.body for route in routes if route.body is not None}
+    answers = {a for route in routes for a in route.answers.values() if isinstance(a, type)}
+    ordered = sorted(bodies | answers | {ErrorOut}, key=lambda model: model.__name__)
     _, schemas = models_json_schema(
         [(model, "validation") for model in ordered], by_alias=True, ref_template=_REFS
     )
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, JsonObject] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, secured=secured)
-    components: dict[str, Any] = {"schemas": schemas["$defs"]}
+    components: JsonObject = {"schemas": schemas["$defs"]}
     if secured:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     return {
@@ -38,31 +39,17 @@ def describe(routes: Sequence[Route], *, secured: bool) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, *, secured: bool) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "in": "query",
-            "description": text,
-            "schema": {"type": "array", "items": {"type": "string"}}
-            if name == "label"
-            else {"type": "string"},
-        }
-        for name, text in route.query.items()
-    ]
-    if "{id}" in route.path:
-        parameters.append(
-            {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-        )
-    operation: dict[str, Any] = {
+def _operation(route: Route, *, secured: bool) -> JsonObject:
+    answers = {str(code): _answer(route, what) for code, what in route.answers.items()}
+    answers["default"] = {
+        "description": "an error",
+        "content": _content("application/json", ErrorOut),
+    }
+    operation: JsonObject = {
         "operationId": route.handler.__name__,
         "summary": route.summary,
-        "parameters": parameters,
-        "responses": {str(code): _answer(route, what) for code, what in route.answers.items()},
-    }
-    operation["responses"]["default"] = {
-        "description": "what is wrong",
-        "content": _content("application/json", ErrorOut),
+        "parameters": _parameters(route),
+        "responses": answers,
     }
     if route.body is not None:
         operation["requestBody"] = {
@@ -76,7 +63,23 @@ def _operation(route: Route, *, secured: bool) -> dict[str, Any]:
     return operation
 
 
-def _answer(route: Route, what: str | type[BaseModel]) -> dict[str, Any]:
+def _parameters(route: Route) -> list[JsonObject]:
+    text, texts = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
+    parameters: list[JsonObject] = [
+        {
+            "name": name,
+            "in": "query",
+            "description": description,
+            "schema": texts if name == "label" else text,
+        }
+        for name, description in route.query.items()
+    ]
+    if "{id}" in route.path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": text})
+    return parameters
+
+
+def _answer(route: Route, what: str | type[BaseModel]) -> JsonObject:
     if isinstance(what, str):
         return {"description": what}
     return {
@@ -85,5 +88,5 @@ def _answer(route: Route, what: str | type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def _content(media: str, model: type[BaseModel]) -> dict[str, Any]:
+def _content(media: str, model: type[BaseModel]) -> JsonObject:
     return {media: {"schema": {"$ref": _REFS.format(model=model.__name__)}}}

@@ -1,4 +1,4 @@
-"""Lists: what a query admits, in the order of the ids, a page at a time, without holding up the event loop."""
+"""Lists of devices: filtered, in the order of their ids, by page, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from nomad_watchdog.model import DeviceRecord, Presence, VerdictState
 
 MAX_ITEMS: Final = 1_000
 DEFAULT_ITEMS: Final = 100
-BREATH_S: Final = 0.002
-"""Others get their turn on the event loop after so much work on a list."""
+YIELD_S: Final = 0.002
+"""Seconds of work on a list after which other tasks may run."""
 
 LIST_QUERY: Final = {
     "class": "only devices of this agent class",
     "verdict": f"only this verdict: {', '.join(VerdictState)}",
     "presence": "present (default; absent with verdict=departed), absent or any",
-    "label": "key=value; may be given several times, all must match",
-    "q": "text that the id or address holds",
+    "label": "key=value; may be repeated, all must match",
+    "q": "text that the id or the address contains",
     "limit": f"1 to {MAX_ITEMS}, default {DEFAULT_ITEMS}",
-    "cursor": "`next` of the page before",
+    "cursor": "`next` of the previous page",
 }
 
 
 def check_query(
     request: web.Request, allowed: Collection[str], repeatable: Collection[str] = ()
 ) -> None:
-    """Refuse parameters that we do not know, or that are given twice: silence would mislead."""
+    """Raises UserError for unknown and repeated query parameters."""
     for name in request.query:
         if name not in allowed:
             raise UserError(
@@ -52,7 +52,7 @@ def check_query(
 
 
 def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
-    """A query parameter that is a number from low to high."""
+    """A query parameter that is a whole number from low to high. Raises UserError."""
     text = request.query.get(name)
     if text is None:
         return default
@@ -73,7 +73,7 @@ class _Filter:
     after: str
 
     def admits(self, record: DeviceRecord) -> bool:
-        """Whether the record alone lets the device in: what costs more is asked of few."""
+        """Whether the record matches. The verdict, which costs more, is checked only for these."""
         device = record.device
         return (
             (self.presence is None or record.presence is self.presence)
@@ -86,7 +86,7 @@ class _Filter:
 def _filter(request: web.Request) -> _Filter:
     query = request.query
     labels = parse_labels(query.getall("label", []))
-    # A departed device is absent: without a presence the verdict alone picks.
+    # Departed devices are absent, so without `presence` the verdict alone decides.
     departed = query.get("verdict") == VerdictState.DEPARTED
     presence = query.get("presence", "absent" if departed else "present")
     if presence not in {*Presence, "any"}:
@@ -112,17 +112,17 @@ def _uncursor(text: str) -> str:
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
-        raise UserError("cursor is not one that was given as `next`") from None
+        raise UserError("the cursor is invalid; use `next` of the previous page") from None
 
 
 async def scan(
     fleet: Fleet, admits: Callable[[DeviceRecord], bool], after: str = ""
 ) -> AsyncIterator[DeviceView]:
-    """Every device, tombstones included, whose record is admitted, in the order of the ids. Lets others have
-    their turn on the event loop."""
+    """Every device whose record is admitted, tombstones included, in the order of the ids. Yields to the event
+    loop."""
     began = time.monotonic()
     for device_id in sorted([one for one in fleet.records.slug_by_id if one > after]):
-        if time.monotonic() - began > BREATH_S:
+        if time.monotonic() - began > YIELD_S:
             await asyncio.sleep(0)
             began = time.monotonic()
         record = fleet.records.get(fleet.records.slug_by_id.get(device_id, Slug("")))
@@ -133,9 +133,9 @@ async def scan(
 
 
 async def page_of(
-    request: web.Request, shown: Callable[[Fleet, DeviceView], dict[str, object] | None]
+    request: web.Request, as_item: Callable[[Fleet, DeviceView], dict[str, object] | None]
 ) -> web.Response:
-    """A page of what `shown` makes of the devices that the query admits (None = leave out)."""
+    """A page of the devices that match the query. `as_item`: the JSON of a device; None = leave it out."""
     check_query(request, set(LIST_QUERY), {"label"})
     limit = whole_number(request, "limit", DEFAULT_ITEMS, 1, MAX_ITEMS)
     wanted = _filter(request)
@@ -147,7 +147,7 @@ async def page_of(
     async for view in scan(fleet, wanted.admits, wanted.after):
         if wanted.verdict is not None and view.verdict.state is not wanted.verdict:
             continue
-        item = shown(fleet, view)
+        item = as_item(fleet, view)
         if item is None:
             continue
         if len(items) == limit:

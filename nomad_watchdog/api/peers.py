@@ -7,26 +7,26 @@ from aiohttp import web
 from nomad_watchdog.api.body import read
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.responses import json_response
-from nomad_watchdog.api.schemas import EventsIn, HearsayIn
+from nomad_watchdog.api.schemas import EventsIn, ReplicatedReportsIn
 from nomad_watchdog.errors import NotFoundError, UserError
 
 
-async def overhear(request: web.Request) -> web.StreamResponse:
-    """Reports that another replica has accepted: taken where our own record says the same; and devices
-    that it heard."""
-    body = await read(request, HearsayIn)
+async def receive_reports(request: web.Request) -> web.StreamResponse:
+    """Reports that another replica has accepted, and heartbeats that it has received. A report is accepted here if
+    this replica's own record agrees."""
+    body = await read(request, ReplicatedReportsIn)
     fleet = request.app[CONTEXT].fleet
     fleet.presence.touch_many(body.beats)
     taken = sum(fleet.reports.accept_replicated(one.report()) for one in body.reports)
     return json_response({"taken": taken})
 
 
-async def tell(request: web.Request) -> web.StreamResponse:
-    """Events of another replica, to be told for all. Raises ConflictError (409) where another tells."""
+async def receive_events(request: web.Request) -> web.StreamResponse:
+    """Events of another replica, for publication. Raises ConflictError (409) if another replica publishes."""
     body = await read(request, EventsIn)
     feed = request.app[CONTEXT].feed
     if feed is None:
-        raise NotFoundError("nobody tells events for others here")
+        raise NotFoundError("this replica publishes no events of others")
     try:
         return json_response({"taken": feed.take(body.events)})
     except ValueError as error:

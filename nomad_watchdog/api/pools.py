@@ -1,4 +1,4 @@
-"""Pools: what there is, and an operator's word on it."""
+"""Worker pools: list, scale, remove."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from nomad_watchdog.replicas.ownership import LEADER_SHARD
 
 
 async def list_pools(request: web.Request) -> web.StreamResponse:
-    """Of a replica that does not keep them only the counts are told: it decides nothing."""
-    keeper = request.app[CONTEXT].pools
-    items = await keeper.rows() if keeper is not None else []
-    return json_response({"items": items, "keeper": keeper is not None and keeper.is_leader()})
+    """All pools. A replica that does not control them knows only their counts."""
+    controller = request.app[CONTEXT].pools
+    items = await controller.rows() if controller is not None else []
+    controls = controller is not None and controller.is_leader()
+    return json_response({"items": items, "keeper": controls})
 
 
 async def scale_pool(request: web.Request) -> web.StreamResponse:
     body = await read(request, PoolScaleIn)
-    keeper, name = _keeper(request), request.match_info["id"]
-    await keeper.scale(name, body.count, "an operator's word")
+    controller, name = _controller(request), request.match_info["id"]
+    await controller.scale(name, body.count, "set by an operator")
     audit(request, "scale", "scaled", pool=name, count=body.count)
     return json_response({"pool": name, "count": body.count})
 
 
 async def remove_pool(request: web.Request) -> web.StreamResponse:
-    keeper, name = _keeper(request), request.match_info["id"]
-    await keeper.remove(name)
+    controller, name = _controller(request), request.match_info["id"]
+    await controller.remove(name)
     audit(request, "remove", "removed", pool=name)
     return json_response({"pool": name, "removed": True})
 
 
-def _keeper(request: web.Request) -> PoolController:
-    """Raises NotFoundError where there are no pools, ConflictError on a replica that does not keep them."""
-    keeper = request.app[CONTEXT].pools
-    if keeper is None:
+def _controller(request: web.Request) -> PoolController:
+    """Raises NotFoundError without pools, ConflictError on a replica that does not control them."""
+    controller = request.app[CONTEXT].pools
+    if controller is None:
         raise NotFoundError("this backend has no pools")
-    if not keeper.is_leader():
+    if not controller.is_leader():
         raise ConflictError(
-            f"another replica manages the pools: the leader, which holds shard {LEADER_SHARD}"
+            f"another replica controls the pools: the leader, which holds shard {LEADER_SHARD}"
         )
-    return keeper
+    return controller

@@ -1,4 +1,4 @@
-"""The configuration of the running service: read it again."""
+"""Reload of the configuration."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from nomad_watchdog.errors import NotFoundError
 
 
 async def reload(request: web.Request) -> web.StreamResponse:
-    """As SIGHUP, and the answer says what changed. Raises UserError (400) that names what is wrong with the
-    configuration."""
+    """As SIGHUP; the response lists the changes. Raises UserError (400) with the errors in the configuration."""
     reloads = request.app[CONTEXT].reloads
     if reloads is None:
-        raise NotFoundError("this server has no configuration to read again")
+        raise NotFoundError("this server can't reload its configuration")
     done = await reloads.reload()
     audit(request, "reload", "reloaded")
     return json_response(

@@ -1,4 +1,4 @@
-"""The one form of all JSON answers."""
+"""The form of all JSON responses."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ json_response: Final = partial(web.json_bytes_response, dumps=as_json)
 def error_response(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """The one form of all error bodies."""
+    """The form of all error responses."""
     body = {"error": {"code": code, "message": hide(message)}}
     return json_response(body, status=status, headers=headers)

@@ -1,4 +1,4 @@
-"""What an operation of the API is."""
+"""The type of a route."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One operation. `answers`: status → what it means, or the model of its body."""
+    """One operation of the API. `answers`: status → its meaning, or the model of the response's body."""
 
     method: str
     path: str
@@ -24,21 +24,21 @@ class Route:
     answers: Mapping[int, str | type[BaseModel]]
     body: type[BaseModel] | None = None
     query: Mapping[str, str] = field(default_factory=dict)
-    """Query parameter → what it is."""
+    """Query parameter → its description."""
     public: bool = False
-    """Answered to everybody: without a token, without a client certificate, at any rate."""
-    asks: Right | None = None
-    """The right that is asked for, where it is not the one of the method."""
+    """Needs no token and no client certificate, and has no rate limit."""
+    needs: Right | None = None
+    """The right that a caller needs, if it is not that of the method."""
     signed: bool = False
-    """A signature may stand for the token; the handler checks it."""
+    """A signature may replace the token; the handler verifies it."""
     media: str = "application/json"
 
     @property
     def right(self) -> Right:
-        """What a caller must be allowed. A route that says nothing changes something: operators only."""
-        return self.asks or (Right.READ if self.method == "GET" else Right.OPERATE)
+        """The right that a caller needs. By default, reading for GET and operating for all other methods."""
+        return self.needs or (Right.READ if self.method == "GET" else Right.OPERATE)
 
     @property
     def resource(self) -> str:
-        """The path as the router takes it: an id is one segment, whatever it holds."""
+        """The path for the router. An id is one segment, whatever characters it has."""
         return self.path.replace("{id}", "{id:[^/]+}")

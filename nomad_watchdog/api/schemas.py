@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -71,8 +71,8 @@ class BulkIn(Strict):
 class BulkEnvelope(Strict):
     """A BulkIn whose items are not looked at yet."""
 
-    devices: list[Any] = Field(default_factory=list, max_length=MAX_BULK)
-    delete: list[Any] = Field(default_factory=list, max_length=MAX_BULK)
+    devices: list[object] = Field(default_factory=list, max_length=MAX_BULK)
+    delete: list[object] = Field(default_factory=list, max_length=MAX_BULK)
 
 
 class WebhookDevice(Strict):
@@ -264,7 +264,7 @@ class ReportIn(BaseModel):
         )
 
 
-class HearsayIn(BaseModel):
+class ReplicatedReportsIn(BaseModel):
     """Reports that another replica has accepted."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
@@ -280,7 +280,7 @@ class EventsIn(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    events: Annotated[list[dict[str, Any]], Field(max_length=MAX_HEARD)]
+    events: Annotated[list[dict[str, object]], Field(max_length=MAX_HEARD)]
 
 
 class DeviceOut(BaseModel):

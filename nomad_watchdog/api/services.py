@@ -1,4 +1,4 @@
-"""What the API asks of the rest of the process."""
+"""The interfaces that the API calls."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
 
 
 class Operator(Protocol):
-    """Who holds stops back, and takes the word that they are meant (the reconciler)."""
+    """Puts stops on hold, and releases them when they are approved (the reconciler)."""
 
     breaker: MassStopBreaker
 
     def hold_now(self) -> None:
-        """Bring what is held up to what a plan shows now."""
+        """Update the held stops to those of a plan made now."""
 
     def confirm_stops(self) -> int:
-        """Let what is held now go; how many."""
+        """Approve the stops that are on hold now; their number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload did. Each entry is a setting with its values before and after."""
+    """The result of a reload. Each entry is a setting with its old and new value."""
 
     changed: tuple[str, ...] = ()
     """In force now."""
     needs_restart: tuple[str, ...] = ()
-    """In the configuration, and in force after a restart of the service."""
+    """Changed in the configuration, and in force after a restart of the service."""
     unprepared: Mapping[str, str] = field(default_factory=dict)
-    """Agent class → why it can't be prepared: its devices keep their agents and get none."""
+    """Agent class → why it can't be prepared. Its running agents continue, and no new ones start."""
 
     def __str__(self) -> str:
         changed = f"changed: {', '.join(self.changed)}" if self.changed else "nothing changed"
@@ -39,8 +39,8 @@ class Reloaded:
         return changed + rest + (bad if self.unprepared else "")
 
 
-class Reloads(Protocol):
-    """Reads the configuration again."""
+class ConfigReloader(Protocol):
+    """Reloads the configuration."""
 
     async def reload(self) -> Reloaded:
         """Raises UserError or TerminalError when it is not valid; then nothing has changed."""

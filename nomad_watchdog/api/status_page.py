@@ -1,4 +1,4 @@
-"""The status page: counts and the devices that want attention. No script, everything escaped."""
+"""The status page: counts, and the devices, those that need attention first. No script, everything escaped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nomad_watchdog.model import Presence, VerdictState
 
 MAX_ROWS: Final = 200
 MAX_INCIDENTS: Final = 20
-MADE_EVERY_S: Final = 1.0
-"""It goes through the whole fleet: however many ask for it, the loop pays for it so often at most."""
+RENDER_EVERY_S: Final = 1.0
+"""Minimum interval between two renderings, each of which reads the whole fleet."""
 
 _URGENCY: Final = {
     state: rank
@@ -51,13 +51,13 @@ _CSP: Final = (
 
 
 async def status_page(request: web.Request) -> web.StreamResponse:
-    """Those that want attention first; at most 200 rows, the rest is counted."""
+    """Devices that need attention first; at most MAX_ROWS rows, the rest is counted."""
     check_query(request, set())
     context = request.app[CONTEXT]
     clock = context.fleet.clock
-    async with context.page_lock:  # one makes it for all who ask meanwhile
-        if clock.monotonic() - context.page[0] > MADE_EVERY_S:
-            text = await _made(context.fleet)
+    async with context.page_lock:  # one rendering for all concurrent requests
+        if clock.monotonic() - context.page[0] > RENDER_EVERY_S:
+            text = await _rendered(context.fleet)
             context.page = (clock.monotonic(), text)
     return web.Response(
         text=context.page[1],
@@ -66,7 +66,7 @@ async def status_page(request: web.Request) -> web.StreamResponse:
     )
 
 
-async def _made(fleet: Fleet) -> str:
+async def _rendered(fleet: Fleet) -> str:
     views = [view async for view in scan(fleet, lambda r: r.presence is Presence.PRESENT)]
     views.sort(key=lambda v: (_URGENCY[v.verdict.state], v.record.device.id))
     counts = dict.fromkeys(VerdictState, 0)
@@ -78,7 +78,7 @@ async def _made(fleet: Fleet) -> str:
         if state is not VerdictState.DEPARTED
     )
     rest = len(views) - MAX_ROWS
-    more = f"<p>{rest} more devices are not shown here.</p>" if rest > 0 else ""
+    more = f"<p>{rest} more devices are not listed here.</p>" if rest > 0 else ""
     empty = "" if views else "<p>No devices are registered.</p>"
     ready = "ready" if fleet.readiness.ready else f"not ready: {escape(fleet.readiness.reason)}"
     return (
@@ -98,12 +98,12 @@ def _incidents(fleet: Fleet) -> str:
     opened = incidents.opened()
     lines = "".join(
         f"<li><b>{incident.kind.value} <bdi>{escape(incident.group)}</bdi></b>: {incident.count} of "
-        f"{incident.size} devices, {incident.bad} not well now ({escape(incident.id)})"
+        f"{incident.size} devices, {incident.bad} unhealthy now ({escape(incident.id)})"
         f"{_no_agent(incidents.reason(incident))}</li>"
         for incident in opened[:MAX_INCIDENTS]
     )
     rest = len(opened) - MAX_INCIDENTS
-    more = f"<p>{rest} more incidents are not shown here.</p>" if rest > 0 else ""
+    more = f"<p>{rest} more incidents are not listed here.</p>" if rest > 0 else ""
     return f"<h2>Incidents</h2><ul>{lines}</ul>{more}" if lines else ""
 
 
@@ -121,5 +121,5 @@ def _row(view: DeviceView) -> str:
         view.record.device.address,
         node,
     )
-    # <bdi>: text in another direction must not turn the rest of the row round.
+    # <bdi>: text in another direction must not reverse the rest of the row.
     return f"<tr>{''.join(f'<td><bdi>{escape(cell)}</bdi></td>' for cell in cells)}</tr>"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as FilePath
 
 from nomad_watchdog import private_files, schedulers, secret_file_rules, text_files
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.auth import secret_files as secret_files_of
 from nomad_watchdog.api.listener import outgoing_context, tls_context
 from nomad_watchdog.config.hcl import Path
@@ -70,7 +70,7 @@ def _api(settings: Settings) -> Iterator[tuple[Path, str]]:
             # the place of the finding names the setting
             yield ("api", *setting), line.removeprefix(f"{file.setting} ")
     if not wrong:  # what is wrong with several of them together
-        yield from ((("api", "token"), line) for line in _lines(lambda: door_of(api)))
+        yield from ((("api", "token"), line) for line in _lines(lambda: authenticator_of(api)))
     own = list(_lines(lambda: tls_context(api)))
     yield from ((("api", "tls_cert"), line) for line in own)
     if api.ca_cert and not own:

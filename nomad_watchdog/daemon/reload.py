@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nomad_watchdog.api.auth import Authenticator, door_of
+from nomad_watchdog.api.auth import Authenticator, authenticator_of
 from nomad_watchdog.api.services import Reloaded
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.config.settings_text import flat
@@ -165,7 +165,7 @@ class Reloader:
         wanted = applicable(self.settings, loaded)
         specs, unreadable = await asyncio.to_thread(wanted.readable_specs)
         place = await asyncio.to_thread(wanted.placer)
-        authenticator = await asyncio.to_thread(door_of, wanted.api)
+        authenticator = await asyncio.to_thread(authenticator_of, wanted.api)
         fleet, before = self.reconciler.fleet, self.settings
         limits = wanted.limits()
         was = fleet.limits
@@ -186,7 +186,7 @@ class Reloader:
             fleet.configure(was)
             raise
         self.reconciler.informer.look_every(limits.resync_s)
-        self.authenticator.take_over(authenticator)
+        self.authenticator.apply_settings_of(authenticator)
         self.inventory.configure(wanted.inventory, frozenset(wanted.agent_class))
         logging.getLogger().setLevel(wanted.log.level.upper())
         self.settings = wanted

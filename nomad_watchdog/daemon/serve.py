@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from nomad_watchdog import failpoints, logs
 from nomad_watchdog.api import Runner, make_app
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.listener import ApiListener
 from nomad_watchdog.clock import SystemClock
@@ -174,7 +174,7 @@ async def _run(
     fleet = reconciler.fleet
     data_dir = Path(settings.data_dir)
     agent_zipapp.publish(data_dir)
-    authenticator = door_of(settings.api)
+    authenticator = authenticator_of(settings.api)
     departures = ExpiryController(fleet, metrics, reconciler.ownership)
     inventory = InventoryController(
         settings.inventory, fleet, departures, metrics, frozenset(settings.agent_class)

@@ -13,7 +13,7 @@ from yarl import URL
 
 from nomad_watchdog.api import Runner, make_app
 from nomad_watchdog.api.auth import Authenticator as Gate
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import ApiSettings
@@ -83,6 +83,6 @@ async def served_api(tmp_path: Path, token: str | None) -> AsyncIterator[ServedA
     gate = None
     if token is not None:
         (tmp_path / "token").write_text(token)
-        gate = door_of(ApiSettings(token_file=str(tmp_path / "token")))
+        gate = authenticator_of(ApiSettings(token_file=str(tmp_path / "token")))
     async with served(tmp_path, authenticator=gate) as it:
         yield it

@@ -477,7 +477,7 @@ async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
 ) -> None:
     """Of 20 requests that are there before the first page is ready, one makes it."""
     come, all_there, made = 0, asyncio.Event(), 0
-    real = page._made
+    real = page._rendered
 
     def count(*_: object) -> None:
         nonlocal come
@@ -492,8 +492,8 @@ async def test_the_page_is_made_once_for_all_who_ask_meanwhile(
         return await real(fleet)
 
     monkeypatch.setattr(page, "check_query", count)
-    monkeypatch.setattr(page, "_made", make)
-    monkeypatch.setattr(page, "MADE_EVERY_S", 3600.0)
+    monkeypatch.setattr(page, "_rendered", make)
+    monkeypatch.setattr(page, "RENDER_EVERY_S", 3600.0)
 
     async def ask() -> str:
         async with served_api.client.get(served_api.base + "/") as response:

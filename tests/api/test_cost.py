@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from nomad_watchdog.api import audit
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.events import MAX_FOLLOWERS
 from nomad_watchdog.config.api import ApiSettings
@@ -49,7 +49,7 @@ def settings(folder: Path, **more: Any) -> ApiSettings:
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncIterator[ServedApi]:
     """The API with tokens."""
-    async with served(tmp_path, authenticator=door_of(settings(tmp_path))) as served_api:
+    async with served(tmp_path, authenticator=authenticator_of(settings(tmp_path))) as served_api:
         yield served_api
 
 
@@ -88,7 +88,9 @@ async def test_a_viewer_takes_neither_streams_nor_time_from_an_operator(
     # On a busy machine the searches get little processor time: a small budget is used up all the same.
     small = settings(tmp_path, read_share=0.01, read_burst="500ms")
     async with AsyncExitStack() as stack:
-        guarded = await stack.enter_async_context(served(tmp_path, authenticator=door_of(small)))
+        guarded = await stack.enter_async_context(
+            served(tmp_path, authenticator=authenticator_of(small))
+        )
         fill(guarded, FLEET)
         timeout = aiohttp.ClientTimeout(total=150)
         client = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
@@ -168,7 +170,7 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
     """A token with a small budget is refused after reads that cost more, whatever they read; another token is
     not, nor is a request that reads nothing."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
-    async with served(tmp_path, authenticator=door_of(tiny)) as served_api:
+    async with served(tmp_path, authenticator=authenticator_of(tiny)) as served_api:
         fill(served_api, 2_000)
         for path in (
             "/v1/devices?limit=1000",
@@ -194,7 +196,7 @@ async def test_a_read_costs_what_it_takes(tmp_path: Path) -> None:
 async def test_a_scrape_is_neither_charged_nor_refused(tmp_path: Path) -> None:
     """/metrics costs a token nothing, and is answered when the budget of that token is used up."""
     tiny = settings(tmp_path, read_share=0.001, read_burst="1ms")
-    async with served(tmp_path, authenticator=door_of(tiny)) as served_api:
+    async with served(tmp_path, authenticator=authenticator_of(tiny)) as served_api:
         fill(served_api, 1_000)
         costs = served_api.app_door.costs
         assert costs is not None
@@ -320,7 +322,7 @@ async def test_changes_beyond_the_rate_of_a_token_are_counted_and_stated(
 ) -> None:
     """A token that changes more than its rate has no event for the rest, and one that states how many; another
     token's changes are audited beside it."""
-    monkeypatch.setattr(audit, "SAY_EVERY_S", 1.0)
+    monkeypatch.setattr(audit, "REPORT_EVERY_S", 1.0)
     context = guarded.app[CONTEXT]
     context.audits.buckets = Buckets(0.001, 2)
     body = {"address": "127.0.0.1"}

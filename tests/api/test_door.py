@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.api.app import ROUTES
-from nomad_watchdog.api.auth import Authenticator, door_of
+from nomad_watchdog.api.auth import Authenticator, authenticator_of
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import ApiSettings, TokenSettings
 from nomad_watchdog.core.agent_token import TokenClaim, issue
@@ -63,7 +63,7 @@ def settings(folder: Path, **changes: Any) -> ApiSettings:
 
 @pytest.fixture
 def secured(tmp_path: Path) -> Authenticator:
-    served_api = door_of(settings(tmp_path))
+    served_api = authenticator_of(settings(tmp_path))
     served_api.clock = Later()
     return served_api
 
@@ -159,7 +159,7 @@ def labelled(folder: Path) -> Authenticator:
     (folder / "north").write_text("north-token-" + "n" * 20)
     (folder / "all").write_text("all-token-" + "a" * 20)
     north = TokenSettings(role="device", file=str(folder / "north"), labels={"site": "n"})
-    return door_of(
+    return authenticator_of(
         ApiSettings(
             token={"north": north, "all": TokenSettings(role="operator", file=str(folder / "all"))}
         )
@@ -299,7 +299,7 @@ async def test_an_open_api_still_checks_credentials(tmp_path: Path) -> None:
     """Without tokens, on this machine, a credential that is sent must be good, and fit."""
     api = ApiSettings(agent_key_file=str(tmp_path / "keys"))
     (tmp_path / "keys").write_text(KEY)
-    async with served(tmp_path, authenticator=door_of(api)) as served_api:
+    async with served(tmp_path, authenticator=authenticator_of(api)) as served_api:
         await served_api.ask("PUT", "/v1/devices/cam", json=WISH)
         for headers, status in (
             (bearer(credential("cam", 0)), 200),
@@ -464,7 +464,7 @@ def test_a_file_without_a_good_secret_is_refused_at_start(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=f"api.{setting} .*{re.escape(words)}") as caught:
-        door_of(ApiSettings(**{setting: str(file)}))
+        authenticator_of(ApiSettings(**{setting: str(file)}))
     assert "hunter2" not in str(caught.value)
     assert "too short'" not in str(caught.value)
 
@@ -474,4 +474,4 @@ def test_two_names_for_one_token_are_refused(tmp_path: Path) -> None:
     api = settings(tmp_path)
     (tmp_path / "viewer").write_text(SECRETS[Role.OPERATOR])
     with pytest.raises(UserError, match="the same token"):
-        door_of(api)
+        authenticator_of(api)

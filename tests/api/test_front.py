@@ -22,7 +22,7 @@ import trustme
 
 from nomad_watchdog.api import Runner, acceptor
 from nomad_watchdog.api import listener as serving
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.api.listener import ApiListener
 from nomad_watchdog.config.api import ApiSettings
@@ -79,7 +79,7 @@ async def front(folder: Path, **changes: Any) -> AsyncIterator[Front]:
         unauthenticated_rate=100_000.0,
         **guarded,
     ).model_copy(update=changes)
-    async with served(folder, authenticator=door_of(api)) as served_api:
+    async with served(folder, authenticator=authenticator_of(api)) as served_api:
         runner = Runner(served_api.app, shutdown_timeout=2.0)
         await runner.setup()
         listener = ApiListener(runner, api, served_api.metrics)

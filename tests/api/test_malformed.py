@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nomad_watchdog import logs
 from nomad_watchdog.api import malformed
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.config.api import ApiSettings
 from tests.api.conftest import ServedApi, served
 from tests.attacks.table import Attack
@@ -61,7 +61,9 @@ def no_quarrel_with_pytest() -> Iterator[None]:
 def guarded(folder: Path) -> object:
     """A server that knows one of the tokens."""
     (folder / "known").write_text(KNOWN)
-    return served(folder, authenticator=door_of(ApiSettings(token_file=str(folder / "known"))))
+    return served(
+        folder, authenticator=authenticator_of(ApiSettings(token_file=str(folder / "known")))
+    )
 
 
 def asked(port: int, packets: list[bytes]) -> bytes:

@@ -47,7 +47,7 @@ class World:
         place = self.places.admit(address)
         if place is not None:
             place.close = lambda: self.closed.append(place)
-            place.rise(rank)
+            place.promote(rank)
         return place
 
 
@@ -72,7 +72,7 @@ class Any(RuleBasedStateMachine):
 
     @rule(place=places, rank=st.sampled_from(Rank))
     def rise(self, place: Place, rank: Rank) -> None:
-        if not place.rise(rank):
+        if not place.promote(rank):
             self.leave(place)  # its response is its last
 
     @rule(place=places, busy=st.booleans())
@@ -169,7 +169,7 @@ def test_ten_thousand_agents_behind_one_nat_are_not_paced() -> None:
         waiting.append(place)
         if len(waiting) == 320:
             for one in waiting:
-                one.rise(Rank.KNOWN)
+                one.promote(Rank.KNOWN)
                 one.leave()
             waiting.clear()
     assert world.closed == []

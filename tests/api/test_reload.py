@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
@@ -85,7 +85,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     settings = read()
     root = logging.getLogger()
     level = root.level
-    async with served(tmp_path, authenticator=door_of(settings.api)) as served_api:
+    async with served(tmp_path, authenticator=authenticator_of(settings.api)) as served_api:
         picky = Picky(Cluster())
         moving = MultiScheduler("local", lambda _name: picky, settings.spec_on)
         reconciler = Reconciler(served_api.fleet, moving, settings.specs(), served_api.metrics)

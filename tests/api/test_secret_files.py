@@ -15,7 +15,7 @@ import pytest
 from watchdog_agent.runtime import secrets as agent_secret
 
 from nomad_watchdog import private_files, secret_file_rules, text_files
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor.checks import examine
@@ -69,7 +69,7 @@ async def test_h14_a_change_in_place_is_noticed(tmp_path: Path, attack: Attack) 
     path = tmp_path / "token"
     path.write_text(old)
     async with served(
-        tmp_path, authenticator=door_of(ApiSettings(token_file=str(path)))
+        tmp_path, authenticator=authenticator_of(ApiSettings(token_file=str(path)))
     ) as served_api:
 
         async def status(token: str) -> int:
@@ -138,8 +138,8 @@ def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack
         path.chmod(0o600)
         spoil()
         for read in (
-            lambda: door_of(ApiSettings(token_file=str(path))),
-            lambda: door_of(ApiSettings(agent_key_file=str(path))),
+            lambda: authenticator_of(ApiSettings(token_file=str(path))),
+            lambda: authenticator_of(ApiSettings(agent_key_file=str(path))),
             lambda: text_files.token("nomad.token_file", path),
         ):
             with pytest.raises(UserError, match=words) as caught:
@@ -151,10 +151,10 @@ def test_h14_unsafe_and_short_secrets_are_refused(tmp_path: Path, attack: Attack
         path.write_text(short)
         path.chmod(0o600)
         with pytest.raises(UserError, match=r"can be guessed; it needs at least 16 \(openssl"):
-            door_of(ApiSettings(token_file=str(path)))
+            authenticator_of(ApiSettings(token_file=str(path)))
         attack.tried += 1
     path.write_text(long[:16])
-    assert door_of(ApiSettings(token_file=str(path))).guarded
+    assert authenticator_of(ApiSettings(token_file=str(path))).guarded
     attack.result = f"refused {attack.tried} of {attack.tried} times, with the fix in words"
 
 
@@ -180,7 +180,7 @@ def test_mounted_secrets_and_pipes_are_read(tmp_path: Path) -> None:
     (tmp_path / "..data").symlink_to(volume.name)
     (tmp_path / "token").symlink_to("..data/token")
     mounted = tmp_path / "token"
-    assert door_of(ApiSettings(token_file=str(mounted))).own_token() == token
+    assert authenticator_of(ApiSettings(token_file=str(mounted))).own_token() == token
     assert secret_file_rules.exposed(mounted) == ""
 
     reading, writing = os.pipe()

@@ -18,7 +18,7 @@ import trustme
 
 from nomad_watchdog.api import Runner
 from nomad_watchdog.api import listener as serving
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.listener import ApiListener
 from nomad_watchdog.api.schemas import ReportIn
 from nomad_watchdog.cli.main import _code
@@ -91,7 +91,7 @@ async def secure(folder: Path, authority: trustme.CA, **changes: Any) -> AsyncIt
         tls_key=str(folder / "server.key"),
         **changes,
     )
-    async with served(folder, authenticator=door_of(api)) as served_api:
+    async with served(folder, authenticator=authenticator_of(api)) as served_api:
         runner = Runner(served_api.app, shutdown_timeout=2.0)
         await runner.setup()
         listener = ApiListener(runner, api, served_api.metrics)
@@ -160,7 +160,7 @@ async def test_a_pair_that_does_not_fit_changes_nothing(
 ) -> None:
     """Half of a new pair is told in the log and not used; when the other half comes, both are, without a
     signal."""
-    monkeypatch.setattr(serving, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(serving, "CHECK_EVERY_S", 0.05)
     other = trustme.CA()
     pair = other.issue_cert("127.0.0.1")
     async with secure(tmp_path, authority) as api:
@@ -236,7 +236,7 @@ async def test_the_authority_of_other_replicas_can_be_changed(
     tmp_path: Path, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a new file of `api.ca_cert` alone, without a signal, other replicas are trusted by the new authority."""
-    monkeypatch.setattr(serving, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(serving, "CHECK_EVERY_S", 0.05)
     file = tmp_path / "replicas.pem"
     trustme.CA().cert_pem.write_to_path(file)
     async with secure(tmp_path, authority, ca_cert=str(file)) as api:
@@ -371,7 +371,7 @@ async def test_replicas_speak_tls_to_each_other(tmp_path: Path, authority: trust
         "token_file": str(tmp_path / "token"),
     }
     async with secure(tmp_path, authority, **changes) as api:
-        fleet, gate = api.fleet, door_of(api.listener.api)
+        fleet, gate = api.fleet, authenticator_of(api.listener.api)
         await fleet.records.register([Device(DeviceId("cam"), "default", "127.0.0.1")])
         said = ReportIn.model_validate_json(json.dumps(_report())).report()
         assert (await fleet.reports.receive(said)).kind is AcceptanceKind.ACCEPTED

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nomad_watchdog.api.auth import Authenticator as Gate
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.core.webhook_signature import SignatureHeaders, sign
@@ -37,7 +37,7 @@ def gate(folder: Path) -> Gate:
     (folder / "token").write_text("operators-s3cret-token")
     lines = ["whsec_" + base64.b64encode(secret).decode() for secret in SECRETS]
     (folder / "secrets").write_text("\n".join(lines))
-    return door_of(
+    return authenticator_of(
         ApiSettings(token_file=str(folder / "token"), webhook_secrets_file=str(folder / "secrets"))
     )
 
@@ -252,7 +252,7 @@ async def test_where_secrets_are_asked_for_an_open_api_asks_too(tmp_path: Path) 
     secret = "whsec_" + base64.b64encode(SECRETS[0]).decode()
     (tmp_path / "secrets").write_text(secret)
     api = ApiSettings(webhook_secrets_file=str(tmp_path / "secrets"))
-    async with served(tmp_path, authenticator=door_of(api)) as served_api:
+    async with served(tmp_path, authenticator=authenticator_of(api)) as served_api:
         served_api.fleet.clock = served_api.fleet.records.clock = Wall()
         assert (await served_api.ask("POST", "/v1/webhook", json=CONNECTED))[0] == 401
         none = {"Authorization": "Bearer anything"}

@@ -28,7 +28,7 @@ BODIES: list[type[BaseModel]] = [
     schemas.ConfirmIn,
     schemas.PoolScaleIn,
     schemas.ReportIn,
-    schemas.HearsayIn,
+    schemas.ReplicatedReportsIn,
     schemas.EventsIn,
 ]
 DEVICE = {"id": "a", "address": "10.0.0.1"}

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from nomad_watchdog.api import make_app
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.cli.main import _code
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import ApiSettings
@@ -33,7 +33,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         fleet.records.reset({}, 0)
         fleet.classes = frozenset({"default", "gateway"})
         (tmp_path / "asked").write_text("secret-token-of-the-api")
-        authenticator = door_of(ApiSettings(token_file=str(tmp_path / "asked")))
+        authenticator = authenticator_of(ApiSettings(token_file=str(tmp_path / "asked")))
         app = make_app(fleet, metrics=Metrics(), artifact=None, authenticator=authenticator)
         runner = web.AppRunner(app, shutdown_timeout=2.0)
         await runner.setup()

@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from nomad_watchdog.api import Runner, make_app
-from nomad_watchdog.api.auth import door_of
+from nomad_watchdog.api.auth import authenticator_of
 from nomad_watchdog.api.context import CONTEXT
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.api import ApiSettings
@@ -137,7 +137,7 @@ async def plane(folder: Path, board: Board, name: str, token: str = "") -> Async
     authenticator = None
     if token:
         (root / "token").write_text("operator-token-of-all")
-        authenticator = door_of(ApiSettings(token_file=str(root / "token")))
+        authenticator = authenticator_of(ApiSettings(token_file=str(root / "token")))
     feed = EventReplicator(fleet, told, leases, lambda: token)
     app = make_app(
         fleet, metrics=Metrics(), artifact=None, leases=leases, authenticator=authenticator
