@@ -22,7 +22,8 @@ from aiohttp import web
 from nomad_watchdog.api.connection_limits import MIN_PLACES, ConnectionLimits, Place, network_of
 from nomad_watchdog.api.malformed import HttpHandler, RunnerOptions
 from nomad_watchdog.clock import Clock
-from nomad_watchdog.metrics import Closing, Metrics
+from nomad_watchdog.metrics import Metrics
+from nomad_watchdog.metrics.labels import Closing
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
-from nomad_watchdog.metrics import Closing
+from nomad_watchdog.metrics.labels import Closing
 
 MIN_PLACES: Final = 16
 """Minimum number of places."""

@@ -19,7 +19,7 @@ from nomad_watchdog.api.errors import LAST, SAFE, RequestError
 from nomad_watchdog.api.responses import error_response
 from nomad_watchdog.api.routing import Handler
 from nomad_watchdog.errors import ConflictError, TransientError, WatchdogError
-from nomad_watchdog.metrics import OTHER
+from nomad_watchdog.metrics.labels import OTHER
 
 log = logging.getLogger(__name__)
 

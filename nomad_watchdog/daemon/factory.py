@@ -1,4 +1,4 @@
-"""From settings to the registry and the backend that they name. What is not used is not imported."""
+"""Creates the registry, the schedulers and the stores that the settings name. Imports only what is used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from nomad_watchdog import private_files, schedulers
 from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
@@ -48,28 +48,33 @@ def consul_client(settings: Settings) -> ConsulClient:
 
 
 def consul_settings(settings: Settings, env: Mapping[str, str] | None = None) -> ConsulAccess:
-    """How Consul is reached: the block `consul`, which holds Consul's own variables already, and the token of
-    `env` (None = this process's) where no file of one is named."""
-    return ConsulAccess.from_env(env, **_reached(settings.consul))
+    """How to connect to Consul: the block `consul`, which includes Consul's own variables, and the token of `env`
+    (None = this process's environment) if the block names no file."""
+    return ConsulAccess.from_env(env, **_access(settings.consul))
 
 
 def nomad_settings(settings: Settings, env: Mapping[str, str] | None = None) -> NomadAccess:
     """As `consul_settings`, of Nomad."""
     from nomad_watchdog.clients.nomad import NomadAccess  # noqa: PLC0415  # only when used
 
-    return NomadAccess.from_env(env, region=settings.nomad.region or "", **_reached(settings.nomad))
+    return NomadAccess.from_env(env, region=settings.nomad.region or "", **_access(settings.nomad))
 
 
-def _reached(block: NomadSettings | ConsulSettings) -> dict[str, Any]:
-    """What both blocks say; what is not set must not come from the environment a second time."""
-    names = ("address", "namespace", "ca_cert", "ca_path", "client_cert", "client_key")
-    told = {name: getattr(block, name) or "" for name in (*names, "tls_server_name")}
+_ACCESS: Final = frozenset(
+    {"address", "namespace", "ca_cert", "ca_path", "client_cert", "client_key", "tls_server_name"}
+)
+
+
+def _access(block: NomadSettings | ConsulSettings) -> dict[str, object]:
+    """The settings that both blocks have. Those that are not set are empty, so that they do not come from the
+    environment a second time."""
+    set_ = {name: value or "" for name, value in block.model_dump(include=set(_ACCESS)).items()}
     token = {"token_file": block.token_file} if block.token_file else {}
-    return told | token | {"tls_skip_verify": block.tls_skip_verify}
+    return {**set_, **token, "tls_skip_verify": block.tls_skip_verify}
 
 
 def kubernetes_settings(settings: Settings) -> KubernetesAccess:
-    """How the Kubernetes API is reached: the block `kubernetes`, then what kubectl would take."""
+    """How to connect to the Kubernetes API: the block `kubernetes`, else as kubectl does."""
     from nomad_watchdog.clients.kubernetes import KubernetesAccess  # noqa: PLC0415  # only when used
 
     chosen = settings.kubernetes
@@ -100,8 +105,7 @@ async def open_registry(settings: Settings) -> AsyncIterator[Registry]:
 
 @asynccontextmanager
 async def open_leases(settings: Settings, clock: Clock) -> AsyncIterator[Leases]:
-    """Leases where the registry is: locks in Consul, or a lock file beside the SQLite file. What is held at
-    the end is let go of."""
+    """Leases in the registry's store: locks in Consul, or a lock file beside the SQLite file. Released at the end."""
     replica = f"{_host()}-{secrets.token_hex(4)}"
     if settings.registry_kind == "sqlite":
         path = settings.registry_path
@@ -144,60 +148,60 @@ def _host() -> str:
 
 @asynccontextmanager
 async def open_events(settings: Settings) -> AsyncIterator[tuple[EventLog, SplitStore, Verdicts]]:
-    """The history of this control plane, going on where the last run ended, its file, and the last verdict
-    of each device in it. A file that can't be used stops nothing: the store says what is wrong."""
+    """The event log of this control plane, continued from the last run, its store, and the last verdict of each
+    device in it. A file that can't be used stops nothing: the store reports the problem."""
     origin = f"{_host()}-{secrets.token_hex(4)}"
     store = _store(settings, settings.events_path, settings.audit_path, origin)
     found = await store.open()
-    history = EventLog(found.origin, store)
-    history.resume(found.seq, found.events)
+    event_log = EventLog(found.origin, store)
+    event_log.resume(found.seq, found.events)
     try:
-        yield history, store, found.verdicts
+        yield event_log, store, found.verdicts
     finally:
         await store.close()
 
 
 def _store(settings: Settings, events: Path, audit: Path, origin: str) -> SplitStore:
-    kept = settings.events
+    block = settings.events
     return SplitStore(
-        EventStore(events, origin=origin, most=kept.keep, max_age_s=kept.max_age),
+        EventStore(events, origin=origin, most=block.keep, max_age_s=block.max_age),
         EventStore(
             audit,
             origin=origin,
-            most=kept.audit_keep,
-            max_age_s=kept.audit_max_age,
+            most=block.audit_keep,
+            max_age_s=block.audit_max_age,
             per_actor=True,
         ),
     )
 
 
 @asynccontextmanager
-async def open_told(settings: Settings, origin: str) -> AsyncIterator[MergedLog | None]:
-    """The events of all replicas, and their file; None where there is one replica at a time. `origin`:
-    that of our own events."""
+async def open_merged_log(settings: Settings, origin: str) -> AsyncIterator[MergedLog | None]:
+    """The events of all replicas; None if there is only one replica at a time. `origin`: that of this replica's
+    own events."""
     if settings.registry_kind == "sqlite":
         yield None
         return
     store = _store(settings, settings.told_path, settings.audit_told_path, origin)
     found = await store.open()
-    told = MergedLog(EventLog(origin, store, is_copied=True))
-    told.resume(found.events, found.verdicts, found.origins)
+    merged = MergedLog(EventLog(origin, store, is_copied=True))
+    merged.resume(found.events, found.verdicts, found.origins)
     try:
-        yield told
+        yield merged
     finally:
         await store.close()
 
 
 @asynccontextmanager
 async def open_pools(settings: Settings, installation: str) -> AsyncIterator[Driver | None]:
-    """What keeps pools on the backend that the settings name; None where that can't keep any."""
+    """The driver of worker pools for the backend in the settings; None if that backend has none."""
     if settings.backend == "local":
         driver: Driver = LocalPools(settings.pools_directory)
     elif settings.backend == "nomad":
         from nomad_watchdog.clients.nomad import NomadClient  # noqa: PLC0415  # only when used
         from nomad_watchdog.pools.nomad import NomadPools  # noqa: PLC0415
 
-        # A client of its own: what the agents need never waits for a pool.
+        # A client of its own, so that calls for agents never wait for calls for pools.
         client = NomadClient(nomad_settings(settings))
         driver = NomadPools(client, installation=installation, prefix=settings.nomad.job_prefix)
     elif settings.backend == "kubernetes":
@@ -220,30 +224,29 @@ async def open_pools(settings: Settings, installation: str) -> AsyncIterator[Dri
 
 @asynccontextmanager
 async def open_scheduler(settings: Settings, installation: str) -> AsyncIterator[MultiScheduler]:
-    """The backend that the settings name, found by entry point, with room for others that the fleet is
-    moved to or from; all closed at the end."""
+    """The backend in the settings, found by its entry point, and others for migrations as they are needed; all
+    closed at the end."""
     keys = None
     if settings.api.agent_key_file:
         keys = SecretFile(
             "api.agent_key_file", Path(settings.api.agent_key_file), read_keys
         ).required()
 
-    def made(backend: str) -> Scheduler:
-        make: Any = schedulers.load(backend)
-        one: Scheduler = make(**_options(settings, backend, installation))
+    def create(backend: str) -> Scheduler:
+        one: Scheduler = schedulers.load(backend)(**_options(settings, backend, installation))
         return one if keys is None else TokenIssuingScheduler(one, keys, SystemClock())
 
-    scheduler = MultiScheduler(settings.backend, made, settings.spec_on)
+    scheduler = MultiScheduler(settings.backend, create, settings.spec_on)
     try:
         yield scheduler
     finally:
         await scheduler.close()
 
 
-def _options(settings: Settings, backend: str, installation: str) -> dict[str, Any]:
-    """Keyword settings for a backend. One that we do not know gets what every backend may need."""
+def _options(settings: Settings, backend: str, installation: str) -> dict[str, object]:
+    """Keyword arguments for the constructor of a backend. A third-party one gets what every backend may need."""
     if backend == "local":
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "directory": settings.local_directory,
             "token_file": settings.api.agent_token_file or "",
             "fork": settings.local.fork,
@@ -257,7 +260,7 @@ def _options(settings: Settings, backend: str, installation: str) -> dict[str, A
             "installation": installation,
             "prefix": settings.nomad.job_prefix,
         }
-    shared = {"installation": installation, "shards": settings.shards}
+    shared: dict[str, object] = {"installation": installation, "shards": settings.shards}
     if backend == "kubernetes":
         return {
             **shared,
@@ -269,7 +272,7 @@ def _options(settings: Settings, backend: str, installation: str) -> dict[str, A
 
 
 async def replicas(settings: Settings) -> list[Replica]:
-    """The control planes of this installation that run now, as the leases tell."""
+    """The control planes of this installation that run now, according to the leases."""
     if settings.registry_kind == "sqlite":
         async with open_leases(settings, SystemClock()) as leases:
             holders = {lease.holder: lease for lease in leases.all() if lease.holder}

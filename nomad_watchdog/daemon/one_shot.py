@@ -1,6 +1,6 @@
-"""A plan carried out by a command, without the running service: look, act, and look again until it is done.
+"""Plans and applies without the running service: read, act, and read again until the plan is done.
 
-No loop of the service's, no lease, no report of an agent: whether an agent is ready is what the scheduler says.
+There is no control loop, no lease and no report of an agent. An agent is ready if its scheduler reports that it runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.settings import Settings
@@ -35,12 +35,12 @@ from nomad_watchdog.schedulers import Scheduler
 from nomad_watchdog.units import progress
 
 POLL_S: Final = 0.5
-TRIES: Final = 3
-"""Failed actions of one device after which it is left out."""
+MAX_FAILURES: Final = 3
+"""Failed actions of one device after which no more are tried."""
 
 
 class UnreportedAgents(VerdictTracker):
-    """Agents that report elsewhere or not at all: an agent is ready when the scheduler runs it."""
+    """Agents that do not report here. An agent is ready if its scheduler reports that it runs."""
 
     def has_ready_agent(self, slug: Slug) -> bool:
         record = self._records.get(slug)
@@ -68,34 +68,33 @@ class UnreportedAgents(VerdictTracker):
         )
 
 
-async def look(reconciler: Reconciler, *, bring: bool = False) -> None:
-    """Read the registry and the scheduler once, in full, and which class specs and versions are in force. `bring`:
-    bring our own into force, as a control plane that starts does. Raises as
-    `Registry.read` and `Scheduler.snapshot`, and ConflictError when a migration was begun or changed
-    meanwhile."""
+async def read_all(reconciler: Reconciler, *, bring: bool = False) -> None:
+    """Read the registry, the scheduler, and the class specs in force once, in full. `bring`: bring our own class specs
+    into force, as a control plane does that starts. Raises as `Registry.read` and `Scheduler.snapshot`, and
+    ConflictError when a migration was started or changed meanwhile."""
     fleet = reconciler.fleet
     await reconciler.follower.read()
-    # Who looks once knows nothing of when a device left: waiting is for those who stay.
+    # A one-shot plan does not know when a device left, so it does not apply the grace period.
     fleet.presence.heartbeats.leaving.clear()
     await reconciler.informer.read()
     await reconciler.go_by_classes(bring=bring)
     fleet.verdicts.judge_all()
-    # Reading may take longer than what moves there are is known for.
+    # The list of migrations may have become old while the scheduler was read.
     if await reconciler.migrations.refresh():
         raise ConflictError("a migration has changed meanwhile; try again")
 
 
 @dataclass(slots=True)
-class _Work:
-    """What has been done so far."""
+class _Progress:
+    """The actions that have been done so far."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: Counter[Slug] = field(default_factory=Counter)
     replaced: set[Slug] = field(default_factory=set)
-    """Devices whose agent was told to make room for another."""
+    """Devices whose agent is being replaced."""
 
-    def done(self, action: Action, outcome: str, _took_s: float) -> None:
-        # A replacement is a stop and a start, and one action of the plan.
+    def count(self, action: Action, outcome: str, _took_s: float) -> None:
+        # A replacement is one action of the plan, but a stop and a start.
         if not (
             outcome == "ok" and action.kind is ActionKind.START and action.slug in self.replaced
         ):
@@ -103,8 +102,8 @@ class _Work:
         if outcome == "failed":
             self.failures[action.slug] += 1
 
-    def given_up(self, slug: Slug) -> bool:
-        return self.failures[slug] >= TRIES
+    def is_given_up(self, slug: Slug) -> bool:
+        return self.failures[slug] >= MAX_FAILURES
 
 
 async def apply(
@@ -114,11 +113,11 @@ async def apply(
     allow_stops: bool,
     report_progress: Callable[[str], None] = lambda _text: None,
 ) -> dict[str, object]:
-    """Carry out one plan, after `look`, with all windows of the roll-outs in it. `allow_stops`: an operator
-    means the held ones too. `tell`: is given the progress of a roll-out, in words.
+    """Apply one plan, after `read_all`, with all windows of the roll-outs in it. `allow_stops`: held stops are
+    approved. `report_progress` gets the progress of a roll-out as text.
 
-    Raises ConflictError when the registry is no longer at registry_index, TransientError when a roll-out
-    makes no progress, is held, or devices failed TRIES times.
+    Raises ConflictError if the registry has changed since registry_index, TransientError if a roll-out makes no
+    progress, stops are on hold, or devices failed MAX_FAILURES times.
     """
     fleet = reconciler.fleet
     if registry_index is not None and registry_index != fleet.records.index:
@@ -129,31 +128,31 @@ async def apply(
     plan = reconciler.plan_builder.make(NO_STOPS)
     confirmed = plan.held if allow_stops else NO_STOPS
     plan = reconciler.plan_builder.make(confirmed) if confirmed else plan
-    shown = reconciler.plan_builder.shown(plan)
-    work = _Work()
-    reconciler.executor.done = work.done
-    await _carry_out(reconciler, plan, work)
-    if plan.waiting or work.replaced:
-        await _follow(reconciler, confirmed, work, report_progress)
-    failed = [slug for slug in work.failures if work.given_up(slug)]
+    planned = reconciler.plan_builder.shown(plan)
+    done = _Progress()
+    reconciler.executor.done = done.count
+    await _perform(reconciler, plan, done)
+    if plan.waiting or done.replaced:
+        await _follow(reconciler, confirmed, done, report_progress)
+    failed = [slug for slug in done.failures if done.is_given_up(slug)]
     if failed:
         why = reconciler.executor.obstacles.get(failed[0], "")
         name = fleet.records[failed[0]].device.id if failed[0] in fleet.records else failed[0]
-        raise TransientError(f"{len(failed)} devices failed {TRIES} times; {name!a}: {why}")
-    return {**shown, "outcomes": dict(work.outcomes)}
+        raise TransientError(f"{len(failed)} devices failed {MAX_FAILURES} times; {name!a}: {why}")
+    return {**planned, "outcomes": dict(done.outcomes)}
 
 
-async def _carry_out(reconciler: Reconciler, plan: Plan, work: _Work) -> None:
+async def _perform(reconciler: Reconciler, plan: Plan, done: _Progress) -> None:
     executor, freshness = reconciler.executor, reconciler.informer.freshness
     actions = [
         action
         for action in plan.actions
         if action.slug not in executor.expectations
         and not freshness.premature(action)
-        and not work.given_up(action.slug)
+        and not done.is_given_up(action.slug)
     ]
     present = reconciler.fleet.records
-    work.replaced |= {
+    done.replaced |= {
         action.slug
         for action in actions
         if action.kind is ActionKind.REPLACE
@@ -170,43 +169,56 @@ async def _carry_out(reconciler: Reconciler, plan: Plan, work: _Work) -> None:
 async def _follow(
     reconciler: Reconciler,
     confirmed: frozenset[Stop],
-    work: _Work,
+    done: _Progress,
     report_progress: Callable[[str], None],
 ) -> None:
-    """Look and act until every replaced device has its new agent, and none waits any more."""
+    """Read and act until every replaced device has its new agent, and none waits any more."""
     fleet, limits = reconciler.fleet, reconciler.fleet.limits
-    patience_s = limits.startup_grace_s + limits.soak_s + _kill_timeout_s(reconciler)
+    timeout_s = limits.startup_grace_s + limits.soak_s + _kill_timeout_s(reconciler)
     before: object = None
     held = NO_STOPS
     since = fleet.clock.monotonic()
     while True:
         await asyncio.sleep(POLL_S)
-        await look(reconciler)
-        plan = reconciler.plan_builder.make(confirmed)
-        if plan.held:
-            # What two reads agree on may go, as with the service (S7); not what nobody has registered.
-            confirmed |= {stop for stop in plan.held & held if stop[0] in fleet.records}
-            if held == plan.held:
-                plan = reconciler.plan_builder.make(confirmed)
-            if plan.held and held == plan.held:
-                raise TransientError(f"stops are held: {plan.hold_reason}")
+        await read_all(reconciler)
+        plan, confirmed = _plan_again(reconciler, confirmed, held)
         held = plan.held
-        await _carry_out(reconciler, plan, work)
-        open_ = [s for s in work.replaced if not work.given_up(s) and not _is_done(fleet, s)]
-        todo = [a for a in plan.actions if not work.given_up(a.slug)]
+        await _perform(reconciler, plan, done)
+        open_ = [s for s in done.replaced if not done.is_given_up(s) and not _is_done(fleet, s)]
+        todo = [a for a in plan.actions if not done.is_given_up(a.slug)]
         if not open_ and not todo and not plan.waiting:
             return
-        now = (len(plan.waiting), len(open_), len(work.replaced))
+        now = (len(plan.waiting), len(open_), len(done.replaced))
         if now != before:
             before, since = now, fleet.clock.monotonic()
             report_progress(
-                progress(len(work.replaced) - len(open_), len(open_), len(plan.waiting))
+                progress(len(done.replaced) - len(open_), len(open_), len(plan.waiting))
             )
-        elif fleet.clock.monotonic() - since > patience_s:
+        elif fleet.clock.monotonic() - since > timeout_s:
             raise TransientError(
-                f"no progress for {patience_s:.0f} s: {len(work.replaced) - len(open_)} replaced, "
+                f"no progress for {timeout_s:.0f} s: {len(done.replaced) - len(open_)} replaced, "
                 f"{len(plan.waiting)} waiting; in progress: {_names(fleet, open_)}"
             )
+
+
+def _plan_again(
+    reconciler: Reconciler, confirmed: frozenset[Stop], held: frozenset[Stop]
+) -> tuple[Plan, frozenset[Stop]]:
+    """A new plan, and the stops that are confirmed now. `held`: the stops that the plan before it put on hold.
+
+    Raises TransientError if the same stops stay on hold."""
+    plan = reconciler.plan_builder.make(confirmed)
+    if not plan.held:
+        return plan, confirmed
+    # Two reads that agree confirm stops, as in the service (S7), except of devices without a record.
+    records = reconciler.fleet.records
+    confirmed |= {stop for stop in plan.held & held if stop[0] in records}
+    if held != plan.held:
+        return plan, confirmed
+    plan = reconciler.plan_builder.make(confirmed)
+    if plan.held and held == plan.held:
+        raise TransientError(f"stops are on hold: {plan.hold_reason}")
+    return plan, confirmed
 
 
 def _is_done(fleet: Fleet, slug: Slug) -> bool:
@@ -221,22 +233,22 @@ def _kill_timeout_s(reconciler: Reconciler) -> float:
 
 
 def _names(fleet: Fleet, slugs: Iterable[Slug]) -> str:
-    """Some devices, and why the first ones have no agent, in the scheduler's words."""
-    told = []
+    """The first devices, each with the scheduler's reason why it has no agent."""
+    parts = []
     for slug in sorted(slugs)[:3]:
         reasons = [one.reason for one in fleet.placements.get(slug, ()) if one.reason]
         record = fleet.records.get(slug)
         name = ascii(record.device.id if record is not None else slug)
-        told.append(f"{name}: {reasons[-1]}" if reasons else name)
-    return "; ".join(told) or "none"
+        parts.append(f"{name}: {reasons[-1]}" if reasons else name)
+    return "; ".join(parts) or "none"
 
 
 COMMAND: Final = "apply"
-"""What a command is called where it acts as a replica."""
+"""The name of a command where it acts as a replica."""
 
 
 async def initialise(settings: Settings) -> str:
-    """Write the registry's sentinel unless it is there; the installation's id."""
+    """Write the registry's sentinel unless it exists; the ID of the installation."""
     async with open_registry(settings) as registry:
         return await registry.initialise()
 
@@ -261,7 +273,7 @@ async def import_registry(
 
 
 def _listed(settings: Settings) -> dict[str, dict[Slug, Device]]:
-    """Path → the devices of each inventory file. Raises UserError that names everything that is wrong."""
+    """Path → the devices of each inventory file. Raises UserError with all errors."""
     found, wrong = {}, []
     for path in settings.inventory:
         try:
@@ -275,7 +287,7 @@ def _listed(settings: Settings) -> dict[str, dict[Slug, Device]]:
 
 
 def _unregistered(listed: dict[str, dict[Slug, Device]], fleet: Fleet) -> list[dict[str, object]]:
-    """Inventory files that the registry does not follow yet: only the running service registers their devices."""
+    """Inventory files whose devices differ from the registry. Only the running service registers them."""
     sources = frozenset(map(source_of, listed))
     found = []
     for path, devices in listed.items():
@@ -294,14 +306,14 @@ def _unregistered(listed: dict[str, dict[Slug, Device]], fleet: Fleet) -> list[d
     return found
 
 
-async def plan_once(settings: Settings) -> dict[str, Any]:
-    """Read both sides once and say what would be done; nothing is changed. Raises UserError for an inventory file
-    that can't be used."""
+async def plan_once(settings: Settings) -> dict[str, object]:
+    """The plan of a pass, from one read of registry and scheduler. Changes nothing. Raises UserError for an
+    inventory file that can't be used."""
     listed = await asyncio.to_thread(_listed, settings)
     async with open_registry(settings) as registry:
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
-            reconciler = await _look_once(settings, registry, scheduler)
+            reconciler = await _read_once(settings, registry, scheduler)
             return reconciler.plan_builder.view() | {
                 "inventory": _unregistered(listed, reconciler.fleet)
             }
@@ -313,12 +325,12 @@ async def apply_once(
     registry_index: int | None = None,
     allow_stops: bool = False,
     report_progress: Callable[[str], None] = lambda _text: None,
-) -> dict[str, Any]:
-    """Make a plan and carry it out, see `once.apply`, where no service runs that would."""
+) -> dict[str, object]:
+    """Make a plan and apply it (see `apply`), while no service runs."""
     async with open_registry(settings) as registry:
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
-            reconciler = await _look_once(settings, registry, scheduler, bring=True)
+            reconciler = await _read_once(settings, registry, scheduler, bring=True)
             specs = dict(reconciler.specs)
             reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
             await reconciler.spec_history.remember(reconciler.specs.values())
@@ -328,14 +340,14 @@ async def apply_once(
 
 
 async def _configs(settings: Settings) -> list[str]:
-    """What the control planes that run now are configured with."""
+    """The digests of the configurations of the control planes that run now."""
     if settings.registry_kind == "sqlite":
         async with open_leases(settings, SystemClock()) as leases:
             return list(leases.configs() or ())
     return [one.config for one in await replicas(settings)]
 
 
-async def _look_once(
+async def _read_once(
     settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
 ) -> Reconciler:
     fleet = Fleet(registry, settings.limits(), SystemClock(), tracker=UnreportedAgents)
@@ -349,5 +361,5 @@ async def _look_once(
         unreadable=unreadable,
         place=settings.placer(),
     )
-    await look(reconciler, bring=bring)
+    await read_all(reconciler, bring=bring)
     return reconciler

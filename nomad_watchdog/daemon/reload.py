@@ -1,7 +1,7 @@
-"""Reads the configuration again, on SIGHUP or by the API, and applies what can be applied at run time.
+"""Reloads the configuration, on SIGHUP or through the API, and applies what can be applied at run time.
 
-A configuration that is not valid as a whole changes nothing. What can't be applied while the service runs
-keeps its value, and is named until the service is restarted or the file says the old value again.
+An invalid configuration changes nothing. Settings that can't be applied at run time keep their value, and are
+reported until the service is restarted or the file has the old value again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from nomad_watchdog.api.auth import Authenticator, authenticator_of
 from nomad_watchdog.api.services import Reloaded
+from nomad_watchdog.config.api import ApiSettings
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.config.settings_text import flat
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
@@ -52,27 +53,32 @@ _PARTS: Final = {
     "retry": ("initial", "max", "starts_per_hour"),
     "log": ("level",),
 }
-"""Blocks of which only these settings are."""
-_WITH_TEXT: Final = ("agent_class", "agent_pool")
-"""Blocks whose text may hold secrets, and is not shown."""
-MAX_TOLD: Final = 50
+"""Blocks of which only these settings are applied at run time."""
+_SECRET_BLOCKS: Final = ("agent_class", "agent_pool")
+"""Blocks whose text may contain secrets, and is hidden."""
+MAX_LISTED: Final = 50
+"""Changes that one event lists."""
 
 
 def applicable(running: Settings, loaded: Settings) -> Settings:
-    """The running settings with all that can be taken over from `loaded` at run time."""
-    update: dict[str, Any] = {name: getattr(loaded, name) for name in _WHOLE}
+    """The running settings, updated with those of `loaded` that can be applied at run time."""
+    update: dict[str, object] = {name: getattr(loaded, name) for name in _WHOLE}
     for block, names in _PARTS.items():
         new = getattr(loaded, block)
         part = {name: getattr(new, name) for name in names}
         update[block] = getattr(running, block).model_copy(update=part)
-    local = running.backend == "local" and not running.api.agent_key_file
-    if local and running.api.token_file != loaded.api.token_file:
-        # Agents on this machine read the file that they were started with.
-        update["api"] = update["api"].model_copy(update={"token_file": running.api.token_file})
-    if any(update["api"].misfits()):
-        # A new token rule and the old address, say: together they could open the API to everybody.
-        update["api"] = running.api
+    update["api"] = _applicable_api(running, loaded)
     return running.model_copy(update=update)
+
+
+def _applicable_api(running: Settings, loaded: Settings) -> ApiSettings:
+    part = {name: getattr(loaded.api, name) for name in _PARTS["api"]}
+    if running.backend == "local" and not running.api.agent_key_file:
+        # Agents on this machine use the token file that they were started with.
+        part["token_file"] = running.api.token_file
+    api = running.api.model_copy(update=part)
+    # New tokens and the old address, for example, could together remove authentication from the API.
+    return running.api if any(api.misfits()) else api
 
 
 def warn_of_old_names(settings: Settings) -> None:
@@ -86,14 +92,14 @@ def described(settings: Settings) -> dict[str, str]:
     shown = flat(settings, hide_text=False)
     hidden = flat(settings, hide_text=True)
     return {
-        name: hidden[name] if name.partition(".")[0] in _WITH_TEXT else text
+        name: hidden[name] if name.partition(".")[0] in _SECRET_BLOCKS else text
         for name, text in shown.items()
     }
 
 
 @dataclass(slots=True)
 class Reloader:
-    """One running service. `load`: reads, merges and checks the configuration anew; raises UserError."""
+    """Reloads the configuration of one service. `load`: reads and checks it; raises UserError."""
 
     settings: Settings
     """In force."""
@@ -103,10 +109,10 @@ class Reloader:
     inventory: InventoryController
     authenticator: Authenticator
     metrics: Metrics
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set it to have the configuration read again (SIGHUP)."""
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set it to reload the configuration (SIGHUP)."""
     renew: Callable[[], None] = lambda: None
-    """Have certificates read again too."""
+    """Also rereads the certificates."""
     problem: str = ""
     """Why the last reload changed nothing; "" = it succeeded."""
     needs_restart: tuple[str, ...] = ()
@@ -117,10 +123,10 @@ class Reloader:
         self.reconciler.fleet.views.add_status(self.status)
 
     async def run(self) -> None:
-        """Reload whenever it is asked for, until cancelled. Nothing that a reload raises gets out."""
+        """Reload whenever it is requested, until cancelled. Errors of a reload are not raised."""
         while True:
-            await self.asked.wait()
-            self.asked.clear()
+            await self.requested.wait()
+            self.requested.clear()
             self.renew()
             self.inventory.look_now()
             ready = self.reconciler.fleet.readiness.event.is_set()
@@ -129,15 +135,15 @@ class Reloader:
             try:
                 await self.reload()
             except WatchdogError:
-                pass  # it is in the log, the events, the metrics and the status
+                pass  # reported in the log, the events, the metrics and the status
             except Exception:  # the signal's boundary: a bug must not end the service
                 log.exception("reload crashed")
             if ready:
                 systemd.ready()
 
     async def reload(self) -> Reloaded:
-        """Read the configuration and apply it. Raises UserError or TerminalError when it is not valid, or
-        the scheduler refuses it; then nothing has changed."""
+        """Read the configuration and apply it. Raises UserError or TerminalError if it is invalid or the scheduler
+        rejects it; then nothing has changed."""
         async with self._turn:
             try:
                 done = await self._reload()
@@ -152,7 +158,7 @@ class Reloader:
         self._reloaded_at = self.reconciler.fleet.clock.monotonic()
         self.metrics.config(problem=False, restart=len(done.needs_restart))
         if done.changed or done.needs_restart:
-            self._tell("config.reloaded", str(done), done)
+            self._add_event("config.reloaded", str(done), done)
         log.info(
             "configuration reloaded",
             extra={"changed": list(done.changed), "needs_restart": list(done.needs_restart)},
@@ -200,15 +206,15 @@ class Reloader:
         problem = self.problem = "; ".join(problem.splitlines())
         self.metrics.config(problem=True, restart=len(self.needs_restart))
         log.error("configuration not reloaded; nothing has changed", extra={"reason": problem})
-        self._tell("config.rejected", f"the configuration was not reloaded: {problem}", None)
+        self._add_event("config.rejected", f"the configuration was not reloaded: {problem}", None)
 
-    def _tell(self, kind: str, text: str, done: Reloaded | None) -> None:
+    def _add_event(self, kind: str, text: str, done: Reloaded | None) -> None:
         fleet = self.reconciler.fleet
         data: dict[str, object] = {}
         if done is not None:
             data = {
-                "changed": list(done.changed[:MAX_TOLD]),
-                "needs_restart": list(done.needs_restart[:MAX_TOLD]),
+                "changed": list(done.changed[:MAX_LISTED]),
+                "needs_restart": list(done.needs_restart[:MAX_LISTED]),
             }
         fleet.events.own.add(
             at=fleet.clock.wall(),
@@ -220,7 +226,7 @@ class Reloader:
         )
 
     def status(self) -> dict[str, object]:
-        """Our part of the status."""
+        """The part of the status about the configuration."""
         now = self.reconciler.fleet.clock.monotonic()
         at = self._reloaded_at
         return {

@@ -52,7 +52,7 @@ async def test_a_key_that_is_not_believed_is_a_failure(tmp_path: Path) -> None:
     try:
         at = f"127.0.0.1:{other.port}"
         ((_, status, found, _),) = await doctor_api.checks(settings(listen=at))
-        assert (status, "is no control plane" in found) == ("fail", True)
+        assert (status, "is not a control plane" in found) == ("fail", True)
         at = f"127.0.0.1:{refusing.port}"
         checks = await doctor_api.checks(settings(listen=at, agent_key_file=str(key)))
         assert [(name, status) for name, status, _, _ in checks] == [
@@ -77,5 +77,5 @@ async def test_a_restored_registry_is_named() -> None:
         finally:
             await plane.stop()
         heard, *rest = [one[:3] for one in checks if one[0] != "api.advertise"]
-        assert heard == ("agents heard", "ok", "every running agent is heard")
+        assert heard == ("agents heard", "ok", "the reports of all running agents arrive")
         assert rest == expected

@@ -18,7 +18,7 @@ from nomad_watchdog.api.connection_limits import (
     Rank,
     network_of,
 )
-from nomad_watchdog.metrics import Closing
+from nomad_watchdog.metrics.labels import Closing
 
 MOST, PER_ADDRESS = 16, 8
 

@@ -309,12 +309,12 @@ async def test_nothing_that_a_reload_raises_ends_the_service(service: Service) -
 
     read, service.reloader.load = service.reloader.load, broken
     task = asyncio.ensure_future(service.reloader.run())
-    service.reloader.asked.set()
+    service.reloader.requested.set()
     while not service.reloader.problem:
         await asyncio.sleep(0)
     assert service.reloader.problem == "internal error: RecursionError"
     service.reloader.load = read
-    service.reloader.asked.set()
+    service.reloader.requested.set()
     while service.reloader.problem:
         await asyncio.sleep(0)
     assert not task.done()

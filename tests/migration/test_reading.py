@@ -60,7 +60,7 @@ async def slow_listing(reconciler: Reconciler, meanwhile: Callable[[], object]) 
         await asyncio.sleep(2 * migration.FRESH_S)
 
     reconciler.informer.read = late  # type: ignore[method-assign,assignment]
-    await one_shot.look(reconciler)
+    await one_shot.read_all(reconciler)
 
 
 def test_a_plan_after_a_slow_reading_has_something_to_do() -> None:
@@ -89,7 +89,7 @@ def test_who_begins_or_undoes_a_move_decides_nothing_before_a_look_at_both() -> 
         await replica_of(world).fleet.records.commit([replace(record_of("cam 1"), index=0)])
         for word in ("begin", "undo"):
             reconciler = replica_of(world)
-            await one_shot.look(reconciler)
+            await one_shot.read_all(reconciler)
             assert reconciler.ownership.shards()
             if word == "begin":
                 await requests_of(reconciler).begin(MOVE)
@@ -116,7 +116,7 @@ def test_a_tombstone_is_buried_once() -> None:
         world.store.commit_document(FORMAT.name, RegistryDocument(FORMAT.encode(kept)))
         reconciler = replica_of(world)
         await reconciler.fleet.records.commit([gone])
-        await one_shot.look(reconciler)
+        await one_shot.read_all(reconciler)
         reconciler.fleet.readiness.event.set()
         for _ in range(int(REST_S) + 60):
             await reconciler.migrations.poll()
@@ -137,7 +137,7 @@ def test_a_document_that_cannot_be_read_is_told_where_people_look() -> None:
         reconciler = replica_of(world)
         one = record_of("cam 1")
         await reconciler.fleet.records.commit([replace(one, index=0)])
-        await one_shot.look(reconciler)
+        await one_shot.read_all(reconciler)
         assert reconciler.migrations.status() == {}
         world.store.documents[FORMAT.name] = RegistryDocument(b'{"v": 9}', 98)
         await asyncio.sleep(migration.FRESH_S + 1.0)

@@ -1,100 +1,33 @@
-"""Every metric, declared once. No label holds anything from outside, so the number of series is fixed."""
+"""Every metric, declared once. Label values come from fixed sets, so the number of series is bounded."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from enum import StrEnum
-from functools import cache
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from nomad_watchdog import __version__
-from nomad_watchdog.core.acceptance import AcceptanceKind
 from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.incidents import GroupKind
+from nomad_watchdog.metrics.labels import (
+    OTHER,
+    REPORTS,
+    STATUS_CLASSES,
+    ActionOutcome,
+    Closing,
+    CommitOutcome,
+    PassOutcome,
+    RefusalReason,
+    ResyncReason,
+    SchedulerErrorKind,
+    known,
+)
 from nomad_watchdog.model import PlacementState, Unheard, VerdictState
 
 _FAST: Final = (0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-OTHER: Final = "other"
-"""Any label value that is not in its set: a bug or news, never a new series."""
-
-
-class ActionOutcome(StrEnum):
-    """How one dispatch or retire ended."""
-
-    OK = "ok"
-    FENCED = "fenced"
-    FAILED = "failed"
-    OTHER = OTHER
-
-
-class PassOutcome(StrEnum):
-    """How one pass ended."""
-
-    OK = "ok"
-    HELD = "held"
-    OTHER = OTHER
-
-
-class CommitOutcome(StrEnum):
-    """How one record of a commit ended."""
-
-    STORED = "stored"
-    CONFLICT = "conflict"
-    ERROR = "error"
-    OTHER = OTHER
-
-
-class SchedulerErrorKind(StrEnum):
-    """What kind of answer the scheduler failed with."""
-
-    STALE = "stale"
-    TRANSIENT = "transient"
-    TERMINAL = "terminal"
-    OTHER = OTHER
-
-
-class ResyncReason(StrEnum):
-    """Why everything was read again."""
-
-    HINT = "hint"
-    TIMER = "timer"
-    ERROR = "error"
-    OTHER = OTHER
-
-
-class RefusalReason(StrEnum):
-    """Why a request was not let in: 401, 403, 415, 421, 429, 503."""
-
-    UNAUTHORIZED = "unauthorized"
-    FORBIDDEN = "forbidden"
-    ENCODING = "encoding"
-    MISDIRECTED = "misdirected"
-    LIMITED = "limited"
-    BUSY = "busy"
-    OTHER = OTHER
-
-
-class Closing(StrEnum):
-    """Why we closed a connection."""
-
-    ROOM = "room"
-    """It was idle or slow, and another needed its place."""
-    FULL = "full"
-    """No other connection could make room for it."""
-    RATE = "rate"
-    """Its address sends more unauthenticated requests than it may."""
-    SLOW = "slow"
-    """It took nothing of its response within the timeout."""
-    OTHER = OTHER
-
-
-STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
-_REPORTS: Final = (*(kind.value for kind in AcceptanceKind), "replaced", OTHER)
-"""`replaced`: refused, as every last report of an agent in a roll-out may be."""
 
 
 class Metrics:
@@ -102,63 +35,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._devices = self._gauge("devices", "Devices by verdict.", "verdict")
-        self._placements = self._gauge("placements", "Placements by state.", "state")
-        self._dispatches = self._counter("dispatches", "Starts asked of the scheduler.", "outcome")
-        self._retires = self._counter("retires", "Stops asked of the scheduler.", "outcome")
-        self._passes = self._counter("passes", "Passes of the reconciler.", "outcome")
-        self._pass_seconds = self._histogram("pass_seconds", "Duration of a pass.", _FAST)
-        self._event_to_dispatch = self._histogram(
-            "event_to_dispatch_seconds", "From a changed wish to the accepted start.", _SLOW
-        )
-        self._queue_depth = self._gauge("queue_depth", "Actions waiting.")
-        self._queue_oldest = self._gauge("queue_oldest_seconds", "Age of the oldest action.")
-        self._commits = self._counter("registry_commits", "Records written.", "outcome")
-        self._reports = self._counter("reports", "Reports of agents, as judged.", "outcome")
-        self._errors = self._counter("scheduler_errors", "Failed scheduler calls.", "kind")
-        self._resyncs = self._counter("resyncs", "Full reads of the scheduler.", "reason")
-        self._unsafe = self._counter(
-            "unsafe_starts", "Starts that a bug of ours asked for, refused."
-        )
-        self._holds = self._counter("breaker_holds", "Times that the breaker held stops back.")
-        self._held = self._gauge("breaker_held", "1 while the breaker holds stops back.")
-        self._consul_age = self._gauge("consul_view_age_seconds", "Age of the view of Consul.")
-        self._snapshot_age = self._gauge("snapshot_age_seconds", "Age of the last full snapshot.")
-        self._unheard = self._gauge(
-            "unheard_agents", "Running agents whose reports do not arrive or are refused.", "reason"
-        )
-        self._unlisted = self._gauge(
-            "unlisted_agents", "Agents that report and that their scheduler does not know."
-        )
-        self._stalled = self._gauge(
-            "stalled_placements", "Placements without progress for longer than agents.start_max."
-        )
-        self._unreadable = self._gauge("registry_unreadable", "1: the registry can't be read.")
-        self._unwritable = self._gauge(
-            "registry_unwritable", "1: the registry refuses to be written."
-        )
-        self._restores = self._counter("registry_restores", "Times that it went back in time.")
-        self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
-        self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
-        self._stored = self._gauge("events_stored", "1 while events are written to disk.")
-        self._dropped = self._counter("events_dropped", "Events that were never written.")
-        self._left_out = self._counter(
-            "events_left_out", "Events beyond the rate of one sender (device or token).", "sender"
-        )
-        self._flapping = self._gauge("flapping_devices", "Devices that come and go too often.")
-        self._paused = self._gauge("paused_devices", "Devices for which nothing is done now.")
-        self._expired = self._counter("expired_devices", "Devices that left by silence.")
-        self._departures_held = self._gauge("departures_held", "Devices held from leaving at once.")
-        self._bad_inventories = self._gauge("inventory_problems", "Inventories that can't be used.")
-        self._conflicts = self._gauge("inventory_conflicts", "Listed devices that others own.")
+        self._make_agents()
+        self._make_reconciler()
+        self._make_registry()
+        self._make_presence()
+        self._make_configuration()
         self._make_pools()
-        self._given_up = self._gauge("rollouts_given_up", "Classes whose new version was given up.")
-        self._migration = self._gauge("migration_devices", "Of the move under way.", "state")
-        self._config_problem = self._gauge("config_problem", "1: the last reload was rejected.")
-        self._restart = self._gauge("config_needs_restart", "Settings that need a restart.")
-        self._differs = self._gauge("config_differs", "1: other class specs are in force.")
         self._make_api()
-        self._info = self._gauge("build_info", "Always 1; the labels tell.", "version", "python")
+        self._info = self._gauge("build_info", "Always 1; see the labels.", "version", "python")
         self._info.labels(__version__, platform.python_version()).set(1)
         self._routes: frozenset[str] = frozenset()
         self._answered: dict[tuple[str, int], Counter] = {}
@@ -166,12 +50,94 @@ class Metrics:
         self._dropped_before = self._left_out_before = 0
         self._start_at_zero()
 
+    def _make_agents(self) -> None:
+        self._devices = self._gauge("devices", "Devices by verdict.", "verdict")
+        self._placements = self._gauge("placements", "Placements by state.", "state")
+        self._reports = self._counter("reports", "Reports of agents, by decision.", "outcome")
+        self._unheard = self._gauge(
+            "unheard_agents", "Running agents whose reports do not arrive or are refused.", "reason"
+        )
+        self._unlisted = self._gauge(
+            "unlisted_agents", "Agents that report but that their scheduler does not list."
+        )
+        self._stalled = self._gauge(
+            "stalled_placements", "Placements without progress for longer than agents.start_max."
+        )
+        self._incidents = self._gauge("incidents_open", "Open incidents by group.", "group")
+        self._given_up = self._gauge("rollouts_given_up", "Classes whose new version was given up.")
+        self._migration = self._gauge(
+            "migration_devices", "Devices of the migration in progress.", "state"
+        )
+
+    def _make_reconciler(self) -> None:
+        self._dispatches = self._counter(
+            "dispatches", "Starts requested from the scheduler.", "outcome"
+        )
+        self._retires = self._counter("retires", "Stops requested from the scheduler.", "outcome")
+        self._passes = self._counter("passes", "Passes of the reconciler.", "outcome")
+        self._pass_seconds = self._histogram("pass_seconds", "Duration of a pass.", _FAST)
+        self._event_to_dispatch = self._histogram(
+            "event_to_dispatch_seconds",
+            "Time from a change of the desired state to the accepted start.",
+            _SLOW,
+        )
+        self._queue_depth = self._gauge("queue_depth", "Actions waiting.")
+        self._queue_oldest = self._gauge("queue_oldest_seconds", "Age of the oldest action.")
+        self._errors = self._counter("scheduler_errors", "Failed scheduler calls.", "kind")
+        self._resyncs = self._counter("resyncs", "Full reads of the scheduler.", "reason")
+        self._snapshot_age = self._gauge("snapshot_age_seconds", "Age of the last full snapshot.")
+        self._consul_age = self._gauge(
+            "consul_view_age_seconds", "Age of the health data from Consul."
+        )
+        self._unsafe = self._counter(
+            "unsafe_starts", "Starts that the planner's own check refused: a bug."
+        )
+        self._holds = self._counter(
+            "breaker_holds", "Times that the mass-change breaker put stops on hold."
+        )
+        self._held = self._gauge(
+            "breaker_held", "1 while the mass-change breaker has stops on hold."
+        )
+
+    def _make_registry(self) -> None:
+        self._commits = self._counter("registry_commits", "Records written.", "outcome")
+        self._unreadable = self._gauge("registry_unreadable", "1: the registry can't be read.")
+        self._unwritable = self._gauge("registry_unwritable", "1: the registry can't be written.")
+        self._restores = self._counter(
+            "registry_restores", "Times that the registry went back in time."
+        )
+        self._poisoned = self._gauge("poisoned_records", "Records that can't be decoded.")
+        self._stored = self._gauge("events_stored", "1 while events are written to disk.")
+        self._dropped = self._counter("events_dropped", "Events that were never written.")
+        self._left_out = self._counter(
+            "events_left_out", "Events beyond the rate of one sender (device or token).", "sender"
+        )
+
+    def _make_presence(self) -> None:
+        self._flapping = self._gauge(
+            "flapping_devices", "Devices that connect and depart too often."
+        )
+        self._paused = self._gauge("paused_devices", "Devices whose actions are paused.")
+        self._expired = self._counter(
+            "expired_devices", "Devices that expired for lack of heartbeats."
+        )
+        self._departures_held = self._gauge("departures_held", "Departures on hold.")
+        self._bad_inventories = self._gauge("inventory_problems", "Inventories that can't be used.")
+        self._conflicts = self._gauge(
+            "inventory_conflicts", "Devices of inventories that another source has registered."
+        )
+
+    def _make_configuration(self) -> None:
+        self._config_problem = self._gauge("config_problem", "1: the last reload was rejected.")
+        self._restart = self._gauge("config_needs_restart", "Settings that need a restart.")
+        self._differs = self._gauge("config_differs", "1: other class specs are in force.")
+
     def _make_api(self) -> None:
-        self._requests = self._counter("api_requests", "Answers of the API.", "route", "status")
-        self._refusals = self._counter("api_refusals", "Requests that were not let in.", "reason")
+        self._requests = self._counter("api_requests", "Responses of the API.", "route", "status")
+        self._refusals = self._counter("api_refusals", "Refused requests.", "reason")
         self._malformed = self._counter("api_malformed", "Requests that are not valid HTTP.")
         self._closings = self._counter(
-            "api_connections_closed", "Connections that the API closed for want of room.", "reason"
+            "api_connections_closed", "Connections that the API closed.", "reason"
         )
         self._open = self._gauge("api_connections", "Open connections of the API.", "state")
 
@@ -185,7 +151,7 @@ class Metrics:
             (self._retires, ActionOutcome),
             (self._passes, PassOutcome),
             (self._commits, CommitOutcome),
-            (self._reports, _REPORTS),
+            (self._reports, REPORTS),
             (self._errors, SchedulerErrorKind),
             (self._resyncs, ResyncReason),
             (self._incidents, GroupKind),
@@ -197,12 +163,18 @@ class Metrics:
                 metric.labels(str(value))
 
     def _make_pools(self) -> None:
-        self._pool_wanted = self._gauge("pool_workers_wanted", "Workers asked for.", "pool")
-        self._pool_running = self._gauge("pool_workers_running", "Workers that run.", "pool")
-        self._pool_advised = self._gauge("pool_workers_advised", "As the metric has it.", "pool")
-        self._pool_value = self._gauge("pool_metric", "The metric as last read.", "pool")
-        self._pool_problem = self._gauge("pool_problem", "1: it can't be kept or read.", "pool")
-        self._pool_scalings = self._counter("pool_scalings", "Changes.", "pool", "direction")
+        self._pool_wanted = self._gauge("pool_workers_wanted", "Workers requested.", "pool")
+        self._pool_running = self._gauge("pool_workers_running", "Workers running.", "pool")
+        self._pool_advised = self._gauge(
+            "pool_workers_advised", "Workers that the metric calls for.", "pool"
+        )
+        self._pool_value = self._gauge("pool_metric", "Last value of the metric.", "pool")
+        self._pool_problem = self._gauge(
+            "pool_problem", "1: the pool can't be scaled or read.", "pool"
+        )
+        self._pool_scalings = self._counter(
+            "pool_scalings", "Changes of the number of workers.", "pool", "direction"
+        )
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"nomad_watchdog_{name}", text, labels, registry=self.registry)
@@ -214,7 +186,7 @@ class Metrics:
         return Histogram(f"nomad_watchdog_{name}", text, buckets=buckets, registry=self.registry)
 
     def routes(self, names: Iterable[str]) -> None:
-        """Declare the routes of the API, so that their series begin at 0."""
+        """Declare the routes of the API, so that their series start at 0."""
         self._routes |= {*names, OTHER}
         for name in self._routes:
             for status in STATUS_CLASSES:
@@ -242,20 +214,20 @@ class Metrics:
             self._placements.labels(state.value).set(counts.get(state, 0))
 
     def action(self, kind: str, outcome: str) -> None:
-        """One start, retire or replace was done. A replace is counted as the retire that it begins with."""
+        """Count a start, retire or replace. A replace counts as the retire that it begins with."""
         series = self._acted.get((kind, outcome))
         if series is None:
             metric = self._dispatches if kind == ActionKind.START else self._retires
-            series = self._acted[kind, outcome] = metric.labels(_known(outcome, ActionOutcome))
+            series = self._acted[kind, outcome] = metric.labels(known(outcome, ActionOutcome))
         series.inc()
 
     def passed(self, outcome: str, took_s: float) -> None:
         """A pass ended."""
-        self._passes.labels(_known(outcome, PassOutcome)).inc()
+        self._passes.labels(known(outcome, PassOutcome)).inc()
         self._pass_seconds.observe(took_s)
 
     def event_to_dispatch(self, took_s: float) -> None:
-        """A start was accepted so long after the wish changed."""
+        """A start was accepted this long after the desired state changed."""
         self._event_to_dispatch.observe(took_s)
 
     def queue(self, depth: int, oldest_s: float) -> None:
@@ -264,27 +236,27 @@ class Metrics:
         self._queue_oldest.set(oldest_s)
 
     def committed(self, outcome: str, count: int = 1) -> None:
-        """Records of a commit that ended so."""
-        self._commits.labels(_known(outcome, CommitOutcome)).inc(count)
+        """Count records of a commit by outcome."""
+        self._commits.labels(known(outcome, CommitOutcome)).inc(count)
 
     def report(self, outcome: str) -> None:
-        """A report was judged."""
-        self._reports.labels(_known(outcome, _REPORTS)).inc()
+        """Count a report by decision."""
+        self._reports.labels(known(outcome, REPORTS)).inc()
 
     def scheduler_error(self, kind: str) -> None:
         """A call to the scheduler failed."""
-        self._errors.labels(_known(kind, SchedulerErrorKind)).inc()
+        self._errors.labels(known(kind, SchedulerErrorKind)).inc()
 
     def resync(self, reason: str) -> None:
         """Everything is read again."""
-        self._resyncs.labels(_known(reason, ResyncReason)).inc()
+        self._resyncs.labels(known(reason, ResyncReason)).inc()
 
     def unsafe_start(self) -> None:
         """The planner's own check has refused a start."""
         self._unsafe.inc()
 
     def breaker_held(self, *, held: bool) -> None:
-        """The breaker closed (counted) or opened again."""
+        """The breaker put stops on hold (counted), or released them."""
         if held:
             self._holds.inc()
         self._held.set(held)
@@ -296,16 +268,16 @@ class Metrics:
         self._snapshot_age.set(age_s)
 
     def unheard(self, counts: Mapping[Unheard, int]) -> None:
-        """Running agents of which nothing is heard, by reason."""
+        """Running agents whose reports do not arrive, by reason."""
         for why in Unheard:
             self._unheard.labels(why.value).set(counts.get(why, 0))
 
     def unlisted(self, count: int) -> None:
-        """Agents that report and that their scheduler does not know."""
+        """Agents that report but that their scheduler does not list."""
         self._unlisted.set(count)
 
     def stalled(self, count: int) -> None:
-        """Placements that wait for longer than they may."""
+        """Placements without progress for longer than the limit."""
         self._stalled.set(count)
 
     def incidents(self, opened: Mapping[str, int]) -> None:
@@ -314,7 +286,7 @@ class Metrics:
             self._incidents.labels(kind.value).set(opened.get(kind, 0))
 
     def events(self, store: Mapping[str, object]) -> None:
-        """How the event store is (`EventStore.status`)."""
+        """The state of the event store (`EventStore.status`)."""
         self._stored.set(bool(store.get("stored")))
         dropped = store.get("dropped")
         if isinstance(dropped, int) and dropped > self._dropped_before:
@@ -328,7 +300,7 @@ class Metrics:
         self._left_out_before = total
 
     def audit_left_out(self) -> None:
-        """A change has no audit event."""
+        """Count a change without an audit event."""
         self._left_out.labels("token").inc()
 
     def registry_unreadable(self, unreadable: bool) -> None:
@@ -345,20 +317,20 @@ class Metrics:
         self._poisoned.set(count)
 
     def attendance(self, *, flapping: int, paused: int) -> None:
-        """How many devices flap, and how many are paused."""
+        """Numbers of flapping and of paused devices."""
         self._flapping.set(flapping)
         self._paused.set(paused)
 
     def expired(self, count: int) -> None:
-        """So many devices left by silence."""
+        """Count devices that expired for lack of heartbeats."""
         self._expired.inc(count)
 
     def rollouts_given_up(self, count: int) -> None:
-        """So many classes run an older version than is configured, or stopped between two."""
+        """Number of classes whose roll-out was given up or halted."""
         self._given_up.set(count)
 
     def migration(self, moved: int, on_way: int, waiting: int) -> None:
-        """How many devices have moved and are well, are between two schedulers, and wait for their turn."""
+        """Numbers of devices that have moved and are healthy, that are being moved, and that wait."""
         for state, count in (("moved", moved), ("on_way", on_way), ("waiting", waiting)):
             self._migration.labels(state).set(count)
 
@@ -366,7 +338,7 @@ class Metrics:
         self._departures_held.set(count)
 
     def config(self, *, problem: bool, restart: int) -> None:
-        """Whether the last reload was rejected, and how many settings of the file need a restart."""
+        """Whether the last reload was rejected, and the number of settings that need a restart."""
         self._config_problem.set(problem)
         self._restart.set(restart)
 
@@ -375,12 +347,12 @@ class Metrics:
         self._differs.set(differs)
 
     def inventories(self, *, problems: int, conflicts: int) -> None:
-        """Inventories that can't be used now, and devices in them that others own."""
+        """Numbers of inventories that can't be used, and of their devices that another source has registered."""
         self._bad_inventories.set(problems)
         self._conflicts.set(conflicts)
 
     def pools(self, names: Iterable[str]) -> None:
-        """Declare the pools of the configuration, so that their series begin at 0."""
+        """Declare the configured pools, so that their series start at 0."""
         for name in names:
             for metric in (self._pool_wanted, self._pool_running, self._pool_advised):
                 metric.labels(name)
@@ -389,14 +361,14 @@ class Metrics:
                 self._pool_scalings.labels(name, direction)
 
     def pool(self, name: str, *, wanted: int, running: int, advised: int, problem: bool) -> None:
-        """How a pool stands; 0 on a replica that does not keep it, so that a sum over replicas is right."""
+        """The state of a pool; 0 on a replica that does not control it, so that a sum over replicas is correct."""
         self._pool_wanted.labels(name).set(wanted)
         self._pool_running.labels(name).set(running)
         self._pool_advised.labels(name).set(advised)
         self._pool_problem.labels(name).set(problem)
 
     def pool_value(self, name: str, value: float) -> None:
-        """The metric that a pool follows was read. No series before the first time: 0 would be a claim."""
+        """The value of a pool's metric. There is no series before the first reading, because 0 would be wrong."""
         self._pool_value.labels(name).set(value)
 
     def pool_scaled(self, name: str, direction: str) -> None:
@@ -404,7 +376,7 @@ class Metrics:
         self._pool_scalings.labels(name, direction).inc()
 
     def request(self, route: str, status: int) -> None:
-        """A request was answered. `route` is a route's template, never a path from outside."""
+        """Count a response. `route` is the template of a route, never the path of a request."""
         key = (route if route in self._routes else OTHER, status // 100)
         series = self._answered.get(key)
         if series is None:
@@ -412,27 +384,18 @@ class Metrics:
         series.inc()
 
     def refused(self, reason: str) -> None:
-        """A request was not let in."""
-        self._refusals.labels(_known(reason, RefusalReason)).inc()
+        """Count a refused request."""
+        self._refusals.labels(known(reason, RefusalReason)).inc()
 
     def malformed(self) -> None:
-        """A request was not valid HTTP."""
+        """Count a request that is not valid HTTP."""
         self._malformed.inc()
 
     def connection_closed(self, reason: str) -> None:
-        """A connection was closed to make room, or because there was none."""
-        self._closings.labels(_known(reason, Closing)).inc()
+        """Count a connection that the API closed."""
+        self._closings.labels(known(reason, Closing)).inc()
 
     def connections(self, count: Callable[[], tuple[int, int]]) -> None:
-        """`count`: called for each reading; connections that are not authenticated, and that are."""
+        """`count`: called at each scrape; returns the unauthenticated and the authenticated connections."""
         self._open.labels("unauthenticated").set_function(lambda: count()[0])
         self._open.labels("authenticated").set_function(lambda: count()[1])
-
-
-def _known(value: str, allowed: type[StrEnum] | tuple[str, ...]) -> str:
-    return value if value in _values(allowed) else OTHER
-
-
-@cache
-def _values(allowed: type[StrEnum] | tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(str, allowed))
