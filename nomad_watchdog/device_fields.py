@@ -1,4 +1,4 @@
-"""The fields of a device as they come from outside: one rule for each, at every entry point."""
+"""The fields of a device in requests and files, with the same checks at every entry point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nomad_watchdog.units import parse_duration
 MAX_LABELS: Final = 32
 LABEL_BYTES: Final = 128
 ADDRESS_CHARS: Final = 255
-"""Longest host name (RFC 1035), with a dot at the end, or in brackets."""
+"""Maximum characters of a host name (RFC 1035), with a trailing dot, or in brackets."""
 
 
 def _id(text: str) -> str:
@@ -28,7 +28,7 @@ def _id(text: str) -> str:
 
 def printable(text: str) -> str:
     if not text.isprintable():
-        raise ValueError(f"{ascii(text)[:80]} holds an unprintable character")
+        raise ValueError(f"{ascii(text)[:80]} contains an unprintable character")
     return text
 
 
@@ -55,13 +55,13 @@ def _labels(labels: dict[str, str]) -> dict[str, str]:
 
 def _duration(text: str) -> str:
     if parse_duration(text) <= 0:
-        raise ValueError("a duration of more than 0 is allowed")
+        raise ValueError("must be a duration of more than 0")
     return text
 
 
 def _ttl(text: str) -> str:
     if 0 < parse_duration(text) < 1:
-        raise ValueError("ttl must be 0s (for ever) or at least 1s")
+        raise ValueError("must be 0s (never expires) or at least 1s")
     return text
 
 
@@ -86,26 +86,28 @@ class Strict(BaseModel):
 
 
 class DeviceIn(Strict):
-    """The wish for one device, without its id."""
+    """The desired state of a device, without its id."""
 
     agent_class: Name = Field("default", alias="class")
     address: Address
     labels: Labels = Field(default_factory=dict)
-    ttl: Ttl | None = Field(None, description="a duration; 0s = for ever, null = as configured")
+    ttl: Ttl | None = Field(
+        None, description="a duration; 0s = never expires, null = as configured"
+    )
 
     @property
     def names_class(self) -> bool:
-        """Whether the class was given, and is not the default for want of one."""
+        """Whether the class was given."""
         return "agent_class" in self.model_fields_set
 
     def device(self, device_id: DeviceId) -> Device:
-        """As the value that goes inside."""
+        """As `model.Device`."""
         ttl_s = None if self.ttl is None else parse_duration(self.ttl)
         return Device(device_id, self.agent_class, self.address, dict(self.labels), ttl_s)
 
 
 class DeviceItem(DeviceIn):
-    """The wish for one device."""
+    """The desired state of a device."""
 
     id: Id
 
@@ -114,12 +116,11 @@ _AS_JSON: Final = {
     "a block { ... }": "an object { ... }",
     'a map such as { name = "value" }': 'an object such as {"name": "value"}',
 }
-"""What a configuration file calls otherwise."""
+"""Words of the configuration file → words for JSON."""
 
 
 def problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong with a body that should be this model, in words, without repeating what was sent at
-    length."""
+    """The errors in a body for this model, as text. Quotes at most a short part of the body."""
     found = error.errors(include_url=False)
     parts: list[str] = []
     for item in found[:5]:

@@ -1,7 +1,7 @@
-"""Logs: one JSON object per line, or text for a terminal; never a secret, never a raw control character.
+"""Logs: one JSON object per line, or text for a terminal, without secrets and control characters.
 
-Every secret that this process has read is replaced wherever it stands (`secret_values`). Patterns hide what
-looks like a secret of somebody else besides.
+Every secret that this process has read is replaced (`secret_values`). In addition, patterns hide text that looks like
+another secret.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, TextIO
+from typing import Final, Literal, TextIO
 
 from nomad_watchdog.secret_values import REDACTED, hide, longest
 
@@ -25,22 +25,22 @@ log = logging.getLogger(__name__)
 
 Format = Literal["json", "text"]
 
-LONGEST: Final = 2_000
-"""Characters of one value; the rest is cut and its length told."""
-LONGEST_TRACE: Final = 8_000
+MAX_CHARS: Final = 2_000
+"""Maximum characters of a value; the rest is cut, and its length is logged."""
+MAX_TRACE_CHARS: Final = 8_000
 MAX_ITEMS: Final = 50
-"""Items of one list or mapping."""
-DEEPEST: Final = 4
+"""Maximum items of a list or mapping."""
+MAX_DEPTH: Final = 4
 QUEUE: Final = 10_000
-"""Lines that may wait for a slow output; later ones are dropped."""
+"""Maximum number of lines that wait for a slow output; later ones are dropped."""
 
 REPEAT_S: Final = 10.0
-"""Trouble of one kind in the event loop is told at most so often."""
+"""Minimum interval between log lines about one kind of error in the event loop."""
 LASTING_S: Final = 600.0
-"""A problem that goes on is logged again after so long."""
+"""A problem that lasts is logged again after this time."""
 MAX_KINDS: Final = 100
 codecs.lookup("unicode_escape")
-# Loaded now: a process that has run out of file descriptors must still be able to say so.
+# Loaded now, because a process without free file descriptors could not load it to log that.
 
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
@@ -62,7 +62,7 @@ _SECRET_VALUE: Final = re.compile(
 
 
 class Lasting:
-    """A problem that may last: logged when it begins, every LASTING_S while it goes on, and when it is over."""
+    """A problem that may last: logged when it begins, every LASTING_S while it lasts, and when it ends."""
 
     def __init__(self, logger: logging.Logger, what: str) -> None:
         self._logger = logger
@@ -72,7 +72,7 @@ class Lasting:
         self._logged_at = 0.0
 
     def goes_on(self, now: float, reason: str) -> None:
-        """It was seen again. `now`: seconds of a monotonic clock."""
+        """The problem was observed. `now`: monotonic seconds."""
         if self._since is None:
             self._since = now
         elif now - self._logged_at < LASTING_S:
@@ -83,7 +83,7 @@ class Lasting:
         )
 
     def over(self, now: float) -> float:
-        """It was not seen any more; how long it had lasted, seconds, 0 = there was none."""
+        """The problem has ended; its duration in seconds, 0 = there was none."""
         if self._since is None:
             return 0.0
         lasted_s, self._since = round(now - self._since, 1), None
@@ -92,27 +92,27 @@ class Lasting:
 
 
 def clean(value: object, depth: int = 0) -> object:
-    """The value as JSON can hold it: bounded, printable, without secrets."""
+    """The value for JSON: bounded, printable, without secrets."""
     if value is None or isinstance(value, bool | int | float):
         return value if not isinstance(value, float) or value - value == 0 else str(value)
     if isinstance(value, str):
         return clean_text(value)
-    if depth < DEEPEST and isinstance(value, Mapping):
+    if depth < MAX_DEPTH and isinstance(value, Mapping):
         return {
             clean_text(str(key)): REDACTED
             if _SECRET_KEY.search(str(key))
             else clean(item, depth + 1)
             for key, item in list(value.items())[:MAX_ITEMS]
         }
-    if depth < DEEPEST and isinstance(value, list | tuple | set | frozenset):
+    if depth < MAX_DEPTH and isinstance(value, list | tuple | set | frozenset):
         return [clean(item, depth + 1) for item in list(value)[:MAX_ITEMS]]
     return clean_text(str(value))
 
 
-def clean_text(text: str, most: int = LONGEST) -> str:
-    """Without secrets, cut, and with every unprintable character escaped."""
-    # Cut first with a margin, so that a huge value is not searched as a whole. What may be the beginning of
-    # a secret at the end of the margin goes: where others were hidden before it, it would move forward.
+def clean_text(text: str, most: int = MAX_CHARS) -> str:
+    """The text without secrets, cut, and with every unprintable character escaped."""
+    # It is cut with a margin first, so that a huge value is not searched as a whole. Text at the end of the margin
+    # that may be the beginning of a secret is removed, because hiding earlier secrets could move it into the result.
     margin, edge = most * 2, longest()
     cut = hide(text[: margin + edge])
     if len(text) > margin + edge:
@@ -135,7 +135,7 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
     if record.exc_info and not record.exc_text:
         record.exc_text = logging.Formatter().formatException(record.exc_info)
     if record.exc_text:
-        facts["exc"] = clean_text(record.exc_text, LONGEST_TRACE)
+        facts["exc"] = clean_text(record.exc_text, MAX_TRACE_CHARS)
     return facts
 
 
@@ -145,7 +145,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """Keys ts (RFC 3339, UTC), level, logger, msg, then the extras in the order they were given."""
+    """Keys ts (RFC 3339, UTC), level, logger, msg, then the extra fields in their order."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -175,22 +175,22 @@ def _is_plain(text: str) -> bool:
 
 
 class _Queue(logging.handlers.QueueHandler):
-    """Hands records to the listener's thread; a full queue drops and counts, it never blocks."""
+    """Passes records to the listener's thread. If the queue is full, they are dropped and counted."""
 
     def __init__(self, waiting: queue.Queue[logging.LogRecord]) -> None:
         super().__init__(waiting)
         self.dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # Rendered here, in the caller's thread: an argument may change before the listener looks, and only here
-        # is it known what the caller presented as its token.
+        # Rendered in the caller's thread: an argument may change before the listener reads it, and only this thread
+        # knows the token that the caller presented.
         if record.exc_info and not record.exc_text:
             record.exc_text = hide(logging.Formatter().formatException(record.exc_info))
         record.msg, record.args, record.exc_info = hide(record.getMessage()), None, None
         for key, value in list(vars(record).items()):
             if key not in _OWN:
                 setattr(record, key, clean(value))
-        record.cleaned = True  # cutting a text again would count what was cut wrong
+        record.cleaned = True  # cutting a text twice would log a wrong length
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -200,35 +200,35 @@ class _Queue(logging.handlers.QueueHandler):
             self.dropped += 1
 
 
-class LoopTrouble:
-    """Exception handler of an event loop. One that has run out of file descriptors reports every accept
-    that failed, hundreds a second and each with its trace (S9)."""
+class LoopErrors:
+    """Exception handler of an event loop, with a rate limit. A process without free file descriptors reports hundreds
+    of failed accepts per second, each with its traceback (S9, isolation)."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[float, int]] = {}
+        self._logged: dict[str, tuple[float, int]] = {}
 
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         error = context.get("exception")
         kind = f"{str(context.get('message')).partition(chr(10))[0]}: {type(error).__name__}"
-        at, kept_back = self._told.get(kind, (float("-inf"), 0))
+        at, kept_back = self._logged.get(kind, (float("-inf"), 0))
         now = loop.time()
-        if kind not in self._told and len(self._told) >= MAX_KINDS:
+        if kind not in self._logged and len(self._logged) >= MAX_KINDS:
             return
         if now - at < REPEAT_S:
-            self._told[kind] = (at, kept_back + 1)
+            self._logged[kind] = (at, kept_back + 1)
             return
-        self._told[kind] = (now, 0)
-        # an OSError's trace leads to asyncio, and to read it takes a file descriptor
-        trace = error if error is not None and not isinstance(error, OSError) else None
+        self._logged[kind] = (now, 0)
+        # The traceback of an OSError only shows asyncio, and reading it needs a file descriptor.
+        trace = error if isinstance(error, Exception) and not isinstance(error, OSError) else None
         log.error(
-            "trouble in the event loop",
+            "error in the event loop",
             exc_info=trace,
             extra={"reason": f"{kind}: {error}", "kept_back": kept_back},
         )
 
 
 def for_commands() -> None:
-    """What a command logs that sets up nothing: warnings on standard error, as clean as the service's."""
+    """Format the warnings of commands, which go to standard error, as those of the service."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(TextFormatter())
 
@@ -238,9 +238,9 @@ def setup(
     format: Format = "json",  # noqa: A002 # its name in the settings
     stream: TextIO | None = None,
 ) -> Callable[[], None]:
-    """Send all logs of at least `level` to `stream` (standard error) in `format`.
+    """Send all logs of at least `level` to `stream` (default: standard error) in `format`.
 
-    Returns what flushes and stops the listener's thread and puts the root logger back as it was.
+    Returns a function that flushes, stops the listener's thread, and restores the root logger.
     """
     output = logging.StreamHandler(stream or sys.stderr)
     output.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
@@ -276,11 +276,11 @@ def setup(
 
 
 def _unraisable(found: sys.UnraisableHookArgs) -> None:
-    log.error("exception that nothing handles", exc_info=found.exc_value)
+    log.error("unhandled exception", exc_info=found.exc_value)
 
 
 def _ended_thread(found: threading.ExceptHookArgs) -> None:
-    log.error("a thread crashed", exc_info=found.exc_value)
+    log.error("thread crashed", exc_info=found.exc_value)
 
 
 def _replace(

@@ -166,9 +166,7 @@ class Authenticator:
         header = request.headers.get("Authorization")
         if header is None and self.webhook_secrets is not None and route and route.signed:
             return Actor("webhook", None, peer, certificate=certificate)
-        scheme, _, text = (header or "").partition(" ")
-        given = text.strip() if scheme.lower() == "bearer" else ""
-        present(given or text or header or "")
+        given = _bearer_token(header or "")
         if self.agent_keys is not None and given.startswith(f"{PREFIX}."):
             actor = self._agent(self.agent_keys, given, peer, certificate)
         elif self.keyring is None:
@@ -327,6 +325,14 @@ def permit_of(request: web.Request) -> Callable[[Device], None]:
 def peer_of(request: web.Request) -> str:
     """The client's address; for IPv6 its /64 network, because one host has 2^64 addresses in it."""
     return network_of(request.remote or "unknown")
+
+
+def _bearer_token(header: str) -> str:
+    """The token in an `Authorization` header; "" without one. Whatever the header contains is hidden in logs."""
+    scheme, _, text = header.partition(" ")
+    token = text.strip() if scheme.lower() == "bearer" else ""
+    present(token or text or header)
+    return token
 
 
 def _common_name(request: web.Request) -> str:

@@ -1,4 +1,4 @@
-"""What may come in and what goes out. Pydantic ends here: behind the door are the values of `model`."""
+"""The bodies of requests and responses. Handlers convert them to the values of `model`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, slug_of
 from nomad_watchdog.model import AgentState, Epoch, RepairAttempt, Repairs, Report
 
-MAX_HEARD: Final = 500
-"""Reports that one replica tells another at once."""
+MAX_REPLICATED: Final = 500
+"""Maximum number of reports or events in one request of a replica."""
 MAX_BULK: Final = 5_000
 MAX_HEARTBEATS: Final = 10_000
 MAX_PAUSED: Final = 200
-"""Device ids in one pause: the document that holds all pauses is small. More are a class or labels."""
+"""Maximum number of device ids in one pause, because one document contains all pauses. Use a class or labels for more."""
 REASON_CHARS: Final = 512
 _BIG: Final = 2**53
 
 
 def _listen(text: str) -> str:
     try:
-        if text.startswith(":"):  # every address of its machine
+        if text.startswith(":"):  # all addresses of the machine
             endpoint(f"0.0.0.0{text}")  # noqa: S104  # not listened on
             return text
         return endpoint(text) if text else text
@@ -52,8 +52,8 @@ def _listen(text: str) -> str:
         raise ValueError(str(error)) from error
 
 
-def _tame(text: str) -> str:
-    # What an agent says of its device is shown, so it is made harmless rather than lost.
+def _sanitised(text: str) -> str:
+    # The text of an agent is displayed: it is sanitised, so that its report is not lost.
     cut = text[:REASON_CHARS]
     return cut if cut.isprintable() else "".join(c if c.isprintable() else "�" for c in cut)
 
@@ -62,39 +62,39 @@ Count = Annotated[int, Field(ge=0, le=_BIG)]
 
 
 class BulkIn(Strict):
-    """Up to 5,000 wishes at once; each item is checked and answered by itself."""
+    """Up to 5,000 changes; each item is checked separately and has a result."""
 
     devices: list[DeviceItem] = Field(default_factory=list, max_length=MAX_BULK)
     delete: list[Id] = Field(default_factory=list, max_length=MAX_BULK)
 
 
 class BulkEnvelope(Strict):
-    """A BulkIn whose items are not looked at yet."""
+    """A BulkIn whose items were not checked yet."""
 
     devices: list[object] = Field(default_factory=list, max_length=MAX_BULK)
     delete: list[object] = Field(default_factory=list, max_length=MAX_BULK)
 
 
 class WebhookDevice(Strict):
-    """A device in an event; a disconnect needs the id only."""
+    """A device in an event; a disconnect needs only the id."""
 
     id: Id
     agent_class: Name = Field("default", alias="class")
     address: Annotated[str, Field(max_length=ADDRESS_CHARS)] | None = None
-    """Checked when it connects: a device must be able to leave whatever is wrong with its address."""
+    """Checked when the device connects. It can leave even if its address is invalid."""
     labels: Labels = Field(default_factory=dict)
     ttl: Ttl | None = None
 
 
 class WebhookIn(Strict):
-    """What a gateway sends when a device comes or goes."""
+    """The event of a gateway when a device connects or disconnects."""
 
     event: Literal["connected", "disconnected"]
     device: WebhookDevice
 
 
 class HeartbeatsIn(Strict):
-    """Signs of life of many devices."""
+    """Heartbeats of many devices."""
 
     ids: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(max_length=MAX_HEARTBEATS)
 
@@ -103,20 +103,20 @@ BACKEND: Final = r"^[a-z][a-z0-9_-]{0,63}$"
 
 
 class TargetIn(Strict):
-    """Which devices: all that is given must match, and something must be given."""
+    """Which devices. A device must match all conditions, and at least one is required."""
 
     devices: list[Id] = Field(default_factory=list, max_length=MAX_PAUSED)
     agent_class: Name | None = Field(None, alias="class")
     labels: Labels = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _meant(self) -> Self:
+    def _not_empty(self) -> Self:
         if not (self.devices or self.agent_class or self.labels):
-            raise ValueError("name devices, a class or labels; an empty target would mean nothing")
+            raise ValueError("name devices, a class or labels")
         return self
 
     def target(self) -> Target:
-        """As the value that goes inside."""
+        """As `core.pauses.Target`."""
         return Target(frozenset(self.devices), self.agent_class or "", dict(self.labels))
 
 
@@ -137,12 +137,12 @@ class PauseIn(TargetIn):
         if self.until is not None and self.lasts is not None:
             raise ValueError("give for or until, not both")
         if self.window and self.until is None and self.lasts is None:
-            raise ValueError("a maintenance window needs an end: for or until")
+            raise ValueError("a maintenance window requires an end: for or until")
         return self
 
 
 class MigrateIn(Strict):
-    """Which devices' agents move from one scheduler to another: all, or those that match all that is given."""
+    """Which agents move from one scheduler to another: all, or those of the devices that match all conditions."""
 
     source: Annotated[str, Field(alias="from", pattern=BACKEND)]
     goal: Annotated[str, Field(alias="to", pattern=BACKEND)]
@@ -151,10 +151,10 @@ class MigrateIn(Strict):
     labels: Labels = Field(default_factory=dict)
     shards: list[Annotated[int, Field(ge=0, le=255)]] = Field(default_factory=list, max_length=256)
     at_once: Annotated[int, Field(ge=0, le=100_000)] = Field(
-        0, description="so many devices may be on their way; 0 = as many as a roll-out may replace"
+        0, description="maximum number of moves in progress; 0 = as many as a roll-out may replace"
     )
     by: Annotated[str, Field(max_length=64), AfterValidator(printable)] = ""
-    dry_run: bool = Field(False, description="only say what would move")
+    dry_run: bool = Field(False, description="only report what would move")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -170,13 +170,13 @@ class MigrateIn(Strict):
 
 
 class ConfirmIn(Strict):
-    """Which held stops are meant: `held.id` of the plan that was looked at."""
+    """Which held stops or departures are approved: `held.id` of the plan."""
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
 class PoolScaleIn(Strict):
-    """How many workers a pool is to have."""
+    """The number of workers of a pool."""
 
     count: Annotated[int, Field(ge=0, le=MAX_WORKERS)]
 
@@ -187,47 +187,47 @@ class RepairAttemptIn(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     number: Count = 0
-    step: Annotated[str, AfterValidator(_tame)]
+    step: Annotated[str, AfterValidator(_sanitised)]
     outcome: Annotated[str, Field(max_length=32, pattern=r"^[a-z][a-z ]*$")]
-    reason: Annotated[str, AfterValidator(_tame)] = ""
+    reason: Annotated[str, AfterValidator(_sanitised)] = ""
     age_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class RepairsIn(BaseModel):
-    """What an agent with a ladder says of it."""
+    """The repair ladder of an agent."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    active: Annotated[str, AfterValidator(_tame)] = ""
+    active: Annotated[str, AfterValidator(_sanitised)] = ""
     exhausted: bool = False
     dry_run: bool = False
     attempts: Annotated[list[RepairAttemptIn], Field(max_length=32)] = Field(default_factory=list)
 
     def repairs(self) -> Repairs:
-        """As the value that goes inside."""
+        """As `model.Repairs`."""
         attempts = tuple(RepairAttempt(**one.model_dump()) for one in self.attempts)
         return Repairs(self.active, self.exhausted, self.dry_run, attempts)
 
 
 MAX_REPORT: Final = 64 * 1024
-"""Bytes of an agent's report; those of our agent have at most a few thousand."""
+"""Maximum bytes of a report; those of our agent have a few thousand."""
 MAX_AGE_S: Final = 10 * 365 * 86_400.0
-"""Of the state of an agent, seconds."""
+"""Maximum age of the state of an agent, seconds."""
 MAX_STATE: Final = 32
-"""Characters of a state that only a newer agent knows."""
+"""Maximum characters of a state, also of one that only newer agents know."""
 _STATES: Final = frozenset(AgentState)
 
 
 def _known_state(state: object) -> object:
-    """An agent that is newer than we are may know more kinds of trouble."""
+    """Unknown states of a newer agent become `suspect`."""
     if not isinstance(state, str) or len(state) > MAX_STATE:
         return state
     return AgentState(state) if state in _STATES else AgentState.SUSPECT
 
 
 class ReportIn(BaseModel):
-    """A report of an agent (watchdog_agent.wire, version 1). Unknown fields are let through: during
-    an upgrade agents may be newer than we are."""
+    """A report of an agent (watchdog_agent.wire, version 1). Unknown fields are ignored: during an upgrade agents may
+    be newer than the control plane."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -243,7 +243,7 @@ class ReportIn(BaseModel):
     was_ready: bool
     misses: Count
     confirmed: bool
-    reason: Annotated[str, AfterValidator(_tame)] = ""
+    reason: Annotated[str, AfterValidator(_sanitised)] = ""
     listen: Annotated[str, Field(max_length=300), AfterValidator(_listen)] = ""
     dropped: Count = 0
     stopping: bool = False
@@ -253,7 +253,7 @@ class ReportIn(BaseModel):
     state_age_s: Annotated[float, Field(ge=0, le=MAX_AGE_S, allow_inf_nan=False)] = 0.0
 
     def report(self) -> Report:
-        """As the value that goes inside."""
+        """As `Report`."""
         device_id = DeviceId(self.device_id)
         return Report(
             slug=slug_of(device_id),
@@ -269,18 +269,20 @@ class ReplicatedReportsIn(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    reports: Annotated[list[ReportIn], Field(max_length=MAX_HEARD)]
+    reports: Annotated[list[ReportIn], Field(max_length=MAX_REPLICATED)]
     beats: list[Annotated[str, Field(max_length=MAX_ID_BYTES)]] = Field(
-        default_factory=list, max_length=MAX_HEARTBEATS, description="devices that it heard"
+        default_factory=list,
+        max_length=MAX_HEARTBEATS,
+        description="devices whose heartbeats it received",
     )
 
 
 class EventsIn(BaseModel):
-    """Events that another replica alone has seen, as it shows them."""
+    """Events that only another replica has observed, in the form of its API."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    events: Annotated[list[dict[str, object]], Field(max_length=MAX_HEARD)]
+    events: Annotated[list[dict[str, object]], Field(max_length=MAX_REPLICATED)]
 
 
 class DeviceOut(BaseModel):
@@ -311,7 +313,7 @@ class DeviceOut(BaseModel):
 
 
 class DevicePage(BaseModel):
-    """A page of devices; `next` is the cursor of the following one, null at the end."""
+    """A page of devices; `next` is the cursor of the next page, null at the end."""
 
     items: list[DeviceOut]
     next: str | None
@@ -319,7 +321,7 @@ class DevicePage(BaseModel):
 
 
 class DeviceChange(BaseModel):
-    """What a write did: durable when it is answered."""
+    """The result of a write, which was stored before the response."""
 
     id: str
     slug: str
@@ -332,11 +334,13 @@ class DeviceChange(BaseModel):
 
 
 class BulkResult(BaseModel):
-    """The answer to one item of a bulk request."""
+    """The result of one item of a bulk request."""
 
     id: str | None
     action: Literal["put", "delete"]
-    index: int = Field(description="place in the list `devices` or `delete` of the request, from 0")
+    index: int = Field(
+        description="position in the list `devices` or `delete` of the request, from 0"
+    )
     status: int
     changed: bool = False
     error: str | None = None
@@ -349,19 +353,19 @@ class BulkOut(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What is wrong."""
+    """The error."""
 
     code: str
     message: str
 
 
 class ErrorOut(BaseModel):
-    """Every answer of 400 and above."""
+    """Every response with a status of 400 and above."""
 
     error: ErrorBody
 
 
 class AnyOut(BaseModel):
-    """An object whose fields grow."""
+    """An object; later versions may add fields."""
 
     model_config = ConfigDict(extra="allow")

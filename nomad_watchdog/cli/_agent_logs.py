@@ -1,4 +1,4 @@
-"""Where the log of an agent is, backend by backend."""
+"""Reads the log of an agent, per backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LINES: Final = 100_000
 
 
 def local_log(home: Path) -> str:
-    """The file of a local agent, and the old one before it. Raises NotFoundError or UserError."""
+    """The log files of a local agent, the older one first. Raises NotFoundError or UserError."""
     found = []
     for name in ("agent.log.1", "agent.log"):
         try:
@@ -26,17 +26,17 @@ def local_log(home: Path) -> str:
         except OSError as error:
             raise UserError(f"{home / name}: {error.strerror}") from error
     if not found:
-        raise NotFoundError(f"no log at {home}; is this the machine that its agent runs on?")
+        raise NotFoundError(f"no log at {home}; does its agent run on this machine?")
     return "".join(found)
 
 
 async def nomad_log(settings: Settings, allocation: str, task: str = "agent") -> str:
-    """What Nomad has collected of a task, the last MAX_BYTES. Raises TerminalError when it collects nothing."""
+    """The last MAX_BYTES of the log of a task. Raises TerminalError if Nomad collects no logs."""
     from nomad_watchdog.clients.nomad import NomadClient
     from nomad_watchdog.daemon.factory import nomad_settings
 
     client = NomadClient(nomad_settings(settings))
-    asked = {
+    query = {
         "task": task,
         "type": "stderr",
         "plain": "true",
@@ -44,19 +44,18 @@ async def nomad_log(settings: Settings, allocation: str, task: str = "agent") ->
         "offset": str(MAX_BYTES),
     }
     try:
-        return await client.text(f"/v1/client/fs/logs/{allocation}", "read-logs", asked)
+        return await client.text(f"/v1/client/fs/logs/{allocation}", "read-logs", query)
     except (NotFoundError, UserError) as error:
         raise TerminalError(
-            "Nomad has no log of this agent: the shipped job has `logs { disabled = true }`, which saves each"
-            f" node a process an agent; a template of yours may say false ({error})"
+            "Nomad has no log of this agent: the shipped job has `logs { disabled = true }`, which saves one process "
+            f"per agent on each node; set it to false in your own template ({error})"
         ) from error
     finally:
         await client.close()
 
 
 async def kubernetes_log(settings: Settings, slug: str) -> str:
-    """What the kubelet has of the newest pod of a device, the last MAX_BYTES. Raises NotFoundError when there
-    is no pod."""
+    """The last MAX_BYTES of the log of the newest pod of a device. Raises NotFoundError without a pod."""
     from nomad_watchdog.clients.kubernetes import KubernetesClient
     from nomad_watchdog.daemon.factory import kubernetes_settings
     from nomad_watchdog.schedulers.kubernetes.namespaces import newest_pod
@@ -66,7 +65,7 @@ async def kubernetes_log(settings: Settings, slug: str) -> str:
         path = await newest_pod(
             client, settings.kubernetes.namespace, settings.kubernetes.namespaces, slug
         )
-        asked = {"container": "agent", "limitBytes": str(MAX_BYTES), "tailLines": str(MAX_LINES)}
-        return await client.text(f"{path}/log", asked)
+        query = {"container": "agent", "limitBytes": str(MAX_BYTES), "tailLines": str(MAX_LINES)}
+        return await client.text(f"{path}/log", query)
     finally:
         await client.close()

@@ -1,4 +1,4 @@
-"""A small client of the HTTP API, on the standard library: it starts fast and needs no loop."""
+"""A client of the HTTP API that uses only the standard library, so that commands start fast."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nomad_watchdog.errors import (
 
 TIMEOUT_S: Final = 15.0
 SILENCE_S: Final = 90.0
-"""A stream that says nothing for so long, not even a heartbeat, is dead."""
+"""A stream without even a heartbeat for this time is dead."""
 MAX_BODY: Final = 64 * 1024 * 1024
 MAX_LINE: Final = 1024 * 1024
 PAGE: Final = 500
@@ -36,15 +36,15 @@ T = TypeVar("T")
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A redirect would carry the token to whoever the answer names."""
+    """Follows no redirects, which would send the token to another server."""
 
     def redirect_request(self, *_: object, **__: object) -> None:
         return None
 
 
 class ApiClient:
-    """Raises UserError, NotFoundError, DeniedError, ConflictError, TransientError by the answer, and
-    TerminalError when nobody answers."""
+    """Raises UserError, NotFoundError, DeniedError, ConflictError or TransientError depending on the response, and
+    TerminalError if there is none."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ApiClient:
         tls: Callable[[], SSLContext] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """`tls`: makes what an https address needs; it is not asked for another. `env`: names proxies;
+        """`tls`: creates the TLS context; called only for an https address. `env`: the variables with proxies;
         None = this process's environment."""
         address = address if "//" in address else f"http://{address}"
         try:
@@ -67,7 +67,7 @@ class ApiClient:
             shown = ascii(address[:100])
             raise UserError(f"API address {shown} must be http://HOST:PORT or https://HOST:PORT")
         if parts.username or parts.password:
-            raise UserError("API address must not hold a user or password; use a token file")
+            raise UserError("API address must not contain a user or password; use a token file")
         self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._token = token
         self._timeout_s = timeout_s
@@ -76,7 +76,7 @@ class ApiClient:
         secure = (
             [HTTPSHandler(context=tls())] if tls is not None and parts.scheme == "https" else []
         )
-        # Not urllib's own choice: it would send what is for a loopback address through a proxy (C4).
+        # Not urllib's own choice, which would use a proxy for a loopback address.
         self._proxy = proxy_for(self.address, os.environ if env is None else env)
         proxies = {parts.scheme: self._proxy.url} if self._proxy else {}
         self._opener = build_opener(_NoRedirect, ProxyHandler(proxies), *secure)
@@ -88,10 +88,9 @@ class ApiClient:
         )
 
     def holders(self) -> list[ApiClient]:
-        """Where the replicas are that reconcile: each knows only of its own shards what it would do.
+        """One client per replica that holds shards: each replica plans only its own shards.
 
-        Of a control plane that is alone its own address is not asked for: what it is called by others need
-        not be what it can be reached by from here."""
+        For a single replica this client is used: the address that it advertises need not be reachable from here."""
         leases = self.get("/v1/leases", Leases)
         if len(leases["replicas"]) < 2:
             return [self]
@@ -172,7 +171,7 @@ class ApiClient:
         except (OSError, HTTPException) as error:
             raise TransientError(f"{self.address} broke off: {error}") from error
         if len(data) > MAX_BODY:
-            raise TerminalError(f"{self.address} answered more than {MAX_BODY} bytes")
+            raise TerminalError(f"{self.address} sent more than {MAX_BODY} bytes")
         try:
             answer: object = loads(data) if data.strip() else {}
         except ValueError as error:
@@ -218,7 +217,7 @@ class ApiClient:
                 ) from error
             raise TerminalError(
                 f"no answer from the API at {self.address}: {why}; is `nomad-watchdog run` running "
-                "there? --address or NOMAD_WATCHDOG_ADDR names another"
+                "there? Set another address with --address or NOMAD_WATCHDOG_ADDR"
             ) from error
         return response
 
@@ -233,7 +232,7 @@ def _object(answer: object) -> Fields:
 
 
 def device_path(device_id: str, *more: str) -> str:
-    """The id is data: percent-encoded whole, slashes too. "." and ".." would be taken for steps."""
+    """The path of a device. The id is percent-encoded, including slashes. "." and ".." can't be encoded."""
     if device_id in (".", ".."):
         raise UserError(
             f"device id {device_id!r} can't be addressed in a URL; use `devices import`"
@@ -242,7 +241,7 @@ def device_path(device_id: str, *more: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """One segment of a path."""
+    """A text as one segment of a path. Raises UserError."""
     if text in ("", ".", ".."):
         raise UserError(f"{text!a} can't be addressed in a URL")
     return quote(text, safe="")
@@ -250,12 +249,12 @@ def quoted(text: str) -> str:
 
 _LASTING_CONFLICTS: Final = frozenset({"precondition", "outofdate"})
 """Codes of 409 after which the same request fails again."""
-_REFUSED_FOR_GOOD: Final = frozenset({"terminal", "unprepared"})
+_LASTING_FAILURES: Final = frozenset({"terminal", "unprepared"})
 
 
 def refusal(status: int, body: bytes, address: str) -> WatchdogError:
-    """The error that an answer stands for. The exit codes of docs/cli.md follow from it: those of our own server
-    have a code, those of a proxy before it have none."""
+    """The error for a response, from which the exit codes of docs/cli.md follow. Responses of the API have a code,
+    those of a proxy have none."""
     try:
         error = loads(body)["error"]
         text, code = str(error["message"]), str(error.get("code", ""))
@@ -264,12 +263,12 @@ def refusal(status: int, body: bytes, address: str) -> WatchdogError:
     if status == 404:
         return NotFoundError(text)
     if status in (401, 403):
-        return DeniedError(f"{text}; NOMAD_WATCHDOG_TOKEN_FILE names the file with the token")
+        return DeniedError(f"{text}; set NOMAD_WATCHDOG_TOKEN_FILE to the file with the token")
     if status == 409 and code not in _LASTING_CONFLICTS:
         return ConflictError(text)
     if status == 502 and code == "denied":  # the service's own token, not ours
         return DeniedError(text)
-    if status == 502 and code in _REFUSED_FOR_GOOD:
+    if status == 502 and code in _LASTING_FAILURES:
         return TerminalError(text)
     if status == 429 or status >= 500:
         return TransientError(text)

@@ -1,11 +1,11 @@
-"""What verbs share: settings, the API client, ``-o``."""
+"""What commands share: settings, the API client, ``-o``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import click
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE_NAME: Final = "nomad-watchdog.hcl"
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:9670"
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def output_option(*formats: str) -> Callable[[F], F]:
@@ -38,7 +38,7 @@ def output_option(*formats: str) -> Callable[[F], F]:
 
 
 def settings_of(ctx: click.Context, file: str | None = None, *, whole: bool = False) -> Settings:
-    """Flags over environment over file over defaults. `whole`: also with the files that it names."""
+    """The settings: flags, else environment, else file, else defaults. `whole`: also check the files that they name."""
     from nomad_watchdog import logs
     from nomad_watchdog.config.load import Check, load, no_check
 
@@ -59,7 +59,7 @@ def settings_of(ctx: click.Context, file: str | None = None, *, whole: bool = Fa
 
 
 def _option_variables(ctx: click.Context) -> Iterator[str]:
-    """The environment variables that click reads for options of verbs."""
+    """The environment variables that click reads for options of commands."""
     verbs: list[tuple[str, click.Command]] = [(str(ctx.auto_envvar_prefix), ctx.command)]
     while verbs:
         prefix, verb = verbs.pop()
@@ -73,7 +73,7 @@ def _option_variables(ctx: click.Context) -> Iterator[str]:
 
 
 def api_of(ctx: click.Context) -> ApiClient:
-    """The API at --address, else where the configuration file says that it listens."""
+    """A client of the API at --address, else at the address in the configuration file. Raises UserError."""
     address, token_file = ctx.obj["address"], os.environ.get("NOMAD_WATCHDOG_TOKEN_FILE")
     authority = os.environ.get("NOMAD_WATCHDOG_CACERT", "")
     named = ctx.obj["config"]
@@ -86,20 +86,27 @@ def api_of(ctx: click.Context) -> ApiClient:
             _check_sources(settings.api, os.environ)
         address, token_file = settings.advertise, token_file or settings.api.token_file
         authority = authority or settings.api.ca_cert or ""
+    return ApiClient(
+        address or DEFAULT_ADDRESS, _token(token_file), tls=lambda: _tls(authority, os.environ)
+    )
+
+
+def _token(file: str | None) -> str:
+    """The API token: from this file, else from the environment. Raises UserError."""
     token = os.environ.get("NOMAD_WATCHDOG_TOKEN", "")
-    if token_file:
-        token = text_files.token("token file", token_file)
+    if file:
+        token = text_files.token("token file", file)
         if not token:
-            raise UserError(f"token file {text_files.shown(str(token_file))} is empty")
+            raise UserError(f"token file {text_files.shown(file)} is empty")
     if token and not (token.isascii() and token.isprintable()):
-        raise UserError("the API token holds characters that can't be sent")
+        raise UserError("the API token contains characters that can't be sent")
     know(token)
-    return ApiClient(address or DEFAULT_ADDRESS, token, tls=lambda: _tls(authority, os.environ))
+    return token
 
 
 def _only_api(ctx: click.Context, error: UserError) -> Settings:
-    """The settings of an invalid configuration as far as its `api` block goes, which is all that a command needs to
-    find the service. Raises UserError when that block can't be read."""
+    """The `api` block of an invalid configuration, which is all that a command needs to call the service. Raises
+    UserError if that block is invalid too."""
     from nomad_watchdog.config.load import load_block
     from nomad_watchdog.terminal import clean
 
@@ -116,8 +123,8 @@ def _only_api(ctx: click.Context, error: UserError) -> Settings:
 
 
 def _check_sources(api: ApiBlock, env: Mapping[str, str]) -> None:
-    """Raises UserError where a token would be sent to an address from another source: the file that lies in the
-    working folder, which nobody named, or the environment."""
+    """Raises UserError if the token and the address come from different sources: the environment, and the file in
+    the working folder, which was not named."""
 
     def source(setting: str) -> str:
         variable = f"NOMAD_WATCHDOG_API_{setting.upper()}"
@@ -139,7 +146,7 @@ def _check_sources(api: ApiBlock, env: Mapping[str, str]) -> None:
 
 
 def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
-    """How the API's certificate is verified, and which one we show. Raises UserError."""
+    """TLS for calls to the API: how its certificate is verified, and the client certificate. Raises UserError."""
     import ssl
 
     from nomad_watchdog.clients import hashicorp_environment
@@ -147,7 +154,7 @@ def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
     certificate = env.get("NOMAD_WATCHDOG_CLIENT_CERT", "")
     key = env.get("NOMAD_WATCHDOG_CLIENT_KEY", "")
     if bool(certificate) != bool(key):
-        raise UserError("NOMAD_WATCHDOG_CLIENT_CERT and NOMAD_WATCHDOG_CLIENT_KEY go together")
+        raise UserError("NOMAD_WATCHDOG_CLIENT_CERT and NOMAD_WATCHDOG_CLIENT_KEY must both be set")
     try:
         context = hashicorp_environment.trust("api", ca_cert=authority)
         if certificate:
@@ -165,7 +172,7 @@ def _tls(authority: str, env: Mapping[str, str]) -> SSLContext:
 
 
 def caller() -> str:
-    """What whoever types a command is called on this machine; told, not believed."""
+    """The user's name on this machine. The service records it, but does not trust it."""
     import getpass
 
     try:

@@ -1,7 +1,7 @@
-"""The command line: which verbs there are, what is common to them, and the exit codes.
+"""The command line: the table of commands, common options, and exit codes.
 
-Only click is imported here. A verb's module comes in when the verb runs; the one-line help of each
-stands in the table below, so that ``nomad-watchdog --help`` imports none of them.
+Only click is imported here. The module of a command is imported when the command runs. Its one-line help is in the
+table below, so that ``nomad-watchdog --help`` imports none of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
 
 
 class _Stub(click.Command):
-    """What ``--help`` shows of a verb that is not imported."""
+    """What ``--help`` shows of a command that is not imported."""
 
 
 class LazyGroup(click.Group):
@@ -106,10 +106,10 @@ def cli(
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    os.umask(0o077)  # what we write is ours alone, whatever the caller's umask is
-    gc.set_threshold(10_000, 10, 10)  # imports make many objects, and hardly any garbage
+    os.umask(0o077)  # files that we write are private, whatever the caller's umask is
+    gc.set_threshold(10_000, 10, 10)  # imports create many objects, and hardly any garbage
     code = _code(argv)
-    gc.disable()  # what is left ends with the process
+    gc.disable()  # the remaining objects end with the process
     sys.exit(code)
 
 
@@ -132,7 +132,7 @@ def _code(argv: Sequence[str] | None) -> int:
             click.echo(f"error: {clean(line)}", err=True)
         return error.exit_code
     except BrokenPipeError:
-        # `| head` has seen enough; keep the interpreter from complaining at its last flush.
+        # The reader, such as `| head`, has ended. Without stdout the interpreter prints no error at its last flush.
         sys.stdout = None
         return 0
     except Exception:  # noqa: BLE001  # the program's boundary: a traceback may quote a secret

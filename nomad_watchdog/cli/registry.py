@@ -1,4 +1,4 @@
-"""``registry``: the store of devices as a file, and back."""
+"""``registry``: back up the registry to a file, and restore it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def export(ctx: click.Context) -> None:
 @output_option("table", "json")
 @click.pass_context
 def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> None:
-    """Restore a backup into the registry: FILE, or "-" for standard input. All of it is checked first.
+    """Restore a backup into the registry: FILE, or "-" for standard input. The whole backup is checked first.
 
-    A newer wish stands, and no epoch goes back. A registry that is new takes the backup's installation,
-    and so goes on with the agents that run."""
+    Newer records in the registry are kept, and restoring never lowers an epoch. A new registry takes over the
+    installation ID of the backup, and with it the running agents."""
     from nomad_watchdog.registry import backup
     from nomad_watchdog.terminal import print_json
 
@@ -55,6 +55,6 @@ def import_(ctx: click.Context, file: TextIO, dry_run: bool, output: str) -> Non
     click.echo(f"{done.records} records in the backup, {done.changed} {would}")
     if done.rebuilt:
         click.echo(
-            f"The document epoch-floor can't be read and {'would be' if dry_run else 'was'} written anew, "
+            f"The document epoch-floor can't be read and {'would be' if dry_run else 'was'} rewritten, "
             "above every epoch."
         )

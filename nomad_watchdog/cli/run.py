@@ -28,8 +28,8 @@ def run(ctx: click.Context) -> None:
 def init(ctx: click.Context) -> None:
     """Prepare a new, empty registry. Idempotent.
 
-    Without it nothing is decided: an empty store is taken for a wiped or a wrong one, and an empty
-    registry would stop every agent."""
+    The control plane does not start on a store that was not initialised: it could be a wiped or wrong one, and
+    an empty registry would stop every agent."""
     click.echo(asyncio.run(one_shot.initialise(settings_of(ctx))))
 
 
@@ -41,8 +41,8 @@ def init(ctx: click.Context) -> None:
 def demo(ctx: click.Context, devices: int, keep: bool, output: str) -> None:
     """Run a demo on this machine with simulated devices and faults.
 
-    It runs on Nomad and Consul if both are on PATH or were built before, else on local processes; --backend
-    takes precedence. Exits 0 only if every step converged. Leaves nothing behind."""
+    Uses Nomad and Consul if both are on PATH or were built before, else local processes; --backend takes
+    precedence. Exits 0 only if every step converged. Removes everything at the end."""
     from nomad_watchdog import demo as show
 
     ctx.exit(

@@ -1,5 +1,6 @@
-"""Whether what the configuration names is there, before anything runs: files with tokens, keys, certificates,
-templates and devices. Read by the code that `run` reads them with; nothing is connected to."""
+"""Checks the files that the configuration names: tokens, keys, certificates, templates and inventories.
+
+They are read by the same code as in `run`. Connects to nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from nomad_watchdog.schedulers.job_templates import UndeclaredError
 
 
 def misfits(settings: Settings, env: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
-    """Everything that is wrong: the setting, and what is wrong in words. `env`: for the vendors' tokens."""
+    """All errors: the setting, and what is wrong. `env`: for the vendors' tokens."""
     yield from _api(settings)
     yield from _servers(settings, env)
     yield from _classes(settings)
@@ -31,8 +32,8 @@ def misfits(settings: Settings, env: Mapping[str, str]) -> Iterator[tuple[Path, 
 
 
 def exposed(settings: Settings, config: FilePath | None = None) -> Iterator[tuple[str, str, str]]:
-    """What works and is not as private as it should be: the setting, what is wrong, and its fix. `config`: the
-    configuration that was read."""
+    """Files that work but that other users can read or write: the setting, what is wrong, and the fix. `config`: the
+    configuration file."""
     api = settings.api
     secret = {".".join(("api", *at)): str(one.path) for at, one in secret_files_of(api).items()}
     for block in ("api", "nomad", "consul"):
@@ -57,9 +58,9 @@ def exposed(settings: Settings, config: FilePath | None = None) -> Iterator[tupl
             f"chown it, and chmod go-w {config}",
         )
     stores = (settings.registry_path, settings.events_path, settings.told_path)
-    for kept, mode in ((FilePath(settings.data_dir), "700"), *((one, "600") for one in stores)):
-        if why := private_files.open_to(kept):
-            yield "data_dir", f"{text_files.shown(str(kept))} {why}", f"chmod {mode} {kept}"
+    for path_, mode in ((FilePath(settings.data_dir), "700"), *((one, "600") for one in stores)):
+        if why := private_files.open_to(path_):
+            yield "data_dir", f"{text_files.shown(str(path_))} {why}", f"chmod {mode} {path_}"
 
 
 def _api(settings: Settings) -> Iterator[tuple[Path, str]]:
@@ -67,9 +68,9 @@ def _api(settings: Settings) -> Iterator[tuple[Path, str]]:
     for setting, file in secret_files_of(api).items():
         for line in _lines(file.required):
             wrong = True
-            # the place of the finding names the setting
+            # The location of the error has the setting already.
             yield ("api", *setting), line.removeprefix(f"{file.setting} ")
-    if not wrong:  # what is wrong with several of them together
+    if not wrong:  # then check them together
         yield from ((("api", "token"), line) for line in _lines(lambda: authenticator_of(api)))
     own = list(_lines(lambda: tls_context(api)))
     yield from ((("api", "tls_cert"), line) for line in own)
@@ -78,14 +79,14 @@ def _api(settings: Settings) -> Iterator[tuple[Path, str]]:
 
 
 def _servers(settings: Settings, env: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
-    asked: list[tuple[str, Callable[[], object]]] = []
+    reads: list[tuple[str, Callable[[], object]]] = []
     if settings.registry_kind == "consul" or settings.agent_consul:
-        asked.append(("consul", lambda: consul_settings(settings, env).read_token()))
-        asked.append(("consul", lambda: consul_settings(settings, env).ssl_context()))
+        reads.append(("consul", lambda: consul_settings(settings, env).read_token()))
+        reads.append(("consul", lambda: consul_settings(settings, env).ssl_context()))
     if settings.backend == "nomad":
-        asked.append(("nomad", lambda: nomad_settings(settings, env).read_token()))
-        asked.append(("nomad", lambda: nomad_settings(settings, env).ssl_context()))
-    for block, read in asked:
+        reads.append(("nomad", lambda: nomad_settings(settings, env).read_token()))
+        reads.append(("nomad", lambda: nomad_settings(settings, env).ssl_context()))
+    for block, read in reads:
         yield from (((block,), line) for line in _lines(read))
     if settings.backend == "kubernetes" and settings.kubernetes.kubeconfig:
         where = ("kubernetes", "kubeconfig")

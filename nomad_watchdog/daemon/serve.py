@@ -81,7 +81,7 @@ async def serve(settings: Settings, load: Callable[[], Settings] | None = None) 
     loop.add_signal_handler(signal.SIGHUP, reload_requested.set)
     collect_seldom()
     stop_logging = logs.setup(settings.log.level, settings.log.format)
-    loop.set_exception_handler(logs.LoopTrouble())
+    loop.set_exception_handler(logs.LoopErrors())
     try:
         failpoints.arm(os.environ)
         await asyncio.to_thread(_check_inventories, settings)

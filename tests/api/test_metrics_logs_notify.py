@@ -97,7 +97,7 @@ async def test_s9_trouble_in_the_loop_is_told_once_in_a_while(
 ) -> None:
     """A thousand failed accepts are one line; trouble of another kind is told beside it, and of no more
     than a hundred kinds is any memory kept."""
-    loop, told = asyncio.get_running_loop(), logs.LoopTrouble()
+    loop, told = asyncio.get_running_loop(), logs.LoopErrors()
     for number in range(1000):
         message = f"socket.accept() out of system resource\nsocket {number}"
         told(loop, {"message": message, "exception": OSError(24, "Too many open files")})
