@@ -160,7 +160,7 @@ async def test_replicas_have_streams_of_their_own(guarded: ServedApi) -> None:
         assert [(await follow("operator")).status for _ in range(most)] == [200] * most
         over = await follow("operator")
         assert (over.status, over.headers["Retry-After"]) == (429, "30")
-        assert f"{most} event streams already" in await over.text()
+        assert f"already has {most} event streams" in await over.text()
         assert (await follow("operator", "&marks=true")).status == 200
         assert (await follow("viewer", "&marks=true")).status == 403
         assert most < MAX_FOLLOWERS

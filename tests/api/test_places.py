@@ -201,16 +201,16 @@ def test_bodies_are_bounded_and_slow_ones_make_room() -> None:
     bodies = BodyMemory(100, lambda: world.now)
     places = [Place(None, "", close=lambda: None) for _ in range(30)]
     stranger = Rank.UNAUTHENTICATED
-    taken = [place for place in places[:10] if bodies.take(place, stranger, 5)]
+    taken = [place for place in places[:10] if bodies.reserve(place, stranger, 5)]
     assert len(taken) == 5
-    assert bodies.take(places[20], Rank.OPERATOR, 75)
-    assert not bodies.take(places[21], Rank.OPERATOR, 5)
-    bodies.give(places[20])
+    assert bodies.reserve(places[20], Rank.OPERATOR, 75)
+    assert not bodies.reserve(places[21], Rank.OPERATOR, 5)
+    bodies.release(places[20])
     world.now = 2.0
-    assert bodies.take(places[22], stranger, 5)
+    assert bodies.reserve(places[22], stranger, 5)
     assert bodies.used == 25
     for place in places:
-        bodies.give(place)
+        bodies.release(place)
     assert bodies.used == 0
 
 

@@ -154,7 +154,9 @@ async def test_a_device_that_the_registry_has_lost_was_registered_before(
     two.fleet.placements[slug] = (placement("cam-1", 1),)
     status, answer = await two.ask("GET", "/v1/devices/cam-1/explain")
     assert (status, answer["verdict"]) == (200, None)
-    start = "the device is not registered, and 1 agent of it is there; it was registered before (event `"
+    start = (
+        "the device is not registered, but 1 agent of it runs; it was registered before (event `"
+    )
     assert answer["reason"].startswith(start)
     two.fleet.events.note(slug, "plan.retire", "no such device is registered")
     status, page = await two.ask("GET", "/v1/events?device=cam-1&kind=plan.retire")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe
+    from watchdog_agent.runtime.types import Ended, Probe, ProbePlugin
 
 GROUP: Final = "watchdog_agent.probes"
 
@@ -46,7 +46,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
 
     def begin() -> None:
         settings = dict(spec["settings"])
-        found = plugins.load(GROUP, spec["plugin"])
+        found: ProbePlugin = plugins.load(GROUP, spec["plugin"])
         found(guard, settings, address, timeout_s, guard.answered)
 
     guard.call(begin)

@@ -11,10 +11,10 @@ from watchdog_agent.runtime import plugins
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Final
+    from typing import Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Ended, Step
+    from watchdog_agent.runtime.types import Cancellable, Document, Ended, RepairPlugin, Step
 
 GROUP: Final = "watchdog_agent.repairs"
 
@@ -28,11 +28,11 @@ class Plugin:
     """One run of a plugin's step."""
 
     def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
-        self.running: Any = None
+        self.running: Cancellable | None = None
         self.guard = plugins.PluginGuard(loop, ended)
 
         def begin() -> None:
-            found = plugins.load(GROUP, step["plugin"])
+            found: RepairPlugin = plugins.load(GROUP, step["plugin"])
             self.running = found(self.guard, dict(step), dict(device), self.guard.answered)
 
         self.guard.call(begin)

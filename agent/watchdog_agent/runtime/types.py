@@ -32,6 +32,63 @@ class Ended(Protocol):
     def __call__(self, ok: bool, reason: str, warning: str = "", /) -> None: ...
 
 
+class PluginAnswer(Protocol):
+    """What a plugin calls at its end. `ok`: True = success, False = failure, None = unable to probe."""
+
+    def __call__(self, ok: bool | None, reason: str = "", /) -> None: ...
+
+
+class PluginLoop(Protocol):
+    """The loop as plugins see it. An exception in a callback ends the plugin, not the agent."""
+
+    def later(self, delay_s: float, callback: Callable[[], None], /) -> Timer:
+        """Call `callback` after this time."""
+        ...
+
+    def watch(self, sock: Watched, events: int, callback: Callable[[int], None], /) -> None:
+        """Call `callback` with the events whenever the socket has any of them."""
+        ...
+
+    def forget(self, sock: Watched, /) -> None:
+        """Stop watching the socket, and close it."""
+        ...
+
+
+class Cancellable(Protocol):
+    """A repair step in progress."""
+
+    def cancel(self) -> object:
+        """Give up; `ended` is not called any more."""
+        ...
+
+
+class ProbePlugin(Protocol):
+    """An entry point of the group `watchdog_agent.probes`: returns at once, and calls `ended` later."""
+
+    def __call__(
+        self,
+        loop: PluginLoop,
+        settings: dict[str, object],
+        address: str,
+        timeout_s: float,
+        ended: PluginAnswer,
+        /,
+    ) -> object: ...
+
+
+class RepairPlugin(Protocol):
+    """An entry point of the group `watchdog_agent.repairs`: returns at once, and calls `ended` once."""
+
+    def __call__(
+        self,
+        loop: PluginLoop,
+        step: dict[str, object],
+        device: dict[str, object],
+        ended: PluginAnswer,
+        /,
+    ) -> Cancellable | None: ...
+
+
 Probed: TypeAlias = Callable[[Outcome, str, float, str], None]
 """outcome, reason, seconds taken, warning"""
 Fetched: TypeAlias = Callable[[int | None, dict[str, str], Any], None]
