@@ -69,6 +69,8 @@ class MemoryRegistry:
         self._documents[name] = replace(document, index=document.index + 1)
         return self._documents[name]
 
+    async def check_writable(self) -> None: ...
+
     async def close(self) -> None:
         self._records.clear()
 

@@ -118,4 +118,4 @@ def plugin_misuse(loop: PluginLoop, ended: PluginAnswer) -> None:
     ended("yes", "answered")  # type: ignore[arg-type]
     loop.later("1s", lambda: None)  # type: ignore[arg-type]
     loop.run()  # type: ignore[attr-defined]
-    _: int = ended(True, "done")  # type: ignore[func-returns-value]
+    print(ended(True, "done"))  # type: ignore[func-returns-value]

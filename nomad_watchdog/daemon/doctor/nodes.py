@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 
+from nomad_watchdog.clients.nomad_rows import NodeRow
 from nomad_watchdog.daemon.doctor.base import Check, Status, mapping, objects
 from nomad_watchdog.schedulers.nomad.nodes import Node, Nodes, deadline_of, node_of
 
@@ -27,7 +28,7 @@ async def checks(call: Call) -> list[Check]:
     if status != 200 or not isinstance(answer, list):
         fix = 'grant  node { policy = "read" }  to the token'
         return [Check("nomad nodes", Status.WARN, f"HTTP {status}", fix)]
-    rows, nodes = objects(answer), []
+    rows, nodes = cast("list[NodeRow]", objects(answer)), []
     for row in rows:
         detail: object = None
         if row.get("Drain"):
