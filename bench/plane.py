@@ -15,6 +15,7 @@ from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
+from nomad_watchdog.controllers.agents.executor import Outcome
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.daemon.factory import open_registry, open_scheduler
@@ -83,8 +84,8 @@ class Plane:
         self._news = asyncio.Event()
         inner = reconciler.executor.done
 
-        def done(action: Action, outcome: str, took_s: float) -> None:
-            if action.kind is ActionKind.START and outcome == "ok":
+        def done(action: Action, outcome: Outcome, took_s: float) -> None:
+            if action.kind is ActionKind.START and outcome is Outcome.OK:
                 self.started[action.slug] = time.perf_counter()
                 self._news.set()
             inner(action, outcome, took_s)

@@ -77,7 +77,7 @@ async def read_all(reconciler: Reconciler, *, bring: bool = False) -> None:
     # A one-shot plan does not know when a device left, so it does not apply the grace period.
     fleet.presence.heartbeats.leaving.clear()
     await reconciler.informer.read()
-    await reconciler.go_by_classes(bring=bring)
+    await reconciler.classes.read_once(bring=bring)
     fleet.verdicts.judge_all()
     # The list of migrations may have become old while the scheduler was read.
     if await reconciler.migrations.refresh():
@@ -229,7 +229,7 @@ def _is_done(fleet: Fleet, slug: Slug) -> bool:
 
 
 def _kill_timeout_s(reconciler: Reconciler) -> float:
-    return max((spec.kill_timeout_s for spec in reconciler.specs.values()), default=0.0)
+    return max((spec.kill_timeout_s for spec in reconciler.classes.specs.values()), default=0.0)
 
 
 def _names(fleet: Fleet, slugs: Iterable[Slug]) -> str:
@@ -331,9 +331,9 @@ async def apply_once(
         installation = await registry.installation()
         async with open_scheduler(settings, installation) as scheduler:
             reconciler = await _read_once(settings, registry, scheduler, bring=True)
-            specs = dict(reconciler.specs)
-            reconciler.prepared(specs, await scheduler.prepare(list(specs.values())))
-            await reconciler.spec_history.remember(reconciler.specs.values())
+            specs = dict(reconciler.classes.specs)
+            reconciler.classes.prepared(specs, await scheduler.prepare(list(specs.values())))
+            await reconciler.classes.history.remember(reconciler.classes.specs.values())
             return await apply(
                 reconciler, registry_index, allow_stops=allow_stops, report_progress=report_progress
             )

@@ -178,10 +178,10 @@ class Reloader:
         self.scheduler.adapt_by(wanted.spec_on)
         fleet.configure(limits)
         try:
-            in_force = self.reconciler.in_force
-            waits = bool(unreadable or self.reconciler.unprepared or in_force.differs)
+            in_force = self.reconciler.classes.in_force
+            waits = bool(unreadable or self.reconciler.classes.unprepared or in_force.differs)
             if waits or limits != was or specs != in_force.configured:
-                await self.reconciler.configure(
+                await self.reconciler.classes.configure(
                     specs,
                     read_specs=lambda: asyncio.to_thread(wanted.readable_specs),
                     unreadable=unreadable,
@@ -199,7 +199,7 @@ class Reloader:
         return Reloaded(
             tuple(differences(described(before), described(wanted))),
             tuple(differences(described(wanted), described(loaded))),
-            dict(self.reconciler.unprepared),
+            dict(self.reconciler.classes.unprepared),
         )
 
     def _failed(self, problem: str) -> None:

@@ -174,7 +174,7 @@ async def test_what_is_wrong_changes_nothing_at_all(
         service.served_api.fleet.limits,
         service.served_api.fleet.classes,
     )
-    hashes = dict(service.reloader.reconciler.hashes)
+    hashes = dict(service.reloader.reconciler.classes.hashes)
     service.write(api, more, rest + "\nrollout { at_once = 7 }")
     with pytest.raises(UserError):
         await service.reloader.reload()
@@ -184,7 +184,7 @@ async def test_what_is_wrong_changes_nothing_at_all(
         service.served_api.fleet.classes,
     )
     assert after == before
-    assert service.reloader.reconciler.hashes == hashes
+    assert service.reloader.reconciler.classes.hashes == hashes
     assert service.reloader.problem
     status = service.served_api.fleet.views.status()["config"]
     assert isinstance(status, dict)
@@ -200,18 +200,20 @@ async def test_classes_that_the_scheduler_refuses_change_nothing(service: Servic
     """A refusal is the answer and the old classes stand; one that does not answer now is prepared later."""
     service.write(more='  memory = "96Mi"', rest="rollout { at_once = 7 }")
     service.scheduler.error = UserError("no such driver")
-    hashes = dict(service.reloader.reconciler.hashes)
+    hashes = dict(service.reloader.reconciler.classes.hashes)
     with pytest.raises(UserError, match="no such driver"):
         await service.reloader.reload()
-    assert service.reloader.reconciler.hashes == hashes
+    assert service.reloader.reconciler.classes.hashes == hashes
     assert service.served_api.fleet.limits.replace_at_once == 5
     service.scheduler.error = TransientError("no leader")
     changed = (await service.reloader.reload()).changed
     assert changed == ("agent_class.default.memory 64Mi → 96Mi", "rollout.at_once 5 → 7")
-    assert service.reloader.reconciler.hashes == hashes, "not before the scheduler is prepared"
+    assert service.reloader.reconciler.classes.hashes == hashes, (
+        "not before the scheduler is prepared"
+    )
     service.scheduler.error = None
-    await service.reloader.reconciler._roll()
-    assert service.reloader.reconciler.hashes != hashes
+    await service.reloader.reconciler._follow_classes()
+    assert service.reloader.reconciler.classes.hashes != hashes
 
 
 def class_two(more: str) -> str:
@@ -234,19 +236,19 @@ async def test_a_class_whose_template_is_missing_affects_only_itself(service: Se
     assert fleet.limits.replace_at_once == 7
     assert fleet.classes == frozenset({"default", "two"})
     assert service.reloader.inventory.classes == fleet.classes
-    assert reconciler.hashes.keys() == {"default"}
+    assert reconciler.classes.hashes.keys() == {"default"}
     assert fleet.views.status()["unprepared_classes"] == answer["unprepared_classes"]
     assert reconciler.plan_builder.view()["unprepared_classes"] == answer["unprepared_classes"]
     file.write_text("job {}")
-    await reconciler._prepare_again()
-    assert reconciler.hashes.keys() == {"default", "two"}
+    await reconciler.classes.prepare_again()
+    assert reconciler.classes.hashes.keys() == {"default", "two"}
     assert fleet.views.status()["unprepared_classes"] == {}
     file.unlink()
     assert (await service.reloader.reload()).unprepared.keys() == {"two"}
-    assert reconciler.hashes.keys() == {"default"}
+    assert reconciler.classes.hashes.keys() == {"default"}
     file.write_text("job {}")
     assert (await service.reloader.reload()).unprepared == {}
-    assert reconciler.hashes.keys() == {"default", "two"}
+    assert reconciler.classes.hashes.keys() == {"default", "two"}
     kinds = [event.kind for event in fleet.events.own.after(0, 99)[0]]
     assert [kind for kind in kinds if kind.startswith("class.")] == [
         "class.unprepared",
@@ -267,24 +269,24 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
     assert "classes that can't be prepared: two" in str(done)
     assert fleet.limits.replace_at_once == 7
     assert fleet.classes == frozenset({"default", "two"})
-    assert reconciler.hashes.keys() == {"default"}
+    assert reconciler.classes.hashes.keys() == {"default"}
     assert reconciler.plan_builder.behind_rollouts() == frozenset()
     service.scheduler.error = TransientError("no leader")
     service.write(rest=class_two(""))
     await service.reloader.reload()
     assert reconciler.plan_builder.behind_rollouts() == frozenset({"two"})
     service.scheduler.error = None
-    await reconciler._roll()
-    assert reconciler.hashes.keys() == {"default", "two"}
+    await reconciler._follow_classes()
+    assert reconciler.classes.hashes.keys() == {"default", "two"}
     assert fleet.views.status()["unprepared_classes"] == {}
     service.write(more=refused, rest=class_two(""))
     await service.reloader.reload()
-    assert reconciler.hashes.keys() == {"two"}
+    assert reconciler.classes.hashes.keys() == {"two"}
     assert fleet.views.status()["unprepared_classes"] == {"default": "no such pool"}
     service.write(more=refused, rest="rollout { at_once = 7 }")
     await service.reloader.reload()
-    assert reconciler.hashes.keys() == set()
-    assert reconciler.specs.keys() == {"default"}
+    assert reconciler.classes.hashes.keys() == set()
+    assert reconciler.classes.specs.keys() == {"default"}
 
 
 async def test_a_class_that_comes_or_goes(service: Service) -> None:
@@ -294,11 +296,11 @@ async def test_a_class_that_comes_or_goes(service: Service) -> None:
     service.write(rest=two)
     assert (await service.reloader.reload()).changed == ("agent_class.two added",)
     assert service.served_api.fleet.classes == frozenset({"default", "two"})
-    assert service.reloader.reconciler.specs.keys() == {"default", "two"}
+    assert service.reloader.reconciler.classes.specs.keys() == {"default", "two"}
     service.write()
     assert (await service.reloader.reload()).changed == ("agent_class.two removed",)
-    assert service.reloader.reconciler.specs.keys() == {"default"}
-    assert service.reloader.reconciler.hashes.keys() == {"default"}
+    assert service.reloader.reconciler.classes.specs.keys() == {"default"}
+    assert service.reloader.reconciler.classes.hashes.keys() == {"default"}
 
 
 async def test_nothing_that_a_reload_raises_ends_the_service(service: Service) -> None:

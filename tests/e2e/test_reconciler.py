@@ -199,7 +199,7 @@ async def test_s7_a_registry_that_lost_its_keys_stops_nothing_until_an_operator_
             db.execute(f"DELETE FROM {table}")
         db.close()
         await eventually(lambda: plane.reconciler.breaker.held, 60.0)
-        await plane.reconciler._read_again()
+        await plane.reconciler._second_read()
         plane.reconciler.reconcile()
         assert len(plane.pids()) == 12
         assert plane.reconciler.confirm_stops() == 12

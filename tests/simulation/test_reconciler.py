@@ -513,10 +513,10 @@ async def what_comes_next() -> dict[str, str]:
     await fleet.records.register([device(f"cam {number}") for number in range(12)])
     await asyncio.sleep(5.0)
     note("grace", "cam 1")
-    await reconciler.configure({SPEC.agent_class: replace(SPEC, spec_hash="other")})
+    await reconciler.classes.configure({SPEC.agent_class: replace(SPEC, spec_hash="other")})
     await asyncio.sleep(3.0)
     note("window", "cam 1")
-    await reconciler.configure({SPEC.agent_class: SPEC})
+    await reconciler.classes.configure({SPEC.agent_class: SPEC})
     await asyncio.sleep(limits.startup_grace_s)
     note("late", "cam 1")
     fleet.recorder.forget(slug_of(DeviceId("cam 1")))  # as after a restart
@@ -578,7 +578,7 @@ async def what_comes_next() -> dict[str, str]:
         note(believed.value, "cam 6")
     await drained(reconciler, slug_of(DeviceId("cam 7")))
     note("drained", "cam 7")
-    await reconciler.configure({})
+    await reconciler.classes.configure({})
     note("class", "cam 5")
     task.cancel()
     with suppress(asyncio.CancelledError):

@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Final, TypeVar
 
 from nomad_watchdog import failpoints
@@ -50,6 +51,15 @@ AHEAD: Final = 2
 stands empty while a batch is being fenced."""
 
 
+class Outcome(StrEnum):
+    """How an action ended."""
+
+    OK = "ok"
+    FENCED = "fenced"
+    """Dropped: its record or our lease has changed since the decision."""
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """A start that no snapshot has shown yet. Nothing is decided for the device until one with at
@@ -79,7 +89,7 @@ class ActionExecutor:
     scheduler: Scheduler
     specs: Mapping[str, AgentSpec]
     queue: WorkQueue[Slug, Action]
-    done: Callable[[Action, str, float], None]
+    done: Callable[[Action, Outcome, float], None]
     leases: Leases = field(default_factory=SoleOwner)
     told: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
     """The spec with what its agents are told at the moment of their start."""
@@ -90,7 +100,8 @@ class ActionExecutor:
     budgets: dict[Slug, RetryBudget] = field(default_factory=dict)
     unprepared: set[Slug] = field(default_factory=set)
     """Devices whose last start failed for want of what `Scheduler.prepare` makes."""
-    on_unprepared: Callable[[], None] = lambda: None
+    needs_preparation: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a start failed for that reason."""
     circuit: CircuitBreaker = field(default_factory=CircuitBreaker)
     """Of the scheduler."""
     registry_circuit: CircuitBreaker = field(default_factory=CircuitBreaker)
@@ -269,7 +280,7 @@ class ActionExecutor:
             self.fleet.events.note(
                 action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(epoch)
             )
-            self.done(action, "ok", took_s)
+            self.done(action, Outcome.OK, took_s)
         finally:
             self.queue.done(action.slug)
             self._hand(-1)
@@ -286,7 +297,7 @@ class ActionExecutor:
 
     def _dropped(self, action: Action, error: FencedError) -> None:
         log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})
-        self.done(action, "fenced", 0.0)
+        self.done(action, Outcome.FENCED, 0.0)
 
     async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
         spec = self.specs.get(action.placement.agent_class) if action.placement else None
@@ -390,7 +401,7 @@ class ActionExecutor:
         self.queue.delay(action.slug, again)
         if isinstance(error, UnpreparedError):
             self.unprepared.add(action.slug)
-            self.on_unprepared()
+            self.needs_preparation.set()
         self.obstacles[action.slug] = f"{action.kind.value} failed: {error}"
         log.warning(
             "action failed",
@@ -403,7 +414,7 @@ class ActionExecutor:
             },
         )
         self.fleet.events.note(action.slug, "error", f"{action.kind.value}: {error}")
-        self.done(action, "failed", 0.0)
+        self.done(action, Outcome.FAILED, 0.0)
 
 
 def _epoch_after(action: Action) -> Epoch:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
+from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
+from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
+from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
-from nomad_watchdog.core.migration import NEVER_MIGRATED, BackendAssignment
-from nomad_watchdog.core.planner import Changes, Plan, Stalled, no_words, none_stalled
-from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
@@ -35,48 +34,37 @@ class LoopStatus:
 
     fleet: Fleet
     backend: str
-    hashes: Mapping[str, str]
+    classes: PreparedClasses
     queue: WorkQueue[Slug, Action]
     executor: ActionExecutor
-    breaker: MassStopBreaker
     informer: PlacementInformer
     leases: Leases
     ownership: ShardOwnership
-    last_plan: Callable[[], Plan]
-    no_room: Callable[[], str]
-    """Why no start is made now, in words; "" when there is room."""
-    homes: Callable[[], BackendAssignment] = lambda: NEVER_MIGRATED
-    unprepared: Mapping[str, str] = field(default_factory=dict)
-    """Agent class → why it can't be prepared."""
-    changes: Changes = no_words
-    full: Callable[[], Mapping[str, str]] = dict
-    """Schedulers without room, and why."""
-    window: Callable[[Action], str] = lambda _action: ""
-    """Why a replacement waits for its turn, in words; "" = it does not."""
-    reach: Callable[[], Reachability] = lambda: UNKNOWN
-    blind: Callable[[], str] = lambda: ""
-    """Why nothing is decided for any device now, in words; "" when that is not so."""
-    stalled: Stalled = none_stalled
-    patience: Callable[[Placement], str] = lambda _placement: ""
-    """What follows if a placement that waits makes no progress, in words; "" = nothing."""
+    plan_builder: PlanBuilder
+    migrations: MigrationController
+
+    @property
+    def breaker(self) -> MassStopBreaker:
+        """What is on hold."""
+        return self.plan_builder.breaker
 
     def obstacle(self, slug: Slug) -> str:
         """Why this device can't have an agent now, in words; "" = nothing is in the way."""
         record = self.fleet.records.get(slug)
-        if record is not None and (why := self.unprepared.get(record.device.agent_class)):
+        if record is not None and (why := self.classes.unprepared.get(record.device.agent_class)):
             every = f"{self.fleet.limits.resync_s:g} s"
             name = record.device.agent_class
             return f"agent class {name!r} can't be prepared: {why}; it is tried again every {every}"
-        if record is not None and record.device.agent_class not in self.hashes:
-            known = ", ".join(sorted(self.hashes))
+        if record is not None and record.device.agent_class not in self.classes.hashes:
+            known = ", ".join(sorted(self.classes.hashes))
             return f"agent class {record.device.agent_class!r} is not configured; known: {known}"
-        homes = self.homes()
+        homes = self.migrations.homes()
         if record is not None and not homes.is_known(record):
             return (
                 f"its agent lives on {homes.of(record)}, which is neither `backend` nor part of a "
                 "migration: move it with `nomad-watchdog migrate`"
             )
-        return self.executor.obstacles.get(slug, "") or self.no_room()
+        return self.executor.obstacles.get(slug, "") or self.plan_builder.capacity.no_room
 
     def status(self) -> dict[str, object]:
         """The loop's part of the status."""
@@ -90,9 +78,9 @@ class LoopStatus:
                 "id": self.breaker.held_id,
                 "next": self.breaker.next_step,
             },
-            "unprepared_classes": dict(self.unprepared),
-            "waiting_rollout": self.last_plan().waiting_rollout,
-            "starts_held": self.no_room() or self._waiting(),
+            "unprepared_classes": dict(self.classes.unprepared),
+            "waiting_rollout": self.plan_builder.last.waiting_rollout,
+            "starts_held": self.plan_builder.capacity.no_room or self._waiting(),
             "replica": self.leases.replica,
             "holds": f"{len(self.leases.terms())} of {self.leases.shards} shards",
             "leases": self.leases.problem,
@@ -125,7 +113,7 @@ class LoopStatus:
 
     def _home(self, slug: Slug) -> dict[str, object]:
         """Where the agent lives and should live, in a fleet that was ever migrated."""
-        homes, record = self.homes(), self.fleet.records.get(slug)
+        homes, record = self.migrations.homes(), self.fleet.records.get(slug)
         if record is None or not (home := homes.of(record)):
             return {}
         return {"home": home, "should_live_on": homes.goal(record)}
@@ -154,13 +142,19 @@ class LoopStatus:
             return "an action is under way"
         if resting := self._resting(slug):
             return resting
-        if blind := self.blind():
+        if blind := self.migrations.blind():
             return blind
         record = self.fleet.records.get(slug)
         found = self.fleet.placements.get(slug, ())
         steps = list(
             planner.decide(
-                record, found, self.hashes, self.homes(), self.changes, self.stalled, self.reach()
+                record,
+                found,
+                self.classes.hashes,
+                self.migrations.homes(),
+                self.classes.changes,
+                self.plan_builder.stalled,
+                self.plan_builder.reach(),
             )
             if record is not None
             else planner.decide_stray(found)
@@ -190,9 +184,12 @@ class LoopStatus:
             return f"; {why}; next try in {wait_s:.0f} s"
         if wait_s > 0:
             return f"; it was started often lately: not before {wait_s:.0f} s from now"
-        if step.kind is ActionKind.START and (full := self.no_room() or self.full().get(step.home)):
+        if step.kind is ActionKind.START and (
+            full := self.plan_builder.capacity.no_room
+            or self.plan_builder.capacity.full.get(step.home)
+        ):
             return f"; waits for room: {full}"
-        if step.kind is ActionKind.REPLACE and (waits := self.window(step)):
+        if step.kind is ActionKind.REPLACE and (waits := self.plan_builder.waits(step)):
             return f"; {waits}"
         circuits = (self.executor.circuit, self.executor.registry_circuit)
         if refused := max(one.wait_s(now) for one in circuits):
@@ -211,10 +208,10 @@ class LoopStatus:
                 else "nothing: the device has left"
             )
         name = record.device.agent_class
-        if name in self.unprepared:
+        if name in self.classes.unprepared:
             rest = "its agent goes on as it is" if live else "it gets an agent then"
-            return f"nothing until agent class {name!r} can be prepared ({self.unprepared[name]}); {rest}"
-        if name not in self.hashes:
+            return f"nothing until agent class {name!r} can be prepared ({self.classes.unprepared[name]}); {rest}"
+        if name not in self.classes.hashes:
             rest = "its agent goes on as it is" if live else "it gets an agent then"
             return f"nothing until agent class {name!r} is configured; {rest}"
         agent = next((one for one in live if one.epoch == record.epoch), live[0] if live else None)
@@ -266,7 +263,7 @@ class LoopStatus:
         return f"{agent.reason}; {next_}" if next_ else agent.reason
 
     def _patience(self, agent: Placement) -> str:
-        return f"; {then}" if (then := self.patience(agent)) else ""
+        return f"; {then}" if (then := self.plan_builder.patience(agent)) else ""
 
     def _of_device(self, state: VerdictState, node: str) -> str:
         """What follows for a device whose agent is running and ready; "" = nothing."""

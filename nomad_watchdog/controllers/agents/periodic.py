@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
+from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
+from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import tombstones
 from nomad_watchdog.core.actions import Action
@@ -18,7 +20,7 @@ from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import AgentSpec, PlacementState
+from nomad_watchdog.model import PlacementState
 from nomad_watchdog.replicas.leases import Leases
 from nomad_watchdog.replicas.ownership import ShardOwnership
 from nomad_watchdog.schedulers import Scheduler
@@ -55,23 +57,18 @@ class PeriodicJobs:
 
     fleet: Fleet
     scheduler: Scheduler
-    specs: Mapping[str, AgentSpec]
-    prepare: Callable[[], Awaitable[None]]
-    """Has the scheduler prepared for the specs in force."""
+    classes: PreparedClasses
     metrics: Metrics
     queue: WorkQueue[Slug, Action]
     executor: ActionExecutor
     informer: PlacementInformer
     leases: Leases
     ownership: ShardOwnership
+    plan_builder: PlanBuilder
     wake: Callable[[], None]
     """Have a pass made soon."""
     doubt: Callable[[], None]
-    """Have the registry read anew: it did not answer as it should."""
-    waits_for_room: Callable[[], bool]
-    """The last pass made fewer starts than it wanted."""
-    stalls: Callable[[], int] = lambda: 0
-    """Placements of ours that wait for longer than they may."""
+    """Have the registry read again: it did not answer as expected."""
     placement_gc: PlacementGc = field(default_factory=PlacementGc)
 
     def timers(self) -> Iterable[Coroutine[None, None, None]]:
@@ -90,7 +87,7 @@ class PeriodicJobs:
             self.judge()
             took_s = self.fleet.clock.monotonic() - began
             # Agents that got ready, or have lasted, make room in a roll-out's window.
-            if self.waits_for_room():
+            if self.plan_builder.waits_for_room():
                 self.wake()
 
     def judge(self) -> None:
@@ -112,7 +109,7 @@ class PeriodicJobs:
         metrics.queue(len(self.queue), self.queue.oldest_s())
         metrics.unheard(fleet.verdicts.unheard())
         metrics.unlisted(fleet.verdicts.unlisted())
-        metrics.stalled(self.stalls())
+        metrics.stalled(self.plan_builder.stalls())
         metrics.incidents(fleet.recorder.incidents.open_by_kind())
         metrics.events(fleet.recorder.status_of_store())
         metrics.events_left_out(fleet.events.limits.total)
@@ -137,7 +134,7 @@ class PeriodicJobs:
         if not self.leases.terms():
             return
         try:
-            await self.prepare()
+            await self.classes.prepare_again()
         except WatchdogError as error:
             log.warning("prepare failed", extra={"reason": str(error)})
         else:
@@ -146,8 +143,7 @@ class PeriodicJobs:
     async def _prepare_when_needed(self) -> None:
         """Prepare soon after a start failed for want of it, and then less and less often while that goes on:
         the devices' own back-off ends with the repair."""
-        executor, needed = self.executor, asyncio.Event()
-        executor.on_unprepared = needed.set
+        needed = self.executor.needs_preparation
         pause_s, ended = PREPARE_FIRST_S, float("-inf")
         while True:
             needed.clear()

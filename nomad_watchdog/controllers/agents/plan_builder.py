@@ -5,24 +5,24 @@ No I/O: the views are the fleet's, and `core.planner` decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nomad_watchdog.controllers.agents.capacity import Capacity
+from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses
 from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
-from nomad_watchdog.controllers.rollout import RolloutController
 from nomad_watchdog.core import planner, rollout
 from nomad_watchdog.core.actions import Action
 from nomad_watchdog.core.holds import STOPS
 from nomad_watchdog.core.mass_stop_breaker import MassStopBreaker
-from nomad_watchdog.core.planner import Changes, Plan, Stop, no_words
-from nomad_watchdog.core.report_addresses import UNKNOWN, Reachability
+from nomad_watchdog.core.planner import Plan, Stop
+from nomad_watchdog.core.report_addresses import Reachability
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.core.stuck_placements import StuckPlacements
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.serializers import plan_json
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import AgentSpec, Placement, PlacementState, Presence
+from nomad_watchdog.model import Placement, PlacementState, Presence
 from nomad_watchdog.replicas.ownership import ShardOwnership
 
 
@@ -32,25 +32,15 @@ class PlanBuilder:
 
     fleet: Fleet
     ownership: ShardOwnership
-    rollouts: RolloutController
-    specs: Mapping[str, AgentSpec]
-    """By class, those that the scheduler was last asked to be prepared for."""
-    hashes: Mapping[str, str]
-    """By class, of the versions that the scheduler is prepared for."""
-    unprepared: Mapping[str, str]
-    """Agent class → why it can't be prepared."""
+    classes: PreparedClasses
     metrics: Metrics
     migrations: MigrationController
-    changes: Changes = no_words
-    """What the spec of a class changes for agents of another hash, in words."""
+    capacity: Capacity
     breaker: MassStopBreaker = field(default_factory=MassStopBreaker)
     waiting: StuckPlacements = field(default_factory=StuckPlacements)
     """How long placements have made no progress."""
-    no_room: Callable[[], str] = lambda: ""
-    """Why no start is made now, in words; "" when there is room."""
-    differs: Callable[[], Sequence[str]] = tuple
-    """Classes that are configured here otherwise than they are in force."""
-    reach: Callable[[], Reachability] = lambda: UNKNOWN
+    last: Plan = field(default_factory=lambda: Plan(()))
+    """The plan of the last pass."""
 
     def make(self, confirmed: frozenset[Stop]) -> Plan:
         """Decide for every device of ours; the `confirmed` stops are not held."""
@@ -63,23 +53,23 @@ class PlanBuilder:
         readiness = Readiness(
             fleet.verdicts.unready(),
             fleet.verdicts.is_stuck,
-            self.rollouts.soaking(),
-            self.rollouts.halted() | self.behind_rollouts(),
+            self.classes.rollouts.soaking(),
+            self.classes.rollouts.halted() | self.classes.behind(),
             ready=fleet.verdicts.has_ready_agent,
         )
-        readiness = self.migrations.with_moves(readiness, homes, resting, self.hashes)
+        readiness = self.migrations.with_moves(readiness, homes, resting, self.classes.hashes)
         return planner.plan(
             records,
             placements,
-            self.hashes,
+            self.classes.hashes,
             fleet.limits,
             readiness=readiness,
             confirmed=confirmed,
             resting=resting,
             homes=homes,
-            changes=self.changes,
+            changes=self.classes.changes,
             stalled=self.stalled,
-            stalled_room=0 if self.no_room() else self._stalled_room(),
+            stalled_room=0 if self.capacity.no_room else self._stalled_room(),
             reach=self.reach(),
         )
 
@@ -130,15 +120,18 @@ class PlanBuilder:
     def _present(self) -> int:
         return sum(r.presence is Presence.PRESENT for r in self.fleet.records.values())
 
-    def behind_rollouts(self) -> frozenset[str]:
-        """Classes with another version in force than the one that the scheduler was asked to be prepared for,
-        and those that are no longer configured. One that it refused is not among them."""
-        specs, asked = self.rollouts.specs(), self.specs
-        new = {n for n, s in specs.items() if n not in asked or asked[n].spec_hash != s.spec_hash}
-        return frozenset(new | (asked.keys() - specs.keys()))
+    def waits_for_room(self) -> bool:
+        """Whether the last pass made fewer starts than it wanted."""
+        return bool(self.capacity.is_short() or self.last.waiting_rollout or self.stalls())
 
-    def waits(self, action: Action, plan: Plan) -> str:
-        """Why a replacement is not in this plan, in words; "" = it is."""
+    def reach(self) -> Reachability:
+        """The addresses of running replicas, and the devices whose agents do not report."""
+        addresses = self.classes.addresses.vouched()
+        return Reachability(addresses or frozenset(), self.fleet.verdicts.silent)
+
+    def waits(self, action: Action) -> str:
+        """Why a replacement is not in the last plan, in words; "" = it is."""
+        plan = self.last
         if any(one.slug == action.slug for one in plan.actions):
             return ""
         if action.at_once and not plan.held:
@@ -147,18 +140,18 @@ class PlanBuilder:
         if plan.held:
             return "waits: no agent is replaced while stops are held"
         if action.stalled:
-            if full := self.no_room():
+            if full := self.capacity.no_room:
                 return f"waits for room: {full}"
             most, every_s = rollout.window(self._present(), fleet.limits), fleet.limits.start_max_s
             return (
                 f"waits for its turn: at most {most} waiting agents are given up in {every_s:.0f} s"
             )
-        if name in self.rollouts.halted():
+        if name in self.classes.rollouts.halted():
             return f"waits: the roll-out of class {name} is halted, see `nomad-watchdog status`"
-        if name in self.behind_rollouts():
+        if name in self.classes.behind():
             return f"waits until the scheduler is prepared for class {name}"
         most, unready = rollout.window(self._present(), fleet.limits), fleet.verdicts.unready()
-        soaking = self.rollouts.soaking()
+        soaking = self.classes.rollouts.soaking()
         soak = f", {soaking} soak" if soaking else ""
         return (
             f"waits for its turn: {len(plan.waiting)} devices wait, {most} at a time, "
@@ -186,13 +179,13 @@ class PlanBuilder:
             fleet.records.index,
             fleet.placements,
             window=rollout.window(self._present(), fleet.limits),
-            changes=self.changes,
+            changes=self.classes.changes,
         )
         return shown | {
-            "specs": self.rollouts.wished(),
-            "not_in_force": list(self.differs()),
-            "preparing": sorted(self.behind_rollouts()),
-            "unprepared_classes": dict(self.unprepared),
+            "specs": self.classes.rollouts.wished(),
+            "not_in_force": list(self.classes.in_force.differences()),
+            "preparing": sorted(self.classes.behind()),
+            "unprepared_classes": dict(self.classes.unprepared),
             "unplaced": self._unplaced(),
         }
 
