@@ -270,11 +270,11 @@ async def test_a_class_that_the_scheduler_refuses_affects_only_itself(service: S
     assert fleet.limits.replace_at_once == 7
     assert fleet.classes == frozenset({"default", "two"})
     assert reconciler.classes.hashes.keys() == {"default"}
-    assert reconciler.plan_builder.behind_rollouts() == frozenset()
+    assert reconciler.classes.behind() == frozenset()
     service.scheduler.error = TransientError("no leader")
     service.write(rest=class_two(""))
     await service.reloader.reload()
-    assert reconciler.plan_builder.behind_rollouts() == frozenset({"two"})
+    assert reconciler.classes.behind() == frozenset({"two"})
     service.scheduler.error = None
     await reconciler._follow_classes()
     assert reconciler.classes.hashes.keys() == {"default", "two"}

@@ -175,9 +175,8 @@ async def test_s7_what_a_plan_shows_as_held_can_be_confirmed(
         await plane.register(*(f"d{n}" for n in range(12)))
         await eventually(lambda: plane.settled() and len(plane.pids()) == 12)
         reconciler = plane.reconciler
-        plane.fleet.records.reset(
-            {}, plane.fleet.records.index
-        )  # as the watch shows it, before the next pass
+        # As the watch shows it, before the next pass.
+        plane.fleet.records.reset({}, plane.fleet.records.reached)
         shown: Any = reconciler.plan_builder.view()
         assert reconciler.breaker.held_id != shown["held"]["id"]
         reconciler.hold_now()
