@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog import text_files
 from nomad_watchdog.clients import hashicorp_environment
+from nomad_watchdog.clients._hashicorp_access import HashicorpAccess
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
@@ -46,21 +47,12 @@ _USER: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class NomadAccess:
-    """Address, credentials and TLS settings of Nomad."""
+class NomadAccess(HashicorpAccess):
+    """Address, credentials and TLS settings of Nomad. `token_file` takes precedence over `token`."""
 
     address: str = "http://127.0.0.1:4646"
-    token: str = field(default="", repr=False)
-    token_file: str = ""
-    """Read at the first call, and again when Nomad refuses the token. Takes precedence over `token`."""
     namespace: str = "default"
     region: str = ""
-    ca_cert: str = ""
-    ca_path: str = ""
-    client_cert: str = ""
-    client_key: str = ""
-    tls_skip_verify: bool = False
-    tls_server_name: str = ""
     timeout_s: float = READ_S
 
     @classmethod
@@ -91,16 +83,7 @@ class NomadAccess:
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """None for http. Raises UserError when a certificate cannot be read."""
-        if not self.address.startswith("https://"):
-            return None
-        return hashicorp_environment.trust(
-            "nomad",
-            ca_cert=self.ca_cert,
-            ca_path=self.ca_path,
-            client_cert=self.client_cert,
-            client_key=self.client_key,
-            skip_verify=self.tls_skip_verify,
-        )
+        return self.context_for("nomad", self.address)
 
 
 NOT_KNOWN: Final = "Nomad does not know this token; check nomad.token_file (or NOMAD_TOKEN)"

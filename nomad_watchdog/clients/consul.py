@@ -1,18 +1,16 @@
-"""Consul over HTTP: the only module that imports `consul` (the package py-consul).
+"""Consul over HTTP, with the library py-consul.
 
-Three things that the library leaves out are done once, below its API (`_Http`): the token on every
-call, a bound on connections and time, and the header that tells of results hidden by ACLs.
+`_Http` adds below the library's API what it lacks: the token on every call, limits of connections and time, and the
+check of the header that reports results hidden by ACLs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import os
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -21,88 +19,34 @@ import consul.base  # type: ignore[import-untyped]
 import consul.exceptions  # type: ignore[import-untyped]
 from watchdog_agent.runtime.parsing import loads, whole
 
-from nomad_watchdog import text_files
-from nomad_watchdog.clients import hashicorp_environment
+from nomad_watchdog.clients._consul_settings import NOT_KNOWN, ConsulAccess, is_unknown_token
 from nomad_watchdog.errors import (
     ConflictError,
     DeniedError,
     FencedError,
     TerminalError,
     TransientError,
-    UserError,
     WatchdogError,
 )
 
+__all__ = [
+    "NOT_KNOWN",
+    "ConsulAccess",
+    "ConsulClient",
+    "KvRow",
+    "TxnConflictError",
+    "cas",
+    "check_session",
+    "delete_cas",
+    "is_unknown_token",
+    "put",
+]
+
 _T = TypeVar("_T")
 _MAX_CONNECTIONS: Final = 16
-"""Consul allows 200 a client address, and all agents of a host share one; held watches count."""
+"""Consul allows 200 connections per client address, which all agents of a host share. Pending watches count."""
 MAX_WAIT_S: Final = 60.0
-"""Longest blocking query: also the longest sleep after a missed wake-up (a restored snapshot)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConsulAccess:
-    """Where Consul is and how to speak to it."""
-
-    address: str = "http://127.0.0.1:8500"
-    token: str = field(default="", repr=False)
-    token_file: str = ""
-    """Read at start, and again when Consul refuses the token."""
-    ca_cert: str = ""
-    ca_path: str = ""
-    client_cert: str = ""
-    client_key: str = ""
-    tls_skip_verify: bool = False
-    tls_server_name: str = ""
-    namespace: str = ""
-    timeout_s: float = 10.0
-    """Of one call, beyond what a blocking query is asked to wait."""
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, **explicit: Any) -> ConsulAccess:
-        """Consul's own variables (`hashicorp.CONSUL`, CONSUL_HTTP_SSL, CONSUL_HTTP_TOKEN); what is given
-        explicitly beats them. Raises UserError for a value that won't do."""
-        env = os.environ if env is None else env
-        settings = cls(
-            **hashicorp_environment.settings_with("consul", "CONSUL_HTTP_TOKEN", env, explicit)
-        )
-        try:
-            checked = hashicorp_environment.checked_address(settings.address)
-        except ValueError as error:
-            raise UserError(f"consul address: {error}") from None
-        try:
-            return replace(settings, address=hashicorp_environment.secured(checked, env))
-        except ValueError as error:
-            raise UserError(f"{hashicorp_environment.SSL}: {error}") from None
-
-    def endpoint(self) -> tuple[str, str, int]:
-        """Scheme, host and port; the port is the scheme's own when the address names none."""
-        host, port = hashicorp_environment.host_and_port(self.address)
-        return self.address.partition("://")[0], host, port
-
-    def ssl_context(self) -> ssl.SSLContext | None:
-        """None over http. Raises UserError when a certificate can't be read."""
-        if not self.address.startswith("https://"):
-            return None
-        return hashicorp_environment.trust(
-            "consul",
-            ca_cert=self.ca_cert,
-            ca_path=self.ca_path,
-            client_cert=self.client_cert,
-            client_key=self.client_key,
-            skip_verify=self.tls_skip_verify,
-        )
-
-    def read_token(self) -> str:
-        """The token now. Raises UserError when its file can't be read."""
-        if not self.token_file:
-            return self.token
-        # As in Consul's CLI the file takes precedence, unless it is empty.
-        return text_files.token("consul.token_file", self.token_file) or self.token
-
-
-NOT_KNOWN: Final = "Consul does not know this token; check consul.token_file (or CONSUL_HTTP_TOKEN)"
-"""Of a token that was deleted, that has expired, or that is of another cluster."""
+"""Maximum duration of a blocking query, and so of the delay after a missed change (a restored snapshot)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +56,15 @@ class KvRow:
     key: str
     value: bytes
     index: int
-    """ModifyIndex, the token of compare-and-set."""
+    """ModifyIndex, for compare-and-set."""
     session: str = field(default="", repr=False)
-    """The session that holds the key's lock; "" = nobody does. A secret: who knows it can let go of it."""
+    """The session that holds the key's lock; "" = none. A secret: anyone who knows it can release the lock."""
     lock_index: int = 0
-    """Goes up each time the lock is taken anew: the fencing token."""
+    """The fencing token: it increases each time the lock is acquired."""
 
 
 class TxnConflictError(ConflictError):
-    """Nothing of the transaction was written. `lost`: positions of the operations that failed."""
+    """The transaction was not applied. `lost`: positions of the operations that failed."""
 
     def __init__(self, message: str, lost: frozenset[int]) -> None:
         super().__init__(message)
@@ -128,14 +72,14 @@ class TxnConflictError(ConflictError):
 
 
 class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
-    """The library's HTTP layer with the token on all calls (it leaves it off transactions)."""
+    """The library's HTTP layer with the token on all calls (the library omits it from transactions)."""
 
     def __init__(self, settings: ConsulAccess) -> None:
         scheme, host, port = settings.endpoint()
         consul.base.HTTPClient.__init__(self, host, port, scheme)
         self.base_uri = (
             settings.address
-        )  # with the path of a reverse proxy, which the library leaves out
+        )  # with the path of a reverse proxy, which the library omits
         self.settings = settings
         self.token = settings.read_token()
         self._session: aiohttp.ClientSession | None = None
@@ -149,7 +93,7 @@ class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base
         data: str | bytes | None = None,
         **_: object,
     ) -> _T:
-        if self._session is None:  # made here because it needs the running loop
+        if self._session is None:  # created here because it needs the running loop
             connector = aiohttp.TCPConnector(
                 limit=_MAX_CONNECTIONS, ssl=self.settings.ssl_context() or True
             )
@@ -188,23 +132,23 @@ class _Library(consul.base.Consul):  # type: ignore[misc]  # untyped base
 
 
 class ConsulClient:
-    """What this project needs of Consul. Belongs to the event loop of its first call.
+    """The calls of Consul that this project uses. It belongs to the event loop of its first call.
 
-    All methods raise TransientError (no answer in time, 429, 5xx), DeniedError (the message names the
-    policy that is missing) and TerminalError (refused for good). A cancelled call closes its connection.
+    All methods raise TransientError (no response in time, 429, 5xx), DeniedError (the message names the missing
+    policy) and TerminalError (refused permanently). A cancelled call closes its connection.
     """
 
     def __init__(self, settings: ConsulAccess | None = None) -> None:
         self.settings = settings or ConsulAccess.from_env()
         self._http = _Http(self.settings)
         self.library = _Library(self._http)
-        """For this package only: elsewhere nobody knows the library."""
+        """Only for this package: no other package uses the library."""
 
     async def close(self) -> None:
         await self._http.close()
 
     async def kv_get(self, key: str) -> KvRow | None:
-        """One key, exactly, as a quorum has it now; None when it is not there (404)."""
+        """One key, read consistently; None when it does not exist (404)."""
         _, row = await self.call(
             lambda: self.library.kv.get(key, consistency="consistent"),
             what=f"read of key {key}",
@@ -217,7 +161,7 @@ class ConsulClient:
     ) -> tuple[int, list[KvRow]]:
         """All keys under prefix (ends with "/") and their index, read consistently.
 
-        index > 0 waits, at most wait_s, until something changed past it; the answer may be unchanged.
+        index > 0 waits, at most wait_s, until something changed after it; the result may be unchanged.
         """
         found, rows = await self._blocking(
             lambda **how: self.library.kv.get(
@@ -231,13 +175,12 @@ class ConsulClient:
         return found, [_kv_row(row) for row in rows]
 
     async def kv_change(self, prefix: str, index: int, wait_s: float, *, beacon: str) -> int:
-        """The index of all keys under prefix (ends with "/") as soon as it is another one than `index`, which
-        is the last that was read; `index` itself after wait_s seconds. Only names of folders are transferred.
-        0 when the key `beacon`, directly under prefix, is not among the names: without rights Consul answers as
-        if there were no keys.
+        """The index of all keys under prefix (ends with "/") as soon as it differs from `index`, the last one that was
+        read; `index` itself after wait_s seconds. Only names of folders are transferred. 0 when the key `beacon`,
+        directly under prefix, is not among the names: without rights Consul responds as if there were no keys.
 
-        A restored snapshot ends a blocking query at once, with the index that was sent. The next query would wait
-        for an index that only the lost history had, so after an early answer the store is asked plainly.
+        Restoring a snapshot ends a blocking query at once, with the index that was sent. The next query would wait
+        for an index that only the lost history had, so after an early response the index is read without waiting.
         Measured on Consul 1.14.11 with a server and a client agent: 16 of 16 restored snapshots.
         """
         began = time.monotonic()
@@ -260,7 +203,7 @@ class ConsulClient:
     async def txn(self, operations: Sequence[Mapping[str, Any]]) -> list[KvRow]:
         """All of the KV operations or none (at most 128, and 512 KiB as JSON); rows in their order.
 
-        Raises TxnConflictError when a compare-and-set lost, FencedError when a `check_session` did.
+        Raises TxnConflictError when a compare-and-set failed, FencedError when a `check_session` failed.
         """
         payload = [{"KV": dict(operation)} for operation in operations]
         answer = await self.call(
@@ -289,7 +232,7 @@ class ConsulClient:
     async def health_checks(
         self, service: str, expression: str = "", index: int = 0, wait_s: float = 30.0
     ) -> tuple[int, list[Any]]:
-        """Checks of a service that match a filter expression; blocks as `kv_tree` does."""
+        """Checks of a service that match a filter expression. Blocks like `kv_tree`."""
         return await self._blocking(
             lambda **how: self.library.health.checks(
                 service, near="_agent", filter_expr=expression or None, **how
@@ -301,9 +244,9 @@ class ConsulClient:
         )
 
     async def health_service(self, service: str, expression: str = "") -> tuple[int, list[Any]]:
-        """Instances of a service with their checks and their node's, all or those that match.
+        """Instances of a service with their checks and those of their nodes, all or those that match.
 
-        `near` keeps Consul from its streaming backend, which answers an empty list when it times out.
+        `near` avoids Consul's streaming backend, which returns an empty list when it times out.
         """
         return await self._blocking(
             lambda **how: self.library.health.service(
@@ -324,8 +267,8 @@ class ConsulClient:
         what: str,
         needs: str,
     ) -> tuple[int, list[Any]]:
-        """A read under Consul's rules of blocking queries: indexes are whole numbers, never 0, and an
-        answer with a lower index than was sent is thrown away and asked for again plainly."""
+        """A read by Consul's rules of blocking queries: indexes are whole numbers, never 0, and after a response with a
+        lower index than was sent the read is repeated without waiting."""
         how: dict[str, Any] = {}
         if index > 0:
             wait_s = min(wait_s, MAX_WAIT_S)
@@ -348,7 +291,7 @@ class ConsulClient:
         needs: str,
         extra_s: float = 0.0,
     ) -> Any:
-        """A call of the library with our time-out and errors; `needs`: the rights, in Consul's words."""
+        """A call of the library with a timeout and translated errors. `needs`: the required rights, as in a policy."""
         try:
             return await self._translated(request, what, needs, extra_s)
         except DeniedError:
@@ -392,11 +335,13 @@ def _index(text: str) -> int:
     try:
         return whole(text, 0, 2**64 - 1)
     except ValueError as error:
-        raise TransientError(f"Consul sent the index {text[:40]!r}, which is no number") from error
+        raise TransientError(
+            f"Consul sent the index {text[:40]!r}, which is not a number"
+        ) from error
 
 
 def _kv_row(row: Mapping[str, Any]) -> KvRow:
-    # the library decodes the value of a read; a transaction's result has none
+    # the library decodes the value of a read; the result of a transaction has none
     value = row.get("Value") or b""
     return KvRow(
         row["Key"],
@@ -407,28 +352,23 @@ def _kv_row(row: Mapping[str, Any]) -> KvRow:
     )
 
 
-def is_unknown_token(said: str) -> bool:
-    """Whether Consul refuses a token because there is none of its name, whatever its rights were."""
-    return "acl not found" in said.lower()
-
-
-def _denied(what: str, said: str, needs: str) -> DeniedError:
-    if is_unknown_token(said):
+def _denied(what: str, reason: str, needs: str) -> DeniedError:
+    if is_unknown_token(reason):
         return DeniedError(f"Consul: {what} was denied: {NOT_KNOWN}")
-    return DeniedError(f"Consul: {what} was denied ({said[:200]}); the token needs: {needs}")
+    return DeniedError(f"Consul: {what} was denied ({reason[:200]}); the token needs: {needs}")
 
 
 def _refusal(what: str, text: str, needs: str) -> WatchdogError:
-    """The library's messages begin with the status when Consul answered with an error."""
+    """The error for a message of the library, which begins with the status when Consul responded with an error."""
     status, _, body = text.partition(" ")
-    if not status.isdecimal():  # an answer that can't be decoded: its body may hold anything
-        return TransientError(f"Consul: {what}: the answer makes no sense")
+    if not status.isdecimal():  # a response that cannot be decoded; its body may contain anything
+        return TransientError(f"Consul: {what}: the response is not valid")
     if status == "409":
         return _txn_refusal(what, body, needs)
     if is_unknown_token(body):
         return _denied(what, body, needs)
-    if "invalid session" in body:  # behind a client agent the words begin with where they come from
-        return FencedError(f"Consul: {what}: the session is over")
+    if "invalid session" in body:  # a client agent puts its origin before the text
+        return FencedError(f"Consul: {what}: the session has ended")
     message = f"Consul: {what}: {status} {body[:200].strip()}"
     if status in {"408", "429"} or status.startswith("5"):
         return TransientError(message)
@@ -444,32 +384,32 @@ def _txn_refusal(what: str, body: str, needs: str) -> TerminalError | ConflictEr
         if "Permission denied" in reason or "ACL" in reason:
             return _denied(what, reason, needs)
         if "failed session check" in reason or "invalid session" in reason:
-            # the reason names both sessions, and a session's id is a secret
+            # the reason contains the ids of sessions, which are secrets
             return FencedError(f"Consul: {what}: the lease is no longer ours")
         if "index is stale" not in reason:
             return TerminalError(f"Consul: {what} was refused: {reason[:200]}")
     lost = frozenset(position for position, _ in errors)
-    return TxnConflictError(f"Consul: {what}: {len(lost)} lost against another writer", lost)
+    return TxnConflictError(f"Consul: {what}: {len(lost)} conflicts with another writer", lost)
 
 
 _NO_KEY: Final = "Must provide key"
 
 
 def cas(key: str, value: bytes, index: int) -> dict[str, Any]:
-    """The transaction's operation that writes key if its index is still so; 0 = it must not exist."""
+    """Operation that writes key if its index is unchanged; 0 = it must not exist."""
     return {"Verb": "cas", "Key": key, "Value": base64.b64encode(value).decode(), "Index": index}
 
 
 def delete_cas(key: str, index: int) -> dict[str, Any]:
-    """The transaction's operation that deletes key if its index is still so."""
+    """Operation that deletes key if its index is unchanged."""
     return {"Verb": "delete-cas", "Key": key, "Index": index}
 
 
 def put(key: str, value: bytes) -> dict[str, Any]:
-    """The transaction's operation that writes key, whatever it holds."""
+    """Operation that writes key unconditionally."""
     return {"Verb": "set", "Key": key, "Value": base64.b64encode(value).decode()}
 
 
 def check_session(key: str, session: str) -> dict[str, Any]:
-    """The transaction's operation that lets the others happen only if the session holds key's lock."""
+    """Operation that fails the transaction unless the session holds key's lock."""
     return {"Verb": "check-session", "Key": key, "Session": session}

@@ -22,19 +22,12 @@ GROUP: Final = "nomad_watchdog.schedulers"
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What differs between backends, so that callers ask instead of checking a type."""
+    """The differences between backends that callers depend on."""
 
     replaces_in_place: bool = False
-    """`ensure` with a higher epoch replaces the running placement by itself, never two at once."""
+    """`ensure` with a higher epoch replaces the running placement by itself, and there are never two at once."""
     restarts: bool = True
-    """The backend restarts a crashed agent by itself, also while we are away."""
-    reschedules: bool = True
-    """The backend moves an agent to another node when a node dies or is drained."""
-    drains: bool = False
-    logs: bool = False
-    exec: bool = False
-    outlives_us: bool = True
-    """Placements go on when our process dies."""
+    """The backend restarts a crashed agent by itself, at the same epoch."""
 
 
 @dataclass(frozen=True, slots=True)

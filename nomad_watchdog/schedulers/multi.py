@@ -318,9 +318,4 @@ class MultiScheduler:
         return Capabilities(
             replaces_in_place=all(one.replaces_in_place for one in each),
             restarts=all(one.restarts for one in each),
-            reschedules=all(one.reschedules for one in each),
-            drains=all(one.drains for one in each),
-            logs=all(one.logs for one in each),
-            exec=all(one.exec for one in each),
-            outlives_us=all(one.outlives_us for one in each),
         )

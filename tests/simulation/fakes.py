@@ -211,7 +211,7 @@ class FakeScheduler:
     """A scheduler over a cluster in memory: restarts in place, moves what a lost node had."""
 
     name = "fake"
-    capabilities = Capabilities(drains=True)
+    capabilities = Capabilities()
 
     def __init__(self, cluster: Cluster, line: Line | None = None, owner: str = "") -> None:
         self._cluster = cluster

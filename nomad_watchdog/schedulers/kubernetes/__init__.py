@@ -73,7 +73,7 @@ class KubernetesScheduler:
             raise UserError(
                 f"namespaces is {namespaces} and shards is {shards}; both must be at least 1"
             )
-        self.capabilities = Capabilities(replaces_in_place=True, drains=True, logs=True)
+        self.capabilities = Capabilities(replaces_in_place=True)
         self._clock = clock or SystemClock()
         chosen = settings or (client.settings if client else KubernetesAccess.discover())
         self._first = names.check_namespace(namespace or chosen.namespace or names.DOMAIN)

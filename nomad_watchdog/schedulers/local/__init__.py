@@ -64,7 +64,7 @@ class LocalScheduler:
     """See the module. `directory` must be on a local file system (flock) and ours alone."""
 
     name = "local"
-    capabilities = Capabilities(restarts=True, reschedules=False, outlives_us=True)
+    capabilities = Capabilities()
 
     def __init__(  # noqa: PLR0913  # settings by name, as the operator gives them
         self,

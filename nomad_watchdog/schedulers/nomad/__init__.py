@@ -64,7 +64,7 @@ class NomadScheduler:
             raise UserError(f"nomad strategy {strategy!r}: allowed are dispatch and register")
         if shards < 1:
             raise UserError(f"shards is {shards}; must be at least 1")
-        self.capabilities = Capabilities(replaces_in_place=strategy == "register", drains=True)
+        self.capabilities = Capabilities(replaces_in_place=strategy == "register")
         self._strategy = strategy
         self._shards = shards
         self._installation = installation

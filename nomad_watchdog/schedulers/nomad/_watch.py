@@ -34,40 +34,36 @@ class _Watch:
 
     async def hints(self) -> AsyncIterator[Hint]:
         while True:
-            async with aclosing(self._connection()) as found:
-                async for hint in found:
-                    yield hint
+            try:
+                async with aclosing(self._connection()) as found:
+                    async for hint in found:
+                        yield hint
+            except (TransientError, TerminalError, UserError, ValueError) as error:
+                log.warning("event stream lost", extra={"reason": str(error)})
             self._failures += 1
             ceiling = min(_RECONNECT_MAX_S, 0.5 * 2 ** min(self._failures, 10))
             await asyncio.sleep(random.uniform(0.05, ceiling))  # noqa: S311  # jitter
 
     async def _connection(self) -> AsyncGenerator[Hint, None]:
-        """Hints of one connection, the first a resync. Ends when the connection is lost."""
-        try:
-            start = (await self._client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
-            # A snapshot that is begun now includes everything up to `start`; the stream has what comes later.
-            yield Hint(None, start)
-            # Each change of a job creates an evaluation. The topic Job would only repeat it, with the whole job.
-            topics = [("topic", "Allocation"), ("topic", "Evaluation")]
-            if await self._nodes.visible():
-                topics.append(("topic", "Node"))
-            first = True
-            stream = self._client.events([*topics, ("index", str(start))])
-            async with aclosing(stream) as arrivals:  # type: ignore[type-var]
-                async for frames in arrivals:
-                    self._failures = 0
-                    indexes = [index for frame in frames if (index := int(frame.get("Index") or 0))]
-                    if first and indexes:
-                        first = False
-                        if indexes[0] > start + 1:
-                            yield Hint(
-                                None, indexes[0]
-                            )  # the server's buffer may begin after `start`
-                    index = indexes[-1] if indexes else 0
-                    for hint in self._hints_of(frames, index):
-                        yield hint
-        except (TransientError, TerminalError, UserError, ValueError) as error:
-            log.warning("event stream lost", extra={"reason": str(error)})
+        """Hints of one connection, the first a resync. Raises as `NomadClient.events`."""
+        start = (await self._client.get("/v1/jobs", "list-jobs", {"per_page": "1"})).index
+        # A snapshot that is begun now includes everything up to `start`; the stream has what comes later.
+        yield Hint(None, start)
+        # Each change of a job creates an evaluation. The topic Job would only repeat it, with the whole job.
+        topics = [("topic", "Allocation"), ("topic", "Evaluation")]
+        if await self._nodes.visible():
+            topics.append(("topic", "Node"))
+        first = True
+        stream = self._client.events([*topics, ("index", str(start))])
+        async with aclosing(stream) as arrivals:  # type: ignore[type-var]
+            async for frames in arrivals:
+                self._failures = 0
+                indexes = [index for frame in frames if (index := int(frame.get("Index") or 0))]
+                if first and indexes and indexes[0] > start + 1:
+                    yield Hint(None, indexes[0])  # the server's buffer may begin after `start`
+                first = first and not indexes
+                for hint in self._hints_of(frames, indexes[-1] if indexes else 0):
+                    yield hint
 
     def _hints_of(self, frames: Collection[Frame], index: int) -> Iterator[Hint]:
         if any(map(self._nodes.is_news, _events(frames))):
