@@ -1,8 +1,7 @@
 """The scheduler interface: small, level-triggered, the same for every backend.
 
-A backend is found by its name in the entry-point group ``nomad_watchdog.schedulers``; the built-in
-ones come through the same door as strangers'. `nomad_watchdog.testing.conformance` is the contract
-as a suite; a third party runs it unchanged.
+A backend is found by its name in the entry-point group ``nomad_watchdog.schedulers``, built-in and third-party ones
+alike. `nomad_watchdog.testing.conformance` is the contract as a test suite, which third parties run unchanged.
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class ClosedHost:
-    """A host on which the scheduler places no new agents, because an operator asked for that."""
+    """A host on which an operator has stopped the placement of new agents."""
 
     draining: bool
-    """Its agents are to move to other hosts. False: it is only ineligible, and they stay."""
+    """Its agents are to move to other hosts. False: it is only ineligible, and its agents stay."""
     state: str
-    """In a few words, for people: "draining until 2026-11-30T05:00:00Z", for example."""
+    """Short text for people, such as "draining until 2026-11-30T05:00:00Z"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Placements of this installation as of one index; dead ones that the backend still lists too.
+    """Placements of this installation at one index, including dead ones that the backend still lists.
 
-    `only`: the slugs that were asked for, None = all. A snapshot is complete for what was asked:
-    a slug without an entry has no placement.
+    `only`: the requested slugs, None = all. A snapshot is complete for these: a slug without an entry has no
+    placement.
     """
 
     placements: Mapping[Slug, tuple[Placement, ...]]
     index: int
     only: frozenset[Slug] | None = None
     behind: frozenset[Slug] = frozenset()
-    """Devices of which it does not show what `index` promises: look again."""
+    """Devices whose placements may be older than `index`: read them again."""
     closed_hosts: Mapping[str, ClosedHost] = field(default_factory=dict)
     """By name, in a full snapshot of a backend that knows of its hosts."""
 
@@ -76,13 +75,13 @@ def by_device(placements: Iterable[Placement]) -> dict[Slug, tuple[Placement, ..
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """Something may have changed: look again. `slugs` None = resync: events were or may have been
-    missed (a gap, a silence, a restart, a new connection), so everything must be looked at."""
+    """Something may have changed, so read these devices. `slugs`: None = resync, read all devices, because events may
+    have been missed (a gap, a timeout, a restart, a new connection)."""
 
     slugs: frozenset[Slug] | None
     index: int = 0
     calm: bool = False
-    """It only confirms what was asked for (placed, runs): nothing that wants an action soon."""
+    """It only confirms what was requested (placed, running), so no action is urgent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +91,18 @@ class Capacity:
     room: bool
     reason: str = ""
     full: Mapping[str, str] = field(default_factory=dict)
-    """Where a fleet has several schedulers: those without room, and why; there is room in the others."""
+    """For a fleet on several schedulers: those without room, and why. The others have room."""
 
     @classmethod
     def beside(cls, reasons: Collection[str], limit: int) -> Capacity:
-        """No room while `limit` agents or more wait for a node. `reasons`: why each of them waits."""
+        """No room while at least `limit` agents wait for a node. `reasons`: why each of them waits."""
         if len(reasons) < limit:
             return cls(room=True)
-        return cls(room=False, reason=f"{waiting(reasons)}; starts go on below {limit}")
+        return cls(room=False, reason=f"{waiting(reasons)}; starts continue below {limit}")
 
 
 def waiting(reasons: Collection[str]) -> str:
-    """How many agents wait for a node, and the most common reason, in the scheduler's words; "" = none waits."""
+    """The number of agents that wait for a node, and the most common reason, as the scheduler reports it; "" = none."""
     if not reasons:
         return ""
     count = "1 agent waits" if len(reasons) == 1 else f"{len(reasons)} agents wait"
@@ -112,8 +111,8 @@ def waiting(reasons: Collection[str]) -> str:
 
 
 class Scheduler(Protocol):
-    """Runs agents. Every method raises TransientError (try again), TerminalError/DeniedError (refused
-    for good) or UserError (the template or a setting is wrong); never anything of the client library.
+    """Runs agents. Every method raises TransientError (retry), TerminalError or DeniedError (refused permanently) or
+    UserError (the template or a setting is wrong), and no errors of a client library.
     """
 
     name: str
@@ -122,45 +121,45 @@ class Scheduler(Protocol):
     async def prepare(
         self, specs: Collection[AgentSpec], *, shards: Collection[Shard] | None = None
     ) -> Mapping[str, str]:
-        """Make ready to place these specs (register parent jobs, check templates). Idempotent; the
-        last call's specs are those that exist. Returns agent class → why it can't be prepared, for a
-        template that won't do, say; the other classes are ready.
+        """Prepare to place these specs (register parent jobs, check templates). Idempotent; the specs of the last
+        call replace earlier ones. Returns agent class → why it cannot be prepared (for example, an invalid
+        template). The other classes are ready.
 
-        `shards`: what is shared by all replicas is written only where it is of one of these shards, so that
-        the holders of different shards never write the same; None = of all."""
+        `shards`: write objects that all replicas share only for these shards, so that the holders of different
+        shards never write the same object; None = all shards."""
         ...
 
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
-        """Make the placement (record.slug, epoch) exist. Idempotent: twice, or raced from two
-        processes, still ends with one. Returns an index: a `snapshot` with at least that index shows
-        the placement. If it does not (a phantom answer), call ensure again with the same epoch."""
+        """Create the placement (record.slug, epoch) unless it exists. Idempotent: two calls, also from two
+        processes at the same time, result in one placement. Returns an index: a `snapshot` with at least that index
+        includes the placement. If it does not (after a wrong answer), call ensure again with the same epoch."""
         ...
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
-        """Graceful stop (SIGTERM, SIGKILL after about grace_s), then gone. Idempotent; something gone
-        already is success. Returns when the stop is accepted; a snapshot tells when it is DEAD."""
+        """Stop gracefully (SIGTERM, SIGKILL after about grace_s). Idempotent; a placement that no longer exists is
+        success. Returns when the stop is accepted; a snapshot shows when the placement is DEAD."""
         ...
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
-        """All placements of this installation, or those of the given slugs (cheap for a few); an
-        error rather than a silent partial."""
+        """All placements of this installation, or those of the given slugs (cheap for a few). Raises an error instead
+        of returning an incomplete snapshot."""
         ...
 
     def watch(self) -> AsyncIterator[Hint]:
-        """Hints until the iterator is closed; the first one is a resync. Never raises for a lost
-        connection: it reconnects with jittered back-off and says resync."""
+        """Hints until the iterator is closed; the first one is a resync. A lost connection raises no error: it is
+        opened again with jittered back-off, and the next hint is a resync."""
         ...
 
     async def capacity(self) -> Capacity:
-        """Whether the backend can place more now (blocked evaluations, say)."""
+        """Whether the backend can place more agents now. For example, blocked evaluations mean that it cannot."""
         ...
 
     async def sweep(self, dead: Collection[Placement]) -> int:
-        """Forget some dead placements (purge), slowly; never one with a process left. Returns how many."""
+        """Delete some dead placements, but none with a running process. Returns their number."""
         ...
 
     async def close(self) -> None:
-        """Release connections. Running agents are left alone."""
+        """Release connections. Agents keep running."""
         ...
 
 
@@ -172,17 +171,16 @@ async def unchanged_since(scheduler: Scheduler, snapshot: Snapshot) -> bool:
 
 
 def check_spec(backend: str, spec: AgentSpec) -> None:
-    """What a backend can tell of a spec without its servers: its method `check_spec`, where it has one.
-    Raises UserError."""
+    """Check a spec without the servers of the backend, with its method `check_spec` if it has one. Raises UserError."""
     check = getattr(load(backend), "check_spec", None)
     if check is not None:
         check(spec)
 
 
 def load(name: str) -> Any:
-    """The class registered under name in the entry-point group; it is called with keyword settings.
+    """The class registered under this name in the entry-point group. Its constructor takes settings as keywords.
 
-    Raises UserError naming those that are installed.
+    Raises UserError that names the installed backends.
     """
     found = {point.name: point for point in entry_points(group=GROUP)}
     if name not in found:

@@ -1,4 +1,4 @@
-"""The single-file agent: what a Nomad artifact or a shell can run with nothing but Python."""
+"""The agent as a single file, which a Nomad artifact or a shell can run with only Python."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import watchdog_agent
 from nomad_watchdog import private_files
 
 MAX_KEPT: Final = 4
-"""Published agent files that are kept. An agent that is started again after an upgrade of the control plane
-fetches the file of the version that it was first started with."""
+"""Maximum number of published agent files. An agent that is restarted after an upgrade of the control plane downloads
+the file of the version that it was first started with."""
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _COMPILE: Final = """\
@@ -35,18 +35,18 @@ _MAIN: Final = b"from watchdog_agent.main import main\nmain()\n"
 
 
 def build_agent(path: Path, mode: int = 0o755) -> str:
-    """Write the agent as one executable file; its SHA-256. Same sources and Python, same bytes.
+    """Write the agent as one executable file and return its SHA-256. The same sources and Python result in the same
+    bytes.
 
-    Whoever reads path meanwhile sees the old file or the new one, never a part. Raises OSError when it
-    can't be written."""
+    The file is replaced atomically. Raises OSError when it cannot be written."""
     _write(path, _own(), mode)
     return checksum()
 
 
 def publish(folder: Path) -> str:
-    """Write the agent as `watchdog-agent.pyz`, and by its SHA-256 as `published` finds it; the SHA-256.
+    """Write the agent as `watchdog-agent.pyz` and under its SHA-256, where `published` finds it. Returns the SHA-256.
 
-    Of the files of earlier versions the last MAX_KEPT are kept. Raises OSError."""
+    The last MAX_KEPT files of all versions stay. Raises OSError."""
     shelf = folder / "agent-files"
     private_files.folder(shelf)
     build_agent(folder / "watchdog-agent.pyz", private_files.FILE)
@@ -60,12 +60,12 @@ def publish(folder: Path) -> str:
 
 
 def published(folder: Path, sha256: str) -> Path:
-    """Where the file with this SHA-256 is, if it is there."""
+    """Path of the file with this SHA-256, which may not exist."""
     return folder / "agent-files" / f"{sha256}.pyz"
 
 
 def keep(folder: Path, sha256: str, body: bytes) -> bool:
-    """Keep a file that another replica has published; False for one that has not this SHA-256. Raises OSError."""
+    """Store a file that another replica has published. False if its SHA-256 differs. Raises OSError."""
     if hashlib.sha256(body).hexdigest() != sha256:
         return False
     _write(published(folder, sha256), body, private_files.FILE)
@@ -79,12 +79,12 @@ def is_checksum(text: str) -> bool:
 
 @cache
 def checksum() -> str:
-    """The SHA-256 of the agent file of this version and Python. Takes a third of a second, once."""
+    """The SHA-256 of the agent file of this version and Python. The first call takes a third of a second."""
     return hashlib.sha256(_own()).hexdigest()
 
 
 class Installed:
-    """The agent's installed files, which local agents run, and the SHA-256 that they had at first."""
+    """The agent's installed files, which local agents run, and their SHA-256 at the start of the control plane."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or Path(watchdog_agent.__file__).resolve().parent
@@ -92,7 +92,7 @@ class Installed:
         self._sha256 = self._digest()
 
     def problem(self) -> str:
-        """What has happened to the files since, in words; "" = nothing. Raises OSError."""
+        """How the files have changed since the start; "" = not at all. Raises OSError."""
         seen = self._signature()
         if seen == self._seen:
             return ""
@@ -139,14 +139,14 @@ def _write(path: Path, body: bytes, mode: int) -> None:
 def _archive(folder: Path) -> bytes:
     """The agent in folder as a zip file that a Unix shell can run.
 
-    Beside each source lies its code for this Python: that saves every start 20 ms and every device
-    0.7 MB (bench/agent.py). Another version of Python passes it over and takes the source."""
+    It contains each source and its code for this Python, which saves 20 ms per start and 0.7 MB per device
+    (bench/agent.py). Another version of Python ignores the code and uses the source."""
     entries = {
         f"watchdog_agent/{file.relative_to(folder)}": file.read_bytes()
         for file in folder.rglob("*.py")
     }
     entries["__main__.py"] = _MAIN
-    # In a process of its own: the bytes of compiled code depend on what else a process has imported.
+    # In a separate process: the bytes of compiled code depend on what a process has imported before.
     compiled = subprocess.run(
         [sys.executable, "-I", "-S", "-c", _COMPILE],
         input=marshal.dumps(sorted(entries.items())),
@@ -157,7 +157,7 @@ def _archive(folder: Path) -> bytes:
     for name, code in marshal.loads(compiled.stdout):  # noqa: S302  # of our own child
         entries[f"{name}c"] = _head(entries[name]) + code
     buffer = io.BytesIO()
-    # Stored, not deflated: the agent need not load zlib, and no version of zlib changes the bytes.
+    # Stored, not deflated: the agent need not load zlib, and the bytes do not depend on the version of zlib.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(entries):
             info = zipfile.ZipInfo(name, _EPOCH)
@@ -168,10 +168,10 @@ def _archive(folder: Path) -> bytes:
 
 
 def _head(source: bytes) -> bytes:
-    """Of a .pyc file that is never checked against its source (PEP 552)."""
+    """Header of a .pyc file that Python does not compare with its source (PEP 552)."""
     unchecked = (1).to_bytes(4, "little")
     return importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source)
 
 
 if __name__ == "__main__":
-    print(build_agent(Path(sys.argv[1])))  # noqa: T201  # the sum is what this command is for
+    print(build_agent(Path(sys.argv[1])))  # noqa: T201  # the output of this command

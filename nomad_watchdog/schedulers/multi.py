@@ -1,8 +1,7 @@
-"""One fleet on more than one scheduler: all of them behind the interface of one.
+"""One fleet on several schedulers, behind the interface of one.
 
-A snapshot is made of every scheduler's own, and is none when one of them is missing (S7): an agent on a
-scheduler that is not heard would be taken for gone. An agent is started where its record says, and stopped
-where it is.
+A snapshot combines the snapshots of all schedulers. It fails when one of them fails (S7), because the agents of that
+scheduler would be missing. An agent is started on the scheduler of its record, and stopped where it runs.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from nomad_watchdog.schedulers import (
 log = logging.getLogger(__name__)
 
 _MAX_HINTS: Final = 256
-"""Hints that wait to be read; further ones wait at their scheduler."""
+"""Maximum number of unread hints. Further ones wait at their scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ticket:
-    """An answer to `ensure`. The indexes of two schedulers can't be compared, so answers are numbered."""
+    """The result of an `ensure`. Indexes of different schedulers are not comparable, so results are numbered."""
 
     number: int
     backend: str
     index: int
 
 
-def _as_it_is(_backend: str, spec: AgentSpec) -> AgentSpec:
+def _unadapted(_backend: str, spec: AgentSpec) -> AgentSpec:
     return spec
 
 
@@ -53,60 +52,60 @@ def _check_all(refused: Mapping[str, str] | None) -> None:
 
 
 class MultiScheduler:
-    """`usual`: the configured backend, `make`: constructs one by name and raises UserError when it can't,
-    `adapt`: what a spec is on one of them."""
+    """`usual`: the configured backend. `make`: constructs a backend by name; raises UserError when that fails.
+    `adapt`: the form of a spec on a backend."""
 
     def __init__(
         self,
         usual: str,
         make: Callable[[str], Scheduler],
-        adapt: Callable[[str, AgentSpec], AgentSpec] = _as_it_is,
+        adapt: Callable[[str, AgentSpec], AgentSpec] = _unadapted,
     ) -> None:
         self.name = usual
         self.base = usual
-        """Where a record without a home is placed."""
+        """The backend for records without a home."""
         self._make = make
-        self._adapt_anew = adapt
+        self._adapt_spec = adapt
         self._adapted_last: dict[tuple[str, str], tuple[AgentSpec, AgentSpec]] = {}
         self._parts: dict[str, Scheduler] = {usual: make(usual)}
         self._required = frozenset({usual})
         self._specs: list[AgentSpec] | None = None
         self._shards: Collection[Shard] | None = None
-        """As in the last call of `prepare`."""
+        """Of the last call of `prepare`."""
         self._opening = asyncio.Lock()
         self._more = asyncio.Event()
         self._tickets: dict[Slug, _Ticket] = {}
         self._last = 0
         self._read: tuple[Snapshot, Mapping[str, Snapshot]] | None = None
-        """The last full snapshot, and those of the parts that it was made of."""
+        """The last full snapshot, and the snapshots of the parts that it combines."""
         self.capabilities = self._shared()
 
     def adapt_by(self, adapt: Callable[[str, AgentSpec], AgentSpec]) -> None:
-        """What a spec is on one of them, from now on."""
-        self._adapt_anew = adapt
+        """Set the form of a spec on a backend from now on."""
+        self._adapt_spec = adapt
         self._adapted_last.clear()
 
     @property
     def parts(self) -> Mapping[str, Scheduler]:
-        """Those that are looked at now, by name."""
+        """The open schedulers, by name."""
         return self._parts
 
     @property
     def lacks(self) -> frozenset[str]:
-        """Those that are required and could not be opened yet."""
+        """The required schedulers that could not be opened yet."""
         return self._required - self._parts.keys()
 
     def require(self, names: Iterable[str]) -> bool:
-        """Look at these too from now on, and take no snapshot without them; whether there are new ones. None
-        is closed before the end: it may still have agents that nobody has seen end."""
+        """Require these schedulers for every snapshot from now on. Returns whether some of them are new. A scheduler
+        stays open until the end, because it may still have agents that have not ended."""
         before = self._required
         self._required |= frozenset(names)
         return self._required != before
 
     async def open(self, name: str) -> Scheduler:
-        """The backend of this name, prepared, and looked at from now on.
+        """Open and prepare the backend of this name.
 
-        Raises as `Scheduler.prepare`, and UserError when it can't be made or when an agent class can't be
+        Raises as `Scheduler.prepare`, and UserError when it cannot be constructed or an agent class cannot be
         prepared on it; then nothing has changed."""
         return await self._open(name, whole=True)
 
@@ -129,9 +128,9 @@ class MultiScheduler:
             return self._parts[name]
 
     async def try_out(self, name: str) -> Snapshot:
-        """A snapshot of a backend that need not be open, which nothing is changed on.
+        """A snapshot of a backend, which need not be open. Nothing is changed on it.
 
-        Raises as `Scheduler.snapshot`, and UserError when it can't be made."""
+        Raises as `Scheduler.snapshot`, and UserError when it cannot be constructed."""
         if name in self._parts:
             return await self._parts[name].snapshot()
         part = self._make(name)
@@ -168,7 +167,7 @@ class MultiScheduler:
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         await self._open_all()
         parts = self._parts
-        # Before any is asked: what is answered later is not in them.
+        # Read before the snapshots: later results of `ensure` may not be in them.
         last = self._last
         snapshots = dict(
             zip(
@@ -178,11 +177,11 @@ class MultiScheduler:
             )
         )
         if self._parts is not parts or self.lacks:
-            raise StaleError("another scheduler has come meanwhile")
+            raise StaleError("another scheduler was added during the snapshot")
         found = snapshots[self.name].placements if len(parts) == 1 else self._merged(snapshots)
-        asked = None if only is None else frozenset(only)
+        slugs = None if only is None else frozenset(only)
         closed = {k: v for one in snapshots.values() for k, v in one.closed_hosts.items()}
-        made = Snapshot(found, last, asked, self._behind(snapshots, last, asked), closed)
+        made = Snapshot(found, last, slugs, self._behind(snapshots, last, slugs), closed)
         if only is None:
             self._read = made, snapshots
         return made
@@ -210,7 +209,7 @@ class MultiScheduler:
     def _behind(
         self, snapshots: Mapping[str, Snapshot], last: int, only: frozenset[Slug] | None
     ) -> frozenset[Slug]:
-        """Devices whose last answer is not in these snapshots; the others' are forgotten."""
+        """Devices whose last `ensure` is newer than these snapshots. The results of the others are removed."""
         behind = set()
         for slug in list(self._tickets) if only is None else only & self._tickets.keys():
             ticket = self._tickets[slug]
@@ -222,34 +221,34 @@ class MultiScheduler:
 
     async def watch(self) -> AsyncIterator[Hint]:
         hints: asyncio.Queue[Hint] = asyncio.Queue(_MAX_HINTS)
-        ears: dict[str, asyncio.Task[None]] = {}
+        readers: dict[str, asyncio.Task[None]] = {}
 
-        async def hear(part: Scheduler) -> None:
+        async def read(part: Scheduler) -> None:
             async for hint in part.watch():
                 await hints.put(hint)
 
         async def follow(group: asyncio.TaskGroup) -> None:
             while True:
                 self._more.clear()
-                for name in self._parts.keys() - ears.keys():
-                    ears[name] = group.create_task(hear(self._parts[name]))
+                for name in self._parts.keys() - readers.keys():
+                    readers[name] = group.create_task(read(self._parts[name]))
                 await self._more.wait()
 
         async def listen() -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(follow(group))
 
-        # A generator can't keep a task group over its yields: it may be closed by another task.
+        # A task group must not be open over a yield: another task may close this generator.
         listening = asyncio.ensure_future(listen())
         try:
             while True:
-                while not hints.empty():  # in a storm there is always one: no task for each
+                while not hints.empty():  # no task per hint when there are many
                     yield hints.get_nowait()
                 next_one = asyncio.ensure_future(hints.get())
                 try:
                     await asyncio.wait({next_one, listening}, return_when=asyncio.FIRST_COMPLETED)
                     if not next_one.done():
-                        await listening  # it never ends but by an error, which is told
+                        await listening  # it ends only by an error, which is raised here
                     hint = next_one.result()
                 finally:
                     next_one.cancel()
@@ -293,10 +292,10 @@ class MultiScheduler:
         return self._parts[placement.backend or self.name]
 
     def _adapt(self, name: str, spec: AgentSpec) -> AgentSpec:
-        # Asked for at each start, and nearly always of the same spec.
+        # Called for each start, nearly always with the same spec.
         last = self._adapted_last.get((name, spec.agent_class))
         if last is None or last[0] is not spec:
-            last = spec, self._adapt_anew(name, spec)
+            last = spec, self._adapt_spec(name, spec)
             self._adapted_last[name, spec.agent_class] = last
         return last[1]
 
@@ -309,11 +308,11 @@ class MultiScheduler:
                 await self._open(name, whole=False)
             except WatchdogError as error:
                 raise TransientError(
-                    f"{name}, where a part of the fleet lives, can't be opened: {error}"
+                    f"{name}, which runs a part of the fleet, cannot be opened: {error}"
                 ) from error
 
     def _shared(self) -> Capabilities:
-        """What all of them can."""
+        """The capabilities that all of them have."""
         each = [part.capabilities for part in self._parts.values()]
         return Capabilities(
             replaces_in_place=all(one.replaces_in_place for one in each),

@@ -1,4 +1,4 @@
-"""What a backend remembers of its last snapshots, so that a list which lies is caught (S7)."""
+"""Detects a list that lacks placements which still exist, by comparison with earlier snapshots (S7)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Final
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Placement, PlacementState
 
-MAX_ASKED: Final = 8
-"""So many of those that vanished are asked for by name; a list that lies is caught by the first."""
+MAX_CHECKED: Final = 8
+"""Maximum number of missing placements that are read one by one. One that exists proves that the list is wrong."""
 
 
 @dataclass(slots=True)
 class Vanished:
-    """The handles of what was alive in the last snapshots."""
+    """The references of the live placements in the last snapshots."""
 
     _live: dict[Slug, tuple[str, ...]] = field(default_factory=dict)
 
     def vanished(self, listed: AbstractSet[str], only: AbstractSet[Slug] | None) -> list[str]:
-        """A few of those that were alive and are listed no more: each is worth a question."""
+        """Up to MAX_CHECKED placements that were live and are no longer listed; the caller reads each of them."""
         slugs: Iterable[Slug] = self._live if only is None else only & self._live.keys()
         gone = [ref for slug in slugs for ref in self._live[slug] if ref not in listed]
-        return gone if len(gone) <= MAX_ASKED else random.sample(gone, MAX_ASKED)
+        return gone if len(gone) <= MAX_CHECKED else random.sample(gone, MAX_CHECKED)
 
     def remember(
         self,
@@ -46,5 +46,5 @@ class Vanished:
                 self._live.pop(slug, None)
 
     def live(self, slug: Slug) -> tuple[str, ...]:
-        """Handles of a device's live placements, as last listed."""
+        """References of a device's live placements, as last listed."""
         return self._live.get(slug, ())

@@ -204,7 +204,7 @@ TASK = 'task "t" {\n driver = "raw_exec"\n }\n'
     [
         (f'type = "batch"\n group "a" {{\n {TASK} }}\n', "service"),
         (f'group "a" {{\n {TASK} }}\n group "b" {{\n {TASK} }}\n', "2 groups"),
-        (f'meta {{\n pool = "z"\n }}\n group "a" {{\n {TASK} }}\n', "these are ours"),
+        (f'meta {{\n pool = "z"\n }}\n group "a" {{\n {TASK} }}\n', "the control plane sets it"),
     ],
 )
 async def test_a_template_that_can_be_no_pool_is_refused(

@@ -229,7 +229,7 @@ async def test_unusable_directory_is_a_user_error(tmp_path: Path) -> None:
     """A directory that is a file is said in words, as the operator's to mend."""
     (tmp_path / "file").write_text("")
     ours = LocalScheduler(directory=tmp_path / "file" / "agents")
-    with pytest.raises(UserError, match="may write"):
+    with pytest.raises(UserError, match="writable directory"):
         await ours.prepare([local_spec()])
     await ours.close()
 

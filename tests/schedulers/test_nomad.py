@@ -79,7 +79,7 @@ async def test_token_reaches_nomad(nomad: NomadServer, scheduler: NomadScheduler
     record = record_of("twice")
     for _ in range(2):
         await scheduler.ensure(record, Epoch(1), mock_spec())
-    jobs = await nomad.request("GET", f"/v1/jobs?prefix={scheduler._prefix}/dispatch-")
+    jobs = await nomad.request("GET", f"/v1/jobs?prefix={scheduler._names.prefix}/dispatch-")
     assert len(jobs) == 1
 
 
@@ -89,7 +89,7 @@ async def test_a_parent_is_written_by_its_holder_and_only_when_it_names_no_livin
     """Another replica's address in a parent is left while that replica lives, and replaced by our own when it
     is gone; who does not hold the shard writes nothing; an address of no replica belongs to the spec."""
     ours, theirs = "http://10.0.0.1:9670", "http://10.0.0.2:9670"
-    path = f"/v1/job/{scheduler._prefix}"
+    path = f"/v1/job/{scheduler._names.prefix}"
 
     async def parent_after(source: str, *living: str, shards: tuple[Shard, ...]) -> tuple[int, str]:
         spec = AgentSpec(
@@ -235,7 +235,7 @@ async def test_purged_parent_is_terminal_and_prepare_mends(
     for number, purge in enumerate(("true", "false")):
         record = record_of(f"orphan {number}")
         await scheduler.prepare([mock_spec()])
-        await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}?purge={purge}")
+        await nomad.request("DELETE", f"/v1/job/{scheduler._names.prefix}?purge={purge}")
         with pytest.raises(UnpreparedError):
             await scheduler.ensure(record, Epoch(1), mock_spec())
         await scheduler.prepare([mock_spec()])
@@ -254,7 +254,7 @@ async def test_w6_a_device_added_while_the_parent_is_stopped_is_started_with_the
     task = asyncio.ensure_future(reconciler.run())
     try:
         await asyncio.wait_for(fleet.readiness.event.wait(), 20.0)
-        await nomad.request("DELETE", f"/v1/job/{scheduler._prefix}")
+        await nomad.request("DELETE", f"/v1/job/{scheduler._names.prefix}")
         device = Device(DeviceId("late"), "default", "127.0.0.1")
         await fleet.records.register([device])
 
@@ -298,7 +298,7 @@ async def test_unplaceable_is_pending_with_a_reason(scheduler: NomadScheduler) -
     assert one.state is PlacementState.PENDING
     assert "no node can run it" in one.reason
     full = await scheduler.capacity()
-    assert full.reason == f"2 agents wait for a node: {one.reason}; starts go on below 2"
+    assert full.reason == f"2 agents wait for a node: {one.reason}; starts continue below 2"
     for record in records:
         await scheduler.retire(seen.placements[record.slug][0], 1.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nomad_watchdog.model import PlacementState
 from nomad_watchdog.schedulers.nomad._list_check import unlisted
-from nomad_watchdog.schedulers.vanished import MAX_ASKED, Vanished
+from nomad_watchdog.schedulers.vanished import MAX_CHECKED, Vanished
 from tests.core.world import placement
 
 
@@ -50,4 +50,4 @@ def test_a_whole_fleet_that_vanished_costs_few_questions() -> None:
     found = [placement(f"d{n}", 1, ref=f"job-{n}") for n in range(1000)]
     memory.remember({one.slug: (one,) for one in found}, None)
 
-    assert len(memory.vanished(set(), None)) == MAX_ASKED
+    assert len(memory.vanished(set(), None)) == MAX_CHECKED

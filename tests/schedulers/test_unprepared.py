@@ -49,7 +49,7 @@ async def test_one_bad_class_of_nomad_keeps_no_other_back(
     assert "pool" in refused["nowhere"]
     assert "No such file" in refused["missing"]
     jobs = [job["ID"] for job in await nomad.request("GET", "/v1/jobs")]
-    prefix = scheduler._prefix
+    prefix = scheduler._names.prefix
     assert [one for one in jobs if one.startswith(prefix)] == [f"{prefix}-good"]
     assert sorted(await scheduler.prepare([*specs[:1], mock_spec()])) == ["misspelt"]
 
@@ -63,7 +63,7 @@ async def test_one_bad_class_of_nomad_keeps_no_other_back(
         ("kubernetes", {"imge": "x"}, "did you mean image?"),
         ("kubernetes", {"workload": "deploymnt"}, "allowed are"),
         ("local", {"comand": '["x"]'}, "did you mean command?"),
-        ("local", {"command": "x"}, "no JSON"),
+        ("local", {"command": "x"}, "not JSON"),
     ],
 )
 def test_a_variable_that_a_template_does_not_have_is_refused_without_a_server(

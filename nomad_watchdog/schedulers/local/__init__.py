@@ -1,12 +1,11 @@
-"""Agents as processes of this machine; no server is needed.
+"""The backend `local`: agents as processes of this machine, without any server.
 
-What is true stands in ``<directory>/<slug>/placement.json`` and in /proc, never in our memory alone:
-agents outlive us, a new scheduler adopts them, and several schedulers on one directory are safe.
-Crashed agents are restarted while a scheduler runs (any one, in any process); those that crash while
-none runs are restarted when the next one starts.
+The state is in ``<directory>/<slug>/placement.json`` and in /proc, never only in memory: agents survive the control
+plane, a new scheduler adopts them, and several schedulers may use one directory. Crashed agents are restarted while
+any scheduler runs, in any process; those that crash while none runs are restarted when the next one starts.
 
-Indexes are microseconds of wall-clock time, kept growing in one process. After a step back of the
-machine's clock a new process may start lower, which readers treat as «start over» (S8).
+Indexes are microseconds of wall-clock time, and always increase within one process. After the machine's clock was
+set back, a new process may start with a lower index, after which readers start again (S8).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nomad_watchdog import private_files
 from nomad_watchdog.clock import SystemClock
@@ -52,8 +51,8 @@ _WITH_PROCESS: Final = {PlacementState.RUNNING, PlacementState.STOPPING}
 
 
 @dataclass(slots=True)
-class _Minded:
-    """What this scheduler keeps for one live placement."""
+class _Monitored:
+    """What this scheduler monitors for one live placement."""
 
     pid: int = 0
     descriptor: int = -1
@@ -61,12 +60,12 @@ class _Minded:
 
 
 class LocalScheduler:
-    """See the module. `directory` must be on a local file system (flock) and ours alone."""
+    """`directory` must be on a local file system (flock), and only for these agents."""
 
     name = "local"
     capabilities = Capabilities()
 
-    def __init__(  # noqa: PLR0913  # settings by name, as the operator gives them
+    def __init__(  # noqa: PLR0913  # keyword settings of an entry point; each but one has a default
         self,
         *,
         directory: str | Path,
@@ -78,8 +77,8 @@ class LocalScheduler:
         poll_s: float = 1.0,
         fork: bool = True,
     ) -> None:
-        """`poll_s`: how soon what another process did is seen; our own is seen at once. `fork`: have our
-        agents forked by one parent, so that they share memory."""
+        """`poll_s`: interval at which changes by other processes are detected. `fork`: fork agents from one parent
+        process, so that they share memory."""
         home = Path(directory).absolute()
         self._parents = Parents(python=python, directory=home, fork=fork)
         self._settings = steps.PlacementSettings(
@@ -92,10 +91,10 @@ class LocalScheduler:
             self._parents,
         )
         self._poll_s = poll_s
-        self._minded: dict[Slug, _Minded] = {}
+        self._monitored: dict[Slug, _Monitored] = {}
         self._seen: dict[Slug, int] = {}
-        self._told: dict[Slug, tuple[int, tuple[str, ...]]] = {}
-        """Of each device: an epoch, and where the agent of that epoch was told to report."""
+        self._addresses: dict[Slug, tuple[int, tuple[str, ...]]] = {}
+        """Of each device: an epoch, and the addresses that the agent of that epoch reports to."""
         self._watchers: set[asyncio.Queue[Hint]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy: dict[Slug, bool] = {}
@@ -105,7 +104,7 @@ class LocalScheduler:
 
     @staticmethod
     def check_spec(spec: AgentSpec) -> None:
-        """Raises UserError for a command that won't do."""
+        """Raises UserError for an invalid command."""
         steps.command_of(spec)
 
     async def prepare(
@@ -126,7 +125,7 @@ class LocalScheduler:
     async def ensure(self, record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> int:
         await self._ready()
         entry = await asyncio.to_thread(steps.ensure, self._settings, record, epoch, spec)
-        self._mind(record.slug, entry)
+        self._monitor(record.slug, entry)
         return self._index()
 
     async def retire(self, placement: Placement, grace_s: float) -> None:
@@ -135,14 +134,14 @@ class LocalScheduler:
         entry = await asyncio.to_thread(
             steps.retire, self._settings, slug, placement.epoch, grace_s
         )
-        self._mind(slug, entry)
+        self._monitor(slug, entry)
 
     async def snapshot(self, only: Collection[Slug] | None = None) -> Snapshot:
         await self._ready()
         index = self._index()
-        asked = None if only is None else frozenset(only)
-        found = await asyncio.to_thread(self._read_all, asked)
-        return Snapshot(found, index, asked)
+        slugs = None if only is None else frozenset(only)
+        found = await asyncio.to_thread(self._read_all, slugs)
+        return Snapshot(found, index, slugs)
 
     async def watch(self) -> AsyncGenerator[Hint, None]:
         await self._ready()
@@ -159,11 +158,9 @@ class LocalScheduler:
         try:
             free = await asyncio.to_thread(os.statvfs, self._settings.directory)
         except OSError as error:
-            raise translated(error, "cannot look at the directory of agents") from error
+            raise translated(error, "cannot read the directory of agents") from error
         if free.f_bavail * free.f_frsize < 64 * 1024 * 1024:
-            return Capacity(
-                room=False, reason="less than 64 MiB free where agents keep their state"
-            )
+            return Capacity(room=False, reason="less than 64 MiB free in the directory of agents")
         return Capacity(room=True)
 
     async def sweep(self, dead: Collection[Placement]) -> int:
@@ -174,7 +171,7 @@ class LocalScheduler:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise translated(error, f"cannot forget {one.slug}") from error
+                raise translated(error, f"cannot delete {one.slug}") from error
         return count
 
     async def close(self) -> None:
@@ -182,12 +179,12 @@ class LocalScheduler:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for slug in list(self._minded):
-            self._forget(slug)
+        for slug in list(self._monitored):
+            self._stop_monitoring(slug)
         await asyncio.to_thread(self._parents.close)
 
     async def _ready(self) -> None:
-        """On first use: make the directory, adopt what runs in it, and keep looking."""
+        """On first use: create the directory, adopt the agents that run in it, and start polling."""
         if self._closed:
             raise TransientError("this local scheduler is closed")
         if self._open:
@@ -195,26 +192,26 @@ class LocalScheduler:
         try:
             private_files.folder(self._settings.directory)
             if not os.access(self._settings.directory, os.R_OK | os.W_OK | os.X_OK):
-                raise UserError(f"{self._settings.directory} must be readable and writable for us")
+                raise UserError(f"{self._settings.directory} must be readable and writable")
         except OSError as error:
             raise translated(error, f"cannot use {self._settings.directory}") from error
         self._open = True
         self._spawn(self._poll())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[object, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _poll(self) -> None:
-        """See what others did, and keep logs short. A failed look is a resync once it works again."""
+        """Detect changes by other processes, and limit the size of logs. After failures the next success is a resync."""
         failing = False
         while True:
             try:
                 for slug in await asyncio.to_thread(self._changed):
                     self._step_soon(slug)
                 if failing:
-                    self._tell(Hint(None, self._index()))
+                    self._publish(Hint(None, self._index()))
                 failing = False
             except OSError as error:
                 if not failing:
@@ -234,12 +231,12 @@ class LocalScheduler:
         names = found.keys() | self._seen.keys()
         changed = [slug for slug in names if found.get(slug) != self._seen.get(slug)]
         self._seen = found
-        for slug in self._told.keys() - found.keys():
-            self._told.pop(slug, None)
+        for slug in self._addresses.keys() - found.keys():
+            self._addresses.pop(slug, None)
         return [*changed, *(slug for slug in big if slug not in changed)]
 
     def _step_soon(self, slug: Slug) -> None:
-        """One step at a time for a device; asked for meanwhile, it is taken once more."""
+        """Run one step at a time per device. If another one is requested during a step, run it afterwards."""
         if self._closed:
             return
         if slug in self._busy:
@@ -254,74 +251,74 @@ class LocalScheduler:
         except FileNotFoundError:
             entry = None
         except OSError as error:
-            log.warning("cannot look after a device", extra={"slug": slug, "reason": str(error)})
+            log.warning("cannot process a device", extra={"slug": slug, "reason": str(error)})
             asyncio.get_running_loop().call_later(self._poll_s, self._step_soon, slug)
             return
         finally:
             again = self._busy.pop(slug, False)
-        self._mind(slug, entry)
+        self._monitor(slug, entry)
         if again:
             self._step_soon(slug)
 
-    def _mind(self, slug: Slug, entry: Entry | None) -> None:
-        """Have the kernel, or a timer, call us when something is next to be done; tell the watchers."""
+    def _monitor(self, slug: Slug, entry: Entry | None) -> None:
+        """Publish a hint, and arrange that a pidfd or a timer triggers the next step of the device."""
         if self._closed:
             return
-        self._tell(Hint(frozenset({slug}), self._index()))
+        self._publish(Hint(frozenset({slug}), self._index()))
         if entry is None or entry.state == PlacementState.DEAD:
-            self._forget(slug)
+            self._stop_monitoring(slug)
             return
-        minded = self._minded.setdefault(slug, _Minded())
-        if minded.timer is not None:
-            minded.timer.cancel()
-            minded.timer = None
+        monitored = self._monitored.setdefault(slug, _Monitored())
+        if monitored.timer is not None:
+            monitored.timer.cancel()
+            monitored.timer = None
         loop = asyncio.get_running_loop()
         if entry.act_at:
             longest = max(self._settings.backoff_max_s, 600.0)
             wait = min(longest, max(0.01, entry.act_at - SystemClock().wall()))
             if entry.state == PlacementState.STOPPING:
                 wait = max(wait, 0.05)
-            minded.timer = loop.call_later(wait, self._step_soon, slug)
+            monitored.timer = loop.call_later(wait, self._step_soon, slug)
         pid = entry.pid if entry.state in _WITH_PROCESS else 0
-        if pid == minded.pid:
+        if pid == monitored.pid:
             return
-        self._unwatch(minded)
+        self._unwatch(monitored)
         if pid:
-            self._watch_pid(slug, minded, pid)
+            self._watch_pid(slug, monitored, pid)
 
-    def _watch_pid(self, slug: Slug, minded: _Minded, pid: int) -> None:
-        """A pidfd becomes readable when the process ends, be it our child or not."""
+    def _watch_pid(self, slug: Slug, monitored: _Monitored, pid: int) -> None:
+        """A pidfd becomes readable when the process ends, also if it is not a child."""
         try:
-            minded.descriptor = os.pidfd_open(pid)
-        except OSError:  # gone already, or no descriptors left: look again soon
+            monitored.descriptor = os.pidfd_open(pid)
+        except OSError:  # it has ended, or there are no descriptors left: check again soon
             loop = asyncio.get_running_loop()
-            minded.timer = loop.call_later(0.2, self._step_soon, slug)
+            monitored.timer = loop.call_later(0.2, self._step_soon, slug)
             return
-        minded.pid = pid
+        monitored.pid = pid
 
         def ended() -> None:
-            self._unwatch(minded)
+            self._unwatch(monitored)
             self._step_soon(slug)
 
-        asyncio.get_running_loop().add_reader(minded.descriptor, ended)
+        asyncio.get_running_loop().add_reader(monitored.descriptor, ended)
 
-    def _unwatch(self, minded: _Minded) -> None:
-        if minded.descriptor >= 0:
-            asyncio.get_running_loop().remove_reader(minded.descriptor)
-            os.close(minded.descriptor)
-        minded.descriptor, minded.pid = -1, 0
+    def _unwatch(self, monitored: _Monitored) -> None:
+        if monitored.descriptor >= 0:
+            asyncio.get_running_loop().remove_reader(monitored.descriptor)
+            os.close(monitored.descriptor)
+        monitored.descriptor, monitored.pid = -1, 0
 
-    def _forget(self, slug: Slug) -> None:
-        minded = self._minded.pop(slug, None)
-        if minded is None:
+    def _stop_monitoring(self, slug: Slug) -> None:
+        monitored = self._monitored.pop(slug, None)
+        if monitored is None:
             return
-        if minded.timer is not None:
-            minded.timer.cancel()
-        self._unwatch(minded)
+        if monitored.timer is not None:
+            monitored.timer.cancel()
+        self._unwatch(monitored)
 
-    def _tell(self, hint: Hint) -> None:
+    def _publish(self, hint: Hint) -> None:
         for queue in self._watchers:
-            if queue.full():  # a slow reader gets one resync in place of all that it missed
+            if queue.full():  # a slow reader gets one resync instead of the hints that it missed
                 while not queue.empty():
                     queue.get_nowait()
                 queue.put_nowait(Hint(None, hint.index))
@@ -346,10 +343,10 @@ class LocalScheduler:
         return found
 
     def _api(self, entry: Entry) -> tuple[str, ...]:
-        known = self._told.get(entry.slug)
+        known = self._addresses.get(entry.slug)
         if known is None or known[0] != entry.epoch:
-            told = read_api(self._settings.home(entry.slug))
-            known = self._told[entry.slug] = entry.epoch, told
+            api = read_api(self._settings.home(entry.slug))
+            known = self._addresses[entry.slug] = entry.epoch, api
         return known[1]
 
     def _read_one(self, slug: Slug) -> Entry | None:
@@ -361,11 +358,11 @@ class LocalScheduler:
 
 
 def placement_of(entry: Entry, api: tuple[str, ...] = ()) -> Placement:
-    """As the planner sees it. A process that ended a moment ago is not shown as running."""
+    """An entry as a placement. A process that has just ended does not count as running."""
     state = PlacementState(entry.state)
     reason = entry.reason
     if state is PlacementState.RUNNING and not process.is_same(entry.pid, entry.pid_start):
-        state, reason = PlacementState.RESTARTING, "the process ended; looking after it"
+        state, reason = PlacementState.RESTARTING, "the process has ended"
     return Placement(
         slug=entry.slug,
         device_id=DeviceId(entry.device_id),

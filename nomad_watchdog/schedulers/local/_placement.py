@@ -1,6 +1,6 @@
-"""What happens to one local placement: blocking, level-triggered, decided under its own lock.
+"""Starts, stops and restarts one local placement: blocking, level-triggered, under its own lock.
 
-Any thread of any process may call any of these at any time; what is on disk and in /proc decides.
+Any thread of any process may call these functions at any time; only the files and /proc decide.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nomad_watchdog.schedulers.local.files import (
 log = logging.getLogger(__name__)
 
 VARIABLES = frozenset({"command", "driver", "workload"})
-"""`driver` and `workload` are of classes that also run elsewhere."""
+"""Allowed variables. `driver` and `workload` are for classes that also run on other schedulers."""
 _SITES = {"site-packages", "dist-packages"}
 
 
@@ -65,23 +65,23 @@ def _now() -> float:
 
 
 def _ours(settings: PlacementSettings) -> list[str]:
-    """Without the working folder, whose files are not ours (-P)."""
+    """-P: do not import from the working directory."""
     return [settings.python, "-P", "-m", "watchdog_agent"]
 
 
 def _isolated(argv: list[str]) -> list[str]:
-    """The command line of our agent as it is now, where an earlier version has written another one."""
+    """The current command line of the agent for one that an earlier version has stored."""
     return [argv[0], "-P", *argv[1:]] if argv[1:] == ["-m", "watchdog_agent"] else argv
 
 
 def argv_of(settings: PlacementSettings, spec: AgentSpec) -> list[str]:
-    """The agent's command line: ours, or the operator's variable `command` (a JSON list of texts)."""
+    """The agent's command line: this project's agent, or the operator's variable `command` (a JSON list of texts)."""
     return command_of(spec) or _ours(settings)
 
 
 def command_of(spec: AgentSpec) -> list[str]:
-    """The operator's variable `command`; empty = there is none. Raises UserError for one that won't do, and for
-    a variable that no local agent knows."""
+    """The operator's variable `command`; empty = there is none. Raises UserError for an invalid command, and for a
+    variable that is unknown on this backend."""
     for name in spec.variables:
         if name not in VARIABLES:
             raise job_templates.UndeclaredError("local", name, VARIABLES - {"driver", "workload"})
@@ -92,7 +92,7 @@ def command_of(spec: AgentSpec) -> list[str]:
         found = loads(text)
     except ValueError as error:
         raise UserError(
-            f"variable command of class {spec.agent_class} is no JSON: {error}"
+            f"variable command of class {spec.agent_class} is not JSON: {error}"
         ) from None
     if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
         raise UserError(
@@ -115,7 +115,8 @@ def config_of(record: DeviceRecord, epoch: Epoch, spec: AgentSpec) -> str:
 def ensure(
     settings: PlacementSettings, record: DeviceRecord, epoch: Epoch, spec: AgentSpec
 ) -> Entry:
-    """Make the placement exist. ConflictError: a later epoch is there, or an earlier one still runs."""
+    """Create the placement unless it exists. Raises ConflictError when there is a later epoch, and TransientError while
+    an earlier one still runs."""
     argv = argv_of(settings, spec)
     config = config_of(record, epoch, spec)
     home = settings.home(record.slug)
@@ -126,7 +127,7 @@ def ensure(
             if old is not None and old.epoch == epoch:
                 return old
             if old is not None and old.epoch > epoch:
-                raise ConflictError(f"{record.slug} was placed at epoch {old.epoch}, past {epoch}")
+                raise ConflictError(f"{record.slug} is already at epoch {old.epoch}, not {epoch}")
             if (old is not None and old.state != PlacementState.DEAD) or process.is_locked(home):
                 raise TransientError(
                     f"{record.slug} still has an earlier placement; retire it first"
@@ -149,7 +150,7 @@ def ensure(
 
 
 def retire(settings: PlacementSettings, slug: Slug, epoch: Epoch, grace_s: float) -> Entry | None:
-    """Say the stop on disk first, then to the process. None = it is gone already."""
+    """Store the stop, then signal the process. None = the placement no longer exists."""
     home = settings.home(slug)
     try:
         if not home.is_dir():
@@ -164,7 +165,7 @@ def retire(settings: PlacementSettings, slug: Slug, epoch: Epoch, grace_s: float
                     entry,
                     state=PlacementState.STOPPING,
                     act_at=_now() + grace_s,
-                    reason="told to stop",
+                    reason="stop requested",
                 )
                 write_entry(home, entry)
                 process.send(entry.pid, entry.pid_start, signal.SIGTERM)
@@ -176,7 +177,7 @@ def retire(settings: PlacementSettings, slug: Slug, epoch: Epoch, grace_s: float
 
 
 def step(settings: PlacementSettings, slug: Slug) -> Entry | None:
-    """Bring one placement forward as far as it goes now; how it stands then."""
+    """Advance one placement as far as possible now, and return its entry."""
     home = settings.home(slug)
     if not home.is_dir():
         return None
@@ -189,7 +190,7 @@ def step(settings: PlacementSettings, slug: Slug) -> Entry | None:
 
 
 def sweep(settings: PlacementSettings, slug: Slug, epoch: Epoch) -> bool:
-    """Remove the files of a dead placement; never while a process holds its lock."""
+    """Remove the files of a dead placement, unless a process holds its lock."""
     home = settings.home(slug)
     if not home.is_dir():
         return False
@@ -199,19 +200,19 @@ def sweep(settings: PlacementSettings, slug: Slug, epoch: Epoch) -> bool:
             return False
         if process.is_locked(home):
             return False
-        # The lock files stay until the very end: somebody may be waiting for the right to decide.
+        # The lock files are removed last: another thread or process may be waiting for the lock.
         (home / "placement.json").unlink()
         shutil.rmtree(home, ignore_errors=True)
         return True
 
 
 def _read(home: Path) -> Entry | None:
-    """The entry; a damaged one is set aside and made again from the configuration (S9)."""
+    """The entry. A damaged one is renamed and created again from the configuration (S9)."""
     try:
         return read_entry(home)
     except CorruptError as error:
-        log.error(  # noqa: TRY400  # the traceback says nothing more
-            "damaged placement set aside", extra={"slug": home.name, "reason": str(error)[:200]}
+        log.error(  # noqa: TRY400  # the traceback adds nothing
+            "damaged placement renamed", extra={"slug": home.name, "reason": str(error)[:200]}
         )
     (home / "placement.json").replace(home / "placement.json.damaged")
     pid, instance = process.find(home)
@@ -228,7 +229,7 @@ def _read(home: Path) -> Entry | None:
             created_at=_now(),
             pid=pid,
             pid_start=process.start_time(pid),
-            reason="placement.json was damaged and made again",
+            reason="placement.json was damaged and created again",
         )
         if entry.slug != home.name:
             return None
@@ -239,7 +240,7 @@ def _read(home: Path) -> Entry | None:
 
 
 def _located(home: Path, entry: Entry) -> Entry:
-    """Find the process when we died between starting it and writing its pid down."""
+    """The entry with its process, if a crash prevented that its pid was stored after its start."""
     if entry.pid or not process.is_locked(home):
         return entry
     pid, _ = process.find(home)
@@ -260,7 +261,7 @@ def _stepped(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
             if _now() >= entry.act_at:
                 process.send(entry.pid, entry.pid_start, signal.SIGKILL)
             return entry
-        return _dead(settings, home, entry, "stopped as told")
+        return _dead(settings, home, entry, "stopped as requested")
     if entry.state == PlacementState.RUNNING:
         return entry if alive else _ended(settings, home, entry)
     if entry.state == PlacementState.STARTING or _now() >= entry.act_at:
@@ -277,34 +278,34 @@ def _dead(settings: PlacementSettings, home: Path, entry: Entry, reason: str) ->
 
 
 def _ended(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
-    """Exit 0 was retirement by the API: dead for good. Anything else is started again, later."""
+    """After exit 0 the API has retired the agent, and it stays dead. Otherwise it is restarted later."""
     code = settings.parents.exit_code(entry.pid)
-    foreign = code is None and not settings.parents.are(entry.parent)
+    foreign = code is None and not settings.parents.include(entry.parent)
     if foreign and process.is_same(entry.parent, entry.parent_start):
-        # Its parent lives and alone knows the exit code: let it go first, for a second.
+        # Only its parent can read the exit code: give it one second to act first.
         if not entry.act_at:
             entry = replace(entry, act_at=_now() + 1.0)
             write_entry(home, entry)
         if _now() < entry.act_at:
             return entry
     if code == wire.EXIT_RETIRED:
-        return _dead(settings, home, entry, "the agent retired by itself (exit 0)")
+        return _dead(settings, home, entry, "the agent was retired by the API (exit 0)")
     if not entry.argv:
         return _dead(
             settings, home, entry, "ended; its command line was lost with a damaged placement.json"
         )
-    said = "ended, exit code unknown"
+    cause = "ended, exit code unknown"
     if code is not None:
-        said = f"exited with {code}" if code > 0 else f"killed by signal {-code}"
-    return _later(settings, home, entry, said)
+        cause = f"exited with {code}" if code > 0 else f"killed by signal {-code}"
+    return _restart_later(settings, home, entry, cause)
 
 
-def _later(settings: PlacementSettings, home: Path, entry: Entry, said: str) -> Entry:
+def _restart_later(settings: PlacementSettings, home: Path, entry: Entry, cause: str) -> Entry:
     fast = entry.fast_crashes + 1
     if _now() - entry.started_at >= settings.stable_after_s:
         fast = 1
     wait = min(settings.backoff_max_s, settings.backoff_initial_s * 2.0 ** min(fast - 1, 30))
-    reason = f"{said}; {fast} crashes in a row, next start {wait:g} s after the last"
+    reason = f"{cause}; {fast} consecutive crashes, restart after {wait:g} s"
     done = replace(
         entry,
         state=PlacementState.RESTARTING,
@@ -340,20 +341,22 @@ def _started(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
     entry = replace(entry, argv=argv, restarts=restarts, started_at=now)
     try:
         ours = entry.argv == _ours(settings)
-        born = settings.parents.spawn(home, entry.argv, environment, ours=ours)
+        started = settings.parents.spawn(home, entry.argv, environment, ours=ours)
     except BlockingIOError:
-        return _later(settings, home, entry, "an earlier process of this device is still there")
+        return _restart_later(settings, home, entry, "an earlier process of this device still runs")
     except ChangedError as error:
-        return _later(settings, home, entry, str(error))
+        return _restart_later(settings, home, entry, str(error))
     except OSError as error:
-        return _later(settings, home, entry, f"cannot run {entry.argv[0]!r}: {error.strerror}")
+        return _restart_later(
+            settings, home, entry, f"cannot run {entry.argv[0]!r}: {error.strerror}"
+        )
     done = replace(
         entry,
         state=PlacementState.RUNNING,
-        pid=born.pid,
-        pid_start=process.start_time(born.pid),
-        parent=born.parent,
-        parent_start=process.start_time(born.parent),
+        pid=started.pid,
+        pid_start=process.start_time(started.pid),
+        parent=started.parent,
+        parent_start=process.start_time(started.parent),
         act_at=0.0,
         reason="",
     )
@@ -362,5 +365,5 @@ def _started(settings: PlacementSettings, home: Path, entry: Entry) -> Entry:
 
 
 def slugs(settings: PlacementSettings) -> list[Slug]:
-    """Every device that has files here."""
+    """All devices that have files."""
     return [Slug(one.name) for one in os.scandir(settings.directory) if is_slug(one.name)]

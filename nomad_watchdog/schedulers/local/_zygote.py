@@ -1,8 +1,8 @@
-"""Whose children local agents are: forked by a nursery of ours, or spawned by us where that can't be.
+"""Starts local agents: forked from a zygote process, or spawned as plain processes if that fails.
 
-A forked agent shares what the nursery has imported (`watchdog_agent.zygote`), so that less than
-half of the memory is its own. The nursery is a convenience, never a need: when it is dead, hung or can't be started,
-agents are spawned as plain processes, and those that it has forked go on, as after our own death.
+A forked agent shares the modules that the zygote has imported (`watchdog_agent.zygote`), so less than half of its
+memory is private. The zygote is optional: if it is dead, hangs or cannot be started, agents are spawned as plain
+processes. Agents that it has forked keep running.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from watchdog_agent.runtime.parsing import loads
 
@@ -31,37 +31,37 @@ _BOOT: Final = """\
 import sys
 try:
     import watchdog_agent
-except ImportError:  # it is installed, and not beside us
+except ImportError:  # it is installed in site-packages
     import site
     site.main()
 from watchdog_agent import zygote
 zygote.run(int(sys.argv[1]))
 """
-"""What the installed packages load is in the memory of each agent; those that need none go without."""
+"""Modules of installed packages would be in the memory of each agent, so `site` is loaded only if necessary."""
 _START_S: Final = 15.0
 _ANSWER_S: Final = 5.0
-"""A fork takes a millisecond; one that takes this long is hung."""
+"""Timeout of a request to the zygote. A fork takes a millisecond."""
 _RETRY_S: Final = 60.0
-"""How long no other nursery is tried after one could not be started."""
+"""Pause before another zygote is started after one could not be started."""
 
 
 class ChangedError(Exception):
-    """The agent's files are not those that the control plane started with; the text says so."""
+    """The agent's files have changed since the start of the control plane."""
 
 
-class NurseryError(Exception):
-    """The nursery does not do what it is there for; the text says what."""
+class ZygoteError(Exception):
+    """The zygote failed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Born:
+class StartedAgent:
     pid: int
     parent: int
-    """Who can tell how it ends."""
+    """The process that can read its exit code."""
 
 
 class Parents:
-    """Starts agents and tells how they ended. Blocking; any thread may call."""
+    """Starts agents and reads their exit codes. Blocking; any thread may call."""
 
     def __init__(self, *, python: str, directory: Path, fork: bool) -> None:
         self._python = python
@@ -69,14 +69,14 @@ class Parents:
         self._fork = fork
         self._installed = Installed()
         self._lock = threading.Lock()
-        self._nursery: _Nursery | None = None
+        self._zygote: _Zygote | None = None
         self._not_before = 0.0
         self._closed = False
 
     def spawn(
         self, home: Path, argv: list[str], environment: Mapping[str, str], *, ours: bool
-    ) -> Born:
-        """Start an agent that holds the device's lock. `ours`: argv is our agent, so it may be forked.
+    ) -> StartedAgent:
+        """Start an agent that holds the device's lock. `ours`: argv is this project's agent, so it can be forked.
 
         Raises BlockingIOError when a process of this device still holds the lock, and ChangedError."""
         if ours and (problem := self._installed.problem()):
@@ -84,79 +84,79 @@ class Parents:
         if ours and self._fork:
             try:
                 with self._lock:
-                    nursery = self._there(environment)
-                    if nursery is not None:
-                        return Born(nursery.start(home, environment), nursery.pid)
-            except NurseryError as error:
+                    zygote = self._open_zygote(environment)
+                    if zygote is not None:
+                        return StartedAgent(zygote.start(home, environment), zygote.pid)
+            except ZygoteError as error:
                 log.warning("agent is spawned, not forked", extra={"reason": str(error)})
-        return Born(process.spawn(home, argv, environment), os.getpid())
+        return StartedAgent(process.spawn(home, argv, environment), os.getpid())
 
     def exit_code(self, pid: int) -> int | None:
-        """As `process.exit_code`, also of what was forked for us."""
+        """As `process.exit_code`, also for forked agents."""
         code = process.exit_code(pid)
-        if code is None and self._nursery is not None:
-            with suppress(NurseryError), self._lock:
-                if self._nursery is not None:
-                    found = self._nursery.ask({"do": "ended", "pid": pid}).get("code")
+        if code is None and self._zygote is not None:
+            with suppress(ZygoteError), self._lock:
+                if self._zygote is not None:
+                    found = self._zygote.request({"do": "ended", "pid": pid}).get("code")
                     return found if isinstance(found, int) else None
         return code
 
     def reap(self, pid: int) -> None:
-        """Reap a dead agent of ours; nothing for any other process."""
+        """Reap a dead agent. No effect for other processes."""
         process.reap(pid)
-        if self._nursery is not None:
-            with suppress(NurseryError), self._lock:
-                if self._nursery is not None:
-                    self._nursery.ask({"do": "bury", "pid": pid})
+        if self._zygote is not None:
+            with suppress(ZygoteError), self._lock:
+                if self._zygote is not None:
+                    self._zygote.request({"do": "bury", "pid": pid})
 
-    def are(self, parent: int) -> bool:
-        """Whether this parent is us or our nursery: then nobody else knows more."""
-        nursery = self._nursery
-        return parent == os.getpid() or (nursery is not None and nursery.pid == parent)
+    def include(self, parent: int) -> bool:
+        """Whether this parent is this process or its zygote, so that no other process knows the exit code."""
+        zygote = self._zygote
+        return parent == os.getpid() or (zygote is not None and zygote.pid == parent)
 
     def close(self) -> None:
-        """Let the nursery end; its agents go on."""
+        """End the zygote. Its agents keep running."""
         with self._lock:
             self._closed = True
-            if self._nursery is not None:
-                self._nursery.close()
-                self._nursery = None
+            if self._zygote is not None:
+                self._zygote.close()
+                self._zygote = None
 
-    def _there(self, environment: Mapping[str, str]) -> _Nursery | None:
-        """The nursery, a new one if need be; None = not now."""
-        if self._nursery is not None and self._nursery.broken:
-            self._nursery.close()
-            self._nursery = None
+    def _open_zygote(self, environment: Mapping[str, str]) -> _Zygote | None:
+        """The zygote, a new one if necessary; None = not available now."""
+        if self._zygote is not None and self._zygote.broken:
+            self._zygote.close()
+            self._zygote = None
         now = SystemClock().monotonic()
-        if self._nursery is not None or self._closed or now < self._not_before:
-            return self._nursery
+        if self._zygote is not None or self._closed or now < self._not_before:
+            return self._zygote
         try:
-            self._nursery = _Nursery(self._python, self._directory, environment)
-        except (NurseryError, OSError) as error:
+            self._zygote = _Zygote(self._python, self._directory, environment)
+        except (ZygoteError, OSError) as error:
             self._not_before = now + _RETRY_S
-            raise NurseryError(f"no nursery for {_RETRY_S:g} s: {error}") from error
-        return self._nursery
+            raise ZygoteError(f"no zygote for {_RETRY_S:g} s: {error}") from error
+        return self._zygote
 
 
-class _Nursery:
-    """One nursery process and the socket to it. Not for two threads at once."""
+class _Zygote:
+    """One zygote process and the socket to it. Not thread-safe."""
 
     def __init__(self, python: str, directory: Path, environment: Mapping[str, str]) -> None:
-        """Raises OSError, or NurseryError when it does not say that it is there."""
+        """Raises OSError, or ZygoteError when it does not report that it has started."""
         self.broken = False
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        kept = {k: v for k, v in environment.items() if not k.startswith("WATCHDOG_")}
-        said = os.open(
+        others = {k: v for k, v in environment.items() if not k.startswith("WATCHDOG_")}
+        output = os.open(
             directory / "nursery.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
         )
         try:
             self._process = subprocess.Popen(
                 [python, "-P", "-S", "-c", _BOOT, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 pass_fds=[theirs.fileno()],
-                env=kept,
+                env=others,
                 start_new_session=True,
             )
         except OSError:
@@ -164,10 +164,10 @@ class _Nursery:
             raise
         finally:
             theirs.close()
-            os.close(said)
+            os.close(output)
         try:
             self._answer(_START_S)
-        except NurseryError:
+        except ZygoteError:
             self.close()
             raise
 
@@ -176,45 +176,49 @@ class _Nursery:
         return self._process.pid
 
     def start(self, home: Path, environment: Mapping[str, str]) -> int:
-        """The pid of a forked agent. Raises BlockingIOError as `process.spawn` does."""
+        """Fork an agent and return its pid. Raises BlockingIOError as `process.spawn` does."""
         request = {"do": "start", "env": dict(environment), "name": home.name}
-        with process.device_lock(home) as held:
+        with process.device_lock(home) as lock:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            said = os.open(home / "agent.log", flags, 0o600)
+            output = os.open(home / "agent.log", flags, 0o600)
             try:
-                answer = self.ask(request, [said, held])
+                answer = self.request(request, [output, lock])
             finally:
-                os.close(said)
-        if "pid" not in answer:
-            raise NurseryError(str(answer.get("error", "an answer without a pid")))
-        return int(answer["pid"])
+                os.close(output)
+        pid = answer.get("pid")
+        if not isinstance(pid, int):
+            raise ZygoteError(str(answer.get("error", "an answer without a pid")))
+        return pid
 
-    def ask(self, request: Mapping[str, Any], descriptors: list[int] | None = None) -> Any:
-        """One request and its answer. After a failure this nursery is not asked again."""
+    def request(
+        self, request: Mapping[str, object], descriptors: list[int] | None = None
+    ) -> Mapping[str, object]:
+        """Send a request and return its answer. After a failure the zygote is not used again."""
         if self.broken:
-            raise NurseryError("the nursery is dead")
+            raise ZygoteError("the zygote is dead")
         try:
             self._channel.settimeout(_ANSWER_S)
             socket.send_fds(self._channel, [json.dumps(request).encode()], descriptors or [])
         except OSError as error:
             self.broken = True
-            raise NurseryError(f"the nursery can't be asked: {error}") from error
+            raise ZygoteError(f"the request to the zygote failed: {error}") from error
         return self._answer(_ANSWER_S)
 
-    def _answer(self, within_s: float) -> Any:
+    def _answer(self, within_s: float) -> Mapping[str, object]:
         try:
             self._channel.settimeout(within_s)
             data = self._channel.recv(4096)
             if data:
-                return loads(data)
+                answer = loads(data)
+                return answer if isinstance(answer, dict) else {}
         except (OSError, ValueError) as error:
             self.broken = True
-            raise NurseryError(f"the nursery does not answer: {error}") from error
+            raise ZygoteError(f"the zygote does not answer: {error}") from error
         self.broken = True
-        raise NurseryError("the nursery has ended; see nursery.log")
+        raise ZygoteError("the zygote has ended; see nursery.log")
 
     def close(self) -> None:
-        """It ends when the socket does; one that hangs is killed."""
+        """Close the socket, which ends the zygote. One that hangs is killed."""
         self._channel.close()
         try:
             self._process.wait(2.0)

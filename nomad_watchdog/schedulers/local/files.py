@@ -1,4 +1,4 @@
-"""The files of one local placement: written whole or not at all, read with suspicion."""
+"""The files of one local placement. They are written atomically, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nomad_watchdog.ids import Slug, parse_device_id, slug_of
 from nomad_watchdog.model import PlacementState
 
 LOG_BYTES = 1024 * 1024
-"""A log that has grown past this is copied to one old log and cut."""
+"""Maximum size of a log. A larger one is copied to the one old log and truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """placement.json. Times are wall-clock seconds, for they must mean something to other processes."""
+    """placement.json. Times are wall-clock seconds, because other processes read them."""
 
     device_id: str
     epoch: int
@@ -34,15 +34,15 @@ class Entry:
     state: str
     created_at: float
     pid: int = 0
-    """0 = no process that we know of."""
+    """0 = no known process."""
     pid_start: int = 0
-    """Start time of pid in clock ticks since boot: the guard against pid reuse."""
+    """Start time of pid in clock ticks since boot, which detects reuse of the pid."""
     parent: int = 0
     parent_start: int = 0
     started_at: float = 0.0
     restarts: int = 0
     fast_crashes: int = 0
-    """Crashes in a row, each soon after its start."""
+    """Consecutive crashes, each soon after the start."""
     act_at: float = 0.0
     """RESTARTING: when to start again. STOPPING: when to kill."""
     reason: str = ""
@@ -57,15 +57,15 @@ class CorruptError(Exception):
 
 
 def translated(error: OSError, what: str) -> WatchdogError:
-    """Permission and path errors are the operator's to mend; the rest may pass (a full disk, say)."""
-    said = f"{what}: {error.strerror or error}"
+    """Permission and path errors must be fixed by the operator; others may be temporary (such as a full disk)."""
+    text = f"{what}: {error.strerror or error}"
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}:
-        return UserError(f"{said}; the local scheduler needs a directory that it may write")
-    return TransientError(said)
+        return UserError(f"{text}; the local scheduler needs a writable directory")
+    return TransientError(text)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file in one step; mode 0600. A crash leaves the old or the new content."""
+    """Replace the file atomically; mode 0600. After a crash it has the old or the new content."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w") as stream:
@@ -80,7 +80,7 @@ def write_entry(home: Path, entry: Entry) -> None:
 
 
 def read_entry(home: Path) -> Entry | None:
-    """None = no placement. Raises CorruptError, or OSError when it can't be read."""
+    """None = no placement. Raises CorruptError, or OSError when it cannot be read."""
     try:
         text = (home / "placement.json").read_text()
     except FileNotFoundError:
@@ -89,39 +89,39 @@ def read_entry(home: Path) -> Entry | None:
         found = Entry(**loads(text))
         PlacementState(found.state)
         if found.slug != home.name:
-            raise CorruptError(f"it is for another device than {home.name}")
+            raise CorruptError(f"it belongs to another device than {home.name}")
         for number in (found.epoch, found.pid, found.pid_start, found.restarts):
             if type(number) is not int or number < 0:
-                raise CorruptError("a number is wrong")
+                raise CorruptError("a number is not valid")
     except (ValueError, TypeError, UserError) as error:
         raise CorruptError(str(error)) from error
     return found
 
 
 def read_api(home: Path) -> tuple[str, ...]:
-    """The addresses that the agent was told to report to; () = they can't be read."""
+    """The addresses that the agent reports to; () = they cannot be read."""
     try:
-        told = loads((home / "config.json").read_text())["api"]
-        return tuple(str(one) for one in told)
+        addresses = loads((home / "config.json").read_text())["api"]
+        return tuple(str(one) for one in addresses)
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 
 
 @contextmanager
 def exclusive(home: Path) -> Iterator[None]:
-    """Hold the right to decide about one device, among all threads and processes; blocks."""
+    """Hold the lock for decisions about one device, among all threads and processes. Blocks."""
     descriptor = os.open(home / "decide", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        # Said aloud: a process being spawned elsewhere may share this file for a moment.
+        # Unlock explicitly: a process that is being spawned may share this descriptor for a moment.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def bound_log(path: Path) -> None:
-    """Copy and cut, as the agent holds the file open for append; what it says between is lost."""
+    """Copy and truncate a log, because the agent has it open. Lines that it writes between these are lost."""
     try:
         if path.stat().st_size <= LOG_BYTES:
             return

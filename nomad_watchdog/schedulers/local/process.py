@@ -1,4 +1,4 @@
-"""Processes of this machine: start, tell whether it is still the same one, signal, bury."""
+"""Processes of this machine: start, identify, signal, reap."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def start_time(pid: int) -> int:
 
 
 def is_same(pid: int, started: int) -> bool:
-    """Whether this pid is still that process (pids are used again)."""
+    """Whether this pid is still the same process, as pids are reused."""
     return pid > 0 and started > 0 and start_time(pid) == started
 
 
 def send(pid: int, started: int, number: signal.Signals) -> None:
-    """Signal that very process. The descriptor is opened before the check, so reuse can't slip in."""
+    """Signal exactly this process. The pidfd is opened before the check, so the pid cannot be reused in between."""
     if pid <= 0:
         return
     try:
@@ -47,7 +47,7 @@ def send(pid: int, started: int, number: signal.Signals) -> None:
 
 
 def exit_code(pid: int) -> int | None:
-    """How a child of ours ended (-n = signal n), without burying it; None = unknown or not ours."""
+    """How a child ended (-n = signal n), without reaping it; None = unknown or not a child."""
     try:
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:
@@ -58,7 +58,7 @@ def exit_code(pid: int) -> int | None:
 
 
 def reap(pid: int) -> None:
-    """Reap a dead child of ours; nothing for any other process."""
+    """Reap a dead child. No effect for other processes."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
     except ChildProcessError:
@@ -67,27 +67,27 @@ def reap(pid: int) -> None:
 
 @contextmanager
 def device_lock(home: Path) -> Iterator[int]:
-    """A descriptor that holds the device's lock, to be handed on to its agent as descriptor 3.
+    """A descriptor that holds the device's lock, to be passed to its agent as descriptor 3.
 
-    The lock is a flock on an open file that only the agent keeps: the kernel drops it when the last process
-    of the agent is gone, whoever lives or dies meanwhile (S3).
+    The lock is a flock on an open file that only the agent keeps open: the kernel releases it when the last process
+    of the agent has ended, whatever happens to other processes (S3).
     Raises BlockingIOError when a process of this device still holds it.
     """
-    held = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield held
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
     finally:
-        os.close(held)
+        os.close(lock)
 
 
 def spawn(home: Path, argv: list[str], environment: Mapping[str, str]) -> int:
-    """Start argv in a session of its own, holding the device's lock; its pid.
+    """Start argv in a new session, holding the device's lock. Returns its pid.
 
     Raises BlockingIOError when a process of this device still holds it.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    with device_lock(home) as held:
+    with device_lock(home) as lock:
         return os.posix_spawnp(
             argv[0],
             argv,
@@ -96,7 +96,7 @@ def spawn(home: Path, argv: list[str], environment: Mapping[str, str]) -> int:
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, str(home / "agent.log"), flags, 0o600),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
-                (os.POSIX_SPAWN_DUP2, held, 3),
+                (os.POSIX_SPAWN_DUP2, lock, 3),
             ],
             setsid=True,
             setsigmask=[],
@@ -105,7 +105,7 @@ def spawn(home: Path, argv: list[str], environment: Mapping[str, str]) -> int:
 
 
 def is_locked(home: Path) -> bool:
-    """Whether some process of this device's agent lives. Call it with the right to decide only."""
+    """Whether a process of this device's agent runs. Call it only while `files.exclusive` is held."""
     descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,9 +119,10 @@ def is_locked(home: Path) -> bool:
 
 
 def find(home: Path) -> tuple[int, str]:
-    """Pid and instance of the agent whose pid was never written down; (0, "") = none.
+    """Pid and instance of the agent whose pid was not stored; (0, "") = none.
 
-    It is told by its environment, or, as a forked one has its nursery's, by the lock that it holds."""
+    It is identified by its environment, or by the lock that it holds, because a forked agent has the environment of
+    its zygote."""
     wanted = f"WATCHDOG_STATE_DIR={home / 'state'}".encode()
     for one in Path("/proc").iterdir():
         if not one.name.isdigit():
@@ -129,12 +130,12 @@ def find(home: Path) -> tuple[int, str]:
         try:
             words = (one / "environ").read_bytes().split(b"\0")
             holds = wanted in words or _holds(one, home / "lock")
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if holds and start_time(int(one.name)):
             facts = dict(word.partition(b"=")[::2] for word in words)
             instance = facts.get(b"WATCHDOG_INSTANCE", b"").decode(errors="replace")
-            return int(one.name), instance or _instance_said(home, int(one.name))
+            return int(one.name), instance or _stored_instance(home, int(one.name))
     return 0, ""
 
 
@@ -145,10 +146,10 @@ def _holds(process: Path, lock: Path) -> bool:
         return False
 
 
-def _instance_said(home: Path, pid: int) -> str:
-    """What the agent itself wrote when it began to serve; "" = nothing, or another run did."""
+def _stored_instance(home: Path, pid: int) -> str:
+    """The instance that the agent stored when it started to serve; "" = none, or that of another run."""
     try:
-        said = loads((home / "state" / "agent.json").read_text())
-        return str(said["instance"]) if said["pid"] == pid else ""
+        state = loads((home / "state" / "agent.json").read_text())
+        return str(state["instance"]) if state["pid"] == pid else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
