@@ -1,4 +1,4 @@
-"""The token or certificate of the moment: read again, or asked for again, as its kind wants it."""
+"""The current token or certificate, which is read again or requested again when necessary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from watchdog_agent.runtime.parsing import loads
 
@@ -20,13 +20,13 @@ from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 from nomad_watchdog.secret_values import know
 
 REREAD_S: Final = 60.0
-"""A token file is read again after so long; the kubelet rotates it well before it expires."""
+"""Interval at which a token file is read again. The kubelet rotates it well before it expires."""
 EARLY_S: Final = 10.0
-"""What a plugin gives is asked for again so long before it expires."""
+"""A plugin is run again this time before its credential expires."""
 _PLUGIN_S: Final = 60.0
-HOLD_S: Final = 5.0
-"""A plugin that failed, or gave once more what was refused, is not run again for so long: those who waited
-for it meanwhile get the same answer, and not one run each."""
+RETRY_S: Final = 5.0
+"""Minimum interval between runs of a plugin that failed or returned the refused credential again, so that concurrent
+calls share one result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Credentials:
         self._lock = asyncio.Lock()
 
     async def current(self) -> Credential:
-        """Raises UserError when the file or the plugin gives none, TransientError when the plugin hangs."""
+        """Raises UserError when the file or the plugin contains no credential, TransientError when the plugin hangs."""
         if not self._changes:
             return self._known
         async with self._lock:
@@ -62,7 +62,7 @@ class Credentials:
         return self._known
 
     async def refused(self, used: Credential) -> bool:
-        """Whether there is another one now than the one that was refused."""
+        """Whether there is a new credential, other than the refused one."""
         if not self._changes:
             return False
         async with self._lock:
@@ -90,7 +90,7 @@ class Credentials:
         if self._failure is not None and self._is_recent(self._failed_at):
             raise type(self._failure)(*self._failure.args)
         try:
-            self._known, self._good_until = await _ask(plugin, self._settings)
+            self._known, self._good_until = await _run_plugin(plugin, self._settings)
             know(self._known.token, rotates=True)
         except WatchdogError as error:
             self._failure, self._failed_at = error, self._clock.monotonic()
@@ -98,11 +98,11 @@ class Credentials:
         self._failure = None
 
     def _is_recent(self, at: float) -> bool:
-        return self._clock.monotonic() - at < HOLD_S
+        return self._clock.monotonic() - at < RETRY_S
 
 
-async def _ask(plugin: ExecPlugin, settings: KubernetesAccess) -> tuple[Credential, float]:
-    spec: dict[str, Any] = {"interactive": False}
+async def _run_plugin(plugin: ExecPlugin, settings: KubernetesAccess) -> tuple[Credential, float]:
+    spec: dict[str, object] = {"interactive": False}
     if plugin.cluster_info:
         spec["cluster"] = {"server": settings.server}
     info = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
@@ -115,7 +115,7 @@ async def _ask(plugin: ExecPlugin, settings: KubernetesAccess) -> tuple[Credenti
             env=env,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # may quote what it should not (S10)
+            stderr=asyncio.subprocess.DEVNULL,  # may contain secrets (S10)
         )
     except OSError as error:
         raise UserError(f"kubernetes: the credential plugin {name}: {error.strerror}") from error
@@ -124,14 +124,16 @@ async def _ask(plugin: ExecPlugin, settings: KubernetesAccess) -> tuple[Credenti
             out, _ = await child.communicate()
     except TimeoutError:
         raise TransientError(
-            f"kubernetes: the credential plugin {name} gave nothing within {_PLUGIN_S:.0f} s"
+            f"kubernetes: the credential plugin {name} did not finish within {_PLUGIN_S:.0f} s"
         ) from None
     finally:
         if child.returncode is None:
             child.kill()
             await child.wait()
     if child.returncode != 0:
-        raise TransientError(f"kubernetes: the credential plugin {name} ended {child.returncode}")
+        raise TransientError(
+            f"kubernetes: the credential plugin {name} exited with {child.returncode}"
+        )
     return _parse(out, name)
 
 
@@ -140,7 +142,7 @@ def _parse(out: bytes, name: str) -> tuple[Credential, float]:
     try:
         status = loads(out)["status"]
         expires = status.get("expirationTimestamp")
-        # without an expiry it is good until the server refuses it
+        # without an expiration it is valid until the server refuses it
         until = datetime.fromisoformat(expires).timestamp() - EARLY_S if expires else float("inf")
         found = Credential(
             str(status.get("token") or ""),

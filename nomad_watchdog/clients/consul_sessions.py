@@ -1,15 +1,15 @@
-"""Sessions and locks of Consul: what leases stand on.
+"""Sessions and locks of Consul, which leases are based on.
 
-A session here lives as long as its own TTL check is passed, and no node's check can end it: with the
-node's own check a blip of the gossip would cost every lease. No renewal, and no pass of a check that passes
-already, is a write of the servers (tried on Consul 1.21).
+A session lasts as long as its own TTL check is passed. It does not depend on the node's check, because a short failure
+of the gossip would then end every lease. Renewals, and passes of a check that is passing already, are not writes of
+the servers (measured on Consul 1.21).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import consul.exceptions  # type: ignore[import-untyped]  # py-consul ships no types
 from consul.callback import CB  # type: ignore[import-untyped]
@@ -19,13 +19,13 @@ from nomad_watchdog.errors import FencedError
 from nomad_watchdog.secret_values import know
 
 SESSION_TTL_S: Final = 15
-"""The least that Consul takes is 10. It is the second net: it ends a session whose Consul agent is gone
-and can't fail the check."""
+"""TTL of sessions; Consul's minimum is 10 s. It ends a session when its Consul agent is gone, so that the check cannot
+fail."""
 _NEEDS: Final = 'session "NODE" { policy = "write" }, for the node of this Consul agent'
 
 
 class ConsulSessions:
-    """Raises what `ConsulClient` raises; FencedError where a session is over."""
+    """Methods raise the errors of `ConsulClient`, and FencedError when a session has ended."""
 
     def __init__(self, client: ConsulClient) -> None:
         self._client = client
@@ -34,10 +34,10 @@ class ConsulSessions:
     async def announce(
         self, name: str, service_id: str, check_id: str, ttl_s: float, *, place: tuple[str, int]
     ) -> None:
-        """Register a service with a TTL check that passes from now on. Idempotent.
+        """Register a service with a passing TTL check. Idempotent.
 
-        A check that is there already keeps its status when it is registered again (Consul 1.21.0): one
-        that went critical would stay so, and no session could be made of it."""
+        An existing check keeps its status when it is registered again (Consul 1.21.0), and no session can be created
+        with a critical one. So the check is also passed."""
         check = {"CheckID": check_id, "TTL": f"{round(ttl_s * 1000)}ms", "Status": "passing"}
 
         async def both() -> None:
@@ -54,30 +54,30 @@ class ConsulSessions:
         )
 
     async def retract(self, service_id: str) -> None:
-        """Take a service out again; one that is not there is success."""
+        """Deregister a service. Idempotent."""
         await self._client.call(
             lambda: self._library.agent.service.deregister(service_id),
             what=f"deregistration of {service_id}",
             needs=f'service "{service_id}" {{ policy = "write" }}',
         )
 
-    async def beat(self, check_id: str, session: str) -> None:
-        """Pass the TTL check, then renew the session. FencedError: one of the two is not there."""
+    async def renew(self, check_id: str, session: str) -> None:
+        """Pass the TTL check, then renew the session. Raises FencedError when one of them does not exist."""
 
         async def both() -> None:
             try:
                 passed = await self._library.agent.check.ttl_pass(check_id)
                 await self._library.session.renew(session)
             except consul.exceptions.NotFound as error:
-                raise FencedError("our session is gone from Consul") from error
+                raise FencedError("the session no longer exists in Consul") from error
             if not passed:
-                raise FencedError("our check is gone from Consul")
+                raise FencedError("the check no longer exists in Consul")
 
         await self._client.call(both, what="renewal of the session", needs=_NEEDS)
 
     async def create(self, name: str, check_id: str) -> str:
-        """A session that ends when the service check does, or SESSION_TTL_S after the last beat. Its locks
-        are free at once then. For 0.4 s after a Consul agent's start this is a TransientError."""
+        """Create a session that ends when the service check fails, or SESSION_TTL_S after the last renewal. Its locks
+        are then released at once. Raises TransientError for 0.4 s after the start of a Consul agent."""
         wanted = {
             "Name": name,
             "NodeChecks": [],
@@ -98,15 +98,15 @@ class ConsulSessions:
         return str(session)
 
     async def destroy(self, session: str) -> None:
-        """End a session; idempotent."""
+        """End a session. Idempotent."""
         await self._client.call(
             lambda: self._library.session.destroy(session), what="end of a session", needs=_NEEDS
         )
 
     async def lock(self, key: str, value: bytes, session: str) -> bool:
-        """Take a lock and write its value; False when another session has it.
+        """Acquire a lock and write its value. Returns False when another session holds it.
 
-        Raises FencedError when this session is over."""
+        Raises FencedError when this session has ended."""
         taken = await self._client.call(
             lambda: self._library.kv.put(key, value, acquire=session),
             what=f"lock of {key}",
@@ -115,14 +115,14 @@ class ConsulSessions:
         return bool(taken)
 
     async def unlock(
-        self, keys: Sequence[str], session: str, *, forget: Sequence[str] = ()
+        self, keys: Sequence[str], session: str, *, delete: Sequence[str] = ()
     ) -> None:
-        """Let go of locks, and delete the keys of `forget`, all at once (at most 63 in all).
+        """Release locks and delete the keys of `delete`, in one transaction (at most 63 in all).
 
-        Raises FencedError, ConflictError or TerminalError when one of them was not ours any more: then
-        none is let go of, and ending the session does it."""
-        operations: list[dict[str, Any]] = [
+        Raises FencedError, ConflictError or TerminalError when the session no longer holds one of them. Then none is
+        released; end the session instead."""
+        operations: list[dict[str, object]] = [
             {"Verb": "unlock", "Key": key, "Value": "", "Session": session} for key in keys
         ]
-        operations += [{"Verb": "delete", "Key": key} for key in forget]
+        operations += [{"Verb": "delete", "Key": key} for key in delete]
         await self._client.txn(operations)

@@ -1,7 +1,6 @@
-"""What the Nomad servers can do: one version, one table, asked by name.
+"""Features of the Nomad servers, by their version.
 
-This is the only place that knows which version brought what. Everybody else asks
-`NomadFeatures.has`, as a caller asks a backend for its capabilities.
+Only this module knows which version introduced a feature. Callers use `NomadFeatures.has`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Final
+
+from nomad_watchdog.clients.nomad_rows import Job, Task, TaskGroup
 
 Version = tuple[int, ...]
 
@@ -19,20 +20,20 @@ MINIMUM: Final[Version] = (1, 6, 0)
 _NUMBER: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 PROBE: Final = 'job "probe" {\n group "g" {\n  task "t" { driver = "raw_exec" }\n }\n}'
-"""A job that is only parsed: the fields of the result tell how old the parser can be. HCL allows no block
+"""A job that is only parsed: the fields of the result show the minimum age of the parser. HCL does not allow a block
 within a block of one line."""
 
 
 class Feature(Enum):
-    """A feature: the first version that has it, and what its absence means for an operator."""
+    """A feature: the first version that has it, its name, and the effect of its absence, for operators."""
 
     DISCONNECT = (
         (1, 8, 0),
         "block `disconnect`",
-        "a lost node keeps its agent because rescheduling is off, so only we restart one that failed",
+        "a lost node keeps its agent because rescheduling is off, so only the control plane restarts a failed one",
     )
     NUMERIC_PAGES = (
-        # fixed upstream before (GH-25792); 1.11 is the first that was tried
+        # fixed earlier (GH-25792); 1.11 is the first version that was tested
         (1, 11, 0),
         "paged lists of allocations and evaluations",
         "they are read in one response, about 2.4 KB per agent",
@@ -45,7 +46,7 @@ class Feature(Enum):
     RACE_SAFE_TOKENS = (
         (1, 11, 2),  # GH-27353
         "idempotency tokens that are safe against races",
-        "racing requests can start an agent twice; we stop all but the oldest, and accept only one",
+        "racing requests can start an agent twice; the control plane stops all but the oldest, and accepts only one",
     )
 
     def __init__(self, since: Version, title: str, without: str) -> None:
@@ -56,17 +57,17 @@ class Feature(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NomadFeatures:
-    """`version`: of the oldest server. `exact` is False when only a lower bound is known."""
+    """`version`: that of the oldest server. `exact`: False when it is only a lower bound."""
 
     version: Version = MINIMUM
     exact: bool = False
 
     def has(self, feature: Feature) -> bool:
-        """Whether every server has it for sure."""
+        """Whether every server certainly has it."""
         return self.version >= feature.since
 
     def missing(self) -> list[Feature]:
-        """What the servers lack or may lack, in the order of `Feature`."""
+        """Features that the servers lack or may lack, in the order of `Feature`."""
         return [feature for feature in Feature if not self.has(feature)]
 
     def __str__(self) -> str:
@@ -75,9 +76,9 @@ class NomadFeatures:
 
 
 def of_members(answer: object) -> NomadFeatures | None:
-    """From Nomad's ``/v1/agent/members``; None when it names no server with a version.
+    """From Nomad's ``/v1/agent/members``; None when it has no server with a version.
 
-    During an upgrade of the servers the oldest one counts: any of them may lead next."""
+    During an upgrade of the servers the oldest one counts, because any of them can become the leader."""
     members = answer.get("Members") if isinstance(answer, Mapping) else None
     rows = members if isinstance(members, list) else []
     tags = [row.get("Tags") for row in rows if isinstance(row, Mapping)]
@@ -85,10 +86,10 @@ def of_members(answer: object) -> NomadFeatures | None:
     return NomadFeatures(min(found), exact=True) if found else None
 
 
-def of_parsed(job: Mapping[str, Any]) -> NomadFeatures:
+def of_parsed(job: Job) -> NomadFeatures:
     """From the result of parsing `PROBE`, for a token that may not read the members."""
-    group = (job.get("TaskGroups") or [{}])[0]
-    task = (group.get("Tasks") or [{}])[0]
+    group = next(iter(job.get("TaskGroups") or []), TaskGroup())
+    task = next(iter(group.get("Tasks") or []), Task())
     if "Secrets" in task:
         return NomadFeatures((1, 11, 0))
     return NomadFeatures((1, 8, 0) if "Disconnect" in group else MINIMUM)

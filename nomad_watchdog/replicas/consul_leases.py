@@ -199,7 +199,7 @@ class ConsulLeases:
             began = self._clock.monotonic()
             try:
                 async with asyncio.timeout(self._ttl_s):
-                    await self._sessions.beat(self._check, session)
+                    await self._sessions.renew(self._check, session)
             except FencedError:
                 raise
             except (WatchdogError, TimeoutError) as error:
@@ -312,7 +312,7 @@ class ConsulLeases:
         if not keys:
             return
         try:
-            await self._sessions.unlock([], "", forget=keys[:_TXN])
+            await self._sessions.unlock([], "", delete=keys[:_TXN])
         except WatchdogError as error:
             log.debug("stale replica not forgotten", extra={"reason": str(error)})
 
@@ -329,7 +329,7 @@ class ConsulLeases:
             async with asyncio.timeout(_RELEASE_S):
                 for first in range(0, len(held), _TXN):
                     gone = [self._keys.replica(self.replica)] if first == 0 else []
-                    await self._sessions.unlock(held[first : first + _TXN], session, forget=gone)
+                    await self._sessions.unlock(held[first : first + _TXN], session, delete=gone)
                 await self._sessions.destroy(session)
                 await self._sessions.retract(f"{SERVICE}-{self.replica}")
         except (WatchdogError, TimeoutError) as error:

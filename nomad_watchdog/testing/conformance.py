@@ -1,8 +1,8 @@
-"""The contract of `nomad_watchdog.schedulers.Scheduler` as a suite, the same for every backend.
+"""The contract of `nomad_watchdog.schedulers.Scheduler` as a test suite, the same for every backend.
 
-No pytest here (as trio's `check_one_way_stream`): a maker gives a `Rig`, `check_scheduler` runs all
-checks, and a test-suite may parametrize over `CHECKS`. Every check uses device ids of its own and
-retires them, so one backend can serve all of them. A broken promise raises AssertionError in words.
+It does not use pytest (as trio's `check_one_way_stream`): a maker returns a `Rig`, `check_scheduler` runs all checks,
+and a test suite can parametrize over `CHECKS`. Each check uses its own device ids and retires them, so one backend can
+serve all checks. A violation of the contract raises AssertionError with a message.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ async def prepare_is_idempotent(rig: Rig) -> None:
 
 
 async def ensure_shows_in_snapshot(rig: Rig) -> None:
-    """A snapshot at the returned index or later shows the placement with all its facts."""
+    """A snapshot at the returned index or later includes the placement with all its fields."""
     async with bench_of(rig) as bench:
         record = bench.device()
         index = await bench.scheduler.ensure(record, Epoch(7), bench.spec)
         assert index > 0, f"ensure returned index {index}; it must be positive"
 
-        async def shown() -> bool:
+        async def included() -> bool:
             snapshot = await bench.scheduler.snapshot()
             if snapshot.index < index:
                 return False
             assert record.slug in snapshot.placements, (
-                f"ensure answered index {index}, the snapshot at {snapshot.index} lacks the placement"
+                f"ensure returned index {index}, but the snapshot at {snapshot.index} lacks the placement"
             )
             return True
 
-        await bench.until("a snapshot at the index that ensure returned", shown)
+        await bench.until("a snapshot at the index that ensure returned", included)
         found = await bench.running(record)
-        told = (found.slug, found.device_id, found.epoch, found.agent_class, found.spec_hash)
+        actual = (found.slug, found.device_id, found.epoch, found.agent_class, found.spec_hash)
         wanted = (record.slug, record.device.id, 7, bench.spec.agent_class, bench.spec.spec_hash)
-        assert told == wanted, f"the placement says {told}, asked for was {wanted}"
+        assert actual == wanted, f"the placement has {actual}, expected {wanted}"
         assert len(found.instances) == 1, f"a running placement has instances {found.instances}"
 
 
@@ -105,7 +105,7 @@ async def ensure_raced_is_one(rig: Rig) -> None:
 
 
 async def retire_is_graceful(rig: Rig) -> None:
-    """Retire ends DEAD with no process left; again, or for something gone, it is no error."""
+    """Retire ends in DEAD without a process. Repeated, or for a placement that is gone, it is not an error."""
     async with bench_of(rig) as bench:
         record, placement = await bench.start()
         await bench.scheduler.retire(placement, rig.grace_s)
@@ -115,10 +115,10 @@ async def retire_is_graceful(rig: Rig) -> None:
         dead = [one for one in await bench.of(record.slug) if one.state is PlacementState.DEAD]
         await bench.scheduler.sweep(dead)
         await bench.scheduler.retire(placement, rig.grace_s)
-        # A scheduler may need a moment to see that there is nothing to do.
-        still = {PlacementState.DEAD, PlacementState.STOPPING}
+        # A scheduler may need a moment to detect that there is nothing to do.
+        allowed = {PlacementState.DEAD, PlacementState.STOPPING}
         states = {one.state for one in await bench.of(record.slug)}
-        assert states <= still, f"retiring something gone brought it back: {states}"
+        assert states <= allowed, f"retiring something gone brought it back: {states}"
         await bench.gone([record.slug])
 
 
@@ -161,32 +161,32 @@ async def unchanged_since_is_never_wrong(rig: Rig) -> None:
         older = await bench.scheduler.snapshot()
         newer = await bench.scheduler.snapshot()
         assert not await unchanged_since(bench.scheduler, older), (
-            "said of a snapshot that was not the last"
+            "true for a snapshot that was not the last"
         )
         second = bench.device("two")
         index = await bench.scheduler.ensure(second, Epoch(1), bench.spec)
-        assert not await unchanged_since(bench.scheduler, newer), "said after a start"
+        assert not await unchanged_since(bench.scheduler, newer), "true after a start"
 
-        async def shown() -> bool:
+        async def included() -> bool:
             nonlocal newer
             newer = await bench.scheduler.snapshot()
             return newer.index >= index and second.slug in newer.placements
 
-        await bench.until("the second device in a snapshot", shown)
+        await bench.until("the second device in a snapshot", included)
         await bench.scheduler.retire(placement, rig.grace_s)
-        assert not await unchanged_since(bench.scheduler, newer), "said after a stop was asked for"
+        assert not await unchanged_since(bench.scheduler, newer), "true after a stop was requested"
         newer = await bench.scheduler.snapshot()
         await bench.gone([first.slug])
         seen = await bench.scheduler.snapshot(only=[first.slug])
         states = {one.state for one in seen.placements.get(first.slug, ())}
         if states != {one.state for one in newer.placements.get(first.slug, ())}:
             assert not await unchanged_since(bench.scheduler, newer), (
-                "said after an agent has ended"
+                "true after an agent has ended"
             )
 
 
 async def snapshot_is_complete_or_raises(rig: Rig) -> None:
-    """When the backend cannot be read, snapshot raises TransientError: never a silent partial (S7)."""
+    """When the backend cannot be read, snapshot raises TransientError instead of being incomplete (S7)."""
     if rig.break_reads is None:
         return
     async with bench_of(rig) as bench:
@@ -198,7 +198,7 @@ async def snapshot_is_complete_or_raises(rig: Rig) -> None:
                 pass
             else:
                 raise AssertionError(
-                    f"reads are broken, snapshot gave {len(seen.placements)} devices"
+                    f"reads are broken, but snapshot returned {len(seen.placements)} devices"
                 )
         assert (await bench.running(record)).ref == placement.ref
 
@@ -211,7 +211,7 @@ async def _next(hints: AsyncIterator[Hint], slug: Slug) -> None:
 
 
 async def watch_hints(rig: Rig) -> None:
-    """The first hint is a resync, a change is hinted to every watcher, and closing leaves no task."""
+    """The first hint is a resync, every watcher gets a hint for a change, and closing leaves no task."""
     async with bench_of(rig) as bench:
         before = asyncio.all_tasks()
         async with aclosing(_generator(bench.scheduler.watch())) as one:
@@ -234,7 +234,7 @@ async def watch_hints(rig: Rig) -> None:
 
 
 async def _generator(hints: AsyncIterator[Hint]) -> AsyncGenerator[Hint, None]:
-    """Close the backend's iterator with ours, whether it is a generator or not."""
+    """Close the backend's iterator together with this generator."""
     try:
         async for hint in hints:
             yield hint
@@ -266,7 +266,7 @@ async def crash_is_restarted(rig: Rig) -> None:
 
 
 async def restart_of_ours_adopts(rig: Rig) -> None:
-    """Closing the scheduler and making another neither loses nor restarts anything (L3)."""
+    """Closing the scheduler and creating another one neither loses nor restarts agents (L3)."""
     async with bench_of(rig) as bench:
         record, placement = await bench.start()
         before = await rig.processes(record.slug)
@@ -278,24 +278,24 @@ async def restart_of_ours_adopts(rig: Rig) -> None:
         assert await rig.processes(record.slug) == before, "the agent was restarted"
 
 
-async def failing_agent_says_why(rig: Rig) -> None:
-    """An agent that exits 1 at once ends RESTARTING or DEAD, with a reason and few restarts (S9)."""
+async def failing_agent_has_reason(rig: Rig) -> None:
+    """An agent that exits with 1 at once becomes RESTARTING or DEAD, with a reason and few restarts (S9)."""
     async with bench_of(rig, rig.failing_spec()) as bench:
         record = bench.device()
         await bench.scheduler.ensure(record, Epoch(1), bench.spec)
 
-        async def told() -> bool:
+        async def has_reason() -> bool:
             found = await bench.of(record.slug)
             bad = {PlacementState.RESTARTING, PlacementState.DEAD}
             return bool(found) and found[0].state in bad and bool(found[0].reason)
 
-        await bench.until("RESTARTING or DEAD, with a reason", told)
+        await bench.until("RESTARTING or DEAD, with a reason", has_reason)
         for one in await bench.of(record.slug):
             assert one.restarts <= 20, f"{one.restarts} restarts at once: no back-off"
 
 
 async def hostile_ids_map_back(rig: Rig, count: int = 1000) -> None:
-    """Every hostile id is placed under a slug of its own and mapped back exactly (S11)."""
+    """Every difficult id gets its own slug and is mapped back exactly (S11)."""
     ids = hostile_device_ids(count)
     assert len({unicodedata.normalize("NFC", one) for one in ids}) >= count - 1
     async with bench_of(rig, rig.scale_spec()) as bench:
@@ -336,7 +336,7 @@ CHECKS: Final[dict[str, Check]] = {
         watch_hints,
         crash_is_restarted,
         restart_of_ours_adopts,
-        failing_agent_says_why,
+        failing_agent_has_reason,
         hostile_ids_map_back,
     )
 }
@@ -345,9 +345,9 @@ CHECKS: Final[dict[str, Check]] = {
 async def check_scheduler(
     make: Maker, *, only: Collection[str] | None = None, hostile_ids: int = 1000
 ) -> list[str]:
-    """Run the checks, each with a rig of its own; the names of those that ran.
+    """Run the checks, each with its own rig. Returns the names of those that ran.
 
-    Raises AssertionError for the first broken promise, and for an unknown name in `only`.
+    Raises AssertionError for the first violation of the contract, and for an unknown name in `only`.
     """
     unknown = set(only or ()) - set(CHECKS)
     assert not unknown, f"no such check: {sorted(unknown)}; there are {sorted(CHECKS)}"

@@ -1,4 +1,4 @@
-"""What the conformance checks stand on: the rig that a maker gives, and one check's devices."""
+"""The basis of the conformance checks: the rig of a backend, and the devices of one check."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Rig:
     """One backend under test."""
 
     scheduler: Callable[[], Scheduler]
-    """A new instance over the same backend: two of them are two reconcilers that race."""
+    """Returns a new instance over the same backend. Two instances act like two reconcilers that race."""
     spec: Callable[..., AgentSpec]
-    """The usual test agent; keywords replace fields. It lives until SIGTERM and exits then."""
+    """The usual test agent; keywords replace fields. It runs until SIGTERM."""
     failing_spec: Callable[[], AgentSpec]
-    """An agent that exits 1 at once."""
+    """An agent that exits with 1 at once."""
     scale_spec: Callable[[], AgentSpec]
-    """The cheapest placement that the backend can do, for a thousand ids; may be the usual one."""
+    """The cheapest placement of the backend, for a thousand ids; may be the usual one."""
     processes: Callable[[Slug], Awaitable[set[int]]]
     """Pids, or other unique numbers, of the live agent processes of one device (S3)."""
     crash: Callable[[Placement], Awaitable[None]] | None = None
-    """Kill the process of a placement hard, behind the backend's back; None = impossible here."""
+    """Kill the process of a placement without the backend (SIGKILL); None = not possible."""
     break_reads: Callable[[], AbstractAsyncContextManager[None]] | None = None
-    """While entered, the backend cannot be read completely; None = cannot be arranged."""
+    """While entered, the backend cannot be read completely; None = not possible."""
     timeout_s: float = 30.0
     grace_s: float = 5.0
 
@@ -52,12 +52,12 @@ Check = Callable[[Rig], Awaitable[None]]
 
 _PERIOD_S: Final = 0.05
 _PAUSE: Final = 4
-"""Between two looks, in times of what the last one took."""
+"""Pause between two polls, as a multiple of the duration of the last one."""
 LIVE: Final = frozenset(PlacementState) - {PlacementState.DEAD}
 
 
 def record_of(device_id: str) -> DeviceRecord:
-    """A record as the registry would hold it for a device that is present."""
+    """The record of a device that is present."""
     checked = parse_device_id(device_id)
     return DeviceRecord(
         slug=slug_of(checked),
@@ -91,10 +91,10 @@ class Bench:
         return [one for one in await self.of(slug) if one.state in LIVE]
 
     async def until(self, what: str, test: Callable[[], Awaitable[bool]]) -> None:
-        """Poll until the test is true. A TransientError means: not yet.
+        """Poll until the test is true. A TransientError counts as false.
 
-        After a test that took long comes a longer pause: a look at a thousand placements, again and again, keeps
-        the backend from what is waited for."""
+        The pause is longer after a test that took long, because frequent polls of a thousand placements would slow
+        down the backend."""
         clock = SystemClock()
         deadline = clock.monotonic() + self.rig.timeout_s
         while (began := clock.monotonic()) < deadline:
@@ -160,7 +160,7 @@ async def bench_of(rig: Rig, spec: AgentSpec | None = None) -> AsyncIterator[Ben
 
 
 def hostile_device_ids(count: int) -> list[str]:
-    """`count` different ids that are legal and meant to hurt: markup, paths, twins, 128 bytes."""
+    """`count` different valid ids that are difficult: markup, paths, similar ids, 128 bytes."""
     stems = [
         "../../etc/passwd", "${x}", "{{x}}", "%s%n%00", "a'b\"c`d", "$(id)", "; rm -rf /", "-rf",
         "кран-7", "機器", "🙂🙃", "d-1", "d-10", "D-1", "a/b", "a\\b", "<b>&amp;", "#", "?x=1&y",

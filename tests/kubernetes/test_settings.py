@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients._kubernetes_credentials import HOLD_S, Credentials
+from nomad_watchdog.clients._kubernetes_credentials import RETRY_S, Credentials
 from nomad_watchdog.clients._kubernetes_settings import KubernetesAccess, in_cluster
 from nomad_watchdog.errors import TransientError, UserError
 from nomad_watchdog.model import Monotonic, WallTime
@@ -206,7 +206,7 @@ async def test_an_exec_credential_is_kept_until_it_expires(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("script", "kind", "words"),
     [
-        ("exit 3", TransientError, "ended 3"),
+        ("exit 3", TransientError, "exited with 3"),
         ("echo hello", UserError, "printed no ExecCredential"),
         ("echo '{\"status\": {}}'", UserError, "with a token or a certificate"),
     ],
@@ -263,10 +263,10 @@ async def test_who_waits_for_a_plugin_that_fails_gets_its_failure(tmp_path: Path
     told = await asyncio.gather(*calls, return_exceptions=True)
 
     assert {(type(one), str(one)) for one in told} == {
-        (TransientError, "kubernetes: the credential plugin plugin ended 3")
+        (TransientError, "kubernetes: the credential plugin plugin exited with 3")
     }
     assert len(runs.read_text()) == 1
-    clock.now += HOLD_S
+    clock.now += RETRY_S
     with pytest.raises(TransientError):
         await credentials.current()
     assert len(runs.read_text()) == 2
@@ -284,6 +284,6 @@ async def test_a_plugin_that_gives_what_was_refused_is_not_asked_by_each_call(
 
     assert set(told) == {False}
     assert len(runs.read_text()) == 2
-    clock.now += HOLD_S
+    clock.now += RETRY_S
     assert not await credentials.refused(used)
     assert len(runs.read_text()) == 3

@@ -405,8 +405,8 @@ async def test_a_token_of_ours_ends_no_session_of_another_node(
             else:
                 session = await sessions.create("lease", name)
                 assert await sessions.lock(key, b"{}", session)
-                await sessions.beat(name, session)
-                await sessions.unlock([key], session, forget=[key])
+                await sessions.renew(name, session)
+                await sessions.unlock([key], session, delete=[key])
                 await sessions.destroy(session)
             await sessions.retract(name)
     attack.tried, attack.result = (
