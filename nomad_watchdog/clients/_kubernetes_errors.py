@@ -37,7 +37,7 @@ class StatusDetails(TypedDict, total=False):
     causes: list[Cause] | None
 
 
-class Status(TypedDict, total=False):
+class ErrorStatus(TypedDict, total=False):
     """The Status object of an error response."""
 
     code: int
@@ -56,13 +56,13 @@ _PERMANENT: Final[Mapping[int, type[WatchdogError]]] = {
 }
 
 
-def status_of(raw: bytes) -> Status:
+def status_of(raw: bytes) -> ErrorStatus:
     """The Status object of a response; empty if it has none."""
     try:
         found = loads(raw)
     except ValueError:
         return {}
-    return cast("Status", found) if isinstance(found, dict) else {}
+    return cast("ErrorStatus", found) if isinstance(found, dict) else {}
 
 
 def seconds_of(retry_after: str) -> float | None:
@@ -96,7 +96,7 @@ def translate(status: int, raw: bytes, what: str, retry_after: str = "") -> Exce
     return TerminalError(f"kubernetes answers HTTP {status} to {what}: {message}")
 
 
-def _conflict(status: Status, message: str) -> Exception:
+def _conflict(status: ErrorStatus, message: str) -> Exception:
     causes = (status.get("details") or {}).get("causes") or []
     taken = [one for one in causes if one.get("reason") == "FieldManagerConflict"]
     if not taken:

@@ -28,7 +28,7 @@ class ObjectMeta(TypedDict, total=False):
     uid: str
 
 
-class Condition(TypedDict, total=False):
+class ObjectCondition(TypedDict, total=False):
     type: Required[str]
     status: Required[str]
     reason: str
@@ -105,7 +105,7 @@ class WorkloadSpec(PodSpec, total=False):
 
 
 class ObjectStatus(TypedDict, total=False):
-    conditions: list[Condition] | None
+    conditions: list[ObjectCondition] | None
     containerStatuses: list[ContainerStatus] | None
     message: str
     phase: str

@@ -1,7 +1,7 @@
-"""One child process with a log file, in a process group of its own.
+"""A child process with a log file, in its own process group.
 
-Built on `subprocess.Popen` and not on asyncio's: a server of a test session is started in one event
-loop and stopped, paused or killed from another.
+It uses `subprocess.Popen`, not asyncio's, because a server of a test session is started in one event loop and stopped,
+paused or killed from another one.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from nomad_watchdog.errors import TerminalError, TransientError
 
 _POLL_S: Final = 0.02
 _PORTS: Final = range(20_000, 32_000)
-"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a port between
-our look and the server's bind."""
+"""Below Linux's ephemeral ports (32768 and up), so that no outgoing connection takes a port between the check and the
+server's bind."""
 _handed_out: Final[set[int]] = set()
 _ports_lock: Final = threading.Lock()
 
 
 def free_port() -> int:
-    """A port that is free on 127.0.0.1 for TCP and UDP, that this process never got before, and that no other
-    process of this user gets by this function while this one runs.
+    """A port that is free on 127.0.0.1 for TCP and UDP. This function never returns it again in this process, nor in
+    another process of this user while this one runs.
 
     Raises TransientError when none is found in 1,000 tries.
     """
@@ -49,8 +49,8 @@ def free_port() -> int:
 
 
 def take_block(blocks: Sequence[int]) -> int:
-    """The first of these numbers that no process of this user has, until `give_back` or our end; when all are
-    taken, any of them. Each stands for a block of ports that another program chooses from."""
+    """Reserve the first of these numbers that no process of this user has reserved, until `give_back` or the end of
+    this process. If all are reserved, return any. Each number stands for a block of ports of another program."""
     with _ports_lock:
         for block in blocks:
             if block not in _handed_out and _claimed(block):
@@ -60,7 +60,7 @@ def take_block(blocks: Sequence[int]) -> int:
 
 
 def give_back(block: int) -> None:
-    """What `take_block` gave."""
+    """Release a number that `take_block` returned."""
     with _ports_lock:
         _handed_out.discard(block)
         claims = _claims()
@@ -69,7 +69,7 @@ def give_back(block: int) -> None:
 
 
 def _claimed(port: int) -> bool:
-    """Lock one byte of a file that all processes of this user share; the kernel unlocks it when we end."""
+    """Lock one byte of a file that all processes of this user share. The kernel unlocks it when this process ends."""
     claims = _claims()
     if claims is None:
         return True
@@ -82,8 +82,8 @@ def _claimed(port: int) -> bool:
 
 @functools.cache
 def _claims() -> int | None:
-    """Open as long as we run: closing any descriptor of the file would give up all of its locks. None where the
-    cache can't be written."""
+    """The file stays open as long as this process runs, because closing any descriptor of it would release all of its
+    locks. None if the cache is not writable."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _is_free(port: int) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without what would point a child at somebody's real cluster."""
+    """The environment without variables that would make a child use a real cluster."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -112,8 +112,8 @@ def clean_environment() -> dict[str, str]:
 
 
 class Running(ABC):
-    """``async with server: …``: started on the way in, stopped on the way out, and stopped as well when the
-    start fails or is cancelled, so that no process is left behind."""
+    """``async with server: …`` starts it, and stops it at the end, also when the start fails or is cancelled, so that no
+    process is left."""
 
     @abstractmethod
     async def start(self) -> None:
@@ -121,7 +121,7 @@ class Running(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Graceful, idempotent, also after a start that failed."""
+        """Stop gracefully. Idempotent, also after a failed start."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -136,7 +136,7 @@ class Running(ABC):
 
 
 class Process:
-    """A child process. It is signalled by its pid, and its whole group only to clean up."""
+    """A child process. Signals go to its pid, and to its whole group only to clean up."""
 
     def __init__(self, name: str, popen: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
@@ -153,10 +153,10 @@ class Process:
         cwd: Path | None = None,
         user: int | None = None,
     ) -> Process:
-        """Start argv with both outputs appended to log; env None = ours, unchanged. `user`: whose it is, by
-        number, instead of ours (who must be root).
+        """Start argv with both outputs appended to log. `env`: None = the environment of this process. `user`: run it
+        as this uid (needs root).
 
-        Raises TerminalError when the program can't be started.
+        Raises TerminalError when the program cannot be started.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         name = Path(argv[0]).name
@@ -175,7 +175,7 @@ class Process:
                     extra_groups=None if user is None else [],
                 )
             except OSError as error:
-                raise TerminalError(f"can't start {name}: {error.strerror}") from error
+                raise TerminalError(f"cannot start {name}: {error.strerror}") from error
         return cls(name, popen, log)
 
     @property
@@ -184,18 +184,18 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; minus the signal's number when one ended it."""
+        """None while it runs; the negative number of a signal that ended it."""
         return self._popen.poll()
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the process itself; nothing happens when it has ended. After SIGSTOP it has stopped with
-        all its threads: one that still ran could answer a last call."""
+        """Signal the process itself. No effect when it has ended. With SIGSTOP, wait until it has stopped with all its
+        threads, because a running one could still answer a call."""
         self._popen.send_signal(number)
         if number == signal.SIGSTOP and self._popen.returncode is None:
             os.waitid(os.P_PID, self._popen.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     async def wait(self, timeout_s: float | None = None) -> int:
-        """Its return code. Raises TimeoutError when it still runs after timeout_s."""
+        """Wait for its return code. Raises TimeoutError when it still runs after timeout_s."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while (code := self._popen.poll()) is None:
             if deadline is not None and time.monotonic() >= deadline:
@@ -204,9 +204,9 @@ class Process:
         return code
 
     async def terminate(self, grace_s: float = 10.0) -> int:
-        """SIGTERM, after grace_s SIGKILL; then what is left of its group is killed. Idempotent."""
+        """Send SIGTERM, after grace_s SIGKILL; then kill the rest of its group. Idempotent."""
         if self._popen.poll() is None:
-            self.send(signal.SIGCONT)  # a paused process would never see the SIGTERM
+            self.send(signal.SIGCONT)  # a paused process would not receive the SIGTERM
             self.send(signal.SIGTERM)
             try:
                 await self.wait(grace_s)
@@ -217,7 +217,7 @@ class Process:
         return code
 
     async def kill(self) -> int:
-        """SIGKILL, as a crash would do it; children of the process are left to their fate."""
+        """Send SIGKILL, as in a crash. Children of the process keep running."""
         self.send(signal.SIGKILL)
         return await self.wait()
 
@@ -233,7 +233,7 @@ class Process:
 
 
 class ServerProcess(Running):
-    """A server that is one process, with a folder of its own."""
+    """A server that is one process, with its own folder."""
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
@@ -245,7 +245,7 @@ class ServerProcess(Running):
         return self._process
 
     async def stop(self) -> None:
-        """Graceful, idempotent."""
+        """Stop gracefully. Idempotent."""
         if self._process is not None:
             await self._process.terminate()
             self._process = None

@@ -130,32 +130,32 @@ async def next_epoch_after_dead(rig: Rig) -> None:
         await bench.gone([record.slug])
         await bench.scheduler.ensure(record, Epoch(2), bench.spec)
         found = await bench.running(record)
-        assert found.epoch == 2, f"asked for epoch 2, got {found.epoch}"
+        assert found.epoch == 2, f"expected epoch 2, got {found.epoch}"
         assert found.instances != placement.instances, "the next epoch reused the instance id"
 
 
 async def snapshot_only_is_a_part(rig: Rig) -> None:
     """snapshot(only=…) is the full snapshot restricted, absent slugs included."""
     async with bench_of(rig) as bench:
-        started = [await bench.start(word) for word in ("d-1", "d-10")]
-        nobody = slug_of(DeviceId(f"nobody-{uuid.uuid4()}"))
-        asked = frozenset({started[0][0].slug, nobody})
+        started = [await bench.start(prefix) for prefix in ("d-1", "d-10")]
+        absent = slug_of(DeviceId(f"absent-{uuid.uuid4()}"))
+        only = frozenset({started[0][0].slug, absent})
 
         def key(seen: Snapshot, slug: Slug) -> set[tuple[str, int, str]]:
             return {(one.ref, one.epoch, one.state) for one in seen.placements.get(slug, ())}
 
         full = await bench.scheduler.snapshot()
-        part = await bench.scheduler.snapshot(only=asked)
-        assert full.only is None, f"a full snapshot says only={full.only}"
-        assert part.only == asked, f"asked for {asked}, the snapshot says {part.only}"
-        assert set(part.placements) <= asked, "a restricted snapshot shows what was not asked for"
-        for slug in asked:
+        part = await bench.scheduler.snapshot(only=only)
+        assert full.only is None, f"a full snapshot has only={full.only}"
+        assert part.only == only, f"expected only={only}, the snapshot has {part.only}"
+        assert set(part.placements) <= only, "a restricted snapshot has other devices"
+        for slug in only:
             assert key(part, slug) == key(full, slug), f"part and whole differ for {slug}"
 
 
 async def unchanged_since_is_never_wrong(rig: Rig) -> None:
-    """A backend that can say that nothing has changed since a snapshot says it of the last full one only,
-    and after no start, no stop and no end of an agent."""
+    """`unchanged_since`, where a backend has it, is true only for the last full snapshot, and not after a start, a stop
+    or the end of an agent."""
     async with bench_of(rig) as bench:
         first, placement = await bench.start("one")
         older = await bench.scheduler.snapshot()

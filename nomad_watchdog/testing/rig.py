@@ -79,8 +79,8 @@ class Bench:
     spec: AgentSpec
     made: set[Slug] = field(default_factory=set)
 
-    def device(self, word: str = "device") -> DeviceRecord:
-        record = record_of(f"{word}-{uuid.uuid4()}")
+    def device(self, prefix: str = "device") -> DeviceRecord:
+        record = record_of(f"{prefix}-{uuid.uuid4()}")
         self.made.add(record.slug)
         return record
 
@@ -116,8 +116,8 @@ class Bench:
         await self.until(f"one running placement with one process for {record.slug}", test)
         return (await self.alive(record.slug))[0]
 
-    async def start(self, word: str = "device") -> tuple[DeviceRecord, Placement]:
-        record = self.device(word)
+    async def start(self, prefix: str = "device") -> tuple[DeviceRecord, Placement]:
+        record = self.device(prefix)
         await self.scheduler.ensure(record, Epoch(1), self.spec)
         return record, await self.running(record)
 

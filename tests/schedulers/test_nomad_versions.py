@@ -12,7 +12,7 @@ from nomad_watchdog.clients.nomad_features import MINIMUM, Feature, NomadFeature
 from nomad_watchdog.model import AgentSpec, Epoch, PlacementState
 from nomad_watchdog.schedulers import job_templates
 from nomad_watchdog.schedulers.nomad import NomadScheduler
-from nomad_watchdog.schedulers.nomad._view import Identity, placement
+from nomad_watchdog.schedulers.nomad._view import JobIdentity, placement
 from nomad_watchdog.testing.conformance import record_of
 from tests.schedulers.recorded_nomad import RecordedNomad
 
@@ -215,7 +215,7 @@ def test_a_drained_child_ends_or_moves(version: str) -> None:
         "DesiredTransition": DRAINED[version], "TaskStates": {"agent": {"Restarts": 2}},
     }  # fmt: skip
     blocked = [{"Status": "blocked", "JobID": "j"}] if moves else []
-    who = Identity(RECORD.slug, RECORD.device.id, Epoch(1))
+    who = JobIdentity(RECORD.slug, RECORD.device.id, Epoch(1))
     drained = placement(job, who, [first], blocked, settled=False)
     assert drained.state is (PlacementState.RESTARTING if moves else PlacementState.DEAD)
     assert drained.queued is moves
@@ -234,7 +234,7 @@ def test_a_placement_says_since_when_it_waits_and_whether_a_node_has_it() -> Non
     queue as long as an evaluation is under way or blocked."""
     meta = {"device_id": RECORD.device.id, "slug": RECORD.slug, "epoch": "1"}
     job = {"ID": "j", "Meta": meta, "Status": "pending", "SubmitTime": 5_000_000_000}
-    who = Identity(RECORD.slug, RECORD.device.id, Epoch(1))
+    who = JobIdentity(RECORD.slug, RECORD.device.id, Epoch(1))
     lost = {
         "ID": "a1", "CreateIndex": 1, "ClientStatus": "lost", "DesiredStatus": "stop",
         "CreateTime": 6_000_000_000,

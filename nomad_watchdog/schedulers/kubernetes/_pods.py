@@ -11,9 +11,9 @@ from datetime import datetime
 from typing import Final
 
 from nomad_watchdog.clients.kubernetes_objects import (
-    Condition,
     ContainerStatus,
     KubernetesObject,
+    ObjectCondition,
     Terminated,
     Waiting,
 )
@@ -161,7 +161,7 @@ def time_of(text: str | None) -> float:
         return 0.0
 
 
-def condition(thing: KubernetesObject, kind: str) -> Condition | None:
+def condition(thing: KubernetesObject, kind: str) -> ObjectCondition | None:
     conditions = (thing.get("status") or {}).get("conditions") or []
     return next((one for one in conditions if one["type"] == kind), None)
 

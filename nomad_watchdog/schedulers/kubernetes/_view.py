@@ -16,7 +16,7 @@ from nomad_watchdog.schedulers.kubernetes.names import KINDS, Kind, Ref
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class ObjectIdentity:
     """The device, epoch and spec of an object or a pod, from its labels and annotations."""
 
     slug: Slug
@@ -28,7 +28,7 @@ class Identity:
     api: tuple[str, ...] = ()
 
 
-def identity(thing: KubernetesObject) -> Identity:
+def identity(thing: KubernetesObject) -> ObjectIdentity:
     """Raises UserError when its labels are inconsistent."""
     meta = thing["metadata"]
     labels, notes = labels_of(thing), meta.get("annotations") or {}
@@ -39,7 +39,7 @@ def identity(thing: KubernetesObject) -> Identity:
     whole = number.isascii() and number.isdigit() and len(number) < 19
     if labels.get(names.SLUG) != slug or not whole or kind is None:
         raise UserError("labels of an object are inconsistent: slug, epoch or workload")
-    return Identity(
+    return ObjectIdentity(
         slug,
         device_id,
         Epoch(int(number)),
@@ -59,7 +59,7 @@ def labels_of(thing: KubernetesObject) -> Mapping[str, str]:
 class _Owner:
     """The Deployment or StatefulSet of a device."""
 
-    who: Identity
+    who: ObjectIdentity
     thing: KubernetesObject
 
     @property
@@ -95,7 +95,7 @@ def placements(
     inconsistent labels are left out."""
     owners = {key: _Owner(who, thing) for key, who, thing in _identified(objects)}
     epochs: dict[_Key, dict[Epoch, list[KubernetesObject]]] = defaultdict(dict)
-    identities: dict[tuple[_Key, Epoch], Identity] = {}
+    identities: dict[tuple[_Key, Epoch], ObjectIdentity] = {}
     for key, owner in owners.items():
         epochs[key][owner.who.epoch] = []
         identities[key, owner.who.epoch] = owner.who
@@ -114,7 +114,7 @@ def placements(
 
 def _identified(
     things: Iterable[KubernetesObject],
-) -> Iterator[tuple[_Key, Identity, KubernetesObject]]:
+) -> Iterator[tuple[_Key, ObjectIdentity, KubernetesObject]]:
     for thing in things:
         try:
             who = identity(thing)
@@ -124,7 +124,7 @@ def _identified(
 
 
 def _placement(
-    who: Identity, namespace: str, owner: _Owner | None, pods: _Pods, now: WallTime
+    who: ObjectIdentity, namespace: str, owner: _Owner | None, pods: _Pods, now: WallTime
 ) -> Placement:
     newest = max(pods.all, key=_pods.created_at, default=None)
     state, reason = _state(who, owner, pods, now)
@@ -154,7 +154,7 @@ def _placement(
 
 
 def _state(
-    who: Identity, owner: _Owner | None, pods: _Pods, now: WallTime
+    who: ObjectIdentity, owner: _Owner | None, pods: _Pods, now: WallTime
 ) -> tuple[PlacementState, str]:
     if who.kind != "pod" and (owner is None or not owner.keeps(who.epoch)):
         return _state_without_owner(owner, who.epoch, pods, now)

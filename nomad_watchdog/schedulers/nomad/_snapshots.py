@@ -21,7 +21,7 @@ from nomad_watchdog.schedulers.nomad._list_check import unlisted
 from nomad_watchdog.schedulers.nomad._names import JobNames
 from nomad_watchdog.schedulers.nomad._view import (
     SECOND_LOOK_S,
-    Identity,
+    JobIdentity,
     identity,
     looks_dead,
     placement,
@@ -200,7 +200,7 @@ class SnapshotReader:
             found.append(placement(job, who, mine, waiting, settled=settled, nodes=self._nodes.now))
         return by_device(found)
 
-    def _identity(self, job: Job) -> Identity | None:
+    def _identity(self, job: Job) -> JobIdentity | None:
         try:
             return identity(job, self._installation)
         except UserError as error:

@@ -33,7 +33,7 @@ API: Final = "agent_api"
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class JobIdentity:
     """The device and epoch of a job."""
 
     slug: Slug
@@ -41,7 +41,7 @@ class Identity:
     epoch: Epoch
 
 
-def identity(job: Job, installation: str) -> Identity | None:
+def identity(job: Job, installation: str) -> JobIdentity | None:
     """From a job's meta; None when the job is not one of our agents.
 
     Raises UserError when its meta is inconsistent."""
@@ -59,12 +59,12 @@ def identity(job: Job, installation: str) -> Identity | None:
         epoch = -1
     if epoch < 0:
         raise UserError("meta of a job is inconsistent: slug or epoch")
-    return Identity(slug, device_id, Epoch(epoch))
+    return JobIdentity(slug, device_id, Epoch(epoch))
 
 
 def placement(
     job: Job,
-    who: Identity,
+    who: JobIdentity,
     allocs: Sequence[Allocation],
     evals: Sequence[Evaluation],
     *,
