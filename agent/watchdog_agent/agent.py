@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from watchdog_agent.escalation.escalations import Escalations
     from watchdog_agent.repairs.runner import RepairRunner
     from watchdog_agent.reporting.loki import LokiShipper
-    from watchdog_agent.runtime.types import Answer, Config, Document, Outcome
+    from watchdog_agent.runtime.status_types import Status
+    from watchdog_agent.runtime.types import Answer, Config, Document, Outcome, SavedState
+    from watchdog_agent.wire import Report
 
     Then = Callable[[Callable[[], None]], None]
-    """Does something, and then calls back."""
 
 
 class Agent:
@@ -126,7 +127,7 @@ class Agent:
         return len(self.prober.results) == len(self.config["probes"])
 
     def run(self) -> int:
-        """Run until retired or signalled; return the exit code."""
+        """Run until retired or signalled; returns the exit code."""
         self.loop.on_signals((signal.SIGTERM, signal.SIGINT), self.signalled)
         self._write_address()
         log("agent started", listen=self.server.address, epoch=self.config["epoch"])
@@ -231,7 +232,7 @@ class Agent:
             current = self.repairs.ladder.current
         return max(0.0, time.monotonic() - (since if current is None else current["at"]))
 
-    def make_report(self, sequence: int, dropped: int, stopping: bool) -> Document:
+    def make_report(self, sequence: int, dropped: int, stopping: bool) -> Report:
         """The report as of now."""
         detector = self.prober.detector
         state, reason = self.reported_state()
@@ -281,18 +282,10 @@ class Agent:
             self.on_demand = on_demand.OnDemand(self.loop, self.config)
         return self.on_demand.start() if method == "POST" else self.on_demand.progress()
 
-    def status(self) -> Document:
+    def status(self) -> Status:
         """The body of /status."""
         state, reason = self.reported_state()
-        optional: Document = {}
-        if self.repairs is not None:
-            optional["repairs"] = self.repairs.status()
-        if self.escalations is not None:
-            optional["escalations"] = self.escalations.status()
-        if self.shipper is not None:
-            optional["logs"] = self.shipper.status()
-        return {
-            **optional,
+        status: Status = {
             "device_id": self.config["device_id"],
             "slug": self.config["slug"],
             "epoch": self.config["epoch"],
@@ -304,9 +297,16 @@ class Agent:
             "reason": reason,
             "state_age_s": round(self.state_age_s(), 3),
             "uptime_s": round(time.monotonic() - self.began, 3),
-            **self.prober.status(),
+            **self.prober.status(),  # type: ignore[typeddict-item]  # the optional keys follow
             "reports": self.reporter.status(),
         }
+        if self.repairs is not None:
+            status["repairs"] = self.repairs.status()
+        if self.escalations is not None:
+            status["escalations"] = self.escalations.status()
+        if self.shipper is not None:
+            status["logs"] = self.shipper.status()
+        return status
 
     # -- ending
 
@@ -373,9 +373,9 @@ class Agent:
         """Store the state that survives a restart; false if that failed."""
         if not self.folder and self.consul_state is None:
             return False
-        saved: Document = {
+        saved: SavedState = {
             "device_id": self.config["device_id"],
-            **self.prober.dump(isolated=self.reporter.isolated),
+            **self.prober.dump(isolated=self.reporter.isolated),  # type: ignore[typeddict-item]
             "sequence": self.reporter.sequence,
         }
         if self.escalations is not None:

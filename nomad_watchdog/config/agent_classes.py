@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from watchdog_agent.config.table import (
@@ -128,7 +128,7 @@ class RepairSettings(Block):
         if self.client_key and not self.client_cert:
             raise ValueError("client_key needs client_cert")
 
-    def wire(self) -> dict[str, Any]:
+    def wire(self) -> dict[str, object]:
         """As the agent's document says it, under `repairs`."""
         more = {name: getattr(self, name) for name in REPAIR_EXTRAS}
         more |= {"when": self.when, "probe": self.probe, "tries": self.tries}
@@ -215,7 +215,7 @@ class AgentClassSettings(Block):
         )
         return FailureDetector.MAX_ROUNDS * max(rounds, default=0.0)
 
-    def repairs_wire(self) -> dict[str, Any]:
+    def repairs_wire(self) -> dict[str, object]:
         """What the agent's document says of repairs; nothing when there are none."""
         if not self.repair:
             return {}
@@ -247,7 +247,7 @@ class AgentClassSettings(Block):
         _once(self.driver, self.workload, self.variables)
         return self
 
-    def telling(self) -> dict[str, Any]:
+    def telling(self) -> dict[str, object]:
         """What the agent's document says of whom it tells; empty for a class without."""
         return escalation.wire(self.escalate, self.loki, self.state)
 

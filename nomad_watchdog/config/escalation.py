@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from watchdog_agent.config import table
@@ -27,7 +27,7 @@ class SinkSettings(Block):
             raise ValueError(f"{self.kind} knows no name; consul_event does")
         return self
 
-    def wire(self) -> dict[str, Any]:
+    def wire(self) -> dict[str, object]:
         """As the agent's document says it; what is not set is left to the agent."""
         given = {"url": self.url, "token_file": self.token_file, "name": self.name}
         return {"kind": self.kind} | {name: value for name, value in given.items() if value}
@@ -63,7 +63,7 @@ class EscalationSettings(Block):
             )
         return self
 
-    def wire(self) -> dict[str, Any]:
+    def wire(self) -> dict[str, object]:
         """As the agent's document says it, under `escalate`."""
         # Left out when it is not set, so that a class without it keeps its hash, and its agents.
         more = {"degraded": True} if self.degraded else {}
@@ -86,17 +86,17 @@ class LokiSettings(Block):
     token_file: Text = ""
     tenant: Annotated[str, fitting(table.NAME)] | None = None
 
-    def wire(self) -> dict[str, Any]:
+    def wire(self) -> dict[str, object]:
         """As the agent's document says it, under `loki`."""
-        given = {"token_file": self.token_file, "tenant": self.tenant}
+        given: dict[str, object] = {"token_file": self.token_file, "tenant": self.tenant}
         return {"url": self.url} | {name: value for name, value in given.items() if value}
 
 
 def wire(
     escalate: EscalationSettings | None, loki: LokiSettings | None, state: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Keys of the agent's document; none for a class without, so that it keeps its hash, and its agents."""
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     if escalate is not None:
         out["escalate"] = escalate.wire()
     if loki is not None:

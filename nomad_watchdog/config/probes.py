@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from watchdog_agent.config import table
@@ -180,10 +180,10 @@ class ProbeSettings(Block):
                 kinds = ", ".join(kind for kind, known in KNOWS.items() if setting in known)
                 raise ValueError(f"{self.kind} knows no {setting}; known to: {kinds}")
 
-    def wire(self) -> dict[str, Any]:
+    def wire(self) -> dict[str, object]:
         """As watchdog_agent.wire says it. What an older agent would not know is left out when it is not
         set, so that a class without it keeps its hash, and its agents."""
-        out: dict[str, Any] = {"kind": self.kind}
+        out: dict[str, object] = {"kind": self.kind}
         for setting in (*sorted(KNOWS[self.kind]), *_OFTEN):
             value = getattr(self, setting)
             if value is not None:
@@ -214,7 +214,7 @@ class GatewaySettings(Block):
             )
         return self
 
-    def wire(self) -> dict[str, Any]:
+    def wire(self) -> dict[str, object]:
         """As watchdog_agent.wire says it."""
         place = {} if self.address is None else {"address": self.address}
         port = {} if self.port is None else {"port": self.port}

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -262,7 +262,7 @@ class Settings(Block):
         check_class(spec)
         return spec
 
-    def _reached(self, *, prefix: bool) -> dict[str, Any]:
+    def _reached(self, *, prefix: bool) -> dict[str, object]:
         """Where agents find what they report to, and whom they believe. Raises UserError.
 
         No behaviour of a class: these are in no hash, and each replica's own. `prefix`: agents also keep
@@ -288,21 +288,21 @@ class Settings(Block):
 
         return place
 
-    def _agent_trust(self) -> dict[str, Any]:
+    def _agent_trust(self) -> dict[str, object]:
         """Whom agents believe over https, and what they show to Consul. Raises UserError."""
         api, consul = self.api, self.consul
-        trust: dict[str, Any] = {}
+        trust: dict[str, object] = {}
         if api.ca_cert:
             trust["ca_cert"] = certificates("api.ca_cert", api.ca_cert)
         if self.agent_consul.startswith("https://"):
-            told: dict[str, Any] = {
+            told: dict[str, object] = {
                 "ca_cert": self._authorities_of_consul(),
                 "client_cert": consul.agent_client_cert,
                 "client_key": consul.agent_client_key,
                 "server_name": consul.tls_server_name,
             }
-            trust["consul_tls"] = {name: value for name, value in told.items() if value}
-            trust["consul_tls"] |= {"verify": False} if consul.tls_skip_verify else {}
+            given = {name: value for name, value in told.items() if value}
+            trust["consul_tls"] = given | ({"verify": False} if consul.tls_skip_verify else {})
         return trust
 
     def _authorities_of_consul(self) -> str:

@@ -233,7 +233,7 @@ def test_v6_a_report_that_waited_says_when_its_state_began(monkeypatch: pytest.M
     )
     one.changed()
     now[0] += 4.0
-    one._answered(None, {}, "connection refused")
+    one._answered(None, {}, b"", "connection refused")
     now[0] += 6.0
     one._send()
     assert [(body["sequence"], body["state_age_s"]) for body in bodies] == [(1, 5.0), (1, 15.0)]

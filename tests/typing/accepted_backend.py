@@ -18,7 +18,7 @@ class MemoryScheduler:
     """Keeps placements in memory and runs nothing."""
 
     name = "memory"
-    capabilities = Capabilities(restarts=False, reschedules=False, outlives_us=False)
+    capabilities = Capabilities(restarts=False)
 
     def __init__(self, *, installation: str, shards: int) -> None:
         self.installation, self.shards = installation, shards
@@ -130,6 +130,6 @@ async def use(scheduler: Scheduler) -> tuple[PlacementState, ...]:
     async for hint in scheduler.watch():
         if hint.slugs is None or record.slug in hint.slugs:
             break
-    if not (await scheduler.capacity()).room and scheduler.capabilities.drains:
+    if not (await scheduler.capacity()).room and scheduler.capabilities.restarts:
         await scheduler.close()
     return tuple(one.state for one in snapshot.placements.get(record.slug, ()))

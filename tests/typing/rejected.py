@@ -50,7 +50,7 @@ async def scheduler_misuse(scheduler: Scheduler, record: DeviceRecord, spec: Age
     await scheduler.ensure(record, Epoch(1))  # type: ignore[call-arg]
     await scheduler.retire(record, 5.0)  # type: ignore[arg-type]  # a record is no placement
     await scheduler.snapshot(["camera"])  # type: ignore[list-item]  # a text is no slug
-    scheduler.capabilities.drains = True  # type: ignore[misc]  # frozen
+    scheduler.capabilities.restarts = True  # type: ignore[misc]  # frozen
     scheduler.restart()  # type: ignore[attr-defined]
     _: Hint = await scheduler.watch()  # type: ignore[misc]  # an iterator is not awaited
 

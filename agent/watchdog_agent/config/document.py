@@ -13,9 +13,8 @@ from watchdog_agent.runtime.http import reason_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
-    from watchdog_agent.runtime.types import Config, Probe
+    from watchdog_agent.runtime.types import Config, Document, Probe
 
 
 ConfigError = errors.ConfigError
@@ -55,7 +54,7 @@ def load(environ: Mapping[str, str]) -> Config:
     return check(config)
 
 
-def _of_consul(config: Config, environ: Mapping[str, str]) -> None:
+def _of_consul(config: Document, environ: Mapping[str, str]) -> None:
     """What the environment says of Consul takes precedence over the document, by the rules of Consul's own CLI. Raises
     ConfigError."""
     place = environ.get("CONSUL_HTTP_ADDR") or config.get("consul")
@@ -64,14 +63,14 @@ def _of_consul(config: Config, environ: Mapping[str, str]) -> None:
         if _flag(environ, "CONSUL_HTTP_SSL", False) and place.startswith("http://"):
             place = f"https://{place[7:]}"
         config["consul"] = place
-    told: dict[str, Any] = {
+    found: Document = {
         name: environ[variable] for variable, name in CONSUL_TLS if environ.get(variable)
     }
     if not _flag(environ, "CONSUL_HTTP_SSL_VERIFY", True):
-        told["verify"] = False
+        found["verify"] = False
     known = config.get("consul_tls", {})
-    if told and isinstance(known, dict):  # else `check` refuses it
-        config["consul_tls"] = known | told
+    if found and isinstance(known, dict):  # else `check` refuses it
+        config["consul_tls"] = known | found
 
 
 def _flag(environ: Mapping[str, str], variable: str, usual: bool) -> bool:
@@ -84,15 +83,13 @@ def _flag(environ: Mapping[str, str], variable: str, usual: bool) -> bool:
     raise ConfigError(f"{variable} is {text!r}; write true or false")
 
 
-def check(config: Any) -> Config:
+def check(config: object) -> Config:
     """The document with defaults filled in. Raises ConfigError."""
     if not isinstance(config, dict):
         raise ConfigError("the configuration must be an object")
     if config.get("v") != wire.VERSION:
         raise ConfigError(f"v is {config.get('v')!r}; this agent knows {wire.VERSION}")
-    _texts(config)
-    if type(config.get("epoch")) is not int or config["epoch"] < 1:
-        raise ConfigError(f"epoch is {config.get('epoch')!r}; it must be a whole number from 1")
+    _check_identity(config)
     for url in check_list(config, "api"):
         check_url(url, "http:// or https:// address", tls=True)
     if config.get("consul"):
@@ -111,18 +108,19 @@ def check(config: Any) -> Config:
     if config.get("repairs"):
         from watchdog_agent.config import repairs
 
-        repairs.check(config)
+        repairs.check(config, config["probes"])
     if config.get("gateway") or "gateway" in (config.get("labels") or ()):
         from watchdog_agent.config import gateway
 
         gateway.check(config)
-    return config
+    result: Config = validators.checked(config)
+    return result
 
 
-def _check_consul_tls(config: Config) -> None:
+def _check_consul_tls(config: Document) -> None:
     """Fill it in for an https:// address, and drop it for any other, for which no TLS is loaded."""
     spec = config.pop("consul_tls", {})
-    if not (config.get("consul") or "").startswith("https://"):
+    if not str(config.get("consul")).startswith("https://"):
         return
     if not isinstance(spec, dict):
         raise ConfigError("consul_tls must be an object")
@@ -131,18 +129,18 @@ def _check_consul_tls(config: Config) -> None:
     config["consul_tls"] = spec
 
 
-def _other_kind(probe: Probe) -> Probe:
+def _other_kind(probe: Document) -> Probe:
     """An independent path to the device: another kind than this probe."""
     return probes.check(
         {"kind": "tcp", "port": 80} if probe["kind"] == "icmp" else {"kind": "icmp"}, ""
     )
 
 
-def _texts(config: Config) -> None:
+def _check_identity(config: Document) -> None:
     for name in ("device_id", "slug"):
         if not isinstance(config.get(name), str) or not config[name]:
             raise ConfigError(f"{name} must be text and not empty")
-    if not set(config["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
+    if not set(str(config["slug"])) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"):
         raise ConfigError("slug may hold a-z, 0-9 and - only")
     config["address"] = validators.host(config.get("address"), "address")
     credential = config.get("credential", "")
@@ -151,6 +149,9 @@ def _texts(config: Config) -> None:
     for name in ("version", "agent_class", "spec_hash", "service", "check_interval", "ca_cert"):
         if not isinstance(config.get(name, ""), str):
             raise ConfigError(f"{name} is {config[name]!r}; it must be text")
+    epoch = config.get("epoch")
+    if type(epoch) is not int or epoch < 1:
+        raise ConfigError(f"epoch is {epoch!r}; it must be a whole number from 1")
 
 
 def instance_of(environ: Mapping[str, str]) -> str:

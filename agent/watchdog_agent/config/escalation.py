@@ -10,12 +10,10 @@ from watchdog_agent.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-    from watchdog_agent.runtime.types import Config
+    from watchdog_agent.runtime.types import Document
 
 
-def check(config: Config) -> None:
+def check(config: Document) -> None:
     """Fill in defaults. Raises ConfigError."""
     if config.get("state", "") not in ("", "consul"):
         raise ConfigError(f"state is {config['state']!r}; allowed is consul")
@@ -28,7 +26,7 @@ def check(config: Config) -> None:
         _escalate(config["escalate"], config)
 
 
-def _escalate(rules: Any, config: Config) -> None:
+def _escalate(rules: object, config: Document) -> None:
     if not isinstance(rules, dict):
         raise ConfigError("escalate must be an object")
     sinks = check_list(rules, "sinks")
@@ -43,7 +41,7 @@ def _escalate(rules: Any, config: Config) -> None:
     validators.fill(rules, table.Escalate, "escalate")
 
 
-def _sink(sink: Any, config: Config) -> None:
+def _sink(sink: object, config: Document) -> None:
     if not isinstance(sink, dict) or sink.get("kind") not in SINKS:
         kind = sink.get("kind") if isinstance(sink, dict) else sink
         raise ConfigError(f"escalate.sinks: kind is {kind!r}; allowed are {', '.join(SINKS)}")
@@ -57,7 +55,7 @@ def _sink(sink: Any, config: Config) -> None:
     _file(sink, "escalate.sinks")
 
 
-def _loki(loki: Any) -> None:
+def _loki(loki: object) -> None:
     if not isinstance(loki, dict):
         raise ConfigError("loki must be an object")
     check_url(loki.get("url"), "http:// or https:// address", tls=True)
@@ -65,6 +63,6 @@ def _loki(loki: Any) -> None:
     _file(loki, "loki")
 
 
-def _file(holder: Config, where: str) -> None:
+def _file(holder: Document, where: str) -> None:
     if not isinstance(holder.get("token_file", ""), str):
         raise ConfigError(f"{where}: token_file must be the path of a file")

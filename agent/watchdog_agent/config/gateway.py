@@ -9,20 +9,18 @@ from watchdog_agent.runtime.address import literal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-    from watchdog_agent.runtime.types import Config
+    from watchdog_agent.runtime.types import Document
 
 
 LABEL = "gateway"
 """A device's label with the address of its gateway; it goes before the class's."""
 
 
-def check(config: Config) -> None:
+def check(config: Document) -> None:
     """Put the gateway's checked probe, with its address, under `gateway`, or take the key away.
 
     Raises ConfigError."""
-    given: Any = config.get("gateway") or {}
+    given = config.get("gateway") or {}
     if not isinstance(given, dict):
         raise errors.ConfigError("gateway must be an object")
     labels = config.get("labels")

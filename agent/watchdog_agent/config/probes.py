@@ -8,9 +8,10 @@ from watchdog_agent.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
-    from watchdog_agent.runtime.types import Probe
+    from watchdog_agent.runtime.types import Document, Probe
 
 
 MODULES = {
@@ -33,7 +34,7 @@ def module_of(kind: str) -> Any:
     return __import__(f"watchdog_agent.probes.{MODULES[kind]}", fromlist=["start"])
 
 
-def check(probe: Any, where: str) -> Probe:
+def check(probe: object, where: str) -> Probe:
     """The probe with defaults filled in. Raises ConfigError."""
     if not isinstance(probe, dict) or probe.get("kind") not in KINDS:
         kind = probe.get("kind") if isinstance(probe, dict) else probe
@@ -51,13 +52,14 @@ def check(probe: Any, where: str) -> Probe:
             module_of(kind).check(probe, where)
         except ImportError as error:
             raise ConfigError(f"{where}: {kind} can't be had here: {error}") from None
-    return probe
+    result: Probe = validators.checked(probe)
+    return result
 
 
 OLD_NAMES = (("max_time_s", "warn_time_s"), ("min_days", "warn_days"))
 
 
-def _check_port(probe: Probe, kind: str, where: str) -> None:
+def _check_port(probe: Document, kind: str, where: str) -> None:
     default = table.PORTS.get(kind)
     if kind == "mqtt" and probe.get("tls"):
         default = table.MQTT_TLS_PORT
@@ -67,7 +69,7 @@ def _check_port(probe: Probe, kind: str, where: str) -> None:
         validators.require(probe, "port", table.PORT, f"{where}: {kind}")
 
 
-def _rename(probe: Probe, where: str) -> None:
+def _rename(probe: Document, where: str) -> None:
     """Give settings with an old name their name. Raises ConfigError for both at once."""
     for old, name in OLD_NAMES:
         value = probe.pop(old, None)
@@ -75,7 +77,7 @@ def _rename(probe: Probe, where: str) -> None:
             raise ConfigError(f"{where}: {old} is the old name of {name}; set {name} only")
 
 
-def check_http(probe: Probe, where: str) -> None:
+def check_http(probe: Document, where: str) -> None:
     """Path and expectations. Raises ConfigError."""
     validators.fill(probe, table.HttpProbe, where)
     wanted = probe.setdefault("expect_status", table.STATUS.default)
@@ -86,11 +88,11 @@ def check_http(probe: Probe, where: str) -> None:
         validators.require({"expect_status": one}, "expect_status", table.STATUS, where)
 
 
-def name_of(spec: Probe) -> str:
+def name_of(spec: Mapping[str, object]) -> str:
     """How a probe is called in reasons: http:8080, tcp:22, icmp, plugin:modbus. An ICMP probe that had to ask
     TCP is called what it was."""
     if spec.get("instead"):
         return f"tcp:{spec['instead']}"
     if spec["kind"] == "plugin":
         return f"plugin:{spec['plugin']}"
-    return f"{spec['kind']}:{spec['port']}" if spec.get("port") else spec["kind"]
+    return f"{spec['kind']}:{spec['port']}" if spec.get("port") else str(spec["kind"])

@@ -13,21 +13,21 @@ from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-    from watchdog_agent.runtime.types import Config, Step
+    from watchdog_agent.runtime.types import Document, Probe, Step
 
 
-def check(config: Config) -> None:
+def check(config: Document, probes: list[Probe]) -> None:
     """Fill in the defaults of `repairs` and `repair_policy`. Raises ConfigError."""
     steps = config["repairs"]
     if not isinstance(steps, list) or len(steps) > 32:
         raise ConfigError("repairs must be a list of at most 32")
-    config["repairs"] = [_step(step, config) for step in steps]
-    seen = [step["id"] for step in config["repairs"]]
+    known = [name_of(probe) for probe in probes]
+    checked = [_step(step, known) for step in steps]
+    config["repairs"] = checked
+    seen = [step["id"] for step in checked]
     if len(set(seen)) != len(seen):
         raise ConfigError("repairs: the same step stands there twice; give it tries instead")
-    if sum(step["tries"] for step in config["repairs"]) > MAX_TRIES:
+    if sum(step["tries"] for step in checked) > MAX_TRIES:
         raise ConfigError(f"repairs: the tries of all steps are more than {MAX_TRIES}")
     policy = config.setdefault("repair_policy", {})
     if not isinstance(policy, dict):
@@ -35,12 +35,11 @@ def check(config: Config) -> None:
     validators.fill(policy, table.RepairPolicy, "repair_policy")
 
 
-def _step(step: Any, config: Config) -> Step:
+def _step(step: object, known: list[str]) -> Step:
     if not isinstance(step, dict) or step.get("kind") not in tuple(TARGETS):
         kind = step.get("kind") if isinstance(step, dict) else step
         raise ConfigError(f"repairs: kind is {kind!r}; allowed are {', '.join(TARGETS)}")
     validators.fill(step, table.Repair, "repairs")
-    known = [name_of(probe) for probe in config["probes"]]
     if step.setdefault("probe", "") and step["probe"] not in known:
         raise ConfigError(f"repairs: probe is {step['probe']!r}; there are {', '.join(known)}")
     _target(step)
@@ -48,16 +47,17 @@ def _step(step: Any, config: Config) -> Step:
     # What is done makes the identity, not the place in the list: a budget outlives a new order.
     does = {name: step.get(name) for name in ("kind", *TARGETS.values(), "broker", "method")}
     step["id"] = f"{step['kind']}-{binascii.crc32(json.dumps(does, sort_keys=True).encode()):08x}"
-    return step
+    result: Step = validators.checked(step)
+    return result
 
 
-def _target(step: Step) -> None:
-    kind = step["kind"]
+def _target(step: Document) -> None:
+    kind = str(step["kind"])
     name = TARGETS[kind]
     if kind == "http":
         try:
-            Url(step["url"], tls=True)
-        except (ValueError, KeyError, AttributeError):
+            Url(str(step.get("url")), tls=True)
+        except ValueError:
             text = f"repairs: url is {step.get('url')!r}; it must be http:// or https://"
             raise ConfigError(text) from None
         validators.fill(step, table.RepairHttp, "repairs")
@@ -70,27 +70,30 @@ def _target(step: Step) -> None:
         _place(step, "to", 9)
 
 
-def _mqtt(step: Step) -> None:
+def _mqtt(step: Document) -> None:
     validators.fill(step, table.Mqtt, "repairs")
     _place(step, "broker", table.MQTT_TLS_PORT if step["tls"] else table.PORTS["mqtt"])
     if step["tls"]:
         validators.check_trust(step, "repairs")
-    if not isinstance(step.setdefault("payload", ""), str) or len(step["payload"]) > 1024:
+    payload = step.setdefault("payload", "")
+    if not isinstance(payload, str) or len(payload) > 1024:
         raise ConfigError("repairs: payload must be text of at most 1024 characters")
 
 
-def _place(step: Step, name: str, default_port: int) -> None:
+def _place(step: Document, name: str, default_port: int) -> None:
     try:
         step[f"{name}_at"] = validators.place(step.get(name), default_port)
     except ValueError as error:
         raise ConfigError(f"repairs: {name}: {error}") from None
 
 
-def _name_of(step: Step) -> str:
+def _name_of(step: Document) -> str:
     """As people see it. Arguments and paths may hold what is nobody's business."""
-    kind, value = step["kind"], step[TARGETS[step["kind"]]]
+    kind = str(step["kind"])
+    target = step[TARGETS[kind]]
+    value = str(target)
     if kind == "http":
         value = value.partition("://")[2].partition("/")[0]
-    elif kind == "command":
-        value = value[0].rpartition("/")[2]
+    elif isinstance(target, list):
+        value = str(target[0]).rpartition("/")[2]
     return f"{kind} {ascii(value)[1:-1]}"[:80]

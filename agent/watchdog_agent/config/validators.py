@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, Protocol
 
-    from watchdog_agent.runtime.types import Config, Probe
+    from watchdog_agent.runtime.types import Document
 
     class Rule(Protocol):
         """A rule of `config.table`."""
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 MAX_SHOWN = 80
 
 
-def fill(part: dict[str, object], rules: type, where: str = "") -> None:
+def checked(part: Document) -> Any:
+    """A part of the document as its TypedDict, after all checks."""
+    return part
+
+
+def fill(part: Document, rules: type, where: str = "") -> None:
     """Check the settings of a class of `config.table`, and fill in its defaults. Raises ConfigError."""
     for name, rule in vars(rules).items():
         if name[0] == "_":
@@ -69,7 +74,7 @@ def host(value: object, name: str) -> str:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
+def check_trust(probe: Document, where: str, *, later: bool = False) -> None:
     """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
     cannot be used now does not raise; `Trust.now` does, each time until it can."""
     require({"verify": probe.setdefault("verify", True)}, "verify", table.Flag(True), where)
@@ -83,18 +88,18 @@ def check_trust(probe: Probe, where: str, *, later: bool = False) -> None:
         probe["server_name"] = host(probe["server_name"], f"{where}: server_name")
     from watchdog_agent.runtime.tls_trust import Trust  # loads ssl
 
-    probe["trust"] = Trust(probe, later=later)
+    probe["trust"] = Trust(checked(probe), later=later)
 
 
-def check_url(url: Any, what: str, *, tls: bool) -> None:
+def check_url(url: object, what: str, *, tls: bool) -> None:
     """Raises ConfigError."""
     try:
-        Url(url, tls=tls)
-    except (ValueError, AttributeError):
+        Url(str(url), tls=tls)
+    except ValueError:
         raise ConfigError(f"{url!r} is not an {what}") from None
 
 
-def check_list(config: Config, name: str) -> list[Any]:
+def check_list(config: Document, name: str) -> list[object]:
     """The list, empty when there is none. Raises ConfigError."""
     value = config.get(name, [])
     if not isinstance(value, list) or len(value) > 32:

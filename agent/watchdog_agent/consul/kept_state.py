@@ -13,11 +13,10 @@ from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Callable, Mapping
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Timer
+    from watchdog_agent.runtime.types import Config, Document, Entry, KvEntry, SavedState, Timer
 
 
 class ConsulState:
@@ -37,8 +36,8 @@ class ConsulState:
         self.device_id: str = config["device_id"]
         self.index: int | None = None
         """ModifyIndex of what we have seen; None = not known, so that it must be read before a write."""
-        self.written: Document = {}
-        self.wanted: Document | None = None
+        self.written: Mapping[str, object] = {}
+        self.wanted: SavedState | None = None
         self.outdated = False
         self.busy = False
         self.failures = 0
@@ -57,7 +56,7 @@ class ConsulState:
                     self.log("state in Consul can't be used; starting clean", reason=remark)
                 done(state)
 
-        def listed(found: list[Document] | None, reason: str) -> None:
+        def listed(found: list[KvEntry] | None, reason: str) -> None:
             once(self._seen(found) if found is not None else {}, reason)
 
         timer = self.loop.later(
@@ -65,11 +64,11 @@ class ConsulState:
         )
         self.kv.listed(self.slug, listed)
 
-    def _seen(self, found: list[Document]) -> Document:
+    def _seen(self, found: list[KvEntry]) -> Document:
         """Remember the index, and whether a newer epoch has written; the state that we may go on from."""
         entry = next((one for one in found if one["name"] == self.slug), None)
         self.index = entry["index"] if entry is not None else 0
-        value: Any = entry["value"] if entry is not None else None
+        value = entry["value"] if entry is not None else None
         if not isinstance(value, dict) or type(value.get("epoch")) is not int:
             return {}
         self.outdated = value["epoch"] > self.epoch
@@ -80,7 +79,7 @@ class ConsulState:
         self.written = state
         return state
 
-    def save(self, state: Document) -> None:
+    def save(self, state: SavedState) -> None:
         """Keep this; soon, unless it is what is there."""
         self.wanted = small(state)
         if not self.outdated and not self.busy and self.timer is None and self._changed():
@@ -94,9 +93,9 @@ class ConsulState:
     def _look_and_drop(self, tries: int, then: Callable[[], None]) -> None:
         self.kv.listed(self.slug, lambda found, _reason: self._drop(found, tries, then))
 
-    def _drop(self, found: list[Document] | None, tries: int, then: Callable[[], None]) -> None:
+    def _drop(self, found: list[KvEntry] | None, tries: int, then: Callable[[], None]) -> None:
         entry = next((one for one in found or [] if one["name"] == self.slug), None)
-        value: Any = entry["value"] if entry is not None else None
+        value = entry["value"] if entry is not None else None
         if entry is None or not isinstance(value, dict) or value.get("epoch", 0) > self.epoch:
             then()
             return
@@ -115,7 +114,7 @@ class ConsulState:
         if self.wanted is None:
             return False
         passing = {"reason": "", "misses": 0, "since": 0}
-        return self.wanted | passing != self.written | passing
+        return {**self.wanted, **passing} != {**self.written, **passing}
 
     def _write(self) -> None:
         self.timer = None
@@ -142,7 +141,7 @@ class ConsulState:
 
         self.kv.put(self.slug, f"cas={self.index}", body, written)
 
-    def _read(self, found: list[Document] | None, _reason: str) -> None:
+    def _read(self, found: list[KvEntry] | None, _reason: str) -> None:
         if found is None:
             self._next(good=False)
             return
@@ -162,10 +161,10 @@ class ConsulState:
         self.timer = self.loop.later(wait * between(1.0, 1.2), self._write)
 
 
-def small(state: Document) -> Document:
+def small(state: SavedState) -> SavedState:
     """Of a state what is worth a write to Consul. Sequences are taken in thousands, so that a report costs
     none: a restart goes on above all that were used."""
-    escalations = [
+    escalations: list[Entry] = [
         {**one, "evidence": {}, "summary": one["summary"][:120]}
         for one in state.get("escalations", [])
     ]

@@ -8,11 +8,10 @@ from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Callable, Mapping
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Fetched
+    from watchdog_agent.runtime.types import Config, Fetched, KvEntry
 
 TIMEOUT_S = 2.0
 MAX_BYTES = 4 << 20
@@ -33,7 +32,7 @@ class Kv:
         self,
         method: str,
         path: str,
-        body: Document | None,
+        body: Mapping[str, object] | None,
         done: Fetched,
         timeout_s: float = TIMEOUT_S,
         most: int = MAX_BYTES,
@@ -49,34 +48,42 @@ class Kv:
         return transport.ask(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
 
     def put(
-        self, key: str, query: str, body: Document, done: Callable[[bool | None, str], None]
+        self,
+        key: str,
+        query: str,
+        body: Mapping[str, object],
+        done: Callable[[bool | None, str], None],
     ) -> http.HttpRequest:
         """`done(taken, reason)`: None = Consul did not say, and why."""
 
-        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
+        def answered(
+            status: int | None, _headers: dict[str, str], body: bytes, reason: str
+        ) -> None:
             if status == 200:
-                done(said.strip() == b"true", "")
+                done(body.strip() == b"true", "")
             else:
-                done(None, reason_of(status, said))
+                done(None, reason if status is None else reason_of(status, body))
 
         return self.call("PUT", f"/kv/{self.folder}/{key}?{query}", body, answered)
 
     def listed(
         self,
         key: str,
-        done: Callable[[list[Document] | None, str], None],
+        done: Callable[[list[KvEntry] | None, str], None],
         most: int = MAX_BYTES,
     ) -> http.HttpRequest:
         """All entries whose key begins so, each with its decoded ``value`` and its key below our folder
         as ``name``; [] when there is none. Of a listing of more than `most` bytes the beginning."""
 
-        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
+        def answered(
+            status: int | None, _headers: dict[str, str], body: bytes, reason: str
+        ) -> None:
             if status == 404:
                 done([], "")
             elif status != 200:
-                done(None, reason_of(status, said))
+                done(None, reason if status is None else reason_of(status, body))
             else:
-                found = entries(said, f"{self.folder}/", most)
+                found = entries(body, f"{self.folder}/", most)
                 done(found, "" if found is not None else "its listing is not JSON")
 
         path = f"/kv/{self.folder}/{key}?recurse=true&consistent=true"
@@ -88,13 +95,15 @@ class Kv:
         """`index`: only if it is still as it was then. `done(gone)`."""
         path = f"/kv/{self.folder}/{key}" + ("" if index is None else f"?cas={index}")
 
-        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
-            done(status == 200 and said.strip() == b"true")
+        def answered(
+            status: int | None, _headers: dict[str, str], body: bytes, _reason: str
+        ) -> None:
+            done(status == 200 and body.strip() == b"true")
 
         return self.call("DELETE", path, None, answered)
 
 
-def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[Document] | None:
+def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[KvEntry] | None:
     """Consul's listing, decoded; of one that was cut at `most` bytes the whole entries. None of what is no
     listing: to take that for an empty one would make each agent of many the only one."""
     import base64
@@ -107,7 +116,7 @@ def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[Document] |
         return None
     if not isinstance(found, list):
         return None
-    out: list[Document] = []
+    out: list[KvEntry] = []
     for entry in found:
         try:
             value = parsing.loads(base64.b64decode(entry["Value"] or ""))
@@ -120,8 +129,6 @@ def entries(body: bytes, folder: str, most: int = MAX_BYTES) -> list[Document] |
     return out
 
 
-def reason_of(status: int | None, said: Any) -> str:
-    """Why Consul did not do it; of an answer the number and its first words."""
-    if status is None:
-        return str(said)
-    return f"status {status}: {bytes(said[:120]).decode('utf-8', 'replace').strip()}"
+def reason_of(status: int, body: bytes) -> str:
+    """Why Consul refused a call: the status and the beginning of its answer."""
+    return f"status {status}: {body[:120].decode('utf-8', 'replace').strip()}"

@@ -11,8 +11,8 @@ from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Config, Document, Fetched, Log, Timer
@@ -71,10 +71,12 @@ class Registration:
         trusted = trusted_by(self.config)
         self.fetch = transport.ask(self.loop, self.url, data, timeout_s, answered, trusted)
 
-    def _answered(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+    def _answered(
+        self, status: int | None, _headers: dict[str, str], _body: bytes, reason: str
+    ) -> None:
         if self.closing is not None:
             return
-        text = body if status is None else f"status {status}"
+        text = reason if status is None else f"status {status}"
         if status == 200:
             first, self.done, self.failures, wait = not self.done, True, 0, self.every_s
             if first:
@@ -115,7 +117,9 @@ class Registration:
             self.fetch.cancel()
         self._call("GET", f"/{self.slug}", b"", self._found, self.CLOSE_S)
 
-    def _found(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+    def _found(
+        self, status: int | None, _headers: dict[str, str], body: bytes, _reason: str
+    ) -> None:
         then = self.closing
         assert then is not None
         if status == 200 and self._is_anothers(body):
@@ -137,7 +141,7 @@ def place(config: Config) -> http.Url:
     return url
 
 
-def trusted_by(config: Config) -> Any:
+def trusted_by(config: Config) -> ssl.SSLContext | None:
     """What `http.ask` needs for the next call of Consul; None over http."""
     spec = config.get("consul_tls")
     return None if spec is None else spec["trust"].now()

@@ -15,10 +15,8 @@ from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Answer, Config, Outcome, Probe
+    from watchdog_agent.runtime.types import Answer, Config, Document, Outcome, Probe
 
 EVERY_S = 1.0
 
@@ -30,7 +28,7 @@ class OnDemand:
         self.loop, self.config = loop, config
         self.number = 0
         self.last = float("-inf")
-        self.results: list[dict[str, Any] | None] = []
+        self.results: list[Document | None] = []
 
     def start(self) -> Answer:
         """Run every probe and every confirmation now; 202, or 429 for who asks too often."""

@@ -6,7 +6,7 @@ from watchdog_agent.runtime.stdlib_light import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from watchdog_agent.runtime.types import Document
+    from watchdog_agent.runtime.status_types import ProbeStats
 
 KEPT = 60
 _LOST = 0xFFFFFFFF
@@ -44,17 +44,22 @@ class Stats:
         before = self.count - min(self.streak, self.count)
         return (before, 1 - len(self._values()) / before) if before else (0, 0.0)
 
-    def summary(self) -> Document:
+    def summary(self) -> ProbeStats:
         """For /status; latencies in seconds, of the results that were no loss; null when there are none."""
         values = sorted(self._values())
         loss = 1 - len(values) / self.count if self.count else 0.0
-        shown: Document = {"count": self.count, "loss": round(loss, 4)}
-        names = ("min_s", "mean_s", "p50_s", "p95_s", "max_s")
-        if not values:
-            return {**shown, **dict.fromkeys(names)}
         count = len(values)
-        # The nearest rank: with few results it is one that was seen.
-        half, most = values[(count - 1) // 2], values[-(-count * 19 // 20) - 1]
-        mean = sum(values) / count
-        found = (values[0], mean, half, most, values[-1])
-        return {**shown, **{n: round(v / 1e6, 6) for n, v in zip(names, found, strict=True)}}
+        return {
+            "count": self.count,
+            "loss": round(loss, 4),
+            "min_s": _seconds(values[0]) if values else None,
+            "mean_s": _seconds(sum(values) / count) if values else None,
+            # The nearest rank: with few results it is one that was measured.
+            "p50_s": _seconds(values[(count - 1) // 2]) if values else None,
+            "p95_s": _seconds(values[-(-count * 19 // 20) - 1]) if values else None,
+            "max_s": _seconds(values[-1]) if values else None,
+        }
+
+
+def _seconds(microseconds: float) -> float:
+    return round(microseconds / 1e6, 6)

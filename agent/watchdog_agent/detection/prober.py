@@ -19,25 +19,11 @@ from watchdog_agent.runtime.stdlib_light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol
-
+    from watchdog_agent.detection.host import Host
     from watchdog_agent.detection.thresholds import Thresholds
     from watchdog_agent.probes.gateway import Gateway
-    from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Outcome, Probe
-
-    class Host(Protocol):
-        """Whom the prober works for: what it reads, and whom it tells."""
-
-        loop: Loop
-        config: Config
-        exit_code: int | None
-
-        def changed(self) -> None: ...
-        def probed(self, ok: Outcome) -> None: ...
-        def confirmed(self) -> None: ...
-        def gateway_answers(self) -> None: ...
-        def watch_ready(self) -> None: ...
+    from watchdog_agent.runtime.status_types import ProbeResult, ProberStatus
+    from watchdog_agent.runtime.types import DetectorState, Document, Outcome, Probe, Timer
 
 
 MAX_HISTORY = 32
@@ -57,7 +43,7 @@ class Prober:
     def __init__(self, agent: Host) -> None:
         self.agent = agent
         self.loop, self.config = agent.loop, agent.config
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, ProbeResult] = {}
         self.stats: dict[str, Stats] = {}
         self.quick: dict[str, int] = {}
         """Probes in a row at the quick pace."""
@@ -76,7 +62,7 @@ class Prober:
         """When the state of the belief began; before our start for one that was taken over."""
         self._state = self.detector.state
         self._cause, self._rewords, self._reword_at = "", 0, 0.0
-        self._waiting: dict[str, Any] = {}
+        self._waiting: dict[str, Timer] = {}
         """Probe → the timer of its next run."""
         self.names = [f"{n}:{probes.name_of(p)}" for n, p in enumerate(self.config["probes"])]
         self.thresholds: dict[str, Thresholds] = {}
@@ -127,7 +113,7 @@ class Prober:
             # when is not kept: if no answer comes now, none may have come then
             self.confirmed_at = time.monotonic()
 
-    def dump(self, *, isolated: bool) -> Document:
+    def dump(self, *, isolated: bool) -> DetectorState:
         """The part of the stored state. `isolated`: what was confirmed then is not claimed by the next run, whose
         reports may be answered at once."""
         detector = self.detector
@@ -147,7 +133,7 @@ class Prober:
         if self.detector.doubt(confirmed_too=isolated):
             self.agent.changed()
 
-    def adopt(self, condition: Any) -> bool:
+    def adopt(self, condition: object) -> bool:
         """Take over the device's condition from an answer to a report, once; whether it was."""
         if (
             self.adopted
@@ -270,9 +256,9 @@ class Prober:
             warning = "; ".join(one for one in (warning, exceeded) if one)
         return need, warning
 
-    def _record(self, name: str, result: Document) -> None:
+    def _record(self, name: str, result: ProbeResult) -> None:
         first = name not in self.results
-        self.results[name] = result | {"at": time.time()}
+        self.results[name] = {**result, "at": time.time()}
         if first:  # in the order of the configuration, whichever probe ends first
             self.results = {n: self.results[n] for n in self.names if n in self.results}
 
@@ -370,7 +356,7 @@ class Prober:
         instead = all(one.get("instead") for one in self.config["probes"])
         return spec["kind"] != "tcp" or not instead
 
-    def status(self) -> Document:
+    def status(self) -> ProberStatus:
         """The part of /status."""
         return {
             "was_ready": self.detector.was_ready,
@@ -386,7 +372,9 @@ class Prober:
         """What the belief stands on: failing probes, the last confirmation, the gateway."""
         failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
         warned = {name: r["warning"] for name, r in self.results.items() if "warning" in r}
-        told: Document = {"failing": failing} | ({"warnings": warned} if warned else {})
+        told: Document = {"failing": failing}
+        if warned:
+            told["warnings"] = warned
         if self.confirmations and self.detector.state != "ok":
             told["confirm"] = [
                 {"probe": name, "ok": bool(ok), "unable": ok is None, "reason": reason}

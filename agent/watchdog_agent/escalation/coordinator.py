@@ -28,10 +28,9 @@ from watchdog_agent.runtime.loop import between
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Timer
+    from watchdog_agent.runtime.types import Config, Entry, KvEntry, Timer
 
 
 class Coordinator:
@@ -52,7 +51,7 @@ class Coordinator:
         self.closed = False
 
     def begin(
-        self, entry: Document, group: tuple[str, str], done: Callable[..., None]
+        self, entry: Entry, group: tuple[str, str], done: Callable[..., None]
     ) -> ElectionRound:
         """Take part. `done(episode, coordinated)` when this anomaly is told, by us or by another."""
         it = ElectionRound(self, entry, group, done)
@@ -60,7 +59,7 @@ class Coordinator:
         it.start()
         return it
 
-    def note(self, entry: Document, episode: str) -> Document:
+    def note(self, entry: Entry, episode: str) -> dict[str, str | float]:
         """What this agent says to the others of an anomaly."""
         every_s = self.config["escalate"]["note_s"]
         return note_of(entry, self.config["device_id"], every_s, episode)
@@ -93,7 +92,9 @@ class Coordinator:
             }
             self.kv.call("PUT", "/session/create", body, self._made)
 
-    def _made(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+    def _made(
+        self, status: int | None, _headers: dict[str, str], body: bytes, _reason: str
+    ) -> None:
         try:
             self.session = str(parsing.loads(body)["ID"]) if status == 200 else ""
         except (ValueError, KeyError, TypeError):
@@ -112,7 +113,9 @@ class Coordinator:
     def _renew(self) -> None:
         session = self.session
 
-        def answered(status: int | None, _headers: dict[str, str], _body: Any) -> None:
+        def answered(
+            status: int | None, _headers: dict[str, str], _body: bytes, _reason: str
+        ) -> None:
             if self.session != session or not session:
                 return
             if status == 404:
@@ -157,11 +160,11 @@ class Coordinator:
 ENDED_TRIES = 20
 
 
-def ended(kv: Kv, entry: Document, done: Callable[[str], None], tries: int = ENDED_TRIES) -> None:
+def ended(kv: Kv, entry: Entry, done: Callable[[str], None], tries: int = ENDED_TRIES) -> None:
     """`done(episode)`: the one that our anomaly, whose note is gone, was the last one of, or "". If Consul does
     not answer, the one that we know: a second «resolved» has the same key, a missing one would stay."""
 
-    def listed(found: list[Document] | None, _reason: str) -> None:
+    def listed(found: list[KvEntry] | None, _reason: str) -> None:
         if found is None and not entry["told"] and tries > 1:
             kv.loop.later(between(1.0, 2.0), lambda: ended(kv, entry, done, tries - 1))
             return
@@ -176,7 +179,7 @@ MAX_SWEPT = 1 << 18
 """Bytes of the listing of all groups that are looked at."""
 
 
-def clean(kv: Kv, found: list[Document]) -> None:
+def clean(kv: Kv, found: list[KvEntry]) -> None:
     """Take away what agents that are gone have left in this listing, if it is still as it was read."""
     for one in election.stale(found, time.time())[:MAX_CLEANED]:
         kv.delete(one["name"], lambda _ok: None, one["index"])
@@ -188,20 +191,20 @@ def sweep(kv: Kv) -> None:
 
 
 def note_of(
-    entry: Document, device_id: str, every_s: float, episode: str | None = None
-) -> Document:
+    entry: Entry, device_id: str, every_s: float, episode: str | None = None
+) -> dict[str, str | float]:
     """The note of an anomaly; `every_s`: it will be written anew so often."""
     return {
         "id": entry["id"],
         "device_id": device_id,
-        "reason": entry["summary"][:120],
+        "reason": election.member_of(device_id, entry)[1],
         "told": entry["episode"] if episode is None else episode,
         "until": round(time.time() + 3 * every_s, 1),
     }
 
 
 def say_again(
-    kv: Kv, slug: str, entry: Document, note: Document, written: Callable[[], None]
+    kv: Kv, slug: str, entry: Entry, note: dict[str, str | float], written: Callable[[], None]
 ) -> None:
     """Write the note of what is told anew; `written` when Consul has answered, or has not."""
     # A lock that is on it stays: only a key with a session of its own in the query changes that.

@@ -19,9 +19,8 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
-    from watchdog_agent.runtime.types import Document
+    from watchdog_agent.runtime.types import Entry, KvEntry, Told
 
 MAX_NAMED = 500
 """Devices that an escalation names; of more it says the number."""
@@ -52,14 +51,14 @@ def still_to_gather(
     return max(0.0, min(newest + gather_s, began + window_s) - now)
 
 
-def covers(told: Document | None, note_id: str) -> bool:
+def covers(told: Told | None, note_id: str) -> bool:
     """Whether this anomaly is part of what was told: then its agent has nothing to say."""
     return told is not None and told["state"] == "told" and note_id in told["ids"]
 
 
 def next_document(
-    told: Document | None, present: Mapping[str, list[str]], now: float, window_s: float
-) -> tuple[Document | None, float]:
+    told: Told | None, present: Mapping[str, list[str]], now: float, window_s: float
+) -> tuple[Told | None, float]:
     """(what the lock's holder must tell now, 0), (None, seconds to wait) or (None, 0) = nothing is left.
 
     `present`: note id → [device id, reason] of the notes whose agents live. `now`: wall seconds."""
@@ -80,10 +79,10 @@ def next_document(
 
 
 def _document(
-    episode: str, rev: int, now: float, before: Document | None, fresh: Mapping[str, list[str]]
-) -> Document:
-    ids: list[Any] = list(before["ids"]) if before else []
-    named: list[Any] = list(before["members"]) if before else []
+    episode: str, rev: int, now: float, before: Told | None, fresh: Mapping[str, list[str]]
+) -> Told:
+    ids = list(before["ids"]) if before else []
+    named = list(before["members"]) if before else []
     room = max(0, MAX_NAMED - len(named))
     return {
         "episode": episode,
@@ -95,12 +94,12 @@ def _document(
     }
 
 
-def finished(document: Document, now: float) -> Document:
+def finished(document: Told, now: float) -> Told:
     """The document after a sink has taken it."""
     return {**document, "state": "told", "at": now}
 
 
-def checked(document: Any) -> Document | None:
+def checked(document: object) -> Told | None:
     """A document as found in Consul, or None: what somebody else has written there is no document."""
     if not isinstance(document, dict) or document.get("state") not in ("telling", "told"):
         return None
@@ -111,10 +110,11 @@ def checked(document: Any) -> Document | None:
         isinstance(one, list) and len(one) == 2 and all(isinstance(part, str) for part in one)
         for one in members
     )
-    return document if texts and numbers and pairs else None
+    found: Told = document  # type: ignore[assignment]  # as checked here
+    return found if texts and numbers and pairs else None
 
 
-def read_group(found: list[Document]) -> tuple[dict[str, list[str]], Document | None, int]:
+def read_group(found: list[KvEntry]) -> tuple[dict[str, list[str]], Told | None, int]:
     """(note id → [device id, reason] of the notes whose agents live and wait, what was told, its index)."""
     present: dict[str, list[str]] = {}
     told, index = None, 0
@@ -127,7 +127,7 @@ def read_group(found: list[Document]) -> tuple[dict[str, list[str]], Document | 
     return present, told, index
 
 
-def counts(one: Document, now: float) -> bool:
+def counts(one: KvEntry, now: float) -> bool:
     """Whether an entry of a listing is the note of an agent that lives: a lock of its session says so, and
     without one its age. `now`: wall seconds."""
     value = one["value"]
@@ -138,7 +138,7 @@ def counts(one: Document, now: float) -> bool:
     return bool(one["session"]) or fresh
 
 
-def ended(found: list[Document], entry: Document, now: float) -> str:
+def ended(found: list[KvEntry], entry: Entry, now: float) -> str:
     """The episode that this anomaly was the last one of, or "". `found`: the group's keys without our note;
     `entry`: our anomaly, with the `episode` that we know of if it was `told`. `now`: wall seconds."""
     _, told, _ = read_group(found)
@@ -149,11 +149,14 @@ def ended(found: list[Document], entry: Document, now: float) -> str:
     same = told["ids"] if told is not None and told["episode"] == episode else ()
     # Those who were told of, but have not seen it yet, count as well.
     notes = [one["value"] for one in found if counts(one, now)]
-    left = any(one.get("told") == episode or one.get("id") in same for one in notes)
+    left = any(
+        isinstance(one, dict) and (one.get("told") == episode or one.get("id") in same)
+        for one in notes
+    )
     return "" if left else episode
 
 
-def stale(found: list[Document], now: float) -> list[Document]:
+def stale(found: list[KvEntry], now: float) -> list[KvEntry]:
     """Of a listing what agents that are gone have left: notes that count for nothing, and what was told and
     the lock of a group without any other."""
     lived_in = {one["name"].rpartition("/")[0] for one in found if counts(one, now)}
@@ -176,11 +179,16 @@ def stale(found: list[Document], now: float) -> list[Document]:
     return out
 
 
-def folder_of(entry: Document) -> str:
+def member_of(device_id: str, entry: Entry) -> list[str]:
+    """[device id, reason] of an anomaly."""
+    return [device_id, entry["summary"][:120]]
+
+
+def folder_of(entry: Entry) -> str:
     """The place of an anomaly's group: readable kind, and a hash of what came from outside (S11)."""
     import hashlib
 
-    kind, value = entry["group"]
+    kind, value = entry["group"] or ("", "")
     digest = hashlib.blake2b(
         f"{entry['key']}\0{kind}\0{value}".encode(), digest_size=10
     ).hexdigest()

@@ -13,11 +13,12 @@ from watchdog_agent.runtime.loop import between
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
 
     from watchdog_agent.consul.kv import Kv
+    from watchdog_agent.runtime.http import HttpRequest
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Timer
+    from watchdog_agent.runtime.types import Config, Entry, KvEntry, Timer, Told
 
     class Owner(Protocol):
         """Whose round it is: it holds the session."""
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         session: str
 
         def with_session(self, then: Callable[[str], None]) -> None: ...
-        def note(self, entry: Document, episode: str) -> Document: ...
+        def note(self, entry: Entry, episode: str) -> dict[str, str | float]: ...
         def lost(self) -> None: ...
         def sweep(self) -> None: ...
         def end(self, it: ElectionRound) -> None: ...
@@ -41,7 +42,7 @@ class ElectionRound:
     def __init__(
         self,
         owner: Owner,
-        entry: Document,
+        entry: Entry,
         group: tuple[str, str],
         done: Callable[..., None],
     ) -> None:
@@ -62,7 +63,7 @@ class ElectionRound:
         self.polls = 0
         self.resigned_until = 0.0
         self.timer: Timer | None = None
-        self.fetch: Any = None
+        self.fetch: HttpRequest | None = None
 
     # -- taking part
 
@@ -84,7 +85,7 @@ class ElectionRound:
             return
         self.fetch = self.kv.put(self.note, f"acquire={session}", self._value(), self._posted)
 
-    def _value(self, episode: str = "") -> Document:
+    def _value(self, episode: str = "") -> dict[str, str | float]:
         return self.owner.note(self.entry, episode)
 
     def _posted(self, taken: bool | None, reason: str) -> None:
@@ -117,7 +118,7 @@ class ElectionRound:
         """Whether it is told, and whether anybody is about to."""
         self.fetch = self.kv.listed(f"{self.folder}/_", self._looked)
 
-    def _looked(self, found: list[Document] | None, reason: str) -> None:
+    def _looked(self, found: list[KvEntry] | None, reason: str) -> None:
         if self.over:
             return
         if found is None:
@@ -129,7 +130,9 @@ class ElectionRound:
         if election.covers(told, self.entry["id"]):
             assert told is not None
             self._settle(told["episode"])
-        elif kept.get("_leader", {}).get("session") or time.monotonic() < self.resigned_until:
+        elif (
+            "_leader" in kept and kept["_leader"]["session"]
+        ) or time.monotonic() < self.resigned_until:
             # the longer it takes, the rarer we ask: an heir is wanted in seconds, not at once
             self.polls += 1
             wait = min(self.gather_s * 1.2**self.polls, max(self.gather_s, 5.0))
@@ -164,7 +167,7 @@ class ElectionRound:
     def _lead(self) -> None:
         self.fetch = self.kv.listed(f"{self.folder}/", self._listed)
 
-    def _listed(self, found: list[Document] | None, reason: str) -> None:
+    def _listed(self, found: list[KvEntry] | None, reason: str) -> None:
         if self.over:
             return
         if found is None:
@@ -172,7 +175,7 @@ class ElectionRound:
             return
         self._reached()
         present, told, index = election.read_group(found)
-        present[self.entry["id"]] = [self._value()["device_id"], self._value()["reason"]]
+        present[self.entry["id"]] = election.member_of(self.owner.config["device_id"], self.entry)
         if not present.keys() <= self.seen:
             self.newest = time.monotonic()
             self.seen |= present.keys()
@@ -195,7 +198,7 @@ class ElectionRound:
             self.owner.sweep()
             self._settle(told["episode"] if told is not None else self.entry["id"])
 
-    def _write(self, document: Document, index: int) -> None:
+    def _write(self, document: Told, index: int) -> None:
         """Nothing is said before the document that others would go on from is there."""
 
         def written(taken: bool | None, reason: str) -> None:
@@ -213,7 +216,7 @@ class ElectionRound:
 
         self.fetch = self.kv.put(f"{self.folder}/_told", f"cas={index}", document, written)
 
-    def _told(self, document: Document, taken: bool) -> None:
+    def _told(self, document: Told, taken: bool) -> None:
         self.telling = False
         if self.over:
             return
@@ -230,10 +233,10 @@ class ElectionRound:
             self._mark(document)
             self._withdraws()
 
-    def _mark(self, document: Document, tries: int = 0) -> None:
+    def _mark(self, document: Told, tries: int = 0) -> None:
         """Write that it is told; whoever took over meanwhile has the same document, and says it again."""
 
-        def found(entries: list[Document] | None, _reason: str) -> None:
+        def found(entries: list[KvEntry] | None, _reason: str) -> None:
             told = election.checked(entries[0]["value"]) if entries else None
             same = told is not None and told["rev"] == document["rev"]
             if entries and same and told is not None and told["episode"] == document["episode"]:
@@ -265,7 +268,7 @@ class ElectionRound:
         self.owner.end(self)
         document, _ = election.next_document(
             None,
-            {self.entry["id"]: [self._value()["device_id"], self._value()["reason"]]},
+            {self.entry["id"]: election.member_of(self.owner.config["device_id"], self.entry)},
             time.time(),
             self.window_s,
         )

@@ -15,14 +15,22 @@ from watchdog_agent.runtime.loop import between
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Callable, Mapping
 
     from watchdog_agent.consul.kv import Kv
     from watchdog_agent.escalation.coordinator import Coordinator
     from watchdog_agent.escalation.election_round import ElectionRound
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Timer
+    from watchdog_agent.runtime.status_types import EscalationStatus
+    from watchdog_agent.runtime.types import (
+        Alert,
+        Config,
+        Document,
+        Entry,
+        EscalateRules,
+        Timer,
+        Told,
+    )
 
 
 class Escalations:
@@ -38,9 +46,9 @@ class Escalations:
 
     def __init__(self, loop: Loop, config: Config, instance: str, log: Callable[..., None]) -> None:
         self.loop, self.config, self.log = loop, config, log
-        self.rules: Document = config["escalate"]
+        self.rules: EscalateRules = config["escalate"]
         self.sinks = [Sink(loop, one, config, instance, log) for one in self.rules["sinks"]]
-        self.open: dict[str, Document] = {}
+        self.open: dict[str, Entry] = {}
         self.rounds: dict[str, ElectionRound] = {}
         self.coordination: Coordinator | None = None
         self.leaving = 0
@@ -50,7 +58,7 @@ class Escalations:
         self.on_change: Callable[[], object] = lambda: None
         """Called when the stored state has changed."""
 
-    def raise_(self, key: str, summary: str, evidence: dict[str, Any]) -> None:
+    def raise_(self, key: str, summary: str, evidence: Mapping[str, object]) -> None:
         """Escalate this anomaly, alone or with others'. `key`: its kind, as ``offline``; of letters, digits,
         - and _. `evidence`: JSON; the values of gateway, site, class and host in it say what it has in common
         with others."""
@@ -59,7 +67,7 @@ class Escalations:
         if len(self.open) >= self.MOST:
             self.log("escalation dropped: too many are open", key=key)
             return
-        entry: Document = {
+        entry: Entry = {
             "key": key,
             "id": os.urandom(8).hex(),
             "at": round(time.time(), 3),
@@ -73,16 +81,16 @@ class Escalations:
         self._begin(entry)
         self.on_change()
 
-    def _bounded(self, evidence: dict[str, Any]) -> dict[str, Any]:
+    def _bounded(self, evidence: Mapping[str, object]) -> Document:
         from watchdog_agent.runtime.stdlib_light import json
 
         text = json.dumps(evidence, default=str)
         if len(text) <= self.EVIDENCE_BYTES:
-            found: dict[str, Any] = json.loads(text)
+            found: Document = json.loads(text)
             return found
         return {"cut": text[: self.EVIDENCE_BYTES]}
 
-    def _begin(self, entry: Document) -> None:
+    def _begin(self, entry: Entry) -> None:
         group = self._group(entry)
         if group is None or not self.config.get("consul"):
             entry["group"] = None
@@ -125,18 +133,18 @@ class Escalations:
                 name, every_s = self.config["device_id"], self.rules["note_s"]
                 note = coordinator.note_of(entry, name, every_s)
 
-                def written(entry: Document = entry) -> None:
+                def written(entry: Entry = entry) -> None:
                     if self._is_over(entry):  # it ended while the note was on its way
                         self._leave(entry, None)
 
                 coordinator.say_again(kv, self.config["slug"], entry, note, written)
         self._remind()
 
-    def _group(self, entry: Document) -> tuple[str, str] | None:
+    def _group(self, entry: Entry) -> tuple[str, str] | None:
         by: list[str] = self.rules["by"]
         gateway = self.config.get("gateway")
-        known = {
-            "gateway": gateway.get("address", "") if isinstance(gateway, dict) else gateway,
+        known: Document = {
+            "gateway": gateway.get("address", "") if gateway else "",
             "class": self.config.get("agent_class", ""),
             "host": os.uname().nodename if "host" in by else "",
         }
@@ -146,8 +154,8 @@ class Escalations:
 
     # -- telling
 
-    def _tell_alone(self, entry: Document) -> None:
-        what = [self.config["device_id"], entry["summary"][:120]]
+    def _tell_alone(self, entry: Entry) -> None:
+        what = election.member_of(self.config["device_id"], entry)
         document, _ = election.next_document(
             None, {entry["id"]: what}, entry["at"], self.rules["window_s"]
         )
@@ -162,9 +170,9 @@ class Escalations:
 
     def _tell_document(
         self,
-        document: Document,
+        document: Told,
         group: tuple[str, str] | None,
-        entry: Document,
+        entry: Entry,
         done: Callable[[bool], None],
     ) -> None:
         status = "firing" if document["rev"] == 1 else "update"
@@ -172,8 +180,8 @@ class Escalations:
 
     def _tell(
         self,
-        entry: Document,
-        document: Document,
+        entry: Entry,
+        document: Told,
         group: tuple[str, str] | None,
         status: str,
         done: Callable[[bool], None],
@@ -209,7 +217,7 @@ class Escalations:
             done,
         )
 
-    def _deliver(self, alert: Document, done: Callable[[bool], None]) -> None:
+    def _deliver(self, alert: Alert, done: Callable[[bool], None]) -> None:
         """To all sinks; done(whether any of them took it) when all have said."""
         left, taken = len(self.sinks), False
 
@@ -233,10 +241,10 @@ class Escalations:
         self._leave(entry, self.rounds.pop(key, None))
         self.on_change()
 
-    def _is_over(self, entry: Document) -> bool:
+    def _is_over(self, entry: Entry) -> bool:
         return self.open.get(entry["key"]) is not entry
 
-    def _leave(self, entry: Document, it: ElectionRound | None) -> None:
+    def _leave(self, entry: Entry, it: ElectionRound | None) -> None:
         """Take our note away, and tell the end if no other device of the episode is left. Another agent may
         have told of our device, and we do not know it yet."""
         self.leaving += 1
@@ -248,7 +256,7 @@ class Escalations:
             kv, slug = self._kv(), self.config["slug"]
             kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._look(entry))
 
-    def _look(self, entry: Document) -> None:
+    def _look(self, entry: Entry) -> None:
         """With our note gone."""
 
         def ended(episode: str) -> None:
@@ -269,10 +277,12 @@ class Escalations:
 
         return Kv(self.loop, self.config, "anomalies")
 
-    def _resolve(self, entry: Document) -> None:
-        document = {
+    def _resolve(self, entry: Entry) -> None:
+        document: Told = {
             "episode": entry["episode"],
             "rev": 0,
+            "state": "told",
+            "at": entry["at"],
             "ids": [entry["id"]],
             "members": [[self.config["device_id"], self.over]],
         }
@@ -306,9 +316,9 @@ class Escalations:
 
     # -- keeping and showing
 
-    def dump(self) -> list[Document]:
+    def dump(self) -> list[Entry]:
         """What is open, to be stored; JSON."""
-        return [dict(entry) for entry in self.open.values()]
+        return [entry.copy() for entry in self.open.values()]
 
     def restore(self, kept: object) -> None:
         """Go on with what an earlier run of this agent had open; what makes no sense is left out."""
@@ -320,11 +330,14 @@ class Escalations:
         # While we were away it may have grown old.
         self._remind(self.RETURN_S)
 
-    def status(self) -> Document:
+    def status(self) -> EscalationStatus:
         """For /status and the metrics."""
-        shown = ("key", "at", "summary", "told", "episode", "group")
+        hidden = ("id", "evidence")
         return {
-            "open": [{name: one[name] for name in shown} for one in self.open.values()],
+            "open": [
+                {name: value for name, value in one.items() if name not in hidden}
+                for one in self.open.values()
+            ],
             "queued": sum(len(one.waiting) for one in self.sinks),
             "sent": sum(one.sent for one in self.sinks),
             "failed": sum(one.failed for one in self.sinks),

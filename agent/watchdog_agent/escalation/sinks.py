@@ -16,11 +16,11 @@ from watchdog_agent.runtime.stdlib_light import deque, json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Timer
+    from watchdog_agent.runtime.types import Alert, Config, Document, SinkSpec, Timer
 
 HOLD_S = 86400.0
 """An alert in Alertmanager that nobody resolves ends by itself after a day."""
@@ -38,7 +38,7 @@ class Sink:
     def __init__(
         self,
         loop: Loop,
-        spec: Document,
+        spec: SinkSpec,
         config: Config,
         instance: str,
         log: Callable[..., None],
@@ -51,7 +51,7 @@ class Sink:
             port = 8500 if spec["kind"] == "consul_event" else 80
             self.url = http.Url(spec["url"], port, tls=True)
             trust = transport.trust(self.url, config.get("ca_cert", ""))
-            self.trusted: Callable[[], Any] = lambda: trust
+            self.trusted: Callable[[], ssl.SSLContext | None] = lambda: trust
         else:
             from watchdog_agent.consul import registration
 
@@ -60,13 +60,13 @@ class Sink:
         rules = config["escalate"]
         self.retry_s: float = rules["retry_s"]
         self.give_up_s: float = rules["give_up_s"]
-        self.waiting: deque[tuple[Document, float, Callable[[bool], None]]] = deque()
+        self.waiting: deque[tuple[Alert, float, Callable[[bool], None]]] = deque()
         self.sent = self.failed = self.dropped = self.tries = 0
         self.last_error = ""
         self.fetch: http.HttpRequest | None = None
         self.timer: Timer | None = None
 
-    def put(self, alert: Document, done: Callable[[bool], None]) -> None:
+    def put(self, alert: Alert, done: Callable[[bool], None]) -> None:
         """Deliver it; `done(taken)` once. With MOST waiting the oldest goes, and is counted."""
         if len(self.waiting) >= self.MOST:
             # the first may be on its way: it stays until its answer is here
@@ -101,13 +101,15 @@ class Sink:
             self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted()
         )
 
-    def _answered(self, status: int | None, headers: dict[str, str], body: Any) -> None:
+    def _answered(
+        self, status: int | None, headers: dict[str, str], _body: bytes, reason: str
+    ) -> None:
         self.fetch = None
         if status is not None and 200 <= status < 300:
             self.sent += 1
             self._ended(True)
             return
-        error = body if status is None else f"status {status}"
+        error = reason if status is None else f"status {status}"
         if error != self.last_error:
             self.last_error = error
             self.log("escalation is not taken", sink=self.spec["kind"], reason=error)
@@ -132,7 +134,7 @@ class Sink:
 
 
 def request_of(
-    spec: Document, alert: Document, config: Config, instance: str
+    spec: SinkSpec, alert: Alert, config: Config, instance: str
 ) -> tuple[str, str, bytes, list[tuple[str, str]]]:
     """(method, path below the sink's url, body, headers)."""
     if spec["kind"] == "alertmanager":
@@ -146,7 +148,7 @@ def request_of(
     return "POST", "", json.dumps(whole).encode(), [("Idempotency-Key", alert["key"])]
 
 
-def alertmanager(alert: Document) -> Document:
+def alertmanager(alert: Alert) -> Document:
     """As Alertmanager's API v2 wants it (its openapi.yaml, postableAlert). The labels are the alert's
     identity there: they are the same for its updates and its end."""
     ends = alert["now"] if alert["status"] == "resolved" else alert["now"] + HOLD_S

@@ -21,10 +21,9 @@ from watchdog_agent.runtime.stdlib_light import socket, struct
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Address, Ended, Fetched, Probe, Probed, Timer
+    from watchdog_agent.runtime.types import Address, Ended, Fetched, Probe, Probed, SockAddr, Timer
 
 _REFUSED = 111
 _FORBIDDEN = (1, 13, 93, 94)
@@ -81,9 +80,9 @@ def http_probe(
 ) -> None:
     """GET, and judge the answer. A redirect is not followed: it is a status like any other."""
 
-    def answered(status: int | None, _headers: dict[str, str], body: Any) -> None:
+    def answered(status: int | None, _headers: dict[str, str], body: bytes, reason: str) -> None:
         if status is None:
-            ended(False, body)
+            ended(False, reason)
         else:
             ended(*judge_http(spec, status, body))
 
@@ -165,7 +164,7 @@ class _Echo:
         self,
         loop: Loop,
         sock: socket.socket,
-        where: Any,
+        where: SockAddr,
         timeout_s: float,
         ended: Ended,
         *,
@@ -238,7 +237,7 @@ class _Ping:
         # Port 0: a raw IPv6 socket takes no other (raw(7)).
         self.turns = Turns(loop, (address, 0), spec["timeout_s"], self._begin, self._over)
 
-    def _begin(self, family: Any, where: Any) -> None:
+    def _begin(self, family: int, where: SockAddr) -> None:
         try:
             sock, raw = echo_socket(family)
         except OSError as error:

@@ -12,7 +12,7 @@ from watchdog_agent.runtime.loop import READ
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe
+    from watchdog_agent.runtime.types import Document, Ended, Probe
 
 MAX_OUTPUT = 1 << 20
 """Bytes after which a program that talks on is killed."""
@@ -28,7 +28,7 @@ _running: set[_Command] = set()
 """All that were not reaped yet, the killed ones too."""
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     validators.require(probe, "command", table.COMMAND, where)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe
+    from watchdog_agent.runtime.types import Document, Ended, Probe
 
 TYPES = {"A": 1, "AAAA": 28}
 MAX_RECORDS = 64
@@ -27,20 +27,20 @@ class DnsError(Exception):
     """The answer is not as RFC 1035 says; the text says how."""
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     validators.fill(probe, table.DnsProbe, where)
     validators.require(probe, "name", table.DnsProbe.name, where)
-    kind = probe["type"]
+    kind = str(probe["type"])
     if probe.get("server") is not None:
         probe["server"] = validators.host(probe["server"], f"{where}: server")
     try:
-        encode_name(probe["name"])
+        encode_name(str(probe["name"]))
     except DnsError as error:
         raise errors.ConfigError(f"{where}: name is {probe['name']!r}: {error}") from None
     if probe.get("expect_address") is not None:
         try:
-            socket.inet_pton(_FAMILY[TYPES[kind]], probe["expect_address"])
+            socket.inet_pton(_FAMILY[TYPES[kind]], str(probe["expect_address"]))
         except (OSError, TypeError):
             raise errors.ConfigError(
                 f"{where}: expect_address must be an address for {kind} records"

@@ -15,13 +15,13 @@ from watchdog_agent.runtime import http, outcome
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe
+    from watchdog_agent.runtime.types import Document, Ended, Follower, Probe
 
 MAX_ROUND = 256 * 1024
 """Bytes read in one round; a log that grows faster is skipped to its end, and that is said."""
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     validators.require(probe, "file", table.PATH, where)
     validators.fill(probe, table.FileProbe, where)
@@ -29,7 +29,7 @@ def check(probe: Probe, where: str) -> None:
         raise errors.ConfigError(
             f"{where}: file needs one of expect_text, forbid_text and max_age_s"
         )
-    probe["follower"] = FileFollower(probe["file"])
+    probe["follower"] = FileFollower(str(probe["file"]))
 
 
 def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
@@ -44,7 +44,7 @@ def start(loop: Loop, spec: Probe, _address: str, ended: Ended) -> None:
     loop.later(0, lambda: ended(*answer))
 
 
-def read(spec: Probe, follower: FileFollower, now: float) -> tuple[bool, str]:
+def read(spec: Probe, follower: Follower, now: float) -> tuple[bool, str]:
     """(ok, reason) of one round at `now`, seconds since 1970. Raises OSError."""
     name = os.path.basename(spec["file"])
     facts = os.stat(spec["file"])

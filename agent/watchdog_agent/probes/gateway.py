@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Outcome
+    from watchdog_agent.runtime.types import Document, Outcome, Probe
 
 FRESH_S = 1.0
 """An answer is good for so long where something is done because of it."""
@@ -22,7 +22,7 @@ FRESH_S = 1.0
 class Gateway:
     """Asked when the device's probes fail, and at no other time."""
 
-    def __init__(self, loop: Loop, spec: Document) -> None:
+    def __init__(self, loop: Loop, spec: Probe) -> None:
         self.loop, self.spec = loop, spec
         self.address: str = spec["address"]
         self.answers: bool | None = None

@@ -18,10 +18,9 @@ from watchdog_agent.runtime.stdlib_light import struct
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Fetched, Probe
+    from watchdog_agent.runtime.types import Document, Ended, Fetched, Probe, Step
 
 VERSION = 1
 """Code of CONNACK: the broker does not speak MQTT 3.1.1."""
@@ -44,7 +43,7 @@ _OTHER_VERSION = (VERSION, MQTT5_ONLY, HUNG_UP)
 DISCONNECT = b"\xe0\x00"
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     validators.fill(probe, table.Mqtt, where)
     if probe.get("password_file") and not probe.get("user"):
@@ -85,7 +84,7 @@ class Talk:
 
     def __init__(
         self,
-        spec: Any,
+        spec: Probe | Step,
         timeout_s: float,
         begin: Callable[[int, float, Fetched], http.HttpRequest],
         answered: Callable[[int | None, str], None],
@@ -99,7 +98,9 @@ class Talk:
         self.level = spec.get("level", 4)
         self.fetch = begin(self.level, timeout_s, self._ended)
 
-    def _ended(self, status: int | None, _headers: dict[str, str], body: Any) -> None:
+    def _ended(
+        self, status: int | None, _headers: dict[str, str], _body: bytes, reason: str
+    ) -> None:
         if self.level == 4 and status in _OTHER_VERSION:
             self.level, self.why = 5, refusal(status, 4)
             left_s = round(max(0.01, self.until - time.monotonic()), 2)
@@ -109,16 +110,16 @@ class Talk:
                 self.answered(None, outcome.Unable(http.reason_of(error)))
             return
         if status == 0:
-            body = "connected" if self.level == 4 else "connected with MQTT 5"
+            reason = "connected" if self.level == 4 else "connected with MQTT 5"
         elif status is not None:
-            body = refusal(status, self.level)
+            reason = refusal(status, self.level)
         if self.level == 5 and status not in (None, MQTT5_ONLY):
             self.spec["level"] = 5
         else:
             self.spec.pop("level", None)
-            if self.why and self.why != body:
-                body = type(body)(f"{self.why}; in MQTT 5: {body}")
-        self.answered(status, body)
+            if self.why and self.why != reason:
+                reason = type(reason)(f"{self.why}; in MQTT 5: {reason}")
+        self.answered(status, reason)
 
 
 def refusal(code: int, level: int) -> str:
@@ -170,7 +171,7 @@ class Dialogue(http.HttpRequest):
         try:
             code = self.connack(self.got, closed=not data)
         except HttpError as error:
-            self._end(None, str(error))
+            self._fail(str(error))
             return
         if code is not None:
             if code == 0:

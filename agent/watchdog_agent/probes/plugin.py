@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from typing import Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe, ProbePlugin
+    from watchdog_agent.runtime.types import Document, Ended, Probe, ProbePlugin
 
 GROUP: Final = "watchdog_agent.probes"
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError. That it is installed is seen when it runs: without it the probe is unable to ask."""
     validators.require(probe, "plugin", table.PLUGIN, where)
     settings = probe.setdefault("settings", {})

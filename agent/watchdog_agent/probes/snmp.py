@@ -11,7 +11,7 @@ from watchdog_agent.runtime import http, outcome, secrets
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Probe
+    from watchdog_agent.runtime.types import Document, Ended, Probe
 
 UP_TIME = bytes((0x2B, 6, 1, 2, 1, 1, 3, 0))
 """1.3.6.1.2.1.1.3.0"""
@@ -23,7 +23,7 @@ class SnmpError(Exception):
     """The answer is no SNMP that we understand; the text says why."""
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     validators.fill(probe, table.SnmpProbe, where)
 

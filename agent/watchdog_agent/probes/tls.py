@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from watchdog_agent.runtime.http import HttpRequest
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Address, Ended, Fetched, Probe
+    from watchdog_agent.runtime.types import Address, Document, Ended, Fetched, Probe, Step
 
 DAY_S = 86400
 MIN_PATIENCE_S = 0.05
@@ -30,7 +30,7 @@ class CertificateError(Exception):
     """It is no certificate that we can read."""
 
 
-def check(probe: Probe, where: str) -> None:
+def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     if probe["kind"] == "tls":
         validators.fill(probe, table.TlsProbe, where)
@@ -47,8 +47,8 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
         place = (address, spec["port"])
         days = spec["warn_days"]
 
-        def shaken(status: int | None, _headers: dict[str, str], body: Any) -> None:
-            ended(*((False, body) if status is None else judge(body, time.time(), days)))
+        def shaken(status: int | None, _headers: dict[str, str], body: bytes, reason: str) -> None:
+            ended(*((False, reason) if status is None else judge(body, time.time(), days)))
 
         fetch = _Handshake(loop, place, b"", spec["timeout_s"], shaken, spec["trust"].now())
         fetch.doubtful, fetch.began = bool(spec["client_cert"]), time.monotonic()
@@ -70,7 +70,7 @@ def judge(der: bytes, now: float, warn_days: float) -> tuple[bool, str, str]:
     return True, reason, f"{reason} (warn_days is {warn_days:g})" if left < warn_days else ""
 
 
-def named(fetch: tls.SecureRequest, spec: Probe) -> None:
+def named(fetch: tls.SecureRequest, spec: Probe | Step) -> None:
     """Ask for the name of the configuration instead of the address."""
     # Nothing has been sent yet: the loop has not run since.
     if spec.get("server_name"):
@@ -85,7 +85,7 @@ def secured(
     loop: Loop,
     place: Address,
     packet: bytes,
-    spec: Probe,
+    spec: Probe | Step,
     timeout_s: float,
     answered: Fetched,
 ) -> Any:
@@ -132,7 +132,7 @@ class _Handshake(tls.SecureRequest):
 
 
 def _Https(  # noqa: N802  # stands in for the class Fetch
-    loop: Loop, place: Any, data: bytes, spec: Probe, answered: Any, max_body: int
+    loop: Loop, place: Address, data: bytes, spec: Probe, answered: Fetched, max_body: int
 ) -> None:
     fetch = tls.SecureRequest(
         loop, place, data, spec["timeout_s"], answered, spec["trust"].now(), max_body

@@ -10,10 +10,9 @@ from watchdog_agent.runtime.stdlib_light import socket
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Address, Ended
+    from watchdog_agent.runtime.types import Address, Ended, SockAddr
 
 TIMES = 3
 """Nobody sends a lost packet again but we, and one lost packet is no evidence (S6)."""
@@ -44,7 +43,7 @@ class UdpQuery:
         for number in range(1, TIMES):
             loop.later(number * timeout_s / TIMES, self._again)
 
-    def _begin(self, family: Any, where: Any) -> None:
+    def _begin(self, family: int, where: SockAddr) -> None:
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             # Connected: the kernel passes over packets from anybody else, and says when it is refused.

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from typing import Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Ended, Step
+    from watchdog_agent.runtime.types import Ended, Step
 
 
-def start(loop: Loop, step: Step, device: Document, ended: Ended) -> CommandRun:
+def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> CommandRun:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
     if step["kind"] == "unit":
         argv = ["systemctl", "--no-ask-password", "restart", step["unit"]]
@@ -28,7 +28,7 @@ def start(loop: Loop, step: Step, device: Document, ended: Ended) -> CommandRun:
 class CommandRun:
     """One program in a process group of its own."""
 
-    def __init__(self, loop: Loop, argv: list[str], device: Document, ended: Ended) -> None:
+    def __init__(self, loop: Loop, argv: list[str], device: dict[str, str], ended: Ended) -> None:
         self.ended: Ended | None = ended
         self.program: child_guard.GuardedProcess | None = None
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
@@ -65,7 +65,7 @@ class CommandRun:
 _PRIVATE: Final = ("WATCHDOG_", "CONSUL_", "NOMAD_", "VAULT_")
 
 
-def environment(device: Document) -> dict[str, str]:
+def environment(device: dict[str, str]) -> dict[str, str]:
     """Ours without what is ours alone, as tokens are; and which device it is about."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)}
     return {**kept, "DEVICE_ID": device["device_id"], "DEVICE_ADDRESS": device["address"]}

@@ -6,13 +6,11 @@ from watchdog_agent.runtime import http, transport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Ended, Step
+    from watchdog_agent.runtime.types import Ended, Step
 
 
-def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Call:
+def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> Call:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Call(loop, step, device, ended)
 
@@ -20,7 +18,7 @@ def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Call:
 class Call:
     """One request. A POST says in its body which device it is about."""
 
-    def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
+    def __init__(self, loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> None:
         url = http.Url(step["url"], tls=True)
         body = b""
         if step["method"] == "POST":
@@ -29,9 +27,11 @@ class Call:
             body = json.dumps(device).encode()
         data = http.request(step["method"], url.base, url.host_header, body)
 
-        def answered(status: int | None, _headers: dict[str, str], said: Any) -> None:
+        def answered(
+            status: int | None, _headers: dict[str, str], _body: bytes, reason: str
+        ) -> None:
             if status is None:
-                ended(False, said)
+                ended(False, reason)
             else:
                 ended(200 <= status < 300, f"status {status}")
 

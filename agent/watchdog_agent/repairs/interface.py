@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Final, Literal
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Ended, Step
+    from watchdog_agent.runtime.types import Ended, Step, Undo
 
 HOLD_S: Final = 1.0
 """How long the link stays down: a switch and a device at the other end must notice."""
@@ -43,7 +43,7 @@ _OF_KERNEL: Final = (2, 9)  # RTPROT_KERNEL, RTPROT_RA: they come back by themse
 _OIF: Final = 4  # RTA_OIF
 
 
-def prepare(step: Step) -> Document:
+def prepare(step: Step) -> Undo:
     """What is needed to undo the step, to be kept before it is taken. Raises OSError."""
     index = socket.if_nametoindex(step["interface"])
     kept = [*_addresses(index), *_routes(index)]
@@ -54,7 +54,7 @@ def prepare(step: Step) -> Document:
     }
 
 
-def start(loop: Loop, step: Step, undo: Document, ended: Ended) -> Cycle:
+def start(loop: Loop, step: Step, undo: Undo, ended: Ended) -> Cycle:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Cycle(loop, step, undo, ended)
 
@@ -62,7 +62,7 @@ def start(loop: Loop, step: Step, undo: Document, ended: Ended) -> Cycle:
 class Cycle:
     """One cycle of an interface."""
 
-    def __init__(self, loop: Loop, step: Step, undo: Document, ended: Ended) -> None:
+    def __init__(self, loop: Loop, step: Step, undo: Undo, ended: Ended) -> None:
         self.undo = undo
         self.ended: Ended | None = ended
         self.clean = True
@@ -105,7 +105,7 @@ class Cycle:
             ended(ok, reason)
 
 
-def restore(undo: Document) -> int:
+def restore(undo: Undo) -> int:
     """Put the interface up, and back what was lost with it; how much could not be put back. Doing it twice
     does no harm. Raises OSError when the interface can't be put up."""
     _link(socket.if_nametoindex(undo["interface"]), up=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from watchdog_agent.runtime.types import Document
+    from watchdog_agent.runtime.types import Undo
 
 
 def recover(kept: Any, log: Callable[..., None]) -> None:
@@ -26,7 +26,7 @@ def recover(kept: Any, log: Callable[..., None]) -> None:
         log("kept repairs can't be used")
 
 
-def undo(left: Document) -> None:
+def undo(left: Undo) -> None:
     """Put right what a step has left behind. Raises OSError, and KeyError for what none of ours left."""
     if left.get("kind") == "interface":
         from watchdog_agent.repairs import interface

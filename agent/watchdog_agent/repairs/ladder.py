@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
     from typing import Any, Final
 
-    from watchdog_agent.runtime.types import Decision, Document, Step
+    from watchdog_agent.runtime.types import Attempt, Decision, Document, Step
 
 MAX_ATTEMPTS: Final = 32
 """So many attempts are kept for people; what the budgets need is kept apart."""
@@ -53,7 +53,7 @@ class Ladder:
         """Whether an episode is under way."""
         self.escalated = False
         """Whether this episode was escalated."""
-        self.attempts: list[Document] = []
+        self.attempts: list[Attempt] = []
         self.count = 0
         """Attempts so far: the number of the last one."""
         self._times: dict[str, list[float]] = {step["id"]: [] for step in steps}
@@ -117,7 +117,7 @@ class Ladder:
         return bool(sum(now - at < step["window_s"] for at in times) >= step["budget"])
 
     @property
-    def current(self) -> Document | None:
+    def current(self) -> Attempt | None:
         """The attempt that is under way or being verified."""
         last = self.attempts[-1] if self.attempts else None
         return last if last is not None and last["outcome"] in (RUNNING, VERIFYING) else None
@@ -129,11 +129,11 @@ class Ladder:
 
     # -- what has happened
 
-    def took(self, step: Step, now: float, *, dry: bool = False) -> Document:
+    def took(self, step: Step, now: float, *, dry: bool = False) -> Attempt:
         """The step is about to be taken; the attempt that is to be persisted first."""
         assert self.current is None
         self.count += 1
-        attempt = {
+        attempt: Attempt = {
             "number": self.count,
             "id": step["id"],
             "name": step["name"],
@@ -171,7 +171,8 @@ class Ladder:
         """The step that is under way was given up. It counts, and is not taken again."""
         current = self.current
         if current is not None and current["outcome"] == RUNNING:
-            current.update(ended=now, outcome=INTERRUPTED, reason=reason[:200])
+            current["ended"], current["outcome"] = now, INTERRUPTED
+            current["reason"] = reason[:200]
 
     def missed(self, *, asked: bool) -> None:
         """A probe has missed, or was not even asked, while a step is verified."""
@@ -230,7 +231,7 @@ class Ladder:
         self.open = kept["open"] is True
         self.escalated = kept["escalated"] is True
         for one in kept["attempts"]:
-            attempt = {
+            attempt: Attempt = {
                 "number": _whole(one["number"]),
                 "id": str(one["id"]),
                 "name": str(one["name"]),
@@ -264,7 +265,7 @@ class Ladder:
         ]
 
 
-def _wait(current: Document, now: float) -> Decision | None:
+def _wait(current: Attempt, now: float) -> Decision | None:
     """What to wait for while this attempt runs or is verified. None = its verification is over without success,
     which is recorded."""
     if current["outcome"] == RUNNING:

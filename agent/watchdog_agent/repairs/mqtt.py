@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from typing import Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Ended, Fetched, Step
+    from watchdog_agent.runtime.types import Ended, Fetched, Step
 
 _PUBACK: Final = b"\x40\x02\x00\x01"
 
 
-def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> MqttRun:
+def start(loop: Loop, step: Step, _device: dict[str, str], ended: Ended) -> MqttRun:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled. Raises OSError."""
     return MqttRun(loop, step, ended)
 
@@ -97,7 +97,7 @@ class Publish(mqtt.Dialogue):
         self.connack = self.puback
         # A fresh connection takes so little in one piece.
         if self.sock.send(message) < len(message):
-            self._end(None, "it does not take what we send")
+            self._fail("it does not take what we send")
 
 
 def connect(step: Step, level: int) -> bytes:

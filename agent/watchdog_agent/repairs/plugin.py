@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from typing import Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Cancellable, Document, Ended, RepairPlugin, Step
+    from watchdog_agent.runtime.types import Cancellable, Ended, RepairPlugin, Step
 
 GROUP: Final = "watchdog_agent.repairs"
 
 
-def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Plugin:
+def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> Plugin:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Plugin(loop, step, device, ended)
 
@@ -27,7 +27,7 @@ def start(loop: Loop, step: Step, device: Document, ended: Ended) -> Plugin:
 class Plugin:
     """One run of a plugin's step."""
 
-    def __init__(self, loop: Loop, step: Step, device: Document, ended: Ended) -> None:
+    def __init__(self, loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> None:
         self.running: Cancellable | None = None
         self.guard = plugins.PluginGuard(loop, ended)
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
     from watchdog_agent.repairs.host import Host
-    from watchdog_agent.runtime.types import Decision, Document, Outcome, Step, Timer
+    from watchdog_agent.runtime.status_types import RepairStatus
+    from watchdog_agent.runtime.types import Attempt, Decision, Document, Outcome, Step, Timer, Undo
+    from watchdog_agent.wire import RepairReport
 
 STOP_S: Final = 0.8
 """Time limit of a running step after a signal."""
@@ -42,7 +44,7 @@ class RepairRunner:
             policy["accepted_beats"] * config["beat_s"], policy["alone_s"]
         )
         self.running: Any = None
-        self.undo: Document | None = None
+        self.undo: Undo | None = None
         """What puts right what the step under way, or one before our start, left behind."""
         self.outcomes = dict.fromkeys(ladder.OUTCOMES[2:], 0)
         self.blocked = ""
@@ -62,7 +64,7 @@ class RepairRunner:
         """Go on from an earlier run, else start clean; an interface left down is put up in both cases."""
         config, now = self.agent.config, time.monotonic()
         try:
-            undo = kept["undo"]
+            undo: Undo | None = kept["undo"]
             self.undo = undo if isinstance(undo, dict) else None
             aged_s = max(0.0, time.time() - float(kept["at"]))
             fresh = ladder.Ladder(config["repairs"])
@@ -121,7 +123,7 @@ class RepairRunner:
                 self._recovered(current)
         self.tick()
 
-    def _recovered(self, attempt: Document | None) -> None:
+    def _recovered(self, attempt: Attempt | None) -> None:
         if attempt is not None:
             self._count(attempt)
         self.escalation.recovered()
@@ -229,9 +231,12 @@ class RepairRunner:
         self.agent.send_report()
 
     def _begin(self, step: Step) -> None:
-        device = {name: self.agent.config[name] for name in ("device_id", "slug", "address")}
-        if self.undo is not None:
-            device = self.undo
+        config = self.agent.config
+        device = {
+            "device_id": config["device_id"],
+            "slug": config["slug"],
+            "address": config["address"],
+        }
         attempt = self.ladder.current
 
         def ended(ok: bool, reason: str, _warning: str = "", /) -> None:
@@ -241,7 +246,9 @@ class RepairRunner:
         limit = step["timeout_s"]
         self._limit = self.agent.loop.later(limit, lambda: self._too_long(limit))
         try:
-            self.running = kinds.module_of(step["kind"]).start(self.agent.loop, step, device, ended)
+            self.running = kinds.module_of(step["kind"]).start(
+                self.agent.loop, step, self.undo or device, ended
+            )
         except Exception as error:
             # A step that can't be begun, for whatever reason, is a failed step and not our end.
             text = reason_of(error) if isinstance(error, OSError) else str(error)
@@ -291,7 +298,7 @@ class RepairRunner:
         self.agent.send_report()
         self.agent.loop.later(0, self._undo_again if self.undo is not None else self.tick)
 
-    def _count(self, attempt: Document) -> None:
+    def _count(self, attempt: Attempt) -> None:
         if attempt["outcome"] in self.outcomes:
             self.outcomes[attempt["outcome"]] += 1
 
@@ -335,7 +342,7 @@ class RepairRunner:
             return f"repairing: {current['name']} was done; waiting for the device to answer"
         return f"repairing: {current['name']}"
 
-    def report(self) -> Document:
+    def report(self) -> RepairReport:
         """The part of a report."""
         now = time.monotonic()
         return {
@@ -345,7 +352,7 @@ class RepairRunner:
             "attempts": self.ladder.attempts_json(now, escalation.MAX_REPORTED),
         }
 
-    def status(self) -> Document:
+    def status(self) -> RepairStatus:
         """The part of /status."""
         now = time.monotonic()
         return {

@@ -8,13 +8,11 @@ from watchdog_agent.runtime.stdlib_light import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Document, Ended, Step
+    from watchdog_agent.runtime.types import Ended, SockAddr, Step
 
 
-def start(loop: Loop, step: Step, _device: Document, ended: Ended) -> Packet:
+def start(loop: Loop, step: Step, _device: dict[str, str], ended: Ended) -> Packet:
     """Begin; `ended(ok, reason)` is called once, unless it is cancelled."""
     return Packet(loop, step, ended)
 
@@ -47,7 +45,7 @@ class Packet:
         self.timer[2] = None
 
 
-def send(packet: bytes, family: int, where: Any) -> None:
+def send(packet: bytes, family: int, where: SockAddr) -> None:
     """One datagram, which may be a broadcast. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:

@@ -15,9 +15,9 @@ from watchdog_agent.runtime.stdlib_light import deque, json
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
+    from watchdog_agent.runtime.status_types import LogCounts
     from watchdog_agent.runtime.types import Config, Document, Timer
 
 
@@ -83,7 +83,9 @@ class LokiShipper:
             self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted
         )
 
-    def _answered(self, status: int | None, headers: dict[str, str], _body: Any) -> None:
+    def _answered(
+        self, status: int | None, headers: dict[str, str], _body: bytes, _reason: str
+    ) -> None:
         self.fetch = None
         later = status is None or status == 429 or status >= 500
         sent, self.on_the_way = self.on_the_way, 0
@@ -107,7 +109,7 @@ class LokiShipper:
         if self.lines:
             self.timer = self.loop.later(wait, self._send)
 
-    def status(self) -> Document:
+    def status(self) -> LogCounts:
         """The part of /status."""
         return {"shipped": self.shipped, "dropped": self.dropped, "refused": self.refused}
 

@@ -8,13 +8,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from watchdog_agent.runtime.types import Answer, Document
+    from watchdog_agent.runtime.status_types import ProbeStats, ProbeStatus, Status
+    from watchdog_agent.runtime.types import Answer
 
     Metric = tuple[str, str, str, Iterable[tuple[str, object]]]
     """Name, type, help, and the values: labels and value."""
 
 
-def render(known: Document) -> bytes:
+def render(known: Status) -> bytes:
     """The metrics of an agent with this status. The device is the scrape's target; no label repeats it."""
     lines: list[str] = []
     for part in (_agent(known), _probes(known["probes"]), _sent(known), _optional(known)):
@@ -25,7 +26,7 @@ def render(known: Document) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def answer(known: Document, accept: str) -> Answer:
+def answer(known: Status, accept: str) -> Answer:
     """The response to a scrape: OpenMetrics if the Accept header asks for it."""
     text = render(known)
     if "openmetrics" in accept.lower():
@@ -40,14 +41,14 @@ def _one(value: object) -> list[tuple[str, object]]:
     return [("", value)]
 
 
-def _agent(known: Document) -> Iterator[Metric]:
+def _agent(known: Status) -> Iterator[Metric]:
     yield "ready", "gauge", "1 when registered and probed once.", _one(int(known["ready"]))
     states = [(f'{{state="{s}"}}', int(s == known["state"])) for s in wire.STATES]
     yield "state", "gauge", "1 for the state that the device is believed to be in.", states
     yield "epoch", "gauge", "The epoch that this agent carries.", _one(known["epoch"])
 
 
-def _probes(probes: Document) -> Iterator[Metric]:
+def _probes(probes: dict[str, ProbeStatus]) -> Iterator[Metric]:
     def each(value: str) -> list[tuple[str, object]]:
         return [(f'{{probe="{n}"}}', values[value]) for n, values in rows]
 
@@ -72,16 +73,26 @@ def _probes(probes: Document) -> Iterator[Metric]:
     text = "Share of the last 60 runs of a probe that failed, 0 to 1."
     yield "probe_loss", "gauge", text, each("loss")
     latencies = [
-        (f'{{probe="{name}",stat="{what}"}}', result["stats"][f"{what}_s"])
+        (f'{{probe="{name}",stat="{what}"}}', latency)
         for name, result in probes.items()
-        for what in ("min", "mean", "p50", "p95", "max")
-        if result["stats"]["min_s"] is not None
+        for what, latency in _latencies(result["stats"])
+        if latency is not None
     ]
     text = "Duration of those of the last 60 runs of a probe that were good."
     yield "probe_latency_seconds", "gauge", text, latencies
 
 
-def _sent(known: Document) -> Iterator[Metric]:
+def _latencies(stats: ProbeStats) -> tuple[tuple[str, float | None], ...]:
+    return (
+        ("min", stats["min_s"]),
+        ("mean", stats["mean_s"]),
+        ("p50", stats["p50_s"]),
+        ("p95", stats["p95_s"]),
+        ("max", stats["max_s"]),
+    )
+
+
+def _sent(known: Status) -> Iterator[Metric]:
     runs, reports = known["runs"], known["reports"]
     yield "probes_total", "counter", "Probe runs.", _one(runs["total"])
     yield "probe_failures_total", "counter", "Probe runs that failed.", _one(runs["failed"])
@@ -94,23 +105,24 @@ def _sent(known: Document) -> Iterator[Metric]:
     yield "reports_dropped_total", "counter", "Reports dropped unsent.", _one(reports["dropped"])
 
 
-def _optional(known: Document) -> Iterator[Metric]:
+def _optional(known: Status) -> Iterator[Metric]:
     if "repairs" in known:
         outcomes = [(f'{{outcome="{o}"}}', n) for o, n in known["repairs"]["outcomes"].items()]
         yield "repairs_total", "counter", "Repair attempts that have ended, by how.", outcomes
     if "escalations" in known:
         sent = known["escalations"]
         yield "escalations_open", "gauge", "Anomalies that are open.", _one(len(sent["open"]))
-        for name, text in (
-            ("sent", "Escalations that a sink has taken."),
-            ("failed", "Escalations that a sink has refused, or not taken in time."),
-            ("dropped", "Escalations dropped from a full queue."),
-        ):
-            yield f"escalations_{name}_total", "counter", text, _one(sent[name])
+        text = "Escalations that a sink has accepted."
+        yield "escalations_sent_total", "counter", text, _one(sent["sent"])
+        text = "Escalations that a sink has refused, or not accepted in time."
+        yield "escalations_failed_total", "counter", text, _one(sent["failed"])
+        text = "Escalations dropped from a full queue."
+        yield "escalations_dropped_total", "counter", text, _one(sent["dropped"])
     if "logs" in known:
-        for name, text in (
-            ("shipped", "Lines taken by Loki."),
-            ("dropped", "Lines dropped unsent."),
-            ("refused", "Lines refused by Loki."),
-        ):
-            yield f"log_lines_{name}_total", "counter", text, _one(known["logs"][name])
+        lines = known["logs"]
+        text = "Lines accepted by Loki."
+        yield "log_lines_shipped_total", "counter", text, _one(lines["shipped"])
+        text = "Lines dropped unsent."
+        yield "log_lines_dropped_total", "counter", text, _one(lines["dropped"])
+        text = "Lines refused by Loki."
+        yield "log_lines_refused_total", "counter", text, _one(lines["refused"])

@@ -17,11 +17,13 @@ from watchdog_agent.runtime.stdlib_light import deque, json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Log, Timer
+    from watchdog_agent.runtime.status_types import ReportCounts
+    from watchdog_agent.runtime.types import Config, Log, Timer
+    from watchdog_agent.wire import Report
 
 
 _LATER = (408, 409, 425, 429)
@@ -44,7 +46,7 @@ class Reporter:
         self,
         loop: Loop,
         config: Config,
-        make: Callable[[int, int, bool], Document],
+        make: Callable[[int, int, bool], Report],
         retire: Callable[[str, bool], None],
         log: Log,
     ) -> None:
@@ -57,7 +59,7 @@ class Reporter:
         self.known = self.given
         self.urls = [http.Url(url, tls=True) for url in self.given]
         self.credential = config.get("credential", "")
-        self.tls: Any = None
+        self.tls: ssl.SSLContext | None = None
         if any(url.secure for url in self.urls):
             from watchdog_agent.runtime import tls
 
@@ -65,7 +67,7 @@ class Reporter:
         self.beat_s = config.get("beat_s", 15.0)
         self.sequence = 0
         self.sent = self.failed = self.dropped = 0
-        self.waiting: deque[Document] = deque()
+        self.waiting: deque[Report] = deque()
         self._aged_at = 0.0
         """When `state_age_s` of what waits was last brought up to date."""
         self.fetch: http.HttpRequest | None = None
@@ -91,7 +93,7 @@ class Reporter:
         """Called with the status of each answer, as `heard`."""
         self.on_isolated: Callable[[], object] = lambda: None
         """Called when a call without an answer has made us `isolated`."""
-        self.on_condition: Callable[[Any], None] = lambda _condition: None
+        self.on_condition: Callable[[object], None] = lambda _condition: None
         """Called with the device's condition, of an answer that has one."""
 
     @property
@@ -140,8 +142,7 @@ class Reporter:
         """Age the states in the reports that wait: each says how long ago its state began when it is sent."""
         now = time.monotonic()
         for one in self.waiting:
-            if "state_age_s" in one:
-                one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)
+            one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)
         self._aged_at = now
 
     def _unclaim(self) -> bool:
@@ -151,7 +152,9 @@ class Reporter:
             one["confirmed"] = False
         return isolated
 
-    def _answered(self, status: int | None, headers: dict[str, str], body: bytes | str) -> None:
+    def _answered(
+        self, status: int | None, headers: dict[str, str], body: bytes, reason: str
+    ) -> None:
         self.fetch = None
         if self.on_status is not None:
             self.on_status(status)
@@ -159,27 +162,29 @@ class Reporter:
         self.unanswered = status is None
         if status is not None:
             self.answered_at = time.monotonic()
-        self._process(status, headers, body)
+        self._process(status, headers, body, reason)
         self.after_answer(status)
         if again:
             self.on_reconnected(isolated)
         elif self.isolated and not isolated:
             self.on_isolated()
 
-    def _process(self, status: int | None, headers: dict[str, str], body: bytes | str) -> None:
-        """Take the report off the queue, or retry it. `body` without a status is the reason."""
+    def _process(
+        self, status: int | None, headers: dict[str, str], body: bytes, reason: str
+    ) -> None:
+        """Take the report off the queue, or retry it."""
         if status == 200:
             self._accepted(body)
         elif status == 410:
             self.waiting.clear()
-            self._set_trouble(status, body)
+            self._set_trouble(status, body, reason)
             self.retire(reason_of(body), code_of(body) == wire.DEPARTED)
         else:
-            self._failed(status, headers, body)
+            self._failed(status, headers, body, reason)
         if self.closing is not None and not (status == 200 and self.waiting):
             self._closed()
 
-    def _accepted(self, body: bytes | str) -> None:
+    def _accepted(self, body: bytes) -> None:
         self.sent += 1
         self.failures = 0
         self.waiting.popleft()
@@ -191,15 +196,17 @@ class Reporter:
         if self.waiting:
             self._send()
 
-    def _failed(self, status: int | None, headers: dict[str, str], body: bytes | str) -> None:
+    def _failed(
+        self, status: int | None, headers: dict[str, str], body: bytes, reason: str
+    ) -> None:
         self.failed += 1
         self.failures += 1
         refused = status is not None and 400 <= status < 500 and status not in _LATER
         if refused:
             self.waiting.popleft()  # the same report would be refused again
         if refused or self.failures >= self.TROUBLE_AFTER:
-            self._set_trouble(status, body)
-        error = str(body) if status is None else f"status {status}"
+            self._set_trouble(status, body, reason)
+        error = reason if status is None else f"status {status}"
         now = time.monotonic()
         if error != self.last_error or now - self._logged_at >= self.REMIND_S:
             self.last_error, self._logged_at = error, now
@@ -214,19 +221,19 @@ class Reporter:
         wait = max(wait, http.retry_after(headers, self.MAX_WAIT_S))
         self.timer = self.loop.later(wait, self._send)
 
-    def _set_trouble(self, status: int | None, body: bytes | str) -> None:
+    def _set_trouble(self, status: int | None, body: bytes, reason: str) -> None:
         if self.trouble and status == self._trouble_is:
             return
         self._trouble_is = status
         where = self.known[self.chosen % len(self.known)]
         if status is None:
-            self.trouble = f"no answer from {where} to its reports: {body!s}"
+            self.trouble = f"no answer from {where} to its reports: {reason}"
         elif 400 <= status < 500 and status not in _LATER:
             self.trouble = f"its reports are refused by {where} with {status}: {reason_of(body)}"
         else:
             self.trouble = f"{where} answers its reports with {status}: {reason_of(body)}"
 
-    def _apply(self, body: bytes | str) -> None:
+    def _apply(self, body: bytes) -> None:
         """The device's condition, and other replicas, as far as the answer has them."""
         try:
             answer = parsing.loads(body)
@@ -237,7 +244,7 @@ class Reporter:
             if "condition" in answer:
                 self.on_condition(answer["condition"])
 
-    def _replicas(self, answer: Document) -> None:
+    def _replicas(self, answer: dict[str, list[str]]) -> None:
         """Other replicas' addresses, from an answer: tried after those of the configuration, when the one
         in use does not answer. They are as secure as those, or not taken."""
         try:
@@ -253,7 +260,7 @@ class Reporter:
             self.known, self.urls = found, urls
             self.chosen = found.index(using) if using in found else 0
 
-    def status(self) -> Document:
+    def status(self) -> ReportCounts:
         """The part of /status."""
         return {
             "sent": self.sent,
@@ -288,7 +295,7 @@ class Reporter:
             then()
 
 
-def reason_of(body: bytes | str) -> str:
+def reason_of(body: bytes) -> str:
     """The message of an answer of our API, else its beginning."""
     try:
         return str(parsing.loads(body)["error"]["message"])[:200]
@@ -296,7 +303,7 @@ def reason_of(body: bytes | str) -> str:
         return ascii(body[:80])
 
 
-def code_of(body: bytes | str) -> str:
+def code_of(body: bytes) -> str:
     """The code of an error of our API; "" when there is none."""
     try:
         return str(parsing.loads(body)["error"]["code"])[:80]

@@ -11,10 +11,9 @@ from watchdog_agent.runtime.stdlib_light import socket
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Address
+    from watchdog_agent.runtime.types import Address, SockAddr
 
 STAGGER_S = 0.25
 """Seconds without an answer after which the next address is tried as well (RFC 8305, 5)."""
@@ -24,7 +23,7 @@ _CONNECTING = (0, 11, 115)
 """connect() is done, would block or is in progress."""
 
 
-def resolve(address: Address) -> list[tuple[Any, Any]]:
+def resolve(address: Address) -> list[tuple[int, SockAddr]]:
     """(family, socket address) for each address of (host, port), at most MOST.
 
     A name goes to the resolver and may block for its timeout; numeric addresses do not. Raises OSError
@@ -32,7 +31,7 @@ def resolve(address: Address) -> list[tuple[Any, Any]]:
     host, port = address
     # Bytes: for text Python would load its IDNA tables, at a cost of more than the agent's own code.
     found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    return [(family, where) for family, _, _, _, where in found[:MOST]]
+    return [(family, where) for family, _, _, _, where in found[:MOST]]  # type: ignore[misc]  # IP only
 
 
 class Turns:
@@ -44,7 +43,7 @@ class Turns:
         loop: Loop,
         address: Address,
         timeout_s: float,
-        begin: Callable[[Any, Any], None],
+        begin: Callable[[int, SockAddr], None],
         over: Callable[[Exception, bool], None],
     ) -> None:
         """`begin(family, where)` starts an attempt, or raises OSError if it sent nothing. `over(error, sent)` is
@@ -55,7 +54,7 @@ class Turns:
         self.error: Exception | None = None
         self.sent = False
         """Whether a packet may have left this host before that error."""
-        self.left: list[tuple[Any, Any]] = []
+        self.left: list[tuple[int, SockAddr]] = []
         try:
             self.left = resolve(address)
         except (OSError, UnicodeError) as error:
@@ -111,7 +110,7 @@ class Turns:
         self.begin = self.over = _nothing  # and so no cycle of references is left
 
 
-def _nothing(*_given: Any) -> None:
+def _nothing(*_given: object) -> None:
     pass
 
 
@@ -139,7 +138,7 @@ class Dial:
     def _over(self, error: Exception, sent: bool) -> None:
         self.done(None, error, sent)
 
-    def _begin(self, family: Any, where: Any) -> None:
+    def _begin(self, family: int, where: SockAddr) -> None:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         code = sock.connect_ex(where)
         if code not in _CONNECTING:

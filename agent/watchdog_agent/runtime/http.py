@@ -58,8 +58,8 @@ class Url:
 
 
 class HttpRequest:
-    """One request over one new connection. `done(status, headers, body)`, with status None and the
-    reason as body when it failed; exactly once, never after `cancel`."""
+    """One request over one new connection. `done(status, headers, body, reason)` is called
+    exactly once, never after `cancel`; only a request that failed has a reason, and no status."""
 
     def __init__(  # called in three places, and a value class would cost memory
         self,
@@ -77,14 +77,12 @@ class HttpRequest:
         self.reader = Reader(max_body)
         self.sock: socket.socket | None = None
         self.dial = Dial(loop, address, timeout_s, self._dialled)
-        self.timer = loop.later(
-            timeout_s, lambda: self._end(None, f"no answer within {timeout_s:g} s")
-        )
+        self.timer = loop.later(timeout_s, lambda: self._fail(f"no answer within {timeout_s:g} s"))
 
     def _dialled(self, sock: socket.socket | None, error: Exception | None, sent: bool) -> None:
         if sock is None:
             assert error is not None
-            self._end(None, reason_of(error, sent=sent))
+            self._fail(reason_of(error, sent=sent))
             return
         self.sock = sock
         self.loop.watch(sock, WRITE, self._ready)
@@ -96,7 +94,7 @@ class HttpRequest:
             else:
                 self._receive()
         except OSError as error:
-            self._end(None, reason_of(error))
+            self._fail(reason_of(error))
 
     def _send(self) -> None:
         assert self.sock is not None
@@ -111,16 +109,22 @@ class HttpRequest:
         try:
             answer = self.reader.feed(data)
         except HttpError as error:
-            self._end(None, str(error))
+            self._fail(str(error))
             return
         if answer is not None:
             self._end(*answer)
 
-    def _end(self, status: int | None, headers: Any, body: bytes = b"") -> None:
-        done, self.done = self.done, None
+    def _end(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        done = self.done
         self.cancel()
         if done is not None:
-            done(status, {} if status is None else headers, headers if status is None else body)
+            done(status, headers, body, "")
+
+    def _fail(self, reason: str) -> None:
+        done = self.done
+        self.cancel()
+        if done is not None:
+            done(None, {}, b"", reason)
 
     def cancel(self) -> None:
         """Give up; nothing is called any more."""

@@ -13,7 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from watchdog_agent.runtime.types import Document, Outcome
+    from watchdog_agent.runtime.status_types import ProbeResult
+    from watchdog_agent.runtime.types import Outcome
 
 SUCCESS: Final = True
 MISS: Final = False
@@ -59,8 +60,15 @@ def of(ok: bool | None, reason: str) -> Outcome:  # as a probe's callback says i
     return UNABLE if ok is None or isinstance(reason, Unable) else MISS
 
 
-def result_json(outcome: Outcome, reason: str, took_s: float, warning: str) -> Document:
+def result_json(outcome: Outcome, reason: str, took_s: float, warning: str) -> ProbeResult:
     """One result for /status; `ok` is true for a success only."""
     word = "success" if outcome else "unable" if outcome is None else "miss"
-    result = {"ok": bool(outcome), "outcome": word, "reason": reason, "took_s": took_s}
-    return result | {"warning": warning} if warning else result
+    result: ProbeResult = {
+        "ok": bool(outcome),
+        "outcome": word,
+        "reason": reason,
+        "took_s": took_s,
+    }
+    if warning:
+        result["warning"] = warning
+    return result

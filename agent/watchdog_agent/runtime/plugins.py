@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Ended, Timer
+    from watchdog_agent.runtime.types import Ended, Timer, Watched
 
 AGAIN_S: Final = 60.0
 """When a plugin that was not installed is looked for anew: all that is installed is read for it."""
@@ -65,7 +65,7 @@ class PluginGuard:
     def __init__(self, loop: Loop, ended: Ended) -> None:
         self.loop = loop
         self.ended: Ended | None = ended
-        self.open: list[Any] = []
+        self.open: list[Watched] = []
 
     def call(self, callback: Callable[..., None], *given: int) -> None:
         """Call it; an error is a failure."""
@@ -82,13 +82,13 @@ class PluginGuard:
         """As Loop.later."""
         return self.loop.later(delay_s, lambda: self.call(callback))
 
-    def watch(self, sock: Any, events: int, callback: Callable[[int], None]) -> None:
+    def watch(self, sock: Watched, events: int, callback: Callable[[int], None]) -> None:
         """As Loop.watch; what is still watched at the end is closed."""
         if sock not in self.open:
             self.open.append(sock)
         self.loop.watch(sock, events, lambda mask: self.call(callback, mask))
 
-    def forget(self, sock: Any) -> None:
+    def forget(self, sock: Watched) -> None:
         """As Loop.forget."""
         if sock in self.open:
             self.open.remove(sock)

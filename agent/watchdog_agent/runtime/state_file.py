@@ -10,7 +10,9 @@ from watchdog_agent.runtime.stdlib_light import json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from watchdog_agent.runtime.types import Document
+    from collections.abc import Mapping
+
+    from watchdog_agent.runtime.types import Document, SavedState
 
 NAME = "state.json"
 
@@ -39,7 +41,7 @@ def load(folder: str, device_id: str) -> tuple[Document, str]:
     return state, ""
 
 
-def save(folder: str, state: Document) -> None:
+def save(folder: str, state: SavedState) -> None:
     """Store it so that a crash at any moment leaves the old or the new file. Raises OSError."""
     text = json.dumps({"state": state, "crc32": binascii.crc32(encode(state))}).encode()
     write(os.path.join(folder, NAME), text)
@@ -74,6 +76,6 @@ def write(path: str, data: bytes) -> None:
         os.close(fd)
 
 
-def encode(state: Document) -> bytes:
+def encode(state: Mapping[str, object]) -> bytes:
     """The bytes that the checksum is of."""
     return json.dumps(state, sort_keys=True).encode()

@@ -88,7 +88,7 @@ class SecureRequest(http.HttpRequest):
         except ssl.SSLWantWriteError:
             self._wait(WRITE)
         except OSError as error:
-            self._end(None, http.reason_of(error))
+            self._fail(http.reason_of(error))
 
     def _wait(self, events: int) -> None:
         assert self.sock is not None

@@ -7,13 +7,13 @@ from watchdog_agent.runtime.http_response import MAX_BODY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    import ssl
 
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Fetched
 
 
-def trust(url: Url, ca_cert: str) -> Any:
+def trust(url: Url, ca_cert: str) -> ssl.SSLContext | None:
     """What `ask` needs for https to this address; None for http, for which no TLS is loaded.
 
     Raises ConfigError."""
@@ -30,7 +30,7 @@ def ask(  # one place for all that goes to an address of the configuration
     request: bytes,
     timeout_s: float,
     done: Fetched,
-    trusted: Any,
+    trusted: ssl.SSLContext | None,
     max_body: int = MAX_BODY,
 ) -> HttpRequest:
     """A Fetch of this address, with TLS if it is https. `trusted`: what `trust` gave for it."""
@@ -39,6 +39,7 @@ def ask(  # one place for all that goes to an address of the configuration
         return HttpRequest(loop, where, request, timeout_s, done, max_body)
     from watchdog_agent.runtime import tls
 
+    assert trusted is not None
     fetch = tls.SecureRequest(loop, where, request, timeout_s, done, trusted, max_body)
     if url.server_name:
         fetch.name = url.server_name.encode("ascii")

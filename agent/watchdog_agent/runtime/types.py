@@ -6,16 +6,284 @@ Nobody imports this at run time: `typing` alone would cost every device 0.7 MB (
 from __future__ import annotations
 
 import io
+import os
 import socket
+import ssl
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NotRequired, Protocol, Required, TypeAlias, TypedDict
 
-Config: TypeAlias = dict[str, Any]
-"""The configuration document, checked (see `wire`)."""
-Probe: TypeAlias = dict[str, Any]
-"""One checked probe of it."""
-Document: TypeAlias = dict[str, Any]
-"""A JSON object that leaves or is kept."""
+Document: TypeAlias = dict[str, object]
+"""A JSON object that is sent or stored, or one that is not checked yet."""
+
+
+class Follower(Protocol):
+    """Reads what is appended to a file."""
+
+    file: io.FileIO | None
+
+    def appended(self, facts: os.stat_result, overlap: int) -> tuple[bytes, int]: ...
+    def peek(self) -> Follower: ...
+
+
+class Trust(Protocol):
+    """Makes the TLS context, anew when its files change."""
+
+    def now(self) -> ssl.SSLContext: ...
+
+
+class Probe(TypedDict, total=False):
+    """One checked probe of the configuration; `config.table` has the settings of each kind."""
+
+    kind: Required[str]
+    interval_s: Required[float]
+    timeout_s: Required[float]
+    misses: Required[int]
+    jitter: Required[float]
+    min_interval_s: Required[float]
+    port: int
+    address: str
+    path: str
+    expect_status: int | list[int]
+    expect_body: str
+    warn_time_s: float
+    warn_loss: float
+    warn_days: float
+    name: str
+    server: str
+    type: str
+    expect_address: str
+    command: list[str]
+    file: str
+    expect_text: str
+    forbid_text: str
+    max_age_s: float
+    follower: Follower
+    tls: bool
+    verify: bool
+    ca_cert: str
+    client_cert: str
+    client_key: str
+    server_name: str
+    trust: Trust
+    user: str
+    password_file: str
+    community_file: str
+    plugin: str
+    settings: dict[str, object]
+    instead: int
+    """The port that an ICMP probe asks over TCP, where ICMP is not allowed."""
+    level: int
+    """The protocol level of MQTT that the broker accepts."""
+
+
+class Step(TypedDict, total=False):
+    """One checked step of `repairs`."""
+
+    id: Required[str]
+    name: Required[str]
+    kind: Required[str]
+    when: Required[str]
+    probe: Required[str]
+    budget: Required[int]
+    window_s: Required[float]
+    cooldown_s: Required[float]
+    timeout_s: Required[float]
+    verify_s: Required[float]
+    tries: Required[int]
+    dry_run: Required[bool]
+    even_behind_gateway: Required[bool]
+    interface: str
+    url: str
+    method: str
+    topic: str
+    payload: str
+    broker_at: tuple[str, int]
+    tls: bool
+    user: str
+    password_file: str
+    server_name: str
+    trust: Trust
+    unit: str
+    command: list[str]
+    mac: str
+    to_at: tuple[str, int]
+    plugin: str
+    level: int
+
+
+class RepairPolicy(TypedDict):
+    """Rules for all steps."""
+
+    dry_run: bool
+    accepted_beats: int
+    alone_s: float
+
+
+class SinkSpec(TypedDict, total=False):
+    """One receiver of escalations."""
+
+    kind: Required[str]
+    url: str
+    token_file: str
+    name: str
+
+
+class EscalateRules(TypedDict):
+    """The checked block `escalate`."""
+
+    sinks: list[SinkSpec]
+    by: list[str]
+    degraded: bool
+    window_s: float
+    gather_s: float
+    retry_s: float
+    give_up_s: float
+    consul_wait_s: float
+    session_ttl_s: float
+    note_s: float
+
+
+class LokiSpec(TypedDict, total=False):
+    """The checked block `loki`."""
+
+    url: Required[str]
+    token_file: str
+    tenant: str
+
+
+class TlsSpec(TypedDict, total=False):
+    """The checked block `consul_tls`."""
+
+    server_name: str
+    trust: Required[Trust]
+
+
+class Config(TypedDict, total=False):
+    """The checked configuration document (see `wire`)."""
+
+    device_id: Required[str]
+    slug: Required[str]
+    epoch: Required[int]
+    address: Required[str]
+    beat_s: Required[float]
+    register_every_s: Required[float]
+    probes: Required[list[Probe]]
+    confirm: Required[list[Probe]]
+    labels: dict[str, str]
+    agent_class: str
+    version: str
+    spec_hash: str
+    service: str
+    check_interval: str
+    api: list[str]
+    ca_cert: str
+    credential: str
+    consul: str
+    consul_tls: TlsSpec
+    repairs: list[Step]
+    repair_policy: RepairPolicy
+    escalate: EscalateRules
+    loki: LokiSpec
+    state: str
+    prefix: str
+    gateway: Probe
+
+
+class Attempt(TypedDict):
+    """One attempt of a repair step. Times are seconds of the monotonic clock."""
+
+    number: int
+    id: str
+    name: str
+    episode: int
+    at: float
+    ended: float
+    verify_s: float
+    outcome: str
+    reason: str
+    asked: NotRequired[bool]
+    """Whether a probe could be asked while the step was verified."""
+
+
+class Undo(TypedDict):
+    """What undoes an interface's cycle."""
+
+    kind: str
+    interface: str
+    kept: list[str]
+
+
+class Entry(TypedDict):
+    """One open escalation of this agent."""
+
+    key: str
+    id: str
+    at: float
+    summary: str
+    evidence: Document
+    group: list[str] | None
+    episode: str
+    told: bool
+
+
+class Told(TypedDict):
+    """What a group of agents escalates (see `escalation.election`)."""
+
+    episode: str
+    rev: int
+    state: str
+    at: float
+    ids: list[str]
+    members: list[list[str]]
+
+
+class Alert(TypedDict):
+    """What a sink sends (see `escalation.sinks`)."""
+
+    key: str
+    kind: str
+    status: str
+    episode: str
+    rev: int
+    at: float
+    now: float
+    group: list[str] | None
+    scope: list[str] | None
+    count: int
+    devices: list[list[str]]
+    summary: str
+    evidence: Document
+    uncoordinated: bool
+
+
+class DetectorState(TypedDict):
+    """What is stored of the failure detector. `since`: seconds since 1970."""
+
+    was_ready: bool
+    state: str
+    reason: str
+    misses: int
+    since: int
+
+
+class SavedState(DetectorState):
+    """What an agent stores, in a file or in Consul."""
+
+    device_id: str
+    sequence: int
+    escalations: NotRequired[list[Entry]]
+    repairs: NotRequired[Document]
+
+
+class KvEntry(TypedDict):
+    """One key of Consul's store with its decoded value."""
+
+    name: str
+    value: object
+    session: str
+    index: int
+
+
 Timer: TypeAlias = list[Any]
 """[when, sequence, callback or None]: a list, because the heap compares it and cancelling changes it."""
 Watched: TypeAlias = socket.socket | io.FileIO
@@ -91,12 +359,12 @@ class RepairPlugin(Protocol):
 
 Probed: TypeAlias = Callable[[Outcome, str, float, str], None]
 """outcome, reason, seconds taken, warning"""
-Fetched: TypeAlias = Callable[[int | None, dict[str, str], Any], None]
-"""status, headers, body bytes; or None, {}, the reason as text"""
+Fetched: TypeAlias = Callable[[int | None, dict[str, str], bytes, str], None]
+"""status, headers, body, ""; or None, {}, b"", the reason"""
+SockAddr: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
+"""Of IPv4 or of IPv6."""
 Answer: TypeAlias = tuple[int, str, bytes]
 """status, content type, body"""
 Log: TypeAlias = Callable[[str], None]
-Step: TypeAlias = dict[str, Any]
-"""One checked step of `repairs`, with its `id` and `name`."""
 Decision: TypeAlias = tuple[str, Step | None, float | None, str]
 """what, the step, when to look again, why"""

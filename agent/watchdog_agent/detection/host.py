@@ -1,0 +1,22 @@
+"""What the prober needs of its agent; for type checkers only."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from watchdog_agent.runtime.loop import Loop
+from watchdog_agent.runtime.types import Config, Outcome
+
+
+class Host(Protocol):
+    """The agent that probes are run for."""
+
+    loop: Loop
+    config: Config
+    exit_code: int | None
+
+    def changed(self) -> None: ...
+    def probed(self, outcome: Outcome) -> None: ...
+    def confirmed(self) -> None: ...
+    def gateway_answers(self) -> None: ...
+    def watch_ready(self) -> None: ...
