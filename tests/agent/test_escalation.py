@@ -312,14 +312,14 @@ def test_a_full_queue_drops_the_oldest_and_counts() -> None:
     loop = Loop()
     sink = sinks.Sink(loop, config["escalate"]["sinks"][0], config, "i", lambda *_a, **_k: None)
     answers: dict[int, bool] = {}
-    for number in range(sink.MOST + 3):
+    for number in range(sink.MAX_QUEUED + 3):
         alert = {"key": str(number), "number": number}
         sink.put(alert, lambda ok, n=number: answers.__setitem__(n, ok))
     kept = [one[0]["number"] for one in sink.waiting]
     assert sink.fetch is not None
     sink.fetch.cancel()
     loop.close()
-    assert kept == [0, *range(4, sink.MOST + 3)]
+    assert kept == [0, *range(4, sink.MAX_QUEUED + 3)]
     assert sink.dropped == 3
     assert answers == {1: False, 2: False, 3: False}
 

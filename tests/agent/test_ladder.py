@@ -35,7 +35,7 @@ def test_steps_are_taken_in_order_and_each_is_verified_before_the_next() -> None
     ladder = Ladder([step("a"), step("b")])
     what, first, _, _ = ladder.next("suspect", (), 0.0)
     assert (what, first["id"]) == (words.TAKE, "a")
-    ladder.took(first, 0.0)
+    ladder.begin_attempt(first, 0.0)
     assert ladder.next("suspect", (), 1.0)[0] == words.WAIT
     ladder.ended(True, "done", 2.0)
     assert ladder.next("suspect", (), 4.9)[:3] == (words.WAIT, None, 5.0)
@@ -47,7 +47,7 @@ def test_steps_are_taken_in_order_and_each_is_verified_before_the_next() -> None
 def test_exhausted_only_when_offline() -> None:
     """With nothing left to try a suspect device is waited for, and an offline one is given up."""
     ladder = Ladder([step("a")])
-    ladder.took(ladder.next("suspect", (), 0.0)[1], 0.0)
+    ladder.begin_attempt(ladder.next("suspect", (), 0.0)[1], 0.0)
     ladder.ended(False, "no", 1.0)
     assert ladder.next("suspect", (), 2.0)[0] == words.WAIT
     assert ladder.next("offline", (), 2.0)[0] == words.EXHAUSTED
@@ -61,7 +61,7 @@ def test_without_a_route_only_the_interface_is_cycled() -> None:
     for name in ("a", "b"):
         what, taken, _, _ = ladder.next("no route", (), 0.0)
         assert (what, taken["id"]) == (words.TAKE, name)
-        ladder.took(taken, 0.0)
+        ladder.begin_attempt(taken, 0.0)
         ladder.ended(False, "no", 0.0)
     assert ladder.next("no route", (), 0.0)[:2] == (words.WAIT, None)
     assert Ladder(others[:1]).next("no route", (), 0.0)[0] == words.REST
@@ -75,7 +75,7 @@ def test_a_step_whose_effect_could_not_be_asked_has_neither_helped_nor_failed() 
         ([], words.NO_HELP),
     ):
         ladder = Ladder([step("a"), step("b")])
-        ladder.took(ladder.next("suspect", (), 0.0)[1], 0.0)
+        ladder.begin_attempt(ladder.next("suspect", (), 0.0)[1], 0.0)
         ladder.missed(asked=False)  # the step is still under way: that is no verification
         ladder.ended(True, "done", 1.0)
         for one in asked:
@@ -98,7 +98,7 @@ def test_a_degraded_device_is_left_to_the_steps_that_are_for_that() -> None:
     assert not ladder.open
     what, found, _, _ = ladder.next("degraded", (), 0.0)
     assert (what, found["id"]) == (words.TAKE, "c")
-    ladder.took(found, 0.0)
+    ladder.begin_attempt(found, 0.0)
     ladder.ended(True, "done", 1.0)
     assert ladder.next("degraded", (), 4.0)[0] == words.EXHAUSTED
     assert ladder.next("offline", (), 5.0)[1]["id"] == "a"
@@ -107,7 +107,7 @@ def test_a_degraded_device_is_left_to_the_steps_that_are_for_that() -> None:
 def test_a_harsh_step_is_not_taken_because_a_mild_one_rests() -> None:
     """In a new episode a step that still cools down is waited for, and not passed over."""
     ladder = Ladder([step("a"), step("b")])
-    ladder.took(ladder.next("suspect", (), 0.0)[1], 0.0)
+    ladder.begin_attempt(ladder.next("suspect", (), 0.0)[1], 0.0)
     ladder.ended(True, "done", 1.0)
     assert ladder.answered(2.0)
     assert ladder.attempts[0]["outcome"] == words.RECOVERED
@@ -131,7 +131,7 @@ def test_a_flapping_device_spends_the_budget_and_no_more() -> None:
         what, found, _, _ = ladder.next("offline", (), now)
         if what == words.TAKE:
             taken += 1
-            ladder.took(found, now)
+            ladder.begin_attempt(found, now)
             ladder.ended(True, "done", now + 1)
         else:
             assert what == words.EXHAUSTED
@@ -145,8 +145,8 @@ def test_a_step_that_could_not_be_kept_was_not_taken() -> None:
     """Taking back gives the try and the budget back."""
     ladder = Ladder([step("a", budget=1)])
     found = ladder.next("suspect", (), 0.0)[1]
-    ladder.took(found, 0.0)
-    ladder.took_back(0.0)
+    ladder.begin_attempt(found, 0.0)
+    ladder.discard_attempt(0.0)
     assert ladder.next("suspect", (), 0.0)[0] == words.TAKE
     assert ladder.attempts == []
 
@@ -157,7 +157,7 @@ def test_steps_wait_while_the_gateway_is_dead() -> None:
     ladder = Ladder([step("a"), step("gw", even_behind_gateway=True)])
     what, found, _, _ = ladder.next("suspect", (), 0.0, behind=True)
     assert (what, found["id"]) == (words.TAKE, "gw")
-    ladder.took(found, 0.0)
+    ladder.begin_attempt(found, 0.0)
     ladder.ended(True, "", 0.0)
     assert ladder.next("suspect", (), 4.0, behind=True) == (words.WAIT, None, None, words.BEHIND)
     assert ladder.next("offline", (), 4.0, behind=True)[0] == words.EXHAUSTED
@@ -242,7 +242,7 @@ def test_no_history_breaks_a_budget_a_cooldown_or_the_order(
         key = (found["id"], ladder.episode)
         tries[key] = tries.get(key, 0) + 1
         assert tries[key] <= found["tries"]
-        ladder.took(found, now)
+        ladder.begin_attempt(found, now)
         times.append(now)
         assert len(ladder.attempts) <= words.MAX_ATTEMPTS + 9
 

@@ -201,10 +201,10 @@ def _dns(data: bytes) -> bytes:
 
 
 def _snmp(data: bytes) -> bytes:
-    message, _ = probe_snmp.take(data, 0, 0x30)
+    message, _ = probe_snmp.read_element(data, 0, 0x30)
     _, at = probe_snmp.number(message, 0)
-    _, at = probe_snmp.take(message, at, 4)
-    pdu, _ = probe_snmp.take(message, at, 0xA0)
+    _, at = probe_snmp.read_element(message, at, 4)
+    pdu, _ = probe_snmp.read_element(message, at, 0xA0)
     ident, _ = probe_snmp.number(pdu, 0)
     tlv, integer = probe_snmp.tlv, probe_snmp.integer
     ticks = tlv(0x30, tlv(0x30, tlv(6, probe_snmp.UP_TIME) + b"\x43\x02\x30\x39"))
@@ -425,7 +425,7 @@ for address in sys.argv[1:]:
     part = {"address": "127.0.0.1", "labels": {"gateway": address}, "gateway": {"timeout_s": 0.3}}
     gateway_config.check(part)
     one = gateway.Gateway(loop, part["gateway"])
-    one.ask(lambda ok: loop.stop())
+    one.probe(lambda ok: loop.stop())
     loop._stopped = False
     loop.run()
     loop.close()

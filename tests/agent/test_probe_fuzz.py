@@ -88,11 +88,11 @@ def test_snmp_answer_is_read() -> None:
 @given(st.integers(0, 2**31 - 1), st.binary(max_size=400))
 def test_snmp_request_has_the_lengths_that_it_says(ident: int, community: bytes) -> None:
     """Whatever the community and the number are, the request reads back as it was meant."""
-    message, end = snmp.take(packet := snmp.get(community, ident), 0, 0x30)
+    message, end = snmp.read_element(packet := snmp.get(community, ident), 0, 0x30)
     assert end == len(packet)
     _, at = snmp.number(message, 0)
-    assert snmp.take(message, at, 4)[0] == community
-    pdu, _ = snmp.take(message, at + len(snmp.tlv(4, community)), 0xA0)
+    assert snmp.read_element(message, at, 4)[0] == community
+    pdu, _ = snmp.read_element(message, at + len(snmp.tlv(4, community)), 0xA0)
     assert snmp.number(pdu, 0)[0] == ident
 
 

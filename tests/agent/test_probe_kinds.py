@@ -396,10 +396,10 @@ async def test_hostile_dns_answer(tail: bytes) -> None:
 
 def snmp_answer(data: bytes, *, error: int = 0, value: bytes = b"\x43\x03\x01\xe2\x40") -> bytes:
     """The answer of an agent (RFC 3416, 4.2.1), made of the request by hand."""
-    message, _ = snmp.take(data, 0, 0x30)
+    message, _ = snmp.read_element(data, 0, 0x30)
     _, at = snmp.number(message, 0)
-    community, at = snmp.take(message, at, 4)
-    pdu, _ = snmp.take(message, at, 0xA0)
+    community, at = snmp.read_element(message, at, 4)
+    pdu, _ = snmp.read_element(message, at, 0xA0)
     ident, _ = snmp.number(pdu, 0)
     tlv, integer = snmp.tlv, snmp.integer
     binding = tlv(0x30, tlv(6, snmp.UP_TIME) + value)

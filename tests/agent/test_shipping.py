@@ -114,8 +114,8 @@ def test_a_full_buffer_drops_the_oldest_and_counts() -> None:
     config = check(document(probes=[probe(80)], loki={"url": "http://127.0.0.1:1"}))
     loop = Loop()
     shipper = shipping.LokiShipper(loop, config)
-    for number in range(shipper.MOST + 7):
+    for number in range(shipper.MAX_LINES + 7):
         shipper.put(str(number))
     loop.close()
-    assert [line for _, line in shipper.lines] == [str(n) for n in range(7, shipper.MOST + 7)]
+    assert [line for _, line in shipper.lines] == [str(n) for n in range(7, shipper.MAX_LINES + 7)]
     assert shipper.dropped == 7

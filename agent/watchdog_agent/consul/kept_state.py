@@ -88,12 +88,14 @@ class ConsulState:
     def delete(self, then: Callable[[], None]) -> None:
         """The device is gone: take its state away, and call back. A newer epoch's stays."""
         self.outdated = True  # nothing is written any more
-        self._look_and_drop(self.TRIES, then)
+        self._read_and_delete(self.TRIES, then)
 
-    def _look_and_drop(self, tries: int, then: Callable[[], None]) -> None:
-        self.kv.listed(self.slug, lambda found, _reason: self._drop(found, tries, then))
+    def _read_and_delete(self, tries: int, then: Callable[[], None]) -> None:
+        self.kv.listed(self.slug, lambda found, _reason: self._delete_read(found, tries, then))
 
-    def _drop(self, found: list[KvEntry] | None, tries: int, then: Callable[[], None]) -> None:
+    def _delete_read(
+        self, found: list[KvEntry] | None, tries: int, then: Callable[[], None]
+    ) -> None:
         entry = next((one for one in found or [] if one["name"] == self.slug), None)
         value = entry["value"] if entry is not None else None
         if entry is None or not isinstance(value, dict) or value.get("epoch", 0) > self.epoch:
@@ -105,7 +107,7 @@ class ConsulState:
                 then()
             else:
                 # A write of ours that was on its way came between.
-                self._look_and_drop(tries - 1, then)
+                self._read_and_delete(tries - 1, then)
 
         self.kv.delete(self.slug, deleted, entry["index"])
 

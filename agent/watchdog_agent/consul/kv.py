@@ -45,7 +45,7 @@ class Kv:
         # 1.0: to 1.1 Consul sends what is longer than some KB in chunks, and `http` knows none.
         data = data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
         trusted = registration.trusted_by(self.config)
-        return transport.ask(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
+        return transport.send(self.loop, self.url, data, timeout_s, done, trusted, max_body=most)
 
     def put(
         self,

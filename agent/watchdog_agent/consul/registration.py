@@ -69,7 +69,7 @@ class Registration:
         headers = [("X-Consul-Token", token)] if (token := read_token()) else []
         data = http.request(method, self.path + path, self.url.host_header, body, headers)
         trusted = trusted_by(self.config)
-        self.fetch = transport.ask(self.loop, self.url, data, timeout_s, answered, trusted)
+        self.fetch = transport.send(self.loop, self.url, data, timeout_s, answered, trusted)
 
     def _answered(
         self, status: int | None, _headers: dict[str, str], _body: bytes, reason: str

@@ -49,8 +49,8 @@ class FailureDetector:
         self.reason = "no probe has answered yet"
         self.behind = ""
         """Why nothing can be said of the device itself: what stands before it is dead."""
-        self._said = self.reason
-        self._settled = False
+        self._last_reason = self.reason
+        self._was_ok = False
         """Whether an earlier run has found the device well, and nothing was asked since."""
         self._misses: dict[str, int] = {}
         self._unable: dict[str, int] = {}
@@ -91,7 +91,7 @@ class FailureDetector:
     @property
     def well(self) -> bool:
         """Whether the device was found to be well, now or by an earlier run after which nothing was asked."""
-        return self.state == "ok" and (self.answered or self._settled)
+        return self.state == "ok" and (self.answered or self._was_ok)
 
     @property
     def cause(self) -> str:
@@ -108,14 +108,14 @@ class FailureDetector:
         recovery. It counts as a probe of its own, BEFORE, that has missed until any probe answers."""
         if not self.was_ready:
             return
-        self._settled = state == "ok"
+        self._was_ok = state == "ok"
         if state not in ("suspect", "degraded", "offline"):
             return
         text = reason if isinstance(reason, str) else "as before the restart"
         cause, _, found = text.partition("; ")
         count = misses if type(misses) is int and 0 <= misses < 1 << 31 else self.need
         if state == "degraded" and not count:
-            self._settled, self._warned = True, {BEFORE: text}
+            self._was_ok, self._warned = True, {BEFORE: text}
             self._update()
             return
         self._misses[BEFORE] = max(1, count, self.misses)
@@ -166,7 +166,7 @@ class FailureDetector:
         else:
             self._missed(name, reason, need or self.need)
             if asked_at in (None, self.returns):
-                self._asked_again(name)
+                self._missed_again(name)
         return self._update()
 
     def _missed(self, name: str, reason: str, need: int) -> None:
@@ -183,7 +183,7 @@ class FailureDetector:
             self._late.pop(name, None)
             self._late[name] = reason
 
-    def _asked_again(self, name: str) -> None:
+    def _missed_again(self, name: str) -> None:
         """A probe that was asked after something answered has missed too: the device is back in part."""
         self.to_ask.discard(name)
         if name in self._late:
@@ -199,8 +199,8 @@ class FailureDetector:
         self._found = "something of it answers, and the probe is asked again"
 
     def _first(self, reason: str) -> None:
-        if not self.answered and not self._settled:
-            self._said = reason
+        if not self.answered and not self._was_ok:
+            self._last_reason = reason
 
     def _answered(self, name: str, reason: str, warning: str) -> None:
         self._misses[name] = 0
@@ -221,7 +221,7 @@ class FailureDetector:
             self._returned()
         self._offline = self._inherited = False
         self._alive = name.partition(":")[2] or name if self._late else ""
-        self._said = reason
+        self._last_reason = reason
 
     def wants_confirmation(self) -> bool:
         """Whether an independent probe should be asked now: once for each missed probe, while none answers."""
@@ -302,7 +302,7 @@ class FailureDetector:
 
     def _update(self) -> bool:
         before, self.state = self.state, self._judged()
-        self.reason = self._words()
+        self.reason = self._describe()
         return self.state != before
 
     def _judged(self) -> State:
@@ -312,7 +312,7 @@ class FailureDetector:
             return "offline"
         if self._late:
             return self._judged_late()
-        if not self.answered and not self._settled and (self._misses or self._unable):
+        if not self.answered and not self._was_ok and (self._misses or self._unable):
             return "suspect"
         return "degraded" if self._warned else "ok"
 
@@ -322,9 +322,9 @@ class FailureDetector:
             return "suspect" if self.to_ask else "degraded"
         return "unable" if self._blind or self._unasked >= self.ROUNDS else "suspect"
 
-    def _words(self) -> str:
+    def _describe(self) -> str:
         if self.state == "ok":
-            return self._said
+            return self._last_reason
         if self.behind and self.state != "offline":
             return self.behind
         if self._blind and self.state == "unable":
@@ -333,7 +333,7 @@ class FailureDetector:
             return (
                 "; ".join(dict.fromkeys(self._warned.values()))
                 if self.state == "degraded"
-                else self._said
+                else self._last_reason
             )
         # How often it missed is in the report: in the reason it would be out of date with the next probe.
         cause = next(reversed(self._late.values()))

@@ -48,11 +48,11 @@ class OnDemand:
         return self._answer(202)
 
     def _one(self, number: int, place: int, spec: Probe) -> None:
-        said = {"probe": probes.name_of(spec), "kind": spec["kind"]}
+        about = {"probe": probes.name_of(spec), "kind": spec["kind"]}
 
         def done(ok: Outcome, reason: str, took_s: float, warning: str) -> None:
             if number == self.number:
-                self.results[place] = {**said, **outcome.result_json(ok, reason, took_s, warning)}
+                self.results[place] = {**about, **outcome.result_json(ok, reason, took_s, warning)}
 
         if "follower" in spec:
             # A log's new lines are judged once: that is left to the usual round.
@@ -61,8 +61,8 @@ class OnDemand:
 
     def _answer(self, status: int) -> Answer:
         ready = [one for one in self.results if one is not None]
-        told = {"run": self.number, "done": None not in self.results, "results": ready}
-        return status, "application/json", json.dumps(told).encode()
+        payload = {"run": self.number, "done": None not in self.results, "results": ready}
+        return status, "application/json", json.dumps(payload).encode()
 
     def progress(self) -> Answer:
         """The results of the last run so far."""

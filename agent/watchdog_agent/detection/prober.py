@@ -87,7 +87,7 @@ class Prober:
 
     # -- the state, and since when
 
-    def noted(self) -> bool:
+    def record_state(self) -> bool:
         """Take the time of a change of state; whether there was one."""
         changed = self._state != self.detector.state
         if changed:
@@ -101,14 +101,14 @@ class Prober:
         if not self.history or self.history[-1]["state"] != state:
             self.history.append({"at": round(time.time(), 3), "state": state, "reason": reason})
 
-    def restore(self, kept: Document) -> None:
+    def restore(self, saved: Document) -> None:
         """Go on from what an earlier run kept: the belief, and since when."""
         detector = self.detector
-        detector.was_ready = kept.get("was_ready") is True
-        detector.restore(kept.get("state"), kept.get("reason"), kept.get("misses"))
-        self.noted()
-        if kept.get("state") == detector.state:
-            self._began(time.time() - parsing.number_or(kept.get("since"), time.time()))
+        detector.was_ready = saved.get("was_ready") is True
+        detector.restore(saved.get("state"), saved.get("reason"), saved.get("misses"))
+        self.record_state()
+        if saved.get("state") == detector.state:
+            self._began(time.time() - parsing.number_or(saved.get("since"), time.time()))
         if detector.confirmed:
             # when is not kept: if no answer comes now, none may have come then
             self.confirmed_at = time.monotonic()
@@ -148,14 +148,14 @@ class Prober:
             return False
         self.adopted = True
         self.episode += 1  # a confirmation that is under way belongs to what was believed before
-        self.noted()
+        self.record_state()
         self._began(parsing.number_or(condition.get("age_s"), 0.0))
         return True
 
     def _began(self, age_s: float) -> None:
         self.since = time.monotonic() - min(max(0.0, age_s), MAX_AGE_S)
 
-    def _reworded(self) -> bool:
+    def _cause_changed(self) -> bool:
         """Whether the cause of a state that lasts is another one, and this is to be reported now: the first time
         at once, and each time twice as long after the one before, as a cause may alternate."""
         now = time.monotonic()
@@ -227,10 +227,10 @@ class Prober:
         shown = reason if ok else f"{label}: {reason}"
         exceeded = f"{label}: {warning}" if warning else ""
         changed = self.detector.probed(name, ok, shown, need, exceeded, asked_at)
-        self.noted()
+        self.record_state()
         self._ask_again(returns)
         self.episode += changed
-        if self._reworded() or changed or self.detector.was_ready != was_ready:
+        if self._cause_changed() or changed or self.detector.was_ready != was_ready:
             self.agent.changed()
         if ok and self.gateway is not None:
             self.gateway.answers = None
@@ -269,19 +269,19 @@ class Prober:
             self._want_confirmation(name, spec)
         elif detector.wants_confirmation() or detector.behind:
 
-            def asked(alive: Outcome) -> None:
+            def answered(alive: Outcome) -> None:
                 if self.behind(alive):
                     self._want_confirmation(name, spec)
 
-            self.gateway.ask(asked)
+            self.gateway.probe(answered)
 
     def behind(self, alive: Outcome) -> bool:
         """Take the outcome of the gateway's probe; whether it answers."""
         assert self.gateway is not None
         if alive:
             self.agent.gateway_answers()
-        if self.detector.gateway(alive, self.gateway.words()):
-            self.noted()
+        if self.detector.gateway(alive, self.gateway.describe()):
+            self.record_state()
             self.agent.changed()
         return bool(alive)
 
@@ -323,29 +323,29 @@ class Prober:
         self.confirmations = answers
         name, ok, reason = answers[0]
 
-        def take() -> None:
+        def apply() -> None:
             if self.episode != episode:
                 return
             returns = self.detector.returns
             changed = self.detector.confirmation(name, ok, reason)
-            self.noted()
+            self.record_state()
             self._ask_again(returns)
             if changed:
                 if self.detector.confirmed:
                     self.confirmed_at = time.monotonic()
                 self.agent.confirmed()
 
-        def asked(alive: Outcome) -> None:
+        def answered(alive: Outcome) -> None:
             self.confirming = 0
             if self.behind(alive):
-                take()
+                apply()
 
         if ok is False and self.gateway is not None:
             # It may have died meanwhile: what failed counts only if it answers now.
             self.confirming = 1
-            self.gateway.ask(asked)
+            self.gateway.probe(answered)
         else:
-            take()
+            apply()
 
     def _independent(self, spec: Probe) -> bool:
         """Whether the silence of this confirmation is evidence besides the probes'. Without the right to ping
@@ -372,14 +372,14 @@ class Prober:
         """What the belief stands on: failing probes, the last confirmation, the gateway."""
         failing = {name: r["reason"] for name, r in self.results.items() if not r["ok"]}
         warned = {name: r["warning"] for name, r in self.results.items() if "warning" in r}
-        told: Document = {"failing": failing}
+        evidence: Document = {"failing": failing}
         if warned:
-            told["warnings"] = warned
+            evidence["warnings"] = warned
         if self.confirmations and self.detector.state != "ok":
-            told["confirm"] = [
+            evidence["confirm"] = [
                 {"probe": name, "ok": bool(ok), "unable": ok is None, "reason": reason}
                 for name, ok, reason in self.confirmations
             ]
         if self.gateway is not None:
-            told["gateway"] = self.gateway.evidence()
-        return told
+            evidence["gateway"] = self.gateway.evidence()
+        return evidence

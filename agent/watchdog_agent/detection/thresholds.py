@@ -32,7 +32,7 @@ class Thresholds:
     def record(self, outcome: Outcome, took_s: float, need: int) -> str:
         """Take one result; what is exceeded now, in words, or "". `need`: misses that make suspect."""
         if outcome is None:
-            return self._words(took_s)
+            return self._describe(took_s)
         self._misses = 0 if outcome else self._misses + 1
         if self._misses < need:
             self._stats.add(outcome, took_s)
@@ -47,9 +47,9 @@ class Thresholds:
             self._streak = self._streak + 1 if (took_s > self.most_s) != self._slow else 0
             if self._streak >= self.need:
                 self._slow, self._streak = not self._slow, 0
-        return self._words(took_s)
+        return self._describe(took_s)
 
-    def _words(self, took_s: float) -> str:
+    def _describe(self, took_s: float) -> str:
         found = []
         if self._slow:
             found.append(f"took {took_s:.3f} s (warn_time is {self.most_s:g} s)")

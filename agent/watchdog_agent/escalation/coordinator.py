@@ -1,7 +1,6 @@
-"""Agents that see one anomaly elect one that escalates it for all, through Consul's KV store.
+"""Agents that see the same anomaly elect one of them to escalate it, through Consul's KV store.
 
-Imported when the first anomaly comes: in peace an agent writes nothing to Consul for this, and holds no
-session. Keys, below ``<prefix>/anomalies/<group>/``:
+Imported with the first anomaly: without one an agent writes nothing to Consul for this, and holds no session. Keys, below ``<prefix>/anomalies/<group>/``:
 
 =============  =========================================================================
 ``<slug>``     the note of one agent, locked by its session; left unlocked when it was told,
@@ -38,9 +37,9 @@ class Coordinator:
 
     CLOSE_S = 0.4
 
-    def __init__(self, loop: Loop, config: Config, tell: Callable[..., None]) -> None:
-        """`tell(document, group, own, done)`: escalate this; `done(taken)` when the sinks have said."""
-        self.loop, self.config, self.tell = loop, config, tell
+    def __init__(self, loop: Loop, config: Config, escalate: Callable[..., None]) -> None:
+        """`escalate(document, group, own, done)`: escalate this; `done(taken)` when the sinks have said."""
+        self.loop, self.config, self.escalate = loop, config, escalate
         self.kv = Kv(loop, config, "anomalies")
         rules = config["escalate"]
         self.ttl_s: float = rules["session_ttl_s"]
@@ -203,7 +202,7 @@ def note_of(
     }
 
 
-def say_again(
+def refresh_note(
     kv: Kv, slug: str, entry: Entry, note: dict[str, str | float], written: Callable[[], None]
 ) -> None:
     """Write the note of what is told anew; `written` when Consul has answered, or has not."""

@@ -1,17 +1,19 @@
-"""What a group of agents that see one anomaly does next. Pure: no clock, no I/O; takes `now`.
+"""What the agents of a group that see the same anomaly do next. Pure: no clock, no I/O; takes `now`.
 
-A group is what anomalies have in common (a gateway, a site, a class or a host) and the kind of anomaly.
-Each of its agents keeps a note; one of them holds the group's lock, and it alone tells. What is told stands
-in one document of the group, written by compare-and-set in two steps: ``telling`` before the first byte
-leaves, ``told`` when a sink has taken it. An heir finds ``telling`` and says the same again under the same
-key, or ``told`` and says nothing. So whatever crashes, somebody tells, and receivers see one key.
+A group is what anomalies have in common (a gateway, a site, a class or a host) and the kind of anomaly. Each of its
+agents keeps a note in Consul. The holder of the group's lock, the elected agent, alone sends the alert. The group's
+document records the alert. It is written by compare-and-set in two steps: with the state ``telling`` before anything
+is sent, and with ``told`` when a sink has accepted it. A successor that finds ``telling`` sends the same alert again
+under the same key; one that finds ``told`` sends nothing. So an alert is sent whatever crashes, and a receiver can
+recognize a repeated one by its key.
 
-A note without a lock says «still away» until its `until` (wall seconds), and is written anew long before; an
-older one is of an agent that is gone: it counts for nothing, and whoever finds it takes it away.
+A note without a lock means that the device is still unhealthy, until the note's `until` (seconds since 1970). Its
+agent rewrites it long before. An older note belongs to an agent that is gone: it is ignored, and any agent that finds
+it deletes it.
 
-Document: ``{"episode": id, "rev": n, "state": "telling"|"told", "at": wall seconds, "ids": [note ids],
-"members": [[device id, reason], …]}``. Its `at` is compared with other hosts' clocks: their differences
-count against the window.
+Document: ``{"episode": id, "rev": n, "state": "telling"|"told", "at": seconds since 1970, "ids": [note ids],
+"members": [[device id, reason], ...]}``. `at` is compared with other hosts' clocks, so their differences count against
+the window.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from watchdog_agent.runtime.types import Entry, KvEntry, Told
+    from watchdog_agent.runtime.types import Entry, GroupAlert, KvEntry
 
 MAX_NAMED = 500
-"""Devices that an escalation names; of more it says the number."""
+"""Maximum number of devices that an escalation names; it has the number of all."""
 OLD_S = 2700.0
-"""What was told so long ago, and has no note left, is taken away."""
+"""Age at which a group's document without notes is deleted, seconds."""
 FAR_S = 30 * 86400.0
-"""A note that says to be good for longer was written by a clock that is wrong."""
-HEIR_S = 60.0
-"""An unfinished document of others is taken over at least so long: Consul needs 2 x TTL to free a lock."""
+"""Maximum lifetime of a note; a longer one was written by a wrong clock."""
+TAKE_OVER_S = 60.0
+"""Minimum time for which a successor finishes a document of others: Consul needs 2 x TTL to free a lock."""
 
 
 def group_of(
@@ -47,40 +49,40 @@ def group_of(
 def still_to_gather(
     began: float, newest: float, now: float, gather_s: float, window_s: float
 ) -> float:
-    """Seconds to wait for more members: until nobody new has come for gather_s, and at most window_s."""
+    """Seconds to wait for more members: until none has joined for gather_s, at most window_s."""
     return max(0.0, min(newest + gather_s, began + window_s) - now)
 
 
-def covers(told: Told | None, note_id: str) -> bool:
-    """Whether this anomaly is part of what was told: then its agent has nothing to say."""
-    return told is not None and told["state"] == "told" and note_id in told["ids"]
+def covers(alert: GroupAlert | None, note_id: str) -> bool:
+    """Whether this alert includes the anomaly with this note, so that its agent need not send one."""
+    return alert is not None and alert["state"] == "told" and note_id in alert["ids"]
 
 
 def next_document(
-    told: Told | None, present: Mapping[str, list[str]], now: float, window_s: float
-) -> tuple[Told | None, float]:
-    """(what the lock's holder must tell now, 0), (None, seconds to wait) or (None, 0) = nothing is left.
+    alert: GroupAlert | None, present: Mapping[str, list[str]], now: float, window_s: float
+) -> tuple[GroupAlert | None, float]:
+    """(the alert that the lock's holder must send now, 0), (None, seconds to wait), or (None, 0) = nothing is left.
 
     `present`: note id → [device id, reason] of the notes whose agents live. `now`: wall seconds."""
-    if told is not None and told["state"] == "telling":
-        mine = any(one in present for one in told["ids"])
-        if mine or now < told["at"] + max(HEIR_S, 2 * window_s):
-            return told, 0.0
-        told = None
-    fresh = {one: what for one, what in present.items() if told is None or one not in told["ids"]}
+    if alert is not None and alert["state"] == "telling":
+        mine = any(one in present for one in alert["ids"])
+        if mine or now < alert["at"] + max(TAKE_OVER_S, 2 * window_s):
+            return alert, 0.0
+        alert = None
+    fresh = {one: what for one, what in present.items() if alert is None or one not in alert["ids"]}
     if not fresh:
         return None, 0.0
-    if told is not None and now < told["at"] + window_s:
-        # An update at most once a window; a clock that jumped back makes nobody wait for longer.
-        return None, min(told["at"] + window_s - now, window_s)
-    if told is not None and now < told["at"] + 2 * window_s:
-        return _document(told["episode"], told["rev"] + 1, now, told, fresh), 0.0
+    if alert is not None and now < alert["at"] + window_s:
+        # At most one update per window, also if the clock was set back.
+        return None, min(alert["at"] + window_s - now, window_s)
+    if alert is not None and now < alert["at"] + 2 * window_s:
+        return _document(alert["episode"], alert["rev"] + 1, now, alert, fresh), 0.0
     return _document(min(fresh), 1, now, None, fresh), 0.0
 
 
 def _document(
-    episode: str, rev: int, now: float, before: Told | None, fresh: Mapping[str, list[str]]
-) -> Told:
+    episode: str, rev: int, now: float, before: GroupAlert | None, fresh: Mapping[str, list[str]]
+) -> GroupAlert:
     ids = list(before["ids"]) if before else []
     named = list(before["members"]) if before else []
     room = max(0, MAX_NAMED - len(named))
@@ -94,13 +96,13 @@ def _document(
     }
 
 
-def finished(document: Told, now: float) -> Told:
-    """The document after a sink has taken it."""
+def finished(document: GroupAlert, now: float) -> GroupAlert:
+    """The document after a sink has accepted the alert."""
     return {**document, "state": "told", "at": now}
 
 
-def checked(document: object) -> Told | None:
-    """A document as found in Consul, or None: what somebody else has written there is no document."""
+def checked(document: object) -> GroupAlert | None:
+    """A group's document read from Consul, or None if it is not valid."""
     if not isinstance(document, dict) or document.get("state") not in ("telling", "told"):
         return None
     texts = isinstance(document.get("episode"), str) and isinstance(document.get("ids"), list)
@@ -110,26 +112,26 @@ def checked(document: object) -> Told | None:
         isinstance(one, list) and len(one) == 2 and all(isinstance(part, str) for part in one)
         for one in members
     )
-    found: Told = document  # type: ignore[assignment]  # as checked here
+    found: GroupAlert = document  # type: ignore[assignment]  # as checked here
     return found if texts and numbers and pairs else None
 
 
-def read_group(found: list[KvEntry]) -> tuple[dict[str, list[str]], Told | None, int]:
-    """(note id → [device id, reason] of the notes whose agents live and wait, what was told, its index)."""
+def read_group(found: list[KvEntry]) -> tuple[dict[str, list[str]], GroupAlert | None, int]:
+    """(note id → [device id, reason] of the notes of running agents that wait, the alert, its index)."""
     present: dict[str, list[str]] = {}
-    told, index = None, 0
+    alert, index = None, 0
     for one in found:
         name, value = one["name"].rpartition("/")[2], one["value"]
         if name == "_told":
-            told, index = checked(value), one["index"]
+            alert, index = checked(value), one["index"]
         elif name[:1] != "_" and one["session"] and isinstance(value, dict):
             present[str(value.get("id"))] = [str(value.get("device_id")), str(value.get("reason"))]
-    return present, told, index
+    return present, alert, index
 
 
 def counts(one: KvEntry, now: float) -> bool:
-    """Whether an entry of a listing is the note of an agent that lives: a lock of its session says so, and
-    without one its age. `now`: wall seconds."""
+    """Whether an entry is the note of a running agent: it is locked by a session, or young enough. `now`: seconds
+    since 1970."""
     value = one["value"]
     if one["name"].rpartition("/")[2][:1] == "_" or not isinstance(value, dict):
         return False
@@ -139,15 +141,15 @@ def counts(one: KvEntry, now: float) -> bool:
 
 
 def ended(found: list[KvEntry], entry: Entry, now: float) -> str:
-    """The episode that this anomaly was the last one of, or "". `found`: the group's keys without our note;
-    `entry`: our anomaly, with the `episode` that we know of if it was `told`. `now`: wall seconds."""
-    _, told, _ = read_group(found)
+    """The episode whose last anomaly this one was, or "". `found`: the group's keys without this agent's note;
+    `entry`: this agent's anomaly. `now`: seconds since 1970."""
+    _, alert, _ = read_group(found)
     episode: str = entry["episode"] if entry["told"] else ""
-    if not episode and told is not None and entry["id"] in told["ids"]:
-        # Somebody has told of us, or was about to and may have.
-        episode = told["episode"]
-    same = told["ids"] if told is not None and told["episode"] == episode else ()
-    # Those who were told of, but have not seen it yet, count as well.
+    if not episode and alert is not None and entry["id"] in alert["ids"]:
+        # Another agent has sent an alert that includes this device, or may have.
+        episode = alert["episode"]
+    same = alert["ids"] if alert is not None and alert["episode"] == episode else ()
+    # Agents whose device is in the alert, but that do not know it yet, count as well.
     notes = [one["value"] for one in found if counts(one, now)]
     left = any(
         isinstance(one, dict) and (one.get("told") == episode or one.get("id") in same)
@@ -157,8 +159,8 @@ def ended(found: list[KvEntry], entry: Entry, now: float) -> str:
 
 
 def stale(found: list[KvEntry], now: float) -> list[KvEntry]:
-    """Of a listing what agents that are gone have left: notes that count for nothing, and what was told and
-    the lock of a group without any other."""
+    """The keys that agents which are gone have left: old notes, and the document and lock of a group without any
+    other key."""
     lived_in = {one["name"].rpartition("/")[0] for one in found if counts(one, now)}
     out = []
     for one in found:
@@ -185,7 +187,7 @@ def member_of(device_id: str, entry: Entry) -> list[str]:
 
 
 def folder_of(entry: Entry) -> str:
-    """The place of an anomaly's group: readable kind, and a hash of what came from outside (S11)."""
+    """The folder of an anomaly's group: its kind, and a hash of the values that are untrusted input (S11)."""
     import hashlib
 
     kind, value = entry["group"] or ("", "")

@@ -1,6 +1,8 @@
-"""One agent's part in electing who tells of an anomaly: put up a note, look, stand, lead, tell, leave.
+"""One agent's part in the election of the agent that escalates an anomaly.
 
-`escalation.election` decides; this asks Consul and waits.
+It writes a note, polls the group, tries to take the lock, gathers members, sends the alert, and leaves.
+
+`escalation.election` decides; this module calls Consul and waits.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from watchdog_agent.consul.kv import Kv
     from watchdog_agent.runtime.http import HttpRequest
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Entry, KvEntry, Timer, Told
+    from watchdog_agent.runtime.types import Config, Entry, GroupAlert, KvEntry, Timer
 
     class Owner(Protocol):
         """Whose round it is: it holds the session."""
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
         loop: Loop
         config: Config
         kv: Kv
-        tell: Callable[..., None]
+        escalate: Callable[..., None]
         session: str
 
         def with_session(self, then: Callable[[str], None]) -> None: ...
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class ElectionRound:
-    """One anomaly on its way to be told."""
+    """One anomaly from its note to its alert."""
 
     def __init__(
         self,
@@ -55,9 +57,9 @@ class ElectionRound:
         self.folder = election.folder_of(entry)
         self.note = f"{self.folder}/{owner.config['slug']}"
         self.reached = time.monotonic()
-        self.leading = self.telling = self.over = self.settling = False
+        self.leading = self.sending = self.over = self.finishing = False
         self.withdrawn: Callable[[], None] | None = None
-        """What comes after the withdrawal that waits until what is under way is done."""
+        """Called after a withdrawal that waits for a call in progress."""
         self.began = self.newest = 0.0
         self.seen: set[str] = set()
         self.polls = 0
@@ -65,15 +67,15 @@ class ElectionRound:
         self.timer: Timer | None = None
         self.fetch: HttpRequest | None = None
 
-    # -- taking part
+    # -- participating
 
     def start(self) -> None:
-        """Put up our note."""
+        """Write this agent's note."""
         self.owner.with_session(self._post)
 
     def restart(self) -> None:
-        """Our session is lost. One that is telling goes on: its document says what, and under which key."""
-        if not self.telling and not self.over:
+        """The session is lost: start again, unless the alert is being sent. Its document has the alert and its key."""
+        if not self.sending and not self.over:
             self.leading = False
             self._later(between(0.1, 0.5), self.start)
 
@@ -95,52 +97,52 @@ class ElectionRound:
             self._failed(reason)
         elif taken:
             self._reached()
-            self._later(self.gather_s * between(0.5, 1.0), self._look)
+            self._later(self.gather_s * between(0.5, 1.0), self._poll)
         else:
-            # Locked by the session of an earlier run of this agent, which is dead: locks are advisory.
+            # Locked by the session of an earlier run of this agent. Locks are advisory.
             self.kv.delete(self.note, lambda _ok: self._failed())
 
     def _reached(self) -> None:
         self.reached = time.monotonic()
 
     def _failed(self, reason: str = "") -> None:
-        """Consul did not do it: again in a moment, and after consul_wait_s without it."""
+        """A call to Consul failed: retry soon, and escalate without Consul after consul_wait_s."""
         if self.over:
             return
         if "invalid session" in reason:
             self.owner.lost()
         elif time.monotonic() - self.reached > self.consul_wait_s:
-            self._alone()
+            self._escalate_alone()
         else:
             self._later(between(0.3, 1.0), self._lead if self.leading else self.start)
 
-    def _look(self) -> None:
-        """Whether it is told, and whether anybody is about to."""
-        self.fetch = self.kv.listed(f"{self.folder}/_", self._looked)
+    def _poll(self) -> None:
+        """Read whether the alert is sent, and whether an agent is about to send it."""
+        self.fetch = self.kv.listed(f"{self.folder}/_", self._polled)
 
-    def _looked(self, found: list[KvEntry] | None, reason: str) -> None:
+    def _polled(self, found: list[KvEntry] | None, reason: str) -> None:
         if self.over:
             return
         if found is None:
             self._failed(reason)
             return
         self._reached()
-        kept = {one["name"].rpartition("/")[2]: one for one in found}
-        told = election.checked(kept["_told"]["value"]) if "_told" in kept else None
-        if election.covers(told, self.entry["id"]):
-            assert told is not None
-            self._settle(told["episode"])
+        entries = {one["name"].rpartition("/")[2]: one for one in found}
+        alert = election.checked(entries["_told"]["value"]) if "_told" in entries else None
+        if election.covers(alert, self.entry["id"]):
+            assert alert is not None
+            self._finish(alert["episode"])
         elif (
-            "_leader" in kept and kept["_leader"]["session"]
+            "_leader" in entries and entries["_leader"]["session"]
         ) or time.monotonic() < self.resigned_until:
-            # the longer it takes, the rarer we ask: an heir is wanted in seconds, not at once
+            # The interval grows: a successor is needed within seconds, not at once.
             self.polls += 1
             wait = min(self.gather_s * 1.2**self.polls, max(self.gather_s, 5.0))
-            self._later(wait * between(0.8, 1.2), self._look)
+            self._later(wait * between(0.8, 1.2), self._poll)
         else:
-            self.owner.with_session(self._stand)
+            self.owner.with_session(self._campaign)
 
-    def _stand(self, session: str) -> None:
+    def _campaign(self, session: str) -> None:
         if self.over:
             return
         if not session:
@@ -148,9 +150,9 @@ class ElectionRound:
             return
         body = {"slug": self.owner.config["slug"]}
         path = f"{self.folder}/_leader"
-        self.fetch = self.kv.put(path, f"acquire={session}", body, self._stood)
+        self.fetch = self.kv.put(path, f"acquire={session}", body, self._campaigned)
 
-    def _stood(self, taken: bool | None, reason: str) -> None:
+    def _campaigned(self, taken: bool | None, reason: str) -> None:
         if self.over:
             return
         if taken is None:
@@ -160,7 +162,7 @@ class ElectionRound:
             self.began = self.newest = time.monotonic()
             self._lead()
         else:
-            self._later(between(0.2, 1.0) * self.gather_s, self._look)
+            self._later(between(0.2, 1.0) * self.gather_s, self._poll)
 
     # -- leading
 
@@ -174,40 +176,40 @@ class ElectionRound:
             self._failed(reason)
             return
         self._reached()
-        present, told, index = election.read_group(found)
+        present, alert, index = election.read_group(found)
         present[self.entry["id"]] = election.member_of(self.owner.config["device_id"], self.entry)
         if not present.keys() <= self.seen:
             self.newest = time.monotonic()
             self.seen |= present.keys()
         now = time.monotonic()
-        heir = told is not None and told["state"] == "telling"
+        takes_over = alert is not None and alert["state"] == "telling"
         wait = election.still_to_gather(self.began, self.newest, now, self.gather_s, self.window_s)
-        if wait > 0 and not heir:
+        if wait > 0 and not takes_over:
             self._later(min(wait, self.gather_s / 2) + 0.01, self._lead)
             return
-        document, wait = election.next_document(told, present, time.time(), self.window_s)
+        document, wait = election.next_document(alert, present, time.time(), self.window_s)
         if document is not None:
             self._write(document, index)
         elif wait > 0:
             self._later(min(wait, self.gather_s) + 0.01, self._lead)
-        elif told is not None and now < self.newest + self.window_s:
-            # told; who comes within the window still belongs to it
-            self._tell_owner(told["episode"])
+        elif alert is not None and now < self.newest + self.window_s:
+            # sent; an anomaly that joins within the window belongs to it
+            self._report_done(alert["episode"])
             self._later(min(self.window_s, 5.0) * between(0.8, 1.0), self._lead)
         else:
             self.owner.sweep()
-            self._settle(told["episode"] if told is not None else self.entry["id"])
+            self._finish(alert["episode"] if alert is not None else self.entry["id"])
 
-    def _write(self, document: Told, index: int) -> None:
-        """Nothing is said before the document that others would go on from is there."""
+    def _write(self, document: GroupAlert, index: int) -> None:
+        """Write the document that a successor continues from, then send the alert."""
 
         def written(taken: bool | None, reason: str) -> None:
             if self.over:
                 return
             if taken:
-                self.telling = True
-                self.owner.tell(
-                    document, self.group, self.entry, lambda ok: self._told(document, ok)
+                self.sending = True
+                self.owner.escalate(
+                    document, self.group, self.entry, lambda ok: self._sent(document, ok)
                 )
             elif taken is None:
                 self._failed(reason)
@@ -216,30 +218,30 @@ class ElectionRound:
 
         self.fetch = self.kv.put(f"{self.folder}/_told", f"cas={index}", document, written)
 
-    def _told(self, document: Told, taken: bool) -> None:
-        self.telling = False
+    def _sent(self, document: GroupAlert, taken: bool) -> None:
+        self.sending = False
         if self.over:
             return
-        if not taken and self._withdraws():
+        if not taken and self._withdraw_if_asked():
             return
         if not taken:
-            # Our way to the sinks may be broken and another's not: step back for a while.
+            # Perhaps only this agent cannot reach the sinks: let another one try for a while.
             self.resigned_until = time.monotonic() + 2 * self.window_s
             self._release(f"{self.folder}/_leader")
             self.leading = False
-            self._later(self.gather_s, self._look)
+            self._later(self.gather_s, self._poll)
         else:
-            self._tell_owner(document["episode"])
-            self._mark(document)
-            self._withdraws()
+            self._report_done(document["episode"])
+            self._mark_sent(document)
+            self._withdraw_if_asked()
 
-    def _mark(self, document: Told, tries: int = 0) -> None:
-        """Write that it is told; whoever took over meanwhile has the same document, and says it again."""
+    def _mark_sent(self, document: GroupAlert, tries: int = 0) -> None:
+        """Record that the alert is sent. An agent that took over meanwhile has the same document and sends it again."""
 
         def found(entries: list[KvEntry] | None, _reason: str) -> None:
-            told = election.checked(entries[0]["value"]) if entries else None
-            same = told is not None and told["rev"] == document["rev"]
-            if entries and same and told is not None and told["episode"] == document["episode"]:
+            alert = election.checked(entries[0]["value"]) if entries else None
+            same = alert is not None and alert["rev"] == document["rev"]
+            if entries and same and alert is not None and alert["episode"] == document["episode"]:
                 query = f"cas={entries[0]['index']}"
                 path = f"{self.folder}/_told"
                 self.kv.put(path, query, election.finished(document, time.time()), written)
@@ -251,20 +253,20 @@ class ElectionRound:
                 return
             if taken or tries > 20:
                 self._reached()
-                self._lead() if self.owner.session else self._settle(document["episode"])
+                self._lead() if self.owner.session else self._finish(document["episode"])
             else:
-                self._later(between(0.2, 0.8), lambda: self._mark(document, tries + 1))
+                self._later(between(0.2, 0.8), lambda: self._mark_sent(document, tries + 1))
 
         self.fetch = self.kv.listed(f"{self.folder}/_told", found)
 
     # -- ending
 
-    def _tell_owner(self, episode: str, *, coordinated: bool = True) -> None:
+    def _report_done(self, episode: str, *, coordinated: bool = True) -> None:
         self.done(episode, coordinated=coordinated)
 
-    def _alone(self) -> None:
+    def _escalate_alone(self) -> None:
         self.stop()
-        self.telling = True
+        self.sending = True
         self.owner.end(self)
         document, _ = election.next_document(
             None,
@@ -274,28 +276,28 @@ class ElectionRound:
         )
         assert document is not None
 
-        def told(ok: bool) -> None:
-            self.telling = False
+        def alert(ok: bool) -> None:
+            self.sending = False
             if ok:
-                self._tell_owner(self.entry["id"], coordinated=False)
-            self._withdraws()
+                self._report_done(self.entry["id"], coordinated=False)
+            self._withdraw_if_asked()
 
-        self.owner.tell(document, None, self.entry, told)
+        self.owner.escalate(document, None, self.entry, alert)
 
-    def _settle(self, episode: str) -> None:
-        """It is told: leave the note without a lock, as a sign that this device is still away."""
+    def _finish(self, episode: str) -> None:
+        """The alert is sent: keep the note without a lock, which means that this device is still unhealthy."""
         self.stop()
         if self.leading:
             self._release(f"{self.folder}/_leader")
         session = self.owner.session
         query = f"release={session}" if session else "flags=0"
-        self.settling = True
-        self.kv.put(self.note, query, self._value(episode), self._has_settled)
-        self._tell_owner(episode)
+        self.finishing = True
+        self.kv.put(self.note, query, self._value(episode), self._finished)
+        self._report_done(episode)
 
-    def _has_settled(self, *_: object) -> None:
-        self.settling = False
-        if not self._withdraws():
+    def _finished(self, *_: object) -> None:
+        self.finishing = False
+        if not self._withdraw_if_asked():
             self.owner.end(self)
 
     def _release(self, key: str) -> None:
@@ -303,7 +305,7 @@ class ElectionRound:
             self.kv.put(key, f"release={session}", {}, lambda *_: None)
 
     def stop(self) -> None:
-        """Nothing more happens in this round."""
+        """End this round."""
         self.over = True
         if self.timer is not None:
             self.timer[2] = None
@@ -311,9 +313,9 @@ class ElectionRound:
             self.fetch.cancel()
 
     def withdraw(self, then: Callable[[], None]) -> None:
-        """The device has recovered: take our note away, and `then` go on. While a receiver hears of the
-        beginning, or our last note is on its way to Consul, this waits for it."""
-        if self.telling or self.settling:
+        """The device has recovered: delete this agent's note, then call back. Waits while an alert or the last note
+        is being sent."""
+        if self.sending or self.finishing:
             self.withdrawn = then
             return
         self.stop()
@@ -326,7 +328,7 @@ class ElectionRound:
 
         self.kv.delete(self.note, deleted)
 
-    def _withdraws(self) -> bool:
+    def _withdraw_if_asked(self) -> bool:
         then, self.withdrawn = self.withdrawn, None
         if then is not None:
             self.withdraw(then)

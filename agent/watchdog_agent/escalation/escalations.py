@@ -1,7 +1,7 @@
 """What this agent escalates, from the first moment to the recovery.
 
 `raise_` once an episode; the same key again is nothing new until `clear`. What is open outlives a restart
-(`kept`, `restore`): what was not told yet is told then, under the same key.
+(`saved`, `restore`): what was not told yet is told then, under the same key.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
         Document,
         Entry,
         EscalateRules,
+        GroupAlert,
         Timer,
-        Told,
     )
 
 
 class Escalations:
     """The open anomalies of one device, and the sinks. `config` has a checked ``escalate``."""
 
-    MOST = 16
+    MAX_OPEN = 16
     DEPART_S = 1.5
     """How long the end of a device that has left may take."""
-    LOOK_S = 0.02
+    POLL_S = 0.02
     RETURN_S = 5.0
     """When an agent that was away says again that its device still is."""
     EVIDENCE_BYTES = 4096
@@ -54,7 +54,7 @@ class Escalations:
         self.leaving = 0
         """Ends of which it is not known yet whether others of the episode are still away."""
         self.over = "recovered"
-        self.reminding: Timer | None = None
+        self.refreshing: Timer | None = None
         self.on_change: Callable[[], object] = lambda: None
         """Called when the stored state has changed."""
 
@@ -64,7 +64,7 @@ class Escalations:
         with others."""
         if key in self.open:
             return
-        if len(self.open) >= self.MOST:
+        if len(self.open) >= self.MAX_OPEN:
             self.log("escalation dropped: too many are open", key=key)
             return
         entry: Entry = {
@@ -94,13 +94,13 @@ class Escalations:
         group = self._group(entry)
         if group is None or not self.config.get("consul"):
             entry["group"] = None
-            self._tell_alone(entry)
+            self._escalate_alone(entry)
             return
         entry["group"] = list(group)
         if self.coordination is None:
             from watchdog_agent.escalation.coordinator import Coordinator
 
-            self.coordination = Coordinator(self.loop, self.config, self._tell_document)
+            self.coordination = Coordinator(self.loop, self.config, self._escalate_group)
         key = entry["key"]
 
         def done(episode: str, *, coordinated: bool) -> None:
@@ -109,24 +109,24 @@ class Escalations:
             entry["told"], entry["episode"] = True, episode
             entry["group"] = list(group) if coordinated else None
             self.log("escalated", key=key, episode=episode, coordinated=coordinated)
-            self._remind()
+            self._schedule_refresh()
             self.on_change()
 
         it = self.coordination.begin(entry, group, done)
         self.rounds[key] = it
 
-    def _remind(self, first_s: float | None = None) -> None:
+    def _schedule_refresh(self, first_s: float | None = None) -> None:
         """Keep the notes of what is told young, as long as it is open: an old one counts for nothing."""
-        if self.reminding is None and any(
+        if self.refreshing is None and any(
             one["told"] and one["group"] for one in self.open.values()
         ):
             wait = self.rules["note_s"] if first_s is None else first_s
-            self.reminding = self.loop.later(wait * between(0.8, 1.0), self._say_again)
+            self.refreshing = self.loop.later(wait * between(0.8, 1.0), self._refresh_notes)
 
-    def _say_again(self) -> None:
+    def _refresh_notes(self) -> None:
         from watchdog_agent.escalation import coordinator
 
-        self.reminding = None
+        self.refreshing = None
         kv = self._kv()
         for entry in self.open.values():
             if entry["told"] and entry["group"]:
@@ -137,8 +137,8 @@ class Escalations:
                     if self._is_over(entry):  # it ended while the note was on its way
                         self._leave(entry, None)
 
-                coordinator.say_again(kv, self.config["slug"], entry, note, written)
-        self._remind()
+                coordinator.refresh_note(kv, self.config["slug"], entry, note, written)
+        self._schedule_refresh()
 
     def _group(self, entry: Entry) -> tuple[str, str] | None:
         by: list[str] = self.rules["by"]
@@ -154,7 +154,7 @@ class Escalations:
 
     # -- telling
 
-    def _tell_alone(self, entry: Entry) -> None:
+    def _escalate_alone(self, entry: Entry) -> None:
         what = election.member_of(self.config["device_id"], entry)
         document, _ = election.next_document(
             None, {entry["id"]: what}, entry["at"], self.rules["window_s"]
@@ -166,22 +166,22 @@ class Escalations:
                 entry["told"], entry["episode"] = True, entry["id"]
                 self.on_change()
 
-        self._tell(entry, document, None, "firing", done)
+        self._send(entry, document, None, "firing", done)
 
-    def _tell_document(
+    def _escalate_group(
         self,
-        document: Told,
+        document: GroupAlert,
         group: tuple[str, str] | None,
         entry: Entry,
         done: Callable[[bool], None],
     ) -> None:
         status = "firing" if document["rev"] == 1 else "update"
-        self._tell(entry, document, group, status, done, uncoordinated=group is None)
+        self._send(entry, document, group, status, done, uncoordinated=group is None)
 
-    def _tell(
+    def _send(
         self,
         entry: Entry,
-        document: Told,
+        document: GroupAlert,
         group: tuple[str, str] | None,
         status: str,
         done: Callable[[bool], None],
@@ -249,14 +249,14 @@ class Escalations:
         have told of our device, and we do not know it yet."""
         self.leaving += 1
         if it is not None:
-            it.withdraw(lambda: self._look(entry))
+            it.withdraw(lambda: self._check_episode(entry))
         elif entry["group"] is None:
-            self._look(entry)
+            self._check_episode(entry)
         else:
             kv, slug = self._kv(), self.config["slug"]
-            kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._look(entry))
+            kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._check_episode(entry))
 
-    def _look(self, entry: Entry) -> None:
+    def _check_episode(self, entry: Entry) -> None:
         """With our note gone."""
 
         def ended(episode: str) -> None:
@@ -278,7 +278,7 @@ class Escalations:
         return Kv(self.loop, self.config, "anomalies")
 
     def _resolve(self, entry: Entry) -> None:
-        document: Told = {
+        document: GroupAlert = {
             "episode": entry["episode"],
             "rev": 0,
             "state": "told",
@@ -287,7 +287,7 @@ class Escalations:
             "members": [[self.config["device_id"], self.over]],
         }
         group = (entry["group"][0], entry["group"][1]) if entry["group"] else None
-        self._tell(entry, document, group, "resolved", lambda _ok: None)
+        self._send(entry, document, group, "resolved", lambda _ok: None)
 
     def depart(self, done: Callable[[], None]) -> None:
         """The device is no longer in the registry: end all that was told of it, and leave the election.
@@ -297,15 +297,15 @@ class Escalations:
             self.clear(key)
         until = time.monotonic() + self.DEPART_S
 
-        def look() -> None:
+        def poll() -> None:
             rounds = self.coordination.rounds if self.coordination is not None else ()
             busy = self.leaving or rounds or any(one.waiting for one in self.sinks)
             if busy and time.monotonic() < until:
-                self.loop.later(self.LOOK_S, look)
+                self.loop.later(self.POLL_S, poll)
             else:
                 self.close(done)
 
-        look()
+        poll()
 
     def close(self, done: Callable[[], None]) -> None:
         """Leave the election, so that another goes on at once; `done` within half a second."""
@@ -320,15 +320,15 @@ class Escalations:
         """What is open, to be stored; JSON."""
         return [entry.copy() for entry in self.open.values()]
 
-    def restore(self, kept: object) -> None:
+    def restore(self, saved: object) -> None:
         """Go on with what an earlier run of this agent had open; what makes no sense is left out."""
-        for entry in kept if isinstance(kept, list) else []:
-            if _is_entry(entry) and len(self.open) < self.MOST:
+        for entry in saved if isinstance(saved, list) else []:
+            if _is_entry(entry) and len(self.open) < self.MAX_OPEN:
                 self.open[entry["key"]] = entry
                 if not entry["told"]:
                     self._begin(entry)
         # While we were away it may have grown old.
-        self._remind(self.RETURN_S)
+        self._schedule_refresh(self.RETURN_S)
 
     def status(self) -> EscalationStatus:
         """For /status and the metrics."""

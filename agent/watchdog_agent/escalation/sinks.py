@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.loop import Loop
     from watchdog_agent.runtime.types import Alert, Config, Document, SinkSpec, Timer
 
-HOLD_S = 86400.0
+EXPIRES_S = 86400.0
 """An alert in Alertmanager that nobody resolves ends by itself after a day."""
-LATER = (408, 425, 429)
+RETRIED = (408, 425, 429)
 """Of the 4xx those that a second try may cure; the others are refusals."""
 
 
@@ -33,7 +33,7 @@ class Sink:
 
     TIMEOUT_S = 5.0
     MAX_WAIT_S = 60.0
-    MOST = 64
+    MAX_QUEUED = 64
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Sink:
 
     def put(self, alert: Alert, done: Callable[[bool], None]) -> None:
         """Deliver it; `done(taken)` once. With MOST waiting the oldest goes, and is counted."""
-        if len(self.waiting) >= self.MOST:
+        if len(self.waiting) >= self.MAX_QUEUED:
             # the first may be on its way: it stays until its answer is here
             place = 1 if self.fetch is not None else 0
             lost = self.waiting[place]
@@ -97,7 +97,7 @@ class Sink:
         data = http.request(
             method, self.url.base + path or "/", self.url.host_header, body, headers
         )
-        self.fetch = transport.ask(
+        self.fetch = transport.send(
             self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted()
         )
 
@@ -113,7 +113,7 @@ class Sink:
         if error != self.last_error:
             self.last_error = error
             self.log("escalation is not taken", sink=self.spec["kind"], reason=error)
-        refused = status is not None and 400 <= status < 500 and status not in LATER
+        refused = status is not None and 400 <= status < 500 and status not in RETRIED
         if refused or time.monotonic() > self.waiting[0][1]:
             self.failed += 1
             self._ended(False)
@@ -142,8 +142,8 @@ def request_of(
         return "POST", "/api/v2/alerts", body.encode(), []
     if spec["kind"] == "consul_event":
         # All servers and agents gossip it: an event holds 512 bytes, so this is a bell, not the news.
-        said = {name: alert[name] for name in ("key", "status", "count")}
-        return "PUT", f"/v1/event/fire/{spec['name']}", json.dumps(said).encode(), []
+        payload = {name: alert[name] for name in ("key", "status", "count")}
+        return "PUT", f"/v1/event/fire/{spec['name']}", json.dumps(payload).encode(), []
     whole = {**alert, "v": 1, "by": {"device_id": config["device_id"], "instance": instance}}
     return "POST", "", json.dumps(whole).encode(), [("Idempotency-Key", alert["key"])]
 
@@ -151,7 +151,7 @@ def request_of(
 def alertmanager(alert: Alert) -> Document:
     """As Alertmanager's API v2 wants it (its openapi.yaml, postableAlert). The labels are the alert's
     identity there: they are the same for its updates and its end."""
-    ends = alert["now"] if alert["status"] == "resolved" else alert["now"] + HOLD_S
+    ends = alert["now"] if alert["status"] == "resolved" else alert["now"] + EXPIRES_S
     name = alert["kind"].title().replace("_", "").replace("-", "")
     labels = {"alertname": f"Watchdog{name}", "episode": alert["episode"]}
     if alert["scope"]:

@@ -28,29 +28,29 @@ class Gateway:
         self.answers: bool | None = None
         """What it did last; None = not asked or unable to ask, or the device has answered since."""
         self.reason = ""
-        self.asked_at = float("-inf")
+        self.probed_at = float("-inf")
         self._waiting: list[Callable[[Outcome], None]] = []
 
-    def ask(self, then: Callable[[Outcome], None]) -> None:
+    def probe(self, then: Callable[[Outcome], None]) -> None:
         """Probe it, and call back with the outcome; who asks meanwhile gets the same answer."""
         self._waiting.append(then)
         if len(self._waiting) == 1:
-            builtin.start(self.loop, self.spec, self.address, self._asked)
+            builtin.start(self.loop, self.spec, self.address, self._probed)
 
-    def _asked(self, ok: Outcome, reason: str, _took_s: float, _warning: str) -> None:  # as Probed
+    def _probed(self, ok: Outcome, reason: str, _took_s: float, _warning: str) -> None:  # as Probed
         if not ok and self.spec.get("instead"):
             ok = None  # a port that nobody chose: its silence says nothing
         self.answers, self.reason = ok, reason
-        self.asked_at = time.monotonic()
+        self.probed_at = time.monotonic()
         waiting, self._waiting = self._waiting, []
         for then in waiting:
             then(ok)
 
     def fresh(self) -> bool:
         """Whether it was asked just now."""
-        return time.monotonic() - self.asked_at < FRESH_S
+        return time.monotonic() - self.probed_at < FRESH_S
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """The device's reason while it is dead, or cannot be asked."""
         if self.answers is None:
             return f"gateway {self.address}: {self.reason}"

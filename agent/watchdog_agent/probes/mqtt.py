@@ -64,15 +64,15 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     def answered(status: int | None, text: str) -> None:
         ended(status == 0, text)
 
-    def begin(level: int, wait_s: float, told: Fetched) -> http.HttpRequest:
+    def begin(level: int, wait_s: float, done: Fetched) -> http.HttpRequest:
         packet = connect(f"watchdog-{os.urandom(6).hex()}", spec.get("user"), password, level)
         place = (address, spec["port"])
         if spec["tls"]:
             from watchdog_agent.probes import tls  # loads ssl
 
-            dialogue: Dialogue = tls.secured(Dialogue, loop, place, packet, spec, wait_s, told)
+            dialogue: Dialogue = tls.secured(Dialogue, loop, place, packet, spec, wait_s, done)
         else:
-            dialogue = Dialogue(loop, place, packet, wait_s, told)
+            dialogue = Dialogue(loop, place, packet, wait_s, done)
         return speaking(dialogue, level)
 
     Talk(spec, spec["timeout_s"], begin, answered)

@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-MOST: Final = 8192
+MAX_BYTES: Final = 8192
 """Bytes of one packet; the properties of a CONNACK may be many."""
 _CONNACK, _PUBACK, _DISCONNECT = 0x20, 0x40, 0xE0
 _FAILED: Final = 0x80
@@ -77,11 +77,11 @@ def packet(got: bytes, *, closed: bool) -> tuple[int | None, bytes]:
     else:
         if len(got) >= 5:
             raise HttpError("its answer is not MQTT")
-        size = MOST
+        size = MAX_BYTES
     if got and got[0] not in (_CONNACK, _PUBACK, _DISCONNECT):
         raise HttpError("its answer is not MQTT")
-    if at and size > MOST:
-        raise HttpError(f"its answer is longer than {MOST} bytes")
+    if at and size > MAX_BYTES:
+        raise HttpError(f"its answer is longer than {MAX_BYTES} bytes")
     whole = got[at + 1 : at + 1 + size]
     if at and len(whole) == size:
         return got[0], whole

@@ -74,7 +74,7 @@ def integer(value: int) -> bytes:
     return tlv(INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
 
 
-def take(data: bytes, at: int, tag: int) -> tuple[bytes, int]:
+def read_element(data: bytes, at: int, tag: int) -> tuple[bytes, int]:
     """(content, where the next begins) of the element at `at`, which must have this tag.
 
     Raises SnmpError."""
@@ -95,7 +95,7 @@ def take(data: bytes, at: int, tag: int) -> tuple[bytes, int]:
 
 def number(data: bytes, at: int, tag: int = INTEGER) -> tuple[int, int]:
     """(value, where the next begins) of a number. Raises SnmpError."""
-    raw, at = take(data, at, tag)
+    raw, at = read_element(data, at, tag)
     if not 0 < len(raw) <= 5:
         raise SnmpError("a number is too long")
     return int.from_bytes(raw, "big", signed=tag == INTEGER), at
@@ -105,10 +105,10 @@ def up_time(data: bytes, ident: int) -> int | str | None:
     """Hundredths of a second, or in words why it says none; None: an answer to another request.
 
     Raises SnmpError."""
-    message, _ = take(data, 0, SEQUENCE)
+    message, _ = read_element(data, 0, SEQUENCE)
     version, at = number(message, 0)
-    _, at = take(message, at, OCTETS)
-    pdu, _ = take(message, at, RESPONSE)
+    _, at = read_element(message, at, OCTETS)
+    pdu, _ = read_element(message, at, RESPONSE)
     answered, at = number(pdu, 0)
     if version != 1:
         raise SnmpError(f"version {version}")
@@ -118,9 +118,9 @@ def up_time(data: bytes, ident: int) -> int | str | None:
     _, at = number(pdu, at)
     if error:
         return _ERRORS[error] if 0 < error < len(_ERRORS) else f"error {error}"
-    bindings, _ = take(pdu, at, SEQUENCE)
-    binding, _ = take(bindings, 0, SEQUENCE)
-    name, at = take(binding, 0, OID)
+    bindings, _ = read_element(pdu, at, SEQUENCE)
+    binding, _ = read_element(bindings, 0, SEQUENCE)
+    name, at = read_element(binding, 0, OID)
     if name != UP_TIME:
         raise SnmpError("it answers another question")
     if binding[at : at + 1] in (b"\x80", b"\x81", b"\x82"):

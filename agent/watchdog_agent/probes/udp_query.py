@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TIMES = 3
 """Nobody sends a lost packet again but we, and one lost packet is no evidence (S6)."""
-MOST = 4096
+MAX_BYTES = 4096
 """Bytes of an answer that are looked at."""
 
 
@@ -67,7 +67,7 @@ class UdpQuery:
 
     def _ready(self, sock: socket.socket) -> None:
         try:
-            data = sock.recv(MOST)
+            data = sock.recv(MAX_BYTES)
         except OSError as error:
             self.socks.remove(sock)
             self.loop.forget(sock)

@@ -61,7 +61,7 @@ class ActAuthority:
         age_s = None if self.accepted_at is None or self.doubt else now - self.accepted_at
         return {"epoch": epoch, "instance": instance, "age_s": age_s}
 
-    def restore(self, kept: Any, epoch: int, instance: str, since: float) -> None:
+    def restore(self, saved: Any, epoch: int, instance: str, since: float) -> None:
         """Take over from an earlier process of the same run. Raises what a strange document raises."""
-        if (kept["epoch"], kept["instance"]) == (epoch, instance) and kept["age_s"] is not None:
-            self.accepted_at = since - float(kept["age_s"])
+        if (saved["epoch"], saved["instance"]) == (epoch, instance) and saved["age_s"] is not None:
+            self.accepted_at = since - float(saved["age_s"])

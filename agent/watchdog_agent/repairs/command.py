@@ -52,7 +52,7 @@ class CommandRun:
         if ended is not None:
             ended(ok, reason)
 
-    def hurry(self) -> None:
+    def finish_soon(self) -> None:
         """It is as fast as it can be."""
 
     def cancel(self) -> None:
@@ -67,5 +67,5 @@ _PRIVATE: Final = ("WATCHDOG_", "CONSUL_", "NOMAD_", "VAULT_")
 
 def environment(device: dict[str, str]) -> dict[str, str]:
     """Ours without what is ours alone, as tokens are; and which device it is about."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)}
-    return {**kept, "DEVICE_ID": device["device_id"], "DEVICE_ADDRESS": device["address"]}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_PRIVATE)}
+    return {**inherited, "DEVICE_ID": device["device_id"], "DEVICE_ADDRESS": device["address"]}

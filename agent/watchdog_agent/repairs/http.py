@@ -36,11 +36,11 @@ class Call:
                 ended(200 <= status < 300, f"status {status}")
 
         trusted = transport.trust(url, "")
-        self.fetch = transport.ask(
+        self.fetch = transport.send(
             loop, url, data, step["timeout_s"], answered, trusted, max_body=0
         )
 
-    def hurry(self) -> None:
+    def finish_soon(self) -> None:
         """It is as fast as it can be."""
 
     def cancel(self) -> None:

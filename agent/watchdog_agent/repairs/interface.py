@@ -75,9 +75,9 @@ class Cycle:
         else:
             self.clean = False
             hold_s = min(HOLD_S, step["timeout_s"] / 2)
-            self.timer = loop.later(hold_s, self.hurry)
+            self.timer = loop.later(hold_s, self.finish_soon)
 
-    def hurry(self) -> None:
+    def finish_soon(self) -> None:
         """Up again now."""
         if self.ended is None:
             return
@@ -155,8 +155,8 @@ def _routes(index: int) -> Iterator[bytes]:
                 and not flags & _CLONED
             ):
                 # The kernel takes no route that says that it is dead or its link is down.
-                said = body[:8] + (flags & _ASKED).to_bytes(4, _ORDER) + body[12:]
-                yield _NEW_ROUTE.to_bytes(2, "little") + said
+                message = body[:8] + (flags & _ASKED).to_bytes(4, _ORDER) + body[12:]
+                yield _NEW_ROUTE.to_bytes(2, "little") + message
 
 
 _ORDER: Literal["little", "big"] = "little" if struct.pack("=H", 1) == b"\1\0" else "big"

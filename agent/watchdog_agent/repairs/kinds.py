@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Undo
 
 
-def recover(kept: Any, log: Callable[..., None]) -> None:
+def recover(saved: Any, log: Callable[..., None]) -> None:
     """For an agent whose class has no repairs any more: undo what was left behind."""
     try:
-        if kept["undo"] is not None:
-            undo(kept["undo"])
+        if saved["undo"] is not None:
+            undo(saved["undo"])
             log("an interrupted repair is undone")
     except OSError as error:
         log("an interrupted repair can't be undone", reason=reason_of(error))

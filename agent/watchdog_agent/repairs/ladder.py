@@ -129,7 +129,7 @@ class Ladder:
 
     # -- what has happened
 
-    def took(self, step: Step, now: float, *, dry: bool = False) -> Attempt:
+    def begin_attempt(self, step: Step, now: float, *, dry: bool = False) -> Attempt:
         """The step is about to be taken; the attempt that is to be persisted first."""
         assert self.current is None
         self.count += 1
@@ -151,8 +151,8 @@ class Ladder:
         self._forget()
         return attempt
 
-    def took_back(self, now: float) -> None:
-        """What `took` noted could not be persisted, so that nothing was done: as if it had not been."""
+    def discard_attempt(self, now: float) -> None:
+        """What `begin_attempt` noted could not be persisted, so that nothing was done: as if it had not been."""
         attempt = self.attempts.pop()
         self.count -= 1
         times = self._times[attempt["id"]]
@@ -222,15 +222,15 @@ class Ladder:
             },
         }
 
-    def restore(self, kept: Any, aged_s: float, now: float) -> None:
+    def restore(self, saved: Any, aged_s: float, now: float) -> None:
         """Go on from what an earlier run kept `aged_s` ago. Raises ValueError, KeyError or TypeError for
         what no run of ours wrote; then this ladder must not be used."""
         since = now - max(0.0, aged_s)
-        self.episode = _whole(kept["episode"])
-        self.count = _whole(kept["count"])
-        self.open = kept["open"] is True
-        self.escalated = kept["escalated"] is True
-        for one in kept["attempts"]:
+        self.episode = _whole(saved["episode"])
+        self.count = _whole(saved["count"])
+        self.open = saved["open"] is True
+        self.escalated = saved["escalated"] is True
+        for one in saved["attempts"]:
             attempt: Attempt = {
                 "number": _whole(one["number"]),
                 "id": str(one["id"]),
@@ -246,7 +246,7 @@ class Ladder:
                 raise ValueError("outcome")
             self.attempts.append(attempt)
         for step in self.steps:
-            ages = kept["times"].get(step["id"], [])
+            ages = saved["times"].get(step["id"], [])
             self._times[step["id"]] = [since - float(age) for age in ages][-step["budget"] :]
         # Whoever took it did not live to say how it ended.
         self.interrupted("the agent ended in the middle of it", now)

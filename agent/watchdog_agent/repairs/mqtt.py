@@ -62,7 +62,7 @@ class MqttRun:
             who = "the broker" if status is None else "the broker refuses"
             self.ended(False, f"{who}: {text}")
 
-    def hurry(self) -> None:
+    def finish_soon(self) -> None:
         """It is as fast as it can be."""
 
     def cancel(self) -> None:

@@ -37,7 +37,7 @@ class Plugin:
 
         self.guard.call(begin)
 
-    def hurry(self) -> None:
+    def finish_soon(self) -> None:
         """It is as fast as it can be."""
 
     def cancel(self) -> None:

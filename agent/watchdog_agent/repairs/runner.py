@@ -34,7 +34,7 @@ UNDO_TRIES: Final = 12
 class RepairRunner:
     """The repairs of one agent."""
 
-    def __init__(self, agent: Host, kept: Any) -> None:
+    def __init__(self, agent: Host, saved: Any) -> None:
         self.agent = agent
         config = agent.config
         policy = config["repair_policy"]
@@ -56,21 +56,21 @@ class RepairRunner:
         self._left = UNDO_TRIES
         self._timer: Timer | None = None
         self._limit: Timer | None = None
-        if kept is not None:
-            self._restore(kept)
+        if saved is not None:
+            self._restore(saved)
         self.escalation = escalation.LadderEscalation(agent, self.ladder, self.authority)
 
-    def _restore(self, kept: Any) -> None:
+    def _restore(self, saved: Any) -> None:
         """Go on from an earlier run, else start clean; an interface left down is put up in both cases."""
         config, now = self.agent.config, time.monotonic()
         try:
-            undo: Undo | None = kept["undo"]
+            undo: Undo | None = saved["undo"]
             self.undo = undo if isinstance(undo, dict) else None
-            aged_s = max(0.0, time.time() - float(kept["at"]))
+            aged_s = max(0.0, time.time() - float(saved["at"]))
             fresh = ladder.Ladder(config["repairs"])
-            fresh.restore(kept["ladder"], aged_s, now)
+            fresh.restore(saved["ladder"], aged_s, now)
             self.authority.restore(
-                kept["standing"], config["epoch"], self.agent.instance, now - aged_s
+                saved["standing"], config["epoch"], self.agent.instance, now - aged_s
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.agent.log("kept repairs can't be used; starting clean", reason=str(error))
@@ -178,24 +178,24 @@ class RepairRunner:
         """Before a step, probe the gateway: a device behind a dead one may be healthy."""
         gateway = self.agent.prober.gateway
         if gateway is None or step["even_behind_gateway"] or gateway.fresh():
-            self._may_take(step)
+            self._check_authority(step)
         elif not self.asking:
             self.asking = True
-            gateway.ask(self._gateway_probed)
+            gateway.probe(self._gateway_probed)
 
     def _gateway_probed(self, outcome: Outcome) -> None:
         self.asking = False
         self.agent.prober.behind(outcome)
         self.tick()
 
-    def _may_take(self, step: Step) -> None:
+    def _check_authority(self, step: Step) -> None:
         agent = self.agent
         why = self.authority.why_not(time.monotonic())
         if not agent.folder:
             why = "there is no folder to keep it in before it is taken"
         if not why:
             self.blocked = ""
-            self._take(step)
+            self._run_step(step)
             return
         if why != self.blocked:
             agent.log("no repair", step=step["name"], reason=why)
@@ -204,9 +204,9 @@ class RepairRunner:
         self.blocked = why
         self.escalation.blocked(why)
 
-    def _take(self, step: Step) -> None:
+    def _run_step(self, step: Step) -> None:
         now, dry = time.monotonic(), self.dry_run or step["dry_run"]
-        attempt = self.ladder.took(step, now, dry=dry)
+        attempt = self.ladder.begin_attempt(step, now, dry=dry)
         try:
             if step["kind"] == "interface" and not dry:
                 from watchdog_agent.repairs import interface
@@ -216,7 +216,7 @@ class RepairRunner:
             self._start_failed(step, reason_of(error))
             return
         if not self.agent.save():
-            self.ladder.took_back(now)
+            self.ladder.discard_attempt(now)
             self.undo = None
             self._timer = self.agent.loop.later(AGAIN_S * between(0.8, 1.2), self.tick)
             return
@@ -311,7 +311,7 @@ class RepairRunner:
             return
         self.then = then
         self.agent.loop.later(STOP_S, self._stop)
-        self.running.hurry()
+        self.running.finish_soon()
 
     def _stop(self) -> None:
         if self.running is not None:

@@ -37,7 +37,7 @@ class Packet:
                 ok, reason = True, "sent"
         self.timer = loop.later(0, lambda: ended(ok, reason))
 
-    def hurry(self) -> None:
+    def finish_soon(self) -> None:
         """It has been sent."""
 
     def cancel(self) -> None:

@@ -25,7 +25,7 @@ class LokiShipper:
     """Takes lines at once, sends them in batches. While Loki does not take them MOST are kept; then the
     oldest goes, and is counted."""
 
-    MOST = 1000
+    MAX_LINES = 1000
     BATCH = 200
     EVERY_S = 2.0
     TIMEOUT_S = 5.0
@@ -58,7 +58,7 @@ class LokiShipper:
         """Ship this line, of now."""
         # Loki keeps the order of a stream by these: no two are the same, and none goes back with the clock
         self.last_ns = max(time.time_ns(), self.last_ns + 1)
-        if len(self.lines) >= self.MOST:
+        if len(self.lines) >= self.MAX_LINES:
             # those on the way stay until their answer is here
             del self.lines[self.on_the_way]
             self.dropped += 1
@@ -79,7 +79,7 @@ class LokiShipper:
         path = f"{self.url.base}/loki/api/v1/push"
         raw = json.dumps(body).encode()
         data = http.request("POST", path, self.url.host_header, raw, headers)
-        self.fetch = transport.ask(
+        self.fetch = transport.send(
             self.loop, self.url, data, self.TIMEOUT_S, self._answered, self.trusted
         )
 

@@ -55,9 +55,9 @@ class Reporter:
         self.make = make
         self.retire = retire
         self.log = log
-        self.given = list(config.get("api", []))
-        self.known = self.given
-        self.urls = [http.Url(url, tls=True) for url in self.given]
+        self.configured = list(config.get("api", []))
+        self.known = self.configured
+        self.urls = [http.Url(url, tls=True) for url in self.configured]
         self.credential = config.get("credential", "")
         self.tls: ssl.SSLContext | None = None
         if any(url.secure for url in self.urls):
@@ -136,7 +136,7 @@ class Reporter:
         token = self.credential or read_token()
         headers = [("Authorization", f"Bearer {token}")] if token else []
         data = http.request("POST", url.base + wire.REPORT_PATH, url.host_header, body, headers)
-        self.fetch = transport.ask(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
+        self.fetch = transport.send(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
     def _age(self) -> None:
         """Age the states in the reports that wait: each says how long ago its state began when it is sent."""
@@ -249,7 +249,7 @@ class Reporter:
         in use does not answer. They are as secure as those, or not taken."""
         try:
             others = answer["api"][: self.MAX_KNOWN]
-            found = self.given + [one for one in others if one not in self.given]
+            found = self.configured + [one for one in others if one not in self.configured]
             if found == self.known:
                 return
             urls = [http.Url(url, tls=True) for url in found]

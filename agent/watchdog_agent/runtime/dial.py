@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 STAGGER_S = 0.25
 """Seconds without an answer after which the next address is tried as well (RFC 8305, 5)."""
-MOST = 8
+MAX_ADDRESSES = 8
 """Maximum number of addresses of a name that are tried."""
 _CONNECTING = (0, 11, 115)
 """connect() is done, would block or is in progress."""
 
 
 def resolve(address: Address) -> list[tuple[int, SockAddr]]:
-    """(family, socket address) for each address of (host, port), at most MOST.
+    """(family, socket address) for each address of (host, port), at most MAX_ADDRESSES.
 
     A name goes to the resolver and may block for its timeout; numeric addresses do not. Raises OSError
     and UnicodeError."""
     host, port = address
     # Bytes: for text Python would load its IDNA tables, at a cost of more than the agent's own code.
     found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    return [(family, where) for family, _, _, _, where in found[:MOST]]  # type: ignore[misc]  # IP only
+    return [(family, where) for family, _, _, _, where in found[:MAX_ADDRESSES]]  # type: ignore[misc]  # IP only
 
 
 class Turns:

@@ -200,7 +200,7 @@ class Server:
     What a browser can be made to ask (DNS rebinding, forms of other sites) is refused: a Host that is a name and
     not this host's, but for health checks, which say nothing, and a POST that a web page sends."""
 
-    MOST = 256
+    MAX_CONNECTIONS = 256
     BACKLOG = 256
     TIMEOUT_S = 5.0
     MIN_S = 1.0
@@ -217,7 +217,9 @@ class Server:
         files = os.sysconf(
             "SC_OPEN_MAX"
         )  # the soft limit of this process; most of it is for probes
-        self.most = min(self.MOST, max(8, files // 4)) if files > 0 else self.MOST
+        self.most = (
+            min(self.MAX_CONNECTIONS, max(8, files // 4)) if files > 0 else self.MAX_CONNECTIONS
+        )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -130,7 +130,7 @@ class Reader:
 
     def _rest(self, closed: bool) -> bool:  # as a step
         """A body of `_left` bytes; -1: until the connection is closed."""
-        self._take()
+        self._read_body()
         if self._step is not None and (self._left == 0 or (closed and self._left < 0)):
             self._complete()
         return False
@@ -153,7 +153,7 @@ class Reader:
         return True
 
     def _chunk(self, _closed: bool) -> bool:  # as a step
-        self._take()
+        self._read_body()
         if self._step is None or self._left:
             return False
         self._head = 0
@@ -184,7 +184,7 @@ class Reader:
         # a CR that ends no line counts as a space (RFC 9112, 2.2)
         return line.removesuffix(b"\r").replace(b"\r", b" ")
 
-    def _take(self) -> None:
+    def _read_body(self) -> None:
         """Move what came of the body, at most `_left` bytes of it, to `body`."""
         size = len(self._got) if self._left < 0 else min(self._left, len(self._got))
         data = bytes(self._got[:size])

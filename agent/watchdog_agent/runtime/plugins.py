@@ -99,8 +99,8 @@ class PluginGuard:
         None = unable to ask, anything else = failure."""
         text = "".join(c if c.isprintable() else "?" for c in str(reason)[:200])
         text = text or "the plugin gave no reason"
-        said = Unable(text) if ok is None else text
-        self.loop.later(0, lambda: self.end(ok is True, said))
+        shown = Unable(text) if ok is None else text
+        self.loop.later(0, lambda: self.end(ok is True, shown))
 
     def end(self, ok: bool, reason: str) -> None:
         """Say so, unless it has ended already."""

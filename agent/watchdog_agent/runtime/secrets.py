@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-MOST = 4096
+MAX_BYTES = 4096
 _logged: dict[str, str] = {}
 
 
@@ -23,7 +23,7 @@ def read(path: str) -> bytes:
             raise OSError(f"can be written by everybody (mode {found.st_mode & 0o7777:04o})")
         if found.st_mode & 0o020 and found.st_gid not in (0, os.getegid()):
             raise OSError(f"can be written by its group (mode {found.st_mode & 0o7777:04o})")
-        return os.read(fd, MOST).strip()
+        return os.read(fd, MAX_BYTES).strip()
     finally:
         os.close(fd)
 

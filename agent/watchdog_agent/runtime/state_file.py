@@ -22,9 +22,9 @@ def load(folder: str, device_id: str) -> tuple[Document, str]:
     try:
         with open(os.path.join(folder, NAME), "rb") as file:
             raw = file.read(1 << 20)
-        kept = parsing.loads(raw)
-        state: Document = kept["state"]
-        if binascii.crc32(encode(state)) != kept["crc32"]:
+        stored = parsing.loads(raw)
+        state: Document = stored["state"]
+        if binascii.crc32(encode(state)) != stored["crc32"]:
             return {}, "state file: wrong checksum; starting clean"
         if state.get("device_id") != device_id:
             return {}, "state file is another device's; starting clean"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def trust(url: Url, ca_cert: str) -> ssl.SSLContext | None:
-    """What `ask` needs for https to this address; None for http, for which no TLS is loaded.
+    """What `send` needs for https to this address; None for http, for which no TLS is loaded.
 
     Raises ConfigError."""
     if not url.secure:
@@ -24,7 +24,7 @@ def trust(url: Url, ca_cert: str) -> ssl.SSLContext | None:
     return tls.context_of(ca_cert)
 
 
-def ask(  # one place for all that goes to an address of the configuration
+def send(  # one place for all that goes to an address of the configuration
     loop: Loop,
     url: Url,
     request: bytes,

@@ -226,7 +226,7 @@ class Entry(TypedDict):
     told: bool
 
 
-class Told(TypedDict):
+class GroupAlert(TypedDict):
     """What a group of agents escalates (see `escalation.election`)."""
 
     episode: str
