@@ -210,7 +210,7 @@ class Agent:
 
     def watch_ready(self) -> None:
         """Begin to report after the first round of probes, as not ready: registration in Consul waits for the
-        answer, which says whether we are the accepted agent. Then report again, as ready."""
+        answer, which states whether this is the accepted agent. Then report again, as ready."""
         if self.exit_code is not None or not self.round_done():
             return
         if self.reporting:

@@ -13,7 +13,7 @@ from watchdog_agent.runtime.log import log
 
 
 def main() -> None:
-    """Run the agent of this environment; exits as `wire` says."""
+    """Run the agent of this environment. Exits by the exit contract in `wire`."""
     try:
         agent = Agent(configuration.load(os.environ), os.environ)
     except configuration.ConfigError as error:

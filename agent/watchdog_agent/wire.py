@@ -1,8 +1,8 @@
-"""The words that the agent and the control plane share. Standard library only; both sides import it.
+"""The contract between the agent and the control plane. Standard library only; both sides import it.
 
 One JSON document configures an agent. It comes as a file named by ``WATCHDOG_CONFIG``, or
 base64-encoded in ``WATCHDOG_CONFIG_B64``; under Nomad the file is the dispatch payload. These
-environment variables go over the document, so that a scheduler can say what only it knows:
+environment variables take precedence over the document, for values that only a scheduler knows:
 
 ======================  ====================================================================
 ``WATCHDOG_INSTANCE``   id of this run (else ``NOMAD_ALLOC_ID``, ``POD_UID``, else random)
@@ -60,7 +60,7 @@ Report, ``POST {api}/v1/agents/report`` (version 1): the fields of `report`. Ans
 ``{"condition": {"state": "offline|degraded", "age_s": 123.4, "reason": "...", "misses": 3}}`` where the device has
 one that began before this agent: the agent believes it until a probe of its own has succeeded;
 410 not, or no longer, the accepted agent: stop and exit 0, and when the error's code is ``departed`` the
-device itself has left: end its alerts before; 409 not decidable yet: say it again after
+device itself has left: end its alerts before; 409 not decidable yet: send it again after
 ``Retry-After`` seconds; 429 and 5xx: later. Anything else is this agent's bug and is logged.
 
 Of a class with repairs a report holds ``"repairs": {"active": "what is done now, or empty", "exhausted":
@@ -68,7 +68,7 @@ false, "dry_run": false, "attempts": [{"number": 1, "step": "interface eth1", "o
 no help|unable|failed|interrupted|dry run", "reason": "...", "age_s": 3.2}]}``, and while a step is taken or its
 effect is awaited its ``state`` is ``repairing``.
 
-Exit contract: 0 only when told to retire by a 410; 128+n on signal n; 64 for a bad configuration;
+Exit contract: 0 only after a 410; 128+n on signal n; 64 for a bad configuration;
 70 for a crash.
 """
 
@@ -124,7 +124,7 @@ REPORT_PATH: Final = "/v1/agents/report"
 SERVICE: Final = "device-watchdog-agent"
 STATES: Final = ("ok", "suspect", "degraded", "repairing", "offline", "unable")
 DEPARTED: Final = "departed"
-"""The code of a 410 whose device has left the registry: what is told of it is over."""
+"""The code of a 410 for a device that has left the registry: its alerts end."""
 EXIT_RETIRED: Final = 0
 EXIT_CONFIG: Final = 64
 EXIT_CRASH: Final = 70

@@ -54,7 +54,7 @@ def _document(port: int) -> Document:
 
 
 def _quietly(agent: Agent) -> None:
-    """Run it with what it says thrown away, until RUNS probes have been run or LONGEST_S are over."""
+    """Run it without its log until RUNS probes have run, for at most LONGEST_S."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
 

@@ -55,7 +55,7 @@ def load(environ: Mapping[str, str]) -> Config:
 
 
 def _of_consul(config: Document, environ: Mapping[str, str]) -> None:
-    """What the environment says of Consul takes precedence over the document, by the rules of Consul's own CLI. Raises
+    """The environment's settings of Consul take precedence over the document, by the rules of Consul's own CLI. Raises
     ConfigError."""
     place = environ.get("CONSUL_HTTP_ADDR") or config.get("consul")
     if isinstance(place, str) and place:
@@ -145,7 +145,9 @@ def _check_identity(config: Document) -> None:
     config["address"] = validators.host(config.get("address"), "address")
     credential = config.get("credential", "")
     if not isinstance(credential, str) or any(not "!" <= c <= "~" for c in credential):
-        raise ConfigError("credential must be printable ASCII without blanks")  # and is not shown
+        raise ConfigError(
+            "credential must be printable ASCII without blanks"
+        )  # The message does not repeat it.
     for name in ("version", "agent_class", "spec_hash", "service", "check_interval", "ca_cert"):
         if not isinstance(config.get(name, ""), str):
             raise ConfigError(f"{name} is {config[name]!r}; it must be text")

@@ -1,4 +1,4 @@
-"""The part of the configuration that says what may be repaired; read only where it says something."""
+"""Checks of `repairs` and `repair_policy`; loaded only where a document has repairs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _place(step: Document, name: str, default_port: int) -> None:
 
 
 def _name_of(step: Document) -> str:
-    """As people see it. Arguments and paths may hold what is nobody's business."""
+    """The name of a step, without arguments and paths, which may contain secrets."""
     kind = str(step["kind"])
     target = step[TARGETS[kind]]
     value = str(target)

@@ -75,7 +75,7 @@ def host(value: object, name: str) -> str:
 
 
 def check_trust(probe: Document, where: str, *, later: bool = False) -> None:
-    """Whom the probe believes, and who it is itself; under `trust`. Raises ConfigError. `later`: a file that
+    """Put the trusted CAs and the client certificate under `trust`. Raises ConfigError. `later`: a file that
     cannot be used now does not raise; `Trust.now` does, each time until it can."""
     require({"verify": probe.setdefault("verify", True)}, "verify", table.Flag(True), where)
     for name in ("ca_cert", "client_cert", "client_key"):

@@ -2,7 +2,7 @@
 
 Key ``<prefix>/agent-state/<slug>``: ``{"epoch": n, "state": {…}}``, at most 2 KiB. Written when it has changed, and
 at most once in EVERY_S; always by compare-and-set, and never over a newer epoch's: an agent that was
-replaced and does not know it yet can't take the place of its heir.
+replaced and does not know it yet cannot overwrite the state of its successor.
 """
 
 from __future__ import annotations
@@ -73,20 +73,20 @@ class ConsulState:
             return {}
         self.outdated = value["epoch"] > self.epoch
         state = value.get("state")
-        # The slug is made from the id with a hash: another device's would be somebody's doing.
+        # The slug contains a hash of the id, so another device's state here was put there on purpose.
         if self.outdated or not isinstance(state, dict) or state.get("device_id") != self.device_id:
             return {}
         self.written = state
         return state
 
     def save(self, state: SavedState) -> None:
-        """Keep this; soon, unless it is what is there."""
+        """Store this soon, unless it is already stored."""
         self.wanted = small(state)
         if not self.outdated and not self.busy and self.timer is None and self._changed():
             self._write()
 
     def delete(self, then: Callable[[], None]) -> None:
-        """The device is gone: take its state away, and call back. A newer epoch's stays."""
+        """The device has left: delete its state, and call back. The state of a newer epoch stays."""
         self.outdated = True  # nothing is written any more
         self._read_and_delete(self.TRIES, then)
 
@@ -102,7 +102,7 @@ class ConsulState:
             then()
             return
 
-        def deleted(gone: bool) -> None:  # as Consul's answer says it
+        def deleted(gone: bool) -> None:  # as in Consul's answer
             if gone or tries <= 1:
                 then()
             else:
@@ -112,7 +112,7 @@ class ConsulState:
         self.kv.delete(self.slug, deleted, entry["index"])
 
     def _changed(self) -> bool:
-        """A reason or a number that counts misses is no news: it goes along with the next."""
+        """Whether more than a reason or a number of misses has changed; these are written with the next change."""
         if self.wanted is None:
             return False
         passing = {"reason": "", "misses": 0, "since": 0}
@@ -131,7 +131,7 @@ class ConsulState:
         assert state is not None
         body = {"epoch": self.epoch, "state": state}
         if len(json.dumps(body)) > self.MAX_BYTES:
-            # What is open is the only part that grows; told again is better than forgotten belief.
+            # Only this part grows. A repeated alert is better than a lost state.
             body["state"] = {name: value for name, value in state.items() if name != "escalations"}
 
         def written(taken: bool | None, _reason: str) -> None:

@@ -54,7 +54,7 @@ class Kv:
         body: Mapping[str, object],
         done: Callable[[bool | None, str], None],
     ) -> http.HttpRequest:
-        """`done(taken, reason)`: None = Consul did not say, and why."""
+        """`done(taken, reason)`: None = Consul did not answer properly, and why."""
 
         def answered(
             status: int | None, _headers: dict[str, str], body: bytes, reason: str

@@ -48,7 +48,7 @@ class FailureDetector:
         """Whether a probe has succeeded since the start."""
         self.reason = "no probe has answered yet"
         self.behind = ""
-        """Why nothing can be said of the device itself: what stands before it is dead."""
+        """The reason why the state of the device is unknown: its gateway does not answer. Empty if it does."""
         self._last_reason = self.reason
         self._was_ok = False
         """Whether an earlier run has found the device well, and nothing was asked since."""
@@ -61,7 +61,7 @@ class FailureDetector:
         self.returns = 0
         """How often that was so. A probe that was asked at a lower number belongs to before."""
         self._partial = False
-        """The device was degraded before: one miss of a probe that has not answered yet says that it is still."""
+        """The device was degraded before: one miss of a probe that has not answered yet means that it still is."""
         self._blind: dict[str, str] = {}
         """Probes that could not be asked as often, and why."""
         self._warned: dict[str, str] = {}
@@ -266,7 +266,7 @@ class FailureDetector:
                 self.to_ask.clear()
 
     def gateway(self, outcome: Outcome, reason: str) -> bool:
-        """Take whether the device's gateway answers; true when what is said of the device changed.
+        """Record whether the device's gateway answers; true when the state or reason changed.
 
         While it does not, nothing that fails behind it confirms anything (S6). A device that was offline
         before stays offline."""

@@ -1,4 +1,4 @@
-"""Probes that somebody asked for by `POST /probe`: run once, shown, and not believed.
+"""Probes on demand, by `POST /probe`: run once, and displayed; the device's state does not depend on them.
 
 What is believed of a device stands on probes at their own pace; asking more often must not make a device
 offline sooner. So anybody who reaches the agent may ask, without a token and without input: at most once a
@@ -31,7 +31,7 @@ class OnDemand:
         self.results: list[Document | None] = []
 
     def start(self) -> Answer:
-        """Run every probe and every confirmation now; 202, or 429 for who asks too often."""
+        """Run every probe and every confirmation now; 202, or 429 if the last run was less than a second ago."""
         now = time.monotonic()
         if now - self.last < EVERY_S or None in self.results:
             return (

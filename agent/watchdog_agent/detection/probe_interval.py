@@ -14,7 +14,7 @@ ENOUGH = 20
 MAX_LOSS = 0.3
 """A device that misses more than this is not well, whatever its path."""
 CHANCE = 0.001
-"""So rarely may a run of misses be what the path always loses."""
+"""Maximum probability that a run of misses is the usual loss of the path."""
 
 
 def interval(interval_s: float, min_interval_s: float, state: str, quick: int) -> float:
@@ -28,7 +28,7 @@ def interval(interval_s: float, min_interval_s: float, state: str, quick: int) -
 
 def need(misses: int, seen: int, loss: float) -> int:
     """Misses in a row that make suspect: `misses`, and up to twice as many where the path is known to lose.
-    A class that says 1 wants to hear of each.
+    With `misses` = 1 each miss counts.
 
     `seen` earlier results, of which the share `loss` was lost, leave out the run of misses at hand."""
     if seen < ENOUGH or loss > MAX_LOSS or misses == 1:

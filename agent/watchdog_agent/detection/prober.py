@@ -1,6 +1,6 @@
-"""What is found out about the device: probes at their pace, the path before it, independent confirmations.
+"""Runs the probes of the device, of its gateway, and the independent confirmations.
 
-What is believed of the results is `detection.failure_detector`'s; who acts on it is `main`'s.
+`detection.failure_detector` determines the state from the results; `agent` acts on it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Prober:
     # -- the state, and since when
 
     def record_state(self) -> bool:
-        """Take the time of a change of state; whether there was one."""
+        """Record the time of a change of state; returns whether there was one."""
         changed = self._state != self.detector.state
         if changed:
             self._state, self.since = self.detector.state, time.monotonic()
@@ -263,7 +263,7 @@ class Prober:
             self.results = {n: self.results[n] for n in self.names if n in self.results}
 
     def _doubt(self, name: str, spec: Probe) -> None:
-        """A probe was missed: whose fault is it? First what stands before the device is asked."""
+        """After a miss, probe the gateway first, then confirm."""
         detector = self.detector
         if self.gateway is None or detector.state in ("offline", "degraded"):
             self._want_confirmation(name, spec)

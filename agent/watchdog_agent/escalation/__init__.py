@@ -1,1 +1,1 @@
-"""Whom to tell, and who of many agents does."""
+"""Alerts to sinks, and the election of the agent that sends them."""

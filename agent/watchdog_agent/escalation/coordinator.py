@@ -1,17 +1,18 @@
 """Agents that see the same anomaly elect one of them to escalate it, through Consul's KV store.
 
-Imported with the first anomaly: without one an agent writes nothing to Consul for this, and holds no session. Keys, below ``<prefix>/anomalies/<group>/``:
+Imported with the first anomaly: without one an agent writes nothing to Consul for this, and holds no session.
+Keys, below ``<prefix>/anomalies/<group>/``:
 
 =============  =========================================================================
-``<slug>``     the note of one agent, locked by its session; left unlocked when it was told,
-               with the time until which it counts, and deleted when its device has recovered
-``_leader``    the lock; its holder tells
-``_told``      what is being told, or was (`escalation.election`)
+``<slug>``     the note of one agent, locked by its session; unlocked when the alert is sent,
+               with the time until which it is valid; deleted when its device has recovered
+``_leader``    the lock; its holder sends the alert
+``_told``      the alert that is being sent, or was (`escalation.election`)
 =============  =========================================================================
 
 A session has a TTL, no lock delay, and deletes what it locked when it ends: a dead agent's note and
-lock are gone after at most 2 x TTL, those of one that was told to stop at once. Whatever Consul does not do
-within `consul_wait_s` ends in an escalation of this one agent's own, marked ``uncoordinated``: never in silence.
+lock are gone after at most 2 x TTL, those of one that is stopped at once. If Consul does not
+answer for `consul_wait_s`, the agent escalates by itself, marked ``uncoordinated``.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 
 class Coordinator:
-    """The session of this agent, and its rounds: one for each anomaly that is not told yet."""
+    """The session of this agent, and its rounds: one for each anomaly whose alert is not sent yet."""
 
     CLOSE_S = 0.4
 
     def __init__(self, loop: Loop, config: Config, escalate: Callable[..., None]) -> None:
-        """`escalate(document, group, own, done)`: escalate this; `done(taken)` when the sinks have said."""
+        """`escalate(document, group, own, done)`: escalate this; `done(accepted)` when all sinks have ended."""
         self.loop, self.config, self.escalate = loop, config, escalate
         self.kv = Kv(loop, config, "anomalies")
         rules = config["escalate"]
@@ -52,14 +53,14 @@ class Coordinator:
     def begin(
         self, entry: Entry, group: tuple[str, str], done: Callable[..., None]
     ) -> ElectionRound:
-        """Take part. `done(episode, coordinated)` when this anomaly is told, by us or by another."""
+        """Take part in the election. `done(episode, coordinated)` when this or another agent has sent the alert."""
         it = ElectionRound(self, entry, group, done)
         self.rounds.append(it)
         it.start()
         return it
 
     def note(self, entry: Entry, episode: str) -> dict[str, str | float]:
-        """What this agent says to the others of an anomaly."""
+        """The note of an anomaly, for the other agents."""
         every_s = self.config["escalate"]["note_s"]
         return note_of(entry, self.config["device_id"], every_s, episode)
 
@@ -86,7 +87,7 @@ class Coordinator:
                 "TTL": f"{self.ttl_s:g}s",
                 "LockDelay": "0s",
                 "Behavior": "delete",
-                # no serfHealth: a moment of bad gossip is no reason to elect anew
+                # Without serfHealth, so that a short gossip failure does not cause an election.
                 "NodeChecks": [],
             }
             self.kv.call("PUT", "/session/create", body, self._made)
@@ -127,7 +128,7 @@ class Coordinator:
             self.kv.call("PUT", f"/session/renew/{session}", None, answered)
 
     def lost(self) -> None:
-        """Consul does not know our session any more, nor then our notes: those who wait begin anew."""
+        """The session has expired in Consul, and the notes with it: the rounds that wait start again."""
         self._forget()
         for it in list(self.rounds):
             it.restart()
@@ -161,7 +162,7 @@ ENDED_TRIES = 20
 
 def ended(kv: Kv, entry: Entry, done: Callable[[str], None], tries: int = ENDED_TRIES) -> None:
     """`done(episode)`: the one that our anomaly, whose note is gone, was the last one of, or "". If Consul does
-    not answer, the one that we know: a second «resolved» has the same key, a missing one would stay."""
+    not answer, the one that we know: a repeated ``resolved`` has the same key; a missing one would leave the alert open."""
 
     def listed(found: list[KvEntry] | None, _reason: str) -> None:
         if found is None and not entry["told"] and tries > 1:
@@ -175,7 +176,7 @@ def ended(kv: Kv, entry: Entry, done: Callable[[str], None], tries: int = ENDED_
 
 MAX_CLEANED = 64
 MAX_SWEPT = 1 << 18
-"""Bytes of the listing of all groups that are looked at."""
+"""Maximum number of bytes of the listing of all groups that are read."""
 
 
 def clean(kv: Kv, found: list[KvEntry]) -> None:
@@ -185,7 +186,7 @@ def clean(kv: Kv, found: list[KvEntry]) -> None:
 
 
 def sweep(kv: Kv) -> None:
-    """The same over all groups: of one whose agents are all gone nobody else looks at the keys."""
+    """Clean all groups: the keys of a group whose agents are all gone are read nowhere else."""
     kv.listed("", lambda found, _reason: clean(kv, found or []), MAX_SWEPT)
 
 
@@ -205,7 +206,7 @@ def note_of(
 def refresh_note(
     kv: Kv, slug: str, entry: Entry, note: dict[str, str | float], written: Callable[[], None]
 ) -> None:
-    """Write the note of what is told anew; `written` when Consul has answered, or has not."""
+    """Rewrite the note of an alert that was sent; `written` is called in any case."""
     # A lock that is on it stays: only a key with a session of its own in the query changes that.
     query = "flags=0"
     kv.put(f"{election.folder_of(entry)}/{slug}", query, note, lambda *_: written())

@@ -41,7 +41,7 @@ class Escalations:
     """How long the end of a device that has left may take."""
     POLL_S = 0.02
     RETURN_S = 5.0
-    """When an agent that was away says again that its device still is."""
+    """Delay after a restart until the notes of open escalations are refreshed."""
     EVIDENCE_BYTES = 4096
 
     def __init__(self, loop: Loop, config: Config, instance: str, log: Callable[..., None]) -> None:
@@ -116,7 +116,7 @@ class Escalations:
         self.rounds[key] = it
 
     def _schedule_refresh(self, first_s: float | None = None) -> None:
-        """Keep the notes of what is told young, as long as it is open: an old one counts for nothing."""
+        """Refresh the notes of open escalations before they expire."""
         if self.refreshing is None and any(
             one["told"] and one["group"] for one in self.open.values()
         ):
@@ -218,7 +218,7 @@ class Escalations:
         )
 
     def _deliver(self, alert: Alert, done: Callable[[bool], None]) -> None:
-        """To all sinks; done(whether any of them took it) when all have said."""
+        """Send to all sinks; `done(whether one of them accepted it)` when all have ended."""
         left, taken = len(self.sinks), False
 
         def one(ok: bool) -> None:
@@ -234,7 +234,7 @@ class Escalations:
     # -- ending
 
     def clear(self, key: str) -> None:
-        """The device has recovered, or left. Who was told of it is told that too, by the last of its episode."""
+        """The device has recovered, or left. The agent of the episode's last device sends the end to the sinks."""
         entry = self.open.pop(key, None)
         if entry is None:
             return

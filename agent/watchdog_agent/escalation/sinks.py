@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Alert, Config, Document, SinkSpec, Timer
 
 EXPIRES_S = 86400.0
-"""An alert in Alertmanager that nobody resolves ends by itself after a day."""
+"""Duration after which an unresolved alert in Alertmanager ends, seconds."""
 RETRIED = (408, 425, 429)
 """Of the 4xx those that a second try may cure; the others are refusals."""
 
@@ -141,7 +141,7 @@ def request_of(
         body = json.dumps([alertmanager(alert)])
         return "POST", "/api/v2/alerts", body.encode(), []
     if spec["kind"] == "consul_event":
-        # All servers and agents gossip it: an event holds 512 bytes, so this is a bell, not the news.
+        # All servers and agents gossip it: an event holds 512 bytes, so the event has only the key, the status and the count.
         payload = {name: alert[name] for name in ("key", "status", "count")}
         return "PUT", f"/v1/event/fire/{spec['name']}", json.dumps(payload).encode(), []
     whole = {**alert, "v": 1, "by": {"device_id": config["device_id"], "instance": instance}}

@@ -147,7 +147,7 @@ class _Command:
 
 
 def last_line(output: bytes) -> str:
-    """The last line that says something, at most 200 characters, printable."""
+    """The last line that is not empty, printable, at most 200 characters."""
     lines = output.decode("utf-8", "replace").strip().splitlines()
     cut = lines[-1].strip()[:200] if lines else ""
     return "".join(c if c.isprintable() else "?" for c in cut)

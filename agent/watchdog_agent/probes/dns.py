@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 TYPES = {"A": 1, "AAAA": 28}
 MAX_RECORDS = 64
-"""Records of an answer that are looked at."""
+"""Maximum number of records of an answer that are read."""
 _FAMILY = {1: socket.AF_INET, 28: socket.AF_INET6}
 _RCODES = ("", "bad query", "server failure", "no such name", "not implemented", "refused")
 
 
 class DnsError(Exception):
-    """The answer is not as RFC 1035 says; the text says how."""
+    """The answer violates RFC 1035; the text describes how."""
 
 
 def check(probe: Document, where: str) -> None:
@@ -55,7 +55,7 @@ def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
     raw = socket.inet_pton(_FAMILY[kind], wanted) if wanted else None
 
     def judge(data: bytes) -> tuple[bool, str] | None:
-        # Cheap first: a late answer to an earlier query, or a guess of somebody else.
+        # Cheap checks first: a late answer to an earlier query, or a forged one.
         if len(data) < 12 or data[:2] != query[:2] or not data[2] & 0x80:
             return None
         try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document, Ended, Follower, Probe
 
 MAX_ROUND = 256 * 1024
-"""Bytes read in one round; a log that grows faster is skipped to its end, and that is said."""
+"""Bytes read in one round; of a log that grows faster the rest is skipped and reported."""
 
 
 def check(probe: Document, where: str) -> None:
@@ -76,7 +76,7 @@ def _judged(name: str, new: bytes, wanted: str | None, unwanted: str | None) -> 
 
 
 class FileFollower:
-    """Where the last look at a log ended. Holds the file open, so that what was written just before a
+    """The position in a log up to which it was read. Holds the file open, so that what was written just before a
     rotation is read too."""
 
     def __init__(self, path: str) -> None:
@@ -86,9 +86,9 @@ class FileFollower:
         """End of what was read: a text may be written in two parts."""
 
     def appended(self, facts: os.stat_result, overlap: int) -> tuple[bytes, int]:
-        """(what was appended since the last look, with the `overlap` bytes before it; bytes skipped).
+        """(what was appended since the last read, with the `overlap` bytes before it; bytes skipped).
 
-        The first look gives nothing, and starts at the end. Raises OSError."""
+        The first read returns nothing and starts at the end. Raises OSError."""
         if self.file is None:
             self.file = self._opened()
             self.file.seek(0, os.SEEK_END)
@@ -107,7 +107,7 @@ class FileFollower:
         return (whole, skipped) if new else (b"", skipped)
 
     def peek(self) -> FileFollower:
-        """One that stands where this one does, for a look in between that takes nothing from the next."""
+        """A copy at the same position, for a read that does not affect the next one."""
         other = FileFollower(self.path)
         other.tail = self.tail
         if self.file is not None:

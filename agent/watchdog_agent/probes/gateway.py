@@ -1,4 +1,4 @@
-"""What stands between the agent and its device. While it is dead nothing can be said of the device: twelve
+"""The gateway between the agent and its device. While it does not answer, the state of the device is unknown: twelve
 devices behind one dead gateway are one dead gateway."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Document, Outcome, Probe
 
 FRESH_S = 1.0
-"""An answer is good for so long where something is done because of it."""
+"""Maximum age of a result that a repair relies on, seconds."""
 
 
 class Gateway:
@@ -32,14 +32,14 @@ class Gateway:
         self._waiting: list[Callable[[Outcome], None]] = []
 
     def probe(self, then: Callable[[Outcome], None]) -> None:
-        """Probe it, and call back with the outcome; who asks meanwhile gets the same answer."""
+        """Probe the gateway and call back with the outcome. Calls during a probe share its result."""
         self._waiting.append(then)
         if len(self._waiting) == 1:
             builtin.start(self.loop, self.spec, self.address, self._probed)
 
     def _probed(self, ok: Outcome, reason: str, _took_s: float, _warning: str) -> None:  # as Probed
         if not ok and self.spec.get("instead"):
-            ok = None  # a port that nobody chose: its silence says nothing
+            ok = None  # a port that is not configured: no answer from it is not evidence
         self.answers, self.reason = ok, reason
         self.probed_at = time.monotonic()
         waiting, self._waiting = self._waiting, []

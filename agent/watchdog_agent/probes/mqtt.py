@@ -53,7 +53,7 @@ def check(probe: Document, where: str) -> None:
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:
-    """Connect with a clean session; a broker that takes us is told that we leave."""
+    """Connect with a clean session; after an accepted connection, send DISCONNECT."""
     try:
         password = secrets.read(spec["password_file"]) if spec.get("password_file") else None
     except OSError as error:

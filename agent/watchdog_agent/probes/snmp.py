@@ -20,7 +20,7 @@ _ERRORS = ("", "answer too big", "no such name", "bad value", "read only", "gene
 
 
 class SnmpError(Exception):
-    """The answer is no SNMP that we understand; the text says why."""
+    """The answer is not valid SNMP; the text describes why."""
 
 
 def check(probe: Document, where: str) -> None:

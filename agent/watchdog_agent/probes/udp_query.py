@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Address, Ended, SockAddr
 
 TIMES = 3
-"""Nobody sends a lost packet again but we, and one lost packet is no evidence (S6)."""
+"""UDP does not retransmit, and one lost packet is not evidence (S6)."""
 MAX_BYTES = 4096
-"""Bytes of an answer that are looked at."""
+"""Maximum number of bytes of an answer that are read."""
 
 
 class UdpQuery:
@@ -46,7 +46,7 @@ class UdpQuery:
     def _begin(self, family: int, where: SockAddr) -> None:
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            # Connected: the kernel passes over packets from anybody else, and says when it is refused.
+            # Connected: the kernel drops packets from other senders, and reports a refusal.
             sock.connect(where)
             sock.send(self.packet)
         except OSError:

@@ -1,9 +1,8 @@
 """Whether this agent may act on its device: S3, as far as an agent can know it. Pure: takes `now`.
 
-The rule is «accepted at the last contact, and never refused since». A 2xx is good for some beats without a
-question. After that the control plane is asked again, by a report; only when nobody answers, the last 2xx
-goes on to count (L3), until `alone_s` has passed: so long may an agent act that was replaced behind a cut
-line, and no longer.
+The rule: accepted at the last contact, and not refused since. A 2xx is valid for some report intervals. After that
+the agent asks the control plane again, by a report. If no answer arrives, the last 2xx stays valid (L3) until
+`alone_s` has passed, which limits how long an agent can act that was replaced while it was disconnected.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ ASK = "the last acceptance is too old; asking"
 
 
 class ActAuthority:
-    """What the control plane said last. Times are seconds of one clock."""
+    """The last answer of the control plane. Times are seconds of one clock."""
 
     def __init__(self, fresh_s: float, alone_s: float) -> None:
         self.fresh_s = fresh_s
         self.alone_s = alone_s
         self.accepted_at: float | None = None
         self.unanswered_at: float | None = None
-        """When nobody answered last."""
+        """When a report was last not answered."""
         self.doubt = ""
 
     def report_answered(self, status: int | None, now: float) -> None:

@@ -53,10 +53,10 @@ class CommandRun:
             ended(ok, reason)
 
     def finish_soon(self) -> None:
-        """It is as fast as it can be."""
+        """Nothing can make it faster."""
 
     def cancel(self) -> None:
-        """Kill all of it; nobody is told, and the loop reaps it."""
+        """Kill its process group without a result; the loop reaps it."""
         self.ended = None
         if self.program is not None:
             self.program.kill()

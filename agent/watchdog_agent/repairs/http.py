@@ -16,7 +16,7 @@ def start(loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> Call:
 
 
 class Call:
-    """One request. A POST says in its body which device it is about."""
+    """One request. The body of a POST names the device."""
 
     def __init__(self, loop: Loop, step: Step, device: dict[str, str], ended: Ended) -> None:
         url = http.Url(step["url"], tls=True)
@@ -41,8 +41,8 @@ class Call:
         )
 
     def finish_soon(self) -> None:
-        """It is as fast as it can be."""
+        """Nothing can make it faster."""
 
     def cancel(self) -> None:
-        """Give up; nobody is told."""
+        """Cancel it without a result."""
         self.fetch.cancel()

@@ -1,4 +1,4 @@
-"""Cycle a network interface by rtnetlink: down, a moment, up, and what the kernel took away put back.
+"""Cycle a network interface by rtnetlink: down, a pause, up, then restore what the kernel removed.
 
 The kernel answers a netlink request within the call that sends it, so that nothing is waited for here; the
 sockets do not block, and what is not there at once is an error. Taking an interface down loses its static
@@ -37,7 +37,7 @@ _HEAD: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
 _PERMANENT: Final = 0x80  # IFA_F_PERMANENT
 _CLONED: Final = 0x200  # RTM_F_CLONED
-_ASKED: Final = 6  # RTNH_F_PERVASIVE, RTNH_F_ONLINK: the flags that somebody asks for
+_ASKED: Final = 6  # RTNH_F_PERVASIVE, RTNH_F_ONLINK: the flags that can be requested
 _LOCAL_TABLE: Final = 255
 _OF_KERNEL: Final = (2, 9)  # RTPROT_KERNEL, RTPROT_RA: they come back by themselves
 _OIF: Final = 4  # RTA_OIF
@@ -90,7 +90,7 @@ class Cycle:
             self._end(True, f"cycled; {lost} routes are lost" if lost else "cycled")
 
     def cancel(self) -> None:
-        """Up again, and nobody is told."""
+        """Put the interface up, without a result."""
         if self.ended is not None:
             self.ended = None
             self.timer[2] = None
@@ -142,7 +142,7 @@ def _addresses(index: int) -> Iterator[bytes]:
 
 
 def _routes(index: int) -> Iterator[bytes]:
-    """The routes over the interface that somebody has made."""
+    """The configured routes over the interface."""
     for family in (socket.AF_INET, socket.AF_INET6):
         ask = struct.pack("=BBBBBBBBI", family, *[0] * 8)
         for body in _ask(_GET_ROUTE, _REQUEST | _DUMP, ask):
@@ -154,7 +154,7 @@ def _routes(index: int) -> Iterator[bytes]:
                 and protocol not in _OF_KERNEL
                 and not flags & _CLONED
             ):
-                # The kernel takes no route that says that it is dead or its link is down.
+                # The kernel rejects a route that is marked as dead or whose link is down.
                 message = body[:8] + (flags & _ASKED).to_bytes(4, _ORDER) + body[12:]
                 yield _NEW_ROUTE.to_bytes(2, "little") + message
 

@@ -1,4 +1,4 @@
-"""Which module takes which step, and what is undone: the parts of `repairs` that know kinds."""
+"""The modules of the kinds of steps, and how a step is undone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recover(saved: Any, log: Callable[..., None]) -> None:
-    """For an agent whose class has no repairs any more: undo what was left behind."""
+    """Undo what a step left behind, for an agent whose class has no repairs any more."""
     try:
         if saved["undo"] is not None:
             undo(saved["undo"])
@@ -27,7 +27,7 @@ def recover(saved: Any, log: Callable[..., None]) -> None:
 
 
 def undo(left: Undo) -> None:
-    """Put right what a step has left behind. Raises OSError, and KeyError for what none of ours left."""
+    """Undo what a step left behind. Raises OSError, and KeyError for an unknown record."""
     if left.get("kind") == "interface":
         from watchdog_agent.repairs import interface
 
@@ -52,6 +52,6 @@ def module_of(kind: str) -> Any:
 
 
 def reached(point: str) -> None:
-    """Die here when the environment says so: for tests that prove that nothing is lost or repeated."""
+    """Kill this process here if the environment names this point, for tests."""
     if os.environ.get("WATCHDOG_FAILPOINT") == f"repairs.{point}:kill":
         os.kill(os.getpid(), 9)

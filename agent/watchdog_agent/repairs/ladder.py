@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Attempt, Decision, Document, Step
 
 MAX_ATTEMPTS: Final = 32
-"""So many attempts are kept for people; what the budgets need is kept apart."""
+"""Maximum number of attempts in the history; the budgets have their own records."""
 
 BEHIND: Final = "the gateway does not answer; repairing the device would not help"
 REST: Final = "rest"
@@ -63,7 +63,7 @@ class Ladder:
     def next(
         self, state: str, failing: Container[str], now: float, *, behind: bool = False
     ) -> Decision:
-        """(what, step or None, when to look again or None, why).
+        """(what to do, step or None, when to decide again or None, why).
 
         `state` is what is believed of the device, "no route" if the agent is unable to ask for want of one; `failing` are the names of the probes that miss; `behind`:
         its gateway does not answer."""
@@ -124,13 +124,13 @@ class Ladder:
 
     @property
     def exhausted(self) -> bool:
-        """Whether this episode has been given up and told."""
+        """Whether this episode was given up and escalated."""
         return self.open and self.escalated
 
     # -- what has happened
 
     def begin_attempt(self, step: Step, now: float, *, dry: bool = False) -> Attempt:
-        """The step is about to be taken; the attempt that is to be persisted first."""
+        """Begin an attempt of this step. The caller stores it before it takes the step."""
         assert self.current is None
         self.count += 1
         attempt: Attempt = {
@@ -152,7 +152,7 @@ class Ladder:
         return attempt
 
     def discard_attempt(self, now: float) -> None:
-        """What `begin_attempt` noted could not be persisted, so that nothing was done: as if it had not been."""
+        """Remove the last attempt, because it could not be stored and the step was not taken."""
         attempt = self.attempts.pop()
         self.count -= 1
         times = self._times[attempt["id"]]
@@ -168,7 +168,7 @@ class Ladder:
         current["reason"] = reason[:200]
 
     def interrupted(self, reason: str, now: float) -> None:
-        """The step that is under way was given up. It counts, and is not taken again."""
+        """The running step was given up. It counts, and is not repeated in this episode."""
         current = self.current
         if current is not None and current["outcome"] == RUNNING:
             current["ended"], current["outcome"] = now, INTERRUPTED
@@ -248,7 +248,7 @@ class Ladder:
         for step in self.steps:
             ages = saved["times"].get(step["id"], [])
             self._times[step["id"]] = [since - float(age) for age in ages][-step["budget"] :]
-        # Whoever took it did not live to say how it ended.
+        # The agent that began the last attempt ended before the attempt did.
         self.interrupted("the agent ended in the middle of it", now)
 
     def attempts_json(self, now: float, most: int = MAX_ATTEMPTS) -> list[Document]:

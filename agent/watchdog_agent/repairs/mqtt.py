@@ -63,10 +63,10 @@ class MqttRun:
             self.ended(False, f"{who}: {text}")
 
     def finish_soon(self) -> None:
-        """It is as fast as it can be."""
+        """Nothing can make it faster."""
 
     def cancel(self) -> None:
-        """Give up; nobody is told."""
+        """Cancel it without a result."""
         self.ended = None
         self.talk.fetch.cancel()
 

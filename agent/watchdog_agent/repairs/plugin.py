@@ -1,4 +1,4 @@
-"""A step that somebody else wrote: an entry point of the group `watchdog_agent.repairs`.
+"""A step of a plugin: an entry point of the group `watchdog_agent.repairs`.
 
 It names a callable `start(loop, step, device, ended)`: it must not block, calls `ended(ok, reason)` once,
 and gives an object with `cancel()`, or None. What it raises, then or in any of its callbacks, makes a failed
@@ -38,10 +38,10 @@ class Plugin:
         self.guard.call(begin)
 
     def finish_soon(self) -> None:
-        """It is as fast as it can be."""
+        """Nothing can make it faster."""
 
     def cancel(self) -> None:
-        """Give up; nobody is told."""
+        """Cancel it without a result."""
         try:
             if self.running is not None:
                 self.running.cancel()

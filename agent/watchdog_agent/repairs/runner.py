@@ -1,8 +1,8 @@
-"""Climbs the ladder: asks `ladder` what is next, and `standing` whether it may; keeps the intent; takes the
-step; watches the probes for whether it has helped. Loaded only where the configuration names repairs.
+"""Runs the repair ladder: `ladder` decides the next step, `authority` whether this agent may take it. The runner stores
+the attempt, takes the step, and watches the probes for its effect. Loaded only where the configuration has repairs.
 
-What is kept before a step: the attempt, and what undoes it. A run that finds an attempt without an end
-counts it as interrupted, does not take it again in this episode, and puts an interface up that was left down.
+Before a step, the attempt and what undoes it are stored. A run that finds an attempt without an end counts it as
+interrupted, does not repeat it in this episode, and puts an interface up that was left down.
 """
 
 from __future__ import annotations

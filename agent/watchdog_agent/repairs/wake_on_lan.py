@@ -41,7 +41,7 @@ class Packet:
         """It has been sent."""
 
     def cancel(self) -> None:
-        """Nobody is told."""
+        """Cancel it without a result."""
         self.timer[2] = None
 
 

@@ -88,9 +88,9 @@ class Reporter:
         self.confirmed_since: Callable[[float], bool] = lambda _since: False
         """Whether the device was confirmed to be offline since then."""
         self.on_reconnected: Callable[[bool], None] = lambda _isolated: None
-        """Called when we are heard again; with `isolated` as it was until now."""
+        """Called when a report is answered again, with the value of `isolated` until then."""
         self.after_answer: Callable[[int | None], None] = lambda _status: None
-        """Called with the status of each answer, as `heard`."""
+        """Called with the status of each answer, as `on_status`, but after the answer was processed."""
         self.on_isolated: Callable[[], object] = lambda: None
         """Called when a call without an answer has made us `isolated`."""
         self.on_condition: Callable[[object], None] = lambda _condition: None
@@ -98,7 +98,7 @@ class Reporter:
 
     @property
     def isolated(self) -> bool:
-        """Whether what is believed was confirmed while nobody was heard."""
+        """Whether the device was confirmed to be offline while no report was answered."""
         return self.unanswered and self.confirmed_since(self.answered_at)
 
     def start(self) -> None:
@@ -139,7 +139,7 @@ class Reporter:
         self.fetch = transport.send(self.loop, url, data, self.TIMEOUT_S, self._answered, self.tls)
 
     def _age(self) -> None:
-        """Age the states in the reports that wait: each says how long ago its state began when it is sent."""
+        """Update the age of the state in each waiting report, so that it is right when the report is sent."""
         now = time.monotonic()
         for one in self.waiting:
             one["state_age_s"] = round(one["state_age_s"] + now - self._aged_at, 3)

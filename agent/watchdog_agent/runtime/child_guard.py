@@ -28,7 +28,7 @@ WORD: Final = 3
 """The descriptor at which the guard waits; the program does not get it."""
 
 POLL_S: Final = 0.05
-"""How often its end is looked for where no descriptor tells it."""
+"""Interval at which its end is polled where no descriptor reports it."""
 
 _left: list[int] = []
 """Process groups of which something was alive when their leader was reaped."""
@@ -45,7 +45,7 @@ class GuardedProcess:
         bury()
         self.word = -1
         self._forget: Callable[[], None] | None = None
-        # The shell would say it in its own words, and as an exit code.
+        # The shell would report it in its own words, and as an exit code.
         program = find(argv[0])
         read = -1
         if os.access(SHELL, os.X_OK):

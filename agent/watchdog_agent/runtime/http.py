@@ -236,7 +236,7 @@ class Server:
             self.loop.watch(self.sock, READ, self._accept)
 
     def _pause(self, seconds: float) -> None:
-        """Leave those who come in the kernel's queue for so long."""
+        """Accept no connection for this time; they wait in the kernel's queue."""
         self.loop.watch(self.sock, NOTHING, self._accept)
         self.loop.later(seconds, self._listen)
 
@@ -307,7 +307,7 @@ class Server:
         return head.encode() + body
 
     def _foreign(self, method: str, path: str, lines: list[bytes]) -> Answer | None:
-        """What to answer to a request that somebody else's web page has made; None for any other one."""
+        """The response to a request from a web page of another site; None for other requests."""
         if method == "POST" and fields(lines, b"origin"):
             return 403, "text/plain", b"requests of web pages are refused\n"
         for one in fields(lines, b"host") if path not in self.PUBLIC else ():

@@ -20,7 +20,7 @@ _ZLIB = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 
 class HttpError(Exception):
-    """The other side does not speak HTTP as we need it, or did not answer; the text says how."""
+    """The other side does not speak valid HTTP, or did not answer; the text describes it."""
 
 
 class Reader:
@@ -61,7 +61,7 @@ class Reader:
         where = "in the middle of its answer" if self.status else "without a whole answer"
         raise HttpError(f"it closed the connection {where}")
 
-    # Each step says whether another one may follow at once; without, more bytes are needed.
+    # Each step returns whether another one may follow at once; otherwise more bytes are needed.
 
     def _begin(self, _closed: bool) -> bool:  # as a step
         start = bytes(self._got[:7])
@@ -148,7 +148,7 @@ class Reader:
         if self._left:
             self._step = Reader._chunk
         else:
-            # Complete (RFC 9112, 8): trailer fields may follow, which nobody here needs.
+            # Complete (RFC 9112, 8): trailer fields may follow, which are not needed here.
             self._complete()
         return True
 

@@ -18,7 +18,7 @@ shippers: list[Callable[[str], None]] = []
 
 
 def log(message: str, **facts: object) -> None:
-    """One JSON object a line on stderr; bounded; a full or closed stderr harms nobody."""
+    """Write one JSON object per line to stderr, of limited size. Errors of stderr are ignored."""
     cut = {k: v[:300] if isinstance(v, str) else v for k, v in facts.items()}
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))

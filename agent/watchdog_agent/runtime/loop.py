@@ -23,7 +23,7 @@ def between(low: float, high: float) -> float:
 
 NOTHING, READ, WRITE = 0, 1, 2
 FEW = 64
-"""So many timers are not worth a look at which are cancelled."""
+"""Number of timers below which cancelled ones are not removed."""
 _EVENTS = {
     NOTHING: 0,
     READ: select.POLLIN,
@@ -87,7 +87,7 @@ class Loop:
         """Watch sock no more and close it."""
         fd = sock.fileno()
         if fd < 0:
-            # closed or wrapped by somebody else
+            # closed or wrapped elsewhere
             fd = next((n for n, one in self._watched.items() if one[0] is sock), -1)
         if self._watched.pop(fd, None) is not None:
             self._poll.unregister(fd)
@@ -117,7 +117,7 @@ class Loop:
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Wait until something can be read or written, or a timer is due, and call who waits for it."""
+        """Wait until something can be read or written, or a timer is due, and run its callback."""
         wait_ms = None
         if self._timers:
             # rounded up, so that the timer is due when it returns
@@ -129,11 +129,11 @@ class Loop:
             if watched is None or watched is not self._watched.get(fd):
                 continue
             if happened & select.POLLNVAL:
-                # closed without a word to us: it would be reported for ever
+                # closed without `forget`: poll would report it again and again
                 del self._watched[fd]
                 self._poll.unregister(fd)
                 continue
-            # An error or a hang-up is both: whoever waits learns of it.
+            # An error or a hang-up counts as both, so that a waiting callback is run.
             mask = watched[1]
             if not happened & ~select.POLLOUT:
                 mask &= WRITE

@@ -53,7 +53,7 @@ def rated(error: BaseException, text: str, *, sent: bool = True) -> str:
     return Unable(text)
 
 
-def of(ok: bool | None, reason: str) -> Outcome:  # as a probe's callback says it
+def of(ok: bool | None, reason: str) -> Outcome:  # as a probe's callback has it
     """The outcome of a probe that ended with `ok` and this reason."""
     if ok:
         return SUCCESS

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from watchdog_agent.runtime.types import Ended, Timer, Watched
 
 AGAIN_S: Final = 60.0
-"""When a plugin that was not installed is looked for anew: all that is installed is read for it."""
+"""Interval at which a missing plugin is searched again: a search reads all installed packages."""
 
 _points: dict[tuple[str, str], Any] = {}
 _missing: dict[tuple[str, str], tuple[float, str]] = {}
-"""Until when it counts as missing, and what is said of it."""
+"""Until when it counts as missing, and the error."""
 
 
 def load(group: str, name: str) -> Any:
@@ -103,14 +103,14 @@ class PluginGuard:
         self.loop.later(0, lambda: self.end(ok is True, shown))
 
     def end(self, ok: bool, reason: str) -> None:
-        """Say so, unless it has ended already."""
+        """Report the result, unless it has ended already."""
         ended = self.ended
         self.cancel()
         if ended is not None:
             ended(ok, reason)
 
     def cancel(self) -> None:
-        """Nobody is told."""
+        """End it without a result."""
         self.ended = None
         for sock in self.open:
             self.loop.forget(sock)

@@ -367,4 +367,4 @@ Answer: TypeAlias = tuple[int, str, bytes]
 """status, content type, body"""
 Log: TypeAlias = Callable[[str], None]
 Decision: TypeAlias = tuple[str, Step | None, float | None, str]
-"""what, the step, when to look again, why"""
+"""what to do, the step, when to decide again, why"""
