@@ -18,7 +18,7 @@ def check(config: Document) -> None:
     if config.get("state", "") not in ("", "consul"):
         raise ConfigError(f"state is {config['state']!r}; allowed is consul")
     prefix = config.get("prefix", "")
-    if not isinstance(prefix, str) or not (table.NAME.allowed or set()) | {"/"} >= set(prefix):
+    if not isinstance(prefix, str) or prefix.strip(table.NAME.allowed + "/"):
         raise ConfigError("prefix may hold letters, digits, _ . - and / only")
     if "loki" in config:
         _loki(config["loki"])

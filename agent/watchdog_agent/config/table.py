@@ -8,14 +8,16 @@ what is allowed.
 
 from __future__ import annotations
 
-_ALNUM = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-_ASCII = frozenset(map(chr, range(0x21, 0x7F)))
+_ALNUM = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 _DAY_S = 86400.0
 _YEAR_S = 365 * _DAY_S
 
 
 class Range:
     """A number from `low` to `high`."""
+
+    __slots__ = ("high", "low")
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
@@ -29,6 +31,8 @@ class Range:
 class Number(Range):
     """A number with a default."""
 
+    __slots__ = ("default",)
+
     def __init__(self, default: float, low: float, high: float) -> None:
         super().__init__(low, high)
         self.default = default
@@ -36,6 +40,8 @@ class Number(Range):
 
 class Whole(Range):
     """A whole number with a default."""
+
+    __slots__ = ("default",)
 
     def __init__(self, default: int, low: int, high: int) -> None:
         super().__init__(low, high)
@@ -50,6 +56,8 @@ class Whole(Range):
 class Flag:
     """True or false."""
 
+    __slots__ = ("default",)
+
     def __init__(self, default: bool) -> None:  # a value, not a mode
         self.default = default
 
@@ -61,6 +69,8 @@ class Flag:
 class Choice:
     """One of several words; the first is the default."""
 
+    __slots__ = ("default", "words")
+
     def __init__(self, *words: str) -> None:
         self.words, self.default = words, words[0]
 
@@ -70,16 +80,18 @@ class Choice:
 
 
 class Text:
-    """Text of 1 to `most` characters of `allowed` (None = all printable ones), the first of them of `first`.
+    """Text of 1 to `most` characters of `allowed` ("" = all printable ones), the first of them of `first`.
 
     `expected` describes it in an error."""
+
+    __slots__ = ("allowed", "expected", "first", "most")
 
     def __init__(
         self,
         expected: str,
         most: int,
-        allowed: frozenset[str] | None = None,
-        first: frozenset[str] | None = None,
+        allowed: str = "",
+        first: str = "",
     ) -> None:
         self.expected = f"{expected}, at most {most} characters"
         self.most, self.allowed, self.first = most, allowed, first or allowed
@@ -89,13 +101,15 @@ class Text:
             raise ValueError(f"expected {self.expected}")
 
     def fits(self, text: str) -> bool:
-        if self.allowed is None or self.first is None:
+        if not self.allowed:
             return text.isprintable()
-        return text[0] in self.first and self.allowed.issuperset(text)
+        return text[0] in self.first and not text.strip(self.allowed)
 
 
 class Path(Text):
     """An absolute path."""
+
+    __slots__ = ()
 
     def fits(self, text: str) -> bool:
         return text[0] == "/" and "\0" not in text
@@ -103,6 +117,8 @@ class Path(Text):
 
 class Mac(Text):
     """A MAC address."""
+
+    __slots__ = ()
 
     def fits(self, text: str) -> bool:
         pairs = text.split(":")
@@ -130,8 +146,8 @@ class Command:
 PATH = Path("an absolute path, which begins with /", 1024)
 PHRASE = Text("printable text", 1024)
 COMMAND = Command()
-PLUGIN = Text("the name of a plugin, an entry point", 128, _ALNUM | frozenset("._-"), _ALNUM)
-NAME = Text('a name of letters, digits, "_", "." and "-"', 64, _ALNUM | frozenset("._-"))
+PLUGIN = Text("the name of a plugin, an entry point", 128, _ALNUM + "._-", _ALNUM)
+NAME = Text('a name of letters, digits, "_", "." and "-"', 64, _ALNUM + "._-")
 STATUS = Whole(200, 100, 599)
 MAX_STATUSES = 32
 PORT = Whole(0, 1, 65535)
@@ -163,7 +179,7 @@ class Probe:
 class HttpProbe:
     """Of probes of the kinds http and https."""
 
-    path = Text("a path that begins with /, of ASCII without blanks", 1024, _ASCII, frozenset("/"))
+    path = Text("a path that begins with /, of ASCII without blanks", 1024, _ASCII, "/")
     expect_body = PHRASE
 
 
@@ -234,9 +250,9 @@ TARGETS = {
 class RepairTarget:
     """What a step acts on; its kind decides which one it has. `url` is checked as a URL."""
 
-    interface = Text("the name of a network interface", 15, _ALNUM | frozenset("._:-"), _ALNUM)
-    topic = Text("ASCII without blanks, + and #", 256, _ASCII - frozenset("+#"))
-    unit = Text("the name of a systemd unit", 255, _ALNUM | frozenset(":_.@-"), _ALNUM)
+    interface = Text("the name of a network interface", 15, _ALNUM + "._:-", _ALNUM)
+    topic = Text("ASCII without blanks, + and #", 256, _ASCII.replace("+", "").replace("#", ""))
+    unit = Text("the name of a systemd unit", 255, _ALNUM + ":_.@-", _ALNUM)
     command = COMMAND
     mac = Mac('a MAC address such as "52:54:00:12:34:56"', 17)
     plugin = PLUGIN
