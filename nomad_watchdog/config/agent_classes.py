@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
-from watchdog_agent.config.table import (
+from watchdog_agent.config.optional_table import (
     MAX_TRIES,
     TARGETS,
-    Agent,
     Repair,
     RepairPolicy,
     RepairTarget,
 )
+from watchdog_agent.config.table import Agent
 from watchdog_agent.config.validators import place
 from watchdog_agent.detection.failure_detector import FailureDetector
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from watchdog_agent.config import table
-from watchdog_agent.config.table import Escalate
+from watchdog_agent.config import optional_table
+from watchdog_agent.config.optional_table import Escalate
 
 from nomad_watchdog.config.types import Block, Duration, Text, Url, fitting, within
 
@@ -17,7 +17,7 @@ class SinkSettings(Block):
     kind: Literal["webhook", "alertmanager", "consul_event"]
     url: Url | None = None
     token_file: Text = ""
-    name: Annotated[str, fitting(table.NAME)] | None = None
+    name: Annotated[str, fitting(optional_table.NAME)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> SinkSettings:
@@ -36,7 +36,9 @@ class SinkSettings(Block):
 class EscalationSettings(Block):
     """When the agents of a class escalate by themselves, and with whom they do it together."""
 
-    sink: Annotated[tuple[SinkSettings, ...], Field(min_length=1, max_length=table.MAX_SINKS)]
+    sink: Annotated[
+        tuple[SinkSettings, ...], Field(min_length=1, max_length=optional_table.MAX_SINKS)
+    ]
     degraded: bool = Escalate.degraded.default
     by: Annotated[tuple[Literal["gateway", "site", "class", "host"], ...], Field(max_length=4)] = (
         "gateway",
@@ -84,7 +86,7 @@ class LokiSettings(Block):
 
     url: Url
     token_file: Text = ""
-    tenant: Annotated[str, fitting(table.NAME)] | None = None
+    tenant: Annotated[str, fitting(optional_table.NAME)] | None = None
 
     def wire(self) -> dict[str, object]:
         """As the agent's document says it, under `loki`."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
-from watchdog_agent.config import table
+from watchdog_agent.config import optional_table, table
 from watchdog_agent.config.probes import name_of
 from watchdog_agent.config.table import Probe as Every
 from watchdog_agent.probes.dns import DnsError, encode_name
@@ -41,7 +41,7 @@ Kind = Literal[
 ]
 Port = Annotated[int, within(table.PORT)]
 Status = Annotated[int, within(table.STATUS)]
-Domain = Annotated[str, fitting(table.DnsProbe.name), AfterValidator(checked_domain)]
+Domain = Annotated[str, fitting(optional_table.DnsProbe.name), AfterValidator(checked_domain)]
 
 _HTTP: Final = frozenset({"port", "path", "expect_status", "expect_body", "max_time"})
 _TLS: Final = frozenset({"port", "server_name", "verify", "ca_cert", "client_cert", "client_key"})
@@ -95,8 +95,8 @@ class ProbeSettings(Block):
     client_cert: Absolute | None = None
     client_key: Absolute | None = None
     tls: bool | None = None
-    warn_days: Annotated[float, within(table.TlsProbe.warn_days)] | None = None
-    min_days: Annotated[float, within(table.TlsProbe.warn_days)] | None = None
+    warn_days: Annotated[float, within(optional_table.TlsProbe.warn_days)] | None = None
+    min_days: Annotated[float, within(optional_table.TlsProbe.warn_days)] | None = None
     server: Host | None = None
     name: Domain | None = None
     type: Literal["A", "AAAA"] | None = None
@@ -105,7 +105,7 @@ class ProbeSettings(Block):
     file: Absolute | None = None
     expect_text: Phrase | None = None
     forbid_text: Phrase | None = None
-    max_age: Annotated[Duration, within(table.FileProbe.max_age_s)] | None = None
+    max_age: Annotated[Duration, within(optional_table.FileProbe.max_age_s)] | None = None
     user: Phrase | None = None
     password_file: Absolute | None = None
     community_file: Absolute | None = None
@@ -204,7 +204,9 @@ class GatewaySettings(Block):
     address: Host | None = None
     kind: Literal["icmp", "tcp", "http"] = "icmp"
     port: Port | None = None
-    timeout: Annotated[Duration, within(table.Gateway.timeout_s)] = table.Gateway.timeout_s.default
+    timeout: Annotated[Duration, within(optional_table.Gateway.timeout_s)] = (
+        optional_table.Gateway.timeout_s.default
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> GatewaySettings:

@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import PydanticKnownError
-from watchdog_agent.config import table
+from watchdog_agent.config import optional_table, table
 from watchdog_agent.runtime.parsing import whole
 
 from nomad_watchdog import text_files
@@ -90,7 +90,7 @@ def within(setting: table.Range) -> object:
     return Field(ge=setting.low, le=setting.high)
 
 
-def fitting(setting: table.Text | table.Command) -> AfterValidator:
+def fitting(setting: table.Text | optional_table.Command) -> AfterValidator:
     """The agent's own check of text, or of a command."""
 
     def check(value: object) -> object:
@@ -115,8 +115,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 Text = Annotated[str, Field(max_length=1024)]
 Absolute = Annotated[str, fitting(table.PATH)]
 Phrase = Annotated[str, fitting(table.PHRASE)]
-Command = Annotated[tuple[str, ...], fitting(table.COMMAND)]
-Plugin = Annotated[str, fitting(table.PLUGIN)]
+Command = Annotated[tuple[str, ...], fitting(optional_table.COMMAND)]
+Plugin = Annotated[str, fitting(optional_table.PLUGIN)]
 
 
 def checked_inventories(value: object) -> object:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from watchdog_agent.config import document as agent_document
-from watchdog_agent.config import table
+from watchdog_agent.config import optional_table, table
 from watchdog_agent.config.document import ConfigError
 
 from nomad_watchdog.config.agent_classes import AgentClassSettings, RepairSettings
@@ -34,30 +34,30 @@ def table_cases() -> Iterator[Case]:
         (table.Agent, AgentClassSettings, {}, ""),
         (table.Probe, ProbeSettings, {"kind": "icmp"}, "probes"),
         (table.HttpProbe, ProbeSettings, {"kind": "http", "port": 80}, "probes"),
-        (table.TlsProbe, ProbeSettings, {"kind": "tls", "verify": False}, "probes"),
-        (table.FileProbe, ProbeSettings, {"kind": "file", "file": "/x", "expect_text": "x"}, "probes"),
-        (table.Mqtt, ProbeSettings, {"kind": "mqtt", "user": "u"}, "probes"),
-        (table.Mqtt, RepairSettings, MQTT, "repairs"),
-        (table.SnmpProbe, ProbeSettings, {"kind": "snmp"}, "probes"),
-        (table.DnsProbe, ProbeSettings, {"kind": "dns", "name": "a"}, "probes"),
-        (table.Repair, RepairSettings, {"kind": "unit", "unit": "a"}, "repairs"),
-        (table.RepairHttp, RepairSettings, {"kind": "http", "url": URL}, "repairs"),
-        (table.RepairPolicy, AgentClassSettings, {}, "repair_policy"),
-        (table.Gateway, GatewaySettings, {"address": "10.0.0.1"}, "gateway"),
-        (table.Escalate, EscalationSettings, {"sink": [{"kind": "webhook", "url": URL}]}, "escalate"),
-        (table.Sink, SinkSettings, {"kind": "consul_event", "url": URL}, "sinks"),
-        (table.Loki, LokiSettings, {"url": URL}, "loki"),
+        (optional_table.TlsProbe, ProbeSettings, {"kind": "tls", "verify": False}, "probes"),
+        (optional_table.FileProbe, ProbeSettings, {"kind": "file", "file": "/x", "expect_text": "x"}, "probes"),
+        (optional_table.Mqtt, ProbeSettings, {"kind": "mqtt", "user": "u"}, "probes"),
+        (optional_table.Mqtt, RepairSettings, MQTT, "repairs"),
+        (optional_table.SnmpProbe, ProbeSettings, {"kind": "snmp"}, "probes"),
+        (optional_table.DnsProbe, ProbeSettings, {"kind": "dns", "name": "a"}, "probes"),
+        (optional_table.Repair, RepairSettings, {"kind": "unit", "unit": "a"}, "repairs"),
+        (optional_table.RepairHttp, RepairSettings, {"kind": "http", "url": URL}, "repairs"),
+        (optional_table.RepairPolicy, AgentClassSettings, {}, "repair_policy"),
+        (optional_table.Gateway, GatewaySettings, {"address": "10.0.0.1"}, "gateway"),
+        (optional_table.Escalate, EscalationSettings, {"sink": [{"kind": "webhook", "url": URL}]}, "escalate"),
+        (optional_table.Sink, SinkSettings, {"kind": "consul_event", "url": URL}, "sinks"),
+        (optional_table.Loki, LokiSettings, {"url": URL}, "loki"),
     ]  # fmt: skip
     for rules, block, others, place in places:
         for name, rule in vars(rules).items():
             if name[0] != "_" and name not in AGENT_ONLY:
                 yield name, rule, block, others, place
-    for kind, name in table.TARGETS.items():
+    for kind, name in optional_table.TARGETS.items():
         if kind != "http":
             others = {**MQTT} if kind == "mqtt" else {"kind": kind}
-            yield name, vars(table.RepairTarget)[name], RepairSettings, others, "repairs"
-    yield "plugin", table.PLUGIN, ProbeSettings, {"kind": "plugin"}, "probes"
-    yield "command", table.COMMAND, ProbeSettings, {"kind": "command"}, "probes"
+            yield name, vars(optional_table.RepairTarget)[name], RepairSettings, others, "repairs"
+    yield "plugin", optional_table.PLUGIN, ProbeSettings, {"kind": "plugin"}, "probes"
+    yield "command", optional_table.COMMAND, ProbeSettings, {"kind": "command"}, "probes"
     yield "port", table.PORT, ProbeSettings, {"kind": "tcp"}, "probes"
     yield "expect_status", table.STATUS, ProbeSettings, {"kind": "http", "port": 80}, "probes"
 
@@ -82,7 +82,7 @@ def values(rule: Any) -> st.SearchStrategy[Any]:
         return st.one_of(odd, whole, real, st.sampled_from([*edges, int(rule.high), 10**30]))
     if isinstance(rule, table.Choice):
         return st.one_of(odd, st.sampled_from([*rule.words, rule.words[0].upper(), "none"]))
-    if isinstance(rule, table.Command):
+    if isinstance(rule, optional_table.Command):
         word = st.sampled_from(["a", "", "\0", "x y", "é", "x" * 1024, "x" * 1025])
         return st.one_of(odd, st.lists(word, max_size=3), st.just(["x"] * 64), st.just(["x"] * 65))
     if isinstance(rule, table.Text):

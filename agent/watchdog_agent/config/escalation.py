@@ -3,8 +3,8 @@ a document has one of them."""
 
 from __future__ import annotations
 
-from watchdog_agent.config import table, validators
-from watchdog_agent.config.table import GROUPS, MAX_SINKS, SINKS
+from watchdog_agent.config import optional_table, validators
+from watchdog_agent.config.optional_table import GROUPS, MAX_SINKS, SINKS
 from watchdog_agent.config.validators import check_list, check_url
 from watchdog_agent.errors import ConfigError
 
@@ -18,7 +18,7 @@ def check(config: Document) -> None:
     if config.get("state", "") not in ("", "consul"):
         raise ConfigError(f"state is {config['state']!r}; allowed is consul")
     prefix = config.get("prefix", "")
-    if not isinstance(prefix, str) or prefix.strip(table.NAME.allowed + "/"):
+    if not isinstance(prefix, str) or prefix.strip(optional_table.NAME.allowed + "/"):
         raise ConfigError("prefix may hold letters, digits, _ . - and / only")
     if "loki" in config:
         _loki(config["loki"])
@@ -38,7 +38,7 @@ def _escalate(rules: object, config: Document) -> None:
     for kind in check_list(rules, "by"):
         if kind not in GROUPS:
             raise ConfigError(f"escalate.by holds {kind!r}; allowed are {', '.join(GROUPS)}")
-    validators.fill(rules, table.Escalate, "escalate")
+    validators.fill(rules, optional_table.Escalate, "escalate")
 
 
 def _sink(sink: object, config: Document) -> None:
@@ -51,7 +51,7 @@ def _sink(sink: object, config: Document) -> None:
         raise ConfigError("escalate.sinks: consul_event needs a url, or consul in the document")
     if sink["kind"] == "consul_event":
         sink.setdefault("name", "watchdog-escalation")
-        validators.fill(sink, table.Sink, "escalate.sinks")
+        validators.fill(sink, optional_table.Sink, "escalate.sinks")
     _file(sink, "escalate.sinks")
 
 
@@ -59,7 +59,7 @@ def _loki(loki: object) -> None:
     if not isinstance(loki, dict):
         raise ConfigError("loki must be an object")
     check_url(loki.get("url"), "http:// or https:// address", tls=True)
-    validators.fill(loki, table.Loki, "loki")
+    validators.fill(loki, optional_table.Loki, "loki")
     _file(loki, "loki")
 
 

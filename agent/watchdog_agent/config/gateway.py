@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from watchdog_agent import errors
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.config import probes as config_probes
-from watchdog_agent.config import table, validators
 from watchdog_agent.runtime.address import literal
 
 TYPE_CHECKING = False
@@ -36,7 +36,7 @@ def check(config: Document) -> None:
     if address == config["address"]:
         return
     spec = {
-        "timeout_s": table.Gateway.timeout_s.default,
+        "timeout_s": optional_table.Gateway.timeout_s.default,
         **given,
         "kind": given.get("kind", "icmp"),
     }

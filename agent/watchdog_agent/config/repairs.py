@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import binascii
 
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, table, validators
+from watchdog_agent.config.optional_table import MAX_TRIES, TARGETS
 from watchdog_agent.config.probes import name_of
-from watchdog_agent.config.table import MAX_TRIES, TARGETS
 from watchdog_agent.errors import ConfigError
 from watchdog_agent.runtime.http import Url
 from watchdog_agent.runtime.stdlib_light import json
@@ -32,14 +32,14 @@ def check(config: Document, probes: list[Probe]) -> None:
     policy = config.setdefault("repair_policy", {})
     if not isinstance(policy, dict):
         raise ConfigError("repair_policy must be an object")
-    validators.fill(policy, table.RepairPolicy, "repair_policy")
+    validators.fill(policy, optional_table.RepairPolicy, "repair_policy")
 
 
 def _step(step: object, known: list[str]) -> Step:
     if not isinstance(step, dict) or step.get("kind") not in tuple(TARGETS):
         kind = step.get("kind") if isinstance(step, dict) else step
         raise ConfigError(f"repairs: kind is {kind!r}; allowed are {', '.join(TARGETS)}")
-    validators.fill(step, table.Repair, "repairs")
+    validators.fill(step, optional_table.Repair, "repairs")
     if step.setdefault("probe", "") and step["probe"] not in known:
         raise ConfigError(f"repairs: probe is {step['probe']!r}; there are {', '.join(known)}")
     _target(step)
@@ -60,9 +60,9 @@ def _target(step: Document) -> None:
         except ValueError:
             text = f"repairs: url is {step.get('url')!r}; it must be http:// or https://"
             raise ConfigError(text) from None
-        validators.fill(step, table.RepairHttp, "repairs")
+        validators.fill(step, optional_table.RepairHttp, "repairs")
     else:
-        validators.require(step, name, vars(table.RepairTarget)[name], f"repairs: {kind}")
+        validators.require(step, name, vars(optional_table.RepairTarget)[name], f"repairs: {kind}")
     if kind == "mqtt":
         _mqtt(step)
     elif kind == "wake":
@@ -71,7 +71,7 @@ def _target(step: Document) -> None:
 
 
 def _mqtt(step: Document) -> None:
-    validators.fill(step, table.Mqtt, "repairs")
+    validators.fill(step, optional_table.Mqtt, "repairs")
     _place(step, "broker", table.MQTT_TLS_PORT if step["tls"] else table.PORTS["mqtt"])
     if step["tls"]:
         validators.check_trust(step, "repairs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.runtime import child_guard, http, outcome
 from watchdog_agent.runtime.loop import READ
 
@@ -30,7 +30,7 @@ _running: set[_Command] = set()
 
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
-    validators.require(probe, "command", table.COMMAND, where)
+    validators.require(probe, "command", optional_table.COMMAND, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from watchdog_agent import errors
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.probes import udp_query
 from watchdog_agent.runtime.stdlib_light import socket, struct
 
@@ -29,8 +29,8 @@ class DnsError(Exception):
 
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
-    validators.fill(probe, table.DnsProbe, where)
-    validators.require(probe, "name", table.DnsProbe.name, where)
+    validators.fill(probe, optional_table.DnsProbe, where)
+    validators.require(probe, "name", optional_table.DnsProbe.name, where)
     kind = str(probe["type"])
     if probe.get("server") is not None:
         probe["server"] = validators.host(probe["server"], f"{where}: server")

@@ -9,7 +9,7 @@ import time
 from io import FileIO
 
 from watchdog_agent import errors
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, table, validators
 from watchdog_agent.runtime import http, outcome
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ MAX_ROUND = 256 * 1024
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     validators.require(probe, "file", table.PATH, where)
-    validators.fill(probe, table.FileProbe, where)
+    validators.fill(probe, optional_table.FileProbe, where)
     if not any(probe.get(name) for name in ("expect_text", "forbid_text", "max_age_s")):
         raise errors.ConfigError(
             f"{where}: file needs one of expect_text, forbid_text and max_age_s"

@@ -10,7 +10,7 @@ import os
 import time
 
 from watchdog_agent import errors
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.runtime import http, outcome, secrets
 from watchdog_agent.runtime.http_response import HttpError
 from watchdog_agent.runtime.stdlib_light import struct
@@ -45,7 +45,7 @@ DISCONNECT = b"\xe0\x00"
 
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
-    validators.fill(probe, table.Mqtt, where)
+    validators.fill(probe, optional_table.Mqtt, where)
     if probe.get("password_file") and not probe.get("user"):
         raise errors.ConfigError(f"{where}: password_file needs user")
     if probe["tls"]:

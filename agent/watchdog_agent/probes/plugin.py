@@ -10,7 +10,7 @@ Only a plugin that blocks the thread cannot be contained.
 from __future__ import annotations
 
 from watchdog_agent import errors
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.runtime import plugins
 
 TYPE_CHECKING = False
@@ -25,7 +25,7 @@ GROUP: Final = "watchdog_agent.probes"
 
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError. That it is installed is seen when it runs: without it the probe is unable to ask."""
-    validators.require(probe, "plugin", table.PLUGIN, where)
+    validators.require(probe, "plugin", optional_table.PLUGIN, where)
     settings = probe.setdefault("settings", {})
     if not isinstance(settings, dict) or len(settings) > 64:
         raise errors.ConfigError(f"{where}: settings must be an object of at most 64")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.probes import udp_query
 from watchdog_agent.runtime import http, outcome, secrets
 
@@ -25,7 +25,7 @@ class SnmpError(Exception):
 
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
-    validators.fill(probe, table.SnmpProbe, where)
+    validators.fill(probe, optional_table.SnmpProbe, where)
 
 
 def start(loop: Loop, spec: Probe, address: str, ended: Ended) -> None:

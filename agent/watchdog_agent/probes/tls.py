@@ -6,7 +6,7 @@ from __future__ import annotations
 import ssl
 import time
 
-from watchdog_agent.config import table, validators
+from watchdog_agent.config import optional_table, validators
 from watchdog_agent.config.probes import check_http
 from watchdog_agent.config.validators import check_trust
 from watchdog_agent.probes import builtin
@@ -33,7 +33,7 @@ class CertificateError(Exception):
 def check(probe: Document, where: str) -> None:
     """Raises ConfigError."""
     if probe["kind"] == "tls":
-        validators.fill(probe, table.TlsProbe, where)
+        validators.fill(probe, optional_table.TlsProbe, where)
     else:
         check_http(probe, where)
     check_trust(probe, where, later=True)
