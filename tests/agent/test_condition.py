@@ -222,7 +222,7 @@ def test_v6_a_report_that_waited_says_when_its_state_began(monkeypatch: pytest.M
         return object()
 
     monkeypatch.setattr(reporter, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(reporter.transport, "ask", ask)
+    monkeypatch.setattr(reporter.transport, "send", ask)
     loop: Any = SimpleNamespace(later=lambda *_: [0.0, 0, None])
     one = reporter.Reporter(
         loop,
