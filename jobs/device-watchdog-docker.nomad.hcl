@@ -1,4 +1,4 @@
-# As device-watchdog, with each agent in a container that may write nothing but its allocation.
+# As device-watchdog, but each agent runs in a container that can write only to its allocation.
 
 variable "datacenters" {
   type    = string
@@ -13,19 +13,19 @@ variable "node_pool" {
 variable "image" {
   type        = string
   default     = "agntup/watchdog-agent:0.1.0"
-  description = "Pin a version, or better a digest."
+  description = "Use a fixed version, or better a digest."
 }
 
 variable "consul_token_file" {
   type        = string
   default     = ""
-  description = "A file in the container with the agents' Consul token, where Consul asks for one."
+  description = "A file in the container with the agents' Consul token, if Consul requires one."
 }
 
 variable "consul_addr" {
   type        = string
   default     = ""
-  description = "Where a client's Consul agent is, if not where the configuration says: $${meta.…}, say."
+  description = "Address of the client's Consul agent, if it differs from the configuration, for example $${meta.…}."
 }
 
 variable "cpu" {
@@ -86,13 +86,13 @@ job "device-watchdog" {
       max_delay      = "5m"
     }
 
-    # every Nomad parses these two; where it has the block `disconnect`, we make that of them
+    # Every Nomad accepts these two. If it supports the block `disconnect`, nomad-watchdog sets that block from them.
     max_client_disconnect = var.lost_after
     meta {
       replace_lost = var.replace_lost
     }
 
-    # not `migrate`: see device-watchdog.nomad.hcl
+    # Do not set `migrate`: see device-watchdog.nomad.hcl.
     ephemeral_disk {
       size   = 20
       sticky = true
@@ -132,7 +132,7 @@ job "device-watchdog" {
         memory = var.memory
       }
 
-      # even when disabled, Nomad wants their size to fit the disk
+      # Nomad requires that their size fits the disk even if they are disabled.
       logs {
         disabled      = true
         max_files     = 1

@@ -1,5 +1,5 @@
-# The parent job of the agents: each device is one dispatched child of it.
-# nomad-watchdog registers it; job id and installation are filled in there.
+# The parent job of the agents: each device has one dispatched child of it.
+# nomad-watchdog registers it, and sets the job ID and the installation.
 
 variable "datacenters" {
   type        = string
@@ -15,13 +15,13 @@ variable "node_pool" {
 variable "driver" {
   type        = string
   default     = "raw_exec"
-  description = "raw_exec, or exec where clients run as root."
+  description = "raw_exec, or exec if clients run as root."
 }
 
 variable "python" {
   type        = string
   default     = "python3"
-  description = "Python 3.11 or later on the client."
+  description = "Python interpreter on the client, 3.11 or later."
 }
 
 variable "agent_source" {
@@ -39,31 +39,31 @@ variable "agent_checksum" {
 variable "agent_path" {
   type        = string
   default     = ""
-  description = "A file on the client instead of an artifact; it comes before agent_source."
+  description = "File on the client instead of an artifact; takes precedence over agent_source."
 }
 
 variable "isolated" {
   type        = bool
   default     = true
-  description = "Ignore the client's Python variables and, of a file, its packages, which also takes less memory; false where plugins come by PYTHONPATH."
+  description = "Ignore the client's Python variables and, with a file, its packages, which also saves memory. Set it to false if plugins need PYTHONPATH."
 }
 
 variable "token_file" {
   type        = string
   default     = ""
-  description = "A file on the client with the API's token, where the API asks for one."
+  description = "File on the client with the API token, if the API requires one."
 }
 
 variable "consul_token_file" {
   type        = string
   default     = ""
-  description = "A file on the client with the agents' Consul token, where Consul asks for one."
+  description = "A file on the client with the agents' Consul token, if Consul requires one."
 }
 
 variable "consul_addr" {
   type        = string
   default     = ""
-  description = "Where a client's Consul agent is, if not where the configuration says: $${meta.…}, say."
+  description = "Address of the client's Consul agent, if it differs from the configuration, for example $${meta.…}."
 }
 
 variable "cpu" {
@@ -89,13 +89,13 @@ variable "restart_delay" {
 variable "lost_after" {
   type        = string
   default     = "1h"
-  description = "How long an unreachable node keeps its agent before that counts as lost."
+  description = "Time after which the agent on an unreachable node counts as lost."
 }
 
 variable "replace_lost" {
   type        = bool
   default     = false
-  description = "false: rather no agent than two; true: rather two than none."
+  description = "Replace an agent on an unreachable node: false = rather no agent than two, true = rather two than none."
 }
 
 job "device-watchdog" {
@@ -126,14 +126,14 @@ job "device-watchdog" {
       max_delay      = "5m"
     }
 
-    # every Nomad parses these two; where it has the block `disconnect`, we make that of them
+    # Every Nomad accepts these two. If it supports the block `disconnect`, nomad-watchdog sets that block from them.
     max_client_disconnect = var.lost_after
     meta {
       replace_lost = var.replace_lost
     }
 
-    # A moved agent starts when the old one has ended, whatever is written here. Not `migrate`: of an allocation
-    # that is to fetch the disk from a purged node, Nomad tells its client nothing, and it is pending forever.
+    # A moved agent starts when the old one has ended, whatever is set here. Do not set `migrate`: if an allocation
+    # must fetch its disk from a purged node, its new client never learns of it, and it stays pending.
     ephemeral_disk {
       size   = 20
       sticky = true
@@ -149,7 +149,7 @@ job "device-watchdog" {
 
       config {
         command = var.python
-        # either way nothing in the working folder is run
+        # In both cases no code in the working directory is run.
         args = concat(
           [var.isolated ? "-I" : "-P"],
           var.agent_path == "" && var.agent_source == "" ? ["-m", "watchdog_agent"] : concat(
@@ -190,7 +190,7 @@ job "device-watchdog" {
         memory = var.memory
       }
 
-      # even when disabled, Nomad wants their size to fit the disk
+      # Nomad requires that their size fits the disk even if they are disabled.
       logs {
         disabled      = true
         max_files     = 1

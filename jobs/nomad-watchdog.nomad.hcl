@@ -1,10 +1,10 @@
-# The control plane itself, on the cluster that it manages.
+# The control plane, on the cluster that it manages.
 #
 # Once, before the first run:
 #   nomad-watchdog --config nomad-watchdog.hcl init
 #   nomad var put nomad/jobs/nomad-watchdog \
 #     api_token=$(openssl rand -hex 32) agent_key=$(openssl rand -hex 32) \
-#     nomad_token=… consul_token=…                       # the last two where ACLs are on
+#     nomad_token=… consul_token=…                       # the last two if ACLs are enabled
 #   nomad job run -var config=/etc/nomad-watchdog/nomad-watchdog.hcl nomad-watchdog.nomad.hcl
 # The policies that the tokens need are in policies/.
 
@@ -23,7 +23,7 @@ variable "driver" {
 variable "image" {
   type        = string
   default     = "agntup/nomad-watchdog:0.1.0"
-  description = "docker only. Pin a version, or better a digest."
+  description = "docker only. Use a fixed version, or better a digest."
 }
 
 variable "command" {
@@ -41,29 +41,29 @@ variable "config" {
 variable "replicas" {
   type        = number
   default     = 1
-  description = "How many control planes, each on a client of its own; they share the work by leases in Consul."
+  description = "Number of control planes, each on its own client. They share the work by leases in Consul."
 }
 
 variable "port" {
   type        = number
   default     = 9670
-  description = "Fixed, because running agents were told where to report."
+  description = "Port of the API. It is fixed, because running agents report to it."
 }
 
 variable "advertise" {
   type        = string
   default     = ""
-  description = "URL of the API as agents and devices see it; empty: the node's address and the port."
+  description = "URL at which agents and devices reach the API. Empty: the node's address and the port."
 }
 
 variable "door" {
   type        = string
   default     = "variable"
-  description = "Who may use the API: variable (the token in the Nomad variable), config (as the configuration says), open (everybody)."
+  description = "Authentication of the API: variable (the token in the Nomad variable), config (as configured), open (none)."
 }
 
 locals {
-  # a process inherits the client's environment: no code comes from there
+  # A process inherits the client's environment, from which no code must be loaded.
   unset = { for name in var.driver == "docker" ? [] : ["PYTHONPATH", "PYTHONHOME"] : name => "" }
 }
 
@@ -99,7 +99,7 @@ job "nomad-watchdog" {
       }
     }
 
-    # The events, and the agent files of the versions before: an update on the same node keeps them.
+    # The events, and the agent files of earlier versions. They survive an update on the same node.
     ephemeral_disk {
       size   = 300
       sticky = true
@@ -154,7 +154,7 @@ job "nomad-watchdog" {
         NOMAD_WATCHDOG_API_AGENT_KEY_FILE = var.door == "variable" ? "$${NOMAD_SECRETS_DIR}/agent.keys" : ""
       })
 
-      # the tokens, from a Nomad variable of this job's own path, never in the job
+      # The tokens come from a Nomad variable of this job, and are not in the job itself.
       template {
         destination = "secrets/tokens.env"
         env         = true
@@ -167,7 +167,7 @@ job "nomad-watchdog" {
         EOT
       }
 
-      # read again when they change: no restart
+      # Reread when they change, without a restart.
       template {
         destination = "secrets/api.token"
         change_mode = "noop"

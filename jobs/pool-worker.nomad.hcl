@@ -1,9 +1,9 @@
-# A pool of workers, for an `agent_pool` that names no template of its own. The control plane sets the
-# job's id, the count and the scaling block, and keeps them; see docs/pools.md.
+# A worker pool, for an `agent_pool` without its own template. The control plane sets the job ID, the count and the
+# scaling block; see docs/pools.md.
 
 variable "pool" {
   type        = string
-  description = "The pool's name."
+  description = "Name of the pool."
 }
 
 variable "command" {
@@ -15,7 +15,7 @@ variable "command" {
 variable "image" {
   type        = string
   default     = ""
-  description = "With one the workers are containers, without they are processes of the client."
+  description = "Image of the workers. Empty: they are processes of the client."
 }
 
 variable "env" {
@@ -75,7 +75,7 @@ job "pool-worker" {
       max_delay      = "1m"
     }
 
-    # a worker that is replaced is stopped first, one at a time
+    # Workers are replaced one at a time, and each is stopped first.
     update {
       max_parallel      = 1
       health_check      = "task_states"

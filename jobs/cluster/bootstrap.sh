@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # bootstrap.sh JOBS
 #
-# Gives a new cluster its ACLs, once the Consul and Nomad of its servers are started: policies, and the
-# tokens of nomad-watchdog and its agents. JOBS is the folder jobs/ of the repository. Run it on one server;
-# again does no harm.
+# Creates the ACLs of a new cluster after Consul and Nomad were started on its servers: policies, and the
+# tokens of nomad-watchdog and its agents. JOBS is the folder jobs/ of the repository. Run it on one server.
+# It can be repeated.
 #
-#   SECRETS        folder that secrets.sh made; the Nomad token of the control plane is added there
+#   SECRETS        folder created by secrets.sh; the Nomad token of the control plane is added to it
 #   ETC            as for node.sh
 #   NOMAD CONSUL   the programs      [from PATH]
 set -euo pipefail
@@ -13,7 +13,7 @@ jobs=$1
 etc=${ETC:-/etc/nomad-watchdog-cluster}
 nomad=${NOMAD:-nomad} consul=${CONSUL:-consul}
 umask 077
-# the programs read their tokens from the environment, so that none stands in an argument
+# The programs read their tokens from the environment, so that no argument contains one.
 export NOMAD_ADDR=https://127.0.0.1:4646 NOMAD_CACERT=$etc/ca.pem
 export CONSUL_HTTP_ADDR=https://127.0.0.1:8501 CONSUL_CACERT=$etc/ca.pem
 export CONSUL_HTTP_TOKEN NOMAD_TOKEN
@@ -32,9 +32,9 @@ wait_for() { # WHAT SECONDS COMMAND…
   say "$what"
 }
 
-# Consul: a policy for each kind of caller, and the token that its hosts have already
+# Consul: a policy per kind of client, and the token that its hosts already have.
 wait_for "consul has a leader" 120 "$consul" acl policy list
-# sessions only on the clients, where control planes and agents run: each has its certificate here
+# Sessions only on the clients, where control planes and agents run. Each has its certificate here.
 sessions() {
   for key in "$SECRETS"/*-key.pem; do
     cert=${key%-key.pem}.pem
@@ -45,7 +45,7 @@ sessions() {
 policy() { # NAME FILE [MORE RULES]
   "$consul" acl policy read -name "$1" >/dev/null 2>&1 ||
     { cat "$2"; echo "${3:-}"; } | "$consul" acl policy create -name "$1" -rules - >/dev/null
-  # in the body of a request and not in an argument, where every process could read it
+  # In the body of a request, because every process can read arguments.
   CONSUL_HTTP_TOKEN=$(cat "$SECRETS/$1") "$consul" acl token read -self >/dev/null 2>&1 ||
     printf '{"SecretID": "%s", "Description": "%s", "Policies": [{"Name": "%s"}]}' \
       "$(cat "$SECRETS/$1")" "$1" "$1" |
@@ -66,7 +66,7 @@ wait_for "nomad has a leader and ACLs" 120 bootstrap_nomad
 "$nomad" acl policy apply nomad-watchdog "$jobs/policies/nomad-reconciler.hcl" >/dev/null
 "$nomad" acl policy apply nomad-watchdog-pools "$jobs/policies/nomad-pools.hcl" >/dev/null
 if [ ! -s "$SECRETS/nomad-reconciler" ]; then
-  # by way of another name, so that a failure leaves no empty token behind
+  # Written under another name first, so that a failure leaves no empty token.
   "$nomad" acl token create -name nomad-watchdog -policy nomad-watchdog -policy nomad-watchdog-pools \
     -t '{{.SecretID}}' >"$SECRETS/nomad-reconciler.new"
   mv "$SECRETS/nomad-reconciler.new" "$SECRETS/nomad-reconciler"

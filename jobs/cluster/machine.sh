@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # machine.sh ROLE NAME ADDRESS
 #
-# All that a Debian machine needs to be a host of the cluster: packages, programs, configuration, units.
-# On s1, which comes last, also Prometheus, and the cluster is made ready. Run as root. Again does no harm,
-# but on all hosts but s1 the secrets are deleted at the end: bring them anew first (`vagrant rsync`).
+# Makes a Debian machine a host of the cluster: packages, programs, configuration, units. On s1, which must be
+# the last, it also installs Prometheus and sets up the cluster. Run it as root. It can be repeated, but on all
+# hosts except s1 it deletes the secrets at the end: copy them again first (`vagrant rsync`).
 #
 #   FILES     bin/nomad, bin/consul, run.txt, nomad_watchdog-….whl, secrets/: `make vagrant-files`  [/cluster/files]
 #   JOBS      the folder jobs/ of the repository                                           [/cluster/jobs]
-#   SERVERS CLIENTS   addresses, with blanks between
+#   SERVERS CLIENTS   addresses, separated by blanks
 set -euo pipefail
 role=$1 name=$2 address=$3
 files=${FILES:-/cluster/files}
@@ -18,7 +18,7 @@ export DEBIAN_FRONTEND=noninteractive
 
 [ -d "$SECRETS" ] || { echo "machine.sh: $SECRETS is not there; bring it (vagrant rsync)" >&2; exit 1; }
 
-# what a box brings along is not asked for, so that a prepared one needs no network
+# Packages that a box already has are not installed, so that a prepared box needs no network.
 missing=""
 for package in curl iproute2 openssl python3 python3-venv $([ "$name" = s1 ] && echo prometheus); do
   dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package"
@@ -69,6 +69,6 @@ if [ "$name" = s1 ]; then
   bash "$JOBS/cluster/bootstrap.sh" "$JOBS"
   bash "$JOBS/cluster/submit.sh" "$JOBS"
 else
-  # what it needs of them stands in its configuration
+  # Its configuration has copies of what it needs.
   rm -rf "$SECRETS"
 fi

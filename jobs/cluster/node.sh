@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # node.sh ROLE NAME ADDRESS
 #
-# Writes the configuration of one host's Consul and Nomad, and of nomad-watchdog on it. ROLE is server or
-# client. Run it on the host itself, as it looks there for the network interface of ADDRESS.
+# Writes the configuration of Consul, Nomad and nomad-watchdog on one host. ROLE is server or client. Run it
+# on that host, because it searches for the network interface of ADDRESS.
 #
-#   SECRETS   folder that secrets.sh made
-#   SERVERS   addresses of the servers, with blanks between
+#   SECRETS   folder created by secrets.sh
+#   SERVERS   addresses of the servers, separated by blanks
 #   CLIENTS   addresses of the clients: where Prometheus finds the control planes
-#   ETC       where the configuration goes       [/etc/nomad-watchdog-cluster]
-#   DATA      where Consul and Nomad keep data   [/var/lib/nomad-watchdog-cluster]
-#   PYTHON    what runs the agents               [python3]
+#   ETC       directory of the configuration      [/etc/nomad-watchdog-cluster]
+#   DATA      data directory of Consul and Nomad  [/var/lib/nomad-watchdog-cluster]
+#   PYTHON    interpreter for the agents          [python3]
 set -euo pipefail
 role=$1 name=$2 address=$3
 etc=${ETC:-/etc/nomad-watchdog-cluster}
@@ -89,7 +89,7 @@ connect {
   enabled = false
 }
 disable_update_check = true
-# as Consul advises: by default an election takes five times as long
+# As Consul recommends; with the default an election takes five times as long.
 performance {
   raft_multiplier = 1
 }
@@ -155,7 +155,7 @@ plugin "raw_exec" {
 HCL
 fi
 
-# nomad-watchdog: the same file on every host, as each asks the Nomad and Consul of its own host.
+# nomad-watchdog: the same file on every host, because each uses Nomad and Consul on its own host.
 cat >"$etc/nomad-watchdog.hcl" <<HCL
 backend = "nomad"
 shards  = 2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # secrets.sh FOLDER ROLE:NAME=ADDRESS…
 #
-# Makes all that the hosts of a cluster share or must keep to themselves: an authority, a certificate for
-# each host, gossip keys, tokens. Once, on any machine with openssl; what is there stays as it is, so that
-# it can be run again when a host is added, or after a failure. ROLE is server or client.
+# Creates the secrets of a cluster: a CA, a certificate per host, gossip keys, tokens. Run it once, on any
+# machine with openssl. Existing files are kept, so it can be repeated when a host is added, or after a failure.
+# ROLE is server or client.
 set -euo pipefail
 folder=$1
 shift
@@ -11,7 +11,7 @@ umask 077
 mkdir -p "$folder"
 cd "$folder"
 
-# Each file is made under another name and then moved, so that half of one is never taken for it.
+# Each file is created under another name and then moved, so that an incomplete file is never used.
 once() { # FILE COMMAND…
   local file=$1
   shift
@@ -30,7 +30,7 @@ for host in "$@"; do
   role=${host%%:*} name=${host#*:}
   address=${name#*=} name=${name%%=*}
   [ -s "$name.pem" ] && continue
-  # Nomad and Consul know a server by these names (verify_server_hostname), whatever it is called.
+  # Nomad and Consul verify a server by these names (verify_server_hostname), whatever its host name is.
   names="DNS:$name,DNS:localhost,DNS:$role.global.nomad,IP:127.0.0.1,IP:$address"
   [ "$role" = server ] && names="$names,DNS:server.dc1.consul"
   openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj "/CN=$name" \
@@ -46,7 +46,7 @@ done
 for key in gossip-consul gossip-nomad; do
   once $key openssl rand -base64 32
 done
-# Tokens of Consul and Nomad are UUIDs; these are chosen here, so that every host knows its own at once.
+# Tokens of Consul and Nomad are UUIDs. They are chosen here, so that every host has its token from the start.
 for token in consul-management consul-node consul-nomad consul-reconciler consul-watchdog nomad-management; do
   once $token cat /proc/sys/kernel/random/uuid
 done

@@ -1,5 +1,5 @@
-# Simulated devices on every client: each answers HTTP on an address of 127.18.0.0/16 of its own, port
-# 18080. Every client has all of them, so that an agent finds its device wherever it is placed.
+# Simulated devices on every client: each answers HTTP on its own address in 127.18.0.0/16, port 18080. Every client has
+# all of them, so that an agent reaches its device on any client.
 
 variable "devices" {
   type    = number

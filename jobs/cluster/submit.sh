@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # submit.sh JOBS
 #
-# Puts nomad-watchdog on a cluster that bootstrap.sh has made ready: the registry, the control plane as a
-# job in two copies, the simulator. JOBS is the folder jobs/ of the repository. Run it on one server; again
-# does no harm.
+# Installs nomad-watchdog on a cluster after bootstrap.sh: the registry, the control plane as a job with two
+# replicas, and the simulator. JOBS is the folder jobs/ of the repository. Run it on one server. It can be
+# repeated.
 #
 #   SECRETS ETC      as for bootstrap.sh
 #   NOMAD WATCHDOG   the programs                 [from PATH; the second one is nomad-watchdog]
-#   PYTHON           what runs the simulator      [python3]
-#   DEVICES          so many simulated devices    [10]
+#   PYTHON           interpreter for the simulator [python3]
+#   DEVICES          number of simulated devices  [10]
 set -euo pipefail
 jobs=$1
 etc=${ETC:-/etc/nomad-watchdog-cluster}
 nomad=${NOMAD:-nomad} watchdog=${WATCHDOG:-$(command -v nomad-watchdog)}
 umask 077
-# the programs read their tokens from the environment, so that none stands in an argument
+# The programs read their tokens from the environment, so that no argument contains one.
 export NOMAD_ADDR=https://127.0.0.1:4646 NOMAD_CACERT=$etc/ca.pem NOMAD_TOKEN
 NOMAD_TOKEN=$(cat "$SECRETS/nomad-management")
 
@@ -26,7 +26,7 @@ until [ "$("$nomad" node status -t '{{range .}}{{.Status}} {{end}}' | grep -ow r
 done
 echo "submit: two clients are ready"
 
-# nomad-watchdog: its tokens go into a Nomad variable, by way of standard input
+# nomad-watchdog: its tokens are stored in a Nomad variable, through standard input.
 printf '{"Items": {"api_token": "%s", "agent_key": "%s", "nomad_token": "%s", "consul_token": "%s"}}' \
   "$(cat "$SECRETS/api.token")" "$(cat "$SECRETS/agent.keys")" \
   "$(cat "$SECRETS/nomad-reconciler")" "$(cat "$SECRETS/consul-reconciler")" |

@@ -1,13 +1,13 @@
-# What a watchdog agent needs of Consul: to register itself; and, only where a class has `escalate` or
-# `state = "consul"`, to elect one that tells for many, and to keep its small state.
-# Every agent registers under the one service name, so any agent's token can change another agent's
-# entry. That is why nothing here decides who is accepted: the registry's epoch does. Nor does the
-# election: two that both believe to be elected tell the same under the same key.
+# What a watchdog agent needs in Consul: to register itself; and, only if a class has `escalate` or `state = "consul"`,
+# to elect the agent that notifies for all, and to store its state.
+# All agents register under one service name, so the token of any agent can change the entry of another. Therefore no
+# data in Consul decides which agent is accepted: the epoch in the registry does. Two agents that both believe that they
+# are elected send the same notification with the same key.
 #
 # `consul acl policy create -name watchdog-agent -rules @consul-agent.hcl`
 #
-# Where a class has `escalate`, agents elect by sessions. Consul's rules for sessions go by node: name those where
-# agents run, and no others, as write access to a node's sessions is enough to end every session there:
+# If a class has `escalate`, agents use sessions for the election. Consul's rules for sessions are per node. List only
+# the nodes where agents run, because write access to the sessions of a node is enough to end every session there:
 #
 #   printf 'session "%s" { policy = "write" }\n' client-1 client-2 | cat consul-agent.hcl - |
 #     consul acl policy create -name watchdog-agent -rules -
@@ -15,7 +15,7 @@ service "device-watchdog-agent" {
   policy = "write"
 }
 
-# With another `consul.prefix` these begin with that.
+# With another `consul.prefix` these keys begin with that prefix.
 key_prefix "nomad-watchdog/anomalies/" {
   policy = "write"
 }

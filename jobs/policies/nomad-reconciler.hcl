@@ -1,12 +1,12 @@
-# What the control plane needs of Nomad, in its own namespace, and the list of nodes.
+# What the control plane needs in Nomad: rights in its namespace, and to list nodes.
 # `nomad acl policy apply nomad-watchdog nomad-reconciler.hcl`
 namespace "default" {
-  # submit-job: the parent jobs, and stopping and purging children. From Nomad 1.11.2 on it may be
+  # submit-job: to register parent jobs, and to stop and purge children. From Nomad 1.11.2 on it can be
   # replaced by register-job, deregister-job and purge-job.
   capabilities = ["list-jobs", "read-job", "parse-job", "dispatch-job", "submit-job"]
 }
 
-# Which nodes are drained, and the exact version of the servers. Without it neither is reported.
+# For the drained nodes and the exact version of the servers. Without it neither is reported.
 node {
   policy = "read"
 }

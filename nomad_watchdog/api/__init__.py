@@ -1,4 +1,4 @@
-"""The door: HTTP API, webhook, event stream, status page. Projections of `fleet`; decides nothing."""
+"""The HTTP API with webhook, event stream and status page. It displays `fleet` and decides nothing."""
 
 from nomad_watchdog.api.app import make_app
 from nomad_watchdog.api.malformed import RUNNER_OPTIONS, Runner

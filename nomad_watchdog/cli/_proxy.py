@@ -1,4 +1,4 @@
-"""Through which proxy of the environment the API is called: the rules of curl and of Go's HTTP client."""
+"""Chooses the proxy for the API from the environment, by the rules of curl and of Go's HTTP client."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """One proxy. `url` may hold a password; `shown` is for messages."""
+    """One proxy. `url` may contain a password; `shown` is for messages."""
 
     url: str
     shown: str
 
 
 def proxy_for(address: str, env: Mapping[str, str]) -> Proxy | None:
-    """The proxy for an address; None = it is called directly, as every loopback address is, whatever the
-    environment says: the operator's token must not leave this machine on its way to it.
+    """The proxy for an address; None = call it directly. Loopback addresses are always called directly, so that the
+    token for them does not leave this machine.
 
-    Read are http_proxy, https_proxy and no_proxy, in lower case before upper case. Raises UserError for a
-    proxy of a kind that is not supported."""
+    Reads http_proxy, https_proxy and no_proxy; lower case takes precedence over upper case. Raises UserError for an
+    unsupported kind of proxy."""
     parts = urlsplit(address)
     host = (parts.hostname or "").rstrip(".")
     port = parts.port or _DEFAULT_PORT.get(parts.scheme, 80)
@@ -69,19 +69,19 @@ def _is_loopback(host: str) -> bool:
     address = _address(host)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    # 0.0.0.0 and :: are this machine, too, when they are called.
+    # Calls to 0.0.0.0 and :: also reach this machine.
     return address is not None and (address.is_loopback or address.is_unspecified)
 
 
 def _is_exempt(host: str, port: int, exempt: str) -> bool:
     address = _address(host)
-    for word in exempt.replace(",", " ").split():
-        if word == "*":
+    for entry in exempt.replace(",", " ").split():
+        if entry == "*":
             return True
-        if address is not None and _holds(word, address):
+        if address is not None and _contains(entry, address):
             return True
         name, _, of_port = (
-            word.partition(":") if word.count(":") == 1 else (word.strip("[]"), "", "")
+            entry.partition(":") if entry.count(":") == 1 else (entry.strip("[]"), "", "")
         )
         if of_port and of_port != str(port):
             continue
@@ -91,8 +91,8 @@ def _is_exempt(host: str, port: int, exempt: str) -> bool:
     return False
 
 
-def _holds(network: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether a word of no_proxy is a network, or an address, that holds this address."""
+def _contains(network: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an entry of no_proxy is this address, or a network that contains it."""
     try:
         return address in ipaddress.ip_network(network.strip("[]"), strict=False)
     except ValueError:

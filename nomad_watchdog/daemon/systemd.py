@@ -1,4 +1,4 @@
-"""Telling systemd how we are: sd_notify(3) in a few lines. Does nothing without NOTIFY_SOCKET."""
+"""Notifications to systemd (sd_notify(3)). They do nothing without NOTIFY_SOCKET."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ready() -> bool:
 
 
 def reloading(now: float) -> bool:
-    """The configuration is being read again; `ready` ends it. now: seconds of the monotonic clock."""
+    """A reload of the configuration has begun; `ready` ends it. `now`: monotonic seconds."""
     return notify(f"RELOADING=1\nMONOTONIC_USEC={int(now * 1e6)}")
 
 
@@ -27,13 +27,13 @@ def stopping() -> bool:
 
 
 def watchdog() -> bool:
-    """Still alive; to be said at least once per WATCHDOG_USEC."""
+    """The process is alive. Call it at least once per WATCHDOG_USEC."""
     return notify("WATCHDOG=1")
 
 
 def watchdog_interval_s() -> float | None:
-    """How often to call `watchdog`, seconds: half of WATCHDOG_USEC (sd_watchdog_enabled(3));
-    None when systemd does not ask this process for it."""
+    """Interval for `watchdog`, seconds: half of WATCHDOG_USEC (sd_watchdog_enabled(3)); None if systemd expects no
+    calls from this process."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     try:
@@ -43,14 +43,14 @@ def watchdog_interval_s() -> float | None:
 
 
 def notify(state: str) -> bool:
-    """Send one state; False when nobody listens. A name that begins with @ is an abstract socket."""
+    """Send one state; False if there is no receiver. A name that begins with @ is an abstract socket."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
         return False
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            # A full queue must not hold up the event loop.
+            # A full queue must not block the event loop.
             sender.setblocking(False)
             sender.sendto(state.encode(), address)
     except OSError as error:

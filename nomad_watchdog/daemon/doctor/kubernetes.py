@@ -24,7 +24,7 @@ KUBERNETES_RIGHTS: Final = (
     ("", "secrets", ("create", "patch", "delete")),
 )
 _RECORD_RIGHTS: Final = (("create", ""), ("get", names.RECORD), ("patch", names.RECORD))
-"""On the ConfigMap of the first namespace that remembers how many there are: verb and name."""
+"""Verb and name, for the ConfigMap in the first namespace that contains the number of namespaces."""
 
 
 async def check_kubernetes(settings: Settings) -> list[Check]:
@@ -45,7 +45,7 @@ async def check_kubernetes(settings: Settings) -> list[Check]:
         try:
             known = await known_namespaces(client, first, spread)
         except DeniedError:
-            known = spread  # the rights in the first one, below, say which is missing
+            known = spread  # the checks of the namespaces report the missing rights
         for number in range(known):
             space = names.namespace_of(first, number)
             checks += await _kubernetes_namespace(client, space, first=number == 0)
@@ -55,7 +55,7 @@ async def check_kubernetes(settings: Settings) -> list[Check]:
 
 
 def _kubernetes_images(settings: Settings) -> list[Check]:
-    """Whether the SHA-256 of what runs is verified: the container runtime does it for an image with a digest."""
+    """Whether the image of each class has a digest, which the container runtime verifies."""
     checks = []
     for name, spec in settings.readable_specs()[0].items():
         try:
@@ -64,12 +64,12 @@ def _kubernetes_images(settings: Settings) -> list[Check]:
             fix = f'fix agent_class "{name}"; until then its devices get no agent'
             checks.append(Check(f"class {name}", Status.FAIL, str(error), fix))
             continue
-        what = f"{image!a} has no digest, so that nothing verifies which agent runs"
+        what = f"{image!a} has no digest, so nothing verifies which agent runs"
         fix = "set the variable image to NAME@sha256:..."
         checks.append(
             Check(f"image of class {name}", Status.WARN, what, fix)
             if image
-            else Check(f"image of class {name}", Status.OK, "is verified by its digest")
+            else Check(f"image of class {name}", Status.OK, "verified by its digest")
         )
     return checks
 
@@ -80,37 +80,37 @@ async def _kubernetes_namespace(
     name = f"kubernetes namespace {namespace}"
     try:
         await client.get(f"/api/v1/namespaces/{namespace}")
-        there = Check(name, Status.OK, "is there")
+        there = Check(name, Status.OK, "exists")
     except NotFoundError:
-        return [Check(name, Status.FAIL, "is not there", f"kubectl create namespace {namespace}")]
+        return [Check(name, Status.FAIL, "does not exist", f"kubectl create namespace {namespace}")]
     except DeniedError:
         fix = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
-        there = Check(name, Status.WARN, "may not be looked at", fix)
+        there = Check(name, Status.WARN, "can't be read", fix)
     return [there, await _kubernetes_rights(client, namespace, first=first)]
 
 
 async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first: bool) -> Check:
     name = f"kubernetes rights in {namespace}"
-    asked = [
+    questions = [
         (verb, group, resource, "")
         for group, resource, verbs in KUBERNETES_RIGHTS
         for verb in verbs
     ]
     if first:
-        asked += [(verb, "", "configmaps", record) for verb, record in _RECORD_RIGHTS]
+        questions += [(verb, "", "configmaps", record) for verb, record in _RECORD_RIGHTS]
     answers = await asyncio.gather(
         *(
             _kubernetes_allows(client, namespace, group, resource, verb, only)
-            for verb, group, resource, only in asked
+            for verb, group, resource, only in questions
         )
     )
     missing = [
         f"{verb} {resource}" + (f"/{only}" if only else "")
-        for (verb, _, resource, only), allowed in zip(asked, answers, strict=True)
+        for (verb, _, resource, only), allowed in zip(questions, answers, strict=True)
         if not allowed
     ]
     if not missing:
-        return Check(name, Status.OK, "all that is needed")
+        return Check(name, Status.OK, "all required rights")
     fix = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
     return Check(name, Status.FAIL, f"lacks {', '.join(missing)}", fix)
 
@@ -119,14 +119,14 @@ async def _kubernetes_allows(  # the parts of one question
     client: KubernetesClient, namespace: str, group: str, resource: str, verb: str, only: str
 ) -> bool:
     kind, _, below = resource.partition("/")
-    asked = {"namespace": namespace, "group": group, "resource": kind, "verb": verb}
-    asked |= {"subresource": below} if below else {}
-    asked |= {"name": only} if only else {}
-    # every user may ask this of themselves, and it changes nothing
+    attributes = {"namespace": namespace, "group": group, "resource": kind, "verb": verb}
+    attributes |= {"subresource": below} if below else {}
+    attributes |= {"name": only} if only else {}
+    # Every user may check their own rights, which changes nothing.
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SelfSubjectAccessReview",
-        "spec": {"resourceAttributes": asked},
+        "spec": {"resourceAttributes": attributes},
     }
-    told = await client.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
-    return bool((told.get("status") or {}).get("allowed"))
+    answer = await client.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+    return bool((answer.get("status") or {}).get("allowed"))

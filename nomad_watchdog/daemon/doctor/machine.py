@@ -21,9 +21,9 @@ def check_machine(settings: Settings) -> list[Check]:
     for name, folder in folders.items():
         there = next(place for place in (folder, *folder.parents) if place.exists())
         good = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        fix = "" if good else f"make {there} a directory that uid {os.getuid()} can write to"
+        fix = "" if good else f"make {there} a directory that UID {os.getuid()} can write to"
         checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), fix))
-    # The service raises its soft limit as far as the hard one allows.
+    # The service raises its soft limit up to the hard limit.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(WANTED_FILES, 2 * settings.api.max_connections)
     enough = most == resource.RLIM_INFINITY or most >= wanted
@@ -42,16 +42,16 @@ def _ping() -> Check:
         text = Path("/proc/sys/net/ipv4/ping_group_range").read_text(encoding="ascii")
         low, high = (int(part) for part in text.split())
     except (OSError, ValueError):
-        return Check("icmp", Status.WARN, "net.ipv4.ping_group_range is not readable")
+        return Check("icmp", Status.WARN, "net.ipv4.ping_group_range can't be read")
     groups = {os.getegid(), *os.getgroups()}
     if os.geteuid() == 0:
-        return Check("icmp", Status.OK, "agents may ping: they run as root")
+        return Check("icmp", Status.OK, "agents can ping: they run as root")
     if any(low <= group <= high for group in groups):
-        return Check("icmp", Status.OK, f"agents may ping: ping_group_range {low} {high}")
+        return Check("icmp", Status.OK, f"agents can ping: ping_group_range {low} {high}")
     fix = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
     return Check(
         "icmp",
         Status.WARN,
-        f"agents may not ping: ping_group_range {low} {high} does not include their group",
+        f"agents can't ping: ping_group_range {low} {high} does not include their group",
         fix,
     )
