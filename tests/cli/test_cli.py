@@ -314,7 +314,7 @@ def test_run_refuses_an_inventory_that_is_not_there(tmp_path: Path) -> None:
     done = command("--config", str(file), "run")
     assert done.returncode == 64
     assert f'inventory "{missing}": No such file' in done.stderr
-    assert "put the file there, or take it out of `inventory`" in done.stderr
+    assert "create the file, or remove it from `inventory`" in done.stderr
     assert not (tmp_path / "data").exists()
 
 

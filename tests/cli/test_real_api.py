@@ -226,7 +226,7 @@ def test_w2_impossible_requests_exit_64_and_66(
         (["events", "-f", "--device", "cam-2"], 66, "did you mean 'cam-1'?"),
         (["agents", "logs", "cam-2"], 66, "did you mean 'cam-1'?"),
         (["agents", "exec-probe", "cam-2"], 66, "did you mean 'cam-1'?"),
-        (["agents", "logs", "cam-1"], 66, "is this the machine"),
+        (["agents", "logs", "cam-1"], 66, "does its agent run on this machine"),
         (["explain", "cam-2"], 66, "did you mean 'cam-1'?"),
     ):
         assert _code(argv) == code, argv

@@ -155,8 +155,8 @@ def test_errors_of_a_window_speak_of_a_window(
     assert _code(["devices", "add", "cam", "--address", "::1"]) == 0
     for verb, what in ((["maintenance", "add"], "maintenance window"), (["pause"], "pause")):
         for end, words in (
-            ("2020-01-01T00:00", f"the {what} would be over before it begins"),
-            ("2099-01-01T00:00", f"a {what} may lie at most 366 days ahead"),
+            ("2020-01-01T00:00", f"the {what} would end before it begins"),
+            ("2099-01-01T00:00", f"a {what} may begin and end at most 366 days from now"),
         ):
             assert _code([*verb, "cam", "--until", end]) == 64
             assert words in capsys.readouterr().err

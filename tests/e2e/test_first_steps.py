@@ -86,9 +86,7 @@ async def test_readme_works_as_written_and_a_wiped_consul_is_not_a_new_one(
         code, found = await registry_by_doctor(plane)
         assert (code, found["status"]) == (69, "fail")
         assert "wiped or replaced while the control plane runs" in found["found"]
-        assert found["fix"].startswith(
-            "bring the records back with `nomad-watchdog registry import"
-        )
+        assert found["fix"].startswith("restore the records with `nomad-watchdog registry import")
         assert "nomad-watchdog init" not in found["found"] + found["fix"]
         explained = await plane.call("GET", "/v1/devices/pump/explain")
         assert explained["next"].startswith("nothing until the registry is back; its agent goes on")

@@ -157,7 +157,7 @@ async def test_agents_report_over_tls_with_credentials_of_their_own(
     for secret in (TOKEN, VIEWER, KEY, credential, credential.rpartition(".")[2]):
         assert not any(secret in text for text in seen)
     assert "changed through the API" in log.read_text()
-    assert "certificates were read again" in log.read_text()
+    assert "certificates reloaded" in log.read_text()
 
 
 @pytest.mark.parametrize(

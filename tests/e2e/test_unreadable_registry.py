@@ -152,7 +152,7 @@ async def test_a_registry_that_may_only_be_read_and_a_deleted_token_are_reported
 
             await plane.register("pump")
             assert await metric() == "0.0"
-            assert (await says("doctor"))[1].count("not shown to this token") == 1
+            assert (await says("doctor"))[1].count("not visible to this token") == 1
             await ask("PUT", f"/v1/acl/policy/{policy['ID']}", Name=name, Rules=lacking)
             status = await plane.until("/v1/status", lambda status: not status["ready"])
             assert "can be read and not written" in status["reason"]

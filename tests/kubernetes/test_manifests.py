@@ -213,7 +213,7 @@ async def test_doctor_says_what_is_missing(
     assert {one.status for one in found[USER].values()} == {Status.OK}, found[USER]
     assert len(found[USER]) == 4
     told = found["stranger"]["kubernetes namespace nomad-watchdog"]
-    assert (told.status, told.found) == (Status.WARN, "may not be looked at")
+    assert (told.status, told.found) == (Status.WARN, "can't be read")
     told = found["stranger"]["kubernetes rights in nomad-watchdog"]
     assert told.status is Status.FAIL
     for right in ("lacks get deployments", "get pods/log", "create configmaps",
@@ -253,7 +253,7 @@ async def test_doctor_asks_for_the_record_by_its_name(
 
     assert found == {
         "kubernetes rights in doctor": "lacks get configmaps/nomad-watchdog, patch configmaps/nomad-watchdog",
-        "kubernetes rights in doctor-1": "all that is needed",
+        "kubernetes rights in doctor-1": "all required rights",
     }
 
 
