@@ -25,7 +25,7 @@ class EventPage(Page):
     next: int
 
 
-class Lease(TypedDict):
+class _Lease(TypedDict):
     shard: int
     holder: str
     api: str
@@ -33,7 +33,7 @@ class Lease(TypedDict):
     term: int
 
 
-class KnownLease(Lease, total=False):
+class KnownLease(_Lease, total=False):
     last_known: str
 
 
@@ -46,7 +46,7 @@ class ConfiguredReplica(LeaseReplica, total=False):
     config: str
 
 
-class Leases(TypedDict):
+class LeasesAnswer(TypedDict):
     replica: str
     problem: str
     shards: list[KnownLease]
@@ -101,7 +101,7 @@ class _Plan(TypedDict):
     held: PlanHeld
 
 
-class Plan(_Plan, total=False):
+class PlanAnswer(_Plan, total=False):
     waiting: list[str]
     rollouts: list[Text]
     inventory: list[Text]
@@ -119,7 +119,7 @@ PauseTarget = TypedDict(
 )
 
 
-class Pause(PauseTarget):
+class PauseAnswer(PauseTarget):
     id: str
     window: bool
     active: bool
@@ -130,14 +130,14 @@ class Pause(PauseTarget):
     reason: str
 
 
-class Pauses(TypedDict):
-    items: list[Pause]
+class PausesAnswer(TypedDict):
+    items: list[PauseAnswer]
 
 
 MigrationState = TypedDict("MigrationState", {"from": str, "to": str, "state": str})
 
 
-class Migration(MigrationState):
+class MigrationAnswer(MigrationState):
     id: str
     back: bool
     by: str
@@ -150,8 +150,8 @@ class Migration(MigrationState):
     ending: int
 
 
-class Migrations(TypedDict):
-    items: list[Migration]
+class MigrationsAnswer(TypedDict):
+    items: list[MigrationAnswer]
     hint: str
     problem: str
 
@@ -175,7 +175,7 @@ class _Pool(TypedDict):
     problem: str
 
 
-class Pool(_Pool, total=False):
+class PoolAnswer(_Pool, total=False):
     """A pool that is not configured any more has only the fields of `_Pool`."""
 
     min: int
@@ -188,8 +188,8 @@ class Pool(_Pool, total=False):
     reason: str
 
 
-class Pools(TypedDict):
-    items: list[Pool]
+class PoolsAnswer(TypedDict):
+    items: list[PoolAnswer]
     keeper: bool
 
 
@@ -216,7 +216,7 @@ class ProbeRun(ProbeStarted):
     results: list[ProbeResult]
 
 
-class Agent(TypedDict):
+class AgentAnswer(TypedDict):
     id: str
     instance: str
     listen: str
@@ -226,12 +226,12 @@ class _BulkResult(TypedDict):
     status: int
 
 
-class BulkResult(_BulkResult, total=False):
+class BulkItemAnswer(_BulkResult, total=False):
     error: str | None
 
 
-class BulkResults(TypedDict):
-    results: list[BulkResult]
+class BulkAnswer(TypedDict):
+    results: list[BulkItemAnswer]
 
 
 def parse(value: object, shape: type[T]) -> T:

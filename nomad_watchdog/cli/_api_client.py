@@ -14,7 +14,7 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Requ
 
 from watchdog_agent.runtime.parsing import loads
 
-from nomad_watchdog.cli._answers import Fields, Leases, NextPage, Page, parse
+from nomad_watchdog.cli._answers import Fields, LeasesAnswer, NextPage, Page, parse
 from nomad_watchdog.cli._proxy import proxy_for
 from nomad_watchdog.errors import (
     ConflictError,
@@ -91,7 +91,7 @@ class ApiClient:
         """One client per replica that holds shards: each replica plans only its own shards.
 
         For a single replica this client is used: the address that it advertises need not be reachable from here."""
-        leases = self.get("/v1/leases", Leases)
+        leases = self.get("/v1/leases", LeasesAnswer)
         if len(leases["replicas"]) < 2:
             return [self]
         found = sorted({one["api"] for one in leases["shards"] if one["api"]})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from nomad_watchdog.cli._answers import Leases, Plan
+from nomad_watchdog.cli._answers import LeasesAnswer, PlanAnswer
 from nomad_watchdog.cli._api_client import ApiClient
 from nomad_watchdog.errors import (
     ConflictError,
@@ -36,10 +36,10 @@ def apply_by_service(
     api: ApiClient,
     settings: Settings,
     running: Sequence[Replica],
-    planned: Plan,
+    planned: PlanAnswer,
     *,
     stops: int,
-) -> Plan:
+) -> PlanAnswer:
     """Make the replicas reload their configuration, and wait until `planned` is done. `stops`: the number of held
     stops to approve.
 
@@ -75,7 +75,7 @@ def apply_by_service(
 def _clients(api: ApiClient, running: Sequence[Replica]) -> list[ApiClient]:
     """One client per replica. The address that a single replica advertises need not be reachable from here."""
     try:
-        replicas = api.get("/v1/leases", Leases)["replicas"]
+        replicas = api.get("/v1/leases", LeasesAnswer)["replicas"]
     except DeniedError:
         raise
     except TerminalError as error:
@@ -88,7 +88,7 @@ def _clients(api: ApiClient, running: Sequence[Replica]) -> list[ApiClient]:
     return [api.at(address) for address in found] if len(found) > 1 else [api]
 
 
-def _agreed_plans(clients: Sequence[ApiClient], settings: Settings) -> list[Plan]:
+def _agreed_plans(clients: Sequence[ApiClient], settings: Settings) -> list[PlanAnswer]:
     """The replicas' plans once all apply the class specs of these settings. A replica that has reloaded may take
     some seconds to follow the next one. Raises ConflictError when one does not."""
     until = time.monotonic() + FOLLOW_S
@@ -105,11 +105,11 @@ def _agreed_plans(clients: Sequence[ApiClient], settings: Settings) -> list[Plan
             return plans
 
 
-def _plans(clients: Sequence[ApiClient]) -> list[Plan]:
-    return [one.get("/v1/plan", Plan) for one in clients]
+def _plans(clients: Sequence[ApiClient]) -> list[PlanAnswer]:
+    return [one.get("/v1/plan", PlanAnswer) for one in clients]
 
 
-def _compare(one: ApiClient, plan: Plan, settings: Settings) -> None:
+def _compare(one: ApiClient, plan: PlanAnswer, settings: Settings) -> None:
     wanted = {name: spec.spec_hash for name, spec in settings.readable_specs()[0].items()}
     theirs = plan.get("specs", {})
     names = sorted(name for name in {*wanted, *theirs} if wanted.get(name) != theirs.get(name))
@@ -121,7 +121,7 @@ def _compare(one: ApiClient, plan: Plan, settings: Settings) -> None:
     )
 
 
-def _confirm(clients: Sequence[ApiClient], plans: Sequence[Plan], stops: int) -> None:
+def _confirm(clients: Sequence[ApiClient], plans: Sequence[PlanAnswer], stops: int) -> None:
     held = sum(plan["held"]["count"] for plan in plans)
     if held != stops:
         raise ConflictError(f"--allow-stops {stops}: the service has {held} stops on hold now")
@@ -130,7 +130,7 @@ def _confirm(clients: Sequence[ApiClient], plans: Sequence[Plan], stops: int) ->
             one.post("/v1/plan:confirm", {"id": plan["held"]["id"]})
 
 
-def _wait(clients: Sequence[ApiClient], planned: Plan, timeout_s: float) -> list[Plan]:
+def _wait(clients: Sequence[ApiClient], planned: PlanAnswer, timeout_s: float) -> list[PlanAnswer]:
     """Wait until the replicas have nothing left to do, and no more devices lack an agent than before; their
     plans then."""
     total = len(planned["actions"]) + planned["waiting_rollout"]

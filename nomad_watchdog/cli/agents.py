@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from nomad_watchdog.cli._agent_logs import kubernetes_log, local_log, nomad_log
-from nomad_watchdog.cli._answers import Agent, ProbeResult, ProbeRun, ProbeStarted
+from nomad_watchdog.cli._answers import AgentAnswer, ProbeResult, ProbeRun, ProbeStarted
 from nomad_watchdog.cli._api_client import ApiClient, device_path
 from nomad_watchdog.cli._fields import field_text, head
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
@@ -149,11 +149,11 @@ def _run_probes(agent: ApiClient) -> ProbeRun:
     raise TransientError(f"the probes did not end within {PROBE_S:g} s")
 
 
-def _agent(api: ApiClient, device: str) -> Agent:
+def _agent(api: ApiClient, device: str) -> AgentAnswer:
     """The agent of a device as the API lists it. Raises NotFoundError."""
     for one in api.pages("/v1/agents", q=device):
         if one.get("id") == device:
-            return api.parsed(one, Agent)
+            return api.parsed(one, AgentAnswer)
     api.get(device_path(device))  # an unknown device has an error of its own
     raise NotFoundError(
         f"no agent of {device!a} is known; `nomad-watchdog explain` shows the reason"

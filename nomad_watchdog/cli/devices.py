@@ -7,7 +7,7 @@ from typing import Final, TextIO
 
 import click
 
-from nomad_watchdog.cli._answers import BulkResults, Fields
+from nomad_watchdog.cli._answers import BulkAnswer, Fields
 from nomad_watchdog.cli._api_client import device_path
 from nomad_watchdog.cli._fields import field_text, head
 from nomad_watchdog.cli._options import api_of, no_color, output_option
@@ -149,7 +149,7 @@ def import_devices(ctx: click.Context, file: TextIO) -> None:
     for start in range(0, len(wanted), BATCH):
         batch = wanted[start : start + BATCH]
         devices = [item for _, item in batch]
-        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []}, BulkResults)
+        answer = api.post("/v1/devices:bulk", {"devices": devices, "delete": []}, BulkAnswer)
         for (where, item), one in zip(batch, answer["results"], strict=False):
             if one["status"] >= 400:
                 rejected.append(f"{where}: {ascii(item['id'])[:80]}: {one.get('error')}")

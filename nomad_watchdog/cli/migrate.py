@@ -11,9 +11,9 @@ from click.core import ParameterSource
 
 from nomad_watchdog.cli._answers import (
     Fields,
-    Migration,
+    MigrationAnswer,
     MigrationBegun,
-    Migrations,
+    MigrationsAnswer,
     MigrationState,
 )
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
@@ -122,7 +122,7 @@ def show(ctx: click.Context, wait: bool, output: str) -> None:
     """Show the progress of the migration."""
     if wait:
         _wait(ctx)
-    answer = api_of(ctx).get("/v1/migration", Migrations)
+    answer = api_of(ctx).get("/v1/migration", MigrationsAnswer)
     if output == "json":
         print_json(answer)
         return
@@ -180,7 +180,7 @@ def _change(ctx: click.Context, what: str, output: str) -> None:
         click.echo(f"{clean(answer['from'])} to {clean(answer['to'])}: {clean(answer['state'])}")
 
 
-def _of(one: Migration) -> str:
+def _of(one: MigrationAnswer) -> str:
     target = one["target"]
     parts = [f"class {target['class']}"] if target["class"] else []
     parts += [f"{key}={value}" for key, value in sorted(target["labels"].items())]
@@ -214,7 +214,7 @@ def _wait(ctx: click.Context, begun: str = "") -> None:
     """The migrations that move devices to their goal; None = not known yet."""
     while True:
         try:
-            answer = api_of(ctx).get("/v1/migration", Migrations)
+            answer = api_of(ctx).get("/v1/migration", MigrationsAnswer)
         except TransientError:
             time.sleep(POLL_S)  # noqa: TID251  # a command that waits
             continue
@@ -233,7 +233,7 @@ def _wait(ctx: click.Context, begun: str = "") -> None:
         time.sleep(POLL_S)  # noqa: TID251  # a command that waits
 
 
-def _check_expected(expected: Collection[str], items: Mapping[str, Migration]) -> None:
+def _check_expected(expected: Collection[str], items: Mapping[str, MigrationAnswer]) -> None:
     for one in expected:
         if one not in items:
             raise ConflictError(

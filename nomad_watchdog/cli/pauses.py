@@ -8,7 +8,7 @@ from functools import wraps
 
 import click
 
-from nomad_watchdog.cli._answers import Fields, Pause, Pauses, PauseTarget
+from nomad_watchdog.cli._answers import Fields, PauseAnswer, PausesAnswer, PauseTarget
 from nomad_watchdog.cli._api_client import quoted
 from nomad_watchdog.cli._options import api_of, caller, no_color, output_option
 from nomad_watchdog.errors import UserError
@@ -100,7 +100,7 @@ def pause(ctx: click.Context, target: Fields, how: Fields, output: str) -> None:
     """Pause all actions for devices, until `resume` or for a time: no start, stop or replacement.
 
     A device must match all conditions. Pausing the same devices again changes the end."""
-    _print_pause(api_of(ctx).post("/v1/pauses", target | how, Pause), output)
+    _print_pause(api_of(ctx).post("/v1/pauses", target | how, PauseAnswer), output)
 
 
 @click.command()
@@ -133,7 +133,7 @@ def add(
     """Add a maintenance window. Requires --for or --until."""
     body = target | how | {"window": True}
     body |= {"from": _time(begins, "--from")} if begins else {}
-    _print_pause(api_of(ctx).post("/v1/pauses", body, Pause), output)
+    _print_pause(api_of(ctx).post("/v1/pauses", body, PauseAnswer), output)
 
 
 @maintenance.command("ls")
@@ -141,7 +141,7 @@ def add(
 @click.pass_context
 def list_windows(ctx: click.Context, output: str) -> None:
     """List current and future windows and pauses."""
-    answer = api_of(ctx).get("/v1/pauses", Pauses)
+    answer = api_of(ctx).get("/v1/pauses", PausesAnswer)
     if output == "json":
         print_json(answer)
         return
@@ -184,7 +184,7 @@ def _time_text(at: float | None) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _print_pause(answer: Pause, output: str) -> None:
+def _print_pause(answer: PauseAnswer, output: str) -> None:
     if not answer["covers"]:
         click.echo(
             "warning: no registered device matches; only devices that are registered later are covered",

@@ -10,7 +10,7 @@ from typing import Final
 import click
 from watchdog_agent.runtime.parsing import loads
 
-from nomad_watchdog.cli._answers import Plan, parse
+from nomad_watchdog.cli._answers import PlanAnswer, parse
 from nomad_watchdog.cli._apply import apply_by_service
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
 from nomad_watchdog.daemon import factory, one_shot
@@ -84,7 +84,9 @@ def apply(
     _check_classes(done)
 
 
-def _apply(ctx: click.Context, planned: Plan, *, from_file: bool, allow_stops: int | None) -> Plan:
+def _apply(
+    ctx: click.Context, planned: PlanAnswer, *, from_file: bool, allow_stops: int | None
+) -> PlanAnswer:
     """Apply a plan through the running service, or without one. Raises as `apply_by_service` and `apply_once`."""
     settings = settings_of(ctx)
     running = asyncio.run(factory.replicas(settings))
@@ -95,7 +97,7 @@ def _apply(ctx: click.Context, planned: Plan, *, from_file: bool, allow_stops: i
             allow_stops=allow_stops is not None,
             report_progress=lambda text: click.echo(clean(text), err=True),
         )
-        return parse(asyncio.run(done), Plan)
+        return parse(asyncio.run(done), PlanAnswer)
     if from_file and (now := _plan(ctx)["registry_index"]) != planned["registry_index"]:
         raise ConflictError(
             f"the registry has moved from {planned['registry_index']} to {now} since the plan was "
@@ -104,7 +106,7 @@ def _apply(ctx: click.Context, planned: Plan, *, from_file: bool, allow_stops: i
     return apply_by_service(api_of(ctx), settings, running, planned, stops=allow_stops or 0)
 
 
-def _check_classes(done: Plan) -> None:
+def _check_classes(done: PlanAnswer) -> None:
     if refused := done.get("unprepared_classes"):
         names = ", ".join(sorted(refused))
         raise UserError(
@@ -112,11 +114,11 @@ def _check_classes(done: Plan) -> None:
         )
 
 
-def _plan(ctx: click.Context) -> Plan:
-    return parse(asyncio.run(one_shot.plan_once(settings_of(ctx))), Plan)
+def _plan(ctx: click.Context) -> PlanAnswer:
+    return parse(asyncio.run(one_shot.plan_once(settings_of(ctx))), PlanAnswer)
 
 
-def _read(file: Path) -> Plan:
+def _read(file: Path) -> PlanAnswer:
     name = ascii(str(file))
     try:
         found = loads(file.read_text(encoding="utf-8"))
@@ -127,12 +129,12 @@ def _read(file: Path) -> Plan:
     if isinstance(found, dict):
         found = {"summary": "", "waiting_rollout": 0, **found}
     try:
-        return parse(found, Plan)
+        return parse(found, PlanAnswer)
     except ValueError as error:
         raise UserError(f"plan file {name} is not what `plan -o json` prints: {error}") from error
 
 
-def _confirm(planned: Plan, stops: int, ctx: click.Context) -> None:
+def _confirm(planned: PlanAnswer, stops: int, ctx: click.Context) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError("no terminal for the confirmation; --auto-approve skips it")
     _print(planned, "table", ctx)
@@ -141,7 +143,7 @@ def _confirm(planned: Plan, stops: int, ctx: click.Context) -> None:
     click.confirm(f"apply {count} actions{more}?", abort=True, err=True)
 
 
-def _print(view: Plan, output: str, ctx: click.Context) -> None:
+def _print(view: PlanAnswer, output: str, ctx: click.Context) -> None:
     if output == "json":
         print_json(view)
         return
@@ -162,7 +164,7 @@ def _print(view: Plan, output: str, ctx: click.Context) -> None:
         click.echo(f"{clean(outcome)}: {number}")
 
 
-def _print_actions(view: Plan, ctx: click.Context) -> None:
+def _print_actions(view: PlanAnswer, ctx: click.Context) -> None:
     columns = ("kind", "device", "epoch", "placement", "reason")
     rows = [[action.get(name) for name in columns] for action in view["actions"]]
     if rows:

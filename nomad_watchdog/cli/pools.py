@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from nomad_watchdog.cli._answers import Leases, Pool, Pools
+from nomad_watchdog.cli._answers import LeasesAnswer, PoolAnswer, PoolsAnswer
 from nomad_watchdog.cli._api_client import ApiClient, quoted
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 from nomad_watchdog.terminal import clean, print_json, print_table
@@ -53,20 +53,20 @@ def _controller(api: ApiClient) -> ApiClient:
     return _pools(api)[0]
 
 
-def _pools(api: ApiClient) -> tuple[ApiClient, Pools]:
+def _pools(api: ApiClient) -> tuple[ApiClient, PoolsAnswer]:
     """The replica that controls the pools, and its pools. If no replica controls them now: this one."""
-    pools = api.get("/v1/pools", Pools)
+    pools = api.get("/v1/pools", PoolsAnswer)
     if pools["keeper"]:
         return api, pools
-    leases = api.get("/v1/leases", Leases)
+    leases = api.get("/v1/leases", LeasesAnswer)
     found = [one["api"] for one in leases["shards"] if one["shard"] == 0 and one["api"]]
     if len(leases["replicas"]) < 2 or not found:
         return api, pools
     controller = api.at(found[0])
-    return controller, controller.get("/v1/pools", Pools)
+    return controller, controller.get("/v1/pools", PoolsAnswer)
 
 
-def _row(item: Pool) -> list[object]:
+def _row(item: PoolAnswer) -> list[object]:
     if not item["configured"]:
         return [item["name"], item["count"], item["running"], *[""] * 5, item["problem"]]
     scaler = item.get("scaler", "")

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 import click
 from watchdog_agent.runtime.parsing import whole
 
-from nomad_watchdog.cli._answers import ConfiguredReplica, EventPage, Fields, KnownLease, Leases
+from nomad_watchdog.cli._answers import (
+    ConfiguredReplica,
+    EventPage,
+    Fields,
+    KnownLease,
+    LeasesAnswer,
+)
 from nomad_watchdog.cli._api_client import PAGE, ApiClient, device_path
 from nomad_watchdog.cli._fields import leaf, mapping
 from nomad_watchdog.cli._options import api_of, no_color, output_option
@@ -51,7 +57,7 @@ def explain(ctx: click.Context, device_id: str, output: str) -> None:
 @click.pass_context
 def leader(ctx: click.Context, output: str) -> None:
     """Show which replica holds each shard, and since when."""
-    answer = api_of(ctx).get("/v1/leases", Leases)
+    answer = api_of(ctx).get("/v1/leases", LeasesAnswer)
     if output == "json":
         print_json(answer)
         return

@@ -2,7 +2,15 @@
 
 import pytest
 
-from nomad_watchdog.cli._answers import Fields, Leases, Migration, Plan, Pool, Pools, parse
+from nomad_watchdog.cli._answers import (
+    Fields,
+    LeasesAnswer,
+    MigrationAnswer,
+    PlanAnswer,
+    PoolAnswer,
+    PoolsAnswer,
+    parse,
+)
 
 PLAN = {
     "registry_index": 3,
@@ -16,28 +24,28 @@ PLAN = {
 def test_an_answer_may_have_more_fields_and_lack_optional_ones() -> None:
     """The answer of a newer or older service is used as it is."""
     answer = PLAN | {"new": [1], "held": {"count": 0, "id": "", "since": 1}}
-    assert parse(answer, Plan) is answer
+    assert parse(answer, PlanAnswer) is answer
     pool = {"name": "p", "configured": True, "count": 1, "running": 1, "problem": ""}
-    assert parse({"items": [pool | {"target": None}], "keeper": True}, Pools)["items"] == [
+    assert parse({"items": [pool | {"target": None}], "keeper": True}, PoolsAnswer)["items"] == [
         pool | {"target": None}
     ]
-    assert parse(pool | {"value": 1}, Pool)["value"] == 1  # JSON has one kind of number
+    assert parse(pool | {"value": 1}, PoolAnswer)["value"] == 1  # JSON has one kind of number
     assert parse({"a": [1]}, Fields) == {"a": [1]}
 
 
 @pytest.mark.parametrize(
     ("answer", "shape", "problem"),
     [
-        ([], Plan, "the answer is not an object"),
-        ({}, Plan, "registry_index is missing"),
-        (PLAN | {"actions": {}}, Plan, "actions has a wrong type"),
-        (PLAN | {"actions": ["a"]}, Plan, "actions has a wrong type"),
-        (PLAN | {"held": {}}, Plan, "held.count is missing"),
-        (PLAN | {"held": None}, Plan, "held is not an object"),
-        (PLAN | {"specs": {"default": 1}}, Plan, "specs has a wrong type"),
-        ({"items": [{"name": 1}], "keeper": True}, Pools, "items.name has a wrong type"),
-        ({"replica": "a", "problem": None}, Leases, "problem has a wrong type"),
-        ({"from": "local", "to": "nomad"}, Migration, "state is missing"),
+        ([], PlanAnswer, "the answer is not an object"),
+        ({}, PlanAnswer, "registry_index is missing"),
+        (PLAN | {"actions": {}}, PlanAnswer, "actions has a wrong type"),
+        (PLAN | {"actions": ["a"]}, PlanAnswer, "actions has a wrong type"),
+        (PLAN | {"held": {}}, PlanAnswer, "held.count is missing"),
+        (PLAN | {"held": None}, PlanAnswer, "held is not an object"),
+        (PLAN | {"specs": {"default": 1}}, PlanAnswer, "specs has a wrong type"),
+        ({"items": [{"name": 1}], "keeper": True}, PoolsAnswer, "items.name has a wrong type"),
+        ({"replica": "a", "problem": None}, LeasesAnswer, "problem has a wrong type"),
+        ({"from": "local", "to": "nomad"}, MigrationAnswer, "state is missing"),
     ],
 )
 def test_what_is_not_the_apis_answer_is_named(

@@ -35,7 +35,7 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-class Server:
+class ServerClient:
     """Calls Nomad or Consul as the control plane does: with the same address, token, namespace, region and TLS.
     Nothing is retried."""
 
@@ -120,11 +120,11 @@ async def open_server(
     settings: NomadAccess | ConsulAccess,
     headers: Mapping[str, str],
     params: Mapping[str, str] | None = None,
-) -> AsyncIterator[Server]:
+) -> AsyncIterator[ServerClient]:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     sent = {name: value for name, value in headers.items() if value}
     async with aiohttp.ClientSession(timeout=timeout, headers=sent) as session:
-        yield Server(session, settings, params or {})
+        yield ServerClient(session, settings, params or {})
 
 
 def clock_check(name: str, date: str) -> Check:

@@ -16,7 +16,7 @@ from nomad_watchdog.controllers.migration_state import MigrationState
 from nomad_watchdog.daemon.doctor.base import (
     TIMEOUT_S,
     Check,
-    Server,
+    ServerClient,
     Status,
     clock_check,
     denied_check,
@@ -76,7 +76,7 @@ def _consul_version(status: int, agent: object) -> Check:
 _SESSION: Final = 'grant session "NODE" { policy = "write" }, for the node of this Consul agent'
 
 
-async def _consul_session(server: Server) -> Check:
+async def _consul_session(server: ServerClient) -> Check:
     body = {"Name": "nomad-watchdog-doctor", "TTL": "10s", "Behavior": "delete"}
     status, made = await server.call("PUT", "/v1/session/create", body)
     if status != 200:
@@ -87,7 +87,7 @@ async def _consul_session(server: Server) -> Check:
     return Check("consul session", Status.OK if ok else Status.FAIL, "created and destroyed", fix)
 
 
-async def _consul_kv(server: Server, prefix: str) -> Check:
+async def _consul_kv(server: ServerClient, prefix: str) -> Check:
     # A compare-and-set that can't succeed (no key has index 1) needs the right and writes nothing.
     path = f"/v1/kv/{prefix}/doctor?cas=1"
     status, _ = await server.call("PUT", path, "")

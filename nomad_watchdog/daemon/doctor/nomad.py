@@ -11,7 +11,7 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor import nodes
 from nomad_watchdog.daemon.doctor.base import (
     Check,
-    Server,
+    ServerClient,
     Status,
     clock_check,
     mapping,
@@ -52,7 +52,7 @@ async def check_nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]
         return checks
 
 
-async def _nomad_place(server: Server, reached: NomadAccess) -> Check | None:
+async def _nomad_place(server: ServerClient, reached: NomadAccess) -> Check | None:
     """A failed check if the region or the namespace does not exist, else None."""
     status, answer = await server.call("GET", "/v1/regions", params={})
     regions = [str(one) for one in answer] if isinstance(answer, list) else []
@@ -130,7 +130,7 @@ def _nomad_limits(agent: object) -> list[Check]:
     return checks
 
 
-async def _nomad_rights(server: Server, settings: Settings) -> Check:
+async def _nomad_rights(server: ServerClient, settings: Settings) -> Check:
     prefix, namespace = settings.nomad.job_prefix, settings.nomad.namespace
     status, jobs = await server.call("GET", f"/v1/jobs?prefix={prefix}")
     if status != 200 or not isinstance(jobs, list):
