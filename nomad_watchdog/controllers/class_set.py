@@ -1,7 +1,7 @@
-"""The class specs that are in force for the whole fleet: read from the registry and followed by every replica.
+"""The class specs that are in force for the whole fleet: stored in the registry, and applied by every replica.
 
-Which set that is changes only when a replica starts or reads its configuration again, by the rule of
-`core.config_precedence`. What each replica is configured with is known to the others by its registration (`leases`).
+The set in force changes only when a replica starts or reloads its configuration, by the rule of
+`core.config_precedence`. Each replica publishes which set it is configured with (`replicas/leases.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from nomad_watchdog.config.class_set import ClassSetStore, InForce, in_words
 from nomad_watchdog.core.config_precedence import succeed, wins
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.replicas.leases import Leases
@@ -25,10 +24,10 @@ from nomad_watchdog.replicas.leases import Leases
 log = logging.getLogger(__name__)
 
 READ_EVERY_S: Final = 2.0
-"""So late at most another replica goes by a set that has come into force."""
+"""Maximum time until another replica applies a set that has come into force."""
 PATIENCE_S: Final = 5.0
-"""So long a start or a reload waits until it is known who else is there. Who does not know goes by what is in force,
-and asks again every second."""
+"""Maximum time that a start or a reload waits until the other replicas are known. After it, the replica applies the set
+in force, and decides later."""
 _POLL_S: Final = 0.05
 _TRIES: Final = 5
 
@@ -36,52 +35,54 @@ Specs = Mapping[str, AgentSpec]
 Place = Callable[[AgentSpec], AgentSpec]
 
 
-def as_it_is(spec: AgentSpec) -> AgentSpec:
+def unchanged(spec: AgentSpec) -> AgentSpec:
     return spec
 
 
 @dataclass(frozen=True, slots=True)
 class OwnClasses:
-    """What a replica is configured with."""
+    """The configuration of one replica."""
 
     specs: Specs
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Agent class → why its spec can't be made."""
-    place: Place = as_it_is
-    """Puts what is this replica's own into the spec of another one (`Settings.placer`)."""
+    place: Place = unchanged
+    """Replaces what belongs to another replica in a spec by what belongs to this one (`Settings.placer`)."""
 
-    def whole(self, kept: InForce | None) -> Specs:
-        """The specs, and those in force of classes that can't be read here."""
-        there = kept.specs if kept is not None else {}
+    def whole(self, stored: InForce | None) -> Specs:
+        """The specs, including those in force of classes that can't be read here."""
+        there = stored.specs if stored is not None else {}
         borrowed = {name: there[name] for name in self.unreadable if name in there}
         return {**borrowed, **self.specs}
 
-    def digest(self, kept: InForce | None) -> str:
+    def digest(self, stored: InForce | None) -> str:
         """Of the whole, see `class_set.digest`."""
-        return class_set.digest(self.whole(kept))
+        return class_set.digest(self.whole(stored))
 
-    def in_force(self, kept: InForce | None, replica: str) -> Specs:
-        """The specs to go by while `kept` is in force. `replica`: our own id."""
-        if kept is None:
+    def in_force(self, stored: InForce | None, replica: str) -> Specs:
+        """The specs to apply while `stored` is in force. `replica`: our own ID."""
+        if stored is None:
             return self.specs
-        if kept.standing.digest != self.digest(kept):
-            return {name: self.place(spec) for name, spec in kept.specs.items()}
-        if kept.by == replica:
-            # What we brought into force and can't read any more has to be fixed here.
+        if stored.standing.digest != self.digest(stored):
+            return {name: self.place(spec) for name, spec in stored.specs.items()}
+        if stored.by == replica:
+            # A class that we brought into force and can't read any more has to be fixed here.
             return self.specs
-        return {n: self.specs.get(n) or self.place(spec) for n, spec in kept.specs.items()}
+        return {n: self.specs.get(n) or self.place(spec) for n, spec in stored.specs.items()}
 
-    def differences(self, kept: InForce | None) -> tuple[str, ...]:
+    def differences(self, stored: InForce | None) -> tuple[str, ...]:
         """The classes that are not as they are in force, with the change in words."""
-        return () if kept is None else tuple(class_set.differences(kept.specs, self.whole(kept)))
+        return (
+            () if stored is None else tuple(class_set.differences(stored.specs, self.whole(stored)))
+        )
 
-    def wins(self, kept: InForce | None, others: Iterable[str]) -> bool:
+    def wins(self, stored: InForce | None, others: Iterable[str]) -> bool:
         """See `core.in_force.wins`."""
-        return wins(self.digest(kept), None if kept is None else kept.standing, others)
+        return wins(self.digest(stored), None if stored is None else stored.standing, others)
 
 
 class ClassSetController:
-    """One replica's view. `own`: what it starts with."""
+    """The set in force, for one replica. `own`: its configuration at the start."""
 
     def __init__(self, fleet: Fleet, leases: Leases, metrics: Metrics, own: OwnClasses) -> None:
         self._fleet = fleet
@@ -96,106 +97,105 @@ class ClassSetController:
         self._differing: tuple[str, ...] = ()
         self._specs: Specs = dict(own.specs)
         self.problem = ""
-        """Why what is in force can't be read now; what was read before stands."""
+        """Why the set in force can't be read now; what was read before stays in force."""
         fleet.views.add_status(self.status)
 
     # -- what is in force -----------------------------------------------------------------------
 
     def specs(self) -> Specs:
-        """Agent class → its spec in force, with what is this replica's own in it."""
+        """Agent class → its spec in force, adapted to this replica."""
         return self._specs
 
     @property
     def configured(self) -> Specs:
-        """Agent class → its spec as it is configured here."""
+        """Agent class → its spec as configured here."""
         return self._own.specs
 
     def unreadable(self) -> dict[str, str]:
-        """Classes that are configured here and in force nowhere, as their spec can't be made → why."""
+        """Classes that are configured here but not in force because their spec can't be made → why."""
         return {n: why for n, why in self._own.unreadable.items() if n not in self._specs}
 
     @property
     def differs(self) -> bool:
-        """Whether another set than ours is in force, and that is no matter of the next second."""
+        """Whether a different set than ours is in force, and stays so."""
         return bool(self._differing)
 
     def differences(self) -> tuple[str, ...]:
         """The classes that are configured differently here, with the change in words."""
         return self._differing
 
-    def _settle(self) -> None:
-        """See what follows from what was read."""
+    def _update(self) -> None:
+        """Apply what was read."""
         self._specs = self._own.in_force(self._store.in_force, self._leases.replica)
         if not self._open:
-            self._report()
+            self._report_difference()
 
     # -- deciding -------------------------------------------------------------------------------
 
     async def start(self, wait_s: float = PATIENCE_S) -> None:
-        """Apply the rule to what we are configured with. Waits until it is known who else is there, or for
-        `wait_s`; what can't be decided by then, `look` decides. Raises nothing that the registry raises."""
+        """Apply the rule to our configuration. Waits for at most `wait_s` until the other replicas are known; what
+        can't be decided by then, `poll` decides later. Errors of the registry are reported in `problem`."""
         clock, pause_s = self._fleet.clock, _POLL_S
         until = clock.monotonic() + wait_s
-        await self._look()
+        await self._poll()
         while self._open and clock.monotonic() < until:
             await asyncio.sleep(pause_s)
             if self._leases.configs() is not None:
-                await self._look()
+                await self._poll()
                 pause_s = min(2 * pause_s, 1.0)
 
-    async def look(self) -> bool:
-        """Read what is in force, and decide what is still to be decided; whether the specs in force are others
-        now. What the registry raises is told in `problem`."""
+    async def poll(self) -> bool:
+        """Read the set in force, and decide what is still undecided; whether the specs in force have changed. Errors of
+        the registry are reported in `problem`."""
         before = self._specs
         now = self._fleet.clock.monotonic()
         if self._open or now - self._read_at >= READ_EVERY_S:
-            await self._look()
+            await self._poll()
             self._read_at = now
         return before != self._specs
 
-    async def would_be(self, own: OwnClasses) -> Specs | None:
-        """What would be in force if we were configured with this now; None = that can't be known now. Raises as the
-        registry."""
+    async def preview(self, own: OwnClasses) -> Specs | None:
+        """What would be in force if this were our configuration; None = not known now. Raises as the registry."""
         others = self._leases.configs()
         if others is None:
             return None
-        kept = await self._store.read()
-        if own.wins(kept, others):
+        stored = await self._store.read()
+        if own.wins(stored, others):
             return own.specs
-        return own.in_force(kept, self._leases.replica)
+        return own.in_force(stored, self._leases.replica)
 
-    async def go_by(self, own: OwnClasses, wait_s: float = PATIENCE_S) -> None:
-        """We are configured with this from now on: apply the rule, as at a start."""
+    async def configure(self, own: OwnClasses, wait_s: float = PATIENCE_S) -> None:
+        """Make this our configuration: apply the rule, as at a start."""
         self._own, self._open = own, True
         await self.start(wait_s)
 
-    async def have_read(self, found: Specs, still: Mapping[str, str]) -> bool:
-        """Files of classes were read again: `found` can be now, `still` can't and why. The classes that have come are
-        a new configuration of ours; whether there are any."""
+    async def on_files_read(self, found: Specs, still: Mapping[str, str]) -> bool:
+        """Files of classes were read again: `found` are readable now, `still` are not, and why. Classes that became
+        readable are a new configuration; whether there are any."""
         own = self._own
         come = {name: spec for name, spec in found.items() if name in own.unreadable}
         left = {name: why for name, why in still.items() if name in own.unreadable}
         again = replace(own, specs={**own.specs, **come}, unreadable=left)
         if come:
-            await self.go_by(again)
+            await self.configure(again)
         else:
             self._own = again
         return bool(come)
 
-    async def once(self, *, bring: bool) -> None:
-        """For a command that looks once: what is in force, or would be if a replica started with our configuration.
-        `bring`: as such a replica, bring it into force. Raises as the registry."""
+    async def read_once(self, *, apply: bool) -> None:
+        """For a command that decides once: read what is in force, or would be if a replica started with our
+        configuration. `apply`: bring it into force, as such a replica. Raises as the registry."""
         await self._store.read()
-        if bring:
+        if apply:
             await self._decide()
-        kept, own = self._store.in_force, self._own
-        if own.wins(kept, self._leases.configs() or ()):
+        stored, own = self._store.in_force, self._own
+        if own.wins(stored, self._leases.configs() or ()):
             self._specs, self._differing = own.specs, ()
         else:
-            self._specs = own.in_force(kept, self._leases.replica)
-            self._differing = own.differences(kept)
+            self._specs = own.in_force(stored, self._leases.replica)
+            self._differing = own.differences(stored)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
             await self._store.read()
             await self._announce()
@@ -207,7 +207,7 @@ class ClassSetController:
             self.problem = str(error)
         else:
             self.problem = ""
-        self._settle()
+        self._update()
 
     async def _announce(self) -> None:
         if (now := self._own.digest(self._store.in_force)) != self._announced:
@@ -219,79 +219,72 @@ class ClassSetController:
             others = self._leases.configs()
             if others is None:
                 return
-            kept, own = self._store.in_force, self._own
-            if not own.wins(kept, others):
+            stored, own = self._store.in_force, self._own
+            if not own.wins(stored, others):
                 self._open = False
                 return
             wanted = InForce(
-                succeed(None if kept is None else kept.standing, own.digest(kept)),
-                own.whole(kept),
+                succeed(None if stored is None else stored.standing, own.digest(stored)),
+                own.whole(stored),
                 self._leases.replica,
                 self._fleet.clock.wall(),
             )
             if await self._store.write(wanted):
                 self._open = False
-                self._say_changed(kept, wanted)
+                self._report_change(stored, wanted)
                 return
             await self._store.read()
 
-    # -- saying so ------------------------------------------------------------------------------
+    # -- reporting ------------------------------------------------------------------------------
 
-    def _say_changed(self, before: InForce | None, now: InForce) -> None:
-        told = {"config": now.standing.digest, "number": now.standing.number}
-        log.info("class specs in force", extra=told)
+    def _report_change(self, before: InForce | None, now: InForce) -> None:
+        fields = {"config": now.standing.digest, "number": now.standing.number}
+        log.info("class specs in force", extra=fields)
         if before is None:
             return
         changed = class_set.differences(before.specs, now.specs)
-        who = self._leases.replica
-        text = f"the class specs of replica {who} are in force for all: {in_words(changed)}"
-        self._tell("classes.in_force", text, {**told, "changed": changed[:20]})
+        replica = self._leases.replica
+        text = f"the class specs of replica {replica} are in force for all: {in_words(changed)}"
+        self._emit("classes.in_force", text, {**fields, "changed": changed[:20]})
 
-    def _report(self) -> None:
-        """Say when we begin or end to be configured differently."""
-        kept = self._store.in_force
-        if kept is None:
+    def _report_difference(self) -> None:
+        """Report when our configuration begins or ceases to differ from the set in force."""
+        stored = self._store.in_force
+        if stored is None:
             return
-        now = self._own.differences(kept)
+        now = self._own.differences(stored)
         was, self._differing = self._differing, now
         self._metrics.config_differs(differs=bool(now))
         if now == was:
             return
-        told = {"config": self._own.digest(kept), "in_force": kept.standing.digest}
+        fields = {"config": self._own.digest(stored), "in_force": stored.standing.digest}
         if now:
             text = (
                 f"replica {self._leases.replica} is configured differently from what is in force (in force → "
                 f"its own file): {in_words(now)}"
             )
-            log.warning(text, extra=told)
-            self._tell("classes.differ", text, {**told, "changed": list(now[:20])})
+            log.warning(text, extra=fields)
+            self._emit("classes.differ", text, {**fields, "changed": list(now[:20])})
         else:
             text = f"replica {self._leases.replica} is configured with what is in force"
-            log.info(text, extra=told)
-            self._tell("classes.agree", text, told)
+            log.info(text, extra=fields)
+            self._emit("classes.agree", text, fields)
 
-    def _tell(self, kind: str, text: str, data: Mapping[str, object]) -> None:
-        self._fleet.events.own.add(
-            at=self._fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=text,
-            data=dict(data),
-        )
+    def _emit(self, kind: str, text: str, data: Mapping[str, object]) -> None:
+        self._fleet.events.own.note(self._fleet.clock.wall(), kind, text, **data)
 
     def status(self) -> dict[str, object]:
-        """Our part of the status."""
-        kept = self._store.in_force
-        if kept is None:
+        """For the status."""
+        stored = self._store.in_force
+        if stored is None:
             return {"classes_in_force": {"problem": self.problem}} if self.problem else {}
         return {
             "classes_in_force": {
-                "config": kept.standing.digest,
-                "number": kept.standing.number,
-                "by": kept.by,
-                "since": kept.since,
-                "own": self._own.digest(kept),
+                "config": stored.standing.digest,
+                "number": stored.standing.number,
+                "by": stored.by,
+                "since": stored.since,
+                "own": self._own.digest(stored),
                 "differs": list(self._differing),
                 "unreadable": dict(self._own.unreadable),
                 "problem": self.problem,

@@ -1,7 +1,7 @@
-"""Brings the conditions of devices into the registry: when one begins, changes or ends, and never for a report.
+"""Writes the conditions of devices to the registry when one begins, changes or ends, but not for each report.
 
-What is wanted gathers per device, so that ten thousand devices that go offline at once are a few transactions.
-Only the holder of a device's shard writes, each record by compare-and-set.
+Changes are gathered per device, so that ten thousand devices that go offline at once take a few transactions. Only the
+holder of a device's shard writes, each record by compare-and-set.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ log = logging.getLogger(__name__)
 
 GATHER_S: Final = 0.2
 """Conditions are gathered for this time before they are written."""
-MOST: Final = 1_000
-"""Records of one commit."""
-LOOK_EVERY_S: Final = 5.0
-"""How often it is checked whether a shard has become ours."""
+MAX_BATCH: Final = 1_000
+"""Maximum number of records in one commit."""
+CHECK_EVERY_S: Final = 5.0
+"""Interval at which it is checked whether a shard has become ours."""
 RETRY_S: Final = (0.5, 10.0)
 """First and longest wait after the registry failed, seconds."""
 
 
 class ConditionWriter:
-    """The writer of one replica."""
+    """Writes the conditions of one replica's devices."""
 
     def __init__(self, fleet: Fleet, ownership: ShardOwnership, leases: Leases) -> None:
         self._fleet = fleet
-        self._territory = ownership
+        self._ownership = ownership
         self._leases = leases
 
     async def run(self) -> None:
-        """Write until cancelled. An outage of the registry is waited out."""
+        """Write until cancelled, with retries while the registry is not available."""
         news, delay_s = self._fleet.verdicts.conditions.news, RETRY_S[0]
         trouble = Lasting(log, "conditions not written")
         while True:
             try:
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(CHECK_EVERY_S):
                     await news.wait()
             except TimeoutError:
                 pass
@@ -70,18 +70,18 @@ class ConditionWriter:
                     news.set()
 
     async def write(self) -> int:
-        """Write what is wanted of our devices; how many lost their compare-and-set and are to be tried again.
+        """Write the pending conditions of our devices; how many lost their compare-and-set and must be retried.
 
         Raises as `Registry.commit`."""
         fleet = self._fleet
-        ours = self._territory.shards()
+        ours = self._ownership.shards()
         waiting = fleet.verdicts.conditions.slugs()
-        others = [slug for slug in waiting if self._territory.shard(slug) not in ours]
+        others = [slug for slug in waiting if self._ownership.shard(slug) not in ours]
         then = Monotonic(fleet.clock.monotonic() - fleet.limits.report_stale_s)
         fleet.verdicts.conditions.forget_before(then, others)
-        mine = iter([slug for slug in waiting if self._territory.shard(slug) in ours])
+        mine = iter([slug for slug in waiting if self._ownership.shard(slug) in ours])
         lost = 0
-        while batch := list(islice(mine, MOST)):
+        while batch := list(islice(mine, MAX_BATCH)):
             wanted = [
                 replace(record, condition=fleet.verdicts.condition(record))
                 for slug in batch

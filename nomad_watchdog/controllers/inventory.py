@@ -1,8 +1,8 @@
-"""Static inventories: files that list devices, watched; the registry follows the last good one.
+"""Static inventories: files that list devices. The registry follows the last valid content of each file.
 
-A file is looked at every second by its signature, so that a rename over it, a swapped link and an edit in
-place are all seen, and read only once two looks agree: a writer has come to its end then. What is bad,
-empty or gone changes nothing. What vanishes from a good file leaves, within the breaker's limit (S7).
+The signature of each file is checked every second, so that a rename over it, a changed link and an edit in place are
+all noticed. A file is read once two checks agree: then it is written completely. A file that is invalid, empty or
+missing changes nothing. Devices that are no longer in a valid file leave, at most as many at once as S7 allows.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from nomad_watchdog.model import Departure, Device, DeviceRecord
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S: Final = 1.0
+POLL_S: Final = 1.0
 COMPARE_EVERY_S: Final = 5.0
-"""The registry is brought back to the last good file so often, whoever changed it."""
+"""Interval at which the registry is compared with the last valid file."""
 BATCH: Final = 500
-MAX_SHOWN: Final = 20
+MAX_LISTED: Final = 20
 
 
 def source_of(path: str) -> str:
-    """How records name the file that they came from."""
+    """The source of the records of a file."""
     return f"inventory:{path}"
 
 
@@ -41,17 +41,17 @@ def source_of(path: str) -> str:
 class _File:
     path: str
     seen: Signature | None = None
-    """At the last look."""
+    """At the last check."""
     tried: Signature | None = None
-    """What was read last, for good or bad."""
+    """Of the content that was read last, valid or not."""
     listed: dict[Slug, Device] | None = None
-    """The last good content; None until there was one."""
+    """The last valid content; None until there was one."""
     problem: str = ""
     conflicts: tuple[str, ...] = ()
 
 
 class InventoryController:
-    """The configured files, and the registry brought in line with them."""
+    """Makes the registry follow the configured files."""
 
     def __init__(
         self,
@@ -72,16 +72,16 @@ class InventoryController:
 
     def configure(self, paths: Sequence[str], classes: Collection[str] | None) -> None:
         """Follow these files from now on. The devices of a file that is no longer followed stay registered,
-        and may be changed by anybody. `classes`: those that a device may have; None = any."""
+        and can then be changed through the API. `classes`: those that a device may have; None = any."""
         if classes != self.classes:
             self.classes = classes
-            self.look_now()  # what was good may be bad now, and the other way round
+            self.reread()  # a valid file may be invalid now, and the other way round
         known = {file.path: file for file in self.files}
         self.files = [known.get(path) or _File(path) for path in paths]
         self.fleet.presence.inventories = frozenset(map(source_of, paths))
         self._now.set()
 
-    def look_now(self) -> None:
+    def reread(self) -> None:
         """Read every file again, changed or not (SIGHUP)."""
         for file in self.files:
             file.tried = None
@@ -92,24 +92,24 @@ class InventoryController:
         await self.fleet.readiness.event.wait()
         clock, due = self.fleet.clock, float("-inf")
         while True:
-            changed = [await self._look(file) for file in self.files]
+            changed = [await self._poll(file) for file in self.files]
             if any(changed) or clock.monotonic() >= due:
                 await self._follow()
                 due = clock.monotonic() + COMPARE_EVERY_S
             try:
-                async with asyncio.timeout(LOOK_EVERY_S if self.files else None):
+                async with asyncio.timeout(POLL_S if self.files else None):
                     await self._now.wait()
             except TimeoutError:
                 pass
             self._now.clear()
 
-    async def _look(self, file: _File) -> bool:
-        """Whether there is new good content."""
+    async def _poll(self, file: _File) -> bool:
+        """Whether there is new valid content."""
         try:
             found = await asyncio.to_thread(inventory_file.signature, file.path)
         except UserError as error:
             file.seen = file.tried = None
-            self._say(file, str(error))
+            self._set_problem(file, str(error))
             return False
         try:
             before, file.seen = file.seen, found
@@ -122,32 +122,29 @@ class InventoryController:
             return False
         except UserError as error:
             file.tried = found
-            self._say(file, str(error))
+            self._set_problem(file, str(error))
             return False
         file.tried = found
-        self._say(file, "")
+        self._set_problem(file, "")
         return True
 
-    def _say(self, file: _File, problem: str) -> None:
+    def _set_problem(self, file: _File, problem: str) -> None:
         problem = "; ".join(problem.splitlines())
         if problem == file.problem:
             return
         file.problem = problem
-        text = problem or f"{file.path} is good again"
+        text = problem or f"{file.path} is valid again"
         log.warning("inventory", extra={"file": file.path, "reason": text})
-        self._note("inventory.bad" if problem else "inventory.good", text, {})
+        self._note("inventory.bad" if problem else "inventory.good", text)
 
-    def _note(self, kind: str, text: str, data: dict[str, object]) -> None:
-        fleet = self.fleet
-        fleet.events.own.add(
-            at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
-        )
+    def _note(self, kind: str, text: str, **data: object) -> None:
+        self.fleet.events.own.note(self.fleet.clock.wall(), kind, text, **data)
 
     async def _follow(self) -> None:
         for file in self.files:
             if file.listed is not None:
                 try:
-                    await self._bring(file, file.listed)
+                    await self._apply(file, file.listed)
                 except WatchdogError as error:
                     log.warning(
                         "inventory not followed", extra={"file": file.path, "reason": str(error)}
@@ -157,16 +154,16 @@ class InventoryController:
             conflicts=sum(len(file.conflicts) for file in self.files),
         )
 
-    async def _bring(self, file: _File, listed: dict[Slug, Device]) -> None:
+    async def _apply(self, file: _File, listed: dict[Slug, Device]) -> None:
         fleet, source = self.fleet, source_of(file.path)
-        # Every replica reads the files, and each brings in line what it is to decide about.
+        # Every replica reads the files, and applies them to the devices that it decides about.
         ours = self.departures.ownership.of
         changes = compare(ours(listed), ours(fleet.records), source, fleet.presence.inventories)
         if changes.conflicts and changes.conflicts != file.conflicts:
             self._note(
                 "inventory.conflict",
-                f"{file.path}: {len(changes.conflicts)} listed devices belong to others",
-                {"devices": list(changes.conflicts[:MAX_SHOWN])},
+                f"{file.path}: {len(changes.conflicts)} listed devices belong to another source",
+                devices=list(changes.conflicts[:MAX_LISTED]),
             )
         file.conflicts = changes.conflicts
 
@@ -178,7 +175,7 @@ class InventoryController:
             await fleet.records.register(changes.register[first : first + BATCH], source)
 
     def status(self) -> dict[str, object]:
-        """Our part of the status."""
+        """For the status."""
         return {
             "inventory": [
                 {
@@ -186,7 +183,7 @@ class InventoryController:
                     "devices": None if file.listed is None else len(file.listed),
                     "problem": file.problem,
                     "conflicts": len(file.conflicts),
-                    "conflicting": list(file.conflicts[:MAX_SHOWN]),
+                    "conflicting": list(file.conflicts[:MAX_LISTED]),
                 }
                 for file in self.files
             ]

@@ -8,7 +8,6 @@ from typing import Final
 
 from nomad_watchdog.errors import TerminalError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.metrics import Metrics
 
@@ -19,7 +18,7 @@ EVERY_S: Final = 5.0
 
 
 class RegistryWrites:
-    """Keeps `Fleet.registry_unwritable`."""
+    """Sets `Fleet.registry_unwritable`."""
 
     def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
         self._fleet = fleet
@@ -37,13 +36,13 @@ class RegistryWrites:
         try:
             await self._fleet.registry.check_writable()
         except TerminalError as error:
-            self._refused(str(error))
+            self._on_refused(str(error))
         except WatchdogError:
             return
         else:
-            self._accepted()
+            self._on_accepted()
 
-    def _refused(self, why: str) -> None:
+    def _on_refused(self, why: str) -> None:
         fleet = self._fleet
         self._trouble.goes_on(fleet.clock.monotonic(), why)
         self._metrics.registry_unwritable(True)
@@ -54,7 +53,7 @@ class RegistryWrites:
             f"or replaced; running agents continue. ({why})"
         )
 
-    def _accepted(self) -> None:
+    def _on_accepted(self) -> None:
         fleet = self._fleet
         lasted_s = self._trouble.over(fleet.clock.monotonic())
         if fleet.readiness.registry_unwritable:
@@ -64,11 +63,4 @@ class RegistryWrites:
         self._metrics.registry_unwritable(False)
 
     def _note(self, kind: str, text: str, **data: object) -> None:
-        self._fleet.events.own.add(
-            at=self._fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=text,
-            data=data,
-        )
+        self._fleet.events.own.note(self._fleet.clock.wall(), kind, text, **data)

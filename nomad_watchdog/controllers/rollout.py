@@ -1,8 +1,7 @@
-"""Versions on their way: which spec each class has now, and back to the last good one when the new one dies.
+"""Roll-outs: which spec each class has now, and back to the last proven one when agents of the new one die.
 
-What is kept of a class is one small document in the registry: the last spec that has proved itself, and the
-hash of the one that was given up. Every replica goes by it and sees what soaks; the holder of shard 0 alone
-judges and writes.
+The registry stores one small document per class: the last spec that was proven, and the hash of the one that was given
+up. Every replica applies it and observes the agents of new versions; only the leader judges and writes.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from nomad_watchdog.schedulers.agent_document import spec_fields, stored_spec
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S: Final = 1.0
+POLL_S: Final = 1.0
 READ_EVERY_S: Final = 5.0
-"""So late at most another replica goes by what the judge wrote."""
+"""Maximum time until another replica applies what the leader wrote."""
 _UP: Final = (PlacementState.RUNNING, PlacementState.LOST)
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutState:
-    """What the registry knows of a class."""
+    """What the registry stores for a class."""
 
     good: Annotated[AgentSpec | None, BeforeValidator(spec_fields)] = None
     template: str = ""
-    """Digest of the template that the good spec was made with: its text is not kept."""
+    """Digest of the template of the proven spec: its text is not stored."""
     bad: str = ""
     """Hash of the spec that was given up."""
     why: str = ""
@@ -52,88 +51,94 @@ _STATE: Final = TypeAdapter(RolloutState)
 
 
 class RolloutController:
-    """The specs in force. `wished`: as they are configured."""
+    """The specs in force. `configured`: as in the configuration."""
 
     def __init__(
-        self, fleet: Fleet, wished: Mapping[str, AgentSpec], leases: Leases, metrics: Metrics
+        self, fleet: Fleet, configured: Mapping[str, AgentSpec], leases: Leases, metrics: Metrics
     ) -> None:
         self._fleet = fleet
-        self._wished = dict(wished)
+        self._configured = dict(configured)
         self._leases = leases
         self._metrics = metrics
         self._limits = SoakLimits(fleet.limits.soak_s, fleet.limits.soak_deaths)
         self._documents: dict[str, Document[RolloutState]] = {}
         self._soaks: dict[str, Soak] = {}
         self._read_at = float("-inf")
-        self._now = dict(wished)
-        self._halted = frozenset(self._wished) if self.on else frozenset()
-        """Until the documents have been read nobody knows which version was given up."""
+        self._in_force_now = dict(configured)
+        self._halted = frozenset(self._configured) if self.on else frozenset()
+        """All classes until the documents have been read: until then it is not known which versions were given up."""
         self.problem = ""
-        """Why the documents can't be read now; what was read before stands."""
+        """Why the documents can't be read now; what was read before stays in force."""
         fleet.views.add_status(self.status)
 
     @property
     def on(self) -> bool:
-        """Whether versions are watched at all."""
+        """Whether new versions have to prove themselves."""
         return self._limits.soak_s > 0
 
     def specs(self) -> dict[str, AgentSpec]:
         """Agent class → the spec in force."""
-        return self._now
+        return self._in_force_now
 
     @property
     def configured(self) -> Mapping[str, AgentSpec]:
-        """Agent class → its spec as it is configured."""
-        return self._wished
+        """Agent class → its configured spec."""
+        return self._configured
 
-    def wished(self) -> dict[str, str]:
-        """Agent class → the hash of its spec as it is configured."""
-        return {name: spec.spec_hash for name, spec in self._wished.items()}
+    def configured_hashes(self) -> dict[str, str]:
+        """Agent class → the hash of its configured spec."""
+        return {name: spec.spec_hash for name, spec in self._configured.items()}
 
-    def want(self, wished: Mapping[str, AgentSpec]) -> None:
-        """Go by these configured specs, and the fleet's limits of this moment, from now on. Where versions
-        are watched, a class that is new or changed waits until it is known which versions were given up."""
-        changed = {n for n, spec in wished.items() if self._wished.get(n) != spec}
-        self._wished = dict(wished)
+    def configure(self, configured: Mapping[str, AgentSpec]) -> None:
+        """Apply these configured specs and the current limits of the fleet. Where new versions have to prove
+        themselves, a class that is new or changed waits until it is known which versions were given up."""
+        changed = {n for n, spec in configured.items() if self._configured.get(n) != spec}
+        self._configured = dict(configured)
         self._limits = SoakLimits(self._fleet.limits.soak_s, self._fleet.limits.soak_deaths)
-        self._soaks = {n: s for n, s in self._soaks.items() if n in wished and n not in changed}
+        self._soaks = {n: s for n, s in self._soaks.items() if n in configured and n not in changed}
         self._read_at = float("-inf")
         if self.on:
-            self._now = {n: self._now.get(n, spec) for n, spec in wished.items()}
+            self._in_force_now = {
+                n: self._in_force_now.get(n, spec) for n, spec in configured.items()
+            }
             self._halted |= changed
         else:
-            self._now, self._halted = dict(wished), frozenset()
+            self._in_force_now, self._halted = dict(configured), frozenset()
 
     def halted(self) -> frozenset[str]:
-        """Classes whose new version was given up and that have none to go back to."""
+        """Classes whose new version was given up and that have no earlier one to go back to."""
         return self._halted
 
-    async def _settle(self) -> None:
-        """See what follows from what is kept."""
-        self._now = {name: await self._in_force(name, spec) for name, spec in self._wished.items()}
+    async def _update(self) -> None:
+        """Apply what was read."""
+        self._in_force_now = {
+            name: await self._in_force(name, spec) for name, spec in self._configured.items()
+        }
         self._halted = frozenset(
             name
-            for name, spec in self._wished.items()
-            if self._is_given_up(name) and self._now[name] is spec
+            for name, spec in self._configured.items()
+            if self._is_given_up(name) and self._in_force_now[name] is spec
         )
-        self._metrics.rollouts_given_up(sum(map(self._is_given_up, self._wished)))
+        self._metrics.rollouts_given_up(sum(map(self._is_given_up, self._configured)))
 
-    async def _in_force(self, name: str, wished: AgentSpec) -> AgentSpec:
-        kept = self._kept(name)
-        back = kept.good if self._is_given_up(name) else None
+    async def _in_force(self, name: str, configured: AgentSpec) -> AgentSpec:
+        state = self._state(name)
+        back = state.good if self._is_given_up(name) else None
         if back is None:
-            return wished
-        # Only what an older version of this program knows is kept: where the template is the same, its text is.
-        for text in (wished.text, ""):
-            one = replace(back, text=text if back.template == wished.template else "", on=wished.on)
-            if await asyncio.to_thread(_digest, one) == kept.template:
+            return configured
+        # The stored spec has only the fields that older versions know; the text of an equal template is ours.
+        for text in (configured.text, ""):
+            one = replace(
+                back, text=text if back.template == configured.template else "", on=configured.on
+            )
+            if await asyncio.to_thread(_digest, one) == state.template:
                 return one
-        return wished
+        return configured
 
     def _is_given_up(self, name: str) -> bool:
-        return self._kept(name).bad == self._wished[name].spec_hash
+        return self._state(name).bad == self._configured[name].spec_hash
 
-    def _kept(self, name: str) -> RolloutState:
+    def _state(self, name: str) -> RolloutState:
         return self._document(name).value
 
     def _document(self, name: str) -> Document[RolloutState]:
@@ -142,12 +147,12 @@ class RolloutController:
         return self._documents[name]
 
     def soaking(self) -> int:
-        """Agents of new versions that are ready now and have not proved themselves yet. One that reports
-        before the scheduler shows it counts: whoever is not known to run an older version."""
+        """Number of agents of new versions that are ready now and have not proved themselves yet. An agent that
+        reports before the scheduler lists it counts, unless it is known to run an older version."""
         return sum(
             slug not in soak.lasted
             and self._fleet.verdicts.has_ready_agent(slug)
-            and not self._is_old(slug, self._wished[name])
+            and not self._is_old(slug, self._configured[name])
             for name, soak in self._soaks.items()
             for slug in self._wanted(name)
         )
@@ -160,28 +165,28 @@ class RolloutController:
         )
 
     def status(self) -> dict[str, object]:
-        """For the status: what is on its way, and what was given up; nothing where none are watched."""
+        """For the status: roll-outs in progress and versions that were given up; empty where `on` is false."""
         if not self.on:
             return {}
-        shown: dict[str, object] = {}
-        for name, spec in self._wished.items():
-            kept, soak = self._kept(name), self._soaks.get(name)
+        rollouts: dict[str, object] = {}
+        for name, spec in self._configured.items():
+            state, soak = self._state(name), self._soaks.get(name)
             if soak is None and not self._is_given_up(name):
                 continue
-            shown[name] = {
+            rollouts[name] = {
                 "wished": spec.version,
-                "in_force": self._now[name].version,
+                "in_force": self._in_force_now[name].version,
                 "soaking": soak.soaking() if soak is not None else 0,
                 "died": len(soak.died) if soak is not None else 0,
-                "given_up": kept.why if self._is_given_up(name) else "",
+                "given_up": state.why if self._is_given_up(name) else "",
             }
-        return {"rollouts": shown}
+        return {"rollouts": rollouts}
 
-    # -- what the registry keeps ----------------------------------------------------------------
+    # -- the documents in the registry ----------------------------------------------------------------
 
-    async def look(self) -> bool:
-        """Read what is kept, look at the agents of new versions and, as the judge, say what follows; whether
-        there may be more room in the window. What the registry raises is told in `problem`."""
+    async def poll(self) -> bool:
+        """Read the documents, observe the agents of new versions and, as the leader, judge them; whether there may be
+        more room in the roll-out window. Errors of the registry are reported in `problem`."""
         if not self.on:
             return False
         before = self._room()
@@ -191,7 +196,7 @@ class RolloutController:
                 await self._read()
                 self._read_at = now
             if self._fleet.readiness.ready:
-                for name, spec in self._wished.items():
+                for name, spec in self._configured.items():
                     await self._watch(name, spec)
         except WatchdogError as error:
             if not self.problem:
@@ -202,26 +207,26 @@ class RolloutController:
         return before != self._room()
 
     def _room(self) -> tuple[frozenset[str], dict[str, int]]:
-        """What changes when there is room for more."""
+        """Changes when there is room for more replacements."""
         return self._halted, {name: len(soak.lasted) for name, soak in self._soaks.items()}
 
     async def _read(self) -> None:
-        for name in self._wished:
+        for name in self._configured:
             await self._document(name).refresh()
-        await self._settle()
+        await self._update()
 
-    async def _write(self, name: str, kept: RolloutState) -> bool:
-        if not await self._document(name).replace(kept):
+    async def _write(self, name: str, state: RolloutState) -> bool:
+        if not await self._document(name).replace(state):
             self._read_at = float("-inf")  # another leader was faster: read what it wrote
             return False
-        await self._settle()
+        await self._update()
         return True
 
     # -- watching and judging -------------------------------------------------------------------
 
     async def _watch(self, name: str, spec: AgentSpec) -> None:
-        kept = self._kept(name)
-        settled = kept.good is not None and kept.good.spec_hash == spec.spec_hash
+        state = self._state(name)
+        settled = state.good is not None and state.good.spec_hash == spec.spec_hash
         if settled or self._is_given_up(name):
             self._soaks.pop(name, None)
             return
@@ -233,44 +238,38 @@ class RolloutController:
 
     async def _judge(self, spec: AgentSpec, soak: Soak, wanted: frozenset[Slug]) -> None:
         name = spec.agent_class
-        kept = self._kept(name)
-        # The first version of all has nothing before it: it is only waited for until it is good.
-        if soak.is_bad(len(wanted)) and kept.good is not None:
-            await self._give_up(name, spec, kept, soak)
+        state = self._state(name)
+        # There is no version to go back to before the first one, so it is never given up.
+        if soak.is_bad(len(wanted)) and state.good is not None:
+            await self._give_up(name, spec, state, soak)
         elif wanted and soak.is_good(wanted):
             proved = RolloutState(good=spec, template=await asyncio.to_thread(_digest, spec))
-            if await self._write(name, proved) and kept.good is not None:
-                self._tell(name, "rollout.done", f"version {spec.version} is on all devices")
+            if await self._write(name, proved) and state.good is not None:
+                self._report(name, "rollout.done", f"version {spec.version} is on all devices")
 
-    async def _give_up(self, name: str, spec: AgentSpec, kept: RolloutState, soak: Soak) -> None:
+    async def _give_up(self, name: str, spec: AgentSpec, state: RolloutState, soak: Soak) -> None:
         why = (
             f"agents of {len(soak.died)} devices ended within {self._limits.soak_s:g} s after they "
             "were ready"
         )
-        if not await self._write(name, replace(kept, bad=spec.spec_hash, why=why)):
+        if not await self._write(name, replace(state, bad=spec.spec_hash, why=why)):
             return
-        back = self._now[name]
+        back = self._in_force_now[name]
         if back is spec:
-            self._tell(
+            self._report(
                 name,
                 "rollout.halted",
                 f"version {spec.version}: {why}; the template of the version before has changed, so "
-                "that it can't be gone back to",
+                "there is no way back to it",
             )
         else:
             text = f"version {spec.version}: {why}; back to version {back.version}"
-            self._tell(name, "rollout.rolled_back", text)
+            self._report(name, "rollout.rolled_back", text)
 
-    def _tell(self, name: str, kind: str, text: str) -> None:
+    def _report(self, name: str, kind: str, text: str) -> None:
         log.warning(text, extra={"agent_class": name, "kind": kind})
-        self._fleet.events.own.add(
-            at=self._fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=f"class {name}, {text}",
-            data={"class": name},
-        )
+        fleet = self._fleet
+        fleet.events.own.note(fleet.clock.wall(), kind, f"class {name}, {text}", **{"class": name})
 
     def _wanted(self, name: str) -> Iterator[Slug]:
         for slug, record in self._fleet.records.items():

@@ -128,7 +128,7 @@ class Reloader:
             await self.requested.wait()
             self.requested.clear()
             self.renew()
-            self.inventory.look_now()
+            self.inventory.reread()
             ready = self.reconciler.fleet.readiness.event.is_set()
             if ready:
                 systemd.reloading(self.reconciler.fleet.clock.monotonic())

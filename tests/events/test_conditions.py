@@ -252,7 +252,7 @@ async def test_outages_at_once_are_few_transactions(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Devices that go offline at once are one commit for each batch of them, and their end as many."""
-    monkeypatch.setattr(condition_writer, "MOST", 100)
+    monkeypatch.setattr(condition_writer, "MAX_BATCH", 100)
     slugs = await plant.grow(300)
     for state in (AgentState.OFFLINE, AgentState.OK):
         plant.registry.commits.clear()

@@ -12,7 +12,7 @@ from nomad_watchdog.controllers.class_set import (
     READ_EVERY_S,
     ClassSetController,
     OwnClasses,
-    as_it_is,
+    unchanged,
 )
 from nomad_watchdog.errors import TransientError
 from nomad_watchdog.metrics import Metrics
@@ -49,7 +49,7 @@ class Part:
 
     async def look(self, others: list[Part]) -> None:
         self.leases.others = [one.leases.config for one in others]
-        await self.classes.look()
+        await self.classes.poll()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -85,7 +85,7 @@ async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
         return replace(spec, agent_config={"api": ["here"]})
 
     first.leases.others = [newer.leases.config]
-    await first.classes.go_by(OwnClasses(specs("1"), place=place), 0.0)
+    await first.classes.configure(OwnClasses(specs("1"), place=place), 0.0)
     for _ in range(3):
         site.clock.now += READ_EVERY_S
         await first.look([newer])
@@ -98,7 +98,7 @@ async def test_a_follower_takes_all_but_its_own_places(site: Site) -> None:
     status = site.fleet.views.status()["classes_in_force"]
     assert isinstance(status, dict)
     assert (status["number"], status["by"]) == (2, "r2")
-    await first.classes.go_by(OwnClasses(specs("2", "b")), 0.0)
+    await first.classes.configure(OwnClasses(specs("2", "b")), 0.0)
     assert (first.classes.differs, first.reports) == (False, False)
     assert events(site) == ["classes.in_force", "classes.differ", "classes.agree"]
 
@@ -125,11 +125,11 @@ async def test_an_unreadable_class_keeps_what_is_in_force(site: Site) -> None:
     await second.look([first])
     assert second.versions == {"a": "1", "b": "1"}
     assert (second.classes.unreadable(), second.classes.differs) == ({}, False)
-    await first.classes.go_by(lacking, 0.0)
+    await first.classes.configure(lacking, 0.0)
     assert first.versions == {"a": "1"}
     assert first.classes.unreadable() == {"b": "no such file"}
-    assert not await first.classes.have_read(specs("1"), {"b": "no such file"})
-    assert await first.classes.have_read(specs("1", "b"), {})
+    assert not await first.classes.on_files_read(specs("1"), {"b": "no such file"})
+    assert await first.classes.on_files_read(specs("1", "b"), {})
     assert (first.versions, first.classes.unreadable()) == ({"a": "1", "b": "1"}, {})
     assert events(site) == []
 
@@ -146,7 +146,7 @@ async def test_an_outage_of_the_registry_changes_nothing(
         raise TransientError("no leader")
 
     monkeypatch.setattr(site.fleet.registry, "document", broken)
-    await part.classes.go_by(OwnClasses(specs("2"), place=as_it_is), 0.0)
+    await part.classes.configure(OwnClasses(specs("2"), place=unchanged), 0.0)
     assert (part.versions, part.classes.problem) == ({"a": "1"}, "no leader")
     monkeypatch.setattr(site.fleet.registry, "document", real)
     await part.look([])
@@ -159,13 +159,13 @@ async def test_a_command_looks_without_deciding(site: Site) -> None:
     await first.look([])
     command = Part(site, "plan", OwnClasses(specs("2")))
     command.leases.others = [first.leases.config]
-    await command.classes.once(bring=False)
+    await command.classes.read_once(apply=False)
     assert command.versions == {"a": "2"}
     site.clock.now += READ_EVERY_S
     await first.look([])
     assert first.versions == {"a": "1"}
-    await command.classes.once(bring=True)
+    await command.classes.read_once(apply=True)
     back = Part(site, "plan", OwnClasses(specs("1")))
     back.leases.others = ["another"]
-    await back.classes.once(bring=False)
+    await back.classes.read_once(apply=False)
     assert back.versions == {"a": "1"}, "nobody who runs is configured with what is in force"

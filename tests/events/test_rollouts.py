@@ -67,11 +67,11 @@ class Stage:
         return [e.kind for e in self.site.fleet.events.own.recent() if e.kind.startswith("rollout")]
 
     async def lasts(self, rollouts: RolloutController) -> None:
-        await rollouts.look()
+        await rollouts.poll()
         self.site.clock.now += 11.0
         for slug in self.slugs:
             await self.site.say(slug)
-        await rollouts.look()
+        await rollouts.poll()
 
 
 @pytest.fixture
@@ -96,22 +96,22 @@ async def test_the_judge_goes_back_and_the_others_follow(stage: Stage) -> None:
     await stage.lasts(stage.rollouts("1"))
     judge, other = stage.rollouts("2"), stage.rollouts("2", Onlooker())
     assert judge.halted() == {"default"}  # nothing has been read yet
-    await other.look()
+    await other.poll()
     await stage.run("2")
-    await judge.look()
+    await judge.poll()
     assert (judge.halted(), judge.soaking(), judge.specs()["default"].version) == (set(), 6, "2")
     await stage.run("2", restarts=1)
-    await judge.look()
+    await judge.poll()
     assert judge.specs()["default"] == stage.spec("1")
     assert stage.events() == ["rollout.rolled_back"]
     assert GIVEN_UP in stage.metrics.render().decode()
     assert other.specs()["default"].version == "2"
     stage.site.clock.now += READ_EVERY_S
     for follower in (other, stage.rollouts("2"), stage.rollouts("2", Onlooker())):
-        await follower.look()
+        await follower.poll()
         assert follower.specs()["default"] == stage.spec("1")
     third = stage.rollouts("3")
-    await third.look()
+    await third.poll()
     assert (third.specs()["default"].version, third.halted()) == ("3", set())
 
 
@@ -123,17 +123,17 @@ async def test_a_replica_that_judges_nothing_counts_what_soaks(stage: Stage) -> 
     leases = OneOfTwo()
     seen = {"judge": stage.rollouts("2", leases), "other": stage.rollouts("2", Onlooker())}
     for one in seen.values():
-        await one.look()
+        await one.poll()
     await stage.run("2")
     for one in seen.values():
-        await one.look()
+        await one.poll()
         assert one.soaking() == 6
     leases.first = Shard(1)
     stage.site.clock.now += 11.0
     for slug in stage.slugs:
         await stage.site.say(slug)
     for one in seen.values():
-        assert await one.look()
+        assert await one.poll()
         assert one.soaking() == 0
     assert stage.events() == []
 
@@ -146,9 +146,9 @@ async def test_without_its_template_there_is_no_way_back(stage: Stage) -> None:
     stage.template.write_text("job { }")
     judge = stage.rollouts("2")
     await stage.run("2")
-    await judge.look()
+    await judge.poll()
     await stage.run("2", restarts=1)
-    await judge.look()
+    await judge.poll()
     assert (judge.halted(), judge.specs()["default"].version) == ({"default"}, "2")
     mended = stage.rollouts("3")
     await stage.run("3")
@@ -162,7 +162,7 @@ async def test_the_first_version_has_nothing_to_go_back_to(stage: Stage) -> None
     judge = stage.rollouts("1")
     for restarts in range(5):
         await stage.run("1", restarts=restarts)
-        await judge.look()
+        await judge.poll()
         stage.site.clock.now += 1.0
     assert (judge.halted(), judge.specs()["default"].version, stage.events()) == (set(), "1", [])
 
@@ -173,5 +173,5 @@ async def test_without_a_soak_nothing_is_judged_or_kept(stage: Stage) -> None:
     judge = stage.rollouts("1")
     stage.site.fleet.records.registry = None  # type: ignore[assignment]  # whoever asks it fails
     await stage.run("1")
-    await judge.look()
+    await judge.poll()
     assert (judge.on, judge.halted(), judge.soaking()) == (False, set(), 0)

@@ -182,7 +182,7 @@ class PlanBuilder:
             changes=self.classes.changes,
         )
         return shown | {
-            "specs": self.classes.rollouts.wished(),
+            "specs": self.classes.rollouts.configured_hashes(),
             "not_in_force": list(self.classes.in_force.differences()),
             "preparing": sorted(self.classes.behind()),
             "unprepared_classes": dict(self.classes.unprepared),

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from nomad_watchdog.config.spec_history import SpecHistory
-from nomad_watchdog.controllers.class_set import ClassSetController, OwnClasses, Place, as_it_is
+from nomad_watchdog.controllers.class_set import ClassSetController, OwnClasses, Place, unchanged
 from nomad_watchdog.controllers.rollout import RolloutController
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -41,7 +41,7 @@ class PreparedClasses:
         *,
         read_specs: ReadSpecs | None = None,
         unreadable: Mapping[str, str] | None = None,
-        place: Place = as_it_is,
+        place: Place = unchanged,
     ) -> None:
         """`unreadable`: agent class → why it has no spec; `read_specs` reads them again. `place`: as of
         `class_set.OwnClasses`."""
@@ -89,9 +89,9 @@ class PreparedClasses:
     async def poll(self) -> bool:
         """Follow the class set and the roll-outs in the registry, and prepare the scheduler for other specs; whether
         a roll-out has changed."""
-        if await self.in_force.look():
+        if await self.in_force.poll():
             self._follow()
-        changed = await self.rollouts.look()
+        changed = await self.rollouts.poll()
         if self.behind():
             try:
                 await self.prepare()
@@ -112,7 +112,7 @@ class PreparedClasses:
         self._unreadable = self.in_force.unreadable()
         self._fleet.classes = frozenset(specs) | self._unreadable.keys()
         if anew or specs != self.rollouts.configured:
-            self.rollouts.want(specs)
+            self.rollouts.configure(specs)
             self.repaired.emit()
             self.changed.emit()
 
@@ -120,12 +120,12 @@ class PreparedClasses:
         """For a command that decides once: apply the specs that are in force, or would be once a control plane
         started with ours, without preparing the scheduler. `bring`: bring ours into force where they would be.
         Raises TransientError when it is unknown which versions were given up."""
-        await self.in_force.once(bring=bring)
+        await self.in_force.read_once(apply=bring)
         self._follow()
         self.prepared(self.rollouts.specs(), self._refused)
         await self.history.read(self.specs)
         if self.rollouts.on:
-            await self.rollouts.look()
+            await self.rollouts.poll()
             if self.rollouts.problem:
                 raise TransientError(self.rollouts.problem)
             self.prepared(self.rollouts.specs(), self._refused)
@@ -136,7 +136,7 @@ class PreparedClasses:
         *,
         read_specs: ReadSpecs | None = None,
         unreadable: Mapping[str, str] | None = None,
-        place: Place = as_it_is,
+        place: Place = unchanged,
     ) -> None:
         """Be configured with these specs from now on, without a restart; as in the constructor. What is in force
         then is decided as at a start (`core.config_precedence`).
@@ -148,7 +148,7 @@ class PreparedClasses:
             refused: Mapping[str, str] | None = None
             wanted: Mapping[str, AgentSpec] | None = None
             try:
-                wanted = await self.in_force.would_be(own)
+                wanted = await self.in_force.preview(own)
                 if wanted is not None:
                     refused = await self._prepare_for(wanted)
             except TransientError as error:
@@ -158,10 +158,10 @@ class PreparedClasses:
                     await self._prepare_for(self.specs)
                 raise
             self._read_specs = read_specs
-            await self.in_force.go_by(own)
+            await self.in_force.configure(own)
             self._follow(anew=True)
             await self.history.read(self.in_force.specs().keys() - self.specs.keys())
-            await self.rollouts.look()
+            await self.rollouts.poll()
             in_force = self.rollouts.specs()
             if refused is not None and in_force == wanted:
                 self.prepared(in_force, refused)
@@ -196,7 +196,7 @@ class PreparedClasses:
         async with self._lock:
             if self._unreadable and self._read_specs is not None:
                 found, still = await self._read_specs()
-                if await self.in_force.have_read(found, still):
+                if await self.in_force.on_files_read(found, still):
                     self._follow()
                     await self.history.read(self.in_force.specs())
                 self._unreadable = self.in_force.unreadable()

@@ -23,10 +23,10 @@ from nomad_watchdog.controllers.agents.plan_builder import PlanBuilder
 from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses, ReadSpecs
 from nomad_watchdog.controllers.agents.record_informer import DOUBT_EVERY_S, RecordInformer
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
-from nomad_watchdog.controllers.class_set import Place, as_it_is
+from nomad_watchdog.controllers.class_set import Place, unchanged
 from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
-from nomad_watchdog.controllers.rollout import LOOK_EVERY_S
+from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.planner import Plan
@@ -62,7 +62,7 @@ class Reconciler:
         *,
         read_specs: ReadSpecs | None = None,
         unreadable: Mapping[str, str] | None = None,
-        place: Place = as_it_is,
+        place: Place = unchanged,
     ) -> None:
         """`unreadable`, `read_specs` and `place`: as of `PreparedClasses`."""
         self.fleet = fleet
@@ -168,9 +168,9 @@ class Reconciler:
             for timer in self.periodic.timers():
                 group.create_task(timer)
             group.create_task(self.classes.remember())
-            group.create_task(every(LOOK_EVERY_S, self._follow_classes))
+            group.create_task(every(POLL_S, self._follow_classes))
             if self.migrations.on:
-                group.create_task(every(LOOK_EVERY_S, self._follow_migration))
+                group.create_task(every(POLL_S, self._follow_migration))
             group.create_task(every(DOUBT_EVERY_S, self.follower.doubt))
             group.create_task(self.executor.run())
 
