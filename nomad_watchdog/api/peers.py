@@ -28,6 +28,6 @@ async def receive_events(request: web.Request) -> web.StreamResponse:
     if feed is None:
         raise NotFoundError("this replica publishes no events of others")
     try:
-        return json_response({"taken": feed.take(body.events)})
+        return json_response({"taken": feed.publish_of_peer(body.events)})
     except ValueError as error:
         raise UserError(str(error)) from None

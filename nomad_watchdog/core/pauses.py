@@ -1,15 +1,14 @@
-"""Pauses and maintenance windows: for which devices nothing is done now, and for how long.
+"""Pauses and maintenance windows: for which devices all actions are paused, and for how long.
 
-A pause never changes a wish. It only keeps the planner's hands off, so that when it ends the next pass
-does what it would have done all along. Times are wall-clock: people plan by it, and a clock that jumps
-makes a pause begin or end early or late, never wrong for ever.
+A pause does not change the desired state. It only keeps the planner from acting, so that when it ends the next pass does
+what it would have done before. Times are wall-clock times, because people plan with them; a clock that jumps makes a
+pause begin or end early or late.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Device, DeviceRecord, WallTime
@@ -17,7 +16,7 @@ from nomad_watchdog.model import Device, DeviceRecord, WallTime
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which devices are meant. What is given must all match; nothing given matches nothing."""
+    """Selects devices. All given criteria must match; a target without any matches no device."""
 
     devices: frozenset[str] = frozenset()
     """Device ids; empty = any."""
@@ -25,8 +24,13 @@ class Target:
     """"" = any."""
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def only_devices(self) -> bool:
+        """Whether it is a list of devices, without a class and labels."""
+        return bool(self.devices) and not (self.agent_class or self.labels)
+
     def matches(self, device: Device) -> bool:
-        """Whether this device is meant."""
+        """Whether this device is selected."""
         if not (self.devices or self.agent_class or self.labels):
             return False
         return (
@@ -43,31 +47,21 @@ class Target:
             "labels": dict(self.labels),
         }
 
-    @classmethod
-    def read(cls, item: Mapping[str, Any]) -> Target:
-        """What `shown` gives; it may have more. Raises KeyError, TypeError or AttributeError for anything
-        else."""
-        return cls(
-            frozenset(map(str, item["devices"])),
-            str(item["class"]),
-            {str(key): str(value) for key, value in item["labels"].items()},
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Hands off these devices from `begins` to `ends`."""
+    """All actions for these devices are paused from `begins` to `ends`."""
 
     id: str
     target: Target
     begins: WallTime
     ends: WallTime | None
-    """None = until somebody resumes."""
+    """None = until a user resumes."""
     reason: str
     by: str
-    """Who asked, as the API knows it."""
+    """The user who requested it, as the API knows them."""
     window: bool = False
-    """A maintenance window: planned, with an end, and taken away by its id."""
+    """A maintenance window: planned, with an end, and removed by its ID."""
 
     def is_over(self, now: WallTime) -> bool:
         return self.ends is not None and self.ends <= now
@@ -77,7 +71,7 @@ class Pause:
 
 
 def active(pauses: Iterable[Pause], now: WallTime) -> tuple[Pause, ...]:
-    """Those in force, the longest first: that is what is said of a device that several cover."""
+    """Those in force, the longest first: it is the one that is reported for a device that several cover."""
     found = [pause for pause in pauses if pause.is_active(now)]
     return tuple(sorted(found, key=lambda p: (p.ends is not None, -(p.ends or 0.0), p.id)))
 
@@ -127,18 +121,13 @@ def resume(pauses: Sequence[Pause], target: Target, now: WallTime) -> tuple[Paus
     """Without the pauses of exactly this target; a list of devices is taken out of every pause that
     names only devices. Windows stay: they are taken away by their id."""
     kept: list[Pause] = []
-    only_devices = bool(target.devices) and not (target.agent_class or target.labels)
     for pause in pauses:
+        mine = pause.target
         if pause.is_over(now):
             continue
-        mine = pause.target
-        if (
-            pause.window
-            or (not only_devices and mine != target)
-            or (only_devices and (mine.agent_class or mine.labels or not mine.devices))
-        ):
+        if pause.window or not (mine == target or (mine.only_devices and target.only_devices)):
             kept.append(pause)
-        elif only_devices and (left := mine.devices - target.devices):
+        elif target.only_devices and (left := mine.devices - target.devices):
             kept.append(replace(pause, target=replace(mine, devices=left)))
     return tuple(kept)
 

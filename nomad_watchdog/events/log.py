@@ -20,10 +20,10 @@ MAX_DEVICES: Final = 2_000
 PER_DEVICE: Final = 12
 MAX_TEXT: Final = 1_024
 AUDIT: Final = "audit."
-"""Start of the kinds of events that are kept apart: who changed what."""
+"""Prefix of the kinds of audit events, which are kept apart from the others."""
 MAX_PER_ACTOR: Final = 2_000
 MAX_ACTORS: Final = 64
-"""Tokens of all control planes whose audit events are in memory."""
+"""Maximum number of actors, of all control planes, whose audit events are in memory."""
 
 
 def is_audit(kind: str) -> bool:
@@ -33,8 +33,8 @@ def is_audit(kind: str) -> bool:
 
 @dataclass(slots=True)
 class Event:
-    """Something that happened. `seq` goes up; a gap means that older events were dropped, or that a
-    crash left some numbers unused. No number is given twice, so that `id` names one event for ever."""
+    """Something that happened. `seq` increases; a gap means that events were dropped, or that a crash left some
+    numbers unused. No number is used twice, so `id` is unique for ever."""
 
     seq: int
     at: WallTime
@@ -44,7 +44,7 @@ class Event:
     text: str
     data: Mapping[str, object]
     origin: str = "local"
-    """Which control plane saw it."""
+    """The control plane that observed it."""
     incident: str = ""
     """The incident that explains it. The one field that is set later: what happened to one device is
     known to be part of something larger only when the others have been seen."""
@@ -110,11 +110,11 @@ class _Audit:
     events: dict[int, Event] = field(default_factory=dict)
     """By number, in ascending order."""
     lost: int = 0
-    """The highest number of one that fell out."""
+    """The highest number of an event that was removed."""
     _actors: OrderedDict[tuple[str, str], deque[int]] = field(default_factory=OrderedDict)
 
     def add(self, event: Event, own: str) -> None:
-        """Keep one. `own`: the origin whose actors are displaced last."""
+        """Append one. `own`: the origin whose actors are removed last."""
         actor = event.origin, str(event.data.get("actor", ""))
         mine = self._actors.setdefault(actor, deque())
         self._actors.move_to_end(actor)
@@ -166,11 +166,11 @@ class EventLog:
     origin: str = "local"
     store: EventSink | None = None
     is_copied: bool = False
-    """Numbers are given elsewhere: one that a reader brings may be ahead of what has come here so far."""
+    """The numbers come from another replica: a reader may already know higher ones than are here."""
     on_add: Callable[[Event], None] | None = None
-    """Told of each event that was seen here."""
+    """Called for each event that was observed here."""
     on_mark: Callable[[Sequence[int], str], None] | None = None
-    """Told of each `mark`, before the event of the incident itself."""
+    """Called for each `mark`, before the event of the incident itself."""
     _ring: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     _audit: _Audit = field(default_factory=_Audit)
     _devices: OrderedDict[Slug, deque[Event]] = field(default_factory=OrderedDict)
@@ -199,12 +199,12 @@ class EventLog:
         data: Mapping[str, object],
         incident: str = "",
     ) -> Event:
-        """Append one; the oldest falls out. Several lines of text become one."""
+        """Append an event; the oldest is removed. Several lines of text become one."""
         text = "; ".join(text.splitlines())
         text, data = hide(text), cast("Mapping[str, object]", hide_in(data))
         text = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
         event = Event(self._seq + 1, at, kind, device_id, slug, text, data, self.origin, incident)
-        self.take(event)
+        self.append(event)
         if self.on_add is not None:
             self.on_add(event)
         return event
@@ -213,15 +213,15 @@ class EventLog:
         """Append an event of the whole fleet: it belongs to no device."""
         return self.add(at=at, kind=kind, device_id="", slug=Slug(""), text=text, data=data)
 
-    def take(self, event: Event) -> None:
-        """Append one that has a number above all that are here; the oldest falls out."""
+    def append(self, event: Event) -> None:
+        """Append an event that already has a number, above all that are here; the oldest is removed."""
         self._keep(event)
         if self.store is not None:
             self.store.put(event)
         self._news.set()
 
     def drop(self, seqs: Sequence[int]) -> None:
-        """Forget the events of these numbers."""
+        """Remove the events with these numbers."""
         gone = set(seqs)
         if not gone:
             return
@@ -256,7 +256,7 @@ class EventLog:
         return self._seq
 
     def mark(self, seqs: Sequence[int], incident: str) -> None:
-        """Say that these events are part of an incident."""
+        """Record that these events are part of an incident."""
         for seq in seqs:
             place = bisect_left(self._ring, seq, key=_number)
             if place < len(self._ring) and self._ring[place].seq == seq:
@@ -280,7 +280,7 @@ class EventLog:
         elif audits:
             rest = merge(rest, audits, key=_number)
         found = list(islice((event for event in rest if wanted.admits(event)), limit))
-        # Fewer than asked for: the rest was looked at, so that nobody has to look at it again.
+        # Fewer than requested: all events were checked, so the next call begins after them.
         return found, found[-1].seq if len(found) == limit else max(since, self._seq)
 
     async def page(self, since: int, limit: int, wanted: EventFilter = EVERYTHING) -> Page:

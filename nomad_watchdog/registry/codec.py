@@ -1,7 +1,7 @@
-"""Device records as JSON: in both stores, and in what export writes and import reads.
+"""Device records as JSON: in both stores, and in the files of export and import.
 
-Reading is strict. A store can be written by others, so whatever this version would not have written
-itself is poison: named, left out and never guessed at (S9, S11).
+Reading is strict. Other programs can write to a store, so a record that this version would not have written itself is
+rejected, with the reason, and left out (S9, S11).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Final, TypeVar
 
 import orjson
 
@@ -41,13 +42,16 @@ _FIELDS: Final = frozenset(
 _OPTIONAL: Final = frozenset(
     {"event_at", "event_marks", "ttl_s", "source", "left", "home", "condition"}
 )
-"""Written only when they say something, so that records without them stay as they were."""
+"""Written only if they are set, so that records without them stay unchanged."""
 _CONDITION: Final = frozenset({"state", "since", "reason", "misses"})
 _MARK: Final = re.compile(r"[0-9a-f]{12}", re.ASCII)
 
 
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
 class PoisonError(UserError):
-    """A stored record that can't be understood; the message says why."""
+    """A stored record that can't be decoded; the message says why."""
 
 
 def encode(record: DeviceRecord) -> bytes:
@@ -109,7 +113,7 @@ def decode(body: bytes, *, slug: str | None = None, index: int = 0) -> DeviceRec
         raise PoisonError(f"it takes {len(body)} bytes; at most {MAX_BYTES} are allowed")
     document = _parsed(body)
     if not isinstance(document, dict):
-        raise PoisonError("it is no JSON object")
+        raise PoisonError("it is not a JSON object")
     if document.get("v") != VERSION:
         raise PoisonError(
             f"its version is {str(document.get('v'))[:20]!r}; this program reads {VERSION}"
@@ -120,21 +124,22 @@ def decode(body: bytes, *, slug: str | None = None, index: int = 0) -> DeviceRec
     return _record(document, slug, index)
 
 
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes) -> object:
     try:
-        document = orjson.loads(body)
-        # What comes out as it went in is what we write ourselves: no name occurs twice.
+        document: object = orjson.loads(body)
+        # A body that serializes to the same bytes is one that we write ourselves: no name occurs twice.
         if orjson.dumps(document, option=orjson.OPT_SORT_KEYS) == body:
             return document
     except (ValueError, TypeError):
-        pass  # the other parser says it in its words
+        pass  # the other parser has the better message
     try:
-        return strict(body.decode())
+        document = strict(body.decode())
     except ValueError as error:  # UnicodeDecodeError too
-        raise PoisonError(f"it is no JSON: {str(error)[:100]}") from error
+        raise PoisonError(f"it is not JSON: {str(error)[:100]}") from error
+    return document
 
 
-def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRecord:
+def _record(document: Mapping[str, object], slug: str | None, index: int) -> DeviceRecord:
     try:
         device_id = parse_device_id(document["id"])
     except UserError as error:
@@ -144,15 +149,9 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
         raise PoisonError(f"its slug is not {own}, the one of its device id")
     labels = document["labels"]
     if not isinstance(labels, dict):
-        raise PoisonError("labels is no object")
-    try:
-        presence = Presence(_text(document, "presence"))
-    except ValueError as error:
-        raise PoisonError("presence is neither present nor absent") from error
-    try:
-        left = Departure(_text(document, "left")) if "left" in document else Departure.REMOVED
-    except ValueError as error:
-        raise PoisonError(f"left is none of {', '.join(Departure)}") from error
+        raise PoisonError("labels is not an object")
+    presence = _choice(document, "presence", Presence)
+    left = _choice(document, "left", Departure) if "left" in document else Departure.REMOVED
     ttl_s = _seconds(document, "ttl_s") if "ttl_s" in document else None
     if ttl_s is not None and ttl_s < 0:
         raise PoisonError("ttl_s is less than 0")
@@ -182,13 +181,8 @@ def _record(document: dict[str, Any], slug: str | None, index: int) -> DeviceRec
 
 def _condition(document: object) -> Condition:
     if not isinstance(document, dict) or document.keys() != _CONDITION:
-        raise PoisonError(f"condition is no object of {', '.join(sorted(_CONDITION))}")
-    try:
-        state = ConditionState(_text(document, "state"))
-    except ValueError as error:
-        raise PoisonError(
-            f"state of the condition is none of {', '.join(ConditionState)}"
-        ) from error
+        raise PoisonError(f"condition is not an object of {', '.join(sorted(_CONDITION))}")
+    state = _choice(document, "state", ConditionState)
     reason = _text(document, "reason")
     if len(reason) > MAX_REASON:
         raise PoisonError(f"reason of the condition has more than {MAX_REASON} characters")
@@ -197,10 +191,17 @@ def _condition(document: object) -> Condition:
     )
 
 
-def _text(document: dict[str, Any], name: str) -> str:
+def _choice(document: Mapping[str, object], name: str, kind: type[_Choice]) -> _Choice:
+    try:
+        return kind(_text(document, name))
+    except ValueError as error:
+        raise PoisonError(f"{name} is none of {', '.join(kind)}") from error
+
+
+def _text(document: Mapping[str, object], name: str) -> str:
     value = document[name]
     if not isinstance(value, str):
-        raise PoisonError(f"{ascii(name)[:40]} is no text")
+        raise PoisonError(f"{ascii(name)[:40]} is not text")
     return _encodable(value, name)
 
 
@@ -208,7 +209,7 @@ def _encodable(value: str, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise PoisonError(f"{ascii(name)[:40]} holds half a surrogate pair") from error
+        raise PoisonError(f"{ascii(name)[:40]} contains half a surrogate pair") from error
     return value
 
 
@@ -216,22 +217,22 @@ def _marks(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(
         isinstance(one, str) and _MARK.fullmatch(one) for one in value
     ):
-        raise PoisonError("event_marks is no list of 12 hexadecimal digits each")
+        raise PoisonError("event_marks is not a list of 12 hexadecimal digits each")
     return tuple(value)
 
 
-def _whole(document: dict[str, Any], name: str) -> int:
+def _whole(document: Mapping[str, object], name: str) -> int:
     value = document[name]
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise PoisonError(f"{name} is no whole number from 0 to 2^63 - 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise PoisonError(f"{name} is not a whole number from 0 to 2^63 - 1")
     return value
 
 
-def _seconds(document: dict[str, Any], name: str) -> float:
+def _seconds(document: Mapping[str, object], name: str) -> float:
     value = document[name]
-    if type(value) not in {int, float} or not math.isfinite(value):
-        raise PoisonError(f"{name} is no number of seconds")
-    return value if isinstance(value, float) else float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PoisonError(f"{name} is not a number of seconds")
+    return float(value)
 
 
 class Decoder:

@@ -31,25 +31,25 @@ from nomad_watchdog.replicas.leases import Lease, Replica, Term
 log = logging.getLogger(__name__)
 
 SERVICE: Final = "nomad-watchdog-replica"
-"""Under this name each control plane is found in Consul with its API's address, and by its DNS. Not the
-name of the job's own service, which Nomad registers."""
+"""Name of the service that each control plane registers in Consul, with the address of its API. Not the name of the
+job's own service, which Nomad registers."""
 TTL_S: Final = 3.0
-"""A replica that says nothing for so long has lost its leases: about the time that a crash costs."""
-_BEATS: Final = 4
+"""A replica that does not renew within this time loses its leases: about as long as a crash goes unnoticed."""
+_RENEWALS: Final = 4
 _MARGIN: Final = 1 / 6
-"""Of the TTL: so much before the check can fail we stop by ourselves."""
+"""Part of the TTL by which our leases end before the check can fail."""
 _WAIT_S: Final = 5.0
 _BACKOFF_MAX_S: Final = 2.0
-_LEFT_LYING: Final = 2.0
-"""Times the TTL: a shard that is free for longer is anybody's, whatever its fair holder is up to."""
+_UNCLAIMED_TTLS: Final = 2.0
+"""Number of TTLs after which any replica acquires a free shard, not only the one that should have it."""
 _AT_ONCE: Final = 8
 _TXN: Final = 60
 _RELEASE_S: Final = 2.0
 
 
 class ConsulLeases:
-    """One replica's part. `api`: our address, for peers and for whoever asks who leads; `advertise`: the one
-    that agents are told, "" = the same."""
+    """The leases of one replica. `api`: our address, for peers and for `nomad-watchdog leader`; `advertise`: the
+    one that agents get, "" = the same."""
 
     def __init__(  # noqa: PLR0913  # settings by name
         self,
@@ -116,22 +116,26 @@ class ConsulLeases:
             return None
         if self._clock.monotonic() >= self._valid_until:
             return None
-        return [one.config for one in there.values() if one is not own and not self._is_past(one)]
+        return [
+            one.config
+            for one in there.values()
+            if one is not own and not self._is_our_predecessor(one)
+        ]
 
-    def _is_past(self, one: Replica) -> bool:
-        """Whether this is ourselves before a crash, whose session has not ended yet: of the same machine, and at the
-        same address, where two can't listen."""
+    def _is_our_predecessor(self, one: Replica) -> bool:
+        """Whether this is an earlier run of ours whose session has not ended yet: on the same machine and at the same
+        address, where two processes can't listen."""
         return one.api == self._api and _machine(one.id) == _machine(self.replica)
 
     async def announce(self, config: str) -> None:
         self._config = config
         if self._session:
             try:
-                await self._say(self._session)
+                await self._publish(self._session)
             except WatchdogError as error:
                 log.debug("configuration not announced", extra={"reason": str(error)})
 
-    def vouches(self) -> bool:
+    def knows_all_replicas(self) -> bool:
         alive = self._clock.monotonic() < self._valid_until
         return alive and self._session in self._view.replicas
 
@@ -144,7 +148,7 @@ class ConsulLeases:
             try:
                 # A task of its own, so that our cancellation is seen whatever ends at that moment: up to
                 # Python 3.12 the error of a TaskGroup's child takes its place (python/cpython#116720).
-                (ended,) = await asyncio.gather(self._hold_session(), return_exceptions=True)
+                (ended,) = await asyncio.gather(self._keep_session(), return_exceptions=True)
                 if ended is not None:
                     raise ended
             except* WatchdogError as group:
@@ -154,15 +158,15 @@ class ConsulLeases:
             await asyncio.sleep(random.uniform(0.05, min(_BACKOFF_MAX_S, 0.2 * 2**failures)))  # noqa: S311
         await asyncio.Event().wait()
 
-    async def _hold_session(self) -> None:
+    async def _keep_session(self) -> None:
         session = await self._open()
         self._session = session
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._beat(session))
-                group.create_task(self._follow(session))
+                group.create_task(self._renew(session))
+                group.create_task(self._watch(session))
         finally:
-            self._drop(self._terms.keys())
+            self._end_terms(self._terms.keys())
             self._valid_until = Monotonic(0.0)
 
     async def _open(self) -> str:
@@ -175,12 +179,12 @@ class ConsulLeases:
             place=(place.hostname or "", place.port or 80),
         )
         session = await self._sessions.create(self.replica, self._check)
-        await self._say(session)
+        await self._publish(session)
         return session
 
-    async def _say(self, session: str) -> None:
-        """Have our own key say what we are. Raises as `ConsulSessions.lock`."""
-        said = {
+    async def _publish(self, session: str) -> None:
+        """Write our own key. Raises as `ConsulSessions.lock`."""
+        fields = {
             "v": 1,
             "id": self.replica,
             "api": self._api,
@@ -191,10 +195,10 @@ class ConsulLeases:
             "advertise": self.advertise,
         }
         await self._sessions.lock(
-            self._keys.replica(self.replica), json.dumps(said).encode(), session
+            self._keys.replica(self.replica), json.dumps(fields).encode(), session
         )
 
-    async def _beat(self, session: str) -> None:
+    async def _renew(self, session: str) -> None:
         while True:
             began = self._clock.monotonic()
             try:
@@ -212,19 +216,19 @@ class ConsulLeases:
             self._valid_until = Monotonic(began + self._ttl_s * (1 - _MARGIN))
             if late:
                 self.changed.set()
-            await asyncio.sleep(self._ttl_s / _BEATS)
+            await asyncio.sleep(self._ttl_s / _RENEWALS)
 
-    async def _follow(self, session: str) -> None:
+    async def _watch(self, session: str) -> None:
         index = 0
         while True:
             try:
                 index, rows = await self._client.kv_tree(
-                    self._keys.folder, index, self._patience_s()
+                    self._keys.folder, index, self._max_wait_s()
                 )
             except FencedError:
                 raise
             except WatchdogError as error:
-                # Whether we still hold anything is the beat's word, not this one's.
+                # This does not end our leases: `_renew` decides that.
                 self._unseen.goes_on(self._clock.monotonic(), str(error))
                 self._unread = str(error)
                 self.problem = self.problem or self._unread
@@ -238,11 +242,11 @@ class ConsulLeases:
             self._apply(self._keys.view(rows), session)
             own = self._view.replicas.get(session)
             if own is not None and own.config != self._config:
-                await self._say(session)
+                await self._publish(session)
             await self._balance(session)
 
-    def _patience_s(self) -> float:
-        """Nothing wakes us when a free shard has lain there for long enough."""
+    def _max_wait_s(self) -> float:
+        """Shorter while a shard is free: nothing wakes us when any replica may acquire it."""
         return self._ttl_s / 2 if self._free_since else _WAIT_S
 
     # -- what is seen ---------------------------------------------------------------------------
@@ -253,7 +257,7 @@ class ConsulLeases:
         self._view = view
         now = self._clock.monotonic()
         mine = {shard for shard, holder in view.sessions.items() if holder == session}
-        self._drop(self._terms.keys() - mine)
+        self._end_terms(self._terms.keys() - mine)
         for shard in mine:
             number = view.leases[shard].term
             known = self._terms.get(shard)
@@ -264,7 +268,7 @@ class ConsulLeases:
         free = {s for s in map(Shard, range(self.shards)) if s not in view.sessions}
         self._free_since = {shard: self._free_since.get(shard, now) for shard in free}
 
-    def _drop(self, shards: Iterable[Shard]) -> None:
+    def _end_terms(self, shards: Iterable[Shard]) -> None:
         for shard in list(shards):
             term = self._terms.pop(shard)
             self.changed.set()
@@ -278,50 +282,50 @@ class ConsulLeases:
                 "give all the same number"
             )
             return
-        await self._forget(self._view.stale)
+        await self._delete_stale(self._view.stale)
         holders = {lease.shard: lease.holder for lease in self.all()}
         names = {one.id for one in self._view.replicas.values()}
         wanted = shard_assignment.moves(holders, names, self.replica)
         if wanted.give:
-            # First the right, then the lock: nothing is begun under a lock that is going.
-            self._drop(set(wanted.give) & self._terms.keys())
+            # First the term, then the lock: no action begins under a lock that is being released.
+            self._end_terms(set(wanted.give) & self._terms.keys())
             await self._sessions.unlock([self._keys.shard(s) for s in wanted.give[:_TXN]], session)
         now = self._clock.monotonic()
-        lying = [
+        unclaimed = [
             shard
             for shard, since in self._free_since.items()
-            if now - since > _LEFT_LYING * self._ttl_s
+            if now - since > _UNCLAIMED_TTLS * self._ttl_s
         ]
-        await self._take(dict.fromkeys([*wanted.take, *lying]), session)
+        await self._acquire(dict.fromkeys([*wanted.take, *unclaimed]), session)
 
-    async def _take(self, shards: Iterable[Shard], session: str) -> None:
+    async def _acquire(self, shards: Iterable[Shard], session: str) -> None:
         room = asyncio.Semaphore(_AT_ONCE)
-        said = {"v": 1, "replica": self.replica, "since": self._clock.wall()}
-        value = json.dumps(said).encode()
+        fields = {"v": 1, "replica": self.replica, "since": self._clock.wall()}
+        value = json.dumps(fields).encode()
 
         async def one(shard: Shard) -> None:
             async with room:
                 await self._sessions.lock(self._keys.shard(shard), value, session)
 
-        # What was won is seen in the watch, with its term, as everybody sees it.
+        # The watch shows the locks that were acquired, with their terms.
         async with asyncio.TaskGroup() as group:
             for shard in shards:
                 group.create_task(one(shard))
 
-    async def _forget(self, keys: Sequence[str]) -> None:
+    async def _delete_stale(self, keys: Sequence[str]) -> None:
         if not keys:
             return
         try:
             await self._sessions.unlock([], "", delete=keys[:_TXN])
         except WatchdogError as error:
-            log.debug("stale replica not forgotten", extra={"reason": str(error)})
+            log.debug("key of a stale replica not deleted", extra={"reason": str(error)})
 
     # -- leaving --------------------------------------------------------------------------------
 
     async def release(self) -> None:
         self._leaving = True
         session, held = self._session, [self._keys.shard(shard) for shard in self._terms]
-        self._drop(self._terms.keys())
+        self._end_terms(self._terms.keys())
         self._valid_until = Monotonic(0.0)
         if not session:
             return
@@ -333,7 +337,7 @@ class ConsulLeases:
                 await self._sessions.destroy(session)
                 await self._sessions.retract(f"{SERVICE}-{self.replica}")
         except (WatchdogError, TimeoutError) as error:
-            # The check fails soon, and then others have it.
+            # The check fails soon, and then other replicas acquire them.
             log.warning("leases not released", extra={"reason": str(error) or "no answer in time"})
 
 

@@ -1,9 +1,9 @@
-"""One replica tells what happened, for all: the holder of shard 0; the others copy what it told.
+"""The leader publishes the events of all replicas, and the others copy its log.
 
-Each replica keeps its own events as well (`own=true`). What it alone knows it hands to the teller until it
-comes back in what was told. Who becomes the teller reads first what the others have of its predecessor's,
-and then tells what happened meanwhile. While nobody holds shard 0 (Consul is away) the last teller goes on:
-telling twice does less harm than silence.
+Each replica also keeps its own events (`own=true`). It sends those that it alone knows to the leader until it has
+copied them from the leader's log. A new leader first reads what the others have copied from its predecessor, and then
+publishes what happened since. While no replica is the leader because Consul is not available, the last one goes on:
+an event that is published twice does less harm than a missing one.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ log = logging.getLogger(__name__)
 
 PATH: Final = "/v1/peers/events"
 EVENTS: Final = "/v1/events"
-LOOK_EVERY_S: Final = 0.1
+CHECK_EVERY_S: Final = 0.1
 MAX_PENDING: Final = 2_000
-"""Own events that wait for a teller; of more the oldest are only in our own log."""
-MOST: Final = 200
-"""Events in one message."""
+"""Maximum number of own events that wait for a publisher; of more, the oldest are only in our own log."""
+MAX_BATCH: Final = 200
+"""Maximum number of events in one message."""
 AGAIN_S: Final = 1.0
-"""What has not come back in so long is handed over again."""
+"""Events that were not copied back within this time are sent again."""
 QUIET_S: Final = 0.3
-"""A predecessor that has told nothing for so long is taken to have ended."""
+"""A predecessor that published nothing for this time is assumed to have ended."""
 _CALL_S: Final = 2.0
 _REST_S: Final = 20.0
-"""All pages of one replica, each within `_CALL_S`: what is not read of a predecessor is not told."""
+"""Timeout for all pages of one replica. What is not read of a predecessor is lost."""
 _SILENCE_S: Final = 40.0
 """The stream has an empty line every 15 s."""
 _LINE: Final = 1 << 22
@@ -51,76 +51,76 @@ _CHECKED: Final = 200
 
 
 class EventReplicator:
-    """One replica's part. `token` and `tls` as those of `ReportReplicator`."""
+    """Publishes or copies events for one replica. `token` and `tls`: as for `ReportReplicator`."""
 
     def __init__(
         self,
         fleet: Fleet,
-        told: MergedLog,
+        merged: MergedLog,
         leases: Leases,
         token: Callable[[], str],
         tls: Callable[[], SSLContext | None] = lambda: None,
         certified: str = "",
     ) -> None:
-        self._chronicle = fleet.recorder
+        self._recorder = fleet.recorder
         self._own = fleet.events.own
-        self._told = told
+        self._merged = merged
         self._leases = leases
         self._token = token
         self._tls = tls
         self._certified = certified or None
         self._term: int | None = None
-        """Of our telling; None while another tells."""
+        """In which we publish; None while another replica does."""
         self._stopped = False
         self._clock = fleet.clock
         self._pending: deque[Event] = deque(maxlen=MAX_PENDING)
         self._news = asyncio.Event()
-        self._heard_at = float("-inf")
+        self._received_at = float("-inf")
         self._following: tuple[str, asyncio.Task[None]] | None = None
-        self.problem = "nobody tells yet"
-        """Why what is told may not have come here; "" = it has."""
-        fleet.events.read_from(told.log)
-        fleet.events.own.on_add = self._added
-        fleet.events.own.on_mark = self._marked
+        self.problem = "no replica publishes events yet"
+        """Why the log here may be behind; "" = it is not."""
+        fleet.events.read_from(merged.log)
+        fleet.events.own.on_add = self._on_added
+        fleet.events.own.on_mark = self._on_marked
         fleet.views.add_status(self.status)
 
     def status(self) -> dict[str, object]:
-        """For the status: who tells, and why we may be behind."""
-        return {"event_feed": {"teller": self._teller(), "problem": self.problem}}
+        """For the status: which replica publishes, and why we may be behind."""
+        return {"event_feed": {"teller": self._publisher(), "problem": self.problem}}
 
-    def _added(self, event: Event) -> None:
+    def _on_added(self, event: Event) -> None:
         if self._term is not None:
-            self._told.tell(event, self._term)
+            self._merged.publish(event, self._term)
         elif not event_merge.is_shared(event):
             if len(self._pending) == MAX_PENDING:
-                # Others make room first: what was changed is told whatever else happens.
+                # Other events are dropped first: every audit event is published.
                 least = (n for n, one in enumerate(self._pending) if not is_audit(one.kind))
                 del self._pending[next(least, 0)]
             self._pending.append(event)
             self._news.set()
 
-    def _marked(self, own_seqs: Sequence[int], incident: str) -> None:
+    def _on_marked(self, own_seqs: Sequence[int], incident: str) -> None:
         if self._term is not None:
-            self._told.mark(own_seqs, incident)
+            self._merged.mark(own_seqs, incident)
 
-    def take(self, said: Sequence[Mapping[str, Any]]) -> int:
-        """As the teller: tell these events of another replica; how many were news. Raises ConflictError
-        where another tells, ValueError for what is no event."""
-        events = [event_of(one) for one in said]
+    def publish_of_peer(self, items: Sequence[Mapping[str, Any]]) -> int:
+        """Publish these events of another replica; how many were new. Raises ConflictError where another replica
+        publishes, ValueError for what is not an event."""
+        events = [event_of(one) for one in items]
         term = self._term
         if term is None:
-            raise ConflictError("another replica tells the events")
+            raise ConflictError("another replica publishes the events")
         if any(event.origin == self._own.origin for event in events):
             raise ValueError("an event of this replica can't come from another one")
-        return sum(self._told.tell(event, term) for event in events)
+        return sum(self._merged.publish(event, term) for event in events)
 
     def stop(self) -> None:
-        """Tell no more: what was told is sent while the lease is let go of, and a successor reads it."""
+        """Publish no more. What was published is sent while the lease is released, and a successor reads it."""
         self._stopped, self._term = True, None
 
-    # -- who tells ------------------------------------------------------------------------------
+    # -- who publishes ------------------------------------------------------------------------------
 
-    def _teller(self) -> str:
+    def _publisher(self) -> str:
         if self._stopped:
             return ""
         ours = self._leases.replica
@@ -135,8 +135,8 @@ class EventReplicator:
         return peer if peer is not None and peer.api.startswith(("http://", "https://")) else None
 
     async def run(self) -> None:
-        """Tell or copy, as the lease says, until cancelled."""
-        known = self._told.untold(list(self._own.recent()))
+        """Publish or copy, depending on the lease, until cancelled."""
+        known = self._merged.unpublished(list(self._own.recent()))
         self._pending.extend(event for event in known if not event_merge.is_shared(event))
         if self._pending:
             self._news.set()
@@ -148,68 +148,68 @@ class EventReplicator:
             group.create_task(self._hand_over(session))
             try:
                 while True:
-                    await self._look(session, group)
-                    await asyncio.sleep(LOOK_EVERY_S)
+                    await self._check(session, group)
+                    await asyncio.sleep(CHECK_EVERY_S)
             finally:
                 self._unfollow()
 
-    async def _look(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup) -> None:
-        teller = self._teller()
-        if teller == self._leases.replica:
+    async def _check(self, session: aiohttp.ClientSession, group: asyncio.TaskGroup) -> None:
+        publisher = self._publisher()
+        if publisher == self._leases.replica:
             if self._term is None:
-                await self._take_over(session)
+                await self._start_publishing(session)
             return
         self._term = None
         following, task = self._following or ("", None)
-        if task is not None and (following != teller or task.done()):
+        if task is not None and (following != publisher or task.done()):
             self._unfollow()
-        if self._following is None and (peer := self._peer(teller)) is not None:
-            self._following = teller, group.create_task(self._follow(session, peer))
+        if self._following is None and (peer := self._peer(publisher)) is not None:
+            self._following = publisher, group.create_task(self._copy_from(session, peer))
             self._news.set()
         elif self._following is None:
-            self.problem = f"{teller or 'nobody'} tells, and can't be asked"
+            self.problem = f"{publisher or 'no replica'} publishes, and its address is not known"
 
     def _unfollow(self) -> None:
         if self._following is not None:
             self._following[1].cancel()
             self._following = None
 
-    # -- the teller -----------------------------------------------------------------------------
+    # -- as the publisher -----------------------------------------------------------------------------
 
-    async def _take_over(self, session: aiohttp.ClientSession) -> None:
-        await self._last_words()
+    async def _start_publishing(self, session: aiohttp.ClientSession) -> None:
+        await self._finish_copying()
         self._unfollow()
         peers = [one for one in self._leases.replicas() if one.id != self._leases.replica]
-        logs = await asyncio.gather(*(self._rest(session, one) for one in peers))
+        logs = await asyncio.gather(*(self._read_rest(session, one) for one in peers))
         term = leader_term(self._leases)
         if term is None:
             return
         for event in sorted((e for events in logs for e in events), key=lambda event: event.seq):
             self._copy(event)
-        # From here on without a pause: what happens now is told by `_added`.
-        left = list(self._told.incidents.items())
-        for event in self._told.untold(list(self._own.recent())):
-            self._told.tell(event, term.number)
+        # No await from here on: what happens from now on is published by `_on_added`.
+        left = list(self._merged.incidents.items())
+        for event in self._merged.unpublished(list(self._own.recent())):
+            self._merged.publish(event, term.number)
         self._term, self.problem = term.number, ""
         self._pending.clear()
         for (_, about), (incident, text) in left:
             _, kind, name = about.split(" ", 2)
-            self._chronicle.incidents.close_foreign(kind, name, incident, text)
-        log.info("telling events", extra={"term": term.number})
+            self._recorder.end(kind, name, incident, text)
+        log.info("publishing events", extra={"term": term.number})
 
-    async def _last_words(self) -> None:
-        """Let the stream of the predecessor come to its end, or to rest."""
+    async def _finish_copying(self) -> None:
+        """Wait until the stream of the predecessor ends, or stays quiet."""
         began = self._clock.monotonic()
         while self._following is not None and not self._following[1].done():
             now = self._clock.monotonic()
-            if now - max(self._heard_at, began) > QUIET_S or now - began > _CALL_S:
+            if now - max(self._received_at, began) > QUIET_S or now - began > _CALL_S:
                 return
             await asyncio.sleep(QUIET_S / 10)
 
-    async def _rest(self, session: aiohttp.ClientSession, peer: Replica) -> list[Event]:
-        """What another replica has of what was told, beyond what we have."""
+    async def _read_rest(self, session: aiohttp.ClientSession, peer: Replica) -> list[Event]:
+        """The published events that another replica has and we do not."""
         found: list[Event] = []
-        since = self._told.log.last_seq
+        since = self._merged.log.last_seq
         try:
             async with asyncio.timeout(_REST_S):
                 while len(page := await self._page(session, peer, since)) == _PAGE:
@@ -217,37 +217,37 @@ class EventReplicator:
                     since = page[-1].seq
                 return found + page
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
-            log.info("a peer's events are not read", extra={"peer": peer.id, "reason": str(error)})
+            log.info("events of a peer not read", extra={"peer": peer.id, "reason": str(error)})
             return found
 
-    # -- the others -----------------------------------------------------------------------------
+    # -- as another replica -----------------------------------------------------------------------------
 
-    async def _follow(self, session: aiohttp.ClientSession, peer: Replica) -> None:
-        """Copy what the teller tells until it ends. Never raises: who tells is looked at again."""
+    async def _copy_from(self, session: aiohttp.ClientSession, peer: Replica) -> None:
+        """Copy the log of the publisher until its stream ends. Never raises: the publisher is checked again."""
         try:
-            await self._agree(session, peer)
-            query = {"follow": "true", "since": str(self._told.log.last_seq), "limit": "1000"}
-            async with session.get(peer.api + EVENTS, **self._asked(query)) as answer:
+            await self._reconcile(session, peer)
+            query = {"follow": "true", "since": str(self._merged.log.last_seq), "limit": "1000"}
+            async with session.get(peer.api + EVENTS, **self._request(query)) as answer:
                 answer.raise_for_status()
                 self.problem = ""
                 async for line in answer.content:
-                    self._heard_at = self._clock.monotonic()
+                    self._received_at = self._clock.monotonic()
                     if line.strip():
                         self._copy(event_of(loads(line)))
             self.problem = f"{peer.id} has ended its stream"
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
-            self.problem = f"{peer.id} does not tell: {str(error) or 'no answer in time'}"
-            log.warning("told events don't come", extra={"reason": self.problem})
+            self.problem = f"{peer.id} sends no events: {str(error) or 'no answer in time'}"
+            log.warning("events not copied", extra={"reason": self.problem})
             await asyncio.sleep(AGAIN_S)
 
-    async def _agree(self, session: aiohttp.ClientSession, peer: Replica) -> None:
-        """Take back what we told and nobody copied: the new teller tells it anew, or gets it from us."""
-        mine = [event.seq for event in self._told.log.recent()][-_CHECKED:]
+    async def _reconcile(self, session: aiohttp.ClientSession, peer: Replica) -> None:
+        """Withdraw what we published and no replica copied: the new publisher publishes it again, or gets it from us."""
+        mine = [event.seq for event in self._merged.log.recent()][-_CHECKED:]
         if not mine:
             return
         page = await self._page(session, peer, mine[0] - 1)
-        upto = page[-1].seq if len(page) == _PAGE else mine[-1]
-        alone = self._told.take_back(mine[0] - 1, frozenset(e.seq for e in page), upto)
+        last = page[-1].seq if len(page) == _PAGE else mine[-1]
+        alone = self._merged.withdraw(mine[0] - 1, frozenset(e.seq for e in page), last)
         if alone:
             # older than all that waits already
             waiting = [event for event in self._pending if event.seq > alone[-1].seq]
@@ -258,49 +258,49 @@ class EventReplicator:
         query = {"since": str(since), "limit": str(_PAGE)}
         async with (
             asyncio.timeout(_CALL_S),
-            session.get(peer.api + EVENTS, **self._asked(query)) as answer,
+            session.get(peer.api + EVENTS, **self._request(query)) as answer,
         ):
             answer.raise_for_status()
             return [event_of(one) for one in (await answer.json())["items"]]
 
     def _copy(self, event: Event) -> None:
-        if not self._told.copy(event):
+        if not self._merged.copy(event):
             return
         if event.origin == self._own.origin:
-            self._forget(event.own_seq)
+            self._remove_published(event.own_seq)
         if event.kind.startswith("incident.") and event.data.get("kind"):
             over = event.kind == "incident.closed"
             kind, group = str(event.data["kind"]), str(event.data.get("group"))
-            self._chronicle.incidents.adopt(kind, group, "" if over else event.incident)
+            self._recorder.adopt(kind, group, "" if over else event.incident)
 
-    def _forget(self, upto: int) -> None:
-        """Of what waits for the teller: all up to this number of ours is told."""
-        while self._pending and self._pending[0].seq <= upto:
+    def _remove_published(self, last: int) -> None:
+        """All of our events up to this number were published."""
+        while self._pending and self._pending[0].seq <= last:
             self._pending.popleft()
 
     async def _hand_over(self, session: aiohttp.ClientSession) -> None:
-        """Hand what we alone know to the teller, until we have read it there."""
+        """Send the events that we alone know to the publisher, until we have copied them from there."""
         while True:
             await self._news.wait()
             self._news.clear()
-            peer = self._peer(self._teller()) if self._term is None else None
+            peer = self._peer(self._publisher()) if self._term is None else None
             if not self._pending or peer is None:
                 continue
-            # As of now: what is told back while we still hand it over is pending no more.
+            # As of now: an event that is copied back while we still send it is no longer pending.
             before = self._pending[0].seq
-            sent = list(islice(self._pending, MOST))
+            sent = list(islice(self._pending, MAX_BATCH))
             body = {"events": [event.shown() for event in sent]}
             try:
                 async with (
                     asyncio.timeout(_CALL_S),
-                    session.post(peer.api + PATH, json=body, **self._asked({})) as answer,
+                    session.post(peer.api + PATH, json=body, **self._request({})) as answer,
                 ):
                     answer.raise_for_status()
                     if (await answer.json())["taken"] == 0:
-                        # told before, by an earlier run of ours: nobody will tell them back
-                        self._forget(sent[-1].seq)
+                        # published earlier, in an earlier run of ours: they will not be copied back
+                        self._remove_published(sent[-1].seq)
             except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
-                log.info("events not handed over", extra={"reason": str(error) or "time-out"})
+                log.info("events not sent", extra={"reason": str(error) or "time-out"})
             for _ in range(20):
                 if not self._pending or self._pending[0].seq != before:
                     break
@@ -308,7 +308,7 @@ class EventReplicator:
             if self._pending:
                 self._news.set()
 
-    def _asked(self, query: Mapping[str, str]) -> dict[str, Any]:
+    def _request(self, query: Mapping[str, str]) -> dict[str, Any]:
         token = self._token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         params = {**query, "marks": "true"} if query else None

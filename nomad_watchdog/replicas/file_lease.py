@@ -1,7 +1,7 @@
 """The lease of a machine's own registry: one lock file beside it, for all shards.
 
-The kernel lets go of it when its holder ends, however it ends; whoever waits has it a moment later.
-A holder that is frozen keeps it: on one machine nobody could tell it from a slow one.
+The kernel releases it when its holder ends, however it ends; a process that waits acquires it a moment later.
+A holder that is frozen keeps it: on one machine it can't be distinguished from a slow one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _POLL_S: Final = 0.2
 
 
 class FileLeases:
-    """Holds all shards or none. `api`: our address, for whoever asks who leads; `advertise`: the one that
-    agents are told, "" = the same."""
+    """Holds all shards or none. `api`: our address, for `nomad-watchdog leader`; `advertise`: the one that agents
+    get, "" = the same."""
 
     def __init__(  # settings by name
         self,
@@ -80,17 +80,17 @@ class FileLeases:
 
     def configs(self) -> Sequence[str] | None:
         """Of the holder of the lease, where that is another process."""
-        said = self._said()
-        if self._terms or said is None or not self._is_held():
+        fields = self._content()
+        if self._terms or fields is None or not self._is_held():
             return []
-        return [str(said.get("config", ""))]
+        return [str(fields.get("config", ""))]
 
     async def announce(self, config: str) -> None:
         self._config = config
         if self._terms and self._file is not None:
             self._write(self._file, next(iter(self._terms.values())).number)
 
-    def vouches(self) -> bool:
+    def knows_all_replicas(self) -> bool:
         return bool(self._terms)
 
     async def run(self) -> None:
@@ -127,7 +127,7 @@ class FileLeases:
         return number
 
     def _write(self, file: IO[str], number: int) -> None:
-        said = {
+        fields = {
             "v": 1,
             "replica": self.replica,
             "api": self._api,
@@ -137,26 +137,26 @@ class FileLeases:
         }
         # In place: a new file under the same name would be another lock.
         file.seek(0)
-        file.write(json.dumps(said))
+        file.write(json.dumps(fields))
         file.truncate()
         file.flush()
 
     def _holder(self) -> tuple[str, str, float]:
-        """Who wrote the file last, if its lock is held."""
+        """The process that wrote the file last, if its lock is held."""
         try:
-            said = self._said() or {}
-            known = str(said["replica"]), str(said["api"]), float(said["since"])
+            fields = self._content() or {}
+            known = str(fields["replica"]), str(fields["api"]), float(fields["since"])
         except (ValueError, KeyError, TypeError):
             return "", "", 0.0
         return known if self._terms or self._is_held() else ("", "", 0.0)
 
-    def _said(self) -> Mapping[str, Any] | None:
+    def _content(self) -> Mapping[str, Any] | None:
         """The file's content; None = there is none that can be read."""
         try:
-            said = loads(self._path.read_text())
+            fields = loads(self._path.read_text())
         except (OSError, ValueError):
             return None
-        return said if isinstance(said, dict) else None
+        return fields if isinstance(fields, dict) else None
 
     def _is_held(self) -> bool:
         try:

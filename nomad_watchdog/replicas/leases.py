@@ -1,9 +1,9 @@
-"""Who reconciles which devices: a lease a shard, held by one replica at a time.
+"""Which replica reconciles which devices: one lease per shard, held by one replica at a time.
 
-A lease is advice, not truth: locks are advisory, and a process can sleep between looking and acting. So a
-holder's right is boxed in time by its own clock and asked for again before each step, each commit of an
-epoch names the lock that must still be held, and even two that both believe to hold a shard do no harm,
-because every start is a compare-and-set of the device's epoch (S2).
+Locks are only advisory, and a process can be suspended between a check and an action. So a lease ends at a fixed time
+of its holder's own clock and is checked again before each step, and each commit of an epoch names the lock that must
+still be held. Even if two replicas both think they hold a shard, each device gets only one agent, because every start
+is a compare-and-set of the device's epoch (S2).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nomad_watchdog.registry import CommitGuard
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One unbroken spell of holding a shard."""
+    """One uninterrupted time in which a replica holds a shard."""
 
     number: int
-    """Goes up with each taking of the lock, whoever takes it."""
+    """Increases each time that any replica acquires the lock."""
     began_at: Monotonic
-    """What was read before this is no ground for a decision: another may have acted since."""
+    """What was read earlier must not be used for a decision: another replica may have acted since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ class Lease:
 
     shard: Shard
     holder: str
-    """The replica's id; "" = nobody."""
+    """The replica's ID; "" = no replica."""
     api: str = ""
-    """Where the holder's API is, if it said so."""
+    """Address of the holder's API; "" = not known."""
     since: float = 0.0
-    """Wall time of the taking, by the holder's clock."""
+    """Wall time of the acquisition, by the holder's clock."""
     term: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A control plane that is there."""
+    """A control plane that is running."""
 
     id: str
     api: str
@@ -56,33 +56,33 @@ class Replica:
     config: str = ""
     """Digest of the class specs that it is configured with (`class_set.digest`); "" = an older version."""
     advertise: str = ""
-    """The address that it tells agents; "" = its version does not say."""
+    """The address that it gives to agents; "" = an older version."""
 
     @property
     def address(self) -> str:
-        """Where agents reach it, as far as is known."""
+        """Where agents reach it, as far as known."""
         return self.advertise or self.api
 
 
 class Leases(Protocol):
-    """What the reconciler asks. None of it does I/O but `run` and `release`."""
+    """The leases as one replica knows them. Only `run`, `announce` and `release` do I/O."""
 
     shards: int
     replica: str
-    """Our own id."""
+    """Our own ID."""
     advertise: str
-    """The address that we tell agents; "" = it is not known."""
+    """The address that we give to agents; "" = not known."""
     problem: str
-    """Why nothing can be held at the moment, in words; "" when there is no reason."""
+    """Why no lease can be held now; "" = there is no reason."""
     changed: asyncio.Event
     """Set whenever `terms` or the addresses of `replicas` may have changed."""
 
     def terms(self) -> Mapping[Shard, Term]:
-        """The shards that are ours now; empty as soon as our own clock can't vouch for it."""
+        """The shards that are ours now; empty as soon as our leases have ended by our own clock."""
         ...
 
     def guards(self, slugs: Collection[Slug]) -> Sequence[CommitGuard]:
-        """What a commit for these devices must name."""
+        """The guards of a commit for these devices."""
         ...
 
     def all(self) -> Sequence[Lease]:
@@ -91,33 +91,33 @@ class Leases(Protocol):
 
     @property
     def current(self) -> bool:
-        """Whether `all` and `replicas` are of now: they can be read, and our own word among them is good."""
+        """Whether `all` and `replicas` are up to date: they can be read, and our own session is valid."""
         ...
 
     def replicas(self) -> Sequence[Replica]:
-        """Every control plane that is there, ours included, as last seen."""
+        """Every control plane that is running, including ours, as last seen."""
         ...
 
     def configs(self) -> Sequence[str] | None:
-        """The digests that the other replicas are configured with, as far as they say; None = it is not known who is
-        there now, or the others don't know of ours yet."""
+        """The digests of the other replicas' configurations; "" for an older version. None = the other replicas are not
+        known now, or they do not know our digest yet."""
         ...
 
     async def announce(self, config: str) -> None:
-        """Let the others know the digest of our own class specs. Never raises: it is repeated until it is known."""
+        """Publish the digest of our own class specs. Never raises: it is retried until it is published."""
         ...
 
-    def vouches(self) -> bool:
-        """Whether a control plane that is not among `replicas` is gone. Where there is one at a time that
-        does not appear in `replicas`, whether it is this one."""
+    def knows_all_replicas(self) -> bool:
+        """Whether a control plane that is not among `replicas` is gone. Where only one can run at a time and it is not
+        among `replicas`: whether it is this one."""
         ...
 
     async def run(self) -> None:
-        """Take part until cancelled. Outages are waited out, and told in `problem`."""
+        """Acquire and renew leases until cancelled. Outages are retried, and reported in `problem`."""
         ...
 
     async def release(self) -> None:
-        """Let go of all at once, so that a successor need not wait. Never raises; bounded in time."""
+        """Release all leases at once, so that a successor need not wait. Never raises; has a timeout."""
         ...
 
 
@@ -134,7 +134,7 @@ FIRST: Final = Term(1, Monotonic(0.0))
 
 @dataclass(slots=True)
 class SoleOwner:
-    """All shards, always: for one pass by hand, where an operator is the only one who acts."""
+    """All shards, always: for a single pass that an operator runs without the service."""
 
     shards: int = 1
     replica: str = "this"
@@ -142,7 +142,7 @@ class SoleOwner:
     problem: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     others: Sequence[str] = ()
-    """What replicas that are there are configured with."""
+    """Digests of the configurations of running replicas."""
 
     def terms(self) -> Mapping[Shard, Term]:
         return dict.fromkeys(map(Shard, range(self.shards)), FIRST)
@@ -164,9 +164,9 @@ class SoleOwner:
         return self.others
 
     async def announce(self, config: str) -> None:
-        """Nobody asks."""
+        """There is no other replica."""
 
-    def vouches(self) -> bool:
+    def knows_all_replicas(self) -> bool:
         return False
 
     async def run(self) -> None:

@@ -8,16 +8,16 @@ from collections import defaultdict
 from typing import Final
 
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Shard, Slug
+from nomad_watchdog.ids import Shard
 from nomad_watchdog.replicas.leases import Leases
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY_S: Final = 0.25
+_CHECK_EVERY_S: Final = 0.25
 
 
 class ReplicaWatcher:
-    """The reader of `leases` for one fleet."""
+    """Publishes events when the replicas or the holders of shards change."""
 
     def __init__(self, fleet: Fleet, leases: Leases) -> None:
         self._fleet = fleet
@@ -31,19 +31,23 @@ class ReplicaWatcher:
     async def run(self) -> None:
         """Publish what changes until cancelled."""
         while True:
-            self.look()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            self.check()
+            await asyncio.sleep(_CHECK_EVERY_S)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Publish what has changed since the last call; the first one only remembers."""
         seen = (tuple(self._leases.replicas()), tuple(self._leases.all()))
         if seen == self._seen:
             return
         self._seen = seen
-        own = self._leases.replica
         there = {one.id: one.api for one in self._leases.replicas()}
-        if own not in there:
-            return  # what the leases show is not complete yet, or no longer
+        if self._leases.replica not in there:
+            return  # the leases are not complete yet, or no longer
+        self._report_replicas(there)
+        self._report_shards()
+
+    def _report_replicas(self, there: dict[str, str]) -> None:
+        own = self._leases.replica
         before = there if self._there is None else self._there
         for name in sorted(before.keys() - there.keys() - {own}):
             held = sorted(shard for shard, holder in self._holders.items() if holder == name)
@@ -54,7 +58,9 @@ class ReplicaWatcher:
         if self._there is None:
             log.info("replicas are known", extra={"replicas": sorted(there)})
         self._there = there
-        taken = defaultdict(list)
+
+    def _report_shards(self) -> None:
+        own, taken = self._leases.replica, defaultdict(list)
         for lease in self._leases.all():
             last = self._holders.get(lease.shard, "")
             if lease.holder == own and last not in ("", own):
@@ -66,15 +72,7 @@ class ReplicaWatcher:
             self._note("shards.taken", own, text, shards=shards)
 
     def _note(self, kind: str, name: str, text: str, **data: object) -> None:
-        fleet = self._fleet
-        fleet.events.own.add(
-            at=fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=text,
-            data={"replica": name, **data},
-        )
+        self._fleet.events.own.note(self._fleet.clock.wall(), kind, text, replica=name, **data)
 
 
 def _named(shards: list[Shard]) -> str:

@@ -1,4 +1,4 @@
-"""What agents are told of the control plane: where the replicas are that are there now."""
+"""The addresses at which agents reach the running replicas."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from nomad_watchdog.schedulers.agent_document import addressed
 
 
 class ReportAddresses:
-    """The reader of `leases` for one fleet."""
+    """Adds the addresses to the specs of agents."""
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
-        self._told: dict[str, tuple[AgentSpec, tuple[str, ...], AgentSpec]] = {}
+        self._addressed: dict[str, tuple[AgentSpec, tuple[str, ...], AgentSpec]] = {}
 
     def addresses(self) -> tuple[str, ...]:
-        """As last seen; empty where it is not known which address is our own."""
+        """As last seen; empty where our own address is not known."""
         leases = self._leases
         if not leases.advertise:
             return ()
         return report_addresses.living(leases.advertise, (one.address for one in leases.replicas()))
 
-    def vouched(self) -> frozenset[str] | None:
-        """All addresses that agents may use now; None while we can't know of all replicas."""
-        return frozenset(self.addresses()) or None if self._leases.vouches() else None
+    def complete(self) -> frozenset[str] | None:
+        """All addresses that agents may use now; None while not all replicas are known."""
+        return frozenset(self.addresses()) or None if self._leases.knows_all_replicas() else None
 
-    def told(self, spec: AgentSpec) -> AgentSpec:
+    def with_addresses(self, spec: AgentSpec) -> AgentSpec:
         """The spec with these addresses in its agents' configuration; its hash does not cover them."""
         addresses = self.addresses()
-        last = self._told.get(spec.agent_class)
-        # The same object for the same spec: it is asked for at each start.
+        last = self._addressed.get(spec.agent_class)
+        # The same object for the same spec: this is called at each start.
         if last is None or last[0] is not spec or last[1] != addresses:
             last = spec, addresses, addressed(spec, addresses)
-            self._told[spec.agent_class] = last
+            self._addressed[spec.agent_class] = last
         return last[2]

@@ -1,8 +1,7 @@
-"""What agents and devices say to one replica, told to the others, so that each can answer for the whole fleet.
+"""Sends the reports and heartbeats that one replica receives to the others, so that each knows the whole fleet.
 
-Only what was accepted is told on, and nobody accepts by hearsay: a replica that hears takes it when its own
-record names the same epoch and instance. Nothing is kept for a peer that does not answer: an agent says
-everything again on its next beat.
+Only accepted reports are sent, and a replica accepts a report from a peer only if its own record has the same epoch and
+instance. Nothing is kept for a peer that does not answer: the next report of an agent contains everything again.
 """
 
 from __future__ import annotations
@@ -27,34 +26,34 @@ from nomad_watchdog.schedulers import agent_zipapp
 log = logging.getLogger(__name__)
 
 PATH: Final = "/v1/peers/reports"
-MOST: Final = 500
-"""Reports in one message."""
+MAX_BATCH: Final = 500
+"""Maximum number of reports in one message."""
 MAX_BEATS: Final = 2_000
-"""Ids in one message; both together stay below the API's default of 1 MiB a body."""
+"""Maximum number of IDs in one message; both together stay below the API's default limit of 1 MiB per body."""
 GATHER_S: Final = 0.1
-"""So long reports are gathered into one message: they are evidence, not events to act on."""
+"""Time for which reports are gathered into one message."""
 _CALL_S: Final = 2.0
 VIA: Final = "1.1 nomad-watchdog"
 """The header `Via` of a replica that asks another one for a file: that one asks no further (RFC 9110, 7.6.3)."""
 MAX_FILE: Final = 8 * 1024 * 1024
 """Bytes of an agent file; ours has less than a tenth of that."""
 _MISSED_S: Final = 0.1
-"""After a search that found nothing no other is begun for so long: anybody may ask, for any file."""
+"""Minimum time between a search that found nothing and the next one: any client can request any file."""
 _MAX_SEARCHES: Final = 32
-"""Requests that wait for a search; more are answered that the file is not there."""
+"""Maximum number of requests that wait for a search; further ones get the answer that there is no such file."""
 
 
 def document(report: Report) -> dict[str, Any]:
-    """A report as it came, in the words of `watchdog_agent.wire`."""
-    said = asdict(report)
-    del said["slug"], said["received_at"]
-    return {"v": 1, **said}
+    """A report as it came, in the format of `watchdog_agent.wire`."""
+    fields = asdict(report)
+    del fields["slug"], fields["received_at"]
+    return {"v": 1, **fields}
 
 
 class ReportReplicator:
-    """The one that tells. `token` gives the bearer token that replicas share, "" = none; `tls` what is
-    trusted and shown over https, None = the system's trust; `certified` the host that the others'
-    certificates name, "" = the one at which they are called."""
+    """Sends what one replica receives. `token`: returns the bearer token that replicas share, "" = none; `tls`: the
+    trusted CAs and our certificate for https, None = the system's CAs; `certified`: the host name in the others'
+    certificates, "" = the one in their address."""
 
     def __init__(
         self,
@@ -70,20 +69,20 @@ class ReportReplicator:
         self._certified = certified or None
         self._fresh: dict[Slug, Report] = {}
         self._news = asyncio.Event()
-        self._silent: set[str] = set()
+        self._refusing: set[str] = set()
         self._beats: dict[str, None] = {}
-        """Ids of devices that were heard here, oldest first."""
+        """IDs of devices that sent a heartbeat here, oldest first."""
         fleet.reports.accepted.connect(self.note)
         fleet.presence.heard.connect(self.note_beats)
 
     def note(self, report: Report) -> None:
-        """Tell this on; the newest of a device is enough."""
+        """Send this report; only the newest one of a device is sent."""
         self._fresh.pop(report.slug, None)
         self._fresh[report.slug] = report
         self._news.set()
 
     def note_beats(self, ids: Sequence[str]) -> None:
-        """Tell these signs of life on: only the replica that reconciles a device lets it expire."""
+        """Send these heartbeats: only the replica that reconciles a device lets it expire."""
         if ids and self.others():
             self._beats.update(dict.fromkeys(ids))
             self._news.set()
@@ -96,13 +95,13 @@ class ReportReplicator:
         ]
 
     async def run(self) -> None:
-        """Tell until cancelled."""
+        """Send until cancelled."""
         timeout = aiohttp.ClientTimeout(total=_CALL_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
                 await self._news.wait()
                 await asyncio.sleep(GATHER_S)
-                batch = dict(islice(self._fresh.items(), MOST))
+                batch = dict(islice(self._fresh.items(), MAX_BATCH))
                 for slug in batch:
                     del self._fresh[slug]
                 beats = list(islice(self._beats, MAX_BEATS))
@@ -117,9 +116,9 @@ class ReportReplicator:
                 body = {"reports": reports, "beats": beats}
                 async with asyncio.TaskGroup() as group:
                     for peer in peers:
-                        group.create_task(self._tell(session, peer, body))
+                        group.create_task(self._send(session, peer, body))
 
-    async def _tell(
+    async def _send(
         self, session: aiohttp.ClientSession, peer: Replica, body: Mapping[str, Any]
     ) -> None:
         token = self._token()
@@ -132,16 +131,16 @@ class ReportReplicator:
                 why = "" if answer.status == 200 else f"it answered {answer.status}"
         except (aiohttp.ClientError, TimeoutError) as error:
             why = str(error) or "no answer in time"
-        if why and peer.id not in self._silent:
-            log.warning("peer does not take reports", extra={"peer": peer.id, "reason": why})
-            self._silent.add(peer.id)
+        if why and peer.id not in self._refusing:
+            log.warning("peer does not accept reports", extra={"peer": peer.id, "reason": why})
+            self._refusing.add(peer.id)
         elif not why:
-            self._silent.discard(peer.id)
+            self._refusing.discard(peer.id)
 
 
 class AgentFiles:
-    """Agent files of other versions, from the replica that has them: a job that one replica has written names a
-    file by its SHA-256, and its agents may be told to fetch it from any. `others`: the replicas that are running."""
+    """Fetches agent files of other versions from the replica that has them: a job that one replica wrote names a file
+    by its SHA-256, and its agents may fetch it from any replica. `others`: the replicas that are running."""
 
     def __init__(
         self,
@@ -156,7 +155,7 @@ class AgentFiles:
         self._waiting = 0
 
     async def fetch(self, sha256: str) -> None:
-        """Have the file with this SHA-256 here, if another replica has it."""
+        """Fetch the file with this SHA-256, if another replica has it."""
         path = agent_zipapp.published(self._folder, sha256)
         if self._waiting >= _MAX_SEARCHES or not self._others():
             return

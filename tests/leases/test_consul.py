@@ -188,21 +188,21 @@ async def test_the_addresses_that_agents_are_given_follow_the_replicas(
     """Each replica gives its own address first, then the others'; one that ends is no longer among them, and
     who has lost touch does not vouch for the list."""
     async with parts(consul, "a", "b") as (first, second):
-        assert not first.leases.vouches()
+        assert not first.leases.knows_all_replicas()
         for name, part in (("one", first), ("two", second)):
             part.leases.advertise = f"http://{name}:9670"
             part.start()
         one, two = ReportAddresses(first.leases), ReportAddresses(second.leases)
         await until(
-            lambda: one.vouched() == two.vouched() == {"http://one:9670", "http://two:9670"}
+            lambda: one.complete() == two.complete() == {"http://one:9670", "http://two:9670"}
         )
         assert one.addresses() == ("http://one:9670", "http://two:9670")
         assert two.addresses() == ("http://two:9670", "http://one:9670")
         second.leases.changed.clear()
         await first.crash()
         await second.leases.changed.wait()
-        await until(lambda: two.vouched() == {"http://two:9670"})
-        await until(lambda: one.vouched() is None)
+        await until(lambda: two.complete() == {"http://two:9670"})
+        await until(lambda: one.complete() is None)
 
 
 async def test_a_replica_that_was_silent_for_long_takes_part_again(consul: ConsulServer) -> None:

@@ -144,7 +144,7 @@ async def test_two_installations_are_not_mixed(registry: Registry) -> None:
         (lambda lines: lines[1:], "line 1: this is no backup"),
         (lambda lines: lines[:-1], "not whole: 3 records of 4"),
         (lambda lines: [*lines, lines[-1]], "line 6: .* occurs twice"),
-        (lambda lines: [*lines[:2], "{", *lines[3:]], "line 3: it is no JSON"),
+        (lambda lines: [*lines[:2], "{", *lines[3:]], "line 3: it is not JSON"),
         (
             lambda lines: [*lines[:2], lines[2].replace('"epoch":', '"epoch":-1'), *lines[3:]],
             "line 3",

@@ -83,7 +83,7 @@ class BoardLeases:
     async def announce(self, config: str) -> None:
         self._board.configs[self.replica] = config
 
-    def vouches(self) -> bool:
+    def knows_all_replicas(self) -> bool:
         return False
 
     async def run(self) -> None:

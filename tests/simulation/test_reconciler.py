@@ -197,7 +197,7 @@ class Sharing(Late):
     def replicas(self) -> list[Replica]:
         return [Replica(api, api, 0.0, 1, "1") for api in self.there]
 
-    def vouches(self) -> bool:
+    def knows_all_replicas(self) -> bool:
         return True
 
 

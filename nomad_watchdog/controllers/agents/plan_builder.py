@@ -126,7 +126,7 @@ class PlanBuilder:
 
     def reach(self) -> Reachability:
         """The addresses of running replicas, and the devices whose agents do not report."""
-        addresses = self.classes.addresses.vouched()
+        addresses = self.classes.addresses.complete()
         return Reachability(addresses or frozenset(), self.fleet.verdicts.silent)
 
     def waits(self, action: Action) -> str:

@@ -205,7 +205,7 @@ class PreparedClasses:
     def is_due(self) -> bool:
         """Whether the scheduler must be prepared now: for a shard that has become ours, whose last holder may have
         prepared it with addresses that are gone, or because a replica that we named is gone."""
-        alive = self.addresses.vouched()
+        alive = self.addresses.complete()
         gone = alive is not None and not alive.issuperset(self._prepared_with)
         return self._ownership.unprepared() or (gone and bool(self._leases.terms()))
 
@@ -237,7 +237,7 @@ class PreparedClasses:
         """Have the scheduler prepared for these specs, with the replicas' current addresses, on the shards that are
         ours. As `Scheduler.prepare`."""
         terms, addresses = dict(self._leases.terms()), self.addresses.addresses()
-        addressed = [self.addresses.told(spec) for spec in specs.values()]
+        addressed = [self.addresses.with_addresses(spec) for spec in specs.values()]
         refused = await self._scheduler.prepare(addressed, shards=terms.keys()) or {}
         self._ownership.prepare(terms)
         self._prepared_with = addresses
