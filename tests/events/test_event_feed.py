@@ -31,7 +31,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Limits, Monotonic
 from nomad_watchdog.registry import CommitGuard
 from nomad_watchdog.registry.sqlite import SqliteRegistry
-from nomad_watchdog.replicas.event_replication import MOST, EventReplicator
+from nomad_watchdog.replicas.event_replication import MAX_BATCH, EventReplicator
 from nomad_watchdog.replicas.leases import Lease, Replica, Term
 
 
@@ -324,7 +324,7 @@ async def test_what_was_told_before_does_not_hold_up_what_is_new(tmp_path: Path)
     """More old events than go into one message wait for the teller, who knows them: they are given up, and what
     was seen last is told."""
     async with planes(tmp_path, Board(), "a", "b") as (a, b):
-        old = [b.see("", "audit.pause") for _ in range(MOST + 50)]
+        old = [b.see("", "audit.pause") for _ in range(MAX_BATCH + 50)]
         await until(lambda: len(a.log()) == len(old) and not b.feed._pending)
         b.feed._pending.extend(old)
         b.see("", "audit.resume")
