@@ -1,7 +1,7 @@
-"""A file that lists devices, as values; or everything that is wrong with it, with its lines.
+"""Reads a file that lists devices, and reports all errors with their line numbers.
 
 ``.hcl``: blocks ``device "ID" { address = "…"  class = "…"  ttl = "90s"  labels = { … } }``.
-``.json``: one object a line, as ``devices export`` prints them, or one array of such objects.
+``.json``: one object per line, as ``devices export`` prints them, or one array of such objects.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -32,11 +32,11 @@ Signature = tuple[int, ...]
 
 
 class ChangingError(UserError):
-    """The file was changed while it was read: look again later."""
+    """The file was changed while it was read: read it again later."""
 
 
 def signature(path: str | Path) -> Signature:
-    """Of the file that the path leads to now, links followed. Raises UserError when there is none."""
+    """Of the file at this path, links followed. Raises UserError if there is none."""
     try:
         found = Path(path).stat()
     except OSError as error:
@@ -53,10 +53,10 @@ def _signature(found: os.stat_result) -> Signature:
 def read(
     path: str | Path, expected: Signature, classes: Collection[str] | None = None
 ) -> dict[Slug, Device]:
-    """The devices that the file lists; at least one. `classes`: the agent classes that there are, None = any.
+    """The devices that the file lists; at least one. `classes`: the configured agent classes, None = any.
 
-    Raises ChangingError when it is not, or no longer, the file of `expected`, and one UserError that
-    names everything that is wrong with it. An empty file is wrong: it looks too much like a torn one."""
+    Raises ChangingError if it is not, or no longer, the file of `expected`, and one UserError with all errors in
+    the file. An empty file is an error, because it may be a truncated one."""
     name = text_files.shown(str(path))
     try:
         with Path(path).open("rb") as file:
@@ -64,7 +64,7 @@ def read(
             after = _signature(os.fstat(file.fileno()))
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from error
-    # The descriptor's file is what was read, whatever the path was made to lead to meanwhile.
+    # The file of the descriptor is the one that was read, even if the path leads to another one by now.
     if after != expected:
         raise ChangingError(f"{name} is being changed")
     if len(body) > MAX_BYTES:
@@ -77,23 +77,24 @@ def read(
         raise UserError("\n".join(f"{name}: {line}" for line in _first(problems)))
     if not listed:
         raise UserError(
-            f"{name}: lists no device; to let all of them go, say `devices rm` and take the file out of "
+            f"{name}: lists no device; to remove all devices, run `devices rm` and remove the file from "
             "`inventory`"
         )
     return listed
 
 
-def read_lines(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Where each device of a text stands and what it says, one JSON object per line or one array of them. Blank text
-    lists none.
+def read_lines(text: str) -> list[tuple[str, dict[str, object]]]:
+    """The position and the fields of each device in a text: one JSON object per line, or one array of them. Blank text
+    lists no device.
 
-    Raises one UserError that names everything that is wrong, with its line."""
+    Raises one UserError with all errors and their line numbers."""
     problems: list[str] = []
-    items: list[tuple[str, dict[str, Any]]] = []
+    items: list[tuple[str, dict[str, object]]] = []
 
-    def kept() -> Iterator[tuple[str, Any]]:
+    def kept() -> Iterator[tuple[str, object]]:
         for where, item in _json(text, problems):
-            items.append((where, item))
+            if isinstance(item, dict):
+                items.append((where, item))
             yield where, item
 
     _devices(kept(), None, problems)
@@ -108,28 +109,28 @@ def _first(problems: list[str]) -> list[str]:
 
 
 def _devices(
-    items: Iterator[tuple[str, Any]], classes: Collection[str] | None, problems: list[str]
+    items: Iterator[tuple[str, object]], classes: Collection[str] | None, problems: list[str]
 ) -> dict[Slug, Device]:
     listed: dict[Slug, Device] = {}
     first: dict[Slug, str] = {}
     for where, item in items:
         try:
-            wish = DeviceItem.model_validate(item)
+            fields = DeviceItem.model_validate(item)
         except ValidationError as error:
             problems.append(f"{where}: {problem(error, DeviceItem)}")
             continue
-        if classes is not None and wish.agent_class not in classes:
-            hint = did_you_mean(wish.agent_class, classes)
+        if classes is not None and fields.agent_class not in classes:
+            hint = did_you_mean(fields.agent_class, classes)
             problems.append(
-                f"{where}: device {show(wish.id)}: no agent class {show(wish.agent_class)}; "
+                f"{where}: device {show(fields.id)}: no agent class {show(fields.agent_class)}; "
                 f"{hint}configured: {', '.join(sorted(classes))}"
             )
-        slug = slug_of(DeviceId(wish.id))
+        slug = slug_of(DeviceId(fields.id))
         if slug in listed:
             problems.append(
-                f"{where}: device {show(wish.id)} is listed twice, first: {first[slug]}"
+                f"{where}: device {show(fields.id)} is listed twice, first: {first[slug]}"
             )
-        listed[slug] = wish.device(DeviceId(wish.id))
+        listed[slug] = fields.device(DeviceId(fields.id))
         first.setdefault(slug, where)
         if len(listed) > MAX_DEVICES:
             problems.append(f"{where}: more than {MAX_DEVICES} devices")
@@ -137,7 +138,7 @@ def _devices(
     return listed
 
 
-def _hcl(text: str, source: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _hcl(text: str, source: str, problems: list[str]) -> Iterator[tuple[str, object]]:
     document = hcl.read(text, source)
     problems += [f"line {p.line}: {show(str(p.path[-1]))} {p.message}" for p in document.problems]
     for name in document.data.keys() - {"device"}:
@@ -157,7 +158,7 @@ def _hcl(text: str, source: str, problems: list[str]) -> Iterator[tuple[str, Any
             yield where, body | {"id": device_id}
 
 
-def _json(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _json(text: str, problems: list[str]) -> Iterator[tuple[str, object]]:
     if text.lstrip()[:1] == "[":
         yield from _json_array(text, problems)
         return
@@ -171,7 +172,7 @@ def _json(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
                 problems.append(f"{where}: not a JSON object: {error}")
 
 
-def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _json_array(text: str, problems: list[str]) -> Iterator[tuple[str, object]]:
     try:
         items = strict(text)
     except ValueError as error:

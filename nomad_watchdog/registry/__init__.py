@@ -1,7 +1,7 @@
-"""The durable record of devices: one interface, a store behind it.
+"""The durable records of devices: the interface of the stores.
 
-Every write is a compare-and-set of whole records, decided by pure functions (`core.presence`); the
-store knows nothing of their meaning. Nothing that beats is written here.
+Every write is a compare-and-set of whole records, decided by pure functions (`core.presence`); the store does not
+interpret them. Heartbeats and reports are never written here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class RegistrySnapshot:
     records: Mapping[Slug, DeviceRecord]
     index: int
     unreadable: frozenset[Slug] = frozenset()
-    """Devices that have a record which can't be decoded: nothing is known of them, and nothing is done."""
+    """Devices whose record can't be decoded: no action is taken for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +35,25 @@ class CommitGuard:
 
 
 MAX_DOCUMENT: Final = 64 * 1024
-"""Bytes of one document."""
+"""Maximum size of one document, bytes."""
 _DOCUMENT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryDocument:
-    """A body that the store does not look into, and its compare-and-set token."""
+    """A body that the store does not interpret, and its compare-and-set token."""
 
     body: bytes = b""
     index: int = 0
 
 
 def check_document(name: str, body: bytes = b"") -> None:
-    """Raises UserError for a name or size that no store takes."""
+    """Raises UserError for a name or size that stores reject."""
     if _DOCUMENT_NAME.fullmatch(name) is None:
         raise UserError(f"document name {name!a} must be a-z, 0-9 and '-', at most 32 characters")
     if len(body) > MAX_DOCUMENT:
         raise UserError(
-            f"document {name} would take {len(body)} bytes; at most {MAX_DOCUMENT} are allowed"
+            f"document {name} has {len(body)} bytes; at most {MAX_DOCUMENT} are allowed"
         )
 
 
@@ -77,8 +77,8 @@ class Registry(Protocol):
         ...
 
     async def read(self) -> RegistrySnapshot:
-        """Everything, read consistently. A record that can't be decoded is left out, counted in
-        `poisoned` and logged; it never hides the others (S9)."""
+        """All records, read consistently. A record that can't be decoded is left out, named in `poisoned` and
+        logged; it does not affect the others (S9)."""
         ...
 
     async def get(self, slug: Slug) -> DeviceRecord | None:
@@ -98,8 +98,8 @@ class Registry(Protocol):
         ...
 
     async def forget(self, records: Sequence[DeviceRecord]) -> Sequence[bool]:
-        """Delete each record if the stored index is still `record.index`; in order, whether it is gone, which one
-        that was not there is.
+        """Delete each record if the stored index is still `record.index`; in order, whether it is gone. One that did
+        not exist counts as gone.
         Only for tombstones below the floor (`core.tombstones`). Durable, and fails, as `commit`."""
         ...
 
@@ -110,7 +110,7 @@ class Registry(Protocol):
         ...
 
     async def document(self, name: str) -> RegistryDocument:
-        """A small document beside the records (the pauses, say), as the store has it now; one that was
+        """A small document beside the records, such as the pauses, as the store has it now; one that was
         never written has no body and index 0. `name`: [a-z][a-z0-9-]*, at most 32 characters."""
         ...
 
@@ -120,8 +120,8 @@ class Registry(Protocol):
         """Store the body if the stored index is still `document.index` (0 = it must not exist).
 
         Returns it with its new index, or None where the compare-and-set lost. Durable when it returns
-        (S4). Raises UserError when the body is larger than MAX_DOCUMENT bytes. A document is no record:
-        `watch` need not tell of it."""
+        (S4). Raises UserError when the body is larger than MAX_DOCUMENT bytes. `watch` need not return when only
+        a document changes."""
         ...
 
     async def check_writable(self) -> None:
@@ -138,4 +138,4 @@ class Registry(Protocol):
 
 
 COMMIT_TRIES: Final = 5
-"""Compare-and-set losses in a row after which the caller is told to try again."""
+"""Maximum number of compare-and-sets in a row that may lose before the caller gets a ConflictError."""

@@ -1,16 +1,16 @@
-"""The registry as a file, and back: every record with its epoch, tombstones too.
+"""Export of the registry to a file, and import: every record with its epoch, including tombstones.
 
-The first line names the installation, so that a restored registry goes on owning the agents that run, and
-two installations are never mixed. Epochs never go back, whatever is restored over what (S1).
+The first line names the installation, so that a restored registry still owns the running agents, and two
+installations are never mixed. Restoring never lowers an epoch (S1).
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
 from watchdog_agent.runtime.parsing import loads
 
@@ -33,7 +33,7 @@ FORMAT: Final = "nomad-watchdog registry"
 VERSION: Final = 1
 NO_FLOOR: Final = EpochFloor()
 TRIES: Final = 5
-"""Rounds of compare-and-set that a restore lets other writers win."""
+"""Maximum number of rounds of compare-and-set in a restore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Restored:
     records: int
     changed: int
     rebuilt: bool = False
-    """The registry's floor could not be read, and is written anew."""
+    """The registry's floor could not be read, and is written again."""
 
 
 async def lines(registry: Registry) -> list[str]:
-    """The whole registry, a line a record, in the order of the slugs."""
+    """The whole registry, one record per line, in the order of the slugs."""
     installation = await registry.installation()
     snapshot = await registry.read()
     # After the records: what was deleted meanwhile is below it (`core.tombstones`).
@@ -56,7 +56,7 @@ async def lines(registry: Registry) -> list[str]:
     if registry.poisoned:
         key, why = next(iter(registry.poisoned.items()))
         raise UserError(
-            f"{len(registry.poisoned)} records can't be read and would be missing, {key}: {why}; mend "
+            f"{len(registry.poisoned)} records can't be read and would be missing, {key}: {why}; repair "
             "or delete them first"
         )
     head = {
@@ -86,7 +86,7 @@ def parse(file: TextIO) -> tuple[str, list[DeviceRecord], EpochFloor]:
             raise UserError(f"line {number}: {record.slug} occurs twice")
         found[record.slug] = record
     if len(found) != count:
-        raise UserError(f"the backup is not whole: {len(found)} records of {count}")
+        raise UserError(f"the backup is not complete: {len(found)} records of {count}")
     return installation, list(found.values()), floor
 
 
@@ -100,7 +100,7 @@ def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
 
 def _head(line: str) -> tuple[str, int, EpochFloor]:
     try:
-        head: Any = loads(line)
+        head = loads(line)
         if head["format"] != FORMAT or head["v"] != VERSION:
             raise ValueError  # noqa: TRY301  # the same sentence for all that is wrong with it
         epoch, generation = head.get("floor", [0, 0])
@@ -108,7 +108,7 @@ def _head(line: str) -> tuple[str, int, EpochFloor]:
         return str(uuid.UUID(head["installation"])), int(head["records"]), floor
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            "line 1: this is no backup of a registry; one is made by `nomad-watchdog registry export`"
+            "line 1: this is not a registry backup; create one with `nomad-watchdog registry export`"
         ) from None
 
 
@@ -123,6 +123,23 @@ async def _stored_floor(
         return rebuilt_floor(records, least), document
 
 
+async def _restore_floor(
+    registry: Registry, backup: Sequence[DeviceRecord], floor: EpochFloor, *, dry_run: bool
+) -> tuple[EpochFloor, bool]:
+    """Raise the registry's floor to the backup's. Returns the one of before, and whether it was damaged and is rebuilt.
+
+    Epochs up to the registry's own floor were used after the backup, for devices that it has forgotten."""
+    everything = [*(await registry.read()).records.values(), *backup]
+    known, damaged = await _stored_floor(registry, everything, floor)
+    if not dry_run and not (
+        await registry.commit_document(FLOOR, floor_document(known, damaged.index))
+        if damaged
+        else await raise_floor(registry, floor)
+    ):
+        raise TransientError("the floor of the epochs is being changed by others; try again")
+    return known, damaged is not None
+
+
 async def restore(
     registry: Registry,
     installation: str,
@@ -131,11 +148,11 @@ async def restore(
     *,
     dry_run: bool = False,
 ) -> Restored:
-    """Bring a backup into a registry, which is initialised with the backup's installation if it is new.
+    """Restore a backup into a registry, which is initialised with the backup's installation if it is new.
     `floor`: of its deleted tombstones; the registry's own is raised to it first.
 
-    Raises UserError when it belongs to another installation, TransientError when other writers win all
-    the time; then it may be done again."""
+    Raises UserError when it belongs to another installation, TransientError when other writers win every
+    compare-and-set; then it can be tried again."""
     backup = list(saved)
     try:
         own = await registry.installation()
@@ -145,19 +162,10 @@ async def restore(
             return Restored(own, len(backup), len(backup))
     if own != installation:
         raise UserError(
-            f"the backup is of installation {installation}, this registry is {own}'s; for wishes alone "
-            "use `devices export` and `devices import`"
+            f"the backup is of installation {installation}, this registry is {own}'s; to copy only the registered "
+            "devices, use `devices export` and `devices import`"
         )
-    # Epochs up to the registry's own floor were given since, to devices that it has forgotten.
-    everything = [*(await registry.read()).records.values(), *backup]
-    known, damaged = await _stored_floor(registry, everything, floor)
-    if not dry_run and not (
-        await registry.commit_document(FLOOR, floor_document(known, damaged.index))
-        if damaged
-        else await raise_floor(registry, floor)
-    ):
-        raise TransientError("the floor of the epochs is being changed by others; do it again")
-    rebuilt = damaged is not None
+    known, rebuilt = await _restore_floor(registry, backup, floor, dry_run=dry_run)
     todo = {record.slug: record for record in backup}
     changed = 0
     for _ in range(TRIES):
@@ -175,4 +183,4 @@ async def restore(
         todo = {w.slug: todo[w.slug] for w, one in zip(wanted, done, strict=True) if one is None}
         if not todo:
             return Restored(own, len(backup), changed, rebuilt)
-    raise TransientError(f"{len(todo)} records are being changed by others; do it again")
+    raise TransientError(f"{len(todo)} records are being changed by others; try again")

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from watchdog_agent.runtime.parsing import loads
 
@@ -48,11 +48,13 @@ _GAP_PER_COST: Final = 5.0
 
 
 class ConsulRegistry:
-    """A store of device records in Consul. It does not own the client: its maker closes that."""
+    """A store of device records in Consul. The caller closes the client."""
 
     def __init__(self, *, client: ConsulClient, prefix: str = "nomad-watchdog") -> None:
         if not prefix.strip("/") or not prefix.isprintable() or prefix.startswith("/"):
-            raise UserError(f"registry prefix {prefix!r} won't do; one like nomad-watchdog does")
+            raise UserError(
+                f"registry prefix {prefix!r} is not allowed; use one such as nomad-watchdog"
+            )
         self._client = client
         root = prefix.strip("/")
         self._sentinel = f"{root}/meta"
@@ -74,7 +76,7 @@ class ConsulRegistry:
         except TxnConflictError as error:
             if error.lost == {0, 1}:
                 return await self.installation()
-            # half a sentinel: the other half was deleted by hand
+            # one of the two sentinels was deleted manually
             raise TerminalError(
                 f"only one of the Consul keys {self._sentinel} and {self._inner_sentinel} exists; "
                 "restore the store from a snapshot, or delete that key if the store is new"
@@ -171,7 +173,7 @@ class ConsulRegistry:
         check_document(name)
         row = await self._client.kv_get(self._documents + name)
         if row is None:
-            await self.installation()  # none, or none that we may see
+            await self.installation()  # there is none, or the token may not read it
             return RegistryDocument()
         return RegistryDocument(row.value, row.index)
 
@@ -194,17 +196,17 @@ class ConsulRegistry:
         await self._client.check_writable(self._documents + "write-check")
 
     async def close(self) -> None:
-        """Nothing is held; the client belongs to whoever made it."""
+        """Nothing to close: the caller closes the client."""
 
     def _key(self, slug: Slug) -> str:
         return f"{self._folder}{shard_of(slug, _BUCKETS):02x}/{slug}"
 
     async def _snapshot(self, index: int, rows: list[KvRow]) -> RegistrySnapshot:
         if not any(row.key == self._inner_sentinel for row in rows):
-            await self.installation()  # says so when there is none, or when it is denied
+            await self.installation()  # raises when there is none, or when it is denied
             raise DeniedError(
                 f"Consul shows {self._sentinel} but not {self._inner_sentinel}: the token needs "
-                f'key_prefix "{self._folder}" {{ policy = "read" }}, or somebody deleted the records'
+                f'key_prefix "{self._folder}" {{ policy = "read" }}, or the records were deleted'
             )
         devices = (row for row in rows if row.key != self._inner_sentinel)
         records = self._decoder.decode(
@@ -222,7 +224,7 @@ class ConsulRegistry:
         chunk: range,
         records: Sequence[DeviceRecord],
         bodies: Sequence[bytes],
-        checks: Sequence[Mapping[str, Any]],
+        checks: Sequence[Mapping[str, object]],
     ) -> dict[int, int]:
         """New index by position, for those whose compare-and-set won.
 
@@ -261,10 +263,10 @@ def _chunks(bodies: Sequence[bytes], most: int) -> Iterator[range]:
 
 def _installation(row: KvRow) -> str:
     try:
-        document: Any = loads(row.value)
+        document = loads(row.value)
         return str(uuid.UUID(document["installation"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the Consul key {row.key} holds no installation id: it is not ours, or it was changed "
-            "by hand; choose another prefix or restore it"
+            f"the Consul key {row.key} has no installation ID: it belongs to another program, or it was changed "
+            "manually; choose another prefix or restore it"
         ) from error

@@ -1,7 +1,7 @@
 """The registry in one SQLite file: for one machine, without a server.
 
-WAL and full sync: a commit is on disk when it returns (S4). All writes go through one thread, which
-takes what has gathered meanwhile into one transaction, so that a burst shares its fsyncs.
+WAL and full sync: a commit is on disk when it returns (S4). All commits of records go through one thread
+(`_sqlite_writer.py`), so that a burst of them shares its fsyncs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from nomad_watchdog.registry.codec import Decoder, PoisonError, decode, encode
 
 _T = TypeVar("_T")
 _POLL_S: Final = 0.25
-"""How often a watch looks whether another process wrote: one pragma, no read of the file's pages."""
+"""Interval at which a watch checks whether another process wrote: one pragma, without reading pages of the file."""
 _GAP_PER_COST: Final = 20.0
 """A watch reads all rows each time: at most a twentieth of the time goes into it."""
 _GAP_PER_OWN: Final = 100.0
@@ -138,7 +138,7 @@ class SqliteRegistry:
                 wake.clear()
                 gap_s = _POLL_S
                 now, counter = await self._in_reader(self._state)
-                # what we wrote ourselves is known: in a storm of ours the file is not read again and again
+                # our own writes are known: the file is not read again and again during a burst of them
                 ours = counter == self._written
                 rested = time.monotonic() - read_at >= min(_GAP_PER_OWN * cost_s, _GAP_OWN_S)
                 if now != version and (rested or not ours):
@@ -146,7 +146,7 @@ class SqliteRegistry:
                     snapshot = await self.read()
                     read_at, cost_s = time.monotonic(), time.monotonic() - started
                     gap_s = max(_POLL_S, _GAP_PER_COST * cost_s)
-                    # A hand that deletes rows moves no counter: every change of the file is shown.
+                    # Rows that are deleted manually do not change the counter: every change of the file counts.
                     news, version = version != _NEVER or snapshot.index != index, now
                     if news:
                         yield snapshot
@@ -170,7 +170,7 @@ class SqliteRegistry:
         await self._in_reader(self._check_writable)
 
     async def close(self) -> None:
-        """Write what was handed in, then let go of the file. Idempotent."""
+        """Write what was passed in, then close the file. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -199,7 +199,7 @@ class SqliteRegistry:
                 private_files.folder(self._path.parent)
                 private_files.file(self._path)
             except OSError as error:
-                raise UserError(f"the registry {self._path} can't be made: {error}") from error
+                raise UserError(f"the registry {self._path} can't be created: {error}") from error
         with closing(_open(self._path)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             if _version(connection, self._path) == 0:
@@ -223,7 +223,7 @@ class SqliteRegistry:
             self._connection = None
 
     def _state(self) -> tuple[tuple[int, int], int]:
-        """What moves with every change of the file, and the index."""
+        """A value that changes with every change of the file, and the index."""
         connection = self._connected()
         version = self._version_of(connection)
         _installation(connection, self._path)

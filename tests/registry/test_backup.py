@@ -141,15 +141,15 @@ async def test_two_installations_are_not_mixed(registry: Registry) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda lines: lines[1:], "line 1: this is no backup"),
-        (lambda lines: lines[:-1], "not whole: 3 records of 4"),
+        (lambda lines: lines[1:], "line 1: this is not a registry backup"),
+        (lambda lines: lines[:-1], "not complete: 3 records of 4"),
         (lambda lines: [*lines, lines[-1]], "line 6: .* occurs twice"),
         (lambda lines: [*lines[:2], "{", *lines[3:]], "line 3: it is not JSON"),
         (
             lambda lines: [*lines[:2], lines[2].replace('"epoch":', '"epoch":-1'), *lines[3:]],
             "line 3",
         ),
-        (lambda _: [], "line 1: this is no backup"),
+        (lambda _: [], "line 1: this is not a registry backup"),
     ],
 )
 async def test_a_damaged_backup_is_refused_whole(
