@@ -26,12 +26,12 @@ class Action:
     epoch: Epoch
     """START: the epoch to place. RETIRE, REPLACE: the epoch of the placement that goes."""
     index: int = 0
-    """Of the record that the decision was made on; another index means decide again. 0 = no record."""
+    """Of the record that the decision was based on; decide again if it is another one. 0 = no record."""
     placement: Placement | None = None
     urgent: bool = False
     stalled: bool = False
     """REPLACE: the placement makes no progress (`core.stuck_placements`)."""
     home: str = ""
-    """START: the scheduler to place on, REPLACE: the one to move to; "" = as it is (`core.migration`)."""
+    """START: the scheduler to place on, REPLACE: the one to move to; "" = unchanged (`core.migration`)."""
     at_once: bool = False
-    """REPLACE: it does not wait for its turn in a roll-out, as the device has no agent that is heard."""
+    """REPLACE: it does not wait for its turn in a roll-out, because the device has no agent that can report."""

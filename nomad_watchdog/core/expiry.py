@@ -11,15 +11,15 @@ from nomad_watchdog.model import DeviceRecord, Monotonic, Presence, PresenceRule
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """Devices that were silent for their whole ttl, and when the next one will have been."""
+    """Devices without a heartbeat for their whole ttl, and when the next one will be overdue."""
 
     slugs: frozenset[Slug]
     next_at: Monotonic
     """Infinite when no device has a ttl."""
     window_s: float
-    """The longest ttl among the overdue: one outage makes them overdue within so long."""
+    """The longest ttl among the overdue devices: one outage makes them overdue within this time."""
     unheard: tuple[Slug, ...] = ()
-    """Present devices with a ttl and no sign of life at all: their first ttl is to begin now."""
+    """Present devices with a ttl and without any heartbeat: their first ttl begins now."""
 
 
 def overdue(
@@ -28,7 +28,7 @@ def overdue(
     rules: PresenceRules,
     now: Monotonic,
 ) -> Overdue:
-    """`heard`: the last sign of life; a device without one is not overdue, see `Overdue.unheard`."""
+    """`heard`: the last heartbeats; a device without one is not overdue, see `Overdue.unheard`."""
     unheard: list[Slug] = []
     found: list[Slug] = []
     next_at, window_s = float("inf"), 0.0

@@ -1,9 +1,8 @@
-"""On which scheduler each device's agent lives, and where it goes when a fleet is moved.
+"""On which scheduler each device's agent lives, and where it moves in a migration.
 
-The home of an epoch never changes: it is stored in the record by the same compare-and-set that raises the
-epoch (S2), so that a crash, a late answer or a second replica can't start one epoch on two schedulers.
-What is kept beside the records is only what was asked for (`Migration`); how far a move has come is read from
-the records, and so there is nothing that could disagree with them.
+The home of an epoch never changes: it is stored in the record by the same compare-and-set that raises the epoch (S2), so
+that a crash, a late answer or a second replica can't start one epoch on two schedulers. Beside the records only the
+requests are stored (`Migration`); the progress of a migration follows from the records.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ _NOT_NOW: Final = (PlacementState.DEAD, PlacementState.STOPPING, PlacementState.
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """A wish that agents of some devices live on another scheduler. It stays in force when all is moved: a
-    device that is registered later goes where the others are."""
+    """A request that the agents of some devices move to another scheduler. It stays in force when all have moved: a
+    device that is registered later starts where the others are."""
 
     id: str
     source: str
@@ -45,7 +44,7 @@ class Migration:
     """Of `of_shards`; empty = all."""
     of_shards: int = 1
     at_once: int = 0
-    """So many devices may be on their way; 0 = as many as a roll-out may replace."""
+    """Maximum number of devices that move at a time; 0 = as many as a roll-out may replace."""
     back: bool = False
     """It is being undone, or was."""
     paused: bool = False
@@ -61,12 +60,12 @@ class Migration:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every device is meant."""
+        """Whether it covers every device."""
         return self.target is None and not self.shards
 
     @property
     def state(self) -> str:
-        """In a word: running, undoing, paused, done or undone."""
+        """running, undoing, paused, done or undone."""
         if self.done:
             return "undone" if self.back else "done"
         if self.paused:
@@ -74,7 +73,7 @@ class Migration:
         return "undoing" if self.back else "running"
 
     def covers(self, record: DeviceRecord) -> bool:
-        """Whether this device is meant."""
+        """Whether it covers this device."""
         return (self.target is None or self.target.matches(record.device)) and (
             not self.shards or shard_of(record.slug, self.of_shards) in self.shards
         )
@@ -82,8 +81,9 @@ class Migration:
 
 @dataclass(frozen=True, slots=True)
 class BackendAssignment:
-    """Where agents live and should live. `usual`: the backend that is configured, whose placements say no
-    backend. `base`: where a record without a home is placed, for good: the backend before the first move."""
+    """Where agents live and should live. `usual`: the configured backend, whose placements name no backend. `base`:
+    where a record without a home is placed: the backend before the first migration. `is_open`: the schedulers that
+    are listed."""
 
     usual: str
     base: str
@@ -92,7 +92,7 @@ class BackendAssignment:
 
     @property
     def active(self) -> Migration | None:
-        """The move that is under way, paused or not."""
+        """The migration in progress, paused or not."""
         return next((move for move in self.moves if not move.done), None)
 
     def of(self, record: DeviceRecord) -> str:
@@ -104,11 +104,11 @@ class BackendAssignment:
         return placement.backend or self.usual
 
     def move_of(self, record: DeviceRecord) -> Migration | None:
-        """The newest move that means this device."""
+        """The newest migration that covers this device."""
         return next((move for move in reversed(self.moves) if move.covers(record)), None)
 
     def goal(self, record: DeviceRecord) -> str:
-        """Where the agent should be as things stand."""
+        """The scheduler where the agent should be now."""
         here = self.of(record)
         move = self.move_of(record)
         if move is None or move.paused or here != move.leaves:
@@ -116,10 +116,10 @@ class BackendAssignment:
         return move.heads_for
 
     def for_start(self, record: DeviceRecord) -> str:
-        """Where an agent starts for a device that has none.
+        """The scheduler where an agent starts for a device that has none.
 
-        One that was placed before stays where it is until its turn comes, so that the end of many agents is
-        not the move of many; unless all others have moved already."""
+        A device that was placed before stays where it is until its turn comes, so that the end of many agents does
+        not move many; unless all others have moved already."""
         move = self.move_of(record)
         if record.epoch == NEVER:
             if move is None:
@@ -135,12 +135,12 @@ class BackendAssignment:
         return self.at(placement) == self.goal(record)
 
     def is_known(self, record: DeviceRecord) -> bool:
-        """Whether the scheduler that has the record's agent is one that we look at. One that is not is news
-        that we have not read yet, or a setting that is missing."""
+        """Whether the scheduler of the record's agent is listed. If not, a migration has not been read yet, or a
+        setting is missing."""
         return record.epoch == NEVER or self.of(record) in self.is_open
 
     def strangers(self, records: Mapping[Slug, DeviceRecord]) -> Iterator[Slug]:
-        """Devices whose scheduler nobody looks at: nothing may be decided for them."""
+        """Devices whose scheduler is not listed: nothing may be decided for them."""
         for slug, record in records.items():
             if not self.is_known(record):
                 yield slug
@@ -149,7 +149,7 @@ class BackendAssignment:
 class _NeverMigrated(BackendAssignment):
     """Of a fleet that was never migrated: there is one scheduler, and records do not name it."""
 
-    def of(self, record: DeviceRecord) -> str:  # noqa: ARG002  # as of any record
+    def of(self, record: DeviceRecord) -> str:  # noqa: ARG002  # as for any record
         return ""
 
     def is_at_goal(self, placement: Placement, record: DeviceRecord) -> bool:  # noqa: ARG002
@@ -168,15 +168,15 @@ class MigrationProgress:
 
     covered: int = 0
     there: int = 0
-    """Of those, whose agent's home is where the move heads for …"""
+    """Of those, the ones whose agent's home is the destination …"""
     on_way: int = 0
-    """… and is not ready yet."""
+    """… and of these, the ones whose agent is not ready yet."""
     leftover: int = 0
-    """Agents of devices that are there or have left which have not ended where the move leaves."""
+    """Agents on the scheduler that the migration leaves, of devices that have moved or left."""
 
     @property
     def is_over(self) -> bool:
-        """Every device has a ready agent where it should be, and none is left where it was."""
+        """Every device has a ready agent at the destination, and no agent is left at the source."""
         return self.there == self.covered and not self.on_way and not self.leftover
 
 
@@ -187,7 +187,7 @@ def progress(
     placements: Placements,
     ready: Callable[[Slug], bool],
 ) -> MigrationProgress:
-    """How far a move has come. A device whose home is a third scheduler is none of it."""
+    """How far a migration has come. A device whose home is a third scheduler is not counted."""
     covered = there = on_way = leftover = 0
     for slug, record in records.items():
         if homes.move_of(record) is not move:
@@ -216,10 +216,10 @@ def frontier(
     shard: Callable[[Slug], Shard],
 ) -> Shard | None:
     """The shard whose turn it is: the lowest one with a device that can move now; None = there is none.
-    `can`: whether anything may be done about a device at all, or it would hold up all others.
+    `can`: whether any action is allowed for a device; one without must not block all others.
 
-    Each replica moves only devices of its own shards, so that one shard after the other is also one replica
-    after the other, and together they keep to one window."""
+    Each replica moves only devices of its own shards. So one shard after the other also means one replica after the
+    other, and together they keep to one window."""
     found: Shard | None = None
     for slug, record in records.items():
         if (
@@ -239,7 +239,7 @@ def frontier(
 def tombs(
     move: Migration, homes: BackendAssignment, records: Mapping[Slug, DeviceRecord]
 ) -> Iterator[DeviceRecord]:
-    """Records of devices that have left, from which they would come back to where the move leaves."""
+    """Records of devices that have left and would come back on the scheduler that the migration leaves."""
     for record in records.values():
         if (
             record.presence is Presence.ABSENT
@@ -253,8 +253,8 @@ def tombs(
 def needed(
     homes: BackendAssignment, records: Mapping[Slug, DeviceRecord], placements: Placements
 ) -> frozenset[str]:
-    """Schedulers that must be looked at: where a device lives or has an agent left, or may get one. Tombstones
-    count, because their devices come back."""
+    """Schedulers that must be listed: where a device lives, has an agent left, or may get one. Tombstones count,
+    because their devices can come back."""
     found = {homes.at(p) for some in placements.values() for p in some if p.state is not _DEAD}
     found |= {homes.of(record) for record in records.values() if record.epoch != NEVER}
     for move in homes.moves:
@@ -263,11 +263,11 @@ def needed(
 
 
 def begin(moves: Sequence[Migration], new: Migration) -> tuple[Migration, ...]:
-    """With a new move. Raises ConflictError while another is under way."""
+    """The migrations with a new one. Raises ConflictError while another one is in progress."""
     for move in moves:
         if not move.done:
             raise ConflictError(
                 f"a migration from {move.source} to {move.goal} is {move.state}; let it end, or undo it"
             )
-    # An undone one has changed nothing. What the new one means anyway, no older one decides.
+    # An undone migration has changed nothing. One of the whole fleet replaces all earlier ones.
     return (*(m for m in moves if not m.back and not new.is_whole), new)

@@ -13,35 +13,35 @@ from nomad_watchdog.model import Limits
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """How the fleet's agents stand, for a roll-out."""
+    """State of the fleet's agents, for a roll-out."""
 
     unready: int = 0
-    """Present devices whose accepted agent is not ready, for whatever reason: a bad version that never gets
+    """Number of present devices whose accepted agent is not ready, for whatever reason: a bad version that never gets
     ready fills the window and so stops its own roll-out."""
     stuck: Callable[[Slug], bool] = lambda _slug: False
-    """Whether a device's agent is surely not ready and has had its time: to replace it costs nobody an agent,
-    and without that the version that mends it would wait for ever for room in the window."""
+    """Whether a device's agent is certainly not ready, and its startup time is over. Replacing it takes no ready agent
+    away; otherwise the version that fixes it would wait for ever for room in the window."""
 
     soaking: int = 0
-    """Agents of new versions that are ready and have not lasted yet (`core.rollout_soak`): they take room too."""
+    """Number of agents of new versions that are ready and have not proved themselves yet (`core.rollout_soak`)."""
     halted: frozenset[str] = frozenset()
     """Agent classes in which nothing is replaced."""
     ready: Callable[[Slug], bool] = lambda _slug: False
-    """Whether a device has a ready agent, though its placement may not be running: one that its scheduler does
-    not know."""
+    """Whether a device has a ready agent, even if its placement is not running: one that its scheduler does not
+    list."""
     turn: Callable[[Slug], bool] = lambda _slug: True
     """Whether a device that is to move to another scheduler may do so now (`core.migration.frontier`)."""
     moving: int = 0
-    """Devices that have been moved and whose agent is not ready yet."""
+    """Number of devices that have been moved and whose agent is not ready yet."""
     moves_at_once: int = 0
-    """At most so many may be; 0 = as many as the window has."""
+    """Maximum of `moving`; 0 = as many as the window has."""
 
 
 ALL_READY: Final = Readiness()
 
 
 def window(fleet: int, limits: Limits) -> int:
-    """The most devices without a ready agent that a roll-out may cause or find."""
+    """Maximum number of devices without a ready agent that a roll-out may cause or find."""
     return max(limits.replace_at_once, int(fleet * limits.replace_fraction), 1)
 
 
@@ -71,10 +71,9 @@ def admit(
 def give_up(
     candidates: Sequence[Action], readiness: Readiness, *, room: int, most: int
 ) -> tuple[Action, ...]:
-    """Of replacements for placements that make no progress those that may begin now, at most `most`.
+    """Of the replacements of placements that make no progress, those that may begin now, at most `most`.
 
-    One that leaves its device without a ready agent needs room in the window, as a roll-out does. The others
-    cost nobody an agent."""
+    One that leaves its device without a ready agent needs room in the window, as in a roll-out."""
     room -= readiness.unready + readiness.soaking
     admitted: list[Action] = []
     for action in sorted(candidates, key=lambda one: one.slug):
