@@ -164,11 +164,11 @@ async def open_events(settings: Settings) -> AsyncIterator[tuple[EventLog, Split
 def _store(settings: Settings, events: Path, audit: Path, origin: str) -> SplitStore:
     block = settings.events
     return SplitStore(
-        EventStore(events, origin=origin, most=block.keep, max_age_s=block.max_age),
+        EventStore(events, origin=origin, max_events=block.keep, max_age_s=block.max_age),
         EventStore(
             audit,
             origin=origin,
-            most=block.audit_keep,
+            max_events=block.audit_keep,
             max_age_s=block.audit_max_age,
             per_actor=True,
         ),

@@ -1,4 +1,4 @@
-"""The file of events in SQL: tables, rows, pages and what is deleted. Blocking; the store's thread calls it."""
+"""The SQL of the event store: tables, rows, pages and deletion. Blocking; the thread of the store calls it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 
 TAIL: Final = 2_000
-"""Events of an earlier run that are read into memory at the start."""
+"""Maximum number of events of an earlier run that are read into memory at the start."""
 MAX_DATA: Final = 4_096
 MAX_LEFT_OPEN: Final = 100
 MAX_ACTORS: Final = 20
-"""A file of audit events is at most so many times as large as the part of one actor."""
+"""Maximum size of a file of audit events, as a multiple of the part of one actor."""
 _SCHEMA: Final = 2
 _TABLES: Final = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
@@ -36,24 +36,24 @@ _TO_2: Final = """
 ALTER TABLE event ADD COLUMN own INTEGER NOT NULL DEFAULT 0;
 PRAGMA user_version = 2;
 """
-"""From schema 1, which knew no events of other replicas."""
+"""From schema 1, which had no events of other replicas."""
 _COLUMNS: Final = "seq, at, kind, device, slug, text, data, origin, incident, own"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an earlier run left: the last number that may be in use, and its last events."""
+    """The state that an earlier run left: the last number that may be in use, and its last events."""
 
     origin: str
-    """That of the file, so that it stays the same from run to run; else the one that was proposed."""
+    """The one stored in the file, so that it stays the same from run to run; for a new file the proposed one."""
     seq: int = 0
     events: tuple[Event, ...] = ()
     left_open: tuple[tuple[str, str, float], ...] = ()
-    """Id and text of incidents that were opened and not closed; the last MAX_LEFT_OPEN."""
+    """ID, text and time of incidents that were opened and not closed; the last MAX_LEFT_OPEN."""
     verdicts: tuple[tuple[Slug, str, float], ...] = ()
-    """Of each device the last event of its verdict: slug, kind and wall time."""
+    """The last event of the verdict of each device: slug, kind and wall time."""
     origins: tuple[tuple[str, int], ...] = ()
-    """Of each control plane the last of its own numbers."""
+    """The last own number of each control plane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Events that are to be forgotten."""
+    """Events that are to be removed."""
 
     seqs: tuple[int, ...]
 
 
 def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
-    """Open or make the file. Raises sqlite3.Error, also for what the system says of the folder."""
+    """Open or create the file. Raises sqlite3.Error, also for errors of the folder."""
     try:
         private_files.folder(path.parent)
         private_files.file(path)
@@ -80,7 +80,7 @@ def connect(path: Path, origin: str) -> tuple[sqlite3.Connection, Found]:
         raise sqlite3.OperationalError(str(error)) from error
     db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
     try:
-        # One process alone: two that count up from the same number would give numbers twice.
+        # One process only: two that count from the same number would use numbers twice.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
@@ -205,13 +205,13 @@ def mark(db: sqlite3.Connection, mark: Mark) -> None:
 
 
 def drop(db: sqlite3.Connection, drop: Drop) -> None:
-    """Forget events."""
+    """Remove events."""
     db.executemany("DELETE FROM event WHERE seq = ?", ((seq,) for seq in drop.seqs))
 
 
 def insert(db: sqlite3.Connection, event: Event) -> None:
-    """Write one event, if it is not there yet. Nothing that an event holds makes it fail: one that
-    can't be written would keep all others back (S9)."""
+    """Write one event, if it is not there yet. It does not fail whatever the event contains: one that can't be written
+    would block all others (S9)."""
     try:
         data = json.dumps(dict(event.data), default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Two files as one store: audit events in their own, so that no other event takes their room."""
+"""Two files as one store: audit events have a file of their own, so that no other event displaces them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SplitStore:
         return self.events.left_open
 
     async def open(self) -> Found:
-        """As `EventStore.open`; the audit's file is given the origin of the other one."""
+        """As `EventStore.open`; the audit file gets the origin of the other one."""
         found = await self.events.open()
         self.audit.origin = found.origin
         more = await self.audit.open()
@@ -42,7 +42,7 @@ class SplitStore:
         )
 
     def put(self, event: Event) -> None:
-        """Take one event; never blocks, never raises."""
+        """As `EventStore.put`."""
         (self.audit if is_audit(event.kind) else self.events).put(event)
 
     def mark(self, seqs: Sequence[int], incident: str) -> None:

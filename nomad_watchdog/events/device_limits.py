@@ -1,4 +1,4 @@
-"""How many events one device may cause: what its agents report is bounded before it is stored.
+"""Limits the events per device: what its agents report is bounded before it is stored.
 
 A device that has used up its events is still reported: the latest event of each subject (verdict, presence,
 agent) waits until there is room, so that the last state is always published. What is left out is counted, and
@@ -7,13 +7,16 @@ one event states how many there were.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import event_merge
 from nomad_watchdog.core.rate_limit import Buckets
 from nomad_watchdog.events.log import Event, EventLog
 from nomad_watchdog.ids import DeviceId, Slug
+from nomad_watchdog.model import WallTime
 
 PER_S: Final = 0.1
 AT_ONCE: Final = 60
@@ -31,19 +34,38 @@ class DeviceLimits:
         self._clock = clock
         self._buckets = Buckets(PER_S, AT_ONCE, MAX_DEVICES)
         self._left_out: dict[Slug, int] = {}
-        self._latest: dict[Slug, dict[str, dict[str, Any]]] = {}
-        """Device → subject → the event that waits for room."""
+        self._latest: dict[Slug, dict[str, Callable[[], Event]]] = {}
+        """Device → subject → publishes the event that waits."""
 
     def has_room(self, slug: Slug) -> bool:
         """Whether the next event of this device is stored at once."""
         return slug not in self._left_out and self._buckets.left(slug, self._now()) >= 1.0
 
-    def add(self, **event: Any) -> Event | None:
+    def add(
+        self,
+        *,
+        at: WallTime,
+        kind: str,
+        device_id: str,
+        slug: Slug,
+        text: str,
+        data: Mapping[str, object],
+        incident: str = "",
+    ) -> Event | None:
         """As `EventLog.add`; None for an event that is left out, or waits."""
-        slug: Slug = event["slug"]
+        publish = partial(
+            self.history.add,
+            at=at,
+            kind=kind,
+            device_id=device_id,
+            slug=slug,
+            text=text,
+            data=data,
+            incident=incident,
+        )
         if slug not in self._left_out and not self._buckets.take(slug, self._now()):
-            return self.history.add(**event)
-        about = event_merge.about(event["kind"])
+            return publish()
+        about = event_merge.about(kind)
         waiting = self._latest.setdefault(slug, {})
         if about is None or about in waiting:
             self._left_out[slug] = self._left_out.get(slug, 0) + 1
@@ -51,7 +73,7 @@ class DeviceLimits:
         else:
             self._left_out.setdefault(slug, 0)
         if about is not None:
-            waiting[about] = event
+            waiting[about] = publish
         return None
 
     def settle(self) -> None:
@@ -62,17 +84,17 @@ class DeviceLimits:
                 continue
             self._buckets.spend(slug, len(waiting) + 1, self._now())
             del self._left_out[slug]
-            for event in self._latest.pop(slug, {}).values():
-                self.history.add(**event)
+            for publish in self._latest.pop(slug, {}).values():
+                publish()
             if count:
-                self._say(slug, count)
+                self._report(slug, count)
 
     def forget(self, slug: Slug) -> None:
         """The device's record is gone."""
         self._left_out.pop(slug, None)
         self._latest.pop(slug, None)
 
-    def _say(self, slug: Slug, count: int) -> None:
+    def _report(self, slug: Slug, count: int) -> None:
         last = next(iter(reversed(self.history.of_device(slug))), None)
         self.history.add(
             at=self._clock.wall(),

@@ -1,8 +1,8 @@
-"""Events on disk: one bounded SQLite file that survives `kill -9`. Never in anybody's way.
+"""Events on disk: one bounded SQLite file that survives `kill -9`.
 
-All of it runs in one thread with one connection, which takes what has gathered meanwhile into one
-transaction. A full disk, a damaged file or a file that another process has open stops nothing: events
-stay in memory, it is said so, and what finds no room is counted.
+One thread with one connection writes all events that have gathered in one transaction. A full disk, a damaged file or a
+file that another process has open stops nothing: events stay in memory, the status reports it, and dropped events are
+counted.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from nomad_watchdog.events.log import Event, EventFilter, Page
 log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 20_000
-"""Events that wait for the disk; of more the oldest are dropped."""
+"""Maximum number of events that wait for the disk; of more, the oldest are dropped."""
 GROUP: Final = 2_000
-"""Events that share a transaction."""
+"""Maximum number of events in one transaction."""
 GATHER_S: Final = 0.02
-"""So long is waited for more: what a crash may cost, and what a burst saves."""
+"""Time to wait for more events before they are written. A crash may lose as much; a burst shares a transaction."""
 RETRY_S: Final = (0.5, 30.0)
-"""First and longest wait after the disk failed, seconds."""
+"""First and maximum wait after the disk failed, seconds."""
 RESERVE: Final = 100_000
-"""Numbers beyond the last stored one that a crash may have used without a trace; the next run begins
-after them. A clean end leaves no gap."""
+"""Number of event numbers after the last stored one that a crash may have used without storing them; the next run
+begins after them. A clean end leaves no gap."""
 ROTATE_EVERY: Final = 1_000
 ROTATE_EVERY_S: Final = 600.0
-"""Old events are deleted after so many new ones, or so many idle seconds."""
+"""Old events are deleted after this number of new ones, or after this many idle seconds."""
 _OPEN_S: Final = 5.0
 _SELECT_S: Final = 10.0
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -54,29 +54,29 @@ class _Query:
 
 
 class EventStore:
-    """The events of one control plane in a file: at most `most` of them, none older than `max_age_s`.
-    `per_actor`: `most` is for each actor, and none takes another's room. A new file is given `origin`, which must be unlike that of any other control plane."""
+    """The events of one control plane in a file: at most `max_events`, none older than `max_age_s`. `per_actor`:
+    `max_events` is per actor. A new file gets `origin`, which must be unique among all control planes."""
 
     def __init__(
         self,
         path: Path,
         *,
         origin: str = "local",
-        most: int = 100_000,
+        max_events: int = 100_000,
         max_age_s: float = 2_592_000.0,
         per_actor: bool = False,
     ) -> None:
         self.path = path
         self.origin = origin
-        self.most = most
+        self.max_events = max_events
         self.max_age_s = max_age_s
         self.per_actor = per_actor
         self.problem = "not open yet"
         """Why events are in memory only; "" = they are stored."""
         self.dropped = 0
-        """Events that found no room while the disk failed."""
+        """Number of events that were dropped while the disk failed."""
         self.left_open: dict[str, tuple[str, float]] = {}
-        """Id → text of incidents that the last run left open; after `open`."""
+        """ID → text and time of incidents that the last run left open; set by `open`."""
         self._found: Future[Found] = Future()
         self._lock = threading.Condition()
         self._events: deque[Event | Mark | Drop] = deque()
@@ -91,8 +91,8 @@ class EventStore:
     # -- from the event loop --------------------------------------------------------------------
 
     async def open(self) -> Found:
-        """Open or make the file. Never raises: what can't be opened is said in `problem`, and numbers
-        go on from the clock, beyond all that may be in the file."""
+        """Open or create the file. Never raises: `problem` states why it can't be opened, and then numbers continue
+        from the clock, above all that may be in the file."""
         self._thread.start()
         try:
             async with asyncio.timeout(_OPEN_S):
@@ -103,18 +103,18 @@ class EventStore:
         return found
 
     def put(self, event: Event) -> None:
-        """Take one event; never blocks, never raises."""
-        self._hand(event)
+        """Store one event soon; never blocks, never raises."""
+        self._enqueue(event)
 
     def mark(self, seqs: Sequence[int], incident: str) -> None:
-        """Say later that these events belong to an incident."""
-        self._hand(Mark(tuple(seqs), incident))
+        """Record later that these events belong to an incident."""
+        self._enqueue(Mark(tuple(seqs), incident))
 
     def drop(self, seqs: Sequence[int]) -> None:
-        """Forget these events."""
-        self._hand(Drop(tuple(seqs)))
+        """Remove these events."""
+        self._enqueue(Drop(tuple(seqs)))
 
-    def _hand(self, item: Event | Mark | Drop) -> None:
+    def _enqueue(self, item: Event | Mark | Drop) -> None:
         with self._lock:
             if len(self._events) >= MAX_WAITING:
                 self.dropped += isinstance(self._events.popleft(), Event)
@@ -123,7 +123,7 @@ class EventStore:
 
     @property
     def waiting(self) -> int:
-        """Events that are not on disk yet."""
+        """Number of events that are not on disk yet."""
         return len(self._events)
 
     def status(self) -> dict[str, object]:
@@ -136,11 +136,11 @@ class EventStore:
         }
 
     async def select(self, since: int, before: int, limit: int, wanted: EventFilter) -> Page:
-        """Events with since < seq < before, oldest first. Raises TransientError when they can't be
-        read now; while nothing is stored there are none."""
-        took_s = [0.0]
+        """Events with since < seq < before, oldest first; none while events are kept in memory only. Raises
+        TransientError when they can't be read now."""
+        cpu_s = [0.0]
         query = _Query(
-            _timed(lambda db: sql.select(db, (since, before, limit), wanted), took_s), Future()
+            _timed(lambda db: sql.select(db, (since, before, limit), wanted), cpu_s), Future()
         )
         with self._lock:
             if self.problem or self._closing:
@@ -155,10 +155,10 @@ class EventStore:
                 f"stored events can't be read: {str(error) or 'time-out'}"
             ) from error
         finally:
-            request_meter.charge(took_s[0])
+            request_meter.charge(cpu_s[0])
 
     async def close(self) -> None:
-        """Write what was handed in, if the disk lets us, and let go of the file. Idempotent."""
+        """Write what was passed in, if the disk works, and close the file. Idempotent."""
         with self._lock:
             self._closing = True
             self._lock.notify()
@@ -176,15 +176,15 @@ class EventStore:
                 if not self._step(db):
                     break
             except sqlite3.Error as error:
-                self._failed(error)
+                self._on_failure(error)
             except (
                 Exception
             ) as error:  # the thread's boundary: a bug costs the disk, not the events
                 log.exception("the event store crashed")
-                self._failed(sqlite3.InternalError(f"internal error: {type(error).__name__}"))
+                self._on_failure(sqlite3.InternalError(f"internal error: {type(error).__name__}"))
             else:
                 continue
-            _let_go(db)
+            _close(db)
             db = None
             with self._lock:
                 if self._closing:
@@ -192,10 +192,10 @@ class EventStore:
                 self._lock.wait_for(lambda: self._closing, self._retry_s)
             self._retry_s = min(max(2 * self._retry_s, RETRY_S[0]), RETRY_S[1])
         self._refuse("the event store was closed")
-        _let_go(db)
+        _close(db)
 
     def _step(self, db: sqlite3.Connection) -> bool:
-        """Answer what was asked and write what was handed in; false when that was the last."""
+        """Run the queries and write the events that wait; false after the last ones."""
         with self._lock:
             self._lock.wait_for(
                 lambda: self._events or self._queries or self._closing, ROTATE_EVERY_S
@@ -204,20 +204,20 @@ class EventStore:
                 self._lock.wait_for(lambda: self._queries or self._closing, GATHER_S)
             batch = [self._events[n] for n in range(min(GROUP, len(self._events)))]
             closing = self._closing
-        asked = self._answer(db)
+        answered = self._answer(db)
         last = closing and len(batch) < GROUP
-        if batch or last or not asked:
+        if batch or last or not answered:
             self._write(db, batch, clean=last)
             with self._lock:
-                # Some may have been dropped from the left meanwhile: those were written all the same.
+                # Some may have been dropped from the left meanwhile, although they were written.
                 gone = {id(item) for item in batch}
                 while self._events and id(self._events[0]) in gone:
                     self._events.popleft()
-        self._works()
+        self._on_success()
         return not last
 
     def _answer(self, db: sqlite3.Connection) -> int:
-        """Answer what was asked; how many. Those behind one that fails stay, to be refused or asked anew."""
+        """Run the waiting queries; how many. Those after one that fails stay in the queue."""
         count = 0
         while True:
             with self._lock:
@@ -244,7 +244,7 @@ class EventStore:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('seq', ?)", (self._seq + reserve,))
             self._since_rotation += len(batch) or ROTATE_EVERY
             if self._since_rotation >= ROTATE_EVERY:
-                most = self.most
+                most = self.max_events
                 if self.per_actor:
                     sql.rotate_actors(db, most)
                     most *= sql.MAX_ACTORS
@@ -253,28 +253,28 @@ class EventStore:
 
     def _open(self) -> sqlite3.Connection:
         if self._damaged:
-            log.error("the event store is damaged; a new one is begun")
+            log.error("the event store is damaged; a new one is created")
             sql.set_aside(self.path)
         db, found = sql.connect(self.path, self.origin)
         if self._damaged:
-            # The numbers of the lost file are not known: begin beyond them.
+            # The numbers of the lost file are not known: begin above them.
             found, self._damaged = Found(self.origin, _from_clock()), False
         if not self._found.done():
             self._seq, self.origin = found.seq, found.origin
         # The numbers that this run may use are reserved before it uses one.
         self._write(db, (), clean=False)
-        self._works()
+        self._on_success()
         if not self._found.done():
             self._found.set_result(found)
         return db
 
-    def _works(self) -> None:
+    def _on_success(self) -> None:
         if self.problem and self.problem != "not open yet":
             log.warning("events are stored again", extra={"dropped": self.dropped})
         self.problem = ""
         self._retry_s = RETRY_S[0]
 
-    def _failed(self, error: sqlite3.Error) -> None:
+    def _on_failure(self, error: sqlite3.Error) -> None:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED and not self._damaged:
             self._damaged, self._retry_s = True, 0.0
             return
@@ -296,7 +296,7 @@ class EventStore:
                 query.done.set_exception(sqlite3.OperationalError(why))
 
 
-def _let_go(db: sqlite3.Connection | None) -> None:
+def _close(db: sqlite3.Connection | None) -> None:
     if db is not None:
         with suppress(sqlite3.Error):
             db.close()
@@ -304,7 +304,7 @@ def _let_go(db: sqlite3.Connection | None) -> None:
 
 def _answer(db: sqlite3.Connection, query: _Query) -> None:
     if not query.done.set_running_or_notify_cancel():
-        return  # whoever asked has gone
+        return  # the caller was cancelled
     try:
         query.done.set_result(query.run(db))
     except sqlite3.Error as error:
@@ -313,20 +313,20 @@ def _answer(db: sqlite3.Connection, query: _Query) -> None:
 
 
 def _timed(
-    run: Callable[[sqlite3.Connection], Page], took_s: list[float]
+    run: Callable[[sqlite3.Connection], Page], cpu_s: list[float]
 ) -> Callable[[sqlite3.Connection], Page]:
-    """The same query, which notes the seconds that it took."""
+    """The same query; it stores the CPU seconds that it used in `cpu_s`."""
 
     def timed(db: sqlite3.Connection) -> Page:
         began = time.thread_time()
         try:
             return run(db)
         finally:
-            took_s[0] = time.thread_time() - began
+            cpu_s[0] = time.thread_time() - began
 
     return timed
 
 
 def _from_clock() -> int:
-    """A number beyond any that was counted: microseconds since 1970."""
-    return int(time.time() * 1_000_000)  # noqa: TID251  # no decision hangs on it
+    """A number above any that was counted: microseconds since 1970."""
+    return int(time.time() * 1_000_000)  # noqa: TID251  # no decision depends on it

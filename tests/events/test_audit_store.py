@@ -44,8 +44,8 @@ def see(history: EventLog, kind: str, actor: str = "token:a", device: str = "pum
 def store_in(folder: Path) -> SplitStore:
     """Two files, small enough to be filled."""
     return SplitStore(
-        EventStore(folder / "events.db", origin="o", most=1_000),
-        EventStore(folder / "audit.db", origin="o", most=1_000, per_actor=True),
+        EventStore(folder / "events.db", origin="o", max_events=1_000),
+        EventStore(folder / "audit.db", origin="o", max_events=1_000, per_actor=True),
     )
 
 
@@ -105,7 +105,7 @@ async def test_no_number_stops_the_store_or_its_rotation(tmp_path: Path) -> None
     path = tmp_path / "audit.db"
     name = DeviceId("pump")
     for data in ({"x": float("nan")}, {"x": [float("inf")]}, {"x": 2**70}, {"x": 10**5_000}):
-        store = EventStore(path, origin="o", most=100, per_actor=True)
+        store = EventStore(path, origin="o", max_events=100, per_actor=True)
         found = await store.open()  # its first events also delete old ones
         history = EventLog("o", store)
         history.resume(found.seq, found.events)

@@ -176,18 +176,18 @@ async def test_filters_mean_the_same_on_disk_and_in_memory(tmp_path: Path, in_me
 async def test_the_file_keeps_no_more_than_it_should(tmp_path: Path) -> None:
     """By count and by age the oldest go, also after a jump of the numbers, and the newest stay."""
     path = tmp_path / "events.db"
-    async with opened(path, most=1_000, max_age_s=1e12) as (history, store):
+    async with opened(path, max_events=1_000, max_age_s=1e12) as (history, store):
         for number in range(5_000):
             note(history, "d", at=float(number))
         await until(lambda: store.waiting == 0)
         history.resume(1_000_000, ())
         note(history, "d", at=5_000.0)
-    async with opened(path, most=1_000, max_age_s=1e12) as (history, store):
+    async with opened(path, max_events=1_000, max_age_s=1e12) as (history, store):
         found, _ = await store.select(0, 2**60, 10_000, EventFilter())
         assert 1_000 <= len(found) <= 1_000 + event_store.ROTATE_EVERY + event_store.GROUP
         assert found[-1].seq == 1_000_001
         note(history, "young", at=8_000.0)
-    async with opened(path, most=10_000, max_age_s=-5_500.0) as (_, store):
+    async with opened(path, max_events=10_000, max_age_s=-5_500.0) as (_, store):
         found, _ = await store.select(0, 2**60, 10_000, EventFilter())
         assert [event.device_id for event in found] == ["young"]
 
