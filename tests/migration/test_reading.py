@@ -10,7 +10,6 @@ import pytest
 
 from nomad_watchdog.controllers import migration
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
 from nomad_watchdog.core.migration import Migration
 from nomad_watchdog.core.placement_gc import REST_S
@@ -21,7 +20,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import Epoch, Presence, WallTime
 from nomad_watchdog.registry import RegistryDocument
 from nomad_watchdog.testing.conformance import record_of
-from tests.migration.two_sites import TwoSites
+from tests.migration.two_sites import TwoSites, requests_of
 from tests.simulation.virtual_time import VirtualLoop
 
 MOVE = Migration("m", "north", "south", WallTime(0.0), "test")
@@ -32,10 +31,6 @@ def replica_of(world: TwoSites) -> Reconciler:
     replica = world.replicas[0]
     replica.build()
     return replica.reconciler
-
-
-def requests_of(reconciler: Reconciler) -> MigrationRequests:
-    return MigrationRequests(reconciler.fleet, reconciler.migrations)
 
 
 def in_virtual_time(story: Callable[[TwoSites], Awaitable[None]]) -> None:

@@ -17,7 +17,7 @@ from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, WallTime
 from nomad_watchdog.schedulers.multi import MultiScheduler
 from nomad_watchdog.testing.conformance import record_of
-from tests.migration.two_sites import TwoSites, run_seed
+from tests.migration.two_sites import TwoSites, requests_of, run_seed
 from tests.simulation.simulator import BEAT_S
 from tests.simulation.virtual_time import VirtualLoop
 
@@ -82,7 +82,7 @@ class Calm(TwoSites):
         self.store.on_write = written
         move = Migration("m", "north", "south", WallTime(0.0), "test")
         replica = self.replicas[0]
-        assert await replica.serve(replica.reconciler.migrations.begin(move)) is not None
+        assert await replica.serve(requests_of(replica.reconciler).begin(move)) is not None
         for _ in range(400):
             await asyncio.sleep(1.0)
             if self.kept().moves[0].done:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from nomad_watchdog.controllers.agents.reconciler import Reconciler
 from nomad_watchdog.controllers.migration_requests import MigrationRequests
 from nomad_watchdog.controllers.migration_state import FORMAT, MigrationState
 from nomad_watchdog.core.migration import NEVER_MIGRATED, Migration, tombs
@@ -39,6 +40,11 @@ SITES: Final = ("north", "south")
 MOVES_S: Final = 350.0
 """With faults off, a move of the whole fleet is over within this virtual time: one device at a time at the
 worst, each a stop, a start and a first report."""
+
+
+def requests_of(reconciler: Reconciler) -> MigrationRequests:
+    """What users can request of this replica."""
+    return MigrationRequests(reconciler.fleet, reconciler.migrations)
 
 
 class SiteScheduler(WatchedScheduler):
@@ -185,7 +191,7 @@ class TwoSites(World):
         if not up:
             return False
         replica = self.chance.choice(up)
-        requests = MigrationRequests(replica.reconciler.fleet, replica.reconciler.migrations)
+        requests = requests_of(replica.reconciler)
         if what == "begin":
             source, goal = self.chance.sample(SITES, 2)
             some = frozenset(
