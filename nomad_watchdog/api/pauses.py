@@ -18,7 +18,6 @@ from nomad_watchdog.errors import NotFoundError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.pauses import new_id
 from nomad_watchdog.fleet.presence import pause_json
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 from nomad_watchdog.units import parse_duration
 
@@ -66,7 +65,7 @@ async def add_pause(request: web.Request) -> web.StreamResponse:
     what = "maintenance" if stored.window else "pause"
     by = f" by {stored.by}" if stored.by else ""
     text = f"{what} {stored.id}{by}: {stored.reason or 'no reason given'}"
-    _add_event(fleet, "paused", text, {"pause": stored.id})
+    fleet.events.note_fleet("paused", text, {"pause": stored.id})
     audit(request, "pause", "paused", pause=stored.id)
     return json_response(_pause_json(fleet, stored), status=201)
 
@@ -101,7 +100,7 @@ async def resume(request: web.Request) -> web.StreamResponse:
                 else ""
             )
         )
-    _add_event(fleet, "resumed", "a pause was ended", body.model_dump(mode="json", by_alias=True))
+    fleet.events.note_fleet("resumed", "a pause was ended", body.model_dump(mode="json", by_alias=True))
     audit(request, "resume", "resumed")
     return json_response({"resumed": True})
 
@@ -112,7 +111,7 @@ async def remove_pause(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     if not await fleet.presence.pauses.remove(pause_id):
         raise NotFoundError(f"there is no pause or window {ascii(pause_id)[:40]}")
-    _add_event(fleet, "resumed", f"the pause {pause_id} was ended", {"pause": pause_id})
+    fleet.events.note_fleet("resumed", f"the pause {pause_id} was ended", {"pause": pause_id})
     audit(request, "resume", "resumed", pause=pause_id)
     return json_response({"id": pause_id, "removed": True})
 
@@ -123,7 +122,3 @@ def _by(request: web.Request, claimed: str) -> str:
     return f"{name} ({claimed})" if claimed else name
 
 
-def _add_event(fleet: Fleet, kind: str, text: str, data: dict[str, object]) -> None:
-    fleet.events.own.add(
-        at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
-    )

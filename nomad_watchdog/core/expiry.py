@@ -24,11 +24,11 @@ class Overdue:
 
 def overdue(
     records: Iterable[DeviceRecord],
-    heard: Mapping[Slug, Monotonic],
+    heartbeats: Mapping[Slug, Monotonic],
     rules: PresenceRules,
     now: Monotonic,
 ) -> Overdue:
-    """`heard`: the last heartbeats; a device without one is not overdue, see `Overdue.unheard`."""
+    """`heartbeats`: the last heartbeats; a device without one is not overdue, see `Overdue.unheard`."""
     unheard: list[Slug] = []
     found: list[Slug] = []
     next_at, window_s = float("inf"), 0.0
@@ -36,12 +36,12 @@ def overdue(
         ttl_s = rules.ttl_of(record.device)
         if ttl_s <= 0 or record.presence is Presence.ABSENT:
             continue
-        sign = heard.get(record.slug)
-        if sign is None:
+        last = heartbeats.get(record.slug)
+        if last is None:
             unheard.append(record.slug)
-        elif now - sign >= ttl_s:
+        elif now - last >= ttl_s:
             found.append(record.slug)
             window_s = max(window_s, ttl_s)
         else:
-            next_at = min(next_at, sign + ttl_s)
+            next_at = min(next_at, last + ttl_s)
     return Overdue(frozenset(found), Monotonic(next_at), window_s, tuple(unheard))
