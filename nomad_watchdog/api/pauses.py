@@ -100,7 +100,9 @@ async def resume(request: web.Request) -> web.StreamResponse:
                 else ""
             )
         )
-    fleet.events.note_fleet("resumed", "a pause was ended", body.model_dump(mode="json", by_alias=True))
+    fleet.events.note_fleet(
+        "resumed", "a pause was ended", body.model_dump(mode="json", by_alias=True)
+    )
     audit(request, "resume", "resumed")
     return json_response({"resumed": True})
 
@@ -120,5 +122,3 @@ def _by(request: web.Request, claimed: str) -> str:
     """The name of the token, and in brackets the name that the caller sent."""
     name = request[ACTOR].name
     return f"{name} ({claimed})" if claimed else name
-
-

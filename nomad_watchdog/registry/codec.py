@@ -152,9 +152,6 @@ def _record(document: Mapping[str, object], slug: str | None, index: int) -> Dev
         raise PoisonError("labels is not an object")
     presence = _choice(document, "presence", Presence)
     left = _choice(document, "left", Departure) if "left" in document else Departure.REMOVED
-    ttl_s = _seconds(document, "ttl_s") if "ttl_s" in document else None
-    if ttl_s is not None and ttl_s < 0:
-        raise PoisonError("ttl_s is less than 0")
     return DeviceRecord(
         slug=own,
         device=Device(
@@ -162,7 +159,7 @@ def _record(document: Mapping[str, object], slug: str | None, index: int) -> Dev
             agent_class=_text(document, "agent_class"),
             address=_text(document, "address"),
             labels={_encodable(key, "labels"): _text(labels, key) for key in labels},
-            ttl_s=ttl_s,
+            ttl_s=_ttl(document),
         ),
         presence=presence,
         generation=_whole(document, "generation"),
@@ -177,6 +174,15 @@ def _record(document: Mapping[str, object], slug: str | None, index: int) -> Dev
         home=_text(document, "home") if "home" in document else "",
         condition=_condition(document["condition"]) if "condition" in document else None,
     )
+
+
+def _ttl(document: Mapping[str, object]) -> float | None:
+    if "ttl_s" not in document:
+        return None
+    ttl_s = _seconds(document, "ttl_s")
+    if ttl_s < 0:
+        raise PoisonError("ttl_s is less than 0")
+    return ttl_s
 
 
 def _condition(document: object) -> Condition:

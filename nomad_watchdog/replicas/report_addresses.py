@@ -26,7 +26,7 @@ class ReportAddresses:
         """All addresses that agents may use now; None while not all replicas are known."""
         return frozenset(self.addresses()) or None if self._leases.knows_all_replicas() else None
 
-    def with_addresses(self, spec: AgentSpec) -> AgentSpec:
+    def adapt(self, spec: AgentSpec) -> AgentSpec:
         """The spec with these addresses in its agents' configuration; its hash does not cover them."""
         addresses = self.addresses()
         last = self._addressed.get(spec.agent_class)

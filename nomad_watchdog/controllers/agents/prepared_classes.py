@@ -237,7 +237,7 @@ class PreparedClasses:
         """Have the scheduler prepared for these specs, with the replicas' current addresses, on the shards that are
         ours. As `Scheduler.prepare`."""
         terms, addresses = dict(self._leases.terms()), self.addresses.addresses()
-        addressed = [self.addresses.with_addresses(spec) for spec in specs.values()]
+        addressed = [self.addresses.adapt(spec) for spec in specs.values()]
         refused = await self._scheduler.prepare(addressed, shards=terms.keys()) or {}
         self._ownership.prepare(terms)
         self._prepared_with = addresses

@@ -90,7 +90,7 @@ class Reconciler:
             self.queue,
             self._done,
             leases,
-            self.classes.addresses.with_addresses,
+            self.classes.addresses.adapt,
         )
         self.migrations = MigrationController(
             fleet, scheduler, self.ownership, metrics, self._read_all_again
