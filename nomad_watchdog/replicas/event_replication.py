@@ -194,7 +194,7 @@ class EventReplicator:
         self._pending.clear()
         for (_, about), (incident, text) in left:
             _, kind, name = about.split(" ", 2)
-            self._recorder.end(kind, name, incident, text)
+            self._recorder.incidents.close_foreign(kind, name, incident, text)
         log.info("publishing events", extra={"term": term.number})
 
     async def _finish_copying(self) -> None:
@@ -271,7 +271,7 @@ class EventReplicator:
         if event.kind.startswith("incident.") and event.data.get("kind"):
             over = event.kind == "incident.closed"
             kind, group = str(event.data["kind"]), str(event.data.get("group"))
-            self._recorder.adopt(kind, group, "" if over else event.incident)
+            self._recorder.incidents.adopt(kind, group, "" if over else event.incident)
 
     def _remove_published(self, last: int) -> None:
         """All of our events up to this number were published."""
