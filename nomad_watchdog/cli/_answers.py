@@ -193,14 +193,14 @@ class PoolsAnswer(TypedDict):
     keeper: bool
 
 
-class _ProbeResult(TypedDict):
+class _ProbeAnswer(TypedDict):
     probe: str
     ok: bool
     took_s: float
     reason: str
 
 
-class ProbeResult(_ProbeResult, total=False):
+class ProbeAnswer(_ProbeAnswer, total=False):
     outcome: str
     warning: str
 
@@ -213,7 +213,7 @@ class ProbeStarted(TypedDict):
 
 class ProbeRun(ProbeStarted):
     done: bool
-    results: list[ProbeResult]
+    results: list[ProbeAnswer]
 
 
 class AgentAnswer(TypedDict):

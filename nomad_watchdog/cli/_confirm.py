@@ -13,7 +13,7 @@ from nomad_watchdog.terminal import clean, print_json, print_table
 
 
 @dataclass(frozen=True, slots=True)
-class HoldKind:
+class ConfirmKind:
     """What can be on hold: stops or departures. `read` returns what one replica has on hold, with its rows."""
 
     word: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from nomad_watchdog.cli._agent_logs import kubernetes_log, local_log, nomad_log
-from nomad_watchdog.cli._answers import AgentAnswer, ProbeResult, ProbeRun, ProbeStarted
+from nomad_watchdog.cli._answers import AgentAnswer, ProbeAnswer, ProbeRun, ProbeStarted
 from nomad_watchdog.cli._api_client import ApiClient, device_path
 from nomad_watchdog.cli._fields import field_text, head
 from nomad_watchdog.cli._options import api_of, no_color, output_option, settings_of
@@ -128,7 +128,7 @@ def exec_probe(ctx: click.Context, device: str, output: str) -> None:
     ctx.exit(EXIT_FAILED if failed else 0)
 
 
-def _result(one: ProbeResult) -> str:
+def _result(one: ProbeAnswer) -> str:
     """The outcome of one probe. Older agents do not report `outcome`."""
     if one["ok"]:
         return "warning" if one.get("warning") else "ok"

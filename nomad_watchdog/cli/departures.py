@@ -8,7 +8,7 @@ import click
 
 from nomad_watchdog.cli._answers import Fields, Held, HeldDepartures
 from nomad_watchdog.cli._api_client import ApiClient
-from nomad_watchdog.cli._confirm import HoldKind
+from nomad_watchdog.cli._confirm import ConfirmKind
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 
 
@@ -17,7 +17,7 @@ def _read(api: ApiClient) -> tuple[Held, list[Fields]]:
     return held, held["devices"]
 
 
-DEPARTURES: Final = HoldKind(
+DEPARTURES: Final = ConfirmKind(
     word="departures",
     read=_read,
     rows="devices",

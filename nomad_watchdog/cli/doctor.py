@@ -20,18 +20,18 @@ EXIT_UNAVAILABLE = 69
 def doctor(ctx: click.Context, output: str) -> None:
     """Check the environment and suggest fixes. Exits 69 if a check fails."""
     from nomad_watchdog.config.load import find_file
-    from nomad_watchdog.daemon.doctor.base import Check, Status
+    from nomad_watchdog.daemon.doctor.base import Check, CheckStatus
     from nomad_watchdog.daemon.doctor.checks import examine
 
     try:
         settings = settings_of(ctx)
     except UserError as error:
         fix = "see docs/configuration.md"
-        checks = [Check("config", Status.FAIL, line, fix) for line in str(error).splitlines()]
+        checks = [Check("config", CheckStatus.FAIL, line, fix) for line in str(error).splitlines()]
     else:
         file = find_file(ctx.obj["config"], os.environ)
         checks = asyncio.run(examine(settings, os.environ, file))
-    failed = any(check.status is Status.FAIL for check in checks)
+    failed = any(check.status is CheckStatus.FAIL for check in checks)
     if output == "json":
         # `mend` is the former name of `fix`.
         found = [check._asdict() | {"mend": check.fix} for check in checks]

@@ -8,7 +8,7 @@ import click
 
 from nomad_watchdog.cli._answers import Fields, Held, StopPlan
 from nomad_watchdog.cli._api_client import ApiClient
-from nomad_watchdog.cli._confirm import HoldKind
+from nomad_watchdog.cli._confirm import ConfirmKind
 from nomad_watchdog.cli._options import api_of, no_color, output_option
 
 
@@ -17,7 +17,7 @@ def _read(api: ApiClient) -> tuple[Held, list[Fields]]:
     return held, held["stops"]
 
 
-STOPS: Final = HoldKind(
+STOPS: Final = ConfirmKind(
     word="stops",
     read=_read,
     rows="stops",

@@ -10,10 +10,10 @@ from watchdog_agent.config.optional_table import (
     MAX_TRIES,
     TARGETS,
     Repair,
-    RepairPolicy,
+    RepairPolicyTable,
     RepairTarget,
 )
-from watchdog_agent.config.table import Agent
+from watchdog_agent.config.table import AgentTable
 from watchdog_agent.config.validators import place
 from watchdog_agent.detection.failure_detector import FailureDetector
 
@@ -186,7 +186,7 @@ class AgentClassSettings(Block):
     kill_timeout: Positive = 10.0
     variables: dict[str, Text] = Field(default_factory=dict)
     metadata: dict[str, Text] = Field(default_factory=dict)
-    beat: Annotated[Duration, within(Agent.beat_s)] = Agent.beat_s.default
+    beat: Annotated[Duration, within(AgentTable.beat_s)] = AgentTable.beat_s.default
     ttl: Seconds | None = None
     probe: tuple[ProbeSettings, ...] = ()
     confirm: tuple[ProbeSettings, ...] = ()
@@ -195,11 +195,13 @@ class AgentClassSettings(Block):
     escalate: EscalationSettings | None = None
     loki: LokiSettings | None = None
     state: Literal["folder", "consul"] = "folder"
-    repair_dry_run: bool = RepairPolicy.dry_run.default
-    repair_accepted_beats: Annotated[int, within(RepairPolicy.accepted_beats)] = (
-        RepairPolicy.accepted_beats.default
+    repair_dry_run: bool = RepairPolicyTable.dry_run.default
+    repair_accepted_beats: Annotated[int, within(RepairPolicyTable.accepted_beats)] = (
+        RepairPolicyTable.accepted_beats.default
     )
-    repair_alone: Annotated[Duration, within(RepairPolicy.alone_s)] = RepairPolicy.alone_s.default
+    repair_alone: Annotated[Duration, within(RepairPolicyTable.alone_s)] = (
+        RepairPolicyTable.alone_s.default
+    )
     on: dict[Name, BackendOverrides] = Field(default_factory=dict)
 
     def suspect_s(self) -> float:
@@ -224,7 +226,7 @@ class AgentClassSettings(Block):
             "accepted_beats": self.repair_accepted_beats,
             "alone_s": self.repair_alone,
         }
-        given = {k: v for k, v in policy.items() if v != _default(RepairPolicy, k)}
+        given = {k: v for k, v in policy.items() if v != _default(RepairPolicyTable, k)}
         steps = {"repairs": [step.wire() for step in self.repair]}
         return steps | ({"repair_policy": given} if given else {})
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, model_validator
 from watchdog_agent.config import optional_table, table
 from watchdog_agent.config.probes import name_of
-from watchdog_agent.config.table import Probe as Every
+from watchdog_agent.config.table import ProbeTable as Every
 from watchdog_agent.probes.dns import DnsError, encode_name
 
 from nomad_watchdog.config.types import (
@@ -204,8 +204,8 @@ class GatewaySettings(Block):
     address: Host | None = None
     kind: Literal["icmp", "tcp", "http"] = "icmp"
     port: Port | None = None
-    timeout: Annotated[Duration, within(optional_table.Gateway.timeout_s)] = (
-        optional_table.Gateway.timeout_s.default
+    timeout: Annotated[Duration, within(optional_table.GatewayTable.timeout_s)] = (
+        optional_table.GatewayTable.timeout_s.default
     )
 
     @model_validator(mode="after")

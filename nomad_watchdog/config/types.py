@@ -90,7 +90,7 @@ def within(setting: table.Range) -> object:
     return Field(ge=setting.low, le=setting.high)
 
 
-def fitting(setting: table.Text | optional_table.Command) -> AfterValidator:
+def fitting(setting: table.TextRule | optional_table.Command) -> AfterValidator:
     """The agent's own check of text, or of a command."""
 
     def check(value: object) -> object:

@@ -54,7 +54,7 @@ class IncidentLimits:
     window_s: float = 60.0
 
 
-class Step(StrEnum):
+class IncidentStep(StrEnum):
     """What happened to an incident."""
 
     OPENED = "opened"
@@ -97,7 +97,7 @@ class Incident:
 class News:
     """A step of an incident. `marks`: references of the single events that belong to it."""
 
-    step: Step
+    step: IncidentStep
     incident: Incident
     marks: Sequence[int] = ()
 
@@ -341,13 +341,13 @@ class Correlator:
         incident.subsumes = refs[:MAX_MEMBERS]
         incident.told = incident.count
         self.opened[group] = incident
-        return News(Step.OPENED, incident, refs)
+        return News(IncidentStep.OPENED, incident, refs)
 
     def _grown(self) -> Iterable[News]:
         for incident in self.opened.values():
             if incident.count >= 2 * incident.told:
                 incident.told = incident.count
-                yield News(Step.UPDATED, incident)
+                yield News(IncidentStep.UPDATED, incident)
 
     def _closed(self, now: Monotonic) -> Iterable[News]:
         for group, incident in list(self.opened.items()):
@@ -355,7 +355,7 @@ class Correlator:
                 del self.opened[group]
                 incident.closed_at = now
                 incident.seen.clear()
-                yield News(Step.CLOSED, incident)
+                yield News(IncidentStep.CLOSED, incident)
 
 
 SITE_LABEL: Final = "site"

@@ -13,7 +13,7 @@ from nomad_watchdog.fleet.event_recorder import EventRecorder
 from nomad_watchdog.fleet.events import FleetEvents
 from nomad_watchdog.fleet.incidents import IncidentTracker
 from nomad_watchdog.fleet.presence import PresenceView
-from nomad_watchdog.fleet.readiness import Readiness
+from nomad_watchdog.fleet.readiness import FleetReadiness
 from nomad_watchdog.fleet.reconcile_loop import NoLoop, ReconcileLoop
 from nomad_watchdog.fleet.records import RecordCache, RecordChange
 from nomad_watchdog.fleet.reports import ReportReceiver
@@ -42,7 +42,7 @@ class Fleet:
         """The configured agent classes; None = not known, and a device may have any class."""
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
         """As last read; changed by `apply_placements` only."""
-        self.readiness = Readiness()
+        self.readiness = FleetReadiness()
         self.records = RecordCache(registry, clock)
         self.events = FleetEvents(log or EventLog(), clock, self.records, self.placements)
         self.presence = PresenceView(

@@ -17,8 +17,8 @@ from nomad_watchdog.core.incidents import (
     GroupKind,
     Incident,
     IncidentLimits,
+    IncidentStep,
     News,
-    Step,
     groups_of,
 )
 from nomad_watchdog.core.verdict import Evidence
@@ -142,7 +142,7 @@ class IncidentTracker:
 
     def _publish(self, news: News) -> None:
         incident = news.incident
-        if news.step is Step.CLOSED:
+        if news.step is IncidentStep.CLOSED:
             self._closed.append(incident)
         if news.marks:
             self._events.own.mark(news.marks, incident.id)
@@ -154,11 +154,11 @@ class IncidentTracker:
             "count": incident.count,
             "bad": incident.bad,
         }
-        if news.step is Step.OPENED:
+        if news.step is IncidentStep.OPENED:
             data["members"] = list(incident.members[:20])
             data["subsumes"] = [f"{origin}:{ref}" for ref in incident.subsumes[:20] if ref]
             data["subsumed"] = len(news.marks)
-        if news.step is Step.CLOSED:
+        if news.step is IncidentStep.CLOSED:
             text += f"; {incident.bad} are still unhealthy"
         elif reason := self.reason(incident):
             text += f"; no agent runs: {reason}"

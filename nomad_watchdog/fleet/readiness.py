@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 
-class Readiness:
+class FleetReadiness:
     """Ready: the registry and the scheduler have been read, and the registry can be read and written."""
 
     def __init__(self) -> None:

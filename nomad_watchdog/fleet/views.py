@@ -10,7 +10,7 @@ from nomad_watchdog.clock import Clock
 from nomad_watchdog.fleet.event_recorder import EventRecorder
 from nomad_watchdog.fleet.events import FleetEvents
 from nomad_watchdog.fleet.presence import PresenceView
-from nomad_watchdog.fleet.readiness import Readiness
+from nomad_watchdog.fleet.readiness import FleetReadiness
 from nomad_watchdog.fleet.reconcile_loop import NoLoop, ReconcileLoop
 from nomad_watchdog.fleet.records import RecordCache
 from nomad_watchdog.fleet.serializers import (
@@ -39,7 +39,7 @@ class Components(Protocol):
     """The components that the views read."""
 
     clock: Clock
-    readiness: Readiness
+    readiness: FleetReadiness
     records: RecordCache
     placements: dict[Slug, tuple[Placement, ...]]
     presence: PresenceView

@@ -31,8 +31,8 @@ Case = tuple[str, Any, type[Block], dict[str, Any], str]
 def table_cases() -> Iterator[Case]:
     """Each setting of the table, where the two ends have it."""
     places: list[tuple[type, type[Block], dict[str, Any], str]] = [
-        (table.Agent, AgentClassSettings, {}, ""),
-        (table.Probe, ProbeSettings, {"kind": "icmp"}, "probes"),
+        (table.AgentTable, AgentClassSettings, {}, ""),
+        (table.ProbeTable, ProbeSettings, {"kind": "icmp"}, "probes"),
         (table.HttpProbe, ProbeSettings, {"kind": "http", "port": 80}, "probes"),
         (optional_table.TlsProbe, ProbeSettings, {"kind": "tls", "verify": False}, "probes"),
         (optional_table.FileProbe, ProbeSettings, {"kind": "file", "file": "/x", "expect_text": "x"}, "probes"),
@@ -42,10 +42,10 @@ def table_cases() -> Iterator[Case]:
         (optional_table.DnsProbe, ProbeSettings, {"kind": "dns", "name": "a"}, "probes"),
         (optional_table.Repair, RepairSettings, {"kind": "unit", "unit": "a"}, "repairs"),
         (optional_table.RepairHttp, RepairSettings, {"kind": "http", "url": URL}, "repairs"),
-        (optional_table.RepairPolicy, AgentClassSettings, {}, "repair_policy"),
-        (optional_table.Gateway, GatewaySettings, {"address": "10.0.0.1"}, "gateway"),
+        (optional_table.RepairPolicyTable, AgentClassSettings, {}, "repair_policy"),
+        (optional_table.GatewayTable, GatewaySettings, {"address": "10.0.0.1"}, "gateway"),
         (optional_table.Escalate, EscalationSettings, {"sink": [{"kind": "webhook", "url": URL}]}, "escalate"),
-        (optional_table.Sink, SinkSettings, {"kind": "consul_event", "url": URL}, "sinks"),
+        (optional_table.SinkTable, SinkSettings, {"kind": "consul_event", "url": URL}, "sinks"),
         (optional_table.Loki, LokiSettings, {"url": URL}, "loki"),
     ]  # fmt: skip
     for rules, block, others, place in places:
@@ -85,7 +85,7 @@ def values(rule: Any) -> st.SearchStrategy[Any]:
     if isinstance(rule, optional_table.Command):
         word = st.sampled_from(["a", "", "\0", "x y", "é", "x" * 1024, "x" * 1025])
         return st.one_of(odd, st.lists(word, max_size=3), st.just(["x"] * 64), st.just(["x"] * 65))
-    if isinstance(rule, table.Text):
+    if isinstance(rule, table.TextRule):
         allowed = "".join(sorted(rule.allowed or "aZ0 _"))
         good = st.text(st.sampled_from(allowed), max_size=12)
         text = st.text(st.sampled_from(allowed + "/:+#.-_@ \n\0é"), max_size=20)

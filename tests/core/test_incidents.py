@@ -13,8 +13,8 @@ from nomad_watchdog.core.incidents import (
     Group,
     GroupKind,
     IncidentLimits,
+    IncidentStep,
     News,
-    Step,
 )
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Monotonic
@@ -60,7 +60,7 @@ class Fleet:
         self.told += news
         return news
 
-    def steps(self) -> Counter[Step]:
+    def steps(self) -> Counter[IncidentStep]:
         return Counter(news.step for news in self.told)
 
 
@@ -77,7 +77,7 @@ def test_a_thousand_devices_of_one_host_are_one_incident() -> None:
     fleet.turn(dead, bad=False, at=400.0)
     fleet.settle(402.0)
 
-    assert fleet.steps() == {Step.OPENED: 1, Step.CLOSED: 1}
+    assert fleet.steps() == {IncidentStep.OPENED: 1, IncidentStep.CLOSED: 1}
     assert (opened.incident.kind, opened.incident.group) == (GroupKind.HOST, "h0")
     assert opened.incident.count == 1_000
     assert len(opened.marks) == 1_000
@@ -152,7 +152,7 @@ def test_those_that_follow_join_and_are_told_by_doubling() -> None:
         fleet.settle(float(number))
 
     assert set(joined) == {opened.incident.id}
-    assert fleet.steps() == {Step.OPENED: 1, Step.UPDATED: 2}
+    assert fleet.steps() == {IncidentStep.OPENED: 1, IncidentStep.UPDATED: 2}
     assert opened.incident.count == 1_000
 
 
@@ -165,7 +165,7 @@ def test_an_incident_ends_though_a_few_stay_bad() -> None:
     fleet.turn(names[:95], bad=False, at=50.0)
     (closed,) = fleet.settle(51.0)
 
-    assert closed.step is Step.CLOSED
+    assert closed.step is IncidentStep.CLOSED
     assert closed.incident.bad == 5
     assert fleet.correlator.incident_of(Slug(names[-1])) == ""
 
@@ -214,13 +214,13 @@ def test_books_are_kept_through_any_history(history: list) -> None:
     it, now = Correlator(LIMITS), 0.0
     where: dict[Slug, tuple[Group, ...]] = {}
     bad: dict[Slug, bool] = {}
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[IncidentStep]] = {}
     for kind, slug, host, site in history:
         now += 1.0
         if kind == "settle":
             for news in it.settle(Monotonic(now)):
                 steps.setdefault(news.incident.id, []).append(news.step)
-                if news.step is Step.OPENED:
+                if news.step is IncidentStep.OPENED:
                     assert news.incident.count == len(news.marks) >= LIMITS.least
         elif kind == "wait":
             now += 30.0
@@ -245,10 +245,10 @@ def test_books_are_kept_through_any_history(history: list) -> None:
             assert recent
             assert all(bad[s] and not it.incident_of(s) for s in recent)
     for found in steps.values():
-        assert found[0] is Step.OPENED
-        assert found.count(Step.OPENED) == 1
-        assert found.count(Step.CLOSED) <= 1
-        assert Step.CLOSED not in found[:-1]
+        assert found[0] is IncidentStep.OPENED
+        assert found.count(IncidentStep.OPENED) == 1
+        assert found.count(IncidentStep.CLOSED) <= 1
+        assert IncidentStep.CLOSED not in found[:-1]
 
 
 def test_a_device_that_leaves_while_bad_is_no_part_of_a_later_incident() -> None:
@@ -284,7 +284,7 @@ def test_agents_that_can_not_ask_are_an_incident_of_their_host() -> None:
     for name in NAMES[:10]:
         correlator.observe(name, where, bad=False, now=Monotonic(4.0))
     (closed,) = correlator.settle(Monotonic(5.0))
-    assert closed.step is Step.CLOSED
+    assert closed.step is IncidentStep.CLOSED
     assert not correlator._recent
 
 

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus
 from nomad_watchdog.daemon.doctor.checks import examine
 from nomad_watchdog.errors import DeniedError
 from nomad_watchdog.model import AgentSpec, PlacementState
@@ -96,8 +96,8 @@ async def test_doctor_is_content_with_it(
     rules = (repository / "jobs/policies/nomad-reconciler.hcl").read_text()
     token = await token_for(guarded, "reconciler", rules)
     checks = await checks_with(guarded, token, tmp_path)
-    assert [c for c in checks.values() if c.status is Status.FAIL] == []
-    assert checks["nomad jobs"].status is Status.OK
+    assert [c for c in checks.values() if c.status is CheckStatus.FAIL] == []
+    assert checks["nomad jobs"].status is CheckStatus.OK
     assert checks["nomad nodes"].found == "1 of 1 take agents"
     assert "agent" in checks["nomad limits"].fix
 
@@ -106,10 +106,10 @@ async def test_doctor_names_what_a_token_lacks(guarded: NomadServer, tmp_path: P
     """A token that may only read is told each capability that is missing; nothing was changed."""
     token = await token_for(guarded, "reader", READ_ONLY)
     check = (await checks_with(guarded, token, tmp_path))["nomad jobs"]
-    assert check.status is Status.FAIL
+    assert check.status is CheckStatus.FAIL
     for capability in ("dispatch-job", "submit-job", "parse-job"):
         assert capability in check.fix
-    assert (await checks_with(guarded, "", tmp_path))["nomad jobs"].status is Status.FAIL
+    assert (await checks_with(guarded, "", tmp_path))["nomad jobs"].status is CheckStatus.FAIL
     assert await guarded.request("GET", "/v1/jobs?prefix=device-watchdog") == []
 
 
@@ -148,5 +148,5 @@ async def test_doctor_with_full_sight_counts_drivers(guarded: NomadServer, tmp_p
     """With a token that may see nodes and the agent, version, drivers and connections are checked."""
     checks = await checks_with(guarded, guarded.token, tmp_path)
     assert "raw_exec on 1" in checks["nomad drivers"].found
-    assert checks["nomad version"].status is Status.OK
-    assert checks["nomad clock"].status is Status.OK
+    assert checks["nomad version"].status is CheckStatus.OK
+    assert checks["nomad clock"].status is CheckStatus.OK

@@ -14,7 +14,7 @@ import yaml
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.daemon.doctor.base import Status
+from nomad_watchdog.daemon.doctor.base import CheckStatus
 from nomad_watchdog.daemon.doctor.checks import examine
 from nomad_watchdog.demo.process import free_port
 from nomad_watchdog.errors import DeniedError
@@ -210,12 +210,12 @@ async def test_doctor_says_what_is_missing(
         checks = await examine(settings_of(tmp_path, await kube.user(name)), {})
         found[name] = {one.name: one for one in checks if one.name.startswith("kubernetes")}
 
-    assert {one.status for one in found[USER].values()} == {Status.OK}, found[USER]
+    assert {one.status for one in found[USER].values()} == {CheckStatus.OK}, found[USER]
     assert len(found[USER]) == 4
     told = found["stranger"]["kubernetes namespace nomad-watchdog"]
-    assert (told.status, told.found) == (Status.WARN, "can't be read")
+    assert (told.status, told.found) == (CheckStatus.WARN, "can't be read")
     told = found["stranger"]["kubernetes rights in nomad-watchdog"]
-    assert told.status is Status.FAIL
+    assert told.status is CheckStatus.FAIL
     for right in ("lacks get deployments", "get pods/log", "create configmaps",
                   "get configmaps/nomad-watchdog", "patch configmaps/nomad-watchdog"):  # fmt: skip
         assert right in told.found
@@ -276,7 +276,7 @@ async def test_doctor_looks_at_every_namespace_that_was_ever_used(
         await client.close()
     (told,) = [one for one in checks if one.name == "kubernetes rights in nomad-watchdog-1"]
 
-    assert told.status is Status.FAIL
+    assert told.status is CheckStatus.FAIL
     assert "lacks get deployments" in told.found
 
 
@@ -291,6 +291,6 @@ async def test_doctor_names_a_server_that_does_not_answer(tmp_path: Path) -> Non
     checks = await examine(settings_of(tmp_path, tmp_path / "kubeconfig"), {})
     (told,) = [one for one in checks if one.name.startswith("kubernetes")]
 
-    assert (told.name, told.status) == ("kubernetes reachable", Status.FAIL)
+    assert (told.name, told.status) == ("kubernetes reachable", CheckStatus.FAIL)
     assert "does not answer" in told.found
     assert "kubernetes.kubeconfig" in told.fix

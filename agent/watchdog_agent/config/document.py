@@ -95,7 +95,7 @@ def check(config: object) -> Config:
     if config.get("consul"):
         check_url(config["consul"], "http:// or https:// address", tls=True)
     _check_consul_tls(config)
-    validators.fill(config, table.Agent)
+    validators.fill(config, table.AgentTable)
     config["probes"] = [probes.check(p, "probes") for p in check_list(config, "probes")]
     config["confirm"] = [probes.check(p, "confirm") for p in check_list(config, "confirm")]
     if not config["probes"]:

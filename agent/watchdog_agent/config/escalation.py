@@ -51,7 +51,7 @@ def _sink(sink: object, config: Document) -> None:
         raise ConfigError("escalate.sinks: consul_event needs a url, or consul in the document")
     if sink["kind"] == "consul_event":
         sink.setdefault("name", "watchdog-escalation")
-        validators.fill(sink, optional_table.Sink, "escalate.sinks")
+        validators.fill(sink, optional_table.SinkTable, "escalate.sinks")
     _file(sink, "escalate.sinks")
 
 

@@ -36,7 +36,7 @@ def check(config: Document) -> None:
     if address == config["address"]:
         return
     spec = {
-        "timeout_s": optional_table.Gateway.timeout_s.default,
+        "timeout_s": optional_table.GatewayTable.timeout_s.default,
         **given,
         "kind": given.get("kind", "icmp"),
     }

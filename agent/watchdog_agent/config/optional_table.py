@@ -13,12 +13,12 @@ from watchdog_agent.config.table import (
     Flag,
     Number,
     Range,
-    Text,
+    TextRule,
     Whole,
 )
 
 
-class Mac(Text):
+class Mac(TextRule):
     """A MAC address."""
 
     __slots__ = ()
@@ -47,8 +47,8 @@ class Command:
 
 
 COMMAND = Command()
-PLUGIN = Text("the name of a plugin, an entry point", 128, ALNUM + "._-", ALNUM)
-NAME = Text('a name of letters, digits, "_", "." and "-"', 64, ALNUM + "._-")
+PLUGIN = TextRule("the name of a plugin, an entry point", 128, ALNUM + "._-", ALNUM)
+NAME = TextRule('a name of letters, digits, "_", "." and "-"', 64, ALNUM + "._-")
 
 
 class TlsProbe:
@@ -84,7 +84,7 @@ class DnsProbe:
     """Of probes of the kind dns. `name` is a domain name, too."""
 
     type = Choice("A", "AAAA")
-    name = Text("ASCII without blanks", 253, ASCII)
+    name = TextRule("ASCII without blanks", 253, ASCII)
 
 
 class Repair:
@@ -118,9 +118,9 @@ TARGETS = {
 class RepairTarget:
     """What a step acts on; its kind decides which one it has. `url` is checked as a URL."""
 
-    interface = Text("the name of a network interface", 15, ALNUM + "._:-", ALNUM)
-    topic = Text("ASCII without blanks, + and #", 256, ASCII.replace("+", "").replace("#", ""))
-    unit = Text("the name of a systemd unit", 255, ALNUM + ":_.@-", ALNUM)
+    interface = TextRule("the name of a network interface", 15, ALNUM + "._:-", ALNUM)
+    topic = TextRule("ASCII without blanks, + and #", 256, ASCII.replace("+", "").replace("#", ""))
+    unit = TextRule("the name of a systemd unit", 255, ALNUM + ":_.@-", ALNUM)
     command = COMMAND
     mac = Mac('a MAC address such as "52:54:00:12:34:56"', 17)
     plugin = PLUGIN
@@ -132,7 +132,7 @@ class RepairHttp:
     method = Choice("POST", "GET")
 
 
-class RepairPolicy:
+class RepairPolicyTable:
     """Of all repairs of a class."""
 
     dry_run = Flag(False)
@@ -140,7 +140,7 @@ class RepairPolicy:
     alone_s = Number(DAY_S, 0.0, YEAR_S)
 
 
-class Gateway:
+class GatewayTable:
     """Of the gateway's probe."""
 
     timeout_s = Number(2.0, 0.01, 600.0)
@@ -164,7 +164,7 @@ GROUPS = ("gateway", "site", "class", "host")
 MAX_SINKS = 8
 
 
-class Sink:
+class SinkTable:
     """Of a receiver of escalations; only `consul_event` has it."""
 
     name = NAME

@@ -44,7 +44,7 @@ def check(probe: object, where: str) -> Probe:
         kind = probe["kind"] = "https"
     _check_port(probe, kind, where)
     _rename(probe, where)
-    validators.fill(probe, table.Probe, where)
+    validators.fill(probe, table.ProbeTable, where)
     if kind in ("http", "https"):
         check_http(probe, where)
     if kind in MODULES:

@@ -32,7 +32,7 @@ def check(config: Document, probes: list[Probe]) -> None:
     policy = config.setdefault("repair_policy", {})
     if not isinstance(policy, dict):
         raise ConfigError("repair_policy must be an object")
-    validators.fill(policy, optional_table.RepairPolicy, "repair_policy")
+    validators.fill(policy, optional_table.RepairPolicyTable, "repair_policy")
 
 
 def _step(step: object, known: list[str]) -> Step:

@@ -79,7 +79,7 @@ class Choice:
             raise ValueError(f"allowed are {', '.join(self.words)}")
 
 
-class Text:
+class TextRule:
     """Text of 1 to `most` characters of `allowed` ("" = all printable ones), the first of them of `first`.
 
     `expected` describes it in an error."""
@@ -106,7 +106,7 @@ class Text:
         return text[0] in self.first and not text.strip(self.allowed)
 
 
-class Path(Text):
+class Path(TextRule):
     """An absolute path."""
 
     __slots__ = ()
@@ -116,7 +116,7 @@ class Path(Text):
 
 
 PATH = Path("an absolute path, which begins with /", 1024)
-PHRASE = Text("printable text", 1024)
+PHRASE = TextRule("printable text", 1024)
 STATUS = Whole(200, 100, 599)
 MAX_STATUSES = 32
 PORT = Whole(0, 1, 65535)
@@ -126,14 +126,14 @@ PORTS = {"https": 443, "tls": 443, "dns": 53, "mqtt": 1883, "snmp": 161}
 MQTT_TLS_PORT = 8883
 
 
-class Agent:
+class AgentTable:
     """Of the document itself."""
 
     beat_s = Number(15.0, 0.1, 3600.0)
     register_every_s = Number(45.0, 0.1, 3600.0)
 
 
-class Probe:
+class ProbeTable:
     """Of a probe of any kind."""
 
     interval_s = Number(5.0, 0.05, DAY_S)
@@ -148,5 +148,5 @@ class Probe:
 class HttpProbe:
     """Of probes of the kinds http and https."""
 
-    path = Text("a path that begins with /, of ASCII without blanks", 1024, ASCII, "/")
+    path = TextRule("a path that begins with /, of ASCII without blanks", 1024, ASCII, "/")
     expect_body = PHRASE

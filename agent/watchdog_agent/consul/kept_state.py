@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Document, Entry, KvEntry, SavedState, Timer
+    from watchdog_agent.runtime.types import (
+        Config,
+        Document,
+        EscalationEntry,
+        KvEntry,
+        SavedState,
+        Timer,
+    )
 
 
 class ConsulState:
@@ -166,7 +173,7 @@ class ConsulState:
 def small(state: SavedState) -> SavedState:
     """Of a state what is worth a write to Consul. Sequences are taken in thousands, so that a report costs
     none: a restart goes on above all that were used."""
-    escalations: list[Entry] = [
+    escalations: list[EscalationEntry] = [
         {**one, "evidence": {}, "summary": one["summary"][:120]}
         for one in state.get("escalations", [])
     ]

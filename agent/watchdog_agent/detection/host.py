@@ -8,7 +8,7 @@ from watchdog_agent.runtime.loop import Loop
 from watchdog_agent.runtime.types import Config, Outcome
 
 
-class Host(Protocol):
+class ProbeHost(Protocol):
     """The agent that probes are run for."""
 
     loop: Loop

@@ -19,7 +19,7 @@ from watchdog_agent.runtime.stdlib_light import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from watchdog_agent.detection.host import Host
+    from watchdog_agent.detection.host import ProbeHost
     from watchdog_agent.detection.thresholds import Thresholds
     from watchdog_agent.probes.gateway import Gateway
     from watchdog_agent.runtime.status_types import ProbeResult, ProberStatus
@@ -40,7 +40,7 @@ not be asked counts only where no other was."""
 class Prober:
     """Probes the device of `agent`, and tells it what changed."""
 
-    def __init__(self, agent: Host) -> None:
+    def __init__(self, agent: ProbeHost) -> None:
         self.agent = agent
         self.loop, self.config = agent.loop, agent.config
         self.results: dict[str, ProbeResult] = {}

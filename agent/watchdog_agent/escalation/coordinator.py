@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Entry, KvEntry, Timer
+    from watchdog_agent.runtime.types import Config, EscalationEntry, KvEntry, Timer
 
 
 class Coordinator:
@@ -51,7 +51,7 @@ class Coordinator:
         self.closed = False
 
     def begin(
-        self, entry: Entry, group: tuple[str, str], done: Callable[..., None]
+        self, entry: EscalationEntry, group: tuple[str, str], done: Callable[..., None]
     ) -> ElectionRound:
         """Take part in the election. `done(episode, coordinated)` when this or another agent has sent the alert."""
         it = ElectionRound(self, entry, group, done)
@@ -59,7 +59,7 @@ class Coordinator:
         it.start()
         return it
 
-    def note(self, entry: Entry, episode: str) -> dict[str, str | float]:
+    def note(self, entry: EscalationEntry, episode: str) -> dict[str, str | float]:
         """The note of an anomaly, for the other agents."""
         every_s = self.config["escalate"]["note_s"]
         return note_of(entry, self.config["device_id"], every_s, episode)
@@ -160,7 +160,9 @@ class Coordinator:
 ENDED_TRIES = 20
 
 
-def ended(kv: Kv, entry: Entry, done: Callable[[str], None], tries: int = ENDED_TRIES) -> None:
+def ended(
+    kv: Kv, entry: EscalationEntry, done: Callable[[str], None], tries: int = ENDED_TRIES
+) -> None:
     """`done(episode)`: the one that our anomaly, whose note is gone, was the last one of, or "". If Consul does
     not answer, the one that we know: a repeated ``resolved`` has the same key; a missing one would leave the alert open."""
 
@@ -191,7 +193,7 @@ def sweep(kv: Kv) -> None:
 
 
 def note_of(
-    entry: Entry, device_id: str, every_s: float, episode: str | None = None
+    entry: EscalationEntry, device_id: str, every_s: float, episode: str | None = None
 ) -> dict[str, str | float]:
     """The note of an anomaly; `every_s`: it will be written anew so often."""
     return {
@@ -204,7 +206,11 @@ def note_of(
 
 
 def refresh_note(
-    kv: Kv, slug: str, entry: Entry, note: dict[str, str | float], written: Callable[[], None]
+    kv: Kv,
+    slug: str,
+    entry: EscalationEntry,
+    note: dict[str, str | float],
+    written: Callable[[], None],
 ) -> None:
     """Rewrite the note of an alert that was sent; `written` is called in any case."""
     # A lock that is on it stays: only a key with a session of its own in the query changes that.

@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from watchdog_agent.runtime.types import Entry, GroupAlert, KvEntry
+    from watchdog_agent.runtime.types import EscalationEntry, GroupAlert, KvEntry
 
 MAX_NAMED = 500
 """Maximum number of devices that an escalation names; it has the number of all."""
@@ -140,7 +140,7 @@ def counts(one: KvEntry, now: float) -> bool:
     return bool(one["session"]) or fresh
 
 
-def ended(found: list[KvEntry], entry: Entry, now: float) -> str:
+def ended(found: list[KvEntry], entry: EscalationEntry, now: float) -> str:
     """The episode whose last anomaly this one was, or "". `found`: the group's keys without this agent's note;
     `entry`: this agent's anomaly. `now`: seconds since 1970."""
     _, alert, _ = read_group(found)
@@ -181,12 +181,12 @@ def stale(found: list[KvEntry], now: float) -> list[KvEntry]:
     return out
 
 
-def member_of(device_id: str, entry: Entry) -> list[str]:
+def member_of(device_id: str, entry: EscalationEntry) -> list[str]:
     """[device id, reason] of an anomaly."""
     return [device_id, entry["summary"][:120]]
 
 
-def folder_of(entry: Entry) -> str:
+def folder_of(entry: EscalationEntry) -> str:
     """The folder of an anomaly's group: its kind, and a hash of the values that are untrusted input (S11)."""
     import hashlib
 

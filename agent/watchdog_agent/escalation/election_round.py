@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from watchdog_agent.consul.kv import Kv
     from watchdog_agent.runtime.http import HttpRequest
     from watchdog_agent.runtime.loop import Loop
-    from watchdog_agent.runtime.types import Config, Entry, GroupAlert, KvEntry, Timer
+    from watchdog_agent.runtime.types import Config, EscalationEntry, GroupAlert, KvEntry, Timer
 
     class Owner(Protocol):
         """Whose round it is: it holds the session."""
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         session: str
 
         def with_session(self, then: Callable[[str], None]) -> None: ...
-        def note(self, entry: Entry, episode: str) -> dict[str, str | float]: ...
+        def note(self, entry: EscalationEntry, episode: str) -> dict[str, str | float]: ...
         def lost(self) -> None: ...
         def sweep(self) -> None: ...
         def end(self, it: ElectionRound) -> None: ...
@@ -44,7 +44,7 @@ class ElectionRound:
     def __init__(
         self,
         owner: Owner,
-        entry: Entry,
+        entry: EscalationEntry,
         group: tuple[str, str],
         done: Callable[..., None],
     ) -> None:

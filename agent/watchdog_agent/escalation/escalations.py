@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         Alert,
         Config,
         Document,
-        Entry,
         EscalateRules,
+        EscalationEntry,
         GroupAlert,
         Timer,
     )
@@ -48,7 +48,7 @@ class Escalations:
         self.loop, self.config, self.log = loop, config, log
         self.rules: EscalateRules = config["escalate"]
         self.sinks = [Sink(loop, one, config, instance, log) for one in self.rules["sinks"]]
-        self.open: dict[str, Entry] = {}
+        self.open: dict[str, EscalationEntry] = {}
         self.rounds: dict[str, ElectionRound] = {}
         self.coordination: Coordinator | None = None
         self.leaving = 0
@@ -67,7 +67,7 @@ class Escalations:
         if len(self.open) >= self.MAX_OPEN:
             self.log("escalation dropped: too many are open", key=key)
             return
-        entry: Entry = {
+        entry: EscalationEntry = {
             "key": key,
             "id": os.urandom(8).hex(),
             "at": round(time.time(), 3),
@@ -90,7 +90,7 @@ class Escalations:
             return found
         return {"cut": text[: self.EVIDENCE_BYTES]}
 
-    def _begin(self, entry: Entry) -> None:
+    def _begin(self, entry: EscalationEntry) -> None:
         group = self._group(entry)
         if group is None or not self.config.get("consul"):
             entry["group"] = None
@@ -133,14 +133,14 @@ class Escalations:
                 name, every_s = self.config["device_id"], self.rules["note_s"]
                 note = coordinator.note_of(entry, name, every_s)
 
-                def written(entry: Entry = entry) -> None:
+                def written(entry: EscalationEntry = entry) -> None:
                     if self._is_over(entry):  # it ended while the note was on its way
                         self._leave(entry, None)
 
                 coordinator.refresh_note(kv, self.config["slug"], entry, note, written)
         self._schedule_refresh()
 
-    def _group(self, entry: Entry) -> tuple[str, str] | None:
+    def _group(self, entry: EscalationEntry) -> tuple[str, str] | None:
         by: list[str] = self.rules["by"]
         gateway = self.config.get("gateway")
         known: Document = {
@@ -154,7 +154,7 @@ class Escalations:
 
     # -- telling
 
-    def _escalate_alone(self, entry: Entry) -> None:
+    def _escalate_alone(self, entry: EscalationEntry) -> None:
         what = election.member_of(self.config["device_id"], entry)
         document, _ = election.next_document(
             None, {entry["id"]: what}, entry["at"], self.rules["window_s"]
@@ -172,7 +172,7 @@ class Escalations:
         self,
         document: GroupAlert,
         group: tuple[str, str] | None,
-        entry: Entry,
+        entry: EscalationEntry,
         done: Callable[[bool], None],
     ) -> None:
         status = "firing" if document["rev"] == 1 else "update"
@@ -180,7 +180,7 @@ class Escalations:
 
     def _send(
         self,
-        entry: Entry,
+        entry: EscalationEntry,
         document: GroupAlert,
         group: tuple[str, str] | None,
         status: str,
@@ -241,10 +241,10 @@ class Escalations:
         self._leave(entry, self.rounds.pop(key, None))
         self.on_change()
 
-    def _is_over(self, entry: Entry) -> bool:
+    def _is_over(self, entry: EscalationEntry) -> bool:
         return self.open.get(entry["key"]) is not entry
 
-    def _leave(self, entry: Entry, it: ElectionRound | None) -> None:
+    def _leave(self, entry: EscalationEntry, it: ElectionRound | None) -> None:
         """Take our note away, and tell the end if no other device of the episode is left. Another agent may
         have told of our device, and we do not know it yet."""
         self.leaving += 1
@@ -256,7 +256,7 @@ class Escalations:
             kv, slug = self._kv(), self.config["slug"]
             kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._check_episode(entry))
 
-    def _check_episode(self, entry: Entry) -> None:
+    def _check_episode(self, entry: EscalationEntry) -> None:
         """With our note gone."""
 
         def ended(episode: str) -> None:
@@ -277,7 +277,7 @@ class Escalations:
 
         return Kv(self.loop, self.config, "anomalies")
 
-    def _resolve(self, entry: Entry) -> None:
+    def _resolve(self, entry: EscalationEntry) -> None:
         document: GroupAlert = {
             "episode": entry["episode"],
             "rev": 0,
@@ -316,7 +316,7 @@ class Escalations:
 
     # -- keeping and showing
 
-    def dump(self) -> list[Entry]:
+    def dump(self) -> list[EscalationEntry]:
         """What is open, to be stored; JSON."""
         return [entry.copy() for entry in self.open.values()]
 

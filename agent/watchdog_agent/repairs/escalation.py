@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from watchdog_agent.repairs.host import Host
+    from watchdog_agent.repairs.host import RepairHost
     from watchdog_agent.repairs.ladder import Ladder
     from watchdog_agent.runtime.types import Document
 
@@ -21,7 +21,9 @@ MAX_REPORTED: Final = 5
 class LadderEscalation:
     """Escalates the device of `agent` for its repair ladder."""
 
-    def __init__(self, agent: Host, ladder: Ladder, authority: authority.ActAuthority) -> None:
+    def __init__(
+        self, agent: RepairHost, ladder: Ladder, authority: authority.ActAuthority
+    ) -> None:
         self.agent, self.ladder, self.authority = agent, ladder, authority
 
     def exhausted(self, why: str) -> None:

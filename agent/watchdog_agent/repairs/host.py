@@ -10,7 +10,7 @@ from watchdog_agent.runtime.loop import Loop
 from watchdog_agent.runtime.types import Config
 
 
-class Host(Protocol):
+class RepairHost(Protocol):
     """The agent that repairs are made for."""
 
     loop: Loop

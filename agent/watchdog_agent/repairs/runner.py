@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Final
 
-    from watchdog_agent.repairs.host import Host
+    from watchdog_agent.repairs.host import RepairHost
     from watchdog_agent.runtime.status_types import RepairStatus
     from watchdog_agent.runtime.types import Attempt, Decision, Document, Outcome, Step, Timer, Undo
     from watchdog_agent.wire import RepairReport
@@ -34,7 +34,7 @@ UNDO_TRIES: Final = 12
 class RepairRunner:
     """The repairs of one agent."""
 
-    def __init__(self, agent: Host, saved: Any) -> None:
+    def __init__(self, agent: RepairHost, saved: Any) -> None:
         self.agent = agent
         config = agent.config
         policy = config["repair_policy"]

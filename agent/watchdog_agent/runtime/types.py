@@ -25,7 +25,7 @@ class Follower(Protocol):
     def peek(self) -> Follower: ...
 
 
-class Trust(Protocol):
+class TlsTrust(Protocol):
     """Makes the TLS context, anew when its files change."""
 
     def now(self) -> ssl.SSLContext: ...
@@ -64,7 +64,7 @@ class Probe(TypedDict, total=False):
     client_cert: str
     client_key: str
     server_name: str
-    trust: Trust
+    trust: TlsTrust
     user: str
     password_file: str
     community_file: str
@@ -102,7 +102,7 @@ class Step(TypedDict, total=False):
     user: str
     password_file: str
     server_name: str
-    trust: Trust
+    trust: TlsTrust
     unit: str
     command: list[str]
     mac: str
@@ -155,7 +155,7 @@ class TlsSpec(TypedDict, total=False):
     """The checked block `consul_tls`."""
 
     server_name: str
-    trust: Required[Trust]
+    trust: Required[TlsTrust]
 
 
 class Config(TypedDict, total=False):
@@ -213,7 +213,7 @@ class Undo(TypedDict):
     kept: list[str]
 
 
-class Entry(TypedDict):
+class EscalationEntry(TypedDict):
     """One open escalation of this agent."""
 
     key: str
@@ -271,7 +271,7 @@ class SavedState(DetectorState):
 
     device_id: str
     sequence: int
-    escalations: NotRequired[list[Entry]]
+    escalations: NotRequired[list[EscalationEntry]]
     repairs: NotRequired[Document]
 
 

@@ -12,7 +12,7 @@ from nomad_watchdog.schedulers import Scheduler
 log = logging.getLogger(__name__)
 
 
-class Capacity:
+class CapacityMonitor:
     """What the scheduler last reported."""
 
     def __init__(self, scheduler: Scheduler) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nomad_watchdog.controllers.agents.capacity import Capacity
+from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
 from nomad_watchdog.controllers.agents.prepared_classes import PreparedClasses
 from nomad_watchdog.controllers.held_changes import report_hold
 from nomad_watchdog.controllers.migration import MigrationController
@@ -35,7 +35,7 @@ class PlanBuilder:
     classes: PreparedClasses
     metrics: Metrics
     migrations: MigrationController
-    capacity: Capacity
+    capacity: CapacityMonitor
     breaker: MassStopBreaker = field(default_factory=MassStopBreaker)
     waiting: StuckPlacements = field(default_factory=StuckPlacements)
     """How long placements have made no progress."""

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
-from nomad_watchdog.controllers.agents.capacity import Capacity
+from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
 from nomad_watchdog.controllers.agents.executor import ActionExecutor, Outcome
 from nomad_watchdog.controllers.agents.explain import LoopStatus
 from nomad_watchdog.controllers.agents.periodic import PeriodicJobs, every
@@ -81,7 +81,7 @@ class Reconciler:
             unreadable=unreadable,
             place=place,
         )
-        self.capacity = Capacity(scheduler)
+        self.capacity = CapacityMonitor(scheduler)
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
         self.executor = ActionExecutor(
             fleet,

@@ -11,7 +11,7 @@ import aiohttp
 from watchdog_agent.runtime.parsing import loads
 from yarl import URL
 
-from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus
 
 MAX_ASKED: Final = 64
 """Agents that are called."""
@@ -42,13 +42,18 @@ async def checks(agents: Mapping[str, str], *, runs: bool) -> list[Check]:
     troubled = sorted((device, trouble) for device, trouble in answered if trouble)
     if not troubled:
         return [
-            Check(_NAME, Status.OK, f"{counted}; their reports arrive" if answered else counted, "")
+            Check(
+                _NAME,
+                CheckStatus.OK,
+                f"{counted}; their reports arrive" if answered else counted,
+                "",
+            )
         ]
     named = "; ".join(f"{device}: {trouble}" for device, trouble in troubled[:_MAX_NAMED])
     more = f" and {len(troubled) - _MAX_NAMED} more" if len(troubled) > _MAX_NAMED else ""
     what = f"{counted}; the reports of {len(troubled)} of them do not arrive: {named}{more}"
     fix = "see docs/runbooks.md, AgentsUnheard" if runs else "run doctor again while it runs"
-    return [Check(_NAME, Status.FAIL if runs else Status.WARN, what, fix)]
+    return [Check(_NAME, CheckStatus.FAIL if runs else CheckStatus.WARN, what, fix)]
 
 
 async def _trouble(session: aiohttp.ClientSession, listen: str) -> str | None:

@@ -17,7 +17,7 @@ from watchdog_agent import wire
 
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.core.agent_token import TokenClaim, issue
-from nomad_watchdog.daemon.doctor.base import Check, Status, mapping, objects
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus, mapping, objects
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.ids import DeviceId, slug_of
 from nomad_watchdog.model import Epoch, Monotonic
@@ -36,7 +36,7 @@ async def checks(settings: Settings) -> list[Check]:
         return [
             Check(
                 "api.advertise",
-                Status.FAIL,
+                CheckStatus.FAIL,
                 what,
                 "set api.ca_cert to the authority that signed api.cert",
             )
@@ -52,12 +52,12 @@ async def checks(settings: Settings) -> list[Check]:
             return [
                 Check(
                     "api.advertise",
-                    Status.FAIL,
+                    CheckStatus.FAIL,
                     what,
                     "set api.advertise to where agents reach the API",
                 )
             ]
-        found: list[Check] = [Check("api.advertise", Status.OK, f"{where} answers", "")]
+        found: list[Check] = [Check("api.advertise", CheckStatus.OK, f"{where} answers", "")]
         if settings.api.agent_key_file or settings.api.agent_token_file:
             found.append(await _credential(session, settings, tls))
         found += await _status(session, settings, tls)
@@ -137,12 +137,12 @@ async def _unreached(settings: Settings, why: str) -> Check:
             _, writer = await asyncio.open_connection(host, int(port))
     except (OSError, TimeoutError):
         what = f"no answer at {settings.advertise}: the control plane does not run ({why})"
-        return Check("api.advertise", Status.WARN, what, "run doctor again while it runs")
+        return Check("api.advertise", CheckStatus.WARN, what, "run doctor again while it runs")
     writer.close()
     what = f"the control plane runs at {settings.api.listen}, and agents can't reach it at {settings.advertise}: {why}"
     return Check(
         "api.advertise",
-        Status.FAIL,
+        CheckStatus.FAIL,
         what,
         "set api.advertise to where agents reach the API, or open its port",
     )
@@ -161,19 +161,23 @@ async def _credential(
         reader = read_keys if api.agent_key_file else read_token
         (secret, *_) = SecretFile(setting, Path(path), reader).required().now(Monotonic(0.0))
     except UserError as error:
-        return Check(name, Status.WARN, str(error), f"run doctor where the files of {setting} are")
+        return Check(
+            name, CheckStatus.WARN, str(error), f"run doctor where the files of {setting} are"
+        )
     token = secret.decode()
     if api.agent_key_file:
         token = issue(secret, TokenClaim(slug_of(DeviceId("doctor")), Epoch(0)))
     try:
         status, _ = await _call(session, "POST", settings.advertise + wire.REPORT_PATH, tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        return Check(name, Status.WARN, _why(error), "run doctor again")
+        return Check(name, CheckStatus.WARN, _why(error), "run doctor again")
     if status in (401, 403):
         what = f"the control plane at {settings.advertise} rejects the credential from {setting} (HTTP {status})"
         fix = f"it runs with another {setting}: use the same file for both, and keep the old key below the new one"
-        return Check(name, Status.FAIL, what, fix)
-    return Check(name, Status.OK, f"the control plane accepts the credential from {setting}", "")
+        return Check(name, CheckStatus.FAIL, what, fix)
+    return Check(
+        name, CheckStatus.OK, f"the control plane accepts the credential from {setting}", ""
+    )
 
 
 async def _status(
@@ -185,21 +189,24 @@ async def _status(
     try:
         token = _operator_token(settings)
     except UserError as error:
-        return [Check(name, Status.WARN, str(error), "run doctor where api.token_file is")]
+        return [Check(name, CheckStatus.WARN, str(error), "run doctor where api.token_file is")]
     try:
         status, answer = await _call(session, "GET", f"{settings.advertise}/v1/status", tls, token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        return [Check(name, Status.WARN, _why(error), "run doctor again")]
+        return [Check(name, CheckStatus.WARN, _why(error), "run doctor again")]
     if status != 200 or not isinstance(answer.get("unheard"), dict):
         return [
             Check(
-                name, Status.WARN, f"the status can't be read (HTTP {status})", "set api.token_file"
+                name,
+                CheckStatus.WARN,
+                f"the status can't be read (HTTP {status})",
+                "set api.token_file",
             )
         ]
     found = [_unheard(mapping(answer["unheard"]))]
     if restored := answer.get("registry_restored"):
         fix = "see docs/runbooks.md, RegistryRestored; a restart of the control plane ends this warning"
-        found.append(Check("registry restored", Status.WARN, str(restored), fix))
+        found.append(Check("registry restored", CheckStatus.WARN, str(restored), fix))
     return found
 
 
@@ -207,7 +214,7 @@ def _unheard(counts: Mapping[str, object]) -> Check:
     name = "agents heard"
     refused, silent = counts.get("refused", 0), counts.get("silent", 0)
     if not refused and not silent:
-        return Check(name, Status.OK, "the reports of all running agents arrive", "")
+        return Check(name, CheckStatus.OK, "the reports of all running agents arrive", "")
     what = f"the reports of {refused} running agents are refused, and {silent} are silent"
     fix = "see `devices ls --verdict unwatched` for the reason, and docs/runbooks.md, AgentsUnheard"
-    return Check(name, Status.FAIL, what, fix)
+    return Check(name, CheckStatus.FAIL, what, fix)

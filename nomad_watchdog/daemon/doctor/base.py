@@ -20,7 +20,7 @@ SKEW_S: Final = 5.0
 TIMEOUT_S: Final = 5.0
 
 
-class Status(StrEnum):
+class CheckStatus(StrEnum):
     OK = "ok"
     WARN = "warn"
     FAIL = "fail"
@@ -30,7 +30,7 @@ class Check(NamedTuple):
     """What one check of `doctor` found, and how to fix it."""
 
     name: str
-    status: Status
+    status: CheckStatus
     found: str
     fix: str = ""
 
@@ -102,17 +102,19 @@ async def guarded(name: str, checks: Callable[[], Awaitable[list[Check]]]) -> li
         why = str(error) or type(error).__name__
         where = "kubeconfig" if name == "kubernetes" else "address, ca_cert and the token"
         fix = f"start it, or set {name}.{where}"
-        return [Check(f"{name} reachable", Status.FAIL, why, fix)]
+        return [Check(f"{name} reachable", CheckStatus.FAIL, why, fix)]
     except DeniedError as error:
         return [denied_check(f"{name} token", error)]
     except WatchdogError as error:
-        return [Check(f"{name} settings", Status.FAIL, str(error), f"see the {name} block")]
+        return [Check(f"{name} settings", CheckStatus.FAIL, str(error), f"see the {name} block")]
 
 
 def denied_check(name: str, error: DeniedError) -> Check:
     """A failed check from an error: the text before the last `; ` is what was found, the rest is the fix."""
     found, _, fix = str(error).rpartition("; ")
-    return Check(name, Status.FAIL, found or fix, fix if found else "grant the rights to the token")
+    return Check(
+        name, CheckStatus.FAIL, found or fix, fix if found else "grant the rights to the token"
+    )
 
 
 @asynccontextmanager
@@ -131,9 +133,9 @@ def clock_check(name: str, date: str) -> Check:
     try:
         there = parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
-        return Check(f"{name} clock", Status.WARN, "the response had no date")
+        return Check(f"{name} clock", CheckStatus.WARN, "the response had no date")
     skew = SystemClock().wall() - there
     if abs(skew) <= SKEW_S:
-        return Check(f"{name} clock", Status.OK, f"differs by less than {SKEW_S:g} s")
+        return Check(f"{name} clock", CheckStatus.OK, f"differs by less than {SKEW_S:g} s")
     fix = "run a time daemon on both machines: certificates, tokens and ages depend on it"
-    return Check(f"{name} clock", Status.WARN, f"differs by {skew:.0f} s", fix)
+    return Check(f"{name} clock", CheckStatus.WARN, f"differs by {skew:.0f} s", fix)

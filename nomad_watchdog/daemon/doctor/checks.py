@@ -17,7 +17,7 @@ from nomad_watchdog.daemon.doctor import api as doctor_api
 from nomad_watchdog.daemon.doctor import classes
 from nomad_watchdog.daemon.doctor.base import (
     Check,
-    Status,
+    CheckStatus,
     guarded,
 )
 from nomad_watchdog.daemon.doctor.consul import check_consul, check_migration, check_registry
@@ -42,14 +42,14 @@ async def examine(
 
 
 async def _examine(settings: Settings, env: Mapping[str, str], config: Path | None) -> list[Check]:
-    checks = [Check("config", Status.OK, f"valid, backend {settings.backend}"), _api(settings)]
+    checks = [Check("config", CheckStatus.OK, f"valid, backend {settings.backend}"), _api(settings)]
     checks += [_deprecated(text) for text in settings.deprecated]
     checks += _files(settings, env)
     for name, found, fix in preflight.exposed(settings, config):
-        checks.append(Check(name, Status.WARN, found, fix))
+        checks.append(Check(name, CheckStatus.WARN, found, fix))
     api_checks = await doctor_api.checks(settings)
     checks += api_checks
-    runs = any(one.name == "api.advertise" and one.status is Status.OK for one in api_checks)
+    runs = any(one.name == "api.advertise" and one.status is CheckStatus.OK for one in api_checks)
     checks += await _consul_and_agents(settings, env, runs=runs)
     registry, document = await check_registry(settings, runs=runs)
     checks.append(registry)
@@ -81,7 +81,7 @@ def _migrations(settings: Settings, document: bytes) -> tuple[list[Check], froze
         state = FORMAT.decode(document)
     except UserError as error:
         fix = "the control plane decides nothing until the document can be read"
-        return [Check("migration", Status.FAIL, str(error), fix)], frozenset()
+        return [Check("migration", CheckStatus.FAIL, str(error), fix)], frozenset()
     return [check_migration(settings, state)] if state.base else [], state.backends
 
 
@@ -96,7 +96,7 @@ async def _servers(settings: Settings, env: Mapping[str, str], backends: set[str
 
 def _deprecated(text: str) -> Check:
     found, _, fix = text.partition("; ")
-    return Check("config", Status.WARN, found, fix)
+    return Check("config", CheckStatus.WARN, found, fix)
 
 
 def _files(settings: Settings, env: Mapping[str, str]) -> list[Check]:
@@ -107,18 +107,18 @@ def _files(settings: Settings, env: Mapping[str, str]) -> list[Check]:
         what, separator, fix = text.rpartition("; ")
         if not (separator and fix.startswith(("chmod ", "chown "))):
             what, fix = text, general_fix
-        found.append(Check(".".join(map(str, path)), Status.FAIL, what, fix))
+        found.append(Check(".".join(map(str, path)), CheckStatus.FAIL, what, fix))
     named = "tokens, keys, certificates, templates and inventories"
-    return found or [Check("files", Status.OK, f"{named} can be read")]
+    return found or [Check("files", CheckStatus.OK, f"{named} can be read")]
 
 
 def _api(settings: Settings) -> Check:
     api = settings.api
     if api.loopback or api.guarded:
-        return Check("api", Status.OK, f"listens on {api.listen}")
+        return Check("api", CheckStatus.OK, f"listens on {api.listen}")
     return Check(
         "api",
-        Status.WARN,
+        CheckStatus.WARN,
         f"listens on {api.listen} without authentication (api.open)",
         "set api.token_file, or listen on 127.0.0.1",
     )

@@ -8,7 +8,7 @@ from typing import Final
 from nomad_watchdog.config.class_set import ClassSetStore, InForce, in_words
 from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.controllers.class_set import OwnClasses
-from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus
 from nomad_watchdog.daemon.factory import consul_client, open_registry
 from nomad_watchdog.errors import WatchdogError
 from nomad_watchdog.replicas.lease_keys import read_replicas
@@ -41,14 +41,14 @@ async def checks(settings: Settings) -> list[Check]:
         return [
             Check(
                 _NAME,
-                Status.FAIL,
+                CheckStatus.FAIL,
                 str(error) or "no answer in time",
                 "until then each replica uses its own class specs",
             )
         ]
     if kept is None:
         what = "none yet: the first control plane that starts brings its class specs into force"
-        return [Check(_NAME, Status.OK, what, "")]
+        return [Check(_NAME, CheckStatus.OK, what, "")]
     return [_compared(kept, OwnClasses(specs, unreadable), replicas)]
 
 
@@ -72,5 +72,5 @@ def _compared(kept: InForce, own: OwnClasses, replicas: list[Replica]) -> Check:
     if differing := own.differences(kept):
         wrong.append(f"this file differs in class {in_words(differing)}")
     if not wrong:
-        return Check(_NAME, Status.OK, f"{here}; all replicas are configured with it", "")
-    return Check(_NAME, Status.WARN, f"{here}; {'; '.join(wrong)}", _FIX)
+        return Check(_NAME, CheckStatus.OK, f"{here}; all replicas are configured with it", "")
+    return Check(_NAME, CheckStatus.WARN, f"{here}; {'; '.join(wrong)}", _FIX)

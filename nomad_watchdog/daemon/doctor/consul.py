@@ -16,8 +16,8 @@ from nomad_watchdog.controllers.migration_state import MigrationState
 from nomad_watchdog.daemon.doctor.base import (
     TIMEOUT_S,
     Check,
+    CheckStatus,
     ServerClient,
-    Status,
     clock_check,
     denied_check,
     mapping,
@@ -41,9 +41,9 @@ async def check_consul(
         status, leader = await server.call("GET", "/v1/status/leader")
         if status != 200 or not leader:
             fix = "check the logs of the Consul servers: they need a majority"
-            return [Check("consul leader", Status.FAIL, f"none (HTTP {status})", fix)]
+            return [Check("consul leader", CheckStatus.FAIL, f"none (HTTP {status})", fix)]
         checks = [
-            Check("consul leader", Status.OK, str(leader)),
+            Check("consul leader", CheckStatus.OK, str(leader)),
             clock_check("consul", server.date),
         ]
         status, agent = await server.call("GET", "/v1/agent/self")
@@ -66,11 +66,11 @@ def _consul_version(status: int, agent: object) -> Check:
     if status != 200 or not isinstance(agent, dict):
         # No other call needs that right, so the shipped policy does not grant it.
         found = "not visible to this token, which does not need that right; Consul 1.14 or later is required"
-        return Check("consul version", Status.OK, found)
+        return Check("consul version", CheckStatus.OK, found)
     version = str(mapping(agent.get("Config")).get("Version", "?"))
     if versions([version]) >= [CONSUL_MINIMUM]:
-        return Check("consul version", Status.OK, version)
-    return Check("consul version", Status.FAIL, version, "upgrade Consul to 1.14 or later")
+        return Check("consul version", CheckStatus.OK, version)
+    return Check("consul version", CheckStatus.FAIL, version, "upgrade Consul to 1.14 or later")
 
 
 _SESSION: Final = 'grant session "NODE" { policy = "write" }, for the node of this Consul agent'
@@ -80,11 +80,13 @@ async def _consul_session(server: ServerClient) -> Check:
     body = {"Name": "nomad-watchdog-doctor", "TTL": "10s", "Behavior": "delete"}
     status, made = await server.call("PUT", "/v1/session/create", body)
     if status != 200:
-        return Check("consul session", Status.FAIL, f"HTTP {status}", _SESSION)
+        return Check("consul session", CheckStatus.FAIL, f"HTTP {status}", _SESSION)
     status, _ = await server.call("PUT", f"/v1/session/destroy/{mapping(made).get('ID')}")
     ok = status == 200
     fix = "" if ok else _SESSION
-    return Check("consul session", Status.OK if ok else Status.FAIL, "created and destroyed", fix)
+    return Check(
+        "consul session", CheckStatus.OK if ok else CheckStatus.FAIL, "created and destroyed", fix
+    )
 
 
 async def _consul_kv(server: ServerClient, prefix: str) -> Check:
@@ -93,8 +95,10 @@ async def _consul_kv(server: ServerClient, prefix: str) -> Check:
     status, _ = await server.call("PUT", path, "")
     if status == 403:
         fix = f'grant key_prefix "{prefix}/" write to the token'
-        return Check("consul kv", Status.FAIL, "writing is denied", fix)
-    return Check("consul kv", Status.OK if status == 200 else Status.WARN, f"HTTP {status}")
+        return Check("consul kv", CheckStatus.FAIL, "writing is denied", fix)
+    return Check(
+        "consul kv", CheckStatus.OK if status == 200 else CheckStatus.WARN, f"HTTP {status}"
+    )
 
 
 _NO_REGISTRY: Final = (
@@ -112,7 +116,7 @@ async def check_registry(settings: Settings, *, runs: bool) -> tuple[Check, byte
     registry when it started."""
     if settings.registry_kind == "sqlite" and not settings.registry_path.exists():
         where = f"{settings.registry_path} does not exist yet"
-        return Check("registry", Status.OK, where, "the first run, or `init`, creates it"), b""
+        return Check("registry", CheckStatus.OK, where, "the first run, or `init`, creates it"), b""
     try:
         async with asyncio.timeout(TIMEOUT_S * 2), open_registry(settings) as registry:
             installation = await registry.installation()
@@ -121,25 +125,25 @@ async def check_registry(settings: Settings, *, runs: bool) -> tuple[Check, byte
     except NoRegistryError:
         if runs:
             what = "the registry was wiped or replaced while the control plane runs"
-            return Check("registry", Status.FAIL, what, _LOST_REGISTRY), b""
-        return Check("registry", Status.WARN, "not initialised yet", _NO_REGISTRY), b""
+            return Check("registry", CheckStatus.FAIL, what, _LOST_REGISTRY), b""
+        return Check("registry", CheckStatus.WARN, "not initialised yet", _NO_REGISTRY), b""
     except UserError as error:
-        return Check("registry", Status.FAIL, str(error), "see registry"), b""
+        return Check("registry", CheckStatus.FAIL, str(error), "see registry"), b""
     except DeniedError as error:
         return denied_check("registry", error), b""
     except (WatchdogError, TimeoutError, OSError) as error:
         why = str(error) or "no answer in time"
         fix = "make the store reachable; see registry"
-        return Check("registry", Status.FAIL, why, fix), b""
+        return Check("registry", CheckStatus.FAIL, why, fix), b""
     found = f"installation {installation}, {count} records"
-    return Check("registry", Status.OK, found), document.body
+    return Check("registry", CheckStatus.OK, found), document.body
 
 
 def check_migration(settings: Settings, kept: MigrationState) -> Check:
     """Which backends run the agents, and whether `backend` is one of them."""
     lives = " and ".join(sorted(kept.backends))
     if hint := migration_state.settings_hint(kept, settings.backend):
-        return Check("migration", Status.WARN, f"the fleet has moved to {lives}", hint)
+        return Check("migration", CheckStatus.WARN, f"the fleet has moved to {lives}", hint)
     under_way = [move for move in kept.moves if not move.done]
     state = f", one from {under_way[0].source} is {under_way[0].state}" if under_way else ""
-    return Check("migration", Status.OK, f"agents run on {lives}{state}")
+    return Check("migration", CheckStatus.OK, f"agents run on {lives}{state}")

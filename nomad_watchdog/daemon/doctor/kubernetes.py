@@ -8,7 +8,7 @@ from typing import Final
 
 from nomad_watchdog.clients.kubernetes import KubernetesClient
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus
 from nomad_watchdog.daemon.factory import kubernetes_settings
 from nomad_watchdog.errors import DeniedError, NotFoundError, UserError
 from nomad_watchdog.schedulers.kubernetes import names, objects
@@ -34,10 +34,12 @@ async def check_kubernetes(settings: Settings) -> list[Check]:
         found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
         good = found >= KUBERNETES_MINIMUM
         fix = "" if good else "upgrade the control plane to 1.34 or later"
-        status = Status.OK if good else Status.WARN
+        status = CheckStatus.OK if good else CheckStatus.WARN
         checks = [
             Check(
-                "kubernetes api", Status.OK, f"{client.settings.server}, {client.settings.source}"
+                "kubernetes api",
+                CheckStatus.OK,
+                f"{client.settings.server}, {client.settings.source}",
             ),
             Check("kubernetes version", status, version, fix),
         ]
@@ -62,14 +64,14 @@ def _kubernetes_images(settings: Settings) -> list[Check]:
             image = objects.unverified_image(objects.build(settings.spec_on("kubernetes", spec)))
         except UserError as error:
             fix = f'fix agent_class "{name}"; until then its devices get no agent'
-            checks.append(Check(f"class {name}", Status.FAIL, str(error), fix))
+            checks.append(Check(f"class {name}", CheckStatus.FAIL, str(error), fix))
             continue
         what = f"{image!a} has no digest, so nothing verifies which agent runs"
         fix = "set the variable image to NAME@sha256:..."
         checks.append(
-            Check(f"image of class {name}", Status.WARN, what, fix)
+            Check(f"image of class {name}", CheckStatus.WARN, what, fix)
             if image
-            else Check(f"image of class {name}", Status.OK, "verified by its digest")
+            else Check(f"image of class {name}", CheckStatus.OK, "verified by its digest")
         )
     return checks
 
@@ -80,12 +82,14 @@ async def _kubernetes_namespace(
     name = f"kubernetes namespace {namespace}"
     try:
         await client.get(f"/api/v1/namespaces/{namespace}")
-        there = Check(name, Status.OK, "exists")
+        there = Check(name, CheckStatus.OK, "exists")
     except NotFoundError:
-        return [Check(name, Status.FAIL, "does not exist", f"kubectl create namespace {namespace}")]
+        return [
+            Check(name, CheckStatus.FAIL, "does not exist", f"kubectl create namespace {namespace}")
+        ]
     except DeniedError:
         fix = "grant get on namespaces; jobs/kubernetes/rbac.yaml has all rights"
-        there = Check(name, Status.WARN, "can't be read", fix)
+        there = Check(name, CheckStatus.WARN, "can't be read", fix)
     return [there, await _kubernetes_rights(client, namespace, first=first)]
 
 
@@ -110,9 +114,9 @@ async def _kubernetes_rights(client: KubernetesClient, namespace: str, *, first:
         if not allowed
     ]
     if not missing:
-        return Check(name, Status.OK, "all required rights")
+        return Check(name, CheckStatus.OK, "all required rights")
     fix = f"grant {', '.join(missing)} in {namespace}; jobs/kubernetes/rbac.yaml has all"
-    return Check(name, Status.FAIL, f"lacks {', '.join(missing)}", fix)
+    return Check(name, CheckStatus.FAIL, f"lacks {', '.join(missing)}", fix)
 
 
 async def _kubernetes_allows(  # the parts of one question

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.daemon.doctor.base import Check, Status
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus
 
 WANTED_FILES: Final = 1024
 
@@ -22,7 +22,7 @@ def check_machine(settings: Settings) -> list[Check]:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         good = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         fix = "" if good else f"make {there} a directory that UID {os.getuid()} can write to"
-        checks.append(Check(name, Status.OK if good else Status.FAIL, str(folder), fix))
+        checks.append(Check(name, CheckStatus.OK if good else CheckStatus.FAIL, str(folder), fix))
     # The service raises its soft limit up to the hard limit.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(WANTED_FILES, 2 * settings.api.max_connections)
@@ -31,7 +31,7 @@ def check_machine(settings: Settings) -> list[Check]:
     fix = (
         "" if enough else f"ulimit -Hn {wanted} (systemd: LimitNOFILE=), twice api.max_connections"
     )
-    checks.append(Check("open files", Status.OK if enough else Status.WARN, found, fix))
+    checks.append(Check("open files", CheckStatus.OK if enough else CheckStatus.WARN, found, fix))
     if any(p.kind == "icmp" for c in settings.agent_class.values() for p in (*c.probe, *c.confirm)):
         checks.append(_ping())
     return checks
@@ -42,16 +42,16 @@ def _ping() -> Check:
         text = Path("/proc/sys/net/ipv4/ping_group_range").read_text(encoding="ascii")
         low, high = (int(part) for part in text.split())
     except (OSError, ValueError):
-        return Check("icmp", Status.WARN, "net.ipv4.ping_group_range can't be read")
+        return Check("icmp", CheckStatus.WARN, "net.ipv4.ping_group_range can't be read")
     groups = {os.getegid(), *os.getgroups()}
     if os.geteuid() == 0:
-        return Check("icmp", Status.OK, "agents can ping: they run as root")
+        return Check("icmp", CheckStatus.OK, "agents can ping: they run as root")
     if any(low <= group <= high for group in groups):
-        return Check("icmp", Status.OK, f"agents can ping: ping_group_range {low} {high}")
+        return Check("icmp", CheckStatus.OK, f"agents can ping: ping_group_range {low} {high}")
     fix = 'sysctl -w net.ipv4.ping_group_range="0 2147483647", or give CAP_NET_RAW'
     return Check(
         "icmp",
-        Status.WARN,
+        CheckStatus.WARN,
         f"agents can't ping: ping_group_range {low} {high} does not include their group",
         fix,
     )

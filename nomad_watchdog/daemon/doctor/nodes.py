@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, cast
 
 from nomad_watchdog.clients.nomad_rows import NodeRow
-from nomad_watchdog.daemon.doctor.base import Check, Status, mapping, objects
+from nomad_watchdog.daemon.doctor.base import Check, CheckStatus, mapping, objects
 from nomad_watchdog.schedulers.nomad.nodes import Node, Nodes, deadline_of, node_of
 
 Call = Callable[[str, str], Awaitable[tuple[int, object]]]
@@ -27,7 +27,7 @@ async def checks(call: Call) -> list[Check]:
     status, answer = await call("GET", "/v1/nodes")
     if status != 200 or not isinstance(answer, list):
         fix = 'grant  node { policy = "read" }  to the token'
-        return [Check("nomad nodes", Status.WARN, f"HTTP {status}", fix)]
+        return [Check("nomad nodes", CheckStatus.WARN, f"HTTP {status}", fix)]
     rows, nodes = cast("list[NodeRow]", objects(answer)), []
     for row in rows:
         detail: object = None
@@ -36,7 +36,8 @@ async def checks(call: Call) -> list[Check]:
         nodes.append(node_of(row, deadline_of(mapping(detail))))
     found = [_states(nodes)]
     found += [
-        Check("nomad node names", Status.WARN, text, _TWINS) for text in Nodes.of(nodes).twins()
+        Check("nomad node names", CheckStatus.WARN, text, _TWINS)
+        for text in Nodes.of(nodes).twins()
     ]
     return [
         *found,
@@ -53,9 +54,9 @@ def _states(nodes: Sequence[Node]) -> Check:
         named = ", ".join(others[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
         text += f"; the others: {named}"
     if count:
-        return Check("nomad nodes", Status.OK, text, "")
+        return Check("nomad nodes", CheckStatus.OK, text, "")
     fix = "start a Nomad client, or end a drain: `nomad node drain -disable NODE`"
-    return Check("nomad nodes", Status.FAIL, text, fix)
+    return Check("nomad nodes", CheckStatus.FAIL, text, fix)
 
 
 def _drivers(open_nodes: Sequence[Mapping[str, object]]) -> Check:
@@ -68,8 +69,11 @@ def _drivers(open_nodes: Sequence[Mapping[str, object]]) -> Check:
     }
     text = ", ".join(f"{name} on {count}" for name, count in counts.items() if count)
     if text:
-        return Check("nomad drivers", Status.OK, text, "")
+        return Check("nomad drivers", CheckStatus.OK, text, "")
     fix = "start a client with one of these drivers enabled and healthy"
     return Check(
-        "nomad drivers", Status.FAIL, f"no node that takes agents has {', '.join(_DRIVERS)}", fix
+        "nomad drivers",
+        CheckStatus.FAIL,
+        f"no node that takes agents has {', '.join(_DRIVERS)}",
+        fix,
     )

@@ -11,8 +11,8 @@ from nomad_watchdog.config.settings import Settings
 from nomad_watchdog.daemon.doctor import nodes
 from nomad_watchdog.daemon.doctor.base import (
     Check,
+    CheckStatus,
     ServerClient,
-    Status,
     clock_check,
     mapping,
     objects,
@@ -37,8 +37,11 @@ async def check_nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]
         status, leader = await server.call("GET", "/v1/status/leader")
         if status != 200 or not leader:
             fix = "check the logs of the Nomad servers: they need a majority"
-            return [Check("nomad leader", Status.FAIL, f"none (HTTP {status})", fix)]
-        checks = [Check("nomad leader", Status.OK, str(leader)), clock_check("nomad", server.date)]
+            return [Check("nomad leader", CheckStatus.FAIL, f"none (HTTP {status})", fix)]
+        checks = [
+            Check("nomad leader", CheckStatus.OK, str(leader)),
+            clock_check("nomad", server.date),
+        ]
         checks += await _nomad_features(settings, env)
         checks += await _nomad_classes(settings, env)
         status, agent = await server.call("GET", "/v1/agent/self")
@@ -46,7 +49,7 @@ async def check_nomad(settings: Settings, env: Mapping[str, str]) -> list[Check]
             checks += _nomad_limits(agent)
         else:
             fix = 'grant  agent { policy = "read" }  to the token to check the limits'
-            checks.append(Check("nomad limits", Status.WARN, f"HTTP {status}", fix))
+            checks.append(Check("nomad limits", CheckStatus.WARN, f"HTTP {status}", fix))
         checks += await nodes.checks(server.call)
         checks.append(await _nomad_rights(server, settings))
         return checks
@@ -59,12 +62,12 @@ async def _nomad_place(server: ServerClient, reached: NomadAccess) -> Check | No
     if reached.region and status == 200 and reached.region not in regions:
         hint = did_you_mean(reached.region, regions)
         found = f"there is no region {reached.region!r}; {hint}there are: {', '.join(regions)}"
-        return Check("nomad region", Status.FAIL, found, "set nomad.region or NOMAD_REGION")
+        return Check("nomad region", CheckStatus.FAIL, found, "set nomad.region or NOMAD_REGION")
     status, _ = await server.call("GET", f"/v1/namespace/{reached.namespace}")
     if status == 404:
         found = f"there is no namespace {reached.namespace!r}"
         fix = f"nomad namespace apply {reached.namespace}, or set nomad.namespace"
-        return Check("nomad namespace", Status.FAIL, found, fix)
+        return Check("nomad namespace", CheckStatus.FAIL, found, fix)
     return None
 
 
@@ -80,13 +83,13 @@ async def _nomad_classes(settings: Settings, env: Mapping[str, str]) -> list[Che
                 await _jobs.build(client, adapted, f"{settings.nomad.job_prefix}-doctor", "")
             except UserError as error:
                 fix = f'fix agent_class "{name}"; until then its devices get no agent'
-                checks.append(Check(f"class {name}", Status.FAIL, str(error), fix))
+                checks.append(Check(f"class {name}", CheckStatus.FAIL, str(error), fix))
             except DeniedError as error:
                 fix = "grant parse-job and read-job in the namespace"
-                checks.append(Check(f"class {name}", Status.WARN, str(error), fix))
+                checks.append(Check(f"class {name}", CheckStatus.WARN, str(error), fix))
     finally:
         await client.close()
-    return checks or [Check("classes", Status.OK, f"Nomad accepts {', '.join(sorted(specs))}")]
+    return checks or [Check("classes", CheckStatus.OK, f"Nomad accepts {', '.join(sorted(specs))}")]
 
 
 async def _nomad_features(settings: Settings, env: Mapping[str, str]) -> list[Check]:
@@ -95,20 +98,22 @@ async def _nomad_features(settings: Settings, env: Mapping[str, str]) -> list[Ch
     try:
         features = await client.features()
     except DeniedError as error:
-        return [Check("nomad version", Status.WARN, str(error), "grant parse-job to the token")]
+        return [
+            Check("nomad version", CheckStatus.WARN, str(error), "grant parse-job to the token")
+        ]
     finally:
         await client.close()
     if features.version < NOMAD_MINIMUM:
         fix = "upgrade Nomad to 1.6 or later: it has no node pools"
-        return [Check("nomad version", Status.FAIL, str(features), fix)]
+        return [Check("nomad version", CheckStatus.FAIL, str(features), fix)]
     exact = features.exact
     fix = "" if exact else 'grant  node { policy = "read" }  to the token to see the exact version'
-    status = Status.OK if exact else Status.WARN
+    status = CheckStatus.OK if exact else CheckStatus.WARN
     checks = [Check("nomad version", status, str(features), fix)]
     for feature in features.missing():
         since = ".".join(map(str, feature.since))
         found = f"no {feature.title} (from Nomad {since}): {feature.without}"
-        checks.append(Check("nomad feature", Status.OK, found))
+        checks.append(Check("nomad feature", CheckStatus.OK, found))
     return checks
 
 
@@ -120,12 +125,12 @@ def _nomad_limits(agent: object) -> list[Check]:
         fix = (
             "raise server.event_buffer_size to 100 or more: events get lost, and passes get slower"
         )
-        checks.append(Check("nomad event buffer", Status.WARN, str(size), fix))
+        checks.append(Check("nomad event buffer", CheckStatus.WARN, str(size), fix))
     limit = mapping(config.get("Limits")).get("HTTPMaxConnsPerClient")
     if isinstance(limit, int):
         low = 0 < limit < 100
         fix = "raise limits.http_max_conns_per_client to 100 or more, or lower retry.concurrency"
-        status = Status.WARN if low else Status.OK
+        status = CheckStatus.WARN if low else CheckStatus.OK
         checks.append(Check("nomad connections", status, f"{limit} per client", fix if low else ""))
     return checks
 
@@ -135,7 +140,7 @@ async def _nomad_rights(server: ServerClient, settings: Settings) -> Check:
     status, jobs = await server.call("GET", f"/v1/jobs?prefix={prefix}")
     if status != 200 or not isinstance(jobs, list):
         fix = "grant list-jobs, read-job, submit-job and dispatch-job in the namespace"
-        return Check("nomad jobs", Status.FAIL, f"HTTP {status} in {namespace}", fix)
+        return Check("nomad jobs", CheckStatus.FAIL, f"HTTP {status} in {namespace}", fix)
     missing = []
     for capability, path, body in _calls(prefix):
         # Nomad checks the capability first, and none of these calls changes anything.
@@ -145,11 +150,11 @@ async def _nomad_rights(server: ServerClient, settings: Settings) -> Check:
     if missing:
         lacks = ", ".join(missing)
         fix = f"grant {lacks} in the namespace; jobs/policies/nomad-reconciler.hcl has all"
-        return Check("nomad jobs", Status.FAIL, f"the token lacks {lacks}", fix)
+        return Check("nomad jobs", CheckStatus.FAIL, f"the token lacks {lacks}", fix)
     parents = [job for job in objects(jobs) if job.get("ParameterizedJob")]
     if settings.nomad.strategy == "register" or parents:
-        return Check("nomad jobs", Status.OK, f"{len(jobs)} jobs, {len(parents)} parents")
-    return Check("nomad jobs", Status.OK, "no parent job yet", "the first run registers it")
+        return Check("nomad jobs", CheckStatus.OK, f"{len(jobs)} jobs, {len(parents)} parents")
+    return Check("nomad jobs", CheckStatus.OK, "no parent job yet", "the first run registers it")
 
 
 def _calls(prefix: str) -> list[tuple[str, str, dict[str, object]]]:
