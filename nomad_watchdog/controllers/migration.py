@@ -169,7 +169,7 @@ class MigrationController:
         """How far a migration has come."""
         fleet = self._fleet
         return migration.progress(
-            move, homes, fleet.records, fleet.placements, fleet.verdicts.has_ready_agent
+            move, homes, fleet.records, fleet.placements, fleet.agents.has_ready_agent
         )
 
     # -- the document in the registry ------------------------------------------------------------

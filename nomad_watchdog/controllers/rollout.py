@@ -151,7 +151,7 @@ class RolloutController:
         reports before the scheduler lists it counts, unless it is known to run an older version."""
         return sum(
             slug not in soak.lasted
-            and self._fleet.verdicts.has_ready_agent(slug)
+            and self._fleet.agents.has_ready_agent(slug)
             and not self._is_old(slug, self._configured[name])
             for name, soak in self._soaks.items()
             for slug in self._wanted(name)
@@ -292,7 +292,7 @@ class RolloutController:
                         ",".join(one.instances),
                         one.restarts,
                         one.node,
-                        ready=fleet.verdicts.has_ready_agent(slug),
+                        ready=fleet.agents.has_ready_agent(slug),
                         lost=one.state is PlacementState.LOST,
                     )
 

@@ -153,12 +153,7 @@ class Correlator:
         `ref` names its event. `only`: nothing but a group of this kind can explain it, if the device has one:
         an agent that can't ask is the trouble of its host, or of its gateway. Groups of a device that is bad stay
         those that it turned bad in: its placement may be gone with its host."""
-        member = self._members.get(slug)
-        if member is None:
-            # Nothing is known of what it was before, so that it has not turned.
-            member = self._members[slug] = _Member((), bad=bad)
-            if bad:
-                self._resumed(member, groups, slug, now, ref)
+        member = self._members.get(slug) or self._first(slug, groups, now, ref, bad=bad)
         if member.bad and not bad:
             # Before its groups change: its turn is taken back from those that it turned bad in.
             member.bad = False
@@ -175,6 +170,15 @@ class Correlator:
             turn.groups = explaining
             self._turned_bad(member, turn, again=True)
         return self.incident_of(slug)
+
+    def _first(
+        self, slug: Slug, groups: tuple[Group, ...], now: Monotonic, ref: int, *, bad: bool
+    ) -> _Member:
+        """Its former state is unknown, so it does not count as changed."""
+        member = self._members[slug] = _Member((), bad=bad)
+        if bad:
+            self._resumed(member, groups, slug, now, ref)
+        return member
 
     def resume(
         self,

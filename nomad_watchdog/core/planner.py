@@ -19,7 +19,7 @@ A device for which none of this says anything costs one comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -116,23 +116,9 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     )
     starts = [action for action in decided if action.kind is ActionKind.START]
     stops = [action for action in decided if action.kind is ActionKind.RETIRE]
-    turns = [action for action in decided if action.kind is ActionKind.REPLACE]
-    at_once = [action for action in turns if action.at_once]
-    replacements = [action for action in turns if not action.at_once]
+    replacements = [action for action in decided if action.kind is ActionKind.REPLACE]
     stops.extend(_strays(records, placements, resting))
-    admitted = rollout.admit(
-        [action for action in replacements if not action.stalled],
-        readiness,
-        fleet=present,
-        limits=limits,
-    )
-    admitted += rollout.give_up(
-        [action for action in replacements if action.stalled],
-        readiness,
-        room=rollout.window(present, limits) - len(admitted),
-        most=stalled_room,
-    )
-    admitted = (*at_once, *admitted)
+    admitted = _admitted(replacements, readiness, present, limits, stalled_room)
     stops, held, reason = _breaker(stops, placements, limits, confirmed)
     if held:
         admitted = ()
@@ -144,9 +130,34 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
         actions=tuple(actions),
         held=held,
         hold_reason=reason,
-        waiting=tuple(a for a in (*at_once, *replacements) if a.slug not in begun),
+        waiting=tuple(action for action in replacements if action.slug not in begun),
         refused=tuple(refused),
     )
+
+
+def _admitted(
+    replacements: Sequence[Action],
+    readiness: Readiness,
+    present: int,
+    limits: Limits,
+    stalled_room: int,
+) -> tuple[Action, ...]:
+    """The replacements that begin in this pass."""
+    at_once = [action for action in replacements if action.at_once]
+    others = [action for action in replacements if not action.at_once]
+    admitted = rollout.admit(
+        [action for action in others if not action.stalled],
+        readiness,
+        fleet=present,
+        limits=limits,
+    )
+    admitted += rollout.give_up(
+        [action for action in others if action.stalled],
+        readiness,
+        room=rollout.window(present, limits) - len(admitted),
+        most=stalled_room,
+    )
+    return (*at_once, *admitted)
 
 
 def _decided(  # noqa: PLR0913  # as `plan`
@@ -245,25 +256,26 @@ def _keep(
         yield from _retire(record, placement, "another placement has the same epoch")
     keeper = current[0]
     wanted = spec_hashes.get(record.device.agent_class)
-    why = stranded(keeper, reach)
-    home = "" if why else _elsewhere(record, keeper, homes)
     if wanted is None or keeper.state is PlacementState.STOPPING:
         return
-    stands_still = "" if home or why else stalled(keeper)
-    if keeper.spec_hash == wanted and not home and not why and not stands_still:
+    # The first of these reasons counts.
+    is_stranded = stranded(keeper, reach)
+    home = "" if is_stranded else _elsewhere(record, keeper, homes)
+    is_stalled = "" if is_stranded or home else stalled(keeper)
+    reason = is_stranded or (f"it moves to {home}" if home else is_stalled)
+    if not reason and keeper.spec_hash == wanted:
         return
-    moves = f"it moves to {home}" if home else ""
     yield Action(
         kind=ActionKind.REPLACE,
         slug=record.slug,
         device_id=record.device.id,
-        reason=why or moves or stands_still or _outdated(record, keeper, changes),
+        reason=reason or _outdated(record, keeper, changes),
         epoch=keeper.epoch,
         index=record.index,
         placement=keeper,
-        stalled=bool(stands_still),
+        stalled=bool(is_stalled),
         home=home,
-        at_once=bool(why),
+        at_once=bool(is_stranded),
     )
 
 

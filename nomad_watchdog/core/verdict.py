@@ -115,10 +115,7 @@ def of_agent(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Mono
     Consul's word is used in one direction: a passing agent is up. A critical one says nothing against
     the device."""
     if record.presence is Presence.ABSENT:
-        if evidence.leaving and evidence.kept:
-            return Verdict(VerdictState.DEPARTED, evidence.kept)
-        gone = "its agent is being shut down" if evidence.leaving else "the device has left"
-        return Verdict(VerdictState.DEPARTED, gone)
+        return _departed(evidence)
     placement = evidence.placement
     if placement is None:
         return _without_agent(evidence, limits, now)
@@ -134,9 +131,20 @@ def of_agent(record: DeviceRecord, evidence: Evidence, limits: Limits, now: Mono
         )
     if placement.state is PlacementState.STOPPING:
         return Verdict(VerdictState.STARTING, "the old agent is being shut down first")
+    return _of_placed(placement, evidence, limits, now)
+
+
+def _departed(evidence: Evidence) -> Verdict:
+    if evidence.leaving and evidence.kept:
+        return Verdict(VerdictState.DEPARTED, evidence.kept)
+    gone = "its agent is being shut down" if evidence.leaving else "the device has left"
+    return Verdict(VerdictState.DEPARTED, gone)
+
+
+def _of_placed(placement: Placement, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
     report = evidence.report
     if report is not None and report.stopping and placement.state in _NOT_PLACED:
-        # The last word of an agent that has ended since: what counts is why no other runs yet.
+        # The last report of an agent that has ended since: what counts is why no other runs yet.
         return _not_started(placement, evidence, limits, now)
     if report is not None and now - report.received_at <= limits.report_stale_s:
         found = _reported(report, evidence, limits, now)
@@ -166,6 +174,11 @@ def _reported(report: Report, evidence: Evidence, limits: Limits, now: Monotonic
         return _not_ready("the agent is shutting down", evidence, limits, now)
     if not report.ready:
         return _not_ready("the agent is not ready yet", evidence, limits, now)
+    return _ready(report, evidence, limits, now)
+
+
+def _ready(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
+    """The agent is ready and reports a state of the device."""
     match report.state:
         case AgentState.OK if report.was_ready:
             return _decided(VerdictState.WATCHED, report.reason or "the device answers")
@@ -179,10 +192,10 @@ def _reported(report: Report, evidence: Evidence, limits: Limits, now: Monotonic
         case AgentState.OFFLINE if _is_proved(report):
             return _offline(report, evidence, limits, now)
         case AgentState.OFFLINE:
-            missing = "it never answered" if not report.was_ready else "not confirmed"
+            missing = "not confirmed" if report.was_ready else "it never answered"
             return _suspect(f"{report.reason} ({missing})", report, evidence, limits, now)
         case AgentState.OK:
-            # Misses are still being counted: no answer so far is no sign of health.
+            # Misses are still being counted: no answer so far is not a sign of health.
             why = report.reason or "no probe has answered yet"
             return _suspect(why, report, evidence, limits, now)
         case _:
@@ -268,10 +281,10 @@ def _silent(placement: Placement, evidence: Evidence, limits: Limits, now: Monot
     if passes and not overdue:
         # Bridges the time until the first report, and no more: silence is never healthy.
         return Verdict(VerdictState.WATCHED, f"{passes}; no report of it here yet", ready=True)
-    if placement.state is PlacementState.RUNNING and silent_s > limits.report_stale_s:
-        was_heard = bool(evidence.refusal or passes or evidence.report or before)
-        if was_heard or not _is_in_grace(evidence, limits, now):
-            return _unheard(passes, evidence, now)
+    runs_silently = placement.state is PlacementState.RUNNING and silent_s > limits.report_stale_s
+    has_reported = any((evidence.refusal, passes, evidence.report, before))
+    if runs_silently and (has_reported or not _is_in_grace(evidence, limits, now)):
+        return _unheard(passes, evidence, now)
     return _not_started(placement, evidence, limits, now)
 
 

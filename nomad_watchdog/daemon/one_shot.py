@@ -25,10 +25,9 @@ from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.daemon.factory import open_leases, open_registry, open_scheduler, replicas
 from nomad_watchdog.errors import ConflictError, TransientError, UserError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.fleet.verdicts import VerdictTracker
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
-from nomad_watchdog.model import Device, DeviceRecord, PlacementState, Presence
+from nomad_watchdog.model import Device, DeviceRecord, Presence
 from nomad_watchdog.registry import Registry, backup
 from nomad_watchdog.replicas.leases import SoleOwner
 from nomad_watchdog.schedulers import Scheduler
@@ -37,35 +36,6 @@ from nomad_watchdog.units import progress
 POLL_S: Final = 0.5
 MAX_FAILURES: Final = 3
 """Failed actions of one device after which no more are tried."""
-
-
-class UnreportedAgents(VerdictTracker):
-    """Agents that do not report here. An agent is ready if its scheduler reports that it runs."""
-
-    def has_ready_agent(self, slug: Slug) -> bool:
-        record = self._records.get(slug)
-        return record is not None and any(
-            one.epoch == record.epoch
-            and one.state is PlacementState.RUNNING
-            and one.ready is not False
-            for one in self._placements.get(slug, ())
-        )
-
-    def unready(self) -> int:
-        resting = self._presence.paused()
-        return sum(
-            record.presence is Presence.PRESENT
-            and slug not in resting
-            and not self.has_ready_agent(slug)
-            for slug, record in self._records.items()
-        )
-
-    def is_stuck(self, slug: Slug) -> bool:
-        return any(
-            one.state is PlacementState.RESTARTING
-            and one.restarts >= self.limits.crash_loop_restarts
-            for one in self._placements.get(slug, ())
-        )
 
 
 async def read_all(reconciler: Reconciler, *, bring: bool = False) -> None:
@@ -224,7 +194,7 @@ def _plan_again(
 def _is_done(fleet: Fleet, slug: Slug) -> bool:
     record = fleet.records.get(slug)
     return (
-        record is None or record.presence is Presence.ABSENT or fleet.verdicts.has_ready_agent(slug)
+        record is None or record.presence is Presence.ABSENT or fleet.agents.has_ready_agent(slug)
     )
 
 
@@ -350,7 +320,7 @@ async def _configs(settings: Settings) -> list[str]:
 async def _read_once(
     settings: Settings, registry: Registry, scheduler: Scheduler, *, bring: bool = False
 ) -> Reconciler:
-    fleet = Fleet(registry, settings.limits(), SystemClock(), tracker=UnreportedAgents)
+    fleet = Fleet(registry, settings.limits(), SystemClock(), receives_reports=False)
     specs, unreadable = settings.readable_specs()
     reconciler = Reconciler(
         fleet,

@@ -9,6 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.events.log import EventLog
+from nomad_watchdog.fleet.agent_readiness import (
+    AgentReadiness,
+    PlacedReadiness,
+    ReportedReadiness,
+)
 from nomad_watchdog.fleet.event_recorder import EventRecorder
 from nomad_watchdog.fleet.events import FleetEvents
 from nomad_watchdog.fleet.incidents import IncidentTracker
@@ -34,8 +39,10 @@ class Fleet:
         clock: Clock,
         log: EventLog | None = None,
         *,
-        tracker: type[VerdictTracker] = VerdictTracker,
+        receives_reports: bool = True,
     ) -> None:
+        """`receives_reports`: False for a command that runs once. An agent is then ready if its scheduler reports
+        that it runs."""
         self.limits = limits
         self.clock = clock
         self.classes: frozenset[str] | None = None
@@ -51,7 +58,7 @@ class Fleet:
         paused_by = self.presence.paused_by
         incidents = IncidentTracker(self.events, limits, clock, paused_by)
         self.recorder = EventRecorder(self.events, incidents, limits, clock, paused_by)
-        self.verdicts = tracker(
+        self.verdicts = VerdictTracker(
             self.records,
             self.placements,
             self.presence,
@@ -59,6 +66,11 @@ class Fleet:
             self.events,
             limits,
             clock,
+        )
+        self.agents: AgentReadiness = (
+            ReportedReadiness(self.records, self.presence, self.verdicts, clock)
+            if receives_reports
+            else PlacedReadiness(self.records, self.presence, self.placements, lambda: self.limits)
         )
         self.reports = ReportReceiver(
             self.records,

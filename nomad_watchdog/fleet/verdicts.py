@@ -15,14 +15,17 @@ from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import device_condition as condition
 from nomad_watchdog.core import verdict
+from nomad_watchdog.fleet import agent_events
 from nomad_watchdog.fleet.event_recorder import Change, EventRecorder
 from nomad_watchdog.fleet.events import FleetEvents
 from nomad_watchdog.fleet.pending_conditions import PendingConditions
 from nomad_watchdog.fleet.presence import PresenceView
+from nomad_watchdog.fleet.previous_run import PreviousRun
 from nomad_watchdog.fleet.reconcile_loop import NoLoop, ReconcileLoop
 from nomad_watchdog.fleet.records import RecordCache, RecordChange
 from nomad_watchdog.fleet.refused_reports import RefusedReports
 from nomad_watchdog.fleet.track import Track
+from nomad_watchdog.fleet.verdict_totals import VerdictTotals
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
     AgentState,
@@ -39,9 +42,6 @@ from nomad_watchdog.model import (
     VerdictState,
     WallTime,
 )
-
-_NEVER_READY: Final = (VerdictState.STARTING.value, VerdictState.DEPARTED.value)
-_STUCK: Final = (VerdictState.UNWATCHED, VerdictState.FAILING)
 
 
 class VerdictTracker:
@@ -64,8 +64,6 @@ class VerdictTracker:
         """Reports that the API refused."""
         self.conditions = PendingConditions()
         """Conditions that are not in the registry yet."""
-        self.silent: set[Slug] = set()
-        """Devices whose agent runs, has had its time, and of which no report arrives, as last judged."""
         self._records = records
         self._placements = placements
         self._presence = presence
@@ -74,13 +72,8 @@ class VerdictTracker:
         self._clock = clock
         self._loop: ReconcileLoop = NoLoop()
         self._tracks: dict[Slug, Track] = {}
-        self._by_state: Counter[VerdictState] = Counter()
-        self._unheard: Counter[Unheard] = Counter()
-        self._unlisted = 0
-        self._settled = 0
-        self._before: dict[Slug, tuple[str, WallTime]] = {}
-        """Of devices without a conclusive verdict since the start: the verdict of the last run, and when it
-        began."""
+        self.totals = VerdictTotals()
+        self._previous = PreviousRun()
         records.changed.connect(self._records_changed)
         records.forgotten.connect(self._records_forgotten)
         presence.recorded.connect(self._heartbeats_recorded)
@@ -91,7 +84,7 @@ class VerdictTracker:
 
     def restore(self, verdicts: Iterable[tuple[Slug, str, float]]) -> None:
         """Continue with the last verdict event of each device: slug, kind and Unix seconds."""
-        self._before = {slug: (kind.partition(".")[2], WallTime(at)) for slug, kind, at in verdicts}
+        self._previous.restore(verdicts)
 
     def _records_changed(self, changes: Sequence[RecordChange]) -> None:
         for before, record in changes:
@@ -109,27 +102,20 @@ class VerdictTracker:
         this moment on: a roll-out must not count it as ready until the next periodic judgement."""
         if before is None or before.generation != record.generation:
             return True
-        return before.epoch != record.epoch and self.has_ready_agent(record.slug)
+        track = self._tracks.get(record.slug)
+        return before.epoch != record.epoch and track is not None and track.ready
 
     def _records_forgotten(self, slugs: Sequence[Slug]) -> None:
         for slug in slugs:
             self._recorder.forget(slug)
             self.conditions.forget(slug)
-            self._before.pop(slug, None)
-            self.silent.discard(slug)
-            track = self._tracks.pop(slug, None)
-            if track is None:
-                continue
-            if track.state is not None:
-                self._by_state[track.state] -= 1
-                self._settled -= track.settled
-            if track.unheard is not None:
-                self._unheard[track.unheard] -= 1
-            self._unlisted -= track.unlisted
+            self._previous.forget(slug)
+            if (track := self._tracks.pop(slug, None)) is not None:
+                self.totals.discount(slug, track)
 
     def _heartbeats_recorded(self, ids: Sequence[str]) -> None:
         """Judge devices that were offline at once, instead of at the next periodic judgement."""
-        if not self._by_state[VerdictState.OFFLINE]:
+        if not self.totals.by_state[VerdictState.OFFLINE]:
             return
         for device_id in ids:
             slug = self._records.slug_by_id.get(device_id)
@@ -188,80 +174,62 @@ class VerdictTracker:
         track = self._track(slug)
         now = self._clock.monotonic()
         if track.epoch != record.epoch:
-            track.carried = self._carried(record) if track.state is None else None
+            track.carried = self._previous.carried(record) if track.state is None else None
             track.epoch = record.epoch
             track.quiet_since = now
         evidence = self._evidence(record, track)
         if restarts := track.restarted(evidence.placement, now):
-            self._say_restarted(slug, track, restarts)
+            agent_events.restarted(self._events, slug, track, restarts)
         found = verdict.of_agent(record, evidence, self.limits, now)
         if evidence.report is not None and evidence.report.received_at < track.overruled_at:
             found = replace(found, decides=False)
         kept = self._condition(record, found, evidence, now)
         replaced = verdict.is_replaced(record, evidence)
         judged = condition.shown(found, kept, replaced=replaced)
+        self._recorder.incidents.observe(record, evidence, track.state or judged.state)
+        self.totals.discount(slug, track)
+        self._apply_agent(slug, track, found, judged)
+        if judged.state is not track.state:
+            self._change(record, track, judged, kept, evidence)
+        track.verdict = judged
+        self.totals.count(slug, track)
+        return judged
+
+    def _apply_agent(self, slug: Slug, track: Track, found: Verdict, judged: Verdict) -> None:
+        """Remember what the verdict states about the agent, and publish what has changed of it."""
+        now = self._clock.monotonic()
         if judged.ready:
             track.waiting_since, track.was_watched = now, True
         if judged.unheard is not track.unheard:
-            self._say_unheard(slug, found, track.unheard)
             track.unheard = judged.unheard
+            stale_s = self.limits.report_stale_s
+            agent_events.reports_changed(self._events, slug, found, track.report, now, stale_s)
         if found.unlisted is not track.unlisted:
             track.unlisted = found.unlisted
-            self._unlisted += 1 if found.unlisted else -1
-            self._events.note(
-                slug, "agent.unlisted" if found.unlisted else "agent.listed", found.reason
-            )
+            agent_events.listing_changed(self._events, slug, found)
         if not found.suspected:
             track.suspect_since = None
         elif track.suspect_since is None:
             track.suspect_since = now
-        self._recorder.incidents.observe(record, evidence, track.state or judged.state)
-        was_settled = track.settled
         track.agent, track.ready = found.state, judged.ready
-        if judged.state is not track.state:
-            was = track.state
-            self._by_state[judged.state] += 1
-            if was is not None:
-                self._by_state[was] -= 1
-            lasted_s = now - track.since if was is not None else 0.0
-            since, is_published = self._began(record, judged, kept, evidence.report, now)
-            change = Change(record, judged, evidence, was, lasted_s, is_published=is_published)
-            self._recorder.verdict_changed(change)
-            track.verdict, track.since = judged, since
-            if was is not None:
-                failpoints.reached("K9")
-        track.verdict = judged
-        self._settled += track.settled - was_settled
-        return judged
 
-    def _say_unheard(self, slug: Slug, found: Verdict, was: Unheard | None) -> None:
-        for why, step in ((was, -1), (found.unheard, 1)):
-            if why is not None:
-                self._unheard[why] += step
-        if found.unheard is Unheard.SILENT:
-            self.silent.add(slug)
-        else:
-            self.silent.discard(slug)
-        if found.unheard is not None:
-            self._events.note(slug, "agent.unheard", found.reason, why=found.unheard.value)
-        else:
-            self._say_heard(slug, found)
-
-    def _say_heard(self, slug: Slug, found: Verdict) -> None:
-        """Why the silence is over: a report was accepted, or none is expected any more."""
-        track, now = self._tracks[slug], self._clock.monotonic()
-        report = track.report
-        fresh = report is not None and now - report.received_at <= self.limits.report_stale_s
-        said = "a report has reached this control plane" if fresh else "no report is expected now"
-        self._events.note(slug, "agent.heard", f"{said}: {found.reason}" if found.reason else said)
-
-    def _say_restarted(self, slug: Slug, track: Track, new: int) -> None:
-        total = track.restarts[1]
-        times = "" if new == 1 else f", {new} times since the last event"
-        why = f": {track.died_of}" if track.died_of else ""
-        text = f"the scheduler restarted the agent (restart {total} of its placement{times}){why}"
-        track.died_of = ""
-        self._events.note(slug, "agent.restarted", text, restarts=total, epoch=track.restarts[0])
+    def _change(
+        self,
+        record: DeviceRecord,
+        track: Track,
+        judged: Verdict,
+        kept: Condition | None,
+        evidence: verdict.Evidence,
+    ) -> None:
+        """The device has another state."""
+        now, was = self._clock.monotonic(), track.state
+        lasted_s = now - track.since if was is not None else 0.0
+        since, is_published = self._began(record, judged, kept, evidence.report, now)
+        change = Change(record, judged, evidence, was, lasted_s, is_published=is_published)
+        self._recorder.verdict_changed(change)
+        track.since = since
+        if was is not None:
+            failpoints.reached("K9")
 
     def _condition(
         self, record: DeviceRecord, found: Verdict, evidence: verdict.Evidence, now: Monotonic
@@ -300,28 +268,21 @@ class VerdictTracker:
 
         The first state of a device in this run may have begun long before. The registry, the stored events and the
         agent know when."""
-        track, before = self._tracks[record.slug], self._before.get(record.slug)
+        track, before = self._tracks[record.slug], self._previous.of(record.slug)
         first = not track.is_conclusive
         if judged.state is not VerdictState.STARTING:
             track.is_conclusive = True
-            self._before.pop(record.slug, None)
-        is_published = first and before is not None and before[0] == judged.state.value
+            self._previous.forget(record.slug)
+        is_published = first and before is not None and before.state == judged.state.value
         if kept is not None and judged.state.value == kept.state.value:
             return self._monotonic(kept.since, now), is_published
         age_s = _age_of(judged.state, report, now) if first else 0.0
         if is_published and before is not None:
-            stored = self._monotonic(before[1], now)
+            stored = self._monotonic(before.at, now)
             # The agent knows whether the state ended and began again while no control plane ran.
             began = max(stored, Monotonic(now - age_s)) if age_s else stored
             return began, True
         return Monotonic(now - age_s), False
-
-    def _carried(self, record: DeviceRecord) -> VerdictState | None:
-        """What the last run said of a device whose agent had reported to it at this epoch."""
-        before = self._before.get(record.slug)
-        if before is None or not record.instance:
-            return None
-        return next((state for state in verdict.CARRIED if state.value == before[0]), None)
 
     def _monotonic(self, at: WallTime, now: Monotonic) -> Monotonic:
         """A moment of the past by the wall clock, by ours: for people, never to decide."""
@@ -333,7 +294,6 @@ class VerdictTracker:
         current = next((p for p in live if p.epoch == record.epoch), None)
         track.ran(current, self._clock.monotonic())
         quiet_since, now = track.quiet_since, self._clock.monotonic()
-        before = self._before.get(record.slug)
         if track.report is not None:
             quiet_since = max(quiet_since, track.report.received_at)
         report = self.report_of_agent(record)
@@ -361,7 +321,7 @@ class VerdictTracker:
             running_since=track.running_since,
             was_watched=track.was_watched
             or record.condition is not None
-            or (before is not None and before[0] not in _NEVER_READY),
+            or self._previous.was_watched(record.slug),
             is_unwatched=track.state is VerdictState.UNWATCHED,
             suspect_since=track.suspect_since,
             unlisted_since=track.unlisted_since,
@@ -382,62 +342,35 @@ class VerdictTracker:
             self.judge(slug)
         self._recorder.tick()
 
-    def unready(self) -> int:
-        """Present devices without a ready accepted agent, as last judged, but for those that are
-        paused: somebody else is at work there. Constant time when nothing is paused."""
-        resting = sum(not track.settled for track in map(self._track, self._presence.paused()))
-        return max(0, len(self._records) - self._settled - resting)
-
-    def has_ready_agent(self, slug: Slug) -> bool:
-        """Whether the accepted agent is ready, as last judged."""
-        track = self._tracks.get(slug)
-        return track is not None and track.ready
-
-    def is_stuck(self, slug: Slug) -> bool:
-        """Whether the agent at the record's epoch is surely not ready and has had its time, as last judged:
-        it has never said anything, or says now that it is not ready. One that has reported and is not
-        heard may be well, and only cut off from us."""
-        record, track = self._records.get(slug), self._tracks.get(slug)
-        if record is None or track is None or track.agent not in _STUCK:
-            return False
-        if track.agent is VerdictState.FAILING or not record.instance:
-            return True
-        report = track.report
-        return (
-            report is not None
-            and (report.epoch, report.instance) == (record.epoch, record.instance)
-            and not report.ready
-            and self._clock.monotonic() - report.received_at <= self.limits.report_stale_s
-        )
+    def track_of(self, slug: Slug) -> Track | None:
+        """What is remembered of a device; None = it was not judged yet."""
+        return self._tracks.get(slug)
 
     def paused_counts(self) -> Counter[VerdictState]:
         """Paused devices by the state last judged."""
-        tracks = map(self._track, self._presence.paused())
-        return Counter(track.state for track in tracks if track.state is not None)
+        tracks = map(self._tracks.get, self._presence.paused())
+        return Counter(one.state for one in tracks if one is not None and one.state is not None)
 
     def unheard(self) -> dict[Unheard, int]:
-        """Running agents of which nothing is heard, by reason, as last judged."""
+        """The number of running agents without accepted reports, by reason, as last judged."""
         refused = sum(bool(self.refused(slug)) for slug in self.refusals.slugs())
         return {
-            why: self._unheard[why] + (refused if why is Unheard.REFUSED else 0) for why in Unheard
+            why: self.totals.unheard[why] + (refused if why is Unheard.REFUSED else 0)
+            for why in Unheard
         }
 
     def refused(self, slug: Slug) -> str:
-        """Why the reports of a device's agent are refused now, although its silence is not long enough yet for a
-        verdict; "" = they are not. Only for one that comes from where the agent is: its claim is not verified."""
+        """Why the reports of a device's agent are refused, before its silence lasts long enough for a verdict; "" =
+        they are not. Counts only refusals from the agent's own address, as the report's claim is not verified."""
         record, track = self._records.get(slug), self._tracks.get(slug)
         if record is None or track is None or track.unheard is not None:
             return ""
         known = _addresses(track.report, self.health.get(slug))
         return self.refusals.at(slug, record.epoch, known, self._clock.monotonic())
 
-    def unlisted(self) -> int:
-        """Devices whose agent reports and is not known to its scheduler, as last judged."""
-        return self._unlisted
-
     def counts(self) -> dict[VerdictState, int]:
         """Devices by the state last judged."""
-        return {state: self._by_state[state] for state in VerdictState}
+        return {state: self.totals.by_state[state] for state in VerdictState}
 
 
 _SAME: Final = {

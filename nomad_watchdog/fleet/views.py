@@ -116,7 +116,7 @@ class FleetViews:
             ),
             "registry_index": fleet.records.index,
             "unheard": {why.value: n for why, n in fleet.verdicts.unheard().items()},
-            "unlisted": fleet.verdicts.unlisted(),
+            "unlisted": fleet.verdicts.totals.unlisted,
             "paused": len(fleet.presence.paused()),
             "pauses_problem": fleet.presence.pauses.problem,
             "flapping": fleet.presence.heartbeats.flapping(fleet.clock.monotonic()),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.migration import NEVER_MIGRATED
 from nomad_watchdog.core.planner import Plan, plan, stop_key
 from nomad_watchdog.core.rollout import Readiness
 from nomad_watchdog.ids import DeviceId, slug_of
@@ -124,7 +125,7 @@ def test_a_mistake_in_the_rules_starts_nothing_unsafe(known: dict, unknown: dict
 
     def start_always(rec: DeviceRecord, *_: object) -> Iterator[Action]:
         asked.add(rec.slug)
-        return iter([planner._start(rec, (), None)])
+        return iter([planner._start(rec, (), NEVER_MIGRATED)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "decide", start_always)

@@ -142,7 +142,7 @@ async def test_an_outage_outlives_agents_and_control_planes(plant: Plant) -> Non
     plant.fleet.placements.pop(dead)
     plant.clock.now += 500.0
     assert plant.state(dead) is VerdictState.OFFLINE
-    assert plant.fleet.verdicts.unready() == 1
+    assert plant.fleet.agents.unready() == 1
     await plant.replace_agents([dead])
     assert plant.fleet.verdicts.judge(dead).reason == (
         "no answer of tcp:80, icmp; its agent can't check this now (agent running, no report of it; for 500 s)"

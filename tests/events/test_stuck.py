@@ -32,11 +32,11 @@ async def test_an_agent_that_has_had_its_time_is_stuck(site: Site) -> None:
     )
     site.fleet.verdicts.judge_all()
     await site.say(unready, ready=False)
-    assert [site.fleet.verdicts.is_stuck(slug) for slug in (silent, unready)] == [False, False]
+    assert [site.fleet.agents.is_stuck(slug) for slug in (silent, unready)] == [False, False]
     site.clock.now += 1_000
     await site.say(unready, ready=False)
     site.fleet.verdicts.judge_all()
-    assert all(site.fleet.verdicts.is_stuck(slug) for slug in (silent, unready, looping))
+    assert all(site.fleet.agents.is_stuck(slug) for slug in (silent, unready, looping))
 
 
 async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
@@ -49,7 +49,7 @@ async def test_an_agent_that_is_only_not_heard_is_not_stuck(site: Site) -> None:
     await site.say(well)
     site.fleet.verdicts.judge_all()
     assert site.fleet.verdicts.counts()["unwatched"] == 1  # type: ignore[index]
-    assert not any(site.fleet.verdicts.is_stuck(slug) for slug in (cut_off, well))
+    assert not any(site.fleet.agents.is_stuck(slug) for slug in (cut_off, well))
 
 
 async def test_whose_agent_is_being_replaced_is_not_ready_at_once(site: Site) -> None:
@@ -58,7 +58,7 @@ async def test_whose_agent_is_being_replaced_is_not_ready_at_once(site: Site) ->
     slugs = site.add(3, "n")
     for slug in slugs:
         await site.say(slug)
-    assert site.fleet.verdicts.unready() == 0
+    assert site.fleet.agents.unready() == 0
     record = site.fleet.records[slugs[0]]
     site.fleet.records.learn([replace(record, epoch=Epoch(record.epoch + 1), instance="", index=2)])
-    assert site.fleet.verdicts.unready() == 1
+    assert site.fleet.agents.unready() == 1

@@ -69,7 +69,7 @@ async def test_a_paused_device_is_told_and_alerts_nobody(tmp_path: Path) -> None
     assert len(changed) == 12
     assert {event["data"]["paused"] for event in changed} == {"p1"}
     assert fleet.verdicts.paused_counts() == {VerdictState.UNWATCHED: 12}
-    assert fleet.verdicts.unready() == 0
+    assert fleet.agents.unready() == 0
     assert not [event for event in events if event["kind"].startswith("incident")]
 
 
@@ -77,7 +77,7 @@ async def test_without_a_pause_the_same_is_an_incident(tmp_path: Path) -> None:
     """What the pause keeps quiet would have been told as trouble of the whole site."""
     fleet, events = await told(tmp_path, paused=False)
 
-    assert fleet.verdicts.unready() == 12
+    assert fleet.agents.unready() == 12
     assert not fleet.verdicts.paused_counts()
     assert [event for event in events if event["kind"].startswith("incident")]
     assert not [event for event in events if "paused" in event.get("data", {})]

@@ -15,12 +15,11 @@ from enum import StrEnum
 from typing import Final, TypeVar
 
 from nomad_watchdog import failpoints
+from nomad_watchdog.controllers.agents.fence import Fence, Fenced
 from nomad_watchdog.controllers.agents.retry_budget import RetryBudget
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
-from nomad_watchdog.core import presence
 from nomad_watchdog.core.actions import Action, ActionKind
 from nomad_watchdog.core.circuit_breaker import CircuitBreaker
-from nomad_watchdog.core.tombstones import EpochFloor
 from nomad_watchdog.errors import (
     FencedError,
     TerminalError,
@@ -30,7 +29,7 @@ from nomad_watchdog.errors import (
 )
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import Slug
-from nomad_watchdog.model import NEVER, AgentSpec, DeviceRecord, Epoch, Monotonic, PlacementState
+from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Monotonic, PlacementState
 from nomad_watchdog.replicas.leases import Leases, SoleOwner, check
 from nomad_watchdog.schedulers import Scheduler
 
@@ -77,7 +76,7 @@ class _Ready:
     place: int
     number: int
     action: Action = field(compare=False)
-    record: DeviceRecord | WatchdogError | None = field(compare=False)
+    record: Fenced = field(compare=False)
     fenced_at: Monotonic = field(compare=False)
 
 
@@ -167,7 +166,7 @@ class ActionExecutor:
         self._hand(len(batch))
         failpoints.reached("K4")
         try:
-            fenced = await self._fence(batch)
+            fenced = await Fence(self.fleet, self.leases).pass_all(batch)
         except FencedError as error:
             fenced = [error] * len(batch)
         except WatchdogError as error:
@@ -195,69 +194,6 @@ class ActionExecutor:
             self._spare.set()
         else:
             self._spare.clear()
-
-    async def _fence(self, batch: Sequence[Action]) -> list[DeviceRecord | WatchdogError | None]:
-        """The stored record that each action may act on; None for a stray without one.
-
-        A start or a replacement commits its epoch. A retirement, and a start that repeats an epoch,
-        read the record again: the wish may have changed since the decision (S8).
-        """
-        results: list[DeviceRecord | WatchdogError | None] = [None] * len(batch)
-        commits: list[tuple[int, DeviceRecord]] = []
-        # After their records are known, and not from memory (`core.tombstones`).
-        floor = (
-            await self.fleet.records.try_floor()
-            if any(map(self._is_first, batch))
-            else EpochFloor()
-        )
-        for position, action in enumerate(batch):
-            try:
-                check(self.leases, action.slug)
-            except FencedError as error:
-                results[position] = error
-                continue
-            known = self.fleet.records.get(action.slug)
-            if known is None and action.kind is not ActionKind.RETIRE:
-                results[position] = FencedError("the record is not known any more")
-                continue
-            if known is not None and known.index != action.index:
-                results[position] = FencedError("the record has changed since the decision")
-                continue
-            target = _epoch_after(action)
-            if known is not None and target > known.epoch:
-                if isinstance(floor, EpochFloor):
-                    target = floor.first(known, target)
-                elif known.epoch == NEVER:
-                    results[position] = floor
-                    continue
-                commits.append((position, presence.advance(known, target, action.home)))
-            else:
-                results[position] = await self._reread(action)
-        records = [record for _, record in commits]
-        guards = self.leases.guards([record.slug for record in records])
-        stored = await self.fleet.records.commit(records, guards) if commits else ()
-        if commits:
-            failpoints.reached("K5")
-        for (position, wanted), record in zip(commits, stored, strict=True):
-            if record is None:
-                results[position] = FencedError("another writer has changed the record")
-                fresh = await self.fleet.registry.get(wanted.slug)
-                self.fleet.records.learn([fresh] if fresh is not None else [])
-            else:
-                self.fleet.records.learn([record])
-                results[position] = record
-        return results
-
-    def _is_first(self, action: Action) -> bool:
-        known = self.fleet.records.get(action.slug)
-        return known is not None and known.epoch == NEVER
-
-    async def _reread(self, action: Action) -> DeviceRecord | FencedError | None:
-        fresh = await self.fleet.registry.get(action.slug)
-        if (fresh.index if fresh is not None else 0) != action.index:
-            self.fleet.records.learn([fresh] if fresh is not None else [])
-            return FencedError("the record has changed since the decision")
-        return fresh
 
     async def _act(self, ready: _Ready) -> None:
         action = ready.action
@@ -415,11 +351,3 @@ class ActionExecutor:
         )
         self.fleet.events.note(action.slug, "error", f"{action.kind.value}: {error}")
         self.done(action, Outcome.FAILED, 0.0)
-
-
-def _epoch_after(action: Action) -> Epoch:
-    if action.kind is ActionKind.START:
-        return action.epoch
-    if action.kind is ActionKind.REPLACE:
-        return Epoch(action.epoch + 1)
-    return Epoch(0)

@@ -254,7 +254,7 @@ class LoopStatus:
                 f"the agent's reports are refused: {refused}; if none is accepted within "
                 f"{self.fleet.limits.report_stale_s:g} s after the last one, the device is unwatched"
             )
-        if self.fleet.verdicts.has_ready_agent(record.slug):
+        if self.fleet.agents.has_ready_agent(record.slug):
             next_ = self._of_device(judged.state, agent.node)
         else:
             next_ = self._until_ready(record, agent.state)

@@ -108,7 +108,7 @@ class PeriodicJobs:
         metrics.snapshot_age(self.informer.age_s)
         metrics.queue(len(self.queue), self.queue.oldest_s())
         metrics.unheard(fleet.verdicts.unheard())
-        metrics.unlisted(fleet.verdicts.unlisted())
+        metrics.unlisted(fleet.verdicts.totals.unlisted)
         metrics.stalled(self.plan_builder.stalls())
         metrics.incidents(fleet.recorder.incidents.open_by_kind())
         metrics.events(fleet.recorder.status_of_store())

@@ -51,11 +51,11 @@ class PlanBuilder:
             fleet.presence.resting() | fleet.records.unreadable | self.migrations.unsure(records)
         )
         readiness = Readiness(
-            fleet.verdicts.unready(),
-            fleet.verdicts.is_stuck,
+            fleet.agents.unready(),
+            fleet.agents.is_stuck,
             self.classes.rollouts.soaking(),
             self.classes.rollouts.halted() | self.classes.behind(),
-            ready=fleet.verdicts.has_ready_agent,
+            ready=fleet.agents.has_ready_agent,
         )
         readiness = self.migrations.with_moves(readiness, homes, resting, self.classes.hashes)
         return planner.plan(
@@ -127,7 +127,7 @@ class PlanBuilder:
     def reach(self) -> Reachability:
         """The addresses of running replicas, and the devices whose agents do not report."""
         addresses = self.classes.addresses.complete()
-        return Reachability(addresses or frozenset(), self.fleet.verdicts.silent)
+        return Reachability(addresses or frozenset(), self.fleet.verdicts.totals.silent)
 
     def waits(self, action: Action) -> str:
         """Why a replacement is not in the last plan, in words; "" = it is."""
@@ -150,7 +150,7 @@ class PlanBuilder:
             return f"waits: the roll-out of class {name} is halted, see `nomad-watchdog status`"
         if name in self.classes.behind():
             return f"waits until the scheduler is prepared for class {name}"
-        most, unready = rollout.window(self._present(), fleet.limits), fleet.verdicts.unready()
+        most, unready = rollout.window(self._present(), fleet.limits), fleet.agents.unready()
         soaking = self.classes.rollouts.soaking()
         soak = f", {soaking} soak" if soaking else ""
         return (

@@ -71,27 +71,14 @@ class Reconciler:
         self.leases = leases = leases or SoleOwner()
         self.ownership = ShardOwnership(leases)
         self.classes = PreparedClasses(
-            fleet,
-            scheduler,
-            specs,
-            metrics,
-            leases,
-            self.ownership,
-            read_specs=read_specs,
-            unreadable=unreadable,
-            place=place,
-        )
+            fleet, scheduler, specs, metrics, leases, self.ownership,
+            read_specs=read_specs, unreadable=unreadable, place=place,
+        )  # fmt: skip
         self.capacity = CapacityMonitor(scheduler)
         self.queue: WorkQueue[Slug, Action] = WorkQueue(fleet.clock)
         self.executor = ActionExecutor(
-            fleet,
-            scheduler,
-            self.classes.specs,
-            self.queue,
-            self._done,
-            leases,
-            self.classes.addresses.adapt,
-        )
+            fleet, scheduler, self.classes.specs, self.queue, self._done, leases, self.classes.addresses.adapt
+        )  # fmt: skip
         self.migrations = MigrationController(
             fleet, scheduler, self.ownership, metrics, self._read_all_again
         )
@@ -105,39 +92,16 @@ class Reconciler:
             fleet, self.ownership, metrics, self._records_read, self.migrations
         )
         self.informer = PlacementInformer(
-            scheduler,
-            fleet.clock,
-            fleet.limits.resync_s,
-            metrics,
-            self._apply_snapshot,
-            self._not_read,
-        )
+            scheduler, fleet.clock, fleet.limits.resync_s, metrics, self._apply_snapshot, self._not_read
+        )  # fmt: skip
         self.periodic = PeriodicJobs(
-            fleet,
-            scheduler,
-            self.classes,
-            metrics,
-            self.queue,
-            self.executor,
-            self.informer,
-            leases,
-            self.ownership,
-            self.plan_builder,
-            self.wake,
-            self.follower.doubt_at_once,
-        )
+            fleet, scheduler, self.classes, metrics, self.queue, self.executor, self.informer, leases,
+            self.ownership, self.plan_builder, self.wake, self.follower.doubt_at_once,
+        )  # fmt: skip
         self._loop_status = LoopStatus(
-            fleet,
-            scheduler.name,
-            self.classes,
-            self.queue,
-            self.executor,
-            self.informer,
-            leases,
-            self.ownership,
-            self.plan_builder,
-            self.migrations,
-        )
+            fleet, scheduler.name, self.classes, self.queue, self.executor, self.informer, leases,
+            self.ownership, self.plan_builder, self.migrations,
+        )  # fmt: skip
         self._wake = asyncio.Event()
         self._observed = False
         """A complete snapshot of the scheduler has been applied."""
