@@ -10,7 +10,6 @@ import asyncio
 import base64
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import aiohttp
@@ -19,6 +18,7 @@ import consul.base  # type: ignore[import-untyped]
 import consul.exceptions  # type: ignore[import-untyped]
 from watchdog_agent.runtime.parsing import loads, whole
 
+from nomad_watchdog.clients._consul_rows import KvRow, TxnConflictError
 from nomad_watchdog.clients._consul_settings import NOT_KNOWN, ConsulAccess, is_unknown_token
 from nomad_watchdog.errors import (
     ConflictError,
@@ -47,28 +47,6 @@ _MAX_CONNECTIONS: Final = 16
 """Consul allows 200 connections per client address, which all agents of a host share. Pending watches count."""
 MAX_WAIT_S: Final = 60.0
 """Maximum duration of a blocking query, and so of the delay after a missed change (a restored snapshot)."""
-
-
-@dataclass(frozen=True, slots=True)
-class KvRow:
-    """One key of Consul's store."""
-
-    key: str
-    value: bytes
-    index: int
-    """ModifyIndex, for compare-and-set."""
-    session: str = field(default="", repr=False)
-    """The session that holds the key's lock; "" = none. A secret: anyone who knows it can release the lock."""
-    lock_index: int = 0
-    """The fencing token: it increases each time the lock is acquired."""
-
-
-class TxnConflictError(ConflictError):
-    """The transaction was not applied. `lost`: positions of the operations that failed."""
-
-    def __init__(self, message: str, lost: frozenset[int]) -> None:
-        super().__init__(message)
-        self.lost = lost
 
 
 class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # untyped base

@@ -58,7 +58,6 @@ def load(
     Raises one UserError that names every problem, each with its place."""
     env, overrides = env or {}, overrides or {}
     file, document = _read_document(path, env)
-    source = str(file) if file else "built-in defaults"
     mixed = _mixed(document, env) if file and not _is_named(path, env) else ()
     deprecated = use_new_names(document)
     origins = _merge_env(document, env, deprecated) | _merge_flags(document.data, overrides)
@@ -71,13 +70,16 @@ def load(
     problems = _without_echoes(problems)
     unknown = _unknown_variables(env, options)
     if problems or unknown or settings is None:
-        lines = [message(problems, source, origins, document)] if problems else []
+        lines = (
+            [message(problems, str(file or "built-in defaults"), origins, document)]
+            if problems
+            else []
+        )
         raise UserError("\n".join(lines + unknown))
     return settings
 
 
 def _is_named(path: str | FilePath | None, env: Mapping[str, str]) -> bool:
-    """Whether the user names the file."""
     return bool(path or env.get(f"{PREFIX}CONFIG"))
 
 
@@ -147,9 +149,7 @@ def _unknown_variables(env: Mapping[str, str], options: Callable[[], Collection[
         | {f"{PREFIX}{name}" for name in OTHER_VARIABLES}
     )
     odd = sorted(one for one in ours - known if not _OF_OTHERS.fullmatch(one))
-    if not odd:
-        return []
-    known |= set(options())
+    known |= set(options()) if odd else set()
     names = sorted(known - _old_variables().keys())
     return [
         f"environment {show(name)[1:-1]}: no such variable; {did_you_mean(name, names)}"
@@ -399,7 +399,6 @@ def _state_dir(env: Mapping[str, str]) -> str:
     try:
         state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
     except RuntimeError:  # a user that no passwd file knows, as in a container
-        raise UserError(
-            "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
-        ) from None
+        why = "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
+        raise UserError(why) from None
     return str(FilePath(state) / "nomad-watchdog")

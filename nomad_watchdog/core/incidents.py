@@ -160,16 +160,22 @@ class Correlator:
             self._recovered(member)
         if member.groups != groups and not (bad and member.bad and member.groups):
             self._regroup(member, groups)
+        if bad:
+            self._bad(slug, member, now, ref, only)
+        return self.incident_of(slug)
+
+    def _bad(
+        self, slug: Slug, member: _Member, now: Monotonic, ref: int, only: GroupKind | None
+    ) -> None:
         explaining = tuple(one for one in member.groups if one[0] is only) or member.groups
-        if bad and not member.bad:
+        if not member.bad:
             member.bad = True
             self._turned_bad(member, _Turn(slug, now, ref, explaining))
-        elif bad and only is not None and (turn := member.turn) is not None:
-            # It was bad already, and now it is known better why.
+        elif only is not None and (turn := member.turn) is not None:
+            # It was unhealthy already, and now the cause is known better.
             self._take_back(member)
             turn.groups = explaining
             self._turned_bad(member, turn, again=True)
-        return self.incident_of(slug)
 
     def _first(
         self, slug: Slug, groups: tuple[Group, ...], now: Monotonic, ref: int, *, bad: bool

@@ -189,11 +189,8 @@ def _ready(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -
             return Verdict(VerdictState.UNWATCHED, f"the agent can't ask: {why}", ready=True)
         case AgentState.REPAIRING:
             return _repairing(report, evidence, limits, now)
-        case AgentState.OFFLINE if _is_proved(report):
-            return _offline(report, evidence, limits, now)
         case AgentState.OFFLINE:
-            missing = "not confirmed" if report.was_ready else "it never answered"
-            return _suspect(f"{report.reason} ({missing})", report, evidence, limits, now)
+            return _claimed_offline(report, evidence, limits, now)
         case AgentState.OK:
             # Misses are still being counted: no answer so far is not a sign of health.
             why = report.reason or "no probe has answered yet"
@@ -250,6 +247,13 @@ def _suspect(
     )
     said = f"{reason}; {why}; for {lasted_s:.0f} s"
     return Verdict(VerdictState.UNWATCHED, said, ready=True, suspected=True)
+
+
+def _claimed_offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:
+    if _is_proved(report):
+        return _offline(report, evidence, limits, now)
+    missing = "not confirmed" if report.was_ready else "it never answered"
+    return _suspect(f"{report.reason} ({missing})", report, evidence, limits, now)
 
 
 def _offline(report: Report, evidence: Evidence, limits: Limits, now: Monotonic) -> Verdict:

@@ -378,10 +378,9 @@ class Metrics:
     def request(self, route: str, status: int) -> None:
         """Count a response. `route` is the template of a route, never the path of a request."""
         key = (route if route in self._routes else OTHER, status // 100)
-        series = self._answered.get(key)
-        if series is None:
-            series = self._answered[key] = self._requests.labels(key[0], f"{key[1]}xx")
-        series.inc()
+        if key not in self._answered:
+            self._answered[key] = self._requests.labels(key[0], f"{key[1]}xx")
+        self._answered[key].inc()
 
     def refused(self, reason: str) -> None:
         """Count a refused request."""
