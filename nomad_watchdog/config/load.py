@@ -18,7 +18,7 @@ from nomad_watchdog.config.blocks import ConsulSettings
 from nomad_watchdog.config.hcl import NAMED, HclDocument, Path, Problem, read
 from nomad_watchdog.config.problems import in_words, message, model_of, step_into
 from nomad_watchdog.config.renamed import RENAMED, use_new_names, variable_warning
-from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Settings
+from nomad_watchdog.config.settings import FILE_NAME, PREFIX, Settings, state_dir
 from nomad_watchdog.config.types import from_text
 from nomad_watchdog.errors import UserError
 from nomad_watchdog.text_files import did_you_mean
@@ -62,7 +62,7 @@ def load(
     deprecated = use_new_names(document)
     origins = _merge_env(document, env, deprecated) | _merge_flags(document.data, overrides)
     if "data_dir" not in document.data:
-        document.data["data_dir"] = _state_dir(env)
+        document.data["data_dir"] = state_dir(env)
     problems = [*document.problems, *mixed]
     settings = _validate(document, problems, deprecated)
     if not problems and settings is not None:
@@ -135,7 +135,7 @@ def load_block(name: str, path: str | FilePath | None, env: Mapping[str, str]) -
         return None
     part = {key: value for key, value in document.data.items() if key == name}
     try:
-        return Settings.model_validate(part | {"data_dir": _state_dir(env)})
+        return Settings.model_validate(part | {"data_dir": state_dir(env)})
     except (ValidationError, UserError):
         return None
 
@@ -393,12 +393,3 @@ def _put(data: dict[str, object], where: tuple[str, ...], value: object) -> None
             return  # the file has something else there; pydantic will say so
         data = inner
     data[name] = value
-
-
-def _state_dir(env: Mapping[str, str]) -> str:
-    try:
-        state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
-    except RuntimeError:  # a user that no passwd file knows, as in a container
-        why = "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
-        raise UserError(why) from None
-    return str(FilePath(state) / "nomad-watchdog")

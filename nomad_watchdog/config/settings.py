@@ -362,3 +362,13 @@ def template_text(template: str) -> str:
     if "/" not in template and not template.endswith((".hcl", ".yaml")):
         return f"{BUILT_IN}{template}"
     return text_files.read("template file", template)
+
+
+def state_dir(env: Mapping[str, str]) -> str:
+    """The default of `data_dir`, below the user's state folder. Raises UserError for a user without a home."""
+    try:
+        state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or FilePath.home()}/.local/state"
+    except RuntimeError:  # a user that no passwd file knows, as in a container
+        why = "set data_dir (NOMAD_WATCHDOG_DATA_DIR): this user has no home folder"
+        raise UserError(why) from None
+    return str(FilePath(state) / "nomad-watchdog")
