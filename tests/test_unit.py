@@ -90,7 +90,7 @@ class Confined(ControlPlane):
     async def start(self) -> None:
         run = [sys.executable, "-m", "nomad_watchdog", "--config", str(self.file), "run"]
         confined = Path(__file__).with_name("confined.py")
-        argv = [sys.executable, str(confined), str(self.unit), *run]
+        argv = [sys.executable, "-P", str(confined), str(self.unit), *run]
         self._process = Process.start(argv, log=self.log, env=self._env)
 
 

@@ -16,8 +16,9 @@ from rich.text import Text
 from nomad_watchdog.demo.stage import StageDevice
 from nomad_watchdog.terminal import COLOURS
 
-USED_LINES: Final = 18
-"""Maximum number of lines of the terminal for all but the devices in the live view."""
+VIEW_LINES: Final = 6
+"""Maximum number of lines of the live view without the devices: the step in progress, which may be wrapped, an empty
+line, the numbers per verdict, "and N more", and the line of the cursor."""
 VERDICT_WIDTH: Final = 10
 
 
@@ -26,6 +27,8 @@ class Show:
 
     def __init__(self, *, stderr: bool = False, no_color: bool = False) -> None:
         self.console = Console(stderr=stderr, no_color=no_color or None, highlight=False)
+        self._printed = 0
+        """Lines above the live view."""
         self._running = ""
         self._began = 0.0
         self._devices: Sequence[StageDevice] = ()
@@ -48,8 +51,11 @@ class Show:
 
     def line(self, text: str, style: str = "") -> None:
         """Print a line; on a terminal it is wrapped between words."""
-        # Elsewhere a line stays whole, however long: a program may search it.
-        self.console.print(Text(text, style), soft_wrap=not self.console.is_terminal)
+        if self.console.is_terminal:
+            self._print(Text(text, style))
+        else:
+            # A line stays whole, however long: a program may search it.
+            self.console.print(Text(text, style), soft_wrap=True)
 
     def command(self, text: str) -> None:
         """Print a shell command. It is never wrapped, so that it can be pasted."""
@@ -65,9 +71,13 @@ class Show:
         mark = Text("ok", "green") if converged else Text("FAIL", "bold red")
         text = f"{name}: {' '.join(detail.split())}"
         if self.console.is_terminal:
-            self.console.print(_step(mark, took_s, text))
+            self._print(_step(mark, took_s, text))
         else:
             self.line(f"{mark.plain:<4}  {took_s:4.1f} s  {text}")
+
+    def _print(self, what: RenderableType) -> None:
+        self._printed += len(self.console.render_lines(what))
+        self.console.print(what)
 
     def devices(self, items: Sequence[StageDevice]) -> None:
         """Display these devices in the live view."""
@@ -85,7 +95,8 @@ class Show:
                 for verdict, count in counts.most_common()
             )
             lines.append(Text("\ndevices: ").append_text(Text(", ").join(found)))
-        room = max(0, self.console.height - USED_LINES)
+        # Else the terminal would scroll, and a finished step would be lost.
+        room = max(0, self.console.height - self._printed - VIEW_LINES)
         unwatched = [item for item in self._devices if item["verdict"] != "watched"]
         lines += [self._device(item) for item in unwatched[:room]]
         if more := unwatched[room:]:

@@ -70,7 +70,7 @@ async def test_comments_between_certificates_are_left_out(tmp_path: Path) -> Non
         file.write_bytes(text)
         assert certificates("api.ca_cert", str(file)) == plain.decode()
         hashicorp_environment.trust("consul", ca_cert=str(file))
-    with pytest.raises(UserError, match=r"consul\.ca_cert .*no certificate"):
+    with pytest.raises(UserError, match=r"consul\.ca_cert .*no usable certificate"):
         file.write_bytes(COMMENT)
         hashicorp_environment.trust("consul", ca_cert=str(file))
 

@@ -74,7 +74,7 @@ class Behind:
 
     async def open(self) -> None:
         """Have the gateway run, and wait until it lets through."""
-        argv = [sys.executable, forwarding.__file__, str(self.port), str(MANY)]
+        argv = [sys.executable, "-P", forwarding.__file__, str(self.port), str(MANY)]
         self.gateway = Process.start(argv, log=self.folder / "gateway.log", env=clean_environment())
 
         async def there() -> bool:

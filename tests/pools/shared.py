@@ -16,7 +16,7 @@ async def a_pool_of_another_is_left_alone(
     await other.ensure("p", pool)
     try:
         assert "p" not in await driver.list_pools()
-        with pytest.raises(TerminalError, match="not of this installation"):
+        with pytest.raises(TerminalError, match="does not belong to this installation"):
             await driver.ensure("p", pool)
         with pytest.raises(NotFoundError):
             await driver.scale("p", 2, "")

@@ -74,7 +74,7 @@ async def by_hand(plane: ControlPlane) -> None:
     await plane.until("/v1/pools", lambda answer: counts(answer["items"][0]) == (2, 2), 60.0)
     refused = await cli(plane, "pools", "scale", "encoder", "6", code=64)
     assert "1 to 5" in refused
-    assert "take its block out first" in await cli(plane, "pools", "rm", "encoder", code=64)
+    assert "remove its block first" in await cli(plane, "pools", "rm", "encoder", code=64)
 
 
 async def cli(plane: ControlPlane, *words: str, code: int = 0) -> str:
