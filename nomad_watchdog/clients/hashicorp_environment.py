@@ -1,7 +1,7 @@
 """The environment variables of Nomad and Consul, with the same meaning as in their own command lines.
 
 The rules are those of `DefaultConfig` and `NewClient` in the packages `api` of Nomad 1.6 and Consul 1.14;
-tests/cli/test_hashicorp_variables.py compares with the real programs. This is the only module that reads these
+tests/clients/test_hashicorp_environment.py compares with the real programs. This is the only module that reads these
 variables, for the control plane, the agents' document, doctor and the CLI.
 """
 

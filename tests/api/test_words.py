@@ -16,7 +16,7 @@ from nomad_watchdog import device_fields
 from nomad_watchdog.api import schemas
 from nomad_watchdog.config.problems import PATTERNS
 from tests.api.conftest import ServedApi
-from tests.cli.test_config_words import LIBRARYS_WORDS
+from tests.config.test_problems import LIBRARYS_WORDS
 
 BODIES: list[type[BaseModel]] = [
     device_fields.DeviceIn,

@@ -1,6 +1,6 @@
 """Real input: 200 devices move from a real Nomad to a real Kubernetes control plane while they are watched.
 
-Pods run as processes (`servers/kubelet/__main__.py`); a lost scheduler is the simulation's (`tests/migration`).
+Pods run as processes (`servers/kubelet/__main__.py`); a lost scheduler is the simulation's (`tests/controllers/migration`).
 """
 
 from __future__ import annotations

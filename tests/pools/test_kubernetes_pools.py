@@ -20,9 +20,9 @@ from nomad_watchdog.pools._kubernetes_objects import _quantity, manifests, numbe
 from nomad_watchdog.pools.kubernetes import KubernetesPools
 from nomad_watchdog.schedulers.kubernetes import KubernetesScheduler
 from servers.kubernetes import KubernetesCluster
-from tests.kubernetes.hosted import path_of
-from tests.kubernetes.test_manifests import USER, install
 from tests.pools.shared import a_pool_of_another_is_left_alone
+from tests.schedulers.kubernetes.hosted import path_of
+from tests.schedulers.kubernetes.test_manifests import USER, install
 
 
 def pool(**more: object) -> PoolSettings:
