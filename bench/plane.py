@@ -82,15 +82,13 @@ class Plane:
         self.reconciler = reconciler
         self.started: dict[str, float] = {}
         self._news = asyncio.Event()
-        inner = reconciler.executor.done
 
-        def done(action: Action, outcome: Outcome, took_s: float) -> None:
+        def done(action: Action, outcome: Outcome, _took_s: float) -> None:
             if action.kind is ActionKind.START and outcome is Outcome.OK:
                 self.started[action.slug] = time.perf_counter()
                 self._news.set()
-            inner(action, outcome, took_s)
 
-        reconciler.executor.done = done
+        reconciler.executor.ended.connect(done)
 
     async def register(self, names: list[str]) -> None:
         for first in range(0, len(names), 1000):

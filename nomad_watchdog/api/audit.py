@@ -71,12 +71,9 @@ def audit(
 def _report_left_out(context: Context, actor: str) -> None:
     """Record one event about the changes of a token that have no event of their own."""
     count = context.audits.left_out.pop(actor, 0)
-    context.fleet.events.own.add(
-        at=context.fleet.clock.wall(),
-        kind=f"{AUDIT}left_out",
-        device_id="",
-        slug=Slug(""),
-        text=f"{count} changes by {actor} have no event: a maximum of {AT_ONCE} at once and {PER_S:g} per "
+    context.fleet.events.note_fleet(
+        f"{AUDIT}left_out",
+        f"{count} changes by {actor} have no event: a maximum of {AT_ONCE} at once and {PER_S:g} per "
         "second are stored per token; the log has them all",
-        data={"actor": actor, "count": count},
+        {"actor": actor, "count": count},
     )

@@ -271,7 +271,7 @@ class ClassSetController:
             self._emit("classes.agree", text, fields)
 
     def _emit(self, kind: str, text: str, data: Mapping[str, object]) -> None:
-        self._fleet.events.own.note(self._fleet.clock.wall(), kind, text, **data)
+        self._fleet.events.note_fleet(kind, text, data)
 
     def status(self) -> dict[str, object]:
         """For the status."""

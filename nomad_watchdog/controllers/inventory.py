@@ -138,7 +138,7 @@ class InventoryController:
         self._note("inventory.bad" if problem else "inventory.good", text)
 
     def _note(self, kind: str, text: str, **data: object) -> None:
-        self.fleet.events.own.note(self.fleet.clock.wall(), kind, text, **data)
+        self.fleet.events.note_fleet(kind, text, data)
 
     async def _follow(self) -> None:
         for file in self.files:

@@ -299,7 +299,7 @@ class MigrationController:
         text = f"from {move.source} to {move.goal}" + (f": {more}" if more else "")
         log.warning("migration", extra={"state": what, "reason": text})
         fleet = self._fleet
-        fleet.events.own.note(fleet.clock.wall(), f"migration.{what}", text, migration=move.id)
+        fleet.events.note_fleet(f"migration.{what}", text, {"migration": move.id})
 
     def hint(self) -> str:
         """What the operator should do now that all devices have moved; "" = nothing."""

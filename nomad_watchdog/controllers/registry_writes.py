@@ -63,4 +63,4 @@ class RegistryWrites:
         self._metrics.registry_unwritable(False)
 
     def _note(self, kind: str, text: str, **data: object) -> None:
-        self._fleet.events.own.note(self._fleet.clock.wall(), kind, text, **data)
+        self._fleet.events.note_fleet(kind, text, data)

@@ -269,7 +269,7 @@ class RolloutController:
     def _report(self, name: str, kind: str, text: str) -> None:
         log.warning(text, extra={"agent_class": name, "kind": kind})
         fleet = self._fleet
-        fleet.events.own.note(fleet.clock.wall(), kind, f"class {name}, {text}", **{"class": name})
+        fleet.events.note_fleet(kind, f"class {name}, {text}", {"class": name})
 
     def _wanted(self, name: str) -> Iterator[Slug]:
         for slug, record in self._fleet.records.items():

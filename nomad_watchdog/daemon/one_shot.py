@@ -100,7 +100,7 @@ async def apply(
     plan = reconciler.plan_builder.make(confirmed) if confirmed else plan
     planned = reconciler.plan_builder.shown(plan)
     done = _Progress()
-    reconciler.executor.done = done.count
+    reconciler.executor.ended.connect(done.count)
     await _perform(reconciler, plan, done)
     if plan.waiting or done.replaced:
         await _follow(reconciler, confirmed, done, report_progress)

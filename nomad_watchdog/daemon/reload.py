@@ -22,7 +22,6 @@ from nomad_watchdog.controllers.inventory import InventoryController
 from nomad_watchdog.core.settings_diff import differences
 from nomad_watchdog.daemon import systemd
 from nomad_watchdog.errors import WatchdogError
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.schedulers.multi import MultiScheduler
 
@@ -216,14 +215,7 @@ class Reloader:
                 "changed": list(done.changed[:MAX_LISTED]),
                 "needs_restart": list(done.needs_restart[:MAX_LISTED]),
             }
-        fleet.events.own.add(
-            at=fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=text,
-            data=data,
-        )
+        fleet.events.note_fleet(kind, text, data)
 
     def status(self) -> dict[str, object]:
         """The part of the status about the configuration."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice, takewhile
@@ -14,6 +14,7 @@ from typing import Final, Protocol, cast
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import WallTime
 from nomad_watchdog.secret_values import hide, hide_in
+from nomad_watchdog.signals import Signal
 
 MAX_EVENTS: Final = 10_000
 MAX_DEVICES: Final = 2_000
@@ -167,10 +168,10 @@ class EventLog:
     store: EventSink | None = None
     is_copied: bool = False
     """The numbers come from another replica: a reader may already know higher ones than are here."""
-    on_add: Callable[[Event], None] | None = None
-    """Called for each event that was observed here."""
-    on_mark: Callable[[Sequence[int], str], None] | None = None
-    """Called for each `mark`, before the event of the incident itself."""
+    added: Signal[[Event]] = field(default_factory=Signal)
+    """An event was observed here."""
+    marked: Signal[[Sequence[int], str]] = field(default_factory=Signal)
+    """Events were marked with an incident, before the event of the incident itself."""
     _ring: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
     _audit: _Audit = field(default_factory=_Audit)
     _devices: OrderedDict[Slug, deque[Event]] = field(default_factory=OrderedDict)
@@ -205,13 +206,8 @@ class EventLog:
         text = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
         event = Event(self._seq + 1, at, kind, device_id, slug, text, data, self.origin, incident)
         self.append(event)
-        if self.on_add is not None:
-            self.on_add(event)
+        self.added.emit(event)
         return event
-
-    def note(self, at: WallTime, kind: str, text: str, **data: object) -> Event:
-        """Append an event of the whole fleet: it belongs to no device."""
-        return self.add(at=at, kind=kind, device_id="", slug=Slug(""), text=text, data=data)
 
     def append(self, event: Event) -> None:
         """Append an event that already has a number, above all that are here; the oldest is removed."""
@@ -263,8 +259,7 @@ class EventLog:
                 self._ring[place].incident = incident
         if self.store is not None:
             self.store.mark(seqs, incident)
-        if self.on_mark is not None:
-            self.on_mark(seqs, incident)
+        self.marked.emit(seqs, incident)
 
     def recent(self) -> Iterable[Event]:
         """What is in memory, oldest first."""

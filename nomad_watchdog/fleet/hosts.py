@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import PlacementState
 from nomad_watchdog.schedulers import ClosedHost
 
@@ -64,12 +63,4 @@ class HostWatcher:
         )
 
     def _note(self, kind: str, name: str, text: str) -> None:
-        fleet = self._fleet
-        fleet.events.own.add(
-            at=fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=text,
-            data={"node": name},
-        )
+        self._fleet.events.note_fleet(kind, text, {"node": name})

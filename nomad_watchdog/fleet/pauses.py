@@ -20,6 +20,7 @@ from nomad_watchdog.errors import DamagedError, UserError
 from nomad_watchdog.model import WallTime
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.document import Document, DocumentFormat, OtherVersionError
+from nomad_watchdog.signals import Signal
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ class Pauses:
         self.clock = clock
         self.problem = ""
         """Why the stored document can't be used; the pauses that were last read stay in force."""
-        self.on_older: Callable[[], None] = lambda: None
-        """Called when the stored document is older than one that was known: the registry went back in time."""
+        self.went_back: Signal[[]] = Signal()
+        """The stored document is older than the one read before: the registry went back in time."""
         self._document = Document(registry, FORMAT)
         self._reported: tuple[Pause, ...] = ()
         self._in_force: tuple[Pause, ...] = ()
@@ -133,7 +134,7 @@ class Pauses:
                 log.warning("pauses can't be read", extra={"reason": str(error)})
             self.problem = str(error)
         if self._document.index < known:
-            self.on_older()
+            self.went_back.emit()
         found = self.in_force()
         changed, self._reported = found != self._reported, found
         return changed

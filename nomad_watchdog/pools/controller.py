@@ -24,7 +24,6 @@ from nomad_watchdog.errors import (
     WatchdogError,
 )
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.pools import Driver, PoolStatus
 from nomad_watchdog.pools.metric_reader import MetricReader, Reading
@@ -262,11 +261,4 @@ class PoolController:
         state.reported_problem = problem
 
     def _note(self, name: str, kind: str, text: str, data: Mapping[str, object]) -> None:
-        self._fleet.events.own.add(
-            at=self._fleet.clock.wall(),
-            kind=kind,
-            device_id="",
-            slug=Slug(""),
-            text=text,
-            data={"pool": name} | dict(data),
-        )
+        self._fleet.events.note_fleet(kind, text, {"pool": name, **data})

@@ -80,8 +80,8 @@ class EventReplicator:
         self.problem = "no replica publishes events yet"
         """Why the log here may be behind; "" = it is not."""
         fleet.events.read_from(merged.log)
-        fleet.events.own.on_add = self._on_added
-        fleet.events.own.on_mark = self._on_marked
+        fleet.events.own.added.connect(self._on_added)
+        fleet.events.own.marked.connect(self._on_marked)
         fleet.views.add_status(self.status)
 
     def status(self) -> dict[str, object]:

@@ -72,7 +72,7 @@ class ReplicaWatcher:
             self._note("shards.taken", own, text, shards=shards)
 
     def _note(self, kind: str, name: str, text: str, **data: object) -> None:
-        self._fleet.events.own.note(self._fleet.clock.wall(), kind, text, replica=name, **data)
+        self._fleet.events.note_fleet(kind, text, {"replica": name, **data})
 
 
 def _named(shards: list[Shard]) -> str:

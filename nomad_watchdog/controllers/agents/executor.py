@@ -32,6 +32,7 @@ from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import AgentSpec, DeviceRecord, Epoch, Monotonic, PlacementState
 from nomad_watchdog.replicas.leases import Leases, SoleOwner, check
 from nomad_watchdog.schedulers import Scheduler
+from nomad_watchdog.signals import Signal
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class ActionExecutor:
     leases: Leases = field(default_factory=SoleOwner)
     told: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
     """The spec with what its agents are told at the moment of their start."""
+    ended: Signal[[Action, Outcome, float]] = field(default_factory=Signal)
+    """An action has ended: how, and how long it took, seconds."""
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     stops: dict[str, tuple[Action, Monotonic]] = field(default_factory=dict)
     """By the ref of the placement: stops that were answered, and when."""
@@ -113,6 +116,7 @@ class ActionExecutor:
     def __post_init__(self) -> None:
         self._spare.set()
         self._idle.set()
+        self.ended.connect(self.done)
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -216,7 +220,7 @@ class ActionExecutor:
             self.fleet.events.note(
                 action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(epoch)
             )
-            self.done(action, Outcome.OK, took_s)
+            self.ended.emit(action, Outcome.OK, took_s)
         finally:
             self.queue.done(action.slug)
             self._hand(-1)
@@ -233,7 +237,7 @@ class ActionExecutor:
 
     def _dropped(self, action: Action, error: FencedError) -> None:
         log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})
-        self.done(action, Outcome.FENCED, 0.0)
+        self.ended.emit(action, Outcome.FENCED, 0.0)
 
     async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
         spec = self.specs.get(action.placement.agent_class) if action.placement else None
@@ -350,4 +354,4 @@ class ActionExecutor:
             },
         )
         self.fleet.events.note(action.slug, "error", f"{action.kind.value}: {error}")
-        self.done(action, Outcome.FAILED, 0.0)
+        self.ended.emit(action, Outcome.FAILED, 0.0)

@@ -15,7 +15,6 @@ from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.core.registry_rollback import RegistryRollback
 from nomad_watchdog.errors import TransientError, UserError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
-from nomad_watchdog.ids import Slug
 from nomad_watchdog.logs import Lasting
 from nomad_watchdog.metrics import Metrics
 from nomad_watchdog.model import DeviceRecord
@@ -58,7 +57,7 @@ class RecordInformer:
         """Records that the last snapshot left out without proof that the registry went back in time."""
         self._older_pauses = False
         self._restored = ""
-        fleet.presence.pauses.on_older = self._pauses_went_back
+        fleet.presence.pauses.went_back.connect(self._pauses_went_back)
         fleet.views.add_status(lambda: {"registry_restored": self._restored})
 
     async def run(self) -> None:
@@ -218,7 +217,4 @@ class RecordInformer:
         )
 
     def _note(self, kind: str, text: str, **data: object) -> None:
-        fleet = self.fleet
-        fleet.events.own.add(
-            at=fleet.clock.wall(), kind=kind, device_id="", slug=Slug(""), text=text, data=data
-        )
+        self.fleet.events.note_fleet(kind, text, data)
