@@ -21,6 +21,10 @@ class Signal(Generic[P]):
         """Have `listener` called at each emit from now on."""
         self._listeners.append(listener)
 
+    def disconnect(self, listener: Callable[P, object]) -> None:
+        """Do not call `listener` any more. Raises ValueError if it is not connected."""
+        self._listeners.remove(listener)
+
     def emit(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call all listeners."""
         for listener in self._listeners:

@@ -28,7 +28,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.records import Registered
 from nomad_watchdog.fleet.serializers import placement_json
 from nomad_watchdog.fleet.views import DeviceView
-from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
+from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, Slug, parse_device_id, slug_of
 from nomad_watchdog.model import (
     Departure,
     Device,
@@ -100,16 +100,25 @@ async def list_devices(request: web.Request) -> web.StreamResponse:
 async def get_device(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     device_id = device_id_of(request)
-    view = fleet.views.device(slug_of(device_id))
+    slug = slug_of(device_id)
+    _refresh(fleet, slug)
+    view = fleet.views.device(slug)
     if view is None:
         raise await missing(fleet, device_id)
     return json_response(device_json(fleet, view))
 
 
+def _refresh(fleet: Fleet, slug: Slug) -> None:
+    if slug in fleet.records:
+        fleet.verdicts.refresh(slug)
+
+
 async def explain_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     fleet = request.app[CONTEXT].fleet
-    explained = fleet.views.explain(slug_of(device_id)) or await _explain_stray(fleet, device_id)
+    slug = slug_of(device_id)
+    _refresh(fleet, slug)
+    explained = fleet.views.explain(slug) or await _explain_stray(fleet, device_id)
     if not explained:
         raise await missing(fleet, device_id)
     return json_response(hide_in(explained))

@@ -127,6 +127,7 @@ async def scan(
             began = time.monotonic()
         record = fleet.records.get(fleet.records.slug_by_id.get(device_id, Slug("")))
         if record is not None and admits(record):
+            fleet.verdicts.refresh(record.slug)
             view = fleet.views.device(record.slug)
             if view is not None:
                 yield view

@@ -7,6 +7,7 @@ so that a replica that lacks a file can follow.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator
 
 from nomad_watchdog.core.config_precedence import ConfigStanding
 from nomad_watchdog.core.settings_diff import words
-from nomad_watchdog.errors import StaleError
+from nomad_watchdog.errors import DamagedError, StaleError
 from nomad_watchdog.model import AgentSpec
 from nomad_watchdog.registry import Registry
 from nomad_watchdog.registry.document import Document, DocumentFormat
@@ -117,11 +118,16 @@ class ClassSetStore:
         self._registry = registry
         self._document = Document(registry, HEAD)
         self._read: _HeadFields | None = None
+        self._lock = asyncio.Lock()
         self.in_force: InForce | None = None
         """None = no set was ever in force, or none was read yet."""
 
     async def read(self) -> InForce | None:
         """Read what is in force now. Raises as `Document.refresh`, and StaleError while it is being written."""
+        async with self._lock:
+            return await self._refresh()
+
+    async def _refresh(self) -> InForce | None:
         await self._document.refresh()
         head = self._document.value
         if head is self._read:
@@ -130,18 +136,26 @@ class ClassSetStore:
         return self.in_force
 
     async def _decoded(self, head: _HeadFields) -> InForce:
-        body = base64.b64decode(head.body)
-        if head.parts:
-            body = b"".join([(await self._registry.document(name)).body for name in head.parts])
-        if _sum(body) != head.sum:
-            raise StaleError("the specs in force are just being changed; they are read again soon")
+        parts = [(await self._registry.document(name)).body for name in head.parts]
+        try:
+            body = b"".join(parts) if parts else base64.b64decode(head.body)
+            if _sum(body) != head.sum:
+                raise StaleError("the specs in force are being changed; they are read again soon")
+            specs = _SPECS.decode(zlib.decompress(body))
+        except (ValueError, zlib.error) as error:
+            raise DamagedError(
+                f"the registry's document {HEAD.name} can't be used; {_REPAIR}"
+            ) from error
         standing = ConfigStanding(head.number, head.digest, head.superseded)
-        specs = _SPECS.decode(zlib.decompress(body))
         return InForce(standing, specs, head.by, head.since)
 
-    async def write(self, wanted: InForce) -> bool:
-        """Bring a set into force in place of the one that was last read; False where another replica was faster.
-        Raises as `Document.replace`, and UserError when it is too large."""
+    async def write(self, wanted: InForce, instead_of: InForce | None) -> bool:
+        """Bring a set into force in place of the one that the decision rests on; False where that is not in force any
+        more. Raises as `Document.replace`, and UserError when it is too large."""
+        async with self._lock:
+            return self.in_force is instead_of and await self._write(wanted)
+
+    async def _write(self, wanted: InForce) -> bool:
         before = self._document.value
         body = zlib.compress(_SPECS.encode(wanted.specs), 9)
         parts: tuple[str, ...] = ()

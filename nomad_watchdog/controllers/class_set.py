@@ -77,7 +77,7 @@ class OwnClasses:
         )
 
     def wins(self, stored: InForce | None, others: Iterable[str]) -> bool:
-        """See `core.in_force.wins`."""
+        """See `core.config_precedence.wins`."""
         return wins(self.digest(stored), None if stored is None else stored.standing, others)
 
 
@@ -229,7 +229,7 @@ class ClassSetController:
                 self._leases.replica,
                 self._fleet.clock.wall(),
             )
-            if await self._store.write(wanted):
+            if await self._store.write(wanted, stored):
                 self._open = False
                 self._report_change(stored, wanted)
                 return

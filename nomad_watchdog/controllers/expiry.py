@@ -146,13 +146,16 @@ class ExpiryController:
     def _hold(self, cause: str, state: _Cause, decision: HoldDecision[_Key]) -> None:
         begins = bool(decision.held) and not state.held
         state.held, state.reason = decision.held, decision.reason
-        self.metrics.departures_held(len(list(self._held())))
+        self.metrics.departures_held(self._held_count())
         if begins:
             report_hold(self.fleet, DEPARTURES, f"{cause}: {decision.reason}")
 
     def _held(self) -> Iterator[_Key]:
         for _, state in sorted(self._causes.items()):
             yield from sorted(state.held)
+
+    def _held_count(self) -> int:
+        return sum(len(state.held) for state in self._causes.values())
 
     @property
     def held_id(self) -> str:
@@ -166,7 +169,7 @@ class ExpiryController:
     def _summary(self, name: str) -> dict[str, object]:
         reasons = (f"{c}: {s.reason}" for c, s in sorted(self._causes.items()) if s.held)
         return {
-            name: len(list(self._held())),
+            name: self._held_count(),
             "reason": "; ".join(reasons),
             "id": self.held_id,
         }

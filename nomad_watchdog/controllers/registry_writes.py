@@ -18,7 +18,7 @@ EVERY_S: Final = 5.0
 
 
 class RegistryWrites:
-    """Sets `Fleet.registry_unwritable`."""
+    """Sets `FleetReadiness.registry_unwritable`."""
 
     def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
         self._fleet = fleet

@@ -102,7 +102,7 @@ def plan(  # noqa: PLR0913  # all that a decision stands on, by name
     be read, so that nobody knows what is wished of them. `homes`: where agents live and should live.
     `changes`: (agent class, hash of a spec) → what the class's spec changes in it, in words.
     `stalled_room`: maximum number of placements that are given up in this pass because they are `stalled`.
-    `reach`: see `living.stranded`.
+    `reach`: see `report_addresses.stranded`.
     """
     present, decided = _decided(
         records,

@@ -367,3 +367,20 @@ def _is_in_grace(evidence: Evidence, limits: Limits, now: Monotonic) -> bool:
         # A queue, a restart in place, or a restart of ours: none of them is a start as measured.
         return waited <= longer_s
     return now - placed_at <= measured_s and waited <= STARTS_IN_A_ROW * longer_s
+
+
+_REPORTED_AS: Final = {
+    VerdictState.WATCHED: AgentState.OK,
+    VerdictState.SUSPECT: AgentState.SUSPECT,
+    VerdictState.DEGRADED: AgentState.DEGRADED,
+    VerdictState.REPAIRING: AgentState.REPAIRING,
+    VerdictState.OFFLINE: AgentState.OFFLINE,
+    VerdictState.UNWATCHED: AgentState.UNABLE,
+}
+
+
+def reported_age_s(state: VerdictState, report: Report | None, now: Monotonic) -> float:
+    """How long the agent has been reporting this state, seconds; 0 when it does not say."""
+    if report is None or _REPORTED_AS.get(state) is not report.state or not report.state_age_s:
+        return 0.0
+    return report.state_age_s + (now - report.received_at)

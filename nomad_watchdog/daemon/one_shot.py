@@ -100,6 +100,7 @@ async def apply(
     plan = reconciler.plan_builder.make(confirmed) if confirmed else plan
     planned = reconciler.plan_builder.shown(plan)
     done = _Progress()
+    reconciler.act_once()
     reconciler.executor.ended.connect(done.count)
     await _perform(reconciler, plan, done)
     if plan.waiting or done.replaced:

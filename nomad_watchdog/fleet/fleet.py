@@ -48,7 +48,7 @@ class Fleet:
         self.classes: frozenset[str] | None = None
         """The configured agent classes; None = not known, and a device may have any class."""
         self.placements: dict[Slug, tuple[Placement, ...]] = {}
-        """As last read; changed by `apply_placements` only."""
+        """As last read, with our own stops since then."""
         self.readiness = FleetReadiness()
         self.records = RecordCache(registry, clock)
         self.events = FleetEvents(log or EventLog(), clock, self.records, self.placements)
@@ -109,7 +109,7 @@ class Fleet:
         found: Mapping[Slug, tuple[Placement, ...]],
         only: Collection[Slug] | None = None,
     ) -> None:
-        """Apply a snapshot of the scheduler: of all devices, or `only` of these, which are judged at once."""
+        """Apply a snapshot of the scheduler: of all devices, or `only` of these."""
         if only is None:
             self.placements.clear()
             self.placements.update(found)
@@ -119,8 +119,6 @@ class Fleet:
                 self.placements[slug] = placements
             else:
                 self.placements.pop(slug, None)
-            if slug in self.records:
-                self.verdicts.judge(slug)
 
     def _records_changed(self, changes: Sequence[RecordChange]) -> None:
         self._loop.records_changed([record for _, record in changes])

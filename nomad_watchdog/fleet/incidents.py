@@ -129,7 +129,10 @@ class IncidentTracker:
         self._correlator.forget(slug)
 
     def _of(self, slug: Slug) -> _Device:
-        return self._devices.setdefault(slug, _Device())
+        known = self._devices.get(slug)
+        if known is None:
+            known = self._devices[slug] = _Device()
+        return known
 
     # -- opening and closing --------------------------------------------------------------------
 

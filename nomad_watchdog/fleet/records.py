@@ -17,6 +17,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass
+from typing import TypeVar, overload
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.clock import Clock, steps
@@ -40,6 +41,8 @@ from nomad_watchdog.registry import (
 )
 from nomad_watchdog.registry.epoch_floor import FLOOR, floor_of, raise_floor
 from nomad_watchdog.signals import Signal
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,15 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
     def __contains__(self, slug: object) -> bool:
         return slug in self._records
 
-    # Mapping's own views call __getitem__ for each record: too slow for 100,000 devices.
+    # Mapping's own `get` and views call __getitem__ for each record: too slow for 100,000 devices.
+    @overload
+    def get(self, slug: Slug, /) -> DeviceRecord | None: ...
+    @overload
+    def get(self, slug: Slug, /, default: DeviceRecord | T) -> DeviceRecord | T: ...
+    def get(self, slug: Slug, /, default: T | None = None) -> DeviceRecord | T | None:
+        """The record of a device, or the default."""
+        return self._records.get(slug, default)
+
     def keys(self) -> KeysView[Slug]:
         """The devices."""
         return self._records.keys()
@@ -281,7 +292,7 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
         slugs = [
             record.slug
             for record, won in zip(tombstones, gone, strict=True)
-            if won and self.get(record.slug, record).index == record.index
+            if won and self._records.get(record.slug, record).index == record.index
         ]
         for slug in slugs:
             record = self._records.pop(slug, None)
@@ -314,7 +325,7 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
         """Apply records that are known to be stored, including our own writes (S8); whether any is new."""
         news = []
         for record in records:
-            before = self.get(record.slug)
+            before = self._records.get(record.slug)
             if before is None or before.index < record.index:
                 self._records[record.slug] = record
                 self.slug_by_id[record.device.id] = record.slug
@@ -343,7 +354,7 @@ class RecordCache(Mapping[Slug, DeviceRecord]):
             # wiped store, which takes precedence.
             if ours.index > index >= self.index and (theirs is None or theirs.index < ours.index):
                 fresh[slug] = ours
-        news = self.learn([r for slug, r in fresh.items() if self.get(slug) is not r])
+        news = self.learn([r for slug, r in fresh.items() if self._records.get(slug) is not r])
         gone = [slug for slug in self._records if slug not in fresh]
         self.setback = registry_rollback.of(self._records, fresh, self.index, index)
         # A tombstone that is gone was deleted by another replica.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from nomad_watchdog.model import (
     Monotonic,
@@ -19,6 +19,15 @@ RESTARTS_EVERY_S: Final = 60.0
 """Restarts of one device's agent are published at most this often; those in between are counted in the next event."""
 
 
+class Counted(NamedTuple):
+    """What the totals count of one device."""
+
+    state: VerdictState | None = None
+    unheard: Unheard | None = None
+    unlisted: bool = False
+    settled: bool = False
+
+
 @dataclass(slots=True)
 class Track:
     """What is remembered of a device between two judgements."""
@@ -28,6 +37,8 @@ class Track:
     """See `verdict.Evidence`."""
     epoch: int = -1
     """The record's epoch when it was last judged."""
+    judged: tuple[int, Monotonic] = (-1, Monotonic(float("-inf")))
+    """The record's index when it was last judged, and when that was."""
     verdict: Verdict | None = None
     """As last judged; None = not judged yet."""
     agent: VerdictState | None = None
@@ -93,6 +104,11 @@ class Track:
             return 0
         self.restarts, self.restarted_at = (placement.epoch, placement.restarts), now
         return new
+
+    @property
+    def counted(self) -> Counted:
+        """For the totals."""
+        return Counted(self.state, self.unheard, self.unlisted, self.settled)
 
     @property
     def settled(self) -> bool:

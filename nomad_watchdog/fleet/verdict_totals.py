@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from nomad_watchdog.fleet.track import Track
+from nomad_watchdog.fleet.track import Counted
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import Unheard, VerdictState
 
 
 class VerdictTotals:
-    """Counts what the tracks of all devices contain. A track is discounted before it changes, and counted after."""
+    """Counts what the tracks of all devices contain."""
 
     def __init__(self) -> None:
         self.by_state: Counter[VerdictState] = Counter()
@@ -22,22 +22,18 @@ class VerdictTotals:
         self.silent: set[Slug] = set()
         """Devices whose agent runs, has had its time, and of which no report arrives."""
 
-    def count(self, slug: Slug, track: Track) -> None:
-        """Include what this track contains now."""
-        self._add(track, 1)
-        if track.unheard is Unheard.SILENT:
+    def change(self, slug: Slug, before: Counted, after: Counted) -> None:
+        """The track of a device was `before` and is `after` now. Most judgements change nothing."""
+        if before == after:
+            return
+        for counted, step in ((before, -1), (after, 1)):
+            if counted.state is not None:
+                self.by_state[counted.state] += step
+            if counted.unheard is not None:
+                self.unheard[counted.unheard] += step
+            self.unlisted += step * counted.unlisted
+            self.settled += step * counted.settled
+        if after.unheard is Unheard.SILENT:
             self.silent.add(slug)
-
-    def discount(self, slug: Slug, track: Track) -> None:
-        """Exclude what this track contains now."""
-        self._add(track, -1)
-        if track.unheard is Unheard.SILENT:
+        else:
             self.silent.discard(slug)
-
-    def _add(self, track: Track, step: int) -> None:
-        if track.state is not None:
-            self.by_state[track.state] += step
-        if track.unheard is not None:
-            self.unheard[track.unheard] += step
-        self.unlisted += step * track.unlisted
-        self.settled += step * track.settled

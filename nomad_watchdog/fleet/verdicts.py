@@ -24,11 +24,10 @@ from nomad_watchdog.fleet.previous_run import PreviousRun
 from nomad_watchdog.fleet.reconcile_loop import NoLoop, ReconcileLoop
 from nomad_watchdog.fleet.records import RecordCache, RecordChange
 from nomad_watchdog.fleet.refused_reports import RefusedReports
-from nomad_watchdog.fleet.track import Track
+from nomad_watchdog.fleet.track import Counted, Track
 from nomad_watchdog.fleet.verdict_totals import VerdictTotals
 from nomad_watchdog.ids import Slug
 from nomad_watchdog.model import (
-    AgentState,
     Condition,
     DeviceRecord,
     Health,
@@ -42,6 +41,9 @@ from nomad_watchdog.model import (
     VerdictState,
     WallTime,
 )
+
+FRESH_S: Final = 2.0
+"""A judgement is not repeated for a reader within this time."""
 
 
 class VerdictTracker:
@@ -100,10 +102,9 @@ class VerdictTracker:
     def _is_due(self, before: DeviceRecord | None, record: DeviceRecord) -> bool:
         """Whether a changed record is judged at once. A device whose agent is being replaced has no ready agent from
         this moment on: a roll-out must not count it as ready until the next periodic judgement."""
-        if before is None or before.generation != record.generation:
-            return True
         track = self._tracks.get(record.slug)
-        return before.epoch != record.epoch and track is not None and track.ready
+        replaced = before is not None and before.epoch != record.epoch
+        return replaced and track is not None and track.ready
 
     def _records_forgotten(self, slugs: Sequence[Slug]) -> None:
         for slug in slugs:
@@ -111,7 +112,7 @@ class VerdictTracker:
             self.conditions.forget(slug)
             self._previous.forget(slug)
             if (track := self._tracks.pop(slug, None)) is not None:
-                self.totals.discount(slug, track)
+                self.totals.change(slug, track.counted, Counted())
 
     def _heartbeats_recorded(self, ids: Sequence[str]) -> None:
         """Judge devices that were offline at once, instead of at the next periodic judgement."""
@@ -133,15 +134,14 @@ class VerdictTracker:
     def last(self, slug: Slug) -> tuple[Verdict, Monotonic]:
         """The verdict of a known device as last judged, and when its state began. A device that was not judged yet
         has its stored condition."""
-        track, record = self._tracks.get(slug), self._records[slug]
+        track, kept = self._tracks.get(slug), self._records[slug].condition
         now = self._clock.monotonic()
         if track is not None and track.verdict is not None:
             return track.verdict, track.since
-        if record.condition is None:
+        if kept is None:
             return Verdict(VerdictState.STARTING, "not judged yet"), now
-        state = VerdictState(record.condition.state.value)
-        since = self._monotonic(record.condition.since, now)
-        return Verdict(state, record.condition.reason), since
+        since = self._monotonic(kept.since, now)
+        return Verdict(VerdictState(kept.state.value), kept.reason), since
 
     def last_report(self, slug: Slug) -> Report | None:
         """The last accepted report about a device, of whatever agent."""
@@ -187,13 +187,20 @@ class VerdictTracker:
         replaced = verdict.is_replaced(record, evidence)
         judged = condition.shown(found, kept, replaced=replaced)
         self._recorder.incidents.observe(record, evidence, track.state or judged.state)
-        self.totals.discount(slug, track)
+        before = track.counted
         self._apply_agent(slug, track, found, judged)
         if judged.state is not track.state:
             self._change(record, track, judged, kept, evidence)
-        track.verdict = judged
-        self.totals.count(slug, track)
+        track.verdict, track.judged = judged, (record.index, now)
+        self.totals.change(slug, before, track.counted)
         return judged
+
+    def refresh(self, slug: Slug) -> None:
+        """Judge a device before it is read, unless that was done within FRESH_S and its record is the same."""
+        track = self._tracks.get(slug)
+        index, at = (-1, 0.0) if track is None else track.judged
+        if index != self._records[slug].index or self._clock.monotonic() - at > FRESH_S:
+            self.judge(slug)
 
     def _apply_agent(self, slug: Slug, track: Track, found: Verdict, judged: Verdict) -> None:
         """Remember what the verdict states about the agent, and publish what has changed of it."""
@@ -238,7 +245,7 @@ class VerdictTracker:
         if not found.decides and found.state is not VerdictState.DEPARTED:
             return kept
         report = evidence.report
-        age_s = _age_of(found.state, report, now)
+        age_s = verdict.reported_age_s(found.state, report, now)
         began_at = WallTime(self._clock.wall() - age_s)
         track = self._tracks[record.slug]
         misses = report.misses if report is not None else 0
@@ -276,7 +283,7 @@ class VerdictTracker:
         is_published = first and before is not None and before.state == judged.state.value
         if kept is not None and judged.state.value == kept.state.value:
             return self._monotonic(kept.since, now), is_published
-        age_s = _age_of(judged.state, report, now) if first else 0.0
+        age_s = verdict.reported_age_s(judged.state, report, now) if first else 0.0
         if is_published and before is not None:
             stored = self._monotonic(before.at, now)
             # The agent knows whether the state ended and began again while no control plane ran.
@@ -373,24 +380,7 @@ class VerdictTracker:
         return {state: self.totals.by_state[state] for state in VerdictState}
 
 
-_SAME: Final = {
-    VerdictState.WATCHED: AgentState.OK,
-    VerdictState.SUSPECT: AgentState.SUSPECT,
-    VerdictState.DEGRADED: AgentState.DEGRADED,
-    VerdictState.REPAIRING: AgentState.REPAIRING,
-    VerdictState.OFFLINE: AgentState.OFFLINE,
-    VerdictState.UNWATCHED: AgentState.UNABLE,
-}
-
-
 def _addresses(report: Report | None, health: Health | None) -> list[str]:
     """Where an agent is, as far as is known."""
     listens = report.listen.rpartition(":")[0].strip("[]") if report is not None else ""
     return [one for one in (listens, health.address if health is not None else "") if one]
-
-
-def _age_of(state: VerdictState, report: Report | None, now: Monotonic) -> float:
-    """How long the agent has been reporting this state, seconds; 0 when it does not say."""
-    if report is None or _SAME.get(state) is not report.state or not report.state_age_s:
-        return 0.0
-    return report.state_age_s + (now - report.received_at)

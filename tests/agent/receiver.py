@@ -16,6 +16,9 @@ class Receiver(Listener):
         super().__init__(self._answer)
         self.status: int | None = 200
         self.headers = ""
+        self.holds = asyncio.Event()
+        """Set: answers; cleared: a request that is recorded waits for its answer."""
+        self.holds.set()
         self.attempts: list[dict[str, Any]] = []
         """Each with `path`, `headers` (names in lower case), `body` and what was answered as `status`."""
 
@@ -41,6 +44,7 @@ class Receiver(Listener):
         if status is None:
             await silent(reader, writer)
             return
+        await self.holds.wait()
         writer.write(f"HTTP/1.1 {status} X\r\n{self.headers}Content-Length: 0\r\n\r\n".encode())
         await writer.drain()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import random
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from nomad_watchdog.config import class_set
 from nomad_watchdog.config.class_set import ClassSetStore, InForce
 from nomad_watchdog.core.config_precedence import ConfigStanding
-from nomad_watchdog.errors import StaleError
+from nomad_watchdog.errors import DamagedError, StaleError
 from nomad_watchdog.model import AgentSpec, Variant
 from tests.simulation.fakes import FakeRegistry, Store
 
@@ -41,7 +43,7 @@ async def test_what_is_written_is_read(specs: dict[str, AgentSpec]) -> None:
     """All of a spec comes back, its settings too, and what was read is not decoded again while it is the same."""
     store = await registry()
     wanted = in_force(specs)
-    assert await ClassSetStore(store).write(wanted)
+    assert await ClassSetStore(store).write(wanted, None)
     reader = ClassSetStore(store)
     read = await reader.read()
     assert read == wanted
@@ -66,11 +68,11 @@ async def test_a_large_set_has_documents_of_its_own() -> None:
     to read again."""
     store = await registry()
     writer = ClassSetStore(store)
-    assert await writer.write(in_force(large(1)))
+    assert await writer.write(in_force(large(1)), None)
     first = await parts(store)
     assert len(first) > 1
     assert await ClassSetStore(store).read() == in_force(large(1))
-    assert await writer.write(in_force(large(2), 2))
+    assert await writer.write(in_force(large(2), 2), writer.in_force)
     for name in first:
         assert (await store.document(name)).body == b""
     assert await ClassSetStore(store).read() == in_force(large(2), 2)
@@ -85,9 +87,37 @@ async def test_a_large_set_has_documents_of_its_own() -> None:
 async def test_of_two_writers_one_wins() -> None:
     """Who was slower writes nothing."""
     store = await registry()
-    assert await ClassSetStore(store).write(in_force({}))
-    assert not await ClassSetStore(store).write(in_force(large(1), 2))
+    assert await ClassSetStore(store).write(in_force({}), None)
+    assert not await ClassSetStore(store).write(in_force(large(1), 2), None)
     assert await ClassSetStore(store).read() == in_force({})
+
+
+async def test_a_decision_on_an_older_set_is_not_written() -> None:
+    """Another task has read a newer set between the decision and the write: the newer one stays in force."""
+    store = await registry()
+    ours, other = ClassSetStore(store), ClassSetStore(store)
+    before = await ours.read()
+    assert await other.write(in_force(large(1)), None)
+    await ours.read()
+    assert not await ours.write(in_force({}, 1), before)
+    assert await ClassSetStore(store).read() == in_force(large(1))
+
+
+@pytest.mark.parametrize("body", ["not base64!", "aGVsbG8=", "YQ"])
+async def test_a_damaged_set_is_reported_as_damaged(body: str) -> None:
+    """Whatever its body is: no base64, not compressed, or cut off."""
+    store = await registry()
+    assert await ClassSetStore(store).write(in_force({}), None)
+    stored = await store.document("classes")
+    fields = json.loads(stored.body)
+    try:
+        raw = base64.b64decode(body)
+    except ValueError:
+        raw = b""
+    fields |= {"body": body, "sum": class_set._sum(raw)}
+    await store.commit_document("classes", replace(stored, body=json.dumps(fields).encode()))
+    with pytest.raises(DamagedError, match="classes"):
+        await ClassSetStore(store).read()
 
 
 @given(SPECS)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
+from nomad_watchdog.controllers.agents.fence import Fence
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner, tombstones
 from nomad_watchdog.core.placement_gc import TOMBSTONE_REST_S, PlacementGc
@@ -114,7 +115,9 @@ class World:
             known = fleet.records.get(SLUG)
             if known is None or known.presence is Presence.ABSENT or known.epoch > self.peak:
                 break
-            done = await executor._fence(list(planner.decide(known, (), HASHES)))
+            done = await Fence(executor.fleet, executor.leases).pass_all(
+                list(planner.decide(known, (), HASHES))
+            )
             if any(isinstance(one, DeviceRecord) for one in done):
                 break
         if leave:

@@ -211,7 +211,7 @@ class World:
     def _fence(
         self, state: State, r: int, d: int, hand: tuple[int, int], *, calm: bool
     ) -> Iterator[Step]:
-        """`ActionExecutor._fence`: commit the epoch, or read the record again."""
+        """`Fence.pass_all`: commit the epoch, or read the record again."""
         kind, epoch = hand
         known: Rec = state[1][r][2][d][0]
         truth: Rec = state[0][d][0]

@@ -9,6 +9,7 @@ import pytest
 
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.controllers.agents.executor import ActionExecutor
+from nomad_watchdog.controllers.agents.fence import Fence
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
 from nomad_watchdog.core import planner
 from nomad_watchdog.core.tombstones import EpochFloor
@@ -24,6 +25,10 @@ from tests.simulation import fakes
 from tests.simulation.simulator import SPEC
 
 HASHES = {SPEC.agent_class: SPEC.spec_hash}
+
+
+def fence_of(executor: ActionExecutor) -> Fence:
+    return Fence(executor.fleet, executor.leases)
 
 
 def performer_of(fleet: Fleet) -> ActionExecutor:
@@ -95,7 +100,7 @@ async def test_s2_a_replica_that_knows_no_floor_gives_no_epoch_again(store: Stor
     for life in range(1, 4):
         await second.records.register([device])
         action = planner.decide(second.records[slug], (), HASHES)
-        (record,) = await performer_of(second)._fence(list(action))
+        (record,) = await fence_of(performer_of(second)).pass_all(list(action))
         assert isinstance(record, DeviceRecord)
         assert record.epoch > highest
         highest = record.epoch
@@ -119,13 +124,13 @@ async def test_s9_a_damaged_floor_costs_the_first_starts_only(registry: Registry
     await fleet.records.register(devices[:1])
     executor = performer_of(fleet)
     slugs = [slug_of(device.id) for device in devices]
-    await executor._fence(list(planner.decide(fleet.records[slugs[0]], (), HASHES)))
+    await fence_of(executor).pass_all(list(planner.decide(fleet.records[slugs[0]], (), HASHES)))
     bound = replace(fleet.records[slugs[0]], instance="i-1")
     fleet.records.learn([one for one in await fleet.records.commit([bound]) if one is not None])
     await fleet.records.register(devices[1:])
     assert await registry.commit_document(FLOOR, RegistryDocument(b"{", 0))
     batch = [one for slug in slugs for one in planner.decide(fleet.records[slug], (), HASHES)]
-    done, failed = await executor._fence(batch)
+    done, failed = await fence_of(executor).pass_all(batch)
     assert isinstance(done, DeviceRecord)
     assert done.epoch == 2
     assert isinstance(failed, DamagedError)

@@ -221,6 +221,8 @@ class ElectionRound:
     def _sent(self, document: GroupAlert, taken: bool) -> None:
         self.sending = False
         if self.over:
+            if taken:  # an update of an alert whose device has recovered meanwhile
+                self._mark_sent(document)
             return
         if not taken and self._withdraw_if_asked():
             return
@@ -257,7 +259,8 @@ class ElectionRound:
             else:
                 self._later(between(0.2, 0.8), lambda: self._mark_sent(document, tries + 1))
 
-        self.fetch = self.kv.listed(f"{self.folder}/_told", found)
+        # Not in `fetch`: it goes on after the end of the round. Else a successor would send the alert again.
+        self.kv.listed(f"{self.folder}/_told", found)
 
     # -- ending
 
@@ -313,9 +316,9 @@ class ElectionRound:
             self.fetch.cancel()
 
     def withdraw(self, then: Callable[[], None]) -> None:
-        """The device has recovered: delete this agent's note, then call back. Waits while an alert or the last note
-        is being sent."""
-        if self.sending or self.finishing:
+        """The device has recovered: delete this agent's note, then call back. Waits while the first alert or the last
+        note is being sent."""
+        if self.finishing or (self.sending and not self.entry["told"]):
             self.withdrawn = then
             return
         self.stop()

@@ -261,8 +261,8 @@ class Escalations:
 
         def ended(episode: str) -> None:
             self.leaving -= 1
-            if episode:
-                entry["episode"] = episode
+            if episode and not entry.get("ended"):
+                entry["episode"], entry["ended"] = episode, True
                 self._resolve(entry)
 
         if entry["group"] is None:

@@ -224,6 +224,8 @@ class EscalationEntry(TypedDict):
     group: list[str] | None
     episode: str
     told: bool
+    ended: NotRequired[bool]
+    """Its end was sent, too. In memory only."""
 
 
 class GroupAlert(TypedDict):

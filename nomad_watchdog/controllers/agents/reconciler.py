@@ -248,6 +248,9 @@ class Reconciler:
             if expected is not None and snapshot.index >= expected.index:
                 # The start is listed, or it has no effect: either way the planner may decide again.
                 del self.executor.expectations[slug]
+        for slug in snapshot.only or ():
+            if slug in fleet.records:
+                fleet.verdicts.judge(slug)
         self._set_ready()
         self.wake()
 
@@ -348,6 +351,10 @@ class Reconciler:
         record = self.fleet.records.get(action.slug)
         is_present = record is not None and record.presence is Presence.PRESENT
         return is_present == (action.kind is not ActionKind.RETIRE)
+
+    def act_once(self) -> None:
+        """For a command that runs once: it makes its own passes, and an action that has ended triggers nothing."""
+        self.executor.ended.disconnect(self._done)
 
     # -- operators ------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -348,6 +349,43 @@ async def test_the_last_device_back_ends_the_episode_though_its_agent_did_not_kn
     (ended,) = await until(lambda: receiver.told("resolved"), "the end", SOON_S)
     assert ended["key"] == f"{alert['episode']}.resolved"
     await until(lambda: notes() == set(), "no note is left", SOON_S)
+
+
+async def test_an_alert_whose_sender_recovers_before_the_answer_is_not_sent_again(
+    world: World, receiver: Receiver, consul: ConsulServer
+) -> None:
+    """Two are down. While the receiver takes its time to answer the elected one, the elected one's device is back:
+    the alert counts as sent. The other agent does not send it again, and its device's return ends it."""
+    agents = [member(world, receiver, consul.http_addr, n, gather_s=0.5) for n in range(2)]
+    agents[1].config["probes"] = [probe(world.peer.port, kind="tcp", interval_s=0.3, timeout_s=0.2)]
+    # It joins, and looks long after the first one was elected.
+    agents[1].config["escalate"] |= {"gather_s": 6.0}
+    await all_started(agents)
+    receiver.holds.clear()
+    await world.peer.stop()
+
+    async def waits() -> bool:
+        return bool((await agents[1].status())["escalations"]["open"])
+
+    await until(waits, "the second takes part", SOON_S)
+    await world.device.stop()
+    await until(lambda: receiver.attempts, "the alert is on its way", SOON_S)
+    await world.device.start()
+    await agents[0].is_in("the first is back", SOON_S, state="ok")
+    receiver.holds.set()
+
+    def told() -> bool:
+        found = [
+            one for one in kv(consul, agents[0].config["prefix"]) if one["Key"].endswith("_told")
+        ]
+        return bool(found) and b'"told"' in base64.b64decode(found[0]["Value"])
+
+    await until(told, "the alert counts as sent", SOON_S)
+    await told_to_all(agents[1:], receiver.attempts[0]["body"]["episode"])
+    await world.peer.start()
+    (ended,) = await until(lambda: receiver.told("resolved"), "the end", SOON_S)
+    assert ended["key"] == f"{receiver.attempts[0]['body']['episode']}.resolved"
+    assert [one["body"]["status"] for one in receiver.attempts] == ["firing", "resolved"]
 
 
 @pytest.mark.slow_because("a note of a dead agent grows old in real time")
