@@ -15,9 +15,8 @@ from nomad_watchdog.clients.nomad import NomadAccess, NomadClient
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.config.load import load
 from nomad_watchdog.config.settings import Settings
-from nomad_watchdog.controllers.agents.executor import Outcome
 from nomad_watchdog.controllers.agents.reconciler import Reconciler
-from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome
 from nomad_watchdog.daemon.factory import open_registry, open_scheduler
 from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.ids import DeviceId
@@ -83,8 +82,8 @@ class Plane:
         self.started: dict[str, float] = {}
         self._news = asyncio.Event()
 
-        def done(action: Action, outcome: Outcome, _took_s: float) -> None:
-            if action.kind is ActionKind.START and outcome is Outcome.OK:
+        def done(action: Action, outcome: ActionOutcome, _took_s: float) -> None:
+            if action.kind is ActionKind.START and outcome is ActionOutcome.OK:
                 self.started[action.slug] = time.perf_counter()
                 self._news.set()
 

@@ -28,7 +28,7 @@ from nomad_watchdog.fleet.fleet import Fleet
 from nomad_watchdog.fleet.records import Registered
 from nomad_watchdog.fleet.serializers import placement_json
 from nomad_watchdog.fleet.views import DeviceView
-from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, Slug, parse_device_id, slug_of
+from nomad_watchdog.ids import MAX_ID_BYTES, DeviceId, parse_device_id, slug_of
 from nomad_watchdog.model import (
     Departure,
     Device,
@@ -101,23 +101,18 @@ async def get_device(request: web.Request) -> web.StreamResponse:
     fleet = request.app[CONTEXT].fleet
     device_id = device_id_of(request)
     slug = slug_of(device_id)
-    _refresh(fleet, slug)
+    fleet.verdicts.refresh(slug)
     view = fleet.views.device(slug)
     if view is None:
         raise await missing(fleet, device_id)
     return json_response(device_json(fleet, view))
 
 
-def _refresh(fleet: Fleet, slug: Slug) -> None:
-    if slug in fleet.records:
-        fleet.verdicts.refresh(slug)
-
-
 async def explain_device(request: web.Request) -> web.StreamResponse:
     device_id = device_id_of(request)
     fleet = request.app[CONTEXT].fleet
     slug = slug_of(device_id)
-    _refresh(fleet, slug)
+    fleet.verdicts.refresh(slug)
     explained = fleet.views.explain(slug) or await _explain_stray(fleet, device_id)
     if not explained:
         raise await missing(fleet, device_id)

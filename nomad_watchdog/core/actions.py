@@ -15,6 +15,15 @@ class ActionKind(StrEnum):
     REPLACE = "replace"
 
 
+class ActionOutcome(StrEnum):
+    """How an action ended."""
+
+    OK = "ok"
+    FENCED = "fenced"
+    """Dropped: its record or our lease has changed since the decision."""
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """One step for one device, and why."""

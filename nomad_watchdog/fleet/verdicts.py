@@ -196,10 +196,12 @@ class VerdictTracker:
         return judged
 
     def refresh(self, slug: Slug) -> None:
-        """Judge a device before it is read, unless that was done within FRESH_S and its record is the same."""
-        track = self._tracks.get(slug)
+        """Judge a device before it is read, unless it is unknown, or was judged within FRESH_S with the same record."""
+        record, track = self._records.get(slug), self._tracks.get(slug)
+        if record is None:
+            return
         index, at = (-1, 0.0) if track is None else track.judged
-        if index != self._records[slug].index or self._clock.monotonic() - at > FRESH_S:
+        if index != record.index or self._clock.monotonic() - at > FRESH_S:
             self.judge(slug)
 
     def _apply_agent(self, slug: Slug, track: Track, found: Verdict, judged: Verdict) -> None:

@@ -12,10 +12,10 @@ from nomad_watchdog import __version__
 from nomad_watchdog.core.actions import ActionKind
 from nomad_watchdog.core.incidents import GroupKind
 from nomad_watchdog.metrics.labels import (
+    ACTIONS,
     OTHER,
     REPORTS,
     STATUS_CLASSES,
-    ActionOutcome,
     Closing,
     CommitOutcome,
     PassOutcome,
@@ -147,8 +147,8 @@ class Metrics:
         for metric, values in (
             (self._devices, VerdictState),
             (self._placements, PlacementState),
-            (self._dispatches, ActionOutcome),
-            (self._retires, ActionOutcome),
+            (self._dispatches, ACTIONS),
+            (self._retires, ACTIONS),
             (self._passes, PassOutcome),
             (self._commits, CommitOutcome),
             (self._reports, REPORTS),
@@ -218,7 +218,7 @@ class Metrics:
         series = self._acted.get((kind, outcome))
         if series is None:
             metric = self._dispatches if kind == ActionKind.START else self._retires
-            series = self._acted[kind, outcome] = metric.labels(known(outcome, ActionOutcome))
+            series = self._acted[kind, outcome] = metric.labels(known(outcome, ACTIONS))
         series.inc()
 
     def passed(self, outcome: str, took_s: float) -> None:

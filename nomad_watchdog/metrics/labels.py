@@ -7,18 +7,14 @@ from functools import cache
 from typing import Final
 
 from nomad_watchdog.core.acceptance import AcceptanceKind
+from nomad_watchdog.core.actions import ActionOutcome
 
 OTHER: Final = "other"
 """Replaces a label value that is not in its set, so that it does not become a new series."""
 
 
-class ActionOutcome(StrEnum):
-    """The outcome of a start or stop."""
-
-    OK = "ok"
-    FENCED = "fenced"
-    FAILED = "failed"
-    OTHER = OTHER
+ACTIONS: Final = (*ActionOutcome, OTHER)
+"""The outcome of a start or stop."""
 
 
 class PassOutcome(StrEnum):

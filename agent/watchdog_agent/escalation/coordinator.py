@@ -163,8 +163,9 @@ ENDED_TRIES = 20
 def ended(
     kv: Kv, entry: EscalationEntry, done: Callable[[str], None], tries: int = ENDED_TRIES
 ) -> None:
-    """`done(episode)`: the one that our anomaly, whose note is gone, was the last one of, or "". If Consul does
-    not answer, the one that we know: a repeated ``resolved`` has the same key; a missing one would leave the alert open."""
+    """`done(episode)`: the episode whose last anomaly this one was, or "". This agent's note must be deleted before.
+    If Consul does not answer, it is the episode that this agent knows: a repeated ``resolved`` has the same key, and a
+    missing one would leave the alert open."""
 
     def listed(found: list[KvEntry] | None, _reason: str) -> None:
         if found is None and not entry["told"] and tries > 1:

@@ -1,7 +1,7 @@
 """What this agent escalates, from the first moment to the recovery.
 
-`raise_` once an episode; the same key again is nothing new until `clear`. What is open outlives a restart
-(`saved`, `restore`): what was not told yet is told then, under the same key.
+`raise_` opens an escalation. The same key again has no effect until `clear`. Open escalations outlive a restart
+(`saved`, `restore`): an alert that was not sent before is sent after it, under the same key.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ class Escalations:
         return self.open.get(entry["key"]) is not entry
 
     def _leave(self, entry: EscalationEntry, it: ElectionRound | None) -> None:
-        """Take our note away, and tell the end if no other device of the episode is left. Another agent may
-        have told of our device, and we do not know it yet."""
+        """Delete this agent's note, then report the end if no other device of the episode is left. Another agent may
+        have escalated for this device without this agent's knowledge."""
         self.leaving += 1
         if it is not None:
             it.withdraw(lambda: self._check_episode(entry))
@@ -257,7 +257,7 @@ class Escalations:
             kv.delete(f"{election.folder_of(entry)}/{slug}", lambda _ok: self._check_episode(entry))
 
     def _check_episode(self, entry: EscalationEntry) -> None:
-        """With our note gone."""
+        """Report the end, unless other devices of the episode are left. This agent's note is deleted."""
 
         def ended(episode: str) -> None:
             self.leaving -= 1

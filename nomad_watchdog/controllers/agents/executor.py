@@ -11,14 +11,13 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Final, TypeVar
 
 from nomad_watchdog import failpoints
 from nomad_watchdog.controllers.agents.fence import Fence, Fenced
 from nomad_watchdog.controllers.agents.retry_budget import RetryBudget
 from nomad_watchdog.controllers.agents.workqueue import WorkQueue
-from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome
 from nomad_watchdog.core.circuit_breaker import CircuitBreaker
 from nomad_watchdog.errors import (
     FencedError,
@@ -51,15 +50,6 @@ AHEAD: Final = 2
 stands empty while a batch is being fenced."""
 
 
-class Outcome(StrEnum):
-    """How an action ended."""
-
-    OK = "ok"
-    FENCED = "fenced"
-    """Dropped: its record or our lease has changed since the decision."""
-    FAILED = "failed"
-
-
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """A start that no snapshot has shown yet. Nothing is decided for the device until one with at
@@ -89,11 +79,11 @@ class ActionExecutor:
     scheduler: Scheduler
     specs: Mapping[str, AgentSpec]
     queue: WorkQueue[Slug, Action]
-    done: Callable[[Action, Outcome, float], None]
+    done: Callable[[Action, ActionOutcome, float], None]
     leases: Leases = field(default_factory=SoleOwner)
     told: Callable[[AgentSpec], AgentSpec] = lambda spec: spec
     """The spec with what its agents are told at the moment of their start."""
-    ended: Signal[[Action, Outcome, float]] = field(default_factory=Signal)
+    ended: Signal[[Action, ActionOutcome, float]] = field(default_factory=Signal)
     """An action has ended: how, and how long it took, seconds."""
     expectations: dict[Slug, Expectation] = field(default_factory=dict)
     stops: dict[str, tuple[Action, Monotonic]] = field(default_factory=dict)
@@ -220,7 +210,7 @@ class ActionExecutor:
             self.fleet.events.note(
                 action.slug, f"plan.{action.kind.value}", action.reason, epoch=int(epoch)
             )
-            self.ended.emit(action, Outcome.OK, took_s)
+            self.ended.emit(action, ActionOutcome.OK, took_s)
         finally:
             self.queue.done(action.slug)
             self._hand(-1)
@@ -237,7 +227,7 @@ class ActionExecutor:
 
     def _dropped(self, action: Action, error: FencedError) -> None:
         log.info("action dropped", extra={"slug": action.slug, "reason": str(error)})
-        self.ended.emit(action, Outcome.FENCED, 0.0)
+        self.ended.emit(action, ActionOutcome.FENCED, 0.0)
 
     async def _apply(self, action: Action, record: DeviceRecord | None) -> None:
         spec = self.specs.get(action.placement.agent_class) if action.placement else None
@@ -354,4 +344,4 @@ class ActionExecutor:
             },
         )
         self.fleet.events.note(action.slug, "error", f"{action.kind.value}: {error}")
-        self.ended.emit(action, Outcome.FAILED, 0.0)
+        self.ended.emit(action, ActionOutcome.FAILED, 0.0)

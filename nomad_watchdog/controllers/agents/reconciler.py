@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 from nomad_watchdog.controllers.agents.capacity import CapacityMonitor
-from nomad_watchdog.controllers.agents.executor import ActionExecutor, Outcome
+from nomad_watchdog.controllers.agents.executor import ActionExecutor
 from nomad_watchdog.controllers.agents.explain import LoopStatus
 from nomad_watchdog.controllers.agents.periodic import PeriodicJobs, every
 from nomad_watchdog.controllers.agents.placement_informer import PlacementInformer
@@ -28,7 +28,7 @@ from nomad_watchdog.controllers.condition_writer import ConditionWriter
 from nomad_watchdog.controllers.migration import MigrationController
 from nomad_watchdog.controllers.rollout import POLL_S
 from nomad_watchdog.core import planner
-from nomad_watchdog.core.actions import Action, ActionKind
+from nomad_watchdog.core.actions import Action, ActionKind, ActionOutcome
 from nomad_watchdog.core.planner import Plan
 from nomad_watchdog.errors import TransientError, WatchdogError
 from nomad_watchdog.fleet.fleet import Fleet
@@ -322,19 +322,19 @@ class Reconciler:
         self.breaker.read_again(held, self.fleet.records)
         self.wake()
 
-    def _done(self, action: Action, outcome: Outcome, took_s: float) -> None:
+    def _done(self, action: Action, outcome: ActionOutcome, took_s: float) -> None:
         """The executor has performed an action."""
         self.metrics.action(action.kind.value, outcome.value)
         began = self._changed_at.pop(action.slug, None)
         match outcome:
-            case Outcome.OK:
+            case ActionOutcome.OK:
                 now = self.fleet.clock.monotonic()
                 if action.stalled:
                     self.plan_builder.waiting.given_up(action.slug, now)
                 if began is not None and action.kind is ActionKind.START:
                     self.metrics.event_to_dispatch(now - began)
                 self.informer.look_again({action.slug}, calm=self._is_final(action))
-            case Outcome.FENCED | Outcome.FAILED:
+            case ActionOutcome.FENCED | ActionOutcome.FAILED:
                 self.wake()
         log.debug(
             "action done",
