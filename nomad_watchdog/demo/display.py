@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import textwrap
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ VIEW_LINES: Final = 6
 """Maximum number of lines of the live view without the devices: the step in progress, which may be wrapped, an empty
 line, the numbers per verdict, "and N more", and the line of the cursor."""
 VERDICT_WIDTH: Final = 10
+REFRESH_S: Final = 0.25
 
 
 class Show:
@@ -32,21 +34,30 @@ class Show:
         self._running = ""
         self._began = 0.0
         self._devices: Sequence[StageDevice] = ()
+        # A thread that refreshes would erase lines of what is printed at the same moment.
         self._live = Live(
-            console=self.console, get_renderable=self._view, refresh_per_second=4, transient=True
+            console=self.console, get_renderable=self._view, auto_refresh=False, transient=True
         )
+        self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
-        """Start the live view, if the output is a terminal."""
+        """Start the live view, if the output is a terminal. Needs a running event loop."""
         if self.console.is_terminal:
             self._live.start()
+            self._refresh()
         return self
+
+    def _refresh(self) -> None:
+        self._live.refresh()
+        self._timer = asyncio.get_running_loop().call_later(REFRESH_S, self._refresh)
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
         """Remove the live view. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._live.stop()
 
     def line(self, text: str, style: str = "") -> None:
@@ -77,6 +88,10 @@ class Show:
 
     def _print(self, what: RenderableType) -> None:
         self._printed += len(self.console.render_lines(what))
+        if (
+            self._live.is_started
+        ):  # the view makes room first: printing redraws it with its last height
+            self._live.refresh()
         self.console.print(what)
 
     def devices(self, items: Sequence[StageDevice]) -> None:
