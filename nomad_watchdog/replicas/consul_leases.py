@@ -16,7 +16,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from nomad_watchdog import __version__
-from nomad_watchdog.clients.consul import ConsulClient
+from nomad_watchdog.clients.consul import ConsulClient, KvRow, delete_cas
 from nomad_watchdog.clients.consul_sessions import ConsulSessions
 from nomad_watchdog.clock import Clock
 from nomad_watchdog.core import shard_assignment
@@ -241,7 +241,7 @@ class ConsulLeases:
             self._unread = ""
             self._apply(self._keys.view(rows), session)
             own = self._view.replicas.get(session)
-            if own is not None and own.config != self._config:
+            if own is None or own.config != self._config:
                 await self._publish(session)
             await self._balance(session)
 
@@ -312,11 +312,12 @@ class ConsulLeases:
             for shard in shards:
                 group.create_task(one(shard))
 
-    async def _delete_stale(self, keys: Sequence[str]) -> None:
-        if not keys:
+    async def _delete_stale(self, rows: Sequence[KvRow]) -> None:
+        if not rows:
             return
         try:
-            await self._sessions.unlock([], "", delete=keys[:_TXN])
+            # Only as it was read: its replica may have locked it again, with a new session.
+            await self._client.txn([delete_cas(row.key, row.index) for row in rows[:_TXN]])
         except WatchdogError as error:
             log.debug("key of a stale replica not deleted", extra={"reason": str(error)})
 

@@ -25,7 +25,7 @@ class LeaseView:
     """By session."""
     leases: Mapping[Shard, Lease] = field(default_factory=dict)
     sessions: Mapping[Shard, str] = field(default_factory=dict, repr=False)
-    stale: tuple[str, ...] = ()
+    stale: tuple[KvRow, ...] = field(default=(), repr=False)
     """Keys of replicas whose session is over."""
 
     @property
@@ -58,7 +58,7 @@ class LeaseKeys:
             if kind == "replicas" and row.session:
                 replicas[row.session] = _replica(name, row)
             elif kind == "replicas":
-                stale.append(row.key)
+                stale.append(row)
             elif kind == "shards" and row.session:
                 with suppress(ValueError):
                     locks[Shard(whole(name, 0, 2**31))] = row

@@ -10,7 +10,7 @@ from tests.e2e import audit
 from tests.faults import proxy
 from tests.faults.matrix import row
 from tests.faults.site import until
-from tests.faults.world import World
+from tests.faults.world import UP_S, World
 
 DISPATCH = r"/dispatch\?|/dispatch$"
 TXN = r"^/v1/txn"
@@ -211,7 +211,7 @@ async def frozen(world: World) -> None:
 
 async def _must_have_hit(rule: proxy.Rule, least: int = 1) -> None:
     """A fault that never happened proves nothing."""
-    await until(lambda: rule.hits >= least, 30.0, f"the fault happens {least} times")
+    await until(lambda: rule.hits >= least, UP_S, f"the fault happens {least} times")
 
 
 __all__ = ["until", "watched"]

@@ -257,19 +257,30 @@ class World:
         took."""
         began = time.monotonic()
         running = {str(slug_of(DeviceId(name))) for name, wanted in self.wanted.items() if wanted}
+        left: Mapping[str, Any] = {}
 
         async def settled() -> bool:
+            nonlocal left
             with suppress(aiohttp.ClientError, TimeoutError):
                 status, page = await self.call("GET", "/v1/devices?limit=1000&presence=any")
-                if status == 200:
-                    verdicts = {item["id"]: item["verdict"] for item in page["items"]}
-                    return all(
-                        verdicts.get(name) == ("watched" if wanted else "departed")
-                        for name, wanted in self.wanted.items()
-                    ) and running == {one.slug for one in self.agents()}
+                if status != 200:
+                    left = {"the API": (status, page)}
+                    return False
+                shown = {item["id"]: (item["verdict"], item["reason"]) for item in page["items"]}
+                left = {
+                    name: shown.get(name)
+                    for name, wanted in self.wanted.items()
+                    if shown.get(name, ("",))[0] != ("watched" if wanted else "departed")
+                }
+                return not left and running == {one.slug for one in self.agents()}
             return False
 
-        await until(settled, timeout_s, "all devices are watched or departed")
+        try:
+            await until(settled, timeout_s, "all devices are watched or departed")
+        except BrokenRowError as error:
+            ran = {one.slug for one in self.agents()}
+            detail = f"{left}; without an agent {running - ran}, not wanted {ran - running}"
+            raise BrokenRowError(f"{error}: {detail}") from None
         return time.monotonic() - began
 
     async def settle_from_outside(self, timeout_s: float = UP_S) -> float:

@@ -6,13 +6,15 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient
+from nomad_watchdog.clients.consul import ConsulAccess, ConsulClient, KvRow, delete_cas
+from nomad_watchdog.clients.consul_sessions import ConsulSessions
 from nomad_watchdog.clock import SystemClock
 from nomad_watchdog.errors import FencedError
 from nomad_watchdog.ids import Shard, shard_of
@@ -330,6 +332,57 @@ async def test_a_session_ended_by_hand_is_replaced(consul: ConsulServer) -> None
         )
         await until(lambda: one.held == {0} and one.leases.terms()[Shard(0)] != before)
         assert one.leases.terms()[Shard(0)].number > before.number
+
+
+async def test_a_replica_whose_key_is_deleted_writes_it_again(consul: ConsulServer) -> None:
+    """Else the others would send it no reports, and it would acquire no shard, for as long as it runs."""
+    prefix = f"t-{uuid.uuid4().hex[:8]}"
+    async with parts(consul, "a", "b", prefix=prefix) as both:
+        for part in both:
+            part.start()
+        await until(lambda: all(len(part.leases.replicas()) == 2 for part in both))
+        (key,) = await _key_of(both[0], prefix)
+        await both[1].client.txn([delete_cas(key.key, key.index)])
+        await until(lambda: all(len(part.leases.replicas()) == 1 for part in both))
+        await until(lambda: all(len(part.leases.replicas()) == 2 for part in both))
+
+
+async def test_the_key_of_a_replica_that_is_back_is_not_deleted_as_stale(
+    consul: ConsulServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One replica sees that another's session is over, and deletes its key when that one has a new session."""
+    prefix = f"t-{uuid.uuid4().hex[:8]}"
+    async with parts(consul, "a", "b", prefix=prefix) as (a, b):
+        a.start()
+        await until(lambda: len(a.leases.replicas()) == 1)
+        b.start()
+        await until(lambda: len(b.leases.replicas()) == 2)
+        (before,) = await _key_of(a, prefix)
+        txn, tried = b.client.txn, asyncio.Event()
+
+        async def late(operations: Sequence[dict[str, Any]]) -> Any:
+            monkeypatch.undo()  # only the first one
+            while True:
+                (now,) = await _key_of(a, prefix)
+                if now.session not in {"", before.session}:
+                    break
+                await asyncio.sleep(0.01)
+            try:
+                return await txn(operations)
+            finally:
+                tried.set()
+
+        monkeypatch.setattr(b.client, "txn", late)
+        await ConsulSessions(a.client).destroy(before.session)
+        async with asyncio.timeout(60.0):
+            await tried.wait()
+        (after,) = await _key_of(a, prefix)
+        assert after.lock_index == before.lock_index + 1  # a key that was deleted begins at 1 again
+
+
+async def _key_of(part: Part, prefix: str) -> list[KvRow]:
+    _, rows = await part.client.kv_tree(f"{prefix}/leadership/replicas/{part.leases.replica}")
+    return list(rows)
 
 
 async def test_a_lease_lost_while_it_is_ended_ends_too(consul: ConsulServer) -> None:
