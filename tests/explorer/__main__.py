@@ -2,7 +2,7 @@
 
 Breadth first, so that the first violation has the shortest trace. The deciders are the real ones
 (`core.planner`, `core.presence`, `core.acceptance`, `breaker`); what carries out their decisions is a
-model (`_small_world`). States that differ only in names are one, and what only one replica can see (a
+model (`world`). States that differ only in names are one (`packed`), and what only one replica can see (a
 plan, a queue) is no step of its own.
 
 ``python -m tests.explorer --quick`` runs what the tests run, ``--deep`` more, and
@@ -22,7 +22,8 @@ from typing import Final
 
 from tests.explorer import model
 from tests.explorer.guards import Guard
-from tests.explorer.model import BrokenError, Dev, Rep, State, View, check_state
+from tests.explorer.model import BrokenError, Dev, Rep, State, View, check_devices
+from tests.explorer.packed import Packed, PackedWorld
 from tests.explorer.world import World
 
 __all__ = ["DEEP", "QUICK", "Found", "Guard", "Scope", "explore"]
@@ -76,7 +77,7 @@ DEEP: Final = (
     Scope(wishes=2, faults=1),
     Scope(devices=1, wishes=4, faults=0, placed=True, burials=2),
 )
-"""What `--deep` adds: some minutes and a few GB."""
+"""What `--deep` adds: some minutes and a GB. The second to last has two million states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,33 +100,31 @@ class Found:
 class Settling:
     """L1: whether a state becomes as asked when nothing goes wrong any more."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._good: set[State] = set()
+    def __init__(self, packed: PackedWorld) -> None:
+        self._packed = packed
+        self._good: set[Packed] = set()
 
-    def check(self, state: State) -> None:
+    def check(self, state: Packed) -> None:
         """Take the first possible step of those that must happen, again and again."""
         path = []
-        epoch, generation, _, buried = state[4]
-        state = (*state[:2], 0, 0, (epoch, generation, 0, buried))
+        state = self._packed.without_trouble(state)
         for _ in range(MAX_ROUNDS):
             if state in self._good:
                 break
             path.append(state)
             following = self._next(state)
             if following is None:
-                _check_settled(state)
+                _check_settled(self._packed.devices(state))
                 break
             state = following
         else:
             raise BrokenError("L1: it does not come to rest")
         self._good.update(path)
 
-    def _next(self, state: State) -> State | None:
+    def _next(self, state: Packed) -> Packed | None:
         try:
-            return next(
-                (new for _, new in self.world.steps(state, calm=True) if new != state), None
-            )
+            calm = self._packed.following(state, calm=True)
+            return next((new for new in calm if new != state), None)
         except BrokenError:
             raise _UnsafeError from None
 
@@ -134,8 +133,8 @@ class _UnsafeError(Exception):
     """The way to rest breaks another promise: the search comes by there itself, on the shortest way."""
 
 
-def _check_settled(state: State) -> None:
-    for d, (rec, jobs, zombies, _, _) in enumerate(state[0]):
+def _check_settled(devices: tuple[Dev, ...]) -> None:
+    for d, (rec, jobs, zombies, _, _) in enumerate(devices):
         live = [job for job in jobs if job[1] != "D"]
         wanted = bool(rec and rec[0])
         good = [job for job in live if rec and job[0] == rec[2] and job[2] == rec[3]]
@@ -165,24 +164,24 @@ def _no_collection() -> Iterator[None]:
 
 def _explore(scope: Scope, without: frozenset[Guard], most: int) -> Found:
     world = World(without)
-    settling = Settling(world)
-    first = scope.first()
-    came: dict[State, State | None] = {first: None}
+    packed = PackedWorld(world)
+    settling = Settling(packed)
+    first = packed.pack(scope.first())
+    came: dict[Packed, Packed | None] = {first: None}
     level = [first]
     while level:
         following = []
         for state in level:
             try:
-                check_state(state)
+                check_devices(packed.devices(state))
                 with suppress(_UnsafeError):
                     settling.check(state)
-                for _, new in world.steps(state):
-                    key = model.canonical(new)
-                    if key not in came:
-                        came[key] = state
-                        following.append(key)
+                for new in packed.following(state):
+                    if new not in came:
+                        came[new] = state
+                        following.append(new)
             except BrokenError as error:
-                trace, last = _trace(world, first, _path(came, state))
+                trace, last = _trace(world, packed, scope.first(), _path(came, state))
                 return Found(len(came), _named(world, last, error), trace)
             if len(came) > most:
                 return Found(len(came), complete=False)
@@ -190,20 +189,22 @@ def _explore(scope: Scope, without: frozenset[Guard], most: int) -> Found:
     return Found(len(came))
 
 
-def _path(came: dict[State, State | None], state: State) -> list[State]:
+def _path(came: dict[Packed, Packed | None], state: Packed) -> list[Packed]:
     path = [state]
     while (before := came[path[-1]]) is not None:
         path.append(before)
     return path[::-1]
 
 
-def _trace(world: World, first: State, path: list[State]) -> tuple[tuple[str, ...], State]:
+def _trace(
+    world: World, packed: PackedWorld, first: State, path: list[Packed]
+) -> tuple[tuple[str, ...], State]:
     """The steps along a path, in the names that the first state has, and where they lead."""
     said: list[str] = []
     at = first
     for wanted in path[1:]:
         for step, new in world.steps(at):
-            if model.canonical(new) == wanted:
+            if packed.pack(new) == wanted:
                 said.append(step)
                 at = new
                 break
@@ -213,7 +214,7 @@ def _trace(world: World, first: State, path: list[State]) -> tuple[tuple[str, ..
 def _named(world: World, last: State, error: BrokenError) -> str:
     """What broke, in the same names."""
     try:
-        check_state(last)
+        check_devices(last[0])
         for _ in world.steps(last):
             pass
     except BrokenError as named:

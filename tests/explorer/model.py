@@ -60,8 +60,6 @@ CLASS: Final = "default"
 HASHES: Final = {CLASS: "h"}
 LIMITS: Final = Limits(breaker_min=1, breaker_fraction=0.0)
 NO_BREAKER: Final = Limits(breaker_min=99)
-_ORDERS: Final = ((1, 0),)
-"""How two devices may be renamed, beside not at all."""
 NO_VIEW: Final[View] = ((), (), 0, 0, ())
 
 _DEVICES: Final = tuple(Device(DeviceId(name), CLASS, "127.0.0.1") for name in NAMES)
@@ -238,34 +236,14 @@ def _keys(stops: Iterable[tuple[Slug, Epoch, str]]) -> Keys:
     return tuple(sorted((_NUMBER[slug], int(epoch)) for slug, epoch, _ in stops))
 
 
-def canonical(state: State) -> State:
-    """The same for states that differ only in which replica, or which device, is which."""
-    devices, replicas, wishes, faults, (*floor, buried) = state
-    best = (devices, tuple(sorted(replicas)), buried)
-    if len(devices) > 1:
-        for order in _ORDERS:
-            moved = tuple([devices[i] for i in order])
-            if moved <= devices:  # most are told apart by their devices alone
-                renamed = tuple(sorted([_renamed(rep, order) for rep in replicas]))
-                best = min(best, (moved, renamed, tuple([buried[i] for i in order])))
-    return (*best[:2], wishes, faults, (*floor, best[2]))  # type: ignore[return-value]  # floor is the other three
-
-
-@cache  # the replicas of a hundred thousand states are a few thousand
-def _renamed(rep: Rep, order: tuple[int, ...]) -> Rep:
+def swapped(rep: Rep) -> Rep:
+    """A replica with its two devices the other way round."""
     read, looked, views, listing, confirmed, twice = rep
 
     def keys(some: Keys) -> Keys:
-        return tuple(sorted((order.index(device), epoch) for device, epoch in some))
+        return tuple(sorted((1 - device, epoch) for device, epoch in some))
 
-    return (
-        read,
-        looked,
-        tuple(views[i] for i in order),
-        tuple(listing[i] for i in order) if listing else (),
-        keys(confirmed),
-        keys(twice),
-    )
+    return (read, looked, views[::-1], listing[::-1], keys(confirmed), keys(twice))
 
 
 class BrokenError(Exception):
@@ -365,9 +343,9 @@ def check_write(before: Dev, after: Dev, buried: int, step: str) -> None:
             raise BrokenError(f"S1: another instance is accepted while the first may live: {step}")
 
 
-def check_state(state: State) -> None:
+def check_devices(devices: tuple[Dev, ...]) -> None:
     """S4 in each state."""
-    for d, (rec, *_, acked) in enumerate(state[0]):
+    for d, (rec, *_, acked) in enumerate(devices):
         stored = 1 if rec and rec[0] else 2
         if acked and acked != stored:
             raise BrokenError(f"S4: an acknowledged wish for {NAMES[d]} is not stored")

@@ -1,7 +1,7 @@
 """The steps of the explorer's small world: what may happen next in a state.
 
 The performer is a model that keeps the order of `controllers/agents/executor.py`: fence, then ensure or retire, then the
-expectation. Everything that decides is asked of the real code (`_model`).
+expectation. Everything that decides is asked of the real code (`model`).
 """
 
 from __future__ import annotations
@@ -53,21 +53,27 @@ class World:
     def steps(self, state: State, *, calm: bool = False) -> Iterator[Step]:
         """All that may happen next; `calm`: only what must happen in the end."""
         for d in range(len(state[0])):
-            yield from self._environment(state, d, calm=calm)
+            yield from self.by_itself(state, d, calm=calm)
         for r in range(len(state[1])):
-            yield from self._reads(state, r)
-            for d in range(len(state[0])):
-                yield from self._acts(state, r, d, calm=calm)
-                yield from self._reports(state, r, d)
-            if not calm:
-                yield from self._replica_faults(state, r)
+            yield from self.by_replica(state, r, calm=calm)
         if not calm and state[2]:
             for d in range(len(state[0])):
-                yield from self._wishes(state, d)
+                yield from self.wishes(state, d)
+
+    def by_replica(self, state: State, r: int, *, calm: bool) -> Iterator[Step]:
+        """What a replica reads, does and hears, and what goes wrong with it. Of the other replicas it depends only on
+        the starts that they have in hand."""
+        yield from self._reads(state, r)
+        for d in range(len(state[0])):
+            yield from self._acts(state, r, d, calm=calm)
+            yield from self._reports(state, r, d)
+        if not calm:
+            yield from self._replica_faults(state, r)
 
     # -- what happens by itself -----------------------------------------------------------------
 
-    def _environment(self, state: State, d: int, *, calm: bool) -> Iterator[Step]:
+    def by_itself(self, state: State, d: int, *, calm: bool) -> Iterator[Step]:
+        """What the scheduler and the hosts of a device's agents do."""
         rec, jobs, zombies, wire, acked = state[0][d]
         name = model.NAMES[d]
         for epoch in wire:
@@ -101,7 +107,7 @@ class World:
             ended = with_device(state, d, (rec, jobs, left, wire, acked))
             yield f"the process {name}/{zombie[0]} on the lost node ends", ended
 
-    def _wishes(self, state: State, d: int) -> Iterator[Step]:
+    def wishes(self, state: State, d: int) -> Iterator[Step]:
         """Somebody asks a replica to watch a device, or not to, and is answered or not."""
         rec, *rest = state[0][d]
         fewer = (*state[:2], state[2] - 1, *state[3:])

@@ -1,0 +1,202 @@
+"""States as small tuples of numbers, and their following states from memory.
+
+Devices, replicas and graves are each the number under which they were first seen, so that millions of states are
+compared and kept at the price of a few integers. What a replica may do depends on itself, on the devices and on what
+the others have in hand, and is computed once for all states that agree in these; `world.World` computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Final, Generic, TypeVar
+
+from tests.explorer import model
+from tests.explorer.model import NO_VIEW, START, Dev, Graves, Rep, State, View
+from tests.explorer.world import Step, World
+
+Packed = tuple[int, tuple[int, ...], int, int, int]
+"""Devices, replicas in ascending order, wishes left, faults left, graves. The same for states that differ only in
+which replica, or which device, is which."""
+Change = tuple[int, int, int, int]
+"""What a step makes of devices, of its replica, how many faults it costs, and what it makes of the graves."""
+
+_T = TypeVar("_T", bound=Hashable)
+_NOBODY: Final = -1
+"""A step that is no replica's."""
+
+
+class _Numbers(Generic[_T]):
+    """Numbers for values, in the order in which they are first seen."""
+
+    def __init__(self) -> None:
+        self._known: dict[_T, int] = {}
+        self.values: list[_T] = []
+
+    def of(self, value: _T) -> int:
+        number = self._known.setdefault(value, len(self.values))
+        if number == len(self.values):
+            self.values.append(value)
+        return number
+
+
+class PackedWorld:
+    """A world's states and steps by number."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._devices: _Numbers[tuple[Dev, ...]] = _Numbers()
+        self._reps: _Numbers[Rep] = _Numbers()
+        self._graves: _Numbers[Graves] = _Numbers()
+        self._renamed: tuple[dict[int, int], dict[int, int], dict[int, int]] = ({}, {}, {})
+        self._hands: dict[int, int] = {}
+        self._changes: dict[tuple[object, ...], list[Change]] = {}
+
+    def pack(self, state: State) -> Packed:
+        devices, reps, wishes, faults, graves = state
+        return self._canonical(
+            self._devices.of(devices),
+            tuple(sorted([self._reps.of(rep) for rep in reps])),
+            wishes,
+            faults,
+            self._graves.of(graves),
+        )
+
+    def unpack(self, packed: Packed) -> State:
+        """One of the states that this stands for."""
+        devices, reps, wishes, faults, graves = packed
+        values = tuple([self._reps.values[rep] for rep in reps])
+        return (
+            self._devices.values[devices],
+            values,
+            wishes,
+            faults,
+            self._graves.values[graves],
+        )
+
+    def devices(self, packed: Packed) -> tuple[Dev, ...]:
+        return self._devices.values[packed[0]]
+
+    def without_trouble(self, packed: Packed) -> Packed:
+        """The same with no wish, fault or burial to come."""
+        devices, reps, *_, graves = packed
+        epoch, generation, _, buried = self._graves.values[graves]
+        calm = self._graves.of((epoch, generation, 0, buried))
+        return (
+            (devices, reps, 0, 0, calm)
+            if calm == graves
+            else self._canonical(devices, reps, 0, 0, calm)
+        )
+
+    def following(self, packed: Packed, *, calm: bool = False) -> Iterator[Packed]:
+        """All states that may come next, some more than once; `calm`: by what must happen in the end."""
+        devices, reps, wishes, faults, graves = packed
+        worse = faults > 0
+        at = (devices, worse, graves)
+        for after, _, cost, below in self._from(self._environment, (calm, *at), at, calm=calm):
+            yield self._canonical(after, reps, wishes, faults - cost, below)
+        for r, rep in enumerate(reps):
+            others = reps[:r] + reps[r + 1 :]
+            hands = tuple([self._hand(other) for other in others])
+            key: tuple[object, ...] = (calm, *at, rep, hands)
+            for after, new, cost, below in self._from(
+                self._replica, key, at, (rep, *hands), calm=calm
+            ):
+                yield self._canonical(
+                    after, tuple(sorted((new, *others))), wishes, faults - cost, below
+                )
+            if wishes and not calm:
+                key = ("wishes", *at, rep)
+                for after, new, cost, below in self._from(self._wishes, key, at, (rep,)):
+                    yield self._canonical(
+                        after, tuple(sorted((new, *others))), wishes - 1, faults - cost, below
+                    )
+
+    # -- steps from memory ----------------------------------------------------------------------
+
+    def _from(
+        self,
+        steps: Callable[..., Iterator[Step]],
+        key: tuple[object, ...],
+        at: tuple[int, bool, int],
+        reps: tuple[int, ...] = (),
+        *,
+        calm: bool = False,
+    ) -> list[Change]:
+        """What these steps change; of the replicas only the first is theirs. `key`: all that it depends on."""
+        found = self._changes.get(key)
+        if found is None:
+            devices, worse, graves = at
+            state: State = (
+                self._devices.values[devices],
+                tuple([self._reps.values[rep] for rep in reps]),
+                1,
+                int(worse),
+                self._graves.values[graves],
+            )
+            found = self._changes[key] = list(
+                dict.fromkeys(
+                    (
+                        self._devices.of(after[0]),
+                        self._reps.of(after[1][0]) if reps else _NOBODY,
+                        worse - after[3],
+                        self._graves.of(after[4]),
+                    )
+                    for _, after in steps(state, calm=calm)
+                    if after != state
+                )
+            )
+        return found
+
+    def _environment(self, state: State, *, calm: bool) -> Iterator[Step]:
+        for d in range(len(state[0])):
+            yield from self._world.by_itself(state, d, calm=calm)
+
+    def _replica(self, state: State, *, calm: bool) -> Iterator[Step]:
+        yield from self._world.by_replica(state, 0, calm=calm)
+
+    def _wishes(self, state: State, *, calm: bool) -> Iterator[Step]:
+        for d in range(len(state[0])):
+            yield from self._world.wishes(state, d)
+
+    def _hand(self, rep: int) -> int:
+        """A replica that has the same starts in hand, and nothing else."""
+        found = self._hands.get(rep)
+        if found is None:
+            views: tuple[View, ...] = tuple(
+                [
+                    (*NO_VIEW[:4], view[4] if view[4] and view[4][0] == START else ())
+                    for view in self._reps.values[rep][2]
+                ]
+            )
+            found = self._hands[rep] = self._reps.of((0, 0, views, (), (), ()))
+        return found
+
+    # -- what is the same -----------------------------------------------------------------------
+
+    def _canonical(
+        self, devices: int, reps: tuple[int, ...], wishes: int, faults: int, graves: int
+    ) -> Packed:
+        """`reps` in ascending order."""
+        if len(self._devices.values[devices]) == 1:
+            return (devices, reps, wishes, faults, graves)
+        swapped = self._swapped(0, devices)
+        if swapped > devices:
+            return (devices, reps, wishes, faults, graves)
+        others = tuple(sorted([self._swapped(1, rep) for rep in reps]))
+        other = (swapped, others, wishes, faults, self._swapped(2, graves))
+        return min((devices, reps, wishes, faults, graves), other)
+
+    def _swapped(self, kind: int, number: int) -> int:
+        """With its two devices the other way round."""
+        known = self._renamed[kind]
+        found = known.get(number)
+        if found is None:
+            if kind == 0:
+                found = self._devices.of(self._devices.values[number][::-1])
+            elif kind == 1:
+                found = self._reps.of(model.swapped(self._reps.values[number]))
+            else:
+                *floor, buried = self._graves.values[number]
+                found = self._graves.of((*floor, buried[::-1]))  # type: ignore[arg-type]  # floor is the other three
+            known[number], known[found] = found, number
+        return found
